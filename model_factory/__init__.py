@@ -1,0 +1,1 @@
+"""The addresses that the specification names, as thin files over `nopad`."""

@@ -1,0 +1,7 @@
+"""`python -m nopad`."""
+
+import sys
+
+from nopad.cli import main
+
+sys.exit(main())

@@ -1,0 +1,164 @@
+"""The command line: `nopad align`, `nopad models`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+DTYPES = ("float32", "bfloat16", "float16")
+PASSED, FAILED, WRONG_USE = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns 0 done or passed, 1 failed the check, 2 wrong use or an error."""
+    options = build_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        return options.run(options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"nopad {options.command}: {error}", file=sys.stderr)
+        return WRONG_USE
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = argparse.ArgumentParser(prog="nopad", description="Pretrained vision encoders without padding.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    align = commands.add_parser("align", help="prove that packed features equal the original model's")
+    align.add_argument("checkpoint", help="Hub name, folder, weights file, or untrained:<published name>")
+    align.add_argument("--images", metavar="DIR", help="a folder of photos to compare on, too")
+    align.add_argument("--json", action="store_true", help="print the report as JSON")
+    align.add_argument("--report", metavar="FILE.html", help="write the report as one HTML page")
+    align.add_argument("--revision", help="branch, tag or commit on the Hub")
+    add_align_options(align)
+    align.set_defaults(run=run_align)
+
+    models = commands.add_parser("models", help="list the published models")
+    models.add_argument("--json", action="store_true", help="print the list as JSON")
+    models.set_defaults(run=run_models)
+    return parser
+
+
+def add_align_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `nopad align` and the scripts of `model_factory/` have in common."""
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, …; cuda where there is one, unless given")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="both sides run in it (default: float32)")
+    parser.add_argument("--attention", default="auto", help="kernel of the packed model (default: the best there is)")
+    parser.add_argument("--threshold", type=float, default=0.99, help="least cosine of a token (default: 0.99)")
+
+
+def run_align(options: argparse.Namespace) -> int:
+    """`nopad align`."""
+    return report_alignment(
+        options,
+        checkpoint=options.checkpoint,
+        images=options.images,
+        revision=options.revision,
+    )
+
+
+def report_alignment(options: argparse.Namespace, **arguments: Any) -> int:
+    """Align with the common options, print or write what was asked for, and return the exit status."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from nopad.align import align
+    from nopad.report import write_align_page
+
+    transformers_logging.disable_progress_bar()
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    report = align(
+        device=device,
+        dtype=getattr(torch, options.dtype),
+        attention=options.attention,
+        threshold=options.threshold,
+        progress=lambda line: print(f"· {line}", file=sys.stderr),
+        **arguments,
+    )
+    if options.report:
+        write_align_page(report, options.report)
+    if options.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        print(align_table(report))
+        if options.report:
+            print(f"report: {options.report}")
+    return PASSED if report.passed else FAILED
+
+
+def align_table(report: Any) -> str:
+    """An alignment report for a terminal."""
+    rows = [("case", "tokens", "min cosine", "mean cosine", "max abs", "max relative", "")]
+    for case in report.cases:
+        numbers = (
+            f"{case.min_cosine:.7f}",
+            f"{case.mean_cosine:.7f}",
+            f"{case.max_abs:.1e}",
+            f"{case.max_relative:.1e}",
+        )
+        rows.append((case.name, str(case.tokens), *numbers, "ok" if case.passed else "FAILED"))
+    lines = [
+        f"{report.checkpoint}: packed {report.family} against {report.original}",
+        f"{report.dtype} on {report.device}, attention {report.attention}; weights {report.weights}",
+        "",
+        *_columns(rows),
+        *(f"  {case.name}: {failure}" for case in report.cases for failure in case.failures),
+        *(f"not run: {reason}" for reason in report.skipped),
+        "",
+    ]
+    good = sum(case.passed for case in report.cases)
+    verdict = "PASSED" if report.passed else "FAILED"
+    return "\n".join([*lines, f"{verdict}: {good} of {len(report.cases)} cases equal the original"])
+
+
+def run_models(options: argparse.Namespace) -> int:
+    """`nopad models`."""
+    import torch
+
+    from nopad.families import FAMILIES
+
+    models = []
+    for family in FAMILIES:
+        for name in family.published:
+            with torch.device("meta"):
+                model = family(family.published_config(name))
+            config = model.config
+            models.append(
+                {
+                    "name": name,
+                    "family": family.family,
+                    "hidden_size": config.hidden_size,
+                    "layers": config.num_hidden_layers,
+                    "heads": config.num_attention_heads,
+                    "patch_size": config.patch_size,
+                    "parameters": model.num_parameters(),
+                    "input": model.default_preprocessing.describe().split(";")[0],
+                }
+            )
+    if options.json:
+        print(json.dumps(models, indent=2))
+    else:
+        rows = [
+            tuple(models[0]),
+            *(tuple(f"{v:,}" if k == "parameters" else str(v) for k, v in m.items()) for m in models),
+        ]
+        print("\n".join(_columns(rows)))
+    return PASSED
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as aligned columns; numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    numeric = [i > 0 and rows[-1][i][:1].isdigit() for i in range(len(widths))]
+    return [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,240 @@
+"""What all packed encoders share: the contract of a forward, loading, saving, packing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from nopad import images as pictures
+from nopad.images import Preprocessing
+from nopad.layers.pooling import segment_mean
+from nopad.packing import Layout, Pack, PatchOrder, Segments
+from nopad.pretrained import PretrainedEncoder
+
+
+@dataclass(frozen=True)
+class PackedOutput:
+    """Everything that an encoder tells about a pack.
+
+    Attributes:
+        tokens: `(T, D)` patch tokens after the final norm, in the order of the patches.
+        pooled: `(N, D)` one vector per image or clip.
+        image_embeds: `(N, E)` `pooled` in the image-text space, `None` where the checkpoint has no projection.
+        prefix_tokens: `(S, number, D)` CLS and register tokens after the final norm, `None` where there are none.
+        hidden_states: on request `(T, D)` before the first layer and after each, before the final norm.
+    """
+
+    tokens: Tensor
+    pooled: Tensor
+    image_embeds: Tensor | None
+    prefix_tokens: Tensor | None
+    hidden_states: tuple[Tensor, ...] | None
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """What a family's layers give, before pooling."""
+
+    tokens: Tensor
+    prefix_tokens: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class PackedEncoder(PretrainedEncoder):
+    """A vision encoder over packs: any mix of image and video sizes in one forward, nothing padded.
+
+    A family says what it is (`build`, `trunk`, `pool_segments`, and what `PretrainedEncoder` asks for); this class is
+    the contract around it. The constructor takes a config, or a checkpoint as `from_pretrained` does.
+    """
+
+    main_input_name = "hidden_states"
+    frames_attend_jointly: ClassVar[bool] = False
+    num_prefix_tokens: int = 0
+
+    # What a family brings.
+
+    def trunk(self, hidden_states: Tensor, layout: Layout, states: list[Tensor] | None) -> Trunk:
+        """Patches to normed tokens; appends the tokens before each layer and after the last to `states`, if a list."""
+        raise NotImplementedError
+
+    def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
+        """One vector per segment, `(S, D)`: the mean of its patch tokens, unless the model has its own pooling."""
+        return segment_mean(trunk.tokens, segments)
+
+    def project(self, pooled: Tensor) -> Tensor | None:
+        """`pooled` in the image-text space, `None` where the checkpoint has no projection."""
+        return None
+
+    @property
+    def default_preprocessing(self) -> Preprocessing:
+        """The family's published rule, where a checkpoint does not bring its own."""
+        raise NotImplementedError
+
+    # The contract of a forward.
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.config.patch_size
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of a patch."""
+        return self.config.patch_size**2 * self.config.num_channels
+
+    @property
+    def patch_order(self) -> PatchOrder:
+        """Layout inside a patch."""
+        return self.config.patch_order
+
+    @property
+    def hidden_size(self) -> int:
+        """Values of a token."""
+        return self.config.hidden_size
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How pixels are made: the checkpoint's own `preprocessor_config.json`, else the family's rule."""
+        if self.preprocessor_config is None:
+            return self.default_preprocessing
+        return Preprocessing.from_config(self.preprocessor_config, self.default_preprocessing)
+
+    def forward(
+        self, hidden_states: Tensor | Pack, grid_thw: Tensor | None = None, patch_positions: Tensor | None = None
+    ) -> Tensor:
+        """Patches to tokens, all images and clips of the pack in one pass.
+
+        Args:
+            hidden_states: `(T, P)` patches, or a whole `Pack` instead of all three arguments.
+            grid_thw: `(N, 3)` integers `[frames, rows, columns]`, on the CPU or the device of the patches.
+            patch_positions: `(T, 3)` integers `[t, h, w]` of each patch where they are not the full grid;
+                then a grid row is `(1, 1, patches kept)`.
+
+        Returns:
+            `(T, D)` patch tokens after the final norm, in the order of the patches.
+
+        Raises:
+            ValueError: arguments that do not fit each other or this model.
+        """
+        patches, layout = self._read(hidden_states, grid_thw, patch_positions)
+        return self.trunk(patches, layout, None).tokens
+
+    def encode(
+        self,
+        hidden_states: Tensor | Pack,
+        grid_thw: Tensor | None = None,
+        patch_positions: Tensor | None = None,
+        *,
+        output_hidden_states: bool = False,
+    ) -> PackedOutput:
+        """As `forward`, with pooling, projection, prefix tokens and, on request, every layer's tokens."""
+        patches, layout = self._read(hidden_states, grid_thw, patch_positions)
+        trunk = self.trunk(patches, layout, [] if output_hidden_states else None)
+        segments = layout.images if self.frames_attend_jointly else layout.frames
+        pooled = self.pool_segments(trunk, segments)
+        if len(segments) > len(layout.images):
+            pooled = segment_mean(pooled, layout.frames_per_image)
+        return PackedOutput(trunk.tokens, pooled, self.project(pooled), trunk.prefix_tokens, trunk.hidden_states)
+
+    def _read(
+        self, hidden_states: Tensor | Pack, grid_thw: Tensor | None, patch_positions: Tensor | None
+    ) -> tuple[Tensor, Layout]:
+        """Check the arguments and read the grid: everything about them that can be wrong is found here."""
+        if isinstance(hidden_states, Pack):
+            if grid_thw is not None or patch_positions is not None:
+                raise ValueError("hidden_states: a Pack brings its own grid_thw and patch_positions; give it alone")
+            self._check_pack(hidden_states)
+            pack = hidden_states
+            hidden_states, grid_thw, patch_positions = pack.hidden_states, pack.grid_thw, pack.patch_positions
+        if grid_thw is None:
+            raise ValueError("grid_thw: expected (N, 3) integers beside hidden_states, got None")
+        weight = next(self.parameters())
+        if weight.device.type != "meta" and hidden_states.device != weight.device:
+            raise ValueError(f"hidden_states: expected on {weight.device} like the weights, got {hidden_states.device}")
+        if hidden_states.dtype != weight.dtype and not torch.is_autocast_enabled(hidden_states.device.type):
+            raise ValueError(f"hidden_states: expected {weight.dtype} like the weights, got {hidden_states.dtype}")
+        return hidden_states, Layout.read(hidden_states, grid_thw, patch_positions, self.patch_dim)
+
+    def _check_pack(self, pack: Pack) -> None:
+        if (pack.patch_size, pack.patch_order) != (self.patch_size, self.patch_order):
+            raise ValueError(
+                f"pack: made with patch_size {pack.patch_size} and patch_order {pack.patch_order!r}, but this encoder "
+                f"takes {self.patch_size} and {self.patch_order!r}; make it with this encoder's pack()"
+            )
+        own = self.preprocessing
+        if pack.mean is not None and (pack.mean, pack.std) != (own.mean, own.std):
+            raise ValueError(
+                f"pack: normalised with mean {pack.mean} and std {pack.std}, but this encoder takes {own.mean} and "
+                f"{own.std}; make it with this encoder's pack()"
+            )
+
+    # From pictures.
+
+    def pack(
+        self,
+        images: Sequence[Any],
+        *,
+        resize: Literal["torch", "pil"] = "torch",
+        max_patches: int | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> Pack:
+        """Decode, resize by the model's own rule, normalise and patchify.
+
+        Args:
+            images: paths, encoded bytes, PIL images, uint8 arrays `(H, W, 3)`, or clips `(frames, H, W, 3)`.
+            resize: `"pil"` is bit-exact with the original's processor, `"torch"` is faster and 1–2 grey levels off.
+            max_patches: a cap on the patches of an image, its aspect ratio kept.
+            preprocessing: another rule than the model's own.
+
+        Returns:
+            A pack on the device and in the dtype of this encoder.
+
+        Raises:
+            ImageError: an image that cannot be used, by name and with the reason.
+        """
+        rule = preprocessing or self.preprocessing
+        options: dict[str, Any] = {"resize": resize, "max_patches": max_patches}
+        pixels = [pictures.preprocess(pictures.load(image), rule, self.patch_size, **options) for image in images]
+        pack = Pack.of(
+            pixels,
+            self.patch_size,
+            self.patch_order,
+            mean=rule.mean,
+            std=rule.std,
+            channels=self.config.num_channels,
+            preprocessing=rule.describe(resize, max_patches),
+        )
+        return pack.to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def embed(self, images: Iterable[Any], *, capacity: int = 16384, **options: Any) -> Tensor:
+        """One vector per image: `image_embeds` where the checkpoint has a projection, else `pooled`.
+
+        Args:
+            images: as `pack` takes them.
+            capacity: patches per pack; a pack takes images until the next would pass this.
+            options: as `pack` takes them.
+
+        Returns:
+            `(N, E)` or `(N, D)`.
+        """
+        vectors, waiting, patches = [], [], 0
+        for image in images:
+            pack = self.pack([image], **options)
+            if waiting and patches + len(pack.hidden_states) > capacity:
+                vectors.append(self._vectors(waiting))
+                waiting, patches = [], 0
+            waiting.append(pack)
+            patches += len(pack.hidden_states)
+        vectors.append(self._vectors(waiting or [self.pack([])]))
+        return torch.cat(vectors)
+
+    def _vectors(self, packs: list[Pack]) -> Tensor:
+        output = self.encode(
+            torch.cat([pack.hidden_states for pack in packs]), torch.cat([pack.grid_thw for pack in packs])
+        )
+        return output.pooled if output.image_embeds is None else output.image_embeds

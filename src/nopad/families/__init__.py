@@ -1,0 +1,45 @@
+"""The families of encoders, each one file that reads top to bottom as that model."""
+
+from __future__ import annotations
+
+from nopad.checkpoint import Checkpoint
+from nopad.encoder import PackedEncoder
+from nopad.families.aimv2 import AIMv2Original, AIMv2Packing
+from nopad.original import Original
+
+ORIGINALS: dict[type[PackedEncoder], Original] = {AIMv2Packing: AIMv2Original()}
+FAMILIES: tuple[type[PackedEncoder], ...] = tuple(ORIGINALS)
+
+
+def family_of(checkpoint: Checkpoint) -> type[PackedEncoder]:
+    """The family whose dialect a checkpoint's tensor names speak.
+
+    Raises:
+        ValueError: none does, or several do.
+    """
+    found = [family for family in FAMILIES if family.dialect_of(checkpoint) is not None]
+    if len(found) != 1:
+        known = "; ".join(f"{f.family} ({', '.join(d.name for d in f.dialects)})" for f in FAMILIES)
+        problem = f"the tensors of {' and '.join(f.family for f in found)}" if found else "tensors of an unknown family"
+        raise ValueError(
+            f"checkpoint {checkpoint.name!r}: {problem}, such as {sorted(checkpoint.tensors)[:10]}; known are {known}"
+        )
+    return found[0]
+
+
+def family_of_published(name: str) -> type[PackedEncoder]:
+    """The family that published a model under this name.
+
+    Raises:
+        ValueError: none did.
+    """
+    for family in FAMILIES:
+        if name in family.published:
+            return family
+    known = [published for family in FAMILIES for published in family.published]
+    raise ValueError(f"checkpoint 'untrained:{name}': expected a published name, one of {', '.join(known)}")
+
+
+def original_of(encoder: PackedEncoder) -> Original:
+    """How the model that an encoder packs is run."""
+    return ORIGINALS[type(encoder)]

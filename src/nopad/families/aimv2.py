@@ -1,0 +1,213 @@
+"""AIMv2 (Fini et al., arXiv:2411.14402): a pre-RMSNorm transformer with gated feed-forward layers and no biases."""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from nopad.checkpoint import Checkpoint, Dialect
+from nopad.encoder import PackedEncoder, Trunk
+from nopad.families.aimv2_checkpoints import (
+    DIALECTS,
+    PUBLISHED,
+    AIMv2PackingConfig,
+    patch_area,
+    read_config,
+    trained_grid,
+)
+from nopad.images import Preprocessing
+from nopad.layers.attention import PackedAttention
+from nopad.layers.block import Block
+from nopad.layers.mlp import GatedMLP
+from nopad.layers.positions import resample, sincos_2d, tables_of_grids
+from nopad.layers.varlen import varlen_attention
+from nopad.original import Original
+from nopad.packing import Layout, Segments
+
+logger = logging.getLogger(__name__)
+
+
+class AIMv2Embeddings(nn.Module):
+    """Patches to tokens: a linear map, RMSNorm, then positions, sine-cosine or learned."""
+
+    def __init__(self, config: AIMv2PackingConfig):
+        super().__init__()
+        self.proj = nn.Linear(patch_area(config) * config.num_channels, config.hidden_size)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.trained_grid = trained_grid(config)
+        self.strict = config.positions == "strict"
+        if not config.is_native:
+            self.position_embedding = nn.Parameter(torch.empty(math.prod(self.trained_grid), config.hidden_size))
+        else:
+            self.register_parameter("position_embedding", None)
+
+    def forward(self, hidden_states: Tensor, layout: Layout) -> Tensor:
+        """`(T, P)` to `(T, D)`."""
+        tokens = self.norm(self.proj(hidden_states))
+        return tokens + self.positions(layout).to(tokens.dtype)
+
+    def positions(self, layout: Layout) -> Tensor:
+        """`(T, D)` float32.
+
+        Raises:
+            ValueError: `positions="strict"` and another grid than the trained one, or a `patch_positions` outside it.
+        """
+        if self.position_embedding is None:
+            return sincos_2d(layout, self.proj.out_features)
+        rows, columns = self.trained_grid
+        if layout.patch_positions is not None:
+            if layout.longest_side > min(rows, columns):
+                raise ValueError(
+                    f"patch_positions: expected rows and columns on the trained {rows} × {columns} grid, "
+                    f"got one of {layout.longest_side - 1}"
+                )
+            _, row, column = layout.patch_positions.unbind(1)
+            return self.position_embedding.float()[row * columns + column]
+        if not layout.grid:
+            return self.position_embedding.float()[:0]
+        self.check_grids(layout)
+        table_of = partial(resample, self.position_embedding, self.trained_grid, mode="bicubic")
+        return tables_of_grids(layout, lambda grid: table_of(target=grid))
+
+    def check_grids(self, layout: Layout) -> None:
+        """Refuse, or tell once, that learned positions are resampled."""
+        others = [(h, w) for _, h, w in layout.grid if (h, w) != self.trained_grid]
+        if others and self.strict:
+            raise ValueError(
+                f"grid_thw: positions='strict' and the positions were learned on {self.trained_grid}, got {others[0]}; "
+                f"resize the image or load with positions='resample'"
+            )
+        if others:
+            _log_resampling(self.trained_grid)
+
+
+@lru_cache
+def _log_resampling(grid: tuple[int, int]) -> None:
+    rows, columns = grid
+    logger.warning("positions were learned on %d × %d patches; other grids get them resampled (bicubic)", rows, columns)
+
+
+class AIMv2Head(nn.Module):
+    """Attention pooling with one learned query that has no projection of its own."""
+
+    def __init__(self, config: AIMv2PackingConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.backend = "auto"
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        self.kv = nn.Linear(config.hidden_size, 2 * config.hidden_size, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, tokens: Tensor, segments: Segments) -> Tensor:
+        """`(T, D)` to `(S, D)`."""
+        key, value = self.kv(tokens).unflatten(1, (2, self.num_heads, -1)).unbind(1)
+        query = self.cls_token.to(key.dtype).view(1, self.num_heads, -1).expand(len(segments), -1, -1)
+        one_each = Segments.of([1] * len(segments), tokens.device)
+        mixed = varlen_attention(query, key, value, one_each, segments, backend=self.backend)
+        return self.proj(mixed.flatten(1))
+
+
+def aimv2_block(config: AIMv2PackingConfig) -> Block:
+    """One transformer block of the family."""
+    norm = partial(nn.RMSNorm, config.hidden_size, eps=config.rms_norm_eps)
+    attention = PackedAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        qkv_bias=config.qkv_bias,
+        proj_bias=config.qkv_bias,
+        dropout_p=config.attention_dropout,
+    )
+    activation = ACT2FN[config.hidden_act]
+    mlp = GatedMLP(config.hidden_size, config.intermediate_size, activation, bias=config.mlp_bias)
+    return Block(norm(), attention, norm(), mlp)
+
+
+class AIMv2Packing(PackedEncoder):
+    """AIMv2 over packs; a clip's frames are separate segments.
+
+    Raises:
+        ValueError: see `PackedEncoder.forward` and `from_pretrained`.
+    """
+
+    config_class = AIMv2PackingConfig
+    family = "aimv2"
+    dialects = DIALECTS
+    published = PUBLISHED
+    _no_split_modules = {"Block", "AIMv2Embeddings", "AIMv2Head"}  # noqa: RUF012 - as transformers declares it
+
+    def build(self) -> None:
+        """Embeddings, blocks, norm, and where the checkpoint has them head and projection."""
+        config = self.config
+        if config.positions not in ("resample", "strict"):
+            raise ValueError(f"positions: expected 'resample' or 'strict', got {config.positions!r}")
+        self.embeddings = AIMv2Embeddings(config)
+        self.layers = nn.ModuleList(aimv2_block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.head = AIMv2Head(config) if config.use_head else None
+        width = config.projection_dim
+        self.projection = None if width is None else nn.Linear(config.hidden_size, width, bias=False)
+
+    def trunk(self, hidden_states: Tensor, layout: Layout, states: list[Tensor] | None) -> Trunk:
+        """Patches to normed tokens."""
+        tokens = self.embeddings(hidden_states, layout)
+        for layer in self.layers:
+            if states is not None:
+                states.append(tokens)
+            tokens = layer(tokens, layout.frames)
+        if states is None:
+            return Trunk(self.norm(tokens))
+        return Trunk(self.norm(tokens), hidden_states=(*states, tokens))
+
+    def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
+        """Attention pooling where the checkpoint has a head, else the mean."""
+        return super().pool_segments(trunk, segments) if self.head is None else self.head(trunk.tokens, segments)
+
+    def project(self, pooled: Tensor) -> Tensor | None:
+        """`(N, D)` to `(N, projection_dim)`."""
+        return None if self.projection is None else self.projection(pooled)
+
+    @property
+    def default_preprocessing(self) -> Preprocessing:
+        """Native: as it is; fixed size: CLIP's resize and crop to the trained size."""
+        statistics: dict[str, Any] = {
+            "resample": "bicubic",
+            "mean": tuple(OPENAI_CLIP_MEAN),
+            "std": tuple(OPENAI_CLIP_STD),
+        }
+        if self.config.is_native:
+            return Preprocessing(rule="native", **statistics)
+        return Preprocessing(rule="crop", size=self.config.image_size, **statistics)
+
+    @classmethod
+    def read_config(cls, checkpoint: Checkpoint, dialect: Dialect) -> AIMv2PackingConfig:
+        """The architecture, from config and tensors."""
+        return read_config(checkpoint, dialect)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        for name in ("position_embedding", "cls_token"):
+            if isinstance(parameter := module.__dict__.get("_parameters", {}).get(name), nn.Parameter):
+                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+
+
+class AIMv2Original(Original):
+    """transformers' AIMv2."""
+
+    model_class = Aimv2VisionModel
+
+    def only_grid(self, packed: PackedEncoder) -> tuple[int, int] | None:
+        """Learned positions: the trained grid."""
+        return None if packed.config.is_native else trained_grid(packed.config)
+
+
+AIMv2Packing.register_conversions()

@@ -1,0 +1,1 @@
+"""Layers that the families share: attention over packs, blocks, positions, pooling."""

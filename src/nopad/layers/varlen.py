@@ -1,0 +1,334 @@
+"""Attention within the segments of a pack: one interface, and behind it every kernel that can do it.
+
+Shape letters: `Tq` and `Tk` tokens of the queries and of the keys, `H` heads, `K` head size, `S` segments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import metadata, util
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nopad.packing import Segments
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_segments: Segments,
+    key_segments: Segments | None = None,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Let each query attend to all keys of the segment with the same number, and to nothing else.
+
+    Args:
+        query: `(Tq, H, K)`.
+        key, value: `(Tk, H, K)`.
+        query_segments: S segments of the queries.
+        key_segments: S segments of the keys; `None` where they are those of the queries.
+        scale: factor on the scores; `None` is `K ** -0.5`.
+        dropout_p: share of the attention weights that is dropped.
+        backend: one of `BACKENDS`, or `"auto"` for the best there is.
+
+    Returns:
+        `(Tq, H, K)`.
+
+    Raises:
+        ValueError: tensors and segments do not fit together, a segment has queries and no keys, or the backend is
+            unknown or cannot take these tensors.
+        ImportError: the backend is not installed.
+    """
+    key_segments = query_segments if key_segments is None else key_segments
+    _check(query, key, value, query_segments, key_segments)
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    choice = _choose(backend, query.device, query.dtype, query.shape[-1], needs_grad, dropout_p > 0)
+    if query.shape[0] == 0:
+        return query.clone()
+    return _KERNELS[choice].run(query, key, value, (query_segments, key_segments), scale, dropout_p)
+
+
+def resolve_backend(
+    backend: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    needs_grad: bool = False,
+    dropout: bool = False,
+) -> str:
+    """The backend that `varlen_attention` takes for such tensors: `backend` itself, or the choice of `"auto"`.
+
+    Raises:
+        ValueError: the backend is unknown or cannot take such tensors.
+        ImportError: the backend is not installed.
+    """
+    return _KERNELS[_choose(backend, torch.device(device), dtype, head_dim, needs_grad, dropout)].name
+
+
+def available_backends(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """The backends that can take such tensors in inference, best first."""
+    device = torch.device(device)
+    usable = [kernel.name for kernel in _KERNELS if _obstacle(kernel, device, dtype, head_dim, False, False) is None]
+    return list(dict.fromkeys(usable))
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, query_segments: Segments, key_segments: Segments) -> None:
+    if query.ndim != 3:
+        raise ValueError(f"query: expected shape (Tq, H, K), got {tuple(query.shape)}")
+    if key.ndim != 3 or key.shape[1:] != query.shape[1:]:
+        raise ValueError(
+            f"key: expected shape (Tk, {query.shape[1]}, {query.shape[2]}) like query, got {tuple(key.shape)}"
+        )
+    if value.shape != key.shape:
+        raise ValueError(f"value: expected shape {tuple(key.shape)} like key, got {tuple(value.shape)}")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name}: expected {query.dtype} on {query.device} like query, got {tensor.dtype} on {tensor.device}"
+            )
+    number = query_segments.cu_seqlens.shape[0] - 1
+    if key_segments.cu_seqlens.shape[0] - 1 != number:
+        raise ValueError(
+            f"key_segments: expected {number} segments like query_segments, got {key_segments.cu_seqlens.shape[0] - 1}"
+        )
+    if torch.compiler.is_compiling():
+        return  # reading the host lengths would compile anew for every pack
+    for name, tensor, segments in (("query", query, query_segments), ("key", key, key_segments)):
+        if segments.num_tokens != tensor.shape[0]:
+            raise ValueError(
+                f"{name}_segments: expected {tensor.shape[0]} tokens like {name}, got {segments.num_tokens}"
+            )
+    if key_segments is not query_segments and 0 in key_segments.lengths:
+        for index, (queries, keys) in enumerate(zip(query_segments.lengths, key_segments.lengths, strict=True)):
+            if queries and not keys:
+                raise ValueError(f"key_segments: expected a key for the {queries} queries of segment {index}, got none")
+
+
+def _offsets(query_segments: Segments, key_segments: Segments) -> tuple[Tensor, Tensor, int, int]:
+    return query_segments.cu_seqlens, key_segments.cu_seqlens, query_segments.max_seqlen, key_segments.max_seqlen
+
+
+def _flash_attention_2(query, key, value, segments, scale, dropout_p):
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    settings = {"dropout_p": dropout_p, "softmax_scale": scale, "causal": False}
+    return flash_attn_varlen_func(query, key, value, *_offsets(*segments), **settings)
+
+
+def _flash_attention_3(query, key, value, segments, scale, dropout_p):
+    from flash_attn_interface import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    return _call_flash_attention_3(flash_attn_varlen_func, query, key, value, segments, scale)
+
+
+def _flash_attention_3_forward(query, key, value, segments, scale, dropout_p):
+    from fa3_fwd_interface import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    return _call_flash_attention_3(flash_attn_varlen_func, query, key, value, segments, scale)
+
+
+def _call_flash_attention_3(function, query, key, value, segments, scale):
+    # One split: with more, the bits of a segment would depend on what it is packed with.
+    output = function(query, key, value, *_offsets(*segments), softmax_scale=scale, causal=False, num_splits=1)
+    return output[0] if isinstance(output, tuple) else output  # early versions return (output, lse)
+
+
+@torch.compiler.disable(reason="flash_attn.cute compiles its own kernels and registers no custom operator")
+def _flash_attention_4(query, key, value, segments, scale, dropout_p):
+    from flash_attn.cute import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    # By name: the fourth positional argument is another one in some versions.
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    offsets = dict(zip(names, _offsets(*segments), strict=True))
+    output = flash_attn_varlen_func(query, key, value, **offsets, softmax_scale=scale, causal=False)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _torch_varlen(query, key, value, segments, scale, dropout_p):
+    from torch.nn.attention.varlen import varlen_attn
+
+    if scale is not None and scale != query.shape[-1] ** -0.5:
+        query = query * (scale * query.shape[-1] ** 0.5)  # torch 2.10 has no argument for it
+    return varlen_attn(query, key, value, *_offsets(*segments))
+
+
+@torch.compiler.disable(reason="the loop over distinct lengths would be compiled anew for every pack")
+def _sdpa(query, key, value, segments, scale, dropout_p):
+    groups = _groups(segments[0].lengths, segments[1].lengths)
+    outputs = []
+    for queries, keys in groups:
+        query_rows = queries.index(query.device)
+        key_rows = query_rows if keys == queries else keys.index(query.device)
+        batch = queries.batch(query, query_rows), keys.batch(key, key_rows), keys.batch(value, key_rows)
+        mixed = F.scaled_dot_product_attention(*batch, dropout_p=dropout_p, scale=scale)
+        outputs.append(mixed.transpose(1, 2).flatten(0, 1))
+    if len(groups) == 1:
+        return outputs[0]
+    if all(queries.contiguous for queries, _ in groups):
+        return torch.cat(outputs)
+    rows = torch.cat([queries.rows() for queries, _ in groups]).to(query.device, non_blocking=True)
+    return query.new_empty(query.shape).index_copy_(0, rows, torch.cat(outputs))
+
+
+@torch.compiler.disable(reason="the loop over segments would be compiled anew for every pack")
+def _eager(query, key, value, segments, scale, dropout_p):
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    queries, keys = segments[0].lengths, segments[1].lengths
+    parts = [tensor.to(dtype).split(lengths) for tensor, lengths in ((query, queries), (key, keys), (value, keys))]
+    outputs = []
+    for q, k, v in zip(*parts, strict=True):
+        weights = torch.einsum("qhd,khd->hqk", q, k).mul(scale).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", F.dropout(weights, dropout_p), v))
+    return torch.cat(outputs).to(query.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spans:
+    """Stretches of one length in a pack, in the order of their starts."""
+
+    starts: tuple[int, ...]
+    length: int
+
+    @property
+    def contiguous(self) -> bool:
+        return self.starts[-1] - self.starts[0] == (len(self.starts) - 1) * self.length
+
+    def rows(self) -> Tensor:
+        """The row of each token, on the CPU."""
+        return (torch.tensor(self.starts)[:, None] + torch.arange(self.length)).flatten()
+
+    def index(self, device: torch.device) -> Tensor | None:
+        """The rows where they must be gathered, `None` where a slice is enough."""
+        return None if self.contiguous else self.rows().to(device, non_blocking=True)
+
+    def batch(self, tokens: Tensor, index: Tensor | None) -> Tensor:
+        """`(T, H, K)` to `(spans, H, length, K)`."""
+        number, first = len(self.starts), self.starts[0]
+        chosen = tokens[first : first + number * self.length] if index is None else tokens.index_select(0, index)
+        return chosen.unflatten(0, (number, self.length)).transpose(1, 2)
+
+
+@lru_cache(maxsize=16)  # all layers of a model ask for the same pack
+def _groups(query_lengths: tuple[int, ...], key_lengths: tuple[int, ...]) -> list[tuple[_Spans, _Spans]]:
+    """The spans of equal query and key length, by first appearance; segments without queries are left out."""
+    found: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+    starts = zip(accumulate(query_lengths, initial=0), accumulate(key_lengths, initial=0), strict=True)
+    for pair, (query_start, key_start) in zip(zip(query_lengths, key_lengths, strict=True), starts, strict=False):
+        if pair[0]:
+            queries, keys = found.setdefault(pair, ([], []))
+            queries.append(query_start)
+            keys.append(key_start)
+    return [(_Spans(tuple(q), pair[0]), _Spans(tuple(k), pair[1])) for pair, (q, k) in found.items()]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """A way to attend, and what it can take; without a module: any device, dtype and head size."""
+
+    name: str
+    run: Callable[..., Any]
+    module: str = ""
+    install: str = ""
+    capabilities: range = range(0)  # major compute capabilities
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
+    max_head_dim: int = 256
+    grad: bool = True
+    dropout: bool = False
+
+
+_AMPERE_ON, _HOPPER, _HOPPER_ON = range(8, 100), range(9, 10), range(9, 100)
+_TORCH, _FA4 = "pip install 'torch>=2.10'", "pip install flash-attn-4"
+_FA2 = "pip install flash-attn --no-build-isolation"
+_FA3 = "pip install fa3_fwd (no gradients), or build hopper/ of github.com/Dao-AILab/flash-attention"
+# fa3_fwd 0.0.3 is built without float16 and without the backward (its fa3_fwd_config.py).
+_FA3_FORWARD = {"dtypes": (torch.bfloat16,), "max_head_dim": 128, "grad": False}
+
+# Best first. Two rows of one name are two packages of one kernel. FA4 takes head sizes above 128 on some devices only.
+_KERNELS = (
+    _Kernel("flash_attention_3", _flash_attention_3, "flash_attn_interface", _FA3, _HOPPER),
+    _Kernel("flash_attention_3", _flash_attention_3_forward, "fa3_fwd_interface", _FA3, _HOPPER, **_FA3_FORWARD),
+    _Kernel("flash_attention_4", _flash_attention_4, "flash_attn.cute", _FA4, _HOPPER_ON, max_head_dim=128),
+    _Kernel("flash_attention_2", _flash_attention_2, "flash_attn", _FA2, _AMPERE_ON, dropout=True),
+    _Kernel("torch_varlen", _torch_varlen, "torch.nn.attention.varlen", _TORCH, _AMPERE_ON),
+    _Kernel("sdpa", _sdpa, dropout=True),
+    _Kernel("eager", _eager, dropout=True),
+)
+
+BACKENDS = tuple(dict.fromkeys(kernel.name for kernel in _KERNELS))
+"""Names that `varlen_attention` takes as its backend besides `"auto"`, best first."""
+
+
+@torch.compiler.assume_constant_result  # the compiler would look through lru_cache, into the search for modules
+def _choose(*needs) -> int:
+    return _row(*needs)
+
+
+@lru_cache(maxsize=256)
+def _row(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool, dropout: bool) -> int:
+    """The row of `_KERNELS` that runs."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
+    obstacles = []
+    for row, kernel in enumerate(_KERNELS):
+        if backend in ("auto", kernel.name):
+            obstacle = _obstacle(kernel, device, dtype, head_dim, needs_grad, dropout)
+            if obstacle is None:
+                return row
+            obstacles.append(obstacle)
+    # Of two packages, what keeps the installed one from working says more than that the other is missing.
+    raise next((obstacle for obstacle in obstacles if not isinstance(obstacle, ImportError)), obstacles[0])
+
+
+def _obstacle(
+    kernel: _Kernel, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool, dropout: bool
+) -> Exception | None:
+    """What keeps a kernel from taking such tensors."""
+    if not kernel.module:
+        return None
+    name = f"backend: {kernel.name} ({kernel.module})"
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return ValueError(
+            f"{name} takes torch.float16 or torch.bfloat16 on a CUDA device, got {dtype} on {device}; "
+            f"use dtype=torch.bfloat16 on a CUDA device or attention='sdpa'"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] not in kernel.capabilities:
+        return ValueError(
+            f"{name} takes devices of compute capability {kernel.capabilities[0]}"
+            f"{'' if kernel.capabilities == _HOPPER else ' or later'}, "
+            f"got {capability[0]}.{capability[1]}; use attention='auto'"
+        )
+    if not _installed(kernel.module):
+        return ImportError(f"{name} is not installed; {kernel.install}", name=kernel.module)
+    if dtype not in kernel.dtypes:
+        return ValueError(f"{name} takes {kernel.dtypes[0]}, got {dtype}; change the dtype or use attention='auto'")
+    if head_dim % 8 or head_dim > kernel.max_head_dim:
+        return ValueError(
+            f"{name} takes a head size that is a multiple of 8 and at most {kernel.max_head_dim}, got {head_dim}; "
+            f"use attention='sdpa'"
+        )
+    if needs_grad and not kernel.grad:
+        return ValueError(f"{name} is forward only; run under torch.no_grad() or use attention='auto'")
+    if dropout and not kernel.dropout:
+        return ValueError(f"{name} has no dropout; use dropout_p=0 or attention='auto'")
+    return None
+
+
+def _installed(module: str) -> bool:
+    if module == "flash_attn.cute":  # flash-attn 2.8 may bring an early copy of this folder
+        return any(True for _ in metadata.Distribution.discover(name="flash-attn-4"))
+    spec = util.find_spec(module)
+    # flash-attn-4 alone leaves `flash_attn` a namespace package, without an origin.
+    return spec is not None and spec.origin is not None

@@ -1,0 +1,57 @@
+"""`nopad.load`: from a checkpoint's name to an encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from nopad.checkpoint import open_checkpoint
+from nopad.encoder import PackedEncoder
+from nopad.families import family_of, family_of_published
+from nopad.packing import PatchOrder
+from nopad.untrained import UNTRAINED
+
+
+def load(
+    checkpoint: str | Path,
+    *,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    attention: str = "auto",
+    patch_order: PatchOrder | None = None,
+    positions: Literal["resample", "strict"] | None = None,
+) -> PackedEncoder:
+    """Load a pretrained vision encoder for packs.
+
+    Args:
+        checkpoint: a name on the Hugging Face Hub, a folder, a single `.safetensors` or `.pth` file, or
+            `"untrained:<published name>"`: the published architecture with seeded random weights.
+        revision: branch, tag or commit on the Hub.
+        device: where the encoder goes; the CPU unless given.
+        dtype: of the weights; the checkpoint's own unless given.
+        attention: the kernel, `"auto"` for the best that is there.
+        patch_order: layout inside a patch; the family's own unless given.
+        positions: on another grid than the trained one, `"resample"` learned positions or `"strict"`ly refuse.
+
+    Returns:
+        The encoder, in evaluation mode.
+
+    Raises:
+        ValueError: an unknown family, or a tensor missing, unexpected or misshapen.
+        OSError: no such file or folder, and the Hub does not have it or cannot be reached.
+    """
+    name = str(checkpoint)
+    options = {"dtype": dtype, "attention": attention, "patch_order": patch_order, "positions": positions}
+    if name.startswith(UNTRAINED):
+        published = name.removeprefix(UNTRAINED)
+        encoder = family_of_published(published).untrained(published, **options)
+    else:
+        opened = open_checkpoint(name, revision=revision)
+        encoder = family_of(opened).from_checkpoint(opened, **options)
+    if device is not None:
+        encoder = encoder.to(device=device)
+        encoder.set_attention(attention)
+    return encoder

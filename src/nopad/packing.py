@@ -1,0 +1,335 @@
+"""Packs: the patches of many images and clips laid end to end, and the offsets that tell them apart.
+
+Shape letters, here and everywhere: `T` patches or tokens in the pack, `N` images or clips, `S` segments,
+`D` hidden size, `H` heads, `K` head size, `P` values of a patch, `C` colour channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+PatchOrder = Literal["hwc", "chw"]
+"""Layout inside a patch: `"hwc"` is `(ph, pw, C)`, `"chw"` is `(C, ph, pw)`."""
+
+
+def check_patch_order(order: str) -> None:
+    """Raise `ValueError` unless `order` is a known patch order."""
+    if order not in get_args(PatchOrder):
+        raise ValueError(f"patch order: expected 'hwc' or 'chw', got {order!r}")
+
+
+def patchify(pixels: Tensor, patch_size: int, order: PatchOrder = "hwc") -> tuple[Tensor, tuple[int, int, int]]:
+    """Cut an image or a clip into flattened patches, row by row, frame by frame.
+
+    Args:
+        pixels: `(C, H, W)` for an image, `(frames, C, H, W)` for a clip.
+        patch_size: side of a patch in pixels; must divide H and W.
+        order: layout inside a patch.
+
+    Returns:
+        Patches `(frames * rows * columns, P)` with `P = patch_size² · C`, and the grid `(frames, rows, columns)`.
+
+    Raises:
+        ValueError: wrong number of dimensions, an empty side, or a side that `patch_size` does not divide.
+    """
+    check_patch_order(order)
+    if pixels.ndim not in (3, 4):
+        raise ValueError(f"pixels: expected (C, H, W) or (frames, C, H, W), got shape {tuple(pixels.shape)}")
+    clip = pixels if pixels.ndim == 4 else pixels.unsqueeze(0)
+    frames, channels, height, width = clip.shape
+    if min(clip.shape) < 1 or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"pixels: expected height and width to be positive multiples of patch_size {patch_size}, "
+            f"got shape {tuple(pixels.shape)}; resize or crop first"
+        )
+    rows, columns = height // patch_size, width // patch_size
+    cut = clip.reshape(frames, channels, rows, patch_size, columns, patch_size)
+    cut = cut.permute(0, 2, 4, 3, 5, 1) if order == "hwc" else cut.permute(0, 2, 4, 1, 3, 5)
+    return cut.reshape(frames * rows * columns, channels * patch_size**2), (frames, rows, columns)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int, int], patch_size: int, order: PatchOrder = "hwc") -> Tensor:
+    """Put the patches of one image or clip together again: the inverse of `patchify`.
+
+    Args:
+        patches: `(frames * rows * columns, P)`.
+        grid: `(frames, rows, columns)`.
+        patch_size: side of a patch in pixels.
+        order: layout inside a patch.
+
+    Returns:
+        `(C, H, W)` for one frame, `(frames, C, H, W)` for more.
+
+    Raises:
+        ValueError: the patches do not fill the grid, or `P` is no multiple of `patch_size²`.
+    """
+    check_patch_order(order)
+    frames, rows, columns = grid
+    if patches.ndim != 2 or patches.shape[0] != frames * rows * columns or patches.shape[1] % patch_size**2:
+        raise ValueError(
+            f"patches: expected ({frames * rows * columns}, C * {patch_size**2}) for grid {tuple(grid)} "
+            f"and patch_size {patch_size}, got shape {tuple(patches.shape)}"
+        )
+    channels = patches.shape[1] // patch_size**2
+    if order == "hwc":
+        cut = patches.reshape(frames, rows, columns, patch_size, patch_size, channels).permute(0, 5, 1, 3, 2, 4)
+    else:
+        cut = patches.reshape(frames, rows, columns, channels, patch_size, patch_size).permute(0, 3, 1, 4, 2, 5)
+    clip = cut.reshape(frames, channels, rows * patch_size, columns * patch_size)
+    return clip[0] if frames == 1 else clip
+
+
+@dataclasses.dataclass(frozen=True)
+class Segments:
+    """Where each segment of a pack begins and ends.
+
+    `lengths` stays on the host, so that nobody has to read `cu_seqlens` back from the device.
+
+    Attributes:
+        lengths: tokens in each segment, S ints.
+        cu_seqlens: `(S + 1,)` int32 offsets on the device of the tokens.
+        max_seqlen: tokens in the longest segment, 0 where there is none.
+    """
+
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str) -> Segments:
+        """Offsets of segments of the given lengths, on `device`."""
+        offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return cls(tuple(lengths), offsets.to(device, non_blocking=True), max(lengths, default=0))
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens in all segments together."""
+        return sum(self.lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def index(self) -> Tensor:
+        """Segment number of each token, `(T,)` int64 on the device; no host read."""
+        lengths = self.cu_seqlens.diff().long()
+        numbers = torch.arange(len(self), device=lengths.device)
+        return numbers.repeat_interleave(lengths, output_size=self.num_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What one reading of `grid_thw` tells about a pack; below it nothing reads from the device.
+
+    Attributes:
+        grid: `(frames, rows, columns)` of each image or clip.
+        frame_lengths: for each image or clip, the patches of each of its frames.
+        longest_side: rows and columns are all below this number.
+        device: where the tokens are.
+        patch_positions: `(T, 3)` `[t, h, w]` of each patch where the grid does not tell them.
+    """
+
+    grid: tuple[tuple[int, int, int], ...]
+    frame_lengths: tuple[tuple[int, ...], ...]
+    longest_side: int
+    device: torch.device
+    patch_positions: Tensor | None = None
+
+    @classmethod
+    def read(cls, hidden_states: Tensor, grid_thw: Tensor, patch_positions: Tensor | None, patch_dim: int) -> Layout:
+        """Check the arguments of a forward and take the grid to the host: the one host read.
+
+        Args:
+            hidden_states: `(T, P)` patches.
+            grid_thw: `(N, 3)` integers ≥ 1, on the CPU or on the device of `hidden_states`.
+            patch_positions: `None`, or `(T, 3)` on the device of `hidden_states`.
+            patch_dim: the P that the encoder takes.
+
+        Raises:
+            ValueError: an argument of another shape, dtype or device, or patches that do not add up to the grid.
+        """
+        if hidden_states.ndim != 2 or hidden_states.shape[1] != patch_dim:
+            raise ValueError(f"hidden_states: expected shape (T, {patch_dim}), got {tuple(hidden_states.shape)}")
+        integers = not (grid_thw.is_floating_point() or grid_thw.is_complex() or grid_thw.dtype == torch.bool)
+        if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or not integers:
+            raise ValueError(
+                f"grid_thw: expected (N, 3) integers, got shape {tuple(grid_thw.shape)} of {grid_thw.dtype}"
+            )
+        if grid_thw.device not in (hidden_states.device, torch.device("cpu")):
+            raise ValueError(
+                f"grid_thw: expected on the CPU or on {hidden_states.device} like hidden_states, got {grid_thw.device}"
+            )
+        if patch_positions is not None:
+            if patch_positions.shape != (hidden_states.shape[0], 3):
+                raise ValueError(
+                    f"patch_positions: expected shape ({hidden_states.shape[0]}, 3), a [t, h, w] for each row of "
+                    f"hidden_states, got {tuple(patch_positions.shape)}"
+                )
+            if patch_positions.is_floating_point() or patch_positions.dtype == torch.bool:
+                raise ValueError(f"patch_positions: expected integers, got {patch_positions.dtype}")
+            if patch_positions.device != hidden_states.device:
+                raise ValueError(
+                    f"patch_positions: expected on {hidden_states.device} like hidden_states, "
+                    f"got {patch_positions.device}"
+                )
+        grid = tuple((t, h, w) for t, h, w in grid_thw.tolist())
+        for number, row in enumerate(grid):
+            if min(row) < 1:
+                raise ValueError(f"grid_thw: expected integers ≥ 1, got {list(row)} in row {number}")
+        total = sum(t * h * w for t, h, w in grid)
+        if total != hidden_states.shape[0]:
+            raise ValueError(
+                f"grid_thw: its {len(grid)} rows add up to {total} patches, "
+                f"but hidden_states has {hidden_states.shape[0]} rows"
+            )
+        if patch_positions is not None and total:
+            frame_lengths, longest_side = _read_positions(patch_positions, [t * h * w for t, h, w in grid])
+        else:
+            frame_lengths = tuple((h * w,) * t for t, h, w in grid)
+            longest_side = max((side for row in grid for side in row[1:]), default=0)
+        return cls(grid, frame_lengths, longest_side, hidden_states.device, patch_positions)
+
+    @cached_property
+    def num_patches(self) -> int:
+        """Patches that the grid promises."""
+        return sum(t * h * w for t, h, w in self.grid)
+
+    @cached_property
+    def images(self) -> Segments:
+        """One segment per image or clip, patches only."""
+        return Segments.of([t * h * w for t, h, w in self.grid], self.device)
+
+    @cached_property
+    def frames(self) -> Segments:
+        """One segment per image or frame, patches only."""
+        return Segments.of([length for lengths in self.frame_lengths for length in lengths], self.device)
+
+    @cached_property
+    def frames_per_image(self) -> Segments:
+        """How many frames each image or clip has, as segments of frames."""
+        return Segments.of([len(lengths) for lengths in self.frame_lengths], self.device)
+
+    @cached_property
+    def image_index(self) -> Tensor:
+        """Image number of each patch, `(T,)` int64 on the device."""
+        return self.images.index()
+
+    @cached_property
+    def index_in_image(self) -> Tensor:
+        """Place of each patch within its image or clip, `(T,)` int64 on the device."""
+        starts = self.images.cu_seqlens[:-1].long()
+        return torch.arange(self.num_patches, device=self.device) - starts[self.image_index]
+
+    @cached_property
+    def coordinates(self) -> Tensor:
+        """`[t, h, w]` of each patch, `(T, 3)` on the device: `patch_positions` where given, else from the grid."""
+        if self.patch_positions is not None:
+            return self.patch_positions
+        grid = torch.tensor(self.grid, dtype=torch.int64).reshape(-1, 3).to(self.device, non_blocking=True)
+        _, rows, columns = grid[self.image_index].unbind(1)
+        place = self.index_in_image
+        return torch.stack((place // (rows * columns), place // columns % rows, place % columns), dim=1)
+
+
+def _read_positions(patch_positions: Tensor, lengths: Sequence[int]) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """Frames and longest side of a pack whose patches carry their own positions; reads the host once more.
+
+    Raises:
+        ValueError: a negative position, or a frame whose patches do not follow each other.
+    """
+    low, high = torch.stack(patch_positions.aminmax(dim=0)).tolist()
+    if min(low) < 0:
+        raise ValueError(f"patch_positions: expected [t, h, w] ≥ 0, got a minimum of {low}")
+    image = Segments.of(lengths, patch_positions.device).index()
+    span = high[0] + 1
+    runs = torch.unique_consecutive(image * span + patch_positions[:, 0], return_counts=True)
+    frames, counts = torch.stack(runs).tolist()
+    if len(set(frames)) != len(frames):
+        raise ValueError("patch_positions: expected the patches of a frame one after another, got a t that comes back")
+    per_image: list[list[int]] = [[] for _ in lengths]
+    for frame, count in zip(frames, counts, strict=True):
+        per_image[frame // span].append(count)
+    return tuple(map(tuple, per_image)), max(high[1:]) + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Pack:
+    """Patches of several images or clips laid end to end, with what an encoder must know about them.
+
+    Attributes:
+        hidden_states: `(T, P)` patches.
+        grid_thw: `(N, 3)` int64 `[frames, rows, columns]`, on the CPU so that reading it stops no device.
+        patch_size: side of a patch in pixels.
+        patch_order: layout inside a patch.
+        mean, std: the pixel statistics that the pixels were normalised with, one per channel; `None` where unknown.
+        patch_positions: `(T, 3)` `[t, h, w]` of each patch where they are not the full grid, else `None`.
+        preprocessing: how the pixels were made, in words that a table of features can carry; empty where unknown.
+    """
+
+    hidden_states: Tensor
+    grid_thw: Tensor
+    patch_size: int
+    patch_order: PatchOrder = "hwc"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    patch_positions: Tensor | None = None
+    preprocessing: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        pixels: Sequence[Tensor],
+        patch_size: int,
+        patch_order: PatchOrder = "hwc",
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        channels: int = 3,
+        preprocessing: str = "",
+    ) -> Pack:
+        """Patchify normalised images `(C, H, W)` and clips `(frames, C, H, W)` into one pack.
+
+        Raises:
+            ValueError: see `patchify`.
+        """
+        parts = [patchify(image, patch_size, patch_order) for image in pixels]
+        empty = torch.empty(0, channels * patch_size**2)
+        return cls(
+            hidden_states=torch.cat([patches for patches, _ in parts]) if parts else empty,
+            grid_thw=torch.tensor([grid for _, grid in parts], dtype=torch.int64).reshape(-1, 3),
+            patch_size=patch_size,
+            patch_order=patch_order,
+            mean=None if mean is None else tuple(mean),
+            std=None if std is None else tuple(std),
+            preprocessing=preprocessing,
+        )
+
+    def __len__(self) -> int:
+        return self.grid_thw.shape[0]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pack:
+        """The same pack with its patches on another device or in another dtype."""
+        positions = None if self.patch_positions is None else self.patch_positions.to(device)
+        hidden_states = self.hidden_states.to(device=device, dtype=dtype)
+        return dataclasses.replace(self, hidden_states=hidden_states, patch_positions=positions)
+
+    def unpack(self, tokens: Tensor) -> list[Tensor]:
+        """Cut what an encoder gave for this pack into one `(frames, rows, columns, D)` view per image or clip.
+
+        Raises:
+            ValueError: not one row of tokens per patch.
+        """
+        grid = self.grid_thw.tolist()
+        if tokens.ndim != 2 or tokens.shape[0] != self.hidden_states.shape[0]:
+            raise ValueError(
+                f"tokens: expected ({self.hidden_states.shape[0]}, D), a row per patch of the pack, "
+                f"got shape {tuple(tokens.shape)}"
+            )
+        parts = tokens.split([t * h * w for t, h, w in grid])
+        return [part.reshape(t, h, w, -1) for part, (t, h, w) in zip(parts, grid, strict=True)]

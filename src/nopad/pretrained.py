@@ -1,0 +1,238 @@
+"""Loading and saving: published checkpoints in, the original's names out."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.modeling_utils import PreTrainedModel
+
+from nopad.checkpoint import Checkpoint, Dialect, check_strictly, open_checkpoint, original_state_dict
+from nopad.layers.varlen import BACKENDS, resolve_backend
+from nopad.packing import PatchOrder, check_patch_order
+from nopad.untrained import UNTRAINED, fill
+
+HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
+
+# transformers looks a class's conversions up in one table, where the dialect at hand stands while a checkpoint loads.
+_CONVERSIONS = threading.Lock()
+
+
+class PretrainedEncoder(PreTrainedModel):
+    """A transformers model that loads every dialect of its family, strictly, and saves the original's.
+
+    Attributes:
+        family: the family's name.
+        dialects: how its checkpoints name their tensors.
+        published: the config of each published model, by its name on the Hub.
+        source: the checkpoint that this encoder was loaded from, as it was named.
+        dialect: the dialect that it spoke.
+        preprocessor_config: its `preprocessor_config.json`.
+    """
+
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    config: Any
+    family: ClassVar[str]
+    dialects: ClassVar[tuple[Dialect, ...]]
+    published: ClassVar[dict[str, dict[str, Any]]]
+    source: str | None = None
+    dialect: str | None = None
+    preprocessor_config: dict[str, Any] | None = None
+    _backend: str = "auto"
+
+    def __init__(self, config: PreTrainedConfig | str | Path, **kwargs: Any):
+        if isinstance(config, PreTrainedConfig):
+            super().__init__(config, **kwargs)
+            check_patch_order(self.config.patch_order)
+            self.build()
+            self.post_init()
+        else:
+            self.__dict__ = type(self).from_pretrained(config, **kwargs).__dict__
+
+    def build(self) -> None:
+        """Make the modules that `self.config` asks for."""
+        raise NotImplementedError
+
+    @classmethod
+    def read_config(cls, checkpoint: Checkpoint, dialect: Dialect) -> PreTrainedConfig:
+        """The architecture, from a checkpoint's config and its tensors' shapes."""
+        raise NotImplementedError
+
+    @property
+    def attention(self) -> str:
+        """The attention kernel in use on this device and in this dtype."""
+        return resolve_backend(self._backend, self.device, self.dtype, self._head_dim)
+
+    @property
+    def _head_dim(self) -> int:
+        return self.config.hidden_size // self.config.num_attention_heads
+
+    def set_attention(self, backend: str) -> None:
+        """Choose the attention kernel of every layer: `"auto"` or a name in `nopad.layers.varlen.BACKENDS`.
+
+        Raises:
+            ValueError: unknown, or it cannot do this model's device, dtype or head size.
+            ImportError: not installed; says what to install.
+        """
+        if backend not in ("auto", *BACKENDS):
+            raise ValueError(f"attention: expected 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
+        if backend != "auto" and self.device.type != "meta":
+            resolve_backend(backend, self.device, self.dtype, self._head_dim)
+        self._backend = backend
+        for module in self.modules():
+            if "backend" in module.__dict__:
+                module.__dict__["backend"] = backend
+
+    @classmethod
+    def dialect_of(cls, checkpoint: Checkpoint) -> Dialect | None:
+        """The dialect that a checkpoint's tensor names speak, `None` if they are not of this family."""
+        spoken = [dialect for dialect in cls.dialects if dialect.matches(checkpoint.tensors)]
+        if len(spoken) > 1:
+            raise ValueError(f"checkpoint {checkpoint.name!r}: its names mix {' and '.join(d.name for d in spoken)}")
+        return spoken[0] if spoken else None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a published checkpoint, strictly; see `nopad.load` for what it may be.
+
+        Takes transformers' arguments (`dtype`, `device_map`, `revision`, …) and `attention`, `patch_order`,
+        `positions`, as `nopad.load` does.
+
+        Raises:
+            ValueError: not this family, or a tensor missing, unexpected or misshapen.
+        """
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, **kwargs)
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        name = str(pretrained_model_name_or_path)
+        if name.startswith(UNTRAINED):
+            return cls.untrained(name.removeprefix(UNTRAINED), **kwargs)
+        return cls.from_checkpoint(open_checkpoint(name, **hub), **kwargs)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        config: PreTrainedConfig | None = None,
+        attention: str | None = None,
+        patch_order: PatchOrder | None = None,
+        positions: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Load an opened checkpoint: dialect, architecture, strict check, weights."""
+        dialect = cls.dialect_of(checkpoint)
+        if dialect is None:
+            raise ValueError(
+                f"checkpoint {checkpoint.name!r}: expected {cls.family} tensor names "
+                f"({', '.join(d.name for d in cls.dialects)}), got {sorted(checkpoint.tensors)[:10]}"
+            )
+        part = dialect.select(checkpoint)
+        config = _with_options(config or cls.read_config(part, dialect), patch_order=patch_order, positions=positions)
+        with torch.device("meta"):
+            skeleton = cls(config)
+        check_strictly(part, original_state_dict(skeleton, dialect.conversions()), dialect)
+        if dtype in (None, "auto"):
+            dtype = next(tensor.dtype for tensor in part.tensors.values() if tensor.dtype.is_floating_point)
+        asked = kwargs.pop("attn_implementation", None) or "auto"
+        with _CONVERSIONS:
+            register_checkpoint_conversion_mapping(cls.__name__, dialect.conversions(), overwrite=True)
+            try:
+                model = super().from_pretrained(
+                    None, config=config, state_dict=dict(part.tensors), dtype=dtype, **kwargs
+                )
+            finally:
+                cls.register_conversions()
+        # Saved under the original's names, whatever dialect was read.
+        (model[0] if isinstance(model, tuple) else model)._came_from(checkpoint, dialect, attention or asked)
+        return model
+
+    def _came_from(self, checkpoint: Checkpoint, dialect: Dialect, attention: str) -> None:
+        self.__dict__["_weight_conversions"] = None
+        self.source, self.dialect = checkpoint.name, dialect.name
+        self.preprocessor_config = checkpoint.preprocessor
+        self.set_attention(attention)
+
+    @classmethod
+    def untrained(
+        cls,
+        name: str,
+        *,
+        attention: str | None = None,
+        patch_order: PatchOrder | None = None,
+        positions: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        seed: int = 0,
+    ) -> Any:
+        """A published architecture with seeded random weights, the same on every machine.
+
+        Raises:
+            ValueError: not a published name of this family.
+        """
+        config = _with_options(cls.published_config(name), patch_order=patch_order, positions=positions)
+        with torch.device("meta"):
+            model: Any = cls(config)
+        model = model.to(dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32).to_empty(device="cpu")
+        fill(model, seed)
+        model.source = UNTRAINED + name
+        model.set_attention(attention or "auto")
+        return model.eval()
+
+    @classmethod
+    def published_config(cls, name: str) -> PreTrainedConfig:
+        """The config of a published model.
+
+        Raises:
+            ValueError: not a published name of this family.
+        """
+        if name not in cls.published:
+            raise ValueError(f"published model: expected one of {', '.join(cls.published)}, got {name!r}")
+        assert cls.config_class is not None
+        return cls.config_class(**cls.published[name])
+
+    @classmethod
+    def original_dialect(cls) -> Dialect:
+        """The dialect that checkpoints are saved in: the original class's own."""
+        return next(dialect for dialect in cls.dialects if dialect.is_original)
+
+    @classmethod
+    def register_conversions(cls) -> None:
+        """Tell transformers the names that this class saves under."""
+        conversions = cls.original_dialect().conversions()
+        register_checkpoint_conversion_mapping(cls.__name__, conversions, overwrite=True)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save under the original's tensor names, so that the original class loads the folder too."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.preprocessor_config is not None:
+            text = json.dumps(self.preprocessor_config, indent=2) + "\n"
+            (Path(save_directory) / "preprocessor_config.json").write_text(text, encoding="utf-8")
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch embedding."""
+        return self.get_submodule("embeddings.proj")
+
+
+def _with_options(config: PreTrainedConfig, **options: str | None) -> PreTrainedConfig:
+    """Set the loading options that were given.
+
+    Raises:
+        ValueError: this family does not have the option.
+    """
+    for name, value in options.items():
+        if value is None:
+            continue
+        if not hasattr(config, name):
+            raise ValueError(f"{name}: {config.model_type} checkpoints have no such choice, got {value!r}")
+        setattr(config, name, value)
+    return config

@@ -1,0 +1,23 @@
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test reaches for the network
+
+import hypothesis
+import pytest
+import torch
+
+# Speed must never fail a test, and every run draws the same examples.
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The tiny checkpoints with the original projects' outputs; see goldens/README.md."""
+    return Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)

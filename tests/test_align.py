@@ -1,0 +1,197 @@
+"""Alignment: it passes what is equal, fails what is not, and never takes an error for a low score."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from aimv2_checkpoints import apple, flat_config, tiny_composite, tiny_original, write
+from PIL import Image
+
+from nopad import align as align_module
+from nopad.align import align
+from nopad.cli import main
+from nopad.layers.mlp import GatedMLP
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def native(tmp_path) -> Path:
+    original = tiny_original(patch_size=14)
+    return write(tmp_path / "native", original.state_dict(), original.config.to_dict())
+
+
+@pytest.fixture
+def learned(tmp_path) -> Path:
+    original = tiny_original(patch_size=14, image_size=56, is_native=False, use_head=True)
+    return write(tmp_path / "learned", original.state_dict(), original.config.to_dict())
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, size in enumerate([(70, 50), (40, 90), (56, 56)]):
+        noise = torch.randint(0, 255, (*size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+        Image.fromarray(noise.numpy()).save(folder / f"{number}.png")
+    return folder
+
+
+def test_native_checkpoint_passes_every_case(native, photos):
+    report = align(native, images=photos)
+    assert report.passed, [case.failures for case in report.cases]
+    names = [case.name for case in report.cases]
+    assert "16 × 16 patches, batched" in names
+    assert "1 × 60 patches" in names
+    assert "a clip of 3 frames" in names
+    assert "all sizes in one pack" in names
+    assert "the same pack in another order" in names
+    assert names[-1] == "3 photos in one pack"
+    assert not report.skipped
+    assert report.weights == "read from the checkpoint as it is (transformers names)"
+    mixed = next(case for case in report.cases if case.name == "all sizes in one pack")
+    assert mixed.images == 6
+    assert mixed.tokens == 64 + 85 + 84 + 1 + 60 + 3 * 108
+    assert len(mixed.drift) == 4
+    assert sum(count for _, _, count in mixed.histogram) == mixed.tokens
+    assert 0 < mixed.max_relative < 1e-4
+
+
+def test_learned_positions_say_what_is_not_run(learned, photos):
+    report = align(learned, images=photos)
+    assert report.passed, [case.failures for case in report.cases]
+    assert [case.name for case in report.cases][:2] == ["4 × 4 patches, batched", "a clip of 3 frames"]
+    assert "4 × 4 patches and nothing else" in report.skipped[0]
+    assert all(case.min_pooled_cosine > 0.999 for case in report.cases)
+
+
+def test_other_dialects_and_composites(tmp_path, goldens):
+    original = tiny_original()
+    folder = write(tmp_path / "apple", apple(original.state_dict()), flat_config(original))
+    report = align(folder)
+    assert report.passed
+    assert report.weights == "Apple names, converted by nopad to transformers names"
+    tiny_composite().save_pretrained(tmp_path / "composite")
+    assert align(tmp_path / "composite").passed
+    assert align(goldens / "aimv2-apple-lit").passed
+
+
+def test_half_precision_is_measured_from_float32(native):
+    report = align(native, dtype=torch.bfloat16)
+    assert report.passed, [case.failures for case in report.cases]
+    for case in report.cases:
+        assert 0 < case.distance <= 1.1 * case.original_distance
+        assert case.max_relative > 1e-4
+
+
+def test_a_wrong_encoder_fails(native, monkeypatch):
+    def swapped(self, hidden_states):
+        up, gate = self.gate_up(hidden_states).chunk(2, dim=-1)
+        return self.down(self.activation(gate) * up)
+
+    monkeypatch.setattr(GatedMLP, "forward", swapped)
+    report = align(native, threshold=0.999)
+    assert not report.passed
+    assert all(not case.passed for case in report.cases)
+    assert any("minimum cosine" in failure for failure in report.cases[0].failures)
+    assert any("relative error" in failure for failure in report.cases[0].failures)
+    # The drift shows where: nothing before the first layer, much after it.
+    assert report.cases[0].drift[0] < 1e-4 < report.cases[0].drift[1]
+
+
+def test_a_slightly_wrong_encoder_fails_in_half_precision(native, monkeypatch):
+    forward = GatedMLP.forward
+    monkeypatch.setattr(GatedMLP, "forward", lambda self, x: forward(self, x) * 1.05)
+    report = align(native, dtype=torch.bfloat16, threshold=0.5)
+    assert not report.passed
+    assert "distance to float32" in report.cases[0].failures[0]
+
+
+def test_nan_fails(native, monkeypatch):
+    forward = GatedMLP.forward
+    monkeypatch.setattr(GatedMLP, "forward", lambda self, x: forward(self, x) * float("nan"))
+    report = align(native)
+    assert not any(case.passed for case in report.cases)
+
+
+def test_an_exception_is_an_error(native, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("kernel")
+
+    monkeypatch.setattr(GatedMLP, "forward", broken)
+    with pytest.raises(RuntimeError, match="kernel"):
+        align(native)
+
+
+def test_wrong_arguments(native, tmp_path):
+    with pytest.raises(ValueError, match="threshold"):
+        align(native, threshold=2)
+    with pytest.raises(ValueError, match="got none"):
+        align(native, images=tmp_path / "native")
+
+
+def test_noise_is_seeded(native):
+    first, second = align(native), align(native)
+    assert [case.max_abs for case in first.cases] == [case.max_abs for case in second.cases]
+
+
+def test_command_line(native, photos, tmp_path, capsys):
+    page = tmp_path / "deep" / "align.html"
+    assert main(["align", str(native), "--images", str(photos), "--device", "cpu", "--report", str(page)]) == 0
+    printed = capsys.readouterr().out
+    assert "PASSED: " in printed
+    assert "all sizes in one pack" in printed
+    assert "<html" in page.read_text(encoding="utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["align", str(native), "--device", "cpu", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] is True
+    assert {case["name"] for case in report["cases"]} >= {"64 images of one patch"}
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_command_line_failure_and_wrong_use(native, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(align_module, "RELATIVE_LIMIT", 1e-12)
+    assert main(["align", str(native), "--device", "cpu"]) == 1
+    assert "FAILED: 0 of" in capsys.readouterr().out
+    assert main(["align", str(tmp_path / "nothing")]) == 2
+    assert "neither a file nor a folder" in capsys.readouterr().err
+    assert main(["align", str(native), "--device", "cpu", "--attention", "flash_attention_2"]) == 2
+    assert "flash" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_status:
+        main(["align"])
+    assert exit_status.value.code == 2
+
+
+def test_models_are_listed(capsys):
+    assert main(["models", "--json"]) == 0
+    models = {model["name"]: model for model in json.loads(capsys.readouterr().out)}
+    assert models["apple/aimv2-3B-patch14-448"]["hidden_size"] == 3072
+    assert models["apple/aimv2-large-patch14-224"]["parameters"] == 309_197_824
+    assert main(["models"]) == 0
+    assert "309,197,824" in capsys.readouterr().out
+
+
+def run_script(*arguments: str) -> subprocess.CompletedProcess:
+    script = ROOT / "model_factory" / "align_aim_v2_packing.py"
+    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_specifications_script(native, photos, tmp_path):
+    done = run_script("--ckpt", str(native), "--device", "cpu", "--batch_size", "3", "--image_size", "70")
+    assert done.returncode == 0, done.stderr
+    assert "5 × 5 patches, batched      75" in done.stdout
+    assert "photos" not in done.stdout
+    arguments = ["--ckpt", str(native), "--device", "cpu", "--use_real_images", "--image_dir", str(photos)]
+    done = run_script(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "3 photos in one pack" in done.stdout
+    assert "batched" not in done.stdout
+    assert run_script(*arguments, "--threshold", "1.0").returncode == 1
+    assert run_script(*arguments, "--image_size", "28").stdout.count(" 12 ") == 1
+    assert run_script("--ckpt", str(native), "--image_dir", str(photos)).returncode == 2

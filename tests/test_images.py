@@ -1,0 +1,570 @@
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
+from torch import Tensor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
+from nopad.images import MAX_PIXELS, ImageError, Preprocessing, _warn_of_lax_pillow, load, load_image, preprocess
+from nopad.packing import patchify
+
+PHOTOS = sorted(path for path in (Path(__file__).parent.parent / "examples/images").iterdir() if path.suffix != ".md")
+COFFEE = PHOTOS[0].parent / "coffee.jpg"
+
+HALF = (0.5, 0.5, 0.5)
+NATIVE = Preprocessing(rule="native", resample="bicubic", mean=HALF, std=HALF)
+CROP = Preprocessing(
+    rule="crop",
+    size=224,
+    resample="bicubic",
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+)
+NAFLEX = Preprocessing(rule="naflex", resample="bilinear", mean=HALF, std=HALF)
+SQUARE = Preprocessing(
+    rule="square",
+    size=224,
+    resample="bilinear",
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    rescale_before_resize=True,
+)
+
+
+def encoded(image: Image.Image, format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def noise(height: int, width: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def pixel(image: Tensor, row: int = 0, column: int = 0) -> list[int]:
+    return image[:, row, column].tolist()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that promises a size and holds hardly any pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+# Colours
+
+
+def test_rgb_is_taken_as_it_is_from_every_kind_of_source(tmp_path):
+    array = noise(5, 7).permute(1, 2, 0).numpy()
+    image = Image.fromarray(array)
+    path = tmp_path / "image.png"
+    image.save(path)
+    for source in (path, str(path), path.read_bytes(), image, array, torch.from_numpy(array).permute(2, 0, 1)):
+        loaded = load_image(source)
+        assert loaded.dtype == torch.uint8
+        assert torch.equal(loaded, noise(5, 7))
+
+
+def test_loading_leaves_the_array_and_does_not_share_its_memory():
+    array = np.zeros((2, 2, 3), np.uint8)
+    array.flags.writeable = False
+    loaded = load_image(array)
+    loaded += 1
+    assert array.sum() == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 1)])
+def test_grey_fills_all_three_channels(shape):
+    assert pixel(load_image(np.full(shape, 9, np.uint8))) == [9, 9, 9]
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0, 0), (128, 0), (129, 1), (257 * 100, 100), (65535, 255)])
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_16_bit_grey_is_divided_by_257(mode, value, expected):
+    dtype = {"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode]
+    image = Image.frombytes(mode, (2, 1), np.array([value, value], dtype).tobytes())
+    assert image.mode == mode
+    assert pixel(load_image(image)) == [expected] * 3
+
+
+def test_16_bit_png_is_not_clipped():
+    image = Image.fromarray(np.array([[0, 32896, 65535]], np.uint16))
+    assert load_image(encoded(image, "PNG"))[0].tolist() == [[0, 128, 255]]
+
+
+def test_32_bit_grey_beyond_16_bit_is_refused():
+    with pytest.raises(ImageError, match=r"expected 0\.\.65535, got 0\.\.65536"):
+        load_image(Image.fromarray(np.array([[0, 65536]], np.int32)))
+
+
+def test_float_grey_is_refused():
+    with pytest.raises(ImageError, match="mode F"):
+        load_image(Image.fromarray(np.zeros((2, 2), np.float32)))
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(0, [255, 255, 255]), (255, [200, 0, 0]), (51, [244, 204, 204])])
+def test_alpha_is_composed_on_white(alpha, expected):
+    array = np.full((2, 2, 4), (200, 0, 0, alpha), np.uint8)
+    assert pixel(load_image(array)) == expected
+    assert pixel(load_image(encoded(Image.fromarray(array), "PNG"))) == expected
+
+
+def test_grey_and_palette_alpha_is_composed_on_white():
+    grey = Image.fromarray(np.array([[[10, 255], [10, 0]]], np.uint8), "LA")
+    palette = Image.new("PA", (2, 1), (0, 255))
+    palette.putpalette([10, 10, 10])
+    palette.putpixel((1, 0), (0, 0))
+    for image in (grey, palette):
+        assert load_image(image)[:, 0].T.tolist() == [[10, 10, 10], [255, 255, 255]]
+
+
+def test_transparent_palette_entry_becomes_white():
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    loaded = load_image(encoded(image, "PNG", transparency=1))
+    assert loaded[:, 0].T.tolist() == [[10, 20, 30], [255, 255, 255]]
+
+
+@pytest.mark.parametrize(
+    ("image", "transparency"),
+    [
+        (Image.new("RGB", (1, 1), (1, 2, 3)), (1, 2, 3)),
+        (Image.new("L", (1, 1), 7), 7),
+        (Image.fromarray(np.array([[700]], np.uint16)), 700),
+    ],
+    ids=["RGB", "L", "16 bit"],
+)
+def test_transparent_colour_becomes_white(image, transparency):
+    assert pixel(load_image(encoded(image, "PNG", transparency=transparency))) == [255, 255, 255]
+
+
+def test_cmyk_becomes_rgb():
+    loaded = load_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100))
+    assert loaded.shape == (3, 8, 8)
+    assert np.abs(np.subtract(pixel(loaded), [255, 0, 0])).max() <= 2
+
+
+def test_bilevel_becomes_black_and_white():
+    assert pixel(load_image(Image.new("1", (2, 2), 1))) == [255, 255, 255]
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
+def test_animation_gives_its_first_frame(format):
+    frames = [Image.new("RGB", (4, 3), colour) for colour in ("red", "blue")]
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encoded(frames[0], format, save_all=True, append_images=frames[1:], **options)
+    assert Image.open(io.BytesIO(data)).n_frames == 2
+    assert pixel(load_image(data)) == [255, 0, 0]
+
+
+# Orientation: the upright image is [[1, 2, 3], [4, 5, 6]]; each row is how a camera stores it with that tag.
+STORED = {
+    1: [[1, 2, 3], [4, 5, 6]],
+    2: [[3, 2, 1], [6, 5, 4]],
+    3: [[6, 5, 4], [3, 2, 1]],
+    4: [[4, 5, 6], [1, 2, 3]],
+    5: [[1, 4], [2, 5], [3, 6]],
+    6: [[3, 6], [2, 5], [1, 4]],
+    7: [[6, 3], [5, 2], [4, 1]],
+    8: [[4, 1], [5, 2], [6, 3]],
+}
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "lzw TIFF"])
+@pytest.mark.parametrize("tag", STORED)
+def test_exif_orientation_is_applied(tag, format):
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    options = {"compression": "tiff_lzw"} if format == "lzw TIFF" else {}
+    data = encoded(Image.fromarray(np.array(STORED[tag], np.uint8)), format.split()[-1], exif=exif, **options)
+    assert load_image(data)[0].tolist() == STORED[1]
+
+
+def test_jpeg_of_a_phone_is_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert load_image(encoded(Image.new("RGB", (32, 16)), "JPEG", exif=exif)).shape == (3, 32, 16)
+
+
+def test_damaged_exif_does_not_cost_the_image():
+    data = encoded(Image.new("RGB", (8, 4), "red"), "JPEG", exif=b"Exif\0\0" + b"no exif at all")
+    assert load_image(data).shape == (3, 4, 8)
+
+
+# What must fail, saying why
+
+
+def half(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+PHOTO = Image.open(COFFEE)
+BAD_FILES = {
+    "empty": (b"", "not an image"),
+    "text": (b"<html>404</html>", "not an image"),
+    "jpeg": (half(encoded(PHOTO, "JPEG")), "truncated"),
+    "jpeg without its last hundred bytes": (encoded(PHOTO, "JPEG")[:-100], "truncated"),
+    "progressive jpeg": (half(encoded(PHOTO, "JPEG", progressive=True)), "truncated"),
+    "cmyk jpeg": (half(encoded(PHOTO.convert("CMYK"), "JPEG")), "truncated"),
+    "png": (half(encoded(PHOTO, "PNG")), "truncated"),
+    "gif": (half(encoded(PHOTO, "GIF")), "truncated"),
+    "webp": (half(encoded(PHOTO, "WEBP")), "truncated|not an image"),
+    "tiff": (half(encoded(PHOTO, "TIFF")), "truncated|not an image"),
+    "bmp": (half(encoded(PHOTO, "BMP")), "truncated"),
+    "png with hardly any pixels": (png_header(100, 100), "truncated"),
+    "bomb": (png_header(20_000, 10_000), "max_pixels 178956970"),
+    "bomb that Pillow refuses": (png_header(100_000, 100_000), "max_pixels 178956970"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_file_is_refused(case, tmp_path):
+    data, reason = BAD_FILES[case]
+    path = tmp_path / "image.jpg"
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match=reason) as caught:
+        load_image(path)
+    assert caught.value.source == str(path)
+    with pytest.raises(ImageError, match=f"^{len(data)} bytes: .*({reason})"):
+        load_image(data)
+
+
+def test_max_pixels_is_checked_before_decoding():
+    data = png_header(100, 100)  # decoding it would say that it is truncated
+    with pytest.raises(ImageError, match="100×100 is 10000 pixels, expected 1 to max_pixels 9999"):
+        load_image(data, max_pixels=9_999)
+    with pytest.raises(ImageError, match="max_pixels 9999"):
+        load_image(Image.open(io.BytesIO(data)), max_pixels=9_999)
+    assert load_image(Image.new("L", (100, 100)), max_pixels=10_000).shape == (3, 100, 100)
+
+
+def test_lax_pillow_is_warned_of(monkeypatch, caplog):
+    _warn_of_lax_pillow.cache_clear()
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    load_image(Image.new("L", (1, 1)))
+    assert "LOAD_TRUNCATED_IMAGES" in caplog.text
+
+
+def test_files_that_cannot_be_opened(tmp_path):
+    missing = tmp_path / "missing.jpg"
+    with pytest.raises(ImageError, match=r"missing\.jpg: cannot be opened: No such file"):
+        load_image(missing)
+    with pytest.raises(ImageError, match="cannot be opened: Is a directory"):
+        load_image(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_file_without_permission(tmp_path):
+    path = tmp_path / "image.png"
+    path.touch(mode=0)
+    with pytest.raises(ImageError, match="cannot be opened: Permission denied"):
+        load_image(path)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4), np.uint16),
+        np.zeros((3, 4, 5), np.uint8),
+        np.zeros((4, 4, 2), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros((4,), np.uint8),
+        torch.zeros(3, 4, 4),
+        torch.zeros(4, 4, 3, dtype=torch.uint8),
+        torch.zeros(3, 0, 4, dtype=torch.uint8),
+        None,
+        4,
+    ],
+    ids=lambda source: f"{type(source).__name__} {getattr(source, 'dtype', '')} {getattr(source, 'shape', '')}",
+)
+def test_other_arrays_and_objects_are_refused(source):
+    with pytest.raises(ImageError, match="expected"):
+        load_image(source)
+
+
+def test_error_survives_pickling():
+    error = pickle.loads(pickle.dumps(ImageError("cat.jpg", "truncated")))
+    assert isinstance(error, ValueError)
+    assert (error.source, error.reason, str(error)) == ("cat.jpg", "truncated", "cat.jpg: truncated")
+
+
+def test_import_is_light_and_sets_no_globals():
+    code = "import sys, nopad.images; from PIL import ImageFile; "
+    code += "assert 'transformers' not in sys.modules and not ImageFile.LOAD_TRUNCATED_IMAGES"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Clips
+
+
+def test_clip_is_loaded_from_frames_arrays_and_tensors():
+    clip = torch.stack([noise(4, 6, seed) for seed in range(3)])
+    array = clip.permute(0, 2, 3, 1).numpy()
+    for source in (clip, array, list(array), [Image.fromarray(frame) for frame in array]):
+        assert torch.equal(load(source), clip)
+    assert load(clip[:1]).shape == (1, 3, 4, 6)
+    assert load(array[0]).shape == (3, 4, 6)
+
+
+def test_clip_of_unequal_or_no_frames_is_refused():
+    with pytest.raises(ImageError, match=r"clip of 2 frames: .* got \(height, width\) \(4, 6\), \(6, 4\)"):
+        load([noise(4, 6), noise(6, 4)])
+    with pytest.raises(ImageError, match=r"clip of 0 frames: .* got none"):
+        load([])
+
+
+@pytest.mark.parametrize("resize", ["pil", "torch"])
+@pytest.mark.parametrize("preprocessing", [NATIVE, CROP, NAFLEX, SQUARE], ids=lambda p: p.rule)
+def test_frames_of_a_clip_are_preprocessed_like_images(preprocessing, resize):
+    clip = torch.stack([noise(60, 90, seed) for seed in range(3)])
+    frames = [preprocess(frame, preprocessing, 16, resize=resize) for frame in clip]
+    assert torch.equal(preprocess(clip, preprocessing, 16, resize=resize), torch.stack(frames))
+
+
+# Equal to the original processors
+
+SHAPES = [(300, 451), (451, 300), (224, 224), (64, 64), (97, 1000), (1, 1), (2, 150), (223, 225)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_crop_equals_clip_bit_for_bit(shape):
+    image = noise(*shape)
+    expected = CLIPImageProcessorPil()(image.permute(1, 2, 0).numpy(), input_data_format="channels_last")
+    assert torch.equal(preprocess(image, CROP, 14, resize="pil"), torch.from_numpy(expected["pixel_values"][0]))
+
+
+@pytest.mark.parametrize("max_patches", [None, 1, 64, 1024])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_naflex_equals_siglip2_bit_for_bit(shape, max_patches):
+    image = noise(*shape)
+    processor = Siglip2ImageProcessorPil(max_num_patches=max_patches or 256)
+    expected = processor(image.permute(1, 2, 0).numpy(), input_data_format="channels_last", return_tensors="pt")
+    patches, (_, rows, columns) = patchify(preprocess(image, NAFLEX, 16, resize="pil", max_patches=max_patches), 16)
+    assert [rows, columns] == expected["spatial_shapes"][0].tolist()
+    assert torch.equal(patches, expected["pixel_values"][0, : rows * columns])
+
+
+@pytest.mark.parametrize("path", PHOTOS, ids=lambda path: path.stem)
+def test_photo_equals_clip_from_the_file_on(path):
+    expected = CLIPImageProcessorPil()(Image.open(path))["pixel_values"][0]
+    assert torch.equal(preprocess(load_image(path), CROP, 14, resize="pil"), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("resize", ["pil", "torch"])
+def test_square_equals_the_steps_of_dinov3(resize):
+    """Rescale, resize in float, normalise: its processor needs torchvision, which does these three operations."""
+    image = load_image(COFFEE)
+    rescaled = image.contiguous() * (1 / 255)
+    resized = torch.nn.functional.interpolate(rescaled[None], (224, 224), mode="bilinear", antialias=True)[0]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (SQUARE.mean, SQUARE.std))
+    assert torch.equal(preprocess(image, SQUARE, 16, resize=resize), (resized - mean) / std)
+
+
+@pytest.mark.parametrize("factor", [1 / 255, 1 / 127.5, 1.0])
+def test_rescale_equals_transformers_for_every_grey_level(factor):
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).repeat(3, 1, 1)
+    processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False, rescale_factor=factor)
+    expected = processor(levels.numpy(), input_data_format="channels_first")["pixel_values"][0]
+    own = Preprocessing(rule="native", resample="bicubic", mean=CROP.mean, std=CROP.std, rescale_factor=factor)
+    assert torch.equal(preprocess(levels, own, 16), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("path", PHOTOS, ids=lambda path: path.stem)
+def test_torch_resize_of_photos_is_within_two_grey_levels(path, resample):
+    grey = Preprocessing(rule="crop", size=112, resample=resample, mean=(0, 0, 0), std=(1, 1, 1), rescale_factor=1.0)
+    image = load_image(path)
+    difference = preprocess(image, grey, 14, resize="torch") - preprocess(image, grey, 14, resize="pil")
+    assert difference.abs().max() <= 2
+
+
+# Native
+
+
+def test_native_drops_the_remainder_at_the_right_and_the_bottom():
+    image = noise(29, 45)
+    expected = image[:, :28, :42].float() / 255 * 2 - 1
+    assert torch.allclose(preprocess(image, NATIVE, 14), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((1, 1), (14, 14)), ((1, 2000), (14, 28000)), ((2000, 1), (28000, 14)), ((5, 31), (14, 84)), ((13, 14), (14, 14))],
+)
+@pytest.mark.parametrize("resize", ["pil", "torch"])
+def test_native_enlarges_what_is_smaller_than_a_patch(shape, expected, resize):
+    image = torch.full((3, *shape), 255, dtype=torch.uint8)
+    assert torch.equal(preprocess(image, NATIVE, 14, resize=resize), torch.ones(3, *expected))
+
+
+@pytest.mark.parametrize(
+    ("shape", "max_patches", "expected"),
+    [
+        ((1400, 1400), 256, (16, 16)),
+        ((140, 140), 100, (10, 10)),
+        ((140, 140), 99, (9, 9)),
+        ((280, 1120), 64, (4, 16)),
+        ((1, 2000), 50, (1, 50)),
+        ((14, 1400), 1, (1, 1)),
+    ],
+)
+def test_native_is_scaled_down_to_max_patches(shape, max_patches, expected):
+    pixels = preprocess(noise(*shape), NATIVE, 14, max_patches=max_patches)
+    assert (pixels.shape[1] // 14, pixels.shape[2] // 14) == expected
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 2000), st.sampled_from([14, 16]))
+def test_native_never_exceeds_max_patches_nor_loses_the_image(height, width, max_patches, patch_size):
+    resized = NATIVE._resized(height, width, patch_size, max_patches)
+    rows, columns = (side // patch_size for side in resized)
+    assert 1 <= rows * columns <= max_patches
+    if min(height, width) >= patch_size and (height // patch_size) * (width // patch_size) <= max_patches:
+        assert resized == (height, width)
+    if rows > 1 and columns > 1:  # else squeezed or enlarged
+        assert abs(resized[0] * width - resized[1] * height) <= max(height, width) + 1
+
+
+# Arguments
+
+
+def test_extreme_aspect_ratio_is_refused_before_it_takes_memory():
+    with pytest.raises(ImageError, match=rf"image of 1×4000 .*224×896000, expected at most {MAX_PIXELS}"):
+        preprocess(noise(1, 4000), CROP, 14)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"image": torch.zeros(3, 28, 28)}, "image: expected uint8"),
+        ({"image": torch.zeros(28, 28, 3, dtype=torch.uint8)}, "image: expected uint8"),
+        ({"image": torch.zeros(3, 0, 28, dtype=torch.uint8)}, "image: expected uint8"),
+        ({"resize": "opencv"}, "resize: expected one of"),
+        ({"max_patches": 0}, "max_patches: expected ≥ 1, got 0"),
+        ({"preprocessing": CROP, "max_patches": 100}, "size 224 with patch_size 14 gives 256 patches"),
+        ({"preprocessing": SQUARE, "patch_size": 225}, "gives 0 patches"),
+    ],
+)
+def test_wrong_arguments_are_named(change, match):
+    arguments = {"image": noise(28, 28), "preprocessing": NATIVE, "patch_size": 14} | change
+    with pytest.raises(ValueError, match=match):
+        preprocess(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"rule": "pad"}, "rule: expected one of"),
+        ({"resample": "lanczos"}, "resample: expected one of"),
+        ({"size": 224}, "size: expected None for 'native', got 224"),
+        ({"rule": "crop"}, "size: expected pixels ≥ 1 for 'crop', got None"),
+        ({"rule": "square", "size": 224, "max_patches": 4}, "max_patches: expected None for 'square'"),
+        ({"max_patches": 0}, "max_patches: expected ≥ 1"),
+        ({"std": (1.0, 0.0, 1.0)}, "mean, std"),
+        ({"mean": (0.5,)}, "mean, std"),
+    ],
+)
+def test_preprocessing_checks_itself(change, match):
+    fields = {"rule": "native", "resample": "bicubic", "mean": HALF, "std": HALF} | change
+    with pytest.raises(ValueError, match=match):
+        Preprocessing(**fields)
+
+
+# preprocessor_config.json
+
+CLIP_STATISTICS = {"image_mean": list(CROP.mean), "image_std": list(CROP.std)}
+IMAGENET = {"image_mean": list(SQUARE.mean), "image_std": list(SQUARE.std)}
+RESIZED = {"do_resize": True, "do_rescale": True, "rescale_factor": 0.00392156862745098, "do_normalize": True}
+
+
+@pytest.mark.parametrize(
+    ("config", "default", "expected"),
+    [
+        ({}, NATIVE, NATIVE),
+        ({}, CROP, CROP),
+        ({}, NAFLEX, NAFLEX),
+        ({}, SQUARE, SQUARE),
+        (
+            RESIZED
+            | CLIP_STATISTICS
+            | {
+                "image_processor_type": "CLIPImageProcessor",
+                "size": {"shortest_edge": 224},
+                "do_center_crop": True,
+                "crop_size": {"height": 224, "width": 224},
+                "resample": 3,
+            },
+            NATIVE,
+            CROP,
+        ),
+        ({"size": 224, "crop_size": 224, "do_center_crop": True, "resample": 3} | CLIP_STATISTICS, NAFLEX, CROP),
+        ({"image_processor_type": "Siglip2ImageProcessor", "max_num_patches": 256, "patch_size": 16, "size": None}
+         | RESIZED | {"image_mean": list(HALF), "image_std": 0.5, "resample": 2}, NAFLEX,
+         Preprocessing(rule="naflex", max_patches=256, resample="bilinear", mean=HALF, std=HALF)),
+        ({"image_processor_type": "SiglipImageProcessor", "size": {"height": 384, "width": 384}, "resample": 3},
+         NAFLEX, Preprocessing(rule="square", size=384, resample="bicubic", mean=HALF, std=HALF)),
+        ({"image_processor_type": "DINOv3ViTImageProcessorFast", "size": {"height": 224, "width": 224},
+          "crop_size": None, "do_center_crop": None, "default_to_square": True, "resample": 2} | RESIZED | IMAGENET,
+         SQUARE, SQUARE),
+        ({"image_processor_type": "ViTImageProcessor", "size": 518}, SQUARE,
+         Preprocessing(rule="square", size=518, resample="bilinear", mean=SQUARE.mean, std=SQUARE.std)),
+        ({"do_resize": False, "do_center_crop": False, "size": {"shortest_edge": 224}}, CROP,
+         Preprocessing(rule="native", resample="bicubic", mean=CROP.mean, std=CROP.std)),
+        ({"do_normalize": False, "do_rescale": False}, NATIVE,
+         Preprocessing(rule="native", resample="bicubic", mean=(0, 0, 0), std=(1, 1, 1), rescale_factor=1.0)),
+        ({"rescale_factor": 1 / 127.5}, NATIVE,
+         Preprocessing(rule="native", resample="bicubic", mean=HALF, std=HALF, rescale_factor=1 / 127.5)),
+    ],
+)  # fmt: skip
+def test_config_of_a_checkpoint_wins_over_the_default(config, default, expected):
+    assert Preprocessing.from_config(json.loads(json.dumps(config)), default) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}, "'shortest_edge': 256"),
+        ({"size": {"shortest_edge": 224}, "do_center_crop": False}, "preprocessor config: expected"),
+        ({"do_center_crop": False}, "preprocessor config: expected"),
+        ({"do_resize": False}, "preprocessor config: expected"),
+        ({"max_num_patches": 256, "do_center_crop": True}, "preprocessor config: expected"),
+        ({"size": {"height": 224, "width": 384}}, "size: expected"),
+        ({"size": {"longest_edge": 224}}, "size: expected"),
+        ({"size": "big"}, "size: expected"),
+        ({"resample": 1}, r"resample: expected 2 \(bilinear\) or 3 \(bicubic\), got 1"),
+        ({"do_pad": True}, "do_pad"),
+    ],
+)
+def test_config_that_no_rule_reproduces_is_refused(config, match):
+    with pytest.raises(ValueError, match=match):
+        Preprocessing.from_config(config, CROP)
+
+
+def test_describe_says_which_resize_was_used():
+    assert CROP.describe("pil") == (
+        "crop 224; bicubic antialiased (pil); rescale 1/255 after resize; mean 0.481455, 0.457827, 0.408211; "
+        "std 0.26863, 0.261303, 0.275777; EXIF upright, RGB, alpha on white"
+    )
+    assert "(torch uint8)" in CROP.describe()
+    assert NAFLEX.describe().startswith("naflex at most 256 patches; ")
+    assert NATIVE.describe(max_patches=100).startswith("native at most 100 patches; ")
+    assert "(torch float); rescale 1/255 before resize" in SQUARE.describe("pil")
