@@ -129,7 +129,8 @@ class Layout:
 
     Attributes:
         grid: `(frames, rows, columns)` of each image or clip.
-        frame_lengths: for each image or clip, the patches of each of its frames.
+        frame_lengths: for each image or clip, the patches of each of its frames, as they follow each other.
+        frames_whole: whether the patches of each frame stand together.
         longest_side: rows and columns are all below this number.
         device: where the tokens are.
         patch_positions: `(T, 3)` `[t, h, w]` of each patch where the grid does not tell them.
@@ -137,6 +138,7 @@ class Layout:
 
     grid: tuple[tuple[int, int, int], ...]
     frame_lengths: tuple[tuple[int, ...], ...]
+    frames_whole: bool
     longest_side: int
     device: torch.device
     patch_positions: Tensor | None = None
@@ -189,11 +191,13 @@ class Layout:
                 f"but hidden_states has {hidden_states.shape[0]} rows"
             )
         if patch_positions is not None and total:
-            frame_lengths, longest_side = _read_positions(patch_positions, [t * h * w for t, h, w in grid])
+            frame_lengths, frames_whole, longest_side = _read_positions(
+                patch_positions, [t * h * w for t, h, w in grid]
+            )
         else:
-            frame_lengths = tuple((h * w,) * t for t, h, w in grid)
+            frame_lengths, frames_whole = tuple((h * w,) * t for t, h, w in grid), True
             longest_side = max((side for row in grid for side in row[1:]), default=0)
-        return cls(grid, frame_lengths, longest_side, hidden_states.device, patch_positions)
+        return cls(grid, frame_lengths, frames_whole, longest_side, hidden_states.device, patch_positions)
 
     @cached_property
     def num_patches(self) -> int:
@@ -207,7 +211,16 @@ class Layout:
 
     @cached_property
     def frames(self) -> Segments:
-        """One segment per image or frame, patches only."""
+        """One segment per image or frame, patches only.
+
+        Raises:
+            ValueError: `patch_positions` scatter the patches of a frame.
+        """
+        if not self.frames_whole:
+            raise ValueError(
+                "patch_positions: expected the patches of a frame one after another, got a t that comes back; "
+                "this encoder attends within frames"
+            )
         return Segments.of([length for lengths in self.frame_lengths for length in lengths], self.device)
 
     @cached_property
@@ -237,11 +250,11 @@ class Layout:
         return torch.stack((place // (rows * columns), place // columns % rows, place % columns), dim=1)
 
 
-def _read_positions(patch_positions: Tensor, lengths: Sequence[int]) -> tuple[tuple[tuple[int, ...], ...], int]:
-    """Frames and longest side of a pack whose patches carry their own positions; reads the host once more.
+def _read_positions(patch_positions: Tensor, lengths: Sequence[int]) -> tuple[tuple[tuple[int, ...], ...], bool, int]:
+    """Frames, whether they are whole, and longest side of a pack whose patches carry their own positions; reads the host once more.
 
     Raises:
-        ValueError: a negative position, or a frame whose patches do not follow each other.
+        ValueError: a negative position.
     """
     low, high = torch.stack(patch_positions.aminmax(dim=0)).tolist()
     if min(low) < 0:
@@ -250,12 +263,10 @@ def _read_positions(patch_positions: Tensor, lengths: Sequence[int]) -> tuple[tu
     span = high[0] + 1
     runs = torch.unique_consecutive(image * span + patch_positions[:, 0], return_counts=True)
     frames, counts = torch.stack(runs).tolist()
-    if len(set(frames)) != len(frames):
-        raise ValueError("patch_positions: expected the patches of a frame one after another, got a t that comes back")
     per_image: list[list[int]] = [[] for _ in lengths]
     for frame, count in zip(frames, counts, strict=True):
         per_image[frame // span].append(count)
-    return tuple(map(tuple, per_image)), max(high[1:]) + 1
+    return tuple(map(tuple, per_image)), len(set(frames)) == len(frames), max(high[1:]) + 1
 
 
 @dataclasses.dataclass(frozen=True)
