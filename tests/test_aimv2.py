@@ -125,7 +125,7 @@ def test_pickled_file_is_read_without_running_it(tmp_path):
             return (exec, ("raise SystemExit('the pickle was run')",))
 
     torch.save({"weights": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+    with pytest.raises(ValueError, match=r"evil\.pth.*tensors and nothing else"):
         nopad.load(tmp_path / "evil.pth")
 
 
@@ -519,3 +519,11 @@ def test_a_folder_with_two_weights_files_asks_which(tmp_path):
         save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(ValueError, match=r"\['a\.safetensors', 'b\.safetensors'\]"):
         nopad.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+@pytest.mark.parametrize("content", [b"", b"no weights at all", b"\x80\x02"])
+def test_damaged_files_are_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        nopad.load(tmp_path / name)

@@ -163,6 +163,9 @@ def test_command_line_failure_and_wrong_use(native, tmp_path, capsys, monkeypatc
     assert "neither a file nor a folder" in capsys.readouterr().err
     assert main(["align", str(native), "--device", "cpu", "--attention", "flash_attention_2"]) == 2
     assert "flash" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main(["align", str(native), "--device", "cuda"]) == 2
+        assert "--device cpu" in capsys.readouterr().err
     with pytest.raises(SystemExit) as exit_status:
         main(["align"])
     assert exit_status.value.code == 2

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
-from nopad.images import MAX_PIXELS, ImageError, Preprocessing, _warn_of_lax_pillow, load, load_image, preprocess
+from nopad.images import MAX_PIXELS, ImageError, _warn_of_lax_pillow, load, load_image
 from nopad.packing import patchify
+from nopad.preprocessing import Preprocessing, preprocess
 
 PHOTOS = sorted(path for path in (Path(__file__).parent.parent / "examples/images").iterdir() if path.suffix != ".md")
 COFFEE = PHOTOS[0].parent / "coffee.jpg"
@@ -309,7 +310,7 @@ def test_error_survives_pickling():
 
 
 def test_import_is_light_and_sets_no_globals():
-    code = "import sys, nopad.images; from PIL import ImageFile; "
+    code = "import sys, nopad.preprocessing; from PIL import ImageFile; "
     code += "assert 'transformers' not in sys.modules and not ImageFile.LOAD_TRUNCATED_IMAGES"
     subprocess.run([sys.executable, "-c", code], check=True)
 

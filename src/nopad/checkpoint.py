@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, revert_weight_conversion
 from transformers.modeling_utils import PreTrainedModel
@@ -241,7 +242,10 @@ def _read_json(path: Path | None) -> dict[str, Any] | None:
 
 def _read_file(path: Path) -> dict[str, StoredTensor]:
     if path.suffix == ".safetensors":
-        handle = safe_open(str(path), framework="pt")
+        try:
+            handle = safe_open(str(path), framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"checkpoint file {str(path)!r}: expected safetensors, got {error}") from error
         tensors = {}
         for name in handle.keys():  # noqa: SIM118 - the handle is no dict
             part = handle.get_slice(name)
@@ -255,7 +259,10 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
         raise ValueError(
             f"checkpoint file {str(path)!r}: expected .safetensors, .pth, .pt or .bin, got {path.suffix!r}"
         )
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"checkpoint file {str(path)!r}: expected tensors and nothing else, got {error}") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         keys = list(content)[:10] if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"checkpoint file {str(path)!r}: expected a flat dict of tensors, got {keys}")

@@ -72,6 +72,8 @@ def report_alignment(options: argparse.Namespace, **arguments: Any) -> int:
 
     transformers_logging.disable_progress_bar()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device: got {device!r}, but torch sees no CUDA device; use --device cpu")
     report = align(
         device=device,
         dtype=getattr(torch, options.dtype),

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from nopad import images as pictures
-from nopad.images import Preprocessing
+from nopad.images import load
 from nopad.layers.pooling import segment_mean
 from nopad.packing import Layout, Pack, PatchOrder, Segments
+from nopad.preprocessing import Preprocessing, preprocess
 from nopad.pretrained import PretrainedEncoder
 
 
@@ -178,7 +178,7 @@ class PackedEncoder(PretrainedEncoder):
         self,
         images: Sequence[Any],
         *,
-        resize: Literal["torch", "pil"] = "torch",
+        resize: Resize = "torch",
         max_patches: int | None = None,
         preprocessing: Preprocessing | None = None,
     ) -> Pack:
@@ -198,7 +198,7 @@ class PackedEncoder(PretrainedEncoder):
         """
         rule = preprocessing or self.preprocessing
         options: dict[str, Any] = {"resize": resize, "max_patches": max_patches}
-        pixels = [pictures.preprocess(pictures.load(image), rule, self.patch_size, **options) for image in images]
+        pixels = [preprocess(load(image), rule, self.patch_size, **options) for image in images]
         pack = Pack.of(
             pixels,
             self.patch_size,

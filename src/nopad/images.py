@@ -1,40 +1,29 @@
-"""Images from files to normalised pixels: decode, orientation, colour, each model's own resize rule, statistics."""
+"""Images from files to 8-bit RGB pixels: decode, orientation, colour."""
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import logging
-import math
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
-from torch.nn import functional
 
 logger = logging.getLogger(__name__)
 
-Rule = Literal["native", "crop", "square", "naflex"]
-Resample = Literal["bicubic", "bilinear"]
-Resize = Literal["pil", "torch"]
 Source = str | Path | bytes | Image.Image | np.ndarray | Tensor
 """A path, a file's bytes, a PIL image, a uint8 array `(H, W)` or `(H, W, 3 | 4)`, a uint8 tensor `(3, H, W)`."""
 
 MAX_PIXELS = 178_956_970
 """Largest image that is decoded or made by a resize, in pixels: the number at which Pillow refuses to open one."""
 
-RESCALE_FACTOR = 1 / 255
-NAFLEX_MAX_PATCHES = 256
-
-_RESAMPLE: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
-_PIL_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 # EXIF tag 0x0112 as the turn that undoes it.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -61,120 +50,6 @@ class ImageError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.source}: {self.reason}"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Preprocessing:
-    """How a model wants its pixels.
-
-    Attributes:
-        rule: `"native"` keeps the size and drops what does not fill a patch at the right and the bottom, `"crop"` is
-            CLIP's short side and centre crop, `"square"` resizes both sides, `"naflex"` is SigLIP2's.
-        size: pixels: short side and crop for `"crop"`, side for `"square"`; `None` for the other two.
-        max_patches: most patches of one frame, for `"native"` and `"naflex"`; `None` is no limit and 256.
-        resample: the filter of the resize, always antialiased.
-        mean, std: the statistics of each colour, on the scale that `rescale_factor` makes.
-        rescale_factor: what a grey level 0..255 is multiplied with.
-        rescale_before_resize: resize in float after rescaling, as DINOv3 does, instead of in 8 bit.
-
-    Raises:
-        ValueError: an attribute out of its range, or a size where the rule has none or none where it needs one.
-    """
-
-    rule: Rule
-    size: int | None = None
-    max_patches: int | None = None
-    resample: Resample
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    rescale_factor: float = RESCALE_FACTOR
-    rescale_before_resize: bool = False
-
-    def __post_init__(self) -> None:
-        if self.rule not in get_args(Rule):
-            raise ValueError(f"rule: expected one of {get_args(Rule)}, got {self.rule!r}")
-        if self.resample not in get_args(Resample):
-            raise ValueError(f"resample: expected one of {get_args(Resample)}, got {self.resample!r}")
-        sized = self.rule in ("crop", "square")
-        if (self.size is not None) != sized or (self.size is not None and self.size < 1):
-            raise ValueError(f"size: expected {'pixels ≥ 1' if sized else None} for {self.rule!r}, got {self.size}")
-        if self.max_patches is not None and (sized or self.max_patches < 1):
-            expected = None if sized else "≥ 1"
-            raise ValueError(f"max_patches: expected {expected} for {self.rule!r}, got {self.max_patches}")
-        if len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
-            raise ValueError(f"mean, std: expected 3 numbers each and no std of 0, got {self.mean} and {self.std}")
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], default: Preprocessing) -> Preprocessing:
-        """Read a checkpoint's `preprocessor_config.json`, which wins over the family's `default` where it speaks.
-
-        A key that is absent or null says nothing.
-
-        Raises:
-            ValueError: a combination that no rule here reproduces.
-        """
-        config = {key: value for key, value in config.items() if value is not None}
-        processor = config.get("image_processor_type", "")
-        if config.get("do_pad"):
-            raise ValueError("do_pad: true in the preprocessor config, but nothing here pads")
-        rule, size = _rule_and_size(config, processor, default)
-        if rule != default.rule:
-            logger.info("the checkpoint's preprocessor config asks for rule %r, not %r", rule, default.rule)
-        max_patches = default.max_patches if rule == default.rule else None
-        resample = default.resample
-        if "resample" in config and rule != "native":
-            if config["resample"] not in _RESAMPLE:
-                raise ValueError(f"resample: expected 2 (bilinear) or 3 (bicubic), got {config['resample']!r}")
-            resample = _RESAMPLE[config["resample"]]
-        normalize = config.get("do_normalize", True)
-        rescale = config.get("do_rescale", True)
-        return cls(
-            rule=rule,
-            size=size,
-            max_patches=config.get("max_num_patches", max_patches) if rule == "naflex" else max_patches,
-            resample=resample,
-            mean=_three(config.get("image_mean", default.mean)) if normalize else (0.0, 0.0, 0.0),
-            std=_three(config.get("image_std", default.std)) if normalize else (1.0, 1.0, 1.0),
-            rescale_factor=config.get("rescale_factor", default.rescale_factor) if rescale else 1.0,
-            rescale_before_resize=processor.startswith("DINOv3") if processor else default.rescale_before_resize,
-        )
-
-    def describe(self, resize: Resize = "torch", max_patches: int | None = None) -> str:
-        """One line for a table of features: what `preprocess` does with the same `resize` and `max_patches`."""
-        limit = self._limit(max_patches)
-        with_size = f"{self.rule} {self.size}" if self.size else self.rule
-        how = "torch float" if self.rescale_before_resize else {"torch": "torch uint8", "pil": "pil"}[resize]
-        factor = "1/255" if self.rescale_factor == RESCALE_FACTOR else f"{self.rescale_factor:g}"
-        return "; ".join(
-            (
-                with_size + (f" at most {limit} patches" if limit else ""),
-                f"{self.resample} antialiased ({how})",
-                f"rescale {factor} {'before' if self.rescale_before_resize else 'after'} resize",
-                f"mean {', '.join(f'{value:g}' for value in self.mean)}",
-                f"std {', '.join(f'{value:g}' for value in self.std)}",
-                "EXIF upright, RGB, alpha on white",
-            )
-        )
-
-    def _limit(self, max_patches: int | None) -> int | None:
-        if max_patches is not None and max_patches < 1:
-            raise ValueError(f"max_patches: expected ≥ 1, got {max_patches}")
-        default = NAFLEX_MAX_PATCHES if self.rule == "naflex" else None
-        return next((limit for limit in (max_patches, self.max_patches, default) if limit is not None), None)
-
-    def _resized(self, height: int, width: int, patch_size: int, limit: int | None) -> tuple[int, int]:
-        """Height and width after the resize and before any crop."""
-        if self.size is not None:
-            return (self.size, self.size) if self.rule == "square" else _with_short_side(height, width, self.size)
-        if self.rule == "naflex":
-            # Only this module of SigLIP2's processing needs no torchvision; imported late, because it is slow.
-            from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
-
-            assert limit is not None
-            return get_image_size_for_max_num_patches(height, width, patch_size, limit)
-        if min(height, width) < patch_size:
-            height, width = _with_short_side(height, width, patch_size)
-        return (height, width) if limit is None else _within(height, width, patch_size, limit)
 
 
 def load(source: Source | Sequence[Source], *, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -227,7 +102,7 @@ def load_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Tensor:
             expected = "uint8 (H, W), (H, W, 3) or (H, W, 4) with values 0..255"
             raise ImageError(name, f"expected {expected}; channels first goes in as a torch tensor")
         source = source[:, :, 0] if source.ndim == 3 and channels == 1 else source
-        return _as_tensor(_to_rgb(Image.fromarray(source), name))
+        return as_tensor(_to_rgb(Image.fromarray(source), name))
     if not isinstance(source, str | Path | bytes | Image.Image):
         raise ImageError(name, "expected a path, bytes, a PIL image, a uint8 array or a uint8 tensor")
     try:
@@ -245,115 +120,6 @@ def load_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         raise ImageError(name, f"cannot be opened: {error.strerror or error}") from error
     except _DAMAGE as error:
         raise ImageError(name, f"truncated or damaged ({type(error).__name__}: {error}); get the file again") from error
-
-
-def preprocess(
-    image: Tensor,
-    preprocessing: Preprocessing,
-    patch_size: int,
-    *,
-    resize: Resize = "torch",
-    max_patches: int | None = None,
-) -> Tensor:
-    """Resize, crop and normalise an image, or each frame of a clip, by a model's own rule.
-
-    `resize="pil"` gives bit for bit what the PIL processors of transformers 5.23 give; `"torch"` is faster and within
-    1 or 2 grey levels on photos. With `rescale_before_resize` both are torch's float resize, the only one the original
-    has. A `"native"` image smaller than a patch is enlarged until its short side is one patch, so that nothing is lost.
-    A limit on patches scales a `"native"` image down in its aspect ratio; one row or column of patches is squeezed.
-
-    Args:
-        image: uint8 `(3, H, W)` or `(frames, 3, H, W)`.
-        preprocessing: the model's rule and statistics.
-        patch_size: side of a patch in pixels.
-        resize: what resizes 8-bit pixels.
-        max_patches: most patches of a frame, in place of `preprocessing.max_patches`.
-
-    Returns:
-        float32 `(3, rows * patch_size, columns * patch_size)`, with `frames` in front for a clip.
-
-    Raises:
-        ImageError: an aspect ratio so extreme that the resize would make more than `MAX_PIXELS`.
-        ValueError: an argument of another shape or dtype, or a fixed size that is smaller than a patch or has more
-            patches than `max_patches`.
-    """
-    if image.dtype != torch.uint8 or image.ndim not in (3, 4) or image.shape[-3] != 3 or 0 in image.shape:
-        raise ValueError(
-            f"image: expected uint8 (3, H, W) or (frames, 3, H, W), got {image.dtype} {tuple(image.shape)}"
-        )
-    if resize not in get_args(Resize):
-        raise ValueError(f"resize: expected one of {get_args(Resize)}, got {resize!r}")
-    limit = preprocessing._limit(max_patches)
-    size = preprocessing.size
-    if size is not None and not 1 <= (size // patch_size) ** 2 <= (limit or size**2):
-        raise ValueError(
-            f"size {size} with patch_size {patch_size} gives {(size // patch_size) ** 2} patches, "
-            f"expected at least 1{f' and at most max_patches {limit}' if limit else ''}"
-        )
-    clip = image if image.ndim == 4 else image.unsqueeze(0)
-    height, width = preprocessing._resized(clip.shape[2], clip.shape[3], patch_size, limit)
-    if height * width > MAX_PIXELS:
-        reason = f"rule {preprocessing.rule!r} resizes it to {height}×{width}, expected at most {MAX_PIXELS} pixels"
-        raise ImageError(f"image of {clip.shape[2]}×{clip.shape[3]} (height×width)", reason)
-    if preprocessing.rescale_before_resize:
-        # A uint8 tensor times a Python float, in this layout: the bits of the original's torchvision processor.
-        pixels = _resize_torch(clip.contiguous() * preprocessing.rescale_factor, height, width, preprocessing.resample)
-    else:
-        pixels = (_resize_pil if resize == "pil" else _resize_torch)(clip, height, width, preprocessing.resample)
-    if preprocessing.rule == "crop" and size is not None:
-        top, left = (height - size) // 2, (width - size) // 2
-        pixels = pixels[:, :, top : top + size, left : left + size]
-    rows, columns = pixels.shape[2] // patch_size, pixels.shape[3] // patch_size
-    pixels = pixels[:, :, : rows * patch_size, : columns * patch_size].contiguous()
-    if pixels.dtype == torch.uint8:
-        pixels = _rescale(pixels, preprocessing.rescale_factor)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
-    pixels = pixels.sub_(mean).div_(std)
-    return pixels if image.ndim == 4 else pixels[0]
-
-
-def _rule_and_size(config: dict[str, Any], processor: str, default: Preprocessing) -> tuple[Rule, int | None]:
-    """The rule that a preprocessor config without nulls asks for, and its size."""
-    sized = "size" in config or "crop_size" in config
-    naflex = "max_num_patches" in config or processor.startswith("Siglip2") or (default.rule == "naflex" and not sized)
-    size = config.get("size", {"shortest_edge": default.size} if default.rule == "crop" else default.size)
-    if isinstance(size, Mapping):
-        size = {key: value for key, value in size.items() if value is not None}
-        square = size.keys() == {"height", "width"}
-    else:  # CLIP's processor reads a plain number as the short side, the others as both sides
-        clip = default.rule == "crop" or processor.startswith("CLIP") or config.get("do_center_crop", False)
-        square = config.get("default_to_square", not clip)
-    crops = not naflex and ("crop_size" in config or (default.rule == "crop" and not square))
-    crops = config.get("do_center_crop", crops)
-    if not config.get("do_resize", default.rule != "native" or sized or naflex):
-        rule, side, possible = "native", None, not crops
-    elif naflex:
-        rule, side, possible = "naflex", None, not crops
-    else:
-        side = _side(size, "size")
-        crop = _side(config.get("crop_size", side), "crop_size") if crops else None
-        rule, possible = ("square", crop in (None, side)) if square else ("crop", crop == side)
-    if not possible:
-        keys = ("do_resize", "size", "do_center_crop", "crop_size", "max_num_patches")
-        raise ValueError(
-            "preprocessor config: expected no resize and no crop, a short side and a centre crop of equal size, "
-            f"a square, or max_num_patches and no crop; got { {key: config[key] for key in keys if key in config} }"
-        )
-    return rule, side
-
-
-def _side(size: Any, key: str) -> int:
-    """The one number in a size of a preprocessor config."""
-    known = isinstance(size, Mapping) and set(size) in ({"shortest_edge"}, {"height", "width"})
-    side, *others = set(size.values()) if known else (size,)
-    if others or not isinstance(side, int):
-        raise ValueError(f"{key}: expected pixels, {{'shortest_edge': n}} or equal height and width, got {size}")
-    return side
-
-
-def _three(values: float | Sequence[float]) -> tuple[float, float, float]:
-    values = (values,) * 3 if isinstance(values, int | float) else values
-    return cast(tuple[float, float, float], tuple(float(value) for value in values))  # __post_init__ counts them
 
 
 def _name(source: Any) -> str:
@@ -380,7 +146,7 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> Tensor:
     image.load()
     turn = _UPRIGHT.get(image.getexif().get(0x0112, 1))  # after load(), which turns some TIFFs itself
     rgb = _to_rgb(image, name)
-    return _as_tensor(rgb if turn is None else rgb.transpose(turn))
+    return as_tensor(rgb if turn is None else rgb.transpose(turn))
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -397,39 +163,5 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def _as_tensor(image: Image.Image) -> Tensor:
+def as_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def _with_short_side(height: int, width: int, short: int) -> tuple[int, int]:
-    """Transformers' `get_resize_output_image_size`: the long side is cut off to whole pixels."""
-    long = int(short * max(height, width) / min(height, width))
-    return (long, short) if width <= height else (short, long)
-
-
-def _within(height: int, width: int, patch_size: int, limit: int) -> tuple[int, int]:
-    """The size, scaled down until it holds at most `limit` whole patches, but at least one row and one column."""
-    if (height // patch_size) * (width // patch_size) <= limit:
-        return height, width
-    scale = math.sqrt(limit * patch_size**2 / (height * width))
-    # 1e-6 keeps a side that is a whole number of pixels from falling one short by rounding.
-    height, width = (min(max(int(side * scale + 1e-6), patch_size), limit * patch_size) for side in (height, width))
-    return height, width
-
-
-def _resize_pil(clip: Tensor, height: int, width: int, resample: Resample) -> Tensor:
-    frames = (Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in clip)
-    return torch.stack([_as_tensor(frame.resize((width, height), _PIL_FILTERS[resample])) for frame in frames])
-
-
-def _resize_torch(clip: Tensor, height: int, width: int, resample: Resample) -> Tensor:
-    if clip.shape[2:] == (height, width):
-        return clip
-    return functional.interpolate(clip, (height, width), mode=resample, align_corners=False, antialias=True)
-
-
-def _rescale(pixels: Tensor, factor: float) -> Tensor:
-    """Transformers' `rescale`: the product in float64, rounded to float32."""
-    if factor == RESCALE_FACTOR:
-        return pixels.float().div_(255)  # the same bits for all 256 grey levels, and twice as fast
-    return (pixels.double() * factor).float()

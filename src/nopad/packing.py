@@ -44,7 +44,7 @@ def patchify(pixels: Tensor, patch_size: int, order: PatchOrder = "hwc") -> tupl
         raise ValueError(f"pixels: expected (C, H, W) or (frames, C, H, W), got shape {tuple(pixels.shape)}")
     clip = pixels if pixels.ndim == 4 else pixels.unsqueeze(0)
     frames, channels, height, width = clip.shape
-    if min(clip.shape) < 1 or height % patch_size or width % patch_size:
+    if patch_size < 1 or min(clip.shape) < 1 or height % patch_size or width % patch_size:
         raise ValueError(
             f"pixels: expected height and width to be positive multiples of patch_size {patch_size}, "
             f"got shape {tuple(pixels.shape)}; resize or crop first"
@@ -68,9 +68,15 @@ def unpatchify(patches: Tensor, grid: tuple[int, int, int], patch_size: int, ord
         `(C, H, W)` for one frame, `(frames, C, H, W)` for more.
 
     Raises:
-        ValueError: the patches do not fill the grid, or `P` is no multiple of `patch_size²`.
+        ValueError: a grid that is not three integers ≥ 1, patches that do not fill it, or a `P` that is no multiple of
+            `patch_size²`.
     """
     check_patch_order(order)
+    if len(grid) != 3 or min(grid) < 1 or patch_size < 1:
+        raise ValueError(
+            f"grid: expected (frames, rows, columns) ≥ 1 of patches of patch_size ≥ 1, "
+            f"got {tuple(grid)} and patch_size {patch_size}"
+        )
     frames, rows, columns = grid
     if patches.ndim != 2 or patches.shape[0] != frames * rows * columns or patches.shape[1] % patch_size**2:
         raise ValueError(
@@ -158,8 +164,7 @@ class Layout:
         """
         if hidden_states.ndim != 2 or hidden_states.shape[1] != patch_dim:
             raise ValueError(f"hidden_states: expected shape (T, {patch_dim}), got {tuple(hidden_states.shape)}")
-        integers = not (grid_thw.is_floating_point() or grid_thw.is_complex() or grid_thw.dtype == torch.bool)
-        if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or not integers:
+        if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or not _holds_integers(grid_thw):
             raise ValueError(
                 f"grid_thw: expected (N, 3) integers, got shape {tuple(grid_thw.shape)} of {grid_thw.dtype}"
             )
@@ -173,7 +178,7 @@ class Layout:
                     f"patch_positions: expected shape ({hidden_states.shape[0]}, 3), a [t, h, w] for each row of "
                     f"hidden_states, got {tuple(patch_positions.shape)}"
                 )
-            if patch_positions.is_floating_point() or patch_positions.dtype == torch.bool:
+            if not _holds_integers(patch_positions):
                 raise ValueError(f"patch_positions: expected integers, got {patch_positions.dtype}")
             if patch_positions.device != hidden_states.device:
                 raise ValueError(
@@ -250,8 +255,12 @@ class Layout:
         return torch.stack((place // (rows * columns), place // columns % rows, place % columns), dim=1)
 
 
+def _holds_integers(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
 def _read_positions(patch_positions: Tensor, lengths: Sequence[int]) -> tuple[tuple[tuple[int, ...], ...], bool, int]:
-    """Frames, whether they are whole, and longest side of a pack whose patches carry their own positions; reads the host once more.
+    """Frames, whether they are whole, and longest side, read off `patch_positions`: one more read of the host.
 
     Raises:
         ValueError: a negative position.
@@ -307,9 +316,13 @@ class Pack:
         """Patchify normalised images `(C, H, W)` and clips `(frames, C, H, W)` into one pack.
 
         Raises:
-            ValueError: see `patchify`.
+            ValueError: images of different numbers of channels; see also `patchify`.
         """
         parts = [patchify(image, patch_size, patch_order) for image in pixels]
+        if len({patches.shape[1] for patches, _ in parts}) > 1:
+            raise ValueError(
+                f"pixels: expected one number of channels for all, got {[image.shape[-3] for image in pixels]}"
+            )
         empty = torch.empty(0, channels * patch_size**2)
         return cls(
             hidden_states=torch.cat([patches for patches, _ in parts]) if parts else empty,

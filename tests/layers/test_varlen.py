@@ -78,6 +78,7 @@ def test_eager_by_hand():
         ((2, 0, 2, 0), None),  # repeated ends, as in a pack filled to a fixed capacity
         ((1, 1, 1), (4, 2, 4)),  # pooling: queries contiguous, keys in part not
         ((2, 1, 2), (3, 3, 3)),
+        ((2, 0, 2), (3, 0, 3)),
         ((2, 0, 2), (3, 4, 3)),  # equal lengths side by side in the queries, not in the keys
     ],
 )
@@ -130,7 +131,8 @@ def test_sdpa_calls_once_per_distinct_length():
 
 def test_sdpa_copies_only_where_it_must():
     moves = ("index", "cat", "copy", "clone")
-    assert not any(operators(4, 4, 4).number(move) for move in moves)
+    for lengths in ((4, 4, 4), (4, 0, 4)):
+        assert not any(operators(*lengths).number(move) for move in moves)
     in_order = operators(3, 3, 5, 5)
     assert in_order.number("cat") == 1
     assert in_order.number("index") == 0

@@ -24,7 +24,6 @@ from nopad.families.aimv2_checkpoints import (
     read_config,
     trained_grid,
 )
-from nopad.images import Preprocessing
 from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
 from nopad.layers.mlp import GatedMLP
@@ -32,6 +31,7 @@ from nopad.layers.positions import resample, sincos_2d, tables_of_grids
 from nopad.layers.varlen import varlen_attention
 from nopad.original import Original
 from nopad.packing import Layout, Segments
+from nopad.preprocessing import Preprocessing
 
 logger = logging.getLogger(__name__)
 

@@ -64,7 +64,7 @@ def tables_of_grids(layout: Layout, table_of: Callable[[tuple[int, int]], Tensor
     """Positions of every patch out of one table for each distinct grid.
 
     Args:
-        layout: the pack; every frame is a full grid.
+        layout: the pack, at least one image; every frame is a full grid.
         table_of: gives the `(rows · columns, D)` table of a `(rows, columns)` grid.
 
     Returns:

@@ -1,0 +1,159 @@
+"""Positions: against the formula written out, against transformers, and a pack against its images one by one."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.models.aimv2.modeling_aimv2 import build_2d_sinusoidal_position_embedding
+from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
+
+from nopad.layers.positions import resample, sincos_2d, sincos_axis, tables_of_grids
+from nopad.packing import Layout
+
+# Ours are float32, the references float64. A frequency 1 / 10000^x below one is off by a few float32 roundings, about
+# 2e-7 of it, and an angle of position 31 by less than 31 · 2e-7 = 6e-6; sine and cosine do not enlarge that.
+ATOL = 1e-5
+
+grids = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 32), st.integers(1, 32)), min_size=1, max_size=4)
+
+
+def layout_of(grid: list[tuple[int, int, int]], patch_positions: Tensor | None = None, device: str = "cpu") -> Layout:
+    patches = torch.zeros(sum(t * h * w for t, h, w in grid), 1, device=device)
+    return Layout.read(patches, torch.tensor(grid, dtype=torch.int64).reshape(-1, 3), patch_positions, 1)
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def one_axis(position: int, dim: int) -> list[float]:
+    angles = [position / 10000 ** (i / (dim // 2)) for i in range(dim // 2)]
+    return [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+
+
+def one_grid(rows: int, columns: int, dim: int) -> Tensor:
+    """The column's half, then the row's, of each patch of one frame."""
+    values = [one_axis(w, dim // 2) + one_axis(h, dim // 2) for h in range(rows) for w in range(columns)]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_one_axis_by_hand():
+    expected = [[0.0, 0.0, 1.0, 1.0], [math.sin(3), math.sin(0.03), math.cos(3), math.cos(0.03)]]
+    ours = sincos_axis(torch.tensor([0, 3]), 4)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, torch.tensor(expected), rtol=0, atol=ATOL)
+    warmer = sincos_axis(torch.tensor([3]), 4, temperature=100.0)
+    expected = [[math.sin(3), math.sin(0.3), math.cos(3), math.cos(0.3)]]
+    torch.testing.assert_close(warmer, torch.tensor(expected), rtol=0, atol=ATOL)
+
+
+@given(grids, st.sampled_from([4, 8, 32]))
+def test_sincos_of_a_pack_is_that_of_its_frames(grid, dim):
+    expected = torch.cat([one_grid(h, w, dim).repeat(t, 1) for t, h, w in grid])
+    ours = sincos_2d(layout_of(grid), dim)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), expected, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 5), (32, 1), (1, 32), (16, 16)])
+def test_sincos_is_transformers_with_its_halves_swapped(rows, columns):
+    row_half, column_half = build_2d_sinusoidal_position_embedding(rows, columns, embed_dim=64).chunk(2, dim=1)
+    swapped = torch.cat((column_half, row_half), dim=1)
+    torch.testing.assert_close(sincos_2d(layout_of([(1, rows, columns)]), 64), swapped, rtol=0, atol=ATOL)
+
+
+def test_an_images_sincos_are_the_same_bits_in_any_pack():
+    alone = sincos_2d(layout_of([(1, 3, 4)]), 16)
+    together = sincos_2d(layout_of([(1, 30, 2), (1, 3, 4), (2, 1, 25)]), 16)
+    assert torch.equal(together[60:72], alone)
+
+
+def test_sincos_of_patches_that_carry_their_positions():
+    positions = torch.tensor([[0, 2, 7], [0, 0, 1], [5, 6, 0]])
+    full = sincos_2d(layout_of([(1, 8, 8)]), 16)
+    sparse = sincos_2d(layout_of([(1, 1, 3)], positions), 16)
+    assert torch.equal(sparse, full[[2 * 8 + 7, 0 * 8 + 1, 6 * 8 + 0]])
+
+
+def test_sincos_of_nothing():
+    assert sincos_2d(layout_of([]), 16).shape == (0, 16)
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_resample_leaves_the_trained_grid_alone(mode):
+    table = noise(12, 5).to(torch.bfloat16)
+    same = resample(table, (3, 4), (3, 4), mode)
+    assert same.dtype == torch.float32
+    assert torch.equal(same, table.float())
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("target", [(3, 8), (2, 3), (7, 5), (1, 1), (4, 3)])
+def test_resample_is_an_antialiased_interpolation_of_the_grid(mode, target):
+    table = noise(12, 5).to(torch.bfloat16)
+    ours = resample(table, (3, 4), target, mode)
+    image = table.float().reshape(3, 4, 5).permute(2, 0, 1)[None]
+    expected = F.interpolate(image, size=target, mode=mode, align_corners=False, antialias=True)
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours, expected[0].permute(1, 2, 0).reshape(-1, 5))
+
+
+def test_resample_by_hand():
+    # Each row has one value; wider or narrower, a row keeps it.
+    table = torch.tensor([1.0, 1.0, 1.0, 5.0, 5.0, 5.0])[:, None]
+    wider = resample(table, (2, 3), (2, 4), "bilinear")
+    torch.testing.assert_close(wider.flatten().tolist(), [1.0] * 4 + [5.0] * 4)
+    # Four columns to two: a triangle of half-width 2 around 1 has weights 3, 3, 1 at columns 0.5, 1.5, 2.5.
+    table = torch.tensor([0.0, 7.0, 14.0, 21.0])[:, None]
+    narrower = resample(table, (1, 4), (1, 2), "bilinear")
+    torch.testing.assert_close(narrower.flatten().tolist(), [(3 * 0 + 3 * 7 + 14) / 7, (3 * 21 + 3 * 14 + 7) / 7])
+
+
+@pytest.mark.parametrize("target", [(3, 8), (2, 3), (7, 5)])
+def test_bilinear_is_transformers_siglip2(target):
+    table = noise(16, 5)
+    shapes = torch.tensor([target])
+    theirs = Siglip2VisionEmbeddings.resize_positional_embeddings(table.reshape(4, 4, 5), shapes, math.prod(target))
+    assert torch.equal(resample(table, (4, 4), target, "bilinear"), theirs[0])
+
+
+@pytest.mark.parametrize("grid", [[(1, 2, 3)], [(1, 2, 3), (1, 3, 2), (1, 2, 3)], [(3, 2, 2), (1, 4, 1), (2, 2, 2)]])
+def test_tables_are_those_of_each_image(grid):
+    tables, asked = {}, []
+
+    def table_of(sides: tuple[int, int]) -> Tensor:
+        asked.append(sides)
+        return tables.setdefault(sides, noise(sides[0] * sides[1], 4) + sides[0])
+
+    ours = tables_of_grids(layout_of(grid), table_of)
+    assert torch.equal(ours, torch.cat([tables[h, w].repeat(t, 1) for t, h, w in grid]))
+    assert sorted(asked) == sorted({(h, w) for _, h, w in grid})  # once each
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=6))
+def test_tables_of_any_pack(grid):
+    def table_of(sides: tuple[int, int]) -> Tensor:
+        h, w = sides
+        return torch.tensor([(h, w, place) for place in range(h * w)])
+
+    expected = [(h, w, place) for t, h, w in grid for _ in range(t) for place in range(h * w)]
+    assert tables_of_grids(layout_of(grid), table_of).tolist() == [list(row) for row in expected]
+
+
+def test_tables_pass_the_gradient_of_every_patch():
+    table = noise(4, 3).requires_grad_()
+    tables_of_grids(layout_of([(1, 2, 2), (2, 2, 2)]), lambda _: table).sum().backward()
+    assert torch.equal(table.grad, torch.full((4, 3), 3.0))
+
+
+def test_positions_do_not_read_the_device():
+    # A meta tensor has no values to read.
+    layout = layout_of([(1, 2, 3), (2, 3, 1)], device="meta")
+    assert sincos_2d(layout, 16).shape == (12, 16)
+    tables = tables_of_grids(layout, lambda sides: torch.zeros(sides[0] * sides[1], 4, device="meta"))
+    assert tables.shape == (12, 4)
+    assert tables.device.type == "meta"
