@@ -1,148 +1,249 @@
-"""Reports as one HTML page: no scripts, nothing fetched, light and dark. Everything that comes in is escaped here."""
+"""Reports as one HTML page: no scripts, nothing fetched, light and dark; every text that comes in is escaped here."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nopad.align import AlignReport, CaseResult
+    from nopad.align import AlignReport
 
-CHART_WIDTH, CHART_HEIGHT = 960, 280
-LEFT, RIGHT, TOP, BOTTOM = 60, 14, 22, 48
-COLOURS, DASHES = 6, 3
-
-STYLE = """
-:root { color-scheme: light dark; --paper: #fcfcfa; --ink: #1d1f22; --muted: #5f646c; --rule: #e3e3de; --bar: #5d83ad;
-  --good: #1b7a49; --bad: #b3261e; --s0: #2f6db5; --s1: #bd6227; --s2: #35855a; --s3: #8a56a8; --s4: #857316;
-  --s5: #2f8592 }
-@media (prefers-color-scheme: dark) { :root { --paper: #141517; --ink: #e7e7e3; --muted: #a0a4ac; --rule: #2d3034;
-  --bar: #6f95c0; --good: #63cc93; --bad: #ff8d83; --s0: #7db2f0; --s1: #eb9f68; --s2: #74c69d; --s3: #c79be0;
-  --s4: #d1bf5e; --s5: #74c3cf } }
-* { box-sizing: border-box }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 1rem/1.55 system-ui, sans-serif;
-  font-variant-numeric: tabular-nums; -webkit-text-size-adjust: 100% }
-main { max-width: 66rem; margin: 0 auto; padding: clamp(1.5rem, 5vw, 4rem) clamp(1rem, 4vw, 2.5rem) 5rem }
-h1, h2, p, dl, dd, ul, figure { margin: 0; padding: 0 }
-h1 { font-size: clamp(1.5rem, 4.5vw, 2.25rem); line-height: 1.2; font-weight: 650; letter-spacing: -.015em;
-  text-wrap: balance }
-h2 { font-size: 1.125rem; font-weight: 650; margin: 3.25rem 0 .25rem }
-.eyebrow, .lead, caption, dt, thead, .legend, footer { color: var(--muted); font-size: .875rem }
-.eyebrow { margin-bottom: .5rem; overflow-wrap: anywhere }
-.lead { max-width: 44rem; margin-bottom: 1rem }
-.good { color: var(--good) } .bad { color: var(--bad) }
-dl.figures { display: flex; flex-wrap: wrap; gap: 1rem 3rem; margin-top: 1.5rem }
-dl.figures dd { font-size: 1.25rem; line-height: 1.4; white-space: nowrap }
-dl.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 0 2.5rem }
-dl.facts div { display: grid; grid-template-columns: 7rem 1fr; align-items: baseline; gap: 1rem; padding: .45rem 0;
-  border-bottom: 1px solid var(--rule) }
-dd { overflow-wrap: anywhere }
-dl.facts dd { font-size: .9375rem }
-.scroll { overflow-x: auto; scrollbar-width: thin }
-.scroll:focus-visible { outline: 2px solid var(--s0); outline-offset: 3px }
-table { width: 100%; border-collapse: collapse; font-size: .875rem; line-height: 1.4 }
-caption { text-align: left; padding-bottom: .75rem }
-th, td { padding: .5rem .6rem; text-align: right; white-space: nowrap; vertical-align: baseline }
-thead th { font-weight: 500; padding-block: .2rem } thead tr:last-child th { padding-bottom: .45rem }
-th[scope=colgroup] { text-align: center }
-tbody tr { border-top: 1px solid var(--rule) } tbody tr.note { border: 0 }
-tr > :first-child { text-align: left; padding-left: 0 } tr > :last-child { padding-right: 0 }
-tbody th { font-weight: 550; white-space: normal; min-width: 9.5rem; position: sticky; left: 0;
-  background: var(--paper) }
-.status { text-align: left }
-.note td { padding-top: 0; color: var(--bad); white-space: normal }
-.note ul { list-style: none; position: sticky; left: 0; width: fit-content; max-width: calc(100vw - 2rem) }
-.plain { padding-left: 1.1rem }
-svg.chart { display: block; width: 100%; min-width: 44rem; height: auto; font-size: 12.5px }
-svg text { fill: var(--muted) } svg .grid { stroke: var(--rule) } svg .value { fill: var(--ink); font-size: 12px }
-svg .bar { fill: var(--bar) } svg .bar.over { fill: var(--bad) } g:hover > .bar { opacity: .75 }
-svg .limit { stroke: var(--bad); stroke-dasharray: 4 4 } svg text.limit { fill: var(--bad); stroke: none }
-svg .line { fill: none; stroke-width: 1.75; stroke-linejoin: round; stroke-linecap: round }
-g:hover > .line { stroke-width: 3 }
-.d1 { stroke-dasharray: 6 4 } .d2 { stroke-dasharray: 1 4 }
-.legend { list-style: none; display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr));
-  gap: .3rem 2rem; margin-top: .9rem }
-.legend li { display: grid; grid-template-columns: 1.5rem 1fr auto; gap: .6rem; align-items: center }
-.legend b { color: var(--ink); font-weight: 500 } svg.key { width: 1.5rem; height: .5rem }
-""" + "\n".join(f".c{i} {{ stroke: var(--s{i}) }} .dot.c{i} {{ fill: var(--s{i}) }}" for i in range(COLOURS))
+LEFT, RIGHT, TOP, BASE = 60, 946, 22, 232  # the plot within a chart of 960 × 280
+COLOURS, DASHES = 4, 3
 
 PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<style>$style</style>
-</head>
-<body>
-<main>
-$body
-</main>
-</body>
-</html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title><style>
+:root { color-scheme: light dark; --paper: #fcfcfa; --ink: #1d1f22; --muted: #5f646c; --rule: #e3e3de; --good: #1b7a49;
+  --bad: #b3261e; --bar: #5d83ad; --c0: #2f6db5; --c1: #bd6227; --c2: #35855a; --c3: #8a56a8 }
+@media (prefers-color-scheme: dark) { :root { --paper: #141517; --ink: #e7e7e3; --muted: #a0a4ac; --rule: #2d3034;
+  --good: #63cc93; --bad: #ff8d83; --bar: #6f95c0; --c0: #7db2f0; --c1: #eb9f68; --c2: #74c69d; --c3: #c79be0 } }
+* { box-sizing: border-box; margin: 0; padding: 0 }
+body { background: var(--paper); color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: anywhere;
+  font-variant-numeric: tabular-nums; -webkit-text-size-adjust: 100% }
+main { max-width: 68rem; margin: auto; padding: clamp(1.5rem, 5vw, 4rem) clamp(1rem, 4vw, 2.5rem) 5rem }
+h1 { font: 650 clamp(1.5rem, 4.5vw, 2rem)/1.2 system-ui, sans-serif; text-wrap: balance }
+h2 { font-size: 1.125rem; font-weight: 650; margin: 3rem 0 .25rem } p, caption, dl, ul { font-size: .875rem }
+p, caption, dt, thead, ul { color: var(--muted) }
+p, caption { max-width: min(46rem, 100vw - 2rem); margin-bottom: .5rem; text-align: left } .good { color: var(--good) }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 0 2.5rem }
+dl div { display: grid; grid-template-columns: 5.5rem 1fr; gap: 1rem; padding: .45rem 0 } ul { list-style: none }
+dl div, tbody { border-bottom: 1px solid var(--rule) } tbody tr:not(.note) { border-top: 1px solid var(--rule) }
+.scroll { overflow-x: auto; scrollbar-width: thin } .scroll:focus-visible { outline: 2px solid var(--c0) }
+table { width: 100%; border-collapse: collapse; font-size: .8125rem; line-height: 1.4; overflow-wrap: normal }
+th, td { padding: .5rem .4rem; text-align: right; vertical-align: baseline; white-space: nowrap; font-weight: 400 }
+thead th { white-space: pre; vertical-align: bottom } .note td { padding-top: 0; white-space: normal }
+tbody th { min-width: 8.5rem; white-space: normal; position: sticky; left: 0; background: var(--paper) }
+tr > :first-child, .status { text-align: left } tr > :first-child { padding-left: 0 }
+tbody th, td.status, .legend b { font-weight: 550 } .legend b { color: var(--ink) }
+.note ul { font-size: inherit; position: sticky; left: 0; width: fit-content; max-width: calc(100vw - 2rem) }
+.chart { display: block; width: 100%; min-width: 44rem; font-size: 12.5px } text { fill: var(--muted) }
+.bar { fill: var(--bar) } .over, text.limit { fill: var(--bad) } .value { fill: var(--ink) }
+.grid { stroke: var(--rule) } line.limit { stroke: var(--bad); stroke-dasharray: 4 } .legend { margin-top: .5rem }
+.line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round } g:hover > .line { stroke-width: 4 }
+.c0 { stroke: var(--c0) } .c1 { stroke: var(--c1) } .c2 { stroke: var(--c2) } .c3 { stroke: var(--c3) }
+.d1 { stroke-dasharray: 6 5 } .d2 { stroke-dasharray: 1 4 } .bad, .note ul { color: var(--bad) }
+.legend { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: .3rem 2rem }
+.legend li { display: grid; grid-template-columns: 1.5rem 1fr auto; gap: .6rem; align-items: center }
+</style></head><body><main>
+$body</main></body></html>
 """)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a table: a cell for each column, and remarks below it across the table."""
-
-    cells: tuple[str, ...]
-    passed: bool | None = None
-    notes: tuple[str, ...] = ()
 
 
 def page(title: str, parts: Iterable[str]) -> str:
     """The page around parts that are HTML already."""
-    return PAGE.substitute(title=escape(title), style=STYLE, body="\n".join(parts))
+    return PAGE.substitute(title=escape(title), body="\n".join(parts))
 
 
-def section(heading: str, lead: str, *parts: str) -> str:
-    """A heading, a sentence below it, and parts that are HTML already."""
-    return "\n".join([f"<section>\n<h2>{escape(heading)}</h2>", _element("p", "lead", lead), *parts, "</section>"])
+def section(heading: str, *parts: str) -> str:
+    """A heading and parts that are HTML already."""
+    return "\n".join(["<section>", element("h2", heading), *parts, "</section>"])
 
 
-def pairs(items: Iterable[tuple[str, str]], kind: str) -> str:
-    """A description list: `kind` is `facts`, a quiet grid, or `figures`, a few large numbers."""
-    rows = "\n".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in items)
-    return f'<dl class="{kind}">\n{rows}\n</dl>'
+def element(tag: str, text: str, kind: str = "") -> str:
+    """Text in a tag."""
+    return f'<{tag} class="{kind}">{escape(text)}</{tag}>' if kind else f"<{tag}>{escape(text)}</{tag}>"
 
 
-def table(caption: str, columns: Sequence[tuple[str, str]], rows: Iterable[Row]) -> str:
-    """A table whose first column names the row.
+def pairs(items: Iterable[tuple[str, str]]) -> str:
+    """Names and their values."""
+    return "<dl>" + "\n".join(f"<div>{element('dt', k)}{element('dd', v)}</div>" for k, v in items) + "</dl>"
 
-    Args:
-        caption: what the rows are.
-        columns: `(group, header)`; neighbours of one group share its heading, `""` is no group.
-        rows: where `passed` is set, the second column takes its colour.
-    """
-    groups: list[tuple[str, int]] = []
-    for group, _ in columns:
-        if groups and group and groups[-1][0] == group:
-            groups[-1] = (group, groups[-1][1] + 1)
-        else:
-            groups.append((group, 1))
-    top = "".join(
-        f'<th scope="colgroup" colspan="{n}">{escape(group)}</th>' if group else "<td></td>" for group, n in groups
-    )
-    judged = any(row.passed is not None for row in (rows := list(rows)))
-    kinds = ["", "status" if judged else "", *[""] * len(columns)]
-    heads = "".join(f'<th scope="col" class="{kind}">{escape(h)}</th>' for (_, h), kind in zip(columns, kinds))  # noqa: B905
-    body = []
-    for row in rows:
-        tone = {True: "status good", False: "status bad", None: ""}[row.passed]
-        cells = [_element("td", tone if i == 0 else "", cell) for i, cell in enumerate(row.cells[1:])]
-        body.append(f'<tr><th scope="row">{escape(row.cells[0])}</th>{"".join(cells)}</tr>')
-        if row.notes:
-            notes = "".join(_element("li", "", note) for note in row.notes)
-            body.append(f'<tr class="note"><td colspan="{len(columns)}"><ul>{notes}</ul></td></tr>')
-    head = f"<thead>\n<tr>{top}</tr>\n<tr>{heads}</tr>\n</thead>" if any(g for g, _ in groups) else f"<thead><tr>{heads}</tr></thead>"
-    return _scroll(caption, f"<table>\n{_element('caption', '', caption)}\n{head}\n<tbody>\n" + "\n".join(body) + "\n</tbody>\n</table>")
+
+def table(caption: str, header: Sequence[str], rows: Iterable[tuple[Sequence[str], bool, Sequence[str]]]) -> str:
+    """A table whose rows are `(cells, passed, remarks)`; the first cell names the row, the second is its result."""
+    heads = [f'<th scope="col"{" class=status" if i == 1 else ""}>{escape(h)}</th>' for i, h in enumerate(header)]
+    lines = [element("caption", caption), f"<thead><tr>{''.join(heads)}</tr></thead>", "<tbody>"]
+    for (name, result, *cells), passed, remarks in rows:
+        status = element("td", result, "status good" if passed else "status bad")
+        cells = "".join(element("td", cell) for cell in cells)
+        lines.append(f'<tr><th scope="row">{escape(name)}</th>{status}{cells}</tr>')
+        if remarks:
+            notes = "".join(element("li", remark) for remark in remarks)
+            lines.append(f'<tr class="note"><td colspan="{len(header)}"><ul>{notes}</ul></td></tr>')
+    return _scroll(caption, "<table>" + "\n".join(lines) + "</tbody></table>")
+
+
+def histogram(label: str, bins: Sequence[tuple[float, float, int]], x_label: str, limit: float = 0.0) -> str:
+    """Bars `(low, high, count)`, `0 < low < high`, over a log axis; bars from a positive `limit` on are red."""
+    low, high = math.log10(min(b[0] for b in bins)), math.log10(max(b[1] for b in bins))
+    x, y = _scale(low, high, LEFT, RIGHT), _scale(0, max(1, *(count for *_, count in bins)), BASE, TOP)
+    marks = [_text(x(power), BASE + 20, f"1e{power}") for power in _powers(low, high, 14)]
+    if limit > 0 and low <= math.log10(limit) <= high:
+        at = x(math.log10(limit))
+        marks += [_line(at, TOP - 18, at, BASE, "limit"), _text(at - 6, TOP - 8, f"limit {limit:.3g}", "limit", "end")]
+    for start, stop, count in (b for b in bins if b[2]):
+        left, right, top = x(math.log10(start)) + 1, x(math.log10(stop)) - 1, min(y(count), BASE - 2)
+        size = f'x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{BASE - top:.1f}" rx="2"'
+        over = " over" if 0 < limit <= start * (1 + 1e-9) else ""
+        brief = f"{count:,}" if count < 10_000 else f"{count / 1e3:.3g}k" if count < 999_500 else f"{count / 1e6:.3g}M"
+        number = _text((left + right) / 2, top - 6, brief, "value")
+        hover = element("title", f"{start:.1e} to {stop:.1e}: {count:,}")
+        marks.append(f'<g>{hover}<rect class="bar{over}" {size}/>{number}</g>')
+    return _chart(label, marks, x_label)
+
+
+def line_chart(label: str, lines: Sequence[tuple[str, Sequence[float]]], x_label: str) -> str:
+    """Lines over 0, 1, 2, …: log axis, zeros on its floor, gaps at NaN and infinity; a legend has each one's end."""
+    values = [value for _, line in lines for value in line]
+    positive = [math.log10(value) for value in values if 0 < value < math.inf]
+    low = math.floor(min(positive, default=-8))
+    high = max(math.ceil(max(positive, default=low)), low + 1)
+    low -= (zero := 0 in values)
+    last = max([1, *(len(line) - 1 for _, line in lines)])
+    x, y = _scale(0, last, LEFT, RIGHT), _scale(low, high, BASE, TOP)
+    marks = [_text(x(i), BASE + 20, str(i)) for i in _powers(0, last, 16)]
+    for power in _powers(low, high, 7):
+        number = "0" if zero and power == low else f"1e{power}"
+        marks += [_line(LEFT, y(power), RIGHT, y(power), "grid"), _text(LEFT - 10, y(power) + 4, number, anchor="end")]
+    legend = []
+    for number, (name, line) in enumerate(lines):
+        kind = f"c{number % COLOURS} d{number // COLOURS % DASHES}"
+        heights = (y(math.log10(v) if v > 0 else low) if math.isfinite(v) else None for v in line)
+        spots = ("|" if height is None else f"{x(i):.1f},{height:.1f}" for i, height in enumerate(heights))
+        runs = [run.split() for run in " ".join(spots).split("|")]
+        # A point between breaks is a line to itself, which round caps make a dot.
+        points = (" ".join(run if len(run) > 1 else run * 2) for run in runs if run)
+        drawn = "".join(f'<polyline class="line {kind}" points="{those}"/>' for those in points)
+        end = scientific(line[-1]) if line else "none"
+        marks.append(f"<g>{element('title', f'{name}: {end}')}{drawn}</g>")
+        key = f'<svg width="24" height="8" aria-hidden="true"><path class="line {kind}" d="M1 4H23"/></svg>'
+        legend.append(f"<li>{key}{element('span', name)}{element('b', end)}</li>")
+    return _chart(label, marks, x_label) + '\n<ul class="legend">' + "\n".join(legend) + "</ul>"
+
+
+def scientific(value: float | None, digits: int = 1) -> str:
+    """An error: `3.2e-08`, `0`, `NaN`, or `–` for none."""
+    return "–" if value is None else "NaN" if math.isnan(value) else "0" if value == 0 else f"{value:.{digits}e}"
+
+
+def near_one(cosine: float | None) -> str:
+    """A cosine: `0.987654`, and `1 − 3.2e-08` where six digits would hide the distance."""
+    if cosine is None or not 0 < abs(1 - cosine) < 1e-5:
+        return "–" if cosine is None else "1" if cosine == 1 else "NaN" if math.isnan(cosine) else f"{cosine:.6f}"
+    return f"1 {'−' if cosine < 1 else '+'} {abs(1 - cosine):.1e}"
+
+
+def _scroll(label: str, inner: str) -> str:
+    # tabindex: it scrolls from the keyboard too.
+    return f'<div class="scroll" role="region" aria-label="{escape(label)}" tabindex="0">\n{inner}\n</div>'
+
+
+def _chart(label: str, marks: Iterable[str], x_label: str) -> str:
+    inner = "\n".join([_line(LEFT, BASE, RIGHT, BASE, "grid"), *marks, _text((LEFT + RIGHT) / 2, 274, x_label)])
+    head = f'<svg class="chart" viewBox="0 0 960 280" role="img" aria-label="{escape(label)}">'
+    return _scroll(label, f"{head}\n{inner}\n</svg>")
+
+
+def _scale(low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
+    return lambda value: start + (value - low) / (high - low) * (stop - start)
+
+
+def _powers(low: float, high: float, most: int) -> range:
+    first, last = math.ceil(low - 1e-9), math.floor(high + 1e-9)
+    return range(first, last + 1, next(n for n in (1, 2, 5, 10, 20, 50, 100, last + 1) if last - first <= n * most))
+
+
+def _text(x: float, y: float, text: str, kind: str = "label", anchor: str = "middle") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def align_page(report: AlignReport) -> str:
+    """The page of an alignment: the verdict, what was compared, every case, and how the differences lie."""
+    failed = sum(not case.passed for case in report.cases)
+    verdict = f"Failed: {failed} of {len(report.cases)} cases" if failed else "Failed: no case was compared"
+    verdict = "Passed: the packed features equal the original's" if report.passed else verdict
+    parts = [element("p", f"nopad align · {report.checkpoint}")]
+    parts += [element("h1", verdict, "good" if report.passed else "bad"), _setting(report)]
+    parts += [_cases(report), *_charts(report)] if report.cases else []
+    if report.skipped:
+        parts.append(section("Skipped", "<ul>", *(element("li", reason) for reason in report.skipped), "</ul>"))
+    return page(f"{verdict.split(':')[0]} · {report.checkpoint}", parts)
+
+
+def write_align_page(report: AlignReport, path: str | Path) -> None:
+    """Write the page of an alignment as UTF-8, all of it or nothing; directories are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # Paths that are not UTF-8 come with surrogates.
+        beside.write_text(align_page(report), encoding="utf-8", errors="backslashreplace")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _setting(report: AlignReport) -> str:
+    from nopad.align import DISTANCE_LIMIT, RELATIVE_LIMIT  # imports torch, which whoever has a report has
+
+    limit = f"relative difference of a token at most {RELATIVE_LIMIT:.0e}"
+    if report.dtype != "float32":
+        limit = f"distance to the float32 original at most {DISTANCE_LIMIT:g} × the original's own"
+    names = "checkpoint", "family", "original", "weights", "device", "dtype", "attention"
+    facts = [(name.capitalize(), getattr(report, name)) for name in names]
+    versions = " · ".join(f"{name} {version}" for name, version in report.versions.items())
+    facts += [("Versions", versions), ("Threshold", f"every cosine more than {report.threshold:g}"), ("Limit", limit)]
+    lead = "The original took one image or clip at a time, the packed encoder all those of a case in one pack."
+    return section("What was compared", element("p", lead), pairs(facts))
+
+
+def _cases(report: AlignReport) -> str:
+    pooled = any(case.min_pooled_cosine is not None for case in report.cases)
+    half = any(case.distance is not None for case in report.cases)
+    header = ["Case", "Result", "Images", "Tokens", "Min\ncosine", "Mean\ncosine", "Max\nrelative", "Mean\nrelative"]
+    header += ["Max\nabsolute", "Mean\nabsolute"] + ["Pooled\ncosine"] * pooled
+    header += ["Distance\nto float32", "Original's\ndistance"] * half
+    rows = []
+    for case in report.cases:
+        cells = [case.name, "Passed" if case.passed else "Failed", f"{case.images:,}", f"{case.tokens:,}"]
+        cells += map(near_one, (case.min_cosine, case.mean_cosine))
+        cells += map(scientific, (case.max_relative, case.mean_relative, case.max_abs, case.mean_abs))
+        cells += [near_one(case.min_pooled_cosine)] * pooled
+        cells += [scientific(case.distance, 2), scientific(case.original_distance, 2)] * half
+        rows.append((cells, case.passed, case.failures))
+    caption = "Each case. Relative: the norm of a token's difference over the norm of the original's token."
+    return section("Cases", table(caption, header, rows))
+
+
+def _charts(report: AlignReport) -> list[str]:
+    counts: Counter[tuple[float, float]] = Counter()
+    for low, high, count in (one for case in report.cases for one in case.histogram):
+        counts[low, high] += count
+    bins = [(low, high, count) for (low, high), count in sorted(counts.items())]
+    tokens = histogram("Tokens by 1 − cosine", bins, "1 − cosine", 1 - report.threshold)
+    lead = "Tokens of all cases by 1 − cosine to the original's. The first bar has all closer ones, the last NaN too."
+    closeness = section("How close the tokens are", element("p", lead), tokens)
+    layers = line_chart("Largest relative difference by layer", [(c.name, c.drift) for c in report.cases], "layer")
+    lead = "Largest relative difference of a token before the first layer (0) and after each; the legend has the last."
+    return [closeness, section("Drift per layer", element("p", lead), layers)]

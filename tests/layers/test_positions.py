@@ -89,6 +89,8 @@ def test_resample_leaves_the_trained_grid_alone(mode):
     same = resample(table, (3, 4), (3, 4), mode)
     assert same.dtype == torch.float32
     assert torch.equal(same, table.float())
+    in_float32 = table.float()
+    assert resample(in_float32, (3, 4), (3, 4), mode) is in_float32  # not even computed
 
 
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
@@ -157,3 +159,11 @@ def test_positions_do_not_read_the_device():
     tables = tables_of_grids(layout, lambda sides: torch.zeros(sides[0] * sides[1], 4, device="meta"))
     assert tables.shape == (12, 4)
     assert tables.device.type == "meta"
+
+
+def test_sincos_of_positions_far_apart_needs_no_huge_table():
+    positions = torch.tensor([[0, 3, 2**40], [0, 2**40, 1]])
+    layout = Layout.read(torch.zeros(2, 1), torch.tensor([[1, 1, 2]]), positions, 1)
+    near = Layout.read(torch.zeros(2, 1), torch.tensor([[1, 1, 2]]), torch.tensor([[0, 3, 0], [0, 0, 1]]), 1)
+    assert torch.equal(sincos_2d(layout, 8)[0, 4:], sincos_2d(near, 8)[0, 4:])
+    assert torch.equal(sincos_2d(layout, 8)[1, :4], sincos_2d(near, 8)[1, :4])

@@ -1,0 +1,223 @@
+"""The HTML page of an alignment: what it says, and that it is one well-formed, self-contained, escaped file."""
+
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+from nopad.align import AlignReport, CaseResult
+from nopad.report import align_page, histogram, line_chart, near_one, scientific, write_align_page
+
+VOID = {"meta", "br", "link", "img", "hr", "input"}
+EDGES = [10 ** (power / 2) for power in range(-24, 1)]
+FP32 = CaseResult(
+    name="16 × 16 patches, batched",
+    images=2,
+    tokens=512,
+    min_cosine=1 - 3.2e-8,
+    mean_cosine=1 - 1e-9,
+    max_abs=3e-5,
+    mean_abs=2e-7,
+    max_relative=4.1e-6,
+    mean_relative=6e-7,
+    min_pooled_cosine=None,
+    distance=None,
+    original_distance=None,
+    drift=(0.0, 1e-7, 3e-7, 6e-7),
+    histogram=tuple(zip(EDGES, EDGES[1:], [0] * 2 + [500, 12] + [0] * 20, strict=False)),
+    passed=True,
+    failures=(),
+)
+REPORT = AlignReport(
+    checkpoint="apple/aimv2-large-patch14-native",
+    family="aimv2",
+    original="transformers Aimv2VisionModel",
+    weights="read from the checkpoint as it is (apple names)",
+    device="cpu",
+    dtype="float32",
+    attention="sdpa",
+    threshold=0.99,
+    versions={"nopad": "0.1.0", "torch": "2.10.0"},
+    cases=(FP32, replace(FP32, name="all sizes in one pack")),
+    skipped=(),
+)
+BF16_FAILS = replace(
+    FP32,
+    name="a clip of 3 frames",
+    min_cosine=0.974321,
+    min_pooled_cosine=0.999123,
+    distance=3.1e-2,
+    original_distance=1.2e-2,
+    histogram=tuple(zip(EDGES, EDGES[1:], [0] * 19 + [30, 8, 0, 0, 0], strict=False)),
+    passed=False,
+    failures=("minimum cosine 0.974321, expected more than 0.99", "distance to float32 3.100e-02"),
+)
+
+
+class Page(HTMLParser):
+    """Tags that nest, their attributes, and the text outside of styles."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.html, self.open, self.tags, self.texts = html, [], [], []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.texts.append((self.open[-1], data))
+
+    def texts_in(self, tag):
+        return [text for of, text in self.texts if of == tag]
+
+    @property
+    def charts(self):
+        svgs = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", self.html, flags=re.DOTALL)]
+        return [svg for svg in svgs if svg.get("class") == "chart"]
+
+
+def svg(html):
+    return ElementTree.fromstring(re.search(r"<svg.*?</svg>", html, flags=re.DOTALL)[0])
+
+
+def test_a_float32_pass_says_so_and_shows_each_case():
+    page = Page(align_page(REPORT))
+    assert page.texts_in("h1") == ["Passed: the packed features equal the original's"]
+    assert page.texts_in("th")[-2:] == ["16 × 16 patches, batched", "all sizes in one pack"]
+    cells = page.texts_in("td")
+    assert cells[:9] == ["Passed", "2", "512", "1 − 3.2e-08", "1 − 1.0e-09", "4.1e-06", "6.0e-07", "3.0e-05", "2.0e-07"]
+    assert len(cells) == 2 * 9  # neither a pooled column nor distances
+    assert "relative difference of a token at most 1e-04" in page.texts_in("dd")
+    assert "nopad 0.1.0 · torch 2.10.0" in page.texts_in("dd")
+
+
+def test_a_bfloat16_failure_gives_the_limits_that_were_missed():
+    passing = replace(FP32, name="mixed", distance=1.2e-2, original_distance=1.2e-2)
+    page = Page(align_page(replace(REPORT, dtype="bfloat16", cases=(passing, BF16_FAILS))))
+    assert page.texts_in("h1") == ["Failed: 1 of 2 cases"]
+    assert [text for text in page.texts_in("li") if text in BF16_FAILS.failures] == list(BF16_FAILS.failures)
+    cells = page.texts_in("td")
+    assert cells[9:12] == ["–", "1.20e-02", "1.20e-02"]  # no pooling in the first case
+    assert cells[21:24] == ["0.999123", "3.10e-02", "1.20e-02"]
+    assert "distance to the float32 original at most 1.1 × the original's own" in page.texts_in("dd")
+
+
+def test_without_cases_it_fails_and_says_why_they_were_skipped():
+    page = Page(align_page(replace(REPORT, cases=(), skipped=("several sizes: 16 × 16 only",))))
+    assert page.texts_in("h1") == ["Failed: no case was compared"]
+    assert page.texts_in("li") == ["several sizes: 16 × 16 only"]
+    assert page.charts == []
+
+
+def test_numbers_that_are_none_do_not_break_the_page():
+    nan = math.nan
+    broken = replace(BF16_FAILS, min_cosine=nan, max_relative=math.inf, drift=(0.0, nan, 1e-3, nan, nan))
+    page = Page(align_page(replace(REPORT, cases=(broken, replace(FP32, drift=(nan, nan))))))
+    assert {"NaN", "inf"} <= set(page.texts_in("td"))
+    assert page.texts_in("b") == ["NaN", "NaN"]
+    for _, attributes in page.tags:
+        assert not {"nan", "inf"} & set(re.split(r"[ ,]", attributes.get("points", "") + " " + attributes.get("y", "")))
+
+
+def test_what_comes_from_outside_is_escaped():
+    evil = "<script>alert('1')</script> & \"$body"
+    case = replace(BF16_FAILS, name=evil, failures=(evil,))
+    words = dict.fromkeys(("checkpoint", "family", "original", "weights", "device", "dtype", "attention"), evil)
+    page = Page(align_page(replace(REPORT, **words, versions={evil: evil}, cases=(case,), skipped=(evil,))))
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert page.texts_in("th")[-1] == evil
+    assert page.texts_in("li") == [evil, evil]
+    assert page.charts[1].findtext("g/title").startswith(evil)
+
+
+def test_the_page_is_self_contained_and_can_be_navigated():
+    page = Page(align_page(replace(REPORT, cases=(FP32, BF16_FAILS), skipped=("reason",))))
+    assert not re.search(r"https?://|url\(|@import", page.html)
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags}
+    assert not {"src", "href"} & {name for _, attributes in page.tags for name in attributes}
+    assert page.texts_in("h2") == [
+        "What was compared",
+        "Cases",
+        "How close the tokens are",
+        "Drift per layer",
+        "Skipped",
+    ]
+    assert page.texts_in("caption") == [
+        "Each case. Relative: the norm of a token's difference over the norm of the original's token."
+    ]
+    assert [(chart.get("role"), chart.get("aria-label")) for chart in page.charts] == [
+        ("img", "Tokens by 1 − cosine"),
+        ("img", "Largest relative difference by layer"),
+    ]
+
+
+def test_the_histogram_sums_the_cases_and_marks_what_lies_beyond_the_limit():
+    chart = Page(align_page(replace(REPORT, cases=(FP32, FP32, BF16_FAILS)))).charts[0]
+    bars = [(group.findtext("text"), group.find("rect").get("class")) for group in chart.iter("g")]
+    assert bars == [("1,000", "bar"), ("24", "bar"), ("30", "bar"), ("8", "bar over")]
+    assert chart.findtext("g/title") == "1.0e-11 to 3.2e-11: 1,000"
+    heights = [float(rect.get("height")) for rect in chart.iter("rect")]
+    assert heights[0] == 210
+    assert heights[3] == 2  # 8 of 1,000 would be lower than can be seen
+
+
+def test_the_histogram_shortens_long_counts_but_not_in_the_hover():
+    chart = svg(histogram("tokens", [(1e-2, 1e-1, 1_234_567), (1e-1, 1, 12_345)], "distance"))
+    assert [group.findtext("text") for group in chart.iter("g")] == ["1.23M", "12.3k"]
+    assert chart.findtext("g/title") == "1.0e-02 to 1.0e-01: 1,234,567"
+
+
+def test_a_line_lays_zero_on_the_floor_and_breaks_at_nan():
+    chart = svg(line_chart("drift", [("a", (0.0, 1e-4, math.nan, 1e-2, math.inf, 1e-3, 1e-3))], "layer"))
+    lines = [line.get("points").split() for line in chart.iter("polyline")]
+    # Ticks 0, 1e-4, 1e-3, 1e-2 over 210 units; the point alone between two breaks is drawn as a dot.
+    assert [[float(point.split(",")[1]) for point in line] for line in lines] == [[232, 162], [22, 22], [92, 92]]
+    assert [text.text for text in chart.iter("text") if text.get("text-anchor") == "end"] == [
+        "0",
+        "1e-4",
+        "1e-3",
+        "1e-2",
+    ]
+
+
+@pytest.mark.parametrize("values", [(), (0.0,), (0.0, 0.0), (math.nan,), (1.0,), (1e-4, 1e-4)])
+def test_a_line_chart_of_hardly_anything_is_drawn(values):
+    assert svg(line_chart("drift", [("a", values)], "layer")).get("aria-label") == "drift"
+
+
+def test_numbers_are_given_to_the_digits_that_matter():
+    assert [near_one(x) for x in (0.98765432, 1.0, 1 - 2.5e-7, 1 + 2e-7, -0.25, math.nan, None)] == [
+        "0.987654", "1", "1 − 2.5e-07", "1 + 2.0e-07", "-0.250000", "NaN", "–",
+    ]  # fmt: skip
+    assert [scientific(x) for x in (0.0, 3.21e-8, math.nan, math.inf, None)] == ["0", "3.2e-08", "NaN", "inf", "–"]
+
+
+def test_the_page_is_written_whole_and_nothing_is_left_beside_it(tmp_path):
+    path = tmp_path / "new" / "report.html"
+    write_align_page(replace(REPORT, checkpoint="/data/\udce9"), path)  # a directory name in Latin-1
+    assert r"/data/\udce9" in path.read_text(encoding="utf-8")
+    write_align_page(REPORT, path)
+    assert path.read_text(encoding="utf-8") == align_page(REPORT)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_importing_the_report_imports_neither_torch_nor_transformers():
+    code = "import sys, nopad.report; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
