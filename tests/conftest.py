@@ -7,6 +7,8 @@ import hypothesis
 import pytest
 import torch
 
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
 # Speed must never fail a test, and every run draws the same examples.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("ci")

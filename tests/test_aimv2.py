@@ -14,6 +14,7 @@ from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
 import nopad
 from nopad.checkpoint import original_state_dict
 from nopad.families import aimv2
+from nopad.layers import positions
 
 GRIDS = [(1, 3, 5), (1, 1, 1), (3, 2, 4), (1, 60, 1), (1, 1, 60), (1, 5, 5)]
 
@@ -291,7 +292,7 @@ def _with_gradients_as_weights(encoder):
 def test_learned_positions_on_another_grid_are_resampled_or_refused(tmp_path, caplog):
     original = tiny_original(is_native=False)
     folder = write(tmp_path, original.state_dict(), original.config.to_dict())
-    aimv2._log_resampling.cache_clear()
+    positions._log_resampling.cache_clear()
     encoder = nopad.load(folder)
     pack = nopad.Pack.of(pixels_of([(1, 3, 7), (1, 5, 5), (1, 3, 7)]), 4)
     with torch.no_grad(), caplog.at_level(logging.WARNING, "nopad"):

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from nopad.align import AlignReport, CaseResult
+from nopad.parity import AlignReport, CaseResult
 from nopad.report import align_page, histogram, line_chart, near_one, scientific, write_align_page
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}

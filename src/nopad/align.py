@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,88 +19,11 @@ from nopad.families import original_of
 from nopad.loading import load
 from nopad.original import Original
 from nopad.packing import Pack, unpatchify
+from nopad.parity import AlignReport, Run, compare
 
 logger = logging.getLogger(__name__)
 
-RELATIVE_LIMIT = 1e-4
-"""Float32: the most that a token may differ from the original's, relative to its norm."""
-DISTANCE_LIMIT = 1.1
-"""Half precision: the packed model's distance to the float32 original over the original's own."""
-HISTOGRAM_BINS = 24
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """One pack compared with the original.
-
-    Attributes:
-        name: what was compared.
-        images: images and clips in the pack.
-        tokens: tokens compared.
-        min_cosine, mean_cosine: over the tokens.
-        max_abs, mean_abs: absolute difference of single values.
-        max_relative, mean_relative: per token, norm of the difference over the norm of the original's token.
-        min_pooled_cosine: over the images, `None` where the original does not pool.
-        distance, original_distance: mean relative distance per token to the float32 original of the packed model and
-            of the original itself, both in the dtype asked for; `None` in float32.
-        drift: largest relative difference of a token before the first layer and after each.
-        histogram: `(low, high, count)` of the tokens' distance `1 - cosine`, in powers of ten.
-        passed: whether the case meets the limits.
-        failures: each limit that it does not meet, with the numbers.
-    """
-
-    name: str
-    images: int
-    tokens: int
-    min_cosine: float
-    mean_cosine: float
-    max_abs: float
-    mean_abs: float
-    max_relative: float
-    mean_relative: float
-    min_pooled_cosine: float | None
-    distance: float | None
-    original_distance: float | None
-    drift: tuple[float, ...]
-    histogram: tuple[tuple[float, float, int], ...]
-    passed: bool
-    failures: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class AlignReport:
-    """The verdict on a checkpoint, and what it rests on."""
-
-    checkpoint: str
-    family: str
-    original: str
-    weights: str
-    device: str
-    dtype: str
-    attention: str
-    threshold: float
-    versions: dict[str, str]
-    cases: tuple[CaseResult, ...]
-    skipped: tuple[str, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether there are cases and every one passed."""
-        return bool(self.cases) and all(case.passed for case in self.cases)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
-        return {"passed": self.passed, **dataclasses.asdict(self)}
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a model gives for one image or clip, on the CPU: tokens, layer by layer too, and its pooling."""
-
-    tokens: Tensor
-    states: tuple[Tensor, ...]
-    pooled: Tensor | None
 
 
 def align(
@@ -116,6 +38,7 @@ def align(
     image_size: int | None = None,
     noise: bool = True,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     progress: Callable[[str], None] = logger.info,
 ) -> AlignReport:
     """Prove that the packed encoder gives the original's features.
@@ -132,16 +55,18 @@ def align(
         image_size: side in pixels of that case, and of the photos; else the model's own rule.
         noise: run the cases made of seeded noise.
         revision: branch, tag or commit on the Hub.
+        trust_remote_code: run the checkpoint's own code where its original is not part of transformers.
         progress: told what is being done.
 
     Raises:
-        ValueError: an argument out of its range, no photo in the folder, or a checkpoint that does not load.
+        ValueError: an argument out of its range, no photo in the folder, a checkpoint that does not load, or no
+            original at hand.
     """
     if not -1 <= threshold <= 1 or batch_size < 1:
         raise ValueError(f"expected a threshold in [-1, 1] and a batch_size ≥ 1, got {threshold} and {batch_size}")
     progress(f"loading {checkpoint}")
     packed: Any = load(checkpoint, revision=revision, dtype=torch.float32, attention=attention)
-    reference = original_of(packed)
+    reference = original_of(packed).of(str(checkpoint), revision=revision, trust_remote_code=trust_remote_code)
     state, weights = _original_weights(packed, reference, checkpoint, revision)
     exact = reference.load(packed, state, torch.float32).to(device=device)
     original = exact if dtype == torch.float32 else reference.load(packed, state, dtype).to(device=device)
@@ -153,7 +78,7 @@ def align(
     def remembered(model: PreTrainedModel, pixels: Tensor) -> Run:
         key = (id(pixels), model.dtype)
         if key not in memory:
-            memory[key] = _run_original(reference, model, pixels)
+            memory[key] = _run_original(reference, model, pixels, packed.frames_attend_jointly)
         return memory[key]
 
     results = []
@@ -164,11 +89,11 @@ def align(
             ours = _run_packed(packed, pixels)
             theirs = [remembered(original, image) for image in pixels]
             truth = None if original is exact else [remembered(exact, image) for image in pixels]
-            results.append(_compare(name, ours, theirs, truth, threshold))
+            results.append(compare(name, ours, theirs, truth, threshold))
     return AlignReport(
         checkpoint=str(checkpoint),
         family=packed.family,
-        original=f"transformers {type(original).__name__}",
+        original=reference.describe(original),
         weights=weights,
         device=str(torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device),
         dtype=str(dtype).removeprefix("torch."),
@@ -186,11 +111,12 @@ def _original_weights(
     """The original's tensors, and where they came from."""
     dialect = packed.original_dialect()
     names = reference.names(packed)
-    if packed.dialect == dialect.name:
+    spoken = next((other for other in packed.dialects if other.name == packed.dialect), None)
+    if spoken is not None and spoken.is_original:
         # The file's own tensors: nothing that nopad converts stands between them and the original.
-        part = dialect.select(open_checkpoint(checkpoint, revision=revision))
+        part = spoken.select(open_checkpoint(checkpoint, revision=revision))
         state = {name: tensor.read() for name, tensor in part.tensors.items() if name in names}
-        return state, f"read from the checkpoint as it is ({dialect.name} names)"
+        return state, f"read from the checkpoint as it is ({spoken.name} names)"
     state = original_state_dict(packed, dialect.conversions())
     made = "seeded random" if packed.dialect is None else f"{packed.dialect} names"
     kept = {name: tensor for name, tensor in state.items() if name in names}
@@ -266,18 +192,21 @@ def _run_packed(packed: PackedEncoder, pixels: list[Tensor]) -> list[Run]:
     return [Run(tokens[i], tuple(state[i] for state in states), pooled[i]) for i in range(len(pixels))]
 
 
-def _run_original(reference: Original, original: PreTrainedModel, pixels: Tensor) -> Run:
-    """The original on one image, or on a clip frame by frame."""
+def _run_original(reference: Original, original: PreTrainedModel, pixels: Tensor, jointly: bool) -> Run:
+    """The original on one image, or on a clip: as a whole where its frames attend `jointly`, else frame by frame."""
     tokens, layers_of_frames, pooled = [], [], []
-    for frame in pixels if pixels.ndim == 4 else pixels[None]:
+    for frame in pixels if pixels.ndim == 4 and not jointly else pixels[None]:
         states: list[Tensor] = []
         layers = reference.layers(original)
-        hooks = [layer.register_forward_pre_hook(lambda _, args, into=states: into.append(args[0])) for layer in layers]
-        hooks.append(
-            layers[-1].register_forward_hook(
-                lambda _, args, output, into=states: into.append(output[0] if isinstance(output, tuple) else output)
-            )
-        )
+
+        def before(layer: Any, arguments: Any, into: list[Tensor] = states) -> None:
+            into.append(arguments[0])
+
+        def after(layer: Any, arguments: Any, output: Any, into: list[Tensor] = states) -> None:
+            into.append(output[0] if isinstance(output, tuple) else output)
+
+        hooks = [layer.register_forward_pre_hook(before) for layer in layers]
+        hooks.append(layers[-1].register_forward_hook(after))
         try:
             of_frame, vector = reference.run(original, frame.to(original.device, original.dtype))
         finally:
@@ -290,70 +219,6 @@ def _run_original(reference: Original, original: PreTrainedModel, pixels: Tensor
         torch.cat(tokens).float().cpu(),
         tuple(torch.cat(frames).float().cpu() for frames in zip(*layers_of_frames, strict=True)),
         torch.stack(pooled).float().mean(dim=0).cpu() if pooled else None,
-    )
-
-
-def _relative(ours: Tensor, theirs: Tensor) -> Tensor:
-    return (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
-
-
-def _compare(name: str, ours: list[Run], theirs: list[Run], truth: list[Run] | None, threshold: float) -> CaseResult:
-    """All numbers of a case; NaN fails every limit."""
-    a, b = torch.cat([run.tokens for run in ours]), torch.cat([run.tokens for run in theirs])
-    cosine = torch.cosine_similarity(a.double(), b.double(), dim=-1)
-    relative, absolute = _relative(a, b), (a - b).abs()
-    pooled = [
-        torch.cosine_similarity(x.pooled, y.pooled, dim=0)
-        for x, y in zip(ours, theirs, strict=True)
-        if x.pooled is not None and y.pooled is not None
-    ]
-    drift = tuple(
-        max(float(_relative(x.states[i], y.states[i]).max()) for x, y in zip(ours, theirs, strict=True))
-        for i in range(len(ours[0].states))
-    )
-    distance = original_distance = None
-    failures = []
-    least = min([float(cosine.min()), *(float(value) for value in pooled)])
-    if not least > threshold:
-        failures.append(f"minimum cosine {least:.6f}, expected more than {threshold}")
-    if truth is None:
-        if not float(relative.max()) <= RELATIVE_LIMIT:
-            failures.append(f"relative error {float(relative.max()):.2e}, expected at most {RELATIVE_LIMIT:.0e}")
-    else:
-        exact = torch.cat([run.tokens for run in truth])
-        distance, original_distance = float(_relative(a, exact).mean()), float(_relative(b, exact).mean())
-        if not distance <= DISTANCE_LIMIT * original_distance:
-            failures.append(
-                f"distance to float32 {distance:.3e}, expected at most {DISTANCE_LIMIT} × the original's own "
-                f"{original_distance:.3e}"
-            )
-    return CaseResult(
-        name=name,
-        images=len(ours),
-        tokens=len(a),
-        min_cosine=float(cosine.min()),
-        mean_cosine=float(cosine.mean()),
-        max_abs=float(absolute.max()),
-        mean_abs=float(absolute.mean()),
-        max_relative=float(relative.max()),
-        mean_relative=float(relative.mean()),
-        min_pooled_cosine=min(map(float, pooled)) if pooled else None,
-        distance=distance,
-        original_distance=original_distance,
-        drift=drift,
-        histogram=_histogram(cosine),
-        passed=not failures,
-        failures=tuple(failures),
-    )
-
-
-def _histogram(cosine: Tensor) -> tuple[tuple[float, float, int], ...]:
-    """Tokens by `log10(1 - cosine)`, half a power of ten a bin; closer than 1e-12 counts as 1e-12."""
-    edges = torch.linspace(-12, 0, HISTOGRAM_BINS + 1, dtype=torch.float64)
-    distance = (1 - cosine).clamp(1e-12, 1).log10()
-    counts = torch.histogram(distance.nan_to_num(0.0), edges).hist
-    return tuple(
-        (float(10**low), float(10**high), int(n)) for low, high, n in zip(edges, edges[1:], counts, strict=False)
     )
 
 

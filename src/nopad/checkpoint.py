@@ -45,12 +45,14 @@ class Checkpoint:
         tensors: every tensor by its stored name.
         config: `config.json`, `{}` where there is none.
         preprocessor: `preprocessor_config.json`, `None` where there is none.
+        left_out: tensors that the dialect drops; some of them still tell about the architecture.
     """
 
     name: str
     tensors: Mapping[str, StoredTensor]
     config: dict[str, Any] = field(default_factory=dict)
     preprocessor: dict[str, Any] | None = None
+    left_out: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor.
@@ -79,6 +81,8 @@ class Dialect:
         prefixes: taken off tensor names before anything else (the tower's name in a composite checkpoint).
         dropped: patterns of tensors that are no part of the vision encoder.
         is_original: whether transformers' own class reads these names as they are.
+        requires: further patterns, each of which some name must match, where no one name tells dialects apart.
+        excludes: patterns that no name may match, where a dialect's names are all found in another's.
     """
 
     name: str
@@ -87,11 +91,14 @@ class Dialect:
     prefixes: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     is_original: bool = False
+    requires: tuple[str, ...] = ()
+    excludes: tuple[str, ...] = ()
 
     def matches(self, names: Iterable[str]) -> bool:
         """Whether tensor names speak this dialect."""
-        pattern = re.compile(self.signature)
-        return any(pattern.search(self.strip(name)) for name in names)
+        stripped = [self.strip(name) for name in names]
+        found = [any(re.search(p, name) for name in stripped) for p in (self.signature, *self.requires)]
+        return all(found) and not any(re.search(p, name) for p in self.excludes for name in stripped)
 
     def strip(self, name: str) -> str:
         """A tensor name without the tower's prefix."""
@@ -104,15 +111,17 @@ class Dialect:
         """The vision encoder's part of a checkpoint, without prefixes."""
         dropped = [re.compile(pattern) for pattern in self.dropped]
         tensors: dict[str, StoredTensor] = {}
+        left_out: dict[str, StoredTensor] = {}
         for name, tensor in checkpoint.tensors.items():
             if any(pattern.search(name) for pattern in dropped):
+                left_out[name] = tensor
                 continue
             if self.strip(name) in tensors:
                 raise ValueError(
                     f"checkpoint {checkpoint.name!r}: {self.strip(name)!r} is there with and without prefix"
                 )
             tensors[self.strip(name)] = tensor
-        return Checkpoint(checkpoint.name, tensors, checkpoint.config, checkpoint.preprocessor)
+        return Checkpoint(checkpoint.name, tensors, checkpoint.config, checkpoint.preprocessor, left_out)
 
 
 class Unstack(ConversionOps):
@@ -182,6 +191,8 @@ def open_checkpoint(name: str | Path, *, revision: str | None = None, **hub: Any
     path = Path(name).expanduser()
     if path.is_file():
         return Checkpoint(name, _read_file(path))
+    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise OSError(f"checkpoint {name!r}: neither a file nor a folder, and no name on the Hub (owner/model)")
     find = partial(_find, str(path) if path.is_dir() else name, revision=revision, **hub)
     config = _read_json(find("config.json"))
     files = _weight_files(name, path if path.is_dir() else None, find)

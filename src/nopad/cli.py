@@ -35,6 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     align.add_argument("--json", action="store_true", help="print the report as JSON")
     align.add_argument("--report", metavar="FILE.html", help="write the report as one HTML page")
     align.add_argument("--revision", help="branch, tag or commit on the Hub")
+    trust = "run the checkpoint's own code as the original, where transformers does not have it"
+    align.add_argument("--trust-remote-code", action="store_true", help=trust)
     add_align_options(align)
     align.set_defaults(run=run_align)
 
@@ -59,6 +61,7 @@ def run_align(options: argparse.Namespace) -> int:
         checkpoint=options.checkpoint,
         images=options.images,
         revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from nopad.images import load
 from nopad.layers.pooling import segment_mean
 from nopad.packing import Layout, Pack, PatchOrder, Segments
-from nopad.preprocessing import Preprocessing, preprocess
+from nopad.preprocessing import Preprocessing, Resize, preprocess
 from nopad.pretrained import PretrainedEncoder
 
 

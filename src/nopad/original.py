@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_utils import PreTrainedModel
 
 from nopad.encoder import PackedEncoder
+from nopad.untrained import UNTRAINED
 
 
 class Original:
@@ -21,9 +25,25 @@ class Original:
 
     model_class: ClassVar[type[PreTrainedModel]]
 
+    def of(self, checkpoint: str, *, revision: str | None, trust_remote_code: bool) -> Original:
+        """The original of this one checkpoint.
+
+        Raises:
+            ValueError: there is none at hand, or none that may be run.
+        """
+        return self
+
+    def describe(self, model: PreTrainedModel) -> str:
+        """The original's name for the report."""
+        return f"transformers {type(model).__name__}"
+
+    def class_of(self, packed: PackedEncoder) -> type[PreTrainedModel]:
+        """transformers' class for the same architecture, where the family packs more than one."""
+        return self.model_class
+
     def config(self, packed: PackedEncoder) -> PreTrainedConfig:
         """The original's config for the same architecture."""
-        config_class = self.model_class.config_class
+        config_class = self.class_of(packed).config_class
         assert config_class is not None
         names = config_class().to_dict()
         return config_class(**{name: value for name, value in packed.config.to_dict().items() if name in names})
@@ -31,7 +51,7 @@ class Original:
     def names(self, packed: PackedEncoder) -> set[str]:
         """The original's tensor names."""
         with torch.device("meta"):
-            return set(self.model_class(self.config(packed)).state_dict())
+            return set(self.class_of(packed)(self.config(packed)).state_dict())
 
     def load(self, packed: PackedEncoder, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
         """The original with exactly these weights.
@@ -39,11 +59,12 @@ class Original:
         Raises:
             ValueError: a tensor too few, too many or of another shape.
         """
-        load: Any = self.model_class.from_pretrained
+        model_class = self.class_of(packed)
+        load: Any = model_class.from_pretrained
         model, info = load(None, config=self.config(packed), state_dict=state, dtype=dtype, output_loading_info=True)
         problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
         if problems:
-            raise ValueError(f"{self.model_class.__name__} does not load the same weights strictly: {problems}")
+            raise ValueError(f"{model_class.__name__} does not load the same weights strictly: {problems}")
         return model
 
     def only_grid(self, packed: PackedEncoder) -> tuple[int, int] | None:
@@ -55,7 +76,10 @@ class Original:
         return model.encoder.layers
 
     def run(self, model: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One image `(C, H, W)` to patch tokens `(h · w, D)` and what the original pools them to `(D,)`, if it does."""
+        """One image `(C, H, W)` to patch tokens `(h · w, D)` and what the original pools them to `(D,)`, if it does.
+
+        Where the packed encoder's frames attend jointly, it may be a clip `(frames, C, H, W)`.
+        """
         output = model(pixel_values=pixels[None])
         pooled = output.pooler_output
         return self.patch_tokens(output.last_hidden_state[0]), None if pooled is None else pooled[0]
@@ -63,3 +87,69 @@ class Original:
     def patch_tokens(self, tokens: Tensor) -> Tensor:
         """A sequence of the original without its prefix tokens."""
         return tokens
+
+
+class RemoteCodeOriginal(Original):
+    """An original that transformers does not have: the model code that lies beside the checkpoint's weights.
+
+    That code runs on this machine with the user's rights, so that it is loaded only where the user allows it.
+    """
+
+    _class: Any = None
+    _config: PreTrainedConfig | None = None
+
+    def of(self, checkpoint: str, *, revision: str | None, trust_remote_code: bool) -> Original:
+        """The original by the checkpoint's own code.
+
+        Raises:
+            ValueError: the code may not be run, or the checkpoint brings none.
+        """
+        if not trust_remote_code:
+            raise ValueError(
+                f"checkpoint {checkpoint!r}: no reference is at hand, its original is not part of transformers; give "
+                f"--trust-remote-code (trust_remote_code=True) to run the checkpoint's own code as the reference"
+            )
+        place = checkpoint.removeprefix(UNTRAINED)
+        content = {} if Path(place).is_file() else PreTrainedConfig.get_config_dict(place, revision=revision)[0]
+        auto_map = content.get("auto_map", {})
+        if not {"AutoConfig", "AutoModel"} <= auto_map.keys():
+            raise ValueError(
+                f"checkpoint {checkpoint!r}: no reference is at hand, it brings no code of its own (expected auto_map "
+                f"with AutoConfig and AutoModel in its config.json, got {auto_map})"
+            )
+        bound = type(self)()
+        bound._config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=True)
+        bound._class = get_class_from_dynamic_module(auto_map["AutoModel"], place, revision=revision)
+        return bound
+
+    def names(self, packed: PackedEncoder) -> set[str]:
+        """The original's tensor names."""
+        with torch.device("meta"):
+            return set(self._build(torch.float32).state_dict())
+
+    def load(self, packed: PackedEncoder, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
+        """The original with exactly these weights.
+
+        Raises:
+            ValueError: a tensor too few, too many or of another shape.
+        """
+        # Built whole, then filled: `from_pretrained` builds on the meta device, and code that was written for
+        # transformers 4 would leave tables that are not saved, such as rotary frequencies, as they lie in memory.
+        model = self._build(dtype)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        given = {name: tensor.shape for name, tensor in state.items()}
+        problems = sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name))
+        if problems:
+            raise ValueError(
+                f"{type(model).__name__} does not load the same weights strictly: {len(problems)} tensors are missing, "
+                f"unexpected or misshapen: {problems[:10]}"
+            )
+        model.load_state_dict(state)
+        return model.eval()
+
+    def describe(self, model: PreTrainedModel) -> str:
+        """The original's name for the report."""
+        return f"{type(model).__name__} of the checkpoint's own code"
+
+    def _build(self, dtype: torch.dtype) -> PreTrainedModel:
+        return self._class._from_config(self._config, dtype=dtype, attn_implementation="eager")

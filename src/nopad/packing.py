@@ -260,7 +260,7 @@ def _holds_integers(tensor: Tensor) -> bool:
 
 
 def _read_positions(patch_positions: Tensor, lengths: Sequence[int]) -> tuple[tuple[tuple[int, ...], ...], bool, int]:
-    """Frames, whether they are whole, and longest side, read off `patch_positions`: one more read of the host.
+    """Frames, whether they are whole, and longest side, read off `patch_positions`: small reads of the host.
 
     Raises:
         ValueError: a negative position.

@@ -205,7 +205,7 @@ def write_align_page(report: AlignReport, path: str | Path) -> None:
 
 
 def _setting(report: AlignReport) -> str:
-    from nopad.align import DISTANCE_LIMIT, RELATIVE_LIMIT  # imports torch, which whoever has a report has
+    from nopad.parity import DISTANCE_LIMIT, RELATIVE_LIMIT  # imports torch, which whoever has a report has
 
     limit = f"relative difference of a token at most {RELATIVE_LIMIT:.0e}"
     if report.dtype != "float32":

@@ -5,9 +5,17 @@ from __future__ import annotations
 from nopad.checkpoint import Checkpoint
 from nopad.encoder import PackedEncoder
 from nopad.families.aimv2 import AIMv2Original, AIMv2Packing
+from nopad.families.dinov3 import DINOv3Original, DINOv3ViTPacking
+from nopad.families.onevision import OneVisionEncoderPacking, OneVisionOriginal
+from nopad.families.siglip2 import Siglip2NaflexPacking, Siglip2Original
 from nopad.original import Original
 
-ORIGINALS: dict[type[PackedEncoder], Original] = {AIMv2Packing: AIMv2Original()}
+ORIGINALS: dict[type[PackedEncoder], Original] = {
+    AIMv2Packing: AIMv2Original(),
+    DINOv3ViTPacking: DINOv3Original(),
+    Siglip2NaflexPacking: Siglip2Original(),
+    OneVisionEncoderPacking: OneVisionOriginal(),
+}
 FAMILIES: tuple[type[PackedEncoder], ...] = tuple(ORIGINALS)
 
 

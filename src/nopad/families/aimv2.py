@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,13 +26,11 @@ from nopad.families.aimv2_checkpoints import (
 from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
 from nopad.layers.mlp import GatedMLP
-from nopad.layers.positions import resample, sincos_2d, tables_of_grids
+from nopad.layers.positions import learned_positions, sincos_2d
 from nopad.layers.varlen import varlen_attention
 from nopad.original import Original
 from nopad.packing import Layout, Segments
 from nopad.preprocessing import Preprocessing
-
-logger = logging.getLogger(__name__)
 
 
 class AIMv2Embeddings(nn.Module):
@@ -59,41 +56,12 @@ class AIMv2Embeddings(nn.Module):
         """`(T, D)` float32.
 
         Raises:
-            ValueError: `positions="strict"` and another grid than the trained one, or a `patch_positions` outside it.
+            ValueError: see `learned_positions`.
         """
         if self.position_embedding is None:
             return sincos_2d(layout, self.proj.out_features)
-        rows, columns = self.trained_grid
-        if layout.patch_positions is not None:
-            if layout.longest_side > min(rows, columns):
-                raise ValueError(
-                    f"patch_positions: expected rows and columns on the trained {rows} × {columns} grid, "
-                    f"got one of {layout.longest_side - 1}"
-                )
-            _, row, column = layout.patch_positions.unbind(1)
-            return self.position_embedding.float()[row * columns + column]
-        if not layout.grid:
-            return self.position_embedding.float()[:0]
-        self.check_grids(layout)
-        table_of = partial(resample, self.position_embedding, self.trained_grid, mode="bicubic")
-        return tables_of_grids(layout, lambda grid: table_of(target=grid))
-
-    def check_grids(self, layout: Layout) -> None:
-        """Refuse, or tell once, that learned positions are resampled."""
-        others = [(h, w) for _, h, w in layout.grid if (h, w) != self.trained_grid]
-        if others and self.strict:
-            raise ValueError(
-                f"grid_thw: positions='strict' and the positions were learned on {self.trained_grid}, got {others[0]}; "
-                f"resize the image or load with positions='resample'"
-            )
-        if others:
-            _log_resampling(self.trained_grid)
-
-
-@lru_cache
-def _log_resampling(grid: tuple[int, int]) -> None:
-    rows, columns = grid
-    logger.warning("positions were learned on %d × %d patches; other grids get them resampled (bicubic)", rows, columns)
+        table, grid = self.position_embedding, self.trained_grid
+        return learned_positions(layout, table, grid, mode="bicubic", strict=self.strict)
 
 
 class AIMv2Head(nn.Module):

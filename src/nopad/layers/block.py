@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -10,16 +11,34 @@ from nopad.packing import Segments
 
 
 class Block(GradientCheckpointingLayer):
-    """Pre-norm transformer block: attention, then feed-forward, each added to what came in."""
+    """Pre-norm transformer block: attention, then feed-forward, each added to what came in.
 
-    def __init__(self, norm1: nn.Module, attention: PackedAttention, norm2: nn.Module, mlp: nn.Module):
+    With `layer_scale` each is first multiplied by a learned factor per channel (Touvron et al., arXiv:2103.17239).
+    """
+
+    def __init__(
+        self,
+        norm1: nn.Module,
+        attention: PackedAttention,
+        norm2: nn.Module,
+        mlp: nn.Module,
+        *,
+        layer_scale: bool = False,
+    ):
         super().__init__()
         self.norm1 = norm1
         self.attention = attention
         self.norm2 = norm2
         self.mlp = mlp
+        self.layer_scale1: nn.Parameter | None
+        self.layer_scale2: nn.Parameter | None
+        for name in ("layer_scale1", "layer_scale2"):
+            size = attention.proj.out_features
+            self.register_parameter(name, nn.Parameter(torch.empty(size)) if layer_scale else None)
 
     def forward(self, hidden_states: Tensor, segments: Segments, rotate: Rotate | None = None) -> Tensor:
         """`(T, D)` to `(T, D)`."""
-        hidden_states = hidden_states + self.attention(self.norm1(hidden_states), segments, rotate)
-        return hidden_states + self.mlp(self.norm2(hidden_states))
+        mixed = self.attention(self.norm1(hidden_states), segments, rotate)
+        hidden_states = hidden_states + (mixed if self.layer_scale1 is None else mixed * self.layer_scale1)
+        fed = self.mlp(self.norm2(hidden_states))
+        return hidden_states + (fed if self.layer_scale2 is None else fed * self.layer_scale2)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nopad.packing import Layout
+
+logger = logging.getLogger(__name__)
 
 
 def sincos_axis(positions: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
@@ -36,19 +40,24 @@ def sincos_2d(layout: Layout, hidden_size: int) -> Tensor:
         `(T, hidden_size)` float32.
     """
     _, rows, columns = layout.coordinates.unbind(1)
+    if layout.longest_side > layout.num_patches:  # patch positions far apart
+        return torch.cat((sincos_axis(columns, hidden_size // 2), sincos_axis(rows, hidden_size // 2)), dim=1)
     # Sines of the few distinct rows and columns, then a gather: not one sine per token and channel.
     table = sincos_axis(torch.arange(layout.longest_side, device=layout.device), hidden_size // 2)
     return torch.cat((table[columns], table[rows]), dim=1)
 
 
-def resample(table: Tensor, source: tuple[int, int], target: tuple[int, int], mode: str) -> Tensor:
-    """Resize a learned position table to another grid, antialiased, in float32.
+def resample(
+    table: Tensor, source: tuple[int, int], target: tuple[int, int], mode: str, *, antialias: bool = True
+) -> Tensor:
+    """Resize a learned position table to another grid, in float32.
 
     Args:
         table: `(rows · columns, D)` on the `source` grid.
         source: `(rows, columns)` of the table.
         target: `(rows, columns)` wanted.
         mode: `"bicubic"` as timm's `resample_abs_pos_embed`, `"bilinear"` as SigLIP2's `resize_positional_embeddings`.
+        antialias: `False` as the `interpolate_pos_encoding` of transformers' models.
 
     Returns:
         `(rows · columns, D)` float32 on the `target` grid.
@@ -57,7 +66,7 @@ def resample(table: Tensor, source: tuple[int, int], target: tuple[int, int], mo
     if source == target:
         return table
     image = table.T.reshape(1, -1, *source)
-    return F.interpolate(image, size=target, mode=mode, align_corners=False, antialias=True)[0].flatten(1).T
+    return F.interpolate(image, size=target, mode=mode, align_corners=False, antialias=antialias)[0].flatten(1).T
 
 
 def tables_of_grids(layout: Layout, table_of: Callable[[tuple[int, int]], Tensor]) -> Tensor:
@@ -78,3 +87,51 @@ def tables_of_grids(layout: Layout, table_of: Callable[[tuple[int, int]], Tensor
     facts = torch.tensor([(starts[h, w], h * w) for _, h, w in layout.grid], dtype=torch.int64)
     start, area = facts.reshape(-1, 2).to(layout.device, non_blocking=True)[layout.image_index].unbind(1)
     return torch.cat([table_of(grid) for grid in grids])[start + layout.index_in_image % area]
+
+
+def learned_positions(
+    layout: Layout, table: Tensor, trained_grid: tuple[int, int], *, mode: str, antialias: bool = True, strict: bool
+) -> Tensor:
+    """Positions of every patch out of a table learned on one grid; other grids get it resampled, which is told once.
+
+    Args:
+        layout: the pack; every frame is a full grid, or `patch_positions` say where on the trained grid a patch lies.
+        table: `(rows · columns, D)` on the trained grid.
+        trained_grid: `(rows, columns)`.
+        mode, antialias: as `resample` takes them.
+        strict: refuse other grids.
+
+    Returns:
+        `(T, D)` float32.
+
+    Raises:
+        ValueError: `strict` and another grid than the trained one, or a `patch_positions` outside it.
+    """
+    rows, columns = trained_grid
+    if layout.patch_positions is not None:
+        if layout.longest_side > min(rows, columns):
+            raise ValueError(
+                f"patch_positions: expected rows and columns on the trained {rows} × {columns} grid, "
+                f"got one of {layout.longest_side - 1}"
+            )
+        _, row, column = layout.patch_positions.unbind(1)
+        return table.float()[row * columns + column]
+    others = [(h, w) for _, h, w in layout.grid if (h, w) != trained_grid]
+    if others and strict:
+        raise ValueError(
+            f"grid_thw: positions='strict' and the positions were learned on {trained_grid}, got {others[0]}; "
+            f"resize the image or load with positions='resample'"
+        )
+    if others:
+        _log_resampling(trained_grid, mode)
+    if not layout.grid:
+        return table.float()[:0]
+    return tables_of_grids(layout, lambda grid: resample(table, trained_grid, grid, mode, antialias=antialias))
+
+
+@lru_cache
+def _log_resampling(grid: tuple[int, int], mode: str) -> None:
+    rows, columns = grid
+    logger.warning(
+        "positions were learned on %d × %d patches; other grids get them resampled (%s)", rows, columns, mode
+    )

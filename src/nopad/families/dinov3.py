@@ -1,0 +1,303 @@
+"""DINOv3 (Siméoni et al., arXiv:2508.10104): a vision transformer with CLS and register tokens and axial rope."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from nopad.checkpoint import Checkpoint, Dialect
+from nopad.encoder import PackedEncoder, Trunk
+from nopad.families.dinov3_checkpoints import (
+    DIALECTS,
+    PUBLISHED,
+    DINOv3ViTPackingConfig,
+    biased,
+    fill_biases,
+    read_config,
+)
+from nopad.layers.attention import PackedAttention, Rotate
+from nopad.layers.block import Block
+from nopad.layers.mlp import MLP, GatedMLP
+from nopad.layers.rope import axial_angles, patch_centres, rope_periods, rotate_halves
+from nopad.original import Original
+from nopad.packing import Layout, Segments
+from nopad.preprocessing import Preprocessing
+
+STATISTICS: dict[str, dict[str, Any]] = {
+    "imagenet": {"mean": tuple(IMAGENET_DEFAULT_MEAN), "std": tuple(IMAGENET_DEFAULT_STD)},
+    "sat493m": {"mean": (0.430, 0.411, 0.296), "std": (0.213, 0.156, 0.143)},
+}
+"""Mean and standard deviation of each colour, by `config.pixel_statistics`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where patches and prefix tokens stand, once each segment begins with its prefix.
+
+    Attributes:
+        segments: one per image or frame, prefix tokens and patches.
+        patches: `(T,)` row of each patch.
+        prefix: `(S, number)` rows of each segment's prefix tokens.
+    """
+
+    segments: Segments
+    patches: Tensor
+    prefix: Tensor
+
+    @classmethod
+    def of(cls, frames: Segments, number: int) -> Places:
+        """Make room for `number` prefix tokens in front of each frame; no host read."""
+        device = frames.cu_seqlens.device
+        segments = Segments.of([length + number for length in frames.lengths], device)
+        patches = torch.arange(frames.num_tokens, device=device) + number * (frames.index() + 1)
+        prefix = segments.cu_seqlens[:-1].long()[:, None] + torch.arange(number, device=device)
+        return cls(segments, patches, prefix)
+
+    def join(self, patches: Tensor, prefix: Tensor) -> Tensor:
+        """`(T, ...)` patches and `(S, number, ...)` prefix tokens to all rows of the pack."""
+        rows = patches.new_empty(self.segments.num_tokens, *patches.shape[1:])
+        rows.index_copy_(0, self.patches, patches)
+        return rows.index_copy_(0, self.prefix.flatten(), prefix.flatten(0, 1))
+
+    def take_patches(self, rows: Tensor) -> Tensor:
+        """`(T, D)`."""
+        return rows.index_select(0, self.patches)
+
+    def take_prefix(self, rows: Tensor) -> Tensor:
+        """`(S, number, D)`."""
+        return rows.index_select(0, self.prefix.flatten()).unflatten(0, self.prefix.shape)
+
+
+class DINOv3Embeddings(nn.Module):
+    """Patches to tokens, and each segment's CLS and register tokens in front of them."""
+
+    def __init__(self, config: DINOv3ViTPackingConfig, patch_dim: int):
+        super().__init__()
+        size = config.hidden_size
+        self.proj = nn.Linear(patch_dim, size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, size))
+        self.register_tokens = nn.Parameter(torch.empty(1, config.num_register_tokens, size))
+        # For masked training alone; kept so that a saved checkpoint is complete.
+        self.mask_token = nn.Parameter(torch.empty(1, 1, size))
+
+    def forward(self, hidden_states: Tensor, places: Places) -> Tensor:
+        """`(T, P)` to `(T + S · number, D)`."""
+        tokens = self.proj(hidden_states)
+        prefix = torch.cat((self.cls_token, self.register_tokens), dim=1).to(tokens.dtype)
+        return places.join(tokens, prefix.expand(len(places.segments), -1, -1))
+
+
+class DINOv3Rope(nn.Module):
+    """Rotation by the place of a patch's centre in its image; prefix tokens are not turned.
+
+    In training the coordinates are shifted, stretched and rescaled at random as the config says, each image and frame
+    on its own (transformers' `augment_patches_center_coordinates`).
+    """
+
+    def __init__(self, config: DINOv3ViTPackingConfig):
+        super().__init__()
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        if self.head_dim % 4:
+            raise ValueError(f"head size: expected a multiple of 4 for rope over two axes, got {self.head_dim}")
+        self.base = config.rope_theta
+        self.shift = config.pos_embed_shift
+        self.jitter = config.pos_embed_jitter
+        self.rescale = config.pos_embed_rescale
+
+    def forward(self, layout: Layout, places: Places) -> Rotate:
+        """The rotation of every row of the pack."""
+        centres = patch_centres(layout)
+        if self.training:
+            centres = self.augment(centres, layout.frames)
+        angles = axial_angles(centres, rope_periods(self.head_dim, self.base, layout.device))
+        # An angle of zero turns nothing, exactly.
+        angles = places.join(angles, angles.new_zeros(*places.prefix.shape, angles.shape[1]))[:, None]
+        return partial(rotate_halves, cos=angles.cos(), sin=angles.sin())
+
+    def augment(self, centres: Tensor, frames: Segments) -> Tensor:
+        """`(T, 2)` to `(T, 2)`."""
+        index = frames.index()
+
+        def draw(limit: float, axes: int) -> Tensor:
+            return centres.new_empty(len(frames), axes).uniform_(-limit, limit)[index]
+
+        if self.shift is not None:
+            centres = centres + draw(self.shift, axes=2)
+        if self.jitter is not None:
+            centres = centres * draw(math.log(self.jitter), axes=2).exp()
+        if self.rescale is not None:
+            centres = centres * draw(math.log(self.rescale), axes=1).exp()
+        return centres
+
+
+class PartlyBiasedQKV(nn.Linear):
+    """One matrix for queries, keys and values of which some have a bias and some have none.
+
+    Only biases that exist are parameters: a bias of keys would not stay zero in training.
+    """
+
+    def __init__(self, hidden_size: int, has_bias: tuple[bool, bool, bool]):
+        super().__init__(hidden_size, 3 * hidden_size, bias=False)
+        self.has_bias = has_bias
+        self.bias = nn.Parameter(torch.zeros(sum(has_bias) * hidden_size))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(T, D)` to `(T, 3 · D)`."""
+        return F.linear(input, self.weight, fill_biases(self.bias, self.has_bias))
+
+
+def dinov3_block(config: DINOv3ViTPackingConfig) -> Block:
+    """One transformer block of the family."""
+    size = config.hidden_size
+    norm = partial(nn.LayerNorm, size, eps=config.layer_norm_eps)
+    attention = PackedAttention(
+        size,
+        config.num_attention_heads,
+        qkv_bias=all(biased(config)),
+        proj_bias=config.proj_bias,
+        dropout_p=config.attention_dropout,
+    )
+    if len(set(biased(config))) > 1:
+        attention.qkv = PartlyBiasedQKV(size, biased(config))
+    feed_forward = GatedMLP if config.use_gated_mlp else MLP
+    mlp = feed_forward(size, config.intermediate_size, ACT2FN[config.hidden_act], bias=config.mlp_bias)
+    return Block(norm(), attention, norm(), mlp, layer_scale=True)
+
+
+class DINOv3ViTPacking(PackedEncoder):
+    """DINOv3 over packs; a clip's frames are separate segments, each with CLS and register tokens of its own.
+
+    Raises:
+        ValueError: see `PackedEncoder.forward` and `from_pretrained`; also `patch_positions`, which this model cannot
+            take.
+    """
+
+    config_class = DINOv3ViTPackingConfig
+    family = "dinov3"
+    dialects = DIALECTS
+    published = PUBLISHED
+    _no_split_modules = {"Block", "DINOv3Embeddings"}  # noqa: RUF012 - as transformers declares it
+
+    def build(self) -> None:
+        """Embeddings, rope, blocks and norms."""
+        config = self.config
+        if config.pixel_statistics not in STATISTICS:
+            raise ValueError(f"pixel_statistics: expected {' or '.join(STATISTICS)}, got {config.pixel_statistics!r}")
+        self.num_prefix_tokens = 1 + config.num_register_tokens
+        self.embeddings = DINOv3Embeddings(config, self.patch_dim)
+        self.rope = DINOv3Rope(config)
+        self.layers = nn.ModuleList(dinov3_block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        untied = config.untie_cls_norm
+        self.cls_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if untied else None
+
+    def trunk(self, hidden_states: Tensor, layout: Layout, states: list[Tensor] | None) -> Trunk:
+        """Patches to normed tokens.
+
+        Raises:
+            ValueError: `patch_positions`, or training with a `drop_path_rate`.
+        """
+        if layout.patch_positions is not None:
+            raise ValueError(
+                "patch_positions: DINOv3's rope places a patch within the rows and columns of its image, which "
+                "patch_positions do not tell; give whole images or frames and their (t, h, w) in grid_thw"
+            )
+        if self.training and self.config.drop_path_rate:
+            raise ValueError(f"drop_path_rate: expected 0 in training, got {self.config.drop_path_rate}")
+        places = Places.of(layout.frames, self.num_prefix_tokens)
+        rotate = self.rope(layout, places)
+        tokens = self.embeddings(hidden_states, places)
+        for layer in self.layers:
+            if states is not None:
+                states.append(places.take_patches(tokens))
+            tokens = layer(tokens, places.segments, rotate)
+        patches, prefix = places.take_patches(tokens), places.take_prefix(tokens)
+        normed_prefix = (self.norm if self.cls_norm is None else self.cls_norm)(prefix)
+        return Trunk(self.norm(patches), normed_prefix, None if states is None else (*states, patches))
+
+    def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
+        """The normed CLS token."""
+        assert trunk.prefix_tokens is not None
+        return trunk.prefix_tokens[:, 0]
+
+    @property
+    def default_preprocessing(self) -> Preprocessing:
+        """A square of 224 pixels, resized in float."""
+        statistics = STATISTICS[self.config.pixel_statistics]
+        return Preprocessing(rule="square", size=224, resample="bilinear", rescale_before_resize=True, **statistics)
+
+    @classmethod
+    def read_config(cls, checkpoint: Checkpoint, dialect: Dialect) -> DINOv3ViTPackingConfig:
+        """The architecture, from config and tensors."""
+        return read_config(checkpoint, dialect)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DINOv3Embeddings):
+            init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
+            init.trunc_normal_(module.register_tokens, std=self.config.initializer_range)
+            init.zeros_(module.mask_token)
+        elif isinstance(module, Block):
+            for scale in (module.layer_scale1, module.layer_scale2):
+                assert scale is not None
+                init.constant_(scale, self.config.layerscale_value)
+
+
+class DINOv3Original(Original):
+    """transformers' DINOv3."""
+
+    model_class = DINOv3ViTModel
+    num_prefix_tokens: int
+
+    def of(self, checkpoint: str, *, revision: str | None, trust_remote_code: bool) -> Original:
+        """The original of this one checkpoint."""
+        return type(self)()
+
+    def config(self, packed: PackedEncoder) -> PreTrainedConfig:
+        """The original's config for the same architecture.
+
+        Raises:
+            ValueError: CLS and register tokens have a norm of their own, which transformers' model does not.
+        """
+        if packed.config.untie_cls_norm:
+            raise ValueError(
+                f"checkpoint {packed.source!r}: its CLS and register tokens have a norm of their own (cls_norm), "
+                f"which transformers' DINOv3ViTModel does not have; there is no original to compare with"
+            )
+        return super().config(packed)
+
+    def names(self, packed: PackedEncoder) -> set[str]:
+        """The original's tensor names, as it writes them to files."""
+        return {name.removeprefix("model.") for name in super().names(packed)}
+
+    def load(self, packed: PackedEncoder, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
+        """The original with exactly these weights.
+
+        Raises:
+            ValueError: a tensor too few, too many or of another shape.
+        """
+        self.num_prefix_tokens = packed.num_prefix_tokens
+        return super().load(packed, state, dtype)
+
+    def layers(self, model: Any) -> nn.ModuleList:
+        """The original's transformer layers, which transformers has moved from `layer` to `model.layer`."""
+        return (model.model if hasattr(model, "model") else model).layer
+
+    def patch_tokens(self, tokens: Tensor) -> Tensor:
+        """A sequence of the original without CLS and register tokens."""
+        return tokens[self.num_prefix_tokens :]
+
+
+DINOv3ViTPacking.register_conversions()

@@ -1,0 +1,147 @@
+"""OneVision-Encoder and its preview v0: a pre-LayerNorm transformer whose tokens attend over whole clips."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from nopad.checkpoint import Checkpoint, Dialect
+from nopad.encoder import PackedEncoder, Trunk
+from nopad.families.onevision_checkpoints import DIALECTS, PUBLISHED, OneVisionPackingConfig, read_config
+from nopad.layers.attention import PackedAttention
+from nopad.layers.block import Block
+from nopad.layers.mlp import MLP
+from nopad.layers.pooling import ProbeHead
+from nopad.layers.rope_3d import check_head_dim, rotate_3d
+from nopad.original import RemoteCodeOriginal
+from nopad.packing import Layout, Segments
+from nopad.preprocessing import Preprocessing
+
+_NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
+
+
+def onevision_norm(config: OneVisionPackingConfig) -> nn.Module:
+    """A norm of the trunk.
+
+    Raises:
+        ValueError: unknown `layer_norm_type`.
+    """
+    if config.layer_norm_type not in _NORMS:
+        raise ValueError(f"layer_norm_type: expected one of {', '.join(_NORMS)}, got {config.layer_norm_type!r}")
+    return _NORMS[config.layer_norm_type](config.hidden_size, eps=config.layer_norm_eps)
+
+
+def onevision_mlp(config: OneVisionPackingConfig) -> MLP:
+    """The feed-forward layer of blocks and head."""
+    return MLP(config.hidden_size, config.intermediate_size, ACT2FN[config.hidden_act], bias=True)
+
+
+def onevision_block(config: OneVisionPackingConfig) -> Block:
+    """One transformer block of the family."""
+    attention = PackedAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        qkv_bias=True,
+        proj_bias=True,
+        dropout_p=config.attention_dropout,
+    )
+    return Block(onevision_norm(config), attention, onevision_norm(config), onevision_mlp(config))
+
+
+class OneVisionEmbeddings(nn.Module):
+    """Patches to tokens: a linear map without bias, then a norm; positions come with the attention."""
+
+    def __init__(self, config: OneVisionPackingConfig):
+        super().__init__()
+        self.proj = nn.Linear(config.patch_size**2 * config.num_channels, config.hidden_size, bias=False)
+        self.norm = onevision_norm(config)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`(T, P)` to `(T, D)`."""
+        return self.norm(self.proj(hidden_states))
+
+
+class OneVisionEncoderPacking(PackedEncoder):
+    """OneVision-Encoder over packs; a whole clip is one segment.
+
+    Frames are numbered 0, 1, 2, …; `patch_positions` gives them other numbers (training spreads a clip's frames over
+    0 … 63) and lets a clip keep only some of its patches.
+
+    Raises:
+        ValueError: see `PackedEncoder.forward` and `from_pretrained`.
+    """
+
+    config_class = OneVisionPackingConfig
+    family = "onevision"
+    dialects = DIALECTS
+    published = PUBLISHED
+    frames_attend_jointly = True
+    _no_split_modules = {"Block", "OneVisionEmbeddings", "ProbeHead"}  # noqa: RUF012 - as transformers declares it
+
+    def build(self) -> None:
+        """Embeddings, blocks, and where the checkpoint has them the final norm and the head, which come together."""
+        config = self.config
+        check_head_dim(self._head_dim)
+        self.embeddings = OneVisionEmbeddings(config)
+        self.layers = nn.ModuleList(onevision_block(config) for _ in range(config.num_hidden_layers))
+        self.norm = self.head = None
+        if config.use_head:
+            self.norm = onevision_norm(config)
+            norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.head = ProbeHead(config.hidden_size, config.num_attention_heads, norm, onevision_mlp(config))
+
+    def trunk(self, hidden_states: Tensor, layout: Layout, states: list[Tensor] | None) -> Trunk:
+        """Patches to tokens, normed where the checkpoint has the final norm."""
+        tokens = self.embeddings(hidden_states)
+        rotate = rotate_3d(layout, self._head_dim, self.config.rope_theta)
+        for layer in self.layers:
+            if states is not None:
+                states.append(tokens)
+            tokens = layer(tokens, layout.images, rotate)
+        normed = tokens if self.norm is None else self.norm(tokens)
+        return Trunk(normed, hidden_states=None if states is None else (*states, tokens))
+
+    def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
+        """Attention pooling where the checkpoint has a head, else the mean."""
+        return super().pool_segments(trunk, segments) if self.head is None else self.head(trunk.tokens, segments)
+
+    @property
+    def default_preprocessing(self) -> Preprocessing:
+        """CLIP's resize and crop."""
+        statistics: dict[str, Any] = {"mean": tuple(OPENAI_CLIP_MEAN), "std": tuple(OPENAI_CLIP_STD)}
+        return Preprocessing(rule="crop", size=self.config.image_size, resample="bicubic", **statistics)
+
+    @classmethod
+    def read_config(cls, checkpoint: Checkpoint, dialect: Dialect) -> OneVisionPackingConfig:
+        """The architecture, from config and tensors."""
+        return read_config(checkpoint, dialect)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ProbeHead):
+            init.normal_(module.probe, mean=0.0, std=self.config.initializer_range)
+
+
+class OneVisionOriginal(RemoteCodeOriginal):
+    """OneVision-Encoder's own code, which is not part of transformers."""
+
+    def run(self, model: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """One image `(C, H, W)` or one whole clip `(frames, C, H, W)`."""
+        if pixels.ndim == 3:
+            return super().run(model, pixels)
+        size = model.config.patch_size
+        frames, _, height, width = pixels.shape
+        # Given the indices of all its patches the original counts frames 0, 1, 2, …; without, it takes 64 frames alone.
+        indices = torch.arange(frames * (height // size) * (width // size), device=pixels.device)
+        output = model(pixels.transpose(0, 1)[None], visible_indices=indices[None])
+        pooled = output.pooler_output
+        return output.last_hidden_state[0], None if pooled is None else pooled[0]
+
+
+OneVisionEncoderPacking.register_conversions()

@@ -1,0 +1,156 @@
+"""OneVision-Encoder's checkpoints: the config, the dialects of tensor names, and the published models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
+
+from nopad.checkpoint import Checkpoint, Dialect, FlattenPatchKernel
+
+HEAD_DIM = 64
+"""Of every published model; for a bare file, which does not tell."""
+
+
+class OneVisionPackingConfig(PreTrainedConfig):
+    """The Hub's config, name by name, and what packing adds to it.
+
+    Attributes:
+        layer_norm_type: `"layer_norm"` or `"rms_norm"`.
+        rope_temporal_size: frames of the grid that the original counts `visible_indices` on; kept for it alone.
+        use_head: final norm and attention pooling, which the original has both or neither of.
+        patch_order: layout inside a patch.
+    """
+
+    model_type = "onevision_encoder"
+
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_channels: int = 3
+    image_size: int = 448
+    patch_size: int = 14
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    layer_norm_type: str = "layer_norm"
+    attention_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    rope_theta: float | int = 10000.0
+    rope_temporal_size: int | None = 64
+    use_head: bool = True
+    patch_order: str = "chw"
+
+
+def _alike() -> list[WeightConverter | WeightRenaming]:
+    """What both dialects name alike."""
+    return [
+        WeightRenaming("^layernorm_pre", "^embeddings.norm"),
+        WeightRenaming("^layernorm_post", "^norm"),
+        WeightRenaming(r"^encoder\.layers", "^layers"),
+        WeightRenaming("layer_norm1", "norm1"),
+        WeightRenaming("layer_norm2", "norm2"),
+        WeightRenaming("mlp.fc1", "mlp.up"),
+        WeightRenaming("mlp.fc2", "mlp.down"),
+        WeightRenaming("head.attention.in_proj_", "head.qkv."),
+        WeightRenaming("head.attention.out_proj", "head.proj"),
+    ]
+
+
+def _hub() -> list[WeightConverter | WeightRenaming]:
+    return [
+        WeightConverter("embeddings.patch_embedding.weight", "embeddings.proj.weight", [FlattenPatchKernel()]),
+        *_alike(),
+        WeightConverter(
+            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "attention.qkv", [Concatenate(dim=0)]
+        ),
+        WeightRenaming("self_attn.out_proj", "attention.proj"),
+    ]
+
+
+def _preview_v0() -> list[WeightConverter | WeightRenaming]:
+    return [
+        WeightConverter(r"^patch_embed\.proj\.weight", "^embeddings.proj.weight", [FlattenPatchKernel()]),
+        *_alike(),
+        WeightRenaming("self_attn.qkv", "attention.qkv"),
+        WeightRenaming("self_attn.proj", "attention.proj"),
+    ]
+
+
+# The name under which training code keeps a compiled encoder.
+_PREFIXES = ("encoder._orig_mod.",)
+
+# SigLIP names its layers as the Hub's, but not its norms.
+DIALECTS = (
+    Dialect(
+        "Hub",
+        r"^encoder\.layers\.\d+\.self_attn\.(q|k|v|out)_proj\.",
+        _hub,
+        prefixes=_PREFIXES,
+        requires=(r"^layernorm_(pre|post)\.",),
+        is_original=True,
+    ),
+    Dialect(
+        "preview v0",
+        r"^encoder\.layers\.\d+\.self_attn\.(qkv|proj)\.",
+        _preview_v0,
+        prefixes=_PREFIXES,
+        requires=(r"^layernorm_(pre|post)\.",),
+    ),
+)
+
+_KERNELS = {"Hub": "embeddings.patch_embedding.weight", "preview v0": "patch_embed.proj.weight"}
+
+# What config.json may say, by the Hub's names, which preview v0 has too.
+_SAME_NAMES = """
+hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size hidden_act
+layer_norm_eps layer_norm_type attention_dropout initializer_range rope_theta rope_temporal_size use_head patch_order
+"""
+
+
+def read_config(checkpoint: Checkpoint, dialect: Dialect) -> OneVisionPackingConfig:
+    """The architecture, from tensor shapes and from `config.json` where there is one.
+
+    Raises:
+        ValueError: no config and a width that no published model has.
+    """
+    names = checkpoint.tensors
+    hidden_size, channels, patch_size, _ = checkpoint.shape(_KERNELS[dialect.name])
+    fields: dict[str, Any] = {
+        "hidden_size": hidden_size,
+        "num_channels": channels,
+        "patch_size": patch_size,
+        "num_hidden_layers": checkpoint.count("encoder.layers."),
+        "layer_norm_type": "layer_norm" if "layernorm_pre.bias" in names else "rms_norm",
+        "use_head": "head.probe" in names,
+    }
+    fields |= {name: checkpoint.config[name] for name in _SAME_NAMES.split() if name in checkpoint.config}
+    if "intermediate_size" not in fields:
+        fields["intermediate_size"] = checkpoint.shape("encoder.layers.0.mlp.fc1.weight")[0]
+    if "num_attention_heads" not in fields:
+        if hidden_size % HEAD_DIM:
+            raise ValueError(
+                f"checkpoint {checkpoint.name!r}: without config.json heads are {HEAD_DIM} wide as in the published "
+                f"OneVision-Encoder, but its width is {hidden_size}; add a config.json with num_attention_heads"
+            )
+        fields["num_attention_heads"] = hidden_size // HEAD_DIM
+    return OneVisionPackingConfig(**fields)
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "lmms-lab-encoder/onevision-encoder-large": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_channels": 3,
+        "image_size": 448,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "layer_norm_type": "layer_norm",
+        "rope_theta": 10000.0,
+        "use_head": True,
+    },
+}

@@ -1,0 +1,202 @@
+"""SigLIP2 (Tschannen et al., arXiv:2502.14786) and SigLIP (Zhai et al., arXiv:2303.15343): NaFlex and fixed sizes."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.siglip.modeling_siglip import SiglipVisionModel
+from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
+
+from nopad.checkpoint import Checkpoint, Dialect
+from nopad.encoder import PackedEncoder, Trunk
+from nopad.families.siglip2_checkpoints import (
+    DIALECTS,
+    PUBLISHED,
+    Siglip2PackingConfig,
+    SiglipConfigs,
+    config_of,
+    read_config,
+    trained_grid,
+)
+from nopad.layers.attention import PackedAttention
+from nopad.layers.block import Block
+from nopad.layers.mlp import MLP
+from nopad.layers.pooling import ProbeHead
+from nopad.layers.positions import learned_positions, resample, tables_of_grids
+from nopad.original import Original
+from nopad.packing import Layout, Segments, patchify
+from nopad.preprocessing import Preprocessing
+
+
+def is_naflex(config: SiglipConfigs) -> bool:
+    """Whether the model was trained on grids of any size."""
+    return isinstance(config, Siglip2PackingConfig)
+
+
+class Siglip2Embeddings(nn.Module):
+    """Patches to tokens: a linear map, then learned positions."""
+
+    def __init__(self, config: SiglipConfigs):
+        super().__init__()
+        self.trained_grid = trained_grid(config)
+        self.naflex = is_naflex(config)
+        self.strict = config.positions == "strict"
+        self.proj = nn.Linear(config.patch_size**2 * config.num_channels, config.hidden_size)  # pyright: ignore[reportOperatorIssue]
+        self.position_embedding = nn.Parameter(torch.empty(math.prod(self.trained_grid), config.hidden_size))
+
+    def forward(self, hidden_states: Tensor, layout: Layout) -> Tensor:
+        """`(T, P)` to `(T, D)`."""
+        tokens = self.proj(hidden_states)
+        return tokens + self.positions(layout).to(tokens.dtype)
+
+    def positions(self, layout: Layout) -> Tensor:
+        """`(T, D)` float32; NaFlex as its `resize_positional_embeddings`, else as SigLIP's `interpolate_pos_encoding`.
+
+        Raises:
+            ValueError: `patch_positions` for NaFlex; see also `learned_positions`.
+        """
+        table = self.position_embedding
+        if not self.naflex:
+            rule = {"mode": "bicubic", "antialias": False, "strict": self.strict}
+            return learned_positions(layout, table, self.trained_grid, **rule)
+        if layout.patch_positions is not None:
+            raise ValueError(
+                "patch_positions: expected None, NaFlex fits its positions to the whole grid of an image, which single "
+                "patches do not tell; use a fixed-size checkpoint"
+            )
+        if not layout.grid:
+            return table.float()[:0]
+        return tables_of_grids(layout, lambda grid: resample(table, self.trained_grid, grid, mode="bilinear"))
+
+
+def siglip2_mlp(config: SiglipConfigs) -> MLP:
+    """The feed-forward layer of a block and of the head."""
+    return MLP(config.hidden_size, config.intermediate_size, ACT2FN[config.hidden_act], bias=True)
+
+
+def siglip2_block(config: SiglipConfigs) -> Block:
+    """One transformer block of the family."""
+    norm = partial(nn.LayerNorm, config.hidden_size, eps=config.layer_norm_eps)
+    attention = PackedAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        qkv_bias=True,
+        proj_bias=True,
+        dropout_p=config.attention_dropout,
+    )
+    return Block(norm(), attention, norm(), siglip2_mlp(config))
+
+
+class Siglip2NaflexPacking(PackedEncoder):
+    """SigLIP2 and SigLIP over packs; a clip's frames are separate segments.
+
+    `pooled` is the vector that the image-text space compares; there is no projection after it.
+
+    Raises:
+        ValueError: see `PackedEncoder.forward` and `from_pretrained`.
+    """
+
+    config_class = Siglip2PackingConfig
+    family = "siglip2"
+    dialects = DIALECTS
+    published = PUBLISHED
+    _no_split_modules = {"Block", "Siglip2Embeddings", "ProbeHead"}  # noqa: RUF012 - as transformers declares it
+
+    def build(self) -> None:
+        """Embeddings, blocks, norm, and where the checkpoint has it the head."""
+        config = self.config
+        if config.positions not in ("resample", "strict"):
+            raise ValueError(f"positions: expected 'resample' or 'strict', got {config.positions!r}")
+        norm = partial(nn.LayerNorm, config.hidden_size, eps=config.layer_norm_eps)
+        self.embeddings = Siglip2Embeddings(config)
+        self.layers = nn.ModuleList(siglip2_block(config) for _ in range(config.num_hidden_layers))
+        self.norm = norm()
+        self.head = None
+        if config.vision_use_head:
+            self.head = ProbeHead(config.hidden_size, config.num_attention_heads, norm(), siglip2_mlp(config))
+
+    def trunk(self, hidden_states: Tensor, layout: Layout, states: list[Tensor] | None) -> Trunk:
+        """Patches to normed tokens."""
+        tokens = self.embeddings(hidden_states, layout)
+        for layer in self.layers:
+            if states is not None:
+                states.append(tokens)
+            tokens = layer(tokens, layout.frames)
+        if states is None:
+            return Trunk(self.norm(tokens))
+        return Trunk(self.norm(tokens), hidden_states=(*states, tokens))
+
+    def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
+        """Attention pooling where the checkpoint has a head, else the mean."""
+        return super().pool_segments(trunk, segments) if self.head is None else self.head(trunk.tokens, segments)
+
+    @property
+    def default_preprocessing(self) -> Preprocessing:
+        """NaFlex: at most 256 patches in the image's aspect ratio; fixed size: resized to the trained square."""
+        statistics: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+        if is_naflex(self.config):
+            return Preprocessing(rule="naflex", resample="bilinear", **statistics)
+        return Preprocessing(rule="square", size=self.config.image_size, resample="bicubic", **statistics)
+
+    @classmethod
+    def read_config(cls, checkpoint: Checkpoint, dialect: Dialect) -> SiglipConfigs:
+        """The architecture, from config and tensors."""
+        return read_config(checkpoint)
+
+    @classmethod
+    def published_config(cls, name: str) -> SiglipConfigs:
+        """The config of a published model, of the kind that it is.
+
+        Raises:
+            ValueError: not a published name of this family.
+        """
+        super().published_config(name)  # raises for other names
+        return config_of(cls.published[name])
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        for name in ("position_embedding", "probe"):
+            if isinstance(parameter := module.__dict__.get("_parameters", {}).get(name), nn.Parameter):
+                init.normal_(parameter, mean=0.0, std=self.config.hidden_size**-0.5)
+
+
+class Siglip2Original(Original):
+    """transformers' SigLIP2 for NaFlex, its SigLIP for fixed sizes, which on other grids interpolates its positions."""
+
+    model_class = Siglip2VisionModel
+
+    def class_of(self, packed: PackedEncoder) -> type[PreTrainedModel]:
+        """The class that reads the same checkpoint."""
+        return Siglip2VisionModel if is_naflex(packed.config) else SiglipVisionModel
+
+    def config(self, packed: PackedEncoder) -> PreTrainedConfig:
+        """The original's config for the same architecture."""
+        config: Any = super().config(packed)
+        config.vision_use_head = packed.config.vision_use_head
+        return config
+
+    def run(self, model: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """One image `(C, H, W)` to its tokens and its pooled vector."""
+        if isinstance(model, SiglipVisionModel):
+            output = model(pixel_values=pixels[None], interpolate_pos_encoding=True)
+        else:
+            patches, (_, rows, columns) = patchify(pixels, model.config.patch_size)
+            output = model(
+                pixel_values=patches[None],
+                pixel_attention_mask=torch.ones(1, len(patches), dtype=torch.int32, device=pixels.device),
+                spatial_shapes=torch.tensor([[rows, columns]]),
+            )
+        pooled = output.pooler_output
+        return output.last_hidden_state[0], None if pooled is None else pooled[0]
+
+
+Siglip2NaflexPacking.register_conversions()

@@ -1,0 +1,69 @@
+"""OneVision's positions over time, rows and columns, by which queries and keys are turned."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from nopad.layers.attention import Rotate
+from nopad.packing import Layout
+
+SPLIT = (4, 6, 6)
+"""Shares of half the head size that time, row and column have."""
+
+
+def check_head_dim(head_dim: int) -> None:
+    """Raise `ValueError` unless half the head size falls into whole shares of 4:6:6."""
+    parts = 2 * sum(SPLIT)
+    if head_dim % parts:
+        raise ValueError(f"head size: expected a multiple of {parts} for 4:6:6 rotary positions, got {head_dim}")
+
+
+def angles_3d(coordinates: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Angle of each position and channel, by the formula of OneVision-Encoder's `VideoRotaryEmbeddingSplit466`.
+
+    Args:
+        coordinates: `(T, 3)` integers `[t, h, w]`.
+        head_dim: K, a multiple of 32.
+        theta: the base of the frequencies.
+
+    Returns:
+        `(T, K / 2)` float32: a quarter of the channels for time, three eighths for the row, three eighths for the
+        column.
+    """
+    positions = coordinates.float()
+    unit = head_dim // 2 // sum(SPLIT)
+    axes = []
+    for axis, share in enumerate(SPLIT):
+        size = share * unit
+        exponents = torch.arange(size, dtype=torch.float32, device=positions.device) / size
+        axes.append(positions[:, axis, None] * (1.0 / theta**exponents))
+    return torch.cat(axes, dim=1)
+
+
+def rotate_3d(layout: Layout, head_dim: int, theta: float) -> Rotate:
+    """What turns the queries and keys `(T, H, K)` of a pack by the positions of their patches.
+
+    The checkpoints were trained with a quirk, and depend on it: the table of K / 2 angles is repeated once more behind
+    itself, as for channels that are paired half a head apart, but channels are paired with their neighbours. Channels
+    `2i` and `2i + 1` so turn by two different angles, lengths are not kept, and no fused rotary kernel does the same.
+    It stands in OneVision-Encoder's `modeling_onevision_encoder.py`: `torch.cat([freqs, freqs])`, and `rotate_half`
+    over even and odd channels.
+    """
+    angles = angles_3d(layout.coordinates, head_dim, theta).repeat(1, 2)[:, None]
+    return partial(turn_neighbours, cos=angles.cos(), sin=angles.sin())
+
+
+def turn_neighbours(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`(x0, x1) → (x0 cos0 - x1 sin0, x1 cos1 + x0 sin1)` for each pair of neighbouring channels, in float32.
+
+    Args:
+        states: `(T, H, K)`.
+        cos, sin: `(T, 1, K)` float32.
+    """
+    states32 = states.float()
+    even, odd = states32.unflatten(-1, (-1, 2)).unbind(-1)
+    crossed = torch.stack((-odd, even), dim=-1).flatten(-2)
+    return (states32 * cos + crossed * sin).to(states.dtype)

@@ -1,0 +1,155 @@
+"""How close two models' features are: the numbers of an alignment, and its limits."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RELATIVE_LIMIT = 1e-4
+"""Float32: the most that a token may differ from the original's, relative to its norm."""
+DISTANCE_LIMIT = 1.1
+"""Half precision: the packed model's distance to the float32 original over the original's own."""
+HISTOGRAM_BINS = 24
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One pack compared with the original.
+
+    Attributes:
+        name: what was compared.
+        images: images and clips in the pack.
+        tokens: tokens compared.
+        min_cosine, mean_cosine: over the tokens.
+        max_abs, mean_abs: absolute difference of single values.
+        max_relative, mean_relative: per token, norm of the difference over the norm of the original's token.
+        min_pooled_cosine: over the images, `None` where the original does not pool.
+        distance, original_distance: mean relative distance per token to the float32 original of the packed model and
+            of the original itself, both in the dtype asked for; `None` in float32.
+        drift: largest relative difference of a token before the first layer and after each.
+        histogram: `(low, high, count)` of the tokens' distance `1 - cosine`, in powers of ten.
+        passed: whether the case meets the limits.
+        failures: each limit that it does not meet, with the numbers.
+    """
+
+    name: str
+    images: int
+    tokens: int
+    min_cosine: float
+    mean_cosine: float
+    max_abs: float
+    mean_abs: float
+    max_relative: float
+    mean_relative: float
+    min_pooled_cosine: float | None
+    distance: float | None
+    original_distance: float | None
+    drift: tuple[float, ...]
+    histogram: tuple[tuple[float, float, int], ...]
+    passed: bool
+    failures: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AlignReport:
+    """The verdict on a checkpoint, and what it rests on."""
+
+    checkpoint: str
+    family: str
+    original: str
+    weights: str
+    device: str
+    dtype: str
+    attention: str
+    threshold: float
+    versions: dict[str, str]
+    cases: tuple[CaseResult, ...]
+    skipped: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether there are cases and every one passed."""
+        return bool(self.cases) and all(case.passed for case in self.cases)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {"passed": self.passed, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a model gives for one image or clip, on the CPU: tokens, layer by layer too, and its pooling."""
+
+    tokens: Tensor
+    states: tuple[Tensor, ...]
+    pooled: Tensor | None
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> Tensor:
+    return (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+
+
+def compare(name: str, ours: list[Run], theirs: list[Run], truth: list[Run] | None, threshold: float) -> CaseResult:
+    """All numbers of a case; NaN fails every limit."""
+    a, b = torch.cat([run.tokens for run in ours]), torch.cat([run.tokens for run in theirs])
+    cosine = torch.cosine_similarity(a.double(), b.double(), dim=-1)
+    relative, absolute = _relative(a, b), (a - b).abs()
+    # Reduced by torch: Python's min and max pass over a NaN that does not stand first.
+    pooled = [
+        torch.cosine_similarity(x.pooled, y.pooled, dim=0)
+        for x, y in zip(ours, theirs, strict=True)
+        if x.pooled is not None and y.pooled is not None
+    ]
+    min_pooled_cosine = float(torch.stack(pooled).min()) if pooled else None
+    drift = tuple(
+        float(torch.stack([_relative(x.states[i], y.states[i]).max() for x, y in zip(ours, theirs, strict=True)]).max())
+        for i in range(len(ours[0].states))
+    )
+    distance = original_distance = None
+    failures = []
+    for kind, least in (("", float(cosine.min())), ("pooled ", min_pooled_cosine)):
+        if least is not None and not least > threshold:
+            failures.append(f"minimum {kind}cosine {least:.6f}, expected more than {threshold}")
+    if truth is None:
+        if not float(relative.max()) <= RELATIVE_LIMIT:
+            failures.append(f"relative error {float(relative.max()):.2e}, expected at most {RELATIVE_LIMIT:.0e}")
+    else:
+        exact = torch.cat([run.tokens for run in truth])
+        distance, original_distance = float(_relative(a, exact).mean()), float(_relative(b, exact).mean())
+        if not distance <= DISTANCE_LIMIT * original_distance:
+            failures.append(
+                f"distance to float32 {distance:.3e}, expected at most {DISTANCE_LIMIT} × the original's own "
+                f"{original_distance:.3e}"
+            )
+    return CaseResult(
+        name=name,
+        images=len(ours),
+        tokens=len(a),
+        min_cosine=float(cosine.min()),
+        mean_cosine=float(cosine.mean()),
+        max_abs=float(absolute.max()),
+        mean_abs=float(absolute.mean()),
+        max_relative=float(relative.max()),
+        mean_relative=float(relative.mean()),
+        min_pooled_cosine=min_pooled_cosine,
+        distance=distance,
+        original_distance=original_distance,
+        drift=drift,
+        histogram=_histogram(cosine),
+        passed=not failures,
+        failures=tuple(failures),
+    )
+
+
+def _histogram(cosine: Tensor) -> tuple[tuple[float, float, int], ...]:
+    """Tokens by `log10(1 - cosine)`, half a power of ten a bin; closer than 1e-12 counts as 1e-12."""
+    edges = torch.linspace(-12, 0, HISTOGRAM_BINS + 1, dtype=torch.float64)
+    distance = (1 - cosine).clamp(1e-12, 1).log10()
+    counts = torch.histogram(distance.nan_to_num(0.0), edges).hist
+    return tuple(
+        (float(10**low), float(10**high), int(n)) for low, high, n in zip(edges, edges[1:], counts, strict=False)
+    )

@@ -1,0 +1,449 @@
+"""DINOv3: goldens of Meta's code, parity with transformers, every dialect, strictness."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from aimv2_checkpoints import write
+from dinov3_checkpoints import GATED, VARIANTS, in_memory, meta, on_disk, save, save_meta, tiny_original
+from safetensors.torch import load_file
+from torch.nn import functional
+from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
+
+import nopad
+from model_factory import vit_dinov3_packing_hf as spec
+from nopad.align import align
+from nopad.checkpoint import original_state_dict
+from nopad.families import dinov3
+
+GRIDS = [(1, 3, 5), (1, 1, 1), (3, 2, 4), (1, 60, 1), (1, 1, 60), (1, 5, 5)]
+META_VARIANTS = [name for name in VARIANTS if name not in ("value bias alone", "no biases, no registers")]
+
+
+def pixels_of(grids, patch_size=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = [torch.randn(t, 3, h * patch_size, w * patch_size, generator=generator) for t, h, w in grids]
+    return [image[0] if len(image) == 1 else image for image in images]
+
+
+def by_itself(original, pixels):
+    """The original's patch tokens, pooled vector and prefix tokens of one image, or of a clip frame by frame."""
+    number = 1 + original.config.num_register_tokens
+    outputs = [original(pixel_values=frame[None]) for frame in (pixels if pixels.ndim == 4 else pixels[None])]
+    tokens = torch.cat([output.last_hidden_state[0, number:] for output in outputs])
+    prefix = torch.cat([output.last_hidden_state[:, :number] for output in outputs])
+    return tokens, torch.cat([output.pooler_output for output in outputs]).mean(dim=0), prefix
+
+
+def relative(ours, theirs):
+    return ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max()
+
+
+def assert_parity(encoder, original, grids=GRIDS):
+    pixels = pixels_of(grids, encoder.patch_size)
+    pack = nopad.Pack.of(pixels, encoder.patch_size, encoder.patch_order)
+    with torch.no_grad():
+        output = encoder.encode(pack)
+        prefixes = output.prefix_tokens.split([t for t, _, _ in grids])
+        for tokens, pooled, prefix, image in zip(
+            pack.unpack(output.tokens), output.pooled, prefixes, pixels, strict=True
+        ):
+            expected, expected_pooled, expected_prefix = by_itself(original, image)
+            assert relative(tokens.flatten(0, 2), expected) < 1e-4
+            assert relative(pooled, expected_pooled) < 1e-4
+            assert relative(prefix, expected_prefix) < 1e-4
+
+
+@pytest.mark.parametrize("folder", ["dinov3-meta", "dinov3-meta-swiglu"])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]])
+def test_goldens_of_metas_own_code(goldens, folder, order):
+    inputs = load_file(goldens / folder / "inputs.safetensors")
+    expected = load_file(goldens / folder / "expected.safetensors")
+    encoder = nopad.load(goldens / folder / "model.pth")
+    assert isinstance(encoder, nopad.DINOv3ViTPacking)
+    pack = nopad.Pack.of([inputs[f"image_{i}"][0] for i in order], encoder.patch_size, encoder.patch_order)
+    with torch.no_grad():
+        output = encoder.encode(pack)
+    assert output.prefix_tokens.shape == (4, encoder.num_prefix_tokens, encoder.hidden_size)
+    assert output.image_embeds is None
+    for place, i in enumerate(order):
+        tokens = pack.unpack(output.tokens)[place].flatten(0, 2)
+        assert (tokens - expected[f"tokens_{i}"]).abs().max() <= 2e-5
+        assert (output.pooled[place] - expected[f"pooled_{i}"]).abs().max() <= 2e-5
+        assert (output.prefix_tokens[place, 1:] - expected[f"registers_{i}"]).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dialect", [on_disk, in_memory])
+def test_transformers_dialects_equal_the_original(tmp_path, dialect, variant):
+    original = tiny_original(**VARIANTS[variant])
+    state = dialect(original)
+    assert any(name.startswith("layer.0." if dialect is on_disk else "model.layer.0.") for name in state)
+    encoder = nopad.load(save(tmp_path, original, dialect))
+    assert_parity(encoder, original)
+    assert encoder.num_parameters() == original.num_parameters()
+    assert encoder.num_prefix_tokens == 1 + original.config.num_register_tokens
+
+
+@pytest.mark.parametrize("variant", META_VARIANTS)
+def test_meta_dialect_equals_the_original(tmp_path, variant):
+    original = tiny_original(**VARIANTS[variant])
+    encoder = nopad.load(save_meta(tmp_path / "weights.pth", meta(original)))
+    assert encoder.dialect == ("Meta, gated" if original.config.use_gated_mlp else "Meta")
+    assert encoder.config.rope_theta == pytest.approx(original.config.rope_theta)
+    assert_parity(encoder, original)
+
+
+def test_layer_scales_are_not_taken_for_norms(tmp_path):
+    state = meta(tiny_original())
+    encoder = nopad.load(save_meta(tmp_path / "weights.pth", state))
+    for i, layer in enumerate(encoder.layers):
+        for name in ("1", "2"):
+            assert torch.equal(getattr(layer, f"layer_scale{name}"), state[f"blocks.{i}.ls{name}.gamma"])
+            assert torch.equal(getattr(layer, f"norm{name}").weight, state[f"blocks.{i}.norm{name}.weight"])
+
+
+def test_a_folder_that_transformers_saved(tmp_path):
+    original = tiny_original(**GATED)
+    original.save_pretrained(tmp_path)
+    assert_parity(nopad.load(tmp_path), original)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saved_folder_loads_into_transformers(tmp_path, variant):
+    original = tiny_original(**VARIANTS[variant])
+    encoder = nopad.load(save(tmp_path / "in", original))
+    encoder.save_pretrained(tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == on_disk(original).keys()
+    reloaded, info = DINOv3ViTModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(reloaded.state_dict()[name], tensor), name
+    again = nopad.load(tmp_path / "out")
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("variant", META_VARIANTS)
+def test_meta_checkpoint_saved_for_transformers(tmp_path, variant):
+    original = tiny_original(**VARIANTS[variant])
+    encoder = nopad.load(save_meta(tmp_path / "weights.pth", meta(original)))
+    encoder.save_pretrained(tmp_path / "out")
+    reloaded, info = DINOv3ViTModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(reloaded.state_dict()[name], tensor), name
+    assert_parity(encoder, reloaded)
+    assert_parity(nopad.load(tmp_path / "out"), original)
+
+
+@pytest.mark.parametrize("folder", ["dinov3-meta", "dinov3-meta-swiglu"])
+def test_goldens_saved_for_transformers(goldens, tmp_path, folder):
+    encoder = nopad.load(goldens / folder / "model.pth")
+    encoder.save_pretrained(tmp_path)
+    assert_parity(encoder, DINOv3ViTModel.from_pretrained(tmp_path), grids=[(1, 3, 5), (2, 2, 2)])
+
+
+def test_a_norm_of_its_own_for_cls_and_registers(tmp_path):
+    original = tiny_original()
+    norm = {"cls_norm.weight": torch.rand(32) + 0.5, "cls_norm.bias": torch.randn(32)}
+    encoder = nopad.load(save_meta(tmp_path / "weights.pth", meta(original) | norm))
+    (image,) = pixels_of([(1, 3, 5)])
+    before = []
+    original.norm.register_forward_hook(lambda _, args, output: before.append(args[0]))
+    tokens, _, _ = by_itself(original, image)
+    expected = functional.layer_norm(before[0][:, :3], (32,), *norm.values(), eps=1e-5)
+    encoder.save_pretrained(tmp_path / "out")
+    for loaded in (encoder, nopad.load(tmp_path / "out")):
+        with torch.no_grad():
+            output = loaded.encode(nopad.Pack.of([image], 4))
+        assert relative(output.tokens, tokens) < 1e-4
+        assert relative(output.prefix_tokens, expected) < 1e-4
+        assert relative(output.pooled, expected[:, 0]) < 1e-4
+    with pytest.raises(ValueError, match=r"cls_norm.*no original"):
+        align(tmp_path / "out")
+
+
+def test_rope_periods_tell_the_base_or_are_refused(tmp_path):
+    state = meta(tiny_original())
+    half = {name: tensor.bfloat16() for name, tensor in meta(tiny_original(hidden_size=128)).items()}
+    encoder = nopad.load(save_meta(tmp_path / "half.pth", half))
+    assert encoder.dtype == torch.bfloat16
+    assert encoder.config.rope_theta == 100.0
+    for wrong in (torch.tensor([2.0, 20.0]), torch.tensor([1.0, -10.0]), torch.tensor([1.0, float("nan")])):
+        path = save_meta(tmp_path / "wrong.pth", state | {"rope_embed.periods": wrong})
+        with pytest.raises(ValueError, match=r"rope_embed\.periods of the form"):
+            nopad.load(path)
+    path = save_meta(tmp_path / "wrong.pth", state | {"rope_embed.periods": torch.ones(3)})
+    with pytest.raises(ValueError, match="3 rope periods make heads 12 wide"):
+        nopad.load(path)
+
+
+def test_a_mask_that_does_not_mask_the_keys_is_refused(tmp_path):
+    state = meta(tiny_original())
+    name = "blocks.1.attn.qkv.bias_mask"
+    with pytest.raises(ValueError, match=rf"{name} to mask the keys"):
+        nopad.load(save_meta(tmp_path / "weights.pth", state | {name: torch.ones(96)}))
+
+
+@pytest.mark.parametrize("dialect", [on_disk, in_memory, meta])
+@pytest.mark.parametrize("changes", [{}, GATED])
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "misshapen"])
+def test_damaged_checkpoints_are_refused_by_name(tmp_path, dialect, changes, damage):
+    original = tiny_original(**changes)
+    state = dialect(original)
+    name = next(
+        name for name in state if name.endswith(("1.mlp.down_proj.weight", "1.mlp.fc2.weight", "1.mlp.w3.weight"))
+    )
+    if damage == "missing":
+        del state[name]
+    elif damage == "unexpected":
+        name = name.replace(".weight", ".surprise")
+        state[name] = torch.zeros(3)
+    else:
+        state[name] = state[name].T.contiguous()
+    place = write(tmp_path, state, original.config.to_dict())
+    if dialect is meta:
+        place = save_meta(tmp_path / "weights.pth", state)
+    with pytest.raises(ValueError, match=rf"1 {damage}: .*{name.removeprefix('model.')}"):
+        nopad.load(place)
+
+
+@pytest.mark.parametrize("dialect", [on_disk, meta])
+@pytest.mark.parametrize("changes", [{}, GATED])
+def test_every_single_tensor_is_needed(tmp_path, dialect, changes):
+    original = tiny_original(num_hidden_layers=2, **changes)
+    state = dialect(original)
+    for name in state:
+        rest = {other: tensor for other, tensor in state.items() if other != name}
+        place = write(tmp_path, rest, original.config.to_dict())
+        if dialect is meta:
+            place = save_meta(tmp_path / "weights.pth", rest)
+        if name.startswith("local_cls_norm"):
+            nopad.load(place)
+            continue
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            nopad.load(place)
+
+
+def test_bare_file_without_config_does_not_guess_the_heads(tmp_path):
+    folder = save(tmp_path, tiny_original())
+    with pytest.raises(ValueError, match="num_attention_heads"):
+        nopad.load(folder / "model.safetensors")
+
+
+def test_neighbours_and_order_change_nothing(tmp_path):
+    encoder = nopad.load(save(tmp_path, tiny_original()))
+    pixels = pixels_of(GRIDS)
+    order = [4, 0, 5, 2, 1, 3]
+    pack, shuffled = nopad.Pack.of(pixels, 4), nopad.Pack.of([pixels[i] for i in order], 4)
+    changed = nopad.Pack.of([pixels[0], *(torch.full_like(image, float("nan")) for image in pixels[1:])], 4)
+    with torch.no_grad():
+        first, second, third = encoder.encode(pack), encoder.encode(shuffled), encoder.encode(changed)
+    for place, i in enumerate(order):
+        torch.testing.assert_close(shuffled.unpack(second.tokens)[place], pack.unpack(first.tokens)[i])
+        torch.testing.assert_close(second.pooled[place], first.pooled[i])
+    torch.testing.assert_close(changed.unpack(third.tokens)[0], pack.unpack(first.tokens)[0])
+    torch.testing.assert_close(third.prefix_tokens[0], first.prefix_tokens[0])
+    assert third.pooled[1:].isnan().all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_equal_the_originals(tmp_path, variant, checkpointing):
+    original = tiny_original(pos_embed_rescale=None, **VARIANTS[variant])
+    encoder = nopad.load(save(tmp_path, original)).train()
+    if checkpointing:
+        encoder.gradient_checkpointing_enable()
+    pixels = pixels_of(GRIDS)
+    output = encoder.encode(nopad.Pack.of(pixels, 4))
+    torch.manual_seed(1)
+    weights, pooled_weights = torch.randn_like(output.tokens), torch.randn_like(output.pooled)
+    loss = (output.tokens * weights).sum() + (output.pooled * pooled_weights).sum()
+    loss.backward()
+    theirs = [by_itself(original, image) for image in pixels]
+    expected = (torch.cat([tokens for tokens, _, _ in theirs]) * weights).sum()
+    expected = expected + (torch.stack([pooled for _, pooled, _ in theirs]) * pooled_weights).sum()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-3)
+    assert encoder.embeddings.mask_token.grad is None
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    ours = original_state_dict(encoder, encoder.original_dialect().conversions())
+    for name, parameter in original.named_parameters():
+        if (gradient := parameter.grad) is None or not gradient.numel():
+            continue
+        close = {"rtol": 1e-4, "atol": 1e-4 * float(gradient.abs().max())}
+        torch.testing.assert_close(ours[name.removeprefix("model.")], gradient, **close, msg=name)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"pos_embed_rescale": None, "pos_embed_shift": 0.3}, {"pos_embed_rescale": None, "pos_embed_jitter": 2.0}],
+)
+def test_training_moves_the_coordinates_as_the_original_does(tmp_path, changes):
+    original = tiny_original(**changes)
+    encoder = nopad.load(save(tmp_path, original)).train()
+    pixels = pixels_of(GRIDS)
+    pack = nopad.Pack.of(pixels, 4)
+    with torch.no_grad():
+        still = encoder.eval()(pack)
+        torch.manual_seed(3)
+        moved = encoder.train()(pack)
+        torch.manual_seed(3)
+        expected = torch.cat([by_itself(original.train(), image)[0] for image in pixels])
+    assert relative(moved, expected) < 1e-4
+    assert relative(moved, still) > 1e-3
+    encoder.config.drop_path_rate = 0.1
+    with pytest.raises(ValueError, match="drop_path_rate"):
+        encoder(pack)
+
+
+def test_hidden_states_are_patches_before_each_layer_and_after_the_last(tmp_path):
+    original = tiny_original()
+    encoder = nopad.load(save(tmp_path, original))
+    pixels = pixels_of([(1, 3, 5), (1, 2, 2)])
+    pack = nopad.Pack.of(pixels, 4)
+    layers = dinov3.DINOv3Original().layers(original)
+    expected = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, args: expected.append(args[0][0, 3:]))
+    layers[-1].register_forward_hook(lambda _, args, output: expected.append(output[0, 3:]))
+    with torch.no_grad():
+        states = encoder.encode(pack, output_hidden_states=True).hidden_states
+        for image in pixels:
+            original(pixel_values=image[None])
+    assert len(states) == 4
+    for i, state in enumerate(states):
+        assert relative(state, torch.cat((expected[i], expected[4 + i]))) < 1e-4
+    assert encoder.encode(pack).hidden_states is None
+
+
+def test_sparse_patches_are_refused(tmp_path):
+    encoder = nopad.load(save(tmp_path, tiny_original()))
+    positions = torch.cartesian_prod(torch.arange(1), torch.arange(3), torch.arange(5))
+    with pytest.raises(ValueError, match=r"patch_positions: .*rows and columns.*grid_thw"):
+        encoder(torch.randn(15, 48), torch.tensor([[1, 1, 15]]), positions)
+
+
+def test_empty_pack(tmp_path):
+    encoder = nopad.load(save(tmp_path, tiny_original()))
+    output = encoder.encode(torch.empty(0, 48), torch.empty(0, 3, dtype=torch.int64))
+    assert output.tokens.shape == (0, 32)
+    assert output.pooled.shape == (0, 32)
+    assert output.prefix_tokens.shape == (0, 3, 32)
+
+
+def test_rope_stays_in_float32_in_half_precision(tmp_path):
+    """Rounded to bfloat16, sine and cosine would bring an error of their own; Meta's code does not round them."""
+    encoder = nopad.load(save(tmp_path, tiny_original()))
+    layout = nopad.packing.Layout.read(torch.empty(15, 48), torch.tensor([[1, 3, 5]]), None, 48)
+    rotate = encoder.rope(layout, dinov3.Places.of(layout.frames, 3))
+    query = torch.randn(18, 4, 8).bfloat16()
+    assert rotate(query).dtype == torch.bfloat16
+    assert torch.equal(rotate(query), rotate(query.float()).bfloat16())
+    assert torch.equal(rotate(query)[:3], query[:3])
+    # The first patch of 3 × 5 stands at (-2/3, -4/5), the first of the two periods is 1.
+    angle = 2 * torch.pi * torch.tensor(-2 / 3)
+    first, other = query[3, :, 0].float(), query[3, :, 4].float()
+    torch.testing.assert_close(rotate(query.float())[3, :, 0], first * angle.cos() - other * angle.sin())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", [{}, GATED])
+def test_alignment_passes(tmp_path, dtype, changes):
+    original = tiny_original(hidden_size=64, intermediate_size=96, patch_size=16, **changes)
+    report = align(save(tmp_path, original), dtype=dtype)
+    assert report.passed, [case.failures for case in report.cases]
+    assert report.original == "transformers DINOv3ViTModel"
+    assert report.weights.startswith("read from the checkpoint as it is")
+    assert report.cases[0].min_pooled_cosine > 0.99
+    assert len(report.cases[0].drift) == 4
+
+
+def test_alignment_of_a_meta_file(tmp_path, monkeypatch):
+    path = save_meta(tmp_path / "weights.pth", meta(tiny_original(patch_size=16, **GATED)))
+    report = align(path)
+    assert report.passed, [case.failures for case in report.cases]
+    assert report.weights == "Meta, gated names, converted by nopad to transformers names"
+    monkeypatch.setattr(dinov3, "patch_centres", lambda layout: layout.coordinates[:, 1:].float())
+    assert not align(path).passed
+
+
+# Counted by transformers' own model; Meta's files have a masked key bias besides.
+PARAMETERS = {
+    "facebook/dinov3-vits16-pretrain-lvd1689m": 21_596_544,
+    "facebook/dinov3-vits16plus-pretrain-lvd1689m": 28_692_864,
+    "facebook/dinov3-vitb16-pretrain-lvd1689m": 85_660_416,
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": 303_129_600,
+    "facebook/dinov3-vith16plus-pretrain-lvd1689m": 840_592_640,
+    "facebook/dinov3-vit7b16-pretrain-lvd1689m": 6_716_035_072,
+    "facebook/dinov3-vitl16-pretrain-sat493m": 303_129_600,
+    "facebook/dinov3-vit7b16-pretrain-sat493m": 6_716_035_072,
+}
+
+
+def test_published_models_have_their_published_sizes():
+    published = nopad.DINOv3ViTPacking.published
+    assert published.keys() == PARAMETERS.keys()
+    for name, fields in published.items():
+        with torch.device("meta"):
+            model = nopad.DINOv3ViTPacking(nopad.DINOv3ViTPacking.config_class(**fields))
+            original = DINOv3ViTModel(dinov3.DINOv3Original().config(model))
+        assert model.num_parameters() == PARAMETERS[name] == original.num_parameters()
+        assert (model.patch_size, model.patch_dim, model.num_prefix_tokens) == (16, 768, 5)
+
+
+def test_untrained_equals_the_original_with_the_same_weights(monkeypatch, tmp_path):
+    published = nopad.DINOv3ViTPacking.published
+    sat = "facebook/dinov3-vitl16-pretrain-sat493m"
+    monkeypatch.setitem(published, sat, {**published[sat], "num_hidden_layers": 1})
+    encoder = nopad.load(f"untrained:{sat}")
+    assert encoder.preprocessing.mean == (0.430, 0.411, 0.296)
+    encoder.save_pretrained(tmp_path)
+    assert_parity(encoder, DINOv3ViTModel.from_pretrained(tmp_path), grids=[(1, 2, 3), (2, 1, 2)])
+
+
+def test_preprocessing_is_the_checkpoints_own_else_of_its_images(tmp_path):
+    original = tiny_original()
+    folder = save(tmp_path / "in", original)
+    default = nopad.load(folder).preprocessing
+    assert (default.rule, default.size, default.resample) == ("square", 224, "bilinear")
+    assert default.rescale_before_resize
+    assert default.mean == (0.485, 0.456, 0.406)
+    assert default.std == (0.229, 0.224, 0.225)
+    satellite = nopad.load(save_meta(tmp_path / "dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth", meta(original)))
+    satellite.save_pretrained(tmp_path / "out")
+    for loaded in (satellite, nopad.load(tmp_path / "out")):
+        assert loaded.preprocessing.mean == (0.430, 0.411, 0.296)
+        assert loaded.preprocessing.std == (0.213, 0.156, 0.143)
+    own = {"image_processor_type": "DINOv3ViTImageProcessorFast", "image_mean": [0.1, 0.2, 0.3]}
+    own |= {"size": {"height": 12, "width": 12}, "resample": 2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(own))
+    encoder = nopad.load(folder)
+    assert encoder.preprocessing.mean == (0.1, 0.2, 0.3)
+    pack = encoder.pack([torch.randint(0, 255, (3, 40, 30), dtype=torch.uint8)])
+    assert pack.grid_thw.tolist() == [[1, 3, 3]]
+
+
+def test_a_model_from_its_config_alone_has_no_weight_left_to_chance():
+    config = nopad.DINOv3ViTPacking.config_class(**tiny_original().config.to_dict())
+    encoder = nopad.DINOv3ViTPacking(config)
+    assert torch.equal(encoder.layers[0].layer_scale1, torch.ones(32))
+    assert torch.equal(encoder.layers[0].attention.qkv.bias, torch.zeros(64))
+    assert torch.equal(encoder.embeddings.mask_token, torch.zeros(1, 1, 32))
+    for token in (encoder.embeddings.cls_token, encoder.embeddings.register_tokens):
+        assert 0.01 < token.std() < 0.03
+    with pytest.raises(ValueError, match=r"head size: expected a multiple of 4.* got 6"):
+        nopad.DINOv3ViTPacking(nopad.DINOv3ViTPacking.config_class(hidden_size=36, num_attention_heads=6))
+    with pytest.raises(ValueError, match=r"pixel_statistics: .*'moon'"):
+        nopad.DINOv3ViTPacking(nopad.DINOv3ViTPacking.config_class(pixel_statistics="moon"))
+
+
+def test_the_specifications_address(tmp_path):
+    original = tiny_original()
+    assert spec.DINOv3ViTPacking is nopad.DINOv3ViTPacking
+    assert_parity(spec.DINOv3ViTPacking(str(save(tmp_path, original))), original)
