@@ -17,7 +17,7 @@ from nopad.families.aimv2_checkpoints import AIMv2PackingConfig
 from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
 from nopad.layers.mlp import GatedMLP
-from nopad.packing import Layout, Segments
+from nopad.layout import Layout, Segments
 
 __all__ = [
     "AIMv2Packing",

@@ -20,7 +20,7 @@ from nopad.checkpoint import open_checkpoint, original_state_dict
 from nopad.cli import main
 from nopad.families import onevision
 from nopad.layers.rope_3d import angles_3d, turn_neighbours
-from nopad.packing import Layout
+from nopad.layout import Layout
 
 GRIDS = [(1, 3, 5), (1, 1, 1), (3, 2, 4), (1, 60, 1), (1, 1, 60), (2, 5, 5)]
 

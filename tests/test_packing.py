@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
-from nopad.packing import Layout, Pack, Segments, patchify, unpatchify
+from nopad.layout import Layout, Segments
+from nopad.packing import Pack, patchify, unpatchify
 
 ORDERS = ["hwc", "chw"]
 P = 12  # 2 × 2 pixels of 3 channels

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nopad.images import load
 from nopad.layers.pooling import segment_mean
-from nopad.packing import Layout, Pack, PatchOrder, Segments
+from nopad.layout import Layout, Segments
+from nopad.packing import Pack, PatchOrder
 from nopad.preprocessing import Preprocessing, Resize, preprocess
 from nopad.pretrained import PretrainedEncoder
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nopad.layers.pooling import segment_mean
-from nopad.packing import Segments
+from nopad.layout import Segments
 
 
 def noise(*shape: int) -> Tensor:

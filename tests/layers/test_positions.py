@@ -12,7 +12,7 @@ from transformers.models.aimv2.modeling_aimv2 import build_2d_sinusoidal_positio
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 
 from nopad.layers.positions import resample, sincos_2d, sincos_axis, tables_of_grids
-from nopad.packing import Layout
+from nopad.layout import Layout
 
 # Ours are float32, the references float64. A frequency 1 / 10000^x below one is off by a few float32 roundings, about
 # 2e-7 of it, and an angle of position 31 by less than 31 · 2e-7 = 6e-6; sine and cosine do not enlarge that.

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nopad.layers import varlen
 from nopad.layers.varlen import BACKENDS, available_backends, resolve_backend, varlen_attention
-from nopad.packing import Segments
+from nopad.layout import Segments
 
 FLASH = ("flash_attention_3", "flash_attention_4", "flash_attention_2", "torch_varlen")
 CUDA = torch.device("cuda")

@@ -28,8 +28,8 @@ from nopad.layers.block import Block
 from nopad.layers.mlp import GatedMLP
 from nopad.layers.positions import learned_positions, sincos_2d
 from nopad.layers.varlen import varlen_attention
+from nopad.layout import Layout, Segments
 from nopad.original import Original
-from nopad.packing import Layout, Segments
 from nopad.preprocessing import Preprocessing
 
 

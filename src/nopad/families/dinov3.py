@@ -30,8 +30,8 @@ from nopad.layers.attention import PackedAttention, Rotate
 from nopad.layers.block import Block
 from nopad.layers.mlp import MLP, GatedMLP
 from nopad.layers.rope import axial_angles, patch_centres, rope_periods, rotate_halves
+from nopad.layout import Layout, Segments
 from nopad.original import Original
-from nopad.packing import Layout, Segments
 from nopad.preprocessing import Preprocessing
 
 STATISTICS: dict[str, dict[str, Any]] = {

@@ -18,8 +18,8 @@ from nopad.layers.block import Block
 from nopad.layers.mlp import MLP
 from nopad.layers.pooling import ProbeHead
 from nopad.layers.rope_3d import check_head_dim, rotate_3d
+from nopad.layout import Layout, Segments
 from nopad.original import RemoteCodeOriginal
-from nopad.packing import Layout, Segments
 from nopad.preprocessing import Preprocessing
 
 _NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}

@@ -31,8 +31,9 @@ from nopad.layers.block import Block
 from nopad.layers.mlp import MLP
 from nopad.layers.pooling import ProbeHead
 from nopad.layers.positions import learned_positions, resample, tables_of_grids
+from nopad.layout import Layout, Segments
 from nopad.original import Original
-from nopad.packing import Layout, Segments, patchify
+from nopad.packing import patchify
 from nopad.preprocessing import Preprocessing
 
 
@@ -115,6 +116,8 @@ class Siglip2NaflexPacking(PackedEncoder):
         config = self.config
         if config.positions not in ("resample", "strict"):
             raise ValueError(f"positions: expected 'resample' or 'strict', got {config.positions!r}")
+        if isinstance(config, Siglip2PackingConfig) and config.positions == "strict":
+            raise ValueError("positions: NaFlex checkpoints resample theirs for every image, got 'strict'")
         norm = partial(nn.LayerNorm, config.hidden_size, eps=config.layer_norm_eps)
         self.embeddings = Siglip2Embeddings(config)
         self.layers = nn.ModuleList(siglip2_block(config) for _ in range(config.num_hidden_layers))

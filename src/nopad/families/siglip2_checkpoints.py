@@ -18,7 +18,7 @@ class Siglip2PackingConfig(Siglip2VisionConfig):
     Attributes:
         vision_use_head: whether there is attention pooling.
         patch_order: layout inside a patch.
-        positions: without effect, NaFlex resamples its positions for every image.
+        positions: `"resample"`, which is what NaFlex does for every image.
     """
 
     vision_use_head: bool = True  # not declared by transformers 5.17, which reads it

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from nopad.layers.varlen import varlen_attention
-from nopad.packing import Segments
+from nopad.layout import Segments
 
 Rotate = Callable[[Tensor], Tensor]
 """Rotates queries or keys `(T, H, K)` by the positions of their tokens."""

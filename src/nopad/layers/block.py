@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nopad.layers.attention import PackedAttention, Rotate
-from nopad.packing import Segments
+from nopad.layout import Segments
 
 
 class Block(GradientCheckpointingLayer):

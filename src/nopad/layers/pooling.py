@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nopad.layers.mlp import MLP
 from nopad.layers.varlen import varlen_attention
-from nopad.packing import Segments
+from nopad.layout import Segments
 
 
 def segment_mean(tokens: Tensor, segments: Segments) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nopad.packing import Layout
+from nopad.layout import Layout
 
 logger = logging.getLogger(__name__)
 

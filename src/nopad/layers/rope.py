@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from nopad.packing import Layout
+from nopad.layout import Layout
 
 
 def rope_periods(head_dim: int, base: float, device: torch.device | str) -> Tensor:
@@ -54,6 +54,6 @@ def rotate_halves(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         `(T, H, K)` in the dtype of `tensor`.
     """
-    first, second = tensor.to(torch.promote_types(tensor.dtype, cos.dtype)).chunk(2, dim=-1)
+    first, second = tensor.chunk(2, dim=-1)  # times a float32 cosine, half precision becomes float32
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(tensor.dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nopad.layers.attention import Rotate
-from nopad.packing import Layout
+from nopad.layout import Layout
 
 SPLIT = (4, 6, 6)
 """Shares of half the head size that time, row and column have."""

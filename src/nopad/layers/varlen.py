@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nopad.packing import Segments
+from nopad.layout import Segments
 
 
 def varlen_attention(
