@@ -61,7 +61,7 @@ def assert_parity(encoder, original, grids=GRIDS):
 def test_goldens_of_metas_own_code(goldens, folder, order):
     inputs = load_file(goldens / folder / "inputs.safetensors")
     expected = load_file(goldens / folder / "expected.safetensors")
-    encoder = nopad.load(goldens / folder / "model.pth")
+    encoder = nopad.load(goldens / folder)
     assert isinstance(encoder, nopad.DINOv3ViTPacking)
     pack = nopad.Pack.of([inputs[f"image_{i}"][0] for i in order], encoder.patch_size, encoder.patch_order)
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_meta_checkpoint_saved_for_transformers(tmp_path, variant):
 
 @pytest.mark.parametrize("folder", ["dinov3-meta", "dinov3-meta-swiglu"])
 def test_goldens_saved_for_transformers(goldens, tmp_path, folder):
-    encoder = nopad.load(goldens / folder / "model.pth")
+    encoder = nopad.load(goldens / folder)
     encoder.save_pretrained(tmp_path)
     assert_parity(encoder, DINOv3ViTModel.from_pretrained(tmp_path), grids=[(1, 3, 5), (2, 2, 2)])
 

@@ -20,6 +20,7 @@ from transformers.utils.hub import cached_file
 
 SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
 PICKLES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+META = "model.pth"
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
 
 
@@ -220,6 +221,8 @@ def _weight_files(name: str, folder: Path | None, find: Callable[[str], Path | N
             return [found for found in shards.values() if found is not None]
         if (path := find(single)) is not None:
             return [path]
+    if (path := find(META)) is not None:
+        return [path]
     if folder is not None:
         for suffixes in ((".safetensors",), PICKLE_SUFFIXES):
             files = sorted(file for file in folder.iterdir() if file.suffix in suffixes)
