@@ -1,0 +1,72 @@
+"""What holds for every family alike."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import nopad
+from nopad.checkpoint import original_state_dict
+from nopad.families import FAMILIES, family_of_published
+
+PUBLISHED = [name for family in FAMILIES for name in family.published]
+
+
+def on_meta(name):
+    family = family_of_published(name)
+    with torch.device("meta"):
+        return family(family.published_config(name))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_layers_that_a_user_can_tap_have_one_name_in_all_families(name):
+    encoder = on_meta(name)
+    modules = dict(encoder.named_modules())
+    last = encoder.config.num_hidden_layers - 1
+    assert {"embeddings", "embeddings.proj", f"layers.{last}", f"layers.{last}.attention", f"layers.{last}.mlp"} <= set(
+        modules
+    )
+    assert f"layers.{last + 1}" not in modules
+    assert encoder.get_input_embeddings() is modules["embeddings.proj"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_saved_names_are_told_apart_by_one_dialect_of_one_family(name):
+    encoder = on_meta(name)
+    speaking = [
+        (family.family, dialect.name)
+        for family in FAMILIES
+        for dialect in family.dialects
+        if dialect.matches(original_state_dict(encoder, encoder.original_dialect().conversions()))
+    ]
+    assert len(speaking) == 1, speaking
+    assert speaking[0][0] == encoder.family
+
+
+def test_a_hook_sees_what_output_hidden_states_gives(goldens):
+    for folder in ("aimv2-apple-native", "dinov3-meta", "onevision-encoder"):
+        encoder = nopad.load(goldens / folder)
+        seen = []
+        encoder.layers[1].register_forward_hook(lambda layer, arguments, output, into=seen: into.append(output))
+        pack = nopad.Pack.of([torch.randn(3, 3 * encoder.patch_size, 2 * encoder.patch_size)], encoder.patch_size)
+        patches = pack.hidden_states if encoder.patch_order == "hwc" else torch.randn_like(pack.hidden_states)
+        states = encoder.encode(patches, pack.grid_thw, output_hidden_states=True).hidden_states
+        assert torch.equal(states[2], seen[0][encoder.num_prefix_tokens :])
+
+
+def test_a_pack_of_one_family_is_refused_by_another(goldens):
+    dinov3, aimv2 = nopad.load(goldens / "dinov3-meta"), nopad.load(goldens / "aimv2-apple-native")
+    onevision = nopad.load(goldens / "onevision-encoder")
+    image = torch.randint(0, 255, (3, 70, 80), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="patch_size 14"):
+        dinov3(aimv2.pack([image]))
+    with pytest.raises(ValueError, match="patch_order 'hwc'"):
+        onevision(aimv2.pack([image]))
+
+
+def test_importing_nopad_is_light():
+    code = "import sys, nopad; assert not {'torch', 'transformers'} & set(sys.modules); nopad.patchify"
+    subprocess.run([sys.executable, "-c", code], check=True)
