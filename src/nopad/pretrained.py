@@ -182,7 +182,9 @@ class PretrainedEncoder(PreTrainedModel):
         config = _with_options(cls.published_config(name), patch_order=patch_order, positions=positions)
         with torch.device("meta"):
             model: Any = cls(config)
-        model = model.to(dtype=dtype if isinstance(dtype, torch.dtype) else torch.float32).to_empty(device="cpu")
+        if isinstance(dtype, str):
+            dtype = None if dtype == "auto" else getattr(torch, dtype)
+        model = model.to(dtype=dtype or torch.float32).to_empty(device="cpu")
         fill(model, seed)
         model.source = UNTRAINED + name
         model.set_attention(attention or "auto")

@@ -488,9 +488,10 @@ def test_kernel_reads_nothing_from_the_device(backend):
     varlen_attention(*tensors, pack, backend=backend)  # the first call may load or build the kernel
     torch.cuda.set_sync_debug_mode("error")
     try:
-        varlen_attention(*tensors, pack, backend=backend)
+        mixed = varlen_attention(*tensors, pack, backend=backend)  # a read of the device raises here
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert mixed.shape == tensors[0].shape
 
 
 @pytest.mark.gpu
