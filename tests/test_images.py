@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
+from nopad import images
 from nopad.images import MAX_PIXELS, ImageError, _warn_of_lax_pillow, load, load_image
 from nopad.packing import patchify
 from nopad.preprocessing import Preprocessing, preprocess
@@ -247,6 +248,28 @@ def test_bad_file_is_refused(case, tmp_path):
     assert caught.value.source == str(path)
     with pytest.raises(ImageError, match=f"^{len(data)} bytes: .*({reason})"):
         load_image(data)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("size", [(64, 48), (301, 199)])
+def test_jpeg_decoders_agree(size, subsampling, progressive, monkeypatch):
+    pytest.importorskip("simplejpeg")
+    data = encoded(PHOTO.resize(size), "JPEG", subsampling=subsampling, progressive=progressive)
+    fast = load_image(data)
+    monkeypatch.setattr(images, "simplejpeg", None)
+    assert torch.equal(fast, load_image(data))
+
+
+def test_jpeg_that_only_pillow_reads(monkeypatch):
+    pytest.importorskip("simplejpeg")
+    data = encoded(PHOTO, "JPEG")
+    data = data[:-2] + b"junk" * 16 + data[-2:]  # libjpeg warns of it and goes on
+    with pytest.raises(ValueError, match="extraneous bytes"):
+        images.simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    lenient = load_image(data)
+    monkeypatch.setattr(images, "simplejpeg", None)
+    assert torch.equal(lenient, load_image(data))
 
 
 def test_max_pixels_is_checked_before_decoding():
