@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from nopad.terminal import columns
+
 DTYPES = ("float32", "bfloat16", "float16")
 PASSED, FAILED, WRONG_USE = 0, 1, 2
 
@@ -111,7 +113,7 @@ def align_table(report: Any) -> str:
         f"{report.checkpoint}: packed {report.family} against {report.original}",
         f"{report.dtype} on {report.device}, attention {report.attention}; weights {report.weights}",
         "",
-        *_columns(rows),
+        *columns(rows),
         *(f"  {case.name}: {failure}" for case in report.cases for failure in case.failures),
         *(f"not run: {reason}" for reason in report.skipped),
         "",
@@ -152,18 +154,5 @@ def run_models(options: argparse.Namespace) -> int:
             tuple(models[0]),
             *(tuple(f"{v:,}" if k == "parameters" else str(v) for k, v in m.items()) for m in models),
         ]
-        print("\n".join(_columns(rows)))
+        print("\n".join(columns(rows)))
     return PASSED
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows as aligned columns; numbers to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    numeric = [i > 0 and rows[-1][i][:1].isdigit() for i in range(len(widths))]
-    return [
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ).rstrip()
-        for row in rows
-    ]

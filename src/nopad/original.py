@@ -84,8 +84,12 @@ class Original:
         pooled = output.pooler_output
         return self.patch_tokens(output.last_hidden_state[0]), None if pooled is None else pooled[0]
 
+    def run_batch(self, model: Any, pixels: Tensor) -> Tensor:
+        """Images of one size `(B, C, H, W)` to patch tokens `(B, h · w, D)`."""
+        return self.patch_tokens(model(pixel_values=pixels).last_hidden_state)
+
     def patch_tokens(self, tokens: Tensor) -> Tensor:
-        """A sequence of the original without its prefix tokens."""
+        """A sequence of the original, or a batch of them, without prefix tokens."""
         return tokens
 
 

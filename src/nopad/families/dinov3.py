@@ -296,8 +296,8 @@ class DINOv3Original(Original):
         return (model.model if hasattr(model, "model") else model).layer
 
     def patch_tokens(self, tokens: Tensor) -> Tensor:
-        """A sequence of the original without CLS and register tokens."""
-        return tokens[self.num_prefix_tokens :]
+        """A sequence of the original, or a batch of them, without CLS and register tokens."""
+        return tokens[..., self.num_prefix_tokens :, :]
 
 
 DINOv3ViTPacking.register_conversions()

@@ -189,17 +189,23 @@ class Siglip2Original(Original):
 
     def run(self, model: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """One image `(C, H, W)` to its tokens and its pooled vector."""
-        if isinstance(model, SiglipVisionModel):
-            output = model(pixel_values=pixels[None], interpolate_pos_encoding=True)
-        else:
-            patches, (_, rows, columns) = patchify(pixels, model.config.patch_size)
-            output = model(
-                pixel_values=patches[None],
-                pixel_attention_mask=torch.ones(1, len(patches), dtype=torch.int32, device=pixels.device),
-                spatial_shapes=torch.tensor([[rows, columns]]),
-            )
+        output = self._forward(model, pixels[None])
         pooled = output.pooler_output
         return output.last_hidden_state[0], None if pooled is None else pooled[0]
+
+    def run_batch(self, model: Any, pixels: Tensor) -> Tensor:
+        """Images of one size `(B, C, H, W)` to patch tokens `(B, h · w, D)`."""
+        return self._forward(model, pixels).last_hidden_state
+
+    def _forward(self, model: Any, pixels: Tensor) -> Any:
+        if isinstance(model, SiglipVisionModel):
+            return model(pixel_values=pixels, interpolate_pos_encoding=True)
+        patches, (images, rows, columns) = patchify(pixels, model.config.patch_size)
+        return model(
+            pixel_values=patches.unflatten(0, (images, -1)),
+            pixel_attention_mask=torch.ones(images, rows * columns, dtype=torch.int32, device=pixels.device),
+            spatial_shapes=torch.tensor([[rows, columns]] * images),
+        )
 
 
 Siglip2NaflexPacking.register_conversions()

@@ -1,18 +1,13 @@
-"""Reports as one HTML page: no scripts, nothing fetched, light and dark; every text that comes in is escaped here."""
+"""The parts of a page: no scripts, nothing fetched, light and dark; every text that comes in is escaped here."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from nopad.align import AlignReport
 
 LEFT, RIGHT, TOP, BASE = 60, 946, 22, 232  # the plot within a chart of 960 × 280
 COLOURS, DASHES = 4, 3
@@ -45,10 +40,12 @@ tbody th, td.status, .legend b { font-weight: 550 } .legend b { color: var(--ink
 .note ul { font-size: inherit; position: sticky; left: 0; width: fit-content; max-width: calc(100vw - 2rem) }
 .chart { display: block; width: 100%; min-width: 44rem; font-size: 12.5px } text { fill: var(--muted) }
 .bar { fill: var(--bar) } .over, text.limit { fill: var(--bad) } .value { fill: var(--ink) }
-.grid { stroke: var(--rule) } line.limit { stroke: var(--bad); stroke-dasharray: 4 } .legend { margin-top: .5rem }
+.grid { stroke: var(--rule) } .spread { stroke: var(--ink); stroke-width: 2 }
+line.limit { stroke: var(--bad); stroke-dasharray: 4 } .legend { margin-top: .5rem }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round } g:hover > .line { stroke-width: 4 }
 .c0 { stroke: var(--c0) } .c1 { stroke: var(--c1) } .c2 { stroke: var(--c2) } .c3 { stroke: var(--c3) }
 .d1 { stroke-dasharray: 6 5 } .d2 { stroke-dasharray: 1 4 } .bad, .note ul { color: var(--bad) }
+.idle, .idle ul { color: var(--muted) }
 .legend { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: .3rem 2rem }
 .legend li { display: grid; grid-template-columns: 1.5rem 1fr auto; gap: .6rem; align-items: center }
 </style></head><body><main>
@@ -59,6 +56,19 @@ $body</main></body></html>
 def page(title: str, parts: Iterable[str]) -> str:
     """The page around parts that are HTML already."""
     return PAGE.substitute(title=escape(title), body="\n".join(parts))
+
+
+def write(html: str, path: str | Path) -> None:
+    """Write a page as UTF-8, all of it or nothing; directories are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # Paths that are not UTF-8 come with surrogates.
+        beside.write_text(html, encoding="utf-8", errors="backslashreplace")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def section(heading: str, *parts: str) -> str:
@@ -76,17 +86,21 @@ def pairs(items: Iterable[tuple[str, str]]) -> str:
     return "<dl>" + "\n".join(f"<div>{element('dt', k)}{element('dd', v)}</div>" for k, v in items) + "</dl>"
 
 
-def table(caption: str, header: Sequence[str], rows: Iterable[tuple[Sequence[str], bool, Sequence[str]]]) -> str:
-    """A table whose rows are `(cells, passed, remarks)`; the first cell names the row, the second is its result."""
+def table(caption: str, header: Sequence[str], rows: Iterable[tuple[Sequence[str], bool | None, Sequence[str]]]) -> str:
+    """A table whose rows are `(cells, passed, remarks)`; the first cell names the row, the second is its result.
+
+    `passed` is `None` where there was nothing to pass.
+    """
     heads = [f'<th scope="col"{" class=status" if i == 1 else ""}>{escape(h)}</th>' for i, h in enumerate(header)]
     lines = [element("caption", caption), f"<thead><tr>{''.join(heads)}</tr></thead>", "<tbody>"]
     for (name, result, *cells), passed, remarks in rows:
-        status = element("td", result, "status good" if passed else "status bad")
+        kind = "idle" if passed is None else "good" if passed else "bad"
+        status = element("td", result, f"status {kind}")
         cells = "".join(element("td", cell) for cell in cells)
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{status}{cells}</tr>')
         if remarks:
             notes = "".join(element("li", remark) for remark in remarks)
-            lines.append(f'<tr class="note"><td colspan="{len(header)}"><ul>{notes}</ul></td></tr>')
+            lines.append(f'<tr class="note {kind}"><td colspan="{len(header)}"><ul>{notes}</ul></td></tr>')
     return _scroll(caption, "<table>" + "\n".join(lines) + "</tbody></table>")
 
 
@@ -122,20 +136,49 @@ def line_chart(label: str, lines: Sequence[tuple[str, Sequence[float]]], x_label
     for power in _powers(low, high, 7):
         number = "0" if zero and power == low else f"1e{power}"
         marks += [_line(LEFT, y(power), RIGHT, y(power), "grid"), _text(LEFT - 10, y(power) + 4, number, anchor="end")]
-    legend = []
-    for number, (name, line) in enumerate(lines):
-        kind = f"c{number % COLOURS} d{number // COLOURS % DASHES}"
-        heights = (y(math.log10(v) if v > 0 else low) if math.isfinite(v) else None for v in line)
-        spots = ("|" if height is None else f"{x(i):.1f},{height:.1f}" for i, height in enumerate(heights))
-        runs = [run.split() for run in " ".join(spots).split("|")]
-        # A point between breaks is a line to itself, which round caps make a dot.
-        points = (" ".join(run if len(run) > 1 else run * 2) for run in runs if run)
-        drawn = "".join(f'<polyline class="line {kind}" points="{those}"/>' for those in points)
-        end = scientific(line[-1]) if line else "none"
-        marks.append(f"<g>{element('title', f'{name}: {end}')}{drawn}</g>")
-        key = f'<svg width="24" height="8" aria-hidden="true"><path class="line {kind}" d="M1 4H23"/></svg>'
-        legend.append(f"<li>{key}{element('span', name)}{element('b', end)}</li>")
-    return _chart(label, marks, x_label) + '\n<ul class="legend">' + "\n".join(legend) + "</ul>"
+    heights = [[y(math.log10(v) if v > 0 else low) if math.isfinite(v) else None for v in line] for _, line in lines]
+    ends = [scientific(line[-1]) if line else "none" for _, line in lines]
+    return _with_lines(label, marks, x_label, x, zip((name for name, _ in lines), heights, ends, strict=True))
+
+
+def share_chart(
+    label: str, ticks: Sequence[str], lines: Sequence[tuple[str, Sequence[float | None]]], x_label: str
+) -> str:
+    """Shares over named steps: linear axis from 0 to at least 1, gaps at `None`; a legend has each one's largest."""
+    top = math.ceil(5 * max([1, *(share for _, line in lines for share in line if share is not None)])) / 5
+    x, y = _scale(0, max(1, len(ticks) - 1), LEFT, RIGHT), _scale(0, top, BASE, TOP)
+    # At the ends of the plot half a label would be cut off.
+    sides = ["start", *["middle"] * (len(ticks) - 2), "end"] if len(ticks) > 1 else ["start"]
+    marks = [_text(x(i), BASE + 20, tick, anchor=side) for i, (tick, side) in enumerate(zip(ticks, sides, strict=True))]
+    for fifth in range(1 + round(5 * top)):
+        marks += [_line(LEFT, y(fifth / 5), RIGHT, y(fifth / 5), "grid")]
+        marks += [_text(LEFT - 10, y(fifth / 5) + 4, f"{fifth / 5:.1f}", anchor="end")]
+    heights = [[None if share is None else y(share) for share in line] for _, line in lines]
+    most = [max((share for share in line if share is not None), default=None) for _, line in lines]
+    ends = ["none" if share is None else f"{share:.2f}" for share in most]
+    return _with_lines(label, marks, x_label, x, zip((name for name, _ in lines), heights, ends, strict=True))
+
+
+def bars(label: str, items: Sequence[tuple[str, float, float, float, str, bool]], x_label: str) -> str:
+    """One bar below the other, each `(name, value, low, high, text, right)`.
+
+    A line shows the spread from `low` to `high`; bars that are not `right` are red.
+    """
+    left, step = 330, 26
+    base = TOP + step * len(items)
+    x = _scale(0, max([high for _, _, _, high, _, _ in items if high > 0], default=1.0), left, RIGHT - 90)
+    marks = []
+    for number, (name, value, low, high, text, right) in enumerate(items):
+        top = TOP + step * number
+        middle, kind = top + step / 2, "bar" if right else "bar over"
+        size = f'x="{left}" y="{top + 4:.1f}" width="{x(value) - left:.1f}" height="{step - 8}" rx="2"'
+        hover = element("title", f"{name}: {text}")
+        spread = _line(x(low), middle, x(high), middle, "spread")
+        marks.append(
+            f'<g>{hover}<rect class="{kind}" {size}/>{spread}{_text(left - 10, middle + 4, name, anchor="end")}'
+        )
+        marks.append(_text(x(max(value, high)) + 8, middle + 4, text, "value", "start") + "</g>")
+    return _chart(label, marks, x_label, base, left)
 
 
 def scientific(value: float | None, digits: int = 1) -> str:
@@ -155,10 +198,32 @@ def _scroll(label: str, inner: str) -> str:
     return f'<div class="scroll" role="region" aria-label="{escape(label)}" tabindex="0">\n{inner}\n</div>'
 
 
-def _chart(label: str, marks: Iterable[str], x_label: str) -> str:
-    inner = "\n".join([_line(LEFT, BASE, RIGHT, BASE, "grid"), *marks, _text((LEFT + RIGHT) / 2, 274, x_label)])
-    head = f'<svg class="chart" viewBox="0 0 960 280" role="img" aria-label="{escape(label)}">'
-    return _scroll(label, f"{head}\n{inner}\n</svg>")
+def _chart(label: str, marks: Iterable[str], x_label: str, base: int = BASE, left: int = LEFT) -> str:
+    frame = [_line(left, base, RIGHT, base, "grid"), *marks, _text((left + RIGHT) / 2, base + 42, x_label)]
+    head = f'<svg class="chart" viewBox="0 0 960 {base + 48}" role="img" aria-label="{escape(label)}">'
+    return _scroll(label, "\n".join([head, *frame, "</svg>"]))
+
+
+def _with_lines(
+    label: str,
+    marks: list[str],
+    x_label: str,
+    x: Callable[[float], float],
+    lines: Iterable[tuple[str, Sequence[float | None], str]],
+) -> str:
+    """A chart with lines `(name, heights, number for the legend)` over 0, 1, 2, …; gaps where a height is `None`."""
+    legend = []
+    for number, (name, heights, end) in enumerate(lines):
+        kind = f"c{number % COLOURS} d{number // COLOURS % DASHES}"
+        spots = ("|" if height is None else f"{x(i):.1f},{height:.1f}" for i, height in enumerate(heights))
+        runs = [run.split() for run in " ".join(spots).split("|")]
+        # A point between breaks is a line to itself, which round caps make a dot.
+        points = (" ".join(run if len(run) > 1 else run * 2) for run in runs if run)
+        drawn = "".join(f'<polyline class="line {kind}" points="{those}"/>' for those in points)
+        marks.append(f"<g>{element('title', f'{name}: {end}')}{drawn}</g>")
+        key = f'<svg width="24" height="8" aria-hidden="true"><path class="line {kind}" d="M1 4H23"/></svg>'
+        legend.append(f"<li>{key}{element('span', name)}{element('b', end)}</li>")
+    return _chart(label, marks, x_label) + '\n<ul class="legend">' + "\n".join(legend) + "</ul>"
 
 
 def _scale(low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
@@ -176,74 +241,3 @@ def _text(x: float, y: float, text: str, kind: str = "label", anchor: str = "mid
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
-
-
-def align_page(report: AlignReport) -> str:
-    """The page of an alignment: the verdict, what was compared, every case, and how the differences lie."""
-    failed = sum(not case.passed for case in report.cases)
-    verdict = f"Failed: {failed} of {len(report.cases)} cases" if failed else "Failed: no case was compared"
-    verdict = "Passed: the packed features equal the original's" if report.passed else verdict
-    parts = [element("p", f"nopad align · {report.checkpoint}")]
-    parts += [element("h1", verdict, "good" if report.passed else "bad"), _setting(report)]
-    parts += [_cases(report), *_charts(report)] if report.cases else []
-    if report.skipped:
-        parts.append(section("Skipped", "<ul>", *(element("li", reason) for reason in report.skipped), "</ul>"))
-    return page(f"{verdict.split(':')[0]} · {report.checkpoint}", parts)
-
-
-def write_align_page(report: AlignReport, path: str | Path) -> None:
-    """Write the page of an alignment as UTF-8, all of it or nothing; directories are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # Paths that are not UTF-8 come with surrogates.
-        beside.write_text(align_page(report), encoding="utf-8", errors="backslashreplace")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _setting(report: AlignReport) -> str:
-    from nopad.parity import DISTANCE_LIMIT, RELATIVE_LIMIT  # imports torch, which whoever has a report has
-
-    limit = f"relative difference of a token at most {RELATIVE_LIMIT:.0e}"
-    if report.dtype != "float32":
-        limit = f"distance to the float32 original at most {DISTANCE_LIMIT:g} × the original's own"
-    names = "checkpoint", "family", "original", "weights", "device", "dtype", "attention"
-    facts = [(name.capitalize(), getattr(report, name)) for name in names]
-    versions = " · ".join(f"{name} {version}" for name, version in report.versions.items())
-    facts += [("Versions", versions), ("Threshold", f"every cosine more than {report.threshold:g}"), ("Limit", limit)]
-    lead = "The original took one image or clip at a time, the packed encoder all those of a case in one pack."
-    return section("What was compared", element("p", lead), pairs(facts))
-
-
-def _cases(report: AlignReport) -> str:
-    pooled = any(case.min_pooled_cosine is not None for case in report.cases)
-    half = any(case.distance is not None for case in report.cases)
-    header = ["Case", "Result", "Images", "Tokens", "Min\ncosine", "Mean\ncosine", "Max\nrelative", "Mean\nrelative"]
-    header += ["Max\nabsolute", "Mean\nabsolute"] + ["Pooled\ncosine"] * pooled
-    header += ["Distance\nto float32", "Original's\ndistance"] * half
-    rows = []
-    for case in report.cases:
-        cells = [case.name, "Passed" if case.passed else "Failed", f"{case.images:,}", f"{case.tokens:,}"]
-        cells += map(near_one, (case.min_cosine, case.mean_cosine))
-        cells += map(scientific, (case.max_relative, case.mean_relative, case.max_abs, case.mean_abs))
-        cells += [near_one(case.min_pooled_cosine)] * pooled
-        cells += [scientific(case.distance, 2), scientific(case.original_distance, 2)] * half
-        rows.append((cells, case.passed, case.failures))
-    caption = "Each case. Relative: the norm of a token's difference over the norm of the original's token."
-    return section("Cases", table(caption, header, rows))
-
-
-def _charts(report: AlignReport) -> list[str]:
-    counts: Counter[tuple[float, float]] = Counter()
-    for low, high, count in (one for case in report.cases for one in case.histogram):
-        counts[low, high] += count
-    bins = [(low, high, count) for (low, high), count in sorted(counts.items())]
-    tokens = histogram("Tokens by 1 − cosine", bins, "1 − cosine", 1 - report.threshold)
-    lead = "Tokens of all cases by 1 − cosine to the original's. The first bar has all closer ones, the last NaN too."
-    closeness = section("How close the tokens are", element("p", lead), tokens)
-    layers = line_chart("Largest relative difference by layer", [(c.name, c.drift) for c in report.cases], "layer")
-    lead = "Largest relative difference of a token before the first layer (0) and after each; the legend has the last."
-    return [closeness, section("Drift per layer", element("p", lead), layers)]

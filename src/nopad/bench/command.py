@@ -1,0 +1,136 @@
+"""`nopad bench`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from nopad.bench.defaults import ON_CPU, ON_GPU
+from nopad.bench.results import AGREEMENT, BenchReport, Row
+from nopad.terminal import columns
+
+DTYPES = ("bfloat16", "float16", "float32")
+HEADER = ("", "capacity", "ms", "min … max", "images/s", "tokens/s", "TFLOP/s", "ceiling", "GiB", "cosine", "")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `nopad bench`."""
+
+    def usual(name: str) -> str:
+        gpu, cpu = ON_GPU.describe(name), ON_CPU.describe(name)
+        return f"(default: {gpu} on a GPU, {cpu} on a CPU)"
+
+    parser.add_argument("checkpoint", help="Hub name, folder, weights file, or untrained:<published name>")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, …; cuda where there is one, unless given")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="all run in it (default: bfloat16)")
+    parser.add_argument("--attention", default="auto", help="kernel of the packed model (default: the best there is)")
+    workloads = "many sizes of at most 1,024 patches, one size of 224 pixels or the model's own, or both one by one"
+    parser.add_argument("--workload", choices=("mixed", "224", "all"), default="mixed", help=workloads)
+    parser.add_argument("--images", type=int, metavar="N", help=f"of each workload {usual('images')}")
+    capacities = f"patches per pack, one by one {usual('capacities')}"
+    parser.add_argument("--capacity", type=_integers, metavar="N,N,…", help=capacities)
+    either = argparse.BooleanOptionalAction
+    parser.add_argument("--peers", action=either, default=True, help="run the original model, too")
+    compiled = f"run what is compiled, too {usual('compile')}"
+    parser.add_argument("--compile", action=either, default=None, help=compiled)
+    parser.add_argument("--runs", type=int, metavar="N", help=f"timed runs of each {usual('runs')}")
+    parser.add_argument("--seed", type=int, default=0, help="of sizes and pixels (default: 0)")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    trust = "run the checkpoint's own code as the original, where transformers does not have it"
+    parser.add_argument("--trust-remote-code", action="store_true", help=trust)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--report", metavar="FILE.html", help="write the report as one HTML page")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, print or write what was asked for, and return the exit status 0.
+
+    Raises:
+        ValueError, OSError, ImportError: wrong use, for the command line to tell.
+    """
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from nopad.bench.runs import bench
+
+    transformers_logging.disable_progress_bar()
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device: got {device!r}, but torch sees no CUDA device; use --device cpu")
+    report = bench(
+        options.checkpoint,
+        device=device,
+        dtype=getattr(torch, options.dtype),
+        attention=options.attention,
+        workload=options.workload,
+        images=options.images,
+        capacities=options.capacity,
+        peers=options.peers,
+        compile=options.compile,
+        runs=options.runs,
+        seed=options.seed,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        progress=lambda line: print(f"· {line}", file=sys.stderr),
+    )
+    if options.report:
+        from nopad.report import write_bench_page
+
+        write_bench_page(report, options.report)
+    if options.json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        print(bench_table(report))
+        if options.report:
+            print(f"report: {options.report}")
+    return 0
+
+
+def bench_table(report: BenchReport) -> str:
+    """A benchmark for a terminal."""
+    ceiling = report.ceiling
+    lines = [
+        f"{report.checkpoint}: packed {report.family} against {report.original}",
+        f"{report.dtype} on {report.device}, attention {report.attention}; medians of {report.runs} runs in turn",
+        f"ceiling: {ceiling.side}³ matrix product, {ceiling.before:.4g} TFLOP/s before, {ceiling.after:.4g} after",
+    ]
+    for facts in report.workloads:
+        rows = [row for row in report.rows if row.workload == facts.name]
+        lines += [
+            "",
+            f"{facts.name}: {facts.describe()}",
+            *columns([HEADER, *(_cells(report, row) for row in rows)]),
+            *(f"not run: {row.label}: {row.not_run}" for row in rows if row.not_run is not None),
+        ]
+    lines += [
+        "",
+        "ceiling: share of it; GiB: weights, inputs and the most allocated on top; cosine: least of a token with the "
+        "packed",
+        f"encoder on that image alone, WRONG where it is not above {AGREEMENT}",
+    ]
+    return "\n".join(lines)
+
+
+def _cells(report: BenchReport, row: Row) -> tuple[str, ...]:
+    capacity = "–" if row.capacity is None else f"{row.capacity:,}"
+    share = report.share(row)
+    if row.median is None or row.min_cosine is None or share is None:
+        return (row.name, capacity, *["–"] * (len(HEADER) - 3), "not run")
+    return (
+        row.name,
+        capacity,
+        f"{row.median * 1e3:,.1f}",
+        f"{min(row.seconds) * 1e3:,.1f} … {max(row.seconds) * 1e3:,.1f}",
+        f"{row.images_per_second:,.4g}",
+        f"{row.tokens_per_second:,.0f}",
+        f"{row.teraflops:.4g}",
+        f"{share:.2f}",
+        "–" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}",
+        f"{row.min_cosine:.6f}",
+        "ok" if row.agrees else "WRONG",
+    )
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))

@@ -1,0 +1,32 @@
+"""How much a benchmark does unless told otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Images of a workload, patches per pack, timed runs, and whether compiled contestants run."""
+
+    images: int
+    capacities: tuple[int, ...]
+    runs: int
+    compile: bool
+
+    def describe(self, name: str) -> str:
+        """A default as the command line takes it."""
+        value = getattr(self, name)
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+ON_GPU = Defaults(images=256, capacities=(2048, 4096, 8192, 16384, 32768, 65536), runs=5, compile=True)
+ON_CPU = Defaults(images=2, capacities=(2048,), runs=3, compile=False)
+"""About a minute for a large model on two cores that have bfloat16 instructions."""
+
+
+def defaults_on(device_type: str) -> Defaults:
+    """The defaults for `"cuda"`, and for all else."""
+    return ON_GPU if device_type == "cuda" else ON_CPU

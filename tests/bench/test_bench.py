@@ -1,0 +1,325 @@
+"""The whole benchmark on tiny models: who runs, who does not and why, and that nobody is wrong unseen."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from aimv2_checkpoints import tiny_original, write
+from siglip2_checkpoints import KINDS, folder_of
+
+from nopad import cli
+from nopad.bench import bench, command, measure
+from nopad.bench.race import checked, min_cosine
+from nopad.families.aimv2 import AIMv2Original, AIMv2Packing
+from nopad.families.dinov3 import DINOv3ViTPacking
+
+OPTIONS = {"dtype": torch.float32, "images": 3, "capacities": (1024, 4096), "runs": 2}
+PEERS = ["original, one by one", "original, grouped by shape"]
+
+
+@pytest.fixture(autouse=True)
+def _small_ceiling(monkeypatch):
+    monkeypatch.setattr(measure, "ceiling_side", lambda device: 64)
+
+
+@pytest.fixture
+def native(tmp_path):
+    original = tiny_original(patch_size=14)
+    return write(tmp_path / "native", original.state_dict(), original.config.to_dict())
+
+
+@pytest.fixture
+def learned(tmp_path):
+    original = tiny_original(patch_size=14, image_size=56, is_native=False, use_head=True)
+    return write(tmp_path / "learned", original.state_dict(), original.config.to_dict())
+
+
+@pytest.fixture
+def as_it_is(monkeypatch):
+    """Compiling that changes nothing, so that no test waits for a compiler."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(AIMv2Packing, "uncompile", lambda self: None, raising=False)
+    calls = []
+
+    def compiled(self, *, capacity, max_images):
+        calls.append((capacity, max_images))
+
+    monkeypatch.setattr(AIMv2Packing, "compile", compiled)
+    return calls
+
+
+def by_name(report, workload="mixed"):
+    return {(row.name, row.capacity): row for row in report.rows if row.workload == workload}
+
+
+def test_everybody_runs_both_workloads_and_agrees(native, as_it_is):
+    report = bench(native, workload="all", compile=True, **OPTIONS)
+    names = [("nopad, eager", 1024), ("nopad, eager", 4096), ("nopad, compiled", 1024), ("nopad, compiled", 4096)]
+    names += [(name, None) for name in (*PEERS, "original, 224px, compiled")]
+    assert [facts.name for facts in report.workloads] == ["mixed", "224px"]
+    for workload in ("mixed", "224px"):
+        assert list(by_name(report, workload)) == names
+    for row in report.rows:
+        assert row.not_run is None
+        assert len(row.seconds) == 2
+        assert row.agrees, row
+        assert row.peak_bytes is None  # a CPU does not tell
+    mixed = by_name(report)
+    assert {row.tokens for name, row in mixed.items() if "224px" not in name[0]} == {1940}
+    assert mixed["original, 224px, compiled", None].tokens == 3 * 256
+    assert [mixed["nopad, eager", size].calls for size in (1024, 4096)] == [3, 1]
+    assert mixed[PEERS[0], None].calls == 3
+    # Three blocks: qkv, projection, gate, up and down, two norms.
+    assert report.parameters == 3 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32)
+    lengths = (22 * 40, 29 * 17, 27 * 21)
+    flops = 2 * report.parameters * 1940 + 4 * 3 * 32 * sum(length**2 for length in lengths)
+    assert mixed["nopad, eager", 1024].flops == flops
+    assert as_it_is == [(1024, 1), (4096, 3), (1024, 3), (4096, 3)]
+
+
+def test_a_fixed_grid_is_not_asked_for_other_sizes(learned, as_it_is):
+    report = bench(learned, workload="all", compile=True, **OPTIONS)
+    mixed, fixed = by_name(report), by_name(report, "56px")
+    for name in PEERS:
+        assert mixed[name, None].not_run == "the original takes 4 × 4 patches and nothing else"
+        assert fixed[name, None].agrees
+    for table in (mixed, fixed):
+        assert table["nopad, eager", 1024].agrees
+        assert table["original, 56px, compiled", None].agrees
+        assert table["original, 56px, compiled", None].tokens == 3 * 16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_siglip_peers_agree_one_by_one_and_in_batches(tmp_path, kind):
+    folder = folder_of(tmp_path / kind, KINDS[kind]())
+    for workload in ("mixed", "224"):
+        report = bench(folder, workload=workload, **{**OPTIONS, "capacities": (4096,)})
+        assert [row.name for row in report.rows if row.agrees] == ["nopad, eager", *PEERS]
+
+
+def test_prefix_tokens_are_counted_and_cut_off(tmp_path):
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = DINOv3ViTPacking.config_class(
+        **{**DINOv3ViTPacking.published["facebook/dinov3-vits16-pretrain-lvd1689m"], **small}
+    )
+    DINOv3ViTPacking(config).save_pretrained(tmp_path)
+    report = bench(tmp_path, workload="224", **{**OPTIONS, "capacities": (1024,)})
+    assert [row.name for row in report.rows if row.agrees] == ["nopad, eager", *PEERS]
+    row, length = report.rows[0], 196 + 5
+    assert row.tokens == 3 * 196
+    assert row.flops == 2 * report.parameters * 3 * length + 4 * 2 * 32 * 3 * length**2
+
+
+def test_what_is_not_asked_for_is_not_run(native):
+    report = bench(native, peers=False, compile=False, **OPTIONS)
+    assert report.original == "not asked for"
+    assert [row.not_run for row in report.rows] == [None, None] + 2 * ["compiling was not asked for"]
+
+
+def test_a_machine_without_a_compiler_says_so(native, as_it_is, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("backend='inductor' raised:\nno C++ compiler")
+
+    monkeypatch.setattr(AIMv2Packing, "compile", refuse)
+    monkeypatch.setattr(torch, "compile", lambda function: refuse)
+    report = bench(native, compile=True, **OPTIONS)
+    reasons = {row.name: row.not_run for row in report.rows}
+    reason = "backend='inductor' raised: no C++ compiler"
+    assert reasons == {
+        "nopad, eager": None,
+        "nopad, compiled": reason,
+        **dict.fromkeys(PEERS),
+        "original, 224px, compiled": reason,
+    }
+
+
+def test_memory_that_runs_out_is_an_answer_and_other_errors_are_errors(native, monkeypatch):
+    def fail(error):
+        def run_batch(self, model, pixels):
+            raise error
+
+        monkeypatch.setattr(AIMv2Original, "run_batch", run_batch)
+        return bench(native, compile=False, **OPTIONS)
+
+    row = by_name(fail(torch.OutOfMemoryError("CUDA out of memory")))[PEERS[1], None]
+    assert (row.not_run, row.seconds, row.agrees) == ("out of memory", (), None)
+    with pytest.raises(RuntimeError, match="a defect"):
+        fail(RuntimeError("a defect"))
+
+
+def test_without_an_original_its_rows_say_why(tmp_path, goldens):
+    report = bench(goldens / "onevision-encoder", compile=False, **OPTIONS)
+    rows = by_name(report)
+    assert "no reference is at hand" in rows[PEERS[0], None].not_run
+    assert rows["nopad, eager", 1024].agrees
+
+
+def test_a_compiled_encoder_that_is_wrong_is_found_and_the_eager_one_is_none_the_worse(native, as_it_is, monkeypatch):
+    def spoil(self, *, capacity, max_images):
+        last = self.layers[-1]
+        last.register_forward_hook(lambda *_: torch.randn(_[2].shape))
+
+    monkeypatch.setattr(AIMv2Packing, "compile", spoil)
+    report = bench(native, compile=True, **OPTIONS)
+    assert {name for (name, _), row in by_name(report).items() if not row.agrees} == {"nopad, compiled"}
+
+
+def test_a_peer_that_mixes_up_the_images_of_a_batch_is_found(native, monkeypatch):
+    right = AIMv2Original.run_batch
+    monkeypatch.setattr(AIMv2Original, "run_batch", lambda *args: right(*args).flip(0))
+    report = bench(native, workload="224", compile=False, **OPTIONS)
+    assert {row.name for row in report.rows if row.agrees is False} == {PEERS[1]}
+    text = command.bench_table(report)
+    assert sum(line.endswith("WRONG") for line in text.splitlines()) == 1
+
+
+def test_the_images_checked_are_spread_over_all():
+    assert checked(1) == [0]
+    assert checked(5) == [0, 1, 2, 3, 4]
+    assert checked(256) == [0, 36, 73, 109, 146, 182, 219, 255]
+
+
+def test_features_that_cannot_be_compared_agree_with_nothing():
+    a = {0: torch.tensor([[1.0, 0.0], [1.0, 1.0]])}
+    assert min_cosine(a, {0: torch.tensor([[2.0, 0.0], [1.0, 0.0]])}) == pytest.approx(0.5**0.5)
+    assert math.isnan(min_cosine(a, {0: a[0][:1]}))
+    assert math.isnan(min_cosine({}, a))
+    assert math.isnan(min_cosine({0: a[0] * torch.nan}, a))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"capacities": (512, 4096)}, "at least 880 patches, the largest image's, got 512"),
+        ({"capacities": ()}, "at least one capacity"),
+        ({"images": 0}, "images ≥ 1"),
+        ({"runs": 0}, "runs ≥ 1"),
+        ({"workload": "large"}, "'mixed', '224' or 'all', got 'large'"),
+        ({"device": "meta"}, "expected cpu or cuda"),
+    ],
+)
+def test_arguments_out_of_range_are_named(native, changes, message):
+    with pytest.raises(ValueError, match=message):
+        bench(native, **{**OPTIONS, **changes})
+
+
+def main(monkeypatch, *arguments) -> int:
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers(dest="command")
+    command.add_arguments(added := commands.add_parser("bench"))
+    added.set_defaults(run=command.run)
+    monkeypatch.setattr(cli, "build_parser", lambda: parser)
+    return cli.main(["bench", *map(str, arguments)])
+
+
+SMALL = ("--device", "cpu", "--dtype", "float32", "--images", "2", "--runs", "1", "--capacity", "1024,2048")
+
+
+def test_the_command_prints_a_table_with_every_row(native, monkeypatch, capsys):
+    assert main(monkeypatch, native, *SMALL, "--workload", "all") == 0
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert "packed aimv2 against transformers Aimv2VisionModel, sdpa attention" in lines[0]
+    for name in ("nopad, eager", *PEERS):
+        found = [line for line in lines if line.startswith(name + " ") and line.endswith("ok")]
+        assert len(found) == (4 if name == "nopad, eager" else 2)
+    assert sum(line.endswith("not run") for line in lines) == 6
+    assert sum(line.endswith("compiling was not asked for") for line in lines) == 6
+    assert "· mixed: nopad, eager, packs of 2,048" in printed.err
+
+
+def test_the_command_gives_json_and_nothing_else(native, monkeypatch, capsys):
+    assert main(monkeypatch, native, *SMALL, "--json") == 0
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    report = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert set(report) == {
+        "checkpoint", "family", "original", "device", "dtype", "attention", "versions", "parameters", "seed", "runs",
+        "ceiling", "workloads", "rows",
+    }  # fmt: skip
+    assert set(report["ceiling"]) == {"side", "before", "after", "teraflops"}
+    assert report["workloads"] == [{"name": "mixed", "images": 2, "sizes": 2, "tokens": 1373, "longest": 880}]
+    ran, *_, refused = report["rows"]
+    assert set(ran) == set(refused) == {
+        "workload", "name", "capacity", "images", "tokens", "calls", "flops", "not_run", "seconds", "peak_bytes",
+        "min_cosine", "median_seconds", "images_per_second", "tokens_per_second", "teraflops", "share_of_ceiling",
+        "agrees",
+    }  # fmt: skip
+    assert ran["agrees"] is True
+    assert ran["tokens_per_second"] == pytest.approx(1373 / ran["median_seconds"])
+    assert ran["share_of_ceiling"] == pytest.approx(ran["teraflops"] / report["ceiling"]["teraflops"])
+    assert refused["not_run"] == "compiling was not asked for"
+    assert refused["median_seconds"] is refused["agrees"] is refused["share_of_ceiling"] is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--capacity", "2048,many"),
+        ("--workload", "large"),
+        ("--images", "0"),
+        ("--capacity", "512"),
+        ("--device", "cuda:99"),
+    ],
+)
+def test_wrong_use_is_status_2(native, monkeypatch, capsys, arguments):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    try:
+        status = main(monkeypatch, native, *arguments)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "bench: " in printed.err
+
+
+def test_asking_for_the_options_imports_neither_torch_nor_transformers():
+    code = "import sys, nopad.bench.command; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Page(HTMLParser):
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.texts = [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_the_page_has_every_row_and_fetches_nothing(learned, tmp_path, monkeypatch):
+    right = AIMv2Original.run_batch
+    monkeypatch.setattr(AIMv2Original, "run_batch", lambda *args: -right(*args))
+    path = tmp_path / "pages" / "bench.html"
+    assert main(monkeypatch, learned, *SMALL, "--workload", "all", "--report", path) == 0
+    html = path.read_text(encoding="utf-8")
+    page = Page(html)
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags}
+    assert not {"src", "href"} & {name for _, attributes in page.tags for name in attributes}
+    assert "url(" not in html
+    assert "@import" not in html
+    for name in ("nopad, eager, packs of 1,024", "nopad, compiled, packs of 2,048", *PEERS, "original, 56px, compiled"):
+        assert page.texts.count(name) >= 2
+    assert page.texts.count("Wrong") == 1
+    assert "1 of 14 contestants gave other features." in page.texts
+    assert page.texts.count("the original takes 4 × 4 patches and nothing else") == 2
+    charts = [attributes["aria-label"] for tag, attributes in page.tags if attributes.get("class") == "chart"]
+    assert charts == ["Tokens per second, mixed", "Tokens per second, 56px", "Share of the ceiling by capacity"]
+    assert sum(attributes.get("class") == "bar over" for tag, attributes in page.tags) == 1
+    for svg in html.split("<svg")[1:]:
+        ElementTree.fromstring("<svg" + svg.split("</svg>")[0] + "</svg>")

@@ -1,0 +1,117 @@
+"""Counting and timing, by hand and on a clock that obeys."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from nopad.bench import measure
+from nopad.bench.measure import NotRun, Sample, ceiling, flops, in_turn, meter
+from nopad.bench.race import block_parameters
+from nopad.bench.results import BenchReport, Ceiling, Row
+
+CPU = torch.device("cpu")
+
+
+def test_flops_of_an_example_by_hand():
+    # 100 parameters on 2 + 3 tokens: 2 · 100 · 5; 7 layers of width 11 over 2² + 3² pairs: 4 · 7 · 11 · 13.
+    assert flops(100, 7, 11, [2, 3]) == 1000 + 4004
+
+
+def test_flops_are_those_of_the_products_of_a_block():
+    width, hidden, length = 8, 12, 5
+    block = torch.nn.ModuleList(
+        torch.nn.Linear(*sizes, bias=False)
+        for sizes in ((width, 3 * width), (width, width), (width, hidden), (hidden, width))
+    )
+    matrices = 2 * length * (3 * width * width + width * width + 2 * width * hidden)
+    scores_and_mixing = 2 * (2 * length * length * width)
+    encoder = torch.nn.ModuleDict({"layers": block, "norm": torch.nn.LayerNorm(width)})
+    assert flops(block_parameters(encoder), 1, width, [length]) == matrices + scores_and_mixing
+
+
+def test_a_host_run_is_timed_by_the_clock_and_has_no_peak(monkeypatch):
+    now = iter([10.0, 12.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    ran = []
+    assert meter(CPU)(lambda: ran.append(1)) == Sample(2.5, None)
+    assert ran == [1]
+
+
+def test_jobs_run_in_turn_and_one_that_cannot_leaves_the_others_alone():
+    ran = []
+
+    def job(name, fails_at=None):
+        def run():
+            ran.append(name)
+            if ran.count(name) == fails_at:
+                raise NotRun("out of memory")
+
+        return run
+
+    def tick(run):
+        run()
+        return Sample(float(len(ran)), None)
+
+    results = in_turn(tick, [job("a"), job("b", fails_at=2), job("c")], runs=3)
+    assert "".join(ran) == "abcabcac"
+    assert [[sample.seconds for sample in results[i]] for i in (0, 2)] == [[1, 4, 7], [3, 6, 8]]
+    assert results[1] == "out of memory"
+
+
+def test_the_ceiling_is_the_median_of_random_products(monkeypatch):
+    monkeypatch.setattr(measure, "ceiling_side", lambda device: 4)
+    seconds = iter([99.0, 5.0, 1.0, 2.0, 3.0, 4.0])
+    products = []
+    multiply = torch.mm
+
+    def spy(left, right, *, out):
+        products.append((left, right))
+        return multiply(left, right, out=out)
+
+    monkeypatch.setattr(torch, "mm", spy)
+
+    def fake(run):
+        run()
+        return Sample(next(seconds), None)
+
+    assert ceiling(CPU, torch.bfloat16, fake) == pytest.approx(2 * 4**3 / 3 / 1e12)
+    assert len(products) == 6
+    for matrix in products[0]:
+        assert matrix.dtype == torch.bfloat16
+        assert len(matrix.unique()) > 8
+
+
+def row(**changes):
+    fields = {"workload": "mixed", "name": "nopad, eager", "capacity": 2048, "images": 4, "tokens": 600, "calls": 1}
+    return Row(**{**fields, "flops": 3 * 10**12, **changes})
+
+
+def report_of(*rows):
+    words = dict.fromkeys(("checkpoint", "family", "original", "device", "dtype", "attention"), "")
+    numbers = {"parameters": 1, "seed": 0, "runs": 3, "ceiling": Ceiling(8, before=3.0, after=5.0)}
+    return BenchReport(**words, **numbers, versions={}, workloads=(), rows=rows)
+
+
+def test_rates_follow_from_the_run_in_the_middle():
+    ran = row(seconds=(9.0, 2.0, 3.0), min_cosine=0.995)
+    assert (ran.median, ran.images_per_second, ran.tokens_per_second) == (3.0, 4 / 3, 200)
+    assert ran.teraflops == 1
+    assert ran.label == "nopad, eager, packs of 2,048"
+    report = report_of(ran, row())
+    assert report.share(ran) == 0.25
+    assert report.share(row()) is None
+
+
+def test_json_has_no_nan():
+    found = report_of(row(seconds=(1.0,), min_cosine=float("nan"))).to_dict()["rows"][0]
+    assert (found["min_cosine"], found["agrees"]) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("cosine", "agrees"), [(None, None), (0.991, True), (0.99, False), (-1.0, False), (float("nan"), False)]
+)
+def test_features_agree_above_the_limit_alone(cosine, agrees):
+    assert row(min_cosine=cosine).agrees is agrees
