@@ -1,0 +1,113 @@
+"""One job per features folder."""
+
+from __future__ import annotations
+
+import errno
+import getpass
+import json
+import os
+import socket
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+
+from filelock import FileLock, Timeout
+
+from nopad.embedding.shards import folder_error
+
+
+class LockedError(OSError):
+    """Another job writes to the folder; the message says whose it is and what to do."""
+
+
+class FolderLock:
+    """Lock on a features folder, held by one process at a time: `with FolderLock(folder): ...`.
+
+    The system holds it on `.nopad/lock` and frees it however the process ends; the file itself stays, since whoever
+    waits on a deleted file would hold a lock that nobody else sees. `.nopad/owner.json` says who holds it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self._path = self._folder / ".nopad" / "lock"
+        self._owner = self._path.with_name("owner.json")
+        # Not per thread: a job may end on another thread than it began on.
+        self._lock = FileLock(self._path, thread_local=False)
+        self._process: int | None = None
+
+    def acquire(self) -> FolderLock:
+        """Take the lock without waiting; a lock already held by this object stays so.
+
+        Raises:
+            LockedError: another job holds it.
+            OSError: the folder cannot be written, or its file system has no locks.
+        """
+        if self._process == os.getpid():
+            return self
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise LockedError(self._held()) from None
+        except OSError as error:
+            raise self._explained(error) from error
+        except NotImplementedError as error:  # older filelock, where the file system has no flock
+            raise self._explained(OSError(errno.ENOSYS, str(error))) from error
+        try:
+            self._write_owner()
+        except BaseException as error:
+            self._lock.release()
+            if isinstance(error, OSError):
+                raise self._explained(error) from error
+            raise
+        self._process = os.getpid()
+        return self
+
+    def release(self) -> None:
+        """Give the lock back. Nothing happens where it is not held, nor in a process forked from the holder."""
+        if self._process != os.getpid():
+            return
+        self._process = None
+        with suppress(OSError):
+            self._owner.unlink(missing_ok=True)
+        self._lock.release()
+
+    def __enter__(self) -> FolderLock:
+        return self.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _write_owner(self) -> None:
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "since": since}
+        temporary = self._owner.with_name("owner.json.part")
+        temporary.write_text(json.dumps(owner), encoding="utf-8")
+        os.replace(temporary, self._owner)
+
+    def _held(self) -> str:
+        try:
+            owner = json.loads(self._owner.read_text(encoding="utf-8"))
+            who = f"process {owner['pid']} of {owner['user']} on {owner['host']}, since {owner['since']}"
+        except (OSError, ValueError, LookupError, TypeError):
+            who = f"a process that {self._owner} does not tell"
+        what = "wait for it, stop it, or choose another folder"
+        gone = f"if that process is gone, one that it started still holds the lock (`fuser {self._path}` on its host)"
+        return f"{self._folder} is being written by another job: {who}; {what}; {gone}"
+
+    def _explained(self, error: OSError) -> OSError:
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            what = "its file system has no file locks; choose a folder on another"
+            return OSError(error.errno, f"{self._folder}: {error.strerror}; {what}")
+        return folder_error(error, self._folder)
+
+
+def _user() -> str:
+    # A container's user may have no name: KeyError, since Python 3.13 OSError; ImportError where there is no pwd.
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return f"user {os.getuid()}" if hasattr(os, "getuid") else "unknown user"

@@ -1,0 +1,381 @@
+"""Shards of a features table: Parquet files, one row per input, each written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+_PREFIX = "nopad."
+_FORMAT = "1"
+_TEXT = ("id", "source", "status", "error")
+_NUMBERS = ("width", "height", "grid_t", "grid_h", "grid_w")
+_COLUMNS = (*_TEXT, *_NUMBERS, "embedding")
+_OWN_KEYS = ("format", "embedding.width", "tokens.dtype", "tokens.width")
+
+_ROWS_PER_GROUP = 1024
+_ROWS_PER_GROUP_WITH_TOKENS = 16
+# Long clips end a row group early, so that a reader never needs much more than this for one row.
+_TOKEN_BYTES_PER_GROUP = 64 << 20
+# Parquet counts a value's bytes in an int32.
+_MAX_TOKEN_BYTES = 2**31 - 1
+
+_NAME = re.compile(r"shard-(\d{5,})-of-(\d{5,})-(.+)\.parquet")
+
+_ADVICE = {
+    errno.ENOSPC: "free space on its disk and run the job again; finished shards are kept",
+    errno.EDQUOT: "the disk quota is used up: free some of it and run the job again; finished shards are kept",
+    errno.EROFS: "it lies on a read-only file system; choose a folder that can be written",
+    errno.EACCES: "it may not be written by this user; change its permissions or choose another folder",
+    errno.EPERM: "it may not be written by this user; change its permissions or choose another folder",
+    errno.ENOENT: "it must exist while the job runs; make it and run the job again",
+    errno.EXDEV: "temporary and finished shards must lie on one file system",
+}
+
+
+def folder_error(error: OSError, folder: Path) -> OSError:
+    """The same error, of the same errno and class, with a message that names the folder and says what to do."""
+    advice = _ADVICE.get(error.errno or 0, "see to the disk and run the job again; finished shards are kept")
+    return OSError(error.errno, f"{folder}: {error.strerror or error}; {advice}")
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise folder_error(error, folder) from error
+
+
+def shard_name(number: int, of: int, fingerprint: str) -> str:
+    """File name of shard `number`, counted from 0, of `of` shards."""
+    return f"shard-{number:05}-of-{of:05}-{fingerprint}.parquet"
+
+
+def parse_shard_name(name: str) -> tuple[int, int, str] | None:
+    """`(number, of, fingerprint)` of a shard's file name, None for other names."""
+    match = _NAME.fullmatch(name)
+    return match and (int(match[1]), int(match[2]), match[3])
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What became of one input: its features, or why there are none.
+
+    `width` and `height` are the pixels of the upright picture, `grid` its `(t, h, w)` patches; `embedding` is `(D,)`,
+    `tokens` is `(t * h * w, D)` float16. An ok row has all of them (tokens where the format stores them), a failed row
+    no features.
+    """
+
+    id: str
+    source: str
+    status: str = "ok"
+    error: str | None = None
+    width: int | None = None
+    height: int | None = None
+    grid: tuple[int, int, int] | None = None
+    embedding: np.ndarray | None = None
+    tokens: np.ndarray | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFormat:
+    """How features lie in a shard.
+
+    Args:
+        dimension: length of an embedding.
+        embedding_dtype: "float32" or "float16".
+        embedding_list: "fixed" for a FixedSizeList, "variable" for a plain list: some databases cannot read the fixed.
+        token_dimension: the hidden size where tokens are stored, else None.
+    """
+
+    dimension: int
+    embedding_dtype: str = "float32"
+    embedding_list: str = "fixed"
+    token_dimension: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dimension < 1:
+            raise ValueError(f"dimension {self.dimension}, expected at least 1")
+        if self.embedding_dtype not in ("float32", "float16"):
+            raise ValueError(f"embedding_dtype {self.embedding_dtype!r}, expected 'float32' or 'float16'")
+        if self.embedding_list not in ("fixed", "variable"):
+            raise ValueError(f"embedding_list {self.embedding_list!r}, expected 'fixed' or 'variable'")
+        if self.token_dimension is not None and self.token_dimension < 1:
+            raise ValueError(f"token_dimension {self.token_dimension}, expected at least 1, or None for no tokens")
+
+    def schema(self, metadata: Mapping[str, str]) -> pa.Schema:
+        """The columns, and `metadata` with the format's own keys, under the prefix `nopad.` and in sorted order."""
+        own = {"format": _FORMAT, "embedding.width": str(self.dimension)}
+        if self.token_dimension is not None:
+            own |= {"tokens.dtype": "float16", "tokens.width": str(self.token_dimension)}
+        kept = {key: value for key, value in metadata.items() if key not in _OWN_KEYS}
+        fields = [pa.field(name, pa.string()) for name in _TEXT]
+        fields += [pa.field(name, pa.int32()) for name in _NUMBERS]
+        fields += [pa.field("embedding", self._embedding_type())]
+        if self.token_dimension is not None:
+            fields += [pa.field("tokens", pa.large_binary())]
+        return pa.schema(fields, {_PREFIX + key: value for key, value in sorted((kept | own).items())})
+
+    def _embedding_type(self) -> pa.DataType:
+        value = pa.from_numpy_dtype(np.dtype(self.embedding_dtype))
+        return pa.list_(value, self.dimension) if self.embedding_list == "fixed" else pa.list_(value)
+
+
+def write_shard(
+    path: Path, rows: Iterable[Row], format: ShardFormat, metadata: Mapping[str, str], *, temporary: Path
+) -> None:
+    """Write a shard under a temporary name and rename it to `path` once it is whole and on the disk.
+
+    Rows are taken as they come and written 16 at a time with tokens, 1024 without. The same rows, format and metadata
+    give the same bytes with the same pyarrow. Whatever is raised meanwhile, by `rows` too, the temporary file is
+    removed and `path` is as it was.
+
+    Args:
+        path: the shard's file; replaced where it exists.
+        metadata: kept in the file, see `read_metadata`.
+        temporary: a file in an existing folder on the file system of `path`.
+
+    Raises:
+        ValueError: a row that does not fit the format; the message names its id.
+        OSError: of the errno that the system gave (no space, read-only, ...), naming the folder and what to do.
+    """
+    try:
+        _write(temporary, rows, format, metadata, path.parent)
+        with _writing_to(path.parent):
+            os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _write(
+    temporary: Path, rows: Iterable[Row], format: ShardFormat, metadata: Mapping[str, str], folder: Path
+) -> None:
+    schema = format.schema(metadata)
+    with _writing_to(folder):
+        file = open(temporary, "wb")  # noqa: SIM115
+    try:
+        with _writing_to(folder):
+            writer = pq.ParquetWriter(file, schema, **_options(format))
+        try:
+            for group in _groups(rows, format):
+                batch = _batch(group, format, schema)
+                with _writing_to(folder):
+                    writer.write_batch(batch)
+        except BaseException:
+            # A writer that is left open closes itself later, when its file is gone.
+            with suppress(OSError, pa.ArrowException):
+                writer.close()
+            raise
+        with _writing_to(folder):
+            writer.close()
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        with suppress(OSError):  # synced above, or of no use
+            file.close()
+
+
+def _options(format: ShardFormat) -> dict[str, Any]:
+    return {
+        "version": "2.6",
+        "data_page_version": "1.0",
+        # Floats lie plain and uncompressed: zstd takes 7 % off them and twice the time to write.
+        "compression": dict.fromkeys((*_TEXT, *_NUMBERS), "zstd"),
+        "use_dictionary": ["source", "status", "error", *_NUMBERS],
+        "write_statistics": [*_TEXT, *_NUMBERS],
+        "write_page_checksum": True,
+        # Page sizes are looked at after each batch of values, and a page must stay below 2 GB.
+        "write_batch_size": _ROWS_PER_GROUP if format.token_dimension is None else 1,
+    }
+
+
+def _sync_folder(folder: Path) -> None:
+    # Some network file systems refuse this. Then a power cut can undo the rename, and the shard is made again.
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _groups(rows: Iterable[Row], format: ShardFormat) -> Iterator[list[Row]]:
+    limit = _ROWS_PER_GROUP if format.token_dimension is None else _ROWS_PER_GROUP_WITH_TOKENS
+    group: list[Row] = []
+    token_bytes = 0
+    for row in rows:
+        _check(row, format)
+        group.append(row)
+        token_bytes += 0 if row.tokens is None else row.tokens.nbytes
+        if len(group) == limit or token_bytes >= _TOKEN_BYTES_PER_GROUP:
+            yield group
+            group, token_bytes = [], 0
+    if group:
+        yield group
+
+
+def _check(row: Row, format: ShardFormat) -> None:
+    if row.status not in ("ok", "failed"):
+        raise ValueError(f"row {row.id!r}: status {row.status!r}, expected 'ok' or 'failed'")
+    if row.status == "failed":
+        if row.embedding is not None or row.tokens is not None:
+            raise ValueError(f"row {row.id!r}: features on a failed row, expected none")
+        return
+    for name in ("width", "height", "grid", "embedding"):
+        if getattr(row, name) is None:
+            raise ValueError(f"row {row.id!r}: {name} missing on an ok row")
+    _check_array(row, "embedding", row.embedding, format.embedding_dtype, (format.dimension,))
+    if format.token_dimension is None:
+        if row.tokens is not None:
+            raise ValueError(f"row {row.id!r}: tokens for a format without token_dimension")
+        return
+    if row.tokens is None:
+        raise ValueError(f"row {row.id!r}: tokens missing on an ok row, expected for token_dimension")
+    assert row.grid is not None
+    t, h, w = row.grid
+    _check_array(row, "tokens", row.tokens, "float16", (t * h * w, format.token_dimension))
+    if row.tokens.nbytes > _MAX_TOKEN_BYTES:
+        raise ValueError(f"row {row.id!r}: tokens of {row.tokens.nbytes} bytes, Parquet takes {_MAX_TOKEN_BYTES}")
+
+
+def _check_array(row: Row, name: str, array: np.ndarray | None, dtype: str, shape: tuple[int, ...]) -> None:
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"row {row.id!r}: {name} is {type(array).__name__}, expected a NumPy array")
+    if array.dtype != np.dtype(dtype) or array.shape != shape:
+        raise ValueError(f"row {row.id!r}: {name} is {array.dtype} {array.shape}, expected {dtype} {shape}")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"row {row.id!r}: {name} has strides {array.strides}, expected a contiguous array")
+
+
+def _batch(rows: list[Row], format: ShardFormat, schema: pa.Schema) -> pa.RecordBatch:
+    columns: list[pa.Array] = [pa.array([_utf8(getattr(row, name)) for row in rows], pa.string()) for name in _TEXT]
+    sizes = [(row.width, row.height, *(row.grid or (None, None, None))) for row in rows]
+    columns += [pa.array(values, pa.int32()) for values in zip(*sizes, strict=True)]
+    columns += [_embeddings(rows, format)]
+    if format.token_dimension is not None:
+        values = [None if row.tokens is None else row.tokens.astype("<f2", copy=False).data.cast("B") for row in rows]
+        columns += [pa.array(values, pa.large_binary())]
+    return pa.record_batch(columns, schema=schema)
+
+
+def _utf8(text: str | None) -> str | None:
+    """File names and error messages may hold lone surrogates, which Arrow's strings cannot."""
+    return None if text is None else text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _embeddings(rows: list[Row], format: ShardFormat) -> pa.Array:
+    missing = np.array([row.embedding is None for row in rows])
+    matrix = np.zeros((len(rows), format.dimension), format.embedding_dtype)
+    for values, row in zip(matrix, rows, strict=True):
+        if row.embedding is not None:
+            values[:] = row.embedding
+    if format.embedding_list == "fixed":
+        flat = pa.array(matrix.reshape(-1))
+        return pa.FixedSizeListArray.from_arrays(flat, type=format._embedding_type(), mask=pa.array(missing))
+    offsets = np.concatenate([[0], np.cumsum(~missing * format.dimension)]).astype(np.int32)
+    flat = pa.array(matrix[~missing].reshape(-1))
+    return pa.ListArray.from_arrays(pa.array(offsets), flat, type=format._embedding_type(), mask=pa.array(missing))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """Open a shard and check its format and, as its pages are read, their checksums.
+
+    Raises:
+        ValueError: a file that is damaged or no shard of this format; the message names it.
+        OSError: a file that cannot be opened or read.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            found = (file.schema_arrow.metadata or {}).get(f"{_PREFIX}format".encode(), b"none").decode()
+            if found != _FORMAT or tuple(file.schema_arrow.names[: len(_COLUMNS)]) != _COLUMNS:
+                expected = f"expected {_FORMAT} with the columns {', '.join(_COLUMNS)}"
+                raise ValueError(f"{path}: not a shard that this version reads: nopad.format {found}, {expected}")
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"{path}: damaged ({error}); delete it and run the job again, which makes it anew") from error
+
+
+def embedding_width(schema: pa.Schema) -> int:
+    """Length of the embeddings of a shard."""
+    return int(schema.metadata[f"{_PREFIX}embedding.width".encode()])
+
+
+def token_width(schema: pa.Schema) -> int | None:
+    """Hidden size of the tokens of a shard, None where it has none."""
+    width = schema.metadata.get(f"{_PREFIX}tokens.width".encode())
+    return None if width is None else int(width)
+
+
+def embedding_blocks(column: pa.ChunkedArray, width: int) -> list[np.ndarray]:
+    """The embeddings that are not null as matrices `(n, width)`, one per chunk: views of the column where none is."""
+    chunks = [chunk.drop_null() if chunk.null_count else chunk for chunk in column.chunks]
+    return [chunk.flatten().to_numpy().reshape(-1, width) for chunk in chunks]
+
+
+def iterate_rows(path: Path) -> Iterator[Row]:
+    """The rows of a shard in order, holding one row group at a time.
+
+    Raises:
+        ValueError, OSError: see `opened`.
+    """
+    with opened(path) as file:
+        width = embedding_width(file.schema_arrow)
+        for number in range(file.num_row_groups):
+            table = file.read_row_group(number)
+            embeddings = (vector for block in embedding_blocks(table["embedding"], width) for vector in block)
+            tokens = table["tokens"].to_pylist() if "tokens" in table.column_names else [None] * len(table)
+            small = table.select([*_TEXT, *_NUMBERS]).to_pylist()
+            for values, raw in zip(small, tokens, strict=True):
+                t, h, w = values.pop("grid_t"), values.pop("grid_h"), values.pop("grid_w")
+                yield Row(
+                    **values,
+                    grid=None if t is None else (t, h, w),
+                    embedding=next(embeddings) if values["status"] == "ok" else None,
+                    tokens=None if raw is None else np.frombuffer(raw, "<f2").reshape(t * h * w, -1),
+                )
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a shard: `write_shard` makes the same file of them. With tokens, `iterate_rows` needs less memory."""
+    return list(iterate_rows(path))
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata that a shard was written with and the format's own (`format`, `embedding.width`, `tokens.…`)."""
+    with opened(path) as file:
+        pairs = {key.decode(): value.decode() for key, value in file.schema_arrow.metadata.items()}
+    return {key.removeprefix(_PREFIX): value for key, value in pairs.items() if key.startswith(_PREFIX)}
+
+
+def failed_rows(path: Path) -> list[tuple[int, str, str, str]]:
+    """`(row number in the shard, source, id, error)` of the failed rows; reads only these columns."""
+    with opened(path) as file:
+        rows = file.read(["source", "id", "error", "status"]).to_pylist()
+    return [
+        (number, row["source"], row["id"], row["error"] or "")
+        for number, row in enumerate(rows)
+        if row["status"] == "failed"
+    ]
+
+
+def count(path: Path) -> tuple[int, int]:
+    """How many rows are ok and how many failed; reads only the status column."""
+    with opened(path) as file:
+        statuses = file.read(["status"])["status"].to_pylist()
+    return statuses.count("ok"), statuses.count("failed")
