@@ -65,7 +65,7 @@ def align(
     if not -1 <= threshold <= 1 or batch_size < 1:
         raise ValueError(f"expected a threshold in [-1, 1] and a batch_size ≥ 1, got {threshold} and {batch_size}")
     progress(f"loading {checkpoint}")
-    packed: Any = load(checkpoint, revision=revision, dtype=torch.float32, attention=attention)
+    packed: Any = load(checkpoint, revision=revision, dtype=torch.float32)
     reference = original_of(packed).of(str(checkpoint), revision=revision, trust_remote_code=trust_remote_code)
     state, weights = _original_weights(packed, reference, checkpoint, revision)
     exact = reference.load(packed, state, torch.float32).to(device=device)

@@ -44,7 +44,7 @@ def load(
         OSError: no such file or folder, and the Hub does not have it or cannot be reached.
     """
     name = str(checkpoint)
-    options = {"dtype": dtype, "attention": attention, "patch_order": patch_order, "positions": positions}
+    options = {"dtype": dtype, "patch_order": patch_order, "positions": positions}
     if name.startswith(UNTRAINED):
         published = name.removeprefix(UNTRAINED)
         encoder = family_of_published(published).untrained(published, **options)
@@ -53,5 +53,5 @@ def load(
         encoder = family_of(opened).from_checkpoint(opened, **options)
     if device is not None:
         encoder = encoder.to(device=device)
-        encoder.set_attention(attention)
+    encoder.set_attention(attention)  # once it is where it runs: a GPU's kernels cannot be had on the CPU
     return encoder
