@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nopad.embedding.features import Features, read
+    from nopad.embedding.job import embed
     from nopad.encoder import PackedEncoder, PackedOutput
     from nopad.families.aimv2 import AIMv2Packing
     from nopad.families.dinov3 import DINOv3ViTPacking
@@ -19,13 +21,16 @@ __version__ = "0.1.0"
 __all__ = [
     "AIMv2Packing",
     "DINOv3ViTPacking",
+    "Features",
     "OneVisionEncoderPacking",
     "Pack",
     "PackedEncoder",
     "PackedOutput",
     "Siglip2NaflexPacking",
+    "embed",
     "load",
     "patchify",
+    "read",
     "unpatchify",
 ]
 
@@ -33,13 +38,16 @@ __all__ = [
 _HOMES = {
     "AIMv2Packing": "nopad.families.aimv2",
     "DINOv3ViTPacking": "nopad.families.dinov3",
+    "Features": "nopad.embedding.features",
     "OneVisionEncoderPacking": "nopad.families.onevision",
     "Pack": "nopad.packing",
     "PackedEncoder": "nopad.encoder",
     "PackedOutput": "nopad.encoder",
     "Siglip2NaflexPacking": "nopad.families.siglip2",
+    "embed": "nopad.embedding.job",
     "load": "nopad.loading",
     "patchify": "nopad.packing",
+    "read": "nopad.embedding.features",
     "unpatchify": "nopad.packing",
 }
 
@@ -47,7 +55,13 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'nopad' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        home = importlib.import_module(_HOMES[name])
+    except ModuleNotFoundError as error:
+        if error.name == "pyarrow":
+            raise ImportError(f"nopad.{name} needs pyarrow: pip install 'nopad[embed]'", name="pyarrow") from error
+        raise
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:

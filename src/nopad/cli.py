@@ -1,4 +1,4 @@
-"""The command line: `nopad align`, `nopad models`."""
+"""The command line: `nopad align`, `nopad embed`, `nopad bench`, `nopad models`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from nopad.bench import command as bench_command
+from nopad.embedding import command as embedding_command
 from nopad.terminal import columns
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -41,6 +43,14 @@ def build_parser() -> argparse.ArgumentParser:
     align.add_argument("--trust-remote-code", action="store_true", help=trust)
     add_align_options(align)
     align.set_defaults(run=run_align)
+
+    embed = commands.add_parser("embed", help="turn folders of pictures into a table of features")
+    embedding_command.add_arguments(embed)
+    embed.set_defaults(run=embedding_command.run)
+
+    bench = commands.add_parser("bench", help="measure throughput beside the original model's")
+    bench_command.add_arguments(bench)
+    bench.set_defaults(run=bench_command.run)
 
     models = commands.add_parser("models", help="list the published models")
     models.add_argument("--json", action="store_true", help="print the list as JSON")

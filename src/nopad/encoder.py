@@ -15,6 +15,7 @@ from nopad.layout import Layout, Segments
 from nopad.packing import Pack, PatchOrder
 from nopad.preprocessing import Preprocessing, Resize, preprocess
 from nopad.pretrained import PretrainedEncoder
+from nopad.worker import CAPACITY, Worker
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class PackedEncoder(PretrainedEncoder):
     main_input_name = "hidden_states"
     frames_attend_jointly: ClassVar[bool] = False
     num_prefix_tokens: int = 0
+    compiled_capacity: int | None = None
 
     # What a family brings.
 
@@ -211,31 +213,44 @@ class PackedEncoder(PretrainedEncoder):
         )
         return pack.to(self.device, self.dtype)
 
-    @torch.no_grad()
-    def embed(self, images: Iterable[Any], *, capacity: int = 16384, **options: Any) -> Tensor:
+    def embed(
+        self,
+        images: Iterable[Any],
+        *,
+        capacity: int = CAPACITY,
+        resize: Resize = "torch",
+        max_patches: int | None = None,
+        preprocessing: Preprocessing | None = None,
+        threads: int | None = None,
+    ) -> Tensor:
         """One vector per image: `image_embeds` where the checkpoint has a projection, else `pooled`.
+
+        Images are decoded in threads and packed as they come, so any number of them goes in.
 
         Args:
             images: as `pack` takes them.
-            capacity: patches per pack; a pack takes images until the next would pass this.
-            options: as `pack` takes them.
+            capacity: patches per pack; a larger image gets a pack of its own.
+            resize, max_patches, preprocessing: as `pack` takes them.
+            threads: that decode; one per core unless given.
 
         Returns:
-            `(N, E)` or `(N, D)`.
-        """
-        vectors, waiting, patches = [], [], 0
-        for image in images:
-            pack = self.pack([image], **options)
-            if waiting and patches + len(pack.hidden_states) > capacity:
-                vectors.append(self._vectors(waiting))
-                waiting, patches = [], 0
-            waiting.append(pack)
-            patches += len(pack.hidden_states)
-        vectors.append(self._vectors(waiting or [self.pack([])]))
-        return torch.cat(vectors)
+            `(N, E)` or `(N, D)` float32, on the CPU.
 
-    def _vectors(self, packs: list[Pack]) -> Tensor:
-        output = self.encode(
-            torch.cat([pack.hidden_states for pack in packs]), torch.cat([pack.grid_thw for pack in packs])
-        )
-        return output.pooled if output.image_embeds is None else output.image_embeds
+        Raises:
+            ImageError: the first image that cannot be used.
+        """
+        options: dict[str, Any] = {"resize": resize, "max_patches": max_patches, "preprocessing": preprocessing}
+        worker = Worker(self, capacity=capacity, threads=threads, **options)
+        (results,) = worker.run([images], load, strict=True)
+        vectors = [torch.from_numpy(result.embedding) for result in results if result.embedding is not None]
+        return torch.stack(vectors) if vectors else torch.empty(0, self.embedding_size)
+
+    @property
+    def projection_dim(self) -> int | None:
+        """Values of `image_embeds`, `None` where the checkpoint has no projection."""
+        return None
+
+    @property
+    def embedding_size(self) -> int:
+        """Values of the vector that `embed` gives for an image: E or D."""
+        return self.projection_dim or self.hidden_size

@@ -158,9 +158,9 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> Tensor:
 
 def _decode_jpeg(image: Image.Image) -> Image.Image | None:
     """A colour JPEG, opened and not yet loaded, as RGB; `None` where Pillow has to decide."""
-    if simplejpeg is None or getattr(image, "fp", None) is None or image.format not in ("JPEG", "MPO") or image.mode != "RGB":
+    file: io.BufferedIOBase | None = getattr(image, "fp", None)
+    if simplejpeg is None or file is None or image.format not in ("JPEG", "MPO") or image.mode != "RGB":
         return None
-    file = cast(io.BufferedIOBase, image.fp)  # open until the image is loaded
     file.seek(0)
     try:
         # Strict: otherwise a truncated file passes, its rest grey. What is refused here Pillow may still read.

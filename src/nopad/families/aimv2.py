@@ -139,6 +139,11 @@ class AIMv2Packing(PackedEncoder):
         """Attention pooling where the checkpoint has a head, else the mean."""
         return super().pool_segments(trunk, segments) if self.head is None else self.head(trunk.tokens, segments)
 
+    @property
+    def projection_dim(self) -> int | None:
+        """Width of the image-text space."""
+        return self.config.projection_dim
+
     def project(self, pooled: Tensor) -> Tensor | None:
         """`(N, D)` to `(N, projection_dim)`."""
         return None if self.projection is None else self.projection(pooled)

@@ -1,0 +1,1 @@
+"""The bulk job: folders of photos to tables of features."""

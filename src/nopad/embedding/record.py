@@ -1,0 +1,192 @@
+"""What decides the features of a job: its settings, their fingerprint, and the files that keep them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nopad import __version__
+from nopad.embedding.inputs import InputList
+from nopad.embedding.shards import ShardFormat, folder_error
+from nopad.encoder import PackedEncoder
+from nopad.images import MAX_PIXELS
+from nopad.loading import load
+from nopad.preprocessing import Resize
+from nopad.worker import CAPACITY, Worker
+
+DTYPES = ("float32", "bfloat16", "float16")
+SHARD_SIZE, SHARD_SIZE_WITH_TOKENS = 2048, 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings of a job; see `nopad.embedding.job.embed` for their meaning.
+
+    Raises:
+        ValueError: a `shard_size` below 1 or an unknown `dtype`.
+    """
+
+    model: str
+    revision: str | None = None
+    device: str = "cpu"
+    dtype: str | None = None
+    attention: str = "auto"
+    tokens: bool = False
+    max_patches: int | None = None
+    resize: Resize = "torch"
+    capacity: int = CAPACITY
+    frames: int = 8
+    max_pixels: int = MAX_PIXELS
+    embedding_dtype: str = "float32"
+    embedding_list: str = "fixed"
+    shard_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.shard_size is not None and self.shard_size < 1:
+            raise ValueError(f"shard_size: expected ≥ 1, got {self.shard_size}")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows of every shard but the last."""
+        return self.shard_size or (SHARD_SIZE_WITH_TOKENS if self.tokens else SHARD_SIZE)
+
+    def load(self) -> PackedEncoder:
+        """The encoder, on its device."""
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        options: dict[str, Any] = {"device": self.device, "dtype": dtype, "attention": self.attention}
+        return load(self.model, revision=self.revision, **options)
+
+    def worker(self, encoder: PackedEncoder, threads: int | None = None) -> Worker:
+        """A worker that embeds by these settings."""
+        options: dict[str, Any] = {"resize": self.resize, "max_patches": self.max_patches, "tokens": self.tokens}
+        return Worker(encoder, capacity=self.capacity, threads=threads, **options)
+
+    def format(self, encoder: PackedEncoder) -> ShardFormat:
+        """The columns of the table."""
+        return ShardFormat(
+            dimension=encoder.embedding_size,
+            embedding_dtype=self.embedding_dtype,
+            embedding_list=self.embedding_list,
+            token_dimension=encoder.hidden_size if self.tokens else None,
+        )
+
+
+def record_of(settings: Settings, encoder: PackedEncoder, sources: list[str], inputs: InputList) -> dict[str, str]:
+    """Everything that decides a job's features, in words, as it stands in the metadata of every shard."""
+    worker = settings.worker(encoder, threads=1)
+    return {
+        "version": __version__,
+        "model": settings.model,
+        "revision": settings.revision or "",
+        "family": encoder.family,
+        "weights": weights_digest(encoder),
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "device": encoder.device.type,
+        "attention": encoder.attention,
+        "preprocessing": worker.preprocessing,
+        "capacity": str(settings.capacity),
+        "max_pixels": str(settings.max_pixels),
+        "frames": str(settings.frames),
+        "embedding": "pooled" if encoder.projection_dim is None else "image_embeds",
+        "embedding_dtype": settings.embedding_dtype,
+        "embedding_list": settings.embedding_list,
+        "tokens": "yes" if settings.tokens else "no",
+        "rows_per_shard": str(settings.rows_per_shard),
+        "sources": json.dumps(sources),
+        "inputs": inputs.digest(),
+    }
+
+
+def fingerprint(record: Mapping[str, str]) -> str:
+    """A short name for a record."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def weights_digest(encoder: PackedEncoder) -> str:
+    """SHA-256 over names, dtypes, shapes and values of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_same(old: Mapping[str, str], new: Mapping[str, str], folder: Path) -> None:
+    """Refuse to mix two jobs in one folder.
+
+    Raises:
+        ValueError: what differs.
+    """
+    keys = [key for key in {**old, **new} if key != "inputs" and old.get(key) != new.get(key)]
+    if keys:
+        lines = [f"  {key}: {old.get(key, 'unset')} there, {new.get(key, 'unset')} now" for key in keys]
+        raise ValueError(
+            f"{folder} holds a job with other settings:\n" + "\n".join(lines) + "\n"
+            "use the settings that it was begun with, or another folder"
+        )
+
+
+class JobFolder:
+    """The files of a job: shards in the folder itself, all else in its `.nopad`."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.own = self.folder / ".nopad"
+
+    @property
+    def has_job(self) -> bool:
+        """Whether a job was begun here."""
+        return (self.own / "job.json").exists()
+
+    def begin(self, record: Mapping[str, str], inputs: InputList) -> None:
+        """Keep a new job's list and record; it is begun once both are there."""
+        self._write("inputs.parquet", inputs.save)
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        self._write("job.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
+
+    def read(self) -> tuple[dict[str, str], InputList]:
+        """The record and the list of the job that was begun here.
+
+        Raises:
+            ValueError: one of them is damaged.
+        """
+        try:
+            record = json.loads((self.own / "job.json").read_text(encoding="utf-8"))
+            inputs = InputList.load(self.own / "inputs.parquet")
+            is_whole = record["inputs"] == inputs.digest()
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{self.own}: the job's files cannot be read ({error}); use another folder") from error
+        if not is_whole:
+            raise ValueError(f"{self.own}: inputs.parquet is not the list that job.json was begun with")
+        return record, inputs
+
+    def _write(self, name: str, save: Any) -> None:
+        temporary, path = self.own / f"{name}.part", self.own / name
+        try:
+            save(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise folder_error(error, self.folder) from error
+
+    def temporary(self, shard: Path) -> Path:
+        """Where a shard is written before it is whole."""
+        return self.own / f"{shard.name}.part"
+
+    def clean(self) -> None:
+        """Remove what a killed run left half-written."""
+        for path in self.own.glob("*.part"):
+            path.unlink(missing_ok=True)
