@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nopad.images import load
+from nopad.inference.static import StaticPacks, compile_layers
+from nopad.layers.attention import Rotation
 from nopad.layers.pooling import segment_mean
 from nopad.layout import Layout, Segments
 from nopad.packing import Pack, PatchOrder
@@ -56,7 +58,8 @@ class PackedEncoder(PretrainedEncoder):
     main_input_name = "hidden_states"
     frames_attend_jointly: ClassVar[bool] = False
     num_prefix_tokens: int = 0
-    compiled_capacity: int | None = None
+    layers: nn.ModuleList
+    _static: StaticPacks | None = None
 
     # What a family brings.
 
@@ -76,6 +79,20 @@ class PackedEncoder(PretrainedEncoder):
     def default_preprocessing(self) -> Preprocessing:
         """The family's published rule, where a checkpoint does not bring its own."""
         raise NotImplementedError
+
+    def run_layers(
+        self, tokens: Tensor, segments: Segments, rotate: Rotation | None, states: list[Tensor] | None
+    ) -> Tensor:
+        """All layers, `(T, D)` to `(T, D)`; the tokens before each and after the last go to `states`, if a list."""
+        if self._static is not None and states is None and self._static.fits(len(tokens), segments):
+            return self._static.run(tokens, segments, rotate)
+        for layer in self.layers:
+            if states is not None:
+                states.append(tokens)
+            tokens = layer(tokens, segments, rotate)
+        if states is not None:
+            states.append(tokens)
+        return tokens
 
     # The contract of a forward.
 
@@ -138,10 +155,55 @@ class PackedEncoder(PretrainedEncoder):
         patches, layout = self._read(hidden_states, grid_thw, patch_positions)
         trunk = self.trunk(patches, layout, [] if output_hidden_states else None)
         segments = layout.images if self.frames_attend_jointly else layout.frames
-        pooled = self.pool_segments(trunk, segments)
+        static = self._static
+        if static is not None and not static.fits(len(patches), segments):
+            static = None
+        pooled = self.pool_segments(trunk, segments) if static is None else static.pool(self, trunk, segments)
         if len(segments) > len(layout.images):
             pooled = segment_mean(pooled, layout.frames_per_image)
-        return PackedOutput(trunk.tokens, pooled, self.project(pooled), trunk.prefix_tokens, trunk.hidden_states)
+        projected = self.project(pooled) if static is None else static.project(self, pooled)
+        return PackedOutput(trunk.tokens, pooled, projected, trunk.prefix_tokens, trunk.hidden_states)
+
+    # Ready for inference.
+
+    def compile(self, capacity: int = CAPACITY, max_images: int | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Compile the layers, one by one, for packs of one shape; all warm-up is done here.
+
+        From then on inference fills each pack up to `capacity` rows. So one graph serves every pack, and an image's
+        features are the same bits in whatever company, on one device kind, in one version and for one capacity. Packs
+        that do not fit, training, and `output_hidden_states` run as before. Weights may change; nothing of them is
+        kept. Where Triton or a C++ compiler is missing packs are filled up as well and a warning says that their
+        layers are not compiled.
+
+        Args:
+            capacity: tokens of a pack, prefix tokens among them.
+            max_images: most images, or frames that do not attend to each other, of a pack; a 64th of `capacity`
+                unless given.
+
+        Raises:
+            ValueError: a capacity that holds no image, or `max_images` below 1.
+        """
+        self.uncompile()
+        slots = max(1, capacity // 64) if max_images is None else max_images
+        if capacity <= self.num_prefix_tokens or slots < 1:
+            least = self.num_prefix_tokens + 1
+            raise ValueError(f"expected capacity ≥ {least} and max_images ≥ 1, got {capacity} and {slots}")
+        self._static = StaticPacks(self, capacity, slots, compile_layers(self, capacity, slots))
+
+    def uncompile(self) -> None:
+        """Undo `compile`."""
+        if self._static is not None:
+            self._static.remove()
+            self._static = None
+
+    @property
+    def compiled_capacity(self) -> int | None:
+        """Tokens that every pack is filled up to, `None` unless compiled."""
+        return None if self._static is None else self._static.capacity
+
+    def example_rotation(self, rows: int) -> Rotation | None:
+        """What turns queries and keys, as `trunk` makes it for `rows` rows; `None` where they are not turned."""
+        return None
 
     def _read(
         self, hidden_states: Tensor | Pack, grid_thw: Tensor | None, patch_positions: Tensor | None

@@ -20,12 +20,14 @@ class Segments:
     Attributes:
         lengths: tokens in each segment, S ints.
         cu_seqlens: `(S + 1,)` int32 offsets on the device of the tokens.
-        max_seqlen: tokens in the longest segment, 0 where there is none.
+        max_seqlen: tokens in the longest segment, 0 where there is none; a static pack rounds it up.
+        spare: rows after the last segment that are in none; what attention gives for them is undefined.
     """
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
     max_seqlen: int
+    spare: int = 0
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str) -> Segments:
@@ -40,6 +42,28 @@ class Segments:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def padded(self, rows: int, slots: int, max_seqlen: int) -> Segments:
+        """The same segments at the head of `rows` rows, empty ones after them up to `slots`: shapes that never change.
+
+        Raises:
+            ValueError: more tokens or segments than there is room for.
+        """
+        if self.num_tokens > rows or len(self) > slots or self.max_seqlen > max_seqlen:
+            raise ValueError(
+                f"expected at most {rows} tokens in {slots} segments of at most {max_seqlen}, "
+                f"got {self.num_tokens} in {len(self)} of at most {self.max_seqlen}"
+            )
+        empty = slots - len(self)
+        ends = self.cu_seqlens[-1:].expand(empty)
+        offsets = torch.cat((self.cu_seqlens, ends))
+        return Segments(self.lengths + (0,) * empty, offsets, max_seqlen, rows - self.num_tokens)
+
+    def one_each(self) -> Segments:
+        """Segments of one token each, as for one query per segment; empty segments stay empty."""
+        lengths = [min(length, 1) for length in self.lengths]
+        single = Segments.of(lengths, self.cu_seqlens.device)
+        return dataclasses.replace(single, max_seqlen=1, spare=len(self) - single.num_tokens)
 
     def index(self) -> Tensor:
         """Segment number of each token, `(T,)` int64 on the device; no host read."""
@@ -122,6 +146,11 @@ class Layout:
             frame_lengths, frames_whole = tuple((h * w,) * t for t, h, w in grid), True
             longest_side = max((side for row in grid for side in row[1:]), default=0)
         return cls(grid, frame_lengths, frames_whole, longest_side, hidden_states.device, patch_positions)
+
+    @classmethod
+    def of_row(cls, patches: int, device: torch.device) -> Layout:
+        """One image of a single row of patches."""
+        return cls(((1, 1, patches),), ((patches,),), True, patches, device)
 
     @cached_property
     def num_patches(self) -> int:

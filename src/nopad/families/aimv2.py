@@ -79,8 +79,7 @@ class AIMv2Head(nn.Module):
         """`(T, D)` to `(S, D)`."""
         key, value = self.kv(tokens).unflatten(1, (2, self.num_heads, -1)).unbind(1)
         query = self.cls_token.to(key.dtype).view(1, self.num_heads, -1).expand(len(segments), -1, -1)
-        one_each = Segments.of([1] * len(segments), tokens.device)
-        mixed = varlen_attention(query, key, value, one_each, segments, backend=self.backend)
+        mixed = varlen_attention(query, key, value, segments.one_each(), segments, backend=self.backend)
         return self.proj(mixed.flatten(1))
 
 
@@ -126,14 +125,8 @@ class AIMv2Packing(PackedEncoder):
 
     def trunk(self, hidden_states: Tensor, layout: Layout, states: list[Tensor] | None) -> Trunk:
         """Patches to normed tokens."""
-        tokens = self.embeddings(hidden_states, layout)
-        for layer in self.layers:
-            if states is not None:
-                states.append(tokens)
-            tokens = layer(tokens, layout.frames)
-        if states is None:
-            return Trunk(self.norm(tokens))
-        return Trunk(self.norm(tokens), hidden_states=(*states, tokens))
+        tokens = self.run_layers(self.embeddings(hidden_states, layout), layout.frames, None, states)
+        return Trunk(self.norm(tokens), hidden_states=None if states is None else tuple(states))
 
     def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
         """Attention pooling where the checkpoint has a head, else the mean."""

@@ -26,7 +26,7 @@ from nopad.families.dinov3_checkpoints import (
     fill_biases,
     read_config,
 )
-from nopad.layers.attention import PackedAttention, Rotate
+from nopad.layers.attention import PackedAttention, Rotation
 from nopad.layers.block import Block
 from nopad.layers.mlp import MLP, GatedMLP
 from nopad.layers.rope import axial_angles, patch_centres, rope_periods, rotate_halves
@@ -115,7 +115,7 @@ class DINOv3Rope(nn.Module):
         self.jitter = config.pos_embed_jitter
         self.rescale = config.pos_embed_rescale
 
-    def forward(self, layout: Layout, places: Places) -> Rotate:
+    def forward(self, layout: Layout, places: Places) -> Rotation:
         """The rotation of every row of the pack."""
         centres = patch_centres(layout)
         if self.training:
@@ -123,7 +123,7 @@ class DINOv3Rope(nn.Module):
         angles = axial_angles(centres, rope_periods(self.head_dim, self.base, layout.device))
         # An angle of zero turns nothing, exactly.
         angles = places.join(angles, angles.new_zeros(*places.prefix.shape, angles.shape[1]))[:, None]
-        return partial(rotate_halves, cos=angles.cos(), sin=angles.sin())
+        return Rotation(rotate_halves, angles.cos(), angles.sin())
 
     def augment(self, centres: Tensor, frames: Segments) -> Tensor:
         """`(T, 2)` to `(T, 2)`."""
@@ -217,14 +217,16 @@ class DINOv3ViTPacking(PackedEncoder):
             raise ValueError(f"drop_path_rate: expected 0 in training, got {self.config.drop_path_rate}")
         places = Places.of(layout.frames, self.num_prefix_tokens)
         rotate = self.rope(layout, places)
-        tokens = self.embeddings(hidden_states, places)
-        for layer in self.layers:
-            if states is not None:
-                states.append(places.take_patches(tokens))
-            tokens = layer(tokens, places.segments, rotate)
+        tokens = self.run_layers(self.embeddings(hidden_states, places), places.segments, rotate, states)
         patches, prefix = places.take_patches(tokens), places.take_prefix(tokens)
         normed_prefix = (self.norm if self.cls_norm is None else self.cls_norm)(prefix)
-        return Trunk(self.norm(patches), normed_prefix, None if states is None else (*states, patches))
+        kept = None if states is None else tuple(places.take_patches(state) for state in states)
+        return Trunk(self.norm(patches), normed_prefix, kept)
+
+    def example_rotation(self, rows: int) -> Rotation:
+        """That of a row of patches behind its prefix."""
+        layout = Layout.of_row(rows - self.num_prefix_tokens, self.device)
+        return self.rope(layout, Places.of(layout.frames, self.num_prefix_tokens))
 
     def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
         """The normed CLS token."""

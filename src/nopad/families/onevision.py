@@ -13,7 +13,7 @@ from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from nopad.checkpoint import Checkpoint, Dialect
 from nopad.encoder import PackedEncoder, Trunk
 from nopad.families.onevision_checkpoints import DIALECTS, PUBLISHED, OneVisionPackingConfig, read_config
-from nopad.layers.attention import PackedAttention
+from nopad.layers.attention import PackedAttention, Rotation
 from nopad.layers.block import Block
 from nopad.layers.mlp import MLP
 from nopad.layers.pooling import ProbeHead
@@ -97,14 +97,17 @@ class OneVisionEncoderPacking(PackedEncoder):
 
     def trunk(self, hidden_states: Tensor, layout: Layout, states: list[Tensor] | None) -> Trunk:
         """Patches to tokens, normed where the checkpoint has the final norm."""
-        tokens = self.embeddings(hidden_states)
-        rotate = rotate_3d(layout, self._head_dim, self.config.rope_theta)
-        for layer in self.layers:
-            if states is not None:
-                states.append(tokens)
-            tokens = layer(tokens, layout.images, rotate)
+        tokens = self.run_layers(self.embeddings(hidden_states), layout.images, self.rotation(layout), states)
         normed = tokens if self.norm is None else self.norm(tokens)
-        return Trunk(normed, hidden_states=None if states is None else (*states, tokens))
+        return Trunk(normed, hidden_states=None if states is None else tuple(states))
+
+    def rotation(self, layout: Layout) -> Rotation:
+        """By time, row and column."""
+        return rotate_3d(layout, self._head_dim, self.config.rope_theta)
+
+    def example_rotation(self, rows: int) -> Rotation:
+        """That of a row of patches."""
+        return self.rotation(Layout.of_row(rows, self.device))
 
     def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
         """Attention pooling where the checkpoint has a head, else the mean."""

@@ -128,14 +128,8 @@ class Siglip2NaflexPacking(PackedEncoder):
 
     def trunk(self, hidden_states: Tensor, layout: Layout, states: list[Tensor] | None) -> Trunk:
         """Patches to normed tokens."""
-        tokens = self.embeddings(hidden_states, layout)
-        for layer in self.layers:
-            if states is not None:
-                states.append(tokens)
-            tokens = layer(tokens, layout.frames)
-        if states is None:
-            return Trunk(self.norm(tokens))
-        return Trunk(self.norm(tokens), hidden_states=(*states, tokens))
+        tokens = self.run_layers(self.embeddings(hidden_states, layout), layout.frames, None, states)
+        return Trunk(self.norm(tokens), hidden_states=None if states is None else tuple(states))
 
     def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
         """Attention pooling where the checkpoint has a head, else the mean."""

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nopad.layers.varlen import varlen_attention
 from nopad.layout import Segments
 
-Rotate = Callable[[Tensor], Tensor]
-"""Rotates queries or keys `(T, H, K)` by the positions of their tokens."""
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """Turns queries or keys `(T, H, K)` by the positions of their tokens.
+
+    Attributes:
+        turn: called with states, cosines and sines.
+        cos, sin: `(T, 1, …)` float32.
+    """
+
+    turn: Callable[[Tensor, Tensor, Tensor], Tensor]
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """`(T, H, K)` to `(T, H, K)`."""
+        return self.turn(states, self.cos, self.sin)
+
+    def padded(self, rows: int) -> Rotation:
+        """The same, for `rows` tokens of which the last are not turned."""
+        more = (0, 0, 0, 0, 0, rows - self.cos.shape[0])
+        return Rotation(self.turn, F.pad(self.cos, more, value=1.0), F.pad(self.sin, more))
 
 
 class PackedAttention(nn.Module):
@@ -31,7 +53,7 @@ class PackedAttention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
         self.proj = nn.Linear(hidden_size, hidden_size, bias=proj_bias)
 
-    def forward(self, hidden_states: Tensor, segments: Segments, rotate: Rotate | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, segments: Segments, rotate: Rotation | None = None) -> Tensor:
         """`(T, D)` to `(T, D)`."""
         qkv = self.qkv(hidden_states).view(-1, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.unbind(1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from nopad.layers.attention import PackedAttention, Rotate
+from nopad.layers.attention import PackedAttention, Rotation
 from nopad.layout import Segments
 
 
@@ -36,7 +36,7 @@ class Block(GradientCheckpointingLayer):
             size = attention.proj.out_features
             self.register_parameter(name, nn.Parameter(torch.empty(size)) if layer_scale else None)
 
-    def forward(self, hidden_states: Tensor, segments: Segments, rotate: Rotate | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, segments: Segments, rotate: Rotation | None = None) -> Tensor:
         """`(T, D)` to `(T, D)`."""
         mixed = self.attention(self.norm1(hidden_states), segments, rotate)
         hidden_states = hidden_states + (mixed if self.layer_scale1 is None else mixed * self.layer_scale1)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from nopad.layers.attention import Rotate
+from nopad.layers.attention import Rotation
 from nopad.layout import Layout
 
 SPLIT = (4, 6, 6)
@@ -43,7 +41,7 @@ def angles_3d(coordinates: Tensor, head_dim: int, theta: float) -> Tensor:
     return torch.cat(axes, dim=1)
 
 
-def rotate_3d(layout: Layout, head_dim: int, theta: float) -> Rotate:
+def rotate_3d(layout: Layout, head_dim: int, theta: float) -> Rotation:
     """What turns the queries and keys `(T, H, K)` of a pack by the positions of their patches.
 
     The checkpoints were trained with a quirk, and depend on it: the table of K / 2 angles is repeated once more behind
@@ -53,7 +51,7 @@ def rotate_3d(layout: Layout, head_dim: int, theta: float) -> Rotate:
     over even and odd channels.
     """
     angles = angles_3d(layout.coordinates, head_dim, theta).repeat(1, 2)[:, None]
-    return partial(turn_neighbours, cos=angles.cos(), sin=angles.sin())
+    return Rotation(turn_neighbours, angles.cos(), angles.sin())
 
 
 def turn_neighbours(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,0 +1,217 @@
+"""Packs of one shape, so that one compiled graph serves them all and an image's features are the same in any of them.
+
+A matrix product may take another kernel for another number of rows, and with it another order of addition. Here every
+product of a pack sees `capacity` rows, whatever is in them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nopad.layers.attention import Rotation
+from nopad.layout import Segments
+
+if TYPE_CHECKING:
+    from nopad.encoder import PackedEncoder, Trunk
+
+logger = logging.getLogger(__name__)
+
+GRAPH_CAPACITY = 8192
+"""Up to so many rows the host is slower than the GPU, and a CUDA graph pays (docs/performance.md)."""
+SHORTEST = 256
+
+Layers = Callable[[Tensor, Segments, Rotation | None], Tensor]
+"""All layers of an encoder: tokens, segments and rotation to tokens."""
+
+
+class StaticPacks:
+    """Runs an encoder's layers and pooling on packs of `capacity` rows in `slots` segments.
+
+    Args:
+        encoder: its layers; they stay as they are.
+        capacity: rows of a pack, prefix tokens among them.
+        slots: most segments of a pack.
+        layers: what runs the layers.
+    """
+
+    def __init__(self, encoder: PackedEncoder, capacity: int, slots: int, layers: Layers) -> None:
+        self.capacity = capacity
+        self.slots = slots
+        self.layers = layers
+        # All patches of a pack go through one product: it too sees rows of one number.
+        embedding, rows = encoder.get_input_embeddings(), _FixedRows(capacity)
+        self.hooks = [embedding.register_forward_pre_hook(rows.fill_up), embedding.register_forward_hook(rows.cut)]
+
+    def remove(self) -> None:
+        """Leave the encoder as it was."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def fits(self, rows: int, segments: Segments) -> bool:
+        """Whether a pack of so many rows goes in; one that does not runs as it would have without."""
+        if torch.is_grad_enabled():
+            return False
+        if rows <= self.capacity and len(segments) <= self.slots:
+            return True
+        _tell_once(self.capacity, self.slots)
+        return False
+
+    def run(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
+        """`(T, D)` to `(T, D)`."""
+        rows = tokens.shape[0]
+        # Not in inference mode, for which everything would be compiled once more.
+        with torch.inference_mode(False), torch.no_grad():
+            tokens = F.pad(tokens, (0, 0, 0, self.capacity - rows))
+            rotate = None if rotate is None else rotate.padded(self.capacity)
+            return self.layers(tokens, self.fill_up(segments), rotate)[:rows]
+
+    def fill_up(self, segments: Segments) -> Segments:
+        """The segments of a pack in `slots` of them."""
+        return segments.padded(self.capacity, self.slots, longest(segments.max_seqlen, self.capacity))
+
+    def pool(self, encoder: PackedEncoder, trunk: Trunk, segments: Segments) -> Tensor:
+        """One vector per segment, `(S, D)`."""
+        tokens = F.pad(trunk.tokens, (0, 0, 0, self.capacity - trunk.tokens.shape[0]))
+        padded = type(trunk)(tokens, trunk.prefix_tokens)
+        return encoder.pool_segments(padded, self.fill_up(segments))[: len(segments)]
+
+    def project(self, encoder: PackedEncoder, pooled: Tensor) -> Tensor | None:
+        """`(N, D)` to `(N, E)`."""
+        projected = encoder.project(F.pad(pooled, (0, 0, 0, max(self.slots - len(pooled), 0))))
+        return None if projected is None else projected[: len(pooled)]
+
+    def __deepcopy__(self, memo: object) -> None:
+        """A copy of a compiled encoder is not compiled."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+class _FixedRows:
+    """Hooks around a module that fill its input up to `capacity` rows and cut its output down again."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.rows = 0
+
+    def fill_up(self, module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor] | None:
+        (patches,) = arguments
+        self.rows = len(patches)
+        if torch.is_grad_enabled() or self.rows >= self.capacity:
+            return None
+        return (F.pad(patches, (0, 0, 0, self.capacity - self.rows)),)
+
+    def cut(self, module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
+        return output[: self.rows]
+
+    def __reduce__(self) -> tuple[type[_FixedRows], tuple[int]]:
+        return _FixedRows, (0,)  # a copy of a compiled encoder is not compiled
+
+
+@lru_cache
+def _tell_once(capacity: int, slots: int) -> None:
+    logger.warning("a pack does not fit into the compiled %d tokens and %d segments, it runs as it is", capacity, slots)
+
+
+def longest(max_seqlen: int, capacity: int) -> int:
+    """`max_seqlen` rounded up to a power of two: few graphs, and one choice of tiles for most packs."""
+    return min(max(SHORTEST, 1 << (max_seqlen - 1).bit_length()), capacity)
+
+
+def compile_layers(encoder: PackedEncoder, capacity: int, slots: int) -> Layers:
+    """The encoder's layers, compiled one by one, warm for packs of this shape.
+
+    The layers of an encoder have one code, so it is compiled once and serves them all. Where it cannot be compiled they
+    run as they are, and a warning says why. On a GPU packs of at most `GRAPH_CAPACITY` rows are CUDA graphs.
+    """
+    start = time.perf_counter()
+    modules = list(encoder.layers)
+
+    def block(layer: nn.Module, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
+        return layer.forward(tokens, segments, rotate)
+
+    def runner(one: Callable[..., Tensor]) -> Layers:
+        def run(tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
+            for layer in modules:
+                tokens = one(layer, tokens, segments, rotate)
+            return tokens
+
+        return run
+
+    layers = runner(torch.compile(block))
+    try:
+        warm_up(encoder, layers, capacity, slots)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # what torch's compilers raise, a missing Triton or C++ compiler among it
+        logger.warning("the layers run uncompiled: %s", str(error).strip().splitlines()[0])
+        layers = runner(block)
+    if encoder.device.type == "cuda" and capacity <= GRAPH_CAPACITY:
+        layers = Graphs(layers)
+        warm_up(encoder, layers, capacity, slots)
+    logger.info("compiled for packs of %d tokens in %.0f s", capacity, time.perf_counter() - start)
+    return layers
+
+
+@torch.no_grad()
+def warm_up(encoder: PackedEncoder, layers: Layers, capacity: int, slots: int) -> None:
+    """Run all lengths of segments that make a graph of their own."""
+    rotation = encoder.example_rotation(capacity)
+    tokens = torch.randn(capacity, encoder.hidden_size, device=encoder.device).to(encoder.dtype)
+    for length in sorted({longest(1 << power, capacity) for power in range(capacity.bit_length())}):
+        segments = Segments.of([min(length, capacity)], encoder.device).padded(capacity, slots, length)
+        layers(tokens, segments, rotation)
+
+
+class Graphs:
+    """Layers recorded as CUDA graphs, one for each `max_seqlen`."""
+
+    def __init__(self, layers: Layers) -> None:
+        self.layers = layers
+        self.graphs: dict[int, _Graph] = {}
+
+    def __call__(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
+        """`(capacity, D)` to `(capacity, D)`."""
+        graph = self.graphs.get(segments.max_seqlen)
+        if graph is None:
+            pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None
+            graph = self.graphs[segments.max_seqlen] = _Graph(self.layers, tokens, segments, rotate, pool)
+        return graph(tokens, segments, rotate)
+
+
+class _Graph:
+    """One recording, and the buffers that it reads and writes."""
+
+    def __init__(
+        self, layers: Layers, tokens: Tensor, segments: Segments, rotate: Rotation | None, pool: object
+    ) -> None:
+        self.inputs = [tensor.clone() for tensor in _tensors(tokens, segments, rotate)]
+        own_tokens, offsets, *turns = self.inputs
+        own = Segments(segments.lengths, offsets, segments.max_seqlen, segments.spare)
+        turn = None if rotate is None else Rotation(rotate.turn, *turns)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # a recording must not be the first run of anything
+            layers(own_tokens, own, turn)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.output = layers(own_tokens, own, turn)
+
+    def __call__(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
+        for own, given in zip(self.inputs, _tensors(tokens, segments, rotate), strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return self.output.clone()
+
+
+def _tensors(tokens: Tensor, segments: Segments, rotate: Rotation | None) -> list[Tensor]:
+    return [tokens, segments.cu_seqlens, *(() if rotate is None else (rotate.cos, rotate.sin))]

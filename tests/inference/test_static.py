@@ -1,0 +1,174 @@
+"""Packs of one shape: the same features as without, the same bits in any company."""
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from siglip2_checkpoints import folder_of, naflex
+
+import nopad
+from nopad.inference.static import longest
+from nopad.layers.varlen import varlen_attention
+from nopad.layout import Segments
+
+CAPACITY, SLOTS = 160, 9
+GRIDS = torch.tensor([[1, 4, 5], [1, 7, 3], [2, 2, 2], [1, 1, 1]])
+
+
+@pytest.fixture(params=["aimv2-apple-lit", "siglip2", "dinov3-meta", "onevision-encoder"])
+def encoder(request, goldens, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)  # what is compiled is tested below
+    folder = folder_of(tmp_path, naflex()) if request.param == "siglip2" else goldens / request.param
+    return nopad.load(folder)
+
+
+def patches_of(encoder, grids=GRIDS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(int(grids.prod(dim=1).sum()), encoder.patch_dim, generator=generator)
+
+
+@torch.no_grad()
+def test_same_features_as_without(encoder):
+    patches = patches_of(encoder)
+    before = encoder.encode(patches, GRIDS)
+    encoder.compile(CAPACITY, SLOTS)
+    assert encoder.compiled_capacity == CAPACITY
+    after = encoder.encode(patches, GRIDS)
+    assert torch.equal(encoder(patches, GRIDS), after.tokens)
+    for name in ("tokens", "pooled", "image_embeds", "prefix_tokens"):
+        torch.testing.assert_close(getattr(after, name), getattr(before, name), rtol=1e-4, atol=1e-5)
+    encoder.uncompile()
+    assert encoder.compiled_capacity is None
+    assert torch.equal(encoder(patches, GRIDS), before.tokens)
+
+
+@torch.no_grad()
+def test_every_product_sees_the_same_rows(encoder, monkeypatch):
+    encoder.compile(CAPACITY, SLOTS)
+    seen = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *rest: seen.append(len(x)) or linear(x, *rest))
+    shapes = []
+    for grids in (GRIDS, GRIDS[1:2], GRIDS[3:]):
+        seen.clear()
+        encoder.encode(patches_of(encoder, grids), grids)
+        shapes.append(tuple(seen))
+    assert len(set(shapes)) == 1
+    assert set(seen) <= {CAPACITY, SLOTS, 1}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("junk", [0.0, float("nan"), float("inf")])
+def test_company_changes_no_bit(encoder, junk):
+    encoder.compile(CAPACITY, SLOTS)
+    mine = patches_of(encoder, GRIDS[:1])
+    alone = encoder.encode(mine, GRIDS[:1])
+    others = patches_of(encoder, GRIDS[1:], seed=1) + junk
+    output = encoder.encode(torch.cat((others, mine)), torch.cat((GRIDS[1:], GRIDS[:1])))
+    assert torch.equal(output.tokens[len(others) :], alone.tokens)
+    assert torch.equal(output.pooled[-1], alone.pooled[0])
+
+
+@torch.no_grad()
+def test_packs_that_do_not_fit_run_as_before(encoder, caplog):
+    grids = torch.tensor([[1, 10, 17], [1, 2, 2]])
+    many = torch.ones(SLOTS + 1, 3, dtype=torch.int64)
+    before = [encoder.encode(patches_of(encoder, grid), grid) for grid in (grids, many)]
+    encoder.compile(CAPACITY, SLOTS)
+    for grid, expected in zip((grids, many), before, strict=True):
+        assert torch.equal(encoder.encode(patches_of(encoder, grid), grid).pooled, expected.pooled)
+
+
+def test_training_and_hidden_states_run_as_before(encoder):
+    encoder.compile(CAPACITY, SLOTS)
+    patches = patches_of(encoder)
+    encoder(patches, GRIDS).sum().backward()
+    assert encoder.embeddings.proj.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        states = encoder.encode(patches, GRIDS, output_hidden_states=True).hidden_states
+    assert len(states) == encoder.config.num_hidden_layers + 1
+
+
+@torch.no_grad()
+def test_weights_may_change(encoder):
+    encoder.compile(CAPACITY, SLOTS)
+    encoder.layers[0].mlp.down.weight.zero_()
+    changed = encoder(patches_of(encoder), GRIDS)
+    encoder.uncompile()
+    torch.testing.assert_close(changed, encoder(patches_of(encoder), GRIDS), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_copies_and_saved_ones_are_not_compiled(encoder, tmp_path):
+    encoder.compile(CAPACITY, SLOTS)
+    twin = copy.deepcopy(encoder)
+    assert twin.compiled_capacity is None
+    assert pickle.loads(pickle.dumps(encoder._static)) is None
+    encoder.save_pretrained(tmp_path / "saved")
+    loaded = nopad.load(tmp_path / "saved")
+    assert torch.equal(loaded(patches_of(encoder), GRIDS), twin(patches_of(encoder), GRIDS))
+
+
+def test_wrong_numbers(encoder):
+    with pytest.raises(ValueError, match="max_images ≥ 1"):
+        encoder.compile(100, 0)
+    with pytest.raises(ValueError, match="expected capacity"):
+        encoder.compile(encoder.num_prefix_tokens, 1)
+
+
+@torch.no_grad()
+def test_one_compilation_serves_all_layers_and_packs(goldens):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    encoder = nopad.load(goldens / "onevision-encoder")
+    expected = encoder(patches_of(encoder), GRIDS)
+    encoder.compile(CAPACITY, SLOTS)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder(patches_of(encoder), GRIDS), expected, rtol=1e-4, atol=1e-5)
+    encoder(patches_of(encoder, GRIDS[1:]), GRIDS[1:])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs <= 4
+
+
+@torch.no_grad()
+def test_without_a_compiler_layers_run_as_they_are(goldens, monkeypatch, caplog):
+    def broken(function):
+        def fail(*arguments):
+            raise torch._dynamo.exc.TorchDynamoException("Cannot find a working triton installation.")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    encoder = nopad.load(goldens / "aimv2-apple-native")
+    expected = encoder(patches_of(encoder), GRIDS)
+    with caplog.at_level(logging.WARNING):
+        encoder.compile(CAPACITY, SLOTS)
+    assert "the layers run uncompiled: Cannot find a working triton" in caplog.text
+    torch.testing.assert_close(encoder(patches_of(encoder), GRIDS), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_max_seqlen_takes_few_values():
+    assert [longest(length, 3000) for length in (0, 1, 256, 257, 1024, 1025, 2049, 3000)] == [
+        256, 256, 256, 512, 1024, 2048, 3000, 3000,
+    ]  # fmt: skip
+    assert longest(7, 100) == 100
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_attention_leaves_spare_rows_out(backend):
+    query, key, value = torch.randn(3, 12, 2, 8).unbind(0)
+    expected = varlen_attention(query[:9], key[:9], value[:9], Segments.of([4, 5], "cpu"), backend=backend)
+    padded = Segments.of([4, 5], "cpu").padded(12, 6, 8)
+    assert padded.cu_seqlens.tolist() == [0, 4, 9, 9, 9, 9, 9]
+    key[9:] = value[9:] = float("nan")
+    output = varlen_attention(query, key, value, padded, backend=backend)
+    assert torch.equal(output[:9], expected)
+    assert torch.equal(output[9:], torch.zeros(3, 2, 8))
+
+
+def test_more_than_there_is_room_for():
+    for rows, slots, longest_one in ((8, 6, 8), (12, 1, 8), (12, 6, 4)):
+        with pytest.raises(ValueError, match="expected at most"):
+            Segments.of([4, 5], "cpu").padded(rows, slots, longest_one)
