@@ -14,18 +14,22 @@ from nopad.embedding import command as embedding_command
 from nopad.terminal import columns
 
 DTYPES = ("float32", "bfloat16", "float16")
-PASSED, FAILED, WRONG_USE = 0, 1, 2
+PASSED, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0 done or passed, 1 failed the check, 2 wrong use or an error."""
+    """Run one command; returns 0 done or passed, 1 failed the check, 2 wrong use or an error, 130 stopped."""
     options = build_parser().parse_args(arguments)
+    options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         return options.run(options)
     except (ValueError, OSError, ImportError) as error:
         print(f"nopad {options.command}: {error}", file=sys.stderr)
         return WRONG_USE
+    except KeyboardInterrupt:
+        print(f"nopad {options.command}: stopped", file=sys.stderr)
+        return INTERRUPTED
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,6 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     align.add_argument("--revision", help="branch, tag or commit on the Hub")
     trust = "run the checkpoint's own code as the original, where transformers does not have it"
     align.add_argument("--trust-remote-code", action="store_true", help=trust)
+    company = "instead prove that an image's features do not depend, to the bit, on what it is packed with"
+    align.add_argument("--company", action="store_true", help=company)
+    align.add_argument("--capacity", type=int, metavar="N", help="with --company: tokens of a pack (default: 4096)")
     add_align_options(align)
     align.set_defaults(run=run_align)
 
@@ -68,6 +75,10 @@ def add_align_options(parser: argparse.ArgumentParser) -> None:
 
 def run_align(options: argparse.Namespace) -> int:
     """`nopad align`."""
+    if options.company:
+        return run_company(options)
+    if options.capacity is not None:
+        raise ValueError("--capacity: goes with --company")
     return report_alignment(
         options,
         checkpoint=options.checkpoint,
@@ -86,11 +97,8 @@ def report_alignment(options: argparse.Namespace, **arguments: Any) -> int:
     from nopad.report import write_align_page
 
     transformers_logging.disable_progress_bar()
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device: got {device!r}, but torch sees no CUDA device; use --device cpu")
     report = align(
-        device=device,
+        device=device_of(options),
         dtype=getattr(torch, options.dtype),
         attention=options.attention,
         threshold=options.threshold,
@@ -106,6 +114,60 @@ def report_alignment(options: argparse.Namespace, **arguments: Any) -> int:
         if options.report:
             print(f"report: {options.report}")
     return PASSED if report.passed else FAILED
+
+
+def run_company(options: argparse.Namespace) -> int:
+    """`nopad align --company`."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from nopad.company import CAPACITY, prove
+    from nopad.loading import load
+
+    if options.images or options.report:
+        raise ValueError("--images, --report: not with --company, which takes random patches and has no page")
+    transformers_logging.disable_progress_bar()
+    encoder = load(
+        options.checkpoint,
+        revision=options.revision,
+        device=device_of(options),
+        dtype=getattr(torch, options.dtype),
+        attention=options.attention,
+    )
+    report = prove(
+        encoder,
+        capacity=CAPACITY if options.capacity is None else options.capacity,
+        progress=lambda line: print(f"· {line}", file=sys.stderr),
+    )
+    if options.json:
+        print(json.dumps(report.to_dict(), indent=2))
+        return PASSED if report.passed else FAILED
+    rows = [("layers", "patches of the image", "packs", "same bits", "beside NaN", "beside infinity", "")]
+    for case in report.cases:
+        counts = (case.packs, case.same, case.same_beside_nan, case.same_beside_infinity)
+        grid = " × ".join(map(str, case.grid))
+        rows.append((case.name, grid, *map(str, counts), "ok" if case.passed else "FAILED"))
+    print(f"{report.checkpoint}: packs of {report.capacity:,} tokens")
+    print(f"{report.dtype} on {report.device}, attention {report.attention}\n")
+    print("\n".join(columns(rows)))
+    good = sum(case.passed for case in report.cases)
+    verdict = "PASSED" if report.passed else "FAILED"
+    print(f"\n{verdict}: {good} of {len(report.cases)} images have the same features in any company")
+    return PASSED if report.passed else FAILED
+
+
+def device_of(options: argparse.Namespace) -> str:
+    """The device asked for, else CUDA where there is one.
+
+    Raises:
+        ValueError: CUDA was asked for and is not there.
+    """
+    import torch
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device: got {device!r}, but torch sees no CUDA device; use --device cpu")
+    return device
 
 
 def align_table(report: Any) -> str:

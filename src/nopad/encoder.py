@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nopad.images import load
+from nopad.inference.float8 import to_float8
 from nopad.inference.static import StaticPacks, compile_layers
 from nopad.layers.attention import Rotation
 from nopad.layers.pooling import segment_mean
@@ -59,6 +60,7 @@ class PackedEncoder(PretrainedEncoder):
     frames_attend_jointly: ClassVar[bool] = False
     num_prefix_tokens: int = 0
     layers: nn.ModuleList
+    precision: str | None = None
     _static: StaticPacks | None = None
 
     # What a family brings.
@@ -166,7 +168,9 @@ class PackedEncoder(PretrainedEncoder):
 
     # Ready for inference.
 
-    def compile(self, capacity: int = CAPACITY, max_images: int | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def compile(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, capacity: int = CAPACITY, max_images: int | None = None, *, compiled: bool = True
+    ) -> None:
         """Compile the layers, one by one, for packs of one shape; all warm-up is done here.
 
         From then on inference fills each pack up to `capacity` rows. So one graph serves every pack, and an image's
@@ -179,6 +183,7 @@ class PackedEncoder(PretrainedEncoder):
             capacity: tokens of a pack, prefix tokens among them.
             max_images: most images, or frames that do not attend to each other, of a pack; a 64th of `capacity`
                 unless given.
+            compiled: `False` fills packs up and leaves the layers as they are.
 
         Raises:
             ValueError: a capacity that holds no image, or `max_images` below 1.
@@ -188,7 +193,21 @@ class PackedEncoder(PretrainedEncoder):
         if capacity <= self.num_prefix_tokens or slots < 1:
             least = self.num_prefix_tokens + 1
             raise ValueError(f"expected capacity ≥ {least} and max_images ≥ 1, got {capacity} and {slots}")
-        self._static = StaticPacks(self, capacity, slots, compile_layers(self, capacity, slots))
+        self._static = StaticPacks(self, capacity, slots, compile_layers(self, capacity, slots, compiled))
+
+    def to_precision(self, precision: str) -> None:
+        """Turn the weights of the layers into another format, for inference; see `nopad.load`.
+
+        Raises:
+            ValueError: an unknown format, sizes that it does not take, or a dtype other than bfloat16 on a GPU.
+        """
+        if precision != "fp8":
+            raise ValueError(f"precision: expected 'fp8', got {precision!r}")
+        if self.device.type == "cuda" and self.dtype != torch.bfloat16:
+            raise ValueError(f"precision 'fp8': expected dtype torch.bfloat16 on a GPU, got {self.dtype}")
+        self.uncompile()
+        to_float8(self.layers)
+        self.precision = precision
 
     def uncompile(self) -> None:
         """Undo `compile`."""
@@ -279,7 +298,7 @@ class PackedEncoder(PretrainedEncoder):
         self,
         images: Iterable[Any],
         *,
-        capacity: int = CAPACITY,
+        capacity: int | None = None,
         resize: Resize = "torch",
         max_patches: int | None = None,
         preprocessing: Preprocessing | None = None,
@@ -291,7 +310,7 @@ class PackedEncoder(PretrainedEncoder):
 
         Args:
             images: as `pack` takes them.
-            capacity: patches per pack; a larger image gets a pack of its own.
+            capacity: patches per pack; a larger image gets a pack of its own. 16384 unless given, on a CPU 2048.
             resize, max_patches, preprocessing: as `pack` takes them.
             threads: that decode; one per core unless given.
 

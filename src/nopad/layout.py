@@ -20,14 +20,12 @@ class Segments:
     Attributes:
         lengths: tokens in each segment, S ints.
         cu_seqlens: `(S + 1,)` int32 offsets on the device of the tokens.
-        max_seqlen: tokens in the longest segment, 0 where there is none; a static pack rounds it up.
-        spare: rows after the last segment that are in none; what attention gives for them is undefined.
+        max_seqlen: tokens in the longest segment, 0 where there is none, or any number above.
     """
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
     max_seqlen: int
-    spare: int = 0
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str) -> Segments:
@@ -43,27 +41,20 @@ class Segments:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def padded(self, rows: int, slots: int, max_seqlen: int) -> Segments:
-        """The same segments at the head of `rows` rows, empty ones after them up to `slots`: shapes that never change.
+    def filled_up(self, rows: int, slots: int) -> Segments:
+        """The same segments and, after them, more that take what is left of `rows` rows, as evenly as can be.
 
         Raises:
-            ValueError: more tokens or segments than there is room for.
+            ValueError: more tokens than `rows`, or as many segments as `slots`.
         """
-        if self.num_tokens > rows or len(self) > slots or self.max_seqlen > max_seqlen:
+        left, free = rows - self.num_tokens, slots - len(self)
+        if left < 0 or free < 1:
             raise ValueError(
-                f"expected at most {rows} tokens in {slots} segments of at most {max_seqlen}, "
-                f"got {self.num_tokens} in {len(self)} of at most {self.max_seqlen}"
+                f"expected at most {rows} tokens in fewer than {slots} segments, got {self.num_tokens} in {len(self)}"
             )
-        empty = slots - len(self)
-        ends = self.cu_seqlens[-1:].expand(empty)
-        offsets = torch.cat((self.cu_seqlens, ends))
-        return Segments(self.lengths + (0,) * empty, offsets, max_seqlen, rows - self.num_tokens)
-
-    def one_each(self) -> Segments:
-        """Segments of one token each, as for one query per segment; empty segments stay empty."""
-        lengths = [min(length, 1) for length in self.lengths]
-        single = Segments.of(lengths, self.cu_seqlens.device)
-        return dataclasses.replace(single, max_seqlen=1, spare=len(self) - single.num_tokens)
+        each, more = divmod(left, free)
+        filler = [each + 1] * more + [each] * (free - more)
+        return Segments.of([*self.lengths, *filler], self.cu_seqlens.device)
 
     def index(self) -> Tensor:
         """Segment number of each token, `(T,)` int64 on the device; no host read."""

@@ -10,7 +10,6 @@ from siglip2_checkpoints import folder_of, naflex
 
 import nopad
 from nopad.inference.static import longest
-from nopad.layers.varlen import varlen_attention
 from nopad.layout import Segments
 
 CAPACITY, SLOTS = 160, 9
@@ -56,7 +55,7 @@ def test_every_product_sees_the_same_rows(encoder, monkeypatch):
         encoder.encode(patches_of(encoder, grids), grids)
         shapes.append(tuple(seen))
     assert len(set(shapes)) == 1
-    assert set(seen) <= {CAPACITY, SLOTS, 1}
+    assert set(seen) <= {CAPACITY, CAPACITY + SLOTS + 1, SLOTS + 1, SLOTS, 1}
 
 
 @torch.no_grad()
@@ -156,19 +155,27 @@ def test_max_seqlen_takes_few_values():
     assert longest(7, 100) == 100
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def test_attention_leaves_spare_rows_out(backend):
-    query, key, value = torch.randn(3, 12, 2, 8).unbind(0)
-    expected = varlen_attention(query[:9], key[:9], value[:9], Segments.of([4, 5], "cpu"), backend=backend)
-    padded = Segments.of([4, 5], "cpu").padded(12, 6, 8)
-    assert padded.cu_seqlens.tolist() == [0, 4, 9, 9, 9, 9, 9]
-    key[9:] = value[9:] = float("nan")
-    output = varlen_attention(query, key, value, padded, backend=backend)
-    assert torch.equal(output[:9], expected)
-    assert torch.equal(output[9:], torch.zeros(3, 2, 8))
+def test_what_is_left_is_spread_evenly():
+    filled = Segments.of([4, 5], "cpu").filled_up(16, 6)
+    assert filled.lengths == (4, 5, 2, 2, 2, 1)
+    assert filled.cu_seqlens.tolist() == [0, 4, 9, 11, 13, 15, 16]
+    assert Segments.of([4, 5], "cpu").filled_up(9, 3).lengths == (4, 5, 0)
 
 
-def test_more_than_there_is_room_for():
-    for rows, slots, longest_one in ((8, 6, 8), (12, 1, 8), (12, 6, 4)):
-        with pytest.raises(ValueError, match="expected at most"):
-            Segments.of([4, 5], "cpu").padded(rows, slots, longest_one)
+@pytest.mark.parametrize(("rows", "slots"), [(8, 6), (12, 2)])
+def test_more_than_there_is_room_for(rows, slots):
+    with pytest.raises(ValueError, match=f"expected at most {rows} tokens in fewer than {slots} segments, got 9 in 2"):
+        Segments.of([4, 5], "cpu").filled_up(rows, slots)
+
+
+@torch.no_grad()
+def test_what_is_not_finite_spoils_its_own_image(encoder):
+    encoder.compile(CAPACITY, SLOTS)
+    patches = patches_of(encoder)
+    before = encoder.encode(patches, GRIDS)
+    patches[3] = float("nan")
+    after = encoder.encode(patches, GRIDS)
+    assert after.tokens[:20].isnan().all()
+    assert after.pooled[0].isnan().all()
+    assert torch.equal(after.tokens[20:], before.tokens[20:])
+    assert torch.equal(after.pooled[1:], before.pooled[1:])

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", action=either, default=True, help="run the original model, too")
     compiled = f"run what is compiled, too {usual('compile')}"
     parser.add_argument("--compile", action=either, default=None, help=compiled)
+    parser.add_argument("--fp8", action="store_true", help="run the packed model in float8, too, compiled")
     parser.add_argument("--runs", type=int, metavar="N", help=f"timed runs of each {usual('runs')}")
     parser.add_argument("--seed", type=int, default=0, help="of sizes and pixels (default: 0)")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
@@ -68,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
         capacities=options.capacity,
         peers=options.peers,
         compile=options.compile,
+        float8=options.fp8,
         runs=options.runs,
         seed=options.seed,
         revision=options.revision,

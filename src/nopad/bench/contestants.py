@@ -112,13 +112,15 @@ def reference_features(encoder: PackedEncoder, images: Images, numbers: Iterable
     return {number: encoder(images.pack(encoder, [number])) for number in numbers}
 
 
-def packed(encoder: PackedEncoder, images: Images, capacity: int, *, compiled: bool) -> Contestant:
-    """The packed encoder over packs of `capacity` patches."""
+def packed(
+    encoder: PackedEncoder, images: Images, capacity: int, *, compiled: bool, float8: bool = False
+) -> Contestant:
+    """The packed encoder over packs of `capacity` tokens, prefix tokens among them."""
     lengths = images.workload.lengths
-    packs = plan(lengths, capacity)
+    packs = plan([length + encoder.num_prefix_tokens for length in lengths], capacity)
 
     def prepare() -> Run:
-        model = _compiled(encoder, capacity, max(map(len, packs))) if compiled else encoder
+        model = _compiled(encoder, capacity, max(map(len, packs)), float8) if compiled else encoder
         ready = [(numbers, images.pack(encoder, numbers)) for numbers in packs]
 
         def run(keep: Collection[int]) -> Features:
@@ -132,7 +134,7 @@ def packed(encoder: PackedEncoder, images: Images, capacity: int, *, compiled: b
 
         return run
 
-    name = "nopad, compiled" if compiled else "nopad, eager"
+    name = "nopad, float8" if float8 else "nopad, compiled" if compiled else "nopad, eager"
     return Contestant(name, images, len(packs), _bytes(encoder), prepare, capacity, compiled)
 
 
@@ -193,10 +195,17 @@ def _batched(
 
 
 def contestants(
-    encoder: PackedEncoder, peer: Peer | None, images: Images, squares: Images, capacities: Sequence[int]
+    encoder: PackedEncoder,
+    peer: Peer | None,
+    images: Images,
+    squares: Images,
+    capacities: Sequence[int],
+    float8: bool,
 ) -> list[Contestant]:
     """Everybody who runs over `images`, and the original compiled over `squares`; `None` is no peer asked for."""
     ours = [packed(encoder, images, size, compiled=compiled) for compiled in (False, True) for size in capacities]
+    if float8:
+        ours += [packed(encoder, images, size, compiled=True, float8=True) for size in capacities]
     if peer is None:
         return ours
     return [
@@ -207,11 +216,11 @@ def contestants(
     ]
 
 
-def _compiled(encoder: PackedEncoder, capacity: int, max_images: int) -> Any:
+def _compiled(encoder: PackedEncoder, capacity: int, max_images: int, float8: bool) -> PackedEncoder:
     """A twin of `encoder` over the same weights: compiling it for one capacity leaves the others as they are."""
-    if not hasattr(encoder, "uncompile"):
-        raise NotRun("this encoder has no compile(capacity=…, max_images=…)")
-    twin: Any = copy.deepcopy(encoder, {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())})
+    twin = copy.deepcopy(encoder, {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())})
+    if float8:
+        twin.to_precision("fp8")
     twin.compile(capacity=capacity, max_images=max_images)
     return twin
 

@@ -36,6 +36,7 @@ def bench(
     capacities: Sequence[int] | None = None,
     peers: bool = True,
     compile: bool | None = None,
+    float8: bool = False,
     runs: int | None = None,
     seed: int = 0,
     revision: str | None = None,
@@ -54,6 +55,7 @@ def bench(
         capacities: patches per pack.
         peers: run the original, too.
         compile: run what is compiled, too.
+        float8: run the packed encoder with `precision="fp8"`, too, compiled.
         runs: timed runs of each contestant.
         seed: of sizes and pixels.
         trust_remote_code: run the checkpoint's own code where its original is not part of transformers.
@@ -99,7 +101,7 @@ def bench(
             ours = of_squares if one is squares else Images.of(one, encoder, seed)
             rows += race(
                 encoder,
-                contestants(encoder, peer, ours, of_squares, asked.capacities),
+                contestants(encoder, peer, ours, of_squares, asked.capacities, float8),
                 workload=one.name,
                 compile=asked.compile,
                 runs=asked.runs,

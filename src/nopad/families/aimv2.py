@@ -79,7 +79,8 @@ class AIMv2Head(nn.Module):
         """`(T, D)` to `(S, D)`."""
         key, value = self.kv(tokens).unflatten(1, (2, self.num_heads, -1)).unbind(1)
         query = self.cls_token.to(key.dtype).view(1, self.num_heads, -1).expand(len(segments), -1, -1)
-        mixed = varlen_attention(query, key, value, segments.one_each(), segments, backend=self.backend)
+        one_each = Segments.of([1] * len(segments), tokens.device)
+        mixed = varlen_attention(query, key, value, one_each, segments, backend=self.backend)
         return self.proj(mixed.flatten(1))
 
 

@@ -235,7 +235,7 @@ class DINOv3ViTPacking(PackedEncoder):
 
     @property
     def default_preprocessing(self) -> Preprocessing:
-        """A square of 224 pixels, resized in float."""
+        """A square of 224 pixels; the original resizes it in float."""
         statistics = STATISTICS[self.config.pixel_statistics]
         return Preprocessing(rule="square", size=224, resample="bilinear", rescale_before_resize=True, **statistics)
 

@@ -6,6 +6,7 @@ product of a pack sees `capacity` rows, whatever is in them.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nopad.inference import fused
 from nopad.layers.attention import Rotation
 from nopad.layout import Segments
 
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 GRAPH_CAPACITY = 8192
 """Up to so many rows the host is slower than the GPU, and a CUDA graph pays (docs/performance.md)."""
 SHORTEST = 256
+FILLER = 512
+"""What is left of a pack is cut into segments of hardly more rows: attention over long ones would take time."""
 
 Layers = Callable[[Tensor, Segments, Rotation | None], Tensor]
 """All layers of an encoder: tokens, segments and rotation to tokens."""
@@ -69,19 +73,25 @@ class StaticPacks:
         rows = tokens.shape[0]
         # Not in inference mode, for which everything would be compiled once more.
         with torch.inference_mode(False), torch.no_grad():
+            finite, tokens = finite_rows(tokens)
             tokens = F.pad(tokens, (0, 0, 0, self.capacity - rows))
             rotate = None if rotate is None else rotate.padded(self.capacity)
-            return self.layers(tokens, self.fill_up(segments), rotate)[:rows]
-
-    def fill_up(self, segments: Segments) -> Segments:
-        """The segments of a pack in `slots` of them."""
-        return segments.padded(self.capacity, self.slots, longest(segments.max_seqlen, self.capacity))
+            if isinstance(self.layers, fused.FusedLayers):
+                self.layers.refresh()
+            tokens = self.layers(tokens, fill_up(segments, self.capacity, self.slots), rotate)[:rows]
+            spoilt = ~whole_segments(finite, segments)[segments.index()]
+            return tokens.masked_fill(spoilt[:, None], float("nan"))
 
     def pool(self, encoder: PackedEncoder, trunk: Trunk, segments: Segments) -> Tensor:
         """One vector per segment, `(S, D)`."""
-        tokens = F.pad(trunk.tokens, (0, 0, 0, self.capacity - trunk.tokens.shape[0]))
-        padded = type(trunk)(tokens, trunk.prefix_tokens)
-        return encoder.pool_segments(padded, self.fill_up(segments))[: len(segments)]
+        finite, tokens = finite_rows(trunk.tokens)
+        # More rows than slots: a segment of no tokens could not be pooled.
+        slots = self.slots + 1
+        rows = self.capacity + slots
+        tokens = F.pad(tokens, (0, 0, 0, rows - tokens.shape[0]))
+        pooled = encoder.pool_segments(type(trunk)(tokens, trunk.prefix_tokens), segments.filled_up(rows, slots))
+        spoilt = ~whole_segments(finite, segments)
+        return pooled[: len(segments)].masked_fill(spoilt[:, None], float("nan"))
 
     def project(self, encoder: PackedEncoder, pooled: Tensor) -> Tensor | None:
         """`(N, D)` to `(N, E)`."""
@@ -116,6 +126,28 @@ class _FixedRows:
         return _FixedRows, (0,)  # a copy of a compiled encoder is not compiled
 
 
+def finite_rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows are finite, `(T,)`, and the tokens with zeros in place of the others.
+
+    Kernels that take whole tiles of keys multiply what lies behind a segment by zero, and zero times NaN is NaN: what
+    is not finite has to be kept away from them. It comes back, for its own segment alone, once they are through.
+    """
+    finite = tokens.isfinite().all(dim=1)
+    return finite, tokens.masked_fill(~finite[:, None], 0.0)
+
+
+def whole_segments(finite: Tensor, segments: Segments) -> Tensor:
+    """Which segments have finite rows alone: `(T,)` to `(S,)`."""
+    offsets = segments.cu_seqlens.long()
+    return torch.segment_reduce(finite.float(), "min", offsets=offsets, axis=0, unsafe=True) > 0
+
+
+def fill_up(segments: Segments, capacity: int, slots: int) -> Segments:
+    """The segments of a static pack: as many as ever, and a `max_seqlen` of few values."""
+    filled = segments.filled_up(capacity, slots + capacity // FILLER + 1)
+    return dataclasses.replace(filled, max_seqlen=longest(filled.max_seqlen, capacity))
+
+
 @lru_cache
 def _tell_once(capacity: int, slots: int) -> None:
     logger.warning("a pack does not fit into the compiled %d tokens and %d segments, it runs as it is", capacity, slots)
@@ -126,7 +158,7 @@ def longest(max_seqlen: int, capacity: int) -> int:
     return min(max(SHORTEST, 1 << (max_seqlen - 1).bit_length()), capacity)
 
 
-def compile_layers(encoder: PackedEncoder, capacity: int, slots: int) -> Layers:
+def compile_layers(encoder: PackedEncoder, capacity: int, slots: int, compiled: bool) -> Layers:
     """The encoder's layers, compiled one by one, warm for packs of this shape.
 
     The layers of an encoder have one code, so it is compiled once and serves them all. Where it cannot be compiled they
@@ -146,7 +178,11 @@ def compile_layers(encoder: PackedEncoder, capacity: int, slots: int) -> Layers:
 
         return run
 
-    layers = runner(torch.compile(block))
+    if not compiled:
+        return runner(block)
+    reason = fused.obstacle(encoder.layers, encoder.device, encoder.dtype)
+    logger.info("layers compiled by torch: %s", reason) if reason else logger.info("layers fused")
+    layers = runner(torch.compile(block)) if reason else fused.FusedLayers(encoder.layers, fused.QuackProducts())
     try:
         warm_up(encoder, layers, capacity, slots)
     except torch.OutOfMemoryError:
@@ -167,7 +203,7 @@ def warm_up(encoder: PackedEncoder, layers: Layers, capacity: int, slots: int) -
     rotation = encoder.example_rotation(capacity)
     tokens = torch.randn(capacity, encoder.hidden_size, device=encoder.device).to(encoder.dtype)
     for length in sorted({longest(1 << power, capacity) for power in range(capacity.bit_length())}):
-        segments = Segments.of([min(length, capacity)], encoder.device).padded(capacity, slots, length)
+        segments = fill_up(Segments.of([length], encoder.device), capacity, slots)
         layers(tokens, segments, rotation)
 
 
@@ -195,7 +231,7 @@ class _Graph:
     ) -> None:
         self.inputs = [tensor.clone() for tensor in _tensors(tokens, segments, rotate)]
         own_tokens, offsets, *turns = self.inputs
-        own = Segments(segments.lengths, offsets, segments.max_seqlen, segments.spare)
+        own = Segments(segments.lengths, offsets, segments.max_seqlen)
         turn = None if rotate is None else Rotation(rotate.turn, *turns)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -50,6 +50,7 @@ class ProbeHead(nn.Module):
         pair = nn.functional.linear(tokens, self.qkv.weight[size:], self.qkv.bias[size:])
         key, value = pair.unflatten(1, (2, self.num_heads, -1)).unbind(1)
         query = query.view(1, self.num_heads, -1).expand(len(segments), -1, -1)
-        mixed = varlen_attention(query, key, value, segments.one_each(), segments, backend=self.backend)
+        one_each = Segments.of([1] * len(segments), tokens.device)
+        mixed = varlen_attention(query, key, value, one_each, segments, backend=self.backend)
         pooled = self.proj(mixed.flatten(1))
         return pooled + self.mlp(self.norm(pooled))

@@ -105,10 +105,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, query_segments: Segments, 
     if torch.compiler.is_compiling():
         return  # reading the host lengths would compile anew for every pack
     for name, tensor, segments in (("query", query, query_segments), ("key", key, key_segments)):
-        if segments.num_tokens + segments.spare != tensor.shape[0]:
+        if segments.num_tokens != tensor.shape[0]:
             raise ValueError(
-                f"{name}_segments: expected {tensor.shape[0]} rows like {name}, "
-                f"got {segments.num_tokens} tokens and {segments.spare} spare rows"
+                f"{name}_segments: expected {tensor.shape[0]} tokens like {name}, got {segments.num_tokens}"
             )
     if key_segments is not query_segments and 0 in key_segments.lengths:
         for index, (queries, keys) in enumerate(zip(query_segments.lengths, key_segments.lengths, strict=True)):
@@ -174,14 +173,11 @@ def _sdpa(query, key, value, segments, scale, dropout_p):
         batch = queries.batch(query, query_rows), keys.batch(key, key_rows), keys.batch(value, key_rows)
         mixed = F.scaled_dot_product_attention(*batch, dropout_p=dropout_p, scale=scale)
         outputs.append(mixed.transpose(1, 2).flatten(0, 1))
-    outputs = _with_spare(outputs, query, segments[0])
-    if len(outputs) == 1:
+    if len(groups) == 1:
         return outputs[0]
     if all(queries.contiguous for queries, _ in groups):
         return torch.cat(outputs)
     rows = torch.cat([queries.rows() for queries, _ in groups]).to(query.device, non_blocking=True)
-    if segments[0].spare:
-        rows = torch.cat((rows, torch.arange(segments[0].num_tokens, len(query), device=query.device)))
     return query.new_empty(query.shape).index_copy_(0, rows, torch.cat(outputs))
 
 
@@ -189,19 +185,13 @@ def _sdpa(query, key, value, segments, scale, dropout_p):
 def _eager(query, key, value, segments, scale, dropout_p):
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(query.dtype, torch.float32)
-    parts = [
-        tensor[: part.num_tokens].to(dtype).split(part.lengths)
-        for tensor, part in zip((query, key, value), (segments[0], segments[1], segments[1]), strict=True)
-    ]
+    queries, keys = segments[0].lengths, segments[1].lengths
+    parts = [tensor.to(dtype).split(lengths) for tensor, lengths in ((query, queries), (key, keys), (value, keys))]
     outputs = []
     for q, k, v in zip(*parts, strict=True):
         weights = torch.einsum("qhd,khd->hqk", q, k).mul(scale).softmax(-1)
         outputs.append(torch.einsum("hqk,khd->qhd", F.dropout(weights, dropout_p), v))
-    return torch.cat(_with_spare(outputs, query, segments[0])).to(query.dtype)
-
-
-def _with_spare(outputs: list[Tensor], query: Tensor, segments: Segments) -> list[Tensor]:
-    return [*outputs, query.new_zeros(segments.spare, *query.shape[1:])] if segments.spare else outputs
+    return torch.cat(outputs).to(query.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,85 @@
+"""Matrix products in float8 (e4m3): weights scaled by row once, activations by row as they come.
+
+Scaling by row keeps what a token becomes its own affair: no other token of the pack changes its scale. Everything but
+the linear maps of the layers stays as it is: patch embedding, norms, attention, pooling.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FLOAT8).max
+# Rows of zeros would divide by zero; no activation of a model is so small.
+SMALLEST_AMAX = 1e-12
+ALIGNMENT = 16
+
+
+def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale each row so that its largest value is float8's.
+
+    Args:
+        values: `(M, K)`.
+
+    Returns:
+        `(M, K)` float8 and `(M, 1)` float32: their product is about `values`.
+    """
+    values = values.float()
+    scale = values.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST_AMAX) / LARGEST
+    return (values / scale).to(FLOAT8), scale
+
+
+def product(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(left · left_scale) @ (right · right_scale)ᵀ`, added up in float32.
+
+    Args:
+        left: `(M, K)` float8, with scales `(M, 1)` float32.
+        right: `(N, K)` float8, with scales `(N, 1)` float32.
+        dtype: of the result; bfloat16 on a GPU.
+
+    Returns:
+        `(M, N)`.
+    """
+    if left.is_cuda:
+        return torch._scaled_mm(left, right.T, left_scale, right_scale.T, out_dtype=dtype, use_fast_accum=True)
+    return ((left.float() @ right.float().T) * left_scale * right_scale.T).to(dtype)
+
+
+class Float8Linear(nn.Module):
+    """A linear map whose weight is float8.
+
+    Raises:
+        ValueError: sizes that the GPU's product cannot take.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        if self.in_features % ALIGNMENT or self.out_features % ALIGNMENT:
+            raise ValueError(
+                f"precision 'fp8': expected sizes that are multiples of {ALIGNMENT}, "
+                f"got a linear map of {self.in_features} to {self.out_features}"
+            )
+        self.weight, self.scale = (nn.Buffer(part) for part in quantize_rows(linear.weight.detach()))
+        # What a map makes of zero is its bias, in whatever form it keeps that.
+        zero = linear.weight.new_zeros(1, self.in_features)
+        self.bias = None if linear.bias is None else nn.Buffer(linear(zero)[0].detach())
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(T, in)` to `(T, out)`."""
+        quantized, scale = quantize_rows(input)
+        output = product(quantized, scale, self.weight, self.scale, input.dtype)
+        return output if self.bias is None else output + self.bias
+
+
+def to_float8(layers: nn.ModuleList) -> None:
+    """Replace every linear map of the layers.
+
+    Raises:
+        ValueError: see `Float8Linear`.
+    """
+    for layer in layers:
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, nn.Linear):
+                layer.set_submodule(name, Float8Linear(module))
