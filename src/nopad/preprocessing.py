@@ -40,7 +40,7 @@ class Preprocessing:
         resample: the filter of the resize, always antialiased.
         mean, std: the statistics of each colour, on the scale that `rescale_factor` makes.
         rescale_factor: what a grey level 0..255 is multiplied with.
-        rescale_before_resize: resize in float after rescaling, as DINOv3 does, instead of in 8 bit.
+        rescale_before_resize: the original resizes in float after rescaling, as DINOv3's does, instead of in 8 bit.
 
     Raises:
         ValueError: an attribute out of its range, or a size where the rule has none or none where it needs one.
@@ -108,18 +108,23 @@ class Preprocessing:
         """One line for a table of features: what `preprocess` does with the same `resize` and `max_patches`."""
         limit = self._limit(max_patches)
         with_size = f"{self.rule} {self.size}" if self.size else self.rule
-        how = "torch float" if self.rescale_before_resize else {"torch": "torch uint8", "pil": "pil"}[resize]
+        before = self._in_float(resize)
+        how = "torch float" if before else {"torch": "torch uint8", "pil": "pil"}[resize]
         factor = "1/255" if self.rescale_factor == RESCALE_FACTOR else f"{self.rescale_factor:g}"
         return "; ".join(
             (
                 with_size + (f" at most {limit} patches" if limit else ""),
                 f"{self.resample} antialiased ({how})",
-                f"rescale {factor} {'before' if self.rescale_before_resize else 'after'} resize",
+                f"rescale {factor} {'before' if before else 'after'} resize",
                 f"mean {', '.join(f'{value:g}' for value in self.mean)}",
                 f"std {', '.join(f'{value:g}' for value in self.std)}",
                 "EXIF upright, RGB, alpha on white",
             )
         )
+
+    def _in_float(self, resize: Resize) -> bool:
+        """Whether the resize is the original's float one, tens of times slower on large photos than that in 8 bit."""
+        return self.rescale_before_resize and resize == "pil"
 
     def _limit(self, max_patches: int | None) -> int | None:
         if max_patches is not None and max_patches < 1:
@@ -152,16 +157,17 @@ def preprocess(
 ) -> Tensor:
     """Resize, crop and normalise an image, or each frame of a clip, by a model's own rule.
 
-    `resize="pil"` gives bit for bit what the PIL processors of transformers 5.23 give; `"torch"` is faster and within
-    1 or 2 grey levels on photos. With `rescale_before_resize` both are torch's float resize, the only one the original
-    has. A `"native"` image smaller than a patch is enlarged until its short side is one patch, so that nothing is lost.
-    A limit on patches scales a `"native"` image down in its aspect ratio; one row or column of patches is squeezed.
+    `resize="pil"` gives bit for bit what the processors of transformers 5.23 give: those with Pillow, and with
+    `rescale_before_resize`, which has none, the float resize of the original's torchvision. `"torch"` resizes 8-bit
+    pixels, which is faster and within 1 or 2 grey levels on photos. A `"native"` image smaller than a patch is enlarged
+    until its short side is one patch, so that nothing is lost. A limit on patches scales a `"native"` image down in its
+    aspect ratio; one row or column of patches is squeezed.
 
     Args:
         image: uint8 `(3, H, W)` or `(frames, 3, H, W)`.
         preprocessing: the model's rule and statistics.
         patch_size: side of a patch in pixels.
-        resize: what resizes 8-bit pixels.
+        resize: `"pil"` for the original's bits, `"torch"` for speed.
         max_patches: most patches of a frame, in place of `preprocessing.max_patches`.
 
     Returns:
@@ -190,7 +196,7 @@ def preprocess(
     if height * width > MAX_PIXELS:
         reason = f"rule {preprocessing.rule!r} resizes it to {height}×{width}, expected at most {MAX_PIXELS} pixels"
         raise ImageError(f"image of {clip.shape[2]}×{clip.shape[3]} (height×width)", reason)
-    if preprocessing.rescale_before_resize:
+    if preprocessing._in_float(resize):
         # A uint8 tensor times a Python float, in this layout: the bits of the original's torchvision processor.
         pixels = _resize_torch(clip.contiguous() * preprocessing.rescale_factor, height, width, preprocessing.resample)
     else:

@@ -28,8 +28,9 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
-CAPACITY = 16384
-"""Patches of a pack, unless told otherwise."""
+CAPACITY, CAPACITY_ON_CPU = 16384, 2048
+"""Patches of a pack, unless told otherwise. What a layer makes of 2048 stays in a CPU's cache and off its allocator's
+slow path: from 32 MiB on glibc maps fresh pages for every tensor. Packs of 16384 take a third longer per image."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +96,8 @@ class Worker:
 
     Args:
         encoder: runs on its own device and in its own dtype.
-        capacity: patches of a pack; a picture of more goes alone.
+        capacity: patches of a pack; a picture of more goes alone. Unless given, what the encoder is compiled for, else
+            `CAPACITY`, or `CAPACITY_ON_CPU` there.
         resize, max_patches, preprocessing: as `PackedEncoder.pack` takes them.
         tokens: give each picture's tokens, too.
         threads: that read and preprocess; one per core unless given.
@@ -108,7 +110,7 @@ class Worker:
         self,
         encoder: PackedEncoder,
         *,
-        capacity: int = CAPACITY,
+        capacity: int | None = None,
         resize: Resize = "torch",
         max_patches: int | None = None,
         preprocessing: Preprocessing | None = None,
@@ -116,6 +118,9 @@ class Worker:
         threads: int | None = None,
     ) -> None:
         self.threads = len(os.sched_getaffinity(0)) if threads is None else threads
+        if capacity is None:
+            usual = CAPACITY_ON_CPU if encoder.device.type == "cpu" else CAPACITY
+            capacity = encoder.compiled_capacity or usual
         if capacity < 1 or self.threads < 1:
             raise ValueError(f"expected capacity ≥ 1 and threads ≥ 1, got {capacity} and {self.threads}")
         self.encoder = encoder
@@ -258,15 +263,23 @@ class _Batches:
     def launch(self, pack: list[tuple[int, _Prepared]]) -> None:
         try:
             self.running.append(self.encode(pack))
-        except torch.OutOfMemoryError as error:
-            if len(pack) > 1:
-                logger.warning("a pack of %d pictures does not fit into memory, each goes alone", len(pack))
-                for single in pack:
-                    self.launch([single])
-                return
-            place, picture = pack[0]
-            reason = f"its {len(picture.patches)} patches do not fit into memory ({error}); set a limit: max_patches"
-            self.keep(place, Embedded(error=ImageError("picture", reason)))
+            return
+        except RuntimeError as error:
+            # The CPU's allocator raises no class of its own.
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            reason = str(error)
+        # Out here the error no longer holds on to what the pack has allocated.
+        while self.running:
+            self.running.popleft()()
+        if len(pack) > 1:
+            logger.warning("a pack of %d pictures does not fit into memory, each goes alone", len(pack))
+            for single in pack:
+                self.launch([single])
+            return
+        place, picture = pack[0]
+        reason = f"its {len(picture.patches)} patches do not fit into memory ({reason}); set a limit: max_patches"
+        self.keep(place, Embedded(error=ImageError("picture", reason)))
 
     @torch.inference_mode()
     def encode(self, pack: list[tuple[int, _Prepared]]) -> Callable[[], None]:
@@ -297,9 +310,11 @@ class _Batches:
 
 
 def _embedded(picture: _Prepared, vector: Tensor, tokens: Tensor | None, dtype: torch.dtype) -> Embedded:
-    if not vector.isfinite().all() or (tokens is not None and not tokens.isfinite().all()):
+    if not vector.isfinite().all():
         hint = "; float16 may overflow, bfloat16 and float32 do not" if dtype == torch.float16 else ""
         return Embedded(error=ImageError("picture", f"its features are not finite in {dtype}{hint}"))
+    if tokens is not None and not tokens.isfinite().all():
+        return Embedded(error=ImageError("picture", "its tokens are not finite in float16, in which they are stored"))
     return Embedded(
         width=picture.width,
         height=picture.height,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import shlex
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nopad.embedding.job import Summary
+    from nopad.embedding.run import Summary
 
 DTYPES = ("float32", "bfloat16", "float16")
 DONE, NOTHING_EMBEDDED, INTERRUPTED = 0, 1, 130
@@ -31,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: the checkpoint's own)")
     parser.add_argument("--attention", default="auto", help="kernel (default: the best there is)")
     parser.add_argument("--workers", type=int, metavar="N", help="threads that decode (default: one per core)")
-    parser.add_argument("--capacity", type=int, default=16384, metavar="N", help="patches per pack (default: 16384)")
+    capacity = "patches per pack (default: 16384, on a CPU 2048)"
+    parser.add_argument("--capacity", type=int, metavar="N", help=capacity)
     resize = "torch is fast, pil bit-exact with transformers' processors (default: torch)"
     parser.add_argument("--resize", choices=("torch", "pil"), default="torch", help=resize)
     parser.add_argument("--frames", type=int, default=8, metavar="N", help="frames of a video (default: 8)")
@@ -61,55 +65,92 @@ def run(options: argparse.Namespace) -> int:
     import torch
     from transformers.utils import logging as transformers_logging
 
+    for package in ("filelock", "pyarrow", "rich"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"this needs {package}: pip install 'nopad[embed]'")
     from nopad.embedding.job import Settings, embed
     from nopad.embedding.progress import display
 
     transformers_logging.disable_progress_bar()
     if options.device and options.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device: got {options.device!r}, but torch sees no CUDA device; use --device cpu")
-    with stop_on_signals() as stop, display(sys.stderr) as shown:
-        summary = embed(
-            options.sources,
-            options.out,
-            model=options.model,
-            revision=options.revision,
-            device=options.device,
-            dtype=options.dtype,
-            attention=options.attention,
-            tokens=options.tokens,
-            max_patches=options.max_patches,
-            resize=options.resize,
-            capacity=options.capacity,
-            frames=options.frames,
-            max_pixels=Settings.max_pixels if options.max_pixels is None else options.max_pixels,
-            embedding_dtype=options.embedding_dtype,
-            embedding_list=options.embedding_list,
-            shard_size=options.shard_size,
-            image_column=options.image_column,
-            workers=options.workers,
-            retry_failed=options.retry_failed,
-            actors=options.actors,
-            stop=stop,
-            progress=shown,
-        )
-    print(json.dumps(summary.to_dict(), indent=2) if options.json else describe(summary))
-    if summary.missing:
-        print(f"stopped with {summary.missing:,} inputs to go; to go on: {shlex.join(sys.argv)}", file=sys.stderr)
+    max_pixels = Settings.max_pixels if options.max_pixels is None else options.max_pixels
+    go_on = f"to go on: {_command(options)}"
+    try:
+        with stop_on_signals() as stop, pillow_takes(max_pixels), display(sys.stderr) as shown:
+            summary = embed(
+                options.sources,
+                options.out,
+                model=options.model,
+                revision=options.revision,
+                device=options.device,
+                dtype=options.dtype,
+                attention=options.attention,
+                tokens=options.tokens,
+                max_patches=options.max_patches,
+                resize=options.resize,
+                capacity=options.capacity,
+                frames=options.frames,
+                max_pixels=max_pixels,
+                embedding_dtype=options.embedding_dtype,
+                embedding_list=options.embedding_list,
+                shard_size=options.shard_size,
+                image_column=options.image_column,
+                workers=options.workers,
+                retry_failed=options.retry_failed,
+                actors=options.actors,
+                stop=stop,
+                progress=shown,
+            )
+    except KeyboardInterrupt:
+        print(f"stopped at once, the shard in hand is lost, finished ones are kept; {go_on}", file=sys.stderr)
+        return INTERRUPTED
+    if options.json:
+        print(json.dumps(summary.to_dict(), indent=2))
+    else:
+        print(describe(summary).encode("utf-8", "backslashreplace").decode())
+    if summary.to_go:
+        print(f"stopped with {summary.to_go:,} inputs to go; {go_on}", file=sys.stderr)
         return INTERRUPTED
     return NOTHING_EMBEDDED if summary.failed == summary.rows else DONE
 
 
+def _command(options: argparse.Namespace) -> str:
+    """What to type to run this once more."""
+    program = sys.argv[0]
+    if os.path.basename(program) == "__main__.py":
+        return shlex.join([sys.executable, "-m", "nopad", *options.arguments])
+    return shlex.join([program, *options.arguments])
+
+
+@contextmanager
+def pillow_takes(max_pixels: int) -> Iterator[None]:
+    """Let Pillow open pictures of as many pixels, which its own limit would refuse, and be silent on damaged ones."""
+    from PIL import Image
+
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max(before or 0, max_pixels)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
 @contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; the second Ctrl-C raises KeyboardInterrupt as usual."""
+    """An event that the first Ctrl-C or SIGTERM sets; the second raises KeyboardInterrupt."""
     stop = threading.Event()
 
-    def first(number: int, _: object) -> None:
+    def handle(*_: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
         stop.set()
-        signal.signal(number, previous[number])
-        print("finishing the shard in hand; once more stops at once and loses it", file=sys.stderr, flush=True)
+        with suppress(OSError, RuntimeError):  # RuntimeError where the signal came while this stream was written to
+            print("finishing the shard in hand; once more stops at once and loses it", file=sys.stderr, flush=True)
 
-    previous = {number: signal.signal(number, first) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
@@ -128,7 +169,7 @@ def describe(summary: Summary) -> str:
             f"this run: {summary.done:,} in {clock(summary.seconds)}, {tally.images / summary.seconds:,.1f} images/s, "
             f"{tally.patches / summary.seconds:,.0f} tokens/s, fill {tally.fill:.1%}"
         )
-    elif not summary.missing:
+    elif not summary.to_go:
         lines.append("this run: nothing to do, every input has its row")
     if summary.left_out:
         counts = ", ".join(f"{number:,} {suffix or 'without suffix'}" for suffix, number in summary.left_out.items())

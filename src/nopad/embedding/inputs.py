@@ -112,7 +112,8 @@ class InputList:
 
     def save(self, path: str | Path) -> None:
         """Write the list as a Parquet file, in place."""
-        pq.write_table(self._table, path, compression="zstd", row_group_size=_BLOCK)
+        with open(path, "wb") as file:  # Arrow itself opens no path that is not UTF-8
+            pq.write_table(self._table, file, compression="zstd", row_group_size=_BLOCK)
 
     @classmethod
     def load(cls, path: str | Path) -> InputList:
@@ -121,7 +122,8 @@ class InputList:
         Raises:
             OSError, ValueError: a file that is missing, damaged or something else.
         """
-        return cls(pq.ParquetFile(path).read())
+        with open(path, "rb") as file:
+            return cls(pq.ParquetFile(file).read())
 
 
 def as_text(name: str | bytes) -> str:

@@ -14,7 +14,7 @@ from types import TracebackType
 
 from filelock import FileLock, Timeout
 
-from nopad.embedding.shards import folder_error
+from nopad.embedding.shards import OWN_FOLDER, folder_error
 
 
 class LockedError(OSError):
@@ -30,7 +30,7 @@ class FolderLock:
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
-        self._path = self._folder / ".nopad" / "lock"
+        self._path = self._folder / OWN_FOLDER / "lock"
         self._owner = self._path.with_name("owner.json")
         # Not per thread: a job may end on another thread than it began on.
         self._lock = FileLock(self._path, thread_local=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -53,16 +53,19 @@ def clock(seconds: float) -> str:
 
 
 class Lines:
-    """A line at the beginning, every `LINE_EVERY` seconds and at the end."""
+    """A line at the beginning, every `LINE_EVERY` seconds and when all is done."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self.next = 0.0
+        self.was_over = False
 
     def __call__(self, progress: Progress) -> None:
         is_over = progress.tally.images == progress.rows
-        if is_over or time.monotonic() >= self.next:
-            self.next = time.monotonic() + (float("inf") if is_over else LINE_EVERY)
+        if (is_over and not self.was_over) or (not is_over and time.monotonic() >= self.next):
+            self.next = time.monotonic() + LINE_EVERY
+            self.was_over = is_over
             kept = f" (and {progress.kept:,} from before)" if progress.kept else ""
             line = f"{progress.tally.images:,} of {progress.rows:,} images{kept} · {describe(progress)}"
-            print(line, file=self.stream, flush=True)
+            with suppress(OSError):  # a log that cannot be written must not end the job
+                print(line, file=self.stream, flush=True)

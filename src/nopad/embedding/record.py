@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,13 +15,15 @@ from typing import Any
 import torch
 
 from nopad import __version__
-from nopad.embedding.inputs import InputList
-from nopad.embedding.shards import ShardFormat, folder_error
+from nopad.embedding.archives import why
+from nopad.embedding.inputs import InputList, as_text
+from nopad.embedding.reader import Reader
+from nopad.embedding.shards import OWN_FOLDER, ShardFormat, folder_error, sync_folder
 from nopad.encoder import PackedEncoder
 from nopad.images import MAX_PIXELS
 from nopad.loading import load
 from nopad.preprocessing import Resize
-from nopad.worker import CAPACITY, Worker
+from nopad.worker import Worker
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHARD_SIZE, SHARD_SIZE_WITH_TOKENS = 2048, 512
@@ -31,7 +34,7 @@ class Settings:
     """The settings of a job; see `nopad.embedding.job.embed` for their meaning.
 
     Raises:
-        ValueError: a `shard_size` below 1 or an unknown `dtype`.
+        ValueError: a number below 1, or an unknown device or dtype.
     """
 
     model: str
@@ -42,7 +45,7 @@ class Settings:
     tokens: bool = False
     max_patches: int | None = None
     resize: Resize = "torch"
-    capacity: int = CAPACITY
+    capacity: int | None = None
     frames: int = 8
     max_pixels: int = MAX_PIXELS
     embedding_dtype: str = "float32"
@@ -54,6 +57,13 @@ class Settings:
             raise ValueError(f"shard_size: expected ≥ 1, got {self.shard_size}")
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        try:
+            torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"device: got {self.device!r}: {error}") from error
+        # What these refuse is told before anything is loaded or begun.
+        ShardFormat(dimension=1, embedding_dtype=self.embedding_dtype, embedding_list=self.embedding_list)
+        Reader(frames=self.frames, max_pixels=self.max_pixels)
 
     @property
     def rows_per_shard(self) -> int:
@@ -86,15 +96,16 @@ def record_of(settings: Settings, encoder: PackedEncoder, sources: list[str], in
     worker = settings.worker(encoder, threads=1)
     return {
         "version": __version__,
-        "model": settings.model,
+        "model": as_text(settings.model),
         "revision": settings.revision or "",
         "family": encoder.family,
+        "architecture": json.dumps(architecture(encoder), sort_keys=True),
         "weights": weights_digest(encoder),
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "device": encoder.device.type,
         "attention": encoder.attention,
         "preprocessing": worker.preprocessing,
-        "capacity": str(settings.capacity),
+        "capacity": str(worker.capacity),
         "max_pixels": str(settings.max_pixels),
         "frames": str(settings.frames),
         "embedding": "pooled" if encoder.projection_dim is None else "image_embeds",
@@ -110,6 +121,14 @@ def record_of(settings: Settings, encoder: PackedEncoder, sources: list[str], in
 def fingerprint(record: Mapping[str, str]) -> str:
     """A short name for a record."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def architecture(encoder: PackedEncoder) -> dict[str, Any]:
+    """What its config says beside the weights: heads, epsilons, patch order and the like."""
+    config = encoder.config.to_diff_dict()
+    return {
+        key: value for key, value in config.items() if key not in ("transformers_version", "architectures", "dtype")
+    }
 
 
 def weights_digest(encoder: PackedEncoder) -> str:
@@ -128,12 +147,22 @@ def check_same(old: Mapping[str, str], new: Mapping[str, str], folder: Path) -> 
         ValueError: what differs.
     """
     keys = [key for key in {**old, **new} if key != "inputs" and old.get(key) != new.get(key)]
+    if "dtype" in keys:  # the hash of the same weights differs with it
+        keys = [key for key in keys if key != "weights"]
     if keys:
-        lines = [f"  {key}: {old.get(key, 'unset')} there, {new.get(key, 'unset')} now" for key in keys]
+        lines = [line for key in keys for line in _difference(key, old.get(key, "unset"), new.get(key, "unset"))]
         raise ValueError(
             f"{folder} holds a job with other settings:\n" + "\n".join(lines) + "\n"
             "use the settings that it was begun with, or another folder"
         )
+
+
+def _difference(key: str, old: str, new: str) -> list[str]:
+    if key == "architecture" and old.startswith("{") and new.startswith("{"):
+        before, now = json.loads(old), json.loads(new)
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        return [f"  {key}: {name} {before.get(name)} there, {now.get(name)} now" for name in names]
+    return [f"  {key}: {old} there, {new} now"]
 
 
 class JobFolder:
@@ -141,7 +170,7 @@ class JobFolder:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.own = self.folder / ".nopad"
+        self.own = self.folder / OWN_FOLDER
 
     @property
     def has_job(self) -> bool:
@@ -160,14 +189,15 @@ class JobFolder:
         Raises:
             ValueError: one of them is damaged.
         """
+        advice = "remove job.json there and run the job again (shards that fit are kept), or use another folder"
         try:
             record = json.loads((self.own / "job.json").read_text(encoding="utf-8"))
             inputs = InputList.load(self.own / "inputs.parquet")
             is_whole = record["inputs"] == inputs.digest()
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{self.own}: the job's files cannot be read ({error}); use another folder") from error
+            raise ValueError(f"{self.own}: the job's files cannot be read ({why(error)}); {advice}") from error
         if not is_whole:
-            raise ValueError(f"{self.own}: inputs.parquet is not the list that job.json was begun with")
+            raise ValueError(f"{self.own}: inputs.parquet is not the list that job.json was begun with; {advice}")
         return record, inputs
 
     def _write(self, name: str, save: Any) -> None:
@@ -177,16 +207,20 @@ class JobFolder:
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except OSError as error:
+        except BaseException as error:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            raise folder_error(error, self.folder) from error
+            if isinstance(error, OSError):
+                raise folder_error(error, self.folder) from error
+            raise
+        sync_folder(self.own)
 
     def temporary(self, shard: Path) -> Path:
-        """Where a shard is written before it is whole."""
-        return self.own / f"{shard.name}.part"
+        """Where a shard is written before it is whole, another file each time: two actors may be at the same shard."""
+        return self.own / f"{shard.name}.{uuid.uuid4().hex}.part"
 
     def clean(self) -> None:
-        """Remove what a killed run left half-written."""
-        for path in self.own.glob("*.part"):
-            path.unlink(missing_ok=True)
+        """Remove what a killed run left half-written, and its notes of shards begun."""
+        for pattern in ("*.part", "*.started"):
+            for path in self.own.glob(pattern):
+                path.unlink(missing_ok=True)

@@ -15,6 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+OWN_FOLDER = ".nopad"
+"""What a job keeps beside its shards lies in this folder."""
+
 _PREFIX = "nopad."
 _FORMAT = "1"
 _TEXT = ("id", "source", "status", "error")
@@ -27,7 +30,7 @@ _ROWS_PER_GROUP_WITH_TOKENS = 16
 # Long clips end a row group early, so that a reader never needs much more than this for one row.
 _TOKEN_BYTES_PER_GROUP = 64 << 20
 # Parquet counts a value's bytes in an int32.
-_MAX_TOKEN_BYTES = 2**31 - 1
+MAX_TOKEN_BYTES = 2**31 - 1
 
 _NAME = re.compile(r"shard-(\d{5,})-of-(\d{5,})-(.+)\.parquet")
 
@@ -157,7 +160,7 @@ def write_shard(
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _write(
@@ -202,7 +205,7 @@ def _options(format: ShardFormat) -> dict[str, Any]:
     }
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     # Some network file systems refuse this. Then a power cut can undo the rename, and the shard is made again.
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
@@ -247,8 +250,8 @@ def _check(row: Row, format: ShardFormat) -> None:
     assert row.grid is not None
     t, h, w = row.grid
     _check_array(row, "tokens", row.tokens, "float16", (t * h * w, format.token_dimension))
-    if row.tokens.nbytes > _MAX_TOKEN_BYTES:
-        raise ValueError(f"row {row.id!r}: tokens of {row.tokens.nbytes} bytes, Parquet takes {_MAX_TOKEN_BYTES}")
+    if row.tokens.nbytes > MAX_TOKEN_BYTES:
+        raise ValueError(f"row {row.id!r}: tokens of {row.tokens.nbytes} bytes, Parquet takes {MAX_TOKEN_BYTES}")
 
 
 def _check_array(row: Row, name: str, array: np.ndarray | None, dtype: str, shape: tuple[int, ...]) -> None:
@@ -299,7 +302,10 @@ def opened(path: Path) -> Iterator[pq.ParquetFile]:
         OSError: a file that cannot be opened or read.
     """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with (
+            pa.OSFile(os.fsencode(path)) as source,  # Arrow opens no str that is not UTF-8
+            pq.ParquetFile(source, page_checksum_verification=True) as file,
+        ):
             found = (file.schema_arrow.metadata or {}).get(f"{_PREFIX}format".encode(), b"none").decode()
             if found != _FORMAT or tuple(file.schema_arrow.names[: len(_COLUMNS)]) != _COLUMNS:
                 expected = f"expected {_FORMAT} with the columns {', '.join(_COLUMNS)}"

@@ -25,6 +25,7 @@ from nopad.embedding.archives import (
     why,
 )
 from nopad.embedding.inputs import Input, InputList, as_text
+from nopad.embedding.shards import OWN_FOLDER, parse_shard_name
 
 _LISTS = (".txt", ".lst")
 
@@ -44,7 +45,8 @@ def list_inputs(sources: Sequence[str | Path], *, image_column: str | None = Non
 
     - A **folder** gives the pictures and videos below it, by suffix and in the order of the bytes of their paths; other
       files are left out. Where it has none, but tars or Parquet files, it gives what is in those. Links are followed, a
-      folder that holds itself only once. A folder that cannot be listed is a `"broken"` input.
+      folder that holds itself only once. A folder that cannot be listed is a `"broken"` input. Tables of features are
+      passed over.
     - A folder written by `datasets`' `save_to_disk` gives its rows, of a DatasetDict all splits.
     - A **glob** gives every match in that order: folders as above (with `**`, which finds their files, folders are
       passed over), files as in a list. As in a shell, `*` finds no name that begins with a dot.
@@ -145,6 +147,8 @@ class _Lister:
             id, path, suffix = prefix + relative, os.path.join(folder, relative), suffix_of(relative)
             if reason:
                 yield self._broken(path, id, reason)
+            elif _is_shard(path):
+                continue
             elif suffix in VIDEOS or suffix in image_suffixes():
                 has_pictures = True
                 yield from self._file(path, id)
@@ -173,6 +177,8 @@ class _Lister:
             path = os.path.join(base, relative)
             if reason:
                 yield self._broken(path, relative, reason)
+            elif _is_shard(path):
+                continue
             elif not is_folder:
                 yield from self._file(path, relative)
             elif "**" not in parts:
@@ -195,6 +201,12 @@ class _Lister:
             yield from self._file(path, name)
 
 
+def _is_shard(path: str) -> bool:
+    """Whether a file was written by a job, this one perhaps: tables may lie in the folders that they are made from."""
+    folder, name = os.path.split(path)
+    return parse_shard_name(name) is not None and os.path.isdir(os.path.join(folder, OWN_FOLDER))
+
+
 def _walk(folder: str) -> Iterator[tuple[str, str]]:
     """The files below a folder in the order of their bytes; for a folder that cannot be listed, itself and why."""
     todo: list[tuple[str, frozenset | None]] = [("", frozenset())]
@@ -209,6 +221,7 @@ def _walk(folder: str) -> Iterator[tuple[str, str]]:
         except OSError as error:
             yield relative, f"folder cannot be listed: {why(error)}"
             continue
+        entries = [(name, is_folder) for name, is_folder in entries if name != OWN_FOLDER]
         within = above | {own}
         todo += [(os.path.join(relative, name), within if is_folder else None) for name, is_folder in reversed(entries)]
 

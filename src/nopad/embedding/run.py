@@ -1,0 +1,227 @@
+"""One call of `embed` at work on a job."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nopad.embedding.inputs import Input
+from nopad.embedding.reader import Reader
+from nopad.embedding.shards import MAX_TOKEN_BYTES, Row, count, failed_rows, iterate_rows
+from nopad.encoder import PackedEncoder
+from nopad.worker import Embedded, Tally
+
+if TYPE_CHECKING:
+    from nopad.embedding.job import Job
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; counts are of this run.
+
+    Attributes:
+        rows: inputs that this run has to do.
+        kept: rows that earlier runs left.
+        tally: what is done.
+        seconds: since the first input was read.
+    """
+
+    rows: int
+    kept: int
+    tally: Tally
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a job's folder holds when a run ends, and what the run did.
+
+    Attributes:
+        folder: where the table is.
+        rows, failed: of the whole table so far, and those without features.
+        missing: inputs that no shard holds yet, 0 unless the run was stopped.
+        to_go: inputs that the run was to do and did not, 0 unless it was stopped: `missing` and the failed rows that
+            it did not come to try again.
+        done: rows that this run wrote.
+        seconds: from the first input read to the last shard written.
+        tally: counts and seconds per stage of this run.
+        write: seconds spent writing shards.
+        left_out: files in the sources that are no pictures or videos, by suffix.
+        changes: inputs that are new in the sources or gone from them since the job began, in words.
+        shards_with_failures: the shards that hold failed rows, by name.
+    """
+
+    folder: str
+    rows: int
+    failed: int
+    missing: int
+    to_go: int
+    done: int
+    seconds: float
+    tally: Tally
+    write: float
+    left_out: dict[str, int]
+    changes: list[str]
+    shards_with_failures: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        seconds = self.seconds or 1.0  # where there was nothing to do, nothing was done per second
+        per_second = {"images": self.tally.images / seconds, "patches": self.tally.patches / seconds}
+        return {**asdict(self), "fill": self.tally.fill, "per_second": per_second}
+
+
+class Run:
+    """Makes the shards of a job that are missing and, on request, tries failed rows again.
+
+    Args:
+        retry_failed: try failed rows of finished shards again.
+        threads: that decode; one per core unless given.
+        stop: once set, the shard in hand is finished and no other.
+        progress: told how far the run is, a few times a second.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        encoder: PackedEncoder,
+        *,
+        retry_failed: bool = False,
+        threads: int | None = None,
+        stop: threading.Event | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.job = job
+        self.encoder = encoder
+        self.threads = threads
+        self.stop = stop or threading.Event()
+        self.progress = progress or (lambda _: None)
+        self.worker = job.settings.worker(encoder, threads)
+        self.tally = self.worker.tally
+        self.write = 0.0
+        self.done = 0
+        finished = job.finished()
+        self.missing = sorted(set(range(len(job))) - set(finished))
+        failed = {shard: count(job.path(shard))[1] for shard in finished} if retry_failed else {}
+        self.again = {shard: number for shard, number in failed.items() if number}
+        self.to_retry = sum(self.again.values())
+        self.to_do = self.to_retry + sum(job.size(shard) for shard in self.missing)
+        self.kept = len(job.inputs) - self.to_do
+        self.start = time.perf_counter()
+        self.seconds = 0.0
+
+    def make(self, shards: Sequence[int]) -> None:
+        """Make shards that are missing."""
+        self._work(shards, self.job.of, self._keep)
+
+    def retry(self) -> None:
+        """Try the failed rows of finished shards again, each shard replaced as a whole."""
+        self._work(list(self.again), self._failed, self._replace)
+
+    def _failed(self, shard: int) -> list[Input]:
+        inputs = self.job.of(shard)
+        return [inputs[row] for row, *_ in failed_rows(self.job.path(shard))]
+
+    def _work(
+        self, shards: Sequence[int], inputs_of: Callable[[int], list[Input]], keep: Callable[[int, list[Row]], None]
+    ) -> None:
+        if not shards or self.stop.is_set():
+            return
+        settings = self.job.settings
+        groups = (inputs_of(shard) for shard in shards)
+        with (
+            Reader(frames=settings.frames, max_pixels=settings.max_pixels) as reader,
+            Ticker(self),
+            closing(self.worker.run(groups, reader.pixels, stop=self.stop)) as results,
+        ):
+            for shard, embedded in zip(shards, results, strict=False):
+                start = time.perf_counter()
+                keep(shard, rows(inputs_of(shard), embedded, settings.embedding_dtype))
+                self.write += time.perf_counter() - start
+                self.done += len(embedded)
+        self.seconds = time.perf_counter() - self.start
+
+    def _keep(self, shard: int, rows: list[Row]) -> None:
+        self.job.write(shard, rows, self.encoder)
+
+    def _replace(self, shard: int, rows: list[Row]) -> None:
+        retried = iter(rows)
+        whole = [next(retried) if row.status == "failed" else row for row in iterate_rows(self.job.path(shard))]
+        self.job.write(shard, whole, self.encoder)
+        self.to_retry -= len(rows)
+
+    def report(self) -> None:
+        """Tell how far the run is."""
+        self.progress(Progress(self.to_do, self.kept, self.tally, time.perf_counter() - self.start))
+
+    def summary(self, left_out: Mapping[str, int], changes: Sequence[str]) -> Summary:
+        """What there is now."""
+        counts = {self.job.path(shard).name: count(self.job.path(shard)) for shard in self.job.finished()}
+        rows = sum(ok + failed for ok, failed in counts.values())
+        missing = len(self.job.inputs) - rows
+        return Summary(
+            folder=str(self.job.files.folder),
+            rows=rows,
+            failed=sum(failed for _, failed in counts.values()),
+            missing=missing,
+            to_go=missing + self.to_retry,
+            done=self.done,
+            seconds=self.seconds,
+            tally=self.tally,
+            write=self.write,
+            left_out=dict(left_out),
+            changes=list(changes),
+            shards_with_failures=[name for name, (_, failed) in counts.items() if failed],
+        )
+
+
+class Ticker:
+    """Reports a run's progress a few times a second, from a thread of its own."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.tick, name="nopad-progress", daemon=True)
+
+    def tick(self) -> None:
+        while not self.over.wait(0.25):
+            self.run.report()
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+        self.run.report()
+
+
+def rows(inputs: Sequence[Input], results: Sequence[Embedded], embedding_dtype: str) -> list[Row]:
+    """The rows of inputs and what became of them."""
+    return [_row(item, result, np.dtype(embedding_dtype)) for item, result in zip(inputs, results, strict=True)]
+
+
+def _row(item: Input, result: Embedded, dtype: np.dtype) -> Row:
+    if result.error is not None or result.embedding is None:
+        return Row(item.id, item.source, "failed", result.error.reason if result.error is not None else "no features")
+    if (largest := np.abs(result.embedding).max()) > np.finfo(dtype).max:
+        reason = f"its embedding goes up to {largest:g}, which {dtype} cannot hold; store it as float32"
+        return Row(item.id, item.source, "failed", reason)
+    if result.tokens is not None and result.tokens.nbytes > MAX_TOKEN_BYTES:
+        reason = f"its tokens are {result.tokens.nbytes} bytes, a table takes {MAX_TOKEN_BYTES}; set max_patches"
+        return Row(item.id, item.source, "failed", reason)
+    return Row(
+        id=item.id,
+        source=item.source,
+        width=result.width,
+        height=result.height,
+        grid=result.grid,
+        embedding=result.embedding.astype(dtype),
+        tokens=result.tokens,
+    )

@@ -1,0 +1,28 @@
+from pathlib import Path
+
+import aimv2_checkpoints
+import onevision_checkpoints
+import pytest
+from pictures import write_photos
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny native AIMv2: patches of 4 pixels, 32 values."""
+    original = aimv2_checkpoints.tiny_original()
+    folder = tmp_path_factory.mktemp("models") / "aimv2"
+    return aimv2_checkpoints.write(folder, original.state_dict(), original.config.to_dict())
+
+
+@pytest.fixture(scope="session")
+def clip_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny OneVision-Encoder, which attends over time: a crop of 28 pixels, patches of 4 pixels, 64 values."""
+    original = onevision_checkpoints.tiny_original()
+    folder = tmp_path_factory.mktemp("models") / "onevision"
+    return onevision_checkpoints.write(folder, original.state_dict(), original.config.to_dict())
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of twelve pictures of different sizes."""
+    return write_photos(tmp_path / "photos", 12)

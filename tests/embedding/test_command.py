@@ -1,0 +1,406 @@
+import errno
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pictures import write_photos
+
+import nopad
+from nopad.cli import main
+from nopad.embedding import progress
+from nopad.embedding.progress import Lines, clock, describe, display
+from nopad.embedding.reader import Reader
+from nopad.embedding.run import Progress
+from nopad.worker import Tally
+
+
+def table(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
+
+
+def arguments(source: Path, out: Path, model: Path, *options: str) -> list[str]:
+    size = [] if "--shard-size" in options else ["--shard-size", "5"]
+    return ["embed", str(source), "--model", str(model), "--out", str(out), *size, *options]
+
+
+# What is said
+
+
+def test_a_job_ends_with_a_summary(photos, tmp_path, capsys, model):
+    (photos / "notes.md").touch()
+    (photos / "README").touch()
+    assert main(arguments(photos, tmp_path / "out", model)) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == f"{tmp_path}/out: 12 embedded, 0 failed"
+    number = r"[\d,]+\.\d"
+    rates = rf"this run: 12 in 0:00:0\d, {number} images/s, [\d,]+ tokens/s, fill 100\.0%"
+    assert re.fullmatch(rates, lines[1])
+    assert lines[2] == (
+        "left out as no pictures or videos: 1 without suffix, 1 .md; name them in a list file to take them"
+    )
+    assert len(lines) == 3
+    last = err.splitlines()[-1]
+    assert re.fullmatch(rf"12 of 12 images · {number} images/s · .* · fill 100% · 0 failed · 0:00:00 left", last)
+
+    assert main(arguments(photos, tmp_path / "out", model)) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1] == "this run: nothing to do, every input has its row"
+    assert "images/s" not in err
+
+
+def test_it_says_where_the_failures_are(photos, tmp_path, capsys, model):
+    (photos / "002.png").write_bytes(b"no picture")
+    (photos / "010.png").write_bytes(b"no picture")
+    assert main(arguments(photos, tmp_path / "out", model)) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    first = min(table(tmp_path / "out"))
+    assert f"in 2 shards ({first}, …); --retry-failed tries them again" in told
+    expression = re.search(r"nopad\.read\(.*\)\.failures", told)[0]
+    assert [failure.id for failure in eval(expression, {"nopad": nopad})] == ["002.png", "010.png"]
+
+    write_photos(photos, 3)
+    assert main(arguments(photos, tmp_path / "out", model, "--retry-failed")) == 0
+    told = capsys.readouterr().out
+    assert "11 embedded, 1 failed" in told
+    assert "this run: 2 in " in told
+    assert "in 1 shard (shard-00002" in told
+
+
+def test_nothing_embedded_is_status_1(tmp_path, capsys, model):
+    (tmp_path / "photos").mkdir()
+    for number in range(6):
+        (tmp_path / "photos" / f"{number}.png").write_bytes(b"no picture")
+    assert main(arguments(tmp_path / "photos", tmp_path / "out", model)) == 1
+    assert "0 embedded, 6 failed" in capsys.readouterr().out
+    features = nopad.read(tmp_path / "out")
+    assert (features.embeddings.shape, len(features.failures)) == ((0, 32), 6)
+    assert main(arguments(tmp_path / "photos", tmp_path / "out", model)) == 1
+
+
+def test_the_summary_as_json(photos, tmp_path, capsys, model):
+    (photos / "002.png").write_bytes(b"no picture")
+    assert main(arguments(photos, tmp_path / "out", model, "--json")) == 0
+    told = json.loads(capsys.readouterr().out)
+    kept = {key: told[key] for key in ("folder", "rows", "failed", "missing", "to_go", "done", "left_out", "changes")}
+    assert kept == {
+        "folder": f"{tmp_path}/out",
+        "rows": 12,
+        "failed": 1,
+        "missing": 0,
+        "to_go": 0,
+        "done": 12,
+        "left_out": {},
+        "changes": [],
+    }
+    assert told["shards_with_failures"] == [min(table(tmp_path / "out"))]
+    assert (told["tally"]["images"], told["tally"]["failed"], told["fill"]) == (12, 1, 1.0)
+    patches = int(nopad.read(tmp_path / "out").grids.prod(axis=1).sum())
+    assert told["tally"]["patches"] == patches
+    assert told["per_second"]["patches"] == pytest.approx(patches / told["seconds"])
+
+
+def test_all_options_reach_the_job(photos, tmp_path, capsys, model):
+    options = "--tokens --max-patches 9 --device cpu --dtype bfloat16 --attention sdpa --workers 1 --capacity 50 "
+    options += "--resize pil --frames 3 --max-pixels 99999 --embedding-dtype float16 --embedding-list variable "
+    options += "--shard-size 7 --revision main --image-column image"
+    assert main(arguments(photos, tmp_path / "out", model, *options.split())) == 0
+    metadata = nopad.read(tmp_path / "out").metadata
+    expected = {
+        "tokens": "yes",
+        "dtype": "bfloat16",
+        "device": "cpu",
+        "attention": "sdpa",
+        "capacity": "50",
+        "frames": "3",
+        "max_pixels": "99999",
+        "embedding_dtype": "float16",
+        "embedding_list": "variable",
+        "rows_per_shard": "7",
+        "revision": "main",
+    }
+    assert {key: metadata[key] for key in expected} == expected
+    assert metadata["preprocessing"].startswith("native at most 9 patches; bicubic antialiased (pil)")
+
+
+def test_names_that_are_no_utf8_do_no_harm(photos, tmp_path, capsys, model):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff odd")
+    shutil.copytree(photos, f"{odd} photos")
+    assert main(arguments(f"{odd} photos", f"{odd} out", model)) == 0
+    assert "/\\udcff odd out: 12 embedded, 0 failed" in capsys.readouterr().out
+    assert main(arguments(f"{odd} photos", f"{odd} out", model, "--json")) == 0
+    assert nopad.read(f"{odd} out").sources[0].endswith("/\\xff odd photos")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--capacity", "0"], "capacity ≥ 1"),
+        (["--max-pixels", "0"], "max_pixels: expected ≥ 1"),
+        (["--workers", "0"], "workers: expected ≥ 1, got 0"),
+        (["--device", "abacus"], "device: got 'abacus'"),
+        (["--dtype", "float16", "--model", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_wrong_use_is_one_line_and_status_2(photos, tmp_path, capsys, model, options, message):
+    assert main(arguments(photos, tmp_path / "out", model, *options)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    told = [line for line in err.splitlines() if line.startswith("nopad embed: ")]
+    assert len(told) == 1
+    assert message in told[0]
+    assert "Traceback" not in err
+
+
+def test_a_package_that_is_missing_is_told(photos, tmp_path, capsys, monkeypatch, model):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "rich" else name)
+    assert main(arguments(photos, tmp_path / "out", model)) == 2
+    assert "nopad embed: this needs rich: pip install 'nopad[embed]'" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_status_2(photos, tmp_path, capsys, monkeypatch, model):
+    def refuse(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        assert main(arguments(photos, tmp_path / "out", model)) == 2
+    told = f"{tmp_path}/out: No space left on device; free space on its disk and run the job again; finished shards"
+    assert told in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*.part*"))
+    assert table(tmp_path / "out") == {}
+
+
+# Progress
+
+
+def state(images: int, *, rows: int = 40, kept: int = 0, seconds: float = 2.0) -> Progress:
+    tally = Tally(images=images, failed=min(images, 1), patches=images * 100, capacity=images * 125)
+    return Progress(rows, kept, tally, seconds)
+
+
+def test_progress_in_words():
+    assert describe(state(10)) == "5.0 images/s · 500 tokens/s · fill 80% · 1 failed · 0:00:06 left"
+    assert describe(state(0, seconds=0)) == "0.0 images/s · 0 tokens/s · fill 0% · 0 failed · ? left"
+    assert [clock(seconds) for seconds in (0.4, 59.6, 3725, 400000)] == ["0:00:00", "0:01:00", "1:02:05", "111:06:40"]
+
+
+def test_lines_come_now_and_then_and_at_the_end(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    with display(stream) as show:
+        for images in (0, 1, 2, 40, 40, 40):
+            show(state(images, kept=7))
+            now += 6.0
+    lines = stream.getvalue().splitlines()
+    assert [line.split(" · ")[0] for line in lines] == [
+        f"{images} of 40 images (and 7 from before)" for images in (0, 2, 40)
+    ]
+
+
+def test_a_log_that_cannot_be_written_ends_nothing():
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    Lines(Closed())(state(1))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_bar_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    stream = Terminal()
+    with display(stream) as show:
+        show(state(10, kept=20))
+        show(state(40, kept=20))
+    shown = re.sub(r"\x1b\[[\d;?]*\w", "", stream.getvalue())
+    assert "━━━" in shown
+    assert "60/60" in shown
+    assert "20.0 images/s · 2,000 tokens/s · fill 80% · 1 failed · 0:00:00 left" in shown
+
+
+# Stopping
+
+
+def at(number: int, act: Callable[[], None], monkeypatch) -> None:
+    """Act when so many pictures have been read."""
+    real = Reader.pixels
+    count = iter(range(1, 1000))
+
+    def pixels(self, item):
+        image = real(self, item)
+        if next(count) == number:
+            act()
+        return image
+
+    monkeypatch.setattr(Reader, "pixels", pixels)
+
+
+@pytest.fixture
+def whole(photos, tmp_path, model) -> dict[str, bytes]:
+    assert main(arguments(photos, tmp_path / "whole", model)) == 0
+    return table(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_shard_in_hand(photos, tmp_path, capsys, monkeypatch, model, whole, number):
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        at(3, lambda: signal.raise_signal(number), patch)
+        patch.setattr(sys, "argv", ["/usr/bin/nopad"])
+        status = main(arguments(photos, tmp_path / "new\nfolder's", model, "--workers", "1"))
+    out, err = capsys.readouterr()
+    assert status == 130
+    assert err.count("finishing the shard in hand; once more stops at once and loses it") == 1
+    assert 1 <= len(table(tmp_path / "new\nfolder's")) < 3
+    left = 12 - 5 * len(table(tmp_path / "new\nfolder's"))
+    assert f"{12 - left} embedded, 0 failed" in out
+    go_on = err.split(f"stopped with {left} inputs to go; to go on: ")[1]
+    again = shlex.split(go_on)
+    assert again[0] == "/usr/bin/nopad"
+    assert main(again[1:]) == 0
+    assert table(tmp_path / "new\nfolder's") == whole
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_at_once(photos, tmp_path, capsys, monkeypatch, model, whole, second):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(second)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nopad.embedding.shards.os.fsync", lambda descriptor: twice() if shard(descriptor) else None)
+        assert main(arguments(photos, tmp_path / "out", model)) == 130
+    err = capsys.readouterr().err
+    assert "stopped at once, the shard in hand is lost, finished ones are kept; to go on: " in err
+    assert "Traceback" not in err
+    assert table(tmp_path / "out") == {}
+    assert not list((tmp_path / "out").rglob("*.part"))
+    assert main(arguments(photos, tmp_path / "out", model)) == 0
+    assert table(tmp_path / "out") == whole
+
+
+def shard(descriptor: int) -> bool:
+    return "shard-" in os.readlink(f"/proc/self/fd/{descriptor}")
+
+
+def test_a_signal_while_failures_are_retried(photos, tmp_path, capsys, monkeypatch, model):
+    for path in photos.iterdir():
+        path.write_bytes(b"no picture")
+    assert main(arguments(photos, tmp_path / "out", model)) == 1
+    write_photos(photos, 12)
+    with monkeypatch.context() as patch:
+        at(2, lambda: signal.raise_signal(signal.SIGINT), patch)
+        assert main(arguments(photos, tmp_path / "out", model, "--retry-failed", "--workers", "1")) == 130
+    assert re.search(r"stopped with [27] inputs to go; to go on: .* --retry-failed", capsys.readouterr().err)
+    assert main(arguments(photos, tmp_path / "out", model, "--retry-failed")) == 0
+    assert "12 embedded, 0 failed" in capsys.readouterr().out
+
+
+# Real processes
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> None:
+    """Look until something is there, as fast as can be."""
+    until = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.0005)
+
+
+def test_killed_stopped_and_gone_on_with(tmp_path, capfd, model):
+    source, out = write_photos(tmp_path / "photos", 40, scale=4), tmp_path / "out"
+    (source / "017.png").write_bytes(b"no picture")
+    given = [*arguments(source, out, model, "--shard-size", "3"), "--tokens"]
+    in_one_go = arguments(source, tmp_path / "whole", model, "--shard-size", "3", "--tokens")
+    assert main(in_one_go) == 0
+
+    def start() -> subprocess.Popen:
+        call = [sys.executable, "-m", "nopad", *given]
+        return subprocess.Popen(call, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    process = start()
+    wait_for(lambda: len(table(out)) >= 2 and list(out.glob(".nopad/shard-*.part")), process)
+    process.kill()
+    process.communicate()
+    left = table(out)
+    assert 2 <= len(left) < 14
+
+    process = start()
+    wait_for(lambda: len(table(out)) > len(left), process)
+    process.send_signal(signal.SIGSTOP)  # it holds the folder, for as long as it takes to look
+    capfd.readouterr()
+    assert main(given) == 2
+    told = rf"nopad embed: .*{out} is being written by another job: process {process.pid} of .* on .*, since"
+    assert re.search(told, capfd.readouterr().err)
+    process.send_signal(signal.SIGCONT)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130, err
+    assert len(left) < len(table(out)) < 14
+    go_on = err.split("; to go on: ")[1]
+    assert shlex.split(go_on)[:3] == [sys.executable, "-m", "nopad"]
+
+    subprocess.run(go_on, shell=True, check=True, env=ENVIRONMENT, capture_output=True)
+    assert table(out) == table(tmp_path / "whole")
+    assert sorted(path.name for path in (out / ".nopad").iterdir()) == ["inputs.parquet", "job.json", "lock"]
+    assert [failure.id for failure in nopad.read(out).failures] == ["017.png"]
+
+
+# Each try is a fork, so that only one process has to import torch: it is killed a little after some shards more.
+KILLS = """
+import glob, os, random, signal, sys, time
+import torch
+from nopad.cli import main
+from nopad.embedding import job
+torch.set_num_threads(1)
+random.seed(0)
+out = sys.argv[sys.argv.index("--out") + 1]
+killed, status = 0, -signal.SIGKILL
+while status == -signal.SIGKILL:
+    shards = len(glob.glob(f"{out}/*.parquet"))
+    wanted, pause = random.choice([(shards, 0.2), (shards + 1, 0.01), (shards + 2, 0.01)])
+    child = os.fork()
+    if not child:
+        os._exit(main(sys.argv[1:]))
+    over = lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    while len(glob.glob(f"{out}/*.parquet")) < wanted and over() is None:
+        time.sleep(0.0002)
+    time.sleep(random.uniform(0, pause))
+    os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    killed += status == -signal.SIGKILL
+print("killed", killed, "status", status)
+"""
+
+
+def test_killed_at_any_moment(tmp_path, model):
+    source, out = write_photos(tmp_path / "photos", 40, scale=2), tmp_path / "out"
+    assert main(arguments(source, tmp_path / "whole", model, "--shard-size", "2")) == 0
+    call = [sys.executable, "-c", KILLS, *arguments(source, out, model, "--shard-size", "2")]
+    done = subprocess.run(call, env=ENVIRONMENT, capture_output=True, text=True)
+    told = re.search(r"killed (\d+) status 0", done.stdout)
+    assert told, done.stdout + done.stderr
+    assert int(told[1]) >= 5
+    assert table(out) == table(tmp_path / "whole")

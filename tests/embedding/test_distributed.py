@@ -1,0 +1,191 @@
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nopad import embed
+from nopad.embedding import distributed
+
+SHARDS, ROWS = 8, 5
+
+
+@pytest.fixture(scope="session")
+def ray():
+    """Ray on two cores, without network and dashboard."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'nopad[ray]'")
+    pytest.importorskip("ray.data", reason="Ray Data is not installed: pip install 'nopad[ray]'")
+    ray.init(
+        "local",
+        num_cpus=2,
+        object_store_memory=80 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+    )
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """Photos of many sizes, one of them no photo at all."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for number in range(SHARDS * ROWS - 1):
+        height, width = random.integers(30, 120, 2)
+        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:03}.jpg")
+    (folder / "broken.jpg").write_bytes(b"no photo")
+    return folder
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / ".nopad").iterdir())
+
+
+@pytest.fixture(scope="session")
+def local(pictures, goldens, tmp_path_factory):
+    """The job done in one process."""
+    folder = tmp_path_factory.mktemp("local")
+    embed(pictures, folder, model=goldens / "aimv2-apple-native", shard_size=ROWS, tokens=True)
+    return folder
+
+
+class Killer(threading.Thread):
+    """Kills the first actor that begins a shard."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(daemon=True)
+        self.folder = folder
+        self.killed: int | None = None
+
+    def run(self) -> None:
+        while self.killed is None:
+            for note in (self.folder / ".nopad").glob("*.started"):
+                if words := note.read_text().split():  # "process 123 on host"
+                    self.killed = int(words[1])
+                    os.kill(self.killed, signal.SIGKILL)
+                    return
+            time.sleep(0.005)
+
+
+@pytest.fixture(scope="session")
+def survivor(ray, local, pictures, goldens, tmp_path_factory):
+    """A job that was left half done, went on with two actors, and lost one of them."""
+    folder = tmp_path_factory.mktemp("survivor")
+    shutil.copytree(local, folder, dirs_exist_ok=True)
+    for path in sorted(folder.glob("*.parquet"))[2:]:
+        path.unlink()
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
+    killer = Killer(folder)
+    killer.start()
+    model = goldens / "aimv2-apple-native"
+    summary = embed(pictures, folder, model=model, shard_size=ROWS, tokens=True, actors=2)
+    return folder, kept, killer.killed, summary
+
+
+def test_shards_are_those_of_a_run_in_one_process_though_an_actor_died(survivor, local):
+    folder, _, killed, _ = survivor
+    assert killed is not None
+    assert len(shards(local)) == SHARDS
+    assert shards(folder) == shards(local)
+    assert left(folder) == ["inputs.parquet", "job.json", "lock"]
+
+
+def test_finished_shards_are_kept(survivor):
+    _, kept, _, summary = survivor
+    assert len(kept) == 2
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert (summary.rows, summary.failed, summary.done) == (SHARDS * ROWS, 1, (SHARDS - 2) * ROWS)
+    assert (summary.tally.images, summary.tally.failed, summary.missing) == ((SHARDS - 2) * ROWS, 1, 0)
+
+
+def test_an_actor_with_other_weights_is_refused(ray, pictures, goldens, tmp_path):
+    model = shutil.copytree(goldens / "aimv2-apple-native", tmp_path / "model")
+    other = bytearray((model / "model.safetensors").read_bytes())
+    other[-2] ^= 1
+    (tmp_path / "other").write_bytes(other)
+
+    def change(_: object) -> None:  # progress is told once this process has loaded the weights, before an actor does
+        if (tmp_path / "other").exists():
+            os.replace(tmp_path / "other", model / "model.safetensors")
+
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"another checkpoint or installation(.|\n)*weights: \w+ there, \w+ now") as error:
+        embed(pictures, out, model=model, shard_size=ROWS, actors=1, progress=change)
+    assert "DataContext" not in str(error.value)  # Ray's advice does not fit
+    assert shards(out) == {}
+
+
+def test_ctrl_c_finishes_the_shards_in_hand(goldens, tmp_path):
+    pytest.importorskip("ray.data", reason="Ray Data is not installed: pip install 'nopad[ray]'")
+    (tmp_path / "pictures").mkdir()
+    Image.effect_noise((420, 300), 50).convert("RGB").save(tmp_path / "one.jpg")
+    for number in range(400):
+        os.link(tmp_path / "one.jpg", tmp_path / f"pictures/{number:03}.jpg")
+    command = [sys.executable, "-m", "nopad", "embed", "pictures", "--out", "out", "--shard-size", "4"]
+    command += ["--model", str(goldens / "aimv2-apple-native"), "--device", "cpu", "--actors", "1"]
+    # A group of its own, which gets the signal as a whole, as from a terminal.
+    job = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, process_group=0)
+    while job.poll() is None and not list((tmp_path / "out").glob("*.parquet")):
+        time.sleep(0.02)
+    os.killpg(job.pid, signal.SIGINT)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 130, errors
+    assert "to go on: " in errors
+    assert 0 < len(shards(tmp_path / "out")) < 100
+    assert left(tmp_path / "out") == ["inputs.parquet", "job.json", "lock"]
+    assert subprocess.run(["pgrep", "-g", str(job.pid)], stdout=subprocess.DEVNULL).returncode == 1  # nobody is left
+
+
+def node(cores: float, gpus: float = 0, alive: bool = True) -> dict:
+    return {"Alive": alive, "Resources": {"CPU": cores, "GPU": gpus} if gpus else {"CPU": cores}}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "actors", "on_gpu", "cores"),
+    [
+        ([node(8)], 1, False, 8),
+        ([node(8)], 3, False, 2),
+        ([node(8), node(4)], 3, False, 4),
+        ([node(8), node(64, alive=False)], 1, False, 8),
+        ([node(96, 8)], 8, True, 12),
+        ([node(64), node(96, 8), node(96, 8)], 16, True, 12),
+        ([node(16, 2)], 5, True, 1),
+    ],
+)
+def test_cores_of_an_actor(nodes, actors, on_gpu, cores):
+    assert distributed._cores_of_an_actor(nodes, actors, on_gpu=on_gpu) == cores
+
+
+def test_a_cluster_without_room_is_told():
+    with pytest.raises(ValueError, match=r"actors: got 2, but no node .* a core and a GPU"):
+        distributed._cores_of_an_actor([node(8)], 2, on_gpu=True)
+
+
+def test_a_shard_that_ends_its_process_again_and_again_is_given_up(tmp_path):
+    started = tmp_path / "shard-00003-of-00008-abc.parquet.started"
+    for _ in range(distributed.ATTEMPTS):
+        distributed._begin(started)
+    with pytest.raises(ChildProcessError, match=rf"shard-00003-of-00008-abc\.parquet: 3 .* process {os.getpid()} on"):
+        distributed._begin(started)
+
+
+def test_without_ray(monkeypatch, pictures, goldens, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray.data", None)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'nopad\[ray\]'"):
+        embed(pictures, tmp_path, model=goldens / "aimv2-apple-native", actors=2)

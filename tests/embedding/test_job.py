@@ -1,0 +1,683 @@
+import errno
+import json
+import os
+import re
+import shutil
+import tarfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas
+import pyarrow.parquet as pq
+import pytest
+import torch
+from pictures import write_photos, write_video
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import nopad
+from nopad.embedding import inputs, job, record, run, shards
+from nopad.embedding.inputs import Input
+from nopad.embedding.reader import Reader
+from nopad.embedding.run import Progress, Summary
+from nopad.embedding.video import read_frames
+
+
+def embed(sources, out: Path, model, **options) -> Summary:
+    return nopad.embed(sources, out, model=model, **{"shard_size": 5, "workers": 2, **options})
+
+
+def table(folder: Path) -> dict[str, bytes]:
+    """Names and bytes of the shards."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
+
+
+def rows(folder: Path) -> list[dict]:
+    return [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def errors(folder: Path) -> dict[str, str]:
+    return {row["id"]: row["error"] for row in rows(folder) if row["status"] == "failed"}
+
+
+@pytest.fixture
+def stop_after(monkeypatch) -> Callable[[int], dict]:
+    """Gives options that stop a run once it has written so many shards."""
+
+    def options(number: int) -> dict:
+        stop = threading.Event()
+        written = []
+
+        def write(self, *arguments):
+            real(self, *arguments)
+            written.append(arguments)
+            if len(written) == number:
+                stop.set()
+
+        monkeypatch.setattr(job.Job, "write", write)
+        return {"stop": stop}
+
+    real = job.Job.write
+    return options
+
+
+# The table
+
+
+def test_one_row_per_input_in_order_and_all_that_is_to_be_known_in_the_schema(photos, tmp_path, model):
+    (photos / "005.png").write_bytes(b"")
+    (photos / "notes.md").touch()
+    summary = embed(photos, tmp_path / "out", model)
+    written = rows(tmp_path / "out")
+    assert [row["id"] for row in written] == [f"{n:03}.png" for n in range(12)]
+    assert {row["source"] for row in written} == {str(photos)}
+    assert [row["status"] for row in written] == ["failed" if n == 5 else "ok" for n in range(12)]
+    assert written[5] == {
+        **dict.fromkeys(written[5]),
+        "id": "005.png",
+        "source": str(photos),
+        "status": "failed",
+        "error": "empty: 0 bytes",
+    }
+    with Image.open(photos / "003.png") as image:
+        width, height = image.size
+    assert (written[3]["width"], written[3]["height"]) == (width, height)
+    assert (written[3]["grid_t"], written[3]["grid_h"], written[3]["grid_w"]) == (1, height // 4, width // 4)
+
+    encoder = nopad.load(model)
+    for path in (tmp_path / "out").glob("*.parquet"):
+        metadata = shards.read_metadata(path)
+        expected = {
+            "model": str(model),
+            "revision": "",
+            "family": "aimv2",
+            "weights": record.weights_digest(encoder),
+            "preprocessing": encoder.preprocessing.describe(),
+            "dtype": "float32",
+            "version": nopad.__version__,
+        }
+        assert {key: metadata[key] for key in expected} == expected
+
+    assert (summary.rows, summary.failed, summary.missing, summary.to_go, summary.done) == (12, 1, 0, 0, 12)
+    assert summary.left_out == {".md": 1}
+    assert summary.changes == []
+    assert (summary.tally.images, summary.tally.failed, summary.tally.fill) == (12, 1, 1.0)
+    assert summary.tally.patches == sum(row["grid_h"] * row["grid_w"] for row in written if row["status"] == "ok")
+    assert summary.shards_with_failures == [sorted(table(tmp_path / "out"))[1]]
+    told = summary.to_dict()
+    assert json.loads(json.dumps(told)) == told
+    assert told["per_second"]["images"] == pytest.approx(12 / summary.seconds)
+    assert told["fill"] == 1.0
+
+
+def test_other_programs_read_it_as_it_is(photos, tmp_path, model):
+    embed(photos, tmp_path / "out", model)
+    features = nopad.read(tmp_path / "out")
+    matrix = features.embeddings
+    assert (matrix.shape, matrix.dtype, features.tokens) == ((12, 32), np.float32, None)
+    frame = pandas.read_parquet(tmp_path / "out")
+    assert frame["id"].tolist() == features.ids
+    np.testing.assert_array_equal(np.stack(frame["embedding"].tolist()), matrix)
+    np.testing.assert_array_equal(np.array(pq.read_table(tmp_path / "out")["embedding"].to_pylist()), matrix)
+    found = duckdb.connect().execute(f"select embedding from '{tmp_path}/out/*.parquet' order by id").fetchall()
+    np.testing.assert_array_equal(np.array([row[0] for row in found]), matrix)
+
+
+def test_features_are_those_of_encoder_embed_bit_for_bit(photos, tmp_path, model):
+    encoder = nopad.load(model)
+    paths = sorted(photos.iterdir())
+    summary = embed(photos, tmp_path / "one", encoder, shard_size=None, capacity=64)
+    vectors = encoder.embed(paths, capacity=64)
+    np.testing.assert_array_equal(nopad.read(tmp_path / "one").embeddings, vectors.numpy())
+    assert summary.tally.packs > 3
+
+    embed(photos, tmp_path / "more", encoder, capacity=64)
+    expected = torch.cat([encoder.embed(paths[start : start + 5], capacity=64) for start in (0, 5, 10)])
+    np.testing.assert_array_equal(nopad.read(tmp_path / "more").embeddings, expected.numpy())
+
+
+def test_tokens_are_those_of_the_encoder(photos, tmp_path, model):
+    embed(photos, tmp_path / "out", model, tokens=True)
+    features = nopad.read(tmp_path / "out")
+    encoder = nopad.load(model)
+    for number, path in enumerate(sorted(photos.iterdir())):
+        pack = encoder.pack([path])
+        with torch.inference_mode():
+            tokens = encoder(pack)
+        expected = tokens.reshape(*pack.grid_thw[0].tolist(), 32)
+        assert features.tokens[number].dtype == np.float16
+        np.testing.assert_allclose(features.tokens[number], expected, atol=2e-3, rtol=2e-3)
+
+
+def test_neither_workers_nor_an_encoder_object_change_a_byte(photos, tmp_path, model):
+    embed(photos, tmp_path / "1", model, workers=1, capacity=64)
+    embed(photos, tmp_path / "8", nopad.load(model), workers=8, capacity=64)
+    assert table(tmp_path / "1") == table(tmp_path / "8")
+    assert len(table(tmp_path / "1")) == 3
+
+
+def test_stored_as_float16_and_as_plain_lists(photos, tmp_path, model):
+    embed(photos, tmp_path / "wide", model)
+    embed(photos, tmp_path / "out", model, embedding_dtype="float16", embedding_list="variable")
+    type = pq.read_schema(next((tmp_path / "out").glob("*.parquet"))).field("embedding").type
+    assert str(type) == "list<element: halffloat>"
+    wide, half = (nopad.read(tmp_path / name).embeddings for name in ("wide", "out"))
+    np.testing.assert_array_equal(half, wide.astype(np.float16))
+
+
+def test_what_the_table_cannot_hold_is_a_failure(photos, tmp_path, monkeypatch, model):
+    changed = shutil.copytree(model, tmp_path / "model")
+    weights = load_file(changed / "model.safetensors")
+    weights["rms_norm.weight"] *= 1e6
+    save_file(weights, changed / "model.safetensors")
+    embed(photos, tmp_path / "half", changed, embedding_dtype="float16")
+    assert len(errors(tmp_path / "half")) == 12
+    reason = errors(tmp_path / "half")["000.png"]
+    assert reason.startswith("its embedding goes up to ")
+    assert reason.endswith(", which float16 cannot hold; store it as float32")
+
+    monkeypatch.setattr(run, "MAX_TOKEN_BYTES", 10 * 32 * 2)
+    embed(photos, tmp_path / "tokens", model, tokens=True)
+    sizes = {row["id"]: (row["height"] or 0) // 4 * ((row["width"] or 0) // 4) for row in rows(tmp_path / "tokens")}
+    assert max(sizes.values()) <= 10
+    assert 0 < len(errors(tmp_path / "tokens")) < 12
+    assert "bytes, a table takes 640; set max_patches" in next(iter(errors(tmp_path / "tokens").values()))
+
+
+def test_a_list_with_duplicates_has_a_row_for_each(photos, tmp_path, model):
+    (tmp_path / "list.txt").write_text("photos/001.png\nphotos/000.png\nphotos/001.png\n")
+    embed([tmp_path / "list.txt", photos], tmp_path / "out", model)
+    written = rows(tmp_path / "out")
+    assert [row["id"] for row in written[:4]] == ["photos/001.png", "photos/000.png", "photos/001.png", "000.png"]
+    assert written[0]["embedding"] == written[2]["embedding"]
+    assert len(written) == 15
+
+
+def test_videos(tmp_path, model, clip_model):
+    (tmp_path / "videos").mkdir()
+    path = write_video(tmp_path / "videos" / "a.mp4", 9)
+    (tmp_path / "videos" / "b.mp4").write_bytes(path.read_bytes()[:300])
+    frames = read_frames(path, 4)
+    for checkpoint, grid in ((model, (4, 8, 16)), (clip_model, (4, 7, 7))):
+        out = tmp_path / checkpoint.name
+        embed(tmp_path / "videos", out, checkpoint, frames=4, tokens=True)
+        features = nopad.read(out)
+        assert features.ids == ["a.mp4"]
+        assert [failure.id for failure in features.failures] == ["b.mp4"]
+        assert tuple(features.grids[0]) == grid
+        assert features.tokens[0].shape == (*grid, features.embeddings.shape[1])
+        encoder = nopad.load(checkpoint)
+        np.testing.assert_array_equal(features.embeddings, encoder.embed([frames]).numpy())
+        one_by_one = encoder.embed(list(frames)).mean(0).numpy()
+        assert np.allclose(features.embeddings[0], one_by_one, atol=1e-5) == (checkpoint == model)
+
+
+# Going on
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_stopped_job_goes_on_to_what_an_uninterrupted_one_gives(photos, tmp_path, model, number, tokens, stop_after):
+    (photos / "007.png").write_bytes(b"no picture")
+    options = {"tokens": tokens, "capacity": 64}
+    embed(photos, tmp_path / "whole", model, **options)
+    summary = embed(photos, tmp_path / "out", model, **options, **stop_after(number))
+    assert (summary.rows, summary.missing, summary.to_go) == (5 * number, 12 - 5 * number, 12 - 5 * number)
+    assert len(table(tmp_path / "out")) == number
+    with pytest.raises(ValueError, match=f"unfinished: {3 - number} of 3 shards are missing"):
+        nopad.read(tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")}
+    summary = embed(photos, tmp_path / "out", model, **options)
+    assert (summary.rows, summary.done, summary.to_go, summary.failed) == (12, 12 - 5 * number, 0, 1)
+    assert table(tmp_path / "out") == table(tmp_path / "whole")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_stopped_before_the_first_shard(photos, tmp_path, model):
+    stop = threading.Event()
+    stop.set()
+    summary = embed(photos, tmp_path / "out", model, stop=stop)
+    assert (summary.rows, summary.done, summary.missing, summary.to_go) == (0, 0, 12, 12)
+    with pytest.raises(ValueError, match="no shard of its job is finished"):
+        nopad.read(tmp_path / "out")
+    assert embed(photos, tmp_path / "out", model).rows == 12
+
+
+def test_a_finished_job_has_nothing_to_do(photos, tmp_path, model):
+    embed(photos, tmp_path / "out", model)
+    before = table(tmp_path / "out")
+    summary = embed(photos, tmp_path / "out", model, retry_failed=True)
+    assert (summary.rows, summary.done, summary.seconds, summary.to_go) == (12, 0, 0, 0)
+    assert table(tmp_path / "out") == before
+
+
+def test_a_lost_shard_is_made_again(photos, tmp_path, model):
+    embed(photos, tmp_path / "out", model)
+    before = table(tmp_path / "out")
+    (tmp_path / "out" / sorted(before)[1]).unlink()
+    assert embed(photos, tmp_path / "out", model).done == 5
+    assert table(tmp_path / "out") == before
+
+
+def test_what_a_killed_run_left_half_written_goes_away(photos, tmp_path, model, stop_after):
+    embed(photos, tmp_path / "out", model, **stop_after(1))
+    for name in ("shard-00001-of-00003-abc.parquet.part", "inputs.parquet.part"):
+        (tmp_path / "out" / ".nopad" / name).write_bytes(b"half")
+    embed(photos, tmp_path / "out", model)
+    assert sorted(path.name for path in (tmp_path / "out" / ".nopad").iterdir()) == [
+        "inputs.parquet",
+        "job.json",
+        "lock",
+    ]
+
+
+# Refusals
+
+
+CHANGES = {
+    "dtype": ({"dtype": "bfloat16"}, "dtype: float32 there, bfloat16 now"),
+    "capacity": ({"capacity": 64}, "capacity: 2048 there, 64 now"),
+    "resize": ({"resize": "pil"}, r"preprocessing: native; .*\(torch uint8\).* there, native; .*\(pil\).* now"),
+    "max_patches": ({"max_patches": 9}, "preprocessing: native; .* there, native at most 9 patches; .* now"),
+    "frames": ({"frames": 4}, "frames: 8 there, 4 now"),
+    "max_pixels": ({"max_pixels": 1000}, "max_pixels: 178956970 there, 1000 now"),
+    "tokens": ({"tokens": True}, "tokens: no there, yes now"),
+    "embedding_dtype": ({"embedding_dtype": "float16"}, "embedding_dtype: float32 there, float16 now"),
+    "embedding_list": ({"embedding_list": "variable"}, "embedding_list: fixed there, variable now"),
+    "shard_size": ({"shard_size": 4}, "rows_per_shard: 5 there, 4 now"),
+    "revision": ({"revision": "v2"}, "revision:  there, v2 now"),
+}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, model) -> tuple[Path, Path]:
+    """A source and a finished job of it, which refusals leave as it is."""
+    folder = tmp_path_factory.mktemp("begun")
+    write_photos(folder / "photos", 6)
+    embed(folder / "photos", folder / "out", model)
+    return folder / "photos", folder / "out"
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_setting_is_told(begun, model, change):
+    options, told = CHANGES[change]
+    before = table(begun[1])
+    with pytest.raises(ValueError, match="holds a job with other settings:\n") as caught:
+        embed(*begun, model, **options)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{begun[1]} holds a job with other settings:"
+    assert len(lines) == 3
+    assert re.fullmatch(told, lines[1].strip())
+    assert lines[2] == "use the settings that it was begun with, or another folder"
+    assert table(begun[1]) == before
+
+
+def test_another_version_model_or_source_is_told(begun, tmp_path, monkeypatch, model, clip_model):
+    with pytest.raises(ValueError, match=r'sources: \[".*photos"\] there, \[".*photos/"\] now'):
+        embed(f"{begun[0]}/", begun[1], model)
+    with pytest.raises(ValueError, match=r"(?s)model: .*family: aimv2 there, onevision now.*weights: "):
+        embed(*begun, clip_model)
+    monkeypatch.setattr(record, "__version__", "9.9.9")
+    with pytest.raises(ValueError, match=r"version: 0.1.0 there, 9.9.9 now"):
+        embed(*begun, model)
+
+
+def test_a_model_that_changed_in_place_is_told(photos, tmp_path, model):
+    changed = shutil.copytree(model, tmp_path / "model")
+    embed(photos, tmp_path / "out", changed)
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps({**config, "num_attention_heads": 2}))
+    with pytest.raises(ValueError, match=r"settings:\n  architecture: num_attention_heads 4 there, 2 now\nuse"):
+        embed(photos, tmp_path / "out", changed)
+    (changed / "config.json").write_text(json.dumps(config))
+    (changed / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.5, 0.5]}))
+    with pytest.raises(ValueError, match=r"settings:\n  preprocessing: .* mean 0.5, 0.5, 0.5; .* now\nuse"):
+        embed(photos, tmp_path / "out", changed)
+    (changed / "preprocessor_config.json").unlink()
+    weights = load_file(changed / "model.safetensors")
+    save_file({**weights, "rms_norm.weight": weights["rms_norm.weight"] * 1.001}, changed / "model.safetensors")
+    with pytest.raises(ValueError, match=r"settings:\n  weights: [0-9a-f]{64} there, [0-9a-f]{64} now\nuse"):
+        embed(photos, tmp_path / "out", changed)
+
+
+def test_shards_of_somebody_else(photos, tmp_path, model):
+    (tmp_path / "out").mkdir()
+    foreign = tmp_path / "out" / "shard-00000-of-00001-abcdef123456.parquet"
+    foreign.touch()
+    with pytest.raises(ValueError, match=f"{foreign}: not a shard of this job; move it away or use another folder"):
+        embed(photos, tmp_path / "out", model)
+    assert sorted(path.name for path in (tmp_path / "out" / ".nopad").iterdir()) == ["lock"]
+    foreign.unlink()
+    embed(photos, tmp_path / "out", model)
+    (tmp_path / "out" / "shard-mine.parquet").touch()
+    with pytest.raises(ValueError, match="not a shard of this job"):
+        embed(photos, tmp_path / "out", model)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("job.json", b'{"version": "0.1'),
+        ("job.json", b"[]"),
+        ("job.json", b"\xff"),
+        ("inputs.parquet", b"PAR1"),
+        ("inputs.parquet", None),
+    ],
+)
+def test_damaged_files_of_a_job(photos, tmp_path, model, name, data):
+    embed(photos, tmp_path / "out", model)
+    before = table(tmp_path / "out")
+    path = tmp_path / "out" / ".nopad" / name
+    path.unlink() if data is None else path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"the job's files cannot be read \(.*\); remove job\.json there and run"):
+        embed(photos, tmp_path / "out", model)
+    (tmp_path / "out" / ".nopad" / "job.json").unlink()
+    assert embed(photos, tmp_path / "out", model).done == 0
+    assert table(tmp_path / "out") == before
+
+
+def test_a_list_of_another_job(photos, tmp_path, model):
+    embed(photos, tmp_path / "out", model)
+    inputs.InputList.of([Input("a", "b", "image", b"/a")]).save(tmp_path / "out" / ".nopad" / "inputs.parquet")
+    with pytest.raises(ValueError, match=r"inputs\.parquet is not the list that job\.json was begun with"):
+        embed(photos, tmp_path / "out", model)
+
+
+def test_a_damaged_shard(photos, tmp_path, model):
+    embed(photos, tmp_path / "out", model)
+    before = table(tmp_path / "out")
+    path = tmp_path / "out" / next(iter(before))
+    path.write_bytes(before[path.name][:-100])
+    with pytest.raises(ValueError, match=f"{path}: damaged .*; delete it and run the job again"):
+        embed(photos, tmp_path / "out", model)
+    path.unlink()
+    embed(photos, tmp_path / "out", model)
+    assert table(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frames": 0}, "frames, max_pixels: expected ≥ 1, got 0"),
+        ({"max_pixels": 0}, "frames, max_pixels: expected ≥ 1, got 8 and 0"),
+        ({"capacity": 0}, "expected capacity ≥ 1"),
+        ({"workers": 0}, "workers: expected ≥ 1, got 0"),
+        ({"actors": 0}, "actors: expected ≥ 1, got 0"),
+        ({"shard_size": 0}, "shard_size: expected ≥ 1, got 0"),
+        ({"max_patches": 0}, "max_patches: expected ≥ 1, got 0"),
+        ({"dtype": "int8"}, "dtype: expected one of float32, bfloat16, float16, got 'int8'"),
+        ({"device": "abacus"}, "device: got 'abacus'"),
+        ({"resize": "lanczos"}, "resize: expected one of"),
+        ({"embedding_dtype": "float64"}, "embedding_dtype 'float64', expected"),
+        ({"embedding_list": "nested"}, "embedding_list 'nested', expected"),
+        ({"attention": "magic"}, "attention: expected 'auto' or one of"),
+    ],
+)
+def test_a_wrong_argument_begins_no_job(photos, tmp_path, model, options, message):
+    with pytest.raises(ValueError, match=message):
+        embed(photos, tmp_path / "out", model, **options)
+    assert not (tmp_path / "out" / ".nopad" / "job.json").exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"dtype": "float32"}, {"device": "cpu"}, {"revision": "a"}, {"attention": "sdpa"}, {"actors": 1}]
+)
+def test_an_encoder_brings_its_own(photos, tmp_path, model, options):
+    with pytest.raises(ValueError, match="model: an encoder brings its own device, dtype, revision and attention"):
+        embed(photos, tmp_path / "out", nopad.load(model), **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_sources_and_models_begin_no_job(photos, tmp_path, model):
+    for sources, message in (
+        ([], "sources: expected a list"),
+        (tmp_path / "nothing", "nothing: cannot be opened: No such file"),
+        (model, "no picture or video in it; left out: 1 .json, 1 .safetensors"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            embed(sources, tmp_path / "out", model)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(OSError, match="nowhere"):
+        embed(photos, tmp_path / "out", tmp_path / "nowhere")
+    assert not (tmp_path / "out" / ".nopad" / "job.json").exists()
+
+
+# Disks
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("where", ["list", "shard", "rename"])
+def test_a_disk_that_refuses_leaves_nothing_half_written(photos, tmp_path, monkeypatch, model, number, where):
+    out = tmp_path / "out"
+    embed(photos, tmp_path / "whole", model)
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    def fsync(descriptor):
+        if "shard" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            refuse()
+
+    def replace(source, target):
+        refuse() if "shard-00001" in str(target) else real(source, target)
+
+    real = os.replace
+    with monkeypatch.context() as patch:
+        if where == "list":
+            patch.setattr(pq, "write_table", refuse)
+        else:
+            patch.setattr(os, *{"shard": ("fsync", fsync), "rename": ("replace", replace)}[where])
+        with pytest.raises(OSError, match=f"{out}: {os.strerror(number)}; ") as caught:
+            embed(photos, out, model)
+    assert caught.value.errno == number
+    assert not list(out.rglob("*.part"))
+    assert len(table(out)) == (where == "rename")
+    assert (out / ".nopad" / "job.json").exists() == (where != "list")
+    embed(photos, out, model)
+    assert table(out) == table(tmp_path / "whole")
+
+
+def test_a_disk_that_is_really_full(photos, tmp_path, model):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))  # the system's answer to every byte beyond
+    try:
+        with pytest.raises(OSError, match=f"{tmp_path / 'out'}: File too large; see to the disk") as caught:
+            embed(photos, tmp_path / "out", model, tokens=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG
+    assert not list((tmp_path / "out").rglob("*.part"))
+    assert table(tmp_path / "out") == {}
+    assert embed(photos, tmp_path / "out", model, tokens=True).rows == 12
+
+
+def test_out_is_a_file(photos, tmp_path, model):
+    (tmp_path / "out").touch()
+    with pytest.raises(OSError, match=f"{tmp_path / 'out'}: "):
+        embed(photos, tmp_path / "out", model)
+
+
+# Sources that change
+
+
+def test_a_source_that_grows_and_shrinks_is_told_and_the_list_is_kept(photos, tmp_path, caplog, model, stop_after):
+    embed(photos, tmp_path / "whole", model)
+    embed(photos, tmp_path / "out", model, **stop_after(1))
+    write_photos(photos, 2, start=50)
+    (photos / "011.png").unlink()
+    summary = embed(photos, tmp_path / "out", model)
+    told = "since this job began, its sources have 2 new inputs and 1 are gone; it keeps to the list that it began with"
+    assert len(summary.changes) == 1
+    assert summary.changes[0].startswith(told)
+    assert told in caplog.text
+    assert (summary.rows, summary.failed) == (12, 1)
+    assert errors(tmp_path / "out") == {"011.png": "cannot be read: No such file or directory"}
+    whole, out = table(tmp_path / "whole"), table(tmp_path / "out")
+    assert [whole[name] == out[name] for name in whole] == [True, True, False]
+
+
+def test_a_list_in_another_order_is_told(photos, tmp_path, model):
+    (tmp_path / "list.txt").write_text("photos/000.png\nphotos/001.png\n")
+    embed(tmp_path / "list.txt", tmp_path / "out", model)
+    (tmp_path / "list.txt").write_text("photos/001.png\nphotos/000.png\n")
+    (change,) = embed(tmp_path / "list.txt", tmp_path / "out", model).changes
+    assert "0 new inputs and 0 are gone, but they come in another order" in change
+
+
+def write_tar(path: Path, photos: Path, number: int, first: int = 0) -> None:
+    with tarfile.open(path, "w") as archive:
+        for photo in sorted(photos.iterdir())[first : first + number]:
+            archive.add(photo, photo.name)
+
+
+def test_a_tar_that_was_written_anew_is_refused(photos, tmp_path, model, stop_after):
+    tar = tmp_path / "a.tar"
+    write_tar(tar, photos, 6)
+    embed(tar, tmp_path / "out", model, **stop_after(1))
+    write_tar(tar, photos, 8)
+    assert "2 new inputs and 0 are gone" in embed(tar, tmp_path / "out", model).changes[0]  # they stand behind the old
+    with Image.open(photos / "000.png") as image:
+        image.resize((90, 90)).save(photos / "000.png")
+    write_tar(tar, photos, 6)
+    with pytest.raises(ValueError, match=r"holds a job of which 6 inputs are elsewhere now; .*a\.tar at byte \d+"):
+        embed(tar, tmp_path / "out", model)
+
+
+def test_the_same_name_for_another_folder_is_refused(photos, tmp_path, monkeypatch, model):
+    write_photos(tmp_path / "other" / "photos", 12)
+    monkeypatch.chdir(tmp_path)
+    embed("photos", tmp_path / "out", model)
+    monkeypatch.chdir(tmp_path / "other")
+    where = rf"000\.png of photos: {photos}/000\.png there, {tmp_path}/other/photos/000\.png now"
+    with pytest.raises(ValueError, match=f"12 inputs are elsewhere now; the first is {where}"):
+        embed("photos", tmp_path / "out", model)
+
+
+def test_a_picture_that_vanishes_between_listing_and_reading(photos, tmp_path, monkeypatch, model):
+    def list_inputs(*arguments, **options):
+        listing = real(*arguments, **options)
+        (photos / "004.png").unlink()
+        return listing
+
+    real = job.list_inputs
+    monkeypatch.setattr(job, "list_inputs", list_inputs)
+    summary = embed(photos, tmp_path / "out", model)
+    assert (summary.rows, summary.failed) == (12, 1)
+    assert errors(tmp_path / "out") == {"004.png": "cannot be read: No such file or directory"}
+
+
+def test_an_unexpected_error_of_the_reader_is_a_row(photos, tmp_path, monkeypatch, model):
+    def pixels(self, item):
+        if item.id == "003.png":
+            raise ZeroDivisionError("a bug")
+        return real(self, item)
+
+    real = Reader.pixels
+    monkeypatch.setattr(Reader, "pixels", pixels)
+    assert embed(photos, tmp_path / "out", model).failed == 1
+    assert errors(tmp_path / "out") == {"003.png": "unexpected ZeroDivisionError: a bug"}
+
+
+def test_the_table_may_lie_in_its_source(photos, tmp_path, model, stop_after):
+    embed(photos, tmp_path / "whole", model)
+    for out in (photos / "out", photos):
+        embed(photos, out, model, **stop_after(1))
+        summary = embed(photos, out, model)
+        assert (summary.rows, summary.failed, summary.changes, summary.left_out) == (12, 0, [], {})
+        assert nopad.read(out).ids == nopad.read(tmp_path / "whole").ids
+        assert embed(f"{photos}/*", tmp_path / f"again-{out.name}", model).rows == 12
+
+
+def test_the_table_may_lie_beside_the_tars_that_it_is_made_from(photos, tmp_path, model, stop_after):
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars" / "a.tar", photos, 12)
+    embed(tmp_path / "tars", tmp_path / "tars" / "out", model, **stop_after(1))
+    summary = embed(tmp_path / "tars", tmp_path / "tars" / "out", model)
+    assert (summary.rows, summary.changes) == (12, [])
+
+
+# Failures
+
+
+def test_retried_rows_are_replaced_and_the_others_keep_their_bits(photos, tmp_path, model):
+    kept = {name: (photos / name).read_bytes() for name in ("001.png", "006.png", "007.png")}
+    for name in kept:
+        (photos / name).write_bytes(b"no picture")
+    embed(photos, tmp_path / "out", model, tokens=True)
+    before, first = table(tmp_path / "out"), rows(tmp_path / "out")
+    assert embed(photos, tmp_path / "out", model, tokens=True).done == 0  # failures stay unless asked for
+    for name in ("001.png", "006.png"):
+        (photos / name).write_bytes(kept[name])
+    summary = embed(photos, tmp_path / "out", model, tokens=True, retry_failed=True)
+    assert (summary.rows, summary.failed, summary.done, summary.to_go) == (12, 1, 3, 0)
+    assert (summary.tally.images, summary.tally.failed) == (3, 1)
+    after, second = table(tmp_path / "out"), rows(tmp_path / "out")
+    names = sorted(before)
+    assert sorted(after) == names
+    assert [before[name] == after[name] for name in names] == [False, False, True]
+    assert list(errors(tmp_path / "out")) == ["007.png"]
+    for old, new in zip(first, second, strict=True):
+        assert new == old or new["id"] in ("001.png", "006.png")
+    encoder = nopad.load(model)
+    vector = nopad.read(tmp_path / "out").embeddings[1]
+    np.testing.assert_array_equal(vector, encoder.embed([photos / "001.png"])[0].numpy())
+
+
+def test_retrying_what_fails_again_changes_nothing(photos, tmp_path, model):
+    (photos / "001.png").write_bytes(b"no picture")
+    embed(photos, tmp_path / "out", model)
+    before = table(tmp_path / "out")
+    summary = embed(photos, tmp_path / "out", model, retry_failed=True)
+    assert (summary.done, summary.failed, summary.shards_with_failures) == (1, 1, [min(before)])
+    assert table(tmp_path / "out") == before
+
+
+def test_a_retry_that_is_stopped_tells_what_it_left(photos, tmp_path, model, stop_after):
+    kept = {path: path.read_bytes() for path in photos.iterdir()}
+    for path in kept:
+        path.write_bytes(b"no picture")
+    assert embed(photos, tmp_path / "out", model).failed == 12
+    assert len(table(tmp_path / "out")) == 3
+    for path, data in kept.items():
+        path.write_bytes(data)
+    summary = embed(photos, tmp_path / "out", model, retry_failed=True, **stop_after(1))
+    assert (summary.rows, summary.failed, summary.missing, summary.to_go) == (12, 7, 0, 7)
+    told: list[Progress] = []
+    summary = embed(photos, tmp_path / "out", model, retry_failed=True, progress=told.append)
+    assert (summary.failed, summary.done, summary.to_go) == (0, 7, 0)
+    assert (told[-1].rows, told[-1].kept, told[-1].tally.images) == (7, 5, 7)
+    np.testing.assert_array_equal(
+        nopad.read(tmp_path / "out").embeddings[:5], nopad.load(model).embed(sorted(photos.iterdir())[:5]).numpy()
+    )
+
+
+def test_a_retry_that_is_killed_leaves_each_shard_old_or_new(photos, tmp_path, monkeypatch, model):
+    kept = (photos / "006.png").read_bytes()
+    (photos / "006.png").write_bytes(b"no picture")
+    embed(photos, tmp_path / "out", model)
+    before = table(tmp_path / "out")
+    (photos / "006.png").write_bytes(kept)
+
+    def replace(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            embed(photos, tmp_path / "out", model, retry_failed=True)
+    assert table(tmp_path / "out") == before
+    assert embed(photos, tmp_path / "out", model, retry_failed=True).failed == 0
+
+
+def test_retries_and_missing_shards_are_counted_together(photos, tmp_path, model, stop_after):
+    (photos / "001.png").write_bytes(b"no picture")
+    embed(photos, tmp_path / "out", model, **stop_after(1))
+    told: list[Progress] = []
+    summary = embed(photos, tmp_path / "out", model, retry_failed=True, progress=told.append)
+    assert {(progress.rows, progress.kept) for progress in told} == {(8, 4)}
+    assert (summary.done, summary.tally.images) == (8, 8)
+    assert told[-1].tally.images == 8

@@ -1,0 +1,266 @@
+import itertools
+import random
+import threading
+import time
+
+import aimv2_checkpoints
+import numpy as np
+import onevision_checkpoints
+import pytest
+import torch
+from pictures import noise
+
+import nopad
+from nopad.encoder import PackedEncoder
+from nopad.images import ImageError, load
+from nopad.worker import Embedded, Worker
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> PackedEncoder:
+    original = aimv2_checkpoints.tiny_original()
+    folder = aimv2_checkpoints.write(tmp_path_factory.mktemp("m"), original.state_dict(), original.config.to_dict())
+    return nopad.load(folder)
+
+
+def picture(seed: int, rows: int = 3, columns: int = 4) -> torch.Tensor:
+    return torch.from_numpy(noise(seed, 4 * rows, 4 * columns)).permute(2, 0, 1)
+
+
+def mixed(number: int) -> list[torch.Tensor]:
+    sizes = np.random.default_rng(0).integers(1, 9, (number, 2))
+    return [picture(seed, rows, columns) for seed, (rows, columns) in enumerate(sizes)]
+
+
+def by_itself(encoder: PackedEncoder, image: torch.Tensor) -> np.ndarray:
+    with torch.inference_mode():
+        return encoder.encode(encoder.pack([image])).pooled[0].numpy()
+
+
+def run(worker: Worker, groups, read=load, **options) -> list[list[Embedded]]:
+    return list(worker.run(groups, read, **options))
+
+
+def bits(results: list[Embedded]) -> list[bytes]:
+    return [b"" if result.embedding is None else result.embedding.tobytes() for result in results]
+
+
+def test_results_stand_where_their_pictures_stand(encoder):
+    images = mixed(30)
+    (results,) = run(Worker(encoder, capacity=40, threads=3, tokens=True), [images])
+    for image, result in zip(images, results, strict=True):
+        rows, columns = image.shape[1] // 4, image.shape[2] // 4
+        assert (result.error, result.grid) == (None, (1, rows, columns))
+        assert (result.width, result.height) == (4 * columns, 4 * rows)
+        np.testing.assert_allclose(result.embedding, by_itself(encoder, image), atol=1e-5)
+        assert (result.tokens.shape, result.tokens.dtype) == ((rows * columns, 32), np.float16)
+        np.testing.assert_allclose(result.tokens.mean(0, dtype=np.float32), result.embedding, atol=2e-3)
+
+
+def test_neither_threads_nor_their_luck_change_a_bit(encoder):
+    images = mixed(40)
+    once = [bits(results) for results in run(Worker(encoder, capacity=64, threads=1), [images[:25], images[25:]])]
+
+    def slowly(image: torch.Tensor) -> torch.Tensor:
+        time.sleep(random.uniform(0, 0.004))
+        return load(image)
+
+    again = run(Worker(encoder, capacity=64, threads=8), [images[:25], images[25:]], slowly)
+    assert [bits(results) for results in again] == once
+
+
+def test_a_group_owes_nothing_to_the_others(encoder):
+    images = mixed(30)
+    worker = Worker(encoder, capacity=64)
+    in_three = run(worker, [images[:10], [], images[10:17], images[17:]])
+    assert [len(results) for results in in_three] == [10, 0, 7, 13]
+    (alone,) = run(worker, [images[10:17]])
+    assert bits(alone) == bits(in_three[2])
+
+
+def test_groups_are_taken_as_they_are_needed(encoder):
+    results = Worker(encoder, capacity=64, threads=2).run(([picture(n)] for n in itertools.count()), load)
+    assert len(next(results)) == 1
+    assert len(next(results)) == 1
+    results.close()
+
+
+def test_a_bad_picture_costs_nobody_else(encoder, caplog):
+    def read(number: int) -> torch.Tensor:
+        if number == 1:
+            raise ImageError("one", "truncated")
+        if number == 3:
+            raise KeyError("a bug")
+        return picture(number)
+
+    worker = Worker(encoder)
+    (results,) = run(worker, [range(5)], read)
+    assert [None if result.error is None else result.error.reason for result in results] == [
+        None,
+        "truncated",
+        None,
+        "unexpected KeyError: 'a bug'",
+        None,
+    ]
+    assert "unexpected error with 3" in caplog.text
+    assert (results[1].embedding, results[1].grid, results[1].width) == (None, None, None)
+    np.testing.assert_allclose(results[4].embedding, by_itself(encoder, picture(4)), atol=1e-5)
+    assert (worker.tally.images, worker.tally.failed) == (5, 2)
+
+
+def test_strict_raises_the_first_and_ends_its_threads(encoder):
+    def read(number: int) -> torch.Tensor:
+        raise ImageError(str(number), "truncated")
+
+    before = threading.active_count()
+    with pytest.raises(ImageError, match="0: truncated"):
+        run(Worker(encoder, threads=4), [range(100)], read, strict=True)
+    assert threading.active_count() == before
+
+
+def test_stop_finishes_the_group_in_hand(encoder):
+    stop = threading.Event()
+    done = []
+    for results in Worker(encoder).run([[picture(0)], [picture(1)], [picture(2)]], load, stop=stop):
+        done.append(len(results))
+        if len(done) == 2:
+            stop.set()
+    assert done == [1, 1]
+
+
+# Memory
+
+
+def limited(encoder, monkeypatch, most: int, error: RuntimeError) -> None:
+    whole = encoder.encode
+
+    def encode(patches, grid):
+        if len(patches) > most:
+            raise error
+        return whole(patches, grid)
+
+    monkeypatch.setattr(encoder, "encode", encode)
+
+
+CPU_ERROR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(CPU_ERROR)])
+def test_a_pack_that_does_not_fit_goes_one_by_one_and_a_picture_that_does_not_fails(encoder, monkeypatch, error):
+    images = [picture(0), picture(1, 10, 10), picture(2)]
+    limited(encoder, monkeypatch, 20, error)
+    worker = Worker(encoder)
+    (results,) = run(worker, [images])
+    monkeypatch.undo()
+    for index in (0, 2):
+        np.testing.assert_allclose(results[index].embedding, by_itself(encoder, images[index]), atol=1e-5)
+    reason = f"its 100 patches do not fit into memory ({error}); set a limit: max_patches"
+    assert results[1].error.reason == reason
+    assert (worker.tally.images, worker.tally.failed) == (3, 1)
+
+
+def test_other_errors_of_the_encoder_are_raised(encoder, monkeypatch):
+    limited(encoder, monkeypatch, 0, RuntimeError("CUDA error: device-side assert"))
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        run(Worker(encoder), [[picture(0)]])
+
+
+# Numbers that are none
+
+
+def output_of(encoder, monkeypatch, **changes: float) -> None:
+    whole = encoder.encode
+
+    def encode(patches, grid):
+        output = whole(patches, grid)
+        for name, value in changes.items():
+            getattr(output, name)[-1] = value
+        return output
+
+    monkeypatch.setattr(encoder, "encode", encode)
+
+
+def test_features_that_overflow_are_failures(encoder, monkeypatch):
+    output_of(encoder, monkeypatch, pooled=float("inf"))
+    (results,) = run(Worker(encoder), [[picture(0), picture(1)]])
+    assert results[0].error is None
+    assert results[1].error.reason == "its features are not finite in torch.float32"
+
+
+def test_float16_gets_a_hint(tmp_path):
+    original = aimv2_checkpoints.tiny_original()
+    original.rms_norm.weight.data.fill_(6e4)
+    folder = aimv2_checkpoints.write(tmp_path, original.state_dict(), original.config.to_dict())
+    (results,) = run(Worker(nopad.load(folder, dtype=torch.float16)), [[picture(0)]])
+    hint = "; float16 may overflow, bfloat16 and float32 do not"
+    assert results[0].error.reason == f"its features are not finite in torch.float16{hint}"
+
+
+def test_tokens_that_float16_cannot_hold_are_failures(encoder, monkeypatch):
+    output_of(encoder, monkeypatch, tokens=1e5)
+    (results,) = run(Worker(encoder, tokens=True), [[picture(0), picture(1)]])
+    assert results[0].error is None
+    assert results[1].error.reason == "its tokens are not finite in float16, in which they are stored"
+    (results,) = run(Worker(encoder), [[picture(0), picture(1)]])
+    assert results[1].error is None
+
+
+# What is told
+
+
+def test_the_tally_counts_patches_packs_and_room(encoder):
+    worker = Worker(encoder, capacity=24)
+    run(worker, [[picture(n) for n in range(5)], [picture(0, 6, 6)]])  # 12 patches each: 2 + 2 + 1; then 36 alone
+    tally = worker.tally
+    assert (tally.images, tally.failed, tally.packs, tally.patches) == (6, 0, 4, 96)
+    assert tally.capacity == 24 + 24 + 12 + 36
+    assert tally.fill == 1.0
+    assert min(tally.decode, tally.encode) > 0
+
+
+def test_packs_of_mixed_sizes_are_97_percent_full(encoder):
+    worker = Worker(encoder, capacity=1024)
+    run(worker, [mixed(400)])
+    assert worker.tally.packs > 5
+    assert 0.97 <= worker.tally.fill <= 1
+
+
+@pytest.mark.parametrize("options", [{"capacity": 0}, {"threads": 0}])
+def test_wrong_numbers(encoder, options):
+    with pytest.raises(ValueError, match="expected capacity ≥ 1 and threads ≥ 1"):
+        Worker(encoder, **options)
+
+
+def test_a_limit_that_fits_no_picture_is_told_at_once(encoder):
+    with pytest.raises(ValueError, match="max_patches: expected ≥ 1, got 0"):
+        Worker(encoder, max_patches=0)
+
+
+# encoder.embed
+
+
+def test_embed_takes_any_iterable_and_gives_its_order(encoder):
+    images = mixed(20)
+    vectors = encoder.embed(iter(images), capacity=64)
+    assert (vectors.shape, vectors.dtype) == ((20, 32), torch.float32)
+    for image, vector in zip(images, vectors, strict=True):
+        np.testing.assert_allclose(vector, by_itself(encoder, image), atol=1e-5)
+    assert encoder.embed([]).shape == (0, 32)
+
+
+def test_embed_raises_for_the_first_that_cannot_be_used(encoder, tmp_path):
+    with pytest.raises(ImageError, match=r"missing\.png: cannot be opened"):
+        encoder.embed([picture(0), tmp_path / "missing.png", tmp_path / "other.png"])
+
+
+def test_a_clip_is_one_result(encoder, tmp_path):
+    original = onevision_checkpoints.tiny_original()
+    joint = nopad.load(onevision_checkpoints.write(tmp_path, original.state_dict(), original.config.to_dict()))
+    clip = [noise(n, 28, 28) for n in range(3)]
+    for family in (joint, encoder):
+        assert family.embed([clip, clip[0]]).shape == (2, family.hidden_size)
+    frame_by_frame = encoder.embed([clip])[0]
+    torch.testing.assert_close(frame_by_frame, encoder.embed(clip).mean(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(joint.embed([clip])[0], joint.encode(joint.pack([clip])).pooled[0])
+    assert not torch.allclose(joint.embed([clip])[0], joint.embed(clip).mean(0), atol=1e-3)
