@@ -128,7 +128,7 @@ def test_one_compilation_serves_all_layers_and_packs(goldens):
     with torch.inference_mode():
         torch.testing.assert_close(encoder(patches_of(encoder), GRIDS), expected, rtol=1e-4, atol=1e-5)
     encoder(patches_of(encoder, GRIDS[1:]), GRIDS[1:])
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs <= 4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs <= 8
 
 
 @torch.no_grad()

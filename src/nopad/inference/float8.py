@@ -7,7 +7,11 @@ the linear maps of the layers stays as it is: patch embedding, norms, attention,
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+
+from nopad.layers.mlp import GatedMLP
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
@@ -68,9 +72,47 @@ class Float8Linear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """`(T, in)` to `(T, out)`."""
-        quantized, scale = quantize_rows(input)
-        output = product(quantized, scale, self.weight, self.scale, input.dtype)
+        return self.multiply(*quantize_rows(input), input.dtype)
+
+    def multiply(self, quantized: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """`(T, in)` float8 and `(T, 1)` to `(T, out)`."""
+        output = product(quantized, scale, self.weight, self.scale, dtype)
         return output if self.bias is None else output + self.bias
+
+
+class Float8GatedMLP(nn.Module):
+    """`GatedMLP` with SiLU in float8: gate, product and the cast of what goes down are one pass.
+
+    Raises:
+        ValueError: see `Float8Linear`.
+    """
+
+    def __init__(self, mlp: GatedMLP) -> None:
+        super().__init__()
+        self.gate_up = Float8Linear(mlp.gate_up)
+        self.down = Float8Linear(mlp.down)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`(T, D)` to `(T, D)`."""
+        fed, scale = silu_mul_quantize(self.gate_up(hidden_states))
+        return self.down.multiply(fed, scale, hidden_states.dtype)
+
+
+def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows(silu(gate) · up)`.
+
+    Args:
+        gate_up: `(M, 2 · I)`, gate before up.
+
+    Returns:
+        `(M, I)` float8 and `(M, 1)` float32.
+    """
+    if gate_up.is_cuda:
+        from nopad.inference import triton_kernels
+
+        return triton_kernels.silu_mul_quantize(gate_up)
+    gate, up = gate_up.float().chunk(2, dim=1)
+    return quantize_rows(F.silu(gate) * up)
 
 
 def to_float8(layers: nn.ModuleList) -> None:
@@ -80,6 +122,8 @@ def to_float8(layers: nn.ModuleList) -> None:
         ValueError: see `Float8Linear`.
     """
     for layer in layers:
+        if isinstance(layer.mlp, GatedMLP) and isinstance(layer.mlp.activation, nn.SiLU | SiLUActivation):
+            layer.mlp = Float8GatedMLP(layer.mlp)
         for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear):
                 layer.set_submodule(name, Float8Linear(module))

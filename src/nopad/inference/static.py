@@ -10,8 +10,8 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nopad.inference import fused
 from nopad.layers.attention import Rotation
+from nopad.layers.block import add
 from nopad.layout import Segments
 
 if TYPE_CHECKING:
@@ -165,36 +166,50 @@ def compile_layers(encoder: PackedEncoder, capacity: int, slots: int, compiled: 
     run as they are, and a warning says why. On a GPU packs of at most `GRAPH_CAPACITY` rows are CUDA graphs.
     """
     start = time.perf_counter()
-    modules = list(encoder.layers)
-
-    def block(layer: nn.Module, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
-        return layer.forward(tokens, segments, rotate)
-
-    def runner(one: Callable[..., Tensor]) -> Layers:
-        def run(tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
-            for layer in modules:
-                tokens = one(layer, tokens, segments, rotate)
-            return tokens
-
-        return run
-
+    as_they_are = partial(run_layers, list(encoder.layers))
     if not compiled:
-        return runner(block)
+        return as_they_are
     reason = fused.obstacle(encoder.layers, encoder.device, encoder.dtype)
-    logger.info("layers compiled by torch: %s", reason) if reason else logger.info("layers fused")
-    layers = runner(torch.compile(block)) if reason else fused.FusedLayers(encoder.layers, fused.QuackProducts())
+    if reason is None:
+        layers = fused.FusedLayers(encoder.layers, fused.QuackProducts())
+    else:
+        logger.info("layers are not fused: %s", reason)
+        layers = partial(run_deferred, list(encoder.layers), torch.compile(_deferred))
     try:
         warm_up(encoder, layers, capacity, slots)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # what torch's compilers raise, a missing Triton or C++ compiler among it
         logger.warning("the layers run uncompiled: %s", str(error).strip().splitlines()[0])
-        layers = runner(block)
+        layers = as_they_are
     if encoder.device.type == "cuda" and capacity <= GRAPH_CAPACITY:
         layers = Graphs(layers)
         warm_up(encoder, layers, capacity, slots)
     logger.info("compiled for packs of %d tokens in %.0f s", capacity, time.perf_counter() - start)
     return layers
+
+
+def run_layers(layers: list[Any], tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
+    """One layer after another, as they are."""
+    for layer in layers:
+        tokens = layer(tokens, segments, rotate)
+    return tokens
+
+
+def run_deferred(
+    layers: list[Any], one: Callable[..., Any], tokens: Tensor, segments: Segments, rotate: Rotation | None
+) -> Tensor:
+    """One layer after another by `one`, each making the sum that the one before has left."""
+    update = None
+    for layer in layers:
+        tokens, update = one(layer, tokens, update, segments, rotate)
+    return tokens if update is None else add(tokens, update)
+
+
+def _deferred(
+    layer: Any, tokens: Tensor, update: Tensor | None, segments: Segments, rotate: Rotation | None
+) -> tuple[Tensor, Tensor]:
+    return layer.deferred(tokens, update, segments, rotate)
 
 
 @torch.no_grad()

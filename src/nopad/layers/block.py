@@ -38,7 +38,24 @@ class Block(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, segments: Segments, rotate: Rotation | None = None) -> Tensor:
         """`(T, D)` to `(T, D)`."""
+        hidden_states, update = self.deferred(hidden_states, None, segments, rotate)
+        return add(hidden_states, update)
+
+    def deferred(
+        self, hidden_states: Tensor, update: Tensor | None, segments: Segments, rotate: Rotation | None
+    ) -> tuple[Tensor, Tensor]:
+        """As `forward`, of a sum that is still to be made to one: a compiler makes it and the norm in one pass."""
+        if update is not None:
+            hidden_states = add(hidden_states, update)
         mixed = self.attention(self.norm1(hidden_states), segments, rotate)
-        hidden_states = hidden_states + (mixed if self.layer_scale1 is None else mixed * self.layer_scale1)
+        hidden_states = add(hidden_states, mixed if self.layer_scale1 is None else mixed * self.layer_scale1)
         fed = self.mlp(self.norm2(hidden_states))
-        return hidden_states + (fed if self.layer_scale2 is None else fed * self.layer_scale2)
+        return hidden_states, fed if self.layer_scale2 is None else fed * self.layer_scale2
+
+
+def add(hidden_states: Tensor, update: Tensor) -> Tensor:
+    """The residual sum, the same bits compiled and not."""
+    if torch.compiler.is_compiling():
+        # Spelt out, because a compiler lets the product before accumulate on a copy of the residual, and copies it.
+        return (hidden_states.float() + update.float()).to(hidden_states.dtype)
+    return hidden_states + update
