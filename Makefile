@@ -2,12 +2,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint types format install clean
+.PHONY: demo bench-embed test lint types format install clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
 	@mkdir -p demo
 	@$(BIN)/nopad align untrained:apple/aimv2-large-patch14-native --images examples/images --report demo/align.html
+	@$(BIN)/nopad embed examples/images --model untrained:apple/aimv2-large-patch14-native --out demo/features
+
+# The whole embedding job beside transformers one image at a time, about ten minutes; quicker: ARGS="--images 200"
+bench-embed: $(STAMP)
+	@mkdir -p demo
+	@$(BIN)/python benchmarks/embed.py $(ARGS)
 
 # One test, say: make test ARGS="tests/test_packing.py -k patchify"
 test: $(STAMP)
