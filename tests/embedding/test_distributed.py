@@ -124,7 +124,7 @@ def test_an_actor_with_other_weights_is_refused(ray, pictures, goldens, tmp_path
             os.replace(tmp_path / "other", model / "model.safetensors")
 
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match=r"another checkpoint or installation(.|\n)*weights: \w+ there, \w+ now") as error:
+    with pytest.raises(ValueError, match=r"another checkpoint(.|\n)*weights: \w+ there, \w+ now") as error:
         embed(pictures, out, model=model, shard_size=ROWS, actors=1, progress=change)
     assert "DataContext" not in str(error.value)  # Ray's advice does not fit
     assert shards(out) == {}

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from nopad.embedding import shards
+from nopad.embedding import shards, stored
 from nopad.embedding.features import Failure, read
 from nopad.embedding.shards import Row, ShardFormat, shard_name, write_shard
 
@@ -160,8 +160,8 @@ def test_tokens_belong_to_their_reader(folder):
 
 def test_iterating_tokens_reads_each_row_group_once(folder, monkeypatch):
     tokens = read(folder).tokens
-    real, opens = shards.opened, []
-    monkeypatch.setattr(shards, "opened", lambda path: opens.append(path) or real(path))
+    real, opens = stored.opened, []
+    monkeypatch.setattr(stored, "opened", lambda path: opens.append(path) or real(path))
     assert len(list(tokens)) == len(NUMBERS)
     assert len(opens) == 4  # of the shards with tokens one has 21 rows, two groups
 

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import nopad
-from nopad.embedding import inputs, job, record, run, shards
+from nopad.embedding import inputs, job, record, run, shards, stored
 from nopad.embedding.inputs import Input
 from nopad.embedding.reader import Reader
 from nopad.embedding.run import Progress, Summary
@@ -89,7 +89,7 @@ def test_one_row_per_input_in_order_and_all_that_is_to_be_known_in_the_schema(ph
 
     encoder = nopad.load(model)
     for path in (tmp_path / "out").glob("*.parquet"):
-        metadata = shards.read_metadata(path)
+        metadata = stored.read_metadata(path)
         expected = {
             "model": str(model),
             "revision": "",

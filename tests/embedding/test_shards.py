@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nopad.embedding import shards
-from nopad.embedding.shards import Row, ShardFormat, count, failed_rows, read_metadata, read_rows, write_shard
+from nopad.embedding.shards import Row, ShardFormat, write_shard
+from nopad.embedding.stored import count, failed_rows, read_metadata, read_rows
 
 PLAIN = ShardFormat(dimension=3)
 FORMATS = {

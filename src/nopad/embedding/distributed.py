@@ -26,7 +26,7 @@ from PIL import Image
 from nopad.embedding.job import Job
 from nopad.embedding.record import JobFolder, Settings, check_same, record_of
 from nopad.embedding.run import Run, Ticker
-from nopad.embedding.shards import count
+from nopad.embedding.stored import count
 from nopad.worker import Tally
 
 logger = logging.getLogger(__name__)
@@ -150,8 +150,6 @@ def _connected() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
@@ -160,6 +158,8 @@ def _connected() -> Iterator[None]:
         except ConnectionError:
             if os.environ.get("RAY_ADDRESS"):
                 raise
+            for name, value in _ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
             ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE, **quiet)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own there

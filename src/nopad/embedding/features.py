@@ -11,7 +11,7 @@ from typing import Any, overload
 import numpy as np
 import pyarrow as pa
 
-from nopad.embedding import shards
+from nopad.embedding import shards, stored
 
 _CACHED_GROUPS = 4
 _SHOWN = 5
@@ -71,7 +71,7 @@ class Tokens(Sequence[np.ndarray]):
         return np.frombuffer(raw, "<f2").reshape(t, h, w, self._width).astype(np.float16)
 
     def _read_group(self, shard: int, group: int) -> pa.ChunkedArray:
-        with shards.opened(self._paths[shard]) as file:
+        with stored.opened(self._paths[shard]) as file:
             return file.read_row_group(group, ["tokens"])["tokens"]
 
     def __repr__(self) -> str:
@@ -123,7 +123,7 @@ def read(folder: str | Path, *, partial: bool = False) -> Features:
     """
     paths = _find(Path(folder), partial)
     schema, rows = _survey(paths)
-    width, token_width = shards.embedding_width(schema), shards.token_width(schema)
+    width, token_width = stored.embedding_width(schema), stored.token_width(schema)
     dtype = schema.field("embedding").type.value_type.to_pandas_dtype()
 
     embeddings = np.empty((rows, width), dtype)  # cut to the ok rows below
@@ -132,13 +132,13 @@ def read(folder: str | Path, *, partial: bool = False) -> Features:
     failures: list[Failure] = []
     starts, places, grids, sizes = [], [], [], []
     for number, path in enumerate(paths):
-        with shards.opened(path) as file:
+        with stored.opened(path) as file:
             groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             table = file.read([name for name in schema.names if name != "tokens"])
         starts.append(np.cumsum([0, *groups])[:-1])
         ok = np.array([status == "ok" for status in table["status"].to_pylist()], dtype=bool)
         filled = len(ids)
-        for block in shards.embedding_blocks(table["embedding"], width):
+        for block in stored.embedding_blocks(table["embedding"], width):
             embeddings[filled : filled + len(block)] = block
             filled += len(block)
         small = table.drop_columns(["embedding"])
@@ -161,7 +161,7 @@ def read(folder: str | Path, *, partial: bool = False) -> Features:
         grids=grid,
         sizes=np.concatenate(sizes).astype(np.int64),
         failures=failures,
-        metadata=shards.read_metadata(paths[0]),
+        metadata=stored.read_metadata(paths[0]),
         tokens=tokens,
     )
 
@@ -198,7 +198,7 @@ def _survey(paths: list[Path]) -> tuple[pa.Schema, int]:
     """The schema that all shards share and the number of their rows, from the footers."""
     schema, rows = None, 0
     for path in paths:
-        with shards.opened(path) as file:
+        with stored.opened(path) as file:
             schema = schema or file.schema_arrow
             if not file.schema_arrow.equals(schema):
                 raise ValueError(f"{path}: other columns than {paths[0]}; run the job again into an empty folder")

@@ -13,7 +13,8 @@ import numpy as np
 
 from nopad.embedding.inputs import Input
 from nopad.embedding.reader import Reader
-from nopad.embedding.shards import MAX_TOKEN_BYTES, Row, count, failed_rows, iterate_rows
+from nopad.embedding.shards import MAX_TOKEN_BYTES, Row
+from nopad.embedding.stored import count, failed_rows, iterate_rows
 from nopad.encoder import PackedEncoder
 from nopad.worker import Embedded, Tally
 
