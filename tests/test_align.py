@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -15,7 +16,10 @@ from PIL import Image
 
 from nopad import parity
 from nopad.align import align
+from nopad.align_command import align_table
 from nopad.cli import main
+from nopad.inference import static
+from nopad.inference.static import StaticPacks
 from nopad.layers.mlp import GatedMLP
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +62,8 @@ def test_native_checkpoint_passes_every_case(native, photos):
     mixed = next(case for case in report.cases if case.name == "all sizes in one pack")
     assert mixed.images == 6
     assert mixed.tokens == 64 + 85 + 84 + 1 + 60 + 3 * 108
-    assert len(mixed.drift) == 4
+    assert len(mixed.drift) == len(mixed.layer_cosines) == 4
+    assert all(cosine > 0.999999 for cosine in mixed.layer_cosines)
     assert sum(count for _, _, count in mixed.histogram) == mixed.tokens
     assert 0 < mixed.max_relative < 1e-4
 
@@ -90,6 +95,56 @@ def test_half_precision_is_measured_from_float32(native):
         assert case.max_relative > 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_fp8_the_threshold_alone_decides(native, dtype):
+    report = align(native, dtype=dtype, precision="fp8", threshold=0.97)
+    assert report.precision == "fp8"
+    assert report.passed, [case.failures for case in report.cases]
+    for case in report.cases:
+        assert case.max_relative > 1e-2  # 100 times what float32 may differ
+        assert case.layer_cosines[0] > 0.9999 > case.layer_cosines[-1]
+        if dtype == torch.bfloat16:
+            assert case.distance > 1.1 * case.original_distance
+    strict = align(native, dtype=dtype, precision="fp8", threshold=0.99999)
+    assert not any(case.passed for case in strict.cases)
+    assert all("minimum cosine" in failure for failure in strict.cases[0].failures)
+
+
+def test_the_compiled_path_is_compared(native, learned, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    for folder in (native, learned):
+        report = align(folder, compile=True)
+        assert report.passed, [case.failures for case in report.cases]
+        assert report.execution == "compiled"
+        assert report.capacity == 1 << (max(case.tokens for case in report.cases) - 1).bit_length()
+        assert all(len(case.layer_cosines) == 4 for case in report.cases)
+
+
+def test_the_compiled_path_makes_room_for_prefix_tokens_and_frames(goldens, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    fits, asked = StaticPacks.fits, []
+
+    def noted(self, rows, segments):
+        asked.append(fits(self, rows, segments))
+        return asked[-1]
+
+    monkeypatch.setattr(StaticPacks, "fits", noted)
+    report = align(goldens / "dinov3-meta", compile=True)
+    assert report.passed, [case.failures for case in report.cases]
+    assert asked
+    assert all(asked)
+
+
+def test_a_fault_of_the_compiled_path_alone_is_found(native, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    deferred = static.run_deferred
+    monkeypatch.setattr(static, "run_deferred", lambda *arguments: deferred(*arguments) + 0.1)
+    report = align(native, compile=True)
+    assert not any(case.passed for case in report.cases)
+    # What is told of single layers is of those that are not compiled.
+    assert all(max(case.drift) < 1e-4 for case in report.cases)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -97,6 +152,18 @@ def test_on_a_gpu(native, learned, dtype):
     for folder in (native, learned):
         report = align(folder, device="cuda", dtype=dtype)
         assert report.passed, [case.failures for case in report.cases]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("precision", "threshold"), [(None, 0.99), ("fp8", 0.97)])
+def test_compiled_on_a_gpu(tmp_path, precision, threshold):
+    original = tiny_original(patch_size=14, hidden_size=256, intermediate_size=512)  # the kernels' head size: 64
+    folder = write(tmp_path / "wide", original.state_dict(), original.config.to_dict())
+    settings = {"device": "cuda", "dtype": torch.bfloat16, "compile": True}
+    report = align(folder, **settings, precision=precision, threshold=threshold)
+    assert report.passed, [case.failures for case in report.cases]
+    assert report.execution in ("compiled", "fused")
 
 
 def test_a_wrong_encoder_fails(native, monkeypatch):
@@ -179,6 +246,34 @@ def test_command_line_failure_and_wrong_use(native, tmp_path, capsys, monkeypatc
     with pytest.raises(SystemExit) as exit_status:
         main(["align"])
     assert exit_status.value.code == 2
+
+
+def test_command_line_in_fp8(native, capsys):
+    arguments = ["align", str(native), "--device", "cpu", "--precision", "fp8", "--threshold", "0.97"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "float32, layers in fp8, on cpu" in printed
+    assert re.search(r"least cosine after layer +0 +1 +2 +3\n", printed)
+    assert re.search(r"64 images of one patch +1\.0000 +0\.9\d{3} +0\.9\d{3} +0\.9\d{3}\n", printed)
+    assert "above 0.97; in fp8 the threshold alone decides" in printed
+    assert main([*arguments[:-1], "0.9999", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["precision"] == "fp8"
+    assert len(report["cases"][0]["layer_cosines"]) == 4
+
+
+def test_many_layers_are_shown_in_part(native):
+    report = align(native)
+    cases = tuple(dataclasses.replace(case, layer_cosines=tuple(range(25))) for case in report.cases)
+    table = align_table(dataclasses.replace(report, precision="fp8", cases=cases))
+    header = next(line for line in table.splitlines() if line.startswith("least cosine"))
+    assert header.split()[4:] == [str(layer) for layer in range(0, 25, 2)]
+
+
+def test_command_line_compiled(native, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert main(["align", str(native), "--device", "cpu", "--compile"]) == 0
+    assert "packed layers compiled, in packs of 1,024 tokens" in capsys.readouterr().out
 
 
 def test_models_are_listed(capsys):

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import os
@@ -16,9 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from nopad import images
+from nopad.families import family_of_published
 from nopad.images import MAX_PIXELS, ImageError, _warn_of_lax_pillow, load, load_image
 from nopad.packing import patchify
 from nopad.preprocessing import Preprocessing, preprocess
@@ -394,14 +397,95 @@ def test_photo_equals_clip_from_the_file_on(path):
     assert torch.equal(preprocess(load_image(path), CROP, 14, resize="pil"), torch.from_numpy(expected))
 
 
-@pytest.mark.parametrize("resize", ["pil", "torch"])
-def test_square_equals_the_steps_of_dinov3(resize):
-    """Rescale, resize in float, normalise: its processor needs torchvision, which does these three operations."""
-    image = load_image(COFFEE)
-    rescaled = image.contiguous() * (1 / 255)
-    resized = torch.nn.functional.interpolate(rescaled[None], (224, 224), mode="bilinear", antialias=True)[0]
-    mean, std = (torch.tensor(values)[:, None, None] for values in (SQUARE.mean, SQUARE.std))
-    assert torch.equal(preprocess(image, SQUARE, 16, resize=resize), (resized - mean) / std)
+def published(name: str) -> tuple[Preprocessing, int]:
+    """The rule that a family gives a published model, and its patch size."""
+    family = family_of_published(name)
+    with torch.device("meta"):
+        encoder = family(family.published_config(name))
+    return encoder.default_preprocessing, encoder.patch_size
+
+
+def squared(side: int) -> dict[str, int]:
+    return {"height": side, "width": side}
+
+
+PIXEL_PROCESSORS = {
+    "apple/aimv2-large-patch14-224": CLIPImageProcessorPil(),
+    "apple/aimv2-large-patch14-336": CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=squared(336)),
+    "apple/aimv2-large-patch14-native": CLIPImageProcessorPil(do_resize=False, do_center_crop=False),
+    "lmms-lab-encoder/onevision-encoder-large": CLIPImageProcessorPil(
+        size={"shortest_edge": 448}, crop_size=squared(448)
+    ),
+    "google/siglip2-base-patch16-256": SiglipImageProcessorPil(size=squared(256)),
+    "google/siglip-so400m-patch14-384": SiglipImageProcessorPil(size=squared(384)),
+}
+ODD_SHAPES = [shape for shape in SHAPES if min(shape) >= 14]  # smaller ones are no image for a native model
+SUBJECTS = [*PHOTOS, *ODD_SHAPES]
+
+
+def subject(which: Path | tuple[int, int]) -> tuple[Tensor, Image.Image]:
+    """A photo or noise of a shape, as nopad loads it and as a processor takes it."""
+    if isinstance(which, Path):
+        return load_image(which), Image.open(which).convert("RGB")
+    image = noise(*which)
+    return image, Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def name_of(which: object) -> str:
+    return which.stem if isinstance(which, Path) else str(which).rsplit("/", 1)[-1]
+
+
+@pytest.mark.parametrize("which", SUBJECTS, ids=name_of)
+@pytest.mark.parametrize("name", PIXEL_PROCESSORS, ids=name_of)
+def test_rule_of_a_family_equals_its_processor_bit_for_bit(name, which):
+    rule, patch_size = published(name)
+    image, picture = subject(which)
+    expected = PIXEL_PROCESSORS[name](picture, return_tensors="pt")["pixel_values"][0]
+    rows, columns = (side // patch_size for side in expected.shape[1:])  # the stride of the original drops the rest
+    pixels = preprocess(image, rule, patch_size, resize="pil")
+    assert torch.equal(pixels, expected[:, : rows * patch_size, : columns * patch_size])
+
+
+@pytest.mark.parametrize("which", SUBJECTS, ids=name_of)
+def test_rule_of_naflex_equals_siglip2_bit_for_bit(which):
+    rule, patch_size = published("google/siglip2-so400m-patch16-naflex")
+    image, picture = subject(which)
+    expected = Siglip2ImageProcessorPil()(picture, return_tensors="pt")
+    patches, (_, rows, columns) = patchify(preprocess(image, rule, patch_size, resize="pil"), patch_size)
+    assert [rows, columns] == expected["spatial_shapes"][0].tolist()
+    assert torch.equal(patches, expected["pixel_values"][0, : rows * columns])
+
+
+@pytest.mark.parametrize("which", SUBJECTS, ids=name_of)
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("facebook/dinov3-vits16-pretrain-lvd1689m", SQUARE.mean, SQUARE.std),
+        ("facebook/dinov3-vitl16-pretrain-sat493m", (0.430, 0.411, 0.296), (0.213, 0.156, 0.143)),
+    ],
+    ids=name_of,
+)
+def test_rule_of_dinov3_equals_the_steps_of_its_processor(name, mean, std, which):
+    """DINOv3ViTImageProcessor cannot be imported without torchvision, so its documented arithmetic stands in for it.
+
+    Its `_preprocess` rescales, resizes in float and normalises; torchvision does these by the operations below.
+    """
+    rule, patch_size = published(name)
+    image, _ = subject(which)
+    pixels = image.contiguous() * (1 / 255)
+    if pixels.shape[1:] != (224, 224):
+        pixels = torch.nn.functional.interpolate(pixels[None], (224, 224), mode="bilinear", antialias=True)[0]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    assert torch.equal(preprocess(image, rule, patch_size, resize="pil"), (pixels - mean) / std)
+
+
+@pytest.mark.parametrize("which", SUBJECTS, ids=name_of)
+def test_torch_resize_is_within_a_grey_level_of_the_float_resize(which):
+    grey = dataclasses.replace(SQUARE, mean=(0, 0, 0), std=(1, 1, 1))
+    image, _ = subject(which)
+    fast, exact = (preprocess(image, grey, 16, resize=resize) * 255 for resize in ("torch", "pil"))
+    assert torch.equal(fast.round(), fast)
+    assert (fast - exact).abs().max() < 1.01
 
 
 @pytest.mark.parametrize("factor", [1 / 255, 1 / 127.5, 1.0])
@@ -592,3 +676,4 @@ def test_describe_says_which_resize_was_used():
     assert NAFLEX.describe().startswith("naflex at most 256 patches; ")
     assert NATIVE.describe(max_patches=100).startswith("native at most 100 patches; ")
     assert "(torch float); rescale 1/255 before resize" in SQUARE.describe("pil")
+    assert "(torch uint8); rescale 1/255 after resize" in SQUARE.describe("torch")

@@ -29,6 +29,7 @@ FP32 = CaseResult(
     distance=None,
     original_distance=None,
     drift=(0.0, 1e-7, 3e-7, 6e-7),
+    layer_cosines=(1.0, 1 - 1e-9, 1 + 1e-15, 1 - 4e-9),
     histogram=tuple(zip(EDGES, EDGES[1:], [0] * 2 + [500, 12] + [0] * 20, strict=False)),
     passed=True,
     failures=(),
@@ -40,7 +41,10 @@ REPORT = AlignReport(
     weights="read from the checkpoint as it is (apple names)",
     device="cpu",
     dtype="float32",
+    precision=None,
     attention="sdpa",
+    execution="eager",
+    capacity=None,
     threshold=0.99,
     versions={"nopad": "0.1.0", "torch": "2.10.0"},
     cases=(FP32, replace(FP32, name="all sizes in one pack")),
@@ -119,6 +123,18 @@ def test_a_bfloat16_failure_gives_the_limits_that_were_missed():
     assert "distance to the float32 original at most 1.1 × the original's own" in page.texts_in("dd")
 
 
+def test_in_fp8_it_says_that_the_threshold_alone_decides():
+    case = replace(FP32, min_cosine=0.975, layer_cosines=(1.0, 0.99, 0.98, 0.975))
+    report = replace(REPORT, precision="fp8", threshold=0.95, execution="compiled", capacity=4096, cases=(case,))
+    page = Page(align_page(report))
+    assert page.texts_in("h1") == ["Passed: every cosine to the original's features is more than 0.95"]
+    facts = dict(zip(page.texts_in("dt"), page.texts_in("dd"), strict=True))
+    assert facts["Precision"] == "fp8"
+    assert facts["Layers"] == "compiled, in packs of 4,096 tokens"
+    assert facts["Limit"] == "none: in fp8 the threshold alone decides"
+    assert page.charts[2].findtext("g/title") == f"{FP32.name}: 2.5e-02"
+
+
 def test_without_cases_it_fails_and_says_why_they_were_skipped():
     page = Page(align_page(replace(REPORT, cases=(), skipped=("several sizes: 16 × 16 only",))))
     assert page.texts_in("h1") == ["Failed: no case was compared"]
@@ -129,9 +145,10 @@ def test_without_cases_it_fails_and_says_why_they_were_skipped():
 def test_numbers_that_are_none_do_not_break_the_page():
     nan = math.nan
     broken = replace(BF16_FAILS, min_cosine=nan, max_relative=math.inf, drift=(0.0, nan, 1e-3, nan, nan))
+    broken = replace(broken, layer_cosines=(1.0, nan))
     page = Page(align_page(replace(REPORT, cases=(broken, replace(FP32, drift=(nan, nan))))))
     assert {"NaN", "inf"} <= set(page.texts_in("td"))
-    assert page.texts_in("b") == ["NaN", "NaN"]
+    assert page.texts_in("b") == ["NaN", "NaN", "NaN", "4.0e-09"]
     for _, attributes in page.tags:
         assert not {"nan", "inf"} & set(re.split(r"[ ,]", attributes.get("points", "") + " " + attributes.get("y", "")))
 
@@ -157,6 +174,7 @@ def test_the_page_is_self_contained_and_can_be_navigated():
         "Cases",
         "How close the tokens are",
         "Drift per layer",
+        "Cosine per layer",
         "Skipped",
     ]
     assert page.texts_in("caption") == [
@@ -165,6 +183,7 @@ def test_the_page_is_self_contained_and_can_be_navigated():
     assert [(chart.get("role"), chart.get("aria-label")) for chart in page.charts] == [
         ("img", "Tokens by 1 − cosine"),
         ("img", "Largest relative difference by layer"),
+        ("img", "Largest 1 − cosine by layer"),
     ]
 
 

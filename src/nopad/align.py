@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ def align(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     attention: str = "auto",
+    precision: Literal["fp8"] | None = None,
+    compile: bool = False,
     threshold: float = 0.99,
     batch_size: int = 2,
     image_size: int | None = None,
@@ -44,12 +46,15 @@ def align(
     """Prove that the packed encoder gives the original's features.
 
     Both sides load the same weights and run in the same dtype on the same device: the original one image (or frame)
-    at a time, the packed encoder all images of a case in one pack.
+    at a time, the packed encoder all images of a case in one pack. With a `precision` the packed encoder alone has it,
+    and the cosines alone decide.
 
     Args:
         checkpoint: as `nopad.load` takes it.
         images: a folder of photos, or photos as `PackedEncoder.pack` takes them.
-        device, dtype, attention: as `nopad.load` takes them.
+        device, dtype, attention, precision: as `nopad.load` takes them.
+        compile: compare tokens and pooling of the layers that `PackedEncoder.compile` makes, for packs that hold the
+            largest case; what is told of single layers is then of layers that run one by one.
         threshold: least cosine between a token and the original's.
         batch_size: images of the case of one size.
         image_size: side in pixels of that case, and of the photos; else the model's own rule.
@@ -68,10 +73,12 @@ def align(
     packed: Any = load(checkpoint, revision=revision, dtype=torch.float32)
     reference = original_of(packed).of(str(checkpoint), revision=revision, trust_remote_code=trust_remote_code)
     state, weights = _original_weights(packed, reference, checkpoint, revision)
+    packed = packed.to(device=device, dtype=dtype)
+    if precision is not None:
+        packed.to_precision(precision)
+    packed.set_attention(attention)
     exact = reference.load(packed, state, torch.float32).to(device=device)
     original = exact if dtype == torch.float32 else reference.load(packed, state, dtype).to(device=device)
-    packed = packed.to(device=device, dtype=dtype)
-    packed.set_attention(attention)
     cases, skipped = _cases(packed, reference, images, batch_size, image_size, noise)
     memory: dict[tuple[int, torch.dtype], Run] = {}
 
@@ -84,12 +91,15 @@ def align(
     results = []
     # Convolutions in float32 would run in TF32 by default, and only the original has one.
     with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        if compile:
+            progress("compiling")
+            _compile(packed, [pixels for _, pixels in cases])
         for name, pixels in cases:
             progress(f"{name}: {len(pixels)} image{'s' if len(pixels) > 1 else ''}")
             ours = _run_packed(packed, pixels)
             theirs = [remembered(original, image) for image in pixels]
             truth = None if original is exact else [remembered(exact, image) for image in pixels]
-            results.append(compare(name, ours, theirs, truth, threshold))
+            results.append(compare(name, ours, theirs, truth, threshold, same_arithmetic=precision is None))
     return AlignReport(
         checkpoint=str(checkpoint),
         family=packed.family,
@@ -97,7 +107,10 @@ def align(
         weights=weights,
         device=str(torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device),
         dtype=str(dtype).removeprefix("torch."),
+        precision=packed.precision,
         attention=packed.attention,
+        execution=packed.execution,
+        capacity=packed.compiled_capacity,
         threshold=threshold,
         versions=_versions(),
         cases=tuple(results),
@@ -181,13 +194,28 @@ def _photos(images: str | Path | Sequence[Any]) -> Sequence[Any]:
     return found
 
 
+def _compile(packed: PackedEncoder, cases: list[list[Tensor]]) -> None:
+    """Compile for packs that hold every case."""
+    rows, segments = 1, 1
+    for pixels in cases:
+        frames = [len(image) if image.ndim == 4 else 1 for image in pixels]
+        number = len(pixels) if packed.frames_attend_jointly else sum(frames)
+        area = packed.patch_size**2
+        patches = sum(f * image.shape[-2] * image.shape[-1] for f, image in zip(frames, pixels, strict=True)) // area
+        rows, segments = max(rows, patches + number * packed.num_prefix_tokens), max(segments, number)
+    packed.compile(1 << (rows - 1).bit_length(), segments)
+
+
 def _run_packed(packed: PackedEncoder, pixels: list[Tensor]) -> list[Run]:
     """Each image's share of one pack."""
     pack = Pack.of(pixels, packed.patch_size, packed.patch_order).to(packed.device, packed.dtype)
     output = packed.encode(pack, output_hidden_states=True)
+    hidden_states = output.hidden_states or ()
+    if packed.compiled_capacity is not None:
+        output = packed.encode(pack)  # asked for every layer's tokens, it runs as if it were not compiled
     lengths = pack.grid_thw.prod(dim=1).tolist()
     tokens = output.tokens.float().cpu().split(lengths)
-    states = [state.float().cpu().split(lengths) for state in output.hidden_states or ()]
+    states = [state.float().cpu().split(lengths) for state in hidden_states]
     pooled = output.pooled.float().cpu()
     return [Run(tokens[i], tuple(state[i] for state in states), pooled[i]) for i in range(len(pixels))]
 

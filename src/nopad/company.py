@@ -14,6 +14,8 @@ from nopad.encoder import PackedEncoder
 
 PACKS = 20
 CAPACITY = 4096
+TOKENS_PER_IMAGE = 64
+"""A pack has room for so many images that each has so many tokens, as `PackedEncoder.compile` makes it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class CompanyReport:
     checkpoint: str
     device: str
     dtype: str
+    precision: str | None
     attention: str
     capacity: int
     cases: tuple[CompanyCase, ...]
@@ -83,7 +86,7 @@ def prove(
         progress: told what is being done.
 
     Raises:
-        ValueError: a capacity that holds no image and another beside it, or `packs` below 1.
+        ValueError: a capacity that does not hold an image and another beside it, or `packs` below 1.
     """
     if packs < 1:
         raise ValueError(f"packs: expected ≥ 1, got {packs}")
@@ -91,8 +94,8 @@ def prove(
     grids = _grids(encoder, capacity)
     cases = []
     for compiled in (True, False):
-        name = "compiled" if compiled else "eager"
-        encoder.compile(capacity, compiled=compiled)
+        encoder.compile(capacity, capacity // TOKENS_PER_IMAGE, compiled=compiled)
+        name = encoder.execution
         try:
             for grid in grids:
                 progress(f"{name}: {' × '.join(map(str, grid))} patches in {packs} packs")
@@ -104,6 +107,7 @@ def prove(
         checkpoint=str(encoder.source),
         device=str(device),
         dtype=str(encoder.dtype).removeprefix("torch."),
+        precision=encoder.precision,
         attention=encoder.attention,
         capacity=capacity,
         cases=tuple(cases),
@@ -111,13 +115,19 @@ def prove(
 
 
 def _grids(encoder: PackedEncoder, capacity: int) -> list[tuple[int, int, int]]:
-    """A single patch, an oblong image, a clip; as far as half a pack holds them and the model takes them."""
+    """A single patch, an oblong image, a clip; as far as half a pack holds them and leaves others a segment."""
     wanted = [(1, 1, 1), (1, 9, 23), (3, 7, 5)]
-    room = capacity // 2
-    fitting = [grid for grid in wanted if grid[0] * (grid[1] * grid[2] + encoder.num_prefix_tokens) <= room]
+    fitting = [
+        grid for grid in wanted if 2 * _rows(encoder, grid) <= capacity and grid[0] < capacity // TOKENS_PER_IMAGE
+    ]
     if not fitting:
-        raise ValueError(f"capacity: expected at least {2 * (1 + encoder.num_prefix_tokens)} tokens, got {capacity}")
+        least = max(2 * _rows(encoder, wanted[0]), 2 * TOKENS_PER_IMAGE)
+        raise ValueError(f"capacity: expected at least {least} tokens, got {capacity}")
     return fitting
+
+
+def _rows(encoder: PackedEncoder, grid: tuple[int, int, int]) -> int:
+    return grid[0] * (grid[1] * grid[2] + encoder.num_prefix_tokens)
 
 
 @torch.no_grad()
@@ -133,7 +143,9 @@ def _case(
     alone = _features(encoder, [mine], [grid], 0)
     same = {0.0: 0, float("nan"): 0, float("inf"): 0}
     for _ in range(packs):
-        before, after = (_company(encoder, grid, capacity, generator) for _ in range(2))
+        company = _company(encoder, grid, capacity, generator)
+        place = int(torch.randint(0, len(company) + 1, (), generator=generator))
+        before, after = company[:place], company[place:]
         others = [_patches(encoder, part, generator) for part in (before, after)]
         for junk in same:
             parts = [others[0] + junk, mine, others[1] + junk]
@@ -145,20 +157,19 @@ def _case(
 def _company(
     encoder: PackedEncoder, grid: tuple[int, int, int], capacity: int, generator: torch.Generator
 ) -> list[tuple[int, int, int]]:
-    """Random images that fit into half of what the image leaves, few or many."""
-    slots = max(1, capacity // 64)
+    """Random images beside one of `grid`: few or many, at least one, so that the pack holds them all."""
 
     def draw(limit: int) -> int:
         return int(torch.randint(1, limit + 1, (), generator=generator))
 
-    room = (capacity - grid[0] * (grid[1] * grid[2] + encoder.num_prefix_tokens)) // 2
-    room, number, found = draw(max(room, 1)), draw(max((slots - grid[0]) // 2, 1)), []
-    while len(found) < number:
-        one = (1, draw(24), draw(24))
-        room -= one[1] * one[2] + encoder.num_prefix_tokens
-        if room < 0:
-            break
-        found.append(one)
+    prefix = encoder.num_prefix_tokens
+    room = prefix + draw(capacity - _rows(encoder, grid) - prefix)
+    number, found = draw(capacity // TOKENS_PER_IMAGE - grid[0]), []
+    while len(found) < number and room > prefix:
+        rows = draw(min(24, room - prefix))
+        columns = draw(min(24, (room - prefix) // rows))
+        found.append((1, rows, columns))
+        room -= rows * columns + prefix
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nopad.images import load
-from nopad.inference.float8 import to_float8
+from nopad.inference import precision as formats
 from nopad.inference.static import StaticPacks, compile_layers
 from nopad.layers.attention import Rotation
 from nopad.layers.pooling import segment_mean
@@ -60,7 +60,6 @@ class PackedEncoder(PretrainedEncoder):
     frames_attend_jointly: ClassVar[bool] = False
     num_prefix_tokens: int = 0
     layers: nn.ModuleList
-    precision: str | None = None
     _static: StaticPacks | None = None
 
     # What a family brings.
@@ -196,17 +195,15 @@ class PackedEncoder(PretrainedEncoder):
         self._static = StaticPacks(self, capacity, slots, compile_layers(self, capacity, slots, compiled))
 
     def to_precision(self, precision: str) -> None:
-        """Turn the weights of the layers into another format, for inference; see `nopad.load`.
+        """Turn the weights of the layers into another format, for inference alone; see `nopad.load`.
+
+        From then on parameters ask for no gradient, and training and saving are refused. `to` moves and casts the rest.
 
         Raises:
             ValueError: an unknown format, sizes that it does not take, or a dtype other than bfloat16 on a GPU.
         """
-        if precision != "fp8":
-            raise ValueError(f"precision: expected 'fp8', got {precision!r}")
-        if self.device.type == "cuda" and self.dtype != torch.bfloat16:
-            raise ValueError(f"precision 'fp8': expected dtype torch.bfloat16 on a GPU, got {self.dtype}")
+        formats.convert(self, precision)
         self.uncompile()
-        to_float8(self.layers)
         self.precision = precision
 
     def uncompile(self) -> None:
@@ -219,6 +216,11 @@ class PackedEncoder(PretrainedEncoder):
     def compiled_capacity(self) -> int | None:
         """Tokens that every pack is filled up to, `None` unless compiled."""
         return None if self._static is None else self._static.capacity
+
+    @property
+    def execution(self) -> str:
+        """How the layers run in inference: `"eager"`, `"compiled"` or `"fused"`."""
+        return "eager" if self._static is None else self._static.execution
 
     def example_rotation(self, rows: int) -> Rotation | None:
         """What turns queries and keys, as `trunk` makes it for `rows` rows; `None` where they are not turned."""
@@ -241,6 +243,8 @@ class PackedEncoder(PretrainedEncoder):
             raise ValueError(f"hidden_states: expected on {weight.device} like the weights, got {hidden_states.device}")
         if hidden_states.dtype != weight.dtype and not torch.is_autocast_enabled(hidden_states.device.type):
             raise ValueError(f"hidden_states: expected {weight.dtype} like the weights, got {hidden_states.dtype}")
+        if self.precision is not None:
+            formats.check_inference(self, hidden_states)
         return hidden_states, Layout.read(hidden_states, grid_thw, patch_positions, self.patch_dim)
 
     def _check_pack(self, pack: Pack) -> None:
@@ -310,7 +314,7 @@ class PackedEncoder(PretrainedEncoder):
 
         Args:
             images: as `pack` takes them.
-            capacity: patches per pack; a larger image gets a pack of its own. 16384 unless given, on a CPU 2048.
+            capacity: tokens per pack; a larger image gets a pack of its own. 16384 unless given, on a CPU 2048.
             resize, max_patches, preprocessing: as `pack` takes them.
             threads: that decode; one per core unless given.
 

@@ -153,10 +153,12 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> Tensor:
         image.load()
         rgb = _to_rgb(image, name)
     turn = _UPRIGHT.get(image.getexif().get(0x0112, 1))  # after load(), which turns some TIFFs itself
-    return as_tensor(rgb if turn is None else rgb.transpose(turn))
+    if turn is not None:
+        rgb = (Image.fromarray(rgb) if isinstance(rgb, np.ndarray) else rgb).transpose(turn)
+    return as_tensor(rgb)
 
 
-def _decode_jpeg(image: Image.Image) -> Image.Image | None:
+def _decode_jpeg(image: Image.Image) -> np.ndarray | None:
     """A colour JPEG, opened and not yet loaded, as RGB; `None` where Pillow has to decide."""
     file: io.BufferedIOBase | None = getattr(image, "fp", None)
     if simplejpeg is None or file is None or image.format not in ("JPEG", "MPO") or image.mode != "RGB":
@@ -164,7 +166,7 @@ def _decode_jpeg(image: Image.Image) -> Image.Image | None:
     file.seek(0)
     try:
         # Strict: otherwise a truncated file passes, its rest grey. What is refused here Pillow may still read.
-        return Image.fromarray(simplejpeg.decode_jpeg(file.read(), "RGB", strict=True))
+        return simplejpeg.decode_jpeg(file.read(), "RGB", strict=True)
     except ValueError:
         return None
 
@@ -183,5 +185,6 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
-def as_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def as_tensor(image: Image.Image | np.ndarray) -> Tensor:
+    """RGB pixels `(H, W, 3)` as `(3, H, W)`; an array's memory is shared."""
+    return torch.from_numpy(image if isinstance(image, np.ndarray) else np.array(image)).permute(2, 0, 1)

@@ -44,7 +44,8 @@ def load(
         The encoder, in evaluation mode.
 
     Raises:
-        ValueError: an unknown family, or a tensor missing, unexpected or misshapen.
+        ValueError: an unknown family, a tensor missing, unexpected or misshapen, or a `precision` that does not take
+            this device's dtype or the layers' sizes.
         OSError: no such file or folder, and the Hub does not have it or cannot be reached.
     """
     name = str(checkpoint)

@@ -31,6 +31,7 @@ class CaseResult:
         distance, original_distance: mean relative distance per token to the float32 original of the packed model and
             of the original itself, both in the dtype asked for; `None` in float32.
         drift: largest relative difference of a token before the first layer and after each.
+        layer_cosines: least cosine of a token before the first layer and after each.
         histogram: `(low, high, count)` of the tokens' distance `1 - cosine`, in powers of ten.
         passed: whether the case meets the limits.
         failures: each limit that it does not meet, with the numbers.
@@ -49,6 +50,7 @@ class CaseResult:
     distance: float | None
     original_distance: float | None
     drift: tuple[float, ...]
+    layer_cosines: tuple[float, ...]
     histogram: tuple[tuple[float, float, int], ...]
     passed: bool
     failures: tuple[str, ...]
@@ -56,7 +58,12 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class AlignReport:
-    """The verdict on a checkpoint, and what it rests on."""
+    """The verdict on a checkpoint, and what it rests on.
+
+    Attributes:
+        precision: `"fp8"` where the packed model's layers are in that format; then the threshold alone decides.
+        execution, capacity: how the packed model's layers ran, and the tokens that each pack was filled up to.
+    """
 
     checkpoint: str
     family: str
@@ -64,7 +71,10 @@ class AlignReport:
     weights: str
     device: str
     dtype: str
+    precision: str | None
     attention: str
+    execution: str
+    capacity: int | None
     threshold: float
     versions: dict[str, str]
     cases: tuple[CaseResult, ...]
@@ -93,10 +103,30 @@ def _relative(ours: Tensor, theirs: Tensor) -> Tensor:
     return (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
 
 
-def compare(name: str, ours: list[Run], theirs: list[Run], truth: list[Run] | None, threshold: float) -> CaseResult:
-    """All numbers of a case; NaN fails every limit."""
+def _cosine(ours: Tensor, theirs: Tensor) -> Tensor:
+    return torch.cosine_similarity(ours.double(), theirs.double(), dim=-1)
+
+
+def compare(
+    name: str,
+    ours: list[Run],
+    theirs: list[Run],
+    truth: list[Run] | None,
+    threshold: float,
+    *,
+    same_arithmetic: bool = True,
+) -> CaseResult:
+    """All numbers of a case; NaN fails every limit.
+
+    Args:
+        name: of the case.
+        ours, theirs: packed model and original, image by image.
+        truth: the original in float32, where that is another run.
+        threshold: least cosine.
+        same_arithmetic: both ran in one number format, so that the limits on differences hold, too.
+    """
     a, b = torch.cat([run.tokens for run in ours]), torch.cat([run.tokens for run in theirs])
-    cosine = torch.cosine_similarity(a.double(), b.double(), dim=-1)
+    cosine = _cosine(a, b)
     relative, absolute = _relative(a, b), (a - b).abs()
     # Reduced by torch: Python's min and max pass over a NaN that does not stand first.
     pooled = [
@@ -105,22 +135,23 @@ def compare(name: str, ours: list[Run], theirs: list[Run], truth: list[Run] | No
         if x.pooled is not None and y.pooled is not None
     ]
     min_pooled_cosine = float(torch.stack(pooled).min()) if pooled else None
-    drift = tuple(
-        float(torch.stack([_relative(x.states[i], y.states[i]).max() for x, y in zip(ours, theirs, strict=True)]).max())
-        for i in range(len(ours[0].states))
-    )
+    layers = [
+        [(x.states[i], y.states[i]) for x, y in zip(ours, theirs, strict=True)] for i in range(len(ours[0].states))
+    ]
+    drift = tuple(float(torch.stack([_relative(x, y).max() for x, y in pairs]).max()) for pairs in layers)
+    layer_cosines = tuple(float(torch.stack([_cosine(x, y).min() for x, y in pairs]).min()) for pairs in layers)
     distance = original_distance = None
     failures = []
     for kind, least in (("", float(cosine.min())), ("pooled ", min_pooled_cosine)):
         if least is not None and not least > threshold:
             failures.append(f"minimum {kind}cosine {least:.6f}, expected more than {threshold}")
     if truth is None:
-        if not float(relative.max()) <= RELATIVE_LIMIT:
+        if same_arithmetic and not float(relative.max()) <= RELATIVE_LIMIT:
             failures.append(f"relative error {float(relative.max()):.2e}, expected at most {RELATIVE_LIMIT:.0e}")
     else:
         exact = torch.cat([run.tokens for run in truth])
         distance, original_distance = float(_relative(a, exact).mean()), float(_relative(b, exact).mean())
-        if not distance <= DISTANCE_LIMIT * original_distance:
+        if same_arithmetic and not distance <= DISTANCE_LIMIT * original_distance:
             failures.append(
                 f"distance to float32 {distance:.3e}, expected at most {DISTANCE_LIMIT} × the original's own "
                 f"{original_distance:.3e}"
@@ -139,6 +170,7 @@ def compare(name: str, ours: list[Run], theirs: list[Run], truth: list[Run] | No
         distance=distance,
         original_distance=original_distance,
         drift=drift,
+        layer_cosines=layer_cosines,
         histogram=_histogram(cosine),
         passed=not failures,
         failures=tuple(failures),

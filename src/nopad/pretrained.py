@@ -14,6 +14,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.modeling_utils import PreTrainedModel
 
 from nopad.checkpoint import Checkpoint, Dialect, check_strictly, open_checkpoint, original_state_dict
+from nopad.inference.precision import check_saving
 from nopad.layers.varlen import BACKENDS, resolve_backend
 from nopad.packing import PatchOrder, check_patch_order
 from nopad.untrained import UNTRAINED, fill
@@ -34,6 +35,7 @@ class PretrainedEncoder(PreTrainedModel):
         source: the checkpoint that this encoder was loaded from, as it was named.
         dialect: the dialect that it spoke.
         preprocessor_config: its `preprocessor_config.json`.
+        precision: `"fp8"` where the layers are in that format, for inference alone; else `None`.
     """
 
     supports_gradient_checkpointing = True
@@ -47,6 +49,7 @@ class PretrainedEncoder(PreTrainedModel):
     source: str | None = None
     dialect: str | None = None
     preprocessor_config: dict[str, Any] | None = None
+    precision: str | None = None
     _backend: str = "auto"
 
     def __init__(self, config: PreTrainedConfig | str | Path, **kwargs: Any):
@@ -214,11 +217,25 @@ class PretrainedEncoder(PreTrainedModel):
         register_checkpoint_conversion_mapping(cls.__name__, conversions, overwrite=True)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save under the original's tensor names, so that the original class loads the folder too."""
+        """Save under the original's tensor names, so that the original class loads the folder too.
+
+        Raises:
+            ValueError: the layers are in another format, see `precision`.
+        """
+        check_saving(self.precision)
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.preprocessor_config is not None:
             text = json.dumps(self.preprocessor_config, indent=2) + "\n"
             (Path(save_directory) / "preprocessor_config.json").write_text(text, encoding="utf-8")
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module` gives it.
+
+        Raises:
+            ValueError: the layers are in another format, see `precision`.
+        """
+        check_saving(self.precision)
+        return super().state_dict(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         """The patch embedding."""

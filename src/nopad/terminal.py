@@ -1,8 +1,10 @@
-"""Tables for a terminal."""
+"""What the commands share: exit statuses, and tables for a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+PASSED, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

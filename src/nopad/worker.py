@@ -59,8 +59,9 @@ class Tally:
 
     Attributes:
         images, failed: pictures done, and those of them without features.
-        patches, capacity: patches encoded, and how many were computed or could have been in their packs. The last pack
-            of a group counts as what it holds, unless the encoder fills it up.
+        patches: patches encoded.
+        tokens, capacity: these and their prefix tokens, and how many their packs could have held. The last pack of a
+            group counts as what it holds, unless the encoder fills it up.
         packs: how many these were.
         decode, encode, wait: seconds in reading and preprocessing, in the encoder, and of the encoder for pictures.
     """
@@ -68,6 +69,7 @@ class Tally:
     images: int = 0
     failed: int = 0
     patches: int = 0
+    tokens: int = 0
     capacity: int = 0
     packs: int = 0
     decode: float = 0.0
@@ -77,13 +79,14 @@ class Tally:
     @property
     def fill(self) -> float:
         """How full the packs were, 0 … 1."""
-        return self.patches / self.capacity if self.capacity else 0.0
+        return self.tokens / self.capacity if self.capacity else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
     patches: Tensor
     grid: tuple[int, int, int]
+    tokens: int
     width: int
     height: int
 
@@ -96,8 +99,8 @@ class Worker:
 
     Args:
         encoder: runs on its own device and in its own dtype.
-        capacity: patches of a pack; a picture of more goes alone. Unless given, what the encoder is compiled for, else
-            `CAPACITY`, or `CAPACITY_ON_CPU` there.
+        capacity: tokens of a pack, prefix tokens among them; a picture of more goes alone. Unless given, what the
+            encoder is compiled for, else `CAPACITY`, or `CAPACITY_ON_CPU` there.
         resize, max_patches, preprocessing: as `PackedEncoder.pack` takes them.
         tokens: give each picture's tokens, too.
         threads: that read and preprocess; one per core unless given.
@@ -170,7 +173,7 @@ class Worker:
                     prepared = self._wait(future)
                     results.append(None)
                     if isinstance(prepared, _Prepared):
-                        batches.take(planner.add(len(prepared.patches), (len(results) - 1, prepared)))
+                        batches.take(planner.add(prepared.tokens, (len(results) - 1, prepared)))
                         continue
                     if strict and prepared.error is not None:
                         raise prepared.error
@@ -216,7 +219,8 @@ class Worker:
             image = read(item)
             patches, grid = patchify(self._pixels(image), self.encoder.patch_size, self.encoder.patch_order)
             height, width = image.shape[-2:]
-            return _Prepared(patches.to(self.encoder.dtype), grid, width, height)
+            tokens = len(patches) + grid[0] * self.encoder.num_prefix_tokens
+            return _Prepared(patches.to(self.encoder.dtype), grid, tokens, width, height)
         except ImageError as error:
             return Embedded(error=error)
         except Exception as error:  # one picture must not end a job of a million; its row says what happened
@@ -244,7 +248,8 @@ class _Batches:
         held = 0
         for pack in packs:
             self.launch(pack)
-            held = sum(len(picture.patches) for _, picture in pack)
+            held = sum(picture.tokens for _, picture in pack)
+            self.worker.tally.tokens += held
             self.worker.tally.capacity += max(self.worker.capacity, held)
             while len(self.running) > 1:
                 self.running.popleft()()

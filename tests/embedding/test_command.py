@@ -186,7 +186,9 @@ def test_a_full_disk_is_status_2(photos, tmp_path, capsys, monkeypatch, model):
 
 
 def state(images: int, *, rows: int = 40, kept: int = 0, seconds: float = 2.0) -> Progress:
-    tally = Tally(images=images, failed=min(images, 1), patches=images * 100, capacity=images * 125)
+    tally = Tally(
+        images=images, failed=min(images, 1), patches=images * 100, tokens=images * 100, capacity=images * 125
+    )
     return Progress(rows, kept, tally, seconds)
 
 

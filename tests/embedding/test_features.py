@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from nopad.embedding import shards, stored
+from nopad.embedding import stored
 from nopad.embedding.features import Failure, read
 from nopad.embedding.shards import Row, ShardFormat, shard_name, write_shard
 

@@ -411,6 +411,7 @@ def test_torch_varlen_is_given_the_scale_in_the_query(stand_in, scale, factor):
 
 def test_one_graph_for_all_packs_of_a_capacity(monkeypatch):
     torch._dynamo.reset()
+
     def run(query, key, value, segments, scale, dropout_p):
         return query + segments[0].cu_seqlens.sum() + segments[1].max_seqlen
 

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     workloads = "many sizes of at most 1,024 patches, one size of 224 pixels or the model's own, or both one by one"
     parser.add_argument("--workload", choices=("mixed", "224", "all"), default="mixed", help=workloads)
     parser.add_argument("--images", type=int, metavar="N", help=f"of each workload {usual('images')}")
-    capacities = f"patches per pack, one by one {usual('capacities')}"
+    capacities = f"tokens per pack, one by one {usual('capacities')}"
     parser.add_argument("--capacity", type=_integers, metavar="N,N,…", help=capacities)
     either = argparse.BooleanOptionalAction
     parser.add_argument("--peers", action=either, default=True, help="run the original model, too")

@@ -59,7 +59,7 @@ class Contestant:
         calls: forwards in one run.
         weight_bytes: of its model.
         prepare: makes all that is not timed; raises `NotRun`.
-        capacity: patches per pack, `None` where there are no packs.
+        capacity: tokens per pack, `None` where there are no packs.
         compiled: whether it needs a compiler, which not every machine has.
     """
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Defaults:
-    """Images of a workload, patches per pack, timed runs, and whether compiled contestants run."""
+    """Images of a workload, tokens per pack, timed runs, and whether compiled contestants run."""
 
     images: int
     capacities: tuple[int, ...]

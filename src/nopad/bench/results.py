@@ -18,7 +18,7 @@ class Row:
     Attributes:
         workload: the workload whose table it stands in.
         name: the contestant.
-        capacity: patches per pack, `None` where there are no packs.
+        capacity: tokens per pack, `None` where there are no packs.
         images, tokens: what one run takes in; tokens without prefix tokens.
         calls: forwards in one run.
         flops: of one run, by `nopad.bench.measure.flops`.

@@ -52,7 +52,7 @@ def bench(
         checkpoint, device, dtype, attention, revision: as `nopad.load` takes them.
         workload: `"mixed"` sizes, `"224"` pixels (or the model's own fixed size), or `"all"` of them.
         images: of each workload.
-        capacities: patches per pack.
+        capacities: tokens per pack.
         peers: run the original, too.
         compile: run what is compiled, too.
         float8: run the packed encoder with `precision="fp8"`, too, compiled.

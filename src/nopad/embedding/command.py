@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: the checkpoint's own)")
     parser.add_argument("--attention", default="auto", help="kernel (default: the best there is)")
     parser.add_argument("--workers", type=int, metavar="N", help="threads that decode (default: one per core)")
-    capacity = "patches per pack (default: 16384, on a CPU 2048)"
+    capacity = "tokens per pack (default: 16384, on a CPU 2048)"
     parser.add_argument("--capacity", type=int, metavar="N", help=capacity)
     resize = "torch is fast, pil bit-exact with transformers' processors (default: torch)"
     parser.add_argument("--resize", choices=("torch", "pil"), default="torch", help=resize)

@@ -114,7 +114,7 @@ def embed(
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; the checkpoint's own unless given.
         tokens: store each picture's tokens, too, in float16.
         max_patches, resize: as `PackedEncoder.pack` takes them.
-        capacity: patches of a pack, 16384 unless given, on a CPU 2048.
+        capacity: tokens of a pack, 16384 unless given, on a CPU 2048.
         frames: frames of a video, spread evenly over it.
         max_pixels: pictures of more are failures.
         embedding_dtype: `"float32"` or `"float16"`, in the table.

@@ -6,6 +6,9 @@ the linear maps of the layers stays as it is: patch embedding, norms, attention,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +21,7 @@ LARGEST = torch.finfo(FLOAT8).max
 # Rows of zeros would divide by zero; no activation of a model is so small.
 SMALLEST_AMAX = 1e-12
 ALIGNMENT = 16
+INTEGERS = {FLOAT8: torch.uint8, torch.float32: torch.int32}
 
 
 def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,7 +50,8 @@ def product(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor
         `(M, N)`.
     """
     if left.is_cuda:
-        return torch._scaled_mm(left, right.T, left_scale, right_scale.T, out_dtype=dtype, use_fast_accum=True)
+        scaled: Any = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
+        return scaled(left, right.T, left_scale, right_scale.T, out_dtype=dtype, use_fast_accum=True)
     return ((left.float() @ right.float().T) * left_scale * right_scale.T).to(dtype)
 
 
@@ -59,12 +64,8 @@ class Float8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
+        check_sizes(linear)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        if self.in_features % ALIGNMENT or self.out_features % ALIGNMENT:
-            raise ValueError(
-                f"precision 'fp8': expected sizes that are multiples of {ALIGNMENT}, "
-                f"got a linear map of {self.in_features} to {self.out_features}"
-            )
         self.weight, self.scale = (nn.Buffer(part) for part in quantize_rows(linear.weight.detach()))
         # What a map makes of zero is its bias, in whatever form it keeps that.
         zero = linear.weight.new_zeros(1, self.in_features)
@@ -78,6 +79,28 @@ class Float8Linear(nn.Module):
         """`(T, in)` float8 and `(T, 1)` to `(T, out)`."""
         output = product(quantized, scale, self.weight, self.scale, dtype)
         return output if self.bias is None else output + self.bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float8Linear:
+        # As integers, which are moved and never cast: to another dtype goes the bias alone.
+        def keep(tensor: Tensor) -> Tensor:
+            if tensor is self.bias:
+                return fn(tensor)
+            return fn(tensor.view(INTEGERS[tensor.dtype])).view(tensor.dtype)
+
+        return super()._apply(keep, recurse)
+
+
+def check_sizes(linear: nn.Linear) -> None:
+    """Refuse what the GPU's product cannot take.
+
+    Raises:
+        ValueError: sizes that are no multiples of `ALIGNMENT`.
+    """
+    if linear.in_features % ALIGNMENT or linear.out_features % ALIGNMENT:
+        raise ValueError(
+            f"precision 'fp8': expected sizes that are multiples of {ALIGNMENT}, "
+            f"got a linear map of {linear.in_features} to {linear.out_features}"
+        )
 
 
 class Float8GatedMLP(nn.Module):
@@ -116,11 +139,14 @@ def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_float8(layers: nn.ModuleList) -> None:
-    """Replace every linear map of the layers.
+    """Replace every linear map of the layers, or none where one of them cannot be.
 
     Raises:
         ValueError: see `Float8Linear`.
     """
+    for module in layers.modules():
+        if isinstance(module, nn.Linear):
+            check_sizes(module)
     for layer in layers:
         if isinstance(layer.mlp, GatedMLP) and isinstance(layer.mlp.activation, nn.SiLU | SiLUActivation):
             layer.mlp = Float8GatedMLP(layer.mlp)

@@ -49,7 +49,8 @@ class FusedBlock:
     @classmethod
     def of(cls, block: Block) -> FusedBlock:
         """Fold a block; its own weights stay as they are."""
-        norm1, norm2, attention, mlp = block.norm1, block.norm2, block.attention, block.mlp
+        parts: Any = block  # which `fuses` has looked at
+        norm1, norm2, attention, mlp = parts.norm1, parts.norm2, parts.attention, parts.mlp
         gate, up = fold(mlp.gate_up, norm2).chunk(2)
         return cls(
             qkv=fold(attention.qkv, norm1),
@@ -74,7 +75,7 @@ def fuses(block: nn.Module) -> bool:
     maps = (block.attention.qkv, block.attention.proj, block.mlp.gate_up, block.mlp.down)
     unbiased = all(type(linear) is nn.Linear and linear.bias is None for linear in maps)
     silu = isinstance(block.mlp.activation, nn.SiLU | SiLUActivation)
-    return norms and unbiased and silu and block.norm1.eps == block.norm2.eps
+    return norms and unbiased and silu and bool(block.norm1.eps == block.norm2.eps)
 
 
 def obstacle(layers: nn.ModuleList, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -118,12 +119,12 @@ class FusedLayers:
 
     def refresh(self) -> None:
         """Fold once more where weights have changed, into the same tensors, which a CUDA graph may know."""
-        if (versions := self._versions()) != self.versions:
+        if self._versions() != self.versions:
             for layer, block in zip(self.layers, self.blocks, strict=True):
                 new = FusedBlock.of(layer)
                 for name in ("qkv", "proj", "gate_up", "down"):
                     getattr(block, name).copy_(getattr(new, name))
-            self.versions = versions
+            self.versions = self._versions()  # now: a matrix that is not folded is the weight itself
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(weight.data_ptr(), weight._version) for layer in self.layers for weight in layer.parameters()]

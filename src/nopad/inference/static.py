@@ -55,6 +55,19 @@ class StaticPacks:
         embedding, rows = encoder.get_input_embeddings(), _FixedRows(capacity)
         self.hooks = [embedding.register_forward_pre_hook(rows.fill_up), embedding.register_forward_hook(rows.cut)]
 
+    @property
+    def recorded(self) -> Layers:
+        """What runs the layers, or has run them when the CUDA graphs were recorded."""
+        return self.layers.layers if isinstance(self.layers, Graphs) else self.layers
+
+    @property
+    def execution(self) -> str:
+        """`"fused"`, `"compiled"`, or `"eager"` where it was not asked for or could not be."""
+        if isinstance(self.recorded, fused.FusedLayers):
+            return "fused"
+        deferred = isinstance(self.recorded, partial) and self.recorded.func is run_deferred
+        return "compiled" if deferred else "eager"
+
     def remove(self) -> None:
         """Leave the encoder as it was."""
         for hook in self.hooks:
@@ -77,8 +90,8 @@ class StaticPacks:
             finite, tokens = finite_rows(tokens)
             tokens = F.pad(tokens, (0, 0, 0, self.capacity - rows))
             rotate = None if rotate is None else rotate.padded(self.capacity)
-            if isinstance(self.layers, fused.FusedLayers):
-                self.layers.refresh()
+            if isinstance(self.recorded, fused.FusedLayers):
+                self.recorded.refresh()
             tokens = self.layers(tokens, fill_up(segments, self.capacity, self.slots), rotate)[:rows]
             spoilt = ~whole_segments(finite, segments)[segments.index()]
             return tokens.masked_fill(spoilt[:, None], float("nan"))
@@ -241,9 +254,7 @@ class Graphs:
 class _Graph:
     """One recording, and the buffers that it reads and writes."""
 
-    def __init__(
-        self, layers: Layers, tokens: Tensor, segments: Segments, rotate: Rotation | None, pool: object
-    ) -> None:
+    def __init__(self, layers: Layers, tokens: Tensor, segments: Segments, rotate: Rotation | None, pool: Any) -> None:
         self.inputs = [tensor.clone() for tensor in _tensors(tokens, segments, rotate)]
         own_tokens, offsets, *turns = self.inputs
         own = Segments(segments.lengths, offsets, segments.max_seqlen)

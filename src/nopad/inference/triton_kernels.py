@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 from nopad.inference.float8 import FLOAT8, LARGEST, SMALLEST_AMAX
@@ -19,7 +19,7 @@ def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     if rows:
         block = triton.next_power_of_2(width)
         warps = min(max(block // 512, 1), 16)
-        _silu_mul_quantize[(rows,)](
+        _silu_mul_quantize[(rows,)](  # pyright: ignore[reportIndexIssue]
             gate_up, output, scale, gate_up.stride(0), width, LARGEST, SMALLEST_AMAX, block, num_warps=warps
         )
     return output, scale

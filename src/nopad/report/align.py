@@ -27,7 +27,10 @@ def align_page(report: AlignReport) -> str:
     """The page of an alignment: the verdict, what was compared, every case, and how the differences lie."""
     failed = sum(not case.passed for case in report.cases)
     verdict = f"Failed: {failed} of {len(report.cases)} cases" if failed else "Failed: no case was compared"
-    verdict = "Passed: the packed features equal the original's" if report.passed else verdict
+    if report.passed and report.precision is None:
+        verdict = "Passed: the packed features equal the original's"
+    elif report.passed:
+        verdict = f"Passed: every cosine to the original's features is more than {report.threshold:g}"
     parts = [element("p", f"nopad align · {report.checkpoint}")]
     parts += [element("h1", verdict, "good" if report.passed else "bad"), _setting(report)]
     parts += [_cases(report), *_charts(report)] if report.cases else []
@@ -47,8 +50,12 @@ def _setting(report: AlignReport) -> str:
     limit = f"relative difference of a token at most {RELATIVE_LIMIT:.0e}"
     if report.dtype != "float32":
         limit = f"distance to the float32 original at most {DISTANCE_LIMIT:g} × the original's own"
+    if report.precision is not None:
+        limit = f"none: in {report.precision} the threshold alone decides"
     names = "checkpoint", "family", "original", "weights", "device", "dtype", "attention"
     facts = [(name.capitalize(), getattr(report, name)) for name in names]
+    packs = "" if report.capacity is None else f", in packs of {report.capacity:,} tokens"
+    facts += [("Layers", report.execution + packs), ("Precision", report.precision or "that of the dtype")]
     versions = " · ".join(f"{name} {version}" for name, version in report.versions.items())
     facts += [("Versions", versions), ("Threshold", f"every cosine more than {report.threshold:g}"), ("Limit", limit)]
     lead = "The original took one image or clip at a time, the packed encoder all those of a case in one pack."
@@ -83,4 +90,10 @@ def _charts(report: AlignReport) -> list[str]:
     closeness = section("How close the tokens are", element("p", lead), tokens)
     layers = line_chart("Largest relative difference by layer", [(c.name, c.drift) for c in report.cases], "layer")
     lead = "Largest relative difference of a token before the first layer (0) and after each; the legend has the last."
-    return [closeness, section("Drift per layer", element("p", lead), layers)]
+    lead += "" if report.capacity is None else " The packed layers ran one by one for it, which compiled ones cannot."
+    drift = section("Drift per layer", element("p", lead), layers)
+    # In this order: max() passes over a NaN that does not stand first.
+    distances = [(c.name, [max(1 - cosine, 0.0) for cosine in c.layer_cosines]) for c in report.cases]
+    angles = line_chart("Largest 1 − cosine by layer", distances, "layer")
+    lead = "The same of 1 − cosine: the higher a line, the smaller the least cosine of a token."
+    return [closeness, drift, section("Cosine per layer", element("p", lead), angles)]

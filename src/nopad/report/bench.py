@@ -110,5 +110,5 @@ def _shares(report: BenchReport) -> str:
     lead = (
         "TFLOP/s over the ceiling's by the patches of a full pack, wrong features left out; the legend has the largest."
     )
-    chart = share_chart("Share of the ceiling by capacity", ticks, lines, "patches per pack")
+    chart = share_chart("Share of the ceiling by capacity", ticks, lines, "tokens per pack")
     return section("Share of the ceiling", element("p", lead), chart)

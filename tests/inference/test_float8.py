@@ -1,0 +1,283 @@
+"""Float8: what is rounded and by what scale, what stays as it is, and what an encoder in float8 refuses.
+
+On a GPU (`-m gpu`): its product and its fused cast beside the plain ones, compiled layers beside those that are not.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_encoders import FAMILIES, GRIDS, WIDE, patches_of, relative, tiny
+from torch import nn
+
+import nopad
+from nopad.families.dinov3 import PartlyBiasedQKV
+from nopad.inference.float8 import (
+    FLOAT8,
+    SMALLEST_AMAX,
+    Float8GatedMLP,
+    Float8Linear,
+    product,
+    quantize_rows,
+    silu_mul_quantize,
+)
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+CAPACITY, SLOTS = 160, 9
+
+
+@pytest.fixture(params=FAMILIES)
+def folder(request, tmp_path):
+    return tiny(request.param, tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    return nopad.load(tiny("aimv2", tmp_path / "aimv2"), precision="fp8")
+
+
+def test_the_largest_value_of_a_row_becomes_float8s_largest():
+    quantized, scale = quantize_rows(torch.tensor([[1.0, -2.0, 0.5], [448.0, 17.0, 0.0]]))
+    assert quantized.dtype == FLOAT8
+    # 17 lies between 16 and 18, as near to one as to the other: to the even one.
+    assert quantized.float().tolist() == [[224.0, -448.0, 112.0], [448.0, 16.0, 0.0]]
+    assert torch.equal(scale, torch.tensor([[2.0], [448.0]]) / 448)
+
+
+def test_a_row_of_zeros_stays_zero():
+    quantized, scale = quantize_rows(torch.zeros(1, 4, dtype=torch.bfloat16))
+    assert quantized.float().tolist() == [[0.0] * 4]
+    assert scale.item() == torch.tensor(SMALLEST_AMAX).div(448).item()
+
+
+@pytest.mark.parametrize("junk", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row(junk):
+    linear = Float8Linear(nn.Linear(32, 16))
+    rows = torch.randn(5, 32)
+    expected = linear(rows)
+    rows[2, 7] = junk
+    found = linear(rows)
+    assert found[2].isnan().all()
+    kept = [0, 1, 3, 4]
+    assert torch.equal(found[kept], expected[kept])
+
+
+def test_a_rows_format_is_its_own_affair():
+    rows = torch.randn(6, 32)
+    whole = quantize_rows(rows)
+    for number in range(6):
+        alone = quantize_rows(rows[number : number + 1])
+        among = quantize_rows(torch.cat((1e3 * torch.randn(2, 32), rows[number : number + 1])))
+        for a, b, c in zip(whole, alone, among, strict=True):
+            assert torch.equal(a[number].view(torch.uint8), b[0].view(torch.uint8))
+            assert torch.equal(b[0].view(torch.uint8), c[2].view(torch.uint8))
+
+
+def test_the_product_is_that_of_the_scaled_values():
+    (left, left_scale), (right, right_scale) = quantize_rows(torch.randn(7, 32)), quantize_rows(torch.randn(5, 32))
+    found = product(left, left_scale, right, right_scale, torch.float32)
+    expected = (left.double() * left_scale) @ (right.double() * right_scale).T
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert product(left, left_scale, right, right_scale, torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_map_is_a_few_percent_off(bias):
+    linear = nn.Linear(64, 48, bias=bias)
+    rows = torch.randn(50, 64) * torch.logspace(-3, 3, 50)[:, None]
+    float8 = Float8Linear(linear)
+    # By row: a small row is no worse than a large one.
+    expected = F.linear(rows, linear.weight)
+    errors = (float8(rows) - linear(rows)).norm(dim=1) / expected.norm(dim=1)
+    assert 0.005 < errors.mean() < 0.05
+    assert errors.max() < 0.1
+
+
+@pytest.mark.parametrize("has_bias", [(True, False, True), (False, False, True)])
+def test_biases_of_which_some_are_missing_are_kept(has_bias):
+    linear = PartlyBiasedQKV(32, has_bias)
+    nn.init.normal_(linear.bias)
+    expected = linear(torch.zeros(1, 32))
+    assert torch.equal(Float8Linear(linear)(torch.zeros(1, 32)), expected)
+    for part, biased in zip(expected[0].chunk(3), has_bias, strict=True):
+        assert bool(part.any()) == biased
+
+
+def test_gate_and_cast_are_the_plain_ones():
+    gate_up = torch.randn(9, 64)
+    gate, up = gate_up.chunk(2, dim=1)
+    for found, expected in zip(silu_mul_quantize(gate_up), quantize_rows(F.silu(gate) * up), strict=True):
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
+@torch.no_grad()
+def test_every_family_comes_close(folder):
+    plain, encoder = nopad.load(folder), nopad.load(folder, precision="fp8")
+    assert (encoder.precision, plain.precision) == ("fp8", None)
+    assert not any(isinstance(module, nn.Linear) for module in encoder.layers.modules())
+    assert type(encoder.embeddings.proj) is nn.Linear
+    expected = plain.encode(patches_of(plain), GRIDS, output_hidden_states=True)
+    found = encoder.encode(patches_of(encoder), GRIDS, output_hidden_states=True)
+    assert torch.equal(found.hidden_states[0], expected.hidden_states[0])
+    for name in ("tokens", "pooled"):
+        cosine = torch.cosine_similarity(getattr(found, name), getattr(expected, name), dim=-1)
+        assert 0.98 < cosine.min() < 0.99999
+
+
+def test_heads_and_projections_stay_as_they_are(tmp_path):
+    for folder in (tiny("siglip2", tmp_path / "siglip2"), tiny("aimv2 with a head", tmp_path / "aimv2")):
+        plain, encoder = nopad.load(folder), nopad.load(folder, precision="fp8")
+        for name, parameter in plain.head.named_parameters():
+            assert torch.equal(encoder.head.get_parameter(name), parameter)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("junk", [0.0, float("nan"), float("inf")])
+def test_company_changes_no_bit(folder, junk):
+    encoder = nopad.load(folder, precision="fp8")
+    encoder.compile(CAPACITY, SLOTS, compiled=False)
+    mine = patches_of(encoder, GRIDS[:1])
+    alone = encoder.encode(mine, GRIDS[:1])
+    others = patches_of(encoder, GRIDS[1:], seed=1) + junk
+    output = encoder.encode(torch.cat((others, mine)), torch.cat((GRIDS[1:], GRIDS[:1])))
+    assert torch.equal(output.tokens[len(others) :], alone.tokens)
+    assert torch.equal(output.pooled[-1], alone.pooled[0])
+
+
+def test_saving_is_refused(encoder, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="load it without precision to save it"):
+        encoder.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="load it without precision to save it"):
+        encoder.state_dict()
+    with pytest.raises(ValueError, match="load it without precision to save it"):
+        nn.ModuleDict({"vision": encoder}).state_dict()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_training_is_refused(encoder):
+    patches = patches_of(encoder)
+    assert not encoder(patches, GRIDS).requires_grad  # without no_grad, too
+    with pytest.raises(ValueError, match="has no gradients"):
+        encoder(patches.requires_grad_(), GRIDS)
+    with torch.no_grad():
+        encoder(patches, GRIDS)
+    encoder.norm.weight.requires_grad_()
+    with pytest.raises(ValueError, match="has no gradients"):
+        encoder(patches.detach(), GRIDS)
+    encoder.requires_grad_(False).train()
+    for call in (encoder, encoder.encode):
+        with pytest.raises(ValueError, match=r"is for inference, expected eval\(\), got train\(\)"):
+            call(patches.detach(), GRIDS)
+    assert encoder.eval()(patches.detach(), GRIDS).isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cast", ["half", "float", "bfloat16", "double"])
+def test_a_cast_leaves_weights_and_scales_as_they_are(tmp_path, cast):
+    encoder = nopad.load(tiny("dinov3", tmp_path / "dinov3"), precision="fp8")
+    linear = encoder.layers[0].attention.qkv
+    weight, scale = linear.weight.clone(), linear.scale.clone()
+    expected = encoder(patches_of(encoder), GRIDS)
+    getattr(encoder, cast)()
+    linear = encoder.layers[0].attention.qkv
+    assert (linear.weight.dtype, linear.scale.dtype) == (FLOAT8, torch.float32)
+    assert torch.equal(linear.weight.view(torch.uint8), weight.view(torch.uint8))
+    assert torch.equal(linear.scale, scale)
+    assert linear.bias.dtype == encoder.dtype == encoder.norm.weight.dtype
+    found = encoder(patches_of(encoder), GRIDS)
+    assert found.dtype == encoder.dtype
+    assert relative(found, expected) < 0.1
+
+
+@torch.no_grad()
+def test_it_survives_moves_and_copies(encoder):
+    expected = encoder(patches_of(encoder), GRIDS)
+    for twin in (encoder.to("cpu"), encoder.to(device="cpu", dtype=torch.float32), copy.deepcopy(encoder)):
+        assert twin.precision == "fp8"
+        assert torch.equal(twin(patches_of(twin), GRIDS), expected)
+    assert encoder.to("meta").layers[0].mlp.down.weight.dtype == FLOAT8
+    assert encoder.precision == "fp8"
+
+
+def test_sizes_that_do_not_fit_leave_the_encoder_as_it_was(tmp_path):
+    folder = tiny("aimv2", tmp_path / "aimv2", intermediate_size=40)
+    encoder = nopad.load(folder)
+    encoder.compile(CAPACITY, SLOTS, compiled=False)
+    with torch.no_grad():
+        expected = encoder(patches_of(encoder), GRIDS)
+    with pytest.raises(ValueError, match="multiples of 16, got a linear map of 40 to 32"):
+        encoder.to_precision("fp8")
+    assert encoder.precision is None
+    assert encoder.compiled_capacity == CAPACITY
+    assert not any(isinstance(module, Float8Linear | Float8GatedMLP) for module in encoder.modules())
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+    with torch.no_grad():
+        assert torch.equal(encoder(patches_of(encoder), GRIDS), expected)
+    encoder.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="multiples of 16"):
+        nopad.load(folder, precision="fp8")
+
+
+def test_other_formats_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="precision: expected 'fp8', got 'int8'"):
+        nopad.load(tiny("aimv2", tmp_path / "aimv2"), precision="int8")
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize("rows", [1, 300, 1024])
+def test_the_gpus_product_is_the_plain_one(rows):
+    (left, left_scale), (right, right_scale) = (
+        quantize_rows(torch.randn(rows, 256)),
+        quantize_rows(torch.randn(96, 256)),
+    )
+    parts = left, left_scale, right, right_scale
+    expected = product(*parts, torch.float32)
+    assert relative(product(*(part.cuda() for part in parts), torch.bfloat16), expected) < 2e-2
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize("width", [48, 128, 2816])
+def test_the_gpus_gate_and_cast_are_the_plain_ones(width):
+    gate_up = torch.randn(70, 2 * width).to(torch.bfloat16)
+    gate_up[3] = 0
+    quantized, scale = silu_mul_quantize(gate_up)
+    found, found_scale = silu_mul_quantize(gate_up.cuda())
+    assert (found.dtype, found_scale.dtype, found.shape) == (FLOAT8, torch.float32, quantized.shape)
+    torch.testing.assert_close(found_scale.cpu(), scale, rtol=1e-5, atol=0)
+    assert relative(found.float() * found_scale, quantized.float() * scale) < 2e-2
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_layers_on_a_gpu(tmp_path, family):
+    folder = tiny(family, tmp_path / "wide", **WIDE)
+    plain = nopad.load(folder, device="cuda", dtype=torch.bfloat16)
+    encoder = nopad.load(folder, device="cuda", dtype=torch.bfloat16, precision="fp8")
+    patches = patches_of(encoder)
+    eager = encoder.encode(patches, GRIDS)
+    cosine = torch.cosine_similarity(eager.tokens.float(), plain(patches, GRIDS).float(), dim=-1)
+    assert cosine.min() > 0.98
+    encoder.compile(CAPACITY, SLOTS)
+    assert encoder.execution == "compiled"
+    compiled = encoder.encode(patches, GRIDS)
+    # A value that another order of addition moves across the middle of two float8 neighbours becomes the other one.
+    for name in ("tokens", "pooled"):
+        cosine = torch.cosine_similarity(getattr(compiled, name).float(), getattr(eager, name).float(), dim=-1)
+        assert cosine.min() > 0.99
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_other_dtypes_on_a_gpu_are_refused(tmp_path):
+    folder = tiny("aimv2", tmp_path / "wide", **WIDE)
+    with pytest.raises(ValueError, match=r"expected dtype torch\.bfloat16 on a GPU, got torch\.float32"):
+        nopad.load(folder, device="cuda", precision="fp8")
+    encoder = nopad.load(folder, device="cuda", dtype=torch.bfloat16, precision="fp8").half()
+    with pytest.raises(ValueError, match=r"expected dtype torch\.bfloat16 on a GPU, got torch\.float16"):
+        encoder(patches_of(encoder), GRIDS)

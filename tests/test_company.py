@@ -1,0 +1,157 @@
+"""The proof that company changes no bit: it passes where that is so, and sees every way in which it is not."""
+
+import json
+import math
+
+import pytest
+import torch
+from tiny_encoders import FAMILIES, WIDE, tiny
+
+import nopad
+from nopad import company
+from nopad.cli import main
+from nopad.company import prove
+from nopad.inference import static
+from nopad.layers.attention import PackedAttention
+
+
+@pytest.fixture(autouse=True)
+def _uncompiled(request, monkeypatch):
+    if "gpu" not in request.keywords:
+        monkeypatch.setattr(torch, "compile", lambda function: function)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny("aimv2 with a head", tmp_path / "checkpoint")
+
+
+def leaking(monkeypatch, leak):
+    """Every attention adds what `leak` makes of all rows."""
+    forward = PackedAttention.forward
+    monkeypatch.setattr(PackedAttention, "forward", lambda self, rows, *rest: forward(self, rows, *rest) + leak(rows))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("precision", [None, "fp8"])
+def test_it_passes(tmp_path, family, precision):
+    encoder = nopad.load(tiny(family, tmp_path / "checkpoint"), precision=precision)
+    report = prove(encoder, capacity=512, packs=2)
+    assert report.passed
+    assert [(case.name, case.grid) for case in report.cases] == [
+        (name, grid) for name in ("compiled", "eager") for grid in ((1, 1, 1), (1, 9, 23), (3, 7, 5))
+    ]
+    assert all(
+        case.packs == case.same == case.same_beside_nan == case.same_beside_infinity == 2 for case in report.cases
+    )
+    assert (report.capacity, report.precision, report.dtype, report.device) == (512, precision, "float32", "cpu")
+    assert encoder.compiled_capacity is None
+
+
+def test_there_is_always_company(folder):
+    encoder = nopad.load(folder)
+    generator = torch.Generator().manual_seed(0)
+    for capacity, grid in ((128, (1, 1, 1)), (256, (3, 7, 5)), (4096, (1, 9, 23))):
+        packs = [company._company(encoder, grid, capacity, generator) for _ in range(50)]
+        numbers = [len(others) for others in packs]
+        assert min(numbers) >= 1
+        assert max(numbers) <= capacity // 64 - grid[0]
+        sizes = [sum(h * w for _, h, w in others) for others in packs]
+        assert max(sizes) <= capacity - math.prod(grid)
+    assert len(set(numbers)) > 10
+
+
+def test_a_leak_between_images_is_seen(folder, monkeypatch):
+    leaking(monkeypatch, lambda rows: 1e-3 * rows.mean(dim=0))
+    report = prove(nopad.load(folder), capacity=256, packs=3)
+    assert not report.passed
+    assert not any(case.passed for case in report.cases)
+    assert all(case.same == 0 for case in report.cases)
+
+
+def test_a_leak_of_one_kind_of_run_is_seen(folder, monkeypatch):
+    deferred = static.run_deferred
+
+    def leaks(layers, one, tokens, *rest):
+        return deferred(layers, one, tokens, *rest) + 1e-3 * tokens.mean(dim=0)
+
+    monkeypatch.setattr(static, "run_deferred", leaks)
+    report = prove(nopad.load(folder), capacity=256, packs=3)
+    assert not report.passed
+    assert {case.name for case in report.cases if not case.passed} == {"compiled"}
+
+
+def test_a_leak_of_nan_alone_is_seen(folder, monkeypatch):
+    leaking(monkeypatch, lambda rows: 0.0 * rows.sum())
+    encoder = nopad.load(folder)
+    assert prove(encoder, capacity=256, packs=2).passed  # static packs keep it from the layers
+    monkeypatch.setattr(static, "finite_rows", lambda rows: (rows.new_ones(len(rows), dtype=torch.bool), rows))
+    report = prove(encoder, capacity=256, packs=2)
+    assert not report.passed
+    assert all((case.same, case.same_beside_nan, case.same_beside_infinity) == (2, 0, 0) for case in report.cases)
+
+
+def test_an_encoder_is_left_uncompiled_by_an_error(folder, monkeypatch):
+    encoder = nopad.load(folder)
+
+    def broken(*arguments):
+        raise RuntimeError("kernel")
+
+    monkeypatch.setattr(encoder, "encode", broken)
+    with pytest.raises(RuntimeError, match="kernel"):
+        prove(encoder, capacity=256, packs=1)
+    assert encoder.compiled_capacity is None
+
+
+def test_wrong_numbers(folder):
+    with pytest.raises(ValueError, match="packs: expected ≥ 1, got 0"):
+        prove(nopad.load(folder), packs=0)
+    with pytest.raises(ValueError, match="capacity: expected at least 128 tokens, got 1"):
+        prove(nopad.load(folder), capacity=1)
+
+
+def test_command_line(folder, capsys):
+    arguments = ["align", str(folder), "--company", "--device", "cpu", "--capacity", "128"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "packs of 128 tokens\nfloat32 on cpu, attention sdpa\n" in printed
+    assert "PASSED: 2 of 2 images have the same features in any company" in printed
+    assert main([*arguments, "--precision", "fp8", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["passed"], report["precision"], report["capacity"]) == (True, "fp8", 128)
+    assert [case["packs"] for case in report["cases"]] == [20, 20]
+
+
+def test_command_line_failure(folder, capsys, monkeypatch):
+    leaking(monkeypatch, lambda rows: 1e-3 * rows.mean(dim=0))
+    assert main(["align", str(folder), "--company", "--device", "cpu", "--capacity", "128"]) == 1
+    assert "FAILED: 0 of 2 images" in capsys.readouterr().out
+    assert main(["align", str(folder), "--company", "--device", "cpu", "--capacity", "128", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["passed"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--capacity", "128"], "--capacity: goes with --company"),
+        (["--company", "--images", "."], "not with --company"),
+        (["--company", "--report", "page.html"], "not with --company"),
+        (["--company", "--compile"], "--compile: not with --company"),
+        (["--company", "--capacity", "1"], "capacity: expected at least 128 tokens, got 1"),
+    ],
+)
+def test_command_line_wrong_use(folder, capsys, arguments, told):
+    assert main(["align", str(folder), "--device", "cpu", *arguments]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("precision", [None, "fp8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_gpu(tmp_path, family, precision):
+    folder = tiny(family, tmp_path / "wide", **WIDE)
+    encoder = nopad.load(folder, device="cuda", dtype=torch.bfloat16, precision=precision)
+    report = prove(encoder, capacity=1024, packs=5)
+    assert report.passed, [case for case in report.cases if not case.passed]
+    assert {case.name for case in report.cases} in ({"compiled", "eager"}, {"fused", "eager"})

@@ -1,0 +1,46 @@
+"""A tiny checkpoint of each family, its sizes multiples of 16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import aimv2_checkpoints
+import dinov3_checkpoints
+import onevision_checkpoints
+import siglip2_checkpoints
+import torch
+from torch import Tensor
+
+GRIDS = torch.tensor([[1, 4, 5], [1, 7, 3], [2, 2, 2], [1, 1, 1]])
+FAMILIES = ("aimv2", "aimv2 with a head", "siglip2", "siglip", "dinov3", "dinov3 gated", "onevision")
+WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2}
+"""Heads of 64 values, which every kernel of a GPU takes."""
+
+
+def tiny(family: str, folder: Path, **changes) -> Path:
+    """A checkpoint with random weights far from their init."""
+    if family == "onevision":
+        original = onevision_checkpoints.tiny_original(**changes)
+        return onevision_checkpoints.write(folder, original.state_dict(), original.config.to_dict())
+    if family.startswith("siglip"):
+        kind = siglip2_checkpoints.naflex if family == "siglip2" else siglip2_checkpoints.fixed
+        return siglip2_checkpoints.folder_of(folder, kind(**changes))
+    if family.startswith("dinov3"):
+        gated = dinov3_checkpoints.GATED if family == "dinov3 gated" else {}
+        return dinov3_checkpoints.save(folder, dinov3_checkpoints.tiny_original(**gated, **changes))
+    head = {"use_head": True, "is_native": False} if family == "aimv2 with a head" else {}
+    original = aimv2_checkpoints.tiny_original(**head, **changes)
+    return aimv2_checkpoints.write(folder, original.state_dict(), original.config.to_dict())
+
+
+def patches_of(encoder, grids: Tensor = GRIDS, seed: int = 0) -> Tensor:
+    """Random patches, on the device and in the dtype of the encoder."""
+    generator = torch.Generator().manual_seed(seed)
+    patches = torch.randn(int(grids.prod(dim=1).sum()), encoder.patch_dim, generator=generator)
+    return patches.to(encoder.device, encoder.dtype)
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """Norm of the difference over the norm."""
+    ours, theirs = ours.double().cpu(), theirs.double().cpu()
+    return float((ours - theirs).norm() / theirs.norm())
