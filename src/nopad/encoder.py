@@ -1,24 +1,21 @@
-"""What all packed encoders share: the contract of a forward, loading, saving, packing."""
+"""What all packed encoders share: the contract of a forward, and getting ready for inference."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from nopad.images import load
 from nopad.inference import precision as formats
 from nopad.inference.static import StaticPacks, compile_layers
 from nopad.layers.attention import Rotation
 from nopad.layers.pooling import segment_mean
 from nopad.layout import Layout, Segments
-from nopad.packing import Pack, PatchOrder
-from nopad.preprocessing import Preprocessing, Resize, preprocess
-from nopad.pretrained import PretrainedEncoder
-from nopad.worker import CAPACITY, Worker
+from nopad.packing import Pack
+from nopad.pictures import PictureEncoder
+from nopad.worker import CAPACITY
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Trunk:
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-class PackedEncoder(PretrainedEncoder):
+class PackedEncoder(PictureEncoder):
     """A vision encoder over packs: any mix of image and video sizes in one forward, nothing padded.
 
     A family says what it is (`build`, `trunk`, `pool_segments`, and what `PretrainedEncoder` asks for); this class is
@@ -76,11 +73,6 @@ class PackedEncoder(PretrainedEncoder):
         """`pooled` in the image-text space, `None` where the checkpoint has no projection."""
         return None
 
-    @property
-    def default_preprocessing(self) -> Preprocessing:
-        """The family's published rule, where a checkpoint does not bring its own."""
-        raise NotImplementedError
-
     def run_layers(
         self, tokens: Tensor, segments: Segments, rotate: Rotation | None, states: list[Tensor] | None
     ) -> Tensor:
@@ -96,33 +88,6 @@ class PackedEncoder(PretrainedEncoder):
         return tokens
 
     # The contract of a forward.
-
-    @property
-    def patch_size(self) -> int:
-        """Side of a patch in pixels."""
-        return self.config.patch_size
-
-    @property
-    def patch_dim(self) -> int:
-        """Values of a patch."""
-        return self.config.patch_size**2 * self.config.num_channels
-
-    @property
-    def patch_order(self) -> PatchOrder:
-        """Layout inside a patch."""
-        return self.config.patch_order
-
-    @property
-    def hidden_size(self) -> int:
-        """Values of a token."""
-        return self.config.hidden_size
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """How pixels are made: the checkpoint's own `preprocessor_config.json`, else the family's rule."""
-        if self.preprocessor_config is None:
-            return self.default_preprocessing
-        return Preprocessing.from_config(self.preprocessor_config, self.default_preprocessing)
 
     def forward(
         self, hidden_states: Tensor | Pack, grid_thw: Tensor | None = None, patch_positions: Tensor | None = None
@@ -174,9 +139,9 @@ class PackedEncoder(PretrainedEncoder):
 
         From then on inference fills each pack up to `capacity` rows. So one graph serves every pack, and an image's
         features are the same bits in whatever company, on one device kind, in one version and for one capacity. Packs
-        that do not fit, training, and `output_hidden_states` run as before. Weights may change; nothing of them is
-        kept. Where Triton or a C++ compiler is missing packs are filled up as well and a warning says that their
-        layers are not compiled.
+        that do not fit, training, and `output_hidden_states` run as before. Weights may change: what was folded from
+        them is folded anew. Where Triton or a C++ compiler is missing packs are filled up as well, and a warning says
+        that their layers are not compiled.
 
         Args:
             capacity: tokens of a pack, prefix tokens among them.
@@ -259,83 +224,3 @@ class PackedEncoder(PretrainedEncoder):
                 f"pack: normalised with mean {pack.mean} and std {pack.std}, but this encoder takes {own.mean} and "
                 f"{own.std}; make it with this encoder's pack()"
             )
-
-    # From pictures.
-
-    def pack(
-        self,
-        images: Sequence[Any],
-        *,
-        resize: Resize = "torch",
-        max_patches: int | None = None,
-        preprocessing: Preprocessing | None = None,
-    ) -> Pack:
-        """Decode, resize by the model's own rule, normalise and patchify.
-
-        Args:
-            images: paths, encoded bytes, PIL images, uint8 arrays `(H, W, 3)`, or clips `(frames, H, W, 3)`.
-            resize: `"pil"` is bit-exact with the original's processor, `"torch"` is faster and 1–2 grey levels off.
-            max_patches: a cap on the patches of an image, its aspect ratio kept.
-            preprocessing: another rule than the model's own.
-
-        Returns:
-            A pack on the device and in the dtype of this encoder.
-
-        Raises:
-            ImageError: an image that cannot be used, by name and with the reason.
-        """
-        rule = preprocessing or self.preprocessing
-        options: dict[str, Any] = {"resize": resize, "max_patches": max_patches}
-        pixels = [preprocess(load(image), rule, self.patch_size, **options) for image in images]
-        pack = Pack.of(
-            pixels,
-            self.patch_size,
-            self.patch_order,
-            mean=rule.mean,
-            std=rule.std,
-            channels=self.config.num_channels,
-            preprocessing=rule.describe(resize, max_patches),
-        )
-        return pack.to(self.device, self.dtype)
-
-    def embed(
-        self,
-        images: Iterable[Any],
-        *,
-        capacity: int | None = None,
-        resize: Resize = "torch",
-        max_patches: int | None = None,
-        preprocessing: Preprocessing | None = None,
-        threads: int | None = None,
-    ) -> Tensor:
-        """One vector per image: `image_embeds` where the checkpoint has a projection, else `pooled`.
-
-        Images are decoded in threads and packed as they come, so any number of them goes in.
-
-        Args:
-            images: as `pack` takes them.
-            capacity: tokens per pack; a larger image gets a pack of its own. 16384 unless given, on a CPU 2048.
-            resize, max_patches, preprocessing: as `pack` takes them.
-            threads: that decode; one per core unless given.
-
-        Returns:
-            `(N, E)` or `(N, D)` float32, on the CPU.
-
-        Raises:
-            ImageError: the first image that cannot be used.
-        """
-        options: dict[str, Any] = {"resize": resize, "max_patches": max_patches, "preprocessing": preprocessing}
-        worker = Worker(self, capacity=capacity, threads=threads, **options)
-        (results,) = worker.run([images], load, strict=True)
-        vectors = [torch.from_numpy(result.embedding) for result in results if result.embedding is not None]
-        return torch.stack(vectors) if vectors else torch.empty(0, self.embedding_size)
-
-    @property
-    def projection_dim(self) -> int | None:
-        """Values of `image_embeds`, `None` where the checkpoint has no projection."""
-        return None
-
-    @property
-    def embedding_size(self) -> int:
-        """Values of the vector that `embed` gives for an image: E or D."""
-        return self.projection_dim or self.hidden_size
