@@ -32,6 +32,12 @@ def test_a_pack_closes_once_the_window_is_full():
     assert list(planner.finish()) == []
 
 
+def test_no_more_items_than_there_are_places():
+    planner = Planner(100, look_ahead=1, most=2)
+    assert [pack for item in "abcde" for pack in planner.add(30, item)] == [["a", "b"]]
+    assert list(planner.finish()) == [["c", "d"], ["e"]]
+
+
 @given(st.lists(st.integers(1, 40), max_size=80), st.integers(1, 50), st.floats(1, 8))
 def test_every_item_once_and_no_pack_too_full(lengths, capacity, look_ahead):
     packs = plan(lengths, capacity, look_ahead=look_ahead)

@@ -264,3 +264,17 @@ def test_a_clip_is_one_result(encoder, tmp_path):
     with torch.inference_mode():
         torch.testing.assert_close(joint.embed([clip])[0], joint.encode(joint.pack([clip])).pooled[0])
     assert not torch.allclose(joint.embed([clip])[0], joint.embed(clip).mean(0), atol=1e-3)
+
+
+def test_embed_raises_what_the_encoder_finds(encoder):
+    images = mixed(3)
+    overflowing = nopad.load(encoder.source, dtype=torch.float16)
+    with torch.no_grad():
+        overflowing.layers[0].mlp.down.weight.mul_(60000)
+    with pytest.raises(ImageError, match="image 0: its features are not finite in torch.float16"):
+        overflowing.embed(images)
+
+
+def test_embed_takes_several(encoder):
+    with pytest.raises(ValueError, match="images: expected several, got one; give it in a list"):
+        encoder.embed("cat.jpg")

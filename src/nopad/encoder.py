@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ class PackedEncoder(PictureEncoder):
         trunk = self.trunk(patches, layout, [] if output_hidden_states else None)
         segments = layout.images if self.frames_attend_jointly else layout.frames
         static = self._static
-        if static is not None and not static.fits(len(patches), segments):
+        if static is not None and not static.fits(len(patches) + self.num_prefix_tokens * len(segments), segments):
             static = None
         pooled = self.pool_segments(trunk, segments) if static is None else static.pool(self, trunk, segments)
         if len(segments) > len(layout.images):
@@ -159,6 +159,10 @@ class PackedEncoder(PictureEncoder):
             raise ValueError(f"expected capacity ≥ {least} and max_images ≥ 1, got {capacity} and {slots}")
         self._static = StaticPacks(self, capacity, slots, compile_layers(self, capacity, slots, compiled))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.uncompile()  # what is moved or cast has to be compiled for its new place
+        return super()._apply(fn, recurse)
+
     def to_precision(self, precision: str) -> None:
         """Turn the weights of the layers into another format, for inference alone; see `nopad.load`.
 
@@ -181,6 +185,11 @@ class PackedEncoder(PictureEncoder):
     def compiled_capacity(self) -> int | None:
         """Tokens that every pack is filled up to, `None` unless compiled."""
         return None if self._static is None else self._static.capacity
+
+    @property
+    def compiled_images(self) -> int | None:
+        """Most images, or frames that do not attend to each other, of a compiled pack, `None` unless compiled."""
+        return None if self._static is None else self._static.slots
 
     @property
     def execution(self) -> str:

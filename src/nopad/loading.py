@@ -57,7 +57,12 @@ def load(
         opened = open_checkpoint(name, revision=revision)
         encoder = family_of(opened).from_checkpoint(opened, **options)
     if device is not None:
-        encoder = encoder.to(device=device)
+        try:
+            encoder = encoder.to(device=device)
+        except (AssertionError, NotImplementedError, RuntimeError) as error:  # a torch without support, no such device
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(f"device: got {str(device)!r}: {error}") from error
     if precision is not None:
         encoder.to_precision(precision)
     encoder.set_attention(attention)  # once it is where it runs: a GPU's kernels cannot be had on the CPU

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from nopad.images import load
+from nopad.images import ImageError, load
 from nopad.packing import Pack, PatchOrder
 from nopad.preprocessing import Preprocessing, Resize, preprocess
 from nopad.pretrained import PretrainedEncoder
@@ -114,11 +115,17 @@ class PictureEncoder(PretrainedEncoder):
 
         Raises:
             ImageError: the first image that cannot be used.
+            ValueError: one image where several are expected.
         """
         options: dict[str, Any] = {"resize": resize, "max_patches": max_patches, "preprocessing": preprocessing}
+        if isinstance(images, str | bytes | Path):
+            raise ValueError("images: expected several, got one; give it in a list")
         worker = Worker(cast("PackedEncoder", self), capacity=capacity, threads=threads, **options)
         (results,) = worker.run([images], load, strict=True)
-        vectors = [torch.from_numpy(result.embedding) for result in results if result.embedding is not None]
+        for number, result in enumerate(results):
+            if result.error is not None:  # found by the encoder: features that are not finite, or too little memory
+                raise ImageError(f"image {number}", result.error.reason)
+        vectors = [torch.from_numpy(result.embedding) for result in results]
         return torch.stack(vectors) if vectors else torch.empty(0, self.embedding_size)
 
     @property

@@ -22,15 +22,17 @@ class Planner(Generic[Item]):
     Args:
         capacity: patches of a full pack; an item that is longer gets a pack of its own.
         look_ahead: patches that wait before a pack is closed, in packs.
+        most: items of a pack, any number unless given.
 
     Raises:
         ValueError: a capacity below 1 or a look-ahead below 1.
     """
 
-    def __init__(self, capacity: int, *, look_ahead: float = LOOK_AHEAD):
+    def __init__(self, capacity: int, *, look_ahead: float = LOOK_AHEAD, most: int | None = None):
         if capacity < 1 or look_ahead < 1:
             raise ValueError(f"expected capacity ≥ 1 and look_ahead ≥ 1, got {capacity} and {look_ahead}")
         self.capacity = capacity
+        self._most = most
         self._window = capacity * look_ahead
         self._items: dict[int, tuple[int, Item]] = {}  # in the order of their coming
         self._by_length: list[tuple[int, int]] = []  # (length, -number): of equals, the earlier is the better fit
@@ -61,7 +63,7 @@ class Planner(Generic[Item]):
         """The next pack, its items in the order of their coming."""
         chosen = [self._leave(next(iter(self._items)))]
         room = self.capacity - chosen[0][1]
-        while place := bisect_right(self._by_length, (room, 0)):
+        while len(chosen) != self._most and (place := bisect_right(self._by_length, (room, 0))):
             chosen.append(self._leave(-self._by_length[place - 1][1]))
             room -= chosen[-1][1]
         return [item for _, _, item in sorted(chosen, key=itemgetter(0))]

@@ -120,7 +120,7 @@ class Worker:
         tokens: bool = False,
         threads: int | None = None,
     ) -> None:
-        self.threads = len(os.sched_getaffinity(0)) if threads is None else threads
+        self.threads = _cores() if threads is None else threads
         if capacity is None:
             usual = CAPACITY_ON_CPU if encoder.device.type == "cpu" else CAPACITY
             capacity = encoder.compiled_capacity or usual
@@ -165,7 +165,7 @@ class Worker:
         """
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="nopad-decode")
         try:
-            planner: Planner[tuple[int, _Prepared]] = Planner(self.capacity)
+            planner: Planner[tuple[int, _Prepared]] = Planner(self.capacity, most=self.encoder.compiled_images)
             results: list[Embedded | None] = []
             batches = _Batches(self, results)
             for future in self._ahead(pool, groups, read):
@@ -233,6 +233,11 @@ class Worker:
     def _pixels(self, image: Tensor) -> Tensor:
         settings = {"resize": self.resize, "max_patches": self.max_patches}
         return preprocess(image, self.rule, self.encoder.patch_size, **settings)
+
+
+def _cores() -> int:
+    """Cores that this process may use; where the system does not tell, all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Batches:

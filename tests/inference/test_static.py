@@ -110,6 +110,27 @@ def test_copies_and_saved_ones_are_not_compiled(encoder, tmp_path):
     assert torch.equal(loaded(patches_of(encoder), GRIDS), twin(patches_of(encoder), GRIDS))
 
 
+@torch.no_grad()
+def test_moving_and_casting_undo_it(encoder):
+    encoder.compile(CAPACITY, SLOTS)
+    assert (encoder.compiled_capacity, encoder.compiled_images) == (CAPACITY, SLOTS)
+    encoder.to(torch.float64)
+    assert (encoder.compiled_capacity, encoder.compiled_images) == (None, None)
+
+
+@torch.no_grad()
+def test_embed_fills_packs_that_fit(encoder, caplog):
+    encoder.compile(2000, 3)
+    images = [torch.randint(0, 255, (3, 60, 60), dtype=torch.uint8) for _ in range(8)]
+    ran = []
+    run = encoder._static.run
+    encoder._static.run = lambda *arguments: ran.append(len(arguments[1])) or run(*arguments)
+    assert len(encoder.embed(images)) == 8
+    assert sum(ran) == 8
+    assert max(ran) <= 3
+    assert "does not fit" not in caplog.text
+
+
 def test_wrong_numbers(encoder):
     with pytest.raises(ValueError, match="max_images ≥ 1"):
         encoder.compile(100, 0)

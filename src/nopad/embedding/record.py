@@ -104,6 +104,7 @@ def record_of(settings: Settings, encoder: PackedEncoder, sources: list[str], in
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "device": encoder.device.type,
         "attention": encoder.attention,
+        "layers": " ".join(filter(None, (encoder.execution, str(encoder.compiled_capacity or ""), encoder.precision))),
         "preprocessing": worker.preprocessing,
         "capacity": str(worker.capacity),
         "max_pixels": str(settings.max_pixels),

@@ -183,14 +183,18 @@ def compile_layers(encoder: PackedEncoder, capacity: int, slots: int, compiled: 
     if not compiled:
         return as_they_are
     reason = fused.obstacle(encoder.layers, encoder.device, encoder.dtype)
+    layers = None
     if reason is None:
-        layers = fused.FusedLayers(encoder.layers, fused.QuackProducts())
-    else:
+        try:
+            layers = fused.FusedLayers(encoder.layers, fused.QuackProducts())
+        except ImportError as error:  # half of it is there, or another package of that name
+            reason = f"quack cannot be imported ({error}): pip install 'nopad[hopper]'"
+    if layers is None:
         logger.info("layers are not fused: %s", reason)
         layers = partial(run_deferred, list(encoder.layers), torch.compile(_deferred))
     try:
         warm_up(encoder, layers, capacity, slots)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except RuntimeError as error:  # what torch's compilers raise, a missing Triton or C++ compiler among it
         logger.warning("the layers run uncompiled: %s", str(error).strip().splitlines()[0])
