@@ -271,7 +271,7 @@ def test_embed_raises_what_the_encoder_finds(encoder):
     overflowing = nopad.load(encoder.source, dtype=torch.float16)
     with torch.no_grad():
         overflowing.layers[0].mlp.down.weight.mul_(60000)
-    with pytest.raises(ImageError, match="image 0: its features are not finite in torch.float16"):
+    with pytest.raises(ImageError, match=r"image 0: its features are not finite in torch\.float16"):
         overflowing.embed(images)
 
 
