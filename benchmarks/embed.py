@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000, metavar="N", help="(default: 2000)")
     parser.add_argument("--blocks", type=int, default=10, metavar="N", help="each is run by both (default: 10)")
     parser.add_argument("--model", default=MODEL, help=f"as nopad embed takes it (default: {MODEL})")
-    parser.add_argument("--capacity", type=int, metavar="N", help="patches per pack (default: nopad's own)")
+    parser.add_argument("--capacity", type=int, metavar="N", help="tokens per pack (default: nopad's own)")
     parser.add_argument("--workers", type=int, metavar="N", help="threads that decode (default: one per core)")
     parser.add_argument("--resize", choices=("torch", "pil"), default="torch", help="of nopad (default: torch)")
     parser.add_argument("--folder", default="demo/bench-embed", help="keeps the pictures (default: demo/bench-embed)")
@@ -234,7 +234,7 @@ def summarise(blocks: Sequence[Block], encoder: PackedEncoder, job: JobOfToday, 
     }
     stages["write"] = sum(block.summary["write"] for block in blocks)
     stages["other"] = wall - stages["encode"] - stages["wait"] - stages["write"]
-    filled, capacity = (sum(block.summary["tally"][name] for block in blocks) for name in ("patches", "capacity"))
+    filled, capacity = (sum(block.summary["tally"][name] for block in blocks) for name in ("tokens", "capacity"))
     return {
         "model": encoder.source,
         "original": job.about,
