@@ -11,9 +11,10 @@ import torch
 from pictures import noise
 
 import nopad
+from nopad.batches import Embedded
 from nopad.encoder import PackedEncoder
 from nopad.images import ImageError, load
-from nopad.worker import Embedded, Worker
+from nopad.worker import Worker
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from nopad.batches import Batches, Embedded, Prepared, Tally
 from nopad.images import ImageError
 from nopad.packing import patchify
 from nopad.planner import Planner
@@ -29,66 +28,8 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 CAPACITY, CAPACITY_ON_CPU = 16384, 2048
-"""Patches of a pack, unless told otherwise. What a layer makes of 2048 stays in a CPU's cache and off its allocator's
-slow path: from 32 MiB on glibc maps fresh pages for every tensor. Packs of 16384 take a third longer per image."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Embedded:
-    """What became of one picture or clip.
-
-    Attributes:
-        error: why there are no features, else `None`; then the others are set, `tokens` on request.
-        width, height: pixels of the upright picture.
-        grid: `(frames, rows, columns)` of patches.
-        embedding: `(E,)` or `(D,)` float32: `image_embeds` where the checkpoint has a projection, else `pooled`.
-        tokens: `(frames · rows · columns, D)` float16.
-    """
-
-    error: ImageError | None = None
-    width: int | None = None
-    height: int | None = None
-    grid: tuple[int, int, int] | None = None
-    embedding: np.ndarray | None = None
-    tokens: np.ndarray | None = None
-
-
-@dataclass
-class Tally:
-    """What a worker has done so far; seconds are of one thread, those of the decode threads added up.
-
-    Attributes:
-        images, failed: pictures done, and those of them without features.
-        patches: patches encoded.
-        tokens, capacity: these and their prefix tokens, and how many their packs could have held. The last pack of a
-            group counts as what it holds, unless the encoder fills it up.
-        packs: how many these were.
-        decode, encode, wait: seconds in reading and preprocessing, in the encoder, and of the encoder for pictures.
-    """
-
-    images: int = 0
-    failed: int = 0
-    patches: int = 0
-    tokens: int = 0
-    capacity: int = 0
-    packs: int = 0
-    decode: float = 0.0
-    encode: float = 0.0
-    wait: float = 0.0
-
-    @property
-    def fill(self) -> float:
-        """How full the packs were, 0 … 1."""
-        return self.tokens / self.capacity if self.capacity else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    patches: Tensor
-    grid: tuple[int, int, int]
-    tokens: int
-    width: int
-    height: int
+"""Tokens of a pack, unless told otherwise. What a layer makes of 2048 stays in a CPU's cache and off its allocator's
+slow path: from 32 MiB on glibc maps fresh pages for every tensor."""
 
 
 class Worker:
@@ -165,14 +106,14 @@ class Worker:
         """
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="nopad-decode")
         try:
-            planner: Planner[tuple[int, _Prepared]] = Planner(self.capacity, most=self.encoder.compiled_images)
+            planner: Planner[tuple[int, Prepared]] = Planner(self.capacity, most=self.encoder.compiled_images)
             results: list[Embedded | None] = []
-            batches = _Batches(self, results)
+            batches = Batches(self.encoder, self.capacity, results, self.tally, tokens=self.tokens)
             for future in self._ahead(pool, groups, read):
                 if future is not None:
                     prepared = self._wait(future)
                     results.append(None)
-                    if isinstance(prepared, _Prepared):
+                    if isinstance(prepared, Prepared):
                         batches.take(planner.add(prepared.tokens, (len(results) - 1, prepared)))
                         continue
                     if strict and prepared.error is not None:
@@ -189,16 +130,16 @@ class Worker:
 
     def _ahead(
         self, pool: ThreadPoolExecutor, groups: Iterable[Iterable[Item]], read: Callable[[Item], Tensor]
-    ) -> Iterator[Future[_Prepared | Embedded] | None]:
+    ) -> Iterator[Future[Prepared | Embedded] | None]:
         """The pictures in their order, some of them still to be decoded; `None` ends a group."""
 
-        def started() -> Iterator[Future[_Prepared | Embedded] | None]:
+        def started() -> Iterator[Future[Prepared | Embedded] | None]:
             for group in groups:
                 for item in group:
                     yield pool.submit(self._prepare, item, read)
                 yield None
 
-        waiting: deque[Future[_Prepared | Embedded] | None] = deque()
+        waiting: deque[Future[Prepared | Embedded] | None] = deque()
         for future in started():
             waiting.append(future)
             if len(waiting) > max(16, 2 * self.threads):
@@ -206,13 +147,13 @@ class Worker:
         while waiting:
             yield waiting.popleft()
 
-    def _wait(self, future: Future[_Prepared | Embedded]) -> _Prepared | Embedded:
+    def _wait(self, future: Future[Prepared | Embedded]) -> Prepared | Embedded:
         start = time.perf_counter()
         prepared = future.result()
         self.tally.wait += time.perf_counter() - start
         return prepared
 
-    def _prepare(self, item: Item, read: Callable[[Item], Tensor]) -> _Prepared | Embedded:
+    def _prepare(self, item: Item, read: Callable[[Item], Tensor]) -> Prepared | Embedded:
         """Read one picture and cut it into patches; runs in a decode thread."""
         start = time.perf_counter()
         try:
@@ -220,7 +161,7 @@ class Worker:
             patches, grid = patchify(self._pixels(image), self.encoder.patch_size, self.encoder.patch_order)
             height, width = image.shape[-2:]
             tokens = len(patches) + grid[0] * self.encoder.num_prefix_tokens
-            return _Prepared(patches.to(self.encoder.dtype), grid, tokens, width, height)
+            return Prepared(patches.to(self.encoder.dtype), grid, tokens, width, height)
         except ImageError as error:
             return Embedded(error=error)
         except Exception as error:  # one picture must not end a job of a million; its row says what happened
@@ -238,97 +179,3 @@ class Worker:
 def _cores() -> int:
     """Cores that this process may use; where the system does not tell, all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class _Batches:
-    """Runs packs and puts what comes out at its place; a GPU computes one while the host reads the one before."""
-
-    def __init__(self, worker: Worker, results: list[Embedded | None]) -> None:
-        self.worker = worker
-        self.results = results
-        self.running: deque[Callable[[], None]] = deque()
-
-    def take(self, packs: Iterable[list[tuple[int, _Prepared]]], *, to_the_end: bool = False) -> None:
-        start = time.perf_counter()
-        held = 0
-        for pack in packs:
-            self.launch(pack)
-            held = sum(picture.tokens for _, picture in pack)
-            self.worker.tally.tokens += held
-            self.worker.tally.capacity += max(self.worker.capacity, held)
-            while len(self.running) > 1:
-                self.running.popleft()()
-        if to_the_end:
-            while self.running:
-                self.running.popleft()()
-            if held and not self.worker.encoder.compiled_capacity:
-                self.worker.tally.capacity -= max(self.worker.capacity - held, 0)
-        self.worker.tally.encode += time.perf_counter() - start
-
-    def keep(self, place: int, result: Embedded) -> None:
-        self.results[place] = result
-        self.worker.tally.images += 1
-        self.worker.tally.failed += result.error is not None
-
-    def launch(self, pack: list[tuple[int, _Prepared]]) -> None:
-        try:
-            self.running.append(self.encode(pack))
-            return
-        except RuntimeError as error:
-            # The CPU's allocator raises no class of its own.
-            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-                raise
-            reason = str(error)
-        # Out here the error no longer holds on to what the pack has allocated.
-        while self.running:
-            self.running.popleft()()
-        if len(pack) > 1:
-            logger.warning("a pack of %d pictures does not fit into memory, each goes alone", len(pack))
-            for single in pack:
-                self.launch([single])
-            return
-        place, picture = pack[0]
-        reason = f"its {len(picture.patches)} patches do not fit into memory ({reason}); set a limit: max_patches"
-        self.keep(place, Embedded(error=ImageError("picture", reason)))
-
-    @torch.inference_mode()
-    def encode(self, pack: list[tuple[int, _Prepared]]) -> Callable[[], None]:
-        """Start a pack; what is returned waits for it and keeps its results."""
-        worker, encoder = self.worker, self.worker.encoder
-        patches = torch.cat([picture.patches for _, picture in pack]).to(encoder.device, non_blocking=True)
-        output = encoder.encode(patches, torch.tensor([picture.grid for _, picture in pack]))
-        vectors = (output.pooled if output.image_embeds is None else output.image_embeds).float()
-        vectors = vectors.to("cpu", non_blocking=True)  # pinned by torch: the copy does not hold up the next pack
-        tokens = output.tokens.half().to("cpu", non_blocking=True) if worker.tokens else None
-        done = None
-        if patches.is_cuda:
-            done = torch.cuda.Event()
-            done.record()
-        worker.tally.packs += 1
-        worker.tally.patches += len(patches)
-
-        def results() -> None:
-            if done is not None:
-                done.synchronize()
-            parts = [None] * len(pack)
-            if tokens is not None:
-                parts = tokens.split([len(picture.patches) for _, picture in pack])
-            for (place, picture), vector, part in zip(pack, vectors, parts, strict=True):
-                self.keep(place, _embedded(picture, vector, part, encoder.dtype))
-
-        return results
-
-
-def _embedded(picture: _Prepared, vector: Tensor, tokens: Tensor | None, dtype: torch.dtype) -> Embedded:
-    if not vector.isfinite().all():
-        hint = "; float16 may overflow, bfloat16 and float32 do not" if dtype == torch.float16 else ""
-        return Embedded(error=ImageError("picture", f"its features are not finite in {dtype}{hint}"))
-    if tokens is not None and not tokens.isfinite().all():
-        return Embedded(error=ImageError("picture", "its tokens are not finite in float16, in which they are stored"))
-    return Embedded(
-        width=picture.width,
-        height=picture.height,
-        grid=picture.grid,
-        embedding=vector.numpy().copy(),
-        tokens=None if tokens is None else tokens.numpy().copy(),
-    )

@@ -16,12 +16,12 @@ import pytest
 from pictures import write_photos
 
 import nopad
+from nopad.batches import Tally
 from nopad.cli import main
 from nopad.embedding import progress
 from nopad.embedding.progress import Lines, clock, describe, display
 from nopad.embedding.reader import Reader
 from nopad.embedding.run import Progress
-from nopad.worker import Tally
 
 
 def table(folder: Path) -> dict[str, bytes]:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nopad.batches import Embedded, Tally
 from nopad.embedding.inputs import Input
 from nopad.embedding.reader import Reader
 from nopad.embedding.shards import MAX_TOKEN_BYTES, Row
 from nopad.embedding.stored import count, failed_rows, iterate_rows
 from nopad.encoder import PackedEncoder
-from nopad.worker import Embedded, Tally
 
 if TYPE_CHECKING:
     from nopad.embedding.job import Job
