@@ -379,6 +379,14 @@ def test_damaged_files_of_a_job(photos, tmp_path, model, name, data):
     assert table(tmp_path / "out") == before
 
 
+def test_layers_that_run_otherwise_are_told(photos, tmp_path, model):
+    encoder = nopad.load(model)
+    nopad.embed(photos, tmp_path / "out", model=encoder, capacity=2048)
+    encoder.compile(2048, compiled=False)
+    with pytest.raises(ValueError, match="layers: eager there, eager 2048 now"):
+        nopad.embed(photos, tmp_path / "out", model=encoder, capacity=2048)
+
+
 def test_a_list_of_another_job(photos, tmp_path, model):
     embed(photos, tmp_path / "out", model)
     inputs.InputList.of([Input("a", "b", "image", b"/a")]).save(tmp_path / "out" / ".nopad" / "inputs.parquet")

@@ -73,6 +73,7 @@ def test_another_thread_may_release(tmp_path):
     thread = threading.Thread(target=lock.release)
     thread.start()
     thread.join()
+    assert not (tmp_path / ".nopad" / "owner.json").exists()
     FolderLock(tmp_path).acquire().release()
 
 

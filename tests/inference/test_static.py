@@ -131,6 +131,31 @@ def test_embed_fills_packs_that_fit(encoder, caplog):
     assert "does not fit" not in caplog.text
 
 
+@torch.no_grad()
+def test_layers_never_see_what_is_not_finite(encoder):
+    # Kernels that read whole tiles of keys would carry it on; a CPU has none, so that nothing else shows it there.
+    encoder.compile(CAPACITY, SLOTS)
+    seen = []
+    layers = encoder._static.layers
+    encoder._static.layers = lambda tokens, *rest: seen.append(tokens.isfinite().all().item()) or layers(tokens, *rest)
+    patches = patches_of(encoder)
+    patches[3] = float("inf")
+    encoder(patches, GRIDS)
+    assert seen == [True]
+
+
+@torch.no_grad()
+def test_embed_counts_prefix_tokens(encoder, caplog):
+    images = [torch.randint(0, 255, (3, 60, 60), dtype=torch.uint8) for _ in range(4)]
+    patches = len(encoder.pack(images[:1]).hidden_states)
+    encoder.compile(2 * patches + encoder.num_prefix_tokens, 8)  # two images' patches, not always two images
+    ran = []
+    run = encoder._static.run
+    encoder._static.run = lambda *arguments: ran.append(len(arguments[1])) or run(*arguments)
+    encoder.embed(images)
+    assert ran == ([1] * 4 if encoder.num_prefix_tokens else [2] * 2)
+
+
 def test_wrong_numbers(encoder):
     with pytest.raises(ValueError, match="max_images ≥ 1"):
         encoder.compile(100, 0)
