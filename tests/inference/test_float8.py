@@ -18,10 +18,12 @@ from nopad.inference.float8 import (
     SMALLEST_AMAX,
     Float8GatedMLP,
     Float8Linear,
+    prepare,
     product,
     quantize_rows,
     silu_mul_quantize,
 )
+from nopad.layout import Segments
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CAPACITY, SLOTS = 160, 9
@@ -115,14 +117,35 @@ def test_gate_and_cast_are_the_plain_ones():
 def test_every_family_comes_close(folder):
     plain, encoder = nopad.load(folder), nopad.load(folder, precision="fp8")
     assert (encoder.precision, plain.precision) == ("fp8", None)
-    assert not any(isinstance(module, nn.Linear) for module in encoder.layers.modules())
-    assert type(encoder.embeddings.proj) is nn.Linear
+    # The cast of what comes out of the attention would cost what its product saves.
+    left = [name for name, module in encoder.layers.named_modules() if isinstance(module, nn.Linear)]
+    assert left == [f"{number}.attention.proj" for number in range(len(encoder.layers))]
+    assert isinstance(encoder.embeddings.proj, nn.Linear)
     expected = plain.encode(patches_of(plain), GRIDS, output_hidden_states=True)
     found = encoder.encode(patches_of(encoder), GRIDS, output_hidden_states=True)
     assert torch.equal(found.hidden_states[0], expected.hidden_states[0])
     for name in ("tokens", "pooled"):
         cosine = torch.cosine_similarity(getattr(found, name), getattr(expected, name), dim=-1)
         assert 0.98 < cosine.min() < 0.99999
+
+
+@torch.no_grad()
+def test_preparing_changes_no_layer_and_bounds_what_goes_down(tmp_path):
+    encoder = nopad.load(tiny("aimv2", tmp_path / "aimv2"))
+    layer, rows = encoder.layers[0], 30 * torch.randn(200, 32)
+    segments = Segments.of([200], "cpu")
+    expected = layer(rows, segments)
+    prepare(layer)
+    torch.testing.assert_close(layer(rows, segments), expected)
+    assert not [*layer.norm1.parameters(), *layer.norm2.parameters()]
+    # The worst a normed row can do: to lie between a gate and its up, on whichever side.
+    gate, up = layer.mlp.gate_up.weight.chunk(2)
+    for sign in (1, -1):
+        worst = F.normalize(F.normalize(gate, dim=1) + sign * F.normalize(up, dim=1), dim=1) * 32**0.5
+        product = (worst * gate).sum(dim=1) * (worst * up).sum(dim=1)
+        assert product.abs().max() <= 448
+    factors = layer.mlp.down.weight / nopad.load(tmp_path / "aimv2").layers[0].mlp.down.weight
+    assert torch.equal(factors.log2(), factors.log2().round())
 
 
 def test_heads_and_projections_stay_as_they_are(tmp_path):
@@ -264,7 +287,7 @@ def test_compiled_layers_on_a_gpu(tmp_path, family):
     cosine = torch.cosine_similarity(eager.tokens.float(), plain(patches, GRIDS).float(), dim=-1)
     assert cosine.min() > 0.98
     encoder.compile(CAPACITY, SLOTS)
-    assert encoder.execution == "compiled"
+    assert encoder.execution in ("compiled", "fused")
     compiled = encoder.encode(patches, GRIDS)
     # A value that another order of addition moves across the middle of two float8 neighbours becomes the other one.
     for name in ("tokens", "pooled"):

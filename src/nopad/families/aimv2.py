@@ -26,6 +26,7 @@ from nopad.families.aimv2_checkpoints import (
 from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
 from nopad.layers.mlp import GatedMLP
+from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.positions import learned_positions, sincos_2d
 from nopad.layers.varlen import varlen_attention
 from nopad.layout import Layout, Segments
@@ -38,7 +39,7 @@ class AIMv2Embeddings(nn.Module):
 
     def __init__(self, config: AIMv2PackingConfig):
         super().__init__()
-        self.proj = nn.Linear(patch_area(config) * config.num_channels, config.hidden_size)
+        self.proj = PatchEmbedding(patch_area(config) * config.num_channels, config.hidden_size)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.trained_grid = trained_grid(config)
         self.strict = config.positions == "strict"
@@ -50,18 +51,18 @@ class AIMv2Embeddings(nn.Module):
     def forward(self, hidden_states: Tensor, layout: Layout) -> Tensor:
         """`(T, P)` to `(T, D)`."""
         tokens = self.norm(self.proj(hidden_states))
-        return tokens + self.positions(layout).to(tokens.dtype)
+        return tokens + self.positions(layout, tokens.dtype).to(tokens.dtype)
 
-    def positions(self, layout: Layout) -> Tensor:
-        """`(T, D)` float32.
+    def positions(self, layout: Layout, dtype: torch.dtype) -> Tensor:
+        """`(T, D)`, computed in float32; already in `dtype` where that changes no bit.
 
         Raises:
             ValueError: see `learned_positions`.
         """
         if self.position_embedding is None:
-            return sincos_2d(layout, self.proj.out_features)
+            return sincos_2d(layout, self.proj.out_features, dtype)
         table, grid = self.position_embedding, self.trained_grid
-        return learned_positions(layout, table, grid, mode="bicubic", strict=self.strict)
+        return learned_positions(layout, table, grid, mode="bicubic", strict=self.strict, dtype=dtype)
 
 
 class AIMv2Head(nn.Module):

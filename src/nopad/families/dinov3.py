@@ -29,6 +29,7 @@ from nopad.families.dinov3_checkpoints import (
 from nopad.layers.attention import PackedAttention, Rotation
 from nopad.layers.block import Block
 from nopad.layers.mlp import MLP, GatedMLP
+from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.rope import axial_angles, patch_centres, rope_periods, rotate_halves
 from nopad.layout import Layout, Segments
 from nopad.original import Original
@@ -85,7 +86,7 @@ class DINOv3Embeddings(nn.Module):
     def __init__(self, config: DINOv3ViTPackingConfig, patch_dim: int):
         super().__init__()
         size = config.hidden_size
-        self.proj = nn.Linear(patch_dim, size)
+        self.proj = PatchEmbedding(patch_dim, size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, size))
         self.register_tokens = nn.Parameter(torch.empty(1, config.num_register_tokens, size))
         # For masked training alone; kept so that a saved checkpoint is complete.

@@ -16,6 +16,7 @@ from nopad.families.onevision_checkpoints import DIALECTS, PUBLISHED, OneVisionP
 from nopad.layers.attention import PackedAttention, Rotation
 from nopad.layers.block import Block
 from nopad.layers.mlp import MLP
+from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.pooling import ProbeHead
 from nopad.layers.rope_3d import check_head_dim, rotate_3d
 from nopad.layout import Layout, Segments
@@ -58,7 +59,7 @@ class OneVisionEmbeddings(nn.Module):
 
     def __init__(self, config: OneVisionPackingConfig):
         super().__init__()
-        self.proj = nn.Linear(config.patch_size**2 * config.num_channels, config.hidden_size, bias=False)
+        self.proj = PatchEmbedding(config.patch_size**2 * config.num_channels, config.hidden_size, bias=False)
         self.norm = onevision_norm(config)
 
     def forward(self, hidden_states: Tensor) -> Tensor:

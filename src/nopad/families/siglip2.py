@@ -29,6 +29,7 @@ from nopad.families.siglip2_checkpoints import (
 from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
 from nopad.layers.mlp import MLP
+from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.pooling import ProbeHead
 from nopad.layers.positions import learned_positions, resample, tables_of_grids
 from nopad.layout import Layout, Segments
@@ -50,23 +51,25 @@ class Siglip2Embeddings(nn.Module):
         self.trained_grid = trained_grid(config)
         self.naflex = is_naflex(config)
         self.strict = config.positions == "strict"
-        self.proj = nn.Linear(config.patch_size**2 * config.num_channels, config.hidden_size)  # pyright: ignore[reportOperatorIssue]
+        self.proj = PatchEmbedding(config.patch_size**2 * config.num_channels, config.hidden_size)  # pyright: ignore[reportOperatorIssue]
         self.position_embedding = nn.Parameter(torch.empty(math.prod(self.trained_grid), config.hidden_size))
 
     def forward(self, hidden_states: Tensor, layout: Layout) -> Tensor:
         """`(T, P)` to `(T, D)`."""
         tokens = self.proj(hidden_states)
-        return tokens + self.positions(layout).to(tokens.dtype)
+        return tokens + self.positions(layout, tokens.dtype).to(tokens.dtype)
 
-    def positions(self, layout: Layout) -> Tensor:
-        """`(T, D)` float32; NaFlex as its `resize_positional_embeddings`, else as SigLIP's `interpolate_pos_encoding`.
+    def positions(self, layout: Layout, dtype: torch.dtype) -> Tensor:
+        """`(T, D)`, in float32, or in `dtype` where that changes no bit.
+
+        NaFlex as its `resize_positional_embeddings`, else as SigLIP's `interpolate_pos_encoding`.
 
         Raises:
             ValueError: `patch_positions` for NaFlex; see also `learned_positions`.
         """
         table = self.position_embedding
         if not self.naflex:
-            rule = {"mode": "bicubic", "antialias": False, "strict": self.strict}
+            rule = {"mode": "bicubic", "antialias": False, "strict": self.strict, "dtype": dtype}
             return learned_positions(layout, table, self.trained_grid, **rule)
         if layout.patch_positions is not None:
             raise ValueError(
@@ -75,7 +78,7 @@ class Siglip2Embeddings(nn.Module):
             )
         if not layout.grid:
             return table.float()[:0]
-        return tables_of_grids(layout, lambda grid: resample(table, self.trained_grid, grid, mode="bilinear"))
+        return tables_of_grids(layout, lambda grid: resample(table, self.trained_grid, grid, mode="bilinear"), dtype)
 
 
 def siglip2_mlp(config: SiglipConfigs) -> MLP:

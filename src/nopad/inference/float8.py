@@ -113,6 +113,7 @@ class Float8GatedMLP(nn.Module):
     def __init__(self, mlp: GatedMLP) -> None:
         super().__init__()
         self.gate_up = Float8Linear(mlp.gate_up)
+        self.activation = mlp.activation
         self.down = Float8Linear(mlp.down)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -139,17 +140,48 @@ def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_float8(layers: nn.ModuleList) -> None:
-    """Replace every linear map of the layers, or none where one of them cannot be.
+    """Make the linear maps of the layers float8 ones, or none where one of them cannot be.
+
+    What follows the attention is left as it is: the cast of what comes out of the attention, which no product could
+    do, would cost what the faster product saves.
 
     Raises:
         ValueError: see `Float8Linear`.
     """
+    blocks: Any = list(layers)
+    kept = {layer.attention.proj for layer in blocks}
     for module in layers.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module not in kept:
             check_sizes(module)
-    for layer in layers:
-        if isinstance(layer.mlp, GatedMLP) and isinstance(layer.mlp.activation, nn.SiLU | SiLUActivation):
+    for layer in blocks:
+        gated = isinstance(layer.mlp, GatedMLP) and isinstance(layer.mlp.activation, nn.SiLU | SiLUActivation)
+        normed = isinstance(layer.norm1, nn.RMSNorm) and isinstance(layer.norm2, nn.RMSNorm)
+        if gated and normed and layer.attention.qkv.bias is None and layer.mlp.gate_up.bias is None:
+            prepare(layer)
+        if gated:
             layer.mlp = Float8GatedMLP(layer.mlp)
         for name, module in list(layer.named_modules()):
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module not in kept:
                 layer.set_submodule(name, Float8Linear(module))
+
+
+@torch.no_grad()
+def prepare(layer: Any) -> None:
+    """Move factors of a layer to where they are rounded once; what it computes stays the same.
+
+    The weights of its norms go into the matrices after them. `up` is divided, and the columns of `down` are multiplied,
+    by powers of two that keep `silu(gate) · up` below float8's largest number whatever comes in: a normed row has the
+    length `sqrt(D)`, and on a sphere of that radius two linear forms multiply to at most
+    `D · (|a| |b| + |a · b|) / 2`. So it can be rounded to float8 before its largest value is known.
+    """
+    for norm, linear in ((layer.norm1, layer.attention.qkv), (layer.norm2, layer.mlp.gate_up)):
+        linear.weight = nn.Parameter(linear.weight.float() * norm.weight.float(), requires_grad=False)
+    for name in ("norm1", "norm2"):
+        norm = getattr(layer, name)
+        setattr(layer, name, nn.RMSNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False))
+    weight = layer.mlp.gate_up.weight
+    gate, up = weight.chunk(2)
+    bound = weight.shape[1] * (gate.norm(dim=1) * up.norm(dim=1) + (gate * up).sum(dim=1).abs()) / 2
+    factor = (bound / LARGEST).clamp(min=torch.finfo(torch.float32).tiny).log2().ceil().exp2()
+    layer.mlp.gate_up.weight = nn.Parameter(torch.cat((gate, up / factor[:, None])), requires_grad=False)
+    layer.mlp.down.weight = nn.Parameter(layer.mlp.down.weight.float() * factor, requires_grad=False)

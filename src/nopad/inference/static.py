@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from functools import lru_cache, partial
+from importlib import util
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,14 +88,14 @@ class StaticPacks:
         rows = tokens.shape[0]
         # Not in inference mode, for which everything would be compiled once more.
         with torch.inference_mode(False), torch.no_grad():
-            finite, tokens = finite_rows(tokens)
-            tokens = F.pad(tokens, (0, 0, 0, self.capacity - rows))
+            tokens, finite = fill_up_rows(tokens, self.capacity)
             rotate = None if rotate is None else rotate.padded(self.capacity)
             if isinstance(self.recorded, fused.FusedLayers):
                 self.recorded.refresh()
-            tokens = self.layers(tokens, fill_up(segments, self.capacity, self.slots), rotate)[:rows]
-            spoilt = ~whole_segments(finite, segments)[segments.index()]
-            return tokens.masked_fill(spoilt[:, None], float("nan"))
+            # What is recorded or compiled sees as many segments each time; kernels called one by one need not.
+            slots = None if isinstance(self.layers, fused.FusedLayers) else self.slots
+            tokens = self.layers(tokens, fill_up(segments, self.capacity, slots), rotate)[:rows]
+            return spoil(tokens, ~whole_segments(finite, segments)[segments.index()])
 
     def pool(self, encoder: PackedEncoder, trunk: Trunk, segments: Segments) -> Tensor:
         """One vector per segment, `(S, D)`."""
@@ -150,15 +151,44 @@ def finite_rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return finite, tokens.masked_fill(~finite[:, None], 0.0)
 
 
+def fill_up_rows(tokens: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """The tokens as `finite_rows` leaves them, zeros behind them, `(capacity, D)`; and which were finite, `(T,)`."""
+    if has_triton(tokens):
+        from nopad.inference import triton_kernels
+
+        return triton_kernels.fill_up(tokens, capacity)
+    finite, tokens = finite_rows(tokens)
+    return F.pad(tokens, (0, 0, 0, capacity - len(tokens))), finite
+
+
+def spoil(tokens: Tensor, spoilt: Tensor) -> Tensor:
+    """The tokens with NaN in the rows that are `spoilt`, `(T,)`."""
+    if not has_triton(tokens):
+        return tokens.masked_fill(spoilt[:, None], float("nan"))
+    from nopad.inference import triton_kernels
+
+    triton_kernels.spoil_(tokens, spoilt)
+    return tokens
+
+
+def has_triton(tokens: Tensor) -> bool:
+    """Whether kernels of ours can be had for these tokens."""
+    return tokens.is_cuda and util.find_spec("triton") is not None
+
+
 def whole_segments(finite: Tensor, segments: Segments) -> Tensor:
     """Which segments have finite rows alone: `(T,)` to `(S,)`."""
     offsets = segments.cu_seqlens.long()
     return torch.segment_reduce(finite.float(), "min", offsets=offsets, axis=0, unsafe=True) > 0
 
 
-def fill_up(segments: Segments, capacity: int, slots: int) -> Segments:
-    """The segments of a static pack: as many as ever, and a `max_seqlen` of few values."""
-    filled = segments.filled_up(capacity, slots + capacity // FILLER + 1)
+def fill_up(segments: Segments, capacity: int, slots: int | None) -> Segments:
+    """The segments of a static pack, and a `max_seqlen` of few values.
+
+    With `slots` there are as many for all packs of at most so many segments, without as few as can be.
+    """
+    least = len(segments) + (capacity - segments.num_tokens) // FILLER + 1
+    filled = segments.filled_up(capacity, least if slots is None else slots + capacity // FILLER + 1)
     return dataclasses.replace(filled, max_seqlen=longest(filled.max_seqlen, capacity))
 
 
@@ -182,16 +212,15 @@ def compile_layers(encoder: PackedEncoder, capacity: int, slots: int, compiled: 
     as_they_are = partial(run_layers, list(encoder.layers))
     if not compiled:
         return as_they_are
-    reason = fused.obstacle(encoder.layers, encoder.device, encoder.dtype)
-    layers = None
+    reason, products = fused.obstacle(encoder, encoder.device, encoder.dtype), None
     if reason is None:
-        try:
-            layers = fused.FusedLayers(encoder.layers, fused.QuackProducts())
-        except ImportError as error:  # half of it is there, or another package of that name
-            reason = f"quack cannot be imported ({error}): pip install 'nopad[hopper]'"
-    if layers is None:
-        logger.info("layers are not fused: %s", reason)
+        products, reason = fused.products_for(encoder, encoder.device, encoder.dtype)
+    if reason:
+        logger.info("layers are not as fast as they could be: %s", reason)
+    if products is None:
         layers = partial(run_deferred, list(encoder.layers), torch.compile(_deferred))
+    else:
+        layers = fused.FusedLayers(encoder.layers, products, encoder.example_rotation(encoder.num_prefix_tokens + 1))
     try:
         warm_up(encoder, layers, capacity, slots)
     except (torch.OutOfMemoryError, torch.AcceleratorError):

@@ -1,4 +1,4 @@
-"""Triton kernels, each beside the plain torch that it stands for; importable only where Triton is."""
+"""Triton kernels, importable only where Triton is; plain torch for each is in `float8`, `products` or `static`."""
 
 from __future__ import annotations
 
@@ -42,3 +42,224 @@ def _silu_mul_quantize(gate_up, output, scale, stride, width, largest, smallest_
     factor = tl.maximum(tl.max(tl.abs(value), 0), smallest_amax) / largest
     tl.store(output + row * width + columns, (value / factor).to(tl.float8e4nv), mask=inside)
     tl.store(scale + row, factor)
+
+
+def rms_norm(tokens: Tensor, pending: Tensor | None, eps: float) -> Tensor:
+    """`F.rms_norm(tokens + pending, …)` without a weight, in float32.
+
+    Args:
+        tokens: `(T, D)`.
+        pending: `(D,)` float32 or `None`.
+
+    Returns:
+        `(T, D)` in the dtype of `tokens`.
+    """
+    rows, width = tokens.shape
+    output = torch.empty_like(tokens)
+    block = triton.next_power_of_2(width)
+    warps = min(max(block // 256, 1), 16)
+    _rms_norm[(rows,)](  # pyright: ignore[reportIndexIssue]
+        tokens, pending, output, width, eps, block, pending is not None, num_warps=warps
+    )
+    return output
+
+
+@triton.jit
+def _rms_norm(tokens, pending, output, width, eps, BLOCK: tl.constexpr, PENDING: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(tokens + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    if PENDING:
+        value += tl.load(pending + columns, mask=inside, other=0.0)
+    rstd = tl.rsqrt(tl.sum(value * value, 0) / width + eps)
+    tl.store(output + row * width + columns, (value * rstd).to(output.dtype.element_ty), mask=inside)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """`silu(gate) · up` in float32.
+
+    Args:
+        gate_up: `(T, 2 · I)`, columns of gate and up in turn.
+
+    Returns:
+        `(T, I)`.
+    """
+    output = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    block = 2048
+    _silu_mul[(triton.cdiv(output.numel(), block),)](  # pyright: ignore[reportIndexIssue]
+        gate_up, output, output.numel(), block, num_warps=8
+    )
+    return output
+
+
+@triton.jit
+def _silu_mul(gate_up, output, number, BLOCK: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    both = first * 2 + tl.arange(0, 2 * BLOCK)
+    values = tl.load(gate_up + both, mask=both < 2 * number, other=0.0).to(tl.float32)
+    gate, up = tl.split(tl.reshape(values, (BLOCK, 2)))
+    place = first + tl.arange(0, BLOCK)
+    tl.store(output + place, (gate * tl.sigmoid(gate) * up).to(output.dtype.element_ty), mask=place < number)
+
+
+def turn_(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turn queries and keys in place, see `nopad.inference.products.turned`.
+
+    Args:
+        qkv: `(T, H, 3, K)`, contiguous.
+        cos, sin: `(T, K)` float32.
+    """
+    rows, heads, _, size = qkv.shape
+    block = triton.next_power_of_2(size // 2)
+    _turn[(rows,)](  # pyright: ignore[reportIndexIssue]
+        qkv, cos, sin, heads, size, triton.next_power_of_2(2 * heads), block, num_warps=4
+    )
+
+
+@triton.jit
+def _turn(qkv, cos, sin, heads, size, PARTS: tl.constexpr, PAIRS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    pair = tl.arange(0, PAIRS)
+    part = tl.arange(0, PARTS)  # query and key of the first head, of the second, …
+    channel = tl.arange(0, 2 * PAIRS)
+    inside = (part < 2 * heads)[:, None] & (channel < size)[None, :]
+    place = ((row * heads + part // 2) * 3 + part % 2)[:, None] * size + channel[None, :]
+    values = tl.load(qkv + place, mask=inside, other=0.0).to(tl.float32)
+    first, second = tl.split(tl.reshape(values, (PARTS, PAIRS, 2)))
+    even, odd = row * size + 2 * pair, row * size + 2 * pair + 1
+    whole = 2 * pair < size
+    cos0, cos1 = tl.load(cos + even, mask=whole)[None, :], tl.load(cos + odd, mask=whole)[None, :]
+    sin0, sin1 = tl.load(sin + even, mask=whole)[None, :], tl.load(sin + odd, mask=whole)[None, :]
+    turned = tl.join(first * cos0 - second * sin0, second * cos1 + first * sin1)
+    tl.store(qkv + place, tl.reshape(turned, (PARTS, 2 * PAIRS)).to(qkv.dtype.element_ty), mask=inside)
+
+
+def rstd_of_partials(partials: Tensor, shrink: Tensor | None, width: int, eps: float, small: float) -> tuple:
+    """Factors of a `Stream` from partial sums of squares.
+
+    Args:
+        partials: `(T, n)` float32, sums of squares of parts of each row.
+        shrink: `(T,)` float32 that the rows were multiplied with, or `None`.
+        width: D.
+        eps: of the norm.
+        small: see `nopad.inference.products.SMALL`.
+
+    Returns:
+        `factor` and the next `shrink` (`None` without one), `(T,)` float32 each.
+    """
+    rows, parts = partials.shape
+    factor = partials.new_empty(rows)
+    following = None if shrink is None else partials.new_empty(rows)
+    block = 256
+    _rstd[(triton.cdiv(rows, block),)](  # pyright: ignore[reportIndexIssue]
+        partials, shrink, factor, following, rows, parts, width, eps, small, block, shrink is not None, num_warps=4
+    )
+    return factor, following
+
+
+@triton.jit
+def _rstd(
+    partials,
+    shrink,
+    factor,
+    following,
+    rows,
+    PARTS: tl.constexpr,
+    width,
+    eps,
+    small,
+    BLOCK: tl.constexpr,
+    SHRINK: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(partials + row.to(tl.int64) * PARTS + part, mask=inside, other=0.0)
+    rstd = tl.rsqrt(total / width + eps)
+    if SHRINK:
+        tl.store(factor + row, rstd / tl.load(shrink + row, mask=inside, other=1.0), mask=inside)
+        tl.store(following + row, rstd * small, mask=inside)
+    else:
+        tl.store(factor + row, rstd, mask=inside)
+
+
+def begin(tokens: Tensor, eps: float, centred: bool, small: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens as the first block of a `Stream` takes them.
+
+    Args:
+        tokens: `(T, D)`.
+        eps: of the norm.
+        centred: take the mean of each row away, in place.
+        small: root mean square that rows are scaled to and rounded to float8; `None` leaves them as they are.
+
+    Returns:
+        `(T, D)` tokens, `(T, D)` operand, which are the tokens without `small`, and `(T,)` float32 `1 / rms`.
+    """
+    rows, width = tokens.shape
+    operand = tokens if small is None else torch.empty_like(tokens, dtype=FLOAT8)
+    rstd = tokens.new_empty(rows, dtype=torch.float32)
+    block = triton.next_power_of_2(width)
+    _begin[(rows,)](  # pyright: ignore[reportIndexIssue]
+        tokens, operand, rstd, width, eps, small or 0.0, block, centred, small is not None, num_warps=4
+    )
+    return tokens, operand, rstd
+
+
+@triton.jit
+def _begin(tokens, operand, rstd, width, eps, small, BLOCK: tl.constexpr, CENTRED: tl.constexpr, SMALL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(tokens + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    if CENTRED:
+        value = tl.where(inside, value - tl.sum(value, 0) / width, 0.0)
+        tl.store(tokens + row * width + columns, value.to(tokens.dtype.element_ty), mask=inside)
+    inverse = tl.rsqrt(tl.sum(value * value, 0) / width + eps)
+    tl.store(rstd + row, inverse)
+    if SMALL:
+        tl.store(operand + row * width + columns, (value * (inverse * small)).to(tl.float8e4nv), mask=inside)
+
+
+def fill_up(tokens: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """See `nopad.inference.static.fill_up_rows`, which is the plain form."""
+    rows, width = tokens.shape
+    output, finite = tokens.new_empty(capacity, width), tokens.new_empty(rows, dtype=torch.bool)
+    block = triton.next_power_of_2(width)
+    _fill_up[(capacity,)](tokens, output, finite, rows, width, block, num_warps=4)  # pyright: ignore[reportIndexIssue]
+    return output, finite
+
+
+@triton.jit
+def _fill_up(tokens, output, finite, rows, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    value = tl.load(tokens + row * width + columns, mask=inside & (row < rows), other=0.0)
+    # A value times zero is zero, unless it is NaN or infinite.
+    whole = tl.sum((value.to(tl.float32) * 0.0 != 0.0).to(tl.int32), 0) == 0
+    tl.store(output + row * width + columns, tl.where(whole, value, 0.0), mask=inside)
+    tl.store(finite + row, whole, mask=row < rows)
+
+
+def spoil_(tokens: Tensor, spoilt: Tensor) -> None:
+    """`tokens.masked_fill_(spoilt[:, None], nan)`, which reads and writes no other rows.
+
+    Args:
+        tokens: `(T, D)`, rows one after another.
+        spoilt: `(T,)` bool.
+    """
+    rows, width = tokens.shape
+    if rows:
+        block = triton.next_power_of_2(width)
+        _spoil[(rows,)](tokens, spoilt, width, block, num_warps=1)  # pyright: ignore[reportIndexIssue]
+
+
+@triton.jit
+def _spoil(tokens, spoilt, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(spoilt + row):
+        columns = tl.arange(0, BLOCK)
+        nan = tl.full((BLOCK,), float("nan"), tl.float32).to(tokens.dtype.element_ty)
+        tl.store(tokens + row * width + columns, nan, mask=columns < width)

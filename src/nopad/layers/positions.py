@@ -33,18 +33,19 @@ def sincos_axis(positions: Tensor, dim: int, temperature: float = 10000.0) -> Te
     return torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
-def sincos_2d(layout: Layout, hidden_size: int) -> Tensor:
+def sincos_2d(layout: Layout, hidden_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Sine-cosine positions of every patch: the column's half, then the row's.
 
     Returns:
-        `(T, hidden_size)` float32.
+        `(T, hidden_size)`, computed in float32 and cast to `dtype`.
     """
     _, rows, columns = layout.coordinates.unbind(1)
     if layout.longest_side > layout.num_patches:  # patch positions far apart
-        return torch.cat((sincos_axis(columns, hidden_size // 2), sincos_axis(rows, hidden_size // 2)), dim=1)
+        both = sincos_axis(columns, hidden_size // 2), sincos_axis(rows, hidden_size // 2)
+        return torch.cat(both, dim=1).to(dtype)
     # Sines of the few distinct rows and columns, then a gather: not one sine per token and channel.
     table = sincos_axis(torch.arange(layout.longest_side, device=layout.device), hidden_size // 2)
-    return torch.cat((table[columns], table[rows]), dim=1)
+    return table.to(dtype)[torch.stack((columns, rows), dim=1)].flatten(1)
 
 
 def resample(
@@ -69,12 +70,15 @@ def resample(
     return F.interpolate(image, size=target, mode=mode, align_corners=False, antialias=antialias)[0].flatten(1).T
 
 
-def tables_of_grids(layout: Layout, table_of: Callable[[tuple[int, int]], Tensor]) -> Tensor:
+def tables_of_grids(
+    layout: Layout, table_of: Callable[[tuple[int, int]], Tensor], dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Positions of every patch out of one table for each distinct grid.
 
     Args:
         layout: the pack, at least one image; every frame is a full grid.
-        table_of: gives the `(rows · columns, D)` table of a `(rows, columns)` grid.
+        table_of: gives the `(rows · columns, D)` table of a `(rows, columns)` grid, in float32.
+        dtype: what the caller casts positions to; without gradients the tables are cast instead, which are smaller.
 
     Returns:
         `(T, D)`.
@@ -86,11 +90,21 @@ def tables_of_grids(layout: Layout, table_of: Callable[[tuple[int, int]], Tensor
         total += h * w
     facts = torch.tensor([(starts[h, w], h * w) for _, h, w in layout.grid], dtype=torch.int64)
     start, area = facts.reshape(-1, 2).to(layout.device, non_blocking=True)[layout.image_index].unbind(1)
-    return torch.cat([table_of(grid) for grid in grids])[start + layout.index_in_image % area]
+    tables = [table_of(grid) for grid in grids]
+    if not torch.is_grad_enabled():  # with them, those of a table's rows would be added up in half precision
+        tables = [table.to(dtype) for table in tables]
+    return torch.cat(tables)[start + layout.index_in_image % area]
 
 
 def learned_positions(
-    layout: Layout, table: Tensor, trained_grid: tuple[int, int], *, mode: str, antialias: bool = True, strict: bool
+    layout: Layout,
+    table: Tensor,
+    trained_grid: tuple[int, int],
+    *,
+    mode: str,
+    antialias: bool = True,
+    strict: bool,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Positions of every patch out of a table learned on one grid; other grids get it resampled, which is told once.
 
@@ -100,9 +114,10 @@ def learned_positions(
         trained_grid: `(rows, columns)`.
         mode, antialias: as `resample` takes them.
         strict: refuse other grids.
+        dtype: as `tables_of_grids` takes it.
 
     Returns:
-        `(T, D)` float32.
+        `(T, D)` float32, or `dtype`.
 
     Raises:
         ValueError: `strict` and another grid than the trained one, or a `patch_positions` outside it.
@@ -126,7 +141,7 @@ def learned_positions(
         _log_resampling(trained_grid, mode)
     if not layout.grid:
         return table.float()[:0]
-    return tables_of_grids(layout, lambda grid: resample(table, trained_grid, grid, mode, antialias=antialias))
+    return tables_of_grids(layout, lambda grid: resample(table, trained_grid, grid, mode, antialias=antialias), dtype)
 
 
 @lru_cache

@@ -1,0 +1,199 @@
+"""Transformer blocks with their norms, layer scales and biases folded into four matrices, for inference.
+
+- The weight of a norm goes into the matrix after it: `W · diag(weight)`; the bias of a norm becomes one of that matrix.
+- A layer scale goes into the matrix before it.
+- A LayerNorm takes the mean of a row away before anything else. Where all that is ever added to a row has a mean of
+  zero, there is none to take away, and what is left is an RMSNorm: the matrices that add to the residual stream are
+  centred by column (Ashkboos et al., arXiv:2401.15024, section 3.2).
+
+What is then left of a norm is one number for each row, `1 / rms`, which a product can apply to its result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
+
+from nopad.inference.float8 import FLOAT8, Float8GatedMLP, Float8Linear
+from nopad.layers.block import Block
+from nopad.layers.mlp import MLP, GatedMLP
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A linear map.
+
+    Attributes:
+        weight: `(N, K)`.
+        bias: `(N,)` float32, or `None`.
+        scale: `(N,)` float32 where the weight is float8: what its rows are to be multiplied with; else `None`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+
+    def __getitem__(self, rows: Tensor) -> Matrix:
+        """Its rows in another order."""
+        weight = self.weight.view(torch.uint8) if self.weight.dtype == FLOAT8 else self.weight
+        bias, scale = (None if part is None else part[rows] for part in (self.bias, self.scale))
+        return Matrix(weight[rows].view(self.weight.dtype), bias, scale)
+
+    def copy_(self, other: Matrix) -> None:
+        """Take the values of another one of the same shape."""
+        for field in fields(self):
+            own = getattr(self, field.name)
+            if own is not None:
+                own.copy_(getattr(other, field.name))
+
+
+@dataclass(frozen=True)
+class FoldedBlock:
+    """A block whose norms have become one number for each row.
+
+    Attributes:
+        qkv: `(3 · D, D)`, rows by head: query, key and value of the first, of the second, …
+        proj: `(D, D)`.
+        up: `(I, D)`, or `(2 · I, D)` with rows of gate and up in turn.
+        down: `(D, I)`.
+        activation: `"silu"`, `"gelu"` or `"gelu_tanh"`.
+        gated: whether `up` holds gates.
+        eps: of both norms.
+        num_heads: H.
+        centred: whether rows have a mean of zero.
+    """
+
+    qkv: Matrix
+    proj: Matrix
+    up: Matrix
+    down: Matrix
+    activation: str
+    gated: bool
+    eps: float
+    num_heads: int
+    centred: bool
+
+    @classmethod
+    def of(cls, block: Block, channels: Tensor | None = None) -> FoldedBlock:
+        """Fold a block that `can_fold` accepts; its own weights stay as they are.
+
+        Args:
+            block: in the dtype that the products take.
+            channels: `(K,)` order of the channels of queries and keys, theirs unless given.
+        """
+        attention, mlp = block.attention, block.mlp
+        assert isinstance(mlp, MLP | GatedMLP | Float8GatedMLP)
+        gated, norm = not isinstance(mlp, MLP), block.norm1
+        up = folded(mlp.up if isinstance(mlp, MLP) else mlp.gate_up, block.norm2)
+        centred = isinstance(norm, nn.LayerNorm)
+        activation = name_of(mlp.activation)
+        assert isinstance(norm, nn.RMSNorm | nn.LayerNorm)
+        assert norm.eps is not None
+        assert activation is not None
+        return cls(
+            qkv=folded(attention.qkv, norm)[by_head(attention.num_heads, attention.head_dim, channels)],
+            proj=scaled(attention.proj, block.layer_scale1, centred),
+            up=up[in_turn(len(up.weight) // 2)] if gated else up,
+            down=scaled(mlp.down, block.layer_scale2, centred),
+            activation=activation,
+            gated=gated,
+            eps=norm.eps,
+            num_heads=attention.num_heads,
+            centred=centred,
+        )
+
+    @property
+    def matrices(self) -> tuple[Matrix, Matrix, Matrix, Matrix]:
+        """All four."""
+        return self.qkv, self.proj, self.up, self.down
+
+
+def can_fold(block: nn.Module) -> bool:
+    """Whether a block is of the kind that `FoldedBlock` stands for."""
+    if not isinstance(block, Block):
+        return False
+    parts: Any = block
+    norms, mlp = (parts.norm1, parts.norm2), parts.mlp
+    if isinstance(mlp, Float8GatedMLP):
+        maps, silu = (parts.attention.qkv, mlp.gate_up, mlp.down), True
+        plain = all(isinstance(linear, Float8Linear) and linear.bias is None for linear in maps)
+        plain = plain and isinstance(parts.attention.proj, nn.Linear) and parts.attention.proj.bias is None
+    elif isinstance(mlp, MLP | GatedMLP):
+        maps = (parts.attention.qkv, parts.attention.proj, mlp.down, mlp.up if isinstance(mlp, MLP) else mlp.gate_up)
+        plain = all(isinstance(linear, nn.Linear) and linear.weight.is_floating_point() for linear in maps)
+        silu = isinstance(mlp, MLP) or name_of(mlp.activation) == "silu"
+    else:
+        return False
+    return (
+        plain
+        and silu
+        and name_of(mlp.activation) is not None
+        and type(norms[0]) is type(norms[1])
+        and isinstance(norms[0], nn.RMSNorm | nn.LayerNorm)
+        and norms[0].eps == norms[1].eps
+        and (parts.layer_scale1 is None) == (parts.layer_scale2 is None)
+    )
+
+
+def name_of(activation: Any) -> str | None:
+    """`"silu"`, `"gelu"`, `"gelu_tanh"`, or `None` for another."""
+    if isinstance(activation, nn.SiLU | SiLUActivation):
+        return "silu"
+    if isinstance(activation, GELUActivation):
+        return "gelu"
+    return "gelu_tanh" if isinstance(activation, GELUTanh) else None
+
+
+def parts_of(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in float32; what a map makes of zero is its bias, in whatever form it keeps that."""
+    weight = linear.weight.detach().float()
+    if linear.bias is None:
+        return weight, None
+    return weight, linear(linear.weight.new_zeros(1, weight.shape[1]))[0].detach().float()
+
+
+def folded(linear: nn.Linear | Float8Linear, norm: nn.Module) -> Matrix:
+    """A matrix that takes rows before the weight and bias of their norm, rounded once."""
+    if isinstance(linear, Float8Linear):  # which its norm has been folded into
+        return Matrix(linear.weight, linear.bias, linear.scale[:, 0])
+    weight, bias = parts_of(linear)
+    if isinstance(norm, nn.LayerNorm):
+        if norm.bias is not None:
+            shift = weight @ norm.bias.detach().float()
+            bias = shift if bias is None else bias + shift
+        weight = weight * norm.weight.detach().float()
+        weight = weight - weight.mean(dim=1, keepdim=True)  # of a row's mean, as far as rounding has left any
+    elif isinstance(norm, nn.RMSNorm) and norm.weight is not None:
+        weight = weight * norm.weight.detach().float()
+    return Matrix(weight.to(linear.weight.dtype), bias)
+
+
+def scaled(linear: nn.Linear | Float8Linear, layer_scale: Tensor | None, centred: bool) -> Matrix:
+    """A matrix that adds to the residual stream: its layer scale and its centring in it, rounded once."""
+    if isinstance(linear, Float8Linear):
+        return Matrix(linear.weight, linear.bias, linear.scale[:, 0])
+    weight, bias = parts_of(linear)
+    if layer_scale is not None:
+        factor = layer_scale.detach().float()
+        weight, bias = weight * factor[:, None], None if bias is None else bias * factor
+    if centred:
+        weight = weight - weight.mean(dim=0)
+        bias = None if bias is None else bias - bias.mean()
+    return Matrix(weight.to(linear.weight.dtype), bias)
+
+
+def by_head(num_heads: int, head_dim: int, channels: Tensor | None) -> Tensor:
+    """Order in which rows of queries, keys and values become rows of heads."""
+    rows = torch.arange(3 * num_heads * head_dim).view(3, num_heads, head_dim)
+    if channels is not None:
+        rows = torch.cat((rows[:2, :, channels], rows[2:]))
+    return rows.transpose(0, 1).flatten()
+
+
+def in_turn(size: int) -> Tensor:
+    """Order in which `size` rows of gate and as many of up alternate."""
+    return torch.arange(2 * size).view(2, size).T.flatten()

@@ -1,0 +1,164 @@
+"""What stands between two products of a folded block, in plain torch: the reference for the fast ones beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nopad.inference.float8 import FLOAT8, LARGEST
+from nopad.inference.folding import FoldedBlock, Matrix
+
+SMALL = 0.25
+"""Root mean square that a row of the residual stream is brought to before it is rounded to float8.
+
+A row's largest value is at most `sqrt(D)` times its root mean square, 55 times for D = 3,072, so that it may grow 32
+times in one step before float8's 448 is passed; below a 16th of the root mean square float8's steps stop to shrink.
+"""
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda values: F.gelu(values, approximate="tanh")}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream between two products.
+
+    Attributes:
+        tokens: `(T, D)`.
+        operand: `(T, D)` what the next product takes: the tokens, or their rows scaled and rounded to float8.
+        factor: `(T,)` float32, `1 / rms` of a row of `tokens` for each row of `operand`.
+        shrink: `(T,)` float32, what the next rows are multiplied with before they are rounded; `None` without float8.
+        pending: `(D,)` float32 that is still to be added to every row; `None` where there is nothing.
+    """
+
+    tokens: Tensor
+    operand: Tensor
+    factor: Tensor
+    shrink: Tensor | None = None
+    pending: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Rotation of queries and keys whose channels stand in pairs.
+
+    Attributes:
+        cos, sin: `(T, K)` float32, one for each channel.
+        shared: whether both channels of a pair turn by one angle.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    shared: bool
+
+
+class Products(Protocol):
+    """The four products of a block, and what begins and ends the residual stream."""
+
+    def begin(self, tokens: Tensor, block: FoldedBlock) -> Stream:
+        """`(T, D)` tokens before the first block, which may be overwritten."""
+        ...
+
+    def table(self, turn: Turn) -> object:
+        """What `qkv` takes for a rotation, made once for all blocks."""
+        ...
+
+    def qkv(self, stream: Stream, block: FoldedBlock, table: object) -> Tensor:
+        """Queries, keys and values of normed tokens, turned: `(T, H, 3, K)`."""
+        ...
+
+    def up(self, stream: Stream, block: FoldedBlock) -> Tensor:
+        """Normed tokens to `(T, I)`, activated."""
+        ...
+
+    def added(self, states: Tensor, matrix: Matrix, stream: Stream, block: FoldedBlock) -> Stream:
+        """`tokens + states @ weightᵀ + bias`."""
+        ...
+
+    def end(self, stream: Stream) -> Tensor:
+        """The tokens behind the last block, `(T, D)`."""
+        ...
+
+
+class PlainProducts:
+    """See `Products`: each result is computed in float32 and rounded once."""
+
+    def begin(self, tokens: Tensor, block: FoldedBlock) -> Stream:
+        """See `Products`."""
+        values = centre(tokens.float()) if block.centred else tokens.float()
+        rms = self._rstd(values, block)
+        return self._stream(values.to(tokens.dtype), values, rms, SMALL * rms, block)
+
+    def table(self, turn: Turn) -> object:
+        """See `Products`."""
+        return turn
+
+    def qkv(self, stream: Stream, block: FoldedBlock, table: object) -> Tensor:
+        """See `Products`."""
+        qkv = self._normed(stream, block.qkv).unflatten(1, (block.num_heads, 3, -1))
+        if isinstance(table, Turn):
+            qkv = torch.cat((turned(qkv[:, :, :2], table), qkv[:, :, 2:]), dim=2)
+        return qkv.to(stream.tokens.dtype)
+
+    def up(self, stream: Stream, block: FoldedBlock) -> Tensor:
+        """See `Products`."""
+        values, act = self._normed(stream, block.up), ACTIVATIONS[block.activation]
+        if not block.gated:
+            return act(values).to(stream.tokens.dtype)
+        gate, up = values.unflatten(1, (-1, 2)).unbind(2)
+        return to_dtype(act(gate) * up, stream.operand.dtype)
+
+    def added(self, states: Tensor, matrix: Matrix, stream: Stream, block: FoldedBlock) -> Stream:
+        """See `Products`."""
+        values = multiply(states, matrix) + stream.tokens.float()
+        if matrix.bias is not None:
+            values = values + matrix.bias
+        return self._stream(values.to(stream.tokens.dtype), values, self._rstd(values, block), stream.shrink, block)
+
+    def end(self, stream: Stream) -> Tensor:
+        """See `Products`."""
+        return stream.tokens
+
+    def _rstd(self, values: Tensor, block: FoldedBlock) -> Tensor:
+        return torch.rsqrt(values.square().mean(dim=1) + block.eps)
+
+    def _stream(
+        self, tokens: Tensor, values: Tensor, rstd: Tensor, shrink: Tensor | None, block: FoldedBlock
+    ) -> Stream:
+        if block.up.weight.dtype != FLOAT8 or shrink is None:
+            return Stream(tokens, tokens, rstd)
+        return Stream(tokens, to_dtype(values * shrink[:, None], FLOAT8), rstd / shrink, SMALL * rstd)
+
+    def _normed(self, stream: Stream, matrix: Matrix) -> Tensor:
+        values = multiply(stream.operand, matrix) * stream.factor[:, None]
+        return values if matrix.bias is None else values + matrix.bias
+
+
+def multiply(states: Tensor, matrix: Matrix) -> Tensor:
+    """`states @ weightᵀ` in float32, without the bias."""
+    values = states.float() @ matrix.weight.float().T
+    return values if matrix.scale is None else values * matrix.scale
+
+
+def to_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounded; float8 keeps what is too large at its largest, as a GPU's conversion does."""
+    return (values.clamp(-LARGEST, LARGEST) if dtype == FLOAT8 else values).to(dtype)
+
+
+def centre(values: Tensor) -> Tensor:
+    """Each row without its mean."""
+    return values - values.mean(dim=1, keepdim=True)
+
+
+def turned(states: Tensor, turn: Turn) -> Tensor:
+    """`(x0, x1) → (x0 cos0 - x1 sin0, x1 cos1 + x0 sin1)` for each pair of neighbouring channels, in float32.
+
+    Args:
+        states: `(T, H, 2, K)`.
+    """
+    cos, sin = turn.cos[:, None, None], turn.sin[:, None, None]
+    first, second = states.float().unflatten(-1, (-1, 2)).unbind(-1)
+    crossed = torch.stack((-second, first), dim=-1).flatten(-2)
+    return states.float() * cos + crossed * sin
