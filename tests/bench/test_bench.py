@@ -16,7 +16,8 @@ from aimv2_checkpoints import tiny_original, write
 from siglip2_checkpoints import KINDS, folder_of
 
 from nopad import cli
-from nopad.bench import bench, command, measure
+from nopad.bench import bench, command, measure, runs
+from nopad.bench.measure import Sample
 from nopad.bench.race import checked, min_cosine
 from nopad.families.aimv2 import AIMv2Original, AIMv2Packing
 from nopad.families.dinov3 import DINOv3ViTPacking
@@ -27,7 +28,7 @@ PEERS = ["original, one by one", "original, grouped by shape"]
 
 @pytest.fixture(autouse=True)
 def _small_ceiling(monkeypatch):
-    monkeypatch.setattr(measure, "ceiling_side", lambda device: 64)
+    monkeypatch.setitem(measure.CEILING, "cpu", (64, 2))
 
 
 @pytest.fixture
@@ -83,6 +84,35 @@ def test_everybody_runs_both_workloads_and_agrees(native, as_it_is):
     flops = 2 * report.parameters * 1940 + 4 * 3 * 32 * sum(length**2 for length in lengths)
     assert mixed["nopad, eager", 1024].flops == flops
     assert as_it_is == [(1024, 1), (4096, 3), (1024, 3), (4096, 3)]
+
+
+def test_the_ceiling_takes_its_turn_with_the_contestants_of_each_workload(native, monkeypatch):
+    products, timed = [], []
+    multiply = torch.mm
+
+    def spy(left, right, *, out):
+        products.append(left.dtype)
+        return multiply(left, right, out=out)
+
+    def fake(run):
+        before = len(products)
+        run()
+        timed.append("ceiling" if len(products) > before else "other")
+        return Sample(float(len(timed)), None)
+
+    monkeypatch.setattr(torch, "mm", spy)
+    monkeypatch.setattr(runs, "meter", lambda device: fake)
+    report = bench(native, peers=False, workload="all", compile=False, **{**OPTIONS, "dtype": torch.bfloat16})
+    # Of each workload two warm-ups, then two runs of the ceiling and of the encoder at two capacities.
+    assert timed == 2 * (2 * ["other"] + 2 * ["ceiling", "other", "other"])
+    # Two products in each run, the one that is not timed among them.
+    assert products == 2 * 3 * 2 * [torch.bfloat16]
+    ceilings = [facts.ceiling for facts in report.workloads]
+    assert [(ceiling.side, ceiling.products) for ceiling in ceilings] == 2 * [(64, 2)]
+    assert [ceiling.seconds for ceiling in ceilings] == [(3.0, 6.0), (11.0, 14.0)]
+    assert [row.seconds for row in report.rows if row.seconds] == [(4.0, 7.0), (5.0, 8.0), (12.0, 15.0), (13.0, 16.0)]
+    for row, seconds in ((by_name(report)["nopad, eager", 1024], 4.5), (report.rows[4], 12.5)):
+        assert report.share(row) == pytest.approx(row.teraflops / (2 * 64**3 * 2 / seconds / 1e12))
 
 
 def test_a_fixed_grid_is_not_asked_for_other_sizes(learned, as_it_is):
@@ -232,6 +262,11 @@ def test_the_command_prints_a_table_with_every_row(native, monkeypatch, capsys):
         found = [line for line in lines if line.startswith(name + " ") and line.endswith("ok")]
         assert len(found) == (4 if name == "nopad, eager" else 2)
     assert sum(line.endswith("not run") for line in lines) == 6
+    workloads = [number for number, line in enumerate(lines) if line.startswith(("mixed: ", "224px: "))]
+    assert len(workloads) == 2
+    for number in workloads:
+        assert lines[number + 1].startswith("ceiling: matrix products of 64³, 2 a run: ")
+        assert lines[number + 1].endswith(", median of 1 runs in turn with the contestants")
     assert sum(line.endswith("compiling was not asked for") for line in lines) == 6
     assert "· mixed: nopad, eager, packs of 2,048" in printed.err
 
@@ -245,10 +280,17 @@ def test_the_command_gives_json_and_nothing_else(native, monkeypatch, capsys):
     report = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert set(report) == {
         "checkpoint", "family", "original", "device", "dtype", "attention", "versions", "parameters", "seed", "runs",
-        "ceiling", "workloads", "rows",
+        "workloads", "rows",
     }  # fmt: skip
-    assert set(report["ceiling"]) == {"side", "before", "after", "teraflops"}
-    assert report["workloads"] == [{"name": "mixed", "images": 2, "sizes": 2, "tokens": 1373, "longest": 880}]
+    (workload,) = report["workloads"]
+    ceiling = workload.pop("ceiling")
+    assert workload == {"name": "mixed", "images": 2, "sizes": 2, "tokens": 1373, "longest": 880}
+    (seconds,) = ceiling.pop("seconds")
+    about = ceiling.pop("about")
+    assert about.startswith("matrix products of 64³, 2 a run: ")
+    assert about.endswith(", median of 1 runs in turn with the contestants")
+    rates = dict.fromkeys(("teraflops", "least_teraflops", "most_teraflops"), 2 * 64**3 * 2 / seconds / 1e12)
+    assert ceiling == {"side": 64, "products": 2, **rates}
     ran, *_, refused = report["rows"]
     assert set(ran) == set(refused) == {
         "workload", "name", "capacity", "images", "tokens", "calls", "flops", "not_run", "seconds", "peak_bytes",
@@ -257,7 +299,7 @@ def test_the_command_gives_json_and_nothing_else(native, monkeypatch, capsys):
     }  # fmt: skip
     assert ran["agrees"] is True
     assert ran["tokens_per_second"] == pytest.approx(1373 / ran["median_seconds"])
-    assert ran["share_of_ceiling"] == pytest.approx(ran["teraflops"] / report["ceiling"]["teraflops"])
+    assert ran["share_of_ceiling"] == pytest.approx(ran["teraflops"] / ceiling["teraflops"])
     assert refused["not_run"] == "compiling was not asked for"
     assert refused["median_seconds"] is refused["agrees"] is refused["share_of_ceiling"] is None
 
@@ -316,6 +358,7 @@ def test_the_page_has_every_row_and_fetches_nothing(learned, tmp_path, monkeypat
     for name in ("nopad, eager, packs of 1,024", "nopad, compiled, packs of 2,048", *PEERS, "original, 56px, compiled"):
         assert page.texts.count(name) >= 2
     assert page.texts.count("Wrong") == 1
+    assert sum(text.startswith("Ceiling: matrix products of 64³, 2 a run: ") for text in page.texts) == 2
     assert "1 of 14 contestants gave other features." in page.texts
     assert page.texts.count("the original takes 4 × 4 patches and nothing else") == 2
     charts = [attributes["aria-label"] for tag, attributes in page.tags if attributes.get("class") == "chart"]

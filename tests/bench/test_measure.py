@@ -7,10 +7,9 @@ import time
 import pytest
 import torch
 
-from nopad.bench import measure
-from nopad.bench.measure import NotRun, Sample, ceiling, flops, in_turn, meter
+from nopad.bench.measure import NotRun, Sample, flops, in_turn, meter, multiplying
 from nopad.bench.race import block_parameters
-from nopad.bench.results import BenchReport, Ceiling, Row
+from nopad.bench.results import BenchReport, Ceiling, Facts, Row
 
 CPU = torch.device("cpu")
 
@@ -61,27 +60,32 @@ def test_jobs_run_in_turn_and_one_that_cannot_leaves_the_others_alone():
     assert results[1] == "out of memory"
 
 
-def test_the_ceiling_is_the_median_of_random_products(monkeypatch):
-    monkeypatch.setattr(measure, "ceiling_side", lambda device: 4)
-    seconds = iter([99.0, 5.0, 1.0, 2.0, 3.0, 4.0])
+def test_the_ceiling_is_as_many_random_products_as_it_says(monkeypatch):
     products = []
     multiply = torch.mm
 
     def spy(left, right, *, out):
-        products.append((left, right))
-        return multiply(left, right, out=out)
+        products.append((left, right, multiply(left, right, out=out)))
 
     monkeypatch.setattr(torch, "mm", spy)
-
-    def fake(run):
-        run()
-        return Sample(next(seconds), None)
-
-    assert ceiling(CPU, torch.bfloat16, fake) == pytest.approx(2 * 4**3 / 3 / 1e12)
-    assert len(products) == 6
+    run = multiplying(4, 3, CPU, torch.bfloat16)
+    assert products == []
+    run()
+    assert len(products) == 3
+    for left, right, product in products:
+        assert torch.equal(product, left @ right)
     for matrix in products[0]:
+        assert matrix.shape == (4, 4)
         assert matrix.dtype == torch.bfloat16
         assert len(matrix.unique()) > 8
+
+
+def test_the_ceiling_is_that_of_the_run_in_the_middle():
+    # 2 · 1,000³ · 5 operations in 4, 1 and 2 hundredths of a second.
+    ceiling = Ceiling(1000, 5, (0.04, 0.01, 0.02))
+    assert (ceiling.least_teraflops, ceiling.teraflops, ceiling.most_teraflops) == (0.25, 0.5, 1.0)
+    found = "0.5 TFLOP/s (0.25 … 1), median of 3 runs in turn with the contestants"
+    assert ceiling.describe() == f"matrix products of 1,000³, 5 a run: {found}"
 
 
 def row(**changes):
@@ -89,10 +93,17 @@ def row(**changes):
     return Row(**{**fields, "flops": 3 * 10**12, **changes})
 
 
+def facts(name, ceiling):
+    return Facts(name, images=4, sizes=2, tokens=600, longest=200, ceiling=ceiling)
+
+
 def report_of(*rows):
     words = dict.fromkeys(("checkpoint", "family", "original", "device", "dtype", "attention"), "")
-    numbers = {"parameters": 1, "seed": 0, "runs": 3, "ceiling": Ceiling(8, before=3.0, after=5.0)}
-    return BenchReport(**words, **numbers, versions={}, workloads=(), rows=rows)
+    numbers = {"parameters": 1, "seed": 0, "runs": 3}
+    # 4 and 2 TFLOP/s.
+    ceilings = {"mixed": Ceiling(10_000, 2, (1.0,)), "224px": Ceiling(10_000, 2, (9.0, 2.0, 1.0))}
+    workloads = tuple(facts(name, ceiling) for name, ceiling in ceilings.items())
+    return BenchReport(**words, **numbers, versions={}, workloads=workloads, rows=rows)
 
 
 def test_rates_follow_from_the_run_in_the_middle():
@@ -100,9 +111,13 @@ def test_rates_follow_from_the_run_in_the_middle():
     assert (ran.median, ran.images_per_second, ran.tokens_per_second) == (3.0, 4 / 3, 200)
     assert ran.teraflops == 1
     assert ran.label == "nopad, eager, packs of 2,048"
-    report = report_of(ran, row())
-    assert report.share(ran) == 0.25
-    assert report.share(row()) is None
+
+
+def test_a_share_is_of_the_ceiling_of_the_rows_own_workload():
+    ran, elsewhere = row(seconds=(3.0,)), row(seconds=(3.0,), workload="224px")
+    report = report_of(ran, elsewhere, row())
+    assert [report.share(one) for one in report.rows] == [0.25, 0.5, None]
+    assert [one["share_of_ceiling"] for one in report.to_dict()["rows"]] == [0.25, 0.5, None]
 
 
 def test_json_has_no_nan():

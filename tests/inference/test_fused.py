@@ -374,7 +374,10 @@ def test_gelu_is_that_of_the_error_function():
     )
     stream = Stream(values, values, torch.ones(16, device="cuda"))
     found = quack_products.QuackProducts().up(stream, block)
-    torch.testing.assert_close(found.double(), F.gelu(values.double()), rtol=2**-8, atol=2e-6)
+    torch.testing.assert_close(found.double(), F.gelu(values.double()), rtol=2**-8, atol=1e-3)
+    # Over a row it is nearer than the rounding of bfloat16.
+    exact = F.gelu(values.double())
+    assert relative(found, exact) < 1.1 * relative(exact.to(BF16), exact)
 
 
 @pytest.mark.gpu

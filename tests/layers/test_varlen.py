@@ -20,7 +20,7 @@ from nopad.layers import varlen
 from nopad.layers.varlen import BACKENDS, available_backends, resolve_backend, varlen_attention
 from nopad.layout import Segments
 
-FLASH = ("flash_attention_3", "flash_attention_4", "flash_attention_2", "torch_varlen")
+FLASH = ("flash_attention_3", "flash_attention_4", "flash_attention_2", "triton_varlen", "torch_varlen")
 CUDA = torch.device("cuda")
 
 
@@ -220,7 +220,7 @@ def machine(monkeypatch) -> Callable[..., None]:
 
 
 FA2, FA3, FA3_FORWARD, FA4 = "flash_attn", "flash_attn_interface", "fa3_fwd_interface", "flash_attn.cute"
-TORCH = "torch.nn.attention.varlen"
+TORCH, TRITON = "torch.nn.attention.varlen", "triton"
 HOPPER, AMPERE, TURING, BLACKWELL = (9, 0), (8, 0), (7, 5), (10, 0)
 
 
@@ -240,6 +240,13 @@ HOPPER, AMPERE, TURING, BLACKWELL = (9, 0), (8, 0), (7, 5), (10, 0)
         (HOPPER, (FA2, FA4, TORCH), {"head_dim": 136}, "flash_attention_2"),
         (BLACKWELL, (FA2, FA3, FA4, TORCH), {}, "flash_attention_4"),
         (AMPERE, (FA2, FA3, FA4, TORCH), {}, "flash_attention_2"),
+        (HOPPER, (FA2, TRITON, TORCH), {}, "flash_attention_2"),
+        (HOPPER, (TRITON, TORCH), {}, "triton_varlen"),
+        (HOPPER, (TRITON, TORCH), {"dtype": torch.float16}, "triton_varlen"),
+        (HOPPER, (TRITON, TORCH), {"head_dim": 72}, "torch_varlen"),
+        (HOPPER, (TRITON, TORCH), {"needs_grad": True}, "torch_varlen"),
+        (HOPPER, (TRITON, TORCH), {"dropout": True}, "sdpa"),
+        (AMPERE, (TRITON, TORCH), {}, "torch_varlen"),
         (AMPERE, (TORCH,), {}, "torch_varlen"),
         (AMPERE, (TORCH,), {"head_dim": 72, "needs_grad": True}, "torch_varlen"),
         (AMPERE, (FA2, TORCH), {"head_dim": 70}, "sdpa"),
@@ -262,6 +269,8 @@ def test_auto_takes_the_best(machine, capability, modules, needs, expected):
         ("flash_attention_3", HOPPER, (FA2,), {}, ImportError, "pip install fa3_fwd"),
         ("flash_attention_4", HOPPER, (FA2,), {}, ImportError, "pip install flash-attn-4"),
         ("torch_varlen", HOPPER, (), {}, ImportError, "torch>=2.10"),
+        ("triton_varlen", HOPPER, (), {}, ImportError, "pip install triton"),
+        ("triton_varlen", HOPPER, (TRITON,), {"head_dim": 72}, ValueError, "head size of 16, 32, 64, 128, got 72"),
         ("flash_attention_3", AMPERE, (FA3,), {}, ValueError, "capability 9, got 8.0; use attention='auto'"),
         ("flash_attention_2", TURING, (FA2,), {}, ValueError, "capability 8 or later, got 7.5"),
         ("flash_attention_3", HOPPER, (FA3_FORWARD,), {"needs_grad": True}, ValueError, "forward only"),
@@ -296,8 +305,8 @@ def test_a_backend_that_cannot_says_what_to_change(machine, backend, capability,
 
 
 def test_available_backends(machine):
-    machine(HOPPER, FA2, FA3, FA3_FORWARD, TORCH)
-    names = ["flash_attention_3", "flash_attention_2", "torch_varlen", "sdpa", "eager"]
+    machine(HOPPER, FA2, FA3, FA3_FORWARD, TRITON, TORCH)
+    names = ["flash_attention_3", "flash_attention_2", "triton_varlen", "torch_varlen", "sdpa", "eager"]
     assert available_backends("cuda", torch.bfloat16, 64) == names
     assert available_backends("cpu", torch.bfloat16, 64) == ["sdpa", "eager"]
     assert set(names) | {"flash_attention_4"} == set(BACKENDS)

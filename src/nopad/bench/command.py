@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compiled = f"run what is compiled, too {usual('compile')}"
     parser.add_argument("--compile", action=either, default=None, help=compiled)
     parser.add_argument("--fp8", action="store_true", help="run the packed model in float8, too, compiled")
-    parser.add_argument("--runs", type=int, metavar="N", help=f"timed runs of each {usual('runs')}")
+    parser.add_argument("--runs", type=int, metavar="N", help=f"timed runs of each and of the ceiling {usual('runs')}")
     parser.add_argument("--seed", type=int, default=0, help="of sizes and pixels (default: 0)")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     trust = "run the checkpoint's own code as the original, where transformers does not have it"
@@ -91,17 +91,16 @@ def run(options: argparse.Namespace) -> int:
 
 def bench_table(report: BenchReport) -> str:
     """A benchmark for a terminal."""
-    ceiling = report.ceiling
     lines = [
         f"{report.checkpoint}: packed {report.family} against {report.original}",
         f"{report.dtype} on {report.device}, attention {report.attention}; medians of {report.runs} runs in turn",
-        f"ceiling: {ceiling.side}³ matrix product, {ceiling.before:.4g} TFLOP/s before, {ceiling.after:.4g} after",
     ]
     for facts in report.workloads:
         rows = [row for row in report.rows if row.workload == facts.name]
         lines += [
             "",
             f"{facts.name}: {facts.describe()}",
+            f"ceiling: {facts.ceiling.describe()}",
             *columns([HEADER, *(_cells(report, row) for row in rows)]),
             *(f"not run: {row.label}: {row.not_run}" for row in rows if row.not_run is not None),
         ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -20,6 +19,9 @@ class Sample(NamedTuple):
     seconds: float
     peak_bytes: int | None
 
+
+CEILING = {"cuda": (8192, 100), "cpu": (2048, 1)}
+"""Side of the ceiling's matrices and products in a run: on a GPU, whose clock falls under load, enough to feel it."""
 
 Meter = Callable[[Callable[[], object]], Sample]
 
@@ -62,25 +64,17 @@ def flops(block_parameters: int, layers: int, hidden_size: int, lengths: Sequenc
     return 2 * block_parameters * sum(lengths) + 4 * layers * hidden_size * sum(length**2 for length in lengths)
 
 
-def ceiling_side(device: torch.device) -> int:
-    """Rows and columns of the ceiling's matrices."""
-    return 8192 if device.type == "cuda" else 2048
-
-
-def ceiling(device: torch.device, dtype: torch.dtype, measure: Meter) -> float:
-    """TFLOP/s of a square matrix product on normal random numbers, the median of several."""
-    side, repeat = ceiling_side(device), 10 if device.type == "cuda" else 1
+def multiplying(side: int, products: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
+    """The ceiling's job: `products` times the product of the same two `(side, side)` matrices of normal numbers."""
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
     product = torch.empty_like(left)
 
     def multiply() -> None:
-        for _ in range(repeat):
+        for _ in range(products):
             torch.mm(left, right, out=product)
 
-    measure(multiply)
-    seconds = statistics.median(measure(multiply).seconds for _ in range(5))
-    return 2 * side**3 * repeat / seconds / 1e12
+    return multiply
 
 
 def in_turn(measure: Meter, jobs: Sequence[Callable[[], object]], runs: int) -> list[list[Sample] | str]:

@@ -1,4 +1,4 @@
-"""Contestants against each other: warmed up and checked one by one, timed in turn."""
+"""Contestants against each other: warmed up and checked one by one, timed in turn with the ceiling."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 
 from nopad.bench.contestants import Contestant, Features, Run, reference_features
-from nopad.bench.measure import Meter, NotRun, Sample, flops, in_turn
-from nopad.bench.results import Row
+from nopad.bench.measure import CEILING, Meter, NotRun, Sample, flops, in_turn, multiplying
+from nopad.bench.results import Ceiling, Row
 from nopad.encoder import PackedEncoder
 
 CHECKED = 8
@@ -38,8 +38,14 @@ def race(
     runs: int,
     measure: Meter,
     progress: Callable[[str], None],
-) -> list[Row]:
-    """A row for each contestant, in their order; what is compiled runs only where `compile` says so."""
+) -> tuple[list[Row], Ceiling]:
+    """A row for each contestant, in their order, and the ceiling, in the dtype and on the device of `encoder`.
+
+    What is compiled runs only where `compile` says so.
+    """
+    side, products = CEILING[encoder.device.type]
+    multiply = multiplying(side, products, encoder.device, encoder.dtype)
+    multiply()
     truths: dict[int, Features] = {}
     entries: list[Ready | str] = []
     for contestant in contestants:
@@ -55,8 +61,11 @@ def race(
             entries.append(_warm_up(contestant, truths[id(images)], WARM_UPS[encoder.device.type], measure))
         except NotRun as reason:
             entries.append(str(reason))
-    progress(f"{workload}: {runs} timed runs of each")
-    timed = iter(in_turn(measure, [_job(entry.run) for entry in entries if isinstance(entry, Ready)], runs))
+    progress(f"{workload}: {runs} timed runs of each and of the ceiling")
+    jobs = [_job(entry.run) for entry in entries if isinstance(entry, Ready)]
+    of_ceiling, *of_jobs = in_turn(measure, [multiply, *jobs], runs)
+    assert isinstance(of_ceiling, list)
+    timed = iter(of_jobs)
     rows = []
     for contestant, entry in zip(contestants, entries, strict=True):
         samples = next(timed) if isinstance(entry, Ready) else entry
@@ -70,7 +79,7 @@ def race(
                 min_cosine=entry.min_cosine,
             )
         rows.append(row if isinstance(samples, list) else replace(row, not_run=samples))
-    return rows
+    return rows, Ceiling(side, products, tuple(sample.seconds for sample in of_ceiling))
 
 
 def checked(images: int) -> list[int]:

@@ -74,26 +74,51 @@ class Row:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What a plain matrix product reaches on random data.
+    """What a plain matrix product reaches on random data, in turn with the contestants of a workload.
 
     Attributes:
         side: rows and columns of both matrices.
-        before, after: TFLOP/s before the first contestant and after the last.
+        products: in one run.
+        seconds: each timed run.
     """
 
     side: int
-    before: float
-    after: float
+    products: int
+    seconds: tuple[float, ...]
 
     @property
     def teraflops(self) -> float:
-        """The mean of both, that shares are of."""
-        return (self.before + self.after) / 2
+        """TFLOP/s of the run in the middle, that shares are of."""
+        return self._teraflops(statistics.median(self.seconds))
+
+    @property
+    def least_teraflops(self) -> float:
+        """TFLOP/s of the slowest run."""
+        return self._teraflops(max(self.seconds))
+
+    @property
+    def most_teraflops(self) -> float:
+        """TFLOP/s of the fastest run."""
+        return self._teraflops(min(self.seconds))
+
+    def describe(self) -> str:
+        """What it is, what was found, and how, in one line."""
+        found = f"{self.teraflops:.4g} TFLOP/s ({self.least_teraflops:.4g} … {self.most_teraflops:.4g})"
+        how = f"median of {len(self.seconds)} runs in turn with the contestants"
+        return f"matrix products of {self.side:,}³, {self.products} a run: {found}, {how}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`: also what follows from the measurements."""
+        names = "teraflops", "least_teraflops", "most_teraflops"
+        return {**asdict(self), **{name: getattr(self, name) for name in names}, "about": self.describe()}
+
+    def _teraflops(self, seconds: float) -> float:
+        return 2 * self.side**3 * self.products / seconds / 1e12
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A workload in numbers.
+    """A workload in numbers, and its ceiling.
 
     Attributes:
         name: for tables.
@@ -101,6 +126,7 @@ class Facts:
         sizes: how many of them differ.
         tokens: patches of all images together.
         longest: patches of the largest image.
+        ceiling: measured in turn with this workload's contestants.
     """
 
     name: str
@@ -108,9 +134,10 @@ class Facts:
     sizes: int
     tokens: int
     longest: int
+    ceiling: Ceiling
 
     def describe(self) -> str:
-        """One line."""
+        """Its images in one line."""
         sizes = "one size" if self.sizes == 1 else f"{self.sizes:,} sizes"
         return f"{self.images:,} images of {sizes}, {self.tokens:,} patches, at most {self.longest:,} each"
 
@@ -124,7 +151,7 @@ class BenchReport:
         versions: of the software.
         parameters: of the transformer blocks.
         seed: of images and weights that are random.
-        runs: timed runs of each contestant.
+        runs: timed runs of each contestant and of the ceiling.
     """
 
     checkpoint: str
@@ -137,13 +164,13 @@ class BenchReport:
     parameters: int
     seed: int
     runs: int
-    ceiling: Ceiling
     workloads: tuple[Facts, ...]
     rows: tuple[Row, ...]
 
     def share(self, row: Row) -> float | None:
-        """The row's TFLOP/s over the ceiling's."""
-        return None if row.teraflops is None else row.teraflops / self.ceiling.teraflops
+        """The row's TFLOP/s over those of its workload's ceiling."""
+        ceilings = {facts.name: facts.ceiling for facts in self.workloads}
+        return None if row.teraflops is None else row.teraflops / ceilings[row.workload].teraflops
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`: also what follows from the measurements; NaN, which JSON does not have, is `None`."""
@@ -160,4 +187,5 @@ class BenchReport:
             }
             for row in self.rows
         ]
-        return {**asdict(self), "ceiling": {**asdict(self.ceiling), "teraflops": self.ceiling.teraflops}, "rows": rows}
+        workloads = [{**asdict(facts), "ceiling": facts.ceiling.to_dict()} for facts in self.workloads]
+        return {**asdict(self), "workloads": workloads, "rows": rows}

@@ -13,7 +13,7 @@ import torch
 from nopad import __version__
 from nopad.bench.contestants import Images, Peer, contestants
 from nopad.bench.defaults import Defaults, defaults_on
-from nopad.bench.measure import ceiling, ceiling_side, meter
+from nopad.bench.measure import meter
 from nopad.bench.race import block_parameters, race
 from nopad.bench.results import BenchReport, Ceiling, Facts, Row
 from nopad.bench.workloads import Workload, fixed, mixed
@@ -45,8 +45,9 @@ def bench(
 ) -> BenchReport:
     """Measure the packed encoder and the original on the same weights and images, patches to normed tokens.
 
-    Pixels are random and on the device before the clock starts; a run is the whole workload; contestants run in turn;
-    each one's features of some images are compared with the packed encoder's on each of these alone.
+    Pixels are random and on the device before the clock starts; a run is the whole workload; contestants run in turn,
+    and with them the workload's ceiling, a plain matrix product in `dtype`; each one's features of some images
+    are compared with the packed encoder's on each of these alone.
 
     Args:
         checkpoint, device, dtype, attention, revision: as `nopad.load` takes them.
@@ -56,7 +57,7 @@ def bench(
         peers: run the original, too.
         compile: run what is compiled, too.
         float8: run the packed encoder with `precision="fp8"`, too, compiled.
-        runs: timed runs of each contestant.
+        runs: timed runs of each contestant and of the ceiling.
         seed: of sizes and pixels.
         trust_remote_code: run the checkpoint's own code where its original is not part of transformers.
         progress: told what is being done.
@@ -84,6 +85,7 @@ def bench(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     peer = Peer.of(encoder, str(checkpoint), **options) if peers else None
     measure = meter(device)
+    facts: list[Facts] = []
     rows: list[Row] = []
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -94,12 +96,10 @@ def bench(
 
             # Beyond the limit a function runs uncompiled and hardly says so.
             stack.enter_context(dynamo.patch(recompile_limit=RECOMPILES))
-        progress("measuring the ceiling")
-        before = ceiling(device, dtype, measure)
         of_squares = Images.of(squares, encoder, seed)
         for one in chosen:
             ours = of_squares if one is squares else Images.of(one, encoder, seed)
-            rows += race(
+            found, ceiling = race(
                 encoder,
                 contestants(encoder, peer, ours, of_squares, asked.capacities, float8),
                 workload=one.name,
@@ -108,7 +108,8 @@ def bench(
                 measure=measure,
                 progress=progress,
             )
-        after = ceiling(device, dtype, measure)
+            rows += found
+            facts.append(_facts(one, ceiling))
     return BenchReport(
         checkpoint=str(checkpoint),
         family=encoder.family,
@@ -120,8 +121,7 @@ def bench(
         parameters=block_parameters(encoder),
         seed=seed,
         runs=asked.runs,
-        ceiling=Ceiling(ceiling_side(device), before, after),
-        workloads=tuple(_facts(one) for one in chosen),
+        workloads=tuple(facts),
         rows=tuple(rows),
     )
 
@@ -144,9 +144,9 @@ def _check_capacities(capacities: Sequence[int], workloads: Sequence[Workload]) 
         raise ValueError(f"capacities: expected at least {longest} patches, the largest image's, got {min(capacities)}")
 
 
-def _facts(workload: Workload) -> Facts:
+def _facts(workload: Workload, ceiling: Ceiling) -> Facts:
     lengths = workload.lengths
-    return Facts(workload.name, len(lengths), len(set(workload.grids)), workload.tokens, max(lengths))
+    return Facts(workload.name, len(lengths), len(set(workload.grids)), workload.tokens, max(lengths), ceiling)
 
 
 def _name(device: torch.device) -> str:

@@ -70,7 +70,8 @@ class QuackProducts:
         if not turn.shared or (3 * size % WIDE.columns and WIDE.columns % (3 * size)):
             return turn
         one = torch.stack((turn.cos[:, ::2], turn.sin[:, ::2]), dim=2).flatten(1)
-        none = one.new_tensor([1.0, 0.0]).repeat(size // 2).expand_as(one)
+        none = torch.zeros_like(one)
+        none[:, ::2] = 1.0
         return torch.cat((one, one, none), dim=1)
 
     def qkv(self, stream: Stream, block: FoldedBlock, table: object) -> Tensor:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GRAPH_CAPACITY = 8192
-"""Up to so many rows the host is slower than the GPU, and a CUDA graph pays (docs/performance.md)."""
+GRAPH_CAPACITY = 32768
+"""Up to so many rows the host can be slower than the GPU, and a CUDA graph pays (docs/performance.md)."""
 SHORTEST = 256
 FILLER = 512
 """What is left of a pack is cut into segments of hardly more rows: attention over long ones would take time."""
@@ -225,8 +225,9 @@ def compile_layers(encoder: PackedEncoder, capacity: int, slots: int, compiled: 
         warm_up(encoder, layers, capacity, slots)
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
-    except RuntimeError as error:  # what torch's compilers raise, a missing Triton or C++ compiler among it
-        logger.warning("the layers run uncompiled: %s", str(error).strip().splitlines()[0])
+    except (RuntimeError, ValueError, AssertionError) as error:
+        # What compilers raise: a missing Triton or C++ compiler among it, or sizes that their products do not take.
+        logger.warning("the layers run uncompiled: %s", (str(error).strip() or repr(error)).splitlines()[0])
         layers = as_they_are
     if encoder.device.type == "cuda" and capacity <= GRAPH_CAPACITY:
         layers = Graphs(layers)
@@ -269,44 +270,37 @@ def warm_up(encoder: PackedEncoder, layers: Layers, capacity: int, slots: int) -
 
 
 class Graphs:
-    """Layers recorded as CUDA graphs, one for each `max_seqlen`."""
+    """Layers recorded as CUDA graphs, one for each `max_seqlen`, which share what they read."""
 
     def __init__(self, layers: Layers) -> None:
         self.layers = layers
-        self.graphs: dict[int, _Graph] = {}
+        self.inputs: list[Tensor] = []
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def __call__(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
         """`(capacity, D)` to `(capacity, D)`."""
-        graph = self.graphs.get(segments.max_seqlen)
-        if graph is None:
-            pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None
-            graph = self.graphs[segments.max_seqlen] = _Graph(self.layers, tokens, segments, rotate, pool)
-        return graph(tokens, segments, rotate)
+        given = [tokens, segments.cu_seqlens, *(() if rotate is None else (rotate.cos, rotate.sin))]
+        if not self.inputs:
+            self.inputs = [tensor.clone() for tensor in given]
+        for own, tensor in zip(self.inputs, given, strict=True):
+            own.copy_(tensor)
+        if segments.max_seqlen not in self.graphs:
+            self.graphs[segments.max_seqlen] = self._record(segments, rotate)
+            self.inputs[0].copy_(tokens)  # which the first run may have overwritten
+        graph, output = self.graphs[segments.max_seqlen]
+        graph.replay()
+        return output.clone()
 
-
-class _Graph:
-    """One recording, and the buffers that it reads and writes."""
-
-    def __init__(self, layers: Layers, tokens: Tensor, segments: Segments, rotate: Rotation | None, pool: Any) -> None:
-        self.inputs = [tensor.clone() for tensor in _tensors(tokens, segments, rotate)]
-        own_tokens, offsets, *turns = self.inputs
+    def _record(self, segments: Segments, rotate: Rotation | None) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        tokens, offsets, *turns = self.inputs
         own = Segments(segments.lengths, offsets, segments.max_seqlen)
         turn = None if rotate is None else Rotation(rotate.turn, *turns)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # a recording must not be the first run of anything
-            layers(own_tokens, own, turn)
+            self.layers(tokens, own, turn)
         torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.output = layers(own_tokens, own, turn)
-
-    def __call__(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
-        for own, given in zip(self.inputs, _tensors(tokens, segments, rotate), strict=True):
-            own.copy_(given)
-        self.graph.replay()
-        return self.output.clone()
-
-
-def _tensors(tokens: Tensor, segments: Segments, rotate: Rotation | None) -> list[Tensor]:
-    return [tokens, segments.cu_seqlens, *(() if rotate is None else (rotate.cos, rotate.sin))]
+        graph, pool = torch.cuda.CUDAGraph(), next((graph.pool() for graph, _ in self.graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool):
+            output = self.layers(tokens, own, turn)
+        return graph, output

@@ -9,13 +9,12 @@ import dataclasses
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import metadata, util
-from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from nopad.layers.grouped import eager, sdpa
 from nopad.layout import Segments
 
 
@@ -163,74 +162,11 @@ def _torch_varlen(query, key, value, segments, scale, dropout_p):
     return varlen_attn(query, key, value, *_offsets(*segments))
 
 
-@torch.compiler.disable(reason="the loop over distinct lengths would be compiled anew for every pack")
-def _sdpa(query, key, value, segments, scale, dropout_p):
-    groups = _groups(segments[0].lengths, segments[1].lengths)
-    outputs = []
-    for queries, keys in groups:
-        query_rows = queries.index(query.device)
-        key_rows = query_rows if keys == queries else keys.index(query.device)
-        batch = queries.batch(query, query_rows), keys.batch(key, key_rows), keys.batch(value, key_rows)
-        mixed = F.scaled_dot_product_attention(*batch, dropout_p=dropout_p, scale=scale)
-        outputs.append(mixed.transpose(1, 2).flatten(0, 1))
-    if len(groups) == 1:
-        return outputs[0]
-    if all(queries.contiguous for queries, _ in groups):
-        return torch.cat(outputs)
-    rows = torch.cat([queries.rows() for queries, _ in groups]).to(query.device, non_blocking=True)
-    return query.new_empty(query.shape).index_copy_(0, rows, torch.cat(outputs))
+def _triton_varlen(query, key, value, segments, scale, dropout_p):
+    from nopad.layers.triton_attention import attend
 
-
-@torch.compiler.disable(reason="the loop over segments would be compiled anew for every pack")
-def _eager(query, key, value, segments, scale, dropout_p):
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    queries, keys = segments[0].lengths, segments[1].lengths
-    parts = [tensor.to(dtype).split(lengths) for tensor, lengths in ((query, queries), (key, keys), (value, keys))]
-    outputs = []
-    for q, k, v in zip(*parts, strict=True):
-        weights = torch.einsum("qhd,khd->hqk", q, k).mul(scale).softmax(-1)
-        outputs.append(torch.einsum("hqk,khd->qhd", F.dropout(weights, dropout_p), v))
-    return torch.cat(outputs).to(query.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Spans:
-    """Stretches of one length in a pack, in the order of their starts."""
-
-    starts: tuple[int, ...]
-    length: int
-
-    @property
-    def contiguous(self) -> bool:
-        return self.starts[-1] - self.starts[0] == (len(self.starts) - 1) * self.length
-
-    def rows(self) -> Tensor:
-        """The row of each token, on the CPU."""
-        return (torch.tensor(self.starts)[:, None] + torch.arange(self.length)).flatten()
-
-    def index(self, device: torch.device) -> Tensor | None:
-        """The rows where they must be gathered, `None` where a slice is enough."""
-        return None if self.contiguous else self.rows().to(device, non_blocking=True)
-
-    def batch(self, tokens: Tensor, index: Tensor | None) -> Tensor:
-        """`(T, H, K)` to `(spans, H, length, K)`."""
-        number, first = len(self.starts), self.starts[0]
-        chosen = tokens[first : first + number * self.length] if index is None else tokens.index_select(0, index)
-        return chosen.unflatten(0, (number, self.length)).transpose(1, 2)
-
-
-@lru_cache(maxsize=16)  # all layers of a model ask for the same pack
-def _groups(query_lengths: tuple[int, ...], key_lengths: tuple[int, ...]) -> list[tuple[_Spans, _Spans]]:
-    """The spans of equal query and key length, by first appearance; segments without queries are left out."""
-    found: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
-    starts = zip(accumulate(query_lengths, initial=0), accumulate(key_lengths, initial=0), strict=True)
-    for pair, (query_start, key_start) in zip(zip(query_lengths, key_lengths, strict=True), starts, strict=False):
-        if pair[0]:
-            queries, keys = found.setdefault(pair, ([], []))
-            queries.append(query_start)
-            keys.append(key_start)
-    return [(_Spans(tuple(q), pair[0]), _Spans(tuple(k), pair[1])) for pair, (q, k) in found.items()]
+    return attend(query, key, value, segments[0].cu_seqlens, segments[1].cu_seqlens, segments[0].max_seqlen, scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,12 +180,13 @@ class _Kernel:
     capabilities: range = range(0)  # major compute capabilities
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
     max_head_dim: int = 256
+    head_dims: tuple[int, ...] = ()  # those alone, where there are any
     grad: bool = True
     dropout: bool = False
 
 
 _AMPERE_ON, _HOPPER, _HOPPER_ON = range(8, 100), range(9, 10), range(9, 100)
-_TORCH, _FA4 = "pip install 'torch>=2.10'", "pip install flash-attn-4"
+_TORCH, _FA4, _TRITON = "pip install 'torch>=2.10'", "pip install flash-attn-4", "pip install triton"
 _FA2 = "pip install flash-attn --no-build-isolation"
 _FA3 = "pip install fa3_fwd (no gradients), or build hopper/ of github.com/Dao-AILab/flash-attention"
 # fa3_fwd 0.0.3 is built without float16 and without the backward (its fa3_fwd_config.py).
@@ -261,9 +198,10 @@ _KERNELS = (
     _Kernel("flash_attention_3", _flash_attention_3_forward, "fa3_fwd_interface", _FA3, _HOPPER, **_FA3_FORWARD),
     _Kernel("flash_attention_4", _flash_attention_4, "flash_attn.cute", _FA4, _HOPPER_ON, max_head_dim=128),
     _Kernel("flash_attention_2", _flash_attention_2, "flash_attn", _FA2, _AMPERE_ON, dropout=True),
+    _Kernel("triton_varlen", _triton_varlen, "triton", _TRITON, _HOPPER, head_dims=(16, 32, 64, 128), grad=False),
     _Kernel("torch_varlen", _torch_varlen, "torch.nn.attention.varlen", _TORCH, _AMPERE_ON),
-    _Kernel("sdpa", _sdpa, dropout=True),
-    _Kernel("eager", _eager, dropout=True),
+    _Kernel("sdpa", sdpa, dropout=True),
+    _Kernel("eager", eager, dropout=True),
 )
 
 BACKENDS = tuple(dict.fromkeys(kernel.name for kernel in _KERNELS))
@@ -319,6 +257,9 @@ def _obstacle(
             f"{name} takes a head size that is a multiple of 8 and at most {kernel.max_head_dim}, got {head_dim}; "
             f"use attention='sdpa'"
         )
+    if kernel.head_dims and head_dim not in kernel.head_dims:
+        sizes = ", ".join(map(str, kernel.head_dims))
+        return ValueError(f"{name} takes a head size of {sizes}, got {head_dim}; use attention='auto'")
     if needs_grad and not kernel.grad:
         return ValueError(f"{name} is forward only; run under torch.no_grad() or use attention='auto'")
     if dropout and not kernel.dropout:

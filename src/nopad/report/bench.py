@@ -51,18 +51,17 @@ def write_bench_page(report: BenchReport, path: str | Path) -> None:
 
 
 def _setting(report: BenchReport) -> str:
-    ceiling = report.ceiling
     names = "checkpoint", "family", "original", "device", "dtype", "attention"
     facts = [(name.capitalize(), getattr(report, name)) for name in names]
     facts += [("Versions", " · ".join(f"{name} {version}" for name, version in report.versions.items()))]
     facts += [("Blocks", f"{report.parameters:,} parameters"), ("Seed", str(report.seed))]
-    found = f"{ceiling.before:.4g} TFLOP/s before, {ceiling.after:.4g} after"
-    facts += [("Ceiling", f"{ceiling.side:,}³ matrix product: {found}; shares are of the mean")]
     lead = (
         f"Patches on the device to normed tokens, the whole workload a run: medians of {report.runs} runs, one of each "
         f"contestant in turn. All have the same weights and images; the pixels are random. FLOPs are 2 · parameters of "
-        f"the blocks · tokens + 4 · layers · width · Σ length². Peak memory is weights, inputs and the most allocated "
-        f"on top. Features agree where every token of the checked images is that of the image packed alone."
+        f"the blocks · tokens + 4 · layers · width · Σ length². The ceiling of a workload is a plain product of random "
+        f"matrices in {report.dtype}, timed in turn with its contestants; shares are of its median. Peak memory is "
+        f"weights, inputs and the most allocated on top. Features agree where every token of the checked images is "
+        f"that of the image packed alone."
     )
     return section("What was measured", element("p", lead), pairs(facts))
 
@@ -80,7 +79,8 @@ def _table(report: BenchReport, facts: Facts, rows: list[Row]) -> str:
         remarks = [] if row.not_run is None else [row.not_run]
         lines.append(([row.label, result, f"{row.calls:,}", *numbers], row.agrees, remarks))
     caption = f"{facts.describe()}. A contestant of a fixed size has as many images of that size."
-    return section(f"Workload {facts.name}", table(caption, HEADER, lines))
+    ceiling = element("p", f"Ceiling: {facts.ceiling.describe()}.")
+    return section(f"Workload {facts.name}", ceiling, table(caption, HEADER, lines))
 
 
 def _throughput(facts: Facts, rows: list[Row]) -> str:
@@ -108,7 +108,8 @@ def _shares(report: BenchReport) -> str:
     lines = [(f"{name}, {workload}", [found[workload, name, size] for size in capacities]) for workload, name in names]
     ticks = [f"{size:,}" for size in capacities]
     lead = (
-        "TFLOP/s over the ceiling's by the patches of a full pack, wrong features left out; the legend has the largest."
+        "TFLOP/s over those of the workload's ceiling by the patches of a full pack, wrong features left out; the "
+        "legend has the largest."
     )
     chart = share_chart("Share of the ceiling by capacity", ticks, lines, "tokens per pack")
     return section("Share of the ceiling", element("p", lead), chart)

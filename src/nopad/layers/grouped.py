@@ -1,0 +1,81 @@
+"""Attention where there is no kernel for segments of many lengths: by groups of one length, or one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.compiler.disable(reason="the loop over distinct lengths would be compiled anew for every pack")
+def sdpa(query, key, value, segments, scale, dropout_p):
+    groups = _groups(segments[0].lengths, segments[1].lengths)
+    outputs = []
+    for queries, keys in groups:
+        query_rows = queries.index(query.device)
+        key_rows = query_rows if keys == queries else keys.index(query.device)
+        batch = queries.batch(query, query_rows), keys.batch(key, key_rows), keys.batch(value, key_rows)
+        mixed = F.scaled_dot_product_attention(*batch, dropout_p=dropout_p, scale=scale)
+        outputs.append(mixed.transpose(1, 2).flatten(0, 1))
+    if len(groups) == 1:
+        return outputs[0]
+    if all(queries.contiguous for queries, _ in groups):
+        return torch.cat(outputs)
+    rows = torch.cat([queries.rows() for queries, _ in groups]).to(query.device, non_blocking=True)
+    return query.new_empty(query.shape).index_copy_(0, rows, torch.cat(outputs))
+
+
+@torch.compiler.disable(reason="the loop over segments would be compiled anew for every pack")
+def eager(query, key, value, segments, scale, dropout_p):
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    queries, keys = segments[0].lengths, segments[1].lengths
+    parts = [tensor.to(dtype).split(lengths) for tensor, lengths in ((query, queries), (key, keys), (value, keys))]
+    outputs = []
+    for q, k, v in zip(*parts, strict=True):
+        weights = torch.einsum("qhd,khd->hqk", q, k).mul(scale).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", F.dropout(weights, dropout_p), v))
+    return torch.cat(outputs).to(query.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spans:
+    """Stretches of one length in a pack, in the order of their starts."""
+
+    starts: tuple[int, ...]
+    length: int
+
+    @property
+    def contiguous(self) -> bool:
+        return self.starts[-1] - self.starts[0] == (len(self.starts) - 1) * self.length
+
+    def rows(self) -> Tensor:
+        """The row of each token, on the CPU."""
+        return (torch.tensor(self.starts)[:, None] + torch.arange(self.length)).flatten()
+
+    def index(self, device: torch.device) -> Tensor | None:
+        """The rows where they must be gathered, `None` where a slice is enough."""
+        return None if self.contiguous else self.rows().to(device, non_blocking=True)
+
+    def batch(self, tokens: Tensor, index: Tensor | None) -> Tensor:
+        """`(T, H, K)` to `(spans, H, length, K)`."""
+        number, first = len(self.starts), self.starts[0]
+        chosen = tokens[first : first + number * self.length] if index is None else tokens.index_select(0, index)
+        return chosen.unflatten(0, (number, self.length)).transpose(1, 2)
+
+
+@lru_cache(maxsize=16)  # all layers of a model ask for the same pack
+def _groups(query_lengths: tuple[int, ...], key_lengths: tuple[int, ...]) -> list[tuple[_Spans, _Spans]]:
+    """The spans of equal query and key length, by first appearance; segments without queries are left out."""
+    found: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+    starts = zip(accumulate(query_lengths, initial=0), accumulate(key_lengths, initial=0), strict=True)
+    for pair, (query_start, key_start) in zip(zip(query_lengths, key_lengths, strict=True), starts, strict=False):
+        if pair[0]:
+            queries, keys = found.setdefault(pair, ([], []))
+            queries.append(query_start)
+            keys.append(key_start)
+    return [(_Spans(tuple(q), pair[0]), _Spans(tuple(k), pair[1])) for pair, (q, k) in found.items()]
