@@ -193,7 +193,7 @@ class PackedEncoder(PictureEncoder):
 
     @property
     def execution(self) -> str:
-        """How the layers run in inference: `"eager"`, `"compiled"` or `"fused"`."""
+        """How the layers run in inference: `"eager"`, `"compiled"`, `"fused by quack"` or `"fused by torch"`."""
         return "eager" if self._static is None else self._static.execution
 
     def example_rotation(self, rows: int) -> Rotation | None:

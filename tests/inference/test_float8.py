@@ -287,7 +287,7 @@ def test_compiled_layers_on_a_gpu(tmp_path, family):
     cosine = torch.cosine_similarity(eager.tokens.float(), plain(patches, GRIDS).float(), dim=-1)
     assert cosine.min() > 0.98
     encoder.compile(CAPACITY, SLOTS)
-    assert encoder.execution in ("compiled", "fused")
+    assert encoder.execution.startswith(("compiled", "fused by"))
     compiled = encoder.encode(patches, GRIDS)
     # A value that another order of addition moves across the middle of two float8 neighbours becomes the other one.
     for name in ("tokens", "pooled"):

@@ -1,9 +1,5 @@
-"""Fused layers: the plain ones' features, their weights left alone, folded anew when they change.
+"""Fused layers: the plain ones' features, their weights left alone, folded anew when they change."""
 
-On a GPU (`-m gpu`): quack's and torch's products beside the plain ones, compiled encoders beside those that are not.
-"""
-
-import dataclasses
 from importlib import util
 from types import SimpleNamespace
 
@@ -19,7 +15,7 @@ from nopad.inference import fused
 from nopad.inference.float8 import FLOAT8, quantize_rows
 from nopad.inference.folding import FoldedBlock, Matrix
 from nopad.inference.fused import FusedLayers, channel_order, obstacle, products_for, turn_of
-from nopad.inference.products import PlainProducts, Stream, Turn, centre, turned
+from nopad.inference.products import PlainProducts, centre, turned
 from nopad.inference.static import Graphs, run_layers
 from nopad.layers.attention import Rotation
 from nopad.layers.rope import rotate_halves
@@ -28,13 +24,6 @@ from nopad.layout import Segments
 
 CAPACITY, SLOTS = 160, 9
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-HAS_QUACK = (
-    util.find_spec("quack") is not None
-    and torch.cuda.is_available()
-    and torch.cuda.get_device_capability()[0] == 9  # a condition is evaluated without a GPU, too
-)
-NEEDS_QUACK = pytest.mark.skipif(not HAS_QUACK, reason="needs quack on a Hopper GPU: pip install 'nopad[hopper]'")
 
 
 @pytest.fixture(params=FAMILIES)
@@ -233,7 +222,7 @@ def test_static_packs_run_fused_layers(folder, plain_products):
     encoder = nopad.load(folder)
     expected = encoder.encode(patches_of(encoder), GRIDS)
     encoder.compile(CAPACITY, SLOTS)
-    assert encoder.execution == "fused"
+    assert encoder.execution == "fused by plain torch"
     found = encoder.encode(patches_of(encoder), GRIDS)
     assert relative(found.tokens, expected.tokens) < 1e-5
     assert not torch.equal(found.tokens, expected.tokens)
@@ -259,7 +248,7 @@ def test_weights_may_change_where_graphs_have_been_recorded(encoder, plain_produ
     monkeypatch.setattr(Graphs, "__call__", lambda self, *arguments: self.layers(*arguments))
     encoder.compile(CAPACITY, SLOTS)
     encoder._static.layers = Graphs(encoder._static.layers)
-    assert encoder.execution == "fused"
+    assert encoder.execution == "fused by plain torch"
     encoder.layers[0].norm2.weight.mul_(2.0)
     found = encoder(patches_of(encoder), GRIDS)
     encoder.uncompile()
@@ -277,149 +266,3 @@ def test_folding_leaves_what_is_saved_and_trained_alone(encoder, plain_products,
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     encoder(patches_of(encoder), GRIDS).sum().backward()
     assert encoder.layers[0].norm1.weight.grad.abs().sum() > 0
-
-
-# On a GPU.
-
-
-def products_named(name):
-    if name == "quack":
-        from nopad.inference.quack_products import QuackProducts
-
-        return QuackProducts()
-    from nopad.inference.torch_products import TorchProducts
-
-    return TorchProducts()
-
-
-def draw(*shape, dtype=BF16):
-    return torch.randn(*shape, device="cuda").to(dtype)
-
-
-def wide_block(*, gated, biased, activation, size=256, inner=384, heads=4):
-    def matrix(rows, columns):
-        bias = torch.randn(rows, device="cuda") if biased else None
-        return Matrix(draw(rows, columns) * columns**-0.5, bias)
-
-    up = matrix(2 * inner if gated else inner, size)
-    matrices = matrix(3 * size, size), matrix(size, size), up, matrix(size, inner)
-    return FoldedBlock(*matrices, activation=activation, gated=gated, eps=1e-5, num_heads=heads, centred=biased)
-
-
-def steps(products, block, tokens, turn):
-    """Every result of a block whose attention is left out."""
-    stream = products.begin(tokens.clone(), block)
-    qkv = products.qkv(stream, block, None if turn is None else products.table(turn))
-    stream = products.added(qkv[:, :, 0].flatten(1), block.proj, stream, block)
-    fed = products.up(stream, block)
-    stream = products.added(fed, block.down, stream, block)
-    return {"qkv": qkv, "fed": fed, "end": products.end(stream)}
-
-
-@pytest.mark.gpu
-@NEEDS_GPU
-@torch.no_grad()
-@pytest.mark.parametrize("name", [pytest.param("quack", marks=NEEDS_QUACK), "torch"])
-@pytest.mark.parametrize("rows", [256, 1000])
-@pytest.mark.parametrize(
-    ("kind", "angles"),
-    [
-        ({"gated": True, "biased": False, "activation": "silu"}, None),
-        ({"gated": True, "biased": True, "activation": "silu"}, None),
-        ({"gated": False, "biased": True, "activation": "gelu_tanh"}, None),
-        ({"gated": False, "biased": True, "activation": "gelu"}, "shared"),
-        ({"gated": False, "biased": False, "activation": "gelu"}, "their own"),
-    ],
-)
-def test_fast_products_are_the_plain_ones(name, rows, kind, angles):
-    block, tokens, turn = wide_block(**kind), draw(rows, 256), None
-    if angles is not None:
-        cos, sin = (torch.randn(rows, 64, device="cuda") for _ in range(2))
-        if angles == "shared":
-            cos, sin = (part[:, ::2].repeat_interleave(2, dim=1) for part in (cos, sin))
-        turn = Turn(cos, sin, shared=angles == "shared")
-    expected = steps(PlainProducts(), block, tokens, turn)
-    for part, found in steps(products_named(name), block, tokens, turn).items():
-        assert relative(found, expected[part]) < 1e-2, part
-
-
-@pytest.mark.gpu
-@NEEDS_QUACK
-@torch.no_grad()
-@pytest.mark.parametrize("rows", [256, 1000])
-def test_fast_products_in_float8_are_the_plain_ones(rows):
-    block = wide_block(gated=True, biased=False, activation="silu")
-    small = {}
-    for part in ("qkv", "up", "down"):
-        weight, scale = quantize_rows(getattr(block, part).weight)
-        small[part] = Matrix(weight, scale=scale[:, 0])
-    block, tokens = dataclasses.replace(block, **small), draw(rows, 256)
-    expected = steps(PlainProducts(), block, tokens, None)
-    found = steps(products_named("quack"), block, tokens, None)
-    assert found["fed"].dtype == FLOAT8
-    for part in found:
-        # A value in the middle of two float8 neighbours becomes the one or the other.
-        assert relative(found[part].float(), expected[part].float()) < 3e-2, part
-
-
-@pytest.mark.gpu
-@NEEDS_QUACK
-def test_gelu_is_that_of_the_error_function():
-    from nopad.inference import quack_products
-
-    values = torch.linspace(-12, 12, 4096, device="cuda").view(16, 256).to(BF16)
-    block = dataclasses.replace(
-        wide_block(gated=False, biased=False, activation="gelu", inner=256),
-        up=Matrix(torch.eye(256, device="cuda", dtype=BF16)),
-    )
-    stream = Stream(values, values, torch.ones(16, device="cuda"))
-    found = quack_products.QuackProducts().up(stream, block)
-    torch.testing.assert_close(found.double(), F.gelu(values.double()), rtol=2**-8, atol=1e-3)
-    # Over a row it is nearer than the rounding of bfloat16.
-    exact = F.gelu(values.double())
-    assert relative(found, exact) < 1.1 * relative(exact.to(BF16), exact)
-
-
-@pytest.mark.gpu
-@NEEDS_GPU
-@torch.no_grad()
-def test_triton_kernels_are_the_plain_forms():
-    from nopad.inference import static, triton_kernels
-
-    tokens, rows = draw(70, 200), 70
-    tokens[3, 7], tokens[5, 1], tokens[6, 0] = float("nan"), float("inf"), -float("inf")
-    filled, finite = triton_kernels.fill_up(tokens, 96)
-    expected, kept = static.finite_rows(tokens)[::-1]
-    assert torch.equal(finite, kept)
-    assert torch.equal(filled, F.pad(expected, (0, 0, 0, 26)))
-    triton_kernels.spoil_(filled, ~F.pad(kept, (0, 26), value=True))
-    assert torch.equal(filled.isnan().all(dim=1), ~F.pad(kept, (0, 26), value=True))
-    assert torch.equal(filled[:rows][kept], tokens[kept])
-
-
-@pytest.mark.gpu
-@NEEDS_GPU
-@torch.no_grad()
-@pytest.mark.parametrize("quack", [pytest.param(True, marks=NEEDS_QUACK), False])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_fused_encoders_are_as_close_to_float32_as_the_layers(tmp_path, monkeypatch, family, quack):
-    if not quack:
-        find_spec = util.find_spec
-        monkeypatch.setattr(util, "find_spec", lambda name: None if name == "quack" else find_spec(name))
-    encoder = nopad.load(tiny(family, tmp_path / "wide", **WIDE), device="cuda")
-    grids = GRIDS.repeat(8, 1)
-    patches = patches_of(encoder, grids)
-    exact = encoder(patches, grids)
-    encoder = encoder.to(BF16)
-    encoder.set_attention("auto")
-    own = relative(encoder(patches.to(BF16), grids), exact)
-    for capacity in (2048, 8704):  # with a graph and without
-        encoder.compile(capacity)
-        assert encoder.execution == "fused"
-        assert relative(encoder(patches.to(BF16), grids), exact) <= 1.1 * own
-    encoder.compile(2048)
-    encoder(patches.to(BF16), grids)
-    encoder.layers[1].norm1.weight.mul_(3.0)  # the recorded graph sees it
-    found = encoder(patches.to(BF16), grids)
-    encoder.uncompile()
-    assert relative(found, encoder(patches.to(BF16), grids)) < 2e-2

@@ -18,7 +18,7 @@ from nopad.encoder import PackedEncoder
 CHECKED = 8
 """Images of a workload whose features every contestant has to get right."""
 WARM_UPS = {"cuda": 3, "cpu": 1}
-"""Runs before the clock starts: the first compiles, the next may record a graph."""
+"""Runs of what is compiled before the clock starts: the first compiles, the next may record a graph; of others one."""
 
 
 class Ready(NamedTuple):
@@ -58,7 +58,8 @@ def race(
         packs = f", packs of {contestant.capacity:,}" if contestant.capacity else ""
         progress(f"{workload}: {contestant.name}{packs}")
         try:
-            entries.append(_warm_up(contestant, truths[id(images)], WARM_UPS[encoder.device.type], measure))
+            times = WARM_UPS[encoder.device.type] if contestant.compiled else 1
+            entries.append(_warm_up(contestant, truths[id(images)], times, measure))
         except NotRun as reason:
             entries.append(str(reason))
     progress(f"{workload}: {runs} timed runs of each and of the ceiling")

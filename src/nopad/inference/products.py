@@ -57,6 +57,8 @@ class Turn:
 class Products(Protocol):
     """The four products of a block, and what begins and ends the residual stream."""
 
+    name: str
+
     def begin(self, tokens: Tensor, block: FoldedBlock) -> Stream:
         """`(T, D)` tokens before the first block, which may be overwritten."""
         ...
@@ -84,6 +86,8 @@ class Products(Protocol):
 
 class PlainProducts:
     """See `Products`: each result is computed in float32 and rounded once."""
+
+    name = "plain torch"
 
     def begin(self, tokens: Tensor, block: FoldedBlock) -> Stream:
         """See `Products`."""

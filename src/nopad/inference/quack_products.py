@@ -53,6 +53,8 @@ def best(candidates: tuple[Tiles, ...], rows: int, columns: int, processors: int
 class QuackProducts:
     """See `Products`."""
 
+    name = "quack"
+
     def begin(self, tokens: Tensor, block: FoldedBlock) -> Stream:
         """See `Products`."""
         small = SMALL if block.up.weight.dtype == FLOAT8 else None

@@ -63,9 +63,9 @@ class StaticPacks:
 
     @property
     def execution(self) -> str:
-        """`"fused"`, `"compiled"`, or `"eager"` where it was not asked for or could not be."""
+        """`"fused by …"`, `"compiled"`, or `"eager"` where it was not asked for or could not be."""
         if isinstance(self.recorded, fused.FusedLayers):
-            return "fused"
+            return f"fused by {self.recorded.products.name}"
         deferred = isinstance(self.recorded, partial) and self.recorded.func is run_deferred
         return "compiled" if deferred else "eager"
 

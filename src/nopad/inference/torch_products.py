@@ -20,6 +20,8 @@ class TorchProducts:
     until the next norm reads the rows anyway.
     """
 
+    name = "torch"
+
     def begin(self, tokens: Tensor, block: FoldedBlock) -> Stream:
         """See `Products`."""
         if block.centred:

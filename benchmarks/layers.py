@@ -1,0 +1,119 @@
+"""The ways in which an encoder's layers can run, beside a matrix product in turn, and where their time goes on a GPU.
+
+    python benchmarks/layers.py apple/aimv2-large-patch14-native --ways eager,quack,torch,fp8 --capacity 16896
+
+`nopad bench` measures what a user gets. Here layers are fused by the products that are named, and `--profile` prints
+the kernels of the last way. Random weights, random pixels, the workload "mixed" of `nopad bench`; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+
+import nopad
+from nopad.bench.contestants import Images
+from nopad.bench.measure import CEILING, flops, meter
+from nopad.bench.race import block_parameters
+from nopad.bench.workloads import mixed
+from nopad.encoder import PackedEncoder
+from nopad.inference import fused
+from nopad.planner import plan
+
+WAYS = ("eager", "quack", "torch", "fp8")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a published name, see `nopad models`")
+    parser.add_argument("--ways", default="eager,quack,torch", help=f"of {', '.join(WAYS)}, with commas")
+    parser.add_argument("--capacity", type=int, default=16896, help="tokens per pack (default: 16896)")
+    parser.add_argument("--images", type=int, default=256, help="of the workload (default: 256)")
+    parser.add_argument("--attention", default="auto", help="kernel (default: the best there is)")
+    parser.add_argument("--device", default="cuda", help="cuda or cpu, where eager alone runs (default: cuda)")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs of each (default: 5)")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of the last way")
+    options = parser.parse_args()
+    ways = options.ways.split(",")
+    if not set(ways) <= set(WAYS):
+        parser.error(f"--ways: expected some of {', '.join(WAYS)}, got {options.ways}")
+    with torch.no_grad():
+        measure(options, ways)
+
+
+def measure(options: argparse.Namespace, ways: list[str]) -> None:
+    """Print a line for each way, and the profile."""
+    load: dict[str, Any] = {"device": options.device, "dtype": torch.bfloat16, "attention": options.attention}
+    encoder = nopad.load(f"untrained:{options.model}", **load)
+    images = Images.of(mixed(options.images, seed=0), encoder, seed=0)
+    lengths = [length + encoder.num_prefix_tokens for length in images.workload.lengths]
+    numbers = plan(lengths, options.capacity)
+    packs = [images.pack(encoder, pack) for pack in numbers]
+    expected = encoder(packs[0]).float()
+    runs: dict[str, Callable[[], object]] = {"product": _product(encoder)}
+    print(f"{options.model}, attention {encoder.attention}, {len(packs)} packs of {options.capacity}")
+    for way in ways:
+        start = time.perf_counter()
+        twin = prepared(encoder, way, options.capacity, max(map(len, numbers)))
+        seconds = time.perf_counter() - start
+        cosine = torch.cosine_similarity(twin(packs[0]).float(), expected, dim=1).min()
+        print(f"{way}: layers {twin.execution}, ready in {seconds:.1f} s, least cosine with eager {cosine:.6f}")
+        runs[way] = lambda twin=twin: [twin(pack) for pack in packs][-1]
+    clock = meter(encoder.device)
+    for run in runs.values():
+        run()
+    seconds_of = {name: [] for name in runs}
+    for _ in range(options.runs):
+        for name, run in runs.items():
+            seconds_of[name].append(clock(run).seconds)
+    work = flops(block_parameters(encoder), encoder.config.num_hidden_layers, encoder.hidden_size, lengths)
+    side, products = CEILING[encoder.device.type]
+    ceiling = 2 * side**3 * products / statistics.median(seconds_of.pop("product"))
+    print(f"product of {side}³, {products} a run: {ceiling / 1e12:.4g} TFLOP/s")
+    for way, samples in seconds_of.items():
+        middle, spread = statistics.median(samples), f"{min(samples) * 1e3:.1f} … {max(samples) * 1e3:.1f}"
+        rate = work / middle
+        print(f"{way}: {middle * 1e3:.1f} ms ({spread}), {rate / 1e12:.4g} TFLOP/s, {rate / ceiling:.3f} of it")
+    if options.profile:
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            runs[ways[-1]]()
+        print(found.key_averages().table(sort_by="cuda_time_total", row_limit=20, max_name_column_width=70))
+
+
+def prepared(encoder: PackedEncoder, way: str, capacity: int, images: int) -> PackedEncoder:
+    """A twin of the encoder over the same weights that runs in one of `WAYS`."""
+    twin = copy.deepcopy(encoder, {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())})
+    if way == "fp8":
+        twin.to_precision("fp8")
+    if way != "eager":
+        find = fused.util.find_spec
+        hidden = {"torch": "quack"}.get(way)
+        with mock.patch.object(fused.util, "find_spec", lambda name: None if name == hidden else find(name)):
+            twin.compile(capacity, images)
+    return twin
+
+
+def _product(encoder: PackedEncoder) -> Callable[[], None]:
+    side, times = CEILING[encoder.device.type]
+    left, right = (torch.randn(side, side, device=encoder.device).to(encoder.dtype) for _ in range(2))
+    output = torch.empty_like(left)
+
+    def multiply() -> None:
+        for _ in range(times):
+            torch.mm(left, right, out=output)
+
+    return multiply
+
+
+if __name__ == "__main__":
+    main()
