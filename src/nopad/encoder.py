@@ -140,7 +140,8 @@ class PackedEncoder(PictureEncoder):
         From then on inference fills each pack up to `capacity` rows. So one graph serves every pack, and an image's
         features are the same bits in whatever company, on one device kind, in one version and for one capacity. Packs
         that do not fit, training, and `output_hidden_states` run as before. Weights may change: what was folded from
-        them is folded anew. Where Triton or a C++ compiler is missing packs are filled up as well, and a warning says
+        them is folded anew. Layers with hooks in them run as they
+        are. Where Triton or a C++ compiler is missing packs are filled up as well, and a warning says
         that their layers are not compiled.
 
         Args:

@@ -15,8 +15,9 @@ from nopad.inference import fused
 from nopad.inference.float8 import FLOAT8, quantize_rows
 from nopad.inference.folding import FoldedBlock, Matrix
 from nopad.inference.fused import FusedLayers, channel_order, obstacle, products_for, turn_of
+from nopad.inference.graphs import Graphs
 from nopad.inference.products import PlainProducts, centre, turned
-from nopad.inference.static import Graphs, run_layers
+from nopad.inference.static import run_layers
 from nopad.layers.attention import Rotation
 from nopad.layers.rope import rotate_halves
 from nopad.layers.rope_3d import turn_neighbours
@@ -250,6 +251,39 @@ def test_weights_may_change_where_graphs_have_been_recorded(encoder, plain_produ
     encoder._static.layers = Graphs(encoder._static.layers)
     assert encoder.execution == "fused by plain torch"
     encoder.layers[0].norm2.weight.mul_(2.0)
+    found = encoder(patches_of(encoder), GRIDS)
+    encoder.uncompile()
+    assert relative(found, encoder(patches_of(encoder), GRIDS)) < 1e-5
+
+
+@torch.no_grad()
+def test_hooks_in_layers_are_called(encoder, plain_products):
+    encoder.compile(CAPACITY, SLOTS)
+    seen = []
+    hook = encoder.layers[1].mlp.register_forward_hook(lambda module, arguments, output: seen.append(output))
+    encoder(patches_of(encoder), GRIDS)
+    assert [len(output) for output in seen] == [CAPACITY]
+    hook.remove()
+    encoder(patches_of(encoder), GRIDS)
+    assert len(seen) == 1
+
+
+@torch.no_grad()
+def test_parts_that_cannot_be_folded_any_more_run_as_they_are(encoder, plain_products):
+    encoder.compile(CAPACITY, SLOTS)
+
+    class Doubled(nn.Module):
+        """As LoRA's layers: not a linear map, with the weight of one."""
+
+        def __init__(self, linear):
+            super().__init__()
+            self.linear, self.weight, self.bias = linear, linear.weight, None
+            self.factor = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, input):
+            return self.factor * self.linear(input)
+
+    encoder.layers[1].mlp.down = Doubled(encoder.layers[1].mlp.down)
     found = encoder(patches_of(encoder), GRIDS)
     encoder.uncompile()
     assert relative(found, encoder(patches_of(encoder), GRIDS)) < 1e-5

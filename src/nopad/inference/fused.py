@@ -92,13 +92,20 @@ class FusedLayers:
             stream = products.added(products.up(stream, block), block.down, stream, block)
         return products.end(stream)
 
-    def refresh(self) -> None:
-        """Fold once more where weights have changed, into the same tensors, which a CUDA graph may know."""
+    def refresh(self) -> bool:
+        """Fold once more where weights have changed, into the same tensors, which a CUDA graph may know.
+
+        Returns:
+            `False` where that cannot be: parts of a block have become others, LoRA's say.
+        """
         if self._versions() != self.versions:
+            if not all(can_fold(layer) for layer in self.layers):
+                return False
             for layer, block in zip(self.layers, self.blocks, strict=True):
                 for own, new in zip(block.matrices, FoldedBlock.of(layer, self.channels).matrices, strict=True):
                     own.copy_(new)
             self.versions = self._versions()  # now: a matrix that is not folded is the weight itself
+        return True
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(weight.data_ptr(), weight._version) for layer in self.layers for weight in layer.parameters()]

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nopad.inference import fused
+from nopad.inference.graphs import Graphs, Layers
 from nopad.layers.attention import Rotation
 from nopad.layers.block import add
 from nopad.layout import Segments
@@ -34,12 +35,11 @@ SHORTEST = 256
 FILLER = 512
 """What is left of a pack is cut into segments of hardly more rows: attention over long ones would take time."""
 
-Layers = Callable[[Tensor, Segments, Rotation | None], Tensor]
-"""All layers of an encoder: tokens, segments and rotation to tokens."""
-
 
 class StaticPacks:
     """Runs an encoder's layers and pooling on packs of `capacity` rows in `slots` segments.
+
+    Layers that have hooks, or parts that cannot be folded any more, run as they are.
 
     Args:
         encoder: its layers; they stay as they are.
@@ -52,6 +52,8 @@ class StaticPacks:
         self.capacity = capacity
         self.slots = slots
         self.layers = layers
+        self.as_they_are = partial(run_layers, list(encoder.layers))
+        self.parts = list(encoder.layers.modules())
         # All patches of a pack go through one product: it too sees rows of one number.
         embedding, rows = encoder.get_input_embeddings(), _FixedRows(capacity)
         self.hooks = [embedding.register_forward_pre_hook(rows.fill_up), embedding.register_forward_hook(rows.cut)]
@@ -90,11 +92,13 @@ class StaticPacks:
         with torch.inference_mode(False), torch.no_grad():
             tokens, finite = fill_up_rows(tokens, self.capacity)
             rotate = None if rotate is None else rotate.padded(self.capacity)
-            if isinstance(self.recorded, fused.FusedLayers):
-                self.recorded.refresh()
+            layers = self.layers
+            stale = isinstance(self.recorded, fused.FusedLayers) and not self.recorded.refresh()
+            if stale or any(module._forward_hooks or module._forward_pre_hooks for module in self.parts):
+                layers = self.as_they_are
             # What is recorded or compiled sees as many segments each time; kernels called one by one need not.
-            slots = None if isinstance(self.layers, fused.FusedLayers) else self.slots
-            tokens = self.layers(tokens, fill_up(segments, self.capacity, slots), rotate)[:rows]
+            slots = None if isinstance(layers, fused.FusedLayers) else self.slots
+            tokens = layers(tokens, fill_up(segments, self.capacity, slots), rotate)[:rows]
             return spoil(tokens, ~whole_segments(finite, segments)[segments.index()])
 
     def pool(self, encoder: PackedEncoder, trunk: Trunk, segments: Segments) -> Tensor:
@@ -267,40 +271,3 @@ def warm_up(encoder: PackedEncoder, layers: Layers, capacity: int, slots: int) -
     for length in sorted({longest(1 << power, capacity) for power in range(capacity.bit_length())}):
         segments = fill_up(Segments.of([length], encoder.device), capacity, slots)
         layers(tokens, segments, rotation)
-
-
-class Graphs:
-    """Layers recorded as CUDA graphs, one for each `max_seqlen`, which share what they read."""
-
-    def __init__(self, layers: Layers) -> None:
-        self.layers = layers
-        self.inputs: list[Tensor] = []
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-
-    def __call__(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
-        """`(capacity, D)` to `(capacity, D)`."""
-        given = [tokens, segments.cu_seqlens, *(() if rotate is None else (rotate.cos, rotate.sin))]
-        if not self.inputs:
-            self.inputs = [tensor.clone() for tensor in given]
-        for own, tensor in zip(self.inputs, given, strict=True):
-            own.copy_(tensor)
-        if segments.max_seqlen not in self.graphs:
-            self.graphs[segments.max_seqlen] = self._record(segments, rotate)
-            self.inputs[0].copy_(tokens)  # which the first run may have overwritten
-        graph, output = self.graphs[segments.max_seqlen]
-        graph.replay()
-        return output.clone()
-
-    def _record(self, segments: Segments, rotate: Rotation | None) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        tokens, offsets, *turns = self.inputs
-        own = Segments(segments.lengths, offsets, segments.max_seqlen)
-        turn = None if rotate is None else Rotation(rotate.turn, *turns)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # a recording must not be the first run of anything
-            self.layers(tokens, own, turn)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph, pool = torch.cuda.CUDAGraph(), next((graph.pool() for graph, _ in self.graphs.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
-            output = self.layers(tokens, own, turn)
-        return graph, output

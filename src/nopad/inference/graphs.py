@@ -1,0 +1,51 @@
+"""Layers recorded as CUDA graphs, for packs whose kernels are over before the host has launched the next ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nopad.layers.attention import Rotation
+from nopad.layout import Segments
+
+Layers = Callable[[Tensor, Segments, Rotation | None], Tensor]
+"""All layers of an encoder: tokens, segments and rotation to tokens."""
+
+
+class Graphs:
+    """Layers recorded as CUDA graphs, one for each `max_seqlen`, which share what they read."""
+
+    def __init__(self, layers: Layers) -> None:
+        self.layers = layers
+        self.inputs: list[Tensor] = []
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def __call__(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
+        """`(capacity, D)` to `(capacity, D)`."""
+        given = [tokens, segments.cu_seqlens, *(() if rotate is None else (rotate.cos, rotate.sin))]
+        if not self.inputs:
+            self.inputs = [tensor.clone() for tensor in given]
+        for own, tensor in zip(self.inputs, given, strict=True):
+            own.copy_(tensor)
+        if segments.max_seqlen not in self.graphs:
+            self.graphs[segments.max_seqlen] = self._record(segments, rotate)
+            self.inputs[0].copy_(tokens)  # which the first run may have overwritten
+        graph, output = self.graphs[segments.max_seqlen]
+        graph.replay()
+        return output.clone()
+
+    def _record(self, segments: Segments, rotate: Rotation | None) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        tokens, offsets, *turns = self.inputs
+        own = Segments(segments.lengths, offsets, segments.max_seqlen)
+        turn = None if rotate is None else Rotation(rotate.turn, *turns)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # a recording must not be the first run of anything
+            self.layers(tokens, own, turn)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph, pool = torch.cuda.CUDAGraph(), next((graph.pool() for graph, _ in self.graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool):
+            output = self.layers(tokens, own, turn)
+        return graph, output
