@@ -12,11 +12,12 @@ from torch import Tensor
 from nopad.inference.float8 import FLOAT8, LARGEST
 from nopad.inference.folding import FoldedBlock, Matrix
 
-SMALL = 0.25
+SMALL = 1 / 16
 """Root mean square that a row of the residual stream is brought to before it is rounded to float8.
 
-A row's largest value is at most `sqrt(D)` times its root mean square, 55 times for D = 3,072, so that it may grow 32
-times in one step before float8's 448 is passed; below a 16th of the root mean square float8's steps stop to shrink.
+A row's largest value is at most `sqrt(D)` times its root mean square, 55 times for D = 3,072, so that it may grow 130
+times in one step before float8's 448 is passed. Below a quarter of the root mean square float8's steps stop to shrink,
+which adds a hundredth to the error of a row of normal values.
 """
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda values: F.gelu(values, approximate="tanh")}
 
