@@ -11,7 +11,7 @@ import nopad
 from nopad import company
 from nopad.cli import main
 from nopad.company import prove
-from nopad.inference import static
+from nopad.inference import rows, static
 from nopad.layers.attention import PackedAttention
 
 
@@ -85,7 +85,7 @@ def test_a_leak_of_nan_alone_is_seen(folder, monkeypatch):
     leaking(monkeypatch, lambda rows: 0.0 * rows.sum())
     encoder = nopad.load(folder)
     assert prove(encoder, capacity=256, packs=2).passed  # static packs keep it from the layers
-    monkeypatch.setattr(static, "finite_rows", lambda rows: (rows.new_ones(len(rows), dtype=torch.bool), rows))
+    monkeypatch.setattr(rows, "finite_rows", lambda tokens: (tokens.new_ones(len(tokens), dtype=torch.bool), tokens))
     report = prove(encoder, capacity=256, packs=2)
     assert not report.passed
     assert all((case.same, case.same_beside_nan, case.same_beside_infinity) == (2, 0, 0) for case in report.cases)
@@ -154,4 +154,6 @@ def test_on_a_gpu(tmp_path, family, precision):
     encoder = nopad.load(folder, device="cuda", dtype=torch.bfloat16, precision=precision)
     report = prove(encoder, capacity=1024, packs=5)
     assert report.passed, [case for case in report.cases if not case.passed]
-    assert {case.name for case in report.cases} in ({"compiled", "eager"}, {"fused", "eager"})
+    ready, eager = sorted({case.name for case in report.cases}, key="eager".__eq__)
+    assert ready.startswith(("compiled", "fused by"))
+    assert eager == "eager"

@@ -158,7 +158,13 @@ class PackedEncoder(PictureEncoder):
         if capacity <= self.num_prefix_tokens or slots < 1:
             least = self.num_prefix_tokens + 1
             raise ValueError(f"expected capacity ≥ {least} and max_images ≥ 1, got {capacity} and {slots}")
-        self._static = StaticPacks(self, capacity, slots, compile_layers(self, capacity, slots, compiled))
+        with torch.inference_mode(False), torch.no_grad():  # what is made here is written to later
+            self._static = StaticPacks(self, capacity, slots, compile_layers(self, capacity, slots, compiled))
+
+    def set_attention(self, backend: str) -> None:
+        """As `PretrainedEncoder.set_attention`; undoes `compile`, whose layers have the kernel that they had."""
+        super().set_attention(backend)
+        self.uncompile()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.uncompile()  # what is moved or cast has to be compiled for its new place

@@ -148,6 +148,19 @@ def test_preparing_changes_no_layer_and_bounds_what_goes_down(tmp_path):
     assert torch.equal(factors.log2(), factors.log2().round())
 
 
+@torch.no_grad()
+def test_dead_gates_and_ups_stay_finite(tmp_path):
+    encoder = nopad.load(tiny("aimv2", tmp_path / "aimv2"))
+    for layer in encoder.layers:
+        layer.norm2.weight.fill_(2.0)
+        layer.mlp.gate_up.weight[:4] = 0  # gates
+        layer.mlp.gate_up.weight[60:70] = 0  # ups
+    expected = encoder(patches_of(encoder), GRIDS)
+    encoder.to_precision("fp8")
+    found = encoder(patches_of(encoder), GRIDS)
+    assert torch.cosine_similarity(found, expected, dim=1).min() > 0.95
+
+
 def test_heads_and_projections_stay_as_they_are(tmp_path):
     for folder in (tiny("siglip2", tmp_path / "siglip2"), tiny("aimv2 with a head", tmp_path / "aimv2")):
         plain, encoder = nopad.load(folder), nopad.load(folder, precision="fp8")

@@ -106,6 +106,10 @@ def test_biases_can_be_folded(tmp_path):
         lambda layer: setattr(layer.attention, "proj", nn.Identity()),
         lambda layer: setattr(layer.attention.qkv, "weight", nn.Parameter(torch.ones(96, 32).char(), False)),
         lambda layer: setattr(layer, "mlp", nn.Identity()),
+        lambda layer: setattr(layer, "attention", nn.Identity()),
+        lambda layer: setattr(layer, "norm1", nn.RMSNorm(32)),  # no eps of its own
+        lambda layer: setattr(layer.attention.qkv, "forward", lambda states: 2 * states),
+        lambda layer: setattr(layer.mlp, "down", type("Lora", (nn.Linear,), {"forward": len})(48, 32, bias=False)),
     ],
 )
 def test_one_other_part_and_a_block_cannot_be_folded(encoder, spoil):
@@ -124,3 +128,10 @@ def test_in_float8_gated_blocks_without_biases_can_be_folded(tmp_path):
     for number, family in enumerate(FAMILIES):
         encoder = nopad.load(tiny(family, tmp_path / str(number)), precision="fp8")
         assert {can_fold(layer) for layer in encoder.layers} == {family.startswith("aimv2")}
+
+
+def test_in_float8_norms_that_are_still_there_cannot_be_folded(tmp_path):
+    biases = {"mlp_bias": False, "proj_bias": False, "query_bias": False, "value_bias": False}
+    encoder = nopad.load(tiny("dinov3 gated", tmp_path / "dinov3", **biases), precision="fp8")
+    assert encoder.layers[0].mlp.down.bias is None
+    assert not can_fold(encoder.layers[0])

@@ -1,7 +1,6 @@
 """Fused layers: the plain ones' features, their weights left alone, folded anew when they change."""
 
 from importlib import util
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tiny_encoders import FAMILIES, GRIDS, WIDE, patches_of, relative, tiny
 from torch import nn
+from transformers.activations import ACT2FN
 
 import nopad
 from nopad.inference import fused
@@ -41,7 +41,7 @@ def encoder(tmp_path):
 def plain_products(monkeypatch):
     """Fuses on a CPU, in any dtype."""
     monkeypatch.setattr(fused, "obstacle", lambda *arguments: None)
-    monkeypatch.setattr(fused, "products_for", lambda *arguments: (PlainProducts(), ""))
+    monkeypatch.setattr(fused, "products_for", lambda *arguments: ([PlainProducts], None))
 
 
 def tokens_of(encoder, *lengths):
@@ -177,27 +177,62 @@ def test_obstacles(folder, monkeypatch):
     assert "only blocks" in obstacle(encoder, CUDA, BF16)
 
 
+def test_inference_mode_leaves_nothing_behind_that_cannot_be_written(encoder, plain_products):
+    with torch.inference_mode():
+        encoder.compile(CAPACITY, SLOTS)
+    with torch.no_grad():
+        encoder.layers[0].norm1.weight.mul_(2.0)
+        found = encoder(patches_of(encoder), GRIDS)
+        encoder.uncompile()
+        assert relative(found, encoder(patches_of(encoder), GRIDS)) < 1e-5
+
+
 def test_without_a_last_norm_the_mean_of_a_row_is_not_dropped(tmp_path):
     encoder = nopad.load(tiny("onevision", tmp_path / "headless", use_head=False))
     assert encoder.norm is None
     assert "without a LayerNorm behind the layers" in obstacle(encoder, CUDA, BF16)
 
 
-def test_who_multiplies(encoder, monkeypatch):
-    monkeypatch.setattr(util, "find_spec", lambda name: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    products, reason = products_for(encoder, CUDA, BF16)
-    assert (products, reason) == (
-        None,
-        "the products of quack are for bfloat16 on a Hopper GPU, not for torch.bfloat16 on cuda; Triton is not "
-        "installed",
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert products_for(encoder, CUDA, BF16)[1].startswith("quack is not installed: pip install 'nopad[hopper]'")
-    encoder.to_precision("fp8")
-    assert products_for(encoder, CUDA, BF16) == (None, "quack is not installed: pip install 'nopad[hopper]'")
-    monkeypatch.setattr(util, "find_spec", lambda name: SimpleNamespace(name=name))
-    assert "quack cannot be used (No module named" in products_for(encoder, CUDA, BF16)[1]
+@pytest.mark.parametrize(
+    ("capability", "triton", "quack", "precision", "makers", "reason"),
+    [
+        ((9, 0), True, True, None, ["_quack_products", "_torch_products"], None),
+        ((9, 0), True, True, "fp8", ["_quack_products"], None),
+        ((9, 0), True, False, None, ["_torch_products"], "quack is not installed: pip install 'nopad[hopper]'"),
+        ((9, 0), True, False, "fp8", [], "quack is not installed: pip install 'nopad[hopper]'"),
+        ((9, 0), False, True, None, [], "Triton is not installed or does not work"),
+        (
+            (8, 0),
+            True,
+            True,
+            None,
+            ["_torch_products"],
+            "the products of quack are for bfloat16 on a Hopper GPU, not for torch.bfloat16 on cuda",
+        ),
+    ],
+)
+def test_who_multiplies(encoder, monkeypatch, capability, triton, quack, precision, makers, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(fused, "triton_works", lambda: triton)
+    monkeypatch.setattr(util, "find_spec", lambda name: name if quack else None)
+    if precision is not None:
+        encoder.to_precision(precision)
+    found, why_not_faster = products_for(encoder, CUDA, BF16)
+    assert [make.__name__ for make in found] == makers
+    assert why_not_faster == reason
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, AssertionError, TypeError, ImportError, KeyError])
+def test_where_the_fastest_products_do_not_work_the_next_are_taken(encoder, plain_products, monkeypatch, caplog, error):
+    def broken():
+        raise error("of another version")
+
+    monkeypatch.setattr(fused, "products_for", lambda *arguments: ([broken, PlainProducts], None))
+    encoder.compile(CAPACITY, SLOTS)
+    assert encoder.execution == "fused by plain torch"
+    assert "in another way than the fastest" in caplog.text
+    assert "of another version" in caplog.text
 
 
 @torch.no_grad()
@@ -256,13 +291,52 @@ def test_weights_may_change_where_graphs_have_been_recorded(encoder, plain_produ
     assert relative(found, encoder(patches_of(encoder), GRIDS)) < 1e-5
 
 
+def test_training_that_counts_no_version_up_is_seen(encoder, plain_products):
+    encoder.compile(CAPACITY, SLOTS)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.1, fused=True)
+    encoder(patches_of(encoder), GRIDS).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        found = encoder(patches_of(encoder), GRIDS)
+        encoder.uncompile()
+        assert relative(found, encoder(patches_of(encoder), GRIDS)) < 1e-5
+
+
 @torch.no_grad()
-def test_hooks_in_layers_are_called(encoder, plain_products):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: setattr(layer.mlp, "down", nn.Linear(48, 32)),
+        lambda layer: setattr(layer.mlp.down, "bias", nn.Parameter(torch.ones(32))),
+        lambda layer: setattr(layer.mlp, "activation", ACT2FN["gelu"]),
+        lambda layer: setattr(layer, "norm2", nn.LayerNorm(32)),
+    ],
+)
+def test_other_parts_are_seen(encoder, plain_products, change):
+    encoder.compile(CAPACITY, SLOTS)
+    change(encoder.layers[1])
+    found = encoder(patches_of(encoder), GRIDS)
+    encoder.uncompile()
+    assert relative(found, encoder(patches_of(encoder), GRIDS)) < 1e-5
+
+
+@torch.no_grad()
+def test_another_layer_is_seen(encoder, plain_products):
+    encoder.compile(CAPACITY, SLOTS)
+    encoder.layers[0] = encoder.layers[2]
+    found = encoder(patches_of(encoder), GRIDS)
+    encoder.uncompile()
+    assert relative(found, encoder(patches_of(encoder), GRIDS)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_in_layers_are_called(encoder, plain_products, register):
     encoder.compile(CAPACITY, SLOTS)
     seen = []
-    hook = encoder.layers[1].mlp.register_forward_hook(lambda module, arguments, output: seen.append(output))
+    hook = getattr(encoder.layers[1].mlp, register)(lambda module, arguments, *output: seen.append(arguments[0]))
     encoder(patches_of(encoder), GRIDS)
-    assert [len(output) for output in seen] == [CAPACITY]
+    assert [len(tokens) for tokens in seen] == [CAPACITY]
     hook.remove()
     encoder(patches_of(encoder), GRIDS)
     assert len(seen) == 1

@@ -125,12 +125,13 @@ def test_gelu_is_that_of_the_error_function():
 @NEEDS_GPU
 @torch.no_grad()
 def test_triton_kernels_are_the_plain_forms():
-    from nopad.inference import static, triton_kernels
+    from nopad.inference import rows as plain
+    from nopad.inference import triton_kernels
 
     tokens, rows = draw(70, 200), 70
     tokens[3, 7], tokens[5, 1], tokens[6, 0] = float("nan"), float("inf"), -float("inf")
     filled, finite = triton_kernels.fill_up(tokens, 96)
-    expected, kept = static.finite_rows(tokens)[::-1]
+    expected, kept = plain.finite_rows(tokens)[::-1]
     assert torch.equal(finite, kept)
     assert torch.equal(filled, F.pad(expected, (0, 0, 0, 26)))
     triton_kernels.spoil_(filled, ~F.pad(kept, (0, 26), value=True))
@@ -164,3 +165,28 @@ def test_fused_encoders_are_as_close_to_float32_as_the_layers(tmp_path, monkeypa
     found = encoder(patches.to(BF16), grids)
     encoder.uncompile()
     assert relative(found, encoder(patches.to(BF16), grids)) < 2e-2
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "auto"])
+def test_each_pack_of_compiled_layers_in_float32_has_its_own_segments(tmp_path, attention):
+    encoder = nopad.load(tiny("aimv2", tmp_path / "wide", **WIDE), device="cuda", attention=attention)
+    packs = [GRIDS, GRIDS.flip(0), GRIDS[:1]]
+    expected = [encoder(patches_of(encoder, grids), grids) for grids in packs]
+    encoder.compile(512)
+    for grids, tokens in zip(packs, expected, strict=True):
+        assert relative(encoder(patches_of(encoder, grids), grids), tokens) < 1e-3
+
+
+@pytest.mark.gpu
+@NEEDS_QUACK
+@torch.no_grad()
+@pytest.mark.parametrize(("rows", "size", "inner"), [(16896, 1024, 2816), (4224, 1152, 4304), (1000, 384, 1536)])
+def test_tiles_of_all_widths_are_the_plain_products(rows, size, inner):
+    block = wide_block(gated=False, biased=True, activation="gelu_tanh", size=size, inner=inner, heads=size // 64)
+    tokens = draw(rows, size)
+    expected = steps(PlainProducts(), block, tokens, None)
+    for part, found in steps(products_named("quack"), block, tokens, None).items():
+        assert relative(found, expected[part]) < 1e-2, part

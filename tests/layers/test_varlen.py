@@ -454,6 +454,10 @@ def test_compiled_around_sdpa():
     assert counter.frame_count == 2  # before and after the attention, whatever the lengths
 
 
+def test_who_goes_by_the_lengths_on_the_host():
+    assert [name for name in BACKENDS if varlen.reads_the_host(name)] == ["sdpa", "eager"]
+
+
 # The kernels themselves.
 
 

@@ -148,6 +148,8 @@ class PartlyBiasedQKV(nn.Linear):
     Only biases that exist are parameters: a bias of keys would not stay zero in training.
     """
 
+    is_affine = True  # for nopad.inference.folding, which takes other subclasses for something else
+
     def __init__(self, hidden_size: int, has_bias: tuple[bool, bool, bool]):
         super().__init__(hidden_size, 3 * hidden_size, bias=False)
         self.has_bias = has_bias

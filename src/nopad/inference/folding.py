@@ -11,7 +11,7 @@ What is then left of a norm is one number for each row, `1 / rms`, which a produ
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
 from nopad.inference.float8 import FLOAT8, Float8GatedMLP, Float8Linear
+from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
 from nopad.layers.mlp import MLP, GatedMLP
 
@@ -43,12 +44,20 @@ class Matrix:
         bias, scale = (None if part is None else part[rows] for part in (self.bias, self.scale))
         return Matrix(weight[rows].view(self.weight.dtype), bias, scale)
 
+    def like(self, other: Matrix) -> bool:
+        """Whether another one has the same parts."""
+        return [part is None for part in self.parts] == [part is None for part in other.parts]
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Weight, bias and scale."""
+        return self.weight, self.bias, self.scale
+
     def copy_(self, other: Matrix) -> None:
-        """Take the values of another one of the same shape."""
-        for field in fields(self):
-            own = getattr(self, field.name)
-            if own is not None:
-                own.copy_(getattr(other, field.name))
+        """Take the values of another one that is `like` this."""
+        for own, new in zip(self.parts, other.parts, strict=True):
+            if own is not None and new is not None:
+                own.copy_(new)
 
 
 @dataclass(frozen=True)
@@ -113,30 +122,35 @@ class FoldedBlock:
 
 
 def can_fold(block: nn.Module) -> bool:
-    """Whether a block is of the kind that `FoldedBlock` stands for."""
-    if not isinstance(block, Block):
+    """Whether a block is of the kind that `FoldedBlock` stands for, with nobody's own forward in it."""
+    if type(block) is not Block or type(block.attention) is not PackedAttention:
+        return False
+    if any("forward" in vars(module) for module in block.modules()):
         return False
     parts: Any = block
-    norms, mlp = (parts.norm1, parts.norm2), parts.mlp
-    if isinstance(mlp, Float8GatedMLP):
-        maps, silu = (parts.attention.qkv, mlp.gate_up, mlp.down), True
-        plain = all(isinstance(linear, Float8Linear) and linear.bias is None for linear in maps)
-        plain = plain and isinstance(parts.attention.proj, nn.Linear) and parts.attention.proj.bias is None
-    elif isinstance(mlp, MLP | GatedMLP):
-        maps = (parts.attention.qkv, parts.attention.proj, mlp.down, mlp.up if isinstance(mlp, MLP) else mlp.gate_up)
-        plain = all(isinstance(linear, nn.Linear) and linear.weight.is_floating_point() for linear in maps)
-        silu = isinstance(mlp, MLP) or name_of(mlp.activation) == "silu"
-    else:
+    first, second, attention, mlp = parts.norm1, parts.norm2, parts.attention, parts.mlp
+    if type(first) not in (nn.RMSNorm, nn.LayerNorm) or type(second) is not type(first):
         return False
-    return (
-        plain
-        and silu
-        and name_of(mlp.activation) is not None
-        and type(norms[0]) is type(norms[1])
-        and isinstance(norms[0], nn.RMSNorm | nn.LayerNorm)
-        and norms[0].eps == norms[1].eps
-        and (parts.layer_scale1 is None) == (parts.layer_scale2 is None)
-    )
+    if first.eps is None or first.eps != second.eps:
+        return False
+    unscaled = parts.layer_scale1 is None and parts.layer_scale2 is None
+    if isinstance(mlp, Float8GatedMLP):  # which `float8.prepare` has absorbed the norms of, or has not
+        absorbed = isinstance(first, nn.RMSNorm) and first.weight is None and second.weight is None
+        small = (attention.qkv, mlp.gate_up, mlp.down)
+        unbiased = all(isinstance(linear, Float8Linear) and linear.bias is None for linear in small)
+        return absorbed and unscaled and unbiased and takes_apart(attention.proj) and attention.proj.bias is None
+    if type(mlp) not in (MLP, GatedMLP) or first.weight is None or second.weight is None:
+        return False
+    known = name_of(mlp.activation) in (("silu",) if isinstance(mlp, GatedMLP) else ("silu", "gelu", "gelu_tanh"))
+    scaled_both = parts.layer_scale1 is not None and parts.layer_scale2 is not None
+    maps = (attention.qkv, attention.proj, mlp.gate_up if isinstance(mlp, GatedMLP) else mlp.up, mlp.down)
+    return known and (unscaled or scaled_both) and all(takes_apart(linear) for linear in maps)
+
+
+def takes_apart(linear: Any) -> bool:
+    """Whether a module is a linear map and nothing else, in a floating-point dtype."""
+    affine = type(linear) is nn.Linear or (isinstance(linear, nn.Linear) and hasattr(type(linear), "is_affine"))
+    return affine and linear.weight.is_floating_point()
 
 
 def name_of(activation: Any) -> str | None:
@@ -153,7 +167,8 @@ def parts_of(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
     weight = linear.weight.detach().float()
     if linear.bias is None:
         return weight, None
-    return weight, linear(linear.weight.new_zeros(1, weight.shape[1]))[0].detach().float()
+    zero = linear.weight.new_zeros(1, weight.shape[1])
+    return weight, type(linear).forward(linear, zero)[0].detach().float()  # no hook sees it
 
 
 def folded(linear: nn.Linear | Float8Linear, norm: nn.Module) -> Matrix:

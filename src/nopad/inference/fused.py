@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import util
 from typing import Any
 
@@ -20,6 +21,7 @@ from nopad.layers.attention import Rotation
 from nopad.layers.block import Block
 from nopad.layers.rope import rotate_halves
 from nopad.layers.rope_3d import turn_neighbours
+from nopad.layers.triton_check import triton_works
 from nopad.layers.varlen import varlen_attention
 from nopad.layout import Segments
 
@@ -38,30 +40,38 @@ def obstacle(encoder: Any, device: torch.device, dtype: torch.dtype) -> str | No
     return None
 
 
-def products_for(encoder: Any, device: torch.device, dtype: torch.dtype) -> tuple[Products | None, str]:
-    """The fastest products that can be had for an encoder without an `obstacle`, and why no faster ones.
+def products_for(
+    encoder: Any, device: torch.device, dtype: torch.dtype
+) -> tuple[list[Callable[[], Products]], str | None]:
+    """Makers of the products that can be had for an encoder without an `obstacle`, fastest first.
 
-    `None` where there are none.
+    Returns:
+        The makers, and why faster ones are not among them.
     """
-    reason = ""
+    makers, reason = [], None
     if torch.cuda.get_device_capability(device)[0] != 9 or dtype != torch.bfloat16:
         reason = f"the products of quack are for bfloat16 on a Hopper GPU, not for {dtype} on {device}"
+    elif not triton_works():
+        reason = "Triton is not installed or does not work"
     elif util.find_spec("quack") is None:
         reason = "quack is not installed: pip install 'nopad[hopper]'"
     else:
-        try:
-            from nopad.inference.quack_products import QuackProducts
+        makers.append(_quack_products)
+    if triton_works() and not isinstance(encoder.layers[0].attention.qkv, Float8Linear):
+        makers.append(_torch_products)
+    return makers, reason
 
-            return QuackProducts(), reason
-        except (ImportError, AttributeError, TypeError) as error:  # half of it is there, or another version
-            reason = f"quack cannot be used ({error}): pip install 'nopad[hopper]'"
-    if isinstance(encoder.layers[0].attention.qkv, Float8Linear):
-        return None, reason
-    if util.find_spec("triton") is None:
-        return None, f"{reason}; Triton is not installed"
+
+def _quack_products() -> Products:
+    from nopad.inference.quack_products import QuackProducts
+
+    return QuackProducts()
+
+
+def _torch_products() -> Products:
     from nopad.inference.torch_products import TorchProducts
 
-    return TorchProducts(), reason
+    return TorchProducts()
 
 
 class FusedLayers:
@@ -92,18 +102,24 @@ class FusedLayers:
             stream = products.added(products.up(stream, block), block.down, stream, block)
         return products.end(stream)
 
-    def refresh(self) -> bool:
+    def refresh(self, *, trained: bool = False) -> bool:
         """Fold once more where weights have changed, into the same tensors, which a CUDA graph may know.
 
+        Args:
+            trained: weights may have changed unnoticed: fused optimizers do not count a tensor's version up.
+
         Returns:
-            `False` where that cannot be: parts of a block have become others, LoRA's say.
+            `False` where that cannot be: a block has become one of another kind.
         """
-        if self._versions() != self.versions:
+        if trained or self._versions() != self.versions:
             if not all(can_fold(layer) for layer in self.layers):
                 return False
             for layer, block in zip(self.layers, self.blocks, strict=True):
-                for own, new in zip(block.matrices, FoldedBlock.of(layer, self.channels).matrices, strict=True):
-                    own.copy_(new)
+                new = FoldedBlock.of(layer, self.channels)
+                if not all(own.like(other) for own, other in zip(block.matrices, new.matrices, strict=True)):
+                    return False
+                for own, other in zip(block.matrices, new.matrices, strict=True):
+                    own.copy_(other)
             self.versions = self._versions()  # now: a matrix that is not folded is the weight itself
         return True
 

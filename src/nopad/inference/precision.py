@@ -30,8 +30,12 @@ def check_dtype(encoder: PackedEncoder) -> None:
     """Refuse dtypes that the GPU's product does not give.
 
     Raises:
-        ValueError: another dtype than bfloat16 on a GPU.
+        ValueError: another dtype than bfloat16 on a GPU, or a GPU without float8.
     """
+    if encoder.device.type == "cuda" and torch.cuda.get_device_capability(encoder.device) < (8, 9):
+        raise ValueError(
+            "precision 'fp8': expected a GPU of compute capability 8.9 or later, which has float8 products"
+        )
     if encoder.device.type == "cuda" and encoder.dtype != torch.bfloat16:
         raise ValueError(f"precision 'fp8': expected dtype torch.bfloat16 on a GPU, got {encoder.dtype}")
 

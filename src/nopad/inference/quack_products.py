@@ -55,6 +55,9 @@ class QuackProducts:
 
     name = "quack"
 
+    def __init__(self) -> None:
+        self.zeros: dict[int, Tensor] = {}  # kept here: a CUDA graph may read them
+
     def begin(self, tokens: Tensor, block: FoldedBlock) -> Stream:
         """See `Products`."""
         small = SMALL if block.up.weight.dtype == FLOAT8 else None
@@ -80,7 +83,7 @@ class QuackProducts:
         """See `Products`."""
         matrix, states = block.qkv, stream.operand
         output = stream.tokens.new_empty(len(states), len(matrix.weight))
-        operands = {"factor": stream.factor, **vectors(matrix, bias=isinstance(table, Tensor))}
+        operands = {"factor": stream.factor, **self._vectors(matrix, bias=isinstance(table, Tensor))}
         if isinstance(table, Tensor):
             run(epilogues.turned, states, matrix, output, {**operands, "table": table})
         elif matrix.scale is not None:
@@ -96,7 +99,7 @@ class QuackProducts:
     def up(self, stream: Stream, block: FoldedBlock) -> Tensor:
         """See `Products`."""
         matrix, states = block.up, stream.operand
-        operands = {"factor": stream.factor, **vectors(matrix, bias=not block.gated)}
+        operands = {"factor": stream.factor, **self._vectors(matrix, bias=not block.gated)}
         output = states.new_empty(len(states), len(matrix.weight) // (2 if block.gated else 1))
         if not block.gated:
             run(epilogues.activated(block.activation), states, matrix, output, operands)
@@ -109,7 +112,7 @@ class QuackProducts:
 
     def added(self, states: Tensor, matrix: Matrix, stream: Stream, block: FoldedBlock) -> Stream:
         """See `Products`."""
-        tokens, operands = torch.empty_like(stream.tokens), vectors(matrix)
+        tokens, operands = torch.empty_like(stream.tokens), self._vectors(matrix)
         operand = tokens
         if stream.shrink is not None:
             operand = torch.empty_like(stream.operand)
@@ -131,11 +134,15 @@ class QuackProducts:
         """See `Products`."""
         return stream.tokens
 
-
-def vectors(matrix: Matrix, *, bias: bool = False) -> dict[str, Tensor]:
-    """Scale and bias of a matrix as operands, those that it has; with `bias` zeros where it has none."""
-    found = {"scale": matrix.scale, "bias": zeros(matrix.weight) if bias and matrix.bias is None else matrix.bias}
-    return {name: vector for name, vector in found.items() if vector is not None}
+    def _vectors(self, matrix: Matrix, *, bias: bool = False) -> dict[str, Tensor]:
+        """Scale and bias of a matrix as operands, those that it has; with `bias` zeros where it has none."""
+        found = {"scale": matrix.scale, "bias": matrix.bias}
+        if bias and matrix.bias is None:
+            rows = len(matrix.weight)
+            if rows not in self.zeros:
+                self.zeros[rows] = torch.zeros(rows, device=matrix.weight.device)
+            found["bias"] = self.zeros[rows]
+        return {name: vector for name, vector in found.items() if vector is not None}
 
 
 def run(
@@ -169,13 +176,3 @@ def run(
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@lru_cache
-def _zeros(rows: int, device: torch.device) -> Tensor:
-    return torch.zeros(rows, device=device)
-
-
-def zeros(weight: Tensor) -> Tensor:
-    """`(N,)` float32 zeros for `(N, K)`."""
-    return _zeros(len(weight), weight.device)

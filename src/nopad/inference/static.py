@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
-from importlib import util
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +20,11 @@ from torch import Tensor, nn
 
 from nopad.inference import fused
 from nopad.inference.graphs import Graphs, Layers
+from nopad.inference.rows import fill_up_rows, finite_rows, spoil, whole_segments
+from nopad.inference.watch import Watch
 from nopad.layers.attention import Rotation
 from nopad.layers.block import add
+from nopad.layers.varlen import reads_the_host
 from nopad.layout import Segments
 
 if TYPE_CHECKING:
@@ -31,6 +34,18 @@ logger = logging.getLogger(__name__)
 
 GRAPH_CAPACITY = 32768
 """Up to so many rows the host can be slower than the GPU, and a CUDA graph pays (docs/performance.md)."""
+FAILURES = (
+    RuntimeError,  # of torch's compilers and Triton, a missing C++ compiler among them
+    ValueError,  # sizes that a product does not take
+    AssertionError,  # the same, of CUTLASS
+    TypeError,  # another version of quack
+    AttributeError,
+    LookupError,
+    ImportError,
+    OSError,
+    subprocess.SubprocessError,
+)
+"""What making layers ready may raise where it cannot be done."""
 SHORTEST = 256
 FILLER = 512
 """What is left of a pack is cut into segments of hardly more rows: attention over long ones would take time."""
@@ -39,7 +54,7 @@ FILLER = 512
 class StaticPacks:
     """Runs an encoder's layers and pooling on packs of `capacity` rows in `slots` segments.
 
-    Layers that have hooks, or parts that cannot be folded any more, run as they are.
+    Layers that have hooks or other parts than they had run as they are.
 
     Args:
         encoder: its layers; they stay as they are.
@@ -52,8 +67,9 @@ class StaticPacks:
         self.capacity = capacity
         self.slots = slots
         self.layers = layers
-        self.as_they_are = partial(run_layers, list(encoder.layers))
-        self.parts = list(encoder.layers.modules())
+        self.as_they_are = partial(run_layers, encoder.layers)
+        self.watch = Watch(encoder.layers)
+        self.trained = False
         # All patches of a pack go through one product: it too sees rows of one number.
         embedding, rows = encoder.get_input_embeddings(), _FixedRows(capacity)
         self.hooks = [embedding.register_forward_pre_hook(rows.fill_up), embedding.register_forward_hook(rows.cut)]
@@ -79,6 +95,7 @@ class StaticPacks:
     def fits(self, rows: int, segments: Segments) -> bool:
         """Whether a pack of so many rows goes in; one that does not runs as it would have without."""
         if torch.is_grad_enabled():
+            self.trained = True
             return False
         if rows <= self.capacity and len(segments) <= self.slots:
             return True
@@ -92,14 +109,21 @@ class StaticPacks:
         with torch.inference_mode(False), torch.no_grad():
             tokens, finite = fill_up_rows(tokens, self.capacity)
             rotate = None if rotate is None else rotate.padded(self.capacity)
-            layers = self.layers
-            stale = isinstance(self.recorded, fused.FusedLayers) and not self.recorded.refresh()
-            if stale or any(module._forward_hooks or module._forward_pre_hooks for module in self.parts):
-                layers = self.as_they_are
+            layers = self.layers if self._current() else self.as_they_are
             # What is recorded or compiled sees as many segments each time; kernels called one by one need not.
             slots = None if isinstance(layers, fused.FusedLayers) else self.slots
             tokens = layers(tokens, fill_up(segments, self.capacity, slots), rotate)[:rows]
             return spoil(tokens, ~whole_segments(finite, segments)[segments.index()])
+
+    def _current(self) -> bool:
+        """Whether the layers are those that were made ready; weights that are folded may have changed."""
+        if self.watch.rebuilt():
+            return False
+        if isinstance(self.recorded, fused.FusedLayers):
+            current = self.recorded.refresh(trained=self.trained)
+            self.trained = self.trained and not current
+            return current
+        return not (isinstance(self.layers, Graphs) and self.watch.moved())
 
     def pool(self, encoder: PackedEncoder, trunk: Trunk, segments: Segments) -> Tensor:
         """One vector per segment, `(S, D)`."""
@@ -145,47 +169,6 @@ class _FixedRows:
         return _FixedRows, (0,)  # a copy of a compiled encoder is not compiled
 
 
-def finite_rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows are finite, `(T,)`, and the tokens with zeros in place of the others.
-
-    Kernels that take whole tiles of keys multiply what lies behind a segment by zero, and zero times NaN is NaN: what
-    is not finite has to be kept away from them. It comes back, for its own segment alone, once they are through.
-    """
-    finite = tokens.isfinite().all(dim=1)
-    return finite, tokens.masked_fill(~finite[:, None], 0.0)
-
-
-def fill_up_rows(tokens: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """The tokens as `finite_rows` leaves them, zeros behind them, `(capacity, D)`; and which were finite, `(T,)`."""
-    if has_triton(tokens):
-        from nopad.inference import triton_kernels
-
-        return triton_kernels.fill_up(tokens, capacity)
-    finite, tokens = finite_rows(tokens)
-    return F.pad(tokens, (0, 0, 0, capacity - len(tokens))), finite
-
-
-def spoil(tokens: Tensor, spoilt: Tensor) -> Tensor:
-    """The tokens with NaN in the rows that are `spoilt`, `(T,)`."""
-    if not has_triton(tokens):
-        return tokens.masked_fill(spoilt[:, None], float("nan"))
-    from nopad.inference import triton_kernels
-
-    triton_kernels.spoil_(tokens, spoilt)
-    return tokens
-
-
-def has_triton(tokens: Tensor) -> bool:
-    """Whether kernels of ours can be had for these tokens."""
-    return tokens.is_cuda and util.find_spec("triton") is not None
-
-
-def whole_segments(finite: Tensor, segments: Segments) -> Tensor:
-    """Which segments have finite rows alone: `(T,)` to `(S,)`."""
-    offsets = segments.cu_seqlens.long()
-    return torch.segment_reduce(finite.float(), "min", offsets=offsets, axis=0, unsafe=True) > 0
-
-
 def fill_up(segments: Segments, capacity: int, slots: int | None) -> Segments:
     """The segments of a static pack, and a `max_seqlen` of few values.
 
@@ -210,37 +193,51 @@ def compile_layers(encoder: PackedEncoder, capacity: int, slots: int, compiled: 
     """The encoder's layers, compiled one by one, warm for packs of this shape.
 
     The layers of an encoder have one code, so it is compiled once and serves them all. Where it cannot be compiled they
-    run as they are, and a warning says why. On a GPU packs of at most `GRAPH_CAPACITY` rows are CUDA graphs.
+    run as they are, and a warning says why. On a GPU packs of at most `GRAPH_CAPACITY` rows are CUDA graphs, unless the
+    attention goes by the host's lengths.
     """
-    start = time.perf_counter()
-    as_they_are = partial(run_layers, list(encoder.layers))
     if not compiled:
-        return as_they_are
-    reason, products = fused.obstacle(encoder, encoder.device, encoder.dtype), None
-    if reason is None:
-        products, reason = fused.products_for(encoder, encoder.device, encoder.dtype)
-    if reason:
-        logger.info("layers are not as fast as they could be: %s", reason)
-    if products is None:
-        layers = partial(run_deferred, list(encoder.layers), torch.compile(_deferred))
-    else:
-        layers = fused.FusedLayers(encoder.layers, products, encoder.example_rotation(encoder.num_prefix_tokens + 1))
-    try:
-        warm_up(encoder, layers, capacity, slots)
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
-    except (RuntimeError, ValueError, AssertionError) as error:
-        # What compilers raise: a missing Triton or C++ compiler among it, or sizes that their products do not take.
-        logger.warning("the layers run uncompiled: %s", (str(error).strip() or repr(error)).splitlines()[0])
-        layers = as_they_are
-    if encoder.device.type == "cuda" and capacity <= GRAPH_CAPACITY:
+        return partial(run_layers, encoder.layers)
+    start = time.perf_counter()
+    layers = _first_that_works(encoder, capacity, slots)
+    if encoder.device.type == "cuda" and capacity <= GRAPH_CAPACITY and not reads_the_host(encoder.attention):
         layers = Graphs(layers)
         warm_up(encoder, layers, capacity, slots)
     logger.info("compiled for packs of %d tokens in %.0f s", capacity, time.perf_counter() - start)
     return layers
 
 
-def run_layers(layers: list[Any], tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
+def _first_that_works(encoder: PackedEncoder, capacity: int, slots: int) -> Layers:
+    message = ""
+    for make in _makers(encoder):
+        if message:
+            logger.warning("the layers are compiled in another way than the fastest: %s", message)
+        try:
+            layers = make()
+            warm_up(encoder, layers, capacity, slots)
+            return layers
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except FAILURES as error:
+            message = (str(error).strip() or repr(error)).splitlines()[0]
+    logger.warning("the layers run uncompiled: %s", message)
+    return partial(run_layers, encoder.layers)
+
+
+def _makers(encoder: PackedEncoder) -> Iterator[Callable[[], Layers]]:
+    """What can run the layers, fastest first."""
+    reason = fused.obstacle(encoder, encoder.device, encoder.dtype)
+    if reason is None:
+        makers, reason = fused.products_for(encoder, encoder.device, encoder.dtype)
+        rotation = encoder.example_rotation(encoder.num_prefix_tokens + 1)
+        for make in makers:
+            yield lambda make=make: fused.FusedLayers(encoder.layers, make(), rotation)
+    if reason is not None:
+        logger.info("layers are not as fast as they could be: %s", reason)
+    yield lambda: partial(run_deferred, encoder.layers, torch.compile(_deferred))
+
+
+def run_layers(layers: Any, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
     """One layer after another, as they are."""
     for layer in layers:
         tokens = layer(tokens, segments, rotate)
@@ -248,7 +245,7 @@ def run_layers(layers: list[Any], tokens: Tensor, segments: Segments, rotate: Ro
 
 
 def run_deferred(
-    layers: list[Any], one: Callable[..., Any], tokens: Tensor, segments: Segments, rotate: Rotation | None
+    layers: Any, one: Callable[..., Any], tokens: Tensor, segments: Segments, rotate: Rotation | None
 ) -> Tensor:
     """One layer after another by `one`, each making the sum that the one before has left."""
     update = None

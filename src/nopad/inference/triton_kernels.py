@@ -1,4 +1,4 @@
-"""Triton kernels, importable only where Triton is; plain torch for each is in `float8`, `products` or `static`."""
+"""Triton kernels, importable only where Triton is; plain torch for each is in `float8`, `products` or `rows`."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def _begin(tokens, operand, rstd, width, eps, small, BLOCK: tl.constexpr, CENTRE
 
 
 def fill_up(tokens: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """See `nopad.inference.static.fill_up_rows`, which is the plain form."""
+    """See `nopad.inference.rows.fill_up_rows`, which is the plain form."""
     rows, width = tokens.shape
     output, finite = tokens.new_empty(capacity, width), tokens.new_empty(rows, dtype=torch.bool)
     block = triton.next_power_of_2(width)

@@ -44,7 +44,8 @@ def attend(
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     heads, size = query.shape[1:]
     strides = [stride for part in (query, key, value) for stride in part.stride()[:2]]
-    _attend[(triton.cdiv(longest, BLOCK), heads, len(query_offsets) - 1)](  # pyright: ignore[reportIndexIssue]
+    blocks = triton.cdiv(longest, BLOCK)
+    _attend[(blocks * (len(query_offsets) - 1), heads)](  # pyright: ignore[reportIndexIssue]
         query,
         key,
         value,
@@ -53,6 +54,7 @@ def attend(
         key_offsets,
         *strides,
         heads * size,
+        blocks,
         scale * math.log2(math.e),
         size,
         BLOCK,
@@ -82,16 +84,17 @@ def _attend(
     value_row,
     value_head,
     output_row,
+    blocks,
     scale,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    head, segment = tl.program_id(1), tl.program_id(2)
+    head, segment, block = tl.program_id(1), tl.program_id(0) // blocks, tl.program_id(0) % blocks
     first, start = tl.load(query_offsets + segment), tl.load(key_offsets + segment)
     queries = tl.load(query_offsets + segment + 1) - first
     keys = tl.load(key_offsets + segment + 1) - start
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if tl.program_id(0) * BLOCK < queries:
+    row = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    if block * BLOCK < queries:
         column, place, channel = tl.arange(0, BLOCK)[None, :], tl.arange(0, BLOCK)[:, None], tl.arange(0, SIZE)
         inside = (row < queries)[:, None]
         origin = query + first.to(tl.int64) * query_row + head * query_head

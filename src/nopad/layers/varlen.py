@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nopad.layers.grouped import eager, sdpa
+from nopad.layers.triton_check import triton_works
 from nopad.layout import Segments
 
 
@@ -80,6 +81,11 @@ def available_backends(device: torch.device | str, dtype: torch.dtype, head_dim:
     device = torch.device(device)
     usable = [kernel.name for kernel in _KERNELS if _obstacle(kernel, device, dtype, head_dim, False, False) is None]
     return list(dict.fromkeys(usable))
+
+
+def reads_the_host(backend: str) -> bool:
+    """Whether a resolved backend goes by the lengths on the host, which a recorded CUDA graph would not see change."""
+    return backend in ("sdpa", "eager")
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, query_segments: Segments, key_segments: Segments) -> None:
@@ -270,6 +276,8 @@ def _obstacle(
 def _installed(module: str) -> bool:
     if module == "flash_attn.cute":  # flash-attn 2.8 may bring an early copy of this folder
         return any(True for _ in metadata.Distribution.discover(name="flash-attn-4"))
+    if module == "triton":
+        return triton_works()
     spec = util.find_spec(module)
     # flash-attn-4 alone leaves `flash_attn` a namespace package, without an origin.
     return spec is not None and spec.origin is not None

@@ -1,0 +1,51 @@
+"""Rows of a static pack: what is not finite kept apart, what is missing filled up."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nopad.layers.triton_check import triton_works
+from nopad.layout import Segments
+
+
+def finite_rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows are finite, `(T,)`, and the tokens with zeros in place of the others.
+
+    Kernels that take whole tiles of keys multiply what lies behind a segment by zero, and zero times NaN is NaN: what
+    is not finite has to be kept away from them. It comes back, for its own segment alone, once they are through.
+    """
+    finite = tokens.isfinite().all(dim=1)
+    return finite, tokens.masked_fill(~finite[:, None], 0.0)
+
+
+def fill_up_rows(tokens: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """The tokens as `finite_rows` leaves them, zeros behind them, `(capacity, D)`; and which were finite, `(T,)`."""
+    if has_triton(tokens):
+        from nopad.inference import triton_kernels
+
+        return triton_kernels.fill_up(tokens, capacity)
+    finite, tokens = finite_rows(tokens)
+    return F.pad(tokens, (0, 0, 0, capacity - len(tokens))), finite
+
+
+def spoil(tokens: Tensor, spoilt: Tensor) -> Tensor:
+    """The tokens with NaN in the rows that are `spoilt`, `(T,)`."""
+    if not has_triton(tokens):
+        return tokens.masked_fill(spoilt[:, None], float("nan"))
+    from nopad.inference import triton_kernels
+
+    triton_kernels.spoil_(tokens, spoilt)
+    return tokens
+
+
+def has_triton(tokens: Tensor) -> bool:
+    """Whether kernels of ours can be had for these tokens."""
+    return tokens.is_cuda and triton_works()
+
+
+def whole_segments(finite: Tensor, segments: Segments) -> Tensor:
+    """Which segments have finite rows alone: `(T,)` to `(S,)`."""
+    offsets = segments.cu_seqlens.long()
+    return torch.segment_reduce(finite.float(), "min", offsets=offsets, axis=0, unsafe=True) > 0

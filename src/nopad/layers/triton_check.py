@@ -1,0 +1,25 @@
+"""Whether Triton works here: it may be installed where no C compiler is, which it needs for its launchers."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from functools import lru_cache
+from importlib import util
+
+logger = logging.getLogger(__name__)
+
+
+@lru_cache
+def triton_works() -> bool:
+    """Whether a kernel of Triton runs on the GPU; what keeps it from that is told once."""
+    if util.find_spec("triton") is None:
+        return False
+    try:
+        from nopad.layers.triton_probe import probe
+
+        probe()
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        logger.warning("Triton is installed and does not work here: %s", (str(error) or repr(error)).splitlines()[0])
+        return False
+    return True

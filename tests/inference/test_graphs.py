@@ -1,0 +1,82 @@
+"""Recorded layers: each pack's own values reach them.
+
+CUDA's graph is a stand-in that runs the layers again, on the memory that was recorded, as CUDA does.
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from nopad.inference.graphs import Graphs
+from nopad.layers.attention import Rotation
+from nopad.layers.rope import rotate_halves
+from nopad.layout import Segments
+
+
+class Recorder:
+    """Layers that use all that they are given, and remember what they were recorded with and where they wrote."""
+
+    def __call__(self, tokens, segments, rotate):
+        starts = segments.cu_seqlens[: len(tokens)].float()[:, None]
+        output = tokens * 2 + starts + rotate.cos[:, 0] - rotate.sin[:, 0] + segments.max_seqlen
+        self.recorded = tokens, segments, rotate, output
+        return output
+
+
+class Nothing:
+    def wait_stream(self, other):
+        pass
+
+
+@contextmanager
+def use(stream):
+    yield
+
+
+@pytest.fixture
+def layers(monkeypatch):
+    """Layers, where a recording can be replayed on a CPU."""
+    layers = Recorder()
+
+    class Graph:
+        def replay(self):
+            *arguments, output = self.recorded
+            output.copy_(Recorder()(*arguments))
+
+        def pool(self):
+            return None
+
+    @contextmanager
+    def record(graph, pool):
+        yield
+        graph.recorded = layers.recorded
+
+    stand_ins = {"CUDAGraph": Graph, "graph": record, "Stream": Nothing, "stream": use, "current_stream": Nothing}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return layers
+
+
+def draw(lengths, max_seqlen):
+    offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    rotation = Rotation(rotate_halves, torch.randn(4, 1, 4), torch.randn(4, 1, 4))
+    return torch.randn(4, 4), Segments(tuple(lengths), offsets, max_seqlen), rotation
+
+
+def test_every_pack_is_computed_from_its_own_values(layers):
+    graphs = Graphs(layers)
+    for lengths, longest in (([1, 1, 2], 2), ([2, 1, 1], 2), ([1, 2, 1], 4), ([2, 1, 1], 2)):
+        given = draw(lengths, longest)
+        kept = given[0].clone()
+        torch.testing.assert_close(graphs(*given), Recorder()(*given))
+        assert torch.equal(given[0], kept)
+    assert sorted(graphs.graphs) == [2, 4]
+
+
+def test_outputs_are_not_the_memory_of_the_next(layers):
+    graphs = Graphs(layers)
+    first = graphs(*draw([1, 1, 2], 2))
+    kept = first.clone()
+    graphs(*draw([1, 1, 2], 2))
+    assert torch.equal(first, kept)
