@@ -139,10 +139,12 @@ class PackedEncoder(PictureEncoder):
 
         From then on inference fills each pack up to `capacity` rows. So one graph serves every pack, and an image's
         features are the same bits in whatever company, on one device kind, in one version and for one capacity. Packs
-        that do not fit, training, and `output_hidden_states` run as before. Weights may change: what was folded from
-        them is folded anew. Layers with hooks in them run as they
-        are. Where Triton or a C++ compiler is missing packs are filled up as well, and a warning says
-        that their layers are not compiled.
+        that do not fit, training, and `output_hidden_states` run as before. Where Triton or a C++ compiler is missing
+        packs are filled up as well, and a warning says that their layers are not compiled.
+
+        Weights may change: what was folded from them is folded anew, unless they were written through `.data`, which
+        leaves no trace. Layers with hooks or other parts than before run as they are, on `capacity` rows. On a GPU,
+        where norms are LayerNorms, `norm` gets tokens less their mean, which it takes away itself.
 
         Args:
             capacity: tokens of a pack, prefix tokens among them.
