@@ -16,7 +16,7 @@ from nopad.inference.float8 import FLOAT8, quantize_rows
 from nopad.inference.folding import FoldedBlock, Matrix
 from nopad.inference.fused import FusedLayers, channel_order, obstacle, products_for, turn_of
 from nopad.inference.graphs import Graphs
-from nopad.inference.products import PlainProducts, centre, turned
+from nopad.inference.products import PlainProducts, centre, to_dtype, turned
 from nopad.inference.static import run_layers
 from nopad.layers.attention import Rotation
 from nopad.layers.rope import rotate_halves
@@ -133,6 +133,12 @@ def test_plain_products_are_what_they_are_said_to_be():
     stream = products.added(tokens, Matrix(weight[:2], torch.tensor([1.0, 0.0])), stream, block)
     assert products.end(stream).tolist() == [[4.0, 28.0]]
     torch.testing.assert_close(stream.factor, torch.tensor([400.0]).rsqrt())
+
+
+def test_what_is_too_large_for_float8_becomes_its_largest():
+    values = torch.tensor([1e6, -500.0, 3.0])
+    assert to_dtype(values, FLOAT8).float().tolist() == [448, -448, 3]
+    assert to_dtype(values, BF16).float()[1] == -500
 
 
 @torch.no_grad()
