@@ -16,7 +16,7 @@ from nopad.inference.float8 import FLOAT8, quantize_rows
 from nopad.inference.folding import FoldedBlock, Matrix
 from nopad.inference.fused import FusedLayers, channel_order, obstacle, products_for, turn_of
 from nopad.inference.graphs import Graphs
-from nopad.inference.products import PlainProducts, centre, to_dtype, turned
+from nopad.inference.products import SMALL, PlainProducts, centre, to_dtype, turned
 from nopad.inference.static import run_layers
 from nopad.layers.attention import Rotation
 from nopad.layers.rope import rotate_halves
@@ -150,6 +150,9 @@ def test_rows_in_float8_are_scaled_by_what_the_row_before_was():
     states = 5 * torch.randn(3, 16)
     second = products.added(states, Matrix(torch.eye(16)), first, block)
     torch.testing.assert_close(second.tokens, tokens + states)
+    for stream in (first, second):  # what the next rows will be scaled by
+        rms = stream.tokens.square().mean(dim=1).sqrt()
+        torch.testing.assert_close(stream.shrink * rms, torch.full((3,), SMALL))
     for stream, shrink in ((first, first.shrink), (second, first.shrink)):
         assert stream.operand.dtype == FLOAT8
         torch.testing.assert_close(stream.operand.float(), stream.tokens * shrink[:, None], rtol=0.07, atol=0.002)

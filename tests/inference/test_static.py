@@ -9,7 +9,7 @@ import torch
 from siglip2_checkpoints import folder_of, naflex
 
 import nopad
-from nopad.inference.static import longest
+from nopad.inference.static import longest, recordable
 from nopad.layout import Segments
 
 CAPACITY, SLOTS = 160, 9
@@ -225,3 +225,17 @@ def test_what_is_not_finite_spoils_its_own_image(encoder):
     assert after.pooled[0].isnan().all()
     assert torch.equal(after.tokens[20:], before.tokens[20:])
     assert torch.equal(after.pooled[1:], before.pooled[1:])
+
+
+@pytest.mark.parametrize(
+    ("device", "attention", "capacity", "expected"),
+    [
+        ("cuda", "flash_attention_3", 16896, True),
+        ("cuda", "flash_attention_3", 32769, False),
+        ("cuda", "sdpa", 512, False),
+        ("cuda", "eager", 512, False),
+        ("cpu", "sdpa", 512, False),
+    ],
+)
+def test_what_is_recorded(device, attention, capacity, expected):
+    assert recordable(torch.device(device), attention, capacity) == expected

@@ -182,8 +182,7 @@ def prepare(layer: Any) -> None:
     weight = layer.mlp.gate_up.weight
     gate, up = weight.chunk(2)
     bound = weight.shape[1] * (gate.norm(dim=1) * up.norm(dim=1) + (gate * up).sum(dim=1).abs()) / 2
-    # A gate or an up that is zero has no bound: what comes of it is zero with any factor.
+    # A gate or an up of zeros has a bound of zero: what comes of it is zero with any factor that overflows nothing.
     factor = (bound / LARGEST).clamp(2.0**-60, 2.0**60).log2().ceil().exp2()
-    factor = torch.where(bound > 0, factor, 1.0)
     layer.mlp.gate_up.weight = nn.Parameter(torch.cat((gate, up / factor[:, None])), requires_grad=False)
     layer.mlp.down.weight = nn.Parameter(layer.mlp.down.weight.float() * factor, requires_grad=False)

@@ -200,11 +200,16 @@ def compile_layers(encoder: PackedEncoder, capacity: int, slots: int, compiled: 
         return partial(run_layers, encoder.layers)
     start = time.perf_counter()
     layers = _first_that_works(encoder, capacity, slots)
-    if encoder.device.type == "cuda" and capacity <= GRAPH_CAPACITY and not reads_the_host(encoder.attention):
+    if recordable(encoder.device, encoder.attention, capacity):
         layers = Graphs(layers)
         warm_up(encoder, layers, capacity, slots)
     logger.info("compiled for packs of %d tokens in %.0f s", capacity, time.perf_counter() - start)
     return layers
+
+
+def recordable(device: torch.device, attention: str, capacity: int) -> bool:
+    """Whether layers become CUDA graphs: what goes by lengths on the host would replay those of the first pack."""
+    return device.type == "cuda" and capacity <= GRAPH_CAPACITY and not reads_the_host(attention)
 
 
 def _first_that_works(encoder: PackedEncoder, capacity: int, slots: int) -> Layers:
