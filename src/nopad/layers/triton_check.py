@@ -16,7 +16,7 @@ def triton_works() -> bool:
     if util.find_spec("triton") is None:
         return False
     try:
-        from nopad.layers.triton_probe import probe
+        from nopad.layers.triton_attention import probe
 
         probe()
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
