@@ -47,6 +47,12 @@ def test_a_layer_scale_goes_into_the_matrix_before_it():
     torch.testing.assert_close(rows @ matrix.weight.T + matrix.bias, linear(rows) * scale)
 
 
+def test_a_matrix_that_nothing_is_folded_into_is_the_weight_itself():
+    linear = normal(nn.Linear(6, 4)).to(torch.bfloat16)
+    assert scaled(linear, None, centred=False).weight.data_ptr() == linear.weight.data_ptr()
+    assert scaled(linear, None, centred=True).weight.data_ptr() != linear.weight.data_ptr()
+
+
 @torch.no_grad()
 def test_what_adds_to_centred_rows_has_a_mean_of_zero():
     linear, rows = normal(nn.Linear(6, 4)), torch.randn(3, 6)

@@ -192,6 +192,8 @@ def scaled(linear: nn.Linear | Float8Linear, layer_scale: Tensor | None, centred
     if isinstance(linear, Float8Linear):
         return Matrix(linear.weight, linear.bias, linear.scale[:, 0])
     weight, bias = parts_of(linear)
+    if layer_scale is None and not centred:
+        return Matrix(linear.weight.detach(), bias)  # the weight itself, no copy
     if layer_scale is not None:
         factor = layer_scale.detach().float()
         weight, bias = weight * factor[:, None], None if bias is None else bias * factor
