@@ -44,3 +44,11 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     """Norm of the difference over the norm."""
     ours, theirs = ours.double().cpu(), theirs.double().cpu()
     return float((ours - theirs).norm() / theirs.norm())
+
+
+def company_changes_no_bit(encoder, junk: float) -> bool:
+    """Whether an image has the same tokens and pooled vector alone and behind others, to which `junk` is added."""
+    mine, others = patches_of(encoder, GRIDS[:1]), patches_of(encoder, GRIDS[1:], seed=1) + junk
+    alone = encoder.encode(mine, GRIDS[:1])
+    output = encoder.encode(torch.cat((others, mine)), torch.cat((GRIDS[1:], GRIDS[:1])))
+    return torch.equal(output.tokens[len(others) :], alone.tokens) and torch.equal(output.pooled[-1], alone.pooled[0])

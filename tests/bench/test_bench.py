@@ -16,7 +16,7 @@ from aimv2_checkpoints import tiny_original, write
 from siglip2_checkpoints import KINDS, folder_of
 
 from nopad import cli
-from nopad.bench import bench, command, measure, runs
+from nopad.bench import bench, command, measure, race, runs
 from nopad.bench.measure import Sample
 from nopad.bench.race import checked, min_cosine
 from nopad.families.aimv2 import AIMv2Original, AIMv2Packing
@@ -113,6 +113,17 @@ def test_the_ceiling_takes_its_turn_with_the_contestants_of_each_workload(native
     assert [row.seconds for row in report.rows if row.seconds] == [(4.0, 7.0), (5.0, 8.0), (12.0, 15.0), (13.0, 16.0)]
     for row, seconds in ((by_name(report)["nopad, eager", 1024], 4.5), (report.rows[4], 12.5)):
         assert report.share(row) == pytest.approx(row.teraflops / (2 * 64**3 * 2 / seconds / 1e12))
+
+
+def test_what_is_compiled_is_warmed_up_as_often_as_it_takes(native, as_it_is, monkeypatch):
+    warmed = []
+    warm_up = race._warm_up
+    monkeypatch.setitem(race.WARM_UPS, "cpu", 3)
+    monkeypatch.setattr(
+        race, "_warm_up", lambda one, truth, times, clock: warmed.append(times) or warm_up(one, truth, times, clock)
+    )
+    bench(native, compile=True, **OPTIONS)
+    assert warmed == [1, 1, 3, 3, 1, 1, 3]  # eager, compiled, the original one by one, by shape, compiled
 
 
 def test_a_fixed_grid_is_not_asked_for_other_sizes(learned, as_it_is):

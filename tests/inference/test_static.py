@@ -7,13 +7,13 @@ import pickle
 import pytest
 import torch
 from siglip2_checkpoints import folder_of, naflex
+from tiny_encoders import GRIDS, company_changes_no_bit, patches_of
 
 import nopad
 from nopad.inference.static import longest, recordable
 from nopad.layout import Segments
 
 CAPACITY, SLOTS = 160, 9
-GRIDS = torch.tensor([[1, 4, 5], [1, 7, 3], [2, 2, 2], [1, 1, 1]])
 
 
 @pytest.fixture(params=["aimv2-apple-lit", "siglip2", "dinov3-meta", "onevision-encoder"])
@@ -21,11 +21,6 @@ def encoder(request, goldens, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: function)  # what is compiled is tested below
     folder = folder_of(tmp_path, naflex()) if request.param == "siglip2" else goldens / request.param
     return nopad.load(folder)
-
-
-def patches_of(encoder, grids=GRIDS, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(int(grids.prod(dim=1).sum()), encoder.patch_dim, generator=generator)
 
 
 @torch.no_grad()
@@ -62,12 +57,7 @@ def test_every_product_sees_the_same_rows(encoder, monkeypatch):
 @pytest.mark.parametrize("junk", [0.0, float("nan"), float("inf")])
 def test_company_changes_no_bit(encoder, junk):
     encoder.compile(CAPACITY, SLOTS)
-    mine = patches_of(encoder, GRIDS[:1])
-    alone = encoder.encode(mine, GRIDS[:1])
-    others = patches_of(encoder, GRIDS[1:], seed=1) + junk
-    output = encoder.encode(torch.cat((others, mine)), torch.cat((GRIDS[1:], GRIDS[:1])))
-    assert torch.equal(output.tokens[len(others) :], alone.tokens)
-    assert torch.equal(output.pooled[-1], alone.pooled[0])
+    assert company_changes_no_bit(encoder, junk)
 
 
 @torch.no_grad()
