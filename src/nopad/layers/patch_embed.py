@@ -19,7 +19,11 @@ class PatchEmbedding(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`(T, P)` to `(T, D)`."""
-        missing = -input.shape[1] % ALIGNMENT
-        if not missing or not input.is_cuda or input.dtype == torch.float32:
+        if input.shape[1] % ALIGNMENT == 0 or not input.is_cuda or input.dtype == torch.float32:
             return super().forward(input)
-        return F.linear(F.pad(input, (0, missing)), F.pad(self.weight, (0, missing)), self.bias)
+        return F.linear(aligned(input), aligned(self.weight), self.bias)
+
+
+def aligned(rows: Tensor) -> Tensor:
+    """`(M, K)` with zeros behind each row up to a multiple of `ALIGNMENT`."""
+    return F.pad(rows, (0, -rows.shape[1] % ALIGNMENT))
