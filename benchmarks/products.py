@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from nopad.bench.workloads import mixed
-from nopad.inference import quack_epilogues as epilogues
 from nopad.inference.float8 import FLOAT8
 from nopad.inference.folding import Matrix
+from nopad.inference.quack_epilogues import epilogues
 from nopad.inference.quack_products import Tiles, run
 from nopad.layers.varlen import available_backends, varlen_attention
 from nopad.layout import Segments
@@ -41,20 +41,25 @@ PRODUCTS = {
     "down in float8": ("added_small_float8", 1024, 2816),
 }
 """Epilogue, columns and terms of a product."""
+PARTS = 8
+"""That the squares of a row were added up in."""
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=16896, help="tokens of a pack (default: 16896)")
+    parser.add_argument("--only", help="names of products that contain this, and no attention")
     options = parser.parse_args()
     for name, (epilogue, columns, terms) in PRODUCTS.items():
+        if options.only and options.only not in name:
+            continue
         sizes = options.rows, columns, terms
         work = 2 * options.rows * columns * terms / 1e12
         usable = [tiles for tiles in TILES if takes(epilogue, tiles)]
         cells = [f"{t.columns} wide {work / seconds(product(epilogue, *sizes, t)):.0f}" for t in usable]
         print(f"{name}, TFLOP/s: {', '.join(cells)}; cuBLAS alone {work / seconds(cublas(*sizes)):.0f}")
-    for heads, size in ((8, 128), (16, 64), (16, 72)):
+    for heads, size in () if options.only else ((8, 128), (16, 64), (16, 72)):
         attention(options.rows, heads, size)
 
 
@@ -71,30 +76,32 @@ def product(epilogue: str, rows: int, columns: int, terms: int, tiles: Tiles) ->
     states, weight = (draw(number, terms).to(FLOAT8 if small else BF16) for number in (rows, columns))
     output: Tensor | None = draw(rows, columns)
     residual = draw(rows, columns) if epilogue.startswith("added") else None
-    one = {"factor": rows, "shrink": rows, "scale": columns, "bias": columns}
     wanted = {
-        "normed": ["factor"],
-        "normed_biased": ["factor", "bias"],
-        "turned": ["factor", "bias"],
-        "gated": ["factor"],
-        "gelu": ["factor", "bias"],
-        "gelu_tanh": ["factor", "bias"],
+        "normed": ["rstd"],
+        "normed_biased": ["rstd", "bias"],
+        "turned": ["rstd", "bias"],
+        "gated": ["rstd"],
+        "gelu": ["rstd", "bias"],
+        "gelu_tanh": ["rstd", "bias"],
         "added": [],
-        "normed_float8": ["factor", "scale"],
-        "gated_float8": ["factor", "scale"],
+        "normed_float8": ["rstd", "rms", "scale"],
+        "gated_float8": ["rstd", "rms", "scale"],
         "added_small": ["shrink"],
         "added_small_float8": ["shrink", "scale"],
     }[epilogue]
-    operands = {name: torch.rand(one[name], device="cuda") for name in wanted}
+    shapes = {"scale": (columns,), "bias": (columns,)}
+    operands = {name: torch.rand(shapes.get(name, (PARTS, rows)), device="cuda") for name in wanted}
+    operands |= {name: operand.T for name, operand in operands.items() if operand.ndim == 2}
     if epilogue == "turned":
-        operands["table"] = torch.randn(rows, 192, device="cuda")
+        operands["table"] = torch.randn(rows, 192, device="cuda").half()
     if epilogue.startswith("gated"):
         operands["out"], output = draw(rows, columns // 2).to(states.dtype), None
     if residual is not None:
-        operands["squares"] = torch.empty(rows, -(-columns // tiles.columns), device="cuda")
+        operands["squares"] = torch.empty(-(-columns // tiles.columns), rows, device="cuda").T
         if "small" in epilogue:
             operands["small"] = draw(rows, columns).to(FLOAT8)
-    chosen = epilogues.activated(epilogue) if epilogue.startswith("gelu") else getattr(epilogues, epilogue)
+    known = epilogues(terms, 1e-5)
+    chosen = known.activated[epilogue] if epilogue.startswith("gelu") else getattr(known, epilogue)
     matrix = Matrix(weight)
 
     def multiply() -> None:

@@ -16,7 +16,7 @@ from nopad.inference.float8 import FLOAT8, quantize_rows
 from nopad.inference.folding import FoldedBlock, Matrix
 from nopad.inference.fused import FusedLayers, channel_order, obstacle, products_for, turn_of
 from nopad.inference.graphs import Graphs
-from nopad.inference.products import SMALL, PlainProducts, centre, to_dtype, turned
+from nopad.inference.products import SMALL, PlainProducts, centre, factor, to_dtype, turned
 from nopad.inference.static import run_layers
 from nopad.layers.attention import Rotation
 from nopad.layers.rope import rotate_halves
@@ -127,12 +127,12 @@ def test_plain_products_are_what_they_are_said_to_be():
     weight = torch.tensor([[2.0, 0.0], [0.0, 3.0], [5.0, 0.0]])
     block = block_of(qkv=Matrix(weight, torch.tensor([0.0, 1.0, 0.0])), up=Matrix(weight[:2]))
     stream = products.begin(tokens, block)
-    torch.testing.assert_close(stream.factor, torch.tensor([0.2]))
+    torch.testing.assert_close(factor(stream, block), torch.tensor([[0.2]]))
     torch.testing.assert_close(products.qkv(stream, block, None), torch.tensor([0.4, 5.2, 1.0]).view(1, 1, 3, 1))
     torch.testing.assert_close(products.up(stream, block), F.silu(torch.tensor([[0.4]])) * 4.2)
     stream = products.added(tokens, Matrix(weight[:2], torch.tensor([1.0, 0.0])), stream, block)
     assert products.end(stream).tolist() == [[4.0, 28.0]]
-    torch.testing.assert_close(stream.factor, torch.tensor([400.0]).rsqrt())
+    torch.testing.assert_close(factor(stream, block), torch.tensor([[400.0]]).rsqrt())
 
 
 def test_what_is_too_large_for_float8_becomes_its_largest():
@@ -150,15 +150,13 @@ def test_rows_in_float8_are_scaled_by_what_the_row_before_was():
     states = 5 * torch.randn(3, 16)
     second = products.added(states, Matrix(torch.eye(16)), first, block)
     torch.testing.assert_close(second.tokens, tokens + states)
-    for stream in (first, second):  # what the next rows will be scaled by
-        rms = stream.tokens.square().mean(dim=1).sqrt()
-        torch.testing.assert_close(stream.shrink * rms, torch.full((3,), SMALL))
-    for stream, shrink in ((first, first.shrink), (second, first.shrink)):
+    rms = tokens.square().mean(dim=1, keepdim=True).sqrt()
+    for stream in (first, second):  # the first rows are scaled by themselves, the second by the first
         assert stream.operand.dtype == FLOAT8
-        torch.testing.assert_close(stream.operand.float(), stream.tokens * shrink[:, None], rtol=0.07, atol=0.002)
+        torch.testing.assert_close(stream.operand.float(), stream.tokens * (SMALL / rms), rtol=0.07, atol=0.002)
         # Whatever they were scaled with, the factor makes them rows of a root mean square of one.
         normed = F.rms_norm(stream.tokens, (16,))
-        torch.testing.assert_close(stream.operand.float() * stream.factor[:, None], normed, rtol=0.07, atol=0.02)
+        torch.testing.assert_close(stream.operand.float() * factor(stream, block), normed, rtol=0.07, atol=0.02)
 
 
 @torch.no_grad()

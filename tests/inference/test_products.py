@@ -13,6 +13,7 @@ from nopad.inference.float8 import FLOAT8, quantize_rows
 from nopad.inference.folding import FoldedBlock, Matrix
 from nopad.inference.products import PlainProducts, Stream, Turn
 from nopad.inference.static import GRAPH_CAPACITY
+from nopad.layout import Segments
 
 BF16 = torch.bfloat16
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -112,9 +113,10 @@ def test_gelu_is_that_of_the_error_function():
     values = torch.linspace(-12, 12, 4096, device="cuda").view(16, 256).to(BF16)
     block = dataclasses.replace(
         wide_block(gated=False, biased=False, activation="gelu", inner=256),
+        eps=0.0,
         up=Matrix(torch.eye(256, device="cuda", dtype=BF16)),
     )
-    stream = Stream(values, values, torch.ones(16, device="cuda"))
+    stream = Stream(values, values, torch.full((16, 1), 256.0, device="cuda"))  # a root mean square of one
     found = quack_products.QuackProducts().up(stream, block)
     torch.testing.assert_close(found.double(), F.gelu(values.double()), rtol=2**-8, atol=1e-3)
     # Over a row it is nearer than the rounding of bfloat16.
@@ -129,15 +131,19 @@ def test_triton_kernels_are_the_plain_forms():
     from nopad.inference import rows as plain
     from nopad.inference import triton_kernels
 
-    tokens, rows = draw(70, 200), 70
-    tokens[3, 7], tokens[5, 1], tokens[6, 0] = float("nan"), float("inf"), -float("inf")
-    filled, finite = triton_kernels.fill_up(tokens, 96)
-    expected, kept = plain.finite_rows(tokens)[::-1]
+    tokens, segments = draw(1500, 200), Segments.of([3, 1, 1, 1200, 295], "cuda")
+    tokens[3, 7], tokens[4, 1], tokens[1204, 0] = float("nan"), float("inf"), -float("inf")
+    room = tokens.new_empty(1520, 200)
+    filled, finite = triton_kernels.fill_up(tokens, room)
+    kept, expected = plain.finite_rows(tokens)
+    assert filled is room
     assert torch.equal(finite, kept)
-    assert torch.equal(filled, F.pad(expected, (0, 0, 0, 26)))
-    triton_kernels.spoil_(filled, ~F.pad(kept, (0, 26), value=True))
-    assert torch.equal(filled.isnan().all(dim=1), ~F.pad(kept, (0, 26), value=True))
-    assert torch.equal(filled[:rows][kept], tokens[kept])
+    assert torch.equal(filled, F.pad(expected, (0, 0, 0, 20)))
+    found = plain.spoil(filled[:1500], finite, segments)
+    assert found.data_ptr() != room.data_ptr()
+    spoilt = torch.tensor([False, True, True, True, False], device="cuda")[segments.index()]
+    assert torch.equal(found.isnan().all(dim=1), spoilt)
+    assert torch.equal(found[~spoilt], tokens[~spoilt])
 
 
 @pytest.mark.gpu

@@ -54,6 +54,22 @@ def test_every_product_sees_the_same_rows(encoder, monkeypatch):
 
 
 @torch.no_grad()
+def test_what_one_pack_became_outlives_the_next(encoder):
+    encoder.compile(CAPACITY, SLOTS)
+    layers, memory = encoder._static.layers, []
+
+    def in_one_place(tokens, segments, rotate):  # as a CUDA graph does
+        memory.append(layers(tokens, segments, rotate))
+        return memory[0].copy_(memory[-1])
+
+    encoder._static.layers = in_one_place
+    found = encoder(patches_of(encoder), GRIDS)
+    kept = found.clone()
+    encoder(patches_of(encoder, GRIDS[1:2]), GRIDS[1:2])
+    assert torch.equal(found, kept)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("junk", [0.0, float("nan"), float("inf")])
 def test_company_changes_no_bit(encoder, junk):
     encoder.compile(CAPACITY, SLOTS)

@@ -23,18 +23,25 @@ class Graphs:
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     def __call__(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
-        """`(capacity, D)` to `(capacity, D)`."""
+        """`(capacity, D)` to `(capacity, D)`, which the next call overwrites."""
         given = [tokens, segments.cu_seqlens, *(() if rotate is None else (rotate.cos, rotate.sin))]
         if not self.inputs:
             self.inputs = [tensor.clone() for tensor in given]
         for own, tensor in zip(self.inputs, given, strict=True):
-            own.copy_(tensor)
+            if own is not tensor:
+                own.copy_(tensor)
         if segments.max_seqlen not in self.graphs:
+            kept = tokens.clone()  # the first run may overwrite them
             self.graphs[segments.max_seqlen] = self._record(segments, rotate)
-            self.inputs[0].copy_(tokens)  # which the first run may have overwritten
+            self.inputs[0].copy_(kept)
         graph, output = self.graphs[segments.max_seqlen]
         graph.replay()
-        return output.clone()
+        return output
+
+    @property
+    def room(self) -> Tensor | None:
+        """`(capacity, D)` that tokens are copied to, unless they are there; `None` before the first call."""
+        return self.inputs[0] if self.inputs else None
 
     def _record(self, segments: Segments, rotate: Rotation | None) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         tokens, offsets, *turns = self.inputs

@@ -28,16 +28,18 @@ class Stream:
 
     Attributes:
         tokens: `(T, D)`.
-        operand: `(T, D)` what the next product takes: the tokens, or their rows scaled and rounded to float8.
-        factor: `(T,)` float32, `1 / rms` of a row of `tokens` for each row of `operand`.
-        shrink: `(T,)` float32, what the next rows are multiplied with before they are rounded; `None` without float8.
+        operand: `(T, D)` what the next product takes: the tokens, their normed rows, or their rows in float8.
+        squares: `(T, n)` float32, the squares of each row of `tokens`, added up in n parts; `None` where `operand` is
+            normed already.
+        before: `(T, m)` float32, the same of the rows that `operand` was scaled by: it is `SMALL / rms` of them times
+            `tokens`. `None` without float8.
         pending: `(D,)` float32 that is still to be added to every row; `None` where there is nothing.
     """
 
     tokens: Tensor
     operand: Tensor
-    factor: Tensor
-    shrink: Tensor | None = None
+    squares: Tensor | None = None
+    before: Tensor | None = None
     pending: Tensor | None = None
 
 
@@ -93,8 +95,9 @@ class PlainProducts:
     def begin(self, tokens: Tensor, block: FoldedBlock) -> Stream:
         """See `Products`."""
         values = centre(tokens.float()) if block.centred else tokens.float()
-        rms = self._rstd(values, block)
-        return self._stream(values.to(tokens.dtype), values, rms, SMALL * rms, block)
+        squares = squares_of(values)
+        before = squares if block.up.weight.dtype == FLOAT8 else None
+        return self._stream(values.to(tokens.dtype), values, squares, before, block)
 
     def table(self, turn: Turn) -> object:
         """See `Products`."""
@@ -102,14 +105,14 @@ class PlainProducts:
 
     def qkv(self, stream: Stream, block: FoldedBlock, table: object) -> Tensor:
         """See `Products`."""
-        qkv = self._normed(stream, block.qkv).unflatten(1, (block.num_heads, 3, -1))
+        qkv = self._normed(stream, block.qkv, block).unflatten(1, (block.num_heads, 3, -1))
         if isinstance(table, Turn):
             qkv = torch.cat((turned(qkv[:, :, :2], table), qkv[:, :, 2:]), dim=2)
         return qkv.to(stream.tokens.dtype)
 
     def up(self, stream: Stream, block: FoldedBlock) -> Tensor:
         """See `Products`."""
-        values, act = self._normed(stream, block.up), ACTIVATIONS[block.activation]
+        values, act = self._normed(stream, block.up, block), ACTIVATIONS[block.activation]
         if not block.gated:
             return act(values).to(stream.tokens.dtype)
         gate, up = values.unflatten(1, (-1, 2)).unbind(2)
@@ -120,25 +123,39 @@ class PlainProducts:
         values = multiply(states, matrix) + stream.tokens.float()
         if matrix.bias is not None:
             values = values + matrix.bias
-        return self._stream(values.to(stream.tokens.dtype), values, self._rstd(values, block), stream.shrink, block)
+        before = None if stream.before is None else stream.squares
+        return self._stream(values.to(stream.tokens.dtype), values, squares_of(values), before, block)
 
     def end(self, stream: Stream) -> Tensor:
         """See `Products`."""
         return stream.tokens
 
-    def _rstd(self, values: Tensor, block: FoldedBlock) -> Tensor:
-        return torch.rsqrt(values.square().mean(dim=1) + block.eps)
-
     def _stream(
-        self, tokens: Tensor, values: Tensor, rstd: Tensor, shrink: Tensor | None, block: FoldedBlock
+        self, tokens: Tensor, values: Tensor, squares: Tensor, before: Tensor | None, block: FoldedBlock
     ) -> Stream:
-        if block.up.weight.dtype != FLOAT8 or shrink is None:
-            return Stream(tokens, tokens, rstd)
-        return Stream(tokens, to_dtype(values * shrink[:, None], FLOAT8), rstd / shrink, SMALL * rstd)
+        operand = tokens if before is None else to_dtype(values * (SMALL * rstd(before, values, block)), FLOAT8)
+        return Stream(tokens, operand, squares, before)
 
-    def _normed(self, stream: Stream, matrix: Matrix) -> Tensor:
-        values = multiply(stream.operand, matrix) * stream.factor[:, None]
+    def _normed(self, stream: Stream, matrix: Matrix, block: FoldedBlock) -> Tensor:
+        values = multiply(stream.operand, matrix) * factor(stream, block)
         return values if matrix.bias is None else values + matrix.bias
+
+
+def factor(stream: Stream, block: FoldedBlock) -> Tensor:
+    """`(T, 1)` what makes normed rows of those that `operand` holds."""
+    assert stream.squares is not None
+    inverse = rstd(stream.squares, stream.tokens, block)
+    return inverse if stream.before is None else inverse / (SMALL * rstd(stream.before, stream.tokens, block))
+
+
+def squares_of(values: Tensor) -> Tensor:
+    """Sums of the squares of rows, `(T, 1)`."""
+    return values.square().sum(dim=1, keepdim=True)
+
+
+def rstd(squares: Tensor, tokens: Tensor, block: FoldedBlock) -> Tensor:
+    """`1 / rms` of rows as wide as `tokens`, `(T, 1)`."""
+    return torch.rsqrt(squares.sum(dim=1, keepdim=True) / tokens.shape[1] + block.eps)
 
 
 def multiply(states: Tensor, matrix: Matrix) -> Tensor:

@@ -1,16 +1,21 @@
 """What quack (github.com/Dao-AILab/quack) does to a product before it is written: importable only where quack is.
 
 An epilogue is a function of one number of the product, `acc`. Its other arguments are `c`, the number of the residual
-stream at the same place, and what it declares: one number for each row (`ColVecLoad`, a column of them) or for each
-column (`RowVecLoad`). In the mode "acc_pair" each argument is a pair of neighbouring columns.
+stream at the same place, and what it declares: one number for each row (`Rms`) or for each column (`RowVecLoad`). In
+the mode "acc_pair" each argument is a pair of neighbouring columns.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
+import cutlass  # pyright: ignore[reportMissingImports]
+from cutlass import cute  # pyright: ignore[reportMissingImports]
 from quack.activation import act_fn_map, gate_fn_map, relu, tanh  # pyright: ignore[reportMissingImports]
+from quack.compile_utils import make_fake_tensor  # pyright: ignore[reportMissingImports]
+from quack.cute_dsl_utils import torch2cute_dtype_map  # pyright: ignore[reportMissingImports]
 from quack.epilogue.frontend import gemm_epilogue, pack, unpack  # pyright: ignore[reportMissingImports]
 from quack.epilogue.ops import (  # pyright: ignore[reportMissingImports]
     ColVecLoad,
@@ -20,10 +25,68 @@ from quack.epilogue.ops import (  # pyright: ignore[reportMissingImports]
 )
 from quack.epilogue.rotary import rotary_cos_sin_load  # pyright: ignore[reportMissingImports]
 
-FACTOR, BIAS, SCALE = ColVecLoad("factor"), RowVecLoad("bias"), RowVecLoad("scale")
-SHRINK, SQUARES = ColVecLoad("shrink"), ColVecReduce("squares", scaled=True)
+from nopad.inference.products import SMALL
+
+BIAS, SCALE = RowVecLoad("bias"), RowVecLoad("scale")
 ACTIVATIONS = {"gelu_tanh": "gelu_tanh_approx", "silu": "silu"}
 swiglu = gate_fn_map["swiglu"]
+
+
+class Rms(ColVecLoad):
+    """`factor / rms` of each row, or `factor · rms`, from the squares of its `width` numbers added up in parts.
+
+    Its operand is `squares` of a `nopad.inference.products.Stream`, each part a column of memory. Each tile of a
+    product adds the parts up itself, which takes less than a kernel that does it once would take to start.
+    """
+
+    def __init__(self, name: str, width: int, eps: float, factor: float = 1.0, *, inverse: bool = True) -> None:
+        super().__init__(name)
+        self.width, self.eps, self.factor, self.inverse = width, eps, factor, inverse
+
+    def config_key(self) -> tuple:
+        """All that the code of a kernel depends on."""
+        return self.width, self.eps, self.factor, self.inverse
+
+    def host_arg_key(self, value: Any) -> tuple:
+        """Type and number of parts."""
+        return torch2cute_dtype_map[value.dtype], value.shape[1]
+
+    def host_fake_arg(self, key: tuple, fctx: Any) -> Any:
+        """`(T, parts)`."""
+        dtype, parts = key
+        return make_fake_tensor(dtype, (fctx.m, parts), leading_dim=0, divisibility=1)
+
+    @cute.jit
+    def begin(self, gemm, param, smem_tensor, ctx):
+        """Threads take a row each, and leave its number in shared memory, where `ColVecLoad` would copy it to."""
+        first = ctx.tile_coord_mnkl[0] * ctx.tile_M
+        rows = min(ctx.varlen_manager.len_m(ctx.batch_idx) - first, ctx.tile_M)
+        for turn in cutlass.range_constexpr(math.ceil(ctx.tile_M / ctx.num_epi_threads)):
+            row = ctx.tidx + turn * ctx.num_epi_threads
+            if row < rows:
+                total = cutlass.Float32(0.0)
+                for part in cutlass.range_constexpr(param.shape[1]):
+                    total += param[first + row, part]
+                mean = total * (1.0 / self.width) + self.eps
+                rstd = cute.math.rsqrt(mean, fastmath=True)
+                smem_tensor[row] = (rstd if cutlass.const_expr(self.inverse) else mean * rstd) * self.factor
+        columns = cute.make_layout((ctx.tile_M, ctx.tile_N), stride=(1, 0))
+        own = ctx.partition_for_epilogue_fn(cute.make_tensor(smem_tensor.iterator, columns))
+        part = cute.group_modes(own, 3, cute.rank(own))[None, None, None, 0]
+        return [own, cute.make_rmem_tensor(part.layout, gemm.acc_dtype)]
+
+
+class Squares(ColVecReduce):
+    """Sums over the columns of a tile, each tile's a column of memory, as `Rms` reads them."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, scaled=True)
+
+    def host_fake_arg(self, key: tuple, fctx: Any) -> Any:
+        """`(T, parts)`, or with a batch's number before it."""
+        dtype, ndim = key
+        shape = (fctx.l, fctx.m, cute.sym_int()) if ndim == 3 else (fctx.m, cute.sym_int())
+        return make_fake_tensor(dtype, shape, leading_dim=ndim - 2, divisibility=1)
 
 
 class SmallGatedStore(TileStore):
@@ -41,43 +104,67 @@ class SmallGatedStore(TileStore):
             self.gated = True
 
 
-@gemm_epilogue(ops={"factor": FACTOR})
-def normed(acc, factor):
-    return {"D": acc * factor}
+class Epilogues:
+    """What is done to the products of blocks whose rows are `width` wide and whose norms add `eps`."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        rstd = {"rstd": Rms("rstd", width, eps)}
+        scaled = {**rstd, "rms": Rms("rms", width, eps, 1 / SMALL, inverse=False), "scale": SCALE}
+        shrink = {"shrink": Rms("shrink", width, eps, SMALL)}
+        biased = {**rstd, "bias": BIAS}
+        self.normed = gemm_epilogue(ops=rstd)(normed)
+        self.normed_biased = gemm_epilogue(ops=biased)(normed_biased)
+        self.normed_float8 = gemm_epilogue(ops=scaled)(normed_float8)
+        self.turned = gemm_epilogue(ops={**biased, "table": rotary_cos_sin_load("table")}, mode="acc_pair")(turned)
+        self.gated = gemm_epilogue(outputs=("out",), ops=rstd, mode="acc_pair")(gated)
+        self.gated_biased = gemm_epilogue(outputs=("out",), ops=biased, mode="acc_pair")(gated_biased)
+        small_gated = SmallGatedStore("out", gated=True)
+        self.gated_float8 = gemm_epilogue(outputs=(small_gated,), ops=scaled, mode="acc_pair")(gated_float8)
+        self.activated = {name: gemm_epilogue(ops=biased)(activated(name)) for name in ("gelu", *ACTIVATIONS)}
+        sums = {"reduces": {"squares": Squares("squares")}}
+        self.added = gemm_epilogue(**sums)(added)
+        self.added_biased = gemm_epilogue(ops={"bias": BIAS}, **sums)(added_biased)
+        small = {"outputs": ("small",), **sums}
+        self.added_small = gemm_epilogue(ops=shrink, **small)(added_small)
+        self.added_small_float8 = gemm_epilogue(ops={**shrink, "scale": SCALE}, **small)(added_small_float8)
 
 
-@gemm_epilogue(ops={"factor": FACTOR, "bias": BIAS})
-def normed_biased(acc, factor, bias):
-    return {"D": acc * factor + bias}
+@lru_cache
+def epilogues(width: int, eps: float) -> Epilogues:
+    """Made once, and with them the kernels of all layers."""
+    return Epilogues(width, eps)
 
 
-@gemm_epilogue(ops={"factor": FACTOR, "scale": SCALE})
-def normed_float8(acc, factor, scale):
-    return {"D": acc * factor * scale}
+def normed(acc, rstd):
+    return {"D": acc * rstd}
 
 
-@gemm_epilogue(ops={"factor": FACTOR, "bias": BIAS, "table": rotary_cos_sin_load("table")}, mode="acc_pair")
-def turned(acc, factor, bias, table):
-    first, second = unpack(acc * factor + bias)
+def normed_biased(acc, rstd, bias):
+    return {"D": acc * rstd + bias}
+
+
+def normed_float8(acc, rstd, rms, scale):
+    return {"D": acc * (rstd * rms) * scale}
+
+
+def turned(acc, rstd, bias, table):
+    first, second = unpack(acc * rstd + bias)
     cos, sin = unpack(table)
     return {"D": pack(first * cos - second * sin, second * cos + first * sin)}
 
 
-@gemm_epilogue(outputs=("out",), ops={"factor": FACTOR}, mode="acc_pair")
-def gated(acc, factor):
-    gate, up = unpack(acc * factor)
+def gated(acc, rstd):
+    gate, up = unpack(acc * rstd)
     return {"out": swiglu(gate, up)}
 
 
-@gemm_epilogue(outputs=("out",), ops={"factor": FACTOR, "bias": BIAS}, mode="acc_pair")
-def gated_biased(acc, factor, bias):
-    gate, up = unpack(acc * factor + bias)
+def gated_biased(acc, rstd, bias):
+    gate, up = unpack(acc * rstd + bias)
     return {"out": swiglu(gate, up)}
 
 
-@gemm_epilogue(outputs=(SmallGatedStore("out", gated=True),), ops={"factor": FACTOR, "scale": SCALE}, mode="acc_pair")
-def gated_float8(acc, factor, scale):
-    gate, up = unpack(acc * factor * scale)
+def gated_float8(acc, rstd, rms, scale):
+    gate, up = unpack(acc * (rstd * rms) * scale)
     return {"out": swiglu(gate, up)}
 
 
@@ -93,37 +180,31 @@ def gelu(values):
     return half * tanh(values * slope) + half
 
 
-@lru_cache
 def activated(activation: str) -> Any:
     """An epilogue that applies an activation."""
     act = gelu if activation == "gelu" else act_fn_map[ACTIVATIONS[activation]]
 
-    @gemm_epilogue(ops={"factor": FACTOR, "bias": BIAS})
-    def activated_biased(acc, factor, bias):
-        return {"D": act(acc * factor + bias)}
+    def activated_biased(acc, rstd, bias):
+        return {"D": act(acc * rstd + bias)}
 
     return activated_biased
 
 
-@gemm_epilogue(reduces={"squares": SQUARES})
 def added(acc, c):
     total = acc + c
     return {"D": total, "squares": (total, total)}
 
 
-@gemm_epilogue(ops={"bias": BIAS}, reduces={"squares": SQUARES})
 def added_biased(acc, c, bias):
     total = acc + bias + c
     return {"D": total, "squares": (total, total)}
 
 
-@gemm_epilogue(outputs=("small",), ops={"shrink": SHRINK}, reduces={"squares": SQUARES})
 def added_small(acc, c, shrink):
     total = acc + c
     return {"D": total, "small": total * shrink, "squares": (total, total)}
 
 
-@gemm_epilogue(outputs=("small",), ops={"shrink": SHRINK, "scale": SCALE}, reduces={"squares": SQUARES})
 def added_small_float8(acc, c, shrink, scale):
     total = acc * scale + c
     return {"D": total, "small": total * shrink, "squares": (total, total)}

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nopad.inference import quack_epilogues as epilogues
 from nopad.inference import triton_kernels
 from nopad.inference.float8 import FLOAT8
 from nopad.inference.folding import FoldedBlock, Matrix
 from nopad.inference.products import SMALL, Stream, Turn
+from nopad.inference.quack_epilogues import Epilogues, epilogues
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,18 @@ def best(candidates: tuple[Tiles, ...], rows: int, columns: int, processors: int
     return min(candidates, key=cost)
 
 
+def tiles_of(matrix: Matrix, rows: int, device: torch.device) -> Tiles:
+    """The tiles of a product that adds to the residual stream."""
+    columns, terms = matrix.weight.shape
+    candidates = FLOAT8_DEEP if matrix.scale is not None else DEEP if terms > columns else SHORT
+    return best(candidates, rows, columns, processors(device))
+
+
+def parts_of(columns: int, tiles: Tiles) -> int:
+    """Tiles side by side."""
+    return math.ceil(columns / tiles.columns)
+
+
 class QuackProducts:
     """See `Products`."""
 
@@ -61,15 +73,16 @@ class QuackProducts:
     def begin(self, tokens: Tensor, block: FoldedBlock) -> Stream:
         """See `Products`."""
         small = SMALL if block.up.weight.dtype == FLOAT8 else None
-        tokens, operand, rstd = triton_kernels.begin(tokens, block.eps, block.centred, small)
-        if small is None:
-            return Stream(tokens, operand, rstd)
-        return Stream(tokens, operand, torch.full_like(rstd, 1 / small), rstd * small)
+        # In as many parts as the squares of later rows: that makes one kernel less.
+        parts = parts_of(tokens.shape[1], tiles_of(block.down, len(tokens), tokens.device))
+        tokens, operand, squares = triton_kernels.begin(tokens, block.eps, block.centred, small, parts)
+        return Stream(tokens, operand, squares, None if small is None else squares)
 
     def table(self, turn: Turn) -> object:
         """Cosine and sine in turn of query, key and value of a head, `(T, 3 · K)`; values are not turned.
 
-        A turn that has two angles for a pair of channels is its own table.
+        In float16, whose rounding of numbers up to one is an eighth of what the result is rounded by. A turn that has
+        two angles for a pair of channels is its own table.
         """
         size = turn.cos.shape[1]
         if not turn.shared or (3 * size % WIDE.columns and WIDE.columns % (3 * size)):
@@ -77,20 +90,19 @@ class QuackProducts:
         one = torch.stack((turn.cos[:, ::2], turn.sin[:, ::2]), dim=2).flatten(1)
         none = torch.zeros_like(one)
         none[:, ::2] = 1.0
-        return torch.cat((one, one, none), dim=1)
+        return torch.cat((one, one, none), dim=1).half()
 
     def qkv(self, stream: Stream, block: FoldedBlock, table: object) -> Tensor:
         """See `Products`."""
         matrix, states = block.qkv, stream.operand
         output = stream.tokens.new_empty(len(states), len(matrix.weight))
-        operands = {"factor": stream.factor, **self._vectors(matrix, bias=isinstance(table, Tensor))}
+        epilogue, operands = self._normed(stream, block, matrix, bias=isinstance(table, Tensor))
         if isinstance(table, Tensor):
-            run(epilogues.turned, states, matrix, output, {**operands, "table": table})
+            run(epilogue.turned, states, matrix, output, {**operands, "table": table})
         elif matrix.scale is not None:
-            run(epilogues.normed_float8, states, matrix, output, operands)
+            run(epilogue.normed_float8, states, matrix, output, operands)
         else:
-            epilogue = epilogues.normed if matrix.bias is None else epilogues.normed_biased
-            run(epilogue, states, matrix, output, operands)
+            run(epilogue.normed if matrix.bias is None else epilogue.normed_biased, states, matrix, output, operands)
         output = output.unflatten(1, (block.num_heads, 3, -1))
         if isinstance(table, Turn):
             triton_kernels.turn_(output, table.cos, table.sin)
@@ -99,40 +111,47 @@ class QuackProducts:
     def up(self, stream: Stream, block: FoldedBlock) -> Tensor:
         """See `Products`."""
         matrix, states = block.up, stream.operand
-        operands = {"factor": stream.factor, **self._vectors(matrix, bias=not block.gated)}
+        epilogue, operands = self._normed(stream, block, matrix, bias=not block.gated)
         output = states.new_empty(len(states), len(matrix.weight) // (2 if block.gated else 1))
         if not block.gated:
-            run(epilogues.activated(block.activation), states, matrix, output, operands)
-        elif matrix.scale is not None:
-            run(epilogues.gated_float8, states, matrix, None, {**operands, "out": output})
-        else:
-            epilogue = epilogues.gated if matrix.bias is None else epilogues.gated_biased
-            run(epilogue, states, matrix, None, {**operands, "out": output})
+            run(epilogue.activated[block.activation], states, matrix, output, operands)
+            return output
+        gated = epilogue.gated if matrix.bias is None else epilogue.gated_biased
+        gated = gated if matrix.scale is None else epilogue.gated_float8
+        run(gated, states, matrix, None, {**operands, "out": output})
         return output
 
     def added(self, states: Tensor, matrix: Matrix, stream: Stream, block: FoldedBlock) -> Stream:
         """See `Products`."""
-        tokens, operands = torch.empty_like(stream.tokens), self._vectors(matrix)
-        operand = tokens
-        if stream.shrink is not None:
-            operand = torch.empty_like(stream.operand)
-            operands |= {"shrink": stream.shrink, "small": operand}
+        assert stream.squares is not None
+        epilogue, operands = epilogues(stream.tokens.shape[1], block.eps), self._vectors(matrix)
+        tokens = torch.empty_like(stream.tokens)
+        operand, before = tokens, None
+        if stream.before is not None:
+            operand, before = torch.empty_like(stream.operand), stream.squares
+            operands |= {"shrink": before, "small": operand}
         if matrix.scale is not None:
-            epilogue, candidates = epilogues.added_small_float8, FLOAT8_DEEP
+            added = epilogue.added_small_float8
         else:
-            plain = epilogues.added if matrix.bias is None else epilogues.added_biased
-            epilogue = plain if stream.shrink is None else epilogues.added_small
-            candidates = DEEP if matrix.weight.shape[1] > matrix.weight.shape[0] else SHORT
+            plain = epilogue.added if matrix.bias is None else epilogue.added_biased
+            added = plain if before is None else epilogue.added_small
         rows, columns = tokens.shape
-        tiles = best(candidates, rows, columns, processors(tokens.device))
-        squares = stream.factor.new_empty(rows, math.ceil(columns / tiles.columns))
-        run(epilogue, states, matrix, tokens, {**operands, "squares": squares}, stream.tokens, tiles)
-        factor, shrink = triton_kernels.rstd_of_partials(squares, stream.shrink, columns, block.eps, SMALL)
-        return Stream(tokens, operand, factor, shrink)
+        tiles = tiles_of(matrix, rows, tokens.device)
+        squares = stream.squares.new_empty(parts_of(columns, tiles), rows).T
+        run(added, states, matrix, tokens, {**operands, "squares": squares}, stream.tokens, tiles)
+        return Stream(tokens, operand, squares, before)
 
     def end(self, stream: Stream) -> Tensor:
         """See `Products`."""
         return stream.tokens
+
+    def _normed(
+        self, stream: Stream, block: FoldedBlock, matrix: Matrix, *, bias: bool
+    ) -> tuple[Epilogues, dict[str, Tensor]]:
+        """Epilogues, and the operands of those that a norm rides along with."""
+        assert stream.squares is not None
+        norms = {"rstd": stream.squares} if stream.before is None else {"rstd": stream.squares, "rms": stream.before}
+        return epilogues(stream.tokens.shape[1], block.eps), {**norms, **self._vectors(matrix, bias=bias)}
 
     def _vectors(self, matrix: Matrix, *, bias: bool = False) -> dict[str, Tensor]:
         """Scale and bias of a matrix as operands, those that it has; with `bias` zeros where it has none."""

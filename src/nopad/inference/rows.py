@@ -20,24 +20,30 @@ def finite_rows(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return finite, tokens.masked_fill(~finite[:, None], 0.0)
 
 
-def fill_up_rows(tokens: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """The tokens as `finite_rows` leaves them, zeros behind them, `(capacity, D)`; and which were finite, `(T,)`."""
+def fill_up_rows(tokens: Tensor, capacity: int, room: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The tokens as `finite_rows` leaves them, zeros behind them, and which were finite, `(T,)`.
+
+    Args:
+        tokens: `(T, D)`.
+        capacity: rows of the result.
+        room: `(capacity, D)` to write to, where kernels of ours can.
+    """
     if has_triton(tokens):
         from nopad.inference import triton_kernels
 
-        return triton_kernels.fill_up(tokens, capacity)
+        return triton_kernels.fill_up(tokens, tokens.new_empty(capacity, tokens.shape[1]) if room is None else room)
     finite, tokens = finite_rows(tokens)
     return F.pad(tokens, (0, 0, 0, capacity - len(tokens))), finite
 
 
-def spoil(tokens: Tensor, spoilt: Tensor) -> Tensor:
-    """The tokens with NaN in the rows that are `spoilt`, `(T,)`."""
-    if not has_triton(tokens):
-        return tokens.masked_fill(spoilt[:, None], float("nan"))
-    from nopad.inference import triton_kernels
+def spoil(tokens: Tensor, finite: Tensor, segments: Segments) -> Tensor:
+    """A copy of the tokens with NaN all over the segments some of whose rows were not `finite`, `(T,)`."""
+    if has_triton(tokens):
+        from nopad.inference import triton_kernels
 
-    triton_kernels.spoil_(tokens, spoilt)
-    return tokens
+        return triton_kernels.spoil(tokens, finite, segments.cu_seqlens, segments.max_seqlen)
+    spoilt = ~whole_segments(finite, segments)[segments.index()]
+    return tokens.masked_fill(spoilt[:, None], float("nan"))
 
 
 def has_triton(tokens: Tensor) -> bool:

@@ -107,13 +107,14 @@ class StaticPacks:
         rows = tokens.shape[0]
         # Not in inference mode, for which everything would be compiled once more.
         with torch.inference_mode(False), torch.no_grad():
-            tokens, finite = fill_up_rows(tokens, self.capacity)
-            rotate = None if rotate is None else rotate.padded(self.capacity)
             layers = self.layers if self._current() else self.as_they_are
+            room = layers.room if isinstance(layers, Graphs) else None
+            tokens, finite = fill_up_rows(tokens, self.capacity, room)
+            rotate = None if rotate is None else rotate.padded(self.capacity)
             # What is recorded or compiled sees as many segments each time; kernels called one by one need not.
             slots = None if isinstance(layers, fused.FusedLayers) else self.slots
             tokens = layers(tokens, fill_up(segments, self.capacity, slots), rotate)[:rows]
-            return spoil(tokens, ~whole_segments(finite, segments)[segments.index()])
+            return spoil(tokens, finite, segments)
 
     def _current(self) -> bool:
         """Whether the layers are those that were made ready; weights that are folded may have changed."""

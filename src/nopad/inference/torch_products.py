@@ -62,7 +62,7 @@ class TorchProducts:
 
     def _normed(self, tokens: Tensor, pending: Tensor | None, block: FoldedBlock) -> Stream:
         normed = triton_kernels.rms_norm(tokens, pending, block.eps)
-        return Stream(tokens, normed, tokens.new_ones((), dtype=torch.float32), pending=pending)
+        return Stream(tokens, normed, pending=pending)
 
 
 def linear(states: Tensor, matrix: Matrix) -> Tensor:

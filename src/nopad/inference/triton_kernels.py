@@ -135,57 +135,9 @@ def _turn(qkv, cos, sin, heads, size, PARTS: tl.constexpr, PAIRS: tl.constexpr):
     tl.store(qkv + place, tl.reshape(turned, (PARTS, 2 * PAIRS)).to(qkv.dtype.element_ty), mask=inside)
 
 
-def rstd_of_partials(partials: Tensor, shrink: Tensor | None, width: int, eps: float, small: float) -> tuple:
-    """Factors of a `Stream` from partial sums of squares.
-
-    Args:
-        partials: `(T, n)` float32, sums of squares of parts of each row.
-        shrink: `(T,)` float32 that the rows were multiplied with, or `None`.
-        width: D.
-        eps: of the norm.
-        small: see `nopad.inference.products.SMALL`.
-
-    Returns:
-        `factor` and the next `shrink` (`None` without one), `(T,)` float32 each.
-    """
-    rows, parts = partials.shape
-    factor = partials.new_empty(rows)
-    following = None if shrink is None else partials.new_empty(rows)
-    block = 256
-    _rstd[(triton.cdiv(rows, block),)](  # pyright: ignore[reportIndexIssue]
-        partials, shrink, factor, following, rows, parts, width, eps, small, block, shrink is not None, num_warps=4
-    )
-    return factor, following
-
-
-@triton.jit
-def _rstd(
-    partials,
-    shrink,
-    factor,
-    following,
-    rows,
-    PARTS: tl.constexpr,
-    width,
-    eps,
-    small,
-    BLOCK: tl.constexpr,
-    SHRINK: tl.constexpr,
-):
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < rows
-    total = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(PARTS):
-        total += tl.load(partials + row.to(tl.int64) * PARTS + part, mask=inside, other=0.0)
-    rstd = tl.rsqrt(total / width + eps)
-    if SHRINK:
-        tl.store(factor + row, rstd / tl.load(shrink + row, mask=inside, other=1.0), mask=inside)
-        tl.store(following + row, rstd * small, mask=inside)
-    else:
-        tl.store(factor + row, rstd, mask=inside)
-
-
-def begin(tokens: Tensor, eps: float, centred: bool, small: float | None) -> tuple[Tensor, Tensor, Tensor]:
+def begin(
+    tokens: Tensor, eps: float, centred: bool, small: float | None, parts: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens as the first block of a `Stream` takes them.
 
     Args:
@@ -193,22 +145,25 @@ def begin(tokens: Tensor, eps: float, centred: bool, small: float | None) -> tup
         eps: of the norm.
         centred: take the mean of each row away, in place.
         small: root mean square that rows are scaled to and rounded to float8; `None` leaves them as they are.
+        parts: of `squares`; the first holds all, and each is a column of memory.
 
     Returns:
-        `(T, D)` tokens, `(T, D)` operand, which are the tokens without `small`, and `(T,)` float32 `1 / rms`.
+        `(T, D)` tokens, `(T, D)` operand, which are the tokens without `small`, and `(T, parts)` float32 `squares`.
     """
     rows, width = tokens.shape
     operand = tokens if small is None else torch.empty_like(tokens, dtype=FLOAT8)
-    rstd = tokens.new_empty(rows, dtype=torch.float32)
+    squares = tokens.new_zeros(parts, rows, dtype=torch.float32)
     block = triton.next_power_of_2(width)
     _begin[(rows,)](  # pyright: ignore[reportIndexIssue]
-        tokens, operand, rstd, width, eps, small or 0.0, block, centred, small is not None, num_warps=4
+        tokens, operand, squares, width, eps, small or 0.0, block, centred, small is not None, num_warps=4
     )
-    return tokens, operand, rstd
+    return tokens, operand, squares.T
 
 
 @triton.jit
-def _begin(tokens, operand, rstd, width, eps, small, BLOCK: tl.constexpr, CENTRED: tl.constexpr, SMALL: tl.constexpr):
+def _begin(
+    tokens, operand, squares, width, eps, small, BLOCK: tl.constexpr, CENTRED: tl.constexpr, SMALL: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -216,19 +171,20 @@ def _begin(tokens, operand, rstd, width, eps, small, BLOCK: tl.constexpr, CENTRE
     if CENTRED:
         value = tl.where(inside, value - tl.sum(value, 0) / width, 0.0)
         tl.store(tokens + row * width + columns, value.to(tokens.dtype.element_ty), mask=inside)
-    inverse = tl.rsqrt(tl.sum(value * value, 0) / width + eps)
-    tl.store(rstd + row, inverse)
+    total = tl.sum(value * value, 0)
+    tl.store(squares + row, total)
     if SMALL:
-        tl.store(operand + row * width + columns, (value * (inverse * small)).to(tl.float8e4nv), mask=inside)
+        factor = tl.rsqrt(total / width + eps) * small
+        tl.store(operand + row * width + columns, (value * factor).to(tl.float8e4nv), mask=inside)
 
 
-def fill_up(tokens: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """See `nopad.inference.rows.fill_up_rows`, which is the plain form."""
+def fill_up(tokens: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+    """See `nopad.inference.rows.fill_up_rows`, which is the plain form; writes to `room`."""
     rows, width = tokens.shape
-    output, finite = tokens.new_empty(capacity, width), tokens.new_empty(rows, dtype=torch.bool)
+    finite = tokens.new_empty(rows, dtype=torch.bool)
     block = triton.next_power_of_2(width)
-    _fill_up[(capacity,)](tokens, output, finite, rows, width, block, num_warps=4)  # pyright: ignore[reportIndexIssue]
-    return output, finite
+    _fill_up[(len(room),)](tokens, room, finite, rows, width, block, num_warps=4)  # pyright: ignore[reportIndexIssue]
+    return room, finite
 
 
 @triton.jit
@@ -243,23 +199,39 @@ def _fill_up(tokens, output, finite, rows, width, BLOCK: tl.constexpr):
     tl.store(finite + row, whole, mask=row < rows)
 
 
-def spoil_(tokens: Tensor, spoilt: Tensor) -> None:
-    """`tokens.masked_fill_(spoilt[:, None], nan)`, which reads and writes no other rows.
+def spoil(tokens: Tensor, finite: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    """See `nopad.inference.rows.spoil`, which is the plain form.
 
     Args:
         tokens: `(T, D)`, rows one after another.
-        spoilt: `(T,)` bool.
+        finite: `(T,)` bool.
+        offsets: `(S + 1,)` int32, of segments that hold all rows.
+        longest: rows of the longest segment, or more.
     """
     rows, width = tokens.shape
+    output, together = torch.empty_like(tokens), 8
+    blocks = triton.cdiv(longest, together)
     if rows:
-        block = triton.next_power_of_2(width)
-        _spoil[(rows,)](tokens, spoilt, width, block, num_warps=1)  # pyright: ignore[reportIndexIssue]
+        _spoil[(blocks * (len(offsets) - 1),)](  # pyright: ignore[reportIndexIssue]
+            tokens, finite, offsets, output, width, blocks, together, triton.next_power_of_2(width), num_warps=4
+        )
+    return output
 
 
 @triton.jit
-def _spoil(tokens, spoilt, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    if tl.load(spoilt + row):
+def _spoil(tokens, finite, offsets, output, width, blocks, TOGETHER: tl.constexpr, BLOCK: tl.constexpr):
+    segment, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    first, end = tl.load(offsets + segment), tl.load(offsets + segment + 1)
+    row = first + block * TOGETHER
+    if row < end:
+        spoilt = tl.zeros((1024,), tl.int32)
+        for start in range(first, end, 1024):
+            place = start + tl.arange(0, 1024)
+            spoilt |= (tl.load(finite + place, mask=place < end, other=1) == 0).to(tl.int32)
+        whole = tl.max(spoilt, 0) == 0
         columns = tl.arange(0, BLOCK)
-        nan = tl.full((BLOCK,), float("nan"), tl.float32).to(tokens.dtype.element_ty)
-        tl.store(tokens + row * width + columns, nan, mask=columns < width)
+        for step in range(TOGETHER):
+            place = (row.to(tl.int64) + step) * width + columns
+            inside = (columns < width) & (row + step < end)
+            value = tl.load(tokens + place, mask=inside, other=0.0)
+            tl.store(output + place, tl.where(whole, value, float("nan")).to(output.dtype.element_ty), mask=inside)
