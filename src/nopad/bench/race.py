@@ -1,4 +1,4 @@
-"""Contestants against each other: warmed up and checked one by one, timed in turn with the ceiling."""
+"""Contestants against each other: warmed up and checked one by one, timed in turn, the ceiling before each."""
 
 from __future__ import annotations
 
@@ -62,11 +62,12 @@ def race(
             entries.append(_warm_up(contestant, truths[id(images)], times, measure))
         except NotRun as reason:
             entries.append(str(reason))
-    progress(f"{workload}: {runs} timed runs of each and of the ceiling")
+    progress(f"{workload}: {runs} timed runs of each, and of the ceiling before it")
     jobs = [_job(entry.run) for entry in entries if isinstance(entry, Ready)]
-    of_ceiling, *of_jobs = in_turn(measure, [multiply, *jobs], runs)
-    assert isinstance(of_ceiling, list)
-    timed = iter(of_jobs)
+    # The ceiling before each: every contestant finds the device as warm as every other.
+    results = in_turn(measure, [part for job in jobs for part in (multiply, job)] or [multiply], runs)
+    of_ceiling = [sample for turn in zip(*results[::2], strict=True) for sample in turn if isinstance(sample, Sample)]
+    timed = iter(results[1::2])
     rows = []
     for contestant, entry in zip(contestants, entries, strict=True):
         samples = next(timed) if isinstance(entry, Ready) else entry

@@ -74,7 +74,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What a plain matrix product reaches on random data, in turn with the contestants of a workload.
+    """What a plain matrix product reaches on random data, before each run of a workload's contestants.
 
     Attributes:
         side: rows and columns of both matrices.
@@ -104,7 +104,7 @@ class Ceiling:
     def describe(self) -> str:
         """What it is, what was found, and how, in one line."""
         found = f"{self.teraflops:.4g} TFLOP/s ({self.least_teraflops:.4g} … {self.most_teraflops:.4g})"
-        how = f"median of {len(self.seconds)} runs in turn with the contestants"
+        how = f"median of {len(self.seconds)} runs, one before each run of a contestant"
         return f"matrix products of {self.side:,}³, {self.products} a run: {found}, {how}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class BenchReport:
         versions: of the software.
         parameters: of the transformer blocks.
         seed: of images and weights that are random.
-        runs: timed runs of each contestant and of the ceiling.
+        runs: timed runs of each contestant.
     """
 
     checkpoint: str

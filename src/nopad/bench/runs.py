@@ -46,7 +46,7 @@ def bench(
     """Measure the packed encoder and the original on the same weights and images, patches to normed tokens.
 
     Pixels are random and on the device before the clock starts; a run is the whole workload; contestants run in turn,
-    and with them the workload's ceiling, a plain matrix product in `dtype`; each one's features of some images
+    and before each the workload's ceiling, a plain matrix product in `dtype`; each one's features of some images
     are compared with the packed encoder's on each of these alone.
 
     Args:
@@ -57,7 +57,7 @@ def bench(
         peers: run the original, too.
         compile: run what is compiled, too.
         float8: run the packed encoder with `precision="fp8"`, too, compiled.
-        runs: timed runs of each contestant and of the ceiling.
+        runs: timed runs of each contestant.
         seed: of sizes and pixels.
         trust_remote_code: run the checkpoint's own code where its original is not part of transformers.
         progress: told what is being done.
