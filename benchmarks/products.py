@@ -25,7 +25,7 @@ from nopad.layout import Segments
 from nopad.planner import plan
 
 BF16 = torch.bfloat16
-TILES = (*(Tiles(128, columns) for columns in (128, 160, 192, 208)), Tiles(128, 256, pingpong=False))
+TILES = tuple(Tiles(128, columns, cluster=cluster) for columns in (128, 160, 192, 208) for cluster in ((2, 1), (1, 2)))
 PRODUCTS = {
     "qkv": ("normed", 3072, 1024),
     "qkv with biases": ("normed_biased", 3072, 1024),
@@ -57,10 +57,15 @@ def main() -> None:
         sizes = options.rows, columns, terms
         work = 2 * options.rows * columns * terms / 1e12
         usable = [tiles for tiles in TILES if takes(epilogue, tiles)]
-        cells = [f"{t.columns} wide {work / seconds(product(epilogue, *sizes, t)):.0f}" for t in usable]
+        cells = [f"{name_of(tiles)} {work / seconds(product(epilogue, *sizes, tiles)):.0f}" for tiles in usable]
         print(f"{name}, TFLOP/s: {', '.join(cells)}; cuBLAS alone {work / seconds(cublas(*sizes)):.0f}")
     for heads, size in () if options.only else ((8, 128), (16, 64), (16, 72)):
         attention(options.rows, heads, size)
+
+
+def name_of(tiles: Tiles) -> str:
+    """For the table."""
+    return f"{tiles.columns} wide in clusters of {tiles.cluster[0]} by {tiles.cluster[1]}"
 
 
 def takes(epilogue: str, tiles: Tiles) -> bool:
@@ -84,8 +89,8 @@ def product(epilogue: str, rows: int, columns: int, terms: int, tiles: Tiles) ->
         "gelu": ["rstd", "bias"],
         "gelu_tanh": ["rstd", "bias"],
         "added": [],
-        "normed_float8": ["rstd", "rms", "scale"],
-        "gated_float8": ["rstd", "rms", "scale"],
+        "normed_float8": ["rstd", "scale"],
+        "gated_float8": ["rstd", "scale"],
         "added_small": ["shrink"],
         "added_small_float8": ["shrink", "scale"],
     }[epilogue]
@@ -100,12 +105,12 @@ def product(epilogue: str, rows: int, columns: int, terms: int, tiles: Tiles) ->
         operands["squares"] = torch.empty(-(-columns // tiles.columns), rows, device="cuda").T
         if "small" in epilogue:
             operands["small"] = draw(rows, columns).to(FLOAT8)
-    known = epilogues(terms, 1e-5)
+    known = epilogues(terms, 1e-5, (PARTS // 2, PARTS // 2))
     chosen = known.activated[epilogue] if epilogue.startswith("gelu") else getattr(known, epilogue)
     matrix = Matrix(weight)
 
     def multiply() -> None:
-        run(chosen, states, matrix, output, operands, residual, tiles)
+        run(chosen, states, matrix, output, operands, (tiles,), residual)
 
     return multiply
 

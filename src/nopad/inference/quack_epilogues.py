@@ -1,7 +1,7 @@
 """What quack (github.com/Dao-AILab/quack) does to a product before it is written: importable only where quack is.
 
 An epilogue is a function of one number of the product, `acc`. Its other arguments are `c`, the number of the residual
-stream at the same place, and what it declares: one number for each row (`Rms`) or for each column (`RowVecLoad`). In
+stream at the same place, and what it declares: one number for each row (`Rstd`) or for each column (`RowVecLoad`). In
 the mode "acc_pair" each argument is a pair of neighbouring columns.
 """
 
@@ -32,20 +32,36 @@ ACTIVATIONS = {"gelu_tanh": "gelu_tanh_approx", "silu": "silu"}
 swiglu = gate_fn_map["swiglu"]
 
 
-class Rms(ColVecLoad):
-    """`factor / rms` of each row, or `factor · rms`, from the squares of its `width` numbers added up in parts.
+class Rstd(ColVecLoad):
+    """`scale / rms` of each row, from the squares of its `width` numbers added up in parts.
 
     Its operand is `squares` of a `nopad.inference.products.Stream`, each part a column of memory. Each tile of a
     product adds the parts up itself, which takes less than a kernel that does it once would take to start.
+
+    Args:
+        name: of the epilogue's argument.
+        width: D.
+        eps: of the norm.
+        scale: of the result.
+        own: first of the operand's parts that count and first that does not, all unless given.
+        before: the same of the parts of other rows, whose `rms` the result is multiplied with.
     """
 
-    def __init__(self, name: str, width: int, eps: float, factor: float = 1.0, *, inverse: bool = True) -> None:
+    def __init__(
+        self,
+        name: str,
+        width: int,
+        eps: float,
+        scale: float = 1.0,
+        own: tuple[int, int] | None = None,
+        before: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__(name)
-        self.width, self.eps, self.factor, self.inverse = width, eps, factor, inverse
+        self.width, self.eps, self.scale, self.own, self.before = width, eps, scale, own, before
 
     def config_key(self) -> tuple:
         """All that the code of a kernel depends on."""
-        return self.width, self.eps, self.factor, self.inverse
+        return self.width, self.eps, self.scale, self.own, self.before
 
     def host_arg_key(self, value: Any) -> tuple:
         """Type and number of parts."""
@@ -64,20 +80,30 @@ class Rms(ColVecLoad):
         for turn in cutlass.range_constexpr(math.ceil(ctx.tile_M / ctx.num_epi_threads)):
             row = ctx.tidx + turn * ctx.num_epi_threads
             if row < rows:
-                total = cutlass.Float32(0.0)
-                for part in cutlass.range_constexpr(param.shape[1]):
-                    total += param[first + row, part]
-                mean = total * (1.0 / self.width) + self.eps
-                rstd = cute.math.rsqrt(mean, fastmath=True)
-                smem_tensor[row] = (rstd if cutlass.const_expr(self.inverse) else mean * rstd) * self.factor
+                smem_tensor[row] = self.number(param, first + row)
         columns = cute.make_layout((ctx.tile_M, ctx.tile_N), stride=(1, 0))
         own = ctx.partition_for_epilogue_fn(cute.make_tensor(smem_tensor.iterator, columns))
         part = cute.group_modes(own, 3, cute.rank(own))[None, None, None, 0]
         return [own, cute.make_rmem_tensor(part.layout, gemm.acc_dtype)]
 
+    def number(self, squares: Any, row: Any) -> Any:
+        """What a row is multiplied with."""
+        own = self.own if self.own is not None else (0, squares.shape[1])
+        result = cute.math.rsqrt(self._mean(squares, row, *own), fastmath=True) * self.scale
+        if self.before is not None:
+            mean = self._mean(squares, row, *self.before)
+            result = result * mean * cute.math.rsqrt(mean, fastmath=True)
+        return result
+
+    def _mean(self, squares: Any, row: Any, first: int, last: int) -> Any:
+        total = squares[row, first]
+        for part in range(first + 1, last):
+            total = total + squares[row, part]
+        return total * (1.0 / self.width) + self.eps
+
 
 class Squares(ColVecReduce):
-    """Sums over the columns of a tile, each tile's a column of memory, as `Rms` reads them."""
+    """Sums over the columns of a tile, each tile's a column of memory, as `Rstd` reads them."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name, scaled=True)
@@ -105,34 +131,44 @@ class SmallGatedStore(TileStore):
 
 
 class Epilogues:
-    """What is done to the products of blocks whose rows are `width` wide and whose norms add `eps`."""
+    """What is done to the products of blocks whose rows are `width` wide and whose norms add `eps`.
 
-    def __init__(self, width: int, eps: float) -> None:
-        rstd = {"rstd": Rms("rstd", width, eps)}
-        scaled = {**rstd, "rms": Rms("rms", width, eps, 1 / SMALL, inverse=False), "scale": SCALE}
-        shrink = {"shrink": Rms("shrink", width, eps, SMALL)}
+    Args:
+        width: D.
+        eps: of the norms.
+        parts: that squares behind the attention and behind the MLP are added up in. In float8 they stand side by side
+            in one operand, since either's rows are scaled by the other's.
+    """
+
+    def __init__(self, width: int, eps: float, parts: tuple[int, int]) -> None:
+        rstd = {"rstd": Rstd("rstd", width, eps)}
         biased = {**rstd, "bias": BIAS}
         self.normed = gemm_epilogue(ops=rstd)(normed)
         self.normed_biased = gemm_epilogue(ops=biased)(normed_biased)
-        self.normed_float8 = gemm_epilogue(ops=scaled)(normed_float8)
         self.turned = gemm_epilogue(ops={**biased, "table": rotary_cos_sin_load("table")}, mode="acc_pair")(turned)
         self.gated = gemm_epilogue(outputs=("out",), ops=rstd, mode="acc_pair")(gated)
         self.gated_biased = gemm_epilogue(outputs=("out",), ops=biased, mode="acc_pair")(gated_biased)
-        small_gated = SmallGatedStore("out", gated=True)
-        self.gated_float8 = gemm_epilogue(outputs=(small_gated,), ops=scaled, mode="acc_pair")(gated_float8)
         self.activated = {name: gemm_epilogue(ops=biased)(activated(name)) for name in ("gelu", *ACTIVATIONS)}
         sums = {"reduces": {"squares": Squares("squares")}}
         self.added = gemm_epilogue(**sums)(added)
         self.added_biased = gemm_epilogue(ops={"bias": BIAS}, **sums)(added_biased)
+
+        attention, mlp = (0, parts[0]), (parts[0], sum(parts))
+        behind_attention = {"rstd": Rstd("rstd", width, eps, 1 / SMALL, attention, mlp), "scale": SCALE}
+        behind_mlp = {"rstd": Rstd("rstd", width, eps, 1 / SMALL, mlp, attention), "scale": SCALE}
+        out = SmallGatedStore("out", gated=True)
+        self.normed_float8 = gemm_epilogue(ops=behind_mlp)(normed_float8)
+        self.gated_float8 = gemm_epilogue(outputs=(out,), ops=behind_attention, mode="acc_pair")(gated_float8)
+        shrink = {"shrink": Rstd("shrink", width, eps, SMALL)}
         small = {"outputs": ("small",), **sums}
         self.added_small = gemm_epilogue(ops=shrink, **small)(added_small)
         self.added_small_float8 = gemm_epilogue(ops={**shrink, "scale": SCALE}, **small)(added_small_float8)
 
 
 @lru_cache
-def epilogues(width: int, eps: float) -> Epilogues:
+def epilogues(width: int, eps: float, parts: tuple[int, int]) -> Epilogues:
     """Made once, and with them the kernels of all layers."""
-    return Epilogues(width, eps)
+    return Epilogues(width, eps, parts)
 
 
 def normed(acc, rstd):
@@ -143,8 +179,8 @@ def normed_biased(acc, rstd, bias):
     return {"D": acc * rstd + bias}
 
 
-def normed_float8(acc, rstd, rms, scale):
-    return {"D": acc * (rstd * rms) * scale}
+def normed_float8(acc, rstd, scale):
+    return {"D": acc * rstd * scale}
 
 
 def turned(acc, rstd, bias, table):
@@ -163,8 +199,8 @@ def gated_biased(acc, rstd, bias):
     return {"out": swiglu(gate, up)}
 
 
-def gated_float8(acc, rstd, rms, scale):
-    gate, up = unpack(acc * (rstd * rms) * scale)
+def gated_float8(acc, rstd, scale):
+    gate, up = unpack(acc * rstd * scale)
     return {"out": swiglu(gate, up)}
 
 

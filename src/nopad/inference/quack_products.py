@@ -25,27 +25,55 @@ class Tiles:
         rows, columns: of a tile.
         speed: of such tiles, relative to others, as measured on an H100 (docs/performance.md).
         pingpong: two tiles in turn, the one multiplied while the other is written.
+        cluster: tiles above and beside each other that share what they read.
     """
 
     rows: int
     columns: int
     speed: float = 1.0
     pingpong: bool = True
+    cluster: tuple[int, int] = (2, 1)
 
 
-WIDE = Tiles(128, 192)
-SHORT = (Tiles(128, 128), Tiles(128, 208, 0.955), Tiles(128, 192, 0.92))
+BESIDE = (1, 2)
+HEADS = (Tiles(128, 192), Tiles(128, 192, 0.97, cluster=BESIDE))
+"""For heads that are turned: 192 columns hold three times one of 64."""
+WIDE = (*HEADS, Tiles(128, 160, 0.975, cluster=BESIDE), Tiles(128, 128, 0.945, cluster=BESIDE))
+SHORT = (
+    Tiles(128, 128),
+    Tiles(128, 128, 0.99, cluster=BESIDE),
+    Tiles(128, 160, 0.985),
+    Tiles(128, 192, 0.97),
+    Tiles(128, 208, 0.92),
+)
 """For a residual sum of a product of few terms, which is written as long as it is multiplied."""
-DEEP = (Tiles(128, 208), Tiles(128, 256, 0.97, pingpong=False), Tiles(128, 192, 0.98), Tiles(128, 128, 0.97))
-FLOAT8_DEEP = (Tiles(128, 192, 1.03), Tiles(128, 160, 1.025), Tiles(128, 128), Tiles(128, 208, 0.95))
+DEEP = (
+    Tiles(128, 128, cluster=BESIDE),
+    Tiles(128, 128, 0.98),
+    Tiles(128, 208),
+    Tiles(128, 160, 0.98),
+    Tiles(128, 192, 0.955),
+)
+FLOAT8_DEEP = (
+    Tiles(128, 128),
+    Tiles(128, 128, 0.988, cluster=BESIDE),
+    Tiles(128, 160, 1.03),
+    Tiles(128, 192),
+    Tiles(128, 208, 0.925),
+)
 
 
 def best(candidates: tuple[Tiles, ...], rows: int, columns: int, processors: int) -> Tiles:
-    """The tiles that take least time: as many rounds of `processors` tiles as it takes, by the area of a tile."""
+    """The tiles that take least time: as many rounds of a tile for each processor as it takes, by a tile's area.
+
+    Clusters are whole: an odd number of tiles has an idle one beside it.
+    """
 
     def cost(tiles: Tiles) -> float:
-        number = math.ceil(rows / tiles.rows) * math.ceil(columns / tiles.columns)
-        return math.ceil(number / processors) * tiles.rows * tiles.columns / tiles.speed
+        above, beside = tiles.cluster
+        clusters = math.ceil(rows / (tiles.rows * above)) * math.ceil(columns / (tiles.columns * beside))
+        rounds = math.ceil(clusters / (processors // (above * beside)))
+        return rounds * tiles.rows * tiles.columns / tiles.speed
 
     return min(candidates, key=cost)
 
@@ -57,9 +85,16 @@ def tiles_of(matrix: Matrix, rows: int, device: torch.device) -> Tiles:
     return best(candidates, rows, columns, processors(device))
 
 
-def parts_of(columns: int, tiles: Tiles) -> int:
-    """Tiles side by side."""
-    return math.ceil(columns / tiles.columns)
+@dataclass(frozen=True)
+class QuackStream(Stream):
+    """A `Stream` whose squares stay where kernels read them.
+
+    Attributes:
+        both: `(T, n + m)` float32, the squares behind the last attention and behind the last MLP; `squares` is one of
+            them and, in float8, `before` the other. Each is overwritten by the next.
+    """
+
+    both: Tensor | None = None
 
 
 class QuackProducts:
@@ -73,10 +108,14 @@ class QuackProducts:
     def begin(self, tokens: Tensor, block: FoldedBlock) -> Stream:
         """See `Products`."""
         small = SMALL if block.up.weight.dtype == FLOAT8 else None
-        # In as many parts as the squares of later rows: that makes one kernel less.
-        parts = parts_of(tokens.shape[1], tiles_of(block.down, len(tokens), tokens.device))
-        tokens, operand, squares = triton_kernels.begin(tokens, block.eps, block.centred, small, parts)
-        return Stream(tokens, operand, squares, None if small is None else squares)
+        attention, mlp = self._parts(block, tokens)
+        both = tokens.new_zeros(attention + mlp, len(tokens), dtype=torch.float32)
+        tokens, operand = triton_kernels.begin(tokens, block.eps, block.centred, small, both[attention])
+        both[0] = both[attention]  # in float8 the first rows are scaled by themselves
+        both = both.T
+        return QuackStream(
+            tokens, operand, both[:, attention:], None if small is None else both[:, :attention], None, both
+        )
 
     def table(self, turn: Turn) -> object:
         """Cosine and sine in turn of query, key and value of a head, `(T, 3 · K)`; values are not turned.
@@ -84,8 +123,8 @@ class QuackProducts:
         In float16, whose rounding of numbers up to one is an eighth of what the result is rounded by. A turn that has
         two angles for a pair of channels is its own table.
         """
-        size = turn.cos.shape[1]
-        if not turn.shared or (3 * size % WIDE.columns and WIDE.columns % (3 * size)):
+        size, columns = turn.cos.shape[1], HEADS[0].columns
+        if not turn.shared or (3 * size % columns and columns % (3 * size)):
             return turn
         one = torch.stack((turn.cos[:, ::2], turn.sin[:, ::2]), dim=2).flatten(1)
         none = torch.zeros_like(one)
@@ -98,7 +137,7 @@ class QuackProducts:
         output = stream.tokens.new_empty(len(states), len(matrix.weight))
         epilogue, operands = self._normed(stream, block, matrix, bias=isinstance(table, Tensor))
         if isinstance(table, Tensor):
-            run(epilogue.turned, states, matrix, output, {**operands, "table": table})
+            run(epilogue.turned, states, matrix, output, {**operands, "table": table}, HEADS)
         elif matrix.scale is not None:
             run(epilogue.normed_float8, states, matrix, output, operands)
         else:
@@ -123,8 +162,11 @@ class QuackProducts:
 
     def added(self, states: Tensor, matrix: Matrix, stream: Stream, block: FoldedBlock) -> Stream:
         """See `Products`."""
+        assert isinstance(stream, QuackStream)
+        assert stream.both is not None
         assert stream.squares is not None
-        epilogue, operands = epilogues(stream.tokens.shape[1], block.eps), self._vectors(matrix)
+        parts = self._parts(block, stream.tokens)
+        epilogue, operands = epilogues(stream.tokens.shape[1], block.eps, parts), self._vectors(matrix)
         tokens = torch.empty_like(stream.tokens)
         operand, before = tokens, None
         if stream.before is not None:
@@ -135,23 +177,31 @@ class QuackProducts:
         else:
             plain = epilogue.added if matrix.bias is None else epilogue.added_biased
             added = plain if before is None else epilogue.added_small
-        rows, columns = tokens.shape
-        tiles = tiles_of(matrix, rows, tokens.device)
-        squares = stream.squares.new_empty(parts_of(columns, tiles), rows).T
-        run(added, states, matrix, tokens, {**operands, "squares": squares}, stream.tokens, tiles)
-        return Stream(tokens, operand, squares, before)
+        squares = stream.both[:, : parts[0]] if matrix is block.proj else stream.both[:, parts[0] :]
+        tiles = (tiles_of(matrix, len(tokens), tokens.device),)
+        run(added, states, matrix, tokens, {**operands, "squares": squares}, tiles, stream.tokens)
+        return QuackStream(tokens, operand, squares, before, None, stream.both)
 
     def end(self, stream: Stream) -> Tensor:
         """See `Products`."""
         return stream.tokens
 
+    def _parts(self, block: FoldedBlock, tokens: Tensor) -> tuple[int, int]:
+        """Parts that squares are added up in behind attention and behind the MLP: tiles of the product side by side."""
+        rows, columns = tokens.shape
+        tiles = (tiles_of(matrix, rows, tokens.device) for matrix in (block.proj, block.down))
+        attention, mlp = (math.ceil(columns / each.columns) for each in tiles)
+        return attention, mlp
+
     def _normed(
         self, stream: Stream, block: FoldedBlock, matrix: Matrix, *, bias: bool
     ) -> tuple[Epilogues, dict[str, Tensor]]:
         """Epilogues, and the operands of those that a norm rides along with."""
-        assert stream.squares is not None
-        norms = {"rstd": stream.squares} if stream.before is None else {"rstd": stream.squares, "rms": stream.before}
-        return epilogues(stream.tokens.shape[1], block.eps), {**norms, **self._vectors(matrix, bias=bias)}
+        assert isinstance(stream, QuackStream)
+        squares = stream.squares if stream.before is None else stream.both
+        assert squares is not None
+        found = epilogues(stream.tokens.shape[1], block.eps, self._parts(block, stream.tokens))
+        return found, {"rstd": squares, **self._vectors(matrix, bias=bias)}
 
     def _vectors(self, matrix: Matrix, *, bias: bool = False) -> dict[str, Tensor]:
         """Scale and bias of a matrix as operands, those that it has; with `bias` zeros where it has none."""
@@ -170,10 +220,11 @@ def run(
     matrix: Matrix,
     output: Tensor | None,
     operands: dict[str, Tensor],
+    candidates: tuple[Tiles, ...] = WIDE,
     residual: Tensor | None = None,
-    tiles: Tiles = WIDE,
 ) -> None:
     """`states @ weightᵀ` through an epilogue, into `output` and what `operands` has room for."""
+    tiles = best(candidates, len(states), len(matrix.weight), processors(states.device))
     # Float8's products are added up by the matrix unit alone, as torch does with use_fast_accum.
     settings = (("fp8_slow_accum", False),) if states.dtype == FLOAT8 else ()
     epilogue.gemm(
@@ -184,8 +235,8 @@ def run(
         epi_args={name: operand[None] if operand.ndim == 1 else operand for name, operand in operands.items()},
         tile_M=tiles.rows,
         tile_N=tiles.columns,
-        cluster_M=2,
-        cluster_N=1,
+        cluster_M=tiles.cluster[0],
+        cluster_N=tiles.cluster[1],
         pingpong=tiles.pingpong,
         post_init_attrs=settings,
     )

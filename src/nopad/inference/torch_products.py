@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import util
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class TorchProducts:
     def begin(self, tokens: Tensor, block: FoldedBlock) -> Stream:
         """See `Products`."""
         if block.centred:
-            tokens, _, _ = triton_kernels.begin(tokens, block.eps, block.centred, None)
+            triton_kernels.begin(tokens, block.eps, centred=True, small=None, squares=None)
         return self._normed(tokens, None, block)
 
     def table(self, turn: Turn) -> object:
@@ -46,6 +47,10 @@ class TorchProducts:
             bias = matrix.bias.to(matrix.weight.dtype)
             product: Any = torch._addmm_activation  # pyright: ignore[reportPrivateImportUsage]
             return product(bias, stream.operand, matrix.weight.T, use_gelu=True)
+        if block.gated and gated_product(block, stream.operand.device):
+            from nopad.inference import triton_gated
+
+            return triton_gated.gated(stream.operand, matrix.weight, matrix.bias)
         states = linear(stream.operand, matrix)
         return triton_kernels.silu_mul(states) if block.gated else ACTIVATIONS[block.activation](states)
 
@@ -63,6 +68,15 @@ class TorchProducts:
     def _normed(self, tokens: Tensor, pending: Tensor | None, block: FoldedBlock) -> Stream:
         normed = triton_kernels.rms_norm(tokens, pending, block.eps)
         return Stream(tokens, normed, pending=pending)
+
+
+def gated_product(block: FoldedBlock, device: torch.device) -> bool:
+    """Whether gates ride along in their product."""
+    if util.find_spec("triton.tools.tensor_descriptor") is None:  # before Triton 3.4
+        return False
+    from nopad.inference import triton_gated
+
+    return triton_gated.takes(block, device)
 
 
 def linear(states: Tensor, matrix: Matrix) -> Tensor:

@@ -136,8 +136,8 @@ def _turn(qkv, cos, sin, heads, size, PARTS: tl.constexpr, PAIRS: tl.constexpr):
 
 
 def begin(
-    tokens: Tensor, eps: float, centred: bool, small: float | None, parts: int = 1
-) -> tuple[Tensor, Tensor, Tensor]:
+    tokens: Tensor, eps: float, centred: bool, small: float | None, squares: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Tokens as the first block of a `Stream` takes them.
 
     Args:
@@ -145,19 +145,18 @@ def begin(
         eps: of the norm.
         centred: take the mean of each row away, in place.
         small: root mean square that rows are scaled to and rounded to float8; `None` leaves them as they are.
-        parts: of `squares`; the first holds all, and each is a column of memory.
+        squares: `(T,)` float32, that the sum of the squares of each row is written to.
 
     Returns:
-        `(T, D)` tokens, `(T, D)` operand, which are the tokens without `small`, and `(T, parts)` float32 `squares`.
+        `(T, D)` tokens, and `(T, D)` operand, which are the tokens without `small`.
     """
     rows, width = tokens.shape
     operand = tokens if small is None else torch.empty_like(tokens, dtype=FLOAT8)
-    squares = tokens.new_zeros(parts, rows, dtype=torch.float32)
     block = triton.next_power_of_2(width)
     _begin[(rows,)](  # pyright: ignore[reportIndexIssue]
         tokens, operand, squares, width, eps, small or 0.0, block, centred, small is not None, num_warps=4
     )
-    return tokens, operand, squares.T
+    return tokens, operand
 
 
 @triton.jit
@@ -172,7 +171,8 @@ def _begin(
         value = tl.where(inside, value - tl.sum(value, 0) / width, 0.0)
         tl.store(tokens + row * width + columns, value.to(tokens.dtype.element_ty), mask=inside)
     total = tl.sum(value * value, 0)
-    tl.store(squares + row, total)
+    if squares is not None:
+        tl.store(squares + row, total)
     if SMALL:
         factor = tl.rsqrt(total / width + eps) * small
         tl.store(operand + row * width + columns, (value * factor).to(tl.float8e4nv), mask=inside)
