@@ -89,14 +89,16 @@ def test_fast_products_are_the_plain_ones(name, rows, kind, angles):
 @pytest.mark.gpu
 @NEEDS_QUACK
 @torch.no_grad()
-@pytest.mark.parametrize("rows", [256, 1000])
-def test_fast_products_in_float8_are_the_plain_ones(rows):
-    block = wide_block(gated=True, biased=False, activation="silu")
+@pytest.mark.parametrize(
+    ("rows", "size", "inner"), [(256, 256, 384), (1000, 256, 384), (4224, 1024, 2816), (16896, 1024, 2816)]
+)
+def test_fast_products_in_float8_are_the_plain_ones(rows, size, inner):
+    block = wide_block(gated=True, biased=False, activation="silu", size=size, inner=inner)
     small = {}
     for part in ("qkv", "up", "down"):
         weight, scale = quantize_rows(getattr(block, part).weight)
         small[part] = Matrix(weight, scale=scale[:, 0])
-    block, tokens = dataclasses.replace(block, **small), draw(rows, 256)
+    block, tokens = dataclasses.replace(block, **small), draw(rows, size)
     expected = steps(PlainProducts(), block, tokens, None)
     found = steps(products_named("quack"), block, tokens, None)
     assert found["fed"].dtype == FLOAT8
@@ -190,10 +192,16 @@ def test_each_pack_of_compiled_layers_in_float32_has_its_own_segments(tmp_path, 
 @pytest.mark.gpu
 @NEEDS_QUACK
 @torch.no_grad()
-@pytest.mark.parametrize(("rows", "size", "inner"), [(16896, 1024, 2816), (4224, 1152, 4304), (1000, 384, 1536)])
-def test_tiles_of_all_widths_are_the_plain_products(rows, size, inner):
-    block = wide_block(gated=False, biased=True, activation="gelu_tanh", size=size, inner=inner, heads=size // 64)
-    tokens = draw(rows, size)
-    expected = steps(PlainProducts(), block, tokens, None)
-    for part, found in steps(products_named("quack"), block, tokens, None).items():
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "size", "inner"), [(16896, 1024, 2816), (4224, 1024, 2816), (4224, 1152, 4304), (1000, 384, 1536)]
+)
+def test_tiles_of_all_widths_are_the_plain_products(rows, size, inner, gated):
+    kind = {"gated": gated, "biased": True, "activation": "silu" if gated else "gelu_tanh"}
+    block, tokens = wide_block(**kind, size=size, inner=inner, heads=size // 64), draw(rows, size)
+    angles = torch.randn(2, rows, 32, device="cuda").repeat_interleave(2, dim=2)
+    turn = Turn(*angles, shared=True) if gated else None
+    expected = steps(PlainProducts(), block, tokens, turn)
+    products = products_named("quack")
+    for part, found in steps(products, block, tokens, turn).items():
         assert relative(found, expected[part]) < 1e-2, part
