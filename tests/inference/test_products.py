@@ -11,7 +11,7 @@ from tiny_encoders import FAMILIES, GRIDS, WIDE, patches_of, relative, tiny
 import nopad
 from nopad.inference.float8 import FLOAT8, quantize_rows
 from nopad.inference.folding import FoldedBlock, Matrix
-from nopad.inference.products import PlainProducts, Stream, Turn
+from nopad.inference.products import PlainProducts, Turn
 from nopad.inference.static import GRAPH_CAPACITY
 from nopad.layout import Segments
 
@@ -118,7 +118,8 @@ def test_gelu_is_that_of_the_error_function():
         eps=0.0,
         up=Matrix(torch.eye(256, device="cuda", dtype=BF16)),
     )
-    stream = Stream(values, values, torch.full((16, 1), 256.0, device="cuda"))  # a root mean square of one
+    squares = torch.full((16, 1), 256.0, device="cuda")  # a root mean square of one
+    stream = quack_products.QuackStream(values, values, squares, both=squares)
     found = quack_products.QuackProducts().up(stream, block)
     torch.testing.assert_close(found.double(), F.gelu(values.double()), rtol=2**-8, atol=1e-3)
     # Over a row it is nearer than the rounding of bfloat16.
