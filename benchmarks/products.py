@@ -2,8 +2,8 @@
 
     python benchmarks/products.py --rows 16896
 
-The tiles in `nopad/inference/quack_products.py` were chosen by these figures. Random numbers, medians; launches one
-after another for a few milliseconds, so that the GPU is cooler than in a long run and everything somewhat faster.
+The tiles in `nopad/inference/quack_products.py` were chosen by these figures. Random numbers; each is recorded 20 times
+in a CUDA graph, graphs run in turn with one of products of 8,192³, and medians are printed.
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nopad.bench.measure import in_turn, meter
 from nopad.bench.workloads import mixed
 from nopad.inference.float8 import FLOAT8
 from nopad.inference.folding import Matrix
 from nopad.inference.quack_epilogues import epilogues
 from nopad.inference.quack_products import Tiles, run
+from nopad.inference.triton_gated import gated
+from nopad.inference.triton_kernels import silu_mul
 from nopad.layers.varlen import available_backends, varlen_attention
 from nopad.layout import Segments
 from nopad.planner import plan
@@ -45,27 +49,62 @@ PARTS = 8
 """That the squares of a row were added up in."""
 
 
+RUNS, TIMES, SIDE = 7, 20, 8192
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=16896, help="tokens of a pack (default: 16896)")
-    parser.add_argument("--only", help="names of products that contain this, and no attention")
+    parser.add_argument("--only", default="", help="names with this in them (default: all, and attention)")
     options = parser.parse_args()
     for name, (epilogue, columns, terms) in PRODUCTS.items():
-        if options.only and options.only not in name:
-            continue
-        sizes = options.rows, columns, terms
-        work = 2 * options.rows * columns * terms / 1e12
-        usable = [tiles for tiles in TILES if takes(epilogue, tiles)]
-        cells = [f"{name_of(tiles)} {work / seconds(product(epilogue, *sizes, tiles)):.0f}" for tiles in usable]
-        print(f"{name}, TFLOP/s: {', '.join(cells)}; cuBLAS alone {work / seconds(cublas(*sizes)):.0f}")
-    for heads, size in () if options.only else ((8, 128), (16, 64), (16, 72)):
-        attention(options.rows, heads, size)
+        if options.only in name:
+            sizes = options.rows, columns, terms
+            usable = [tiles for tiles in TILES if takes(epilogue, tiles)]
+            jobs: dict[str, Callable[[], object]] = {}
+            jobs |= {str_of(tiles): product(epilogue, *sizes, tiles) for tiles in usable}
+            jobs["cuBLAS alone"] = cublas(*sizes)
+            if epilogue == "gated":
+                jobs |= {"cuBLAS and a pass for the gate": two_passes(*sizes), "Triton": triton_gates(*sizes)}
+            tell(name, jobs, 2 * options.rows * columns * terms)
+    if options.only in "attention":
+        for heads, size in ((8, 128), (16, 64), (16, 72)):
+            attention(options.rows, heads, size)
 
 
-def name_of(tiles: Tiles) -> str:
+def str_of(tiles: Tiles) -> str:
     """For the table."""
-    return f"{tiles.columns} wide in clusters of {tiles.cluster[0]} by {tiles.cluster[1]}"
+    return f"{tiles.rows} × {tiles.columns} in clusters of {tiles.cluster[0]} × {tiles.cluster[1]}"
+
+
+def tell(name: str, jobs: dict[str, Callable[[], object]], work: int) -> None:
+    """Time jobs in turn with the ceiling and print a line for each, fastest first."""
+    matrix = draw(SIDE, SIDE)
+    graphs = [recorded(lambda: torch.mm(matrix, matrix), 5), *(recorded(job, TIMES) for job in jobs.values())]
+    times = []
+    for samples in in_turn(meter(matrix.device), [graph.replay for graph in graphs], RUNS):
+        assert isinstance(samples, list)
+        times.append(statistics.median(sample.seconds for sample in samples))
+    ceiling = 5 * 2 * SIDE**3 / times[0]
+    print(f"{name}; ceiling {ceiling / 1e12:.0f} TFLOP/s")
+    for seconds, job in sorted(zip((time / TIMES for time in times[1:]), jobs, strict=True)):
+        rate = work / seconds
+        print(f"  {seconds * 1e6:6.1f} µs, {rate / 1e12:5.0f} TFLOP/s, {rate / ceiling:.3f} of the ceiling: {job}")
+
+
+def recorded(job: Callable[[], object], times: int) -> torch.cuda.CUDAGraph:
+    """So many launches one after another."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # the first compiles
+        job()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            job()
+    return graph
 
 
 def takes(epilogue: str, tiles: Tiles) -> bool:
@@ -121,38 +160,35 @@ def cublas(rows: int, columns: int, terms: int) -> Callable[[], Tensor]:
     return lambda: torch.mm(states, weight.T, out=output)
 
 
+def two_passes(rows: int, columns: int, terms: int) -> Callable[[], Tensor]:
+    """Gates and ups written, read, and multiplied."""
+    states, weight = draw(rows, terms), draw(columns, terms)
+    return lambda: silu_mul(torch.mm(states, weight.T))
+
+
+def triton_gates(rows: int, columns: int, terms: int) -> Callable[[], Tensor]:
+    """Gates and ups in one product, which is for where quack is not."""
+    states, weight = draw(rows, terms), draw(columns, terms)
+    return lambda: gated(states, weight, None)
+
+
 def attention(rows: int, heads: int, size: int) -> None:
-    """Print all kernels' times on a pack of the workload "mixed"."""
+    """All kernels on a pack of the workload "mixed"."""
     workload = mixed(256, seed=0)
     lengths = [workload.lengths[number] for number in plan(workload.lengths, rows)[1]]
     segments = Segments.of([*lengths, *([rows - sum(lengths)] if sum(lengths) < rows else [])], "cuda")
     query, key, value = draw(rows, heads, 3 * size).unflatten(2, (3, size)).unbind(2)
+    kernels = [name for name in available_backends("cuda", BF16, size) if name not in ("sdpa", "eager")]
+    jobs: dict[str, Any] = {
+        name: lambda name=name: varlen_attention(query, key, value, segments, backend=name) for name in kernels
+    }
     work = 4 * heads * size * sum(length**2 for length in segments.lengths)
-    cells = []
-    for backend in available_backends("cuda", BF16, size):
-        if backend not in ("sdpa", "eager"):
-            time = seconds(lambda kernel=backend: varlen_attention(query, key, value, segments, backend=kernel))
-            cells.append(f"{backend} {time * 1e6:.0f} µs, {work / time / 1e12:.0f} TFLOP/s")
-    print(f"attention, {heads} heads of {size}: {'; '.join(cells)}")
+    tell(f"attention, {heads} heads of {size}", jobs, work)
 
 
 def draw(*shape: int) -> Tensor:
     """Normal random numbers."""
     return torch.randn(*shape, device="cuda").to(BF16)
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Of one call, the median of five times twenty."""
-    samples = []
-    for _ in range(6):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(20):
-            work()
-        stop.record()
-        stop.synchronize()
-        samples.append(start.elapsed_time(stop) / 20e3)
-    return statistics.median(samples[1:])  # the first compiles
 
 
 if __name__ == "__main__":
