@@ -1,5 +1,6 @@
 """Fused layers: the plain ones' features, their weights left alone, folded anew when they change."""
 
+import dataclasses
 from importlib import util
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 import nopad
-from nopad.inference import fused
+from nopad.inference import fused, static
 from nopad.inference.float8 import FLOAT8, quantize_rows
 from nopad.inference.folding import FoldedBlock, Matrix
 from nopad.inference.fused import FusedLayers, channel_order, obstacle, products_for, turn_of
@@ -133,6 +134,39 @@ def test_plain_products_are_what_they_are_said_to_be():
     stream = products.added(tokens, Matrix(weight[:2], torch.tensor([1.0, 0.0])), stream, block)
     assert products.end(stream).tolist() == [[4.0, 28.0]]
     torch.testing.assert_close(factor(stream, block), torch.tensor([[400.0]]).rsqrt())
+
+
+def test_pairs_of_gates_and_ups_change_places_together():
+    rows = torch.arange(12.0)  # gate 0, up 0, gate 1, …
+    block = block_of(up=Matrix(rows[:, None], bias=10 * rows, scale=100 * rows)).with_pairs([2, 0, 1])
+    expected = torch.tensor([4.0, 5, 0, 1, 2, 3, 10, 11, 6, 7, 8, 9])
+    assert torch.equal(block.up.weight[:, 0], expected)
+    assert torch.equal(block.up.bias, 10 * expected)
+    assert torch.equal(block.up.scale, 100 * expected)
+
+
+class Mistaken(PlainProducts):
+    """Takes ups for gates."""
+
+    name = "somebody who takes ups for gates"
+
+    def prepared(self, block):
+        return dataclasses.replace(block, up=block.up[torch.arange(len(block.up.weight)).view(-1, 2).flip(1).flatten()])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", [None, "fp8"])
+def test_fused_layers_that_give_something_else_are_not_taken(tmp_path, monkeypatch, caplog, precision):
+    encoder = nopad.load(tiny("aimv2", tmp_path / "wide", **WIDE), precision=precision)
+
+    def makers(encoder):
+        yield from (lambda who=who: FusedLayers(encoder.layers, who()) for who in (Mistaken, PlainProducts))
+
+    monkeypatch.setattr(static, "_makers", makers)
+    encoder.compile(512)
+    assert encoder.execution == "fused by plain torch"
+    (told,) = caplog.messages
+    assert "layers fused by somebody who takes ups for gates give something else" in told
 
 
 def test_what_is_too_large_for_float8_becomes_its_largest():

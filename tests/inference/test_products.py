@@ -51,6 +51,7 @@ def wide_block(*, gated, biased, activation, size=256, inner=384, heads=4):
 
 def steps(products, block, tokens, turn):
     """Every result of a block whose attention is left out."""
+    block = products.prepared(block)
     stream = products.begin(tokens.clone(), block)
     qkv = products.qkv(stream, block, None if turn is None else products.table(turn))
     stream = products.added(qkv[:, :, 0].flatten(1), block.proj, stream, block)

@@ -11,6 +11,8 @@ What is then left of a norm is one number for each row, `1 / rms`, which a produ
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +116,15 @@ class FoldedBlock:
             num_heads=attention.num_heads,
             centred=centred,
         )
+
+    def with_pairs(self, places: Sequence[int]) -> FoldedBlock:
+        """The same with gates and their ups in another order.
+
+        Args:
+            places: which of `len(places)` pairs, of which I is a multiple, comes first, second, …
+        """
+        rows = torch.arange(len(self.up.weight)).view(-1, len(places), 2)
+        return dataclasses.replace(self, up=self.up[rows[:, list(places)].flatten()])
 
     @property
     def matrices(self) -> tuple[Matrix, Matrix, Matrix, Matrix]:

@@ -62,6 +62,10 @@ class Products(Protocol):
 
     name: str
 
+    def prepared(self, block: FoldedBlock) -> FoldedBlock:
+        """A block with its rows in the order that all else here takes them in."""
+        ...
+
     def begin(self, tokens: Tensor, block: FoldedBlock) -> Stream:
         """`(T, D)` tokens before the first block, which may be overwritten."""
         ...
@@ -91,6 +95,10 @@ class PlainProducts:
     """See `Products`: each result is computed in float32 and rounded once."""
 
     name = "plain torch"
+
+    def prepared(self, block: FoldedBlock) -> FoldedBlock:
+        """See `Products`."""
+        return block
 
     def begin(self, tokens: Tensor, block: FoldedBlock) -> Stream:
         """See `Products`."""

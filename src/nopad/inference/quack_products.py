@@ -14,7 +14,7 @@ from nopad.inference import triton_kernels
 from nopad.inference.float8 import FLOAT8
 from nopad.inference.folding import FoldedBlock, Matrix
 from nopad.inference.products import SMALL, Stream, Turn
-from nopad.inference.quack_epilogues import Epilogues, epilogues
+from nopad.inference.quack_epilogues import PLACES, Epilogues, epilogues
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,10 @@ class QuackProducts:
 
     def __init__(self) -> None:
         self.zeros: dict[int, Tensor] = {}  # kept here: a CUDA graph may read them
+
+    def prepared(self, block: FoldedBlock) -> FoldedBlock:
+        """See `Products`: gates and ups lie as `quack_epilogues.GatedStore` expects them."""
+        return block.with_pairs(PLACES) if block.gated else block
 
     def begin(self, tokens: Tensor, block: FoldedBlock) -> Stream:
         """See `Products`."""

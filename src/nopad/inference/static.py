@@ -268,9 +268,12 @@ def _deferred(
 
 @torch.no_grad()
 def warm_up(encoder: PackedEncoder, layers: Layers, capacity: int, slots: int) -> None:
-    """Run all lengths of segments that make a graph of their own."""
+    """Run all lengths of segments that make a graph of their own; what is fused is checked first."""
     rotation = encoder.example_rotation(capacity)
     tokens = torch.randn(capacity, encoder.hidden_size, device=encoder.device).to(encoder.dtype)
-    for length in sorted({longest(1 << power, capacity) for power in range(capacity.bit_length())}):
+    lengths = sorted({longest(1 << power, capacity) for power in range(capacity.bit_length())})
+    if isinstance(layers, fused.FusedLayers):
+        layers.check(tokens, fill_up(Segments.of(lengths[:1], encoder.device), capacity, None), rotation)
+    for length in lengths:
         segments = fill_up(Segments.of([length], encoder.device), capacity, slots)
         layers(tokens, segments, rotation)

@@ -23,6 +23,10 @@ class TorchProducts:
 
     name = "torch"
 
+    def prepared(self, block: FoldedBlock) -> FoldedBlock:
+        """See `Products`."""
+        return block
+
     def begin(self, tokens: Tensor, block: FoldedBlock) -> Stream:
         """See `Products`."""
         if block.centred:
