@@ -21,7 +21,8 @@ from nopad.bench.workloads import mixed
 from nopad.inference.float8 import FLOAT8
 from nopad.inference.folding import Matrix
 from nopad.inference.quack_epilogues import epilogues
-from nopad.inference.quack_products import Tiles, run
+from nopad.inference.quack_products import run
+from nopad.inference.tiles import Tiles
 from nopad.inference.triton_gated import gated
 from nopad.inference.triton_kernels import silu_mul
 from nopad.layers.varlen import available_backends, varlen_attention

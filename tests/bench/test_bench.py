@@ -197,6 +197,17 @@ def test_memory_that_runs_out_is_an_answer_and_other_errors_are_errors(native, m
         fail(RuntimeError("a defect"))
 
 
+def test_a_ceiling_is_found_where_nobody_runs(native, monkeypatch):
+    def refuse(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AIMv2Packing, "trunk", refuse)
+    monkeypatch.setattr(race, "reference_features", lambda encoder, images, numbers: {})
+    report = bench(native, peers=False, compile=False, **OPTIONS)
+    assert {row.not_run for row in report.rows} == {"out of memory", "compiling was not asked for"}
+    assert len(report.workloads[0].ceiling.seconds) == 2
+
+
 def test_without_an_original_its_rows_say_why(tmp_path, goldens):
     report = bench(goldens / "onevision-encoder", compile=False, **OPTIONS)
     rows = by_name(report)
@@ -278,7 +289,7 @@ def test_the_command_prints_a_table_with_every_row(native, monkeypatch, capsys):
     assert len(workloads) == 2
     for number in workloads:
         assert lines[number + 1].startswith("ceiling: matrix products of 64³, 2 a run: ")
-        assert lines[number + 1].endswith(", median of 4 runs, one before each run of a contestant")
+        assert lines[number + 1].endswith(", median of 4 runs, before those of contestants")
     assert sum(line.endswith("compiling was not asked for") for line in lines) == 6
     assert "· mixed: nopad, eager, packs of 2,048" in printed.err
 
@@ -301,7 +312,7 @@ def test_the_command_gives_json_and_nothing_else(native, monkeypatch, capsys):
     assert len(seconds) == 4  # one for each contestant that ran
     about = ceiling.pop("about")
     assert about.startswith("matrix products of 64³, 2 a run: ")
-    assert about.endswith(", median of 4 runs, one before each run of a contestant")
+    assert about.endswith(", median of 4 runs, before those of contestants")
     chosen = {"teraflops": statistics.median(seconds), "least_teraflops": max(seconds), "most_teraflops": min(seconds)}
     rates = {name: pytest.approx(2 * 64**3 * 2 / time / 1e12) for name, time in chosen.items()}
     assert ceiling == {"side": 64, "products": 2, **rates}

@@ -84,7 +84,7 @@ def test_the_ceiling_is_that_of_the_run_in_the_middle():
     # 2 · 1,000³ · 5 operations in 4, 1 and 2 hundredths of a second.
     ceiling = Ceiling(1000, 5, (0.04, 0.01, 0.02))
     assert (ceiling.least_teraflops, ceiling.teraflops, ceiling.most_teraflops) == (0.25, 0.5, 1.0)
-    found = "0.5 TFLOP/s (0.25 … 1), median of 3 runs, one before each run of a contestant"
+    found = "0.5 TFLOP/s (0.25 … 1), median of 3 runs, before those of contestants"
     assert ceiling.describe() == f"matrix products of 1,000³, 5 a run: {found}"
 
 

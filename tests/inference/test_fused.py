@@ -184,8 +184,10 @@ def test_rows_in_float8_are_scaled_by_what_the_row_before_was():
     states = 5 * torch.randn(3, 16)
     second = products.added(states, Matrix(torch.eye(16)), first, block)
     torch.testing.assert_close(second.tokens, tokens + states)
-    rms = tokens.square().mean(dim=1, keepdim=True).sqrt()
-    for stream in (first, second):  # the first rows are scaled by themselves, the second by the first
+    third = products.added(7 * torch.randn(3, 16), Matrix(torch.eye(16)), second, block)
+    # The first rows are scaled by themselves, all others by those before them.
+    for stream, scaled_by in ((first, first), (second, first), (third, second)):
+        rms = scaled_by.tokens.square().mean(dim=1, keepdim=True).sqrt()
         assert stream.operand.dtype == FLOAT8
         torch.testing.assert_close(stream.operand.float(), stream.tokens * (SMALL / rms), rtol=0.07, atol=0.002)
         # Whatever they were scaled with, the factor makes them rows of a root mean square of one.

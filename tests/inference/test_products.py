@@ -129,6 +129,18 @@ def test_gelu_is_that_of_the_error_function():
 
 
 @pytest.mark.gpu
+@NEEDS_QUACK
+def test_activations_have_kernels_of_their_own_where_the_package_is_installed(monkeypatch):
+    from quack.gemm_runtime import identity
+
+    from nopad.inference.quack_epilogues import Epilogues
+
+    monkeypatch.setattr(identity, "_is_extern_function", lambda function: True)  # which are told by their names alone
+    found = Epilogues(256, 1e-5, (1, 1)).activated
+    assert len({epilogue.semantic_digest for epilogue in found.values()}) == len(found) == 3
+
+
+@pytest.mark.gpu
 @NEEDS_GPU
 @torch.no_grad()
 def test_triton_kernels_are_the_plain_forms():

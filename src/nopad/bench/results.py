@@ -104,7 +104,7 @@ class Ceiling:
     def describe(self) -> str:
         """What it is, what was found, and how, in one line."""
         found = f"{self.teraflops:.4g} TFLOP/s ({self.least_teraflops:.4g} … {self.most_teraflops:.4g})"
-        how = f"median of {len(self.seconds)} runs, one before each run of a contestant"
+        how = f"median of {len(self.seconds)} runs, before those of contestants"
         return f"matrix products of {self.side:,}³, {self.products} a run: {found}, {how}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Facts:
         sizes: how many of them differ.
         tokens: patches of all images together.
         longest: patches of the largest image.
-        ceiling: measured in turn with this workload's contestants.
+        ceiling: measured before each run of this workload's contestants.
     """
 
     name: str

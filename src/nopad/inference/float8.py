@@ -22,6 +22,8 @@ LARGEST = torch.finfo(FLOAT8).max
 SMALLEST_AMAX = 1e-12
 ALIGNMENT = 16
 SCALES = 16
+BLOCK = 64
+"""Rows of a weight that a CPU tries at a time, which stay in its cache."""
 INTEGERS = {FLOAT8: torch.uint8, torch.float32: torch.int32}
 
 
@@ -46,17 +48,27 @@ def round_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     values fall is worth trying. Of 16 scales up to twice the smallest, the best leaves a tenth less of the error for
     rows of normal values.
     """
+    together = max(len(weight), 1) if weight.is_cuda else BLOCK
+    parts = [_round_rows(rows) for rows in weight.split(together)]
+    values = torch.cat([values.view(torch.uint8) for values, _ in parts])
+    return values.view(FLOAT8), torch.cat([scale for _, scale in parts])
+
+
+def _round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     weight = weight.float()
-    best, scale = quantize_rows(weight)
-    least = (best.float() * scale - weight).square().sum(dim=1, keepdim=True)
-    smallest, number = scale, best.view(torch.uint8)
+    rounded, smallest = quantize_rows(weight)
+    best, scale, least = rounded.view(torch.uint8), smallest, _loss(rounded, smallest, weight)
     for step in range(1, SCALES):
         tried = smallest * 2 ** (step / SCALES)
         rounded = (weight / tried).to(FLOAT8)
-        loss = (rounded.float() * tried - weight).square().sum(dim=1, keepdim=True)
-        number = torch.where(loss < least, rounded.view(torch.uint8), number)
+        loss = _loss(rounded, tried, weight)
+        best = torch.where(loss < least, rounded.view(torch.uint8), best)
         scale, least = torch.where(loss < least, tried, scale), torch.minimum(loss, least)
-    return number.view(FLOAT8), scale
+    return best.view(FLOAT8), scale
+
+
+def _loss(rounded: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    return (rounded.float() * scale - weight).square().sum(dim=1, keepdim=True)
 
 
 def product(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,8 @@
 
 `nopad.inference.folding` turns a block into four matrices; who multiplies decides how much rides along:
 `QuackProducts` (Hopper, `pip install 'nopad[hopper]'`) do everything else in the products themselves, `TorchProducts`
-(any GPU that Triton knows) need a pass for each norm and activation. `PlainProducts` are what both are tested against.
+(any GPU that Triton knows) need a pass for each norm and activation, on Hopper none for gates. `PlainProducts` are what
+both are tested against.
 """
 
 from __future__ import annotations

@@ -15,74 +15,13 @@ from nopad.inference.float8 import FLOAT8
 from nopad.inference.folding import FoldedBlock, Matrix
 from nopad.inference.products import SMALL, Stream, Turn
 from nopad.inference.quack_epilogues import PLACES, Epilogues, epilogues
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How a product is cut.
-
-    Attributes:
-        rows, columns: of a tile.
-        speed: of such tiles, relative to others, as measured on an H100 (docs/performance.md).
-        pingpong: two tiles in turn, the one multiplied while the other is written.
-        cluster: tiles above and beside each other that share what they read.
-    """
-
-    rows: int
-    columns: int
-    speed: float = 1.0
-    pingpong: bool = True
-    cluster: tuple[int, int] = (2, 1)
-
-
-BESIDE = (1, 2)
-HEADS = (Tiles(128, 192), Tiles(128, 192, 0.97, cluster=BESIDE))
-"""For heads that are turned: 192 columns hold three times one of 64."""
-WIDE = (*HEADS, Tiles(128, 160, 0.975, cluster=BESIDE), Tiles(128, 128, 0.945, cluster=BESIDE))
-SHORT = (
-    Tiles(128, 128),
-    Tiles(128, 128, 0.99, cluster=BESIDE),
-    Tiles(128, 160, 0.985),
-    Tiles(128, 192, 0.97),
-    Tiles(128, 208, 0.92),
-)
-"""For a residual sum of a product of few terms, which is written as long as it is multiplied."""
-DEEP = (
-    Tiles(128, 128, cluster=BESIDE),
-    Tiles(128, 128, 0.98),
-    Tiles(128, 208),
-    Tiles(128, 160, 0.98),
-    Tiles(128, 192, 0.955),
-)
-FLOAT8_DEEP = (
-    Tiles(128, 128),
-    Tiles(128, 128, 0.988, cluster=BESIDE),
-    Tiles(128, 160, 1.03),
-    Tiles(128, 192),
-    Tiles(128, 208, 0.925),
-)
-
-
-def best(candidates: tuple[Tiles, ...], rows: int, columns: int, processors: int) -> Tiles:
-    """The tiles that take least time: as many rounds of a tile for each processor as it takes, by a tile's area.
-
-    Clusters are whole: an odd number of tiles has an idle one beside it.
-    """
-
-    def cost(tiles: Tiles) -> float:
-        above, beside = tiles.cluster
-        clusters = math.ceil(rows / (tiles.rows * above)) * math.ceil(columns / (tiles.columns * beside))
-        rounds = math.ceil(clusters / (processors // (above * beside)))
-        return rounds * tiles.rows * tiles.columns / tiles.speed
-
-    return min(candidates, key=cost)
+from nopad.inference.tiles import HEADS, WIDE, Tiles, behind, best
 
 
 def tiles_of(matrix: Matrix, rows: int, device: torch.device) -> Tiles:
     """The tiles of a product that adds to the residual stream."""
     columns, terms = matrix.weight.shape
-    candidates = FLOAT8_DEEP if matrix.scale is not None else DEEP if terms > columns else SHORT
-    return best(candidates, rows, columns, processors(device))
+    return best(behind(columns, terms, float8=matrix.scale is not None), rows, columns, processors(device))
 
 
 @dataclass(frozen=True)
@@ -181,6 +120,7 @@ class QuackProducts:
         else:
             plain = epilogue.added if matrix.bias is None else epilogue.added_biased
             added = plain if before is None else epilogue.added_small
+        assert matrix is block.proj or matrix is block.down
         squares = stream.both[:, : parts[0]] if matrix is block.proj else stream.both[:, parts[0] :]
         tiles = (tiles_of(matrix, len(tokens), tokens.device),)
         run(added, states, matrix, tokens, {**operands, "squares": squares}, tiles, stream.tokens)
@@ -241,7 +181,7 @@ def run(
         tile_N=tiles.columns,
         cluster_M=tiles.cluster[0],
         cluster_N=tiles.cluster[1],
-        pingpong=tiles.pingpong,
+        pingpong=True,  # two tiles in turn, the one multiplied while the other is written
         post_init_attrs=settings,
     )
 

@@ -1,15 +1,14 @@
-"""The products of a folded block with what torch brings: cuBLAS, and Triton for what stands between."""
+"""The products of a folded block with what torch brings: cuBLAS, and Triton for gates and what stands between."""
 
 from __future__ import annotations
 
-from importlib import util
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nopad.inference import triton_kernels
+from nopad.inference import triton_gated, triton_kernels
 from nopad.inference.folding import FoldedBlock, Matrix
 from nopad.inference.products import ACTIVATIONS, Stream, Turn
 
@@ -51,9 +50,7 @@ class TorchProducts:
             bias = matrix.bias.to(matrix.weight.dtype)
             product: Any = torch._addmm_activation  # pyright: ignore[reportPrivateImportUsage]
             return product(bias, stream.operand, matrix.weight.T, use_gelu=True)
-        if block.gated and gated_product(block, stream.operand.device):
-            from nopad.inference import triton_gated
-
+        if triton_gated.takes(block, stream.operand.device):
             return triton_gated.gated(stream.operand, matrix.weight, matrix.bias)
         states = linear(stream.operand, matrix)
         return triton_kernels.silu_mul(states) if block.gated else ACTIVATIONS[block.activation](states)
@@ -72,15 +69,6 @@ class TorchProducts:
     def _normed(self, tokens: Tensor, pending: Tensor | None, block: FoldedBlock) -> Stream:
         normed = triton_kernels.rms_norm(tokens, pending, block.eps)
         return Stream(tokens, normed, pending=pending)
-
-
-def gated_product(block: FoldedBlock, device: torch.device) -> bool:
-    """Whether gates ride along in their product."""
-    if util.find_spec("triton.tools.tensor_descriptor") is None:  # before Triton 3.4
-        return False
-    from nopad.inference import triton_gated
-
-    return triton_gated.takes(block, device)
 
 
 def linear(states: Tensor, matrix: Matrix) -> Tensor:

@@ -59,7 +59,7 @@ def _setting(report: BenchReport) -> str:
         f"Patches on the device to normed tokens, the whole workload a run: medians of {report.runs} runs, one of each "
         f"contestant in turn. All have the same weights and images; the pixels are random. FLOPs are 2 · parameters of "
         f"the blocks · tokens + 4 · layers · width · Σ length². The ceiling of a workload is a plain product of random "
-        f"matrices in {report.dtype}, timed in turn with its contestants; shares are of its median. Peak memory is "
+        f"matrices in {report.dtype}, timed before each run of a contestant; shares are of its median. Peak memory is "
         f"weights, inputs and the most allocated on top. Features agree where every token of the checked images is "
         f"that of the image packed alone."
     )

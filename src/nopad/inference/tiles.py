@@ -1,0 +1,75 @@
+"""How products are cut into tiles on a Hopper GPU, for quack."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product is cut.
+
+    Attributes:
+        rows, columns: of a tile.
+        speed: of such tiles, relative to others, as measured on an H100 (docs/performance.md).
+        cluster: tiles above and beside each other that share what they read.
+    """
+
+    rows: int
+    columns: int
+    speed: float = 1.0
+    cluster: tuple[int, int] = (2, 1)
+
+
+BESIDE = (1, 2)
+HEADS = (Tiles(128, 192), Tiles(128, 192, 0.97, cluster=BESIDE))
+"""For heads that are turned: 192 columns hold three times one of 64."""
+WIDE = (*HEADS, Tiles(128, 160, 0.975, cluster=BESIDE), Tiles(128, 128, 0.945, cluster=BESIDE))
+SHORT = (
+    Tiles(128, 128),
+    Tiles(128, 128, 0.99, cluster=BESIDE),
+    Tiles(128, 160, 0.985),
+    Tiles(128, 192, 0.97),
+    Tiles(128, 208, 0.92),
+)
+"""For a residual sum of a product of few terms, which is written as long as it is multiplied."""
+DEEP = (
+    Tiles(128, 128, cluster=BESIDE),
+    Tiles(128, 128, 0.98),
+    Tiles(128, 208),
+    Tiles(128, 160, 0.98),
+    Tiles(128, 192, 0.955),
+)
+FLOAT8_DEEP = (
+    Tiles(128, 128),
+    Tiles(128, 128, 0.988, cluster=BESIDE),
+    Tiles(128, 160, 1.03),
+    Tiles(128, 192),
+    Tiles(128, 208, 0.925),
+)
+
+
+def best(candidates: tuple[Tiles, ...], rows: int, columns: int, processors: int) -> Tiles:
+    """The tiles that take least time: as many rounds of a tile for each processor as it takes, by a tile's area.
+
+    Clusters are whole: an odd number of tiles has an idle one beside it.
+
+    Args:
+        candidates: of equals, the first is taken.
+        rows, columns: of the product.
+        processors: multiprocessors of the GPU.
+    """
+
+    def cost(tiles: Tiles) -> float:
+        above, beside = tiles.cluster
+        clusters = math.ceil(rows / (tiles.rows * above)) * math.ceil(columns / (tiles.columns * beside))
+        rounds = math.ceil(clusters / (processors // (above * beside)))
+        return rounds * tiles.rows * tiles.columns / tiles.speed
+
+    return min(candidates, key=cost)
+
+
+def behind(columns: int, terms: int, *, float8: bool) -> tuple[Tiles, ...]:
+    """Candidates for a product that adds to the residual stream."""
+    return FLOAT8_DEEP if float8 else DEEP if terms > columns else SHORT

@@ -1,0 +1,42 @@
+"""Which tiles are taken, and that an idle half of a cluster counts."""
+
+import pytest
+
+from nopad.inference.tiles import DEEP, FLOAT8_DEEP, HEADS, SHORT, WIDE, Tiles, behind, best
+
+PROCESSORS = 132  # of an H100
+
+
+def test_rounds_of_whole_clusters_are_counted():
+    above, beside = Tiles(128, 128), Tiles(128, 128, 0.6, cluster=(1, 2))
+    # 33 rows of 8 tiles: 17 by 8 clusters, of which 66 run at a time, take three rounds, 33 by 4 take two.
+    assert best((above, beside), 33 * 128, 8 * 128, PROCESSORS) is above
+    assert best((above, Tiles(128, 128, 0.7, cluster=(1, 2))), 33 * 128, 8 * 128, PROCESSORS).cluster == (1, 2)
+    assert best((beside, above), 34 * 128, 8 * 128, PROCESSORS) is above
+    assert best((above, Tiles(128, 128)), 256, 128, PROCESSORS) is above
+
+
+@pytest.mark.parametrize(
+    ("candidates", "rows", "columns", "expected"),
+    [
+        (HEADS, 16896, 3072, (192, (2, 1))),
+        (HEADS, 4224, 3072, (192, (1, 2))),
+        (WIDE, 16896, 5632, (192, (2, 1))),
+        (WIDE, 4224, 5632, (160, (1, 2))),
+        (SHORT, 16896, 1024, (128, (2, 1))),
+        (SHORT, 4224, 1024, (128, (1, 2))),
+        (DEEP, 16896, 1024, (128, (1, 2))),
+        (DEEP, 4224, 1024, (128, (1, 2))),
+        (FLOAT8_DEEP, 16896, 1024, (128, (2, 1))),
+        (FLOAT8_DEEP, 4224, 1024, (128, (1, 2))),
+    ],
+)
+def test_what_was_fastest_on_an_h100_is_taken(candidates, rows, columns, expected):
+    tiles = best(candidates, rows, columns, PROCESSORS)
+    assert (tiles.columns, tiles.cluster) == expected
+
+
+def test_few_terms_many_terms_and_float8_have_candidates_of_their_own():
+    assert behind(1024, 1024, float8=False) is SHORT
+    assert behind(1024, 2816, float8=False) is DEEP
+    assert behind(1024, 2816, float8=True) is FLOAT8_DEEP
