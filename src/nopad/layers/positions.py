@@ -92,7 +92,8 @@ def tables_of_grids(
     start, area = facts.reshape(-1, 2).to(layout.device, non_blocking=True)[layout.image_index].unbind(1)
     tables = [table_of(grid) for grid in grids]
     if not torch.is_grad_enabled():  # with them, those of a table's rows would be added up in half precision
-        tables = [table.to(dtype) for table in tables]
+        # Rows one after another, which those of a resized image are not: put together, they are read once more.
+        tables = [table.to(dtype, memory_format=torch.contiguous_format) for table in tables]
     return torch.cat(tables)[start + layout.index_in_image % area]
 
 
