@@ -507,6 +507,17 @@ def test_kernel_is_eager(backend, head_dim, backward, lengths, key_lengths, scal
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_the_triton_kernel_takes_scales_that_are_not_positive(scale):
+    kernel_or_skip("triton_varlen", 64, False)
+    pack = segments(200, 33, 1, device=CUDA)
+    tensors = inputs(234, heads=2, head_dim=64, device=CUDA, dtype=torch.bfloat16)
+    mixed = varlen_attention(*tensors, pack, scale=scale, backend="triton_varlen")
+    expected = varlen_attention(*(tensor.float() for tensor in tensors), pack, scale=scale, backend="eager")
+    torch.testing.assert_close(mixed.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", FLASH)
 def test_kernel_reads_nothing_from_the_device(backend):
     kernel_or_skip(backend, 64, False)

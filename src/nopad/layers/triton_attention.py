@@ -35,7 +35,7 @@ def attend(
         key, value: `(Tk, H, K)`.
         query_offsets, key_offsets: `(S + 1,)` int32.
         longest: queries of the longest segment, or more.
-        scale: factor on the scores.
+        scale: factor on the scores, not negative.
 
     Returns:
         `(Tq, H, K)`.
@@ -106,9 +106,9 @@ def _attend(
         mixed = tl.zeros((BLOCK, SIZE), tl.float32)
         whole = keys // BLOCK * BLOCK
         for _ in range(0, whole, BLOCK):
-            scores = tl.dot(asked, tl.load(key_at)) * scale
-            new = tl.maximum(top, tl.max(scores, 1))
-            weights, shrink = tl.exp2(scores - new[:, None]), tl.exp2(top - new)
+            scores = tl.dot(asked, tl.load(key_at))
+            new = tl.maximum(top, tl.max(scores, 1) * scale)
+            weights, shrink = tl.exp2(scores * scale - new[:, None]), tl.exp2(top - new)  # one instruction before exp2
             total = total * shrink + tl.sum(weights, 1)
             mixed = tl.dot(weights.to(asked.dtype), tl.load(value_at), mixed * shrink[:, None])
             top = new

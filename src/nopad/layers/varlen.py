@@ -172,6 +172,7 @@ def _triton_varlen(query, key, value, segments, scale, dropout_p):
     from nopad.layers.triton_attention import attend
 
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query, scale = (query, scale) if scale >= 0 else (-query, -scale)
     return attend(query, key, value, segments[0].cu_seqlens, segments[1].cu_seqlens, segments[0].max_seqlen, scale)
 
 
