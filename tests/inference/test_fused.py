@@ -154,19 +154,45 @@ class Mistaken(PlainProducts):
         return dataclasses.replace(block, up=block.up[torch.arange(len(block.up.weight)).view(-1, 2).flip(1).flatten()])
 
 
+class Undefined(PlainProducts):
+    """Gives NaN."""
+
+    name = "somebody who gives NaN"
+
+    def end(self, stream):
+        return stream.tokens * float("nan")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("precision", [None, "fp8"])
-def test_fused_layers_that_give_something_else_are_not_taken(tmp_path, monkeypatch, caplog, precision):
+@pytest.mark.parametrize("wrong", [Mistaken, Undefined])
+def test_fused_layers_that_give_something_else_are_not_taken(tmp_path, monkeypatch, caplog, precision, wrong):
     encoder = nopad.load(tiny("aimv2", tmp_path / "wide", **WIDE), precision=precision)
 
     def makers(encoder):
-        yield from (lambda who=who: FusedLayers(encoder.layers, who()) for who in (Mistaken, PlainProducts))
+        yield from (lambda who=who: FusedLayers(encoder.layers, who()) for who in (wrong, PlainProducts))
 
     monkeypatch.setattr(static, "_makers", makers)
     encoder.compile(512)
     assert encoder.execution == "fused by plain torch"
     (told,) = caplog.messages
-    assert "layers fused by somebody who takes ups for gates give something else" in told
+    assert f"layers fused by {wrong.name} give something else than the layers as they are" in told
+
+
+@torch.no_grad()
+def test_the_check_sees_no_difference_where_there_is_none(folder, monkeypatch):
+    monkeypatch.setattr(fused, "FAR", 1e-3)
+    encoder = nopad.load(folder)
+    rotation = encoder.example_rotation(30)
+    tokens, segments = tokens_of(encoder, 17, 13)
+    FusedLayers(encoder.layers, PlainProducts(), rotation).check(tokens, segments, rotation)
+
+
+@torch.no_grad()
+def test_layers_that_are_not_finite_themselves_say_nothing_of_fused_ones(encoder, plain_products):
+    encoder.layers[0].attention.proj.weight[0, 0] = float("inf")
+    encoder.compile(CAPACITY, SLOTS)
+    assert encoder.execution == "fused by plain torch"
 
 
 def test_what_is_too_large_for_float8_becomes_its_largest():

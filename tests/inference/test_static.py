@@ -10,6 +10,7 @@ from siglip2_checkpoints import folder_of, naflex
 from tiny_encoders import GRIDS, company_changes_no_bit, patches_of
 
 import nopad
+from nopad.inference import static
 from nopad.inference.static import longest, recordable
 from nopad.layout import Segments
 
@@ -52,6 +53,16 @@ def test_every_product_sees_the_same_rows(encoder, monkeypatch):
         shapes.append(tuple(seen))
     assert len(set(shapes)) == 1
     assert set(seen) <= {CAPACITY, CAPACITY + SLOTS + 1, SLOTS + 1, SLOTS, 1}
+
+
+@torch.no_grad()
+def test_what_stands_around_the_layers_is_warm_before_the_first_pack(encoder, monkeypatch):
+    seen = []
+    for name in ("fill_up_rows", "spoil"):
+        right = getattr(static, name)
+        monkeypatch.setattr(static, name, lambda *args, name=name, right=right: seen.append(name) or right(*args))
+    encoder.compile(CAPACITY, SLOTS)
+    assert seen == ["fill_up_rows", "spoil"]
 
 
 @torch.no_grad()

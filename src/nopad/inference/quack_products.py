@@ -18,10 +18,10 @@ from nopad.inference.quack_epilogues import PLACES, Epilogues, epilogues
 from nopad.inference.tiles import HEADS, WIDE, Tiles, behind, best
 
 
-def tiles_of(matrix: Matrix, rows: int, device: torch.device) -> Tiles:
-    """The tiles of a product that adds to the residual stream."""
+def candidates_of(matrix: Matrix) -> tuple[Tiles, ...]:
+    """Tiles that a product that adds to the residual stream may have."""
     columns, terms = matrix.weight.shape
-    return best(behind(columns, terms, float8=matrix.scale is not None), rows, columns, processors(device))
+    return behind(columns, terms, float8=matrix.scale is not None)
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,14 @@ class QuackProducts:
         """See `Products`."""
         small = SMALL if block.up.weight.dtype == FLOAT8 else None
         attention, mlp = self._parts(block, tokens)
-        both = tokens.new_zeros(attention + mlp, len(tokens), dtype=torch.float32)
-        tokens, operand = triton_kernels.begin(tokens, block.eps, block.centred, small, both[attention])
-        both[0] = both[attention]  # in float8 the first rows are scaled by themselves
-        both = both.T
-        return QuackStream(
-            tokens, operand, both[:, attention:], None if small is None else both[:, :attention], None, both
-        )
+        # In as many parts as later rows, all but the first of them zeros: the same kernels take them.
+        both = tokens.new_zeros(attention + mlp, len(tokens), dtype=torch.float32).T
+        squares, before = both[:, attention:], None
+        operand = triton_kernels.begin(tokens, block.eps, block.centred, small, squares[:, 0])
+        if small is not None:  # the first rows are scaled by themselves
+            before = both[:, :attention]
+            before[:, 0] = squares[:, 0]
+        return QuackStream(tokens, operand, squares, before, both=both)
 
     def table(self, turn: Turn) -> object:
         """Cosine and sine in turn of query, key and value of a head, `(T, 3 · K)`; values are not turned.
@@ -122,9 +123,8 @@ class QuackProducts:
             added = plain if before is None else epilogue.added_small
         assert matrix is block.proj or matrix is block.down
         squares = stream.both[:, : parts[0]] if matrix is block.proj else stream.both[:, parts[0] :]
-        tiles = (tiles_of(matrix, len(tokens), tokens.device),)
-        run(added, states, matrix, tokens, {**operands, "squares": squares}, tiles, stream.tokens)
-        return QuackStream(tokens, operand, squares, before, None, stream.both)
+        run(added, states, matrix, tokens, {**operands, "squares": squares}, candidates_of(matrix), stream.tokens)
+        return QuackStream(tokens, operand, squares, before, both=stream.both)
 
     def end(self, stream: Stream) -> Tensor:
         """See `Products`."""
@@ -132,8 +132,8 @@ class QuackProducts:
 
     def _parts(self, block: FoldedBlock, tokens: Tensor) -> tuple[int, int]:
         """Parts that squares are added up in behind attention and behind the MLP: tiles of the product side by side."""
-        rows, columns = tokens.shape
-        tiles = (tiles_of(matrix, rows, tokens.device) for matrix in (block.proj, block.down))
+        (rows, columns), number = tokens.shape, processors(tokens.device)
+        tiles = (best(candidates_of(matrix), rows, columns, number) for matrix in (block.proj, block.down))
         attention, mlp = (math.ceil(columns / each.columns) for each in tiles)
         return attention, mlp
 

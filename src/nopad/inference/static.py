@@ -268,9 +268,11 @@ def _deferred(
 
 @torch.no_grad()
 def warm_up(encoder: PackedEncoder, layers: Layers, capacity: int, slots: int) -> None:
-    """Run all lengths of segments that make a graph of their own; what is fused is checked first."""
+    """Run all lengths of segments that make a graph of their own, and what stands around layers; check fused ones."""
     rotation = encoder.example_rotation(capacity)
     tokens = torch.randn(capacity, encoder.hidden_size, device=encoder.device).to(encoder.dtype)
+    tokens, finite = fill_up_rows(tokens, capacity)
+    spoil(tokens, finite, Segments.of([capacity], encoder.device))
     lengths = sorted({longest(1 << power, capacity) for power in range(capacity.bit_length())})
     if isinstance(layers, fused.FusedLayers) and not Watch(encoder.layers).rebuilt():  # nobody's hook sees it
         layers.check(tokens, fill_up(Segments.of(lengths[:1], encoder.device), capacity, None), rotation)

@@ -135,9 +135,7 @@ def _turn(qkv, cos, sin, heads, size, PARTS: tl.constexpr, PAIRS: tl.constexpr):
     tl.store(qkv + place, tl.reshape(turned, (PARTS, 2 * PAIRS)).to(qkv.dtype.element_ty), mask=inside)
 
 
-def begin(
-    tokens: Tensor, eps: float, centred: bool, small: float | None, squares: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def begin(tokens: Tensor, eps: float, centred: bool, small: float | None, squares: Tensor | None) -> Tensor:
     """Tokens as the first block of a `Stream` takes them.
 
     Args:
@@ -148,7 +146,7 @@ def begin(
         squares: `(T,)` float32, that the sum of the squares of each row is written to.
 
     Returns:
-        `(T, D)` tokens, and `(T, D)` operand, which are the tokens without `small`.
+        `(T, D)` operand, which are the tokens themselves without `small`.
     """
     rows, width = tokens.shape
     operand = tokens if small is None else torch.empty_like(tokens, dtype=FLOAT8)
@@ -156,7 +154,7 @@ def begin(
     _begin[(rows,)](  # pyright: ignore[reportIndexIssue]
         tokens, operand, squares, width, eps, small or 0.0, block, centred, small is not None, num_warps=4
     )
-    return tokens, operand
+    return operand
 
 
 @triton.jit
@@ -187,7 +185,7 @@ def fill_up(tokens: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
     return room, finite
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _fill_up(tokens, output, finite, rows, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -218,7 +216,7 @@ def spoil(tokens: Tensor, finite: Tensor, offsets: Tensor, longest: int) -> Tens
     return output
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _spoil(tokens, finite, offsets, output, width, blocks, TOGETHER: tl.constexpr, BLOCK: tl.constexpr):
     segment, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     first, end = tl.load(offsets + segment), tl.load(offsets + segment + 1)
