@@ -21,6 +21,7 @@ from nopad.bench.workloads import mixed
 from nopad.inference.float8 import FLOAT8
 from nopad.inference.folding import Matrix
 from nopad.inference.quack_epilogues import epilogues
+from nopad.inference.quack_operands import laid
 from nopad.inference.quack_products import run
 from nopad.inference.tiles import Tiles
 from nopad.inference.triton_gated import gated
@@ -36,6 +37,7 @@ PRODUCTS = {
     "qkv": ("normed", 3072, 1024),
     "qkv with biases": ("normed_biased", 3072, 1024),
     "qkv turned": ("turned", 3072, 1024),
+    "qkv turned by two angles a pair": ("turned_apart", 3072, 1024),
     "gate and up": ("gated", 5632, 1024),
     "up, GELU": ("gelu", 4096, 1024),
     "up, GELU by tanh": ("gelu_tanh", 4096, 1024),
@@ -47,6 +49,8 @@ PRODUCTS = {
     "down in float8": ("added_small_float8", 1024, 2816),
 }
 """Epilogue, columns and terms of a product."""
+HEAD = 64
+"""Size of heads that are turned."""
 PARTS = 8
 """That the squares of a row were added up in."""
 
@@ -58,10 +62,10 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=16896, help="tokens of a pack (default: 16896)")
-    parser.add_argument("--only", default="", help="names with this in them (default: all, and attention)")
+    parser.add_argument("--only", default="", help="names that begin so (default: all, and attention)")
     options = parser.parse_args()
     for name, (epilogue, columns, terms) in PRODUCTS.items():
-        if options.only in name:
+        if name.startswith(options.only):
             sizes = options.rows, columns, terms
             usable = [tiles for tiles in TILES if takes(epilogue, tiles)]
             jobs: dict[str, Callable[[], object]] = {}
@@ -70,7 +74,7 @@ def main() -> None:
             if epilogue == "gated":
                 jobs |= {"cuBLAS and a pass for the gate": two_passes(*sizes), "Triton": triton_gates(*sizes)}
             tell(name, jobs, 2 * options.rows * columns * terms)
-    if options.only in "attention":
+    if "attention".startswith(options.only):
         for heads, size in ((8, 128), (16, 64), (16, 72)):
             attention(options.rows, heads, size)
 
@@ -110,10 +114,8 @@ def recorded(job: Callable[[], object], times: int) -> torch.cuda.CUDAGraph:
 
 
 def takes(epilogue: str, tiles: Tiles) -> bool:
-    """Whether quack can write such tiles: whole heads of a table of 192 columns, pairs of columns by the 32."""
-    if epilogue == "turned":
-        return tiles.columns == 192
-    return not epilogue.startswith("gated") or tiles.columns % 32 == 0
+    """Whether quack can write such tiles: pairs of columns by the 32."""
+    return not epilogue.startswith(("gated", "turned")) or tiles.columns % 32 == 0
 
 
 def product(epilogue: str, rows: int, columns: int, terms: int, tiles: Tiles) -> Callable[[], None]:
@@ -126,6 +128,7 @@ def product(epilogue: str, rows: int, columns: int, terms: int, tiles: Tiles) ->
         "normed": ["rstd"],
         "normed_biased": ["rstd", "bias"],
         "turned": ["rstd", "bias"],
+        "turned_apart": ["rstd", "bias"],
         "gated": ["rstd"],
         "gelu": ["rstd", "bias"],
         "gelu_tanh": ["rstd", "bias"],
@@ -138,8 +141,10 @@ def product(epilogue: str, rows: int, columns: int, terms: int, tiles: Tiles) ->
     shapes = {"scale": (columns,), "bias": (columns,)}
     operands = {name: torch.rand(shapes.get(name, (PARTS, rows)), device="cuda") for name in wanted}
     operands |= {name: operand.T for name, operand in operands.items() if operand.ndim == 2}
-    if epilogue == "turned":
-        operands["table"] = torch.randn(rows, 192, device="cuda").half()
+    if epilogue.startswith("turned"):
+        operands["table"] = operands["other"] = laid(*torch.randn(2, rows, HEAD // 2, device="cuda"))
+        if epilogue == "turned":
+            del operands["other"]
     if epilogue.startswith("gated"):
         operands["out"], output = draw(rows, columns // 2).to(states.dtype), None
     if residual is not None:

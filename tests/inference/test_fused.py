@@ -204,7 +204,7 @@ def test_what_is_too_large_for_float8_becomes_its_largest():
 @torch.no_grad()
 def test_rows_in_float8_are_scaled_by_what_the_row_before_was():
     weight, scale = quantize_rows(torch.randn(4, 16))
-    block = block_of(up=Matrix(weight, scale=scale[:, 0]))
+    block = block_of(down=Matrix(weight, scale=scale[:, 0]))
     products, tokens = PlainProducts(), torch.randn(3, 16)
     first = products.begin(tokens, block)
     states = 5 * torch.randn(3, 16)
@@ -219,6 +219,11 @@ def test_rows_in_float8_are_scaled_by_what_the_row_before_was():
         # Whatever they were scaled with, the factor makes them rows of a root mean square of one.
         normed = F.rms_norm(stream.tokens, (16,))
         torch.testing.assert_close(stream.operand.float() * factor(stream, block), normed, rtol=0.07, atol=0.02)
+        # A matrix that is not float8 reads the tokens, one that is the small rows.
+        read = stream.read_by(Matrix(torch.eye(16)))
+        assert read.operand is stream.tokens
+        torch.testing.assert_close(read.operand * factor(read, block), normed)
+        assert stream.read_by(block.down) is stream
 
 
 @torch.no_grad()

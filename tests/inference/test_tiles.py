@@ -2,7 +2,7 @@
 
 import pytest
 
-from nopad.inference.tiles import DEEP, FLOAT8_DEEP, HEADS, SHORT, WIDE, Tiles, behind, best
+from nopad.inference.tiles import DEEP, FLOAT8_DEEP, SHORT, WIDE, Tiles, behind, best
 
 PROCESSORS = 132  # of an H100
 
@@ -19,8 +19,8 @@ def test_rounds_of_whole_clusters_are_counted():
 @pytest.mark.parametrize(
     ("candidates", "rows", "columns", "expected"),
     [
-        (HEADS, 16896, 3072, (192, (2, 1))),
-        (HEADS, 4224, 3072, (192, (1, 2))),
+        (WIDE, 16896, 3072, (192, (2, 1))),
+        (WIDE, 4224, 3072, (192, (1, 2))),
         (WIDE, 16896, 5632, (192, (2, 1))),
         (WIDE, 4224, 5632, (160, (1, 2))),
         (SHORT, 16896, 1024, (128, (2, 1))),

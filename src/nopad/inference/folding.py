@@ -127,6 +127,11 @@ class FoldedBlock:
         return dataclasses.replace(self, up=self.up[rows[:, list(places)].flatten()])
 
     @property
+    def small(self) -> bool:
+        """Whether rows of the residual stream and what goes down are float8."""
+        return self.down.scale is not None
+
+    @property
     def matrices(self) -> tuple[Matrix, Matrix, Matrix, Matrix]:
         """All four."""
         return self.qkv, self.proj, self.up, self.down
@@ -147,9 +152,10 @@ def can_fold(block: nn.Module) -> bool:
     unscaled = parts.layer_scale1 is None and parts.layer_scale2 is None
     if isinstance(mlp, Float8GatedMLP):  # which `float8.prepare` has absorbed the norms of, or has not
         absorbed = isinstance(first, nn.RMSNorm) and first.weight is None and second.weight is None
-        small = (attention.qkv, mlp.gate_up, mlp.down)
-        unbiased = all(isinstance(linear, Float8Linear) and linear.bias is None for linear in small)
-        return absorbed and unscaled and unbiased and takes_apart(attention.proj) and attention.proj.bias is None
+        maps = (attention.qkv, attention.proj, mlp.gate_up, mlp.down)
+        known = all(isinstance(linear, Float8Linear) or takes_apart(linear) for linear in maps)
+        unbiased = all(linear.bias is None for linear in maps)
+        return absorbed and unscaled and known and unbiased and not isinstance(attention.proj, Float8Linear)
     if type(mlp) not in (MLP, GatedMLP) or first.weight is None or second.weight is None:
         return False
     known = name_of(mlp.activation) in (("silu",) if isinstance(mlp, GatedMLP) else ("silu", "gelu", "gelu_tanh"))

@@ -58,7 +58,7 @@ def products_for(
         reason = "quack is not installed: pip install 'nopad[hopper]'"
     else:
         makers.append(_quack_products)
-    if triton_works() and not isinstance(encoder.layers[0].attention.qkv, Float8Linear):
+    if triton_works() and not isinstance(encoder.layers[0].mlp.down, Float8Linear):
         makers.append(_torch_products)
     return makers, reason
 

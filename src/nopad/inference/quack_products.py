@@ -14,8 +14,9 @@ from nopad.inference import triton_kernels
 from nopad.inference.float8 import FLOAT8
 from nopad.inference.folding import FoldedBlock, Matrix
 from nopad.inference.products import SMALL, Stream, Turn
-from nopad.inference.quack_epilogues import PLACES, Epilogues, epilogues
-from nopad.inference.tiles import HEADS, WIDE, Tiles, behind, best
+from nopad.inference.quack_epilogues import Epilogues, epilogues
+from nopad.inference.quack_operands import COLUMNS, PLACES, Written, laid
+from nopad.inference.tiles import WIDE, Tiles, behind, best
 
 
 def candidates_of(matrix: Matrix) -> tuple[Tiles, ...]:
@@ -45,12 +46,12 @@ class QuackProducts:
         self.zeros: dict[int, Tensor] = {}  # kept here: a CUDA graph may read them
 
     def prepared(self, block: FoldedBlock) -> FoldedBlock:
-        """See `Products`: gates and ups lie as `quack_epilogues.GatedStore` expects them."""
+        """See `Products`: gates and ups lie as `quack_operands.GatedStore` expects them."""
         return block.with_pairs(PLACES) if block.gated else block
 
     def begin(self, tokens: Tensor, block: FoldedBlock) -> Stream:
         """See `Products`."""
-        small = SMALL if block.up.weight.dtype == FLOAT8 else None
+        small = SMALL if block.small else None
         attention, mlp = self._parts(block, tokens)
         # In as many parts as later rows, all but the first of them zeros: the same kernels take them.
         both = tokens.new_zeros(attention + mlp, len(tokens), dtype=torch.float32).T
@@ -62,26 +63,27 @@ class QuackProducts:
         return QuackStream(tokens, operand, squares, before, both=both)
 
     def table(self, turn: Turn) -> object:
-        """Cosine and sine in turn of query, key and value of a head, `(T, 3 · K)`; values are not turned.
+        """What `quack_operands.Angles` reads, a table for each number of a pair, or one where they share it.
 
-        In float16, whose rounding of numbers up to one is an eighth of what the result is rounded by. A turn that has
-        two angles for a pair of channels is its own table.
+        In float16, whose rounding of numbers up to one is an eighth of what the result is rounded by.
         """
-        size, columns = turn.cos.shape[1], HEADS[0].columns
-        if not turn.shared or (3 * size % columns and columns % (3 * size)):
+        size = turn.cos.shape[1]
+        if size % COLUMNS or not (turn.shared or size <= 2 * COLUMNS):  # a thread's registers hold no more
             return turn
-        one = torch.stack((turn.cos[:, ::2], turn.sin[:, ::2]), dim=2).flatten(1)
-        none = torch.zeros_like(one)
-        none[:, ::2] = 1.0
-        return torch.cat((one, one, none), dim=1).half()
+        parts = (0,) if turn.shared else (0, 1)
+        return tuple(laid(turn.cos[:, part::2], turn.sin[:, part::2]) for part in parts)
 
     def qkv(self, stream: Stream, block: FoldedBlock, table: object) -> Tensor:
         """See `Products`."""
-        matrix, states = block.qkv, stream.operand
+        matrix, stream = block.qkv, stream.read_by(block.qkv)
+        states = stream.operand
         output = stream.tokens.new_empty(len(states), len(matrix.weight))
-        epilogue, operands = self._normed(stream, block, matrix, bias=isinstance(table, Tensor))
-        if isinstance(table, Tensor):
-            run(epilogue.turned, states, matrix, output, {**operands, "table": table}, HEADS)
+        tables = dict(zip(("table", "other"), table, strict=False)) if isinstance(table, tuple) else {}
+        epilogue, operands = self._normed(stream, block, matrix, bias=bool(tables))
+        if tables:
+            assert matrix.scale is None, "queries and keys are turned in bfloat16 alone"
+            turned = epilogue.turned if len(tables) == 1 else epilogue.turned_apart
+            run(turned, states, matrix, output, {**operands, **tables})
         elif matrix.scale is not None:
             run(epilogue.normed_float8, states, matrix, output, operands)
         else:
@@ -93,9 +95,10 @@ class QuackProducts:
 
     def up(self, stream: Stream, block: FoldedBlock) -> Tensor:
         """See `Products`."""
-        matrix, states = block.up, stream.operand
+        matrix, stream = block.up, stream.read_by(block.up)
+        states, columns = stream.operand, len(matrix.weight) // (2 if block.gated else 1)
         epilogue, operands = self._normed(stream, block, matrix, bias=not block.gated)
-        output = states.new_empty(len(states), len(matrix.weight) // (2 if block.gated else 1))
+        output = states.new_empty(len(states), columns, dtype=block.down.weight.dtype)
         if not block.gated:
             run(epilogue.activated[block.activation], states, matrix, output, operands)
             return output
@@ -169,8 +172,11 @@ def run(
 ) -> None:
     """`states @ weightᵀ` through an epilogue, into `output` and what `operands` has room for."""
     tiles = best(candidates, len(states), len(matrix.weight), processors(states.device))
-    # Float8's products are added up by the matrix unit alone, as torch does with use_fast_accum.
-    settings = (("fp8_slow_accum", False),) if states.dtype == FLOAT8 else ()
+    settings: tuple[tuple[str, object], ...] = ()
+    if states.dtype == FLOAT8:  # whose sums are added up by the matrix unit alone, as torch does with use_fast_accum
+        settings = (("fp8_slow_accum", False),)
+        if residual is None:
+            settings += (("_compute_tile_shape_or_override", Written(64)),)
     epilogue.gemm(
         states,
         matrix.weight,

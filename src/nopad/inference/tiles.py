@@ -23,9 +23,12 @@ class Tiles:
 
 
 BESIDE = (1, 2)
-HEADS = (Tiles(128, 192), Tiles(128, 192, 0.97, cluster=BESIDE))
-"""For heads that are turned: 192 columns hold three times one of 64."""
-WIDE = (*HEADS, Tiles(128, 160, 0.975, cluster=BESIDE), Tiles(128, 128, 0.945, cluster=BESIDE))
+WIDE = (
+    Tiles(128, 192),
+    Tiles(128, 192, 0.97, cluster=BESIDE),
+    Tiles(128, 160, 0.975, cluster=BESIDE),
+    Tiles(128, 128, 0.945, cluster=BESIDE),
+)
 SHORT = (
     Tiles(128, 128),
     Tiles(128, 128, 0.99, cluster=BESIDE),
