@@ -6,6 +6,7 @@ the linear maps of the layers stays as it is: patch embedding, norms, attention,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,8 @@ LARGEST = torch.finfo(FLOAT8).max
 # Rows of zeros would divide by zero; no activation of a model is so small.
 SMALLEST_AMAX = 1e-12
 ALIGNMENT = 16
+FIRST = 12
+"""One block of so many, the first, reads its normed rows as they are."""
 SCALES = 16
 BLOCK = 64
 """Rows of a weight that a CPU tries at a time, which stay in its cache."""
@@ -180,15 +183,15 @@ def to_float8(layers: nn.ModuleList) -> None:
     """Make the linear maps of the layers float8 ones, or none where one of them cannot be.
 
     What follows the attention is left as it is: the cast of what comes out of the attention, which no product could
-    do, would cost what the faster product saves. So are the maps that read the first block's normed rows: what is lost
-    there goes through all blocks after, and is a sixteenth of the whole in 24 of them.
+    do, would cost what the faster product saves. So are the maps that read the normed rows of the first blocks, a
+    twelfth of all: what is lost there goes through all blocks after, and is an eighth of the whole.
 
     Raises:
         ValueError: see `Float8Linear`.
     """
     blocks: Any = list(layers)
     kept = {layer.attention.proj for layer in blocks}
-    for first in blocks[:1]:
+    for first in blocks[: math.ceil(len(blocks) / FIRST)]:
         kept |= {first.attention.qkv, first.mlp.gate_up if isinstance(first.mlp, GatedMLP) else first.mlp.up}
     for module in layers.modules():
         if isinstance(module, nn.Linear) and module not in kept:
