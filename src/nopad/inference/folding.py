@@ -152,10 +152,11 @@ def can_fold(block: nn.Module) -> bool:
     unscaled = parts.layer_scale1 is None and parts.layer_scale2 is None
     if isinstance(mlp, Float8GatedMLP):  # which `float8.prepare` has absorbed the norms of, or has not
         absorbed = isinstance(first, nn.RMSNorm) and first.weight is None and second.weight is None
-        maps = (attention.qkv, attention.proj, mlp.gate_up, mlp.down)
-        known = all(isinstance(linear, Float8Linear) or takes_apart(linear) for linear in maps)
-        unbiased = all(linear.bias is None for linear in maps)
-        return absorbed and unscaled and known and unbiased and not isinstance(attention.proj, Float8Linear)
+        qkv, proj = attention.qkv, attention.proj
+        small = all(isinstance(linear, Float8Linear) for linear in (mlp.gate_up, mlp.down))
+        known = small and takes_apart(proj) and (isinstance(qkv, Float8Linear) or takes_apart(qkv))
+        unbiased = all(linear.bias is None for linear in (qkv, proj, mlp.gate_up, mlp.down))
+        return absorbed and unscaled and known and unbiased
     if type(mlp) not in (MLP, GatedMLP) or first.weight is None or second.weight is None:
         return False
     known = name_of(mlp.activation) in (("silu",) if isinstance(mlp, GatedMLP) else ("silu", "gelu", "gelu_tanh"))

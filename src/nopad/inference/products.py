@@ -130,7 +130,7 @@ class PlainProducts:
         if not block.gated:
             return act(values).to(stream.tokens.dtype)
         gate, up = values.unflatten(1, (-1, 2)).unbind(2)
-        return to_dtype(act(gate) * up, block.down.weight.dtype)
+        return to_dtype(act(gate) * up, stream.operand.dtype)
 
     def added(self, states: Tensor, matrix: Matrix, stream: Stream, block: FoldedBlock) -> Stream:
         """See `Products`."""

@@ -95,10 +95,9 @@ class QuackProducts:
 
     def up(self, stream: Stream, block: FoldedBlock) -> Tensor:
         """See `Products`."""
-        matrix, stream = block.up, stream.read_by(block.up)
-        states, columns = stream.operand, len(matrix.weight) // (2 if block.gated else 1)
+        matrix, states = block.up, stream.operand
         epilogue, operands = self._normed(stream, block, matrix, bias=not block.gated)
-        output = states.new_empty(len(states), columns, dtype=block.down.weight.dtype)
+        output = states.new_empty(len(states), len(matrix.weight) // (2 if block.gated else 1))
         if not block.gated:
             run(epilogue.activated[block.activation], states, matrix, output, operands)
             return output
