@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,6 +69,9 @@ def main() -> None:
         if name.startswith(options.only):
             sizes = options.rows, columns, terms
             usable = [tiles for tiles in TILES if takes(epilogue, tiles)]
+            usable += [
+                replace(tiles, written=64) for tiles in usable if tiles.columns % 64 == 0 and "turned" not in name
+            ]
             jobs: dict[str, Callable[[], object]] = {}
             jobs |= {str_of(tiles): product(epilogue, *sizes, tiles) for tiles in usable}
             jobs["cuBLAS alone"] = cublas(*sizes)
@@ -81,7 +85,8 @@ def main() -> None:
 
 def str_of(tiles: Tiles) -> str:
     """For the table."""
-    return f"{tiles.rows} × {tiles.columns} in clusters of {tiles.cluster[0]} × {tiles.cluster[1]}"
+    cluster = f"clusters of {tiles.cluster[0]} × {tiles.cluster[1]}"
+    return f"{tiles.rows} × {tiles.columns} in {cluster}, {tiles.written} columns written at a time"
 
 
 def tell(name: str, jobs: dict[str, Callable[[], object]], work: int) -> None:

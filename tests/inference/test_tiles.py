@@ -2,7 +2,7 @@
 
 import pytest
 
-from nopad.inference.tiles import DEEP, FLOAT8_DEEP, SHORT, WIDE, Tiles, behind, best
+from nopad.inference.tiles import DEEP, FLOAT8_DEEP, FLOAT8_WIDE, SHORT, WIDE, Tiles, behind, best
 
 PROCESSORS = 132  # of an H100
 
@@ -23,6 +23,7 @@ def test_rounds_of_whole_clusters_are_counted():
         (WIDE, 4224, 3072, (192, (1, 2))),
         (WIDE, 16896, 5632, (192, (2, 1))),
         (WIDE, 4224, 5632, (160, (1, 2))),
+        (FLOAT8_WIDE, 16896, 5632, (192, (2, 1))),
         (SHORT, 16896, 1024, (128, (2, 1))),
         (SHORT, 4224, 1024, (128, (1, 2))),
         (DEEP, 16896, 1024, (128, (1, 2))),
@@ -40,3 +41,8 @@ def test_few_terms_many_terms_and_float8_have_candidates_of_their_own():
     assert behind(1024, 1024, float8=False) is SHORT
     assert behind(1024, 2816, float8=False) is DEEP
     assert behind(1024, 2816, float8=True) is FLOAT8_DEEP
+
+
+def test_wide_products_in_float8_are_written_in_larger_pieces():
+    assert {tiles.written for tiles in FLOAT8_WIDE} == {64}
+    assert {tiles.written for tiles in (*WIDE, *SHORT, *DEEP, *FLOAT8_DEEP)} == {32}

@@ -166,10 +166,7 @@ class Angles(RotaryCosSinLoadHost):
 
 @dataclass(frozen=True)
 class Written:
-    """How many columns of a tile are written at a time, in place of quack's own choice of 32.
-
-    Threads wait for each other twice each time, which counts where a product is short, as in float8.
-    """
+    """How many columns of a tile are written at a time, in place of quack's own choice of 32."""
 
     columns: int
 

@@ -16,7 +16,7 @@ from nopad.inference.folding import FoldedBlock, Matrix
 from nopad.inference.products import SMALL, Stream, Turn
 from nopad.inference.quack_epilogues import Epilogues, epilogues
 from nopad.inference.quack_operands import COLUMNS, PLACES, Written, laid
-from nopad.inference.tiles import WIDE, Tiles, behind, best
+from nopad.inference.tiles import FLOAT8_WIDE, WIDE, Tiles, behind, best
 
 
 def candidates_of(matrix: Matrix) -> tuple[Tiles, ...]:
@@ -85,7 +85,7 @@ class QuackProducts:
             turned = epilogue.turned if len(tables) == 1 else epilogue.turned_apart
             run(turned, states, matrix, output, {**operands, **tables})
         elif matrix.scale is not None:
-            run(epilogue.normed_float8, states, matrix, output, operands)
+            run(epilogue.normed_float8, states, matrix, output, operands, FLOAT8_WIDE)
         else:
             run(epilogue.normed if matrix.bias is None else epilogue.normed_biased, states, matrix, output, operands)
         output = output.unflatten(1, (block.num_heads, 3, -1))
@@ -102,8 +102,8 @@ class QuackProducts:
             run(epilogue.activated[block.activation], states, matrix, output, operands)
             return output
         gated = epilogue.gated if matrix.bias is None else epilogue.gated_biased
-        gated = gated if matrix.scale is None else epilogue.gated_float8
-        run(gated, states, matrix, None, {**operands, "out": output})
+        gated, candidates = (gated, WIDE) if matrix.scale is None else (epilogue.gated_float8, FLOAT8_WIDE)
+        run(gated, states, matrix, None, {**operands, "out": output}, candidates)
         return output
 
     def added(self, states: Tensor, matrix: Matrix, stream: Stream, block: FoldedBlock) -> Stream:
@@ -174,8 +174,8 @@ def run(
     settings: tuple[tuple[str, object], ...] = ()
     if states.dtype == FLOAT8:  # whose sums are added up by the matrix unit alone, as torch does with use_fast_accum
         settings = (("fp8_slow_accum", False),)
-        if residual is None:
-            settings += (("_compute_tile_shape_or_override", Written(64)),)
+    if tiles.written != COLUMNS:
+        settings += (("_compute_tile_shape_or_override", Written(tiles.written)),)
     epilogue.gemm(
         states,
         matrix.weight,

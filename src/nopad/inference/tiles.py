@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -14,12 +14,15 @@ class Tiles:
         rows, columns: of a tile.
         speed: of such tiles, relative to others, as measured on an H100 (docs/performance.md).
         cluster: tiles above and beside each other that share what they read.
+        written: columns that are written at a time. Threads wait for each other twice each time, which counts where a
+            product is short, as in float8; more of them need registers.
     """
 
     rows: int
     columns: int
     speed: float = 1.0
     cluster: tuple[int, int] = (2, 1)
+    written: int = 32
 
 
 BESIDE = (1, 2)
@@ -29,6 +32,7 @@ WIDE = (
     Tiles(128, 160, 0.975, cluster=BESIDE),
     Tiles(128, 128, 0.945, cluster=BESIDE),
 )
+FLOAT8_WIDE = tuple(replace(tiles, written=64) for tiles in WIDE)
 SHORT = (
     Tiles(128, 128),
     Tiles(128, 128, 0.99, cluster=BESIDE),
