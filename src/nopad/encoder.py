@@ -107,7 +107,8 @@ class PackedEncoder(PictureEncoder):
             ValueError: arguments that do not fit each other or this model.
         """
         patches, layout = self._read(hidden_states, grid_thw, patch_positions)
-        return self.trunk(patches, layout, None).tokens
+        with torch.cuda.device_of(patches):  # which kernels of others than torch take for theirs
+            return self.trunk(patches, layout, None).tokens
 
     def encode(
         self,
@@ -119,7 +120,11 @@ class PackedEncoder(PictureEncoder):
     ) -> PackedOutput:
         """As `forward`, with pooling, projection, prefix tokens and, on request, every layer's tokens."""
         patches, layout = self._read(hidden_states, grid_thw, patch_positions)
-        trunk = self.trunk(patches, layout, [] if output_hidden_states else None)
+        with torch.cuda.device_of(patches):
+            return self._encode(patches, layout, [] if output_hidden_states else None)
+
+    def _encode(self, patches: Tensor, layout: Layout, states: list[Tensor] | None) -> PackedOutput:
+        trunk = self.trunk(patches, layout, states)
         segments = layout.images if self.frames_attend_jointly else layout.frames
         static = self._static
         if static is not None and not static.fits(len(patches) + self.num_prefix_tokens * len(segments), segments):
@@ -160,7 +165,8 @@ class PackedEncoder(PictureEncoder):
         if capacity <= self.num_prefix_tokens or slots < 1:
             least = self.num_prefix_tokens + 1
             raise ValueError(f"expected capacity ≥ {least} and max_images ≥ 1, got {capacity} and {slots}")
-        with torch.inference_mode(False), torch.no_grad():  # what is made here is written to later
+        on_device = torch.cuda.device_of(next(self.parameters()))
+        with on_device, torch.inference_mode(False), torch.no_grad():  # what is made here is written to later
             self._static = StaticPacks(self, capacity, slots, compile_layers(self, capacity, slots, compiled))
 
     def set_attention(self, backend: str) -> None:
@@ -207,6 +213,10 @@ class PackedEncoder(PictureEncoder):
 
     def example_rotation(self, rows: int) -> Rotation | None:
         """What turns queries and keys, as `trunk` makes it for `rows` rows; `None` where they are not turned."""
+        return None
+
+    def example_positions(self) -> Tensor | None:
+        """Positions of one image, as `trunk` adds them; `None` where a kernel of its own makes none."""
         return None
 
     def _read(

@@ -84,6 +84,11 @@ class Layout:
     patch_positions: Tensor | None = None
 
     @classmethod
+    def of_image(cls, rows: int, columns: int, device: torch.device) -> Layout:
+        """A pack of one image."""
+        return cls(((1, rows, columns),), ((rows * columns,),), True, max(rows, columns), device)
+
+    @classmethod
     def read(cls, hidden_states: Tensor, grid_thw: Tensor, patch_positions: Tensor | None, patch_dim: int) -> Layout:
         """Check the arguments of a forward and take the grid to the host: the one host read.
 
@@ -137,11 +142,6 @@ class Layout:
             frame_lengths, frames_whole = tuple((h * w,) * t for t, h, w in grid), True
             longest_side = max((side for row in grid for side in row[1:]), default=0)
         return cls(grid, frame_lengths, frames_whole, longest_side, hidden_states.device, patch_positions)
-
-    @classmethod
-    def of_row(cls, patches: int, device: torch.device) -> Layout:
-        """One image of a single row of patches."""
-        return cls(((1, 1, patches),), ((patches,),), True, patches, device)
 
     @cached_property
     def num_patches(self) -> int:

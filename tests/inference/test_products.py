@@ -238,3 +238,18 @@ def test_tiles_of_all_widths_are_the_plain_products(rows, size, inner, gated):
     products = products_named("quack")
     for part, found in steps(products, block, tokens, turn).items():
         assert relative(found, expected[part]) < 1e-2, part
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_second_gpu_gives_what_the_first_does(tmp_path, family):
+    folder, found = tiny(family, tmp_path / "wide", **WIDE), []
+    for device in ("cuda:0", "cuda:1"):  # the current one is the first
+        encoder = nopad.load(folder, device=device, dtype=BF16)
+        eager = encoder(patches_of(encoder), GRIDS)
+        encoder.compile(1024)
+        found.append((eager.cpu(), encoder(patches_of(encoder), GRIDS).cpu()))
+    for first, second in zip(*found, strict=True):
+        assert relative(second.float(), first.float()) < 1e-2

@@ -11,7 +11,14 @@ from torch import Tensor
 from transformers.models.aimv2.modeling_aimv2 import build_2d_sinusoidal_position_embedding
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 
-from nopad.layers.positions import resample, sincos_2d, sincos_axis, tables_of_grids
+from nopad.layers.positions import (
+    resample,
+    resampled_positions,
+    sincos_2d,
+    sincos_axis,
+    tables_of_grids,
+    weights_of_patches,
+)
 from nopad.layout import Layout
 
 # Ours are float32, the references float64. A frequency 1 / 10000^x below one is off by a few float32 roundings, about
@@ -144,6 +151,46 @@ def test_tables_of_any_pack(grid):
 
     expected = [(h, w, place) for t, h, w in grid for _ in range(t) for place in range(h * w)]
     assert tables_of_grids(layout_of(grid), table_of).tolist() == [list(row) for row in expected]
+
+
+MODES = [("bilinear", True), ("bicubic", True), ("bicubic", False)]
+SIDES = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(2, 9))  # torch 2.13 itself is wrong for one column
+PACKS = st.lists(SIDES, min_size=1, max_size=5)
+
+
+def expected_of(layout: Layout, table: Tensor, source: tuple[int, int], mode: str, antialias: bool) -> Tensor:
+    return tables_of_grids(layout, lambda grid: resample(table, source, grid, mode, antialias=antialias))
+
+
+@pytest.mark.parametrize(("mode", "antialias"), MODES)
+@given(grid=PACKS, source=st.tuples(st.integers(2, 6), st.integers(2, 6)))
+def test_weights_of_patches_are_those_of_the_resized_tables(mode, antialias, grid, source):
+    layout, table = layout_of(grid), noise(source[0] * source[1], 4)
+    weights, spans, index = weights_of_patches(layout, source, mode, antialias=antialias)
+    places = torch.arange(weights.shape[1])
+    outside = (places < spans[:, :1]) | (places >= spans[:, 1:])
+    assert not weights[outside].any()
+    assert (spans[:, 0] < spans[:, 1]).all()
+    of_row, of_column = (weights[index[:, axis], : source[axis]] for axis in range(2))
+    found = torch.einsum("tr,tc,rcd->td", of_row, of_column, table.view(*source, 4))
+    torch.testing.assert_close(found, expected_of(layout, table, source, mode, antialias), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@torch.no_grad()
+@pytest.mark.parametrize(("mode", "antialias"), MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_kernel_for_all_grids_is_a_table_for_each(mode, antialias, dtype):
+    table = noise(16 * 12, 600).cuda().to(dtype)
+    layout = layout_of([(1, 16, 12), (2, 3, 5), (1, 1, 1), (1, 24, 7), (1, 7, 31), (1, 40, 2)], device="cuda")
+    found = resampled_positions(layout, table, (16, 12), mode, antialias=antialias, dtype=dtype)
+    expected = expected_of(layout, table, (16, 12), mode, antialias)
+    assert found.dtype == dtype
+    exact = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-5}
+    torch.testing.assert_close(found.float(), expected, **exact)
+    alone = resampled_positions(layout_of([(1, 24, 7)], device="cuda"), table, (16, 12), mode, antialias=antialias)
+    torch.testing.assert_close(alone.to(dtype), found[223:391], rtol=0, atol=0)
 
 
 def test_tables_pass_the_gradient_of_every_patch():

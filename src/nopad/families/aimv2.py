@@ -130,6 +130,10 @@ class AIMv2Packing(PackedEncoder):
         tokens = self.run_layers(self.embeddings(hidden_states, layout), layout.frames, None, states)
         return Trunk(self.norm(tokens), hidden_states=None if states is None else tuple(states))
 
+    def example_positions(self) -> Tensor:
+        """Positions on the trained grid."""
+        return self.embeddings.positions(Layout.of_image(*self.embeddings.trained_grid, self.device), self.dtype)
+
     def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
         """Attention pooling where the checkpoint has a head, else the mean."""
         return super().pool_segments(trunk, segments) if self.head is None else self.head(trunk.tokens, segments)

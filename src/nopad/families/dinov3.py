@@ -228,7 +228,7 @@ class DINOv3ViTPacking(PackedEncoder):
 
     def example_rotation(self, rows: int) -> Rotation:
         """That of a row of patches behind its prefix."""
-        layout = Layout.of_row(rows - self.num_prefix_tokens, self.device)
+        layout = Layout.of_image(1, rows - self.num_prefix_tokens, self.device)
         return self.rope(layout, Places.of(layout.frames, self.num_prefix_tokens))
 
     def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:

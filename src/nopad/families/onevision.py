@@ -108,7 +108,7 @@ class OneVisionEncoderPacking(PackedEncoder):
 
     def example_rotation(self, rows: int) -> Rotation:
         """That of a row of patches."""
-        return self.rotation(Layout.of_row(rows, self.device))
+        return self.rotation(Layout.of_image(1, rows, self.device))
 
     def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
         """Attention pooling where the checkpoint has a head, else the mean."""

@@ -31,7 +31,7 @@ from nopad.layers.block import Block
 from nopad.layers.mlp import MLP
 from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.pooling import ProbeHead
-from nopad.layers.positions import learned_positions, resample, tables_of_grids
+from nopad.layers.positions import learned_positions, resampled_positions
 from nopad.layout import Layout, Segments
 from nopad.original import Original
 from nopad.packing import patchify
@@ -78,7 +78,7 @@ class Siglip2Embeddings(nn.Module):
             )
         if not layout.grid:
             return table.float()[:0]
-        return tables_of_grids(layout, lambda grid: resample(table, self.trained_grid, grid, mode="bilinear"), dtype)
+        return resampled_positions(layout, table, self.trained_grid, "bilinear", dtype=dtype)
 
 
 def siglip2_mlp(config: SiglipConfigs) -> MLP:
@@ -133,6 +133,11 @@ class Siglip2NaflexPacking(PackedEncoder):
         """Patches to normed tokens."""
         tokens = self.run_layers(self.embeddings(hidden_states, layout), layout.frames, None, states)
         return Trunk(self.norm(tokens), hidden_states=None if states is None else tuple(states))
+
+    def example_positions(self) -> Tensor:
+        """Learned positions on the trained grid."""
+        layout = Layout.of_image(*self.embeddings.trained_grid, self.device)
+        return self.embeddings.positions(layout, self.dtype)
 
     def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
         """Attention pooling where the checkpoint has a head, else the mean."""

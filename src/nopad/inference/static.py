@@ -269,6 +269,7 @@ def _deferred(
 @torch.no_grad()
 def warm_up(encoder: PackedEncoder, layers: Layers, capacity: int, slots: int) -> None:
     """Run all lengths of segments that make a graph of their own, and what stands around layers; check fused ones."""
+    encoder.example_positions()
     rotation = encoder.example_rotation(capacity)
     tokens = torch.randn(capacity, encoder.hidden_size, device=encoder.device).to(encoder.dtype)
     tokens, finite = fill_up_rows(tokens, capacity)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nopad.layers.triton_check import triton_works
 from nopad.layout import Layout
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,72 @@ def resample(
         return table
     image = table.T.reshape(1, -1, *source)
     return F.interpolate(image, size=target, mode=mode, align_corners=False, antialias=antialias)[0].flatten(1).T
+
+
+@lru_cache(maxsize=4096)
+def axis_weights(source: int, target: int, mode: str, antialias: bool) -> Tensor:
+    """What `resample` weights the places of one axis with, for each place of another: `(target, source)` float32."""
+    each = torch.eye(source)[None, None]  # not one column each: torch 2.13's antialiasing gets those wrong on a CPU
+    return F.interpolate(each, size=(target, source), mode=mode, align_corners=False, antialias=antialias)[0, 0]
+
+
+def weights_of_patches(
+    layout: Layout, source: tuple[int, int], mode: str, *, antialias: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Along which rows and columns of a table the positions of each patch are summed up, as `resample` does.
+
+    Args:
+        layout: the pack; every frame is a full grid.
+        source: `(rows, columns)` of the table.
+        mode, antialias: as `resample` takes them.
+
+    Returns:
+        `(M, n)` float32 weights of the table's rows or columns, one for each place of each side that a grid has;
+        `(M, 2)` int32 which of them are not zero, from and up to; `(T, 2)` int64 which of the M weight the rows and
+        which the columns of a patch.
+    """
+    parts, starts, total = [], {}, 0
+    for axis, sides in enumerate(zip(*((h, w) for _, h, w in layout.grid), strict=True)):
+        for side in dict.fromkeys(sides):
+            starts[axis, side] = total
+            total += side
+            weights = axis_weights(source[axis], side, mode, antialias)
+            parts.append(F.pad(weights, (0, max(source) - source[axis])))
+    weights = torch.cat(parts)
+    used = (weights != 0).int()
+    spans = torch.stack((used.argmax(1), weights.shape[1] - used.flip(1).argmax(1)), dim=1).int()
+    facts = torch.tensor([(starts[0, h], starts[1, w]) for _, h, w in layout.grid], dtype=torch.int64)
+    weights, spans, facts = (part.to(layout.device, non_blocking=True) for part in (weights, spans, facts))
+    return weights, spans, facts[layout.image_index] + layout.coordinates[:, 1:]
+
+
+def resampled_positions(
+    layout: Layout,
+    table: Tensor,
+    source: tuple[int, int],
+    mode: str,
+    *,
+    antialias: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Positions of every patch out of one table that is resized to the grid of each image, in float32.
+
+    Args:
+        layout: the pack, at least one image; every frame is a full grid.
+        table: `(rows · columns, D)` on the `source` grid.
+        source: `(rows, columns)` of the table.
+        mode, antialias: as `resample` takes them.
+        dtype: as `tables_of_grids` takes it.
+
+    Returns:
+        `(T, D)`.
+    """
+    if table.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and triton_works():
+        from nopad.layers import triton_positions
+
+        found = weights_of_patches(layout, source, mode, antialias=antialias)
+        return triton_positions.resized(table.float().contiguous(), *found, source[1], dtype)
+    return tables_of_grids(layout, lambda grid: resample(table, source, grid, mode, antialias=antialias), dtype)
 
 
 def tables_of_grids(
@@ -142,7 +209,7 @@ def learned_positions(
         _log_resampling(trained_grid, mode)
     if not layout.grid:
         return table.float()[:0]
-    return tables_of_grids(layout, lambda grid: resample(table, trained_grid, grid, mode, antialias=antialias), dtype)
+    return resampled_positions(layout, table, trained_grid, mode, antialias=antialias, dtype=dtype)
 
 
 @lru_cache

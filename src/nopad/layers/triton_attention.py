@@ -45,22 +45,23 @@ def attend(
     heads, size = query.shape[1:]
     strides = [stride for part in (query, key, value) for stride in part.stride()[:2]]
     blocks = triton.cdiv(longest, BLOCK)
-    _attend[(blocks * (len(query_offsets) - 1), heads)](  # pyright: ignore[reportIndexIssue]
-        query,
-        key,
-        value,
-        output,
-        query_offsets,
-        key_offsets,
-        *strides,
-        heads * size,
-        blocks,
-        scale * math.log2(math.e),
-        size,
-        BLOCK,
-        num_warps=4,
-        num_stages=3,
-    )
+    with torch.cuda.device_of(query):
+        _attend[(blocks * (len(query_offsets) - 1), heads)](  # pyright: ignore[reportIndexIssue]
+            query,
+            key,
+            value,
+            output,
+            query_offsets,
+            key_offsets,
+            *strides,
+            heads * size,
+            blocks,
+            scale * math.log2(math.e),
+            size,
+            BLOCK,
+            num_warps=4,
+            num_stages=3,
+        )
     return output
 
 
