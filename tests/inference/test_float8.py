@@ -277,6 +277,32 @@ def test_sizes_that_do_not_fit_leave_the_encoder_as_it_was(tmp_path):
         nopad.load(folder, precision="fp8")
 
 
+@pytest.mark.parametrize("spoil", ["parametrized", "another forward"])
+@pytest.mark.parametrize("part", ["attention.qkv", "mlp.gate_up", "mlp.down"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_maps_of_more_than_their_weight_leave_the_encoder_as_it_was(tmp_path, spoil, part, number):
+    encoder = nopad.load(tiny("aimv2", tmp_path / "aimv2"))
+    linear = encoder.layers[number].get_submodule(part)
+    if spoil == "parametrized":
+        nn.utils.parametrize.register_parametrization(linear, "weight", nn.Identity())
+    else:
+        lora = type("Lora", (nn.Linear,), {"forward": lambda self, states: 2 * F.linear(states, self.weight)})
+        encoder.layers[number].set_submodule(part, lora(linear.in_features, linear.out_features, bias=False))
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    with pytest.raises(ValueError, match="expected linear maps of a floating-point weight"):
+        encoder.to_precision("fp8")
+    after = encoder.state_dict()
+    assert encoder.precision is None
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_queries_keys_and_values_of_the_first_sixth_stay(tmp_path):
+    encoder = nopad.load(tiny("aimv2", tmp_path / "aimv2", num_hidden_layers=7), precision="fp8")
+    kept = [number for number, layer in enumerate(encoder.layers) if isinstance(layer.attention.qkv, nn.Linear)]
+    assert kept == [0, 1]
+
+
 def test_other_formats_are_refused(tmp_path):
     with pytest.raises(ValueError, match="precision: expected 'fp8', got 'int8'"):
         nopad.load(tiny("aimv2", tmp_path / "aimv2"), precision="int8")

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 import nopad
-from nopad.inference.float8 import FLOAT8
+from nopad.inference.float8 import FLOAT8, Float8Linear
 from nopad.inference.folding import FoldedBlock, Matrix, by_head, can_fold, folded, in_turn, name_of, scaled
 from nopad.layers.block import Block
 
@@ -137,6 +137,32 @@ def test_in_float8_gated_blocks_without_biases_can_be_folded(tmp_path):
     for number, family in enumerate(FAMILIES):
         encoder = nopad.load(tiny(family, tmp_path / str(number)), precision="fp8")
         assert {can_fold(layer) for layer in encoder.layers} == {family.startswith("aimv2")}
+
+
+def biased(linear):
+    """The same map with a bias, whether it is float8 or not."""
+    linear.bias = nn.Parameter(torch.ones(linear.out_features))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda layer: setattr(layer.attention, "qkv", type("Lora", (nn.Linear,), {"forward": len})(32, 96, bias=False)),
+        lambda layer: setattr(layer.mlp, "gate_up", nn.Linear(32, 96, bias=False)),
+        lambda layer: setattr(layer.mlp, "down", nn.Linear(48, 32, bias=False)),
+        lambda layer: setattr(layer.attention, "proj", Float8Linear(layer.attention.proj)),
+        lambda layer: biased(layer.attention.qkv),
+        lambda layer: biased(layer.attention.proj),
+        lambda layer: biased(layer.mlp.gate_up),
+        lambda layer: biased(layer.mlp.down),
+    ],
+)
+@pytest.mark.parametrize("number", [0, 1])  # of which the first has bfloat16's queries, keys and values
+def test_in_float8_one_other_part_and_a_block_cannot_be_folded(tmp_path, spoil, number):
+    layer = nopad.load(tiny("aimv2", tmp_path / "aimv2"), precision="fp8").layers[number]
+    assert can_fold(layer)
+    spoil(layer)
+    assert not can_fold(layer)
 
 
 def test_in_float8_norms_that_are_still_there_cannot_be_folded(tmp_path):

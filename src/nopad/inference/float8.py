@@ -100,7 +100,7 @@ class Float8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        check_sizes(linear)
+        check(linear)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.scale = (nn.Buffer(part) for part in round_weight(linear.weight.detach()))
         # What a map makes of zero is its bias, in whatever form it keeps that.
@@ -126,16 +126,28 @@ class Float8Linear(nn.Module):
         return super()._apply(keep, recurse)
 
 
-def check_sizes(linear: nn.Linear) -> None:
-    """Refuse what the GPU's product cannot take.
+def takes_apart(linear: Any) -> bool:
+    """Whether a module is a linear map and nothing else, in a floating-point dtype."""
+    affine = type(linear) is nn.Linear or (isinstance(linear, nn.Linear) and hasattr(type(linear), "is_affine"))
+    return affine and linear.weight.is_floating_point()
+
+
+def check(linear: nn.Linear) -> None:
+    """Refuse what cannot become float8, before anything does.
 
     Raises:
-        ValueError: sizes that are no multiples of `ALIGNMENT`.
+        ValueError: sizes that are no multiples of `ALIGNMENT`, which the GPU's product does not take, or a map that is
+            not one of its weight alone.
     """
     if linear.in_features % ALIGNMENT or linear.out_features % ALIGNMENT:
         raise ValueError(
             f"precision 'fp8': expected sizes that are multiples of {ALIGNMENT}, "
             f"got a linear map of {linear.in_features} to {linear.out_features}"
+        )
+    if not takes_apart(linear):
+        raise ValueError(
+            f"precision 'fp8': expected linear maps of a floating-point weight, got {type(linear).__name__}; "
+            f"merge it into its weight, or load the checkpoint with precision='fp8' first"
         )
 
 
@@ -180,8 +192,7 @@ def to_float8(layers: nn.ModuleList) -> None:
 
     What follows the attention is left as it is: the cast of what comes out of the attention, which no product could
     do, would cost what the faster product saves. So are queries, keys and values of the first blocks, a sixth of all:
-    what is lost there goes through all blocks after. They are a tenth of the whole error, and of images of a few
-    patches, where no sum over keys evens it out, a quarter.
+    what is lost there goes through all blocks after, and in images of a few patches no sum over keys evens it out.
 
     Raises:
         ValueError: see `Float8Linear`.
@@ -189,9 +200,9 @@ def to_float8(layers: nn.ModuleList) -> None:
     blocks: Any = list(layers)
     kept = {layer.attention.proj for layer in blocks}
     kept |= {layer.attention.qkv for layer in blocks[: math.ceil(len(blocks) / FIRST)]}
-    for module in layers.modules():
-        if isinstance(module, nn.Linear) and module not in kept:
-            check_sizes(module)
+    for name, module in layers.named_modules():
+        if isinstance(module, nn.Linear) and not name.endswith("attention.proj"):
+            check(module)
     for layer in blocks:
         gated = isinstance(layer.mlp, GatedMLP) and isinstance(layer.mlp.activation, nn.SiLU | SiLUActivation)
         normed = isinstance(layer.norm1, nn.RMSNorm) and isinstance(layer.norm2, nn.RMSNorm)

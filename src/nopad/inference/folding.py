@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
-from nopad.inference.float8 import FLOAT8, Float8GatedMLP, Float8Linear
+from nopad.inference.float8 import FLOAT8, Float8GatedMLP, Float8Linear, takes_apart
 from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
 from nopad.layers.mlp import MLP, GatedMLP
@@ -163,12 +163,6 @@ def can_fold(block: nn.Module) -> bool:
     scaled_both = parts.layer_scale1 is not None and parts.layer_scale2 is not None
     maps = (attention.qkv, attention.proj, mlp.gate_up if isinstance(mlp, GatedMLP) else mlp.up, mlp.down)
     return known and (unscaled or scaled_both) and all(takes_apart(linear) for linear in maps)
-
-
-def takes_apart(linear: Any) -> bool:
-    """Whether a module is a linear map and nothing else, in a floating-point dtype."""
-    affine = type(linear) is nn.Linear or (isinstance(linear, nn.Linear) and hasattr(type(linear), "is_affine"))
-    return affine and linear.weight.is_floating_point()
 
 
 def name_of(activation: Any) -> str | None:
