@@ -227,6 +227,32 @@ def test_rows_in_float8_are_scaled_by_what_the_row_before_was():
 
 
 @torch.no_grad()
+def test_in_float8_a_matrix_that_is_not_reads_the_tokens():
+    weight, scale = quantize_rows(torch.randn(48, 16))
+    small = Matrix(weight, scale=scale[:, 0])
+    down = Matrix(weight[:16], scale=scale[:16, 0])
+    same = Matrix(torch.eye(16).repeat(3, 1))
+    block = block_of(qkv=same, up=small, down=down)
+    products, tokens = PlainProducts(), torch.randn(3, 16)
+    stream = products.begin(tokens, block)
+    query = products.qkv(stream, block, None)[:, :, 0].flatten(1)
+    torch.testing.assert_close(query, F.rms_norm(tokens, (16,)), rtol=1e-4, atol=1e-5)
+    assert products.up(stream, block).dtype == block.up.weight.dtype == FLOAT8
+
+
+@torch.no_grad()
+def test_in_float8_weights_that_change_in_place_are_folded_anew(tmp_path):
+    encoder = nopad.load(tiny("aimv2", tmp_path / "aimv2"), precision="fp8")
+    layers, (tokens, segments) = FusedLayers(encoder.layers, PlainProducts()), tokens_of(encoder, 9, 4)
+    before = layers(tokens, segments, None)
+    encoder.layers[0].mlp.gate_up.scale.mul_(3)
+    assert layers.refresh()
+    after = layers(tokens, segments, None)
+    assert relative(after, before) > 0.1
+    assert relative(after, FusedLayers(encoder.layers, PlainProducts())(tokens, segments, None)) == 0
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("turn", [rotate_halves, turn_neighbours])
 def test_channels_turned_side_by_side_are_the_same_turned(turn):
     states, size = torch.randn(5, 2, 8), 8 if turn is turn_neighbours else 4
@@ -237,6 +263,17 @@ def test_channels_turned_side_by_side_are_the_same_turned(turn):
     found = turned(states[:, :, None, order], turn_of(rotation))[:, :, 0]
     torch.testing.assert_close(found, expected)
     assert turn_of(rotation).shared == (turn is rotate_halves)
+
+
+def test_positions_that_keep_to_their_grid_are_made_on_it_beforehand(tmp_path, plain_products, monkeypatch):
+    encoder = nopad.load(tiny("siglip", tmp_path / "siglip"), positions="strict")
+    asked, positions = [], encoder.embeddings.positions
+    monkeypatch.setattr(
+        encoder.embeddings, "positions", lambda layout, dtype: asked.append(layout) or positions(layout, dtype)
+    )
+    encoder.compile(CAPACITY, SLOTS)  # on another grid they are refused
+    assert encoder.execution == "fused by plain torch"
+    assert {layout.grid for layout in asked} == {((1, *encoder.embeddings.trained_grid),)}
 
 
 def test_obstacles(folder, monkeypatch):

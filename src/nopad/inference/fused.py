@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import util
+from itertools import chain
 from typing import Any
 
 import torch
@@ -153,7 +154,8 @@ class FusedLayers:
         return self.products.prepared(FoldedBlock.of(layer, self.channels))
 
     def _versions(self) -> list[tuple[int, int]]:
-        return [(weight.data_ptr(), weight._version) for layer in self.layers for weight in layer.parameters()]
+        weights = (weight for layer in self.layers for weight in chain(layer.parameters(), layer.buffers()))
+        return [(weight.data_ptr(), weight._version) for weight in weights]
 
 
 def channel_order(rotation: Rotation, head_dim: int) -> Tensor | None:
