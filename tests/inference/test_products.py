@@ -91,7 +91,7 @@ def test_fast_products_are_the_plain_ones(name, rows, kind, angles):
 @NEEDS_QUACK
 @torch.no_grad()
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 80])  # the last one is turned by a pass of its own
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 80])  # by a pass of their own: 80, and two angles of 96, 128
 def test_heads_of_all_sizes_are_turned(head_dim, shared):
     block = wide_block(gated=False, biased=True, activation="gelu", size=8 * head_dim, heads=8)
     tokens, angles = draw(1000, 8 * head_dim), torch.randn(2, 1000, head_dim, device="cuda")

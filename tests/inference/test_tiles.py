@@ -24,6 +24,7 @@ def test_rounds_of_whole_clusters_are_counted():
         (WIDE, 16896, 5632, (192, (2, 1))),
         (WIDE, 4224, 5632, (160, (1, 2))),
         (FLOAT8_WIDE, 16896, 5632, (192, (2, 1))),
+        (FLOAT8_WIDE, 4224, 5632, (160, (1, 2))),
         (SHORT, 16896, 1024, (128, (2, 1))),
         (SHORT, 4224, 1024, (128, (1, 2))),
         (DEEP, 16896, 1024, (128, (1, 2))),
@@ -44,5 +45,5 @@ def test_few_terms_many_terms_and_float8_have_candidates_of_their_own():
 
 
 def test_wide_products_in_float8_are_written_in_larger_pieces():
-    assert {tiles.written for tiles in FLOAT8_WIDE} == {64}
+    assert {(tiles.columns, tiles.written) for tiles in FLOAT8_WIDE} == {(192, 64), (160, 32), (128, 64)}
     assert {tiles.written for tiles in (*WIDE, *SHORT, *DEEP, *FLOAT8_DEEP)} == {32}

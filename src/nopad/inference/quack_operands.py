@@ -1,6 +1,6 @@
 """Operands and results of quack's epilogues that quack does not have: importable only where quack is.
 
-A product's columns are written 32 at a time, and 64 rows, by 128 threads: a thread of four has two neighbours of each
+Columns of a product are written some at a time, of 64 rows, by 128 threads: a thread of four has two neighbours of each
 eight columns, and of two rows eight apart. Where it matters which thread has what, an order of memory says so: `laid`
 for what is read, `PLACES` for what is written.
 """
@@ -27,7 +27,7 @@ FILES = (Path(__file__), Path(__file__).with_name("quack_epilogues.py"))
 SOURCE = hashlib.sha256(b"".join(file.read_bytes() for file in FILES)).hexdigest()
 """In the key of every kernel: of installed code quack looks at names alone, and it keeps kernels across versions."""
 COLUMNS = 32
-"""Columns that are written at a time."""
+"""That `Angles` reads for at a time."""
 
 
 def laid(cos: Tensor, sin: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class Angles(RotaryCosSinLoadHost):
 
 @dataclass(frozen=True)
 class Written:
-    """How many columns of a tile are written at a time, in place of quack's own choice of 32."""
+    """How many columns of a tile are written at a time, in place of quack's own choice."""
 
     columns: int
 

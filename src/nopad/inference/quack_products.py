@@ -16,7 +16,7 @@ from nopad.inference.folding import FoldedBlock, Matrix
 from nopad.inference.products import SMALL, Stream, Turn
 from nopad.inference.quack_epilogues import Epilogues, epilogues
 from nopad.inference.quack_operands import COLUMNS, PLACES, Written, laid
-from nopad.inference.tiles import FLOAT8_WIDE, WIDE, Tiles, behind, best
+from nopad.inference.tiles import FLOAT8_WIDE, WIDE, WRITTEN, Tiles, behind, best
 
 
 def candidates_of(matrix: Matrix) -> tuple[Tiles, ...]:
@@ -174,7 +174,7 @@ def run(
     settings: tuple[tuple[str, object], ...] = ()
     if states.dtype == FLOAT8:  # whose sums are added up by the matrix unit alone, as torch does with use_fast_accum
         settings = (("fp8_slow_accum", False),)
-    if tiles.written != COLUMNS:
+    if tiles.written != WRITTEN:
         settings += (("_compute_tile_shape_or_override", Written(tiles.written)),)
     epilogue.gemm(
         states,

@@ -193,9 +193,9 @@ def longest(max_seqlen: int, capacity: int) -> int:
 def compile_layers(encoder: PackedEncoder, capacity: int, slots: int, compiled: bool) -> Layers:
     """The encoder's layers, compiled one by one, warm for packs of this shape.
 
-    The layers of an encoder have one code, so it is compiled once and serves them all. Where it cannot be compiled they
-    run as they are, and a warning says why. On a GPU packs of at most `GRAPH_CAPACITY` rows are CUDA graphs, unless the
-    attention goes by the host's lengths.
+    The layers of an encoder have one code, in float8 two, which is compiled once and serves them all. Where it cannot
+    be compiled they run as they are, and a warning says why. On a GPU packs of at most `GRAPH_CAPACITY` rows are CUDA
+    graphs, unless the attention goes by the host's lengths.
     """
     if not compiled:
         return partial(run_layers, encoder.layers)

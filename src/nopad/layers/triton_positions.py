@@ -28,10 +28,9 @@ def resized(table: Tensor, weights: Tensor, spans: Tensor, index: Tensor, column
     width = table.shape[1]
     output = table.new_empty(len(index), width, dtype=dtype)
     if len(index):
-        with torch.cuda.device_of(table):
-            _resized[(len(index), triton.cdiv(width, BLOCK))](  # pyright: ignore[reportIndexIssue]
-                table, weights, spans, index, output, columns, weights.shape[1], width, BLOCK, num_warps=4
-            )
+        _resized[(len(index), triton.cdiv(width, BLOCK))](  # pyright: ignore[reportIndexIssue]
+            table, weights, spans, index, output, columns, weights.shape[1], width, BLOCK, num_warps=4
+        )
     return output
 
 
