@@ -22,6 +22,7 @@ from nopad.bench.measure import Sample
 from nopad.bench.race import checked, min_cosine
 from nopad.families.aimv2 import AIMv2Original, AIMv2Packing
 from nopad.families.dinov3 import DINOv3ViTPacking
+from nopad.report.bench import bench_page
 
 OPTIONS = {"dtype": torch.float32, "images": 3, "capacities": (1024, 4096), "runs": 2}
 PEERS = ["original, one by one", "original, grouped by shape"]
@@ -85,6 +86,24 @@ def test_everybody_runs_both_workloads_and_agrees(native, as_it_is):
     flops = 2 * report.parameters * 1940 + 4 * 3 * 32 * sum(length**2 for length in lengths)
     assert mixed["nopad, eager", 1024].flops == flops
     assert as_it_is == [(1024, 1), (4096, 3), (1024, 3), (4096, 3)]
+
+
+def test_how_compiled_layers_run_is_told(native, as_it_is, monkeypatch):
+    def execution(encoder):
+        return "fused by somebody" if as_it_is[-1][0] == 1024 else "eager"
+
+    monkeypatch.setattr(AIMv2Packing, "execution", property(execution))
+    report = bench(native, compile=True, peers=False, **OPTIONS)
+    assert {key: row.layers for key, row in by_name(report).items()} == {
+        ("nopad, eager", 1024): None,
+        ("nopad, eager", 4096): None,
+        ("nopad, compiled", 1024): "fused by somebody",
+        ("nopad, compiled", 4096): "eager",
+    }
+    told = [line for line in command.bench_table(report).splitlines() if line.startswith("layers ")]
+    assert told == ["layers of nopad, compiled: fused by somebody", "layers of nopad, compiled: eager"]
+    page = Page(bench_page(report))
+    assert [text for text in page.texts if text.startswith("layers ")] == ["layers fused by somebody", "layers eager"]
 
 
 def test_the_ceiling_takes_its_turn_with_the_contestants_of_each_workload(native, monkeypatch):
@@ -320,7 +339,7 @@ def test_the_command_gives_json_and_nothing_else(native, monkeypatch, capsys):
     assert set(ran) == set(refused) == {
         "workload", "name", "capacity", "images", "tokens", "calls", "flops", "not_run", "seconds", "peak_bytes",
         "min_cosine", "median_seconds", "images_per_second", "tokens_per_second", "teraflops", "share_of_ceiling",
-        "agrees",
+        "agrees", "layers",
     }  # fmt: skip
     assert ran["agrees"] is True
     assert ran["tokens_per_second"] == pytest.approx(1373 / ran["median_seconds"])

@@ -103,6 +103,7 @@ def bench_table(report: BenchReport) -> str:
             f"ceiling: {facts.ceiling.describe()}",
             *columns([HEADER, *(_cells(report, row) for row in rows)]),
             *(f"not run: {row.label}: {row.not_run}" for row in rows if row.not_run is not None),
+            *dict.fromkeys(f"layers of {row.name}: {row.layers}" for row in rows if row.layers is not None),
         ]
     lines += [
         "",

@@ -50,6 +50,19 @@ class Images:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """A contestant that can run.
+
+    Attributes:
+        run: what is timed.
+        layers: how those of a compiled encoder run, its `execution`; `None` of others.
+    """
+
+    run: Run
+    layers: str | None = None
+
+
+@dataclass(frozen=True)
 class Contestant:
     """Somebody who can run a workload.
 
@@ -67,7 +80,7 @@ class Contestant:
     images: Images
     calls: int
     weight_bytes: int
-    prepare: Callable[[], Run]
+    prepare: Callable[[], Prepared]
     capacity: int | None = None
     compiled: bool = False
 
@@ -119,7 +132,7 @@ def packed(
     lengths = images.workload.lengths
     packs = plan([length + encoder.num_prefix_tokens for length in lengths], capacity)
 
-    def prepare() -> Run:
+    def prepare() -> Prepared:
         model = _compiled(encoder, capacity, max(map(len, packs)), float8) if compiled else encoder
         ready = [(numbers, images.pack(encoder, numbers)) for numbers in packs]
 
@@ -132,7 +145,7 @@ def packed(
                     kept |= _kept(numbers, parts, keep)
             return kept
 
-        return run
+        return Prepared(run, model.execution if compiled else None)
 
     name = "nopad, float8" if float8 else "nopad, compiled" if compiled else "nopad, eager"
     return Contestant(name, images, len(packs), _bytes(encoder), prepare, capacity, compiled)
@@ -141,7 +154,7 @@ def packed(
 def one_by_one(encoder: PackedEncoder, peer: Peer, images: Images) -> Contestant:
     """The original, one image at a time."""
 
-    def prepare() -> Run:
+    def prepare() -> Prepared:
         reference, model = peer.check(encoder, images.workload)
 
         def run(keep: Collection[int]) -> Features:
@@ -151,7 +164,7 @@ def one_by_one(encoder: PackedEncoder, peer: Peer, images: Images) -> Contestant
                 kept |= _kept([number], [tokens], keep)
             return kept
 
-        return run
+        return Prepared(run)
 
     return Contestant("original, one by one", images, len(images.pixels), _bytes(peer.model), prepare)
 
@@ -174,7 +187,7 @@ def fixed_size(encoder: PackedEncoder, peer: Peer, images: Images) -> Contestant
 def _batched(
     name: str, encoder: PackedEncoder, peer: Peer, images: Images, groups: Sequence[list[int]], *, compiled: bool
 ) -> Contestant:
-    def prepare() -> Run:
+    def prepare() -> Prepared:
         reference, model = peer.check(encoder, images.workload)
         batches = [(numbers, torch.stack([images.pixels[number] for number in numbers])) for numbers in groups]
 
@@ -189,7 +202,7 @@ def _batched(
                 kept |= _kept(numbers, call(pixels), keep)
             return kept
 
-        return run
+        return Prepared(run)
 
     return Contestant(name, images, len(groups), _bytes(peer.model), prepare, compiled=compiled)
 

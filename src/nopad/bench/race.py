@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from nopad.bench.contestants import Contestant, Features, Run, reference_features
+from nopad.bench.contestants import Contestant, Features, Prepared, Run, reference_features
 from nopad.bench.measure import CEILING, Meter, NotRun, Sample, flops, in_turn, multiplying
 from nopad.bench.results import Ceiling, Row
 from nopad.encoder import PackedEncoder
@@ -25,6 +25,7 @@ class Ready(NamedTuple):
     """A contestant that has been warmed up."""
 
     run: Run
+    layers: str | None
     samples: list[Sample]
     min_cosine: float
 
@@ -79,6 +80,7 @@ def race(
                 seconds=tuple(sample.seconds for sample in samples),
                 peak_bytes=contestant.weight_bytes + max(peaks) if peaks else None,
                 min_cosine=entry.min_cosine,
+                layers=entry.layers,
             )
         rows.append(row if isinstance(samples, list) else replace(row, not_run=samples))
     return rows, Ceiling(side, products, tuple(sample.seconds for sample in of_ceiling))
@@ -105,16 +107,16 @@ def block_parameters(encoder: PackedEncoder) -> int:
 
 
 def _warm_up(contestant: Contestant, truth: Features, times: int, measure: Meter) -> Ready:
-    ready: list[tuple[Run, Features]] = []
+    ready: list[tuple[Prepared, Features]] = []
 
     def first() -> None:
-        run = contestant.prepare()
-        ready.append((run, run(truth.keys())))
+        prepared = contestant.prepare()
+        ready.append((prepared, prepared.run(truth.keys())))
 
     samples = [measure(_answering(first, compiled=contestant.compiled))]
-    run, features = ready[0]
-    samples += [measure(_job(run)) for _ in range(times - 1)]
-    return Ready(run, samples, min_cosine(features, truth))
+    prepared, features = ready[0]
+    samples += [measure(_job(prepared.run)) for _ in range(times - 1)]
+    return Ready(prepared.run, prepared.layers, samples, min_cosine(features, truth))
 
 
 def _job(run: Run) -> Callable[[], None]:

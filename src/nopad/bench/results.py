@@ -27,6 +27,8 @@ class Row:
         peak_bytes: the contestant's weights and the most that it allocated on top, outputs of a call included, inputs
             not; `None` where the device does not tell.
         min_cosine: least cosine of a token of the images that were checked; NaN where they cannot be compared.
+        layers: how those of a compiled packed encoder ran: "fused by …", "compiled", or "eager" where neither could
+            be; `None` of others.
     """
 
     workload: str
@@ -40,6 +42,7 @@ class Row:
     seconds: tuple[float, ...] = ()
     peak_bytes: int | None = None
     min_cosine: float | None = None
+    layers: str | None = None
 
     @property
     def label(self) -> str:

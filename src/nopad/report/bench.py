@@ -77,6 +77,7 @@ def _table(report: BenchReport, facts: Facts, rows: list[Row]) -> str:
             numbers += [f"{report.share(row):.2f}"]
             numbers += ["–" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}", near_one(row.min_cosine)]
         remarks = [] if row.not_run is None else [row.not_run]
+        remarks += [] if row.layers is None else [f"layers {row.layers}"]
         lines.append(([row.label, result, f"{row.calls:,}", *numbers], row.agrees, remarks))
     caption = f"{facts.describe()}. A contestant of a fixed size has as many images of that size."
     ceiling = element("p", f"Ceiling: {facts.ceiling.describe()}.")
