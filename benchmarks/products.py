@@ -2,7 +2,7 @@
 
     python benchmarks/products.py --rows 16896
 
-The tiles in `nopad/inference/quack_products.py` were chosen by these figures. Random numbers; each is recorded 20 times
+The tiles in `nopad/inference/tiles.py` were chosen by these figures. Random numbers; each is recorded 20 times
 in a CUDA graph, graphs run in turn with one of products of 8,192³, and medians are printed.
 """
 
@@ -35,21 +35,21 @@ BF16 = torch.bfloat16
 CLUSTERS = ((2, 1), (1, 2), (2, 2))
 TILES = tuple(Tiles(128, columns, cluster=cluster) for columns in (128, 160, 192, 208) for cluster in CLUSTERS)
 PRODUCTS = {
-    "qkv": ("normed", 3072, 1024),
-    "qkv with biases": ("normed_biased", 3072, 1024),
-    "qkv turned": ("turned", 3072, 1024),
-    "qkv turned by two angles a pair": ("turned_apart", 3072, 1024),
-    "gate and up": ("gated", 5632, 1024),
-    "up, GELU": ("gelu", 4096, 1024),
-    "up, GELU by tanh": ("gelu_tanh", 4096, 1024),
-    "out": ("added", 1024, 1024),
-    "down": ("added", 1024, 2816),
-    "qkv in float8": ("normed_float8", 3072, 1024),
-    "gate and up in float8": ("gated_float8", 5632, 1024),
-    "out, cast to float8": ("added_small", 1024, 1024),
-    "down in float8": ("added_small_float8", 1024, 2816),
+    "qkv": "normed",
+    "qkv with biases": "normed_biased",
+    "qkv turned": "turned",
+    "qkv turned by two angles a pair": "turned_apart",
+    "gate and up": "gated",
+    "up, GELU": "gelu",
+    "up, GELU by tanh": "gelu_tanh",
+    "out": "added",
+    "down": "added",
+    "qkv in float8": "normed_float8",
+    "gate and up in float8": "gated_float8",
+    "out, cast to float8": "added_small",
+    "down in float8": "added_small_float8",
 }
-"""Epilogue, columns and terms of a product."""
+"""The epilogue of a product."""
 HEAD = 64
 """Size of heads that are turned."""
 PARTS = 8
@@ -63,10 +63,13 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=16896, help="tokens of a pack (default: 16896)")
+    parser.add_argument("--width", type=int, default=1024, help="of the residual stream (default: 1024, AIMv2-L's)")
+    parser.add_argument("--inner", type=int, default=2816, help="of the gated MLP (default: 2816)")
     parser.add_argument("--only", default="", help="names that begin so (default: all, and attention)")
     options = parser.parse_args()
-    for name, (epilogue, columns, terms) in PRODUCTS.items():
+    for name, epilogue in PRODUCTS.items():
         if name.startswith(options.only):
+            columns, terms = size_of(name, options.width, options.inner)
             sizes = options.rows, columns, terms
             usable = [tiles for tiles in TILES if takes(epilogue, tiles)]
             usable += [
@@ -81,6 +84,13 @@ def main() -> None:
     if "attention".startswith(options.only):
         for heads, size in ((8, 128), (16, 64), (16, 72)):
             attention(options.rows, heads, size)
+
+
+def size_of(name: str, width: int, inner: int) -> tuple[int, int]:
+    """Columns and terms of a product; one with GELU is four times as wide as the stream."""
+    sizes = {"qkv": (3 * width, width), "gate": (2 * inner, width), "up": (4 * width, width)}
+    sizes |= {"out": (width, width), "down": (width, inner)}
+    return next(size for part, size in sizes.items() if name.startswith(part))
 
 
 def str_of(tiles: Tiles) -> str:
@@ -161,7 +171,7 @@ def product(epilogue: str, rows: int, columns: int, terms: int, tiles: Tiles) ->
     matrix = Matrix(weight)
 
     def multiply() -> None:
-        run(chosen, states, matrix, output, operands, (tiles,), residual)
+        run(chosen, states, matrix, output, operands, residual, tiles)
 
     return multiply
 

@@ -109,7 +109,8 @@ def test_heads_of_all_sizes_are_turned(head_dim, shared):
 @NEEDS_QUACK
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("rows", "size", "inner"), [(256, 256, 384), (1000, 256, 384), (4224, 1024, 2816), (16896, 1024, 2816)]
+    ("rows", "size", "inner"),
+    [(256, 256, 384), (1000, 256, 384), (4224, 1024, 2816), (16896, 1024, 2816), (4224, 2048, 5632)],
 )
 @pytest.mark.parametrize("parts", [("qkv", "up", "down"), ("up", "down")])
 def test_fast_products_in_float8_are_the_plain_ones(rows, size, inner, parts):
@@ -227,7 +228,8 @@ def test_each_pack_of_compiled_layers_in_float32_has_its_own_segments(tmp_path, 
 @torch.no_grad()
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "size", "inner"), [(16896, 1024, 2816), (4224, 1024, 2816), (4224, 1152, 4304), (1000, 384, 1536)]
+    ("rows", "size", "inner"),
+    [(16896, 1024, 2816), (4224, 1024, 2816), (4224, 1152, 4304), (1000, 384, 1536), (4224, 2048, 5632)],
 )
 def test_tiles_of_all_widths_are_the_plain_products(rows, size, inner, gated):
     kind = {"gated": gated, "biased": True, "activation": "silu" if gated else "gelu_tanh"}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nopad.inference.tiles import DEEP, FLOAT8_DEEP, FLOAT8_WIDE, SHORT, WIDE, Tiles, behind, best
+from nopad.inference.tiles import DEEP, FLOAT8_DEEP, FLOAT8_WIDE, FOR_LARGE, SHORT, WIDE, Tiles, best, candidates
 
 PROCESSORS = 132  # of an H100
 
@@ -32,6 +32,9 @@ def test_rounds_of_whole_clusters_are_counted():
         (DEEP, 4224, 1024, (128, (1, 2))),
         (FLOAT8_DEEP, 16896, 1024, (128, (2, 1))),
         (FLOAT8_DEEP, 4224, 1024, (128, (1, 2))),
+        (FOR_LARGE, 16896, 3072, (192, (2, 1))),
+        (FOR_LARGE, 16896, 16384, (192, (2, 1))),
+        (FOR_LARGE, 16896, 2048, (192, (2, 1))),
     ],
 )
 def test_what_was_fastest_on_an_h100_is_taken(candidates, rows, columns, expected):
@@ -39,10 +42,22 @@ def test_what_was_fastest_on_an_h100_is_taken(candidates, rows, columns, expecte
     assert (tiles.columns, tiles.cluster) == expected
 
 
-def test_few_terms_many_terms_and_float8_have_candidates_of_their_own():
-    assert behind(1024, 1024, float8=False) is SHORT
-    assert behind(1024, 2816, float8=False) is DEEP
-    assert behind(1024, 2816, float8=True) is FLOAT8_DEEP
+@pytest.mark.parametrize(
+    ("columns", "terms", "float8", "adds", "expected"),
+    [
+        (3072, 1024, False, False, WIDE),
+        (5632, 1024, True, False, FLOAT8_WIDE),
+        (1024, 1024, False, True, SHORT),
+        (1024, 2816, False, True, DEEP),
+        (1024, 2816, True, True, FLOAT8_DEEP),
+        (9216, 3072, False, False, FOR_LARGE),
+        (3072, 3072, False, True, FOR_LARGE),
+        (2048, 5632, True, True, FOR_LARGE),
+        (11264, 2048, True, False, FOR_LARGE),
+    ],
+)
+def test_what_a_product_is_decides_what_tiles_it_may_have(columns, terms, float8, adds, expected):
+    assert candidates(columns, terms, float8=float8, adds=adds) is expected
 
 
 def test_wide_products_in_float8_are_written_in_larger_pieces():

@@ -16,13 +16,14 @@ from nopad.inference.folding import FoldedBlock, Matrix
 from nopad.inference.products import SMALL, Stream, Turn
 from nopad.inference.quack_epilogues import Epilogues, epilogues
 from nopad.inference.quack_operands import COLUMNS, PLACES, Written, laid
-from nopad.inference.tiles import FLOAT8_WIDE, WIDE, WRITTEN, Tiles, behind, best
+from nopad.inference.tiles import WRITTEN, Tiles, best, candidates
 
 
-def candidates_of(matrix: Matrix) -> tuple[Tiles, ...]:
-    """Tiles that a product that adds to the residual stream may have."""
+def tiles_of(matrix: Matrix, rows: int, device: torch.device, *, adds: bool) -> Tiles:
+    """That a product with so many rows is cut into, see `nopad.inference.tiles.candidates`."""
     columns, terms = matrix.weight.shape
-    return behind(columns, terms, float8=matrix.scale is not None)
+    among = candidates(columns, terms, float8=matrix.scale is not None, adds=adds)
+    return best(among, rows, columns, processors(device))
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class QuackProducts:
             turned = epilogue.turned if len(tables) == 1 else epilogue.turned_apart
             run(turned, states, matrix, output, {**operands, **tables})
         elif matrix.scale is not None:
-            run(epilogue.normed_float8, states, matrix, output, operands, FLOAT8_WIDE)
+            run(epilogue.normed_float8, states, matrix, output, operands)
         else:
             run(epilogue.normed if matrix.bias is None else epilogue.normed_biased, states, matrix, output, operands)
         output = output.unflatten(1, (block.num_heads, 3, -1))
@@ -102,8 +103,8 @@ class QuackProducts:
             run(epilogue.activated[block.activation], states, matrix, output, operands)
             return output
         gated = epilogue.gated if matrix.bias is None else epilogue.gated_biased
-        gated, candidates = (gated, WIDE) if matrix.scale is None else (epilogue.gated_float8, FLOAT8_WIDE)
-        run(gated, states, matrix, None, {**operands, "out": output}, candidates)
+        gated = gated if matrix.scale is None else epilogue.gated_float8
+        run(gated, states, matrix, None, {**operands, "out": output})
         return output
 
     def added(self, states: Tensor, matrix: Matrix, stream: Stream, block: FoldedBlock) -> Stream:
@@ -125,7 +126,7 @@ class QuackProducts:
             added = plain if before is None else epilogue.added_small
         assert matrix is block.proj or matrix is block.down
         squares = stream.both[:, : parts[0]] if matrix is block.proj else stream.both[:, parts[0] :]
-        run(added, states, matrix, tokens, {**operands, "squares": squares}, candidates_of(matrix), stream.tokens)
+        run(added, states, matrix, tokens, {**operands, "squares": squares}, stream.tokens)
         return QuackStream(tokens, operand, squares, before, both=stream.both)
 
     def end(self, stream: Stream) -> Tensor:
@@ -134,8 +135,8 @@ class QuackProducts:
 
     def _parts(self, block: FoldedBlock, tokens: Tensor) -> tuple[int, int]:
         """Parts that squares are added up in behind attention and behind the MLP: tiles of the product side by side."""
-        (rows, columns), number = tokens.shape, processors(tokens.device)
-        tiles = (best(candidates_of(matrix), rows, columns, number) for matrix in (block.proj, block.down))
+        rows, columns = tokens.shape
+        tiles = (tiles_of(matrix, rows, tokens.device, adds=True) for matrix in (block.proj, block.down))
         attention, mlp = (math.ceil(columns / each.columns) for each in tiles)
         return attention, mlp
 
@@ -166,11 +167,11 @@ def run(
     matrix: Matrix,
     output: Tensor | None,
     operands: dict[str, Tensor],
-    candidates: tuple[Tiles, ...] = WIDE,
     residual: Tensor | None = None,
+    tiles: Tiles | None = None,
 ) -> None:
-    """`states @ weightᵀ` through an epilogue, into `output` and what `operands` has room for."""
-    tiles = best(candidates, len(states), len(matrix.weight), processors(states.device))
+    """`states @ weightᵀ` through an epilogue, into `output` and what `operands` has room for; in the best tiles."""
+    tiles = tiles or tiles_of(matrix, len(states), states.device, adds=residual is not None)
     settings: tuple[tuple[str, object], ...] = ()
     if states.dtype == FLOAT8:  # whose sums are added up by the matrix unit alone, as torch does with use_fast_accum
         settings = (("fp8_slow_accum", False),)

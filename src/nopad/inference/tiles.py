@@ -29,6 +29,15 @@ class Tiles:
 
 
 BESIDE = (1, 2)
+LARGE = 2048
+"""From so many numbers in a row of the residual stream on, the same tiles suit all products, in float8 too."""
+FOR_LARGE = (
+    Tiles(128, 192),
+    Tiles(128, 192, 0.96, cluster=BESIDE),
+    Tiles(128, 160, 0.965),
+    Tiles(128, 160, 0.95, cluster=BESIDE),
+    Tiles(128, 128, 0.92, cluster=BESIDE),
+)
 WIDE = (
     Tiles(128, 192),
     Tiles(128, 192, 0.97, cluster=BESIDE),
@@ -65,13 +74,13 @@ FLOAT8_DEEP = (
 )
 
 
-def best(candidates: tuple[Tiles, ...], rows: int, columns: int, processors: int) -> Tiles:
+def best(among: tuple[Tiles, ...], rows: int, columns: int, processors: int) -> Tiles:
     """The tiles that take least time: as many rounds of a tile for each processor as it takes, by a tile's area.
 
     Clusters are whole: an odd number of tiles has an idle one beside it.
 
     Args:
-        candidates: of equals, the first is taken.
+        among: of equals, the first is taken.
         rows, columns: of the product.
         processors: multiprocessors of the GPU.
     """
@@ -82,9 +91,19 @@ def best(candidates: tuple[Tiles, ...], rows: int, columns: int, processors: int
         rounds = math.ceil(clusters / (processors // (above * beside)))
         return rounds * tiles.rows * tiles.columns / tiles.speed
 
-    return min(candidates, key=cost)
+    return min(among, key=cost)
 
 
-def behind(columns: int, terms: int, *, float8: bool) -> tuple[Tiles, ...]:
-    """Candidates for a product that adds to the residual stream."""
-    return FLOAT8_DEEP if float8 else DEEP if terms > columns else SHORT
+def candidates(columns: int, terms: int, *, float8: bool, adds: bool) -> tuple[Tiles, ...]:
+    """Tiles that a product may have.
+
+    Args:
+        columns, terms: of the product.
+        float8: whether it multiplies in float8.
+        adds: whether it adds to the residual stream; else it reads it.
+    """
+    if (columns if adds else terms) >= LARGE:
+        return FOR_LARGE
+    if adds:
+        return FLOAT8_DEEP if float8 else DEEP if terms > columns else SHORT
+    return FLOAT8_WIDE if float8 else WIDE
