@@ -100,7 +100,7 @@ def facts(name, ceiling):
 def report_of(*rows):
     words = dict.fromkeys(("checkpoint", "family", "original", "device", "dtype", "attention"), "")
     numbers = {"parameters": 1, "seed": 0, "runs": 3}
-    # 4 and 2 TFLOP/s.
+    # 4 TFLOP a run: 4 and 2 TFLOP/s.
     ceilings = {"mixed": Ceiling(10_000, 2, (1.0,)), "224px": Ceiling(10_000, 2, (9.0, 2.0, 1.0))}
     workloads = tuple(facts(name, ceiling) for name, ceiling in ceilings.items())
     return BenchReport(**words, **numbers, versions={}, workloads=workloads, rows=rows)
@@ -113,15 +113,17 @@ def test_rates_follow_from_the_run_in_the_middle():
     assert ran.label == "nopad, eager, packs of 2,048"
 
 
-def test_a_share_is_of_the_ceiling_of_the_rows_own_workload():
-    ran, elsewhere = row(seconds=(3.0,)), row(seconds=(3.0,), workload="224px")
+def test_a_share_is_of_the_ceiling_right_before():
+    # 3 TFLOP beside 4 of the ceiling: shares of 3, 0.75 and 0.5.
+    ran = row(seconds=(1.0, 2.0, 3.0), ceilings=(4.0, 2.0, 2.0))
+    elsewhere = row(seconds=(3.0,), ceilings=(2.0,), workload="224px")
     report = report_of(ran, elsewhere, row())
-    assert [report.share(one) for one in report.rows] == [0.25, 0.5, None]
-    assert [one["share_of_ceiling"] for one in report.to_dict()["rows"]] == [0.25, 0.5, None]
+    assert [report.share(one) for one in report.rows] == [0.75, 0.5, None]
+    assert [one["share_of_ceiling"] for one in report.to_dict()["rows"]] == [0.75, 0.5, None]
 
 
 def test_json_has_no_nan():
-    found = report_of(row(seconds=(1.0,), min_cosine=float("nan"))).to_dict()["rows"][0]
+    found = report_of(row(seconds=(1.0,), ceilings=(1.0,), min_cosine=float("nan"))).to_dict()["rows"][0]
     assert (found["min_cosine"], found["agrees"]) == (None, False)
 
 

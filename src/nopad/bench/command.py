@@ -107,9 +107,8 @@ def bench_table(report: BenchReport) -> str:
         ]
     lines += [
         "",
-        "ceiling: share of it; GiB: weights, inputs and the most allocated on top; cosine: least of a token with the "
-        "packed",
-        f"encoder on that image alone, WRONG where it is not above {AGREEMENT}",
+        "ceiling: share of what it gave right before each run; GiB: weights, inputs and the most allocated on top;",
+        f"cosine: least of a token with the packed encoder on that image alone, WRONG where not above {AGREEMENT}",
     ]
     return "\n".join(lines)
 

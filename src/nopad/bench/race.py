@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from textwrap import shorten
 from typing import NamedTuple
 
@@ -65,25 +66,25 @@ def race(
             entries.append(str(reason))
     progress(f"{workload}: {runs} timed runs of each, and of the ceiling before it")
     jobs = [_job(entry.run) for entry in entries if isinstance(entry, Ready)]
-    # The ceiling before each: every contestant finds the device as warm as every other.
     results = in_turn(measure, [part for job in jobs for part in (multiply, job)] or [multiply], runs)
-    of_ceiling = [sample for turn in zip(*results[::2], strict=True) for sample in turn if isinstance(sample, Sample)]
-    timed = iter(results[1::2])
+    before = [tuple(_seconds(samples)) for samples in results[::2]]
+    timed = zip(results[1::2], before, strict=False)
     rows = []
     for contestant, entry in zip(contestants, entries, strict=True):
-        samples = next(timed) if isinstance(entry, Ready) else entry
+        samples, ceilings = next(timed) if isinstance(entry, Ready) else (entry, ())
         row = _empty_row(encoder, workload, contestant)
         if isinstance(entry, Ready) and isinstance(samples, list):
             peaks = [sample.peak_bytes for sample in (*entry.samples, *samples) if sample.peak_bytes is not None]
             row = replace(
                 row,
-                seconds=tuple(sample.seconds for sample in samples),
+                seconds=tuple(_seconds(samples)),
+                ceilings=ceilings,
                 peak_bytes=contestant.weight_bytes + max(peaks) if peaks else None,
                 min_cosine=entry.min_cosine,
                 layers=entry.layers,
             )
         rows.append(row if isinstance(samples, list) else replace(row, not_run=samples))
-    return rows, Ceiling(side, products, tuple(sample.seconds for sample in of_ceiling))
+    return rows, Ceiling(side, products, tuple(chain.from_iterable(zip(*before, strict=True))))
 
 
 def checked(images: int) -> list[int]:
@@ -117,6 +118,10 @@ def _warm_up(contestant: Contestant, truth: Features, times: int, measure: Meter
     prepared, features = ready[0]
     samples += [measure(_job(prepared.run)) for _ in range(times - 1)]
     return Ready(prepared.run, prepared.layers, samples, min_cosine(features, truth))
+
+
+def _seconds(samples: list[Sample] | str) -> list[float]:
+    return [sample.seconds for sample in samples if isinstance(sample, Sample)]
 
 
 def _job(run: Run) -> Callable[[], None]:

@@ -24,6 +24,7 @@ class Row:
         flops: of one run, by `nopad.bench.measure.flops`.
         not_run: why it was not run, else `None`; then all that follows is empty.
         seconds: each timed run.
+        ceilings: the seconds of the ceiling's run before each of them.
         peak_bytes: the contestant's weights and the most that it allocated on top, outputs of a call included, inputs
             not; `None` where the device does not tell.
         min_cosine: least cosine of a token of the images that were checked; NaN where they cannot be compared.
@@ -40,6 +41,7 @@ class Row:
     flops: int
     not_run: str | None = None
     seconds: tuple[float, ...] = ()
+    ceilings: tuple[float, ...] = ()
     peak_bytes: int | None = None
     min_cosine: float | None = None
     layers: str | None = None
@@ -91,18 +93,18 @@ class Ceiling:
 
     @property
     def teraflops(self) -> float:
-        """TFLOP/s of the run in the middle, that shares are of."""
-        return self._teraflops(statistics.median(self.seconds))
+        """TFLOP/s of the run in the middle."""
+        return self.teraflops_in(statistics.median(self.seconds))
 
     @property
     def least_teraflops(self) -> float:
         """TFLOP/s of the slowest run."""
-        return self._teraflops(max(self.seconds))
+        return self.teraflops_in(max(self.seconds))
 
     @property
     def most_teraflops(self) -> float:
         """TFLOP/s of the fastest run."""
-        return self._teraflops(min(self.seconds))
+        return self.teraflops_in(min(self.seconds))
 
     def describe(self) -> str:
         """What it is, what was found, and how, in one line."""
@@ -115,7 +117,8 @@ class Ceiling:
         names = "teraflops", "least_teraflops", "most_teraflops"
         return {**asdict(self), **{name: getattr(self, name) for name in names}, "about": self.describe()}
 
-    def _teraflops(self, seconds: float) -> float:
+    def teraflops_in(self, seconds: float) -> float:
+        """TFLOP/s of a run that took so long."""
         return 2 * self.side**3 * self.products / seconds / 1e12
 
 
@@ -171,9 +174,17 @@ class BenchReport:
     rows: tuple[Row, ...]
 
     def share(self, row: Row) -> float | None:
-        """The row's TFLOP/s over those of its workload's ceiling."""
-        ceilings = {facts.name: facts.ceiling for facts in self.workloads}
-        return None if row.teraflops is None else row.teraflops / ceilings[row.workload].teraflops
+        """A run's TFLOP/s over those of the ceiling right before it, of the run in the middle.
+
+        A GPU's clock follows what it did in the second before: after contestants that leave it idle the same products
+        take a tenth less time than after others.
+        """
+        ceiling = {facts.name: facts.ceiling for facts in self.workloads}[row.workload]
+        shares = [
+            row.flops / seconds / 1e12 / ceiling.teraflops_in(before)
+            for seconds, before in zip(row.seconds, row.ceilings, strict=True)
+        ]
+        return statistics.median(shares) if shares else None
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`: also what follows from the measurements; NaN, which JSON does not have, is `None`."""
