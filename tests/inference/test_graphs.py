@@ -39,6 +39,7 @@ def use(stream):
 def layers(monkeypatch):
     """Layers, where a recording can be replayed on a CPU."""
     layers = Recorder()
+    layers.streams = []
 
     class Graph:
         def replay(self):
@@ -49,8 +50,9 @@ def layers(monkeypatch):
             return None
 
     @contextmanager
-    def record(graph, pool):
+    def record(graph, pool, stream):
         yield
+        layers.streams.append(stream)
         graph.recorded = layers.recorded
 
     stand_ins = {"CUDAGraph": Graph, "graph": record, "Stream": Nothing, "stream": use, "current_stream": Nothing}
@@ -77,6 +79,9 @@ def test_every_pack_is_computed_from_its_own_values(layers):
         torch.testing.assert_close(graphs(*given), result(*given))
         assert torch.equal(given[0], kept)
     assert sorted(graphs.graphs) == [2, 4]
+    # Not torch's own, which is on the GPU that something was recorded on first; one, so that they share their memory.
+    assert layers.streams == [graphs.stream, graphs.stream]
+    assert isinstance(graphs.stream, Nothing)
 
 
 def test_tokens_that_were_written_where_the_graph_reads_them_are_not_copied(layers):

@@ -21,6 +21,7 @@ class Graphs:
         self.layers = layers
         self.inputs: list[Tensor] = []
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.stream: torch.cuda.Stream | None = None  # torch's own for recordings is on the GPU of the first of all
 
     def __call__(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
         """`(capacity, D)` to `(capacity, D)`, which the next call overwrites."""
@@ -47,12 +48,13 @@ class Graphs:
         tokens, offsets, *turns = self.inputs
         own = Segments(segments.lengths, offsets, segments.max_seqlen)
         turn = None if rotate is None else Rotation(rotate.turn, *turns)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # a recording must not be the first run of anything
+        if self.stream is None:
+            self.stream = torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):  # a recording must not be the first run of anything
             self.layers(tokens, own, turn)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         graph, pool = torch.cuda.CUDAGraph(), next((graph.pool() for graph, _ in self.graphs.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
             output = self.layers(tokens, own, turn)
         return graph, output
