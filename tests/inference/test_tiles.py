@@ -2,7 +2,7 @@
 
 import pytest
 
-from nopad.inference.tiles import DEEP, FLOAT8_DEEP, FLOAT8_WIDE, FOR_LARGE, SHORT, WIDE, Tiles, best, candidates
+from nopad.inference.tiles import DEEP, FLOAT8_DEEP, FLOAT8_FEW_TERMS, GENERAL, SHORT, Tiles, best, candidates
 
 PROCESSORS = 132  # of an H100
 
@@ -19,22 +19,23 @@ def test_rounds_of_whole_clusters_are_counted():
 @pytest.mark.parametrize(
     ("candidates", "rows", "columns", "expected"),
     [
-        (WIDE, 16896, 3072, (192, (2, 1))),
-        (WIDE, 4224, 3072, (192, (1, 2))),
-        (WIDE, 16896, 5632, (192, (2, 1))),
-        (WIDE, 4224, 5632, (160, (1, 2))),
-        (FLOAT8_WIDE, 16896, 5632, (192, (2, 1))),
-        (FLOAT8_WIDE, 4224, 5632, (192, (2, 1))),
-        (FLOAT8_WIDE, 4224, 3072, (192, (1, 2))),
+        (GENERAL, 16896, 3072, (192, (2, 1))),
+        (GENERAL, 4224, 3072, (192, (1, 2))),
+        (GENERAL, 16896, 5632, (192, (2, 1))),
+        (GENERAL, 4224, 5632, (160, (1, 2))),
+        (FLOAT8_FEW_TERMS, 16896, 5632, (192, (2, 1))),
+        (FLOAT8_FEW_TERMS, 4224, 5632, (192, (2, 1))),
+        (FLOAT8_FEW_TERMS, 4224, 3072, (192, (1, 2))),
         (SHORT, 16896, 1024, (128, (2, 1))),
         (SHORT, 4224, 1024, (128, (1, 2))),
         (DEEP, 16896, 1024, (128, (1, 2))),
         (DEEP, 4224, 1024, (128, (1, 2))),
         (FLOAT8_DEEP, 16896, 1024, (128, (2, 1))),
         (FLOAT8_DEEP, 4224, 1024, (128, (1, 2))),
-        (FOR_LARGE, 16896, 3072, (192, (2, 1))),
-        (FOR_LARGE, 16896, 16384, (192, (2, 1))),
-        (FOR_LARGE, 16896, 2048, (192, (2, 1))),
+        (GENERAL, 16896, 16384, (192, (2, 1))),
+        (GENERAL, 16896, 2048, (192, (2, 1))),
+        (GENERAL, 16896, 1152, (192, (2, 1))),
+        (GENERAL, 16896, 1280, (160, (2, 1))),
     ],
 )
 def test_what_was_fastest_on_an_h100_is_taken(candidates, rows, columns, expected):
@@ -45,15 +46,17 @@ def test_what_was_fastest_on_an_h100_is_taken(candidates, rows, columns, expecte
 @pytest.mark.parametrize(
     ("columns", "terms", "float8", "adds", "expected"),
     [
-        (3072, 1024, False, False, WIDE),
-        (5632, 1024, True, False, FLOAT8_WIDE),
+        (3072, 1024, False, False, GENERAL),
+        (5632, 1024, True, False, FLOAT8_FEW_TERMS),
         (1024, 1024, False, True, SHORT),
         (1024, 2816, False, True, DEEP),
         (1024, 2816, True, True, FLOAT8_DEEP),
-        (9216, 3072, False, False, FOR_LARGE),
-        (3072, 3072, False, True, FOR_LARGE),
-        (2048, 5632, True, True, FOR_LARGE),
-        (11264, 2048, True, False, FOR_LARGE),
+        (9216, 3072, False, False, GENERAL),
+        (3072, 3072, False, True, GENERAL),
+        (1280, 5120, True, True, GENERAL),
+        (1152, 1152, False, True, GENERAL),
+        (10240, 1280, True, False, FLOAT8_FEW_TERMS),
+        (8192, 1536, True, False, GENERAL),
     ],
 )
 def test_what_a_product_is_decides_what_tiles_it_may_have(columns, terms, float8, adds, expected):
@@ -61,5 +64,5 @@ def test_what_a_product_is_decides_what_tiles_it_may_have(columns, terms, float8
 
 
 def test_wide_products_in_float8_are_written_in_larger_pieces():
-    assert {(tiles.columns, tiles.written) for tiles in FLOAT8_WIDE} == {(192, 64), (160, 32), (128, 64)}
-    assert {tiles.written for tiles in (*WIDE, *SHORT, *DEEP, *FLOAT8_DEEP)} == {32}
+    assert {(tiles.columns, tiles.written) for tiles in FLOAT8_FEW_TERMS} == {(192, 64), (160, 32), (128, 64)}
+    assert {tiles.written for tiles in (*GENERAL, *SHORT, *DEEP, *FLOAT8_DEEP)} == {32}

@@ -29,27 +29,22 @@ class Tiles:
 
 
 BESIDE = (1, 2)
-LARGE = 2048
-"""From so many numbers in a row of the residual stream on, the same tiles suit all products, in float8 too."""
-FOR_LARGE = (
+GENERAL = (
     Tiles(128, 192),
     Tiles(128, 192, 0.96, cluster=BESIDE),
     Tiles(128, 160, 0.965),
     Tiles(128, 160, 0.95, cluster=BESIDE),
     Tiles(128, 128, 0.92, cluster=BESIDE),
 )
-WIDE = (
-    Tiles(128, 192),
-    Tiles(128, 192, 0.97, cluster=BESIDE),
-    Tiles(128, 160, 0.975, cluster=BESIDE),
-    Tiles(128, 128, 0.945, cluster=BESIDE),
-)
-FLOAT8_WIDE = (
+MANY_TERMS, MANY_COLUMNS = 1536, 1152
+"""From so many on `GENERAL` tiles are best for float8 products too, and for those that add to the residual stream."""
+FLOAT8_FEW_TERMS = (
     Tiles(128, 192, written=64),
     Tiles(128, 192, 0.995, cluster=BESIDE, written=64),
     Tiles(128, 128, 0.875, cluster=BESIDE, written=64),
     Tiles(128, 160, 0.85, cluster=BESIDE),
 )
+"""For a product in float8 of few terms."""
 SHORT = (
     Tiles(128, 128),
     Tiles(128, 128, 0.99, cluster=BESIDE),
@@ -57,7 +52,7 @@ SHORT = (
     Tiles(128, 192, 0.97),
     Tiles(128, 208, 0.92),
 )
-"""For a residual sum of a product of few terms, which is written as long as it is multiplied."""
+"""For a residual sum of few columns and few terms, which is written as long as it is multiplied."""
 DEEP = (
     Tiles(128, 128, cluster=BESIDE),
     Tiles(128, 128, 0.98),
@@ -65,6 +60,7 @@ DEEP = (
     Tiles(128, 160, 0.98),
     Tiles(128, 192, 0.955),
 )
+"""For one of few columns and many terms."""
 FLOAT8_DEEP = (
     Tiles(128, 128),
     Tiles(128, 128, 0.988, cluster=BESIDE),
@@ -102,8 +98,6 @@ def candidates(columns: int, terms: int, *, float8: bool, adds: bool) -> tuple[T
         float8: whether it multiplies in float8.
         adds: whether it adds to the residual stream; else it reads it.
     """
-    if (columns if adds else terms) >= LARGE:
-        return FOR_LARGE
-    if adds:
+    if adds and columns < MANY_COLUMNS:
         return FLOAT8_DEEP if float8 else DEEP if terms > columns else SHORT
-    return FLOAT8_WIDE if float8 else WIDE
+    return FLOAT8_FEW_TERMS if float8 and not adds and terms < MANY_TERMS else GENERAL
