@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,18 @@ def test_ctrl_c_finishes_the_shards_in_hand(goldens, tmp_path):
     assert 0 < len(shards(tmp_path / "out")) < 100
     assert left(tmp_path / "out") == ["inputs.parquet", "job.json", "lock"]
     assert subprocess.run(["pgrep", "-g", str(job.pid)], stdout=subprocess.DEVNULL).returncode == 1  # nobody is left
+
+
+def test_ray_stays_until_its_own_thread_has_ended(monkeypatch):
+    ended = []
+    thread = threading.Thread(target=lambda: time.sleep(0.2) or ended.append("thread"), name="StreamingExecutor-3")
+    ray = types.ModuleType("ray")
+    ray.is_initialized, ray.init = lambda: False, lambda *_, **__: thread.start()
+    ray.shutdown = lambda: ended.append("Ray")
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with distributed._connected():
+        pass
+    assert ended == ["thread", "Ray"]
 
 
 def node(cores: float, gpus: float = 0, alive: bool = True) -> dict:

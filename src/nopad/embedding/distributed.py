@@ -37,6 +37,7 @@ ATTEMPTS = 3
 _STOP = "stop"
 # Numbers take little; Ray's own choice, 30 % of the memory, is more shared memory than most containers have.
 _OBJECT_STORE = 100 << 20
+_PATIENCE = 60.0
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Else Ray warns in every run that its actors' arguments may be lost; they are held here as long as they are needed.
@@ -165,6 +166,10 @@ def _connected() -> Iterator[None]:
             signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own there
         yield
     finally:
+        # Ray Data waits two seconds for its own thread; if that speaks to Ray once Ray is gone, the process ends.
+        for thread in threading.enumerate():
+            if thread.name.startswith("StreamingExecutor"):
+                thread.join(_PATIENCE)
         ray.shutdown()
 
 
