@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import types
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 from nopad import embed
 from nopad.embedding import distributed
+from nopad.embedding.record import JobFolder
 
 SHARDS, ROWS = 8, 5
 
@@ -162,6 +164,25 @@ def test_ray_stays_until_its_own_thread_has_ended(monkeypatch):
     with distributed._connected():
         pass
     assert ended == ["thread", "Ray"]
+
+
+def test_what_an_actor_leaves_when_it_is_killed_is_cleaned_away(tmp_path, monkeypatch):
+    pytest.importorskip("ray.data", reason="Ray Data is not installed: pip install 'nopad[ray]'")
+    files = JobFolder(tmp_path)
+    files.own.mkdir()
+
+    @contextmanager
+    def connected():
+        yield
+        (files.own / "shard-3.parquet.started").touch()  # begun when the others were over
+
+    job = types.SimpleNamespace(files=files, settings=types.SimpleNamespace(device="cpu"))
+    run = types.SimpleNamespace(job=job, stop=threading.Event(), start=0.0)
+    monkeypatch.setattr("ray.nodes", lambda: [node(2)])
+    for name, stand_in in (("_connected", connected), ("Ticker", nullcontext), ("_results", lambda *_: [])):
+        monkeypatch.setattr(distributed, name, stand_in)
+    distributed.make_on_ray(run, [3], actors=1)
+    assert list(files.own.iterdir()) == []
 
 
 def node(cores: float, gpus: float = 0, alive: bool = True) -> dict:

@@ -67,12 +67,13 @@ def make_on_ray(run: Run, shards: Sequence[int], actors: int) -> None:
     except ImportError as error:
         raise ImportError(f"actors: this needs Ray ({error}): pip install 'nopad[ray]'") from error
 
-    with _connected(), _quiet_ray_data(), Ticker(run), _stop_file(run) as files:
+    # The folder is put in order when no actor is left that could write to it.
+    with _stop_file(run) as files, _connected(), _quiet_ray_data(), Ticker(run):
         cores = _cores_of_an_actor(ray.nodes(), actors, on_gpu=_on_gpu(run.job.settings))
         try:
             for result in _results(run, shards, actors, cores):
                 _add(run, result)
-                if run.stop.is_set() and not any(files.own.glob("*.started")):
+                if (files.own / _STOP).exists() and not any(files.own.glob("*.started")):
                     break  # the others need not all be told
         except RayTaskError as error:
             if isinstance(error.cause, _ShardError):
