@@ -55,6 +55,7 @@ def test_what_was_fastest_on_an_h100_is_taken(candidates, rows, columns, expecte
         (3072, 3072, False, True, GENERAL),
         (1280, 5120, True, True, GENERAL),
         (1152, 1152, False, True, GENERAL),
+        (1152, 1152, True, True, GENERAL),
         (10240, 1280, True, False, FLOAT8_FEW_TERMS),
         (8192, 1536, True, False, GENERAL),
     ],
