@@ -1,6 +1,7 @@
 """The HTML page of an alignment: what it says, and that it is one well-formed, self-contained, escaped file."""
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -235,6 +236,19 @@ def test_the_page_is_written_whole_and_nothing_is_left_beside_it(tmp_path):
     write_align_page(REPORT, path)
     assert path.read_text(encoding="utf-8") == align_page(REPORT)
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_is_no_file_is_written_to_and_stays(tmp_path):
+    pipe, link, page = tmp_path / "pipe", tmp_path / "link", tmp_path / "page"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True)
+    write_align_page(REPORT, pipe)
+    assert reader.communicate(timeout=10)[0] == align_page(REPORT)
+    assert pipe.is_fifo()
+    link.symlink_to(page)
+    write_align_page(REPORT, link)
+    assert link.is_symlink()
+    assert page.read_text() == align_page(REPORT)
 
 
 def test_importing_the_report_imports_neither_torch_nor_transformers():

@@ -8,7 +8,7 @@ import math
 import sys
 from typing import Any
 
-from nopad.terminal import FAILED, PASSED, columns
+from nopad.terminal import FAILED, PASSED, columns, device_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 LAYERS_SHOWN = 12
@@ -76,14 +76,10 @@ def report_alignment(options: argparse.Namespace, **arguments: Any) -> int:
         progress=lambda line: print(f"· {line}", file=sys.stderr),
         **arguments,
     )
+    print(json.dumps(report.to_dict(), indent=2) if options.json else align_table(report), flush=True)
     if options.report:
         write_align_page(report, options.report)
-    if options.json:
-        print(json.dumps(report.to_dict(), indent=2))
-    else:
-        print(align_table(report))
-        if options.report:
-            print(f"report: {options.report}")
+        print(f"report: {options.report}", file=sys.stderr if options.json else sys.stdout)
     return PASSED if report.passed else FAILED
 
 
@@ -113,13 +109,11 @@ def _common(options: argparse.Namespace) -> dict[str, Any]:
     """What a model is loaded with, by the names that `nopad.load` and `nopad.align` have for it.
 
     Raises:
-        ValueError: CUDA was asked for and is not there.
+        ValueError: a device was asked for that is not there.
     """
     import torch
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device: got {device!r}, but torch sees no CUDA device; use --device cpu")
+    device = device_of(options.device)
     usual = "bfloat16" if options.precision is not None and device.startswith("cuda") else "float32"
     return {
         "device": device,

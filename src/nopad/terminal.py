@@ -1,10 +1,32 @@
-"""What the commands share: exit statuses, and tables for a terminal."""
+"""What the commands share: exit statuses, devices, and tables for a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 PASSED, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+
+
+def device_of(asked: str | None) -> str:
+    """What `--device` names, `cuda` where it names nothing and there is one, else `cpu`.
+
+    Raises:
+        ValueError: no name of a device, or of one that torch does not see.
+    """
+    import torch
+
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked is None:
+        return "cuda" if seen else "cpu"
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise ValueError(f"--device: expected cpu, cuda, cuda:1, …, got {asked!r}") from None
+    if device.type == "cuda" and not seen:
+        raise ValueError(f"--device: got {asked!r}, but torch sees no CUDA device; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= seen:
+        raise ValueError(f"--device: got {asked!r}, but torch sees {seen} CUDA devices: cuda:0 to cuda:{seen - 1}")
+    return asked
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from nopad.terminal import device_of
+
 if TYPE_CHECKING:
     from nopad.embedding.run import Summary
 
@@ -62,7 +64,6 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError, ImportError: wrong use, or a folder that cannot be written.
     """
-    import torch
     from transformers.utils import logging as transformers_logging
 
     for package in ("filelock", "pyarrow", "rich"):
@@ -72,8 +73,7 @@ def run(options: argparse.Namespace) -> int:
     from nopad.embedding.progress import display
 
     transformers_logging.disable_progress_bar()
-    if options.device and options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device: got {options.device!r}, but torch sees no CUDA device; use --device cpu")
+    device_of(options.device)
     max_pixels = Settings.max_pixels if options.max_pixels is None else options.max_pixels
     go_on = f"to go on: {_command(options)}"
     try:

@@ -59,9 +59,12 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def write(html: str, path: str | Path) -> None:
-    """Write a page as UTF-8, all of it or nothing; directories are made."""
-    path = Path(path)
+    """Write a page as UTF-8, all of it or nothing; directories are made. What is no file, such as a pipe, stays one."""
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        path.write_text(html, encoding="utf-8", errors="backslashreplace")
+        return
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         # Paths that are not UTF-8 come with surrogates.
