@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 
 from nopad.bench.defaults import ON_CPU, ON_GPU
 from nopad.bench.results import AGREEMENT, BenchReport, Row
-from nopad.terminal import columns
+from nopad.terminal import columns, device_of
 
 DTYPES = ("bfloat16", "float16", "float32")
 HEADER = ("", "capacity", "ms", "min … max", "images/s", "tokens/s", "TFLOP/s", "ceiling", "GiB", "cosine", "")
@@ -56,12 +57,9 @@ def run(options: argparse.Namespace) -> int:
     from nopad.bench.runs import bench
 
     transformers_logging.disable_progress_bar()
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device: got {device!r}, but torch sees no CUDA device; use --device cpu")
     report = bench(
         options.checkpoint,
-        device=device,
+        device=device_of(options.device),
         dtype=getattr(torch, options.dtype),
         attention=options.attention,
         workload=options.workload,
@@ -76,16 +74,12 @@ def run(options: argparse.Namespace) -> int:
         trust_remote_code=options.trust_remote_code,
         progress=lambda line: print(f"· {line}", file=sys.stderr),
     )
+    print(json.dumps(report.to_dict(), indent=2) if options.json else bench_table(report), flush=True)
     if options.report:
         from nopad.report import write_bench_page
 
         write_bench_page(report, options.report)
-    if options.json:
-        print(json.dumps(report.to_dict(), indent=2))
-    else:
-        print(bench_table(report))
-        if options.report:
-            print(f"report: {options.report}")
+        print(f"report: {options.report}", file=sys.stderr if options.json else sys.stdout)
     return 0
 
 
@@ -103,14 +97,23 @@ def bench_table(report: BenchReport) -> str:
             f"ceiling: {facts.ceiling.describe()}",
             *columns([HEADER, *(_cells(report, row) for row in rows)]),
             *(f"not run: {row.label}: {row.not_run}" for row in rows if row.not_run is not None),
-            *dict.fromkeys(f"layers of {row.name}: {row.layers}" for row in rows if row.layers is not None),
+            *_layers(rows),
         ]
     lines += [
         "",
-        "ceiling: share of what it gave right before each run; GiB: weights, inputs and the most allocated on top;",
-        f"cosine: least of a token with the packed encoder on that image alone, WRONG where not above {AGREEMENT}",
+        "ceiling: share of what it gave right before and after each run; GiB: weights, packs and the most allocated on",
+        f"top; cosine: least of a token with the packed encoder on that image alone, WRONG where not above {AGREEMENT}",
     ]
     return "\n".join(lines)
+
+
+def _layers(rows: Sequence[Row]) -> list[str]:
+    """How compiled layers were made ready, and for which packs."""
+    capacities: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.layers is not None:
+            capacities.setdefault((row.name, row.layers), []).append(f"{row.capacity:,}")
+    return [f"layers of {name}: {layers} (packs of {' and '.join(of)})" for (name, layers), of in capacities.items()]
 
 
 def _cells(report: BenchReport, row: Row) -> tuple[str, ...]:

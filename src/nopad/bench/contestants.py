@@ -55,7 +55,7 @@ class Prepared:
 
     Attributes:
         run: what is timed.
-        layers: how those of a compiled encoder run, its `execution`; `None` of others.
+        layers: how those of a compiled encoder were made ready, its `execution`; `None` of others.
     """
 
     run: Run
@@ -233,7 +233,10 @@ def _compiled(encoder: PackedEncoder, capacity: int, max_images: int, float8: bo
     """A twin of `encoder` over the same weights: compiling it for one capacity leaves the others as they are."""
     twin = copy.deepcopy(encoder, {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())})
     if float8:
-        twin.to_precision("fp8")
+        try:
+            twin.to_precision("fp8")
+        except ValueError as reason:  # sizes that float8's products do not take
+            raise NotRun(str(reason)) from None
     twin.compile(capacity=capacity, max_images=max_images)
     return twin
 

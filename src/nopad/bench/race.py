@@ -1,11 +1,12 @@
-"""Contestants against each other: warmed up and checked one by one, timed in turn, the ceiling before each."""
+"""Contestants against each other: warmed up and checked one by one, timed in turn, the ceiling around each."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 from textwrap import shorten
 from typing import NamedTuple
 
@@ -64,27 +65,27 @@ def race(
             entries.append(_warm_up(contestant, truths[id(images)], times, measure))
         except NotRun as reason:
             entries.append(str(reason))
-    progress(f"{workload}: {runs} timed runs of each, and of the ceiling before it")
+    progress(f"{workload}: {runs} timed runs of each, and of the ceiling around it")
     jobs = [_job(entry.run) for entry in entries if isinstance(entry, Ready)]
-    results = in_turn(measure, [part for job in jobs for part in (multiply, job)] or [multiply], runs)
-    before = [tuple(_seconds(samples)) for samples in results[::2]]
-    timed = zip(results[1::2], before, strict=False)
+    results = in_turn(measure, [multiply, *(part for job in jobs for part in (job, multiply))], runs)
+    ceilings = [_seconds(samples) for samples in results[::2]]
+    timed = zip(results[1::2], pairwise(ceilings), strict=True)
     rows = []
     for contestant, entry in zip(contestants, entries, strict=True):
-        samples, ceilings = next(timed) if isinstance(entry, Ready) else (entry, ())
+        samples, around = next(timed) if isinstance(entry, Ready) else (entry, ())
         row = _empty_row(encoder, workload, contestant)
         if isinstance(entry, Ready) and isinstance(samples, list):
             peaks = [sample.peak_bytes for sample in (*entry.samples, *samples) if sample.peak_bytes is not None]
             row = replace(
                 row,
                 seconds=tuple(_seconds(samples)),
-                ceilings=ceilings,
+                ceilings=tuple(map(statistics.mean, zip(*around, strict=True))),
                 peak_bytes=contestant.weight_bytes + max(peaks) if peaks else None,
                 min_cosine=entry.min_cosine,
                 layers=entry.layers,
             )
         rows.append(row if isinstance(samples, list) else replace(row, not_run=samples))
-    return rows, Ceiling(side, products, tuple(chain.from_iterable(zip(*before, strict=True))))
+    return rows, Ceiling(side, products, tuple(chain.from_iterable(zip(*ceilings, strict=True))))
 
 
 def checked(images: int) -> list[int]:
@@ -121,7 +122,7 @@ def _warm_up(contestant: Contestant, truth: Features, times: int, measure: Meter
 
 
 def _seconds(samples: list[Sample] | str) -> list[float]:
-    return [sample.seconds for sample in samples if isinstance(sample, Sample)]
+    return [sample.seconds for sample in samples] if isinstance(samples, list) else []
 
 
 def _job(run: Run) -> Callable[[], None]:

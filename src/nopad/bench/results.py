@@ -24,12 +24,12 @@ class Row:
         flops: of one run, by `nopad.bench.measure.flops`.
         not_run: why it was not run, else `None`; then all that follows is empty.
         seconds: each timed run.
-        ceilings: the seconds of the ceiling's run before each of them.
-        peak_bytes: the contestant's weights and the most that it allocated on top, outputs of a call included, inputs
-            not; `None` where the device does not tell.
+        ceilings: the seconds of the ceiling around each of them, the mean of its runs right before and right after.
+        peak_bytes: the contestant's weights and the most that it allocated on top, packs or batches of the images
+            included, the images' own pixels not; `None` where the device does not tell.
         min_cosine: least cosine of a token of the images that were checked; NaN where they cannot be compared.
-        layers: how those of a compiled packed encoder ran: "fused by …", "compiled", or "eager" where neither could
-            be; `None` of others.
+        layers: how those of a compiled packed encoder were made ready: "fused by …", "compiled", or "eager" where
+            neither could be; `None` of others.
     """
 
     workload: str
@@ -79,7 +79,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What a plain matrix product reaches on random data, before each run of a workload's contestants.
+    """What a plain matrix product reaches on random data, before and after each run of a workload's contestants.
 
     Attributes:
         side: rows and columns of both matrices.
@@ -109,7 +109,7 @@ class Ceiling:
     def describe(self) -> str:
         """What it is, what was found, and how, in one line."""
         found = f"{self.teraflops:.4g} TFLOP/s ({self.least_teraflops:.4g} … {self.most_teraflops:.4g})"
-        how = f"median of {len(self.seconds)} runs, before those of contestants"
+        how = f"median of {len(self.seconds)} runs, around those of contestants"
         return f"matrix products of {self.side:,}³, {self.products} a run: {found}, {how}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class Facts:
         sizes: how many of them differ.
         tokens: patches of all images together.
         longest: patches of the largest image.
-        ceiling: measured before each run of this workload's contestants.
+        ceiling: measured before and after each run of this workload's contestants.
     """
 
     name: str
@@ -174,15 +174,15 @@ class BenchReport:
     rows: tuple[Row, ...]
 
     def share(self, row: Row) -> float | None:
-        """A run's TFLOP/s over those of the ceiling right before it, of the run in the middle.
+        """A run's TFLOP/s over those of the ceiling around it, of the run in the middle.
 
         A GPU's clock follows what it did in the second before: after contestants that leave it idle the same products
         take a tenth less time than after others.
         """
         ceiling = {facts.name: facts.ceiling for facts in self.workloads}[row.workload]
         shares = [
-            row.flops / seconds / 1e12 / ceiling.teraflops_in(before)
-            for seconds, before in zip(row.seconds, row.ceilings, strict=True)
+            row.flops / seconds / 1e12 / ceiling.teraflops_in(around)
+            for seconds, around in zip(row.seconds, row.ceilings, strict=True)
         ]
         return statistics.median(shares) if shares else None
 

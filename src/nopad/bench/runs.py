@@ -46,7 +46,7 @@ def bench(
     """Measure the packed encoder and the original on the same weights and images, patches to normed tokens.
 
     Pixels are random and on the device before the clock starts; a run is the whole workload; contestants run in turn,
-    and before each the workload's ceiling, a plain matrix product in `dtype`; each one's features of some images
+    and around each the workload's ceiling, a plain matrix product in `dtype`; each one's features of some images
     are compared with the packed encoder's on each of these alone.
 
     Args:
@@ -81,7 +81,7 @@ def bench(
     encoder = load(checkpoint, revision=revision, device=device, dtype=dtype, attention=attention)
     squares = fixed(asked.images, encoder.default_preprocessing.size or 224, encoder.patch_size)
     chosen = [mixed(asked.images, seed)] * (workload != "224") + [squares] * (workload != "mixed")
-    _check_capacities(asked.capacities, chosen)
+    _check_capacities(asked.capacities, chosen, encoder.num_prefix_tokens)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     peer = Peer.of(encoder, str(checkpoint), **options) if peers else None
     measure = meter(device)
@@ -138,10 +138,10 @@ def _check(device: torch.device, workload: str, asked: Defaults) -> None:
         )
 
 
-def _check_capacities(capacities: Sequence[int], workloads: Sequence[Workload]) -> None:
-    longest = max(max(workload.lengths) for workload in workloads)
+def _check_capacities(capacities: Sequence[int], workloads: Sequence[Workload], prefix: int) -> None:
+    longest = max(max(workload.lengths) for workload in workloads) + prefix
     if min(capacities) < longest:
-        raise ValueError(f"capacities: expected at least {longest} patches, the largest image's, got {min(capacities)}")
+        raise ValueError(f"capacities: expected at least {longest} tokens, the largest image's, got {min(capacities)}")
 
 
 def _facts(workload: Workload, ceiling: Ceiling) -> Facts:

@@ -168,10 +168,12 @@ def _connected() -> Iterator[None]:
         yield
     finally:
         # Ray Data waits two seconds for its own thread; if that speaks to Ray once Ray is gone, the process ends.
-        for thread in threading.enumerate():
-            if thread.name.startswith("StreamingExecutor"):
-                thread.join(_PATIENCE)
-        ray.shutdown()
+        try:
+            for thread in threading.enumerate():
+                if thread.name.startswith("StreamingExecutor"):
+                    thread.join(_PATIENCE)
+        finally:
+            ray.shutdown()
 
 
 @contextmanager

@@ -37,7 +37,8 @@ GENERAL = (
     Tiles(128, 128, 0.92, cluster=BESIDE),
 )
 MANY_TERMS, MANY_COLUMNS = 1536, 1152
-"""From so many on `GENERAL` tiles are best for float8 products too, and for those that add to the residual stream."""
+"""From so many on `GENERAL` tiles are best for float8 products too, and for those that add to the residual stream:
+the first of what reads the stream, the second of what adds to it."""
 FLOAT8_FEW_TERMS = (
     Tiles(128, 192, written=64),
     Tiles(128, 192, 0.995, cluster=BESIDE, written=64),
@@ -68,6 +69,7 @@ FLOAT8_DEEP = (
     Tiles(128, 192),
     Tiles(128, 208, 0.925),
 )
+"""For a residual sum of few columns in float8."""
 
 
 def best(among: tuple[Tiles, ...], rows: int, columns: int, processors: int) -> Tiles:

@@ -59,9 +59,9 @@ def _setting(report: BenchReport) -> str:
         f"Patches on the device to normed tokens, the whole workload a run: medians of {report.runs} runs, one of each "
         f"contestant in turn. All have the same weights and images; the pixels are random. FLOPs are 2 · parameters of "
         f"the blocks · tokens + 4 · layers · width · Σ length². The ceiling of a workload is a plain product of random "
-        f"matrices in {report.dtype}, timed before each run of a contestant, whose share is of that. Peak memory is "
-        f"weights, inputs and the most allocated on top. Features agree where every token of the checked images is "
-        f"that of the image packed alone."
+        f"matrices in {report.dtype}, timed before and after each run of a contestant, whose share is of both. Peak "
+        f"memory is weights, packs and the most allocated on top. Features agree where every token of the checked "
+        f"images is that of the image packed alone."
     )
     return section("What was measured", element("p", lead), pairs(facts))
 
@@ -109,7 +109,7 @@ def _shares(report: BenchReport) -> str:
     lines = [(f"{name}, {workload}", [found[workload, name, size] for size in capacities]) for workload, name in names]
     ticks = [f"{size:,}" for size in capacities]
     lead = (
-        "TFLOP/s over those of the ceiling right before by the patches of a full pack, wrong features left out; the "
+        "TFLOP/s over those of the ceiling around them by the patches of a full pack, wrong features left out; the "
         "legend has the largest."
     )
     chart = share_chart("Share of the ceiling by capacity", ticks, lines, "tokens per pack")
