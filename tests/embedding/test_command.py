@@ -148,7 +148,7 @@ def test_names_that_are_no_utf8_do_no_harm(photos, tmp_path, capsys, model):
         (["--capacity", "0"], "capacity ≥ 1"),
         (["--max-pixels", "0"], "max_pixels: expected ≥ 1"),
         (["--workers", "0"], "workers: expected ≥ 1, got 0"),
-        (["--device", "abacus"], "device: got 'abacus'"),
+        (["--device", "abacus"], "--device: expected cpu, cuda, cuda:1, …, got 'abacus'"),
         (["--dtype", "float16", "--model", "/nowhere"], "/nowhere"),
     ],
 )
