@@ -101,8 +101,8 @@ def bench_table(report: BenchReport) -> str:
         ]
     lines += [
         "",
-        "ceiling: share of what it gave right before and after each run; GiB: weights, packs and the most allocated on",
-        f"top; cosine: least of a token with the packed encoder on that image alone, WRONG where not above {AGREEMENT}",
+        "ceiling: share of what it gave right before and after each run; GiB: weights, packs and the most on top;",
+        f"cosine: least of a token with the packed encoder on that image alone, WRONG where not above {AGREEMENT}",
     ]
     return "\n".join(lines)
 
