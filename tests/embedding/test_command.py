@@ -213,11 +213,15 @@ def test_lines_come_now_and_then_and_at_the_end(monkeypatch):
 
 
 def test_a_log_that_cannot_be_written_ends_nothing():
+    tried = []
+
     class Closed(io.StringIO):
         def write(self, text):
+            tried.append(text)
             raise BrokenPipeError
 
     Lines(Closed())(state(1))
+    assert tried
 
 
 class Terminal(io.StringIO):

@@ -26,8 +26,7 @@ WARM_UPS = {"cuda": 3, "cpu": 1}
 class Ready(NamedTuple):
     """A contestant that has been warmed up."""
 
-    run: Run
-    layers: str | None
+    prepared: Prepared
     samples: list[Sample]
     min_cosine: float
 
@@ -66,7 +65,7 @@ def race(
         except NotRun as reason:
             entries.append(str(reason))
     progress(f"{workload}: {runs} timed runs of each, and of the ceiling around it")
-    jobs = [_job(entry.run) for entry in entries if isinstance(entry, Ready)]
+    jobs = [_job(entry.prepared.run) for entry in entries if isinstance(entry, Ready)]
     results = in_turn(measure, [multiply, *(part for job in jobs for part in (job, multiply))], runs)
     ceilings = [_seconds(samples) for samples in results[::2]]
     timed = zip(results[1::2], pairwise(ceilings), strict=True)
@@ -82,7 +81,7 @@ def race(
                 ceilings=tuple(map(statistics.mean, zip(*around, strict=True))),
                 peak_bytes=contestant.weight_bytes + max(peaks) if peaks else None,
                 min_cosine=entry.min_cosine,
-                layers=entry.layers,
+                layers=entry.prepared.layers,
             )
         rows.append(row if isinstance(samples, list) else replace(row, not_run=samples))
     return rows, Ceiling(side, products, tuple(chain.from_iterable(zip(*ceilings, strict=True))))
@@ -118,7 +117,7 @@ def _warm_up(contestant: Contestant, truth: Features, times: int, measure: Meter
     samples = [measure(_answering(first, compiled=contestant.compiled))]
     prepared, features = ready[0]
     samples += [measure(_job(prepared.run)) for _ in range(times - 1)]
-    return Ready(prepared.run, prepared.layers, samples, min_cosine(features, truth))
+    return Ready(prepared, samples, min_cosine(features, truth))
 
 
 def _seconds(samples: list[Sample] | str) -> list[float]:
