@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=16896, help="tokens of a pack (default: 16896)")
     parser.add_argument("--width", type=int, default=1024, help="of the residual stream (default: 1024, AIMv2-L's)")
-    parser.add_argument("--inner", type=int, default=2816, help="of the gated MLP (default: 2816)")
+    parser.add_argument("--inner", type=int, default=2816, help="of the MLP (default: 2816)")
     parser.add_argument("--only", default="", help="names that begin so (default: all, and attention)")
     options = parser.parse_args()
     for name, epilogue in PRODUCTS.items():

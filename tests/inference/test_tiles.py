@@ -17,7 +17,7 @@ def test_rounds_of_whole_clusters_are_counted():
 
 
 @pytest.mark.parametrize(
-    ("candidates", "rows", "columns", "expected"),
+    ("among", "rows", "columns", "expected"),
     [
         (GENERAL, 16896, 3072, (192, (2, 1))),
         (GENERAL, 4224, 3072, (192, (1, 2))),
@@ -38,8 +38,8 @@ def test_rounds_of_whole_clusters_are_counted():
         (GENERAL, 16896, 1280, (160, (2, 1))),
     ],
 )
-def test_what_was_fastest_on_an_h100_is_taken(candidates, rows, columns, expected):
-    tiles = best(candidates, rows, columns, PROCESSORS)
+def test_what_was_fastest_on_an_h100_is_taken(among, rows, columns, expected):
+    tiles = best(among, rows, columns, PROCESSORS)
     assert (tiles.columns, tiles.cluster) == expected
 
 

@@ -36,9 +36,11 @@ GENERAL = (
     Tiles(128, 160, 0.95, cluster=BESIDE),
     Tiles(128, 128, 0.92, cluster=BESIDE),
 )
-MANY_TERMS, MANY_COLUMNS = 1536, 1152
-"""From so many on `GENERAL` tiles are best for float8 products too, and for those that add to the residual stream:
-the first of what reads the stream, the second of what adds to it."""
+"""For most products."""
+MANY_TERMS = 1536
+"""Of a product in float8 that reads the residual stream: from so many on these are best for it, too."""
+MANY_COLUMNS = 1152
+"""Of a product that adds to the residual stream: the same."""
 FLOAT8_FEW_TERMS = (
     Tiles(128, 192, written=64),
     Tiles(128, 192, 0.995, cluster=BESIDE, written=64),
