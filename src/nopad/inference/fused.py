@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import util
-from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from nopad.inference.float8 import Float8Linear
 from nopad.inference.folding import FoldedBlock, can_fold
 from nopad.inference.products import Products, Turn, centre
+from nopad.inference.watch import Watch
 from nopad.layers.attention import Rotation
 from nopad.layers.block import Block
 from nopad.layers.rope import rotate_halves
@@ -95,7 +95,8 @@ class FusedLayers:
         self.products = products
         self.channels = None if rotation is None else channel_order(rotation, self.layers[0].attention.head_dim)
         self.blocks = [self._folded(layer) for layer in self.layers]
-        self.versions = self._versions()
+        self.watch = Watch(layers)
+        self.versions = self.watch.versions()
 
     def __call__(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
         """`(T, D)` to `(T, D)`, less the mean of each row where the norms are LayerNorms."""
@@ -118,7 +119,7 @@ class FusedLayers:
         Returns:
             `False` where that cannot be: a block has become one of another kind.
         """
-        if trained or self._versions() != self.versions:
+        if trained or self.watch.versions() != self.versions:
             if not all(can_fold(layer) for layer in self.layers):
                 return False
             for layer, block in zip(self.layers, self.blocks, strict=True):
@@ -127,7 +128,7 @@ class FusedLayers:
                     return False
                 for own, other in zip(block.matrices, new.matrices, strict=True):
                     own.copy_(other)
-            self.versions = self._versions()  # now: a matrix that is not folded is the weight itself
+            self.versions = self.watch.versions()  # now: a matrix that is not folded is the weight itself
         return True
 
     def check(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> None:
@@ -152,10 +153,6 @@ class FusedLayers:
 
     def _folded(self, layer: Block) -> FoldedBlock:
         return self.products.prepared(FoldedBlock.of(layer, self.channels))
-
-    def _versions(self) -> list[tuple[int, int]]:
-        weights = (weight for layer in self.layers for weight in chain(layer.parameters(), layer.buffers()))
-        return [(weight.data_ptr(), weight._version) for weight in weights]
 
 
 def channel_order(rotation: Rotation, head_dim: int) -> Tensor | None:
