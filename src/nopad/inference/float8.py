@@ -22,7 +22,7 @@ LARGEST = torch.finfo(FLOAT8).max
 # Rows of zeros would divide by zero; no activation of a model is so small.
 SMALLEST_AMAX = 1e-12
 ALIGNMENT = 16
-FIRST = 6
+FIRST = 3
 """One block of so many, the first ones, has its queries, keys and values as they are."""
 SCALES = 16
 BLOCK = 64
@@ -191,7 +191,7 @@ def to_float8(layers: nn.ModuleList) -> None:
     """Make the linear maps of the layers float8 ones, or none where one of them cannot be.
 
     What follows the attention is left as it is: the cast of what comes out of the attention, which no product could
-    do, would cost what the faster product saves. So are queries, keys and values of the first blocks, a sixth of all:
+    do, would cost what the faster product saves. So are queries, keys and values of the first blocks, a third of all:
     what is lost there goes through all blocks after, and in images of a few patches no sum over keys evens it out.
 
     Raises:
