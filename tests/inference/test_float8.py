@@ -18,6 +18,7 @@ from nopad.inference.float8 import (
     SMALLEST_AMAX,
     Float8GatedMLP,
     Float8Linear,
+    Float8QKV,
     prepare,
     product,
     quantize_rows,
@@ -140,10 +141,11 @@ def test_gate_and_cast_are_the_plain_ones():
 def test_every_family_comes_close(folder):
     plain, encoder = nopad.load(folder), nopad.load(folder, precision="fp8")
     assert (encoder.precision, plain.precision) == ("fp8", None)
-    # The cast of what comes out of the attention would cost what its product saves; what the first block loses counts
+    # The cast of what comes out of the attention would cost what its product saves; what the first values lose counts
     # most.
     left = {name for name, module in encoder.layers.named_modules() if isinstance(module, nn.Linear)}
-    assert left == {f"{number}.attention.proj" for number in range(len(encoder.layers))} | {"0.attention.qkv"}
+    first = {"0.attention.qkv.value", "1.attention.qkv.value"}
+    assert left == {f"{number}.attention.proj" for number in range(len(encoder.layers))} | first
     half = nopad.load(folder, dtype=torch.bfloat16, precision="fp8")
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     assert isinstance(encoder.embeddings.proj, nn.Linear)
@@ -234,11 +236,11 @@ def test_training_is_refused(encoder):
 @pytest.mark.parametrize("cast", ["half", "float", "bfloat16", "double"])
 def test_a_cast_leaves_weights_and_scales_as_they_are(tmp_path, cast):
     encoder = nopad.load(tiny("dinov3", tmp_path / "dinov3"), precision="fp8")
-    linear = encoder.layers[1].attention.qkv
+    linear = encoder.layers[-1].attention.qkv
     weight, scale = linear.weight.clone(), linear.scale.clone()
     expected = encoder(patches_of(encoder), GRIDS)
     getattr(encoder, cast)()
-    linear = encoder.layers[1].attention.qkv
+    linear = encoder.layers[-1].attention.qkv
     assert (linear.weight.dtype, linear.scale.dtype) == (FLOAT8, torch.float32)
     assert torch.equal(linear.weight.view(torch.uint8), weight.view(torch.uint8))
     assert torch.equal(linear.scale, scale)
@@ -297,10 +299,22 @@ def test_maps_of_more_than_their_weight_leave_the_encoder_as_it_was(tmp_path, sp
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def test_queries_keys_and_values_of_the_first_third_stay(tmp_path):
+def test_values_of_the_first_half_stay(tmp_path):
     encoder = nopad.load(tiny("aimv2", tmp_path / "aimv2", num_hidden_layers=7), precision="fp8")
-    kept = [number for number, layer in enumerate(encoder.layers) if isinstance(layer.attention.qkv, nn.Linear)]
-    assert kept == [0, 1, 2]
+    kept = [number for number, layer in enumerate(encoder.layers) if isinstance(layer.attention.qkv, Float8QKV)]
+    assert kept == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("linear", [nn.Linear(32, 96, bias=False), PartlyBiasedQKV(32, (True, False, True))])
+@torch.no_grad()
+def test_values_that_stay_are_those_of_the_whole_map(linear):
+    for parameter in linear.parameters():
+        nn.init.normal_(parameter)
+    rows, apart = torch.randn(5, 32), Float8QKV(linear)
+    expected, found, small = linear(rows), apart(rows), Float8Linear(linear)(rows)
+    torch.testing.assert_close(found[:, 64:], expected[:, 64:])
+    torch.testing.assert_close(found[:, :64], small[:, :64])
+    assert not any(parameter.requires_grad for parameter in apart.parameters())
 
 
 def test_other_formats_are_refused(tmp_path):

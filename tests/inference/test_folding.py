@@ -73,6 +73,7 @@ def test_order_of_rows():
     assert by_head(2, 2, None).tolist() == [0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11]  # q, k and v of a head, of the next
     turned = by_head(1, 4, torch.tensor([0, 2, 1, 3]))
     assert turned.tolist() == [0, 2, 1, 3, 4, 6, 5, 7, 8, 9, 10, 11]  # queries and keys, not values
+    assert by_head(2, 2, None, parts=2).tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
     assert in_turn(3).tolist() == [0, 3, 1, 4, 2, 5]
 
 
@@ -151,13 +152,14 @@ def biased(linear):
         lambda layer: setattr(layer.mlp, "gate_up", nn.Linear(32, 96, bias=False)),
         lambda layer: setattr(layer.mlp, "down", nn.Linear(48, 32, bias=False)),
         lambda layer: setattr(layer.attention, "proj", Float8Linear(layer.attention.proj)),
-        lambda layer: biased(layer.attention.qkv),
+        lambda layer: biased(getattr(layer.attention.qkv, "query_key", layer.attention.qkv)),
+        lambda layer: biased(getattr(layer.attention.qkv, "value", layer.attention.qkv)),
         lambda layer: biased(layer.attention.proj),
         lambda layer: biased(layer.mlp.gate_up),
         lambda layer: biased(layer.mlp.down),
     ],
 )
-@pytest.mark.parametrize("number", [0, 1])  # of which the first has bfloat16's queries, keys and values
+@pytest.mark.parametrize("number", [0, 2])  # of which the first has its values in bfloat16
 def test_in_float8_one_other_part_and_a_block_cannot_be_folded(tmp_path, spoil, number):
     layer = nopad.load(tiny("aimv2", tmp_path / "aimv2"), precision="fp8").layers[number]
     assert can_fold(layer)

@@ -129,7 +129,8 @@ def test_plain_products_are_what_they_are_said_to_be():
     block = block_of(qkv=Matrix(weight, torch.tensor([0.0, 1.0, 0.0])), up=Matrix(weight[:2]))
     stream = products.begin(tokens, block)
     torch.testing.assert_close(factor(stream, block), torch.tensor([[0.2]]))
-    torch.testing.assert_close(products.qkv(stream, block, None), torch.tensor([0.4, 5.2, 1.0]).view(1, 1, 3, 1))
+    qkv = torch.cat(products.qkv(stream, block, None))
+    torch.testing.assert_close(qkv, torch.tensor([0.4, 5.2, 1.0]).view(3, 1, 1))
     torch.testing.assert_close(products.up(stream, block), F.silu(torch.tensor([[0.4]])) * 4.2)
     stream = products.added(tokens, Matrix(weight[:2], torch.tensor([1.0, 0.0])), stream, block)
     assert products.end(stream).tolist() == [[4.0, 28.0]]
@@ -228,15 +229,16 @@ def test_rows_in_float8_are_scaled_by_what_the_row_before_was():
 
 @torch.no_grad()
 def test_in_float8_a_matrix_that_is_not_reads_the_tokens():
-    weight, scale = quantize_rows(torch.randn(48, 16))
+    weight, scale = quantize_rows(torch.eye(16).repeat(3, 1))
     small = Matrix(weight, scale=scale[:, 0])
-    down = Matrix(weight[:16], scale=scale[:16, 0])
-    same = Matrix(torch.eye(16).repeat(3, 1))
-    block = block_of(qkv=same, up=small, down=down)
+    query_key, down = (Matrix(weight[:rows], scale=scale[:rows, 0]) for rows in (32, 16))
+    block = block_of(qkv=query_key, value=Matrix(torch.eye(16)), up=small, down=down)
     products, tokens = PlainProducts(), torch.randn(3, 16)
-    stream = products.begin(tokens, block)
-    query = products.qkv(stream, block, None)[:, :, 0].flatten(1)
-    torch.testing.assert_close(query, F.rms_norm(tokens, (16,)), rtol=1e-4, atol=1e-5)
+    stream, normed = products.begin(tokens, block), F.rms_norm(tokens, (16,))
+    query, key, value = (part.flatten(1) for part in products.qkv(stream, block, None))
+    torch.testing.assert_close(value, normed, rtol=1e-4, atol=1e-5)
+    assert torch.equal(query, key)
+    assert 1e-3 < relative(query, normed) < 5e-2
     assert products.up(stream, block).dtype == block.up.weight.dtype == FLOAT8
 
 

@@ -6,7 +6,6 @@ the linear maps of the layers stays as it is: patch embedding, norms, attention,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +21,8 @@ LARGEST = torch.finfo(FLOAT8).max
 # Rows of zeros would divide by zero; no activation of a model is so small.
 SMALLEST_AMAX = 1e-12
 ALIGNMENT = 16
-FIRST = 3
-"""One block of so many, the first ones, has its queries, keys and values as they are."""
+FIRST = 2
+"""One block of so many, the first ones, has its values as they are."""
 SCALES = 16
 BLOCK = 64
 """Rows of a weight that a CPU tries at a time, which stay in its cache."""
@@ -103,9 +102,7 @@ class Float8Linear(nn.Module):
         check(linear)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.scale = (nn.Buffer(part) for part in round_weight(linear.weight.detach()))
-        # What a map makes of zero is its bias, in whatever form it keeps that.
-        zero = linear.weight.new_zeros(1, self.in_features)
-        self.bias = None if linear.bias is None else nn.Buffer(linear(zero)[0].detach())
+        self.bias = None if linear.bias is None else nn.Buffer(bias_of(linear))
 
     def forward(self, input: Tensor) -> Tensor:
         """`(T, in)` to `(T, out)`."""
@@ -124,6 +121,38 @@ class Float8Linear(nn.Module):
             return fn(tensor.view(INTEGERS[tensor.dtype])).view(tensor.dtype)
 
         return super()._apply(keep, recurse)
+
+
+class Float8QKV(nn.Module):
+    """Queries and keys in float8, values as they are.
+
+    Raises:
+        ValueError: see `Float8Linear`.
+    """
+
+    def __init__(self, qkv: nn.Linear) -> None:
+        super().__init__()
+        check(qkv)
+        number = qkv.out_features // 3
+        self.query_key, self.value = Float8Linear(rows_of(qkv, 0, 2 * number)), rows_of(qkv, 2 * number, 3 * number)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(T, D)` to `(T, 3 · D)`."""
+        return torch.cat((self.query_key(input), self.value(input)), dim=1)
+
+
+def rows_of(linear: nn.Linear, first: int, last: int) -> nn.Linear:
+    """A linear map to some of the values of another."""
+    part = nn.Linear(linear.in_features, last - first, bias=linear.bias is not None, device="meta")
+    part.weight = nn.Parameter(linear.weight.detach()[first:last].clone(), requires_grad=False)
+    if linear.bias is not None:
+        part.bias = nn.Parameter(bias_of(linear)[first:last].clone(), requires_grad=False)
+    return part
+
+
+def bias_of(linear: nn.Linear) -> Tensor:
+    """What a map makes of zero is its bias, in whatever form it keeps that."""
+    return linear(linear.weight.new_zeros(1, linear.in_features))[0].detach()
 
 
 def takes_apart(linear: Any) -> bool:
@@ -191,25 +220,27 @@ def to_float8(layers: nn.ModuleList) -> None:
     """Make the linear maps of the layers float8 ones, or none where one of them cannot be.
 
     What follows the attention is left as it is: the cast of what comes out of the attention, which no product could
-    do, would cost what the faster product saves. So are queries, keys and values of the first blocks, a third of all:
-    what is lost there goes through all blocks after, and in images of a few patches no sum over keys evens it out.
+    do, would cost what the faster product saves. So are values of the first half of the blocks: what is lost there goes
+    through all blocks after, and in images of a few patches no sum over keys evens it out.
 
     Raises:
         ValueError: see `Float8Linear`.
     """
     blocks: Any = list(layers)
-    kept = {layer.attention.proj for layer in blocks}
-    kept |= {layer.attention.qkv for layer in blocks[: math.ceil(len(blocks) / FIRST)]}
+    kept = [layer.attention.proj for layer in blocks]
     for name, module in layers.named_modules():
         if isinstance(module, nn.Linear) and not name.endswith("attention.proj"):
             check(module)
-    for layer in blocks:
+    for number, layer in enumerate(blocks):
         gated = isinstance(layer.mlp, GatedMLP) and isinstance(layer.mlp.activation, nn.SiLU | SiLUActivation)
         normed = isinstance(layer.norm1, nn.RMSNorm) and isinstance(layer.norm2, nn.RMSNorm)
         if gated and normed and layer.attention.qkv.bias is None and layer.mlp.gate_up.bias is None:
             prepare(layer)
         if gated:
             layer.mlp = Float8GatedMLP(layer.mlp)
+        if number < len(blocks) / FIRST:
+            layer.attention.qkv = Float8QKV(layer.attention.qkv)
+            kept.append(layer.attention.qkv.value)
         for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear) and module not in kept:
                 layer.set_submodule(name, Float8Linear(module))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
-from nopad.inference.float8 import FLOAT8, Float8GatedMLP, Float8Linear, takes_apart
+from nopad.inference.float8 import FLOAT8, Float8GatedMLP, Float8Linear, Float8QKV, takes_apart
 from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
 from nopad.layers.mlp import MLP, GatedMLP
@@ -67,7 +67,8 @@ class FoldedBlock:
     """A block whose norms have become one number for each row.
 
     Attributes:
-        qkv: `(3 · D, D)`, rows by head: query, key and value of the first, of the second, …
+        qkv: `(3 · D, D)`, rows by head: query, key and value of the first, of the second, …; `(2 · D, D)` without
+            values.
         proj: `(D, D)`.
         up: `(I, D)`, or `(2 · I, D)` with rows of gate and up in turn.
         down: `(D, I)`.
@@ -76,6 +77,7 @@ class FoldedBlock:
         eps: of both norms.
         num_heads: H.
         centred: whether rows have a mean of zero.
+        value: `(D, D)` where values have a matrix of their own, else `None`.
     """
 
     qkv: Matrix
@@ -87,6 +89,7 @@ class FoldedBlock:
     eps: float
     num_heads: int
     centred: bool
+    value: Matrix | None = None
 
     @classmethod
     def of(cls, block: Block, channels: Tensor | None = None) -> FoldedBlock:
@@ -105,8 +108,11 @@ class FoldedBlock:
         assert isinstance(norm, nn.RMSNorm | nn.LayerNorm)
         assert norm.eps is not None
         assert activation is not None
+        qkv, value, parts = attention.qkv, None, 3
+        if isinstance(qkv, Float8QKV):
+            qkv, value, parts = qkv.query_key, folded(qkv.value, norm), 2
         return cls(
-            qkv=folded(attention.qkv, norm)[by_head(attention.num_heads, attention.head_dim, channels)],
+            qkv=folded(qkv, norm)[by_head(attention.num_heads, attention.head_dim, channels, parts)],
             proj=scaled(attention.proj, block.layer_scale1, centred),
             up=up[in_turn(len(up.weight) // 2)] if gated else up,
             down=scaled(mlp.down, block.layer_scale2, centred),
@@ -115,6 +121,7 @@ class FoldedBlock:
             eps=norm.eps,
             num_heads=attention.num_heads,
             centred=centred,
+            value=value,
         )
 
     def with_pairs(self, places: Sequence[int]) -> FoldedBlock:
@@ -132,9 +139,10 @@ class FoldedBlock:
         return self.down.scale is not None
 
     @property
-    def matrices(self) -> tuple[Matrix, Matrix, Matrix, Matrix]:
-        """All four."""
-        return self.qkv, self.proj, self.up, self.down
+    def matrices(self) -> tuple[Matrix, ...]:
+        """All four, and that of the values where they have one."""
+        value = () if self.value is None else (self.value,)
+        return self.qkv, self.proj, self.up, self.down, *value
 
 
 def can_fold(block: nn.Module) -> bool:
@@ -152,11 +160,11 @@ def can_fold(block: nn.Module) -> bool:
     unscaled = parts.layer_scale1 is None and parts.layer_scale2 is None
     if isinstance(mlp, Float8GatedMLP):  # which `float8.prepare` has absorbed the norms of, or has not
         absorbed = isinstance(first, nn.RMSNorm) and first.weight is None and second.weight is None
-        qkv, proj = attention.qkv, attention.proj
-        small = all(isinstance(linear, Float8Linear) for linear in (mlp.gate_up, mlp.down))
-        known = small and takes_apart(proj) and (isinstance(qkv, Float8Linear) or takes_apart(qkv))
-        unbiased = all(linear.bias is None for linear in (qkv, proj, mlp.gate_up, mlp.down))
-        return absorbed and unscaled and known and unbiased
+        apart, qkv = isinstance(attention.qkv, Float8QKV), attention.qkv
+        small = (mlp.gate_up, mlp.down, qkv.query_key if apart else qkv)
+        plain = (attention.proj, qkv.value) if apart else (attention.proj,)
+        known = all(isinstance(linear, Float8Linear) for linear in small) and all(map(takes_apart, plain))
+        return absorbed and unscaled and known and all(linear.bias is None for linear in small + plain)
     if type(mlp) not in (MLP, GatedMLP) or first.weight is None or second.weight is None:
         return False
     known = name_of(mlp.activation) in (("silu",) if isinstance(mlp, GatedMLP) else ("silu", "gelu", "gelu_tanh"))
@@ -215,9 +223,9 @@ def scaled(linear: nn.Linear | Float8Linear, layer_scale: Tensor | None, centred
     return Matrix(weight.to(linear.weight.dtype), bias)
 
 
-def by_head(num_heads: int, head_dim: int, channels: Tensor | None) -> Tensor:
-    """Order in which rows of queries, keys and values become rows of heads."""
-    rows = torch.arange(3 * num_heads * head_dim).view(3, num_heads, head_dim)
+def by_head(num_heads: int, head_dim: int, channels: Tensor | None, parts: int = 3) -> Tensor:
+    """Order in which rows of queries, keys and values become rows of heads; two `parts` are without values."""
+    rows = torch.arange(parts * num_heads * head_dim).view(parts, num_heads, head_dim)
     if channels is not None:
         rows = torch.cat((rows[:2, :, channels], rows[2:]))
     return rows.transpose(0, 1).flatten()

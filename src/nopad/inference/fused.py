@@ -104,7 +104,7 @@ class FusedLayers:
         table = None if rotate is None else products.table(turn_of(rotate))
         stream = products.begin(tokens, self.blocks[0])
         for layer, block in zip(self.layers, self.blocks, strict=True):
-            query, key, value = products.qkv(stream, block, table).unbind(2)
+            query, key, value = products.qkv(stream, block, table)
             mixed = varlen_attention(query, key, value, segments, backend=layer.attention.backend)
             stream = products.added(mixed.flatten(1), block.proj, stream, block)
             stream = products.added(products.up(stream, block), block.down, stream, block)

@@ -19,6 +19,7 @@ A row's largest value is at most `sqrt(D)` times its root mean square, 55 times 
 times in one step before float8's 448 is passed. Between two powers of two it matters where the values of a row fall:
 normal ones lose a fortieth less here than at 1 / 16.
 """
+QKV = tuple[Tensor, Tensor, Tensor]
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda values: F.gelu(values, approximate="tanh")}
 
 
@@ -80,8 +81,8 @@ class Products(Protocol):
         """What `qkv` takes for a rotation, made once for all blocks."""
         ...
 
-    def qkv(self, stream: Stream, block: FoldedBlock, table: object) -> Tensor:
-        """Queries, keys and values of normed tokens, turned: `(T, H, 3, K)`."""
+    def qkv(self, stream: Stream, block: FoldedBlock, table: object) -> QKV:
+        """Queries, keys and values of normed tokens, turned, each `(T, H, K)`."""
         ...
 
     def up(self, stream: Stream, block: FoldedBlock) -> Tensor:
@@ -117,12 +118,14 @@ class PlainProducts:
         """See `Products`."""
         return turn
 
-    def qkv(self, stream: Stream, block: FoldedBlock, table: object) -> Tensor:
+    def qkv(self, stream: Stream, block: FoldedBlock, table: object) -> QKV:
         """See `Products`."""
-        qkv = self._normed(stream, block.qkv, block).unflatten(1, (block.num_heads, 3, -1))
+        dtype = stream.tokens.dtype
+        value = None if block.value is None else self._normed(stream, block.value, block)
+        query, key, value = apart(self._normed(stream, block.qkv, block), value, block)
         if isinstance(table, Turn):
-            qkv = torch.cat((turned(qkv[:, :, :2], table), qkv[:, :, 2:]), dim=2)
-        return qkv.to(stream.tokens.dtype)
+            query, key = turned(torch.stack((query, key), dim=2), table).unbind(2)
+        return query.to(dtype), key.to(dtype), value.to(dtype)
 
     def up(self, stream: Stream, block: FoldedBlock) -> Tensor:
         """See `Products`."""
@@ -154,6 +157,16 @@ class PlainProducts:
         stream = stream.read_by(matrix)
         values = multiply(stream.operand, matrix) * factor(stream, block)
         return values if matrix.bias is None else values + matrix.bias
+
+
+def apart(states: Tensor, value: Tensor | None, block: FoldedBlock) -> QKV:
+    """What `FoldedBlock.qkv` gives, by head, and values where those have a matrix of their own."""
+    heads = block.num_heads
+    if value is None:
+        query, key, value = states.unflatten(1, (heads, 3, -1)).unbind(2)
+        return query, key, value
+    query, key = states.unflatten(1, (heads, 2, -1)).unbind(2)
+    return query, key, value.unflatten(1, (heads, -1))
 
 
 def factor(stream: Stream, block: FoldedBlock) -> Tensor:

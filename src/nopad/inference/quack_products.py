@@ -13,7 +13,7 @@ from torch import Tensor
 from nopad.inference import triton_kernels
 from nopad.inference.float8 import FLOAT8
 from nopad.inference.folding import FoldedBlock, Matrix
-from nopad.inference.products import SMALL, Stream, Turn
+from nopad.inference.products import QKV, SMALL, Stream, Turn, apart
 from nopad.inference.quack_epilogues import Epilogues, epilogues
 from nopad.inference.quack_operands import COLUMNS, PLACES, Written, laid
 from nopad.inference.tiles import WRITTEN, Tiles, best, candidates
@@ -74,24 +74,27 @@ class QuackProducts:
         parts = (0,) if turn.shared else (0, 1)
         return tuple(laid(turn.cos[:, part::2], turn.sin[:, part::2]) for part in parts)
 
-    def qkv(self, stream: Stream, block: FoldedBlock, table: object) -> Tensor:
+    def qkv(self, stream: Stream, block: FoldedBlock, table: object) -> QKV:
         """See `Products`."""
-        matrix, stream = block.qkv, stream.read_by(block.qkv)
+        states = self._states(stream, block, block.qkv, table if isinstance(table, tuple) else ())
+        if isinstance(table, Turn):
+            triton_kernels.turn_(states.unflatten(1, (block.num_heads, 3, -1)), table.cos, table.sin)
+        return apart(states, None if block.value is None else self._states(stream, block, block.value, ()), block)
+
+    def _states(self, stream: Stream, block: FoldedBlock, matrix: Matrix, tables: tuple[Tensor, ...]) -> Tensor:
+        """A matrix times normed tokens, `(T, N)`, turned where there are tables."""
+        stream = stream.read_by(matrix)
         states = stream.operand
         output = stream.tokens.new_empty(len(states), len(matrix.weight))
-        tables = dict(zip(("table", "other"), table, strict=False)) if isinstance(table, tuple) else {}
         epilogue, operands = self._normed(stream, block, matrix, bias=bool(tables))
         if tables:
             assert matrix.scale is None, "queries and keys are turned in bfloat16 alone"
-            turned = epilogue.turned if len(tables) == 1 else epilogue.turned_apart
-            run(turned, states, matrix, output, {**operands, **tables})
+            operands |= dict(zip(("table", "other"), tables, strict=False))
+            run(epilogue.turned if len(tables) == 1 else epilogue.turned_apart, states, matrix, output, operands)
         elif matrix.scale is not None:
             run(epilogue.normed_float8, states, matrix, output, operands)
         else:
             run(epilogue.normed if matrix.bias is None else epilogue.normed_biased, states, matrix, output, operands)
-        output = output.unflatten(1, (block.num_heads, 3, -1))
-        if isinstance(table, Turn):
-            triton_kernels.turn_(output, table.cos, table.sin)
         return output
 
     def up(self, stream: Stream, block: FoldedBlock) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nopad.inference import triton_gated, triton_kernels
 from nopad.inference.folding import FoldedBlock, Matrix
-from nopad.inference.products import ACTIVATIONS, Stream, Turn
+from nopad.inference.products import ACTIVATIONS, QKV, Stream, Turn, apart
 
 
 class TorchProducts:
@@ -36,12 +36,12 @@ class TorchProducts:
         """See `Products`."""
         return turn
 
-    def qkv(self, stream: Stream, block: FoldedBlock, table: object) -> Tensor:
+    def qkv(self, stream: Stream, block: FoldedBlock, table: object) -> QKV:
         """See `Products`."""
-        qkv = linear(stream.operand, block.qkv).unflatten(1, (block.num_heads, 3, -1))
+        qkv = linear(stream.operand, block.qkv)
         if isinstance(table, Turn):
-            triton_kernels.turn_(qkv, table.cos, table.sin)
-        return qkv
+            triton_kernels.turn_(qkv.unflatten(1, (block.num_heads, 3, -1)), table.cos, table.sin)
+        return apart(qkv, None, block)
 
     def up(self, stream: Stream, block: FoldedBlock) -> Tensor:
         """See `Products`."""
