@@ -341,7 +341,7 @@ def test_rope_stays_in_float32_in_half_precision(tmp_path):
     """Rounded to bfloat16, sine and cosine would bring an error of their own; Meta's code does not round them."""
     encoder = nopad.load(save(tmp_path, tiny_original()))
     layout = nopad.layout.Layout.read(torch.empty(15, 48), torch.tensor([[1, 3, 5]]), None, 48)
-    rotate = encoder.rope(layout, dinov3.Places.of(layout.frames, 3))
+    rotate = encoder.rope(layout, dinov3.Places.of(layout, 3))
     query = torch.randn(18, 4, 8).bfloat16()
     assert rotate(query).dtype == torch.bfloat16
     assert torch.equal(rotate(query), rotate(query.float()).bfloat16())

@@ -384,6 +384,21 @@ def test_below_the_reading_nothing_needs_the_values():
         assert tensor.device.type == "meta"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("grid", [[(1, 1, 1)], [(1, 2, 2)] * 100, [(1, 3, 5), (1, 64, 70), (2, 7, 4), (3, 31, 33)], []])
+def test_a_gpu_finds_the_same_places(grid):
+    found, expected = (
+        Layout.read(torch.zeros(sum(map(area, grid)), P, device=device), tensor_of(grid).view(-1, 3), None, P)
+        for device in ("cuda", "cpu")
+    )
+    for name in ("image_index", "index_in_image", "coordinates"):
+        place = getattr(found, name)
+        assert (place.is_cuda, place.dtype) == (True, torch.int64)
+        assert torch.equal(place.cpu(), getattr(expected, name)), name
+    assert torch.equal(found.frames.index().cpu(), expected.frames.index())
+
+
 @given(grids, orders)
 def test_a_pack_unpacks_into_its_patches(grid, order):
     images = images_of(grid)

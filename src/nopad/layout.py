@@ -10,6 +10,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from nopad.layers.triton_check import has_triton
+
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
@@ -165,7 +167,13 @@ class Layout:
                 "patch_positions: expected the patches of a frame one after another, got a t that comes back; "
                 "this encoder attends within frames"
             )
-        return Segments.of([length for lengths in self.frame_lengths for length in lengths], self.device)
+        lengths = tuple(length for lengths in self.frame_lengths for length in lengths)
+        return self.images if lengths == self.images.lengths else Segments.of(lengths, self.device)
+
+    @cached_property
+    def frame_index(self) -> Tensor:
+        """Number of each patch's frame in the pack, `(T,)` int64 on the device; see `frames`."""
+        return self.image_index if self.frames is self.images else self.frames.index()
 
     @cached_property
     def frames_per_image(self) -> Segments:
@@ -175,23 +183,42 @@ class Layout:
     @cached_property
     def image_index(self) -> Tensor:
         """Image number of each patch, `(T,)` int64 on the device."""
-        return self.images.index()
+        return self._places[0]
 
     @cached_property
     def index_in_image(self) -> Tensor:
         """Place of each patch within its image or clip, `(T,)` int64 on the device."""
-        starts = self.images.cu_seqlens[:-1].long()
-        return torch.arange(self.num_patches, device=self.device) - starts[self.image_index]
+        return self._places[1]
 
     @cached_property
     def coordinates(self) -> Tensor:
         """`[t, h, w]` of each patch, `(T, 3)` on the device: `patch_positions` where given, else from the grid."""
-        if self.patch_positions is not None:
-            return self.patch_positions
+        return self._places[2] if self.patch_positions is None else self.patch_positions
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor, Tensor]:
         grid = torch.tensor(self.grid, dtype=torch.int64).reshape(-1, 3).to(self.device, non_blocking=True)
-        _, rows, columns = grid[self.image_index].unbind(1)
-        place = self.index_in_image
-        return torch.stack((place // (rows * columns), place // columns % rows, place % columns), dim=1)
+        if not has_triton(self.device):
+            return places(grid, self.images)
+        from nopad.layers import triton_layout
+
+        return triton_layout.places(grid, self.images.cu_seqlens, self.num_patches, self.images.max_seqlen)
+
+
+def places(grid: Tensor, images: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the patches of whole grids lie.
+
+    Args:
+        grid: `(N, 3)` int64 `[frames, rows, columns]`.
+        images: their segments.
+
+    Returns:
+        Image number `(T,)`, place within the image `(T,)` and `[t, h, w]` `(T, 3)` of each patch, int64.
+    """
+    image = images.index()
+    index = torch.arange(images.num_tokens, device=grid.device) - images.cu_seqlens[:-1].long()[image]
+    _, rows, columns = grid[image].unbind(1)
+    return image, index, torch.stack((index // (rows * columns), index // columns % rows, index % columns), dim=1)
 
 
 def _holds_integers(tensor: Tensor) -> bool:

@@ -57,11 +57,11 @@ class Places:
     prefix: Tensor
 
     @classmethod
-    def of(cls, frames: Segments, number: int) -> Places:
+    def of(cls, layout: Layout, number: int) -> Places:
         """Make room for `number` prefix tokens in front of each frame; no host read."""
-        device = frames.cu_seqlens.device
-        segments = Segments.of([length + number for length in frames.lengths], device)
-        patches = torch.arange(frames.num_tokens, device=device) + number * (frames.index() + 1)
+        device = layout.device
+        segments = Segments.of([length + number for length in layout.frames.lengths], device)
+        patches = torch.arange(layout.num_patches, device=device) + number * (layout.frame_index + 1)
         prefix = segments.cu_seqlens[:-1].long()[:, None] + torch.arange(number, device=device)
         return cls(segments, patches, prefix)
 
@@ -120,18 +120,17 @@ class DINOv3Rope(nn.Module):
         """The rotation of every row of the pack."""
         centres = patch_centres(layout)
         if self.training:
-            centres = self.augment(centres, layout.frames)
+            centres = self.augment(centres, layout)
         angles = axial_angles(centres, rope_periods(self.head_dim, self.base, layout.device))
         # An angle of zero turns nothing, exactly.
         angles = places.join(angles, angles.new_zeros(*places.prefix.shape, angles.shape[1]))[:, None]
         return Rotation(rotate_halves, angles.cos(), angles.sin())
 
-    def augment(self, centres: Tensor, frames: Segments) -> Tensor:
+    def augment(self, centres: Tensor, layout: Layout) -> Tensor:
         """`(T, 2)` to `(T, 2)`."""
-        index = frames.index()
 
         def draw(limit: float, axes: int) -> Tensor:
-            return centres.new_empty(len(frames), axes).uniform_(-limit, limit)[index]
+            return centres.new_empty(len(layout.frames), axes).uniform_(-limit, limit)[layout.frame_index]
 
         if self.shift is not None:
             centres = centres + draw(self.shift, axes=2)
@@ -218,7 +217,7 @@ class DINOv3ViTPacking(PackedEncoder):
             )
         if self.training and self.config.drop_path_rate:
             raise ValueError(f"drop_path_rate: expected 0 in training, got {self.config.drop_path_rate}")
-        places = Places.of(layout.frames, self.num_prefix_tokens)
+        places = Places.of(layout, self.num_prefix_tokens)
         rotate = self.rope(layout, places)
         tokens = self.run_layers(self.embeddings(hidden_states, places), places.segments, rotate, states)
         patches, prefix = places.take_patches(tokens), places.take_prefix(tokens)
@@ -229,7 +228,7 @@ class DINOv3ViTPacking(PackedEncoder):
     def example_rotation(self, rows: int) -> Rotation:
         """That of a row of patches behind its prefix."""
         layout = Layout.of_image(1, rows - self.num_prefix_tokens, self.device)
-        return self.rope(layout, Places.of(layout.frames, self.num_prefix_tokens))
+        return self.rope(layout, Places.of(layout, self.num_prefix_tokens))
 
     def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
         """The normed CLS token."""

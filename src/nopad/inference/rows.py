@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nopad.layers.triton_check import triton_works
+from nopad.layers.triton_check import has_triton
 from nopad.layout import Segments
 
 
@@ -28,7 +28,7 @@ def fill_up_rows(tokens: Tensor, capacity: int, room: Tensor | None = None) -> t
         capacity: rows of the result.
         room: `(capacity, D)` to write to, where kernels of ours can.
     """
-    if has_triton(tokens):
+    if has_triton(tokens.device):
         from nopad.inference import triton_kernels
 
         return triton_kernels.fill_up(tokens, tokens.new_empty(capacity, tokens.shape[1]) if room is None else room)
@@ -38,17 +38,12 @@ def fill_up_rows(tokens: Tensor, capacity: int, room: Tensor | None = None) -> t
 
 def spoil(tokens: Tensor, finite: Tensor, segments: Segments) -> Tensor:
     """A copy of the tokens with NaN all over the segments some of whose rows were not `finite`, `(T,)`."""
-    if has_triton(tokens):
+    if has_triton(tokens.device):
         from nopad.inference import triton_kernels
 
         return triton_kernels.spoil(tokens, finite, segments.cu_seqlens, segments.max_seqlen)
     spoilt = ~whole_segments(finite, segments)[segments.index()]
     return tokens.masked_fill(spoilt[:, None], float("nan"))
-
-
-def has_triton(tokens: Tensor) -> bool:
-    """Whether kernels of ours can be had for these tokens."""
-    return tokens.is_cuda and triton_works()
 
 
 def whole_segments(finite: Tensor, segments: Segments) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nopad.layers.triton_check import triton_works
+from nopad.layers.triton_check import has_triton
 from nopad.layout import Layout
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def resampled_positions(
     Returns:
         `(T, D)`.
     """
-    if table.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and triton_works():
+    if not torch.is_grad_enabled() and has_triton(table.device):
         from nopad.layers import triton_positions
 
         found = weights_of_patches(layout, source, mode, antialias=antialias)

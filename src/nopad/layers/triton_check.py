@@ -7,7 +7,14 @@ import subprocess
 from functools import lru_cache
 from importlib import util
 
+import torch
+
 logger = logging.getLogger(__name__)
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether kernels of Triton run on this device, and nobody compiles what would call them."""
+    return device.type == "cuda" and not torch.compiler.is_compiling() and triton_works()
 
 
 @lru_cache
