@@ -2,8 +2,9 @@
 
     python benchmarks/layers.py apple/aimv2-large-patch14-native --ways eager,quack,torch,fp8 --capacity 16896
 
-`nopad bench` measures what a user gets. Here layers are fused by the products that are named, and `--profile` prints
-the kernels of the last way. Random weights, random pixels, the workload "mixed" of `nopad bench`; medians.
+`nopad bench` measures what a user gets. Here layers are fused by the products that are named, how long the host is busy
+with a pack stands beside the time of a way, and `--profile` prints the kernels of the last way. Random weights, random
+pixels, the workload "mixed" of `nopad bench`; medians.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -24,7 +26,8 @@ from nopad.bench.measure import CEILING, flops, meter
 from nopad.bench.race import block_parameters
 from nopad.bench.workloads import mixed
 from nopad.encoder import PackedEncoder
-from nopad.inference import fused
+from nopad.inference import fused, static
+from nopad.packing import Pack
 from nopad.planner import plan
 
 WAYS = ("eager", "quack", "torch", "fp8")
@@ -40,12 +43,18 @@ def main() -> None:
     parser.add_argument("--attention", default="auto", help="kernel (default: the best there is)")
     parser.add_argument("--device", default="cuda", help="cuda or cpu, where eager alone runs (default: cuda)")
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each (default: 5)")
+    parser.add_argument(
+        "--graphs",
+        type=int,
+        default=static.GRAPH_CAPACITY,
+        help="largest capacity whose packs are CUDA graphs (default: %(default)s)",
+    )
     parser.add_argument("--profile", action="store_true", help="print the kernels of the last way")
     options = parser.parse_args()
     ways = options.ways.split(",")
     if not set(ways) <= set(WAYS):
         parser.error(f"--ways: expected some of {', '.join(WAYS)}, got {options.ways}")
-    with torch.no_grad():
+    with torch.no_grad(), mock.patch.object(static, "GRAPH_CAPACITY", options.graphs):
         measure(options, ways)
 
 
@@ -59,6 +68,7 @@ def measure(options: argparse.Namespace, ways: list[str]) -> None:
     packs = [images.pack(encoder, pack) for pack in numbers]
     expected = encoder(packs[0]).float()
     runs: dict[str, Callable[[], object]] = {"product": _product(encoder)}
+    busy: dict[str, list[float]] = {}
     print(f"{options.model}, attention {encoder.attention}, {len(packs)} packs of {options.capacity}")
     for way in ways:
         start = time.perf_counter()
@@ -66,10 +76,13 @@ def measure(options: argparse.Namespace, ways: list[str]) -> None:
         seconds = time.perf_counter() - start
         cosine = torch.cosine_similarity(twin(packs[0]).float(), expected, dim=1).min()
         print(f"{way}: layers {twin.execution}, ready in {seconds:.1f} s, least cosine with eager {cosine:.6f}")
-        runs[way] = lambda twin=twin: [twin(pack) for pack in packs][-1]
+        busy[way] = []
+        runs[way] = partial(_run, twin, packs, busy[way])
     clock = meter(encoder.device)
     for run in runs.values():
         run()
+    for seconds in busy.values():
+        seconds.clear()
     seconds_of = {name: [] for name in runs}
     for _ in range(options.runs):
         for name, run in runs.items():
@@ -81,13 +94,21 @@ def measure(options: argparse.Namespace, ways: list[str]) -> None:
     for way, samples in seconds_of.items():
         middle, spread = statistics.median(samples), f"{min(samples) * 1e3:.1f} … {max(samples) * 1e3:.1f}"
         rate = work / middle
-        print(f"{way}: {middle * 1e3:.1f} ms ({spread}), {rate / 1e12:.4g} TFLOP/s, {rate / ceiling:.3f} of it")
+        host = f"host {statistics.median(busy[way]) * 1e3:.1f} ms a pack, at most {max(busy[way]) * 1e3:.1f}"
+        print(f"{way}: {middle * 1e3:.1f} ms ({spread}), {rate / 1e12:.4g} TFLOP/s, {rate / ceiling:.3f} of it; {host}")
     if options.profile:
         from torch.profiler import ProfilerActivity, profile
 
         with profile(activities=[ProfilerActivity.CUDA]) as found:
             runs[ways[-1]]()
         print(found.key_averages().table(sort_by="cuda_time_total", row_limit=20, max_name_column_width=70))
+
+
+def _run(encoder: PackedEncoder, packs: list[Pack], busy: list[float]) -> None:
+    for pack in packs:
+        start = time.perf_counter()
+        encoder(pack)
+        busy.append(time.perf_counter() - start)
 
 
 def prepared(encoder: PackedEncoder, way: str, capacity: int, images: int) -> PackedEncoder:

@@ -242,8 +242,8 @@ def test_what_is_not_finite_spoils_its_own_image(encoder):
 @pytest.mark.parametrize(
     ("device", "attention", "capacity", "expected"),
     [
-        ("cuda", "flash_attention_3", 16896, True),
-        ("cuda", "flash_attention_3", 32769, False),
+        ("cuda", "flash_attention_3", 49152, True),
+        ("cuda", "flash_attention_3", 49153, False),
         ("cuda", "sdpa", 512, False),
         ("cuda", "eager", 512, False),
         ("cpu", "sdpa", 512, False),

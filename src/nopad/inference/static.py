@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GRAPH_CAPACITY = 32768
+GRAPH_CAPACITY = 49152
 """Up to so many rows the host can be slower than the GPU, and a CUDA graph pays (docs/performance.md)."""
 FAILURES = (
     RuntimeError,  # of torch's compilers and Triton, a missing C++ compiler among them
