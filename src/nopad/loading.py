@@ -37,8 +37,8 @@ def load(
         patch_order: layout inside a patch; the family's own unless given.
         positions: on another grid than the trained one, `"resample"` learned positions or `"strict"`ly refuse.
         precision: `"fp8"` makes the layers' linear maps float8 products, weights scaled by row once and their input by
-            row as it comes, but for those behind the attention and queries, keys and values of the first third of
-            the layers; for inference alone. What it does to the features `nopad align --precision fp8` tells.
+            row as it comes, but for those behind the attention and values of the first half of the layers; for
+            inference alone. What it does to the features `nopad align --precision fp8` tells.
 
     Returns:
         The encoder, in evaluation mode.
