@@ -468,7 +468,7 @@ def test_hub_names_are_found_by_revision(tmp_path, monkeypatch):
         asked.append((name, filename, revision))
         return str(folder / filename) if (folder / filename).exists() else None
 
-    monkeypatch.setattr("nopad.checkpoint.cached_file", hub)
+    monkeypatch.setattr("nopad.checkpoint_files.cached_file", hub)
     assert_parity(nopad.load("someone/aimv2", revision="abc"), original)
     assert {(name, revision) for name, _, revision in asked} == {("someone/aimv2", "abc")}
     assert {filename for _, filename, _ in asked} >= {"config.json", "model.safetensors", "preprocessor_config.json"}

@@ -22,7 +22,8 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 import nopad
 from model_factory.vit_siglip2_packing_hf import Siglip2NaflexPacking
 from nopad.align import align
-from nopad.checkpoint import open_checkpoint, original_state_dict
+from nopad.checkpoint import original_state_dict
+from nopad.checkpoint_files import open_checkpoint
 from nopad.families import original_of
 from nopad.layers import positions, varlen
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from nopad import __version__
-from nopad.checkpoint import open_checkpoint, original_state_dict
+from nopad.checkpoint import original_state_dict
+from nopad.checkpoint_files import open_checkpoint
 from nopad.encoder import PackedEncoder
 from nopad.families import original_of
 from nopad.loading import load

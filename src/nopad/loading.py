@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from nopad.checkpoint import open_checkpoint
+from nopad.checkpoint_files import open_checkpoint
 from nopad.encoder import PackedEncoder
 from nopad.families import family_of, family_of_published
 from nopad.packing import PatchOrder

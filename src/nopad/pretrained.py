@@ -13,7 +13,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.modeling_utils import PreTrainedModel
 
-from nopad.checkpoint import Checkpoint, Dialect, check_strictly, open_checkpoint, original_state_dict
+from nopad.checkpoint import Checkpoint, Dialect, check_strictly, original_state_dict
+from nopad.checkpoint_files import open_checkpoint
 from nopad.inference.precision import check_saving
 from nopad.layers.varlen import BACKENDS, resolve_backend
 from nopad.packing import PatchOrder, check_patch_order

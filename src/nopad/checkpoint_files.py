@@ -1,0 +1,129 @@
+"""Where a checkpoint's files are, in a folder or on the Hub, and what lies in them."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils.hub import cached_file
+
+from nopad.checkpoint import Checkpoint, StoredTensor
+
+SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
+PICKLES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+META = "model.pth"
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
+
+
+def open_checkpoint(name: str | Path, *, revision: str | None = None, **hub: Any) -> Checkpoint:
+    """Open a checkpoint without loading it.
+
+    Args:
+        name: a folder, a single `.safetensors`, `.pth`, `.pt` or `.bin` file, or a name on the Hugging Face Hub.
+        revision: branch, tag or commit on the Hub.
+        hub: `cache_dir`, `token`, `local_files_only`, `force_download`, `subfolder`, as transformers takes them.
+
+    Raises:
+        ValueError: no weights there, or files that hold something else.
+        OSError: neither a file nor a folder, and the Hub does not have it or cannot be reached.
+    """
+    name = str(name)
+    path = Path(name).expanduser()
+    if path.is_file():
+        return Checkpoint(name, _read_file(path))
+    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise OSError(f"checkpoint {name!r}: neither a file nor a folder, and no name on the Hub (owner/model)")
+    find = partial(_find, str(path) if path.is_dir() else name, revision=revision, **hub)
+    config = _read_json(find("config.json"))
+    files = _weight_files(name, path if path.is_dir() else None, find)
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        tensors |= _read_file(file)
+    return Checkpoint(name, tensors, config or {}, _read_json(find("preprocessor_config.json")))
+
+
+def _find(name: str, filename: str, **hub: Any) -> Path | None:
+    found = cached_file(name, filename, _raise_exceptions_for_missing_entries=False, **hub)
+    return None if found is None else Path(found)
+
+
+def _weight_files(name: str, folder: Path | None, find: Callable[[str], Path | None]) -> list[Path]:
+    for index, single in (SAFETENSORS, PICKLES):
+        if (path := find(index)) is not None:
+            weight_map = json.loads(path.read_text())["weight_map"]
+            shards = {shard: find(shard) for shard in sorted(set(weight_map.values()))}
+            missing = [shard for shard, found in shards.items() if found is None]
+            if missing:
+                raise ValueError(
+                    f"checkpoint {name!r}: {index} names {len(missing)} files that are missing: {missing[:10]}"
+                )
+            return [found for found in shards.values() if found is not None]
+        if (path := find(single)) is not None:
+            return [path]
+    if (path := find(META)) is not None:
+        return [path]
+    if folder is not None:
+        for suffixes in ((".safetensors",), PICKLE_SUFFIXES):
+            files = sorted(file for file in folder.iterdir() if file.suffix in suffixes)
+            if len(files) == 1:
+                return files
+            if files:
+                raise ValueError(
+                    f"checkpoint {name!r}: expected one weights file or an index, got {[file.name for file in files]}; "
+                    f"name the file itself"
+                )
+    expected = f"expected one of {', '.join((*SAFETENSORS, *PICKLES))}"
+    if folder is None:
+        raise OSError(
+            f"checkpoint {name!r}: neither a file nor a folder, and no weights of that name on the Hub, or no way "
+            f"there; {expected}. 'untrained:{name}' gives a published architecture with random weights"
+        )
+    raise ValueError(f"checkpoint {name!r}: no weights there; {expected}, or one *.safetensors or *.pth file")
+
+
+def _read_json(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _read_file(path: Path) -> dict[str, StoredTensor]:
+    if path.suffix == ".safetensors":
+        try:
+            handle = safe_open(str(path), framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"checkpoint file {str(path)!r}: expected safetensors, got {error}") from error
+        tensors = {}
+        for name in handle.keys():  # noqa: SIM118 - the handle is no dict
+            part = handle.get_slice(name)
+            dtype = handle.get_tensor(name).dtype
+            # clone: the file stays mapped otherwise, and saving over it would change the weights in use.
+            tensors[name] = StoredTensor(
+                tuple(part.get_shape()), dtype, lambda name=name: handle.get_tensor(name).clone()
+            )
+        return tensors
+    if path.suffix not in PICKLE_SUFFIXES:
+        raise ValueError(
+            f"checkpoint file {str(path)!r}: expected .safetensors, .pth, .pt or .bin, got {path.suffix!r}"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"checkpoint file {str(path)!r}: expected tensors and nothing else, got {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        keys = list(content)[:10] if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"checkpoint file {str(path)!r}: expected a flat dict of tensors, got {keys}")
+    return {name: StoredTensor(tuple(value.shape), value.dtype, lambda v=value: v) for name, value in content.items()}
