@@ -458,22 +458,6 @@ def test_half_precision_checkpoint_keeps_its_dtype(tmp_path):
     assert nopad.load(folder, dtype=torch.float32).dtype == torch.float32
 
 
-def test_hub_names_are_found_by_revision(tmp_path, monkeypatch):
-    """A stand-in for the Hub: the resolver is asked for the right files of the right repository and revision."""
-    original = tiny_original()
-    folder = write(tmp_path, original.state_dict(), original.config.to_dict())
-    asked = []
-
-    def hub(name, filename, revision=None, **kwargs):
-        asked.append((name, filename, revision))
-        return str(folder / filename) if (folder / filename).exists() else None
-
-    monkeypatch.setattr("nopad.checkpoint_files.cached_file", hub)
-    assert_parity(nopad.load("someone/aimv2", revision="abc"), original)
-    assert {(name, revision) for name, _, revision in asked} == {("someone/aimv2", "abc")}
-    assert {filename for _, filename, _ in asked} >= {"config.json", "model.safetensors", "preprocessor_config.json"}
-
-
 def test_checkpoints_own_preprocessing_wins_and_is_saved(tmp_path):
     original = tiny_original(is_native=False)
     folder = write(tmp_path / "in", original.state_dict(), original.config.to_dict())

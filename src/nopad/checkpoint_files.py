@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 from collections.abc import Callable
 from functools import partial
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, get_session
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from nopad.checkpoint import Checkpoint, StoredTensor
+
+logger = logging.getLogger(__name__)
 
 SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
 PICKLES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
@@ -40,9 +44,12 @@ def open_checkpoint(name: str | Path, *, revision: str | None = None, **hub: Any
         return Checkpoint(name, _read_file(path))
     if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
         raise OSError(f"checkpoint {name!r}: neither a file nor a folder, and no name on the Hub (owner/model)")
+    unasked = None if path.is_dir() else _why_unasked(name, **hub)
+    if unasked is not None:
+        hub["local_files_only"] = True
     find = partial(_find, str(path) if path.is_dir() else name, revision=revision, **hub)
     config = _read_json(find("config.json"))
-    files = _weight_files(name, path if path.is_dir() else None, find)
+    files = _weight_files(name, path if path.is_dir() else None, find, unasked)
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         tensors |= _read_file(file)
@@ -54,7 +61,25 @@ def _find(name: str, filename: str, **hub: Any) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _weight_files(name: str, folder: Path | None, find: Callable[[str], Path | None]) -> list[Path]:
+def _why_unasked(name: str, *, local_files_only: bool = False, **hub: Any) -> str | None:
+    """Why the Hub is not to be asked for files, `None` where it answers, whatever that is.
+
+    Where it cannot be reached huggingface_hub would ask again and again for each file, half a minute long.
+    """
+    if local_files_only or constants.HF_HUB_OFFLINE:
+        return "as local_files_only or HF_HUB_OFFLINE says"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # of a client that is another one in each version of huggingface_hub
+        reason = f"which cannot be reached: {str(error) or repr(error)}"
+        logger.warning("looking for %s in the Hub's cache alone, without the Hub, %s", name, reason)
+        return reason
+    return None
+
+
+def _weight_files(
+    name: str, folder: Path | None, find: Callable[[str], Path | None], unasked: str | None
+) -> list[Path]:
     for index, single in (SAFETENSORS, PICKLES):
         if (path := find(index)) is not None:
             weight_map = json.loads(path.read_text())["weight_map"]
@@ -81,9 +106,10 @@ def _weight_files(name: str, folder: Path | None, find: Callable[[str], Path | N
                 )
     expected = f"expected one of {', '.join((*SAFETENSORS, *PICKLES))}"
     if folder is None:
+        where = "on the Hub" if unasked is None else f"in the Hub's cache, without the Hub, {unasked}"
         raise OSError(
-            f"checkpoint {name!r}: neither a file nor a folder, and no weights of that name on the Hub, or no way "
-            f"there; {expected}. 'untrained:{name}' gives a published architecture with random weights"
+            f"checkpoint {name!r}: neither a file nor a folder, and no weights of that name {where}; {expected}. "
+            f"'untrained:{name}' gives a published architecture with random weights"
         )
     raise ValueError(f"checkpoint {name!r}: no weights there; {expected}, or one *.safetensors or *.pth file")
 

@@ -1,0 +1,81 @@
+"""Checkpoints by their names on the Hub, with stand-ins for it: no test reaches for the network."""
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from aimv2_checkpoints import tiny_original, write
+
+import nopad
+
+
+def same_weights(encoder, original):
+    return torch.equal(encoder.layers[0].mlp.down.weight, original.encoder.layers[0].ffn.down_proj.weight)
+
+
+def write_tiny(folder):
+    original = tiny_original()
+    return original, write(folder, original.state_dict(), original.config.to_dict())
+
+
+def nobody(request):
+    raise ConnectionError("Name or service not known")
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """Takes a function that answers what huggingface_hub asks the Hub, or raises; gives what it was asked."""
+
+    def answered_by(answer):
+        asked = []
+        session = SimpleNamespace(head=lambda url, timeout: answer(asked.append((url, timeout))))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("nopad.checkpoint_files.get_session", lambda: session)
+        return asked
+
+    return answered_by
+
+
+def test_hub_names_are_found_by_revision(tmp_path, monkeypatch):
+    """A stand-in for the Hub: the resolver is asked for the right files of the right repository and revision."""
+    original, folder = write_tiny(tmp_path)
+    asked = []
+
+    def hub(name, filename, revision=None, **kwargs):
+        asked.append((name, filename, revision))
+        return str(folder / filename) if (folder / filename).exists() else None
+
+    monkeypatch.setattr("nopad.checkpoint_files.cached_file", hub)
+    assert same_weights(nopad.load("someone/aimv2", revision="abc"), original)
+    assert {(name, revision) for name, _, revision in asked} == {("someone/aimv2", "abc")}
+    assert {filename for _, filename, _ in asked} >= {"config.json", "model.safetensors", "preprocessor_config.json"}
+
+
+def test_without_the_hub_its_cache_is_read(tmp_path, monkeypatch, caplog, online):
+    original, folder = write_tiny(tmp_path / "in")
+    repository = tmp_path / "cache" / "models--someone--aimv2"  # as huggingface_hub keeps what it has fetched
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    asked = online(nobody)
+    assert same_weights(nopad.load("someone/aimv2"), original)
+    assert len(asked) == 1  # and no file after that
+    (told,) = caplog.messages
+    assert "looking for someone/aimv2 in the Hub's cache alone" in told
+    assert "which cannot be reached: Name or service not known" in told
+    with pytest.raises(OSError, match=r"no weights of that name in the Hub's cache, .* cannot be reached: Name or"):
+        nopad.load("someone/else")
+
+
+@pytest.mark.parametrize(("answer", "local"), [(lambda request: None, None), (nobody, True)])
+def test_files_are_asked_for_where_the_hub_answers(monkeypatch, caplog, online, answer, local):
+    options, seen = {} if local is None else {"local_files_only": local}, []
+    monkeypatch.setattr("nopad.checkpoint_files.cached_file", lambda *names, **hub: seen.append(hub))
+    asked = online(answer)
+    with pytest.raises(OSError, match="no weights of that name"):
+        nopad.AIMv2Packing.from_pretrained("someone/aimv2", **options)
+    assert {hub.get("local_files_only") for hub in seen} == {local}
+    assert len(asked) == (local is None)
+    assert not caplog.messages
