@@ -53,7 +53,7 @@ def bench(
         checkpoint, device, dtype, attention, revision: as `nopad.load` takes them.
         workload: `"mixed"` sizes, `"224"` pixels (or the model's own fixed size), or `"all"` of them.
         images: of each workload.
-        capacities: tokens per pack.
+        capacities: tokens per pack; one named twice runs once.
         peers: run the original, too.
         compile: run what is compiled, too.
         float8: run the packed encoder with `precision="fp8"`, too, compiled.
@@ -72,7 +72,7 @@ def bench(
     usual = defaults_on(device.type)
     asked = Defaults(
         usual.images if images is None else images,
-        tuple(usual.capacities if capacities is None else capacities),
+        tuple(dict.fromkeys(usual.capacities if capacities is None else capacities)),
         usual.runs if runs is None else runs,
         usual.compile if compile is None else compile,
     )
