@@ -78,7 +78,7 @@ class PackedEncoder(PictureEncoder):
     ) -> Tensor:
         """All layers, `(T, D)` to `(T, D)`; the tokens before each and after the last go to `states`, if a list."""
         if self._static is not None and states is None and self._static.fits(len(tokens), segments):
-            return self._static.run(tokens, segments, rotate)
+            return self._static.run(tokens, segments, rotate, self.layers)
         for layer in self.layers:
             if states is not None:
                 states.append(tokens)
@@ -148,7 +148,8 @@ class PackedEncoder(PictureEncoder):
         packs are filled up as well, and a warning says that their layers are not compiled.
 
         Weights may change: what was folded from them is folded anew, unless they were written through `.data`, which
-        leaves no trace. Layers with hooks or other parts than before run as they are, on `capacity` rows. On a GPU,
+        leaves no trace, or are a norm's `eps`. Layers with hooks or other parts than before, or that drop out, run as
+        they are, on `capacity` rows. On a GPU,
         where norms are LayerNorms, `norm` gets tokens less their mean, which it takes away itself.
 
         Args:

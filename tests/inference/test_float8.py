@@ -299,10 +299,71 @@ def test_maps_of_more_than_their_weight_leave_the_encoder_as_it_was(tmp_path, sp
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def test_values_of_the_first_half_stay(tmp_path):
-    encoder = nopad.load(tiny("aimv2", tmp_path / "aimv2", num_hidden_layers=7), precision="fp8")
+@pytest.mark.parametrize(("layers", "expected"), [(7, [0, 1, 2, 3]), (4, [0, 1])])
+def test_values_of_the_first_half_stay(tmp_path, layers, expected):
+    encoder = nopad.load(tiny("aimv2", tmp_path / "aimv2", num_hidden_layers=layers), precision="fp8")
     kept = [number for number, layer in enumerate(encoder.layers) if isinstance(layer.attention.qkv, Float8QKV)]
-    assert kept == [0, 1, 2, 3]
+    assert kept == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("aimv2", {"mlp_bias": True}),
+        ("aimv2", {"qkv_bias": True}),
+        ("dinov3 gated", {"mlp_bias": False, "proj_bias": False, "query_bias": False, "value_bias": False}),
+    ],
+)
+def test_norms_are_absorbed_where_nothing_is_lost_by_it(tmp_path, family, changes):
+    folder = tiny(family, tmp_path / "changed", **changes)
+    plain, encoder = nopad.load(folder), nopad.load(folder)
+    for model in (plain, encoder):
+        for layer in model.layers:
+            for norm in (layer.norm1, layer.norm2):
+                norm.weight.mul_(torch.linspace(0.3, 3.0, len(norm.weight)))
+                if isinstance(norm, nn.LayerNorm):
+                    norm.bias.copy_(torch.linspace(-1.0, 1.0, len(norm.bias)))
+    encoder.to_precision("fp8")
+    found, expected = (model(patches_of(model), GRIDS) for model in (encoder, plain))
+    assert torch.cosine_similarity(found, expected, dim=1).min() > 0.99
+
+
+@torch.no_grad()
+def test_what_is_float8_stays_as_it_is(encoder):
+    expected = encoder(patches_of(encoder), GRIDS)
+    encoder.to_precision("fp8")
+    assert torch.equal(encoder(patches_of(encoder), GRIDS), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["aimv2", "siglip2", "dinov3"])
+@pytest.mark.parametrize("target", ["qkv", "attention.proj", "down"])
+def test_adapters_leave_the_encoder_as_it_was(tmp_path, family, target):
+    peft = pytest.importorskip("peft", reason="peft is a development dependency")
+    encoder = nopad.load(tiny(family, tmp_path / "checkpoint"))
+    peft.get_peft_model(encoder, peft.LoraConfig(r=16, target_modules=[target])).eval()
+    expected = encoder(patches_of(encoder), GRIDS)
+    with pytest.raises(ValueError, match="merge it into its weight, or load the checkpoint with precision='fp8' first"):
+        encoder.to_precision("fp8")
+    assert encoder.precision is None
+    assert torch.equal(encoder(patches_of(encoder), GRIDS), expected)
+
+
+@pytest.mark.parametrize("part", ["mlp", "mlp.down", "norm1", "attention.qkv"])
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_that_would_be_lost_are_told(tmp_path, part, register):
+    encoder = nopad.load(tiny("aimv2", tmp_path / "aimv2"))
+    hook = getattr(encoder.layers[1].get_submodule(part), register)(lambda *arguments: None)
+    with pytest.raises(ValueError, match=rf"got one on layers\.1\.{part}; register it afterwards"):
+        encoder.to_precision("fp8")
+    hook.remove()
+    seen = []
+    for tap in (encoder.layers[1], encoder.layers[1].attention):
+        tap.register_forward_hook(lambda *arguments: seen.append(arguments))
+    encoder.to_precision("fp8")
+    encoder(patches_of(encoder), GRIDS)
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("linear", [nn.Linear(32, 96, bias=False), PartlyBiasedQKV(32, (True, False, True))])

@@ -196,6 +196,21 @@ def test_layers_that_are_not_finite_themselves_say_nothing_of_fused_ones(encoder
     assert encoder.execution == "fused by plain torch"
 
 
+@torch.no_grad()
+def test_rows_may_grow_eighty_times_in_one_step(tmp_path):
+    weight, scale = quantize_rows(torch.randn(4, 16))
+    products, block = PlainProducts(), block_of(down=Matrix(weight, scale=scale[:, 0]))
+    tokens = torch.randn(3, 16)
+    tokens[0] = 0.0
+    tokens[0, 3] = 1.0  # all of a row's length in one number
+    stream = products.added(80 * tokens, Matrix(torch.eye(16)), products.begin(tokens, block), block)
+    torch.testing.assert_close(
+        stream.operand.float() * factor(stream, block), F.rms_norm(stream.tokens, (16,)), rtol=0.07, atol=0.02
+    )
+    far = products.added(1e5 * tokens, Matrix(torch.eye(16)), products.begin(tokens, block), block)
+    assert far.operand.float().abs().max() == 448
+
+
 def test_what_is_too_large_for_float8_becomes_its_largest():
     values = torch.tensor([1e6, -500.0, 3.0])
     assert to_dtype(values, FLOAT8).float().tolist() == [448, -448, 3]
@@ -426,6 +441,54 @@ def test_other_parts_are_seen(encoder, plain_products, change):
     found = encoder(patches_of(encoder), GRIDS)
     encoder.uncompile()
     assert relative(found, encoder(patches_of(encoder), GRIDS)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda encoder: setattr(encoder, "layers", encoder.layers[:1]),
+        lambda encoder: setattr(encoder.layers[1].mlp, "forward", torch.zeros_like),
+    ],
+)
+def test_other_layers_and_forwards_are_seen(encoder, plain_products, change):
+    encoder.compile(CAPACITY, SLOTS)
+    change(encoder)
+    found = encoder(patches_of(encoder), GRIDS)
+    encoder.uncompile()
+    assert relative(found, encoder(patches_of(encoder), GRIDS)) < 1e-5
+
+
+@torch.no_grad()
+def test_what_drops_out_in_training_runs_as_it_is(tmp_path, plain_products):
+    encoder = nopad.load(tiny("aimv2", tmp_path / "aimv2", attention_dropout=0.5))
+    encoder.compile(CAPACITY, SLOTS)
+    patches = patches_of(encoder)
+    assert torch.equal(encoder(patches, GRIDS), encoder(patches, GRIDS))
+    encoder.train()
+    assert not torch.equal(encoder(patches, GRIDS), encoder(patches, GRIDS))
+
+
+@torch.no_grad()
+def test_hooks_of_all_modules_are_called(encoder, plain_products):
+    encoder.compile(CAPACITY, SLOTS)
+    seen = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        encoder(patches_of(encoder), GRIDS)
+    finally:
+        hook.remove()
+    assert encoder.layers[1].mlp in seen
+
+
+@torch.no_grad()
+def test_weights_that_nobody_counts_the_versions_of(tmp_path, plain_products):
+    with torch.inference_mode():
+        encoder = nopad.load(tiny("aimv2", tmp_path / "aimv2"))
+        encoder.to(torch.bfloat16)
+    encoder.compile(CAPACITY, SLOTS)
+    assert encoder.execution == "fused by plain torch"
+    assert encoder(patches_of(encoder), GRIDS).isfinite().all()
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from tiny_encoders import GRIDS, company_changes_no_bit, patches_of
 
 import nopad
 from nopad.inference import static
+from nopad.inference.rows import finite_rows
 from nopad.inference.static import longest, recordable
 from nopad.layout import Segments
 
@@ -70,7 +71,8 @@ def test_what_one_pack_became_outlives_the_next(encoder):
     encoder.compile(CAPACITY, SLOTS)
     memory = torch.empty(CAPACITY, encoder.hidden_size)
     encoder._static.layers = lambda tokens, segments, rotate: memory.copy_(tokens)  # to one place, as a CUDA graph does
-    first, second = (encoder._static.run(torch.full((9, encoder.hidden_size), x), NINE, None) for x in (1.0, 2.0))
+    tokens = (torch.full((9, encoder.hidden_size), x) for x in (1.0, 2.0))
+    first, second = [encoder._static.run(each, NINE, None, encoder.layers) for each in tokens]
     assert (first == 1).all()
     assert (second == 2).all()
 
@@ -100,6 +102,27 @@ def test_training_and_hidden_states_run_as_before(encoder):
     with torch.no_grad():
         states = encoder.encode(patches, GRIDS, output_hidden_states=True).hidden_states
     assert len(states) == encoder.config.num_hidden_layers + 1
+
+
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf")])
+def test_rows_that_are_not_finite_become_zeros(junk):
+    tokens = torch.randn(4, 8)
+    expected = tokens.clone()
+    tokens[2, 5], expected[2] = junk, 0.0
+    finite, kept = finite_rows(tokens)
+    assert finite.tolist() == [True, True, False, True]
+    assert torch.equal(kept, expected)
+
+
+@torch.no_grad()
+def test_other_layers_are_those_that_run(encoder):
+    encoder.compile(CAPACITY, SLOTS, compiled=False)
+    whole = encoder(patches_of(encoder), GRIDS)
+    encoder.layers = encoder.layers[:1]
+    found = encoder(patches_of(encoder), GRIDS)
+    assert not torch.equal(found, whole)
+    encoder.uncompile()
+    torch.testing.assert_close(found, encoder(patches_of(encoder), GRIDS))
 
 
 @torch.no_grad()

@@ -44,7 +44,13 @@ def hook_before(layers):
     layers[1].register_forward_pre_hook(lambda *_: None)
 
 
-@pytest.mark.parametrize("change", [replace_module, add_module, remove_module, swap_modules, hook, hook_before])
+def replace_forward(layers):
+    layers[1][0].forward = torch.zeros_like
+
+
+@pytest.mark.parametrize(
+    "change", [replace_module, add_module, remove_module, swap_modules, hook, hook_before, replace_forward]
+)
 def test_modules_and_hooks(layers, change):
     watch = Watch(layers)
     change(layers)
@@ -59,8 +65,13 @@ def test_a_hook_that_is_gone_is_none(layers):
     assert not watch.rebuilt()
 
 
+@torch.no_grad()
 def replace_weight(layers):
-    layers[1][0].weight = nn.Parameter(layers[1][0].weight.detach().clone())
+    old, new = layers[1][0].weight, nn.Parameter(layers[1][0].weight.clone())
+    while new._version < old._version:  # as often written to: it is another one all the same
+        new.mul_(2)
+    assert new._version == old._version
+    layers[1][0].weight = new
 
 
 def remove_bias(layers):
@@ -89,3 +100,15 @@ def test_weights_that_are_written_to(layers, name):
         dict(layers.state_dict(keep_vars=True))[name].mul_(2)
     assert watch.versions() != before
     assert not watch.moved()
+
+
+def test_a_forward_that_was_there_before_is_no_change(layers):
+    layers[1][0].forward = torch.zeros_like
+    assert not Watch(layers).rebuilt()
+
+
+def test_weights_of_inference_mode_have_no_versions(layers):
+    with torch.inference_mode():
+        layers.append(nn.Linear(4, 4))
+    watch = Watch(layers)
+    assert watch.versions() == watch.versions()

@@ -1,7 +1,8 @@
 """Matrix products in float8 (e4m3): weights scaled by row once, activations by row as they come.
 
-Scaling by row keeps what a token becomes its own affair: no other token of the pack changes its scale. Everything but
-the linear maps of the layers stays as it is: patch embedding, norms, attention, pooling.
+Scaling by row keeps what a token becomes its own affair: no other token of the pack changes its scale. Patch embedding,
+attention and pooling stay as they are, and so do some linear maps of the layers, see `to_float8`; the weights of norms
+may go into the maps after them, see `prepare`.
 """
 
 from __future__ import annotations
@@ -161,18 +162,27 @@ def takes_apart(linear: Any) -> bool:
     return affine and linear.weight.is_floating_point()
 
 
-def check(linear: nn.Linear) -> None:
+def check(linear: Any) -> None:
     """Refuse what cannot become float8, before anything does.
 
     Raises:
         ValueError: sizes that are no multiples of `ALIGNMENT`, which the GPU's product does not take, or a map that is
             not one of its weight alone.
     """
+    check_apart(linear)
     if linear.in_features % ALIGNMENT or linear.out_features % ALIGNMENT:
         raise ValueError(
             f"precision 'fp8': expected sizes that are multiples of {ALIGNMENT}, "
             f"got a linear map of {linear.in_features} to {linear.out_features}"
         )
+
+
+def check_apart(linear: Any) -> None:
+    """Refuse what is no linear map of its weight alone.
+
+    Raises:
+        ValueError: an adapter, a quantised map, or another module.
+    """
     if not takes_apart(linear):
         raise ValueError(
             f"precision 'fp8': expected linear maps of a floating-point weight, got {type(linear).__name__}; "
@@ -216,6 +226,26 @@ def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_rows(F.silu(gate) * up)
 
 
+def check_block(layer: Any, number: int) -> None:
+    """Refuse a block that cannot become float8, before anything does.
+
+    Raises:
+        ValueError: see `check`; hooks of modules that others take the place of.
+    """
+    parts = dict(layer.named_modules())
+    up = "mlp.gate_up" if isinstance(layer.mlp, GatedMLP) else "mlp.up"
+    for name in ("attention.qkv", up, "mlp.down"):
+        check(parts.get(name))
+    check_apart(parts.get("attention.proj"))
+    for name, module in parts.items():
+        replaced = name.startswith(("norm", "mlp", "attention.qkv"))
+        if replaced and (module._forward_hooks or module._forward_pre_hooks):
+            raise ValueError(
+                f"precision 'fp8': expected no hooks on modules that others take the place of, got one on "
+                f"layers.{number}.{name}; register it afterwards"
+            )
+
+
 def to_float8(layers: nn.ModuleList) -> None:
     """Make the linear maps of the layers float8 ones, or none where one of them cannot be.
 
@@ -224,13 +254,12 @@ def to_float8(layers: nn.ModuleList) -> None:
     through all blocks after, and in images of a few patches no sum over keys evens it out.
 
     Raises:
-        ValueError: see `Float8Linear`.
+        ValueError: see `check_block`.
     """
     blocks: Any = list(layers)
     kept = [layer.attention.proj for layer in blocks]
-    for name, module in layers.named_modules():
-        if isinstance(module, nn.Linear) and not name.endswith("attention.proj"):
-            check(module)
+    for number, layer in enumerate(blocks):
+        check_block(layer, number)
     for number, layer in enumerate(blocks):
         gated = isinstance(layer.mlp, GatedMLP) and isinstance(layer.mlp.activation, nn.SiLU | SiLUActivation)
         normed = isinstance(layer.norm1, nn.RMSNorm) and isinstance(layer.norm2, nn.RMSNorm)

@@ -14,14 +14,16 @@ if TYPE_CHECKING:
 
 
 def convert(encoder: PackedEncoder, precision: str) -> None:
-    """Turn the weights of the layers into another format, all of them or none.
+    """Turn the weights of the layers into another format, all of them or none; nothing where they are in it.
 
     Raises:
-        ValueError: an unknown format, sizes that it does not take, or a dtype other than bfloat16 on a GPU.
+        ValueError: an unknown format, layers or sizes that it does not take, or a dtype other than bfloat16 on a GPU.
     """
     if precision != "fp8":
         raise ValueError(f"precision: expected 'fp8', got {precision!r}")
     check_dtype(encoder)
+    if encoder.precision == precision:
+        return
     to_float8(encoder.layers)
     encoder.requires_grad_(False)
 

@@ -67,8 +67,9 @@ class StaticPacks:
         self.capacity = capacity
         self.slots = slots
         self.layers = layers
-        self.as_they_are = partial(run_layers, encoder.layers)
+        self.made_of = encoder.layers
         self.watch = Watch(encoder.layers)
+        self.dropout = bool(encoder.config.attention_dropout)
         self.trained = False
         # All patches of a pack go through one product: it too sees rows of one number.
         embedding, rows = encoder.get_input_embeddings(), _FixedRows(capacity)
@@ -102,12 +103,12 @@ class StaticPacks:
         _tell_once(self.capacity, self.slots)
         return False
 
-    def run(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
-        """`(T, D)` to `(T, D)`."""
+    def run(self, tokens: Tensor, segments: Segments, rotate: Rotation | None, own: nn.ModuleList) -> Tensor:
+        """`(T, D)` to `(T, D)`; `own` are the encoder's layers of now."""
         rows = tokens.shape[0]
         # Not in inference mode, for which everything would be compiled once more.
         with torch.inference_mode(False), torch.no_grad():
-            layers = self.layers if self._current() else self.as_they_are
+            layers = self.layers if self._current(own) else partial(run_layers, own)
             room = layers.room if isinstance(layers, Graphs) else None
             tokens, finite = fill_up_rows(tokens, self.capacity, room)
             rotate = None if rotate is None else rotate.padded(self.capacity)
@@ -116,9 +117,9 @@ class StaticPacks:
             tokens = layers(tokens, fill_up(segments, self.capacity, slots), rotate)[:rows]
             return spoil(tokens, finite, segments)
 
-    def _current(self) -> bool:
+    def _current(self, own: nn.ModuleList) -> bool:
         """Whether the layers are those that were made ready; weights that are folded may have changed."""
-        if self.watch.rebuilt():
+        if own is not self.made_of or self.watch.rebuilt() or (self.dropout and own.training):
             return False
         if isinstance(self.recorded, fused.FusedLayers):
             current = self.recorded.refresh(trained=self.trained)
