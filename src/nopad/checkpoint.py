@@ -12,6 +12,9 @@ from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, revert_weight_conversion
 from transformers.modeling_utils import PreTrainedModel
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What weights may be."""
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -182,7 +185,8 @@ def check_strictly(checkpoint: Checkpoint, expected: Mapping[str, Tensor], diale
     """Compare what a checkpoint holds with what the architecture needs, name by name and shape by shape.
 
     Raises:
-        ValueError: lists the missing, unexpected and misshapen tensors, ten of each and their count.
+        ValueError: lists the missing, unexpected and misshapen tensors, ten of each and their count, and those that are
+            not floating-point.
     """
     tensors = checkpoint.tensors
     missing = sorted(expected.keys() - tensors.keys())
@@ -197,6 +201,13 @@ def check_strictly(checkpoint: Checkpoint, expected: Mapping[str, Tensor], diale
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
         if names
     ]
+    numbers = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype not in FLOATS}
+    if numbers:
+        dtypes = ", ".join(sorted({str(dtype) for dtype in numbers.values()}))
+        problems.append(
+            f"{len(numbers)} of {dtypes}, expected floating-point numbers of 16 bits or more: "
+            f"{', '.join(sorted(numbers)[:10])}; a quantised checkpoint has scales that nothing here reads"
+        )
     if problems:
         raise ValueError(
             f"checkpoint {checkpoint.name!r} ({dialect.name} names) does not fit the architecture that its config and "

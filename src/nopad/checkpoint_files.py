@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -82,7 +81,9 @@ def _weight_files(
 ) -> list[Path]:
     for index, single in (SAFETENSORS, PICKLES):
         if (path := find(index)) is not None:
-            weight_map = json.loads(path.read_text())["weight_map"]
+            weight_map = (_read_json(path) or {}).get("weight_map")
+            if not weight_map or not isinstance(weight_map, dict) or {type(f) for f in weight_map.values()} != {str}:
+                raise ValueError(f"{path}: expected a weight_map of tensors and files, got {weight_map!r:.80}")
             shards = {shard: find(shard) for shard in sorted(set(weight_map.values()))}
             missing = [shard for shard, found in shards.items() if found is None]
             if missing:
@@ -131,7 +132,9 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
         try:
             handle = safe_open(str(path), framework="pt")
         except SafetensorError as error:
-            raise ValueError(f"checkpoint file {str(path)!r}: expected safetensors, got {error}") from error
+            pointer = path.read_bytes()[:64].startswith(b"version https://git-lfs")
+            found = "a pointer of Git LFS; fetch the file itself with `git lfs pull`" if pointer else error
+            raise ValueError(f"checkpoint file {str(path)!r}: expected safetensors, got {found}") from error
         tensors = {}
         for name in handle.keys():  # noqa: SIM118 - the handle is no dict
             part = handle.get_slice(name)
@@ -147,7 +150,9 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # junk can raise anything
         raise ValueError(f"checkpoint file {str(path)!r}: expected tensors and nothing else, got {error}") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         keys = list(content)[:10] if isinstance(content, dict) else type(content).__name__

@@ -232,6 +232,10 @@ class PackedEncoder(PictureEncoder):
             hidden_states, grid_thw, patch_positions = pack.hidden_states, pack.grid_thw, pack.patch_positions
         if grid_thw is None:
             raise ValueError("grid_thw: expected (N, 3) integers beside hidden_states, got None")
+        given = {"hidden_states": hidden_states, "grid_thw": grid_thw, "patch_positions": patch_positions}
+        for name, tensor in given.items():
+            if not isinstance(tensor, Tensor) and (name, tensor) != ("patch_positions", None):
+                raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         weight = next(self.parameters())
         if weight.device.type != "meta" and hidden_states.device != weight.device:
             raise ValueError(f"hidden_states: expected on {weight.device} like the weights, got {hidden_states.device}")

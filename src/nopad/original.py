@@ -42,9 +42,15 @@ class Original:
         return self.model_class
 
     def config(self, packed: PackedEncoder) -> PreTrainedConfig:
-        """The original's config for the same architecture."""
+        """The original's config: that of the checkpoint where it is one, else that of the same architecture.
+
+        So alignment notices where a packed encoder has understood a `config.json` in another way.
+        """
         config_class = self.class_of(packed).config_class
         assert config_class is not None
+        says = packed.checkpoint_config.get("vision_config", packed.checkpoint_config)
+        if says.get("model_type") == config_class.model_type:
+            return config_class.from_dict(dict(says))
         names = config_class().to_dict()
         return config_class(**{name: value for name, value in packed.config.to_dict().items() if name in names})
 

@@ -68,6 +68,12 @@ class Preprocessing:
             raise ValueError(f"max_patches: expected {expected} for {self.rule!r}, got {self.max_patches}")
         if len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
             raise ValueError(f"mean, std: expected 3 numbers each and no std of 0, got {self.mean} and {self.std}")
+        for number in (*self.mean, *self.std, self.rescale_factor):
+            if not isinstance(number, int | float) or not math.isfinite(number):
+                raise ValueError(
+                    f"mean, std, rescale_factor: expected finite numbers, got {self.mean}, {self.std} and "
+                    f"{self.rescale_factor!r}"
+                )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], default: Preprocessing) -> Preprocessing:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.modeling_utils import PreTrainedModel
 
-from nopad.checkpoint import Checkpoint, Dialect, check_strictly, original_state_dict
+from nopad.checkpoint import FLOATS, Checkpoint, Dialect, check_strictly, original_state_dict
 from nopad.checkpoint_files import open_checkpoint
 from nopad.inference.precision import check_saving
 from nopad.layers.varlen import BACKENDS, resolve_backend
@@ -36,6 +40,7 @@ class PretrainedEncoder(PreTrainedModel):
         source: the checkpoint that this encoder was loaded from, as it was named.
         dialect: the dialect that it spoke.
         preprocessor_config: its `preprocessor_config.json`.
+        checkpoint_config: its `config.json`, `{}` where it has none.
         precision: `"fp8"` where the layers are in that format, for inference alone; else `None`.
     """
 
@@ -50,6 +55,7 @@ class PretrainedEncoder(PreTrainedModel):
     source: str | None = None
     dialect: str | None = None
     preprocessor_config: dict[str, Any] | None = None
+    checkpoint_config: Mapping[str, Any] = MappingProxyType({})
     precision: str | None = None
     _backend: str = "auto"
 
@@ -142,12 +148,19 @@ class PretrainedEncoder(PreTrainedModel):
                 f"({', '.join(d.name for d in cls.dialects)}), got {sorted(checkpoint.tensors)[:10]}"
             )
         part = dialect.select(checkpoint)
-        config = _with_options(config or cls.read_config(part, dialect), patch_order=patch_order, positions=positions)
-        with torch.device("meta"):
-            skeleton = cls(config)
+        try:
+            config = config or cls.read_config(part, dialect)
+            check_numbers(config, f"checkpoint {checkpoint.name!r}")
+            config = _with_options(config, patch_order=patch_order, positions=positions)
+            with torch.device("meta"):
+                skeleton = cls(config)
+        except (TypeError, ArithmeticError, AttributeError, LookupError, StrictDataclassError) as error:
+            told = " ".join(str(error).split()) or repr(error)
+            raise ValueError(f"checkpoint {checkpoint.name!r}: config.json describes no encoder: {told}") from error
         check_strictly(part, original_state_dict(skeleton, dialect.conversions()), dialect)
         if dtype in (None, "auto"):
-            dtype = next(tensor.dtype for tensor in part.tensors.values() if tensor.dtype.is_floating_point)
+            dtype = next(tensor.dtype for tensor in part.tensors.values())
+        check_dtype(dtype)
         asked = kwargs.pop("attn_implementation", None) or "auto"
         with _CONVERSIONS:
             register_checkpoint_conversion_mapping(cls.__name__, dialect.conversions(), overwrite=True)
@@ -164,7 +177,7 @@ class PretrainedEncoder(PreTrainedModel):
     def _came_from(self, checkpoint: Checkpoint, dialect: Dialect, attention: str) -> None:
         self.__dict__["_weight_conversions"] = None
         self.source, self.dialect = checkpoint.name, dialect.name
-        self.preprocessor_config = checkpoint.preprocessor
+        self.preprocessor_config, self.checkpoint_config = checkpoint.preprocessor, checkpoint.config
         self.set_attention(attention)
 
     @classmethod
@@ -187,7 +200,8 @@ class PretrainedEncoder(PreTrainedModel):
         with torch.device("meta"):
             model: Any = cls(config)
         if isinstance(dtype, str):
-            dtype = None if dtype == "auto" else getattr(torch, dtype)
+            dtype = None if dtype == "auto" else getattr(torch, dtype, dtype)
+        check_dtype(dtype or torch.float32)
         model = model.to(dtype=dtype or torch.float32).to_empty(device="cpu")
         fill(model, seed)
         model.source = UNTRAINED + name
@@ -241,6 +255,32 @@ class PretrainedEncoder(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """The patch embedding."""
         return self.get_submodule("embeddings.proj")
+
+
+def check_numbers(config: PreTrainedConfig, whose: str) -> None:
+    """Refuse a config with numbers that are none.
+
+    Raises:
+        ValueError: NaN or infinity, or no heads.
+    """
+    for name, value in config.to_dict().items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{whose}: {name}: expected a finite number, got {value}")
+    for name in ("num_attention_heads", "patch_size", "hidden_size"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{whose}: {name}: expected an integer ≥ 1, got {value!r}")
+
+
+def check_dtype(dtype: Any) -> None:
+    """Refuse weights of another dtype than those of `nopad.checkpoint.FLOATS`.
+
+    Raises:
+        ValueError: integers, float8, or no dtype.
+    """
+    known = {str(each).removeprefix("torch.") for each in FLOATS}
+    if str(dtype).removeprefix("torch.") not in known:
+        raise ValueError(f"dtype: expected one of {', '.join(sorted(known))}, got {dtype}")
 
 
 def _with_options(config: PreTrainedConfig, **options: str | None) -> PreTrainedConfig:

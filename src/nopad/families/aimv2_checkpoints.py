@@ -200,11 +200,15 @@ def read_config(checkpoint: Checkpoint, dialect: Dialect) -> AIMv2PackingConfig:
             )
         fields["image_size"] = side * patch_size
     fields |= {_CONFIG_NAMES[name]: value for name, value in says.items() if name in _CONFIG_NAMES}
-    if "num_attention_heads" not in fields:
+    if isinstance(sides := fields["patch_size"], list | tuple) and len(set(sides)) == 1:
+        fields["patch_size"] = sides[0]
+    # transformers may leave its defaults out of a config of its own, as SigLIP's do.
+    own = AIMv2PackingConfig.model_type in (says.get("model_type"), checkpoint.config.get("model_type"))
+    if "num_attention_heads" not in fields and not own:
         if hidden_size % 128:
             raise ValueError(
-                f"checkpoint {checkpoint.name!r}: without config.json heads are 128 wide as in every published AIMv2, "
-                f"but its width is {hidden_size}; add a config.json with num_attention_heads"
+                f"checkpoint {checkpoint.name!r}: where config.json does not tell num_attention_heads, heads are 128 "
+                f"wide as in every published AIMv2, but its width is {hidden_size}; add it to config.json"
             )
         fields["num_attention_heads"] = hidden_size // 128
     return AIMv2PackingConfig(**fields)

@@ -1,0 +1,135 @@
+"""Checkpoints that are damaged, quantised or told wrongly: what is said of them."""
+
+import json
+
+import pytest
+import torch
+from aimv2_checkpoints import tiny_original, write
+from safetensors.torch import load_file, save_file
+from tiny_encoders import GRIDS, patches_of, tiny
+from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
+
+import nopad
+from nopad import cli
+from nopad.align import align
+from nopad.families.aimv2 import AIMv2Packing
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny("aimv2", tmp_path / "aimv2")
+
+
+def changed(file, **changes):
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**content, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("model.pth", b"junk", r"model\.pth': expected tensors and nothing else, got"),
+        ("model.pth", b"", r"model\.pth': expected tensors and nothing else, got"),
+        (
+            "model.safetensors",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "Git LFS; fetch .* with `git lfs pull`",
+        ),
+        ("model.safetensors", b"\0" * 80, r"model\.safetensors': expected safetensors, got"),
+        ("model.safetensors.index.json", b"{}", r"index\.json: expected a weight_map of tensors and files, got None"),
+        ("model.safetensors.index.json", b'{"weight_map": 5}', "expected a weight_map of tensors and files, got 5"),
+        ("model.safetensors.index.json", b'{"weight_map": {}}', "expected a weight_map of tensors and files, got {}"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": 1}}', "expected a weight_map of tensors and files"),
+        ("model.safetensors.index.json", b"{", r"index\.json: expected JSON, got"),
+    ],
+)
+def test_files_that_hold_something_else(folder, name, content, expected, capsys):
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=expected):
+        nopad.load(folder)
+    assert cli.main(["align", str(folder)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("num_attention_heads", 0, "num_attention_heads: expected an integer ≥ 1, got 0"),
+        ("num_attention_heads", -1, "num_attention_heads: expected an integer ≥ 1, got -1"),
+        ("num_attention_heads", None, "config.json describes no encoder: .*num_attention_heads"),
+        ("num_attention_heads", "2", "config.json describes no encoder: .*num_attention_heads"),
+        ("patch_size", 0, "patch_size: expected an integer ≥ 1, got 0"),
+        ("patch_size", [14, 7], r"patch_size: expected an integer ≥ 1, got \[14, 7\]"),
+        ("rms_norm_eps", float("nan"), "rms_norm_eps: expected a finite number, got nan"),
+        ("rms_norm_eps", "1e-5", "config.json describes no encoder: .*rms_norm_eps"),
+        ("hidden_act", "swish-and-more", "config.json describes no encoder: .*swish-and-more"),
+    ],
+)
+def test_configs_that_describe_no_encoder(folder, name, value, expected, capsys):
+    changed(folder / "config.json", **{name: value})
+    with pytest.raises(ValueError, match=expected):
+        nopad.load(folder)
+    assert cli.main(["align", str(folder)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights_are_refused(folder, dtype):
+    state = load_file(folder / "model.safetensors")
+    save_file({name: tensor.to(dtype) for name, tensor in state.items()}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"{len(state)} of {dtype}, expected floating-point numbers of 16"):
+        nopad.load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "int8", "half a number"])
+def test_other_dtypes_are_refused(folder, dtype):
+    for checkpoint in (folder, "untrained:facebook/dinov3-vits16-pretrain-lvd1689m"):
+        with pytest.raises(ValueError, match=r"dtype: expected one of bfloat16, float16, float32, float64, got"):
+            nopad.load(checkpoint, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "told", [{"image_mean": [float("nan"), 0, 0]}, {"image_std": [1, float("inf"), 1]}, {"rescale_factor": "a"}]
+)
+def test_pixels_are_made_by_numbers(folder, told):
+    changed(folder / "preprocessor_config.json", **told)
+    encoder = nopad.load(folder)
+    with pytest.raises(ValueError, match="mean, std, rescale_factor: expected finite numbers"):
+        encoder.pack([torch.zeros(3, 28, 28, dtype=torch.uint8)])
+
+
+def test_arguments_that_are_no_tensors(folder):
+    encoder = nopad.load(folder)
+    patches = patches_of(encoder)
+    for arguments, name in (
+        ((patches.numpy(), GRIDS), "hidden_states: expected a tensor, got ndarray"),
+        ((None, GRIDS), "hidden_states: expected a tensor, got NoneType"),
+        ((patches, GRIDS.tolist()), "grid_thw: expected a tensor, got list"),
+        ((patches, GRIDS, [[0, 0, 0]]), "patch_positions: expected a tensor, got list"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            encoder(*arguments)
+
+
+def test_what_transformers_own_config_leaves_out_is_its_default(tmp_path):
+    original = tiny_original(hidden_size=256, num_attention_heads=8)
+    config = original.config.to_dict()
+    del config["num_attention_heads"]
+    folder = write(tmp_path, original.state_dict(), config)
+    assert Aimv2VisionModel.from_pretrained(folder).config.num_attention_heads == 8
+    assert nopad.load(folder).config.num_attention_heads == 8
+    assert align(folder).passed
+
+
+def test_alignment_sees_a_config_that_was_read_in_another_way(folder, monkeypatch):
+    read = AIMv2Packing.read_config
+    assert align(folder).passed
+
+    def misread(checkpoint, dialect):
+        config = read(checkpoint, dialect)
+        config.rms_norm_eps = 0.1
+        return config
+
+    monkeypatch.setattr(AIMv2Packing, "read_config", misread)
+    assert not align(folder).passed
