@@ -159,6 +159,34 @@ def test_neither_workers_nor_an_encoder_object_change_a_byte(photos, tmp_path, m
     assert len(table(tmp_path / "1")) == 3
 
 
+def test_layers_in_fp8_are_another_job_of_the_same_weights(photos, tmp_path, model):
+    plain, encoder, again = nopad.load(model), nopad.load(model, precision="fp8"), nopad.load(model, precision="fp8")
+    embed(photos, tmp_path / "plain", plain)
+    embed(photos, tmp_path / "fp8", encoder, capacity=64)
+    assert embed(photos, tmp_path / "fp8", again, capacity=64).done == 0
+    assert not {*table(tmp_path / "plain")} & {*table(tmp_path / "fp8")}
+    vectors = encoder.embed(sorted(photos.iterdir()), capacity=64)
+    np.testing.assert_allclose(nopad.read(tmp_path / "fp8").embeddings, vectors.numpy(), rtol=0.05, atol=0.05)
+    with pytest.raises(ValueError, match="layers: eager there, eager fp8 now"):
+        embed(photos, tmp_path / "plain", encoder)
+
+
+@pytest.mark.parametrize("part", ["norm.weight", "layers.0.mlp.down.weight", "layers.0.mlp.down.scale"])
+def test_the_digest_of_fp8_covers_parameters_and_buffers(model, part):
+    encoder = nopad.load(model, precision="fp8")
+    before = record.weights_digest(encoder)
+    path, _, name = part.rpartition(".")
+    values = getattr(encoder.get_submodule(path), name)
+    with torch.no_grad():
+        values.view(torch.uint8)[0] ^= 1
+    assert record.weights_digest(encoder) != before
+
+
+def test_the_digest_of_what_can_be_saved_stays(goldens):
+    digest = record.weights_digest(nopad.load(goldens / "aimv2-apple-native"))
+    assert digest == "b11b910b6196825942f9c3ab7f210c108cca6e1c637fd7a9afeeddbc9b234b1f"
+
+
 def test_stored_as_float16_and_as_plain_lists(photos, tmp_path, model):
     embed(photos, tmp_path / "wide", model)
     embed(photos, tmp_path / "out", model, embedding_dtype="float16", embedding_list="variable")

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +136,17 @@ def architecture(encoder: PackedEncoder) -> dict[str, Any]:
 def weights_digest(encoder: PackedEncoder) -> str:
     """SHA-256 over names, dtypes, shapes and values of all weights."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
+    for name, tensor in sorted(_weights(encoder).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _weights(encoder: PackedEncoder) -> dict[str, Any]:
+    if encoder.precision is None:
+        return encoder.state_dict()
+    # What cannot be saved has no state_dict; float8 weights and their scales are buffers.
+    return dict(chain(encoder.named_parameters(), encoder.named_buffers()))
 
 
 def check_same(old: Mapping[str, str], new: Mapping[str, str], folder: Path) -> None:
