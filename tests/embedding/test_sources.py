@@ -4,6 +4,7 @@ import random
 import re
 import socket
 import tarfile
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nopad.embedding import archives, reader
+from nopad.embedding import archives, inputs, reader
 from nopad.embedding.archives import image_suffixes
 from nopad.embedding.inputs import Input, InputList
 from nopad.embedding.reader import Reader
@@ -99,6 +100,21 @@ def test_an_input_list_survives_its_file(tmp_path: Path):
     write_parquet(tmp_path / "other", {"a": [1]})
     with pytest.raises(ValueError, match="expected the columns"):
         InputList.load(tmp_path / "other")
+
+
+def test_no_thread_of_arrow_holds_what_python_read(tmp_path, monkeypatch):
+    # It lets go of it in its own time, and ends a Python that is at its end with SIGABRT.
+    InputList.of([Input("a", "b", "image", b"/a")]).save(tmp_path / "inputs")
+    readers = set()
+
+    class Watched(io.FileIO):
+        def read(self, *arguments):
+            readers.add(threading.get_ident())
+            return super().read(*arguments)
+
+    monkeypatch.setattr(inputs, "open", Watched, raising=False)
+    assert len(InputList.load(tmp_path / "inputs")) == 1
+    assert readers <= {threading.get_ident()}
 
 
 def test_a_digest_tells_content_and_order_but_not_chunks():

@@ -122,7 +122,8 @@ class InputList:
         Raises:
             OSError, ValueError: a file that is missing, damaged or something else.
         """
-        with open(path, "rb") as file:
+        # Not through a Python file: Arrow's threads let go of what they read when Python may have ended already.
+        with pa.OSFile(os.fsencode(path)) as file:
             return cls(pq.ParquetFile(file).read())
 
 
