@@ -208,6 +208,8 @@ def test_an_exception_is_an_error(native, monkeypatch):
 def test_wrong_arguments(native, tmp_path):
     with pytest.raises(ValueError, match="threshold"):
         align(native, threshold=2)
+    with pytest.raises(ValueError, match="device: expected one with values, such as cpu or cuda, got 'meta'"):
+        align(native, device="meta")
     with pytest.raises(ValueError, match="got none"):
         align(native, images=tmp_path / "native")
 
@@ -240,6 +242,8 @@ def test_command_line_failure_and_wrong_use(native, tmp_path, capsys, monkeypatc
     assert "neither a file nor a folder" in capsys.readouterr().err
     assert main(["align", str(native), "--device", "cpu", "--attention", "flash_attention_2"]) == 2
     assert "flash" in capsys.readouterr().err
+    assert main(["align", str(native), "--device", "meta"]) == 2
+    assert "--device: expected cpu, cuda, cuda:1, …, got 'meta'" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert main(["align", str(native), "--device", "cuda"]) == 2
         assert "--device cpu" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from nopad.terminal import device_of
         (0, "cuda", "torch sees no CUDA device; use --device cpu"),
         (2, "cuda:2", "got 'cuda:2', but torch sees 2 CUDA devices: cuda:0 to cuda:1"),
         (2, "gpu", "expected cpu, cuda, cuda:1, …, got 'gpu'"),
+        (0, "meta", "expected cpu, cuda, cuda:1, …, got 'meta'"),
     ],
 )
 def test_a_device_is_one_that_torch_sees(monkeypatch, seen, asked, expected):

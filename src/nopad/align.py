@@ -70,6 +70,8 @@ def align(
     """
     if not -1 <= threshold <= 1 or batch_size < 1:
         raise ValueError(f"expected a threshold in [-1, 1] and a batch_size ≥ 1, got {threshold} and {batch_size}")
+    if torch.device(device).type == "meta":
+        raise ValueError(f"device: expected one with values, such as cpu or cuda, got {str(device)!r}")
     progress(f"loading {checkpoint}")
     packed: Any = load(checkpoint, revision=revision, dtype=torch.float32)
     reference = original_of(packed).of(str(checkpoint), revision=revision, trust_remote_code=trust_remote_code)

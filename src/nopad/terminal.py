@@ -11,7 +11,7 @@ def device_of(asked: str | None) -> str:
     """What `--device` names, `cuda` where it names nothing and there is one, else `cpu`.
 
     Raises:
-        ValueError: no name of a device, or of one that torch does not see.
+        ValueError: no name of a device, one without values, or one that torch does not see.
     """
     import torch
 
@@ -21,7 +21,9 @@ def device_of(asked: str | None) -> str:
     try:
         device = torch.device(asked)
     except RuntimeError:
-        raise ValueError(f"--device: expected cpu, cuda, cuda:1, …, got {asked!r}") from None
+        device = None
+    if device is None or device.type == "meta":
+        raise ValueError(f"--device: expected cpu, cuda, cuda:1, …, got {asked!r}")
     if device.type == "cuda" and not seen:
         raise ValueError(f"--device: got {asked!r}, but torch sees no CUDA device; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= seen:

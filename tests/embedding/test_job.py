@@ -446,6 +446,7 @@ def test_a_damaged_shard(photos, tmp_path, model):
         ({"max_patches": 0}, "max_patches: expected ≥ 1, got 0"),
         ({"dtype": "int8"}, "dtype: expected one of float32, bfloat16, float16, got 'int8'"),
         ({"device": "abacus"}, "device: got 'abacus'"),
+        ({"device": "meta"}, "device: expected one with values, such as cpu or cuda, got 'meta'"),
         ({"resize": "lanczos"}, "resize: expected one of"),
         ({"embedding_dtype": "float64"}, "embedding_dtype 'float64', expected"),
         ({"embedding_list": "nested"}, "embedding_list 'nested', expected"),

@@ -59,9 +59,11 @@ class Settings:
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         try:
-            torch.device(self.device)
+            device = torch.device(self.device)
         except RuntimeError as error:
             raise ValueError(f"device: got {self.device!r}: {error}") from error
+        if device.type == "meta":
+            raise ValueError(f"device: expected one with values, such as cpu or cuda, got {self.device!r}")
         # What these refuse is told before anything is loaded or begun.
         ShardFormat(dimension=1, embedding_dtype=self.embedding_dtype, embedding_list=self.embedding_list)
         Reader(frames=self.frames, max_pixels=self.max_pixels)
