@@ -302,6 +302,43 @@ def test_what_a_killed_run_left_half_written_goes_away(photos, tmp_path, model, 
     ]
 
 
+@pytest.mark.parametrize(
+    ("there", "now"),
+    [
+        (("photos", "model"), ("photos/", "model/")),
+        (("photos/", "model/"), ("photos", "model")),
+        (("photos/../photos", "./model"), ("./photos", "photos/../model")),
+    ],
+)
+def test_another_spelling_of_a_path_is_the_same_job(photos, tmp_path, monkeypatch, model, there, now, stop_after):
+    shutil.copytree(model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    embed(there[0], tmp_path / "out", there[1], **stop_after(1))
+    summary = embed(now[0], tmp_path / "out", now[1])
+    assert (summary.rows, summary.changes) == (12, [])
+    features = nopad.read(tmp_path / "out")
+    assert {*features.sources} == {there[0]}
+    assert features.metadata["model"] == there[1]
+    assert embed(now[0], tmp_path / "out", nopad.load(now[1])).done == 0
+
+
+def test_a_path_is_another_one_where_a_link_makes_it_so(photos, tmp_path, monkeypatch, model):
+    write_photos(tmp_path / "far" / "photos", 2)
+    (tmp_path / "far" / "away").mkdir()
+    (tmp_path / "link").symlink_to("far/away")
+    monkeypatch.chdir(tmp_path)
+    embed("photos", tmp_path / "out", model)
+    with pytest.raises(ValueError, match=r'sources: \["photos"\] there, \["link/../photos"\] now'):
+        embed("link/../photos", tmp_path / "out", model)
+
+
+def test_a_glob_is_what_it_is_spelled(photos, tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    embed("photos/*.png", tmp_path / "out", model)
+    with pytest.raises(ValueError, match=r"sources: .* there, .* now"):
+        embed("./photos/*.png", tmp_path / "out", model)
+
+
 # Refusals
 
 
@@ -344,8 +381,9 @@ def test_a_changed_setting_is_told(begun, model, change):
 
 
 def test_another_version_model_or_source_is_told(begun, tmp_path, monkeypatch, model, clip_model):
+    shutil.copytree(begun[0], tmp_path / "photos")
     with pytest.raises(ValueError, match=r'sources: \[".*photos"\] there, \[".*photos/"\] now'):
-        embed(f"{begun[0]}/", begun[1], model)
+        embed(f"{tmp_path}/photos/", begun[1], model)
     with pytest.raises(ValueError, match=r"(?s)model: .*family: aimv2 there, onevision now.*weights: "):
         embed(*begun, clip_model)
     monkeypatch.setattr(record, "__version__", "9.9.9")

@@ -103,7 +103,7 @@ def embed(
     """Embed pictures and videos into a folder of Parquet shards, one row per input, failed ones too.
 
     Called again with the same arguments, it goes on where it was stopped or killed, and gives what an uninterrupted run
-    would have given.
+    would have given. A slash at the end of a path, `.` and `..` in it make no other argument.
 
     Args:
         sources: see `nopad.embedding.sources.list_inputs`.
@@ -133,8 +133,11 @@ def embed(
         ImportError: a source or `actors` needs a package that is not installed.
     """
     names = [os.fspath(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
+    label = (model.source or type(model).__name__) if isinstance(model, PackedEncoder) else str(model)
+    files = JobFolder(out)
+    label, names = files.spelling(label, names)
     settings = Settings(
-        model=(model.source or type(model).__name__) if isinstance(model, PackedEncoder) else str(model),
+        model=label,
         revision=revision,
         device=str(model.device) if isinstance(model, PackedEncoder) else device or _best_device(),
         dtype=dtype,
@@ -159,7 +162,6 @@ def embed(
             raise ValueError(f"{name}: expected ≥ 1, got {number}")
     listing = list_inputs(names, image_column=image_column)
     with FolderLock(out):
-        files = JobFolder(out)
         files.clean()
         encoder = model if isinstance(model, PackedEncoder) else settings.load()
         job, changes = _begin_or_resume(files, settings, encoder, names, listing.inputs)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -24,6 +24,7 @@ from nopad.encoder import PackedEncoder
 from nopad.images import MAX_PIXELS
 from nopad.loading import load
 from nopad.preprocessing import Resize
+from nopad.untrained import UNTRAINED
 from nopad.worker import Worker
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -168,6 +169,14 @@ def check_same(old: Mapping[str, str], new: Mapping[str, str], folder: Path) -> 
         )
 
 
+def _same_path(old: str, new: str) -> bool:
+    """Whether two names are one local path but for a slash at the end, `.` and `..`."""
+    if new.startswith(UNTRAINED) or not (os.path.exists(old) and os.path.exists(new)):  # a glob, or a name on the Hub
+        return False
+    # Behind a link `..` leads elsewhere than in the name.
+    return os.path.normpath(old) == os.path.normpath(new) and os.path.samefile(old, new)
+
+
 def _difference(key: str, old: str, new: str) -> list[str]:
     if key == "architecture" and old.startswith("{") and new.startswith("{"):
         before, now = json.loads(old), json.loads(new)
@@ -187,6 +196,18 @@ class JobFolder:
     def has_job(self) -> bool:
         """Whether a job was begun here."""
         return (self.own / "job.json").exists()
+
+    def spelling(self, model: str, sources: Sequence[str]) -> tuple[str, list[str]]:
+        """Model and sources as the job that was begun here spells them, where they are the same paths."""
+        try:
+            record = json.loads((self.own / "job.json").read_text(encoding="utf-8"))
+            there = [record["model"], *json.loads(record["sources"])]
+        except (OSError, ValueError, LookupError, TypeError):  # no job yet, or one that `read` refuses
+            return model, list(sources)
+        here = [model, *sources]
+        if len(here) == len(there):
+            here = [old if _same_path(old, new) else new for old, new in zip(there, here, strict=True)]
+        return here[0], here[1:]
 
     def begin(self, record: Mapping[str, str], inputs: InputList) -> None:
         """Keep a new job's list and record; it is begun once both are there."""
