@@ -393,17 +393,18 @@ def test_the_command_gives_json_and_nothing_else(native, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "told"),
     [
-        ("--capacity", "2048,many"),
-        ("--workload", "large"),
-        ("--images", "0"),
-        ("--capacity", "512"),
-        ("--device", "cuda:99"),
-        ("--device", "xyz"),
+        (("--capacity", "2048,many"), "expected whole numbers with commas between them, such as 4096,16384, got"),
+        (("--workload", "large"), "invalid choice: 'large'"),
+        (("--images", "0"), "expected images ≥ 1"),
+        (("--capacity", "512"), "capacities: expected at least"),
+        (("--device", "cuda:99"), "--device: got 'cuda:99'"),
+        (("--device", "xyz"), "--device: expected cpu"),
+        (("--fp8", "--no-compile"), "--fp8: runs the packed model in float8 compiled, got --no-compile too"),
     ],
 )
-def test_wrong_use_is_status_2(native, monkeypatch, capsys, arguments):
+def test_wrong_use_is_status_2(native, monkeypatch, capsys, arguments, told):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     try:
         status = main(monkeypatch, native, *arguments)
@@ -413,6 +414,7 @@ def test_wrong_use_is_status_2(native, monkeypatch, capsys, arguments):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "bench: " in printed.err
+    assert told in printed.err
 
 
 def test_a_page_that_cannot_be_written_costs_no_figure(native, tmp_path, monkeypatch, capsys):

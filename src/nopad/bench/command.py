@@ -51,6 +51,8 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError, ImportError: wrong use, for the command line to tell.
     """
+    if options.fp8 and options.compile is False:
+        raise ValueError("--fp8: runs the packed model in float8 compiled, got --no-compile too; give one of them")
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -137,4 +139,8 @@ def _cells(report: BenchReport, row: Row) -> tuple[str, ...]:
 
 
 def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        message = f"expected whole numbers with commas between them, such as 4096,16384, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
