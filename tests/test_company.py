@@ -137,6 +137,8 @@ def test_command_line_failure(folder, capsys, monkeypatch):
         (["--company", "--images", "."], "not with --company"),
         (["--company", "--report", "page.html"], "not with --company"),
         (["--company", "--compile"], "--compile: not with --company"),
+        (["--company", "--threshold", "0.99"], "--threshold, --trust-remote-code: not with --company"),
+        (["--company", "--trust-remote-code"], "--threshold, --trust-remote-code: not with --company"),
         (["--company", "--capacity", "1"], "capacity: expected at least 128 tokens, got 1"),
     ],
 )

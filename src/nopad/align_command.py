@@ -12,6 +12,7 @@ from nopad.terminal import FAILED, PASSED, columns, device_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 LAYERS_SHOWN = 12
+THRESHOLD = 0.99
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +40,7 @@ def add_align_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("fp8",), default=None, help=precision)
     compiled = "compare the packed model's compiled layers, on a GPU that has them the fused ones"
     parser.add_argument("--compile", action="store_true", help=compiled)
-    parser.add_argument("--threshold", type=float, default=0.99, help="least cosine of a token (default: 0.99)")
+    parser.add_argument("--threshold", type=float, default=None, help=f"least cosine of a token (default: {THRESHOLD})")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -72,7 +73,7 @@ def report_alignment(options: argparse.Namespace, **arguments: Any) -> int:
     report = align(
         **_common(options),
         compile=options.compile,
-        threshold=options.threshold,
+        threshold=THRESHOLD if options.threshold is None else options.threshold,
         progress=lambda line: print(f"· {line}", file=sys.stderr),
         **arguments,
     )
@@ -92,6 +93,8 @@ def run_company(options: argparse.Namespace) -> int:
 
     if options.images or options.report:
         raise ValueError("--images, --report: not with --company, which takes random patches and has no page")
+    if options.threshold is not None or options.trust_remote_code:
+        raise ValueError("--threshold, --trust-remote-code: not with --company, which compares bits and no original")
     if options.compile:
         raise ValueError("--compile: not with --company, which runs the layers compiled and as they are")
     transformers_logging.disable_progress_bar()
