@@ -247,6 +247,10 @@ def test_command_line_failure_and_wrong_use(native, tmp_path, capsys, monkeypatc
     if not torch.cuda.is_available():
         assert main(["align", str(native), "--device", "cuda"]) == 2
         assert "--device cpu" in capsys.readouterr().err
+    assert main(["align", str(native), "--report", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    told = f"nopad align: --report: expected a file that can be written, got '{tmp_path}': Is a directory\n"
+    assert (printed.out, printed.err) == ("", told)
     with pytest.raises(SystemExit) as exit_status:
         main(["align"])
     assert exit_status.value.code == 2

@@ -8,7 +8,7 @@ import math
 import sys
 from typing import Any
 
-from nopad.terminal import FAILED, PASSED, columns, device_of
+from nopad.terminal import FAILED, PASSED, check_report, columns, device_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 LAYERS_SHOWN = 12
@@ -64,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
 
 def report_alignment(options: argparse.Namespace, **arguments: Any) -> int:
     """Align with the common options, print or write what was asked for, and return the exit status."""
+    check_report(options.report)
     from transformers.utils import logging as transformers_logging
 
     from nopad.align import align
@@ -78,7 +79,7 @@ def report_alignment(options: argparse.Namespace, **arguments: Any) -> int:
         **arguments,
     )
     print(json.dumps(report.to_dict(), indent=2) if options.json else align_table(report), flush=True)
-    if options.report:
+    if options.report is not None:
         write_align_page(report, options.report)
         print(f"report: {options.report}", file=sys.stderr if options.json else sys.stdout)
     return PASSED if report.passed else FAILED

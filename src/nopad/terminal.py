@@ -1,7 +1,10 @@
-"""What the commands share: exit statuses, devices, and tables for a terminal."""
+"""What the commands share: exit statuses, devices, places of reports, and tables for a terminal."""
 
 from __future__ import annotations
 
+import errno
+import os
+import tempfile
 from collections.abc import Sequence
 
 PASSED, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
@@ -29,6 +32,28 @@ def device_of(asked: str | None) -> str:
     if device.type == "cuda" and (device.index or 0) >= seen:
         raise ValueError(f"--device: got {asked!r}, but torch sees {seen} CUDA devices: cuda:0 to cuda:{seen - 1}")
     return asked
+
+
+def check_report(asked: str | None) -> None:
+    """Find out before a long run whether what `--report` names can be written; nothing is left there.
+
+    Raises:
+        ValueError: a folder, or a place where this user cannot write.
+    """
+    if asked is None:
+        return
+    path = os.path.realpath(asked)
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.path.exists(path) or os.path.isfile(path):  # else a pipe or the like, which may not be tried
+            folder = os.path.dirname(path)
+            while not os.path.exists(folder):
+                folder = os.path.dirname(folder)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        raise ValueError(f"--report: expected a file that can be written, got {asked!r}: {error.strerror}") from None
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

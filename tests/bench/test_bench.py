@@ -417,11 +417,22 @@ def test_wrong_use_is_status_2(native, monkeypatch, capsys, arguments, told):
     assert told in printed.err
 
 
-def test_a_page_that_cannot_be_written_costs_no_figure(native, tmp_path, monkeypatch, capsys):
+def test_a_page_that_cannot_be_written_is_told_before_the_run(native, tmp_path, monkeypatch, capsys):
     assert main(monkeypatch, native, *SMALL, "--no-peers", "--report", tmp_path) == 2
     printed = capsys.readouterr()
+    assert printed.out == ""
+    told = f"nopad bench: --report: expected a file that can be written, got '{tmp_path}': Is a directory\n"
+    assert printed.err == told
+
+
+def test_a_page_that_can_no_longer_be_written_costs_no_figure(native, tmp_path, monkeypatch, capsys):
+    (tmp_path / "page").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "check_report", lambda asked: None)
+    assert main(monkeypatch, native, *SMALL, "--no-peers", "--report", "./page") == 2
+    printed = capsys.readouterr()
     assert "nopad, eager" in printed.out
-    assert "Is a directory" in printed.err
+    assert "Is a directory: './page'" in printed.err
 
 
 def test_asking_for_the_options_imports_neither_torch_nor_transformers():

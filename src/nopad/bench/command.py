@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from nopad.bench.defaults import ON_CPU, ON_GPU
 from nopad.bench.results import AGREEMENT, BenchReport, Row
-from nopad.terminal import columns, device_of
+from nopad.terminal import check_report, columns, device_of
 
 DTYPES = ("bfloat16", "float16", "float32")
 HEADER = ("", "capacity", "ms", "min … max", "images/s", "tokens/s", "TFLOP/s", "ceiling", "GiB", "cosine", "")
@@ -53,6 +53,7 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.fp8 and options.compile is False:
         raise ValueError("--fp8: runs the packed model in float8 compiled, got --no-compile too; give one of them")
+    check_report(options.report)
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
         progress=lambda line: print(f"· {line}", file=sys.stderr),
     )
     print(json.dumps(report.to_dict(), indent=2) if options.json else bench_table(report), flush=True)
-    if options.report:
+    if options.report is not None:
         from nopad.report import write_bench_page
 
         write_bench_page(report, options.report)

@@ -59,8 +59,18 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def write(html: str, path: str | Path) -> None:
-    """Write a page as UTF-8, all of it or nothing; directories are made. What is no file, such as a pipe, stays one."""
-    path = Path(path).resolve()
+    """Write a page as UTF-8, all of it or nothing; directories are made. What is no file, such as a pipe, stays one.
+
+    Raises:
+        OSError: what the system says, of the path as it was given.
+    """
+    try:
+        _write(html, Path(path).resolve())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _write(html: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():
         path.write_text(html, encoding="utf-8", errors="backslashreplace")
