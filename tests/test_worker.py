@@ -2,6 +2,7 @@ import itertools
 import random
 import threading
 import time
+from pathlib import Path
 
 import aimv2_checkpoints
 import numpy as np
@@ -9,6 +10,7 @@ import onevision_checkpoints
 import pytest
 import torch
 from pictures import noise
+from PIL import Image
 
 import nopad
 from nopad.batches import Embedded
@@ -276,6 +278,8 @@ def test_embed_raises_what_the_encoder_finds(encoder):
         overflowing.embed(images)
 
 
-def test_embed_takes_several(encoder):
-    with pytest.raises(ValueError, match="images: expected several, got one; give it in a list"):
-        encoder.embed("cat.jpg")
+@pytest.mark.parametrize("one", ["cat.jpg", b"\xff\xd8", Path("cat.jpg"), Image.new("RGB", (8, 8))])
+def test_one_image_where_several_are_expected(encoder, one):
+    for take in (encoder.embed, encoder.pack):
+        with pytest.raises(ValueError, match="images: expected several, got one; give it in a list"):
+            take(one)

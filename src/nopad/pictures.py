@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from nopad.images import ImageError, load
@@ -75,7 +76,9 @@ class PictureEncoder(PretrainedEncoder):
 
         Raises:
             ImageError: an image that cannot be used, by name and with the reason.
+            ValueError: one image where several are expected.
         """
+        _check_several(images)
         rule = preprocessing or self.preprocessing
         options: dict[str, Any] = {"resize": resize, "max_patches": max_patches}
         pixels = [preprocess(load(image), rule, self.patch_size, **options) for image in images]
@@ -118,8 +121,7 @@ class PictureEncoder(PretrainedEncoder):
             ValueError: one image where several are expected.
         """
         options: dict[str, Any] = {"resize": resize, "max_patches": max_patches, "preprocessing": preprocessing}
-        if isinstance(images, str | bytes | Path):
-            raise ValueError("images: expected several, got one; give it in a list")
+        _check_several(images)
         worker = Worker(cast("PackedEncoder", self), capacity=capacity, threads=threads, **options)
         (results,) = worker.run([images], load, strict=True)
         for number, result in enumerate(results):
@@ -137,3 +139,8 @@ class PictureEncoder(PretrainedEncoder):
     def embedding_size(self) -> int:
         """Values of the vector that `embed` gives for an image: E or D."""
         return self.projection_dim or self.hidden_size
+
+
+def _check_several(images: Any) -> None:
+    if isinstance(images, str | bytes | Path | Image.Image):
+        raise ValueError("images: expected several, got one; give it in a list")
