@@ -133,3 +133,9 @@ def test_alignment_sees_a_config_that_was_read_in_another_way(folder, monkeypatc
 
     monkeypatch.setattr(AIMv2Packing, "read_config", misread)
     assert not align(folder).passed
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "runs/model.pth", "./aimv2", "/aimv2", "a/b/c"])
+def test_a_path_where_nothing_is_is_no_name_on_the_hub(name):
+    with pytest.raises(OSError, match="neither a file nor a folder, and no name on the Hub"):
+        nopad.load(name)

@@ -23,6 +23,7 @@ SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
 PICKLES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 META = "model.pth"
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
+FILES = (".safetensors", *PICKLE_SUFFIXES)
 
 
 def open_checkpoint(name: str | Path, *, revision: str | None = None, **hub: Any) -> Checkpoint:
@@ -41,7 +42,8 @@ def open_checkpoint(name: str | Path, *, revision: str | None = None, **hub: Any
     path = Path(name).expanduser()
     if path.is_file():
         return Checkpoint(name, _read_file(path))
-    if not path.is_dir() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+    local = path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.suffix in FILES
+    if not path.is_dir() and local:
         raise OSError(f"checkpoint {name!r}: neither a file nor a folder, and no name on the Hub (owner/model)")
     unasked = None if path.is_dir() else _why_unasked(name, **hub)
     if unasked is not None:
