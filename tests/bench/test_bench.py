@@ -315,6 +315,7 @@ def test_features_that_cannot_be_compared_agree_with_nothing():
     [
         ({"capacities": (512, 4096)}, "at least 880 tokens, the largest image's, got 512"),
         ({"capacities": ()}, "at least one capacity"),
+        ({"float8": True, "compile": False}, "float8: runs the packed encoder compiled, got compile=False too"),
         ({"images": 0}, "images ≥ 1"),
         ({"runs": 0}, "runs ≥ 1"),
         ({"workload": "large"}, "'mixed', '224' or 'all', got 'large'"),

@@ -68,6 +68,8 @@ def bench(
         ValueError: an argument out of its range, a capacity below the largest image, or a checkpoint that does not
             load.
     """
+    if float8 and compile is False:
+        raise ValueError("float8: runs the packed encoder compiled, got compile=False too; give one of them")
     device = torch.device(device)
     usual = defaults_on(device.type)
     asked = Defaults(
