@@ -152,7 +152,7 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # junk can raise anything
         raise ValueError(f"checkpoint file {str(path)!r}: expected tensors and nothing else, got {error}") from error
