@@ -332,6 +332,14 @@ def test_a_path_is_another_one_where_a_link_makes_it_so(photos, tmp_path, monkey
         embed("link/../photos", tmp_path / "out", model)
 
 
+def test_a_link_to_a_folder_is_another_path(photos, tmp_path, monkeypatch, model):
+    (tmp_path / "link").symlink_to("photos")
+    monkeypatch.chdir(tmp_path)
+    embed("photos", tmp_path / "out", model)
+    with pytest.raises(ValueError, match=r'sources: \["photos"\] there, \["link"\] now'):
+        embed("link", tmp_path / "out", model)
+
+
 def test_a_glob_is_what_it_is_spelled(photos, tmp_path, monkeypatch, model):
     monkeypatch.chdir(tmp_path)
     embed("photos/*.png", tmp_path / "out", model)

@@ -69,7 +69,7 @@ class StaticPacks:
         self.layers = layers
         self.made_of = encoder.layers
         self.watch = Watch(encoder.layers)
-        self.dropout = bool(encoder.config.attention_dropout)
+        self.dropout = any(getattr(module, "dropout_p", 0.0) for module in encoder.layers.modules())
         self.trained = False
         # All patches of a pack go through one product: it too sees rows of one number.
         embedding, rows = encoder.get_input_embeddings(), _FixedRows(capacity)
