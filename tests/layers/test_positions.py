@@ -12,6 +12,7 @@ from transformers.models.aimv2.modeling_aimv2 import build_2d_sinusoidal_positio
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 
 from nopad.layers.positions import (
+    TABLE,
     resample,
     resampled_positions,
     sincos_2d,
@@ -84,6 +85,14 @@ def test_sincos_of_patches_that_carry_their_positions():
     full = sincos_2d(layout_of([(1, 8, 8)]), 16)
     sparse = sincos_2d(layout_of([(1, 1, 3)], positions), 16)
     assert torch.equal(sparse, full[[2 * 8 + 7, 0 * 8 + 1, 6 * 8 + 0]])
+
+
+def test_an_images_sincos_are_the_same_bits_beside_one_that_is_longer_than_the_table():
+    alone = sincos_2d(layout_of([(1, 3, 4)]), 16)
+    together = sincos_2d(layout_of([(1, TABLE + 1, 1), (1, 3, 4)]), 16)
+    assert torch.equal(together[TABLE + 1 :], alone)
+    rows = sincos_axis(torch.arange(TABLE + 1), 8)
+    assert torch.equal(together[: TABLE + 1, 8:], rows)
 
 
 def test_sincos_of_nothing():

@@ -121,9 +121,9 @@ class DINOv3Rope(nn.Module):
         centres = patch_centres(layout)
         if self.training:
             centres = self.augment(centres, layout)
-        angles = axial_angles(centres, rope_periods(self.head_dim, self.base, layout.device))
-        # An angle of zero turns nothing, exactly.
-        angles = places.join(angles, angles.new_zeros(*places.prefix.shape, angles.shape[1]))[:, None]
+        # An angle of zero, which a centre at zero has, turns nothing, exactly.
+        centres = places.join(centres, centres.new_zeros(*places.prefix.shape, 2))
+        angles = axial_angles(centres, rope_periods(self.head_dim, self.base, layout.device))[:, None]
         return Rotation(rotate_halves, angles.cos(), angles.sin())
 
     def augment(self, centres: Tensor, layout: Layout) -> Tensor:

@@ -10,10 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nopad.layers.constants import constant
 from nopad.layers.triton_check import has_triton
 from nopad.layout import Layout
 
 logger = logging.getLogger(__name__)
+
+TABLE = 1024
+"""Rows and columns whose sines and cosines are kept; beyond, each patch has its own computed."""
 
 
 def sincos_axis(positions: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
@@ -41,12 +45,16 @@ def sincos_2d(layout: Layout, hidden_size: int, dtype: torch.dtype = torch.float
         `(T, hidden_size)`, computed in float32 and cast to `dtype`.
     """
     _, rows, columns = layout.coordinates.unbind(1)
-    if layout.longest_side > layout.num_patches:  # patch positions far apart
+    if layout.longest_side > TABLE:
         both = sincos_axis(columns, hidden_size // 2), sincos_axis(rows, hidden_size // 2)
         return torch.cat(both, dim=1).to(dtype)
-    # Sines of the few distinct rows and columns, then a gather: not one sine per token and channel.
-    table = sincos_axis(torch.arange(layout.longest_side, device=layout.device), hidden_size // 2)
-    return table.to(dtype)[torch.stack((columns, rows), dim=1)].flatten(1)
+    return sincos_table(hidden_size // 2, dtype, layout.device)[torch.stack((columns, rows), dim=1)].flatten(1)
+
+
+@constant
+def sincos_table(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`sincos_axis` of the first `TABLE` positions: `(TABLE, dim)`."""
+    return sincos_axis(torch.arange(TABLE, device=device), dim).to(dtype)
 
 
 def resample(

@@ -7,9 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from nopad.layers.constants import constant
 from nopad.layout import Layout
 
 
+@constant
 def rope_periods(head_dim: int, base: float, device: torch.device | str) -> Tensor:
     """How far apart two patches are, in half image sides, when an angle comes round again: `base ** (4i / K)`.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nopad.layers.attention import Rotation
+from nopad.layers.constants import constant
 from nopad.layout import Layout
 
 SPLIT = (4, 6, 6)
@@ -31,14 +32,23 @@ def angles_3d(coordinates: Tensor, head_dim: int, theta: float) -> Tensor:
         `(T, K / 2)` float32: a quarter of the channels for time, three eighths for the row, three eighths for the
         column.
     """
-    positions = coordinates.float()
-    unit = head_dim // 2 // sum(SPLIT)
-    axes = []
-    for axis, share in enumerate(SPLIT):
-        size = share * unit
-        exponents = torch.arange(size, dtype=torch.float32, device=positions.device) / size
-        axes.append(positions[:, axis, None] * (1.0 / theta**exponents))
-    return torch.cat(axes, dim=1)
+    axes = axes_of_channels(head_dim, coordinates.device)
+    return coordinates.float()[:, axes] * rates_of_channels(head_dim, theta, coordinates.device)
+
+
+@constant
+def axes_of_channels(head_dim: int, device: torch.device) -> Tensor:
+    """Which of `[t, h, w]` turns each channel of half a head, `(K / 2,)` int64."""
+    shares = torch.tensor(SPLIT, device=device) * (head_dim // 2 // sum(SPLIT))
+    return torch.arange(len(SPLIT), device=device).repeat_interleave(shares)
+
+
+@constant
+def rates_of_channels(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """By what angle one step along its axis turns each channel of half a head, `(K / 2,)` float32."""
+    sizes = (share * (head_dim // 2 // sum(SPLIT)) for share in SPLIT)
+    exponents = [torch.arange(size, dtype=torch.float32, device=device) / size for size in sizes]
+    return 1.0 / theta ** torch.cat(exponents)
 
 
 def rotate_3d(layout: Layout, head_dim: int, theta: float) -> Rotation:

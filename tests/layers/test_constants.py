@@ -1,0 +1,59 @@
+"""Tensors that are made once: by whom they may be used, and what is not kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from nopad.layers.constants import constant
+
+CPU = torch.device("cpu")
+
+
+def counting() -> tuple[Callable[[int, torch.device], Tensor], list[Tensor]]:
+    """A function that is kept, and all that it has made."""
+    made: list[Tensor] = []
+
+    @constant
+    def steps(number: int, device: torch.device) -> Tensor:
+        made.append(torch.arange(number, device=device).float())
+        return made[-1]
+
+    return steps, made
+
+
+def test_each_is_made_once():
+    steps, made = counting()
+    assert steps(3, CPU) is steps(3, CPU)
+    assert torch.equal(steps(2, CPU), torch.tensor([0.0, 1.0]))
+    assert steps(3, torch.device("meta")).is_meta
+    assert len(made) == 3
+
+
+def test_one_made_in_inference_mode_serves_training():
+    steps, _ = counting()
+    with torch.inference_mode():
+        assert not steps(3, CPU).is_inference()
+    weight = torch.ones(3, requires_grad=True)
+    (weight * steps(3, CPU)).sum().backward()
+    assert torch.equal(weight.grad, torch.arange(3.0))
+
+
+def test_one_that_only_pretends_is_not_kept():
+    steps, _ = counting()
+    with FakeTensorMode():
+        assert isinstance(steps(3, CPU), FakeTensor)
+    assert torch.equal(steps(3, CPU), torch.arange(3.0))
+
+
+def test_a_compiler_sees_how_it_is_made():
+    steps, _ = counting()
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def twice(tensor: Tensor) -> Tensor:
+        return tensor * steps(3, CPU)
+
+    assert torch.equal(twice(torch.full((3,), 2.0)), torch.tensor([0.0, 2.0, 4.0]))
