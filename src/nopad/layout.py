@@ -196,13 +196,17 @@ class Layout:
         return self._places[2] if self.patch_positions is None else self.patch_positions
 
     @cached_property
+    def grid_thw(self) -> Tensor:
+        """`grid` as `(N, 3)` int64 on the device."""
+        return torch.tensor(self.grid, dtype=torch.int64).reshape(-1, 3).to(self.device, non_blocking=True)
+
+    @cached_property
     def _places(self) -> tuple[Tensor, Tensor, Tensor]:
-        grid = torch.tensor(self.grid, dtype=torch.int64).reshape(-1, 3).to(self.device, non_blocking=True)
         if not has_triton(self.device):
-            return places(grid, self.images)
+            return places(self.grid_thw, self.images)
         from nopad.layers import triton_layout
 
-        return triton_layout.places(grid, self.images.cu_seqlens, self.num_patches, self.images.max_seqlen)
+        return triton_layout.places(self.grid_thw, self.images.cu_seqlens, self.num_patches, self.images.max_seqlen)
 
 
 def places(grid: Tensor, images: Segments) -> tuple[Tensor, Tensor, Tensor]:

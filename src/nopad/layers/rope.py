@@ -28,8 +28,7 @@ def patch_centres(layout: Layout) -> Tensor:
     Returns:
         `(T, 2)` float32.
     """
-    sides = torch.tensor([row[1:] for row in layout.grid], dtype=torch.float32).reshape(-1, 2)
-    sides = sides.to(layout.device, non_blocking=True)[layout.image_index]
+    sides = layout.grid_thw[layout.image_index, 1:]
     return 2.0 * ((layout.coordinates[:, 1:] + 0.5) / sides) - 1.0
 
 
