@@ -166,26 +166,68 @@ def test_a_norm_of_its_own_for_cls_and_registers(tmp_path):
         align(tmp_path / "out")
 
 
-def test_rope_periods_tell_the_base_or_are_refused(tmp_path):
+def test_rope_periods_are_numbers_above_zero(tmp_path):
     state = meta(tiny_original())
-    half = {name: tensor.bfloat16() for name, tensor in meta(tiny_original(hidden_size=128)).items()}
-    encoder = nopad.load(save_meta(tmp_path / "half.pth", half))
-    assert encoder.dtype == torch.bfloat16
-    assert encoder.config.rope_theta == 100.0
-    for wrong in (torch.tensor([2.0, 20.0]), torch.tensor([1.0, -10.0]), torch.tensor([1.0, float("nan")])):
+    for wrong in (torch.tensor([0.0, 10.0]), torch.tensor([1.0, -10.0]), torch.tensor([1.0, float("nan")])):
         path = save_meta(tmp_path / "wrong.pth", state | {"rope_embed.periods": wrong})
-        with pytest.raises(ValueError, match=r"rope_embed\.periods of the form"):
+        with pytest.raises(ValueError, match=r"rope_embed\.periods: expected finite numbers above 0"):
             nopad.load(path)
     path = save_meta(tmp_path / "wrong.pth", state | {"rope_embed.periods": torch.ones(3)})
     with pytest.raises(ValueError, match="3 rope periods make heads 12 wide"):
         nopad.load(path)
+    with pytest.raises(ValueError, match="rope_periods: expected 2 numbers, got 3"):
+        dinov3.DINOv3ViTPacking(nopad.load(save(tmp_path, tiny_original(rope_periods=[1.0, 2.0, 3.0]))).config)
 
 
-def test_a_mask_that_does_not_mask_the_keys_is_refused(tmp_path):
+@pytest.mark.parametrize("theta", [100.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rope_computes_with_the_periods_that_metas_file_has(tmp_path, theta, dtype):
+    original = tiny_original(hidden_size=64, num_attention_heads=2, rope_theta=theta)
+    state = meta(original)
+    periods = state["rope_embed.periods"].bfloat16()
+    encoder = nopad.load(save_meta(tmp_path / "weights.pth", state | {"rope_embed.periods": periods.to(dtype)}))
+    assert encoder.config.rope_periods == periods.tolist() != state["rope_embed.periods"].tolist()
+    assert encoder.config.rope_theta == pytest.approx(theta, rel=0.01)
+    original.rope_embeddings.inv_freq.copy_(1 / periods.float())
+    assert_parity(encoder, original)
+    assert align(tmp_path / "weights.pth").passed
+
+
+def test_rounded_periods_are_saved_and_what_transformers_makes_of_them_is_told(tmp_path, caplog):
+    state = meta(original := tiny_original(hidden_size=64, num_attention_heads=2))
+    nopad.load(save_meta(tmp_path / "exact.pth", state)).save_pretrained(tmp_path / "exact")
+    assert not caplog.records
+    rounded = state["rope_embed.periods"].bfloat16()
+    encoder = nopad.load(save_meta(tmp_path / "rounded.pth", state | {"rope_embed.periods": rounded}))
+    encoder.save_pretrained(tmp_path / "rounded")
+    assert "rope_periods in config.json, transformers' DINOv3ViTModel computes with those powers" in caplog.text
+    original.rope_embeddings.inv_freq.copy_(1 / rounded.float())
+    assert_parity(nopad.load(tmp_path / "rounded"), original)
+
+
+@pytest.mark.parametrize("mask", [(0, 0, 0), (1, 0, 1), (1, 0, 0), (1, 1, 0), "scattered"])
+def test_biases_are_multiplied_with_metas_mask(tmp_path, mask):
+    original = tiny_original(key_bias=True)
+    state = meta(original)
+    generator = torch.Generator().manual_seed(0)
+    for i, layer in enumerate(dinov3.DINOv3Original().layers(original)):
+        parts = torch.rand(3, 32, generator=generator) > 0.5
+        if mask != "scattered":
+            parts = torch.tensor(mask, dtype=torch.float)[:, None].expand(3, 32)
+        for projection, part in zip("qkv", parts, strict=True):
+            getattr(layer.attention, f"{projection}_proj").bias.data.mul_(part)
+        state[f"blocks.{i}.attn.qkv.bias_mask"] = parts.flatten().to(torch.bfloat16)
+    encoder = nopad.load(save_meta(tmp_path / "weights.pth", state))
+    assert encoder.config.key_bias == (mask == "scattered" or bool(mask[1]))
+    assert_parity(encoder, original)
+
+
+@pytest.mark.parametrize("values", [torch.full((96,), 0.5), torch.full((96,), float("nan")), torch.ones(95)])
+def test_a_mask_of_other_numbers_is_refused(tmp_path, values):
     state = meta(tiny_original())
     name = "blocks.1.attn.qkv.bias_mask"
-    with pytest.raises(ValueError, match=rf"{name} to mask the keys"):
-        nopad.load(save_meta(tmp_path / "weights.pth", state | {name: torch.ones(96)}))
+    with pytest.raises(ValueError, match=rf"{name}: expected 96 zeros and ones"):
+        nopad.load(save_meta(tmp_path / "weights.pth", state | {name: values}))
 
 
 @pytest.mark.parametrize("dialect", [on_disk, in_memory, meta])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,7 @@ class Dialect:
         is_original: whether transformers' own class reads these names as they are.
         requires: further patterns, each of which some name must match, where no one name tells dialects apart.
         excludes: patterns that no name may match, where a dialect's names are all found in another's.
+        prepare: what makes of the selected tensors those that the conversions take.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Dialect:
     is_original: bool = False
     requires: tuple[str, ...] = ()
     excludes: tuple[str, ...] = ()
+    prepare: Callable[[Checkpoint], Checkpoint] = lambda checkpoint: checkpoint
 
     def matches(self, names: Iterable[str]) -> bool:
         """Whether tensor names speak this dialect."""
@@ -114,7 +116,7 @@ class Dialect:
                     f"checkpoint {checkpoint.name!r}: {self.strip(name)!r} is there with and without prefix"
                 )
             tensors[self.strip(name)] = tensor
-        return Checkpoint(checkpoint.name, tensors, checkpoint.config, checkpoint.preprocessor, left_out)
+        return self.prepare(replace(checkpoint, tensors=tensors, left_out=left_out))
 
 
 class Unstack(ConversionOps):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from functools import partial
 from typing import Any
@@ -30,10 +31,12 @@ from nopad.layers.attention import PackedAttention, Rotation
 from nopad.layers.block import Block
 from nopad.layers.mlp import MLP, GatedMLP
 from nopad.layers.patch_embed import PatchEmbedding
-from nopad.layers.rope import axial_angles, patch_centres, rope_periods, rotate_halves
+from nopad.layers.rope import axial_angles, patch_centres, rope_periods, rotate_halves, stored_periods
 from nopad.layout import Layout, Segments
 from nopad.original import Original
 from nopad.preprocessing import Preprocessing
+
+logger = logging.getLogger(__name__)
 
 STATISTICS: dict[str, dict[str, Any]] = {
     "imagenet": {"mean": tuple(IMAGENET_DEFAULT_MEAN), "std": tuple(IMAGENET_DEFAULT_STD)},
@@ -112,6 +115,9 @@ class DINOv3Rope(nn.Module):
         if self.head_dim % 4:
             raise ValueError(f"head size: expected a multiple of 4 for rope over two axes, got {self.head_dim}")
         self.base = config.rope_theta
+        self.periods = None if config.rope_periods is None else tuple(config.rope_periods)
+        if self.periods is not None and len(self.periods) != self.head_dim // 4:
+            raise ValueError(f"rope_periods: expected {self.head_dim // 4} numbers, got {len(self.periods)}")
         self.shift = config.pos_embed_shift
         self.jitter = config.pos_embed_jitter
         self.rescale = config.pos_embed_rescale
@@ -123,8 +129,14 @@ class DINOv3Rope(nn.Module):
             centres = self.augment(centres, layout)
         # An angle of zero, which a centre at zero has, turns nothing, exactly.
         centres = places.join(centres, centres.new_zeros(*places.prefix.shape, 2))
-        angles = axial_angles(centres, rope_periods(self.head_dim, self.base, layout.device))[:, None]
+        angles = axial_angles(centres, self.periods_on(layout.device))[:, None]
         return Rotation(rotate_halves, angles.cos(), angles.sin())
+
+    def periods_on(self, device: torch.device) -> Tensor:
+        """`(K / 4,)` float32."""
+        if self.periods is not None:
+            return stored_periods(self.periods, device)
+        return rope_periods(self.head_dim, self.base, device)
 
     def augment(self, centres: Tensor, layout: Layout) -> Tensor:
         """`(T, 2)` to `(T, 2)`."""
@@ -246,6 +258,17 @@ class DINOv3ViTPacking(PackedEncoder):
         """The architecture, from config and tensors."""
         return read_config(checkpoint, dialect)
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As `PretrainedEncoder.save_pretrained`; tells of rope periods that transformers' model will not read."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.config.rope_periods is not None:
+            logger.warning(
+                "%s: the rope periods of this checkpoint are not exactly the powers of %g; nopad reads them from "
+                "rope_periods in config.json, transformers' DINOv3ViTModel computes with those powers",
+                save_directory,
+                self.config.rope_theta,
+            )
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -293,7 +316,11 @@ class DINOv3Original(Original):
             ValueError: a tensor too few, too many or of another shape.
         """
         self.num_prefix_tokens = packed.num_prefix_tokens
-        return super().load(packed, state, dtype)
+        model = super().load(packed, state, dtype)
+        if packed.config.rope_periods is not None:
+            with torch.no_grad():
+                model.rope_embeddings.inv_freq.copy_(1 / torch.tensor(packed.config.rope_periods))
+        return model
 
     def layers(self, model: Any) -> nn.ModuleList:
         """The original's transformer layers, which transformers has moved from `layer` to `model.layer`."""

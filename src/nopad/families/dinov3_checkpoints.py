@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
 from transformers.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
 
-from nopad.checkpoint import Checkpoint, Dialect, FlattenPatchKernel, Unstack
+from nopad.checkpoint import Checkpoint, Dialect, FlattenPatchKernel, StoredTensor, Unstack
 from nopad.layers.rope import rope_periods
 
 
@@ -23,11 +24,14 @@ class DINOv3ViTPackingConfig(DINOv3ViTConfig):
         untie_cls_norm: CLS and register tokens have a final norm of their own, as some of Meta's models do.
         pixel_statistics: of the images that it was trained on, `"imagenet"` (web images) or `"sat493m"` (satellite);
             a checkpoint's own preprocessor config wins.
+        rope_periods: the `head size / 4` periods of rope, where they are not the powers of `rope_theta`: Meta's files
+            hold them rounded to bfloat16, and Meta's model computes with those.
     """
 
     patch_order: str = "hwc"
     untie_cls_norm: bool = False
     pixel_statistics: str = "imagenet"
+    rope_periods: list[float] | None = None
 
 
 def biased(config: DINOv3ViTConfig) -> tuple[bool, bool, bool]:
@@ -139,8 +143,22 @@ def _meta(gated: bool) -> list[WeightConverter | WeightRenaming]:
 
 
 _BIAS_MASK, _PERIODS = r"^blocks\.\d+\.attn\.qkv\.bias_mask$", "rope_embed.periods"
+
+
+def _mask_biases(checkpoint: Checkpoint) -> Checkpoint:
+    """Meta's model multiplies the bias of queries, keys and values with a mask of zeros and ones."""
+
+    def masked(bias: StoredTensor, mask: StoredTensor) -> StoredTensor:
+        return replace(bias, read=lambda: bias.read() * mask.read().to(bias.dtype))
+
+    biases = {name: f"{name}_mask" for name in checkpoint.tensors if f"{name}_mask" in checkpoint.left_out}
+    products = {name: masked(checkpoint.tensors[name], checkpoint.left_out[mask]) for name, mask in biases.items()}
+    return replace(checkpoint, tensors={**checkpoint.tensors, **products})
+
+
 _META: dict[str, Any] = {
     "signature": r"^(storage_tokens|rope_embed\.periods)$",
+    "prepare": _mask_biases,
     # `local_cls_norm` is for the small crops of training alone; the others are read by `read_config`.
     "dropped": (_BIAS_MASK, r"^rope_embed\.periods$", r"^local_cls_norm\."),
 }
@@ -171,7 +189,7 @@ _CONFIG_NAMES = """
 hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size hidden_act
 attention_dropout layer_norm_eps rope_theta query_bias key_bias value_bias proj_bias mlp_bias layerscale_value
 drop_path_rate use_gated_mlp num_register_tokens pos_embed_shift pos_embed_jitter pos_embed_rescale initializer_range
-patch_order untie_cls_norm pixel_statistics
+patch_order untie_cls_norm pixel_statistics rope_periods
 """
 
 
@@ -240,29 +258,38 @@ def _attention_of_meta(checkpoint: Checkpoint, hidden_size: int) -> dict[str, An
             f"checkpoint {checkpoint.name!r}: expected an attn.qkv.bias_mask for each attn.qkv.bias or for none, "
             f"got only one of the two for {sorted(biases ^ masks.keys())[:10]}"
         )
-    only_keys = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(hidden_size)
+    key_bias = bool(biases) and not masks
     for name, mask in masks.items():
-        if not torch.equal(mask.read().float(), only_keys):
-            raise ValueError(f"checkpoint {checkpoint.name!r}: expected {name} to mask the keys and nothing else")
+        values = mask.read().float()
+        if values.shape != (3 * hidden_size,) or not ((values == 0) | (values == 1)).all():
+            raise ValueError(
+                f"checkpoint {checkpoint.name!r}: {name}: expected {3 * hidden_size} zeros and ones, got "
+                f"{tuple(values.shape)} of {values.unique()[:10].tolist()}"
+            )
+        key_bias = key_bias or bool(values.chunk(3)[1].any())
     return {
         "num_attention_heads": hidden_size // head_dim,
         "query_bias": bool(biases),
-        "key_bias": bool(biases) and not masks,
+        "key_bias": key_bias,
         "value_bias": bool(biases),
-        "rope_theta": _rope_theta(checkpoint.name, periods),
+        **_rope(checkpoint.name, periods.float()),
     }
 
 
-def _rope_theta(name: str, periods: Tensor) -> float:
-    """The base of which `periods` are the powers."""
-    number, last = len(periods), float(periods[-1])
-    told = last ** (number / (number - 1)) if number > 1 and last > 0 else 100.0
-    for base in (100.0, round(told, 3), told):
-        # In the checkpoint's own precision, which may be half.
-        expected = rope_periods(4 * number, base, "cpu").to(periods.dtype)
-        if torch.allclose(expected.float(), periods.float(), rtol=1e-5, atol=0):
-            return base
-    raise ValueError(f"checkpoint {name!r}: expected {_PERIODS} of the form base ** (i / {number}), got {periods}")
+def _rope(name: str, periods: Tensor) -> dict[str, Any]:
+    """The base of which `periods` are the powers; the periods themselves, too, where rounding has moved them."""
+    if not (periods.isfinite() & (periods > 0)).all():
+        raise ValueError(f"checkpoint {name!r}: {_PERIODS}: expected finite numbers above 0, got {periods.tolist()}")
+    number = len(periods)
+    told = float(periods[-1]) ** (number / (number - 1)) if number > 1 else 100.0
+
+    def near(tolerance: float) -> list[float]:
+        powers = {base: rope_periods(4 * number, base, "cpu") for base in (100.0, round(told, 3), told) if base > 0}
+        return [base for base, each in powers.items() if torch.allclose(each, periods, rtol=tolerance, atol=0)]
+
+    for base in near(1e-6):
+        return {"rope_theta": base}
+    return {"rope_theta": [*near(2**-8), told][0], "rope_periods": periods.tolist()}
 
 
 def _published() -> dict[str, dict[str, Any]]:

@@ -22,6 +22,12 @@ def rope_periods(head_dim: int, base: float, device: torch.device | str) -> Tens
     return base ** (torch.arange(number, dtype=torch.float32, device=device) / number)
 
 
+@constant
+def stored_periods(periods: tuple[float, ...], device: torch.device) -> Tensor:
+    """`(K / 4,)` float32, where a checkpoint brings its own."""
+    return torch.tensor(periods, device=device)
+
+
 def patch_centres(layout: Layout) -> Tensor:
     """`[h, w]` of each patch's centre, both sides of its image running from -1 to 1.
 
