@@ -6,7 +6,7 @@ import pytest
 import torch
 from aimv2_checkpoints import tiny_original, write
 from safetensors.torch import load_file, save_file
-from tiny_encoders import GRIDS, patches_of, tiny
+from tiny_encoders import FAMILIES, GRIDS, patches_of, tiny
 from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
 
 import nopad
@@ -72,6 +72,63 @@ def test_configs_that_describe_no_encoder(folder, name, value, expected, capsys)
         nopad.load(folder)
     assert cli.main(["align", str(folder)]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_architecture_whose_tensors_have_the_same_names(tmp_path, family, capsys):
+    folder = tiny(family, tmp_path)
+    for changes in ({"model_type": "idefics3_vision"}, {"vision_config": {"model_type": "paddleocr_vl_vision"}}):
+        changed(folder / "config.json", **changes)
+        with pytest.raises(ValueError, match=r"expected model_type .* got '(idefics3|paddleocr_vl)_vision', another"):
+            nopad.load(folder)
+        assert cli.main(["align", str(folder)]) == 2
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_config_of_an_unknown_model_type_is_read_as_one_without(folder):
+    expected = nopad.load(folder).config.num_attention_heads
+    changed(folder / "config.json", model_type="my_own_encoder")
+    assert nopad.load(folder).config.num_attention_heads == expected
+
+
+def test_a_file_by_its_name_is_read_with_what_lies_beside_it(folder):
+    changed(folder / "config.json", rms_norm_eps=1e-2, hidden_act="gelu")
+    changed(folder / "preprocessor_config.json", image_mean=[0.1, 0.2, 0.3])
+    whole, alone = nopad.load(folder), nopad.load(folder / "model.safetensors")
+    patches = patches_of(whole)
+    assert torch.equal(alone(patches, GRIDS), whole(patches, GRIDS))
+    assert alone.preprocessing == whole.preprocessing
+    assert alone.preprocessing.mean == (0.1, 0.2, 0.3)
+    assert align(folder / "model.safetensors").passed
+
+
+def test_the_image_processor_of_a_processor_config_wins(folder):
+    changed(folder / "preprocessor_config.json", image_mean=[0.9, 0.9, 0.9])
+    changed(folder / "processor_config.json", processor_class="P")
+    assert nopad.load(folder).preprocessing.mean == (0.9, 0.9, 0.9)
+    changed(folder / "processor_config.json", image_processor={"image_mean": [0.1, 0.2, 0.3]})
+    encoder = nopad.load(folder)
+    assert encoder.preprocessing.mean == (0.1, 0.2, 0.3)
+    encoder.save_pretrained(folder / "saved")
+    assert nopad.load(folder / "saved").preprocessing.mean == (0.1, 0.2, 0.3)
+
+
+def test_dtype_is_the_configs_else_the_widest_of_the_weights(folder):
+    state = load_file(folder / "model.safetensors")
+    first = min(state)
+    save_file({**state, first: state[first].bfloat16()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("dtype", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert nopad.load(folder).dtype == torch.float32
+    changed(folder / "config.json", torch_dtype="bfloat16")
+    assert nopad.load(folder).dtype == torch.bfloat16
+    assert nopad.load(folder, dtype=torch.float16).dtype == torch.float16
+    changed(folder / "config.json", dtype="float32")
+    assert nopad.load(folder).dtype == torch.float32
+    changed(folder / "config.json", dtype="int7")
+    with pytest.raises(ValueError, match=r"dtype: expected one of bfloat16, .* got int7"):
+        nopad.load(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])

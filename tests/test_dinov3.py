@@ -270,8 +270,10 @@ def test_every_single_tensor_is_needed(tmp_path, dialect, changes):
             nopad.load(place)
 
 
-def test_bare_file_without_config_does_not_guess_the_heads(tmp_path):
-    folder = save(tmp_path, tiny_original())
+def test_a_file_without_config_does_not_guess_the_heads(tmp_path):
+    folder = save(tmp_path, original := tiny_original())
+    assert_parity(nopad.load(folder / "model.safetensors"), original)  # by the config beside it
+    (folder / "config.json").unlink()
     with pytest.raises(ValueError, match="num_attention_heads"):
         nopad.load(folder / "model.safetensors")
 

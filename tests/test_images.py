@@ -25,6 +25,7 @@ from nopad.families import family_of_published
 from nopad.images import MAX_PIXELS, ImageError, _warn_of_lax_pillow, load, load_image
 from nopad.packing import patchify
 from nopad.preprocessing import Preprocessing, preprocess
+from nopad.preprocessor_config import read_preprocessor_config
 
 PHOTOS = sorted(path for path in (Path(__file__).parent.parent / "examples/images").iterdir() if path.suffix != ".md")
 COFFEE = PHOTOS[0].parent / "coffee.jpg"
@@ -634,7 +635,15 @@ RESIZED = {"do_resize": True, "do_rescale": True, "rescale_factor": 0.0039215686
           "crop_size": None, "do_center_crop": None, "default_to_square": True, "resample": 2} | RESIZED | IMAGENET,
          SQUARE, SQUARE),
         ({"image_processor_type": "ViTImageProcessor", "size": 518}, SQUARE,
-         Preprocessing(rule="square", size=518, resample="bilinear", mean=SQUARE.mean, std=SQUARE.std)),
+         Preprocessing(rule="square", size=518, resample="bilinear", mean=HALF, std=HALF)),
+        ({"image_processor_type": "CLIPImageProcessorFast"}, NATIVE,
+         Preprocessing(rule="crop", size=224, resample="bicubic", mean=CROP.mean, std=CROP.std)),
+        ({"image_processor_type": "SiglipImageProcessor", "size": {"height": 112, "width": 112}}, CROP,
+         Preprocessing(rule="square", size=112, resample="bicubic", mean=HALF, std=HALF)),
+        ({"image_processor_type": "SiglipImageProcessor"}, NAFLEX,
+         Preprocessing(rule="square", size=224, resample="bicubic", mean=HALF, std=HALF)),
+        ({"image_processor_type": "Siglip2ImageProcessorFast"}, SQUARE,
+         Preprocessing(rule="naflex", max_patches=256, resample="bilinear", mean=HALF, std=HALF)),
         ({"do_resize": False, "do_center_crop": False, "size": {"shortest_edge": 224}}, CROP,
          Preprocessing(rule="native", resample="bicubic", mean=CROP.mean, std=CROP.std)),
         ({"do_normalize": False, "do_rescale": False}, NATIVE,
@@ -644,7 +653,7 @@ RESIZED = {"do_resize": True, "do_rescale": True, "rescale_factor": 0.0039215686
     ],
 )  # fmt: skip
 def test_config_of_a_checkpoint_wins_over_the_default(config, default, expected):
-    assert Preprocessing.from_config(json.loads(json.dumps(config)), default) == expected
+    assert read_preprocessor_config(json.loads(json.dumps(config)), default) == expected
 
 
 @pytest.mark.parametrize(
@@ -660,11 +669,13 @@ def test_config_of_a_checkpoint_wins_over_the_default(config, default, expected)
         ({"size": "big"}, "size: expected"),
         ({"resample": 1}, r"resample: expected 2 \(bilinear\) or 3 \(bicubic\), got 1"),
         ({"do_pad": True}, "do_pad"),
+        ({"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 336}}, "'shortest_edge': 336"),
+        ({"image_processor_type": "SiglipImageProcessor", "size": 112}, "preprocessor config: expected"),
     ],
 )
 def test_config_that_no_rule_reproduces_is_refused(config, match):
     with pytest.raises(ValueError, match=match):
-        Preprocessing.from_config(config, CROP)
+        read_preprocessor_config(config, CROP)
 
 
 def test_describe_says_which_resize_was_used():

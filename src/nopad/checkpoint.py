@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, revert_weight_conversion
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What weights may be."""
@@ -37,7 +39,8 @@ class Checkpoint:
         name: as the user named it.
         tensors: every tensor by its stored name.
         config: `config.json`, `{}` where there is none.
-        preprocessor: `preprocessor_config.json`, `None` where there is none.
+        preprocessor: `image_processor` of `processor_config.json` or `preprocessor_config.json`, `None` where there is
+            neither.
         left_out: tensors that the dialect drops; some of them still tell about the architecture.
     """
 
@@ -46,6 +49,33 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     preprocessor: dict[str, Any] | None = None
     left_out: Mapping[str, StoredTensor] = field(default_factory=dict)
+
+    @property
+    def vision_config(self) -> dict[str, Any]:
+        """What `config.json` says of the vision encoder, in a part of its own where there are others."""
+        return dict(self.config.get("vision_config", self.config))
+
+    @property
+    def dtype(self) -> torch.dtype | str:
+        """As transformers' `"auto"`: what `config.json` says, else the dtype that holds all weights."""
+        for says in (self.config, self.vision_config):
+            for name in ("dtype", "torch_dtype"):
+                if says.get(name) not in (None, "auto"):
+                    return says[name]
+        return reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors.values()))
+
+    def check_model_type(self, *own: str) -> None:
+        """Refuse the config of another architecture: some name their tensors as the one that they derive from does.
+
+        Raises:
+            ValueError: a `model_type` that transformers knows, and not one of `own`.
+        """
+        model_type = self.vision_config.get("model_type", self.config.get("model_type"))
+        if model_type in CONFIG_MAPPING and model_type not in own:
+            raise ValueError(
+                f"checkpoint {self.name!r}: expected model_type {' or '.join(own)} in its config.json, got "
+                f"{model_type!r}, another architecture whose tensors have the same names"
+            )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def open_checkpoint(name: str | Path, *, revision: str | None = None, **hub: Any
     """Open a checkpoint without loading it.
 
     Args:
-        name: a folder, a single `.safetensors`, `.pth`, `.pt` or `.bin` file, or a name on the Hugging Face Hub.
+        name: a folder, a single `.safetensors`, `.pth`, `.pt` or `.bin` file, which the JSON files beside it are part
+            of, or a name on the Hugging Face Hub.
         revision: branch, tag or commit on the Hub.
         hub: `cache_dir`, `token`, `local_files_only`, `force_download`, `subfolder`, as transformers takes them.
 
@@ -41,7 +43,7 @@ def open_checkpoint(name: str | Path, *, revision: str | None = None, **hub: Any
     name = str(name)
     path = Path(name).expanduser()
     if path.is_file():
-        return Checkpoint(name, _read_file(path))
+        return _with_json(Checkpoint(name, _read_file(path)), partial(_find, str(path.parent)))
     local = path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.suffix in FILES
     if not path.is_dir() and local:
         raise OSError(f"checkpoint {name!r}: neither a file nor a folder, and no name on the Hub (owner/model)")
@@ -49,12 +51,18 @@ def open_checkpoint(name: str | Path, *, revision: str | None = None, **hub: Any
     if unasked is not None:
         hub["local_files_only"] = True
     find = partial(_find, str(path) if path.is_dir() else name, revision=revision, **hub)
-    config = _read_json(find("config.json"))
-    files = _weight_files(name, path if path.is_dir() else None, find, unasked)
     tensors: dict[str, StoredTensor] = {}
-    for file in files:
+    for file in _weight_files(name, path if path.is_dir() else None, find, unasked):
         tensors |= _read_file(file)
-    return Checkpoint(name, tensors, config or {}, _read_json(find("preprocessor_config.json")))
+    return _with_json(Checkpoint(name, tensors), find)
+
+
+def _with_json(checkpoint: Checkpoint, find: Callable[[str], Path | None]) -> Checkpoint:
+    """What stands beside the weights; of two files about pixels the one counts that transformers takes."""
+    preprocessor = (_read_json(find("processor_config.json")) or {}).get("image_processor")
+    if preprocessor is None:
+        preprocessor = _read_json(find("preprocessor_config.json"))
+    return replace(checkpoint, config=_read_json(find("config.json")) or {}, preprocessor=preprocessor)
 
 
 def _find(name: str, filename: str, **hub: Any) -> Path | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from nopad.images import ImageError, load
 from nopad.packing import Pack, PatchOrder
 from nopad.preprocessing import Preprocessing, Resize, preprocess
+from nopad.preprocessor_config import read_preprocessor_config
 from nopad.pretrained import PretrainedEncoder
 from nopad.worker import Worker
 
@@ -45,10 +46,10 @@ class PictureEncoder(PretrainedEncoder):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How pixels are made: the checkpoint's own `preprocessor_config.json`, else the family's rule."""
+        """How pixels are made: by the checkpoint's own preprocessor config, else by the family's rule."""
         if self.preprocessor_config is None:
             return self.default_preprocessing
-        return Preprocessing.from_config(self.preprocessor_config, self.default_preprocessing)
+        return read_preprocessor_config(self.preprocessor_config, self.default_preprocessing)
 
     @property
     def default_preprocessing(self) -> Preprocessing:

@@ -39,7 +39,7 @@ class PretrainedEncoder(PreTrainedModel):
         published: the config of each published model, by its name on the Hub.
         source: the checkpoint that this encoder was loaded from, as it was named.
         dialect: the dialect that it spoke.
-        preprocessor_config: its `preprocessor_config.json`.
+        preprocessor_config: its `preprocessor_config.json`, or what its `processor_config.json` says in its place.
         checkpoint_config: its `config.json`, `{}` where it has none.
         precision: `"fp8"` where the layers are in that format, for inference alone; else `None`.
     """
@@ -159,7 +159,7 @@ class PretrainedEncoder(PreTrainedModel):
             raise ValueError(f"checkpoint {checkpoint.name!r}: config.json describes no encoder: {told}") from error
         check_strictly(part, original_state_dict(skeleton, dialect.conversions()), dialect)
         if dtype in (None, "auto"):
-            dtype = next(tensor.dtype for tensor in part.tensors.values())
+            dtype = part.dtype
         check_dtype(dtype)
         asked = kwargs.pop("attn_implementation", None) or "auto"
         with _CONVERSIONS:

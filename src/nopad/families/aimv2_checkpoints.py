@@ -172,7 +172,8 @@ def read_config(checkpoint: Checkpoint, dialect: Dialect) -> AIMv2PackingConfig:
     names = checkpoint.tensors
     blocks, kernel, positions, gate = _PLACES[dialect.name]
     hidden_size, channels, patch_size, _ = checkpoint.shape(f"{kernel}.weight")
-    says = dict(checkpoint.config.get("vision_config", checkpoint.config))
+    checkpoint.check_model_type("aimv2", "aimv2_vision_model")
+    says = checkpoint.vision_config
     projections = [
         tensor
         for name, tensor in names.items()

@@ -220,6 +220,8 @@ def read_config(checkpoint: Checkpoint, dialect: Dialect) -> DINOv3ViTPackingCon
     }
     if "sat493m" in Path(checkpoint.name).name:
         fields["pixel_statistics"] = "sat493m"
+    if not meta:
+        checkpoint.check_model_type("dinov3_vit")
     if meta:
         fields |= _attention_of_meta(checkpoint, hidden_size)
     else:

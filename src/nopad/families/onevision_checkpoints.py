@@ -115,6 +115,7 @@ def read_config(checkpoint: Checkpoint, dialect: Dialect) -> OneVisionPackingCon
     Raises:
         ValueError: no config and a width that no published model has.
     """
+    checkpoint.check_model_type(OneVisionPackingConfig.model_type)
     names = checkpoint.tensors
     hidden_size, channels, patch_size, _ = checkpoint.shape(_KERNELS[dialect.name])
     fields: dict[str, Any] = {

@@ -141,7 +141,8 @@ def read_config(checkpoint: Checkpoint) -> SiglipConfigs:
     Raises:
         ValueError: no config and shapes that no published model has.
     """
-    says = dict(checkpoint.config.get("vision_config", checkpoint.config))
+    checkpoint.check_model_type("siglip2", "siglip2_vision_model", "siglip", "siglip_vision_model")
+    says = checkpoint.vision_config
     ndim = len(checkpoint.shape(_KERNEL))
     if ndim not in (2, 4):
         raise ValueError(
