@@ -60,7 +60,8 @@ def test_files_that_hold_something_else(folder, name, content, expected, capsys)
         ("num_attention_heads", None, "config.json describes no encoder: .*num_attention_heads"),
         ("num_attention_heads", "2", "config.json describes no encoder: .*num_attention_heads"),
         ("patch_size", 0, "patch_size: expected an integer ≥ 1, got 0"),
-        ("patch_size", [14, 7], r"patch_size: expected an integer ≥ 1, got \[14, 7\]"),
+        ("patch_size", [14, 7], r"patch_size: expected one number or two that are equal, got \[14, 7\]"),
+        ("image_size", [28, 56], r"image_size: expected one number or two that are equal, got \[28, 56\]"),
         ("rms_norm_eps", float("nan"), "rms_norm_eps: expected a finite number, got nan"),
         ("rms_norm_eps", "1e-5", "config.json describes no encoder: .*rms_norm_eps"),
         ("hidden_act", "swish-and-more", "config.json describes no encoder: .*swish-and-more"),
@@ -111,6 +112,40 @@ def test_the_image_processor_of_a_processor_config_wins(folder):
     assert encoder.preprocessing.mean == (0.1, 0.2, 0.3)
     encoder.save_pretrained(folder / "saved")
     assert nopad.load(folder / "saved").preprocessing.mean == (0.1, 0.2, 0.3)
+
+
+def test_sizes_that_a_config_tells_twice(tmp_path):
+    folder = tiny("aimv2 with a head", tmp_path)
+    expected = nopad.load(folder)
+    size, patch_size = expected.config.image_size, expected.config.patch_size
+    changed(folder / "config.json", image_size=[size, size], patch_size=[patch_size, patch_size])
+    encoder = nopad.load(folder)
+    assert encoder.preprocessing == expected.preprocessing
+    assert torch.equal(encoder(patches_of(encoder), GRIDS), expected(patches_of(expected), GRIDS))
+
+
+def test_a_config_is_read_key_by_key(tmp_path):
+    folder = tiny("dinov3", tmp_path)
+    changed(folder / "config.json", size=7, drop=0.5)
+    config = nopad.load(folder).config.to_dict()
+    assert not {"size", "drop"} & config.keys()
+
+
+def test_options_leave_the_callers_config_alone(folder):
+    config = nopad.load(folder).config
+    loaded = AIMv2Packing.from_pretrained(folder, config=config, patch_order="chw")
+    assert (config.patch_order, loaded.patch_order) == ("hwc", "chw")
+
+
+def test_random_weights_take_no_arguments_of_the_hub():
+    name = "untrained:apple/aimv2-large-patch14-native"
+    with pytest.raises(ValueError, match=r"revision: .* random weights and no revisions, got 'main'"):
+        nopad.load(name, revision="main")
+    for arguments in ({"revision": "main"}, {"device_map": "cpu"}, {"attn_implementation": "sdpa"}):
+        with pytest.raises(ValueError, match=rf"{next(iter(arguments))}: .* takes no such argument"):
+            AIMv2Packing.from_pretrained(name, **arguments)
+    with pytest.raises(ValueError, match="expected a checkpoint and named arguments, got"):
+        AIMv2Packing.from_pretrained(name, 5)
 
 
 def test_dtype_is_the_configs_else_the_widest_of_the_weights(folder):

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import random
 import threading
@@ -278,8 +279,28 @@ def test_embed_raises_what_the_encoder_finds(encoder):
         overflowing.embed(images)
 
 
-@pytest.mark.parametrize("one", ["cat.jpg", b"\xff\xd8", Path("cat.jpg"), Image.new("RGB", (8, 8))])
+@pytest.mark.parametrize(
+    "one",
+    [
+        "cat.jpg",
+        b"\xff\xd8",
+        Path("cat.jpg"),
+        Image.new("RGB", (8, 8)),
+        np.zeros((30, 45, 3), np.uint8),
+        torch.zeros(3, 28, 28, dtype=torch.uint8),
+    ],
+)
 def test_one_image_where_several_are_expected(encoder, one):
     for take in (encoder.embed, encoder.pack):
         with pytest.raises(ValueError, match="images: expected several, got one; give it in a list"):
             take(one)
+
+
+def test_a_pack_by_another_rule_is_taken_by_the_encoder_that_made_it(encoder):
+    rule = dataclasses.replace(encoder.preprocessing, mean=(0.1, 0.2, 0.3))
+    images = mixed(2)
+    pack = encoder.pack(images, preprocessing=rule)
+    with torch.inference_mode():
+        pooled = encoder.encode(pack).pooled
+    torch.testing.assert_close(encoder.embed(images, preprocessing=rule), pooled.float())
+    assert not torch.allclose(encoder.embed(images), pooled.float(), atol=1e-3)

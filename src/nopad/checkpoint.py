@@ -77,6 +77,20 @@ class Checkpoint:
                 f"{model_type!r}, another architecture whose tensors have the same names"
             )
 
+    def side(self, name: str, value: Any) -> Any:
+        """The one side of a square of which a config may tell both.
+
+        Raises:
+            ValueError: they differ.
+        """
+        if not isinstance(value, list | tuple):
+            return value
+        if len(value) != 2 or value[0] != value[1]:
+            raise ValueError(
+                f"checkpoint {self.name!r}: {name}: expected one number or two that are equal, got {value}"
+            )
+        return value[0]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor.
 

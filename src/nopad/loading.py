@@ -51,6 +51,8 @@ def load(
     name = str(checkpoint)
     options = {"dtype": dtype, "patch_order": patch_order, "positions": positions}
     if name.startswith(UNTRAINED):
+        if revision is not None:
+            raise ValueError(f"revision: {name!r} has random weights and no revisions, got {revision!r}")
         published = name.removeprefix(UNTRAINED)
         encoder = family_of_published(published).untrained(published, **options)
     else:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -87,8 +88,9 @@ class PictureEncoder(PretrainedEncoder):
             pixels,
             self.patch_size,
             self.patch_order,
-            mean=rule.mean,
-            std=rule.std,
+            # Of another rule the caller has said that this encoder is to take it.
+            mean=rule.mean if preprocessing is None else None,
+            std=rule.std if preprocessing is None else None,
             channels=self.config.num_channels,
             preprocessing=rule.describe(resize, max_patches),
         )
@@ -143,5 +145,6 @@ class PictureEncoder(PretrainedEncoder):
 
 
 def _check_several(images: Any) -> None:
-    if isinstance(images, str | bytes | Path | Image.Image):
+    one = isinstance(images, np.ndarray | Tensor) and images.ndim < 4  # its rows would be taken for images
+    if one or isinstance(images, str | bytes | Path | Image.Image):
         raise ValueError("images: expected several, got one; give it in a list")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import threading
@@ -124,7 +125,12 @@ class PretrainedEncoder(PreTrainedModel):
             return super().from_pretrained(None, *args, **kwargs)
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         name = str(pretrained_model_name_or_path)
+        if args:
+            raise ValueError(f"from_pretrained: expected a checkpoint and named arguments, got {args!r:.200} besides")
         if name.startswith(UNTRAINED):
+            others = sorted({**hub, **kwargs}.keys() - {"attention", "patch_order", "positions", "dtype", "seed"})
+            if others:
+                raise ValueError(f"{', '.join(others)}: {name!r} has random weights and takes no such argument")
             return cls.untrained(name.removeprefix(UNTRAINED), **kwargs)
         return cls.from_checkpoint(open_checkpoint(name, **hub), **kwargs)
 
@@ -284,14 +290,14 @@ def check_dtype(dtype: Any) -> None:
 
 
 def _with_options(config: PreTrainedConfig, **options: str | None) -> PreTrainedConfig:
-    """Set the loading options that were given.
+    """The same with the loading options that were given.
 
     Raises:
         ValueError: this family does not have the option.
     """
-    for name, value in options.items():
-        if value is None:
-            continue
+    given = {name: value for name, value in options.items() if value is not None}
+    config = copy.deepcopy(config) if given else config
+    for name, value in given.items():
         if not hasattr(config, name):
             raise ValueError(f"{name}: {config.model_type} checkpoints have no such choice, got {value!r}")
         setattr(config, name, value)

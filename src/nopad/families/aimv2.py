@@ -19,7 +19,6 @@ from nopad.families.aimv2_checkpoints import (
     DIALECTS,
     PUBLISHED,
     AIMv2PackingConfig,
-    patch_area,
     read_config,
     trained_grid,
 )
@@ -39,7 +38,8 @@ class AIMv2Embeddings(nn.Module):
 
     def __init__(self, config: AIMv2PackingConfig):
         super().__init__()
-        self.proj = PatchEmbedding(patch_area(config) * config.num_channels, config.hidden_size)
+        patch_dim = config.patch_size**2 * config.num_channels  # pyright: ignore[reportOperatorIssue]
+        self.proj = PatchEmbedding(patch_dim, config.hidden_size)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.trained_grid = trained_grid(config)
         self.strict = config.positions == "strict"

@@ -27,18 +27,8 @@ class AIMv2PackingConfig(Aimv2VisionConfig):
 
 def trained_grid(config: Aimv2VisionConfig) -> tuple[int, int]:
     """`(rows, columns)` of the grid that positions were learned on."""
-    (height, width), (patch_height, patch_width) = _pair(config.image_size), _pair(config.patch_size)
-    return height // patch_height, width // patch_width
-
-
-def patch_area(config: Aimv2VisionConfig) -> int:
-    """Pixels of a patch."""
-    return math.prod(_pair(config.patch_size))
-
-
-def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
+    side: int = config.image_size // config.patch_size  # pyright: ignore[reportOperatorIssue]
+    return side, side
 
 
 def _transformers() -> list[WeightConverter | WeightRenaming]:
@@ -201,8 +191,7 @@ def read_config(checkpoint: Checkpoint, dialect: Dialect) -> AIMv2PackingConfig:
             )
         fields["image_size"] = side * patch_size
     fields |= {_CONFIG_NAMES[name]: value for name, value in says.items() if name in _CONFIG_NAMES}
-    if isinstance(sides := fields["patch_size"], list | tuple) and len(set(sides)) == 1:
-        fields["patch_size"] = sides[0]
+    fields |= {name: checkpoint.side(name, fields[name]) for name in ("image_size", "patch_size") if name in fields}
     # transformers may leave its defaults out of a config of its own, as SigLIP's do.
     own = AIMv2PackingConfig.model_type in (says.get("model_type"), checkpoint.config.get("model_type"))
     if "num_attention_heads" not in fields and not own:

@@ -226,7 +226,7 @@ def read_config(checkpoint: Checkpoint, dialect: Dialect) -> DINOv3ViTPackingCon
         fields |= _attention_of_meta(checkpoint, hidden_size)
     else:
         fields |= {f"{name}_bias": f"attention.{name[0]}_proj.bias" in has for name in ("query", "key", "value")} | {
-            name: value for name, value in checkpoint.config.items() if name in _CONFIG_NAMES
+            name: value for name, value in checkpoint.config.items() if name in _CONFIG_NAMES.split()
         }
         if "num_attention_heads" not in fields:
             raise ValueError(
@@ -235,10 +235,7 @@ def read_config(checkpoint: Checkpoint, dialect: Dialect) -> DINOv3ViTPackingCon
             )
     if meta or not checkpoint.config:
         fields["hidden_act"] = "silu" if gated else "gelu"
-    if isinstance(size := fields["patch_size"], list | tuple):
-        if len(size) != 2 or size[0] != size[1]:
-            raise ValueError(f"checkpoint {checkpoint.name!r}: expected square patches, got patch_size {size}")
-        fields["patch_size"] = size[0]
+    fields["patch_size"] = checkpoint.side("patch_size", fields["patch_size"])
     return DINOv3ViTPackingConfig(**fields)
 
 
