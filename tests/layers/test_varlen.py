@@ -131,12 +131,12 @@ def test_sdpa_calls_once_per_distinct_length():
 
 def test_sdpa_copies_only_where_it_must():
     moves = ("index", "cat", "copy", "clone")
-    for lengths in ((4, 4, 4), (4, 0, 4)):
+    for lengths in ((34, 34, 34), (34, 0, 34), (16, 16)):  # fewer are filled up to 16
         assert not any(operators(*lengths).number(move) for move in moves)
-    in_order = operators(3, 3, 5, 5)
+    in_order = operators(33, 33, 35, 35)
     assert in_order.number("cat") == 1
     assert in_order.number("index") == 0
-    interleaved = operators(3, 5, 3)
+    interleaved = operators(33, 35, 33)
     assert interleaved.number("index_select") == 3
     assert interleaved.number("index_copy") == 1
 
@@ -540,3 +540,32 @@ def test_flash_attention_2_drops_out():
     mixed = varlen_attention(*tensors, segments(256, 256, device=CUDA), dropout_p=0.5, backend="flash_attention_2")
     assert mixed.float().std() > 0.01
     assert mixed.float().mean().item() == pytest.approx(1, abs=0.1)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 64), (2, 32), (8, 128)])
+@pytest.mark.parametrize("queries", [1, 7, 20])
+def test_few_queries_have_the_same_bits_in_any_segment_on_a_cpu(heads, head_dim, queries):
+    generator = torch.Generator().manual_seed(0)
+    number, length = 6, 35
+
+    def states(rows):
+        return torch.randn(number * rows, heads, head_dim, generator=generator)
+
+    query, key, value = states(queries), states(length), states(length)
+    segments = Segments.of([queries] * number, "cpu"), Segments.of([length] * number, "cpu")
+    together = varlen_attention(query, key, value, *segments, backend="sdpa").split(queries)
+    parts = zip(query.split(queries), key.split(length), value.split(length), strict=True)
+    for found, (q, k, v) in zip(together, parts, strict=True):
+        one = Segments.of([queries], "cpu"), Segments.of([length], "cpu")
+        alone = varlen_attention(q, k, v, *one, backend="sdpa")
+        assert torch.equal(found, alone)
+        torch.testing.assert_close(alone, varlen_attention(q, k, v, *one, backend="eager"))

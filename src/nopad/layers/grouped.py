@@ -10,6 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SHORT, ALIGNED = 32, 16
+"""Fewer than `SHORT` queries are filled up to a multiple of `ALIGNED` on a CPU. The scratch memory of its kernel is one
+stretch per thread, as many numbers long as there are queries: where it does not begin at whole 64 bytes products round in
+another way, and the bits of a segment would depend on the thread that computes it."""
+
 
 @torch.compiler.disable(reason="the loop over distinct lengths would be compiled anew for every pack")
 def sdpa(query, key, value, segments, scale, dropout_p):
@@ -19,7 +24,9 @@ def sdpa(query, key, value, segments, scale, dropout_p):
         query_rows = queries.index(query.device)
         key_rows = query_rows if keys == queries else keys.index(query.device)
         batch = queries.batch(query, query_rows), keys.batch(key, key_rows), keys.batch(value, key_rows)
-        mixed = F.scaled_dot_product_attention(*batch, dropout_p=dropout_p, scale=scale)
+        if query.device.type == "cpu" and queries.length < SHORT and not dropout_p:
+            batch = F.pad(batch[0], (0, 0, 0, -queries.length % ALIGNED)), *batch[1:]
+        mixed = F.scaled_dot_product_attention(*batch, dropout_p=dropout_p, scale=scale)[:, :, : queries.length]
         outputs.append(mixed.transpose(1, 2).flatten(0, 1))
     if len(groups) == 1:
         return outputs[0]
