@@ -1,5 +1,6 @@
 """Fused layers: the plain ones' features, their weights left alone, folded anew when they change."""
 
+import contextlib
 import dataclasses
 from importlib import util
 
@@ -405,6 +406,7 @@ def test_company_changes_no_bit(tmp_path, plain_products, precision, junk):
 @torch.no_grad()
 def test_weights_may_change_where_graphs_have_been_recorded(encoder, plain_products, monkeypatch):
     monkeypatch.setattr(Graphs, "__call__", lambda self, *arguments: self.layers(*arguments))
+    monkeypatch.setattr(Graphs, "turn", lambda self: contextlib.nullcontext())
     encoder.compile(CAPACITY, SLOTS)
     encoder._static.layers = Graphs(encoder._static.layers)
     assert encoder.execution == "fused by plain torch"

@@ -94,3 +94,21 @@ def test_tokens_that_were_written_where_the_graph_reads_them_are_not_copied(laye
         torch.testing.assert_close(
             graphs(graphs.room.copy_(tokens), segments, rotation), result(tokens, segments, rotation)
         )
+
+
+def test_a_turn_waits_for_the_kernels_of_the_one_before(monkeypatch):
+    told = []
+
+    class Event:
+        def record(self):
+            told.append(("recorded", self))
+
+        def wait(self):
+            told.append(("waited", self))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    graphs = Graphs(Recorder())
+    for _ in range(2):
+        with graphs.turn():
+            told.append("ran")
+    assert told == ["ran", ("recorded", graphs.done), ("waited", graphs.done), "ran", ("recorded", graphs.done)]

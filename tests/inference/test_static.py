@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -274,3 +275,38 @@ def test_what_is_not_finite_spoils_its_own_image(encoder):
 )
 def test_what_is_recorded(device, attention, capacity, expected):
     assert recordable(torch.device(device), attention, capacity) == expected
+
+
+def test_threads_may_share_a_compiled_encoder(encoder):
+    encoder.compile(CAPACITY, SLOTS)
+    packs = [(patches_of(encoder, grids), grids) for grids in (GRIDS, GRIDS[1:2], GRIDS[3:], GRIDS[:2])]
+    with torch.inference_mode():
+        expected = [encoder.encode(*pack) for pack in packs]
+
+        def run(number):
+            with torch.inference_mode():
+                return [encoder.encode(*packs[(number + turn) % len(packs)]) for turn in range(30)]
+
+        with ThreadPoolExecutor(len(packs)) as pool:
+            found = list(pool.map(run, range(len(packs))))
+    for number, outputs in enumerate(found):
+        for turn, output in enumerate(outputs):
+            alone = expected[(number + turn) % len(packs)]
+            assert torch.equal(output.tokens, alone.tokens)
+            assert torch.equal(output.pooled, alone.pooled)
+
+
+def test_a_hook_may_call_the_encoder_again(encoder):
+    encoder.compile(CAPACITY, SLOTS)
+    patches = patches_of(encoder)
+    inner = []
+
+    def again(module, arguments, output):
+        handle.remove()
+        inner.append(encoder(patches, GRIDS))
+
+    with torch.inference_mode():
+        expected = encoder(patches, GRIDS)
+        handle = encoder.layers[0].register_forward_hook(again)
+        assert torch.equal(encoder(patches, GRIDS), expected)
+    assert torch.equal(inner[0], expected)

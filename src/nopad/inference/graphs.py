@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -22,6 +23,17 @@ class Graphs:
         self.inputs: list[Tensor] = []
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.stream: torch.cuda.Stream | None = None  # torch's own for recordings is on the GPU of the first of all
+        self.done: torch.cuda.Event | None = None
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Waits until the kernels of the turn before are done with the common memory, on whatever stream they are."""
+        if self.done is None:
+            self.done = torch.cuda.Event()
+        else:
+            self.done.wait()
+        yield
+        self.done.record()
 
     def __call__(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
         """`(capacity, D)` to `(capacity, D)`, which the next call overwrites."""

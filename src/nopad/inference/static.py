@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from nopad.inference import fused
 from nopad.inference.graphs import Graphs, Layers
-from nopad.inference.rows import fill_up_rows, finite_rows, spoil, whole_segments
+from nopad.inference.rows import FixedRows, fill_up_rows, finite_rows, spoil, whole_segments
 from nopad.inference.watch import Watch
 from nopad.layers.attention import Rotation
 from nopad.layers.block import add
@@ -52,7 +53,7 @@ FILLER = 512
 
 
 class StaticPacks:
-    """Runs an encoder's layers and pooling on packs of `capacity` rows in `slots` segments.
+    """Runs an encoder's layers and pooling on packs of `capacity` rows in `slots` segments; layers, one pack at a time.
 
     Layers that have hooks or other parts than they had run as they are.
 
@@ -71,8 +72,9 @@ class StaticPacks:
         self.watch = Watch(encoder.layers)
         self.dropout = any(getattr(module, "dropout_p", 0.0) for module in encoder.layers.modules())
         self.trained = False
+        self.lock = threading.RLock()  # what is folded or recorded is there once, for all threads
         # All patches of a pack go through one product: it too sees rows of one number.
-        embedding, rows = encoder.get_input_embeddings(), _FixedRows(capacity)
+        embedding, rows = encoder.get_input_embeddings(), FixedRows(capacity)
         self.hooks = [embedding.register_forward_pre_hook(rows.fill_up), embedding.register_forward_hook(rows.cut)]
 
     @property
@@ -105,17 +107,23 @@ class StaticPacks:
 
     def run(self, tokens: Tensor, segments: Segments, rotate: Rotation | None, own: nn.ModuleList) -> Tensor:
         """`(T, D)` to `(T, D)`; `own` are the encoder's layers of now."""
-        rows = tokens.shape[0]
         # Not in inference mode, for which everything would be compiled once more.
-        with torch.inference_mode(False), torch.no_grad():
+        with self.lock, torch.inference_mode(False), torch.no_grad():
             layers = self.layers if self._current(own) else partial(run_layers, own)
-            room = layers.room if isinstance(layers, Graphs) else None
-            tokens, finite = fill_up_rows(tokens, self.capacity, room)
-            rotate = None if rotate is None else rotate.padded(self.capacity)
-            # What is recorded or compiled sees as many segments each time; kernels called one by one need not.
-            slots = None if isinstance(layers, fused.FusedLayers) else self.slots
-            tokens = layers(tokens, fill_up(segments, self.capacity, slots), rotate)[:rows]
-            return spoil(tokens, finite, segments)
+            if isinstance(layers, Graphs):
+                with layers.turn():
+                    return self._run(layers, tokens, segments, rotate)
+            return self._run(layers, tokens, segments, rotate)
+
+    def _run(self, layers: Layers, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
+        rows = tokens.shape[0]
+        room = layers.room if isinstance(layers, Graphs) else None
+        tokens, finite = fill_up_rows(tokens, self.capacity, room)
+        rotate = None if rotate is None else rotate.padded(self.capacity)
+        # What is recorded or compiled sees as many segments each time; kernels called one by one need not.
+        slots = None if isinstance(layers, fused.FusedLayers) else self.slots
+        tokens = layers(tokens, fill_up(segments, self.capacity, slots), rotate)[:rows]
+        return spoil(tokens, finite, segments)
 
     def _current(self, own: nn.ModuleList) -> bool:
         """Whether the layers are those that were made ready; weights that are folded may have changed."""
@@ -148,27 +156,6 @@ class StaticPacks:
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
-
-
-class _FixedRows:
-    """Hooks around a module that fill its input up to `capacity` rows and cut its output down again."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.rows = 0
-
-    def fill_up(self, module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor] | None:
-        (patches,) = arguments
-        self.rows = len(patches)
-        if torch.is_grad_enabled() or self.rows >= self.capacity:
-            return None
-        return (F.pad(patches, (0, 0, 0, self.capacity - self.rows)),)
-
-    def cut(self, module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
-        return output[: self.rows]
-
-    def __reduce__(self) -> tuple[type[_FixedRows], tuple[int]]:
-        return _FixedRows, (0,)  # a copy of a compiled encoder is not compiled
 
 
 def fill_up(segments: Segments, capacity: int, slots: int | None) -> Segments:

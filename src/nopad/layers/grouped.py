@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SHORT, ALIGNED = 32, 16
-"""Fewer than `SHORT` queries are filled up to a multiple of `ALIGNED` on a CPU. The scratch memory of its kernel is one
-stretch per thread, as many numbers long as there are queries: where it does not begin at whole 64 bytes products round in
-another way, and the bits of a segment would depend on the thread that computes it."""
+"""Fewer than `SHORT` queries are filled up to a multiple of `ALIGNED` on a CPU. Its kernel has a stretch of scratch
+memory for each thread, as many numbers long as there are queries: where one does not begin at whole 64 bytes, products
+round in another way, and the bits of a segment would depend on the thread that computes it."""
 
 
 @torch.compiler.disable(reason="the loop over distinct lengths would be compiled anew for every pack")
