@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny_encoders
 import torch
 
 import nopad
@@ -70,3 +71,12 @@ def test_a_pack_of_one_family_is_refused_by_another(goldens):
 def test_importing_nopad_is_light():
     code = "import sys, nopad; assert not {'torch', 'transformers'} & set(sys.modules); nopad.patchify"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("family", tiny_encoders.FAMILIES)
+def test_torchs_own_compiler_takes_an_encoder(tmp_path, family):
+    encoder = nopad.load(tiny_encoders.tiny(family, tmp_path))
+    patches, grids = tiny_encoders.patches_of(encoder), tiny_encoders.GRIDS
+    with torch.no_grad():
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(encoder, backend="eager")(patches, grids), encoder(patches, grids))

@@ -64,14 +64,14 @@ def pixel(image: Tensor, row: int = 0, column: int = 0) -> list[int]:
     return image[:, row, column].tolist()
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that promises a size and holds hardly any pixels."""
+def png_header(width: int, height: int, colour: int = 2, lines: bytes = b"\0") -> bytes:
+    """A PNG that promises a size and, unless told, holds hardly any pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    size = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
 # Colours
@@ -208,6 +208,11 @@ def test_jpeg_of_a_phone_is_upright():
     exif = Image.Exif()
     exif[0x0112] = 6
     assert load_image(encoded(Image.new("RGB", (32, 16)), "JPEG", exif=exif)).shape == (3, 32, 16)
+
+
+def test_a_palette_that_is_missing_is_told():
+    with pytest.raises(ImageError, match=r"truncated or damaged \(AssertionError\); get the file again"):
+        load(png_header(8, 8, colour=3, lines=b"\0\1\1\1\1\1\1\1\1" * 8))
 
 
 def test_damaged_exif_does_not_cost_the_image():

@@ -152,7 +152,8 @@ class Batches:
         """Start a pack; what is returned waits for it and keeps its results."""
         encoder = self.encoder
         patches = torch.cat([picture.patches for _, picture in pack]).to(encoder.device, non_blocking=True)
-        output = encoder.encode(patches, torch.tensor([picture.grid for _, picture in pack]))
+        with torch.autocast(encoder.device.type, enabled=False):  # features are of the encoder's dtype, wherever called
+            output = encoder.encode(patches, torch.tensor([picture.grid for _, picture in pack]))
         vectors = (output.pooled if output.image_embeds is None else output.image_embeds).float()
         vectors = vectors.to("cpu", non_blocking=True)  # pinned by torch: the copy does not hold up the next pack
         tokens = output.tokens.half().to("cpu", non_blocking=True) if self.tokens else None

@@ -42,6 +42,8 @@ def open_checkpoint(name: str | Path, *, revision: str | None = None, **hub: Any
     """
     name = str(name)
     path = Path(name).expanduser()
+    if revision is not None and path.exists():
+        raise ValueError(f"revision: {name!r} is on this machine and has no revisions, got {revision!r}")
     if path.is_file():
         return _with_json(Checkpoint(name, _read_file(path)), partial(_find, str(path.parent)))
     local = path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.suffix in FILES

@@ -41,7 +41,7 @@ _UPRIGHT = {
 }
 # What Pillow's readers raise on damaged files.
 _DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError)
-_DAMAGE += (RuntimeError, struct.error, zlib.error)
+_DAMAGE += (RuntimeError, AssertionError, struct.error, zlib.error)
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
@@ -124,7 +124,8 @@ def load_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ImageError(name, f"cannot be opened: {error.strerror or error}") from error
     except _DAMAGE as error:
-        raise ImageError(name, f"truncated or damaged ({type(error).__name__}: {error}); get the file again") from error
+        told = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise ImageError(name, f"truncated or damaged ({told}); get the file again") from error
 
 
 def _name(source: Any) -> str:

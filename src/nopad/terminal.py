@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 
 PASSED, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
@@ -54,6 +56,17 @@ def check_report(asked: str | None) -> None:
                 pass
     except OSError as error:
         raise ValueError(f"--report: expected a file that can be written, got {asked!r}: {error.strerror}") from None
+
+
+def show(text: str) -> None:
+    """Print what has been done; where nobody takes it that is told, and changes nothing of what has been done."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        with suppress(OSError):
+            print(f"nopad: done, but the summary cannot be printed: {error}", file=sys.stderr)
+        # Python flushes once more at its end, and would say so with an exit status of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -67,6 +67,11 @@ class Worker:
             capacity = encoder.compiled_capacity or usual
         if capacity < 1 or self.threads < 1:
             raise ValueError(f"expected capacity ≥ 1 and threads ≥ 1, got {capacity} and {self.threads}")
+        if encoder.training:
+            raise ValueError(
+                "encoder: expected in evaluation mode, got training mode, in which features may be others each time; "
+                "call its eval() first"
+            )
         self.encoder = encoder
         self.capacity = capacity
         self.tokens = tokens

@@ -113,7 +113,7 @@ def test_the_summary_as_json(photos, tmp_path, capsys, model):
 def test_all_options_reach_the_job(photos, tmp_path, capsys, model):
     options = "--tokens --max-patches 9 --device cpu --dtype bfloat16 --attention sdpa --workers 1 --capacity 50 "
     options += "--resize pil --frames 3 --max-pixels 99999 --embedding-dtype float16 --embedding-list variable "
-    options += "--shard-size 7 --revision main --image-column image"
+    options += "--shard-size 7"
     assert main(arguments(photos, tmp_path / "out", model, *options.split())) == 0
     metadata = nopad.read(tmp_path / "out").metadata
     expected = {
@@ -127,7 +127,6 @@ def test_all_options_reach_the_job(photos, tmp_path, capsys, model):
         "embedding_dtype": "float16",
         "embedding_list": "variable",
         "rows_per_shard": "7",
-        "revision": "main",
     }
     assert {key: metadata[key] for key in expected} == expected
     assert metadata["preprocessing"].startswith("native at most 9 patches; bicubic antialiased (pil)")
@@ -145,9 +144,12 @@ def test_names_that_are_no_utf8_do_no_harm(photos, tmp_path, capsys, model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--capacity", "0"], "capacity ≥ 1"),
-        (["--max-pixels", "0"], "max_pixels: expected ≥ 1"),
-        (["--workers", "0"], "workers: expected ≥ 1, got 0"),
+        (["--capacity", "0"], "capacity: expected an integer ≥ 1, got 0"),
+        (["--max-pixels", "0"], "max_pixels: expected an integer ≥ 1"),
+        (["--workers", "0"], "workers: expected an integer ≥ 1, got 0"),
+        (["--out", ""], "out: expected a folder, got ''"),
+        (["--image-column", "foo"], "image_column: no source has columns, as Parquet files and datasets do, got 'foo'"),
+        (["--revision", "v9"], "is on this machine and has no revisions, got 'v9'"),
         (["--device", "abacus"], "--device: expected cpu, cuda, cuda:1, …, got 'abacus'"),
         (["--dtype", "float16", "--model", "/nowhere"], "/nowhere"),
     ],
@@ -160,6 +162,21 @@ def test_wrong_use_is_one_line_and_status_2(photos, tmp_path, capsys, model, opt
     assert len(told) == 1
     assert message in told[0]
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("nobody", ["a closed pipe", "/dev/full"])
+def test_a_summary_that_nobody_takes_is_no_failure(photos, tmp_path, model, nobody):
+    command = [sys.executable, "-m", "nopad", *arguments(photos, tmp_path / "out", model)]
+    if nobody == "/dev/full":
+        stdout = os.open(nobody, os.O_WRONLY)
+    else:
+        reading, stdout = os.pipe()
+        os.close(reading)
+    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(stdout)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("nopad: done, but the summary cannot be printed: ")
+    assert len(nopad.read(tmp_path / "out")) == 12
 
 
 def test_a_package_that_is_missing_is_told(photos, tmp_path, capsys, monkeypatch, model):

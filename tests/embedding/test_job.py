@@ -361,7 +361,6 @@ CHANGES = {
     "embedding_dtype": ({"embedding_dtype": "float16"}, "embedding_dtype: float32 there, float16 now"),
     "embedding_list": ({"embedding_list": "variable"}, "embedding_list: fixed there, variable now"),
     "shard_size": ({"shard_size": 4}, "rows_per_shard: 5 there, 4 now"),
-    "revision": ({"revision": "v2"}, "revision:  there, v2 now"),
 }
 
 
@@ -386,6 +385,33 @@ def test_a_changed_setting_is_told(begun, model, change):
     assert re.fullmatch(told, lines[1].strip())
     assert lines[2] == "use the settings that it was begun with, or another folder"
     assert table(begun[1]) == before
+
+
+def test_a_revision_is_the_hubs_and_part_of_the_record(begun, tmp_path, monkeypatch, model):
+    """The Hub is a folder here."""
+    asked = []
+
+    def load(name, *, revision, **options):
+        asked.append(revision)
+        return nopad.load(name, **options)
+
+    monkeypatch.setattr(record, "load", load)
+    embed(begun[0], tmp_path / "out", model, revision="v1")
+    assert nopad.read(tmp_path / "out").metadata["revision"] == "v1"
+    with pytest.raises(ValueError, match="revision: v1 there, v2 now"):
+        embed(begun[0], tmp_path / "out", model, revision="v2")
+    assert asked == ["v1", "v2"]
+
+
+def test_features_are_those_of_evaluation_in_the_encoders_dtype(begun, tmp_path, model):
+    encoder = nopad.load(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        embed(begun[0], tmp_path / "out", encoder)
+    assert np.array_equal(nopad.read(tmp_path / "out").embeddings, nopad.read(begun[1]).embeddings)
+    encoder.train()
+    for run_it in (lambda: embed(begun[0], tmp_path / "out", encoder), lambda: encoder.embed([])):
+        with pytest.raises(ValueError, match=r"encoder: expected in evaluation mode.*call its eval\(\) first"):
+            run_it()
 
 
 def test_another_version_model_or_source_is_told(begun, tmp_path, monkeypatch, model, clip_model):
@@ -483,13 +509,18 @@ def test_a_damaged_shard(photos, tmp_path, model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"frames": 0}, "frames, max_pixels: expected ≥ 1, got 0"),
-        ({"max_pixels": 0}, "frames, max_pixels: expected ≥ 1, got 8 and 0"),
-        ({"capacity": 0}, "expected capacity ≥ 1"),
-        ({"workers": 0}, "workers: expected ≥ 1, got 0"),
-        ({"actors": 0}, "actors: expected ≥ 1, got 0"),
-        ({"shard_size": 0}, "shard_size: expected ≥ 1, got 0"),
-        ({"max_patches": 0}, "max_patches: expected ≥ 1, got 0"),
+        ({"frames": 0}, "frames: expected an integer ≥ 1, got 0"),
+        ({"max_pixels": 0}, "max_pixels: expected an integer ≥ 1, got 0"),
+        ({"capacity": 0}, "capacity: expected an integer ≥ 1, got 0"),
+        ({"workers": 0}, "workers: expected an integer ≥ 1, got 0"),
+        ({"actors": 0}, "actors: expected an integer ≥ 1, got 0"),
+        ({"shard_size": 0}, "shard_size: expected an integer ≥ 1, got 0"),
+        ({"max_patches": 0}, "max_patches: expected an integer ≥ 1, got 0"),
+        ({"shard_size": 2.5}, r"shard_size: expected an integer ≥ 1, got 2\.5"),
+        ({"capacity": "5"}, "capacity: expected an integer ≥ 1, got '5'"),
+        ({"actors": True}, "actors: expected an integer ≥ 1, got True"),
+        ({"tokens": "no"}, "tokens: expected True or False, got 'no'"),
+        ({"stop": True}, r"stop: expected a threading\.Event, got True"),
         ({"dtype": "int8"}, "dtype: expected one of float32, bfloat16, float16, got 'int8'"),
         ({"device": "abacus"}, "device: got 'abacus'"),
         ({"device": "meta"}, "device: expected one with values, such as cpu or cuda, got 'meta'"),

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from nopad.terminal import device_of
+from nopad.terminal import device_of, show
 
 if TYPE_CHECKING:
     from nopad.embedding.run import Summary
@@ -106,9 +106,9 @@ def run(options: argparse.Namespace) -> int:
         print(f"stopped at once, the shard in hand is lost, finished ones are kept; {go_on}", file=sys.stderr)
         return INTERRUPTED
     if options.json:
-        print(json.dumps(summary.to_dict(), indent=2))
+        show(json.dumps(summary.to_dict(), indent=2))
     else:
-        print(describe(summary).encode("utf-8", "backslashreplace").decode())
+        show(describe(summary).encode("utf-8", "backslashreplace").decode())
     if summary.to_go:
         print(f"stopped with {summary.to_go:,} inputs to go; {go_on}", file=sys.stderr)
         return INTERRUPTED
@@ -180,6 +180,7 @@ def describe(summary: Summary) -> str:
         lines.append(
             f"failures are rows with status 'failed' and the reason in 'error': "
             f"nopad.read({summary.folder!r}).failures, in {len(shards)} shard{'s' if len(shards) > 1 else ''} "
-            f"({shards[0]}{', …' if len(shards) > 1 else ''}); --retry-failed tries them again"
+            f"({shards[0]}{', …' if len(shards) > 1 else ''}); --retry-failed tries them again, but for "
+            f"what could not be listed, which takes another folder"
         )
     return "\n".join(lines)

@@ -14,7 +14,7 @@ import torch
 
 from nopad.embedding.inputs import Input, InputList, as_text
 from nopad.embedding.lock import FolderLock
-from nopad.embedding.record import JobFolder, Settings, check_same, fingerprint, record_of
+from nopad.embedding.record import JobFolder, Settings, check_count, check_same, fingerprint, record_of
 from nopad.embedding.run import Progress, Run, Summary
 from nopad.embedding.shards import Row, parse_shard_name, shard_name, write_shard
 from nopad.embedding.sources import list_inputs
@@ -157,9 +157,10 @@ def embed(
             "model: an encoder brings its own device, dtype, revision and attention, and cannot be sent to actors; "
             "give its name or path instead"
         )
-    for name, number in (("workers", workers), ("actors", actors)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name}: expected ≥ 1, got {number}")
+    check_count("workers", workers)
+    check_count("actors", actors)
+    if not isinstance(stop, threading.Event | None):
+        raise ValueError(f"stop: expected a threading.Event, got {stop!r}")
     listing = list_inputs(names, image_column=image_column)
     with FolderLock(out):
         files.clean()

@@ -55,8 +55,10 @@ class Settings:
     shard_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.shard_size is not None and self.shard_size < 1:
-            raise ValueError(f"shard_size: expected ≥ 1, got {self.shard_size}")
+        for name in ("shard_size", "capacity", "max_patches", "frames", "max_pixels"):
+            check_count(name, getattr(self, name))
+        if not isinstance(self.tokens, bool):
+            raise ValueError(f"tokens: expected True or False, got {self.tokens!r}")
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
         try:
@@ -93,6 +95,12 @@ class Settings:
             embedding_list=self.embedding_list,
             token_dimension=encoder.hidden_size if self.tokens else None,
         )
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise `ValueError` unless `value` is an integer ≥ 1, or `None`, where nothing was given."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"{name}: expected an integer ≥ 1, got {value!r}")
 
 
 def record_of(settings: Settings, encoder: PackedEncoder, sources: list[str], inputs: InputList) -> dict[str, str]:
@@ -189,6 +197,8 @@ class JobFolder:
     """The files of a job: shards in the folder itself, all else in its `.nopad`."""
 
     def __init__(self, folder: str | Path) -> None:
+        if not os.fspath(folder):
+            raise ValueError("out: expected a folder, got ''; '.' is the current one")
         self.folder = Path(folder)
         self.own = self.folder / OWN_FOLDER
 

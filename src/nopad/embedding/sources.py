@@ -64,12 +64,13 @@ def list_inputs(sources: Sequence[str | Path], *, image_column: str | None = Non
 
     Raises:
         ValueError: a source that is missing, matches nothing or has nothing to read in it; a compressed tar; a Parquet
-            file or dataset without one clear column of images.
+            file or dataset without one clear column of images; `image_column` where nothing has columns.
     """
     if isinstance(sources, str | Path) or not sources:
         raise ValueError(f"sources: expected a list of paths and globs, got {sources!r}")
     left_out: Counter[str] = Counter()
     first_broken: list[Input] = []
+    kinds = set()
     is_any_whole = False
 
     def every() -> Iterator[Input]:
@@ -79,6 +80,7 @@ def list_inputs(sources: Sequence[str | Path], *, image_column: str | None = Non
             is_empty = True
             for item in lister.inputs():
                 is_empty = False
+                kinds.add(item.kind)
                 if item.kind != "broken":
                     is_any_whole = True
                 elif not first_broken:
@@ -92,6 +94,8 @@ def list_inputs(sources: Sequence[str | Path], *, image_column: str | None = Non
     if not is_any_whole:
         item = first_broken[0]
         raise ValueError(f"nothing that can be read in the sources; {item.source}, {item.id}: {item.note}")
+    if image_column is not None and kinds.isdisjoint({"parquet", "dataset"}):
+        raise ValueError(f"image_column: no source has columns, as Parquet files and datasets do, got {image_column!r}")
     return Listing(inputs, dict(left_out))
 
 

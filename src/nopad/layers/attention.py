@@ -12,7 +12,7 @@ from nopad.layers.varlen import varlen_attention
 from nopad.layout import Segments
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass  # not frozen: torch's compiler cannot make one that is
 class Rotation:
     """Turns queries or keys `(T, H, K)` by the positions of their tokens.
 
