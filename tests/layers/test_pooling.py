@@ -1,4 +1,4 @@
-"""The mean of each segment against the mean of each slice."""
+"""From many tokens of a segment to one: means against those of slices, attention against softmax by hand."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nopad.layers.pooling import segment_mean
+from nopad.layers.pooling import attention_pool, segment_mean
 from nopad.layout import Segments
 
 
@@ -79,3 +79,12 @@ def test_pooling_does_not_read_the_device():
     # A meta tensor has no values to read.
     means = segment_mean(torch.empty(6, 2, device="meta"), Segments.of([4, 2], "meta"))
     assert means.shape == (2, 2)
+
+
+def test_one_query_weighs_each_segment_by_head():
+    # Two heads of one channel each and a query of ones: a token's weight is exp(key), here 3 : 1 and 1 : 1.
+    keys = torch.tensor([[3.0, 1.0], [1.0, 1.0], [7.0, 7.0]]).log()
+    values = torch.tensor([[4.0, 2.0], [8.0, 6.0], [5.0, 9.0]])
+    pairs = torch.cat((keys, values), dim=1)
+    pooled = attention_pool(torch.ones(1, 1, 2), pairs, Segments.of([2, 1], "cpu"), 2, "auto")
+    torch.testing.assert_close(pooled, torch.tensor([[5.0, 4.0], [5.0, 9.0]]))

@@ -26,8 +26,8 @@ from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
 from nopad.layers.mlp import GatedMLP
 from nopad.layers.patch_embed import PatchEmbedding
+from nopad.layers.pooling import attention_pool
 from nopad.layers.positions import learned_positions, sincos_2d
-from nopad.layers.varlen import varlen_attention
 from nopad.layout import Layout, Segments
 from nopad.original import Original
 from nopad.preprocessing import Preprocessing
@@ -78,11 +78,9 @@ class AIMv2Head(nn.Module):
 
     def forward(self, tokens: Tensor, segments: Segments) -> Tensor:
         """`(T, D)` to `(S, D)`."""
-        key, value = self.kv(tokens).unflatten(1, (2, self.num_heads, -1)).unbind(1)
-        query = self.cls_token.to(key.dtype).view(1, self.num_heads, -1).expand(len(segments), -1, -1)
-        one_each = Segments.of([1] * len(segments), tokens.device)
-        mixed = varlen_attention(query, key, value, one_each, segments, backend=self.backend)
-        return self.proj(mixed.flatten(1))
+        pairs = self.kv(tokens)
+        query = self.cls_token.to(pairs.dtype)
+        return self.proj(attention_pool(query, pairs, segments, self.num_heads, self.backend))
 
 
 def aimv2_block(config: AIMv2PackingConfig) -> Block:

@@ -27,11 +27,30 @@ def segment_mean(tokens: Tensor, segments: Segments) -> Tensor:
     return mean.to(tokens.dtype)
 
 
-class ProbeHead(nn.Module):
-    """Attention pooling by one learned probe, then a residual feed-forward layer (Zhai et al., arXiv:2106.04560).
+def attention_pool(query: Tensor, pairs: Tensor, segments: Segments, num_heads: int, backend: str) -> Tensor:
+    """One query's attention over each segment: all segments in one call, without padding.
 
-    The probe is one query per segment, so that all segments are pooled in one call, without padding.
+    Args:
+        query: `D` values, the same query for every segment.
+        pairs: `(T, 2 · D)` each token's key, then its value.
+        segments: S segments, none empty.
+        num_heads: a divisor of D.
+        backend: as `varlen_attention` takes it.
+
+    Returns:
+        `(S, D)`.
+
+    Raises:
+        ValueError, ImportError: see `varlen_attention`.
     """
+    key, value = pairs.unflatten(1, (2, num_heads, -1)).unbind(1)
+    queries = query.view(1, num_heads, -1).expand(len(segments), -1, -1)
+    one_each = Segments.of([1] * len(segments), pairs.device)
+    return varlen_attention(queries, key, value, one_each, segments, backend=backend).flatten(1)
+
+
+class ProbeHead(nn.Module):
+    """Attention pooling by one learned probe, then a residual feed-forward layer (Zhai et al., arXiv:2106.04560)."""
 
     def __init__(self, hidden_size: int, num_heads: int, norm: nn.Module, mlp: MLP):
         super().__init__()
@@ -47,10 +66,6 @@ class ProbeHead(nn.Module):
         """`(T, D)` to `(S, D)`."""
         size = tokens.shape[1]
         query = nn.functional.linear(self.probe.view(1, size), self.qkv.weight[:size], self.qkv.bias[:size])
-        pair = nn.functional.linear(tokens, self.qkv.weight[size:], self.qkv.bias[size:])
-        key, value = pair.unflatten(1, (2, self.num_heads, -1)).unbind(1)
-        query = query.view(1, self.num_heads, -1).expand(len(segments), -1, -1)
-        one_each = Segments.of([1] * len(segments), tokens.device)
-        mixed = varlen_attention(query, key, value, one_each, segments, backend=self.backend)
-        pooled = self.proj(mixed.flatten(1))
+        pairs = nn.functional.linear(tokens, self.qkv.weight[size:], self.qkv.bias[size:])
+        pooled = self.proj(attention_pool(query, pairs, segments, self.num_heads, self.backend))
         return pooled + self.mlp(self.norm(pooled))
