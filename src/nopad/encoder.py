@@ -49,14 +49,20 @@ class Trunk:
 class PackedEncoder(PictureEncoder):
     """A vision encoder over packs: any mix of image and video sizes in one forward, nothing padded.
 
-    A family says what it is (`build`, `trunk`, `pool_segments`, and what `PretrainedEncoder` asks for); this class is
-    the contract around it. The constructor takes a config, or a checkpoint as `from_pretrained` does.
+    A family says what it is (`build`, `trunk`, and what `PretrainedEncoder` asks for); this class is the contract
+    around it. The constructor takes a config, or a checkpoint as `from_pretrained` does.
+
+    Attributes:
+        layers: the transformer blocks.
+        head: pools tokens and segments to one vector per segment, `None` where the checkpoint has no head. A family
+            that pools otherwise needs none; it overrides `pool_segments`.
     """
 
     main_input_name = "hidden_states"
     frames_attend_jointly: ClassVar[bool] = False
     num_prefix_tokens: int = 0
     layers: nn.ModuleList
+    head: nn.Module | None
     _static: StaticPacks | None = None
 
     # What a family brings.
@@ -66,8 +72,8 @@ class PackedEncoder(PictureEncoder):
         raise NotImplementedError
 
     def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
-        """One vector per segment, `(S, D)`: the mean of its patch tokens, unless the model has its own pooling."""
-        return segment_mean(trunk.tokens, segments)
+        """One vector per segment, `(S, D)`: by the `head` where there is one, else the mean of its patch tokens."""
+        return segment_mean(trunk.tokens, segments) if self.head is None else self.head(trunk.tokens, segments)
 
     def project(self, pooled: Tensor) -> Tensor | None:
         """`pooled` in the image-text space, `None` where the checkpoint has no projection."""

@@ -132,10 +132,6 @@ class AIMv2Packing(PackedEncoder):
         """Positions on the trained grid."""
         return self.embeddings.positions(Layout.of_image(*self.embeddings.trained_grid, self.device), self.dtype)
 
-    def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
-        """Attention pooling where the checkpoint has a head, else the mean."""
-        return super().pool_segments(trunk, segments) if self.head is None else self.head(trunk.tokens, segments)
-
     @property
     def projection_dim(self) -> int | None:
         """Width of the image-text space."""

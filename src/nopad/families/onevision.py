@@ -19,7 +19,7 @@ from nopad.layers.mlp import MLP
 from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.pooling import ProbeHead
 from nopad.layers.rope_3d import check_head_dim, rotate_3d
-from nopad.layout import Layout, Segments
+from nopad.layout import Layout
 from nopad.original import RemoteCodeOriginal
 from nopad.preprocessing import Preprocessing
 
@@ -109,10 +109,6 @@ class OneVisionEncoderPacking(PackedEncoder):
     def example_rotation(self, rows: int) -> Rotation:
         """That of a row of patches."""
         return self.rotation(Layout.of_image(1, rows, self.device))
-
-    def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
-        """Attention pooling where the checkpoint has a head, else the mean."""
-        return super().pool_segments(trunk, segments) if self.head is None else self.head(trunk.tokens, segments)
 
     @property
     def default_preprocessing(self) -> Preprocessing:

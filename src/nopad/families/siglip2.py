@@ -32,7 +32,7 @@ from nopad.layers.mlp import MLP
 from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.pooling import ProbeHead
 from nopad.layers.positions import learned_positions, resampled_positions
-from nopad.layout import Layout, Segments
+from nopad.layout import Layout
 from nopad.original import Original
 from nopad.packing import patchify
 from nopad.preprocessing import Preprocessing
@@ -138,10 +138,6 @@ class Siglip2NaflexPacking(PackedEncoder):
         """Learned positions on the trained grid."""
         layout = Layout.of_image(*self.embeddings.trained_grid, self.device)
         return self.embeddings.positions(layout, self.dtype)
-
-    def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
-        """Attention pooling where the checkpoint has a head, else the mean."""
-        return super().pool_segments(trunk, segments) if self.head is None else self.head(trunk.tokens, segments)
 
     @property
     def default_preprocessing(self) -> Preprocessing:
