@@ -27,7 +27,7 @@ from nopad.layers.block import Block
 from nopad.layers.mlp import GatedMLP
 from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.pooling import attention_pool
-from nopad.layers.positions import learned_positions, sincos_2d
+from nopad.layers.positions import is_strict, learned_positions, sincos_2d
 from nopad.layout import Layout, Segments
 from nopad.original import Original
 from nopad.preprocessing import Preprocessing
@@ -42,7 +42,7 @@ class AIMv2Embeddings(nn.Module):
         self.proj = PatchEmbedding(patch_dim, config.hidden_size)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.trained_grid = trained_grid(config)
-        self.strict = config.positions == "strict"
+        self.strict = is_strict(config.positions)
         if not config.is_native:
             self.position_embedding = nn.Parameter(torch.empty(math.prod(self.trained_grid), config.hidden_size))
         else:
@@ -114,8 +114,6 @@ class AIMv2Packing(PackedEncoder):
     def build(self) -> None:
         """Embeddings, blocks, norm, and where the checkpoint has them head and projection."""
         config = self.config
-        if config.positions not in ("resample", "strict"):
-            raise ValueError(f"positions: expected 'resample' or 'strict', got {config.positions!r}")
         self.embeddings = AIMv2Embeddings(config)
         self.layers = nn.ModuleList(aimv2_block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -31,7 +31,7 @@ from nopad.layers.block import Block
 from nopad.layers.mlp import MLP
 from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.pooling import ProbeHead
-from nopad.layers.positions import learned_positions, resampled_positions
+from nopad.layers.positions import is_strict, learned_positions, resampled_positions
 from nopad.layout import Layout
 from nopad.original import Original
 from nopad.packing import patchify
@@ -50,7 +50,7 @@ class Siglip2Embeddings(nn.Module):
         super().__init__()
         self.trained_grid = trained_grid(config)
         self.naflex = is_naflex(config)
-        self.strict = config.positions == "strict"
+        self.strict = is_strict(config.positions)
         self.proj = PatchEmbedding(config.patch_size**2 * config.num_channels, config.hidden_size)  # pyright: ignore[reportOperatorIssue]
         self.position_embedding = nn.Parameter(torch.empty(math.prod(self.trained_grid), config.hidden_size))
 
@@ -117,9 +117,7 @@ class Siglip2NaflexPacking(PackedEncoder):
     def build(self) -> None:
         """Embeddings, blocks, norm, and where the checkpoint has it the head."""
         config = self.config
-        if config.positions not in ("resample", "strict"):
-            raise ValueError(f"positions: expected 'resample' or 'strict', got {config.positions!r}")
-        if isinstance(config, Siglip2PackingConfig) and config.positions == "strict":
+        if is_naflex(config) and is_strict(config.positions):
             raise ValueError("positions: NaFlex checkpoints resample theirs for every image, got 'strict'")
         norm = partial(nn.LayerNorm, config.hidden_size, eps=config.layer_norm_eps)
         self.embeddings = Siglip2Embeddings(config)

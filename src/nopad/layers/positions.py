@@ -172,6 +172,17 @@ def tables_of_grids(
     return torch.cat(tables)[start + layout.index_in_image % area]
 
 
+def is_strict(positions: str) -> bool:
+    """Whether a config's `positions` refuses other grids than the trained one.
+
+    Raises:
+        ValueError: neither `'resample'` nor `'strict'`.
+    """
+    if positions not in ("resample", "strict"):
+        raise ValueError(f"positions: expected 'resample' or 'strict', got {positions!r}")
+    return positions == "strict"
+
+
 def learned_positions(
     layout: Layout,
     table: Tensor,
