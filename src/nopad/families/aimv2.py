@@ -159,9 +159,10 @@ class AIMv2Packing(PackedEncoder):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        for name in ("position_embedding", "cls_token"):
-            if isinstance(parameter := module.__dict__.get("_parameters", {}).get(name), nn.Parameter):
-                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+        if isinstance(module, AIMv2Embeddings) and module.position_embedding is not None:
+            init.normal_(module.position_embedding, std=self.config.initializer_range)
+        elif isinstance(module, AIMv2Head):
+            init.normal_(module.cls_token, std=self.config.initializer_range)
 
 
 class AIMv2Original(Original):

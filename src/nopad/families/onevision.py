@@ -125,7 +125,7 @@ class OneVisionEncoderPacking(PackedEncoder):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, ProbeHead):
-            init.normal_(module.probe, mean=0.0, std=self.config.initializer_range)
+            init.normal_(module.probe, std=self.config.initializer_range)
 
 
 class OneVisionOriginal(RemoteCodeOriginal):

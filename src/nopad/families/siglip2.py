@@ -163,9 +163,10 @@ class Siglip2NaflexPacking(PackedEncoder):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        for name in ("position_embedding", "probe"):
-            if isinstance(parameter := module.__dict__.get("_parameters", {}).get(name), nn.Parameter):
-                init.normal_(parameter, mean=0.0, std=self.config.hidden_size**-0.5)
+        if isinstance(module, Siglip2Embeddings):
+            init.normal_(module.position_embedding, std=self.config.hidden_size**-0.5)
+        elif isinstance(module, ProbeHead):
+            init.normal_(module.probe, std=self.config.hidden_size**-0.5)
 
 
 class Siglip2Original(Original):
