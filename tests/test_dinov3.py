@@ -17,6 +17,7 @@ from model_factory import vit_dinov3_packing_hf as spec
 from nopad.align import align
 from nopad.checkpoint import original_state_dict
 from nopad.families import dinov3
+from nopad.layers.prefix import PrefixLayout
 
 GRIDS = [(1, 3, 5), (1, 1, 1), (3, 2, 4), (1, 60, 1), (1, 1, 60), (1, 5, 5)]
 META_VARIANTS = [name for name in VARIANTS if name not in ("value bias alone", "no biases, no registers")]
@@ -385,7 +386,7 @@ def test_rope_stays_in_float32_in_half_precision(tmp_path):
     """Rounded to bfloat16, sine and cosine would bring an error of their own; Meta's code does not round them."""
     encoder = nopad.load(save(tmp_path, tiny_original()))
     layout = nopad.layout.Layout.read(torch.empty(15, 48), torch.tensor([[1, 3, 5]]), None, 48)
-    rotate = encoder.rope(layout, dinov3.Places.of(layout, 3))
+    rotate = encoder.rope(layout, PrefixLayout.of(layout, 3))
     query = torch.randn(18, 4, 8).bfloat16()
     assert rotate(query).dtype == torch.bfloat16
     assert torch.equal(rotate(query), rotate(query.float()).bfloat16())

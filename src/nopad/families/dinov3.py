@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from functools import partial
@@ -31,6 +30,7 @@ from nopad.layers.attention import PackedAttention, Rotation
 from nopad.layers.block import Block
 from nopad.layers.mlp import MLP, GatedMLP
 from nopad.layers.patch_embed import PatchEmbedding
+from nopad.layers.prefix import PrefixLayout
 from nopad.layers.rope import axial_angles, patch_centres, rope_periods, rotate_halves, stored_periods
 from nopad.layout import Layout, Segments
 from nopad.original import Original
@@ -45,44 +45,6 @@ STATISTICS: dict[str, dict[str, Any]] = {
 """Mean and standard deviation of each colour, by `config.pixel_statistics`."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Places:
-    """Where patches and prefix tokens stand, once each segment begins with its prefix.
-
-    Attributes:
-        segments: one per image or frame, prefix tokens and patches.
-        patches: `(T,)` row of each patch.
-        prefix: `(S, number)` rows of each segment's prefix tokens.
-    """
-
-    segments: Segments
-    patches: Tensor
-    prefix: Tensor
-
-    @classmethod
-    def of(cls, layout: Layout, number: int) -> Places:
-        """Make room for `number` prefix tokens in front of each frame; no host read."""
-        device = layout.device
-        segments = Segments.of([length + number for length in layout.frames.lengths], device)
-        patches = torch.arange(layout.num_patches, device=device) + number * (layout.frame_index + 1)
-        prefix = segments.cu_seqlens[:-1].long()[:, None] + torch.arange(number, device=device)
-        return cls(segments, patches, prefix)
-
-    def join(self, patches: Tensor, prefix: Tensor) -> Tensor:
-        """`(T, ...)` patches and `(S, number, ...)` prefix tokens to all rows of the pack."""
-        rows = patches.new_empty(self.segments.num_tokens, *patches.shape[1:])
-        rows.index_copy_(0, self.patches, patches)
-        return rows.index_copy_(0, self.prefix.flatten(), prefix.flatten(0, 1))
-
-    def take_patches(self, rows: Tensor) -> Tensor:
-        """`(T, D)`."""
-        return rows.index_select(0, self.patches)
-
-    def take_prefix(self, rows: Tensor) -> Tensor:
-        """`(S, number, D)`."""
-        return rows.index_select(0, self.prefix.flatten()).unflatten(0, self.prefix.shape)
-
-
 class DINOv3Embeddings(nn.Module):
     """Patches to tokens, and each segment's CLS and register tokens in front of them."""
 
@@ -95,7 +57,7 @@ class DINOv3Embeddings(nn.Module):
         # For masked training alone; kept so that a saved checkpoint is complete.
         self.mask_token = nn.Parameter(torch.empty(1, 1, size))
 
-    def forward(self, hidden_states: Tensor, places: Places) -> Tensor:
+    def forward(self, hidden_states: Tensor, places: PrefixLayout) -> Tensor:
         """`(T, P)` to `(T + S · number, D)`."""
         tokens = self.proj(hidden_states)
         prefix = torch.cat((self.cls_token, self.register_tokens), dim=1).to(tokens.dtype)
@@ -122,7 +84,7 @@ class DINOv3Rope(nn.Module):
         self.jitter = config.pos_embed_jitter
         self.rescale = config.pos_embed_rescale
 
-    def forward(self, layout: Layout, places: Places) -> Rotation:
+    def forward(self, layout: Layout, places: PrefixLayout) -> Rotation:
         """The rotation of every row of the pack."""
         centres = patch_centres(layout)
         if self.training:
@@ -229,7 +191,7 @@ class DINOv3ViTPacking(PackedEncoder):
             )
         if self.training and self.config.drop_path_rate:
             raise ValueError(f"drop_path_rate: expected 0 in training, got {self.config.drop_path_rate}")
-        places = Places.of(layout, self.num_prefix_tokens)
+        places = PrefixLayout.of(layout, self.num_prefix_tokens)
         rotate = self.rope(layout, places)
         tokens = self.run_layers(self.embeddings(hidden_states, places), places.segments, rotate, states)
         patches, prefix = places.take_patches(tokens), places.take_prefix(tokens)
@@ -240,7 +202,7 @@ class DINOv3ViTPacking(PackedEncoder):
     def example_rotation(self, rows: int) -> Rotation:
         """That of a row of patches behind its prefix."""
         layout = Layout.of_image(1, rows - self.num_prefix_tokens, self.device)
-        return self.rope(layout, Places.of(layout, self.num_prefix_tokens))
+        return self.rope(layout, PrefixLayout.of(layout, self.num_prefix_tokens))
 
     def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
         """The normed CLS token."""
