@@ -86,13 +86,17 @@ class Original:
 
         Where the packed encoder's frames attend jointly, it may be a clip `(frames, C, H, W)`.
         """
-        output = model(pixel_values=pixels[None])
+        output = self.forward(model, pixels[None])
         pooled = output.pooler_output
         return self.patch_tokens(output.last_hidden_state[0]), None if pooled is None else pooled[0]
 
     def run_batch(self, model: Any, pixels: Tensor) -> Tensor:
         """Images of one size `(B, C, H, W)` to patch tokens `(B, h · w, D)`."""
-        return self.patch_tokens(model(pixel_values=pixels).last_hidden_state)
+        return self.patch_tokens(self.forward(model, pixels).last_hidden_state)
+
+    def forward(self, model: Any, pixels: Tensor) -> Any:
+        """Images of one size `(B, C, H, W)`, or clips where `run` takes them, to what the original returns."""
+        return model(pixel_values=pixels)
 
     def patch_tokens(self, tokens: Tensor) -> Tensor:
         """A sequence of the original, or a batch of them, without prefix tokens."""

@@ -131,17 +131,15 @@ class OneVisionEncoderPacking(PackedEncoder):
 class OneVisionOriginal(RemoteCodeOriginal):
     """OneVision-Encoder's own code, which is not part of transformers."""
 
-    def run(self, model: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One image `(C, H, W)` or one whole clip `(frames, C, H, W)`."""
-        if pixels.ndim == 3:
-            return super().run(model, pixels)
+    def forward(self, model: Any, pixels: Tensor) -> Any:
+        """Images `(B, C, H, W)` or whole clips `(B, frames, C, H, W)` of one size to what the original returns."""
+        if pixels.ndim == 4:
+            return super().forward(model, pixels)
         size = model.config.patch_size
-        frames, _, height, width = pixels.shape
+        clips, frames, _, height, width = pixels.shape
         # Given the indices of all its patches the original counts frames 0, 1, 2, …; without, it takes 64 frames alone.
         indices = torch.arange(frames * (height // size) * (width // size), device=pixels.device)
-        output = model(pixels.transpose(0, 1)[None], visible_indices=indices[None])
-        pooled = output.pooler_output
-        return output.last_hidden_state[0], None if pooled is None else pooled[0]
+        return model(pixels.transpose(1, 2), visible_indices=indices.expand(clips, -1))
 
 
 OneVisionEncoderPacking.register_conversions()

@@ -184,17 +184,8 @@ class Siglip2Original(Original):
         config.vision_use_head = packed.config.vision_use_head
         return config
 
-    def run(self, model: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One image `(C, H, W)` to its tokens and its pooled vector."""
-        output = self._forward(model, pixels[None])
-        pooled = output.pooler_output
-        return output.last_hidden_state[0], None if pooled is None else pooled[0]
-
-    def run_batch(self, model: Any, pixels: Tensor) -> Tensor:
-        """Images of one size `(B, C, H, W)` to patch tokens `(B, h · w, D)`."""
-        return self._forward(model, pixels).last_hidden_state
-
-    def _forward(self, model: Any, pixels: Tensor) -> Any:
+    def forward(self, model: Any, pixels: Tensor) -> Any:
+        """Images of one size `(B, C, H, W)` to what the original returns."""
         if isinstance(model, SiglipVisionModel):
             return model(pixel_values=pixels, interpolate_pos_encoding=True)
         patches, (images, rows, columns) = patchify(pixels, model.config.patch_size)
