@@ -18,7 +18,7 @@ from nopad.inference.float8 import FLOAT8, quantize_rows
 from nopad.inference.folding import FoldedBlock, Matrix
 from nopad.inference.fused import FusedLayers, channel_order, obstacle, products_for, turn_of
 from nopad.inference.graphs import Graphs
-from nopad.inference.products import SMALL, PlainProducts, centre, factor, to_dtype, turned
+from nopad.inference.products import SMALL, PlainProducts, centre, factor, to_dtype
 from nopad.inference.static import run_layers
 from nopad.layers.attention import Rotation
 from nopad.layers.rope import rotate_halves
@@ -278,9 +278,10 @@ def test_channels_turned_side_by_side_are_the_same_turned(turn):
     order = channel_order(rotation, 8)
     order = torch.arange(8) if order is None else order
     expected = rotation(states)[..., order]
-    found = turned(states[:, :, None, order], turn_of(rotation))[:, :, 0]
+    side_by_side = turn_of(rotation)
+    found = turn_neighbours(states[:, :, order], side_by_side.cos[:, None], side_by_side.sin[:, None])
     torch.testing.assert_close(found, expected)
-    assert turn_of(rotation).shared == (turn is rotate_halves)
+    assert side_by_side.shared == (turn is rotate_halves)
 
 
 def test_positions_that_keep_to_their_grid_are_made_on_it_beforehand(tmp_path, plain_products, monkeypatch):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nopad.inference.float8 import FLOAT8, LARGEST
 from nopad.inference.folding import FoldedBlock, Matrix
+from nopad.layers.rope_3d import turn_neighbours
 
 SMALL = 3 / 32
 """Root mean square that a row of the residual stream is brought to before it is rounded to float8.
@@ -124,7 +125,8 @@ class PlainProducts:
         value = None if block.value is None else self._normed(stream, block.value, block)
         query, key, value = apart(self._normed(stream, block.qkv, block), value, block)
         if isinstance(table, Turn):
-            query, key = turned(torch.stack((query, key), dim=2), table).unbind(2)
+            cos, sin = table.cos[:, None], table.sin[:, None]
+            query, key = turn_neighbours(query, cos, sin), turn_neighbours(key, cos, sin)
         return query.to(dtype), key.to(dtype), value.to(dtype)
 
     def up(self, stream: Stream, block: FoldedBlock) -> Tensor:
@@ -200,15 +202,3 @@ def to_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
 def centre(values: Tensor) -> Tensor:
     """Each row without its mean."""
     return values - values.mean(dim=1, keepdim=True)
-
-
-def turned(states: Tensor, turn: Turn) -> Tensor:
-    """`(x0, x1) → (x0 cos0 - x1 sin0, x1 cos1 + x0 sin1)` for each pair of neighbouring channels, in float32.
-
-    Args:
-        states: `(T, H, 2, K)`.
-    """
-    cos, sin = turn.cos[:, None, None], turn.sin[:, None, None]
-    first, second = states.float().unflatten(-1, (-1, 2)).unbind(-1)
-    crossed = torch.stack((-second, first), dim=-1).flatten(-2)
-    return states.float() * cos + crossed * sin
