@@ -103,7 +103,8 @@ class Float8Linear(nn.Module):
         check(linear)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.scale = (nn.Buffer(part) for part in round_weight(linear.weight.detach()))
-        self.bias = None if linear.bias is None else nn.Buffer(bias_of(linear))
+        bias = bias_of(linear)
+        self.bias = None if bias is None else nn.Buffer(bias)
 
     def forward(self, input: Tensor) -> Tensor:
         """`(T, in)` to `(T, out)`."""
@@ -146,14 +147,17 @@ def rows_of(linear: nn.Linear, first: int, last: int) -> nn.Linear:
     """A linear map to some of the values of another."""
     part = nn.Linear(linear.in_features, last - first, bias=linear.bias is not None, device="meta")
     part.weight = nn.Parameter(linear.weight.detach()[first:last].clone(), requires_grad=False)
-    if linear.bias is not None:
-        part.bias = nn.Parameter(bias_of(linear)[first:last].clone(), requires_grad=False)
+    if (bias := bias_of(linear)) is not None:
+        part.bias = nn.Parameter(bias[first:last].clone(), requires_grad=False)
     return part
 
 
-def bias_of(linear: nn.Linear) -> Tensor:
-    """What a map makes of zero is its bias, in whatever form it keeps that."""
-    return linear(linear.weight.new_zeros(1, linear.in_features))[0].detach()
+def bias_of(linear: nn.Linear) -> Tensor | None:
+    """What a map makes of zero: its bias, in whatever form it keeps that."""
+    if linear.bias is None:
+        return None
+    zero = linear.weight.new_zeros(1, linear.in_features)
+    return type(linear).forward(linear, zero)[0].detach()  # no hook sees it
 
 
 def takes_apart(linear: Any) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
-from nopad.inference.float8 import FLOAT8, Float8GatedMLP, Float8Linear, Float8QKV, takes_apart
+from nopad.inference.float8 import FLOAT8, Float8GatedMLP, Float8Linear, Float8QKV, bias_of, takes_apart
 from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
 from nopad.layers.mlp import MLP, GatedMLP
@@ -183,12 +183,9 @@ def name_of(activation: Any) -> str | None:
 
 
 def parts_of(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias in float32; what a map makes of zero is its bias, in whatever form it keeps that."""
-    weight = linear.weight.detach().float()
-    if linear.bias is None:
-        return weight, None
-    zero = linear.weight.new_zeros(1, weight.shape[1])
-    return weight, type(linear).forward(linear, zero)[0].detach().float()  # no hook sees it
+    """Weight and bias in float32."""
+    bias = bias_of(linear)
+    return linear.weight.detach().float(), None if bias is None else bias.float()
 
 
 def folded(linear: nn.Linear | Float8Linear, norm: nn.Module) -> Matrix:
