@@ -13,7 +13,6 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-HEAD_DIMS = (16, 32, 64, 128)
 BLOCK = 64
 """Queries, and keys, at a time: of the sizes tried on an H100 the fastest, see docs/performance.md."""
 
@@ -31,7 +30,7 @@ def attend(
     """Each query's mean of the values of its segment, weighted by the softmax of `scale · query · key`.
 
     Args:
-        query: `(Tq, H, K)`, K one of `HEAD_DIMS`.
+        query: `(Tq, H, K)`, K a power of two from 16 to 128.
         key, value: `(Tk, H, K)`.
         query_offsets, key_offsets: `(S + 1,)` int32.
         longest: queries of the longest segment, or more.
