@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from nopad.embedding import shards
 from nopad.embedding.shards import Row, ShardFormat, write_shard
-from nopad.embedding.stored import count, failed_rows, read_metadata, read_rows
+from nopad.embedding.stored import count, failed_rows, iterate_rows, read_metadata
 
 PLAIN = ShardFormat(dimension=3)
 FORMATS = {
@@ -56,7 +56,7 @@ def plain(row: Row) -> tuple:
 def test_rows_come_back_and_make_the_same_bytes_again(tmp_path, format):
     rows = [FAILED, *(ok_row(number, format, (1, 1 + number % 3, 2)) for number in range(40)), replace(FAILED, id="é")]
     first = write(tmp_path / "first.parquet", rows, format, {"model": "x", "revision": "y"})
-    again = read_rows(first)
+    again = list(iterate_rows(first))
     assert [plain(row) for row in again] == [plain(row) for row in rows]
     second = write(tmp_path / "second.parquet", again, format, read_metadata(first))
     assert first.read_bytes() == second.read_bytes()
@@ -85,7 +85,7 @@ def test_any_text_and_any_float_round_trip(tmp_path_factory, id, source, error, 
     path = tmp_path_factory.mktemp("any") / "shard.parquet"
     row = Row(id, source, "ok", error, 1, 1, (1, 1, 1), np.array(values, np.float32))
     row = Row(id, source, "failed", error) if failed else row
-    [back] = read_rows(write(path, [row]))
+    [back] = iterate_rows(write(path, [row]))
     texts = [text and text.encode("utf-8", "backslashreplace").decode() for text in (id, source, error)]
     assert plain(back) == plain(replace(row, id=texts[0], source=texts[1], error=texts[2]))
 
@@ -133,7 +133,7 @@ def test_failures_and_counts(tmp_path):
 
 def test_no_rows(tmp_path):
     path = write(tmp_path / "shard.parquet", [])
-    assert (read_rows(path), failed_rows(path), count(path)) == ([], [], (0, 0))
+    assert (list(iterate_rows(path)), failed_rows(path), count(path)) == ([], [], (0, 0))
 
 
 # Row groups
@@ -302,7 +302,7 @@ def test_damaged_files_are_named(tmp_path):
         assert damaged != whole
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=rf"{path}: damaged .*delete it"):
-            read_rows(path)
+            list(iterate_rows(path))
 
 
 def test_other_parquet_files_and_later_formats_are_named(tmp_path):

@@ -56,7 +56,7 @@ def embedding_blocks(column: pa.ChunkedArray, width: int) -> list[np.ndarray]:
 
 
 def iterate_rows(path: Path) -> Iterator[Row]:
-    """The rows of a shard in order, holding one row group at a time.
+    """The rows of a shard in order, holding one row group at a time; `write_shard` makes the same file of them.
 
     Raises:
         ValueError, OSError: see `opened`.
@@ -76,11 +76,6 @@ def iterate_rows(path: Path) -> Iterator[Row]:
                     embedding=next(embeddings) if values["status"] == "ok" else None,
                     tokens=None if raw is None else np.frombuffer(raw, "<f2").reshape(t * h * w, -1),
                 )
-
-
-def read_rows(path: Path) -> list[Row]:
-    """All rows of a shard: `write_shard` makes the same file of them. With tokens, `iterate_rows` needs less memory."""
-    return list(iterate_rows(path))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
