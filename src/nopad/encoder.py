@@ -27,7 +27,7 @@ class PackedOutput:
         pooled: `(N, D)` one vector per image or clip.
         image_embeds: `(N, E)` `pooled` in the image-text space, `None` where the checkpoint has no projection.
         prefix_tokens: `(S, number, D)` CLS and register tokens after the final norm, `None` where there are none.
-        hidden_states: on request `(T, D)` before the first layer and after each, before the final norm.
+        hidden_states: on request the `(T, D)` tokens before the first layer and after each, without the final norm.
     """
 
     tokens: Tensor
@@ -113,7 +113,7 @@ class PackedEncoder(PictureEncoder):
             ValueError: arguments that do not fit each other or this model.
         """
         patches, layout = self._read(hidden_states, grid_thw, patch_positions)
-        with torch.cuda.device_of(patches):  # which kernels of others than torch take for theirs
+        with torch.cuda.device_of(patches):  # non-torch kernels launch on the current device
             return self.trunk(patches, layout, None).tokens
 
     def encode(
@@ -153,10 +153,10 @@ class PackedEncoder(PictureEncoder):
         that do not fit, training, and `output_hidden_states` run as before. Where Triton or a C++ compiler is missing
         packs are filled up as well, and a warning says that their layers are not compiled.
 
-        Weights may change: what was folded from them is folded anew, unless they were written through `.data`, which
-        leaves no trace, or are a norm's `eps`. Layers with hooks or other parts than before, or that drop out, run as
-        they are, on `capacity` rows. On a GPU,
-        where norms are LayerNorms, `norm` gets tokens less their mean, which it takes away itself.
+        Weights may change: what was folded from them is folded anew. Two changes leave no trace and go unnoticed: a
+        write through `.data`, and another `eps` of a norm. Layers that have hooks, other parts than before, or dropout
+        in training run as they are, on `capacity` rows. On a GPU, where norms are LayerNorms, `norm` gets tokens less
+        their mean, which it would take away itself.
 
         Args:
             capacity: tokens of a pack, prefix tokens among them.
@@ -173,11 +173,11 @@ class PackedEncoder(PictureEncoder):
             least = self.num_prefix_tokens + 1
             raise ValueError(f"expected capacity ≥ {least} and max_images ≥ 1, got {capacity} and {slots}")
         on_device = torch.cuda.device_of(next(self.parameters()))
-        with on_device, torch.inference_mode(False), torch.no_grad():  # what is made here is written to later
+        with on_device, torch.inference_mode(False), torch.no_grad():  # or nothing made here could be written to later
             self._static = StaticPacks(self, capacity, slots, compile_layers(self, capacity, slots, compiled))
 
     def set_attention(self, backend: str) -> None:
-        """As `PretrainedEncoder.set_attention`; undoes `compile`, whose layers have the kernel that they had."""
+        """As `PretrainedEncoder.set_attention`; undoes `compile`, whose layers keep the kernel they were made with."""
         super().set_attention(backend)
         self.uncompile()
 
@@ -188,7 +188,8 @@ class PackedEncoder(PictureEncoder):
     def to_precision(self, precision: str) -> None:
         """Turn the weights of the layers into another format, for inference alone; see `nopad.load`.
 
-        From then on parameters ask for no gradient, and training and saving are refused. `to` moves and casts the rest.
+        From then on parameters ask for no gradient, and training and saving are refused. `to` still moves them, and
+        casts only what is not in that format.
 
         Raises:
             ValueError: an unknown format, sizes that it does not take, or a dtype other than bfloat16 on a GPU.
@@ -223,7 +224,7 @@ class PackedEncoder(PictureEncoder):
         return None
 
     def example_positions(self) -> Tensor | None:
-        """Positions of one image, as `trunk` adds them; `None` where a kernel of its own makes none."""
+        """Positions of one image, as `trunk` adds them, for `compile` to warm up with; `None` where it adds none."""
         return None
 
     def _read(

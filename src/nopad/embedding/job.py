@@ -55,7 +55,7 @@ class Job:
         return min(size, len(self.inputs) - shard * size)
 
     def finished(self) -> list[int]:
-        """Shards that are there.
+        """Numbers of the shards that are there.
 
         Raises:
             ValueError: a shard of another job.
@@ -103,7 +103,7 @@ def embed(
     """Embed pictures and videos into a folder of Parquet shards, one row per input, failed ones too.
 
     Called again with the same arguments, it goes on where it was stopped or killed, and gives what an uninterrupted run
-    would have given. A slash at the end of a path, `.` and `..` in it make no other argument.
+    would have given. A slash at the end of a path, `.` and `..` in it do not make it another argument.
 
     Args:
         sources: see `nopad.embedding.sources.list_inputs`.
@@ -188,7 +188,7 @@ def _begin_or_resume(
     record = record_of(settings, encoder, sources, inputs)
     if not files.has_job:
         job = Job(settings, files, record, inputs)
-        job.finished()  # shards of somebody else are told before anything is written
+        job.finished()  # refuses shards of another job before anything is written
         files.begin(record, inputs)
         return job, []
     begun, kept = files.read()

@@ -50,7 +50,7 @@ def token_width(schema: pa.Schema) -> int | None:
 
 
 def embedding_blocks(column: pa.ChunkedArray, width: int) -> list[np.ndarray]:
-    """The embeddings that are not null as matrices `(n, width)`, one per chunk: views of the column where none is."""
+    """The embeddings that are not null as matrices `(n, width)`, one per chunk; views where none is null."""
     chunks = [chunk.drop_null() if chunk.null_count else chunk for chunk in column.chunks]
     return [chunk.flatten().to_numpy().reshape(-1, width) for chunk in chunks]
 

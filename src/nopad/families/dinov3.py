@@ -121,7 +121,7 @@ class PartlyBiasedQKV(nn.Linear):
     Only biases that exist are parameters: a bias of keys would not stay zero in training.
     """
 
-    is_affine = True  # for nopad.inference.folding, which takes other subclasses for something else
+    is_affine = True  # without it, nopad.inference.float8.takes_apart refuses subclasses of nn.Linear
 
     def __init__(self, hidden_size: int, has_bias: tuple[bool, bool, bool]):
         super().__init__(hidden_size, 3 * hidden_size, bias=False)

@@ -1,8 +1,8 @@
 """Matrix products in float8 (e4m3): weights scaled by row once, activations by row as they come.
 
-Scaling by row keeps what a token becomes its own affair: no other token of the pack changes its scale. Patch embedding,
-attention and pooling stay as they are, and so do some linear maps of the layers, see `to_float8`; the weights of norms
-may go into the maps after them, see `prepare`.
+With activations scaled by row, what a token becomes depends on no other token of the pack. Patch embedding, attention
+and pooling stay as they are, and so do some linear maps of the layers, see `to_float8`; the weights of norms may go
+into the maps after them, see `prepare`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ LARGEST = torch.finfo(FLOAT8).max
 SMALLEST_AMAX = 1e-12
 ALIGNMENT = 16
 FIRST = 2
-"""One block of so many, the first ones, has its values as they are."""
+"""The first 1 / FIRST of the blocks keep their values in the dtype that they had."""
 SCALES = 16
+"""Scales of a row that are tried, up to twice the smallest."""
 BLOCK = 64
 """Rows of a weight that a CPU tries at a time, which stay in its cache."""
 INTEGERS = {FLOAT8: torch.uint8, torch.float32: torch.int32}
 
 
 def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale each row so that its largest value is float8's.
+    """Scale each row so that its largest value becomes float8's largest.
 
     Args:
         values: `(M, K)`.
@@ -170,8 +171,8 @@ def check(linear: Any) -> None:
     """Refuse what cannot become float8, before anything does.
 
     Raises:
-        ValueError: sizes that are no multiples of `ALIGNMENT`, which the GPU's product does not take, or a map that is
-            not one of its weight alone.
+        ValueError: sizes that are no multiples of `ALIGNMENT`, which the GPU's product does not take, or more than a
+            plain linear map.
     """
     check_apart(linear)
     if linear.in_features % ALIGNMENT or linear.out_features % ALIGNMENT:
@@ -182,7 +183,7 @@ def check(linear: Any) -> None:
 
 
 def check_apart(linear: Any) -> None:
-    """Refuse what is no linear map of its weight alone.
+    """Refuse what is more than a plain linear map.
 
     Raises:
         ValueError: an adapter, a quantised map, or another module.

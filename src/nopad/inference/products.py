@@ -33,8 +33,8 @@ class Stream:
         operand: `(T, D)` what the next product takes: the tokens, their normed rows, or their rows in float8.
         squares: `(T, n)` float32, the squares of each row of `tokens`, added up in n parts; `None` where `operand` is
             normed already.
-        before: `(T, m)` float32, the same of the rows that `operand` was scaled by: it is `SMALL / rms` of them times
-            `tokens`. `None` without float8.
+        before: `(T, m)` float32, the same of the rows whose root mean square scales `operand`, which is
+            `tokens · SMALL / rms`; `None` without float8.
         pending: `(D,)` float32 that is still to be added to every row; `None` where there is nothing.
     """
 
@@ -45,7 +45,7 @@ class Stream:
     pending: Tensor | None = None
 
     def read_by(self, matrix: Matrix) -> Self:
-        """As a matrix reads it: in float8 one that is not takes the tokens themselves."""
+        """As a matrix reads it: one that is not float8 takes the tokens themselves, in a float8 stream too."""
         if self.before is None or matrix.scale is not None:
             return self
         return replace(self, operand=self.tokens, before=None)
@@ -71,7 +71,7 @@ class Products(Protocol):
     name: str
 
     def prepared(self, block: FoldedBlock) -> FoldedBlock:
-        """A block with its rows in the order that all else here takes them in."""
+        """A block with its rows in the order that the other methods take them in."""
         ...
 
     def begin(self, tokens: Tensor, block: FoldedBlock) -> Stream:

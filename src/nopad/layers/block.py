@@ -44,7 +44,16 @@ class Block(GradientCheckpointingLayer):
     def deferred(
         self, hidden_states: Tensor, update: Tensor | None, segments: Segments, rotate: Rotation | None
     ) -> tuple[Tensor, Tensor]:
-        """As `forward`, of a sum that is still to be made to one: a compiler makes it and the norm in one pass."""
+        """As `forward`, with residual sums left open: a compiler makes each in one pass with the norm after it.
+
+        Args:
+            hidden_states: `(T, D)`.
+            update: `(T, D)` still to be added to them, `None` where there is nothing.
+            segments, rotate: as `forward` takes them.
+
+        Returns:
+            Hidden states and the update that is still to be added to them.
+        """
         if update is not None:
             hidden_states = add(hidden_states, update)
         mixed = self.attention(self.norm1(hidden_states), segments, rotate)

@@ -13,7 +13,7 @@ Make = TypeVar("Make", bound=Callable[..., Tensor])
 
 
 def constant(make: Make) -> Make:
-    """Keep what a function of hashable arguments, a device among them, gives for each of them; write to none of it."""
+    """Cache a function's tensors by its hashable arguments, a device among them; nobody may write to them."""
     kept: dict[tuple[object, ...], Tensor] = {}
 
     @wraps(make)
@@ -26,7 +26,7 @@ def constant(make: Make) -> Make:
             tensor = make(*arguments)
         if tensor.is_cuda:
             torch.cuda.current_stream(tensor.device).synchronize()  # whoever asks next may be on another stream
-        if type(tensor) is Tensor:  # not one that only pretends, while somebody traces
+        if type(tensor) is Tensor:  # not a tracer's fake tensor
             kept[arguments] = tensor
         return tensor
 

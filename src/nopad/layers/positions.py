@@ -81,7 +81,7 @@ def resample(
 
 @lru_cache(maxsize=4096)
 def axis_weights(source: int, target: int, mode: str, antialias: bool) -> Tensor:
-    """What `resample` weights the places of one axis with, for each place of another: `(target, source)` float32."""
+    """How much each place of the source axis counts in each place of the target: `(target, source)` float32."""
     each = torch.eye(source)[None, None]  # not one column each: torch 2.13's antialiasing gets those wrong on a CPU
     return F.interpolate(each, size=(target, source), mode=mode, align_corners=False, antialias=antialias)[0, 0]
 
@@ -89,7 +89,7 @@ def axis_weights(source: int, target: int, mode: str, antialias: bool) -> Tensor
 def weights_of_patches(
     layout: Layout, source: tuple[int, int], mode: str, *, antialias: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Along which rows and columns of a table the positions of each patch are summed up, as `resample` does.
+    """The weights by which `resample` mixes a table's rows and columns into the position of each patch.
 
     Args:
         layout: the pack; every frame is a full grid.
@@ -97,9 +97,9 @@ def weights_of_patches(
         mode, antialias: as `resample` takes them.
 
     Returns:
-        `(M, n)` float32 weights of the table's rows or columns, one for each place of each side that a grid has;
-        `(M, 2)` int32 which of them are not zero, from and up to; `(T, 2)` int64 which of the M weight the rows and
-        which the columns of a patch.
+        `(M, n)` float32 weights of the table's n rows or columns, for each of the M places along the distinct sides of
+        all grids; `(M, 2)` int32, the first weight of each place that is not zero and the first behind the last;
+        `(T, 2)` int64, the place of each patch along its column and along its row.
     """
     parts, starts, total = [], {}, 0
     for axis, sides in enumerate(zip(*((h, w) for _, h, w in layout.grid), strict=True)):
@@ -166,8 +166,8 @@ def tables_of_grids(
     facts = torch.tensor([(starts[h, w], h * w) for _, h, w in layout.grid], dtype=torch.int64)
     start, area = facts.reshape(-1, 2).to(layout.device, non_blocking=True)[layout.image_index].unbind(1)
     tables = [table_of(grid) for grid in grids]
-    if not torch.is_grad_enabled():  # with them, those of a table's rows would be added up in half precision
-        # Rows one after another, which those of a resized image are not: put together, they are read once more.
+    if not torch.is_grad_enabled():  # gradients of a table's rows would be added up in half precision
+        # Row by row, as they are gathered below; those of a resized image are a transposed view.
         tables = [table.to(dtype, memory_format=torch.contiguous_format) for table in tables]
     return torch.cat(tables)[start + layout.index_in_image % area]
 

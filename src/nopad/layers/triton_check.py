@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def has_triton(device: torch.device) -> bool:
-    """Whether kernels of Triton run on this device, and nobody compiles what would call them."""
+    """Whether kernels of Triton run on this device, and the code that would call them is not being compiled."""
     return device.type == "cuda" and not torch.compiler.is_compiling() and triton_works()
 
 
