@@ -18,6 +18,7 @@ from nopad import parity
 from nopad.align import align
 from nopad.align_command import align_table
 from nopad.cli import main
+from nopad.families.aimv2 import AIMv2Packing
 from nopad.inference import static
 from nopad.inference.static import StaticPacks
 from nopad.layers.mlp import GatedMLP
@@ -72,8 +73,10 @@ def test_learned_positions_say_what_is_not_run(learned, photos):
     report = align(learned, images=photos)
     assert report.passed, [case.failures for case in report.cases]
     assert [case.name for case in report.cases][:2] == ["4 × 4 patches, batched", "a clip of 3 frames"]
+    assert len(report.skipped) == 1
     assert "4 × 4 patches and nothing else" in report.skipped[0]
     assert all(case.min_pooled_cosine > 0.999 for case in report.cases)
+    assert all(0 < case.max_pooled_relative < 1e-4 for case in report.cases)
 
 
 def test_other_dialects_and_composites(tmp_path, goldens):
@@ -179,6 +182,49 @@ def test_a_wrong_encoder_fails(native, monkeypatch):
     assert any("relative error" in failure for failure in report.cases[0].failures)
     # The drift shows where: nothing before the first layer, much after it.
     assert report.cases[0].drift[0] < 1e-4 < report.cases[0].drift[1]
+
+
+def spoil_pooling(monkeypatch, share):
+    """Noise of that length, relative to the vector, on what images are pooled to."""
+    project = AIMv2Packing.pool_segments
+
+    def noisy(self, trunk, segments):
+        pooled = project(self, trunk, segments)
+        noise = torch.randn(pooled.shape, generator=torch.Generator().manual_seed(0)).to(pooled)
+        return pooled + share * noise * pooled.norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
+
+    monkeypatch.setattr(AIMv2Packing, "pool_segments", noisy)
+
+
+def test_wrong_pooling_fails_though_its_cosine_passes(learned, monkeypatch, capsys):
+    spoil_pooling(monkeypatch, 0.02)
+    report = align(learned)
+    assert not any(case.passed for case in report.cases)
+    for case in report.cases:
+        assert case.max_relative < 1e-4
+        assert case.min_pooled_cosine > 0.999
+    found = f"{report.cases[0].max_pooled_relative:.2e}"
+    assert report.cases[0].failures == (f"pooled relative error {found}, expected at most 1e-04",)
+    printed = align_table(report)
+    assert "pooled relative" in printed
+    assert printed.count(f"{report.cases[0].max_pooled_relative:.1e}") >= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pooling_is_measured_from_float32_too(learned, monkeypatch, dtype):
+    report = align(learned, dtype=dtype)
+    assert report.passed, [case.failures for case in report.cases]
+    for case in report.cases:
+        assert 0 < case.pooled_distance <= 2 * max(case.original_pooled_distance, case.original_distance)
+    spoil_pooling(monkeypatch, 6 * max(case.original_distance for case in report.cases))
+    report = align(learned, dtype=dtype, threshold=0.5)
+    assert not any(case.passed for case in report.cases)
+    (failure,) = report.cases[0].failures
+    assert re.fullmatch(
+        r"pooled distance to float32 \S+, expected at most 2 × \S+, the larger of the original's own and its tokens'",
+        failure,
+    )
+    assert align(learned, dtype=dtype, precision="fp8", threshold=0.5).passed
 
 
 def test_a_slightly_wrong_encoder_fails_in_half_precision(native, monkeypatch):
@@ -324,4 +370,5 @@ def test_a_nan_anywhere_fails(place):
     ours[place].states[0][0, 0] = float("nan")
     result = parity.compare("", ours, theirs, None, 0.99)
     assert not result.passed
+    assert result.max_pooled_relative != result.max_pooled_relative
     assert result.drift[0] != result.drift[0]

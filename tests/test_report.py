@@ -27,8 +27,11 @@ FP32 = CaseResult(
     max_relative=4.1e-6,
     mean_relative=6e-7,
     min_pooled_cosine=None,
+    max_pooled_relative=None,
     distance=None,
     original_distance=None,
+    pooled_distance=None,
+    original_pooled_distance=None,
     drift=(0.0, 1e-7, 3e-7, 6e-7),
     layer_cosines=(1.0, 1 - 1e-9, 1 + 1e-15, 1 - 4e-9),
     histogram=tuple(zip(EDGES, EDGES[1:], [0] * 2 + [500, 12] + [0] * 20, strict=False)),
@@ -56,8 +59,11 @@ BF16_FAILS = replace(
     name="a clip of 3 frames",
     min_cosine=0.974321,
     min_pooled_cosine=0.999123,
+    max_pooled_relative=4.4e-2,
     distance=3.1e-2,
     original_distance=1.2e-2,
+    pooled_distance=2.1e-2,
+    original_pooled_distance=0.9e-2,
     histogram=tuple(zip(EDGES, EDGES[1:], [0] * 19 + [30, 8, 0, 0, 0], strict=False)),
     passed=False,
     failures=("minimum cosine 0.974321, expected more than 0.99", "distance to float32 3.100e-02"),
@@ -108,8 +114,8 @@ def test_a_float32_pass_says_so_and_shows_each_case():
     assert page.texts_in("th")[-2:] == ["16 × 16 patches, batched", "all sizes in one pack"]
     cells = page.texts_in("td")
     assert cells[:9] == ["Passed", "2", "512", "1 − 3.2e-08", "1 − 1.0e-09", "4.1e-06", "6.0e-07", "3.0e-05", "2.0e-07"]
-    assert len(cells) == 2 * 9  # neither a pooled column nor distances
-    assert "relative difference of a token at most 1e-04" in page.texts_in("dd")
+    assert len(cells) == 2 * 9  # neither pooled columns nor distances
+    assert "relative difference of a token or a pooled vector at most 1e-04" in page.texts_in("dd")
     assert "nopad 0.1.0 · torch 2.10.0" in page.texts_in("dd")
 
 
@@ -119,9 +125,12 @@ def test_a_bfloat16_failure_gives_the_limits_that_were_missed():
     assert page.texts_in("h1") == ["Failed: 1 of 2 cases"]
     assert [text for text in page.texts_in("li") if text in BF16_FAILS.failures] == list(BF16_FAILS.failures)
     cells = page.texts_in("td")
-    assert cells[9:12] == ["–", "1.20e-02", "1.20e-02"]  # no pooling in the first case
-    assert cells[21:24] == ["0.999123", "3.10e-02", "1.20e-02"]
-    assert "distance to the float32 original at most 1.1 × the original's own" in page.texts_in("dd")
+    # No pooling in the first case.
+    assert cells[9:15] == ["–", "–", "1.20e-02", "1.20e-02", "–", "–"]
+    assert cells[24:30] == ["0.999123", "4.4e-02", "3.10e-02", "1.20e-02", "2.10e-02", "9.00e-03"]
+    (limit,) = (text for text in page.texts_in("dd") if text.startswith("distance"))
+    assert limit.startswith("distance to the float32 original at most 1.1 × the original's own; of pooled vectors ")
+    assert limit.endswith(" at most 2 × the larger of the original's own and its tokens'")
 
 
 def test_in_fp8_it_says_that_the_threshold_alone_decides():

@@ -129,14 +129,18 @@ def _common(options: argparse.Namespace) -> dict[str, Any]:
 
 def align_table(report: Any) -> str:
     """An alignment report for a terminal."""
-    rows = [("case", "tokens", "min cosine", "mean cosine", "max abs", "max relative", "")]
+    pools = any(case.max_pooled_relative is not None for case in report.cases)
+    header = ("case", "tokens", "min cosine", "mean cosine", "max abs", "max relative")
+    rows: list[tuple[str, ...]] = [(*header, *["pooled relative"] * pools, "")]
     for case in report.cases:
-        numbers = (
+        numbers = [
             f"{case.min_cosine:.7f}",
             f"{case.mean_cosine:.7f}",
             f"{case.max_abs:.1e}",
             f"{case.max_relative:.1e}",
-        )
+        ]
+        if pools:
+            numbers.append("–" if case.max_pooled_relative is None else f"{case.max_pooled_relative:.1e}")
         rows.append((case.name, str(case.tokens), *numbers, "ok" if case.passed else "FAILED"))
     lines = [
         f"{report.checkpoint}: packed {report.family} against {report.original}",

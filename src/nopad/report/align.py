@@ -45,11 +45,13 @@ def write_align_page(report: AlignReport, path: str | Path) -> None:
 
 
 def _setting(report: AlignReport) -> str:
-    from nopad.parity import DISTANCE_LIMIT, RELATIVE_LIMIT  # imports torch, which whoever has a report has
+    # Imports torch, which whoever has a report has.
+    from nopad.parity import DISTANCE_LIMIT, POOLED_LIMIT, RELATIVE_LIMIT
 
-    limit = f"relative difference of a token at most {RELATIVE_LIMIT:.0e}"
+    limit = f"relative difference of a token or a pooled vector at most {RELATIVE_LIMIT:.0e}"
     if report.dtype != "float32":
-        limit = f"distance to the float32 original at most {DISTANCE_LIMIT:g} × the original's own"
+        limit = f"distance to the float32 original at most {DISTANCE_LIMIT:g} × the original's own; of pooled vectors "
+        limit += f"at most {POOLED_LIMIT:g} × the larger of the original's own and its tokens'"
     if report.precision is not None:
         limit = f"none: in {report.precision} the threshold alone decides"
     names = "checkpoint", "family", "original", "weights", "device", "dtype", "attention"
@@ -66,15 +68,17 @@ def _cases(report: AlignReport) -> str:
     pooled = any(case.min_pooled_cosine is not None for case in report.cases)
     half = any(case.distance is not None for case in report.cases)
     header = ["Case", "Result", "Images", "Tokens", "Min\ncosine", "Mean\ncosine", "Max\nrelative", "Mean\nrelative"]
-    header += ["Max\nabsolute", "Mean\nabsolute"] + ["Pooled\ncosine"] * pooled
+    header += ["Max\nabsolute", "Mean\nabsolute"] + ["Pooled\ncosine", "Pooled\nrelative"] * pooled
     header += ["Distance\nto float32", "Original's\ndistance"] * half
+    header += ["Pooled\ndistance", "Original's\npooled"] * (half and pooled)
     rows = []
     for case in report.cases:
         cells = [case.name, "Passed" if case.passed else "Failed", f"{case.images:,}", f"{case.tokens:,}"]
         cells += map(near_one, (case.min_cosine, case.mean_cosine))
         cells += map(scientific, (case.max_relative, case.mean_relative, case.max_abs, case.mean_abs))
-        cells += [near_one(case.min_pooled_cosine)] * pooled
+        cells += [near_one(case.min_pooled_cosine), scientific(case.max_pooled_relative)] * pooled
         cells += [scientific(case.distance, 2), scientific(case.original_distance, 2)] * half
+        cells += [scientific(case.pooled_distance, 2), scientific(case.original_pooled_distance, 2)] * (half and pooled)
         rows.append((cells, case.passed, case.failures))
     caption = "Each case. Relative: the norm of a token's difference over the norm of the original's token."
     return section("Cases", table(caption, header, rows))
