@@ -79,6 +79,13 @@ def test_learned_positions_say_what_is_not_run(learned, photos):
     assert all(0 < case.max_pooled_relative < 1e-4 for case in report.cases)
 
 
+def test_what_the_original_does_not_project_is_told(goldens, capsys):
+    reason = "image_embeds: transformers Aimv2VisionModel ends at pooled and has no projection"
+    assert align(goldens / "aimv2-apple-lit").skipped[-1] == reason
+    assert main(["align", str(goldens / "aimv2-apple-lit"), "--device", "cpu"]) == 0
+    assert f"not run: {reason}\n" in capsys.readouterr().out
+
+
 def test_other_dialects_and_composites(tmp_path, goldens):
     original = tiny_original()
     folder = write(tmp_path / "apple", apple(original.state_dict()), flat_config(original))

@@ -83,6 +83,8 @@ def align(
     exact = reference.load(packed, state, torch.float32).to(device=device)
     original = exact if dtype == torch.float32 else reference.load(packed, state, dtype).to(device=device)
     cases, skipped = _cases(packed, reference, images, batch_size, image_size, noise)
+    if packed.projection_dim is not None:
+        skipped.append(f"image_embeds: {reference.describe(original)} ends at pooled and has no projection")
     memory: dict[tuple[int, torch.dtype], Run] = {}
 
     def remembered(model: PreTrainedModel, pixels: Tensor) -> Run:
