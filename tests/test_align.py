@@ -265,6 +265,29 @@ def test_wrong_arguments(native, tmp_path):
         align(native, device="meta")
     with pytest.raises(ValueError, match="got none"):
         align(native, images=tmp_path / "native")
+    with pytest.raises(ValueError, match="images: expected at least one, got an empty list"):
+        align(native, images=[])
+
+
+@pytest.mark.parametrize(("size", "nearest"), [(0, 14), (-28, 14), (13, 14), (100, 98)])
+@pytest.mark.parametrize("noise", [True, False])
+def test_a_size_that_is_no_whole_number_of_patches_is_refused(native, photos, size, nearest, noise):
+    told = f"image_size: expected a multiple of patch_size 14, got {size}; give one, such as {nearest}"
+    with pytest.raises(ValueError, match=told):
+        align(native, images=photos, image_size=size, noise=noise)
+
+
+@pytest.mark.parametrize("noise", [True, False])
+def test_a_size_that_the_original_does_not_take_is_refused(learned, photos, noise):
+    told = "image_size: the original takes 56 × 56 pixels and nothing else, got 70; leave it out"
+    with pytest.raises(ValueError, match=told):
+        align(learned, images=photos, image_size=70, noise=noise)
+    assert align(learned, images=photos, image_size=56, noise=noise).passed
+
+
+def test_one_photo_is_one(native, photos):
+    report = align(native, images=[photos / "0.png"], image_size=28, noise=False)
+    assert [(case.name, case.tokens) for case in report.cases] == [("1 photo in one pack", 4)]
 
 
 def test_noise_is_seeded(native):
@@ -364,6 +387,11 @@ def test_the_specifications_script(native, photos, tmp_path):
     assert run_script(*arguments, "--threshold", "1.0").returncode == 1
     assert run_script(*arguments, "--image_size", "28").stdout.count(" 12 ") == 1
     assert run_script("--ckpt", str(native), "--image_dir", str(photos)).returncode == 2
+    refused = run_script(*arguments, "--image_size", "64")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.endswith(
+        "align_aim_v2_packing.py: image_size: expected a multiple of patch_size 14, got 64; give one, such as 70\n"
+    )
 
 
 @pytest.mark.parametrize("place", [0, 1])

@@ -58,7 +58,8 @@ def align(
             largest case; what is told of single layers is then of layers that run one by one.
         threshold: least cosine between a token and the original's.
         batch_size: images of the case of one size.
-        image_size: side in pixels of that case, and of the photos; else the model's own rule.
+        image_size: side in pixels of that case, and of the photos: a multiple of the patch size, and where the original
+            takes one size, that one; else the model's own rule.
         noise: run the cases made of seeded noise.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run the checkpoint's own code where its original is not part of transformers.
@@ -72,9 +73,12 @@ def align(
         raise ValueError(f"expected a threshold in [-1, 1] and a batch_size ≥ 1, got {threshold} and {batch_size}")
     if torch.device(device).type == "meta":
         raise ValueError(f"device: expected one with values, such as cpu or cuda, got {str(device)!r}")
+    photos = None if images is None else _photos(images)
     progress(f"loading {checkpoint}")
     packed: Any = load(checkpoint, revision=revision, dtype=torch.float32)
     reference = original_of(packed).of(str(checkpoint), revision=revision, trust_remote_code=trust_remote_code)
+    if image_size is not None:
+        _check_size(image_size, packed.patch_size, reference.only_grid(packed))
     state, weights = _original_weights(packed, reference, checkpoint, revision)
     packed = packed.to(device=device, dtype=dtype)
     if precision is not None:
@@ -82,7 +86,7 @@ def align(
     packed.set_attention(attention)
     exact = reference.load(packed, state, torch.float32).to(device=device)
     original = exact if dtype == torch.float32 else reference.load(packed, state, dtype).to(device=device)
-    cases, skipped = _cases(packed, reference, images, batch_size, image_size, noise)
+    cases, skipped = _cases(packed, reference, photos, batch_size, image_size, noise)
     if packed.projection_dim is not None:
         skipped.append(f"image_embeds: {reference.describe(original)} ends at pooled and has no projection")
     memory: dict[tuple[int, torch.dtype], Run] = {}
@@ -144,7 +148,7 @@ def _original_weights(
 def _cases(
     packed: PackedEncoder,
     reference: Original,
-    images: str | Path | Sequence[Any] | None,
+    photos: Sequence[Any] | None,
     batch_size: int,
     image_size: int | None,
     noise: bool,
@@ -152,7 +156,7 @@ def _cases(
     """Named lists of normalised pixels `(C, H, W)` or `(frames, C, H, W)`, and what cannot be asked of the original."""
     size = packed.patch_size
     only = reference.only_grid(packed)
-    side = (image_size or 16 * size) // size
+    side = 16 if image_size is None else image_size // size
     generator = torch.Generator().manual_seed(0)
 
     def make(*shape: int) -> Tensor:
@@ -177,21 +181,35 @@ def _cases(
         cases += [("images and a clip in one pack", [*one_size, clip])]
         cases += [("the same pack in another order", [clip, *reversed(one_size)])]
         skipped.append(f"several sizes: the original takes {only[0]} × {only[1]} patches and nothing else")
-    if images is not None:
-        photos = _photos(images)
+    if photos is not None:
         rule = packed.preprocessing
         if image_size is not None:
-            rule = dataclasses.replace(rule, rule="crop", size=side * size, max_patches=None)
+            rule = dataclasses.replace(rule, rule="crop", size=image_size, max_patches=None)
         pack = packed.pack(photos, resize="pil", preprocessing=rule).to("cpu", torch.float32)
         parts = pack.hidden_states.split(pack.grid_thw.prod(dim=1).tolist())
         grids = [(t, h, w) for t, h, w in pack.grid_thw.tolist()]
         pixels = [unpatchify(part, grid, size, pack.patch_order) for part, grid in zip(parts, grids, strict=True)]
-        cases += [(f"{len(photos)} photos in one pack", pixels)]
+        cases += [(f"{len(photos)} photo{'s' if len(photos) > 1 else ''} in one pack", pixels)]
     return cases, skipped
+
+
+def _check_size(image_size: int, patch_size: int, only: tuple[int, int] | None) -> None:
+    if image_size < patch_size or image_size % patch_size:
+        nearest = max(1, round(image_size / patch_size)) * patch_size
+        raise ValueError(
+            f"image_size: expected a multiple of patch_size {patch_size}, got {image_size}; give one, such as {nearest}"
+        )
+    if only is not None and {image_size // patch_size} != set(only):
+        height, width = (patches * patch_size for patches in only)
+        raise ValueError(
+            f"image_size: the original takes {height} × {width} pixels and nothing else, got {image_size}; leave it out"
+        )
 
 
 def _photos(images: str | Path | Sequence[Any]) -> Sequence[Any]:
     if not isinstance(images, str | Path):
+        if not len(images):
+            raise ValueError("images: expected at least one, got an empty list; give photos, or a folder of them")
         return images
     found = sorted(path for path in Path(images).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
