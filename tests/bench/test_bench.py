@@ -222,6 +222,19 @@ def test_float8_that_cannot_be_had_is_an_answer(native, as_it_is, monkeypatch):
     assert rows["nopad, compiled", 4096].agrees
 
 
+def test_float8_asks_for_what_is_compiled(native, as_it_is, monkeypatch):
+    # On a CPU, where compiled contestants run only if asked for.
+    monkeypatch.setattr(AIMv2Packing, "execution", "compiled")
+    rows = by_name(bench(native, peers=False, float8=True, **OPTIONS))
+    assert {name: row.not_run for (name, _), row in rows.items()} == {
+        "nopad, eager": None,
+        "nopad, compiled": None,
+        "nopad, float8": None,
+    }
+    assert rows["nopad, float8", 1024].layers == "compiled"
+    assert 0.9 < rows["nopad, float8", 1024].min_cosine < 0.9999
+
+
 def test_what_is_not_asked_for_is_not_run(native):
     report = bench(native, peers=False, compile=False, **OPTIONS)
     assert report.original == "not asked for"

@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", action=either, default=True, help="run the original model, too")
     compiled = f"run what is compiled, too {usual('compile')}"
     parser.add_argument("--compile", action=either, default=None, help=compiled)
-    parser.add_argument("--fp8", action="store_true", help="run the packed model in float8, too, compiled")
+    fp8 = "run the packed model in float8, too, compiled; brings --compile"
+    parser.add_argument("--fp8", action="store_true", help=fp8)
     parser.add_argument("--runs", type=int, metavar="N", help=f"timed runs of each {usual('runs')}")
     parser.add_argument("--seed", type=int, default=0, help="of sizes and pixels (default: 0)")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")

@@ -56,7 +56,7 @@ def bench(
         capacities: tokens per pack; one named twice runs once.
         peers: run the original, too.
         compile: run what is compiled, too.
-        float8: run the packed encoder with `precision="fp8"`, too, compiled.
+        float8: run the packed encoder with `precision="fp8"`, too, compiled; then all that is compiled runs.
         runs: timed runs of each contestant.
         seed: of sizes and pixels.
         trust_remote_code: run the checkpoint's own code where its original is not part of transformers.
@@ -76,7 +76,7 @@ def bench(
         usual.images if images is None else images,
         tuple(dict.fromkeys(usual.capacities if capacities is None else capacities)),
         usual.runs if runs is None else runs,
-        usual.compile if compile is None else compile,
+        usual.compile or float8 if compile is None else compile,
     )
     _check(device, workload, asked)
     progress(f"loading {checkpoint}")
