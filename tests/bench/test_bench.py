@@ -237,8 +237,11 @@ def test_float8_asks_for_what_is_compiled(native, as_it_is, monkeypatch):
 
 def test_what_is_not_asked_for_is_not_run(native):
     report = bench(native, peers=False, compile=False, **OPTIONS)
-    assert report.original == "not asked for"
+    assert (report.original, report.no_original) == (None, "not asked for")
     assert [row.not_run for row in report.rows] == [None, None] + 2 * ["compiling was not asked for"]
+    first = command.bench_table(report).splitlines()[0]
+    assert first == f"{native}: packed aimv2, no original beside it: not asked for"
+    assert "none: not asked for" in Page(bench_page(report)).texts
 
 
 def test_a_machine_without_a_compiler_says_so(native, as_it_is, monkeypatch):
@@ -283,10 +286,28 @@ def test_a_ceiling_is_found_where_nobody_runs(native, monkeypatch):
     assert len(report.workloads[0].ceiling.seconds) == 2
 
 
+def test_one_of_anything_is_told_as_one(native, capsys):
+    told = []
+    options = {"peers": False, "compile": False, **OPTIONS, "images": 1, "capacities": (1024,), "runs": 1}
+    report = bench(native, progress=told.append, **options)
+    (facts,) = report.workloads
+    assert facts.describe() == "1 image of one size, 880 patches, at most 880 each"
+    assert told[-1] == "mixed: 1 timed run of each, and of the ceiling around it"
+    assert "; medians of 1 run in turn\n" in command.bench_table(report)
+    assert any("medians of 1 run, one of each contestant in turn" in text for text in Page(bench_page(report)).texts)
+    one = replace(facts.ceiling, seconds=(1.0,))
+    assert one.describe().endswith("median of 1 run, around those of contestants")
+    three = replace(facts, images=3, sizes=2)
+    assert three.describe() == "3 images of 2 sizes, 880 patches, at most 880 each"
+
+
 def test_without_an_original_its_rows_say_why(tmp_path, goldens):
     report = bench(goldens / "onevision-encoder", compile=False, **OPTIONS)
     rows = by_name(report)
-    assert "no reference is at hand" in rows[PEERS[0], None].not_run
+    reason = rows[PEERS[0], None].not_run
+    assert "no reference is at hand" in reason
+    assert (report.original, report.no_original) == (None, reason)
+    assert f"packed onevision, no original beside it: {reason}\n" in command.bench_table(report)
     assert rows["nopad, eager", 1024].agrees
 
 
@@ -378,8 +399,8 @@ def test_the_command_gives_json_and_nothing_else(native, monkeypatch, capsys):
 
     report = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert set(report) == {
-        "checkpoint", "family", "original", "device", "dtype", "attention", "versions", "parameters", "seed", "runs",
-        "workloads", "rows",
+        "checkpoint", "family", "original", "no_original", "device", "dtype", "attention", "versions", "parameters",
+        "seed", "runs", "workloads", "rows",
     }  # fmt: skip
     (workload,) = report["workloads"]
     ceiling = workload.pop("ceiling")

@@ -98,7 +98,7 @@ def facts(name, ceiling):
 
 
 def report_of(*rows):
-    words = dict.fromkeys(("checkpoint", "family", "original", "device", "dtype", "attention"), "")
+    words = dict.fromkeys(("checkpoint", "family", "original", "no_original", "device", "dtype", "attention"), "")
     numbers = {"parameters": 1, "seed": 0, "runs": 3}
     # 4 TFLOP a run: 4 and 2 TFLOP/s.
     ceilings = {"mixed": Ceiling(10_000, 2, (1.0,)), "224px": Ceiling(10_000, 2, (9.0, 2.0, 1.0))}

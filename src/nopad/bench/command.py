@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from nopad.bench.defaults import ON_CPU, ON_GPU
-from nopad.bench.results import AGREEMENT, BenchReport, Row
+from nopad.bench.results import AGREEMENT, BenchReport, Row, counted
 from nopad.terminal import check_report, columns, device_of
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -89,9 +89,13 @@ def run(options: argparse.Namespace) -> int:
 
 def bench_table(report: BenchReport) -> str:
     """A benchmark for a terminal."""
+    beside = f" against {report.original}"
+    if report.original is None:
+        beside = f", no original beside it: {report.no_original}"
+    medians = f"medians of {counted(report.runs, 'run')} in turn"
     lines = [
-        f"{report.checkpoint}: packed {report.family} against {report.original}",
-        f"{report.dtype} on {report.device}, attention {report.attention}; medians of {report.runs} runs in turn",
+        f"{report.checkpoint}: packed {report.family}{beside}",
+        f"{report.dtype} on {report.device}, attention {report.attention}; {medians}",
     ]
     for facts in report.workloads:
         rows = [row for row in report.rows if row.workload == facts.name]

@@ -14,7 +14,7 @@ import torch
 
 from nopad.bench.contestants import Contestant, Features, Prepared, Run, reference_features
 from nopad.bench.measure import CEILING, Meter, NotRun, Sample, flops, in_turn, multiplying
-from nopad.bench.results import Ceiling, Row
+from nopad.bench.results import Ceiling, Row, counted
 from nopad.encoder import PackedEncoder
 
 CHECKED = 8
@@ -64,7 +64,7 @@ def race(
             entries.append(_warm_up(contestant, truths[id(images)], times, measure))
         except NotRun as reason:
             entries.append(str(reason))
-    progress(f"{workload}: {runs} timed runs of each, and of the ceiling around it")
+    progress(f"{workload}: {counted(runs, 'timed run')} of each, and of the ceiling around it")
     jobs = [_job(entry.prepared.run) for entry in entries if isinstance(entry, Ready)]
     results = in_turn(measure, [multiply, *(part for job in jobs for part in (job, multiply))], runs)
     ceilings = [_seconds(samples) for samples in results[::2]]

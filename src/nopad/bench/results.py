@@ -11,6 +11,11 @@ AGREEMENT = 0.99
 """Least cosine between a token and the packed encoder's on that image alone, above which a contestant is right."""
 
 
+def counted(number: int, noun: str) -> str:
+    """`"1 run"`, `"2 runs"`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class Row:
     """One contestant on one workload.
@@ -109,7 +114,7 @@ class Ceiling:
     def describe(self) -> str:
         """What it is, what was found, and how, in one line."""
         found = f"{self.teraflops:.4g} TFLOP/s ({self.least_teraflops:.4g} … {self.most_teraflops:.4g})"
-        how = f"median of {len(self.seconds)} runs, around those of contestants"
+        how = f"median of {counted(len(self.seconds), 'run')}, around those of contestants"
         return f"matrix products of {self.side:,}³, {self.products} a run: {found}, {how}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -145,7 +150,7 @@ class Facts:
     def describe(self) -> str:
         """Its images in one line."""
         sizes = "one size" if self.sizes == 1 else f"{self.sizes:,} sizes"
-        return f"{self.images:,} images of {sizes}, {self.tokens:,} patches, at most {self.longest:,} each"
+        return f"{counted(self.images, 'image')} of {sizes}, {self.tokens:,} patches, at most {self.longest:,} each"
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,8 @@ class BenchReport:
     """What a benchmark found, and what it rests on.
 
     Attributes:
-        original: the peers' model, or why there is none.
+        original: the peers' model, `None` where none runs.
+        no_original: why none does, else `None`.
         versions: of the software.
         parameters: of the transformer blocks.
         seed: of images and weights that are random.
@@ -162,7 +168,8 @@ class BenchReport:
 
     checkpoint: str
     family: str
-    original: str
+    original: str | None
+    no_original: str | None
     device: str
     dtype: str
     attention: str

@@ -115,7 +115,8 @@ def bench(
     return BenchReport(
         checkpoint=str(checkpoint),
         family=encoder.family,
-        original="not asked for" if peer is None else peer.about,
+        original=None if peer is None or peer.model is None else peer.about,
+        no_original="not asked for" if peer is None else peer.about if peer.model is None else None,
         device=_name(device),
         dtype=str(dtype).removeprefix("torch."),
         attention=encoder.attention,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nopad.bench.results import counted
 from nopad.report.parts import bars, element, near_one, page, pairs, section, share_chart, table, write
 
 if TYPE_CHECKING:
@@ -51,17 +52,18 @@ def write_bench_page(report: BenchReport, path: str | Path) -> None:
 
 
 def _setting(report: BenchReport) -> str:
-    names = "checkpoint", "family", "original", "device", "dtype", "attention"
-    facts = [(name.capitalize(), getattr(report, name)) for name in names]
+    original = f"none: {report.no_original}" if report.original is None else report.original
+    facts = [("Checkpoint", report.checkpoint), ("Family", report.family), ("Original", original)]
+    facts += [("Device", report.device), ("Dtype", report.dtype), ("Attention", report.attention)]
     facts += [("Versions", " · ".join(f"{name} {version}" for name, version in report.versions.items()))]
     facts += [("Blocks", f"{report.parameters:,} parameters"), ("Seed", str(report.seed))]
     lead = (
-        f"Patches on the device to normed tokens, the whole workload a run: medians of {report.runs} runs, one of each "
-        f"contestant in turn. All have the same weights and images; the pixels are random. FLOPs are 2 · parameters of "
-        f"the blocks · tokens + 4 · layers · width · Σ length². The ceiling of a workload is a plain product of random "
-        f"matrices in {report.dtype}, timed before and after each run of a contestant, whose share is of both. Peak "
-        f"memory is weights, packs and the most allocated on top. Features agree where every token of the checked "
-        f"images is that of the image packed alone."
+        f"Patches on the device to normed tokens, the whole workload a run: medians of {counted(report.runs, 'run')}, "
+        f"one of each contestant in turn. All have the same weights and images; the pixels are random. FLOPs are 2 · "
+        f"parameters of the blocks · tokens + 4 · layers · width · Σ length². The ceiling of a workload is a plain "
+        f"product of random matrices in {report.dtype}, timed before and after each run of a contestant, whose share "
+        f"is of both. Peak memory is weights, packs and the most allocated on top. Features agree where every token of "
+        f"the checked images is that of the image packed alone."
     )
     return section("What was measured", element("p", lead), pairs(facts))
 
