@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -27,10 +28,12 @@ from nopad.bench.race import block_parameters
 from nopad.bench.workloads import mixed
 from nopad.encoder import PackedEncoder
 from nopad.inference import fused, static
+from nopad.inference.products import Products
 from nopad.packing import Pack
 from nopad.planner import plan
 
-WAYS = ("eager", "quack", "torch", "fp8")
+WAYS = {"eager": "eager", "quack": "fused by quack", "torch": "fused by torch", "fp8": None}
+"""The `execution` that each asks for; float8 takes the best there is."""
 
 
 def main() -> None:
@@ -41,7 +44,7 @@ def main() -> None:
     parser.add_argument("--capacity", type=int, default=16896, help="tokens per pack (default: 16896)")
     parser.add_argument("--images", type=int, default=256, help="of the workload (default: 256)")
     parser.add_argument("--attention", default="auto", help="kernel (default: the best there is)")
-    parser.add_argument("--device", default="cuda", help="cuda or cpu, where eager alone runs (default: cuda)")
+    parser.add_argument("--device", default="cuda", help="cuda or cpu, where eager and fp8 run (default: cuda)")
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each (default: 5)")
     parser.add_argument(
         "--graphs",
@@ -54,8 +57,17 @@ def main() -> None:
     ways = options.ways.split(",")
     if not set(ways) <= set(WAYS):
         parser.error(f"--ways: expected some of {', '.join(WAYS)}, got {options.ways}")
-    with torch.no_grad(), mock.patch.object(static, "GRAPH_CAPACITY", options.graphs):
-        measure(options, ways)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("nopad").setLevel(logging.INFO)  # which tells why layers are not as fast as they could be
+    try:
+        with torch.no_grad(), mock.patch.object(static, "GRAPH_CAPACITY", options.graphs):
+            measure(options, ways)
+    except WayNotRunError as problem:
+        parser.error(str(problem))
+
+
+class WayNotRunError(Exception):
+    """The layers do not run in the way that was asked for."""
 
 
 def measure(options: argparse.Namespace, ways: list[str]) -> None:
@@ -112,15 +124,27 @@ def _run(encoder: PackedEncoder, packs: list[Pack], busy: list[float]) -> None:
 
 
 def prepared(encoder: PackedEncoder, way: str, capacity: int, images: int) -> PackedEncoder:
-    """A twin of the encoder over the same weights that runs in one of `WAYS`."""
+    """A twin of the encoder over the same weights that runs in one of `WAYS`.
+
+    Raises:
+        WayNotRunError: it runs in another one here.
+    """
     twin = copy.deepcopy(encoder, {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())})
     if way == "fp8":
         twin.to_precision("fp8")
     if way != "eager":
-        find = fused.util.find_spec
-        hidden = {"torch": "quack"}.get(way)
-        with mock.patch.object(fused.util, "find_spec", lambda name: None if name == hidden else find(name)):
+        find = fused.products_for
+
+        def last(*arguments: Any) -> tuple[list[Callable[[], Products]], str | None]:
+            makers, reason = find(*arguments)
+            return makers[-1:], reason  # torch's come after quack's
+
+        with mock.patch.object(fused, "products_for", last if way == "torch" else find):
             twin.compile(capacity, images)
+    if WAYS[way] not in (None, twin.execution):
+        raise WayNotRunError(
+            f"--ways: expected layers {WAYS[way]}, got {twin.execution} for the reason above; leave {way} out"
+        )
     return twin
 
 

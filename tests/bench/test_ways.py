@@ -1,0 +1,65 @@
+"""`benchmarks/layers.py` measures the way that was asked for, or none."""
+
+from __future__ import annotations
+
+import logging
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_encoders import tiny
+
+import nopad
+from nopad.bench import measure
+from nopad.inference import fused
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "layers.py"
+LAYERS = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
+
+
+@pytest.fixture
+def encoder(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "nopad")  # which is put back, as the script sets it
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setitem(measure.CEILING, "cpu", (64, 2))
+    encoder = nopad.load(tiny("aimv2", tmp_path), dtype=torch.bfloat16)
+    monkeypatch.setattr(nopad, "load", lambda checkpoint, **options: encoder)
+    return encoder
+
+
+def run(monkeypatch, ways):
+    arguments = ("anything", "--device", "cpu", "--images", "1", "--capacity", "1024", "--runs", "1", "--ways", ways)
+    monkeypatch.setattr(sys, "argv", ["layers.py", *arguments])
+    LAYERS.main()
+
+
+@pytest.mark.parametrize("way", ["quack", "torch"])
+def test_a_way_that_did_not_run_is_refused(encoder, monkeypatch, capsys, caplog, way):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, f"eager,{way}")
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert "eager: layers eager" in printed.out
+    assert f"{way}:" not in printed.out
+    assert f"--ways: expected layers fused by {way}, got compiled for the reason above; leave {way} out" in printed.err
+    assert "fused layers are for bfloat16 or float16 on a GPU, not for torch.bfloat16 on cpu" in caplog.text
+
+
+def test_what_ran_is_named(encoder, monkeypatch, capsys):
+    run(monkeypatch, "eager,fp8")
+    printed = capsys.readouterr().out
+    assert "eager: layers eager, ready in " in printed
+    assert "fp8: layers compiled, ready in " in printed
+
+
+def test_torch_is_the_last_of_the_products(encoder, monkeypatch):
+    """Where quack is installed, too, it is passed over."""
+    torch_products, asked = object(), []
+    monkeypatch.setattr(fused, "products_for", lambda *_: ([object(), torch_products], None))
+    monkeypatch.setattr(type(encoder), "compile", lambda self, *_: asked.append(fused.products_for(self)))
+    monkeypatch.setattr(type(encoder), "execution", "fused by torch")
+    LAYERS.prepared(encoder, "torch", 1024, 1)
+    assert asked == [([torch_products], None)]
