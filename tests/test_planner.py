@@ -49,8 +49,16 @@ def test_every_item_once_and_no_pack_too_full(lengths, capacity, look_ahead):
 
 @given(st.lists(st.integers(1, 40), max_size=80))
 def test_nobody_waits_longer_than_the_window(lengths):
-    firsts = [pack[0] for pack in plan(lengths, 50, look_ahead=2)]
-    assert firsts == sorted(firsts)
+    planner = Planner(50, look_ahead=2)
+    waiting, firsts = set(), []
+    for index, length in enumerate(lengths):
+        waiting.add(index)
+        for pack in planner.add(length, index):
+            firsts.append(pack[0])
+            waiting -= set(pack)
+        assert sum(lengths[item] for item in waiting) < 2 * 50
+    firsts += [pack[0] for pack in planner.finish()]
+    assert firsts == sorted(firsts)  # the one that has waited longest is in the next pack
 
 
 def test_mixed_sizes_fill_97_percent():
