@@ -58,8 +58,9 @@ def __getattr__(name: str) -> Any:
     try:
         home = importlib.import_module(_HOMES[name])
     except ModuleNotFoundError as error:
-        if error.name == "pyarrow":
-            raise ImportError(f"nopad.{name} needs pyarrow: pip install 'nopad[embed]'", name="pyarrow") from error
+        if error.name in ("filelock", "pyarrow"):
+            told = f"nopad.{name} needs {error.name}: pip install 'nopad[embed]'"
+            raise ImportError(told, name=error.name) from error
         raise
     return getattr(home, name)
 

@@ -1,0 +1,18 @@
+"""The public names are imported when they are first used."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(("package", "name"), [("pyarrow", "embed"), ("filelock", "embed"), ("pyarrow", "read")])
+def test_without_the_extra_it_is_told_what_to_install(package, name):
+    code = (
+        f"import sys, nopad\n"
+        f"sys.modules[{package!r}] = None\n"
+        f"try:\n    nopad.{name}\n"
+        f"except ImportError as error:\n    print(error.name, error)\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told == f"{package} nopad.{name} needs {package}: pip install 'nopad[embed]'\n"
