@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from siglip2_checkpoints import folder_of, naflex
-from tiny_encoders import GRIDS, company_changes_no_bit, patches_of
+from tiny_encoders import GRIDS, WIDE, company_changes_no_bit, patches_of, tiny
 
 import nopad
 from nopad.inference import static
@@ -16,6 +16,7 @@ from nopad.inference.rows import finite_rows
 from nopad.inference.static import longest, recordable
 from nopad.layout import Segments
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CAPACITY, SLOTS = 160, 9
 NINE = Segments.of([4, 5], "cpu")
 
@@ -310,3 +311,27 @@ def test_a_hook_may_call_the_encoder_again(encoder):
         handle = encoder.layers[0].register_forward_hook(again)
         assert torch.equal(encoder(patches, GRIDS), expected)
     assert torch.equal(inner[0], expected)
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize("precision", [None, "fp8"])
+def test_threads_with_streams_of_their_own_may_share_recorded_layers(tmp_path, precision):
+    encoder = nopad.load(tiny("dinov3", tmp_path, **WIDE), device="cuda", dtype=torch.bfloat16, precision=precision)
+    encoder.compile(CAPACITY + 100, SLOTS)
+    packs = [(patches_of(encoder, grids), grids) for grids in (GRIDS, GRIDS[1:2], GRIDS[3:], GRIDS[:2])]
+    with torch.inference_mode():
+        expected = [encoder(*pack) for pack in packs]
+    torch.cuda.synchronize()
+
+    def run(number):
+        with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
+            found = [encoder(*packs[(number + turn) % len(packs)]) for turn in range(30)]
+            torch.cuda.current_stream().synchronize()
+        return found
+
+    with ThreadPoolExecutor(len(packs)) as pool:
+        found = list(pool.map(run, range(len(packs))))
+    for number, outputs in enumerate(found):
+        for turn, output in enumerate(outputs):
+            assert torch.equal(output, expected[(number + turn) % len(packs)])
