@@ -172,7 +172,7 @@ class Unstack(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> Any:
-        tensor = _only(input_dict)
+        tensor = only_tensor(input_dict)
         for _ in range(self.axes):
             # Another leading length is left as it is: the strict check has reported it as misshapen.
             tensor = tensor.unsqueeze(0) if self.add else tensor.squeeze(0)
@@ -192,7 +192,7 @@ class FlattenPatchKernel(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> Any:
-        weight, config = _only(input_dict), kwargs["config"]
+        weight, config = only_tensor(input_dict), kwargs["config"]
         hwc = config.patch_order == "hwc"
         if self.unflatten:
             side, channels = config.patch_size, config.num_channels
@@ -208,7 +208,7 @@ class FlattenPatchKernel(ConversionOps):
         return FlattenPatchKernel(unflatten=not self.unflatten)
 
 
-def _only(input_dict: dict[str, Any]) -> Tensor:
+def only_tensor(input_dict: dict[str, Any]) -> Tensor:
     """The one tensor that a one-to-one conversion is given, in a list while loading."""
     (tensor,) = input_dict.values()
     return tensor[0] if isinstance(tensor, list) else tensor

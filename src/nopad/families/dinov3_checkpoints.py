@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
 from transformers.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
 
-from nopad.checkpoint import Checkpoint, Dialect, FlattenPatchKernel, StoredTensor, Unstack
+from nopad.checkpoint import Checkpoint, Dialect, FlattenPatchKernel, StoredTensor, Unstack, only_tensor
 from nopad.layers.rope import rope_periods
 
 
@@ -51,7 +51,7 @@ class FuseBiases(ConversionOps):
         if not self.split:
             return Concatenate(dim=0).convert(input_dict, source_patterns, target_patterns)
         names = [name for name, has in zip(target_patterns, biased(kwargs["config"]), strict=True) if has]
-        parts = _only(input_dict).chunk(len(names))
+        parts = only_tensor(input_dict).chunk(len(names))
         # Whole names: transformers completes a name from the first target, which may have no bias.
         whole = [kwargs["full_layer_name"].replace(target_patterns[0], name) for name in names]
         return {name: part.contiguous() for name, part in zip(whole, parts, strict=True)}
@@ -70,7 +70,7 @@ class TakeBiases(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> Any:
-        bias, has = _only(input_dict), biased(kwargs["config"])
+        bias, has = only_tensor(input_dict), biased(kwargs["config"])
         if self.fill:
             bias = fill_biases(bias, has)
         else:
@@ -87,11 +87,6 @@ def fill_biases(bias: Tensor, has: tuple[bool, bool, bool]) -> Tensor:
     parts = iter(bias.chunk(sum(has)))
     zeros = bias.new_zeros(bias.shape[0] // sum(has))
     return torch.cat([next(parts) if kept else zeros for kept in has])
-
-
-def _only(input_dict: dict[str, Any]) -> Tensor:
-    (tensor,) = input_dict.values()
-    return tensor[0] if isinstance(tensor, list) else tensor
 
 
 def _gated_transformers() -> list[WeightConverter | WeightRenaming]:

@@ -9,7 +9,7 @@ from transformers.core_model_loading import Concatenate, ConversionOps, WeightCo
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
 
-from nopad.checkpoint import Checkpoint, Dialect, FlattenPatchKernel
+from nopad.checkpoint import Checkpoint, Dialect, FlattenPatchKernel, only_tensor
 
 
 class Siglip2PackingConfig(Siglip2VisionConfig):
@@ -76,8 +76,7 @@ class RelayPatchWeight(ConversionOps):
         if isinstance(config, SiglipPackingConfig):
             kernel = FlattenPatchKernel(unflatten=self.back)
             return kernel.convert(input_dict, source_patterns, target_patterns, **kwargs)
-        (weight,) = input_dict.values()
-        weight = weight[0] if isinstance(weight, list) else weight
+        weight = only_tensor(input_dict)
         if config.patch_order == "chw":
             side, channels = config.patch_size, config.num_channels
             if self.back:
