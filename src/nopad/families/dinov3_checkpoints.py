@@ -215,11 +215,10 @@ def read_config(checkpoint: Checkpoint, dialect: Dialect) -> DINOv3ViTPackingCon
     }
     if "sat493m" in Path(checkpoint.name).name:
         fields["pixel_statistics"] = "sat493m"
-    if not meta:
-        checkpoint.check_model_type("dinov3_vit")
     if meta:
         fields |= _attention_of_meta(checkpoint, hidden_size)
     else:
+        checkpoint.check_model_type("dinov3_vit")
         fields |= {f"{name}_bias": f"attention.{name[0]}_proj.bias" in has for name in ("query", "key", "value")} | {
             name: value for name, value in checkpoint.config.items() if name in _CONFIG_NAMES.split()
         }
