@@ -172,7 +172,8 @@ def test_a_summary_that_nobody_takes_is_no_failure(photos, tmp_path, model, nobo
     else:
         reading, stdout = os.pipe()
         os.close(reading)
-    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, env=buffered)
     os.close(stdout)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1].startswith("nopad: done, but the summary cannot be printed: ")
