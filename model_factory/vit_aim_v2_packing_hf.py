@@ -12,8 +12,16 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.aimv2.configuration_aimv2 import Aimv2VisionConfig
 
-from nopad.families.aimv2 import AIMv2Embeddings, AIMv2Packing, aimv2_block
+from nopad.families.aimv2 import (
+    ATTENTION_NAMES,
+    BLOCK_NAMES,
+    MLP_NAMES,
+    AIMv2Embeddings,
+    AIMv2Packing,
+    aimv2_block,
+)
 from nopad.families.aimv2_checkpoints import AIMv2PackingConfig
+from nopad.inference.runner import EagerRunner
 from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
 from nopad.layers.mlp import GatedMLP
@@ -52,7 +60,13 @@ class Aimv2MLP(GatedMLP):
     """Gated feed-forward layer, `(T, D)` to `(T, D)`."""
 
     def __init__(self, config: Aimv2VisionConfig):
-        super().__init__(config.hidden_size, config.intermediate_size, ACT2FN[config.hidden_act], bias=config.mlp_bias)
+        super().__init__(
+            config.hidden_size,
+            config.intermediate_size,
+            ACT2FN[config.hidden_act],
+            bias=config.mlp_bias,
+            names=MLP_NAMES,
+        )
 
 
 class Aimv2VisionEmbeddings(AIMv2Embeddings):
@@ -61,13 +75,13 @@ class Aimv2VisionEmbeddings(AIMv2Embeddings):
     def __init__(self, config: Aimv2VisionConfig):
         super().__init__(_packing_config(config))
         if self.position_embedding is not None:
-            nn.init.normal_(self.position_embedding, std=config.initializer_range)
+            nn.init.normal_(self.position_embedding.weight, std=config.initializer_range)
 
     def forward(self, hidden_states: Tensor, grid_thw: Tensor | Layout) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`grid_thw` is `(N, 3)`."""
         if not isinstance(grid_thw, Layout):
-            grid_thw = Layout.read(hidden_states, grid_thw, None, self.proj.in_features)
-        return super().forward(hidden_states, grid_thw)
+            grid_thw = Layout.read(hidden_states, grid_thw, None, self.proj.weight[0].numel())
+        return super().forward(hidden_states, grid_thw, EagerRunner())
 
 
 class Aimv2PackingAttention(PackedAttention):
@@ -80,6 +94,7 @@ class Aimv2PackingAttention(PackedAttention):
             qkv_bias=config.qkv_bias,
             proj_bias=config.qkv_bias,
             dropout_p=config.attention_dropout,
+            names=ATTENTION_NAMES,
         )
 
     def forward(self, hidden_states: Tensor, cu_seqlens: Tensor | Segments) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -92,7 +107,7 @@ class Aimv2PackingEncoderLayer(Block):
 
     def __init__(self, config: Aimv2VisionConfig):
         block = aimv2_block(_packing_config(config))
-        super().__init__(block.norm1, block.attention, block.norm2, block.mlp)
+        super().__init__(block.norm1, block.attention, block.norm2, block.mlp, names=BLOCK_NAMES)
 
     def forward(self, hidden_states: Tensor, cu_seqlens: Tensor | Segments) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`(T, D)` to `(T, D)`."""

@@ -20,7 +20,7 @@ from nopad.align_command import align_table
 from nopad.cli import main
 from nopad.families.aimv2 import AIMv2Packing
 from nopad.inference import static
-from nopad.inference.static import StaticPacks
+from nopad.inference.static import StaticRunner
 from nopad.layers.mlp import GatedMLP
 
 ROOT = Path(__file__).parent.parent
@@ -132,13 +132,13 @@ def test_the_compiled_path_is_compared(native, learned, monkeypatch):
 
 def test_the_compiled_path_makes_room_for_prefix_tokens_and_frames(goldens, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    fits, asked = StaticPacks.fits, []
+    admits, asked = StaticRunner.admits, []
 
     def noted(self, rows, segments):
-        asked.append(fits(self, rows, segments))
+        asked.append(admits(self, rows, segments))
         return asked[-1]
 
-    monkeypatch.setattr(StaticPacks, "fits", noted)
+    monkeypatch.setattr(StaticRunner, "admits", noted)
     report = align(goldens / "dinov3-meta", compile=True)
     assert report.passed, [case.failures for case in report.cases]
     assert asked
@@ -178,8 +178,7 @@ def test_compiled_on_a_gpu(tmp_path, precision, threshold):
 
 def test_a_wrong_encoder_fails(native, monkeypatch):
     def swapped(self, hidden_states):
-        up, gate = self.gate_up(hidden_states).chunk(2, dim=-1)
-        return self.down(self.activation(gate) * up)
+        return self.down(self.activation(self.up(hidden_states)) * self.gate(hidden_states))
 
     monkeypatch.setattr(GatedMLP, "forward", swapped)
     report = align(native, threshold=0.999)

@@ -218,8 +218,8 @@ def test_alignment_sees_a_config_that_was_read_in_another_way(folder, monkeypatc
     read = AIMv2Packing.read_config
     assert align(folder).passed
 
-    def misread(checkpoint, dialect):
-        config = read(checkpoint, dialect)
+    def misread(checkpoint):
+        config = read(checkpoint)
         config.rms_norm_eps = 0.1
         return config
 

@@ -10,8 +10,8 @@ import tiny_encoders
 import torch
 
 import nopad
-from nopad.checkpoint import original_state_dict
 from nopad.families import FAMILIES, family_of_published
+from nopad.layers.roles import registered_path
 
 PUBLISHED = [name for family in FAMILIES for name in family.published]
 
@@ -25,13 +25,11 @@ def on_meta(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_layers_that_a_user_can_tap_have_one_name_in_all_families(name):
     encoder = on_meta(name)
-    modules = dict(encoder.named_modules())
     last = encoder.config.num_hidden_layers - 1
-    assert {"embeddings", "embeddings.proj", f"layers.{last}", f"layers.{last}.attention", f"layers.{last}.mlp"} <= set(
-        modules
-    )
-    assert f"layers.{last + 1}" not in modules
-    assert encoder.get_input_embeddings() is modules["embeddings.proj"]
+    for role in ("embeddings", f"layers.{last}", f"layers.{last}.attention", f"layers.{last}.mlp", "norm"):
+        assert encoder.get_submodule(role) is encoder.get_submodule(registered_path(encoder, role))
+    assert len(encoder.layers) == last + 1
+    assert encoder.get_input_embeddings() is encoder.get_submodule("embeddings.proj")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -41,7 +39,7 @@ def test_saved_names_are_told_apart_by_one_dialect_of_one_family(name):
         (family.family, dialect.name)
         for family in FAMILIES
         for dialect in family.dialects
-        if dialect.matches(original_state_dict(encoder, encoder.original_dialect().conversions()))
+        if dialect.matches(encoder.state_dict())
     ]
     assert len(speaking) == 1, speaking
     assert speaking[0][0] == encoder.family

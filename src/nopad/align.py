@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from nopad import __version__
-from nopad.checkpoint import original_state_dict
 from nopad.checkpoint_files import open_checkpoint
 from nopad.encoder import PackedEncoder
 from nopad.families import original_of
@@ -131,18 +130,17 @@ def _original_weights(
     packed: PackedEncoder, reference: Original, checkpoint: str | Path, revision: str | None
 ) -> tuple[dict[str, Tensor], str]:
     """The original's tensors, and where they came from."""
-    dialect = packed.original_dialect()
     names = reference.names(packed)
     spoken = next((other for other in packed.dialects if other.name == packed.dialect), None)
     if spoken is not None and spoken.is_original:
         # The file's own tensors: nothing that nopad converts stands between them and the original.
         part = spoken.select(open_checkpoint(checkpoint, revision=revision))
-        state = {name: tensor.read() for name, tensor in part.tensors.items() if name in names}
+        state = {name: tensor[...] for name, tensor in spoken.convert(part).tensors.items() if name in names}
         return state, f"read from the checkpoint as it is ({spoken.name} names)"
-    state = original_state_dict(packed, dialect.conversions())
-    made = "seeded random" if packed.dialect is None else f"{packed.dialect} names"
-    kept = {name: tensor for name, tensor in state.items() if name in names}
-    return kept, f"{made}, converted by nopad to {dialect.name} names"
+    made = "seeded random"
+    if packed.dialect is not None:
+        made = f"{packed.dialect} names, converted by nopad to {packed.original_dialect().name} names"
+    return {name: tensor for name, tensor in packed.state_dict().items() if name in names}, made
 
 
 def _cases(

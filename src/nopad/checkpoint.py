@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, revert_weight_conversion
-from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from nopad.conversions import NameTable, Part
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What weights may be."""
@@ -20,15 +20,27 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: its shape and dtype at once, its values when asked."""
+    """A tensor in a file: its shape and dtype at once, its values by `read`, which may lie in the mapped file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
 
     def __getitem__(self, index: Any) -> Tensor:
-        """The values, as transformers' loader asks a safetensors slice for them."""
-        return self.read()[index]
+        """A copy of the values, as transformers' loader takes them from a safetensors slice.
+
+        Not the mapped file itself, or saving over it would change the weights in use.
+        """
+        return self.read()[index].clone()
+
+    def part(self, part: Part) -> StoredTensor:
+        """What one parameter takes of it."""
+        parts = part.rename.reshape.parts
+        try:
+            shape = tuple(parts(torch.empty(self.shape, device="meta"))[part.index].shape)
+        except (IndexError, RuntimeError):  # misshapen, as `check_strictly` reports
+            shape = self.shape
+        return replace(self, shape=shape, read=lambda: parts(self.read())[part.index])
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,7 @@ class Checkpoint:
         preprocessor: `image_processor` of `processor_config.json` or `preprocessor_config.json`, `None` where there is
             neither.
         left_out: tensors that the dialect drops; some of them still tell about the architecture.
+        table: leads from the names of the file to those of `tensors`.
     """
 
     name: str
@@ -49,6 +62,7 @@ class Checkpoint:
     config: dict[str, Any] = field(default_factory=dict)
     preprocessor: dict[str, Any] | None = None
     left_out: Mapping[str, StoredTensor] = field(default_factory=dict)
+    table: NameTable = field(default_factory=NameTable)
 
     @property
     def vision_config(self) -> dict[str, Any]:
@@ -98,7 +112,8 @@ class Checkpoint:
             ValueError: there is none of this name.
         """
         if name not in self.tensors:
-            raise ValueError(f"checkpoint {self.name!r}: tensor {name!r} is missing, it tells the architecture")
+            stored = self.table.file_name(name)
+            raise ValueError(f"checkpoint {self.name!r}: tensor {stored!r} is missing, it tells the architecture")
         return self.tensors[name].shape
 
     def count(self, prefix: str) -> int:
@@ -114,18 +129,18 @@ class Dialect:
     Attributes:
         name: for messages and reports.
         signature: a pattern that tensor names of this dialect match, and those of no other.
-        conversions: gives fresh transformers conversions from this dialect's names to the encoder's.
+        table: leads from this dialect's names to the packed model's, and back.
         prefixes: taken off tensor names before anything else (the tower's name in a composite checkpoint).
         dropped: patterns of tensors that are no part of the vision encoder.
-        is_original: whether transformers' own class reads these names as they are.
+        is_original: whether the original class reads these names as they are.
         requires: further patterns, each of which some name must match, where no one name tells dialects apart.
         excludes: patterns that no name may match, where a dialect's names are all found in another's.
-        prepare: what makes of the selected tensors those that the conversions take.
+        prepare: what makes of the selected tensors those that the table is about.
     """
 
     name: str
     signature: str
-    conversions: Callable[[], list[WeightConverter | WeightRenaming]]
+    table: NameTable = field(default_factory=NameTable)
     prefixes: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     is_original: bool = False
@@ -162,69 +177,11 @@ class Dialect:
             tensors[self.strip(name)] = tensor
         return self.prepare(replace(checkpoint, tensors=tensors, left_out=left_out))
 
-
-class Unstack(ConversionOps):
-    """Drop leading axes of length one; the reverse puts them back."""
-
-    def __init__(self, axes: int = 1, *, add: bool = False):
-        self.axes, self.add = axes, add
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> Any:
-        tensor = only_tensor(input_dict)
-        for _ in range(self.axes):
-            # Another leading length is left as it is: the strict check has reported it as misshapen.
-            tensor = tensor.unsqueeze(0) if self.add else tensor.squeeze(0)
-        return {target_patterns[0]: tensor}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return Unstack(self.axes, add=not self.add)
-
-
-class FlattenPatchKernel(ConversionOps):
-    """Convolution kernel `(D, C, p, p)` to the matrix `(D, P)` over patches in `config.patch_order`."""
-
-    def __init__(self, *, unflatten: bool = False):
-        self.unflatten = unflatten
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> Any:
-        weight, config = only_tensor(input_dict), kwargs["config"]
-        hwc = config.patch_order == "hwc"
-        if self.unflatten:
-            side, channels = config.patch_size, config.num_channels
-            shape = (side, side, channels) if hwc else (channels, side, side)
-            weight = weight.unflatten(1, shape)
-            weight = weight.permute(0, 3, 1, 2) if hwc else weight
-        else:
-            weight = (weight.permute(0, 2, 3, 1) if hwc else weight).flatten(1)
-        return {target_patterns[0]: weight.contiguous()}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return FlattenPatchKernel(unflatten=not self.unflatten)
-
-
-def only_tensor(input_dict: dict[str, Any]) -> Tensor:
-    """The one tensor that a one-to-one conversion is given, in a list while loading."""
-    (tensor,) = input_dict.values()
-    return tensor[0] if isinstance(tensor, list) else tensor
-
-
-def original_state_dict(
-    model: PreTrainedModel, conversions: list[WeightConverter | WeightRenaming]
-) -> dict[str, Tensor]:
-    """The model's tensors under the names and in the shapes of a dialect; on the meta device, what a file must hold."""
-    # transformers reverts the conversions that it finds noted on the model.
-    before = model.__dict__.get("_weight_conversions")
-    try:
-        model.__dict__["_weight_conversions"] = conversions
-        return revert_weight_conversion(model, model.state_dict())
-    finally:
-        model.__dict__["_weight_conversions"] = before
+    def convert(self, checkpoint: Checkpoint) -> Checkpoint:
+        """A selected checkpoint under the packed model's names; values are split and reshaped as they are read."""
+        parts = self.table.parts(checkpoint.tensors)
+        tensors = {name: checkpoint.tensors[part.name].part(part) for name, part in parts.items()}
+        return replace(checkpoint, tensors=tensors, table=self.table)
 
 
 def check_strictly(checkpoint: Checkpoint, expected: Mapping[str, Tensor], dialect: Dialect) -> None:

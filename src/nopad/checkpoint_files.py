@@ -151,10 +151,7 @@ def _read_file(path: Path) -> dict[str, StoredTensor]:
         for name in handle.keys():  # noqa: SIM118 - the handle is no dict
             part = handle.get_slice(name)
             dtype = handle.get_tensor(name).dtype
-            # clone: the file stays mapped otherwise, and saving over it would change the weights in use.
-            tensors[name] = StoredTensor(
-                tuple(part.get_shape()), dtype, lambda name=name: handle.get_tensor(name).clone()
-            )
+            tensors[name] = StoredTensor(tuple(part.get_shape()), dtype, lambda name=name: handle.get_tensor(name))
         return tensors
     if path.suffix not in PICKLE_SUFFIXES:
         raise ValueError(

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from nopad.inference import precision as formats
-from nopad.inference.static import StaticPacks, compile_layers
+from nopad.inference.runner import EagerRunner, Runner
+from nopad.inference.static import StaticRunner, compile_layers
 from nopad.layers.attention import Rotation
 from nopad.layers.pooling import segment_mean
+from nopad.layers.prefix import PrefixLayout
 from nopad.layout import Layout, Segments
 from nopad.packing import Pack
 from nopad.pictures import PictureEncoder
@@ -43,7 +45,6 @@ class Trunk:
 
     tokens: Tensor
     prefix_tokens: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class PackedEncoder(PictureEncoder):
@@ -63,12 +64,12 @@ class PackedEncoder(PictureEncoder):
     num_prefix_tokens: int = 0
     layers: nn.ModuleList
     head: nn.Module | None
-    _static: StaticPacks | None = None
+    _runner: Runner = EagerRunner()
 
     # What a family brings.
 
-    def trunk(self, hidden_states: Tensor, layout: Layout, states: list[Tensor] | None) -> Trunk:
-        """Patches to normed tokens; appends the tokens before each layer and after the last to `states`, if a list."""
+    def trunk(self, patches: Tensor, layout: Layout, runner: Runner) -> Trunk:
+        """Patches `(T, P)` to normed tokens; embeds and runs `self.layers` by the `runner`."""
         raise NotImplementedError
 
     def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
@@ -78,20 +79,6 @@ class PackedEncoder(PictureEncoder):
     def project(self, pooled: Tensor) -> Tensor | None:
         """`pooled` in the image-text space, `None` where the checkpoint has no projection."""
         return None
-
-    def run_layers(
-        self, tokens: Tensor, segments: Segments, rotate: Rotation | None, states: list[Tensor] | None
-    ) -> Tensor:
-        """All layers, `(T, D)` to `(T, D)`; the tokens before each and after the last go to `states`, if a list."""
-        if self._static is not None and states is None and self._static.fits(len(tokens), segments):
-            return self._static.run(tokens, segments, rotate, self.layers)
-        for layer in self.layers:
-            if states is not None:
-                states.append(tokens)
-            tokens = layer(tokens, segments, rotate)
-        if states is not None:
-            states.append(tokens)
-        return tokens
 
     # The contract of a forward.
 
@@ -114,7 +101,7 @@ class PackedEncoder(PictureEncoder):
         """
         patches, layout = self._read(hidden_states, grid_thw, patch_positions)
         with torch.cuda.device_of(patches):  # non-torch kernels launch on the current device
-            return self.trunk(patches, layout, None).tokens
+            return self.trunk(patches, layout, self._runner_for(layout)).tokens
 
     def encode(
         self,
@@ -126,20 +113,35 @@ class PackedEncoder(PictureEncoder):
     ) -> PackedOutput:
         """As `forward`, with pooling, projection, prefix tokens and, on request, every layer's tokens."""
         patches, layout = self._read(hidden_states, grid_thw, patch_positions)
+        runner, states = self._runner_for(layout), None
+        if output_hidden_states:
+            states = []
+            runner = EagerRunner(states)
         with torch.cuda.device_of(patches):
-            return self._encode(patches, layout, [] if output_hidden_states else None)
+            trunk = self.trunk(patches, layout, runner)
+            pooled = runner.pool(self, trunk, self._segments(layout))
+            if len(pooled) > len(layout.images):
+                pooled = segment_mean(pooled, layout.frames_per_image)
+            projected = runner.project(self, pooled)
+            kept = None if states is None else self._of_patches(states, layout)
+        return PackedOutput(trunk.tokens, pooled, projected, trunk.prefix_tokens, kept)
 
-    def _encode(self, patches: Tensor, layout: Layout, states: list[Tensor] | None) -> PackedOutput:
-        trunk = self.trunk(patches, layout, states)
-        segments = layout.images if self.frames_attend_jointly else layout.frames
-        static = self._static
-        if static is not None and not static.fits(len(patches) + self.num_prefix_tokens * len(segments), segments):
-            static = None
-        pooled = self.pool_segments(trunk, segments) if static is None else static.pool(self, trunk, segments)
-        if len(segments) > len(layout.images):
-            pooled = segment_mean(pooled, layout.frames_per_image)
-        projected = self.project(pooled) if static is None else static.project(self, pooled)
-        return PackedOutput(trunk.tokens, pooled, projected, trunk.prefix_tokens, trunk.hidden_states)
+    def _segments(self, layout: Layout) -> Segments:
+        """What attends to itself: whole clips or their frames."""
+        return layout.images if self.frames_attend_jointly else layout.frames
+
+    def _runner_for(self, layout: Layout) -> Runner:
+        """What runs this pack; nothing else decides whether it is filled up."""
+        segments = len(self._segments(layout))
+        rows = layout.num_patches + self.num_prefix_tokens * segments
+        return self._runner if self._runner.admits(rows, segments) else EagerRunner()
+
+    def _of_patches(self, states: list[Tensor], layout: Layout) -> tuple[Tensor, ...]:
+        """Each layer's tokens `(T, D)`, without prefix tokens."""
+        if not self.num_prefix_tokens:
+            return tuple(states)
+        places = PrefixLayout.of(layout, self.num_prefix_tokens)
+        return tuple(places.take_patches(state) for state in states)
 
     # Ready for inference.
 
@@ -175,7 +177,7 @@ class PackedEncoder(PictureEncoder):
             raise ValueError(f"expected capacity ≥ {least} and max_images ≥ 1, got {capacity} and {slots}")
         on_device = torch.cuda.device_of(next(self.parameters()))
         with on_device, torch.inference_mode(False), torch.no_grad():  # or nothing made here could be written to later
-            self._static = StaticPacks(self, capacity, slots, compile_layers(self, capacity, slots, compiled))
+            self._runner = StaticRunner(self, capacity, slots, compile_layers(self, capacity, slots, compiled))
 
     def set_attention(self, backend: str) -> None:
         """As `PretrainedEncoder.set_attention`; undoes `compile`, whose layers keep the kernel they were made with."""
@@ -201,24 +203,22 @@ class PackedEncoder(PictureEncoder):
 
     def uncompile(self) -> None:
         """Undo `compile`."""
-        if self._static is not None:
-            self._static.remove()
-            self._static = None
+        self._runner = EagerRunner()
 
     @property
     def compiled_capacity(self) -> int | None:
         """Tokens that every pack is filled up to, `None` unless compiled."""
-        return None if self._static is None else self._static.capacity
+        return self._runner.capacity
 
     @property
     def compiled_images(self) -> int | None:
         """Most images, or frames that do not attend to each other, of a compiled pack, `None` unless compiled."""
-        return None if self._static is None else self._static.slots
+        return self._runner.max_segments
 
     @property
     def execution(self) -> str:
         """How the layers run in inference: `"eager"`, `"compiled"`, `"fused by quack"` or `"fused by torch"`."""
-        return "eager" if self._static is None else self._static.execution
+        return self._runner.execution
 
     def example_rotation(self, rows: int) -> Rotation | None:
         """What turns queries and keys, as `trunk` makes it for `rows` rows; `None` where they are not turned."""

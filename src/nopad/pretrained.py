@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,25 +12,25 @@ from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
+from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.modeling_utils import PreTrainedModel
 
-from nopad.checkpoint import FLOATS, Checkpoint, Dialect, check_strictly, original_state_dict
+from nopad.checkpoint import FLOATS, Checkpoint, Dialect, check_strictly
 from nopad.checkpoint_files import open_checkpoint
 from nopad.inference.precision import check_saving
+from nopad.layers.linear import SharedInput
+from nopad.layers.patch_embed import PatchEmbedding
+from nopad.layers.roles import ByRole
 from nopad.layers.varlen import BACKENDS, resolve_backend
 from nopad.packing import PatchOrder, check_patch_order
 from nopad.untrained import UNTRAINED, fill
 
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 
-# transformers looks a class's conversions up in one table, where the dialect at hand stands while a checkpoint loads.
-_CONVERSIONS = threading.Lock()
 
-
-class PretrainedEncoder(PreTrainedModel):
+class PretrainedEncoder(ByRole, PreTrainedModel):
     """A transformers model that loads every dialect of its family, strictly, and saves the original's.
 
     Attributes:
@@ -50,6 +49,7 @@ class PretrainedEncoder(PreTrainedModel):
     _supports_flash_attn = True
 
     config: Any
+    embeddings: Any
     family: ClassVar[str]
     dialects: ClassVar[tuple[Dialect, ...]]
     published: ClassVar[dict[str, dict[str, Any]]]
@@ -66,6 +66,7 @@ class PretrainedEncoder(PreTrainedModel):
             check_patch_order(self.config.patch_order)
             self.build()
             self.post_init()
+            self._lay_out()
         else:
             self.__dict__ = type(self).from_pretrained(config, **kwargs).__dict__
 
@@ -74,8 +75,8 @@ class PretrainedEncoder(PreTrainedModel):
         raise NotImplementedError
 
     @classmethod
-    def read_config(cls, checkpoint: Checkpoint, dialect: Dialect) -> PreTrainedConfig:
-        """The architecture, from a checkpoint's config and its tensors' shapes."""
+    def read_config(cls, checkpoint: Checkpoint) -> PreTrainedConfig:
+        """The architecture, from a checkpoint's config and its tensors' shapes, whose names are the packed model's."""
         raise NotImplementedError
 
     @property
@@ -154,37 +155,36 @@ class PretrainedEncoder(PreTrainedModel):
                 f"({', '.join(d.name for d in cls.dialects)}), got {sorted(checkpoint.tensors)[:10]}"
             )
         part = dialect.select(checkpoint)
+        converted = dialect.convert(part)
         try:
-            config = config or cls.read_config(part, dialect)
+            config = config or cls.read_config(converted)
             check_numbers(config, f"checkpoint {checkpoint.name!r}")
             config = _with_options(config, patch_order=patch_order, positions=positions)
             with torch.device("meta"):
-                skeleton = cls(config)
+                needed = cls(config).state_dict()
         except (TypeError, ArithmeticError, AttributeError, LookupError, StrictDataclassError) as error:
             told = " ".join(str(error).split()) or repr(error)
             raise ValueError(f"checkpoint {checkpoint.name!r}: config.json describes no encoder: {told}") from error
-        check_strictly(part, original_state_dict(skeleton, dialect.conversions()), dialect)
+        check_strictly(part, dialect.table.to_file(needed), dialect)
         if dtype in (None, "auto"):
             dtype = part.dtype
         check_dtype(dtype)
         asked = kwargs.pop("attn_implementation", None) or "auto"
-        with _CONVERSIONS:
-            register_checkpoint_conversion_mapping(cls.__name__, dialect.conversions(), overwrite=True)
-            try:
-                model = super().from_pretrained(
-                    None, config=config, state_dict=dict(part.tensors), dtype=dtype, **kwargs
-                )
-            finally:
-                cls.register_conversions()
-        # Saved under the original's names, whatever dialect was read.
-        (model[0] if isinstance(model, tuple) else model)._came_from(checkpoint, dialect, attention or asked)
-        return model
+        state = {name: converted.tensors[name] for name in needed}
+        loaded = super().from_pretrained(None, config=config, state_dict=state, dtype=dtype, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._came_from(checkpoint, dialect, attention or asked)
+        return loaded
 
     def _came_from(self, checkpoint: Checkpoint, dialect: Dialect, attention: str) -> None:
-        self.__dict__["_weight_conversions"] = None
         self.source, self.dialect = checkpoint.name, dialect.name
         self.preprocessor_config, self.checkpoint_config = checkpoint.preprocessor, checkpoint.config
         self.set_attention(attention)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        for module in self.modules():
+            if isinstance(module, SharedInput):
+                module.lay_out()
 
     @classmethod
     def untrained(
@@ -228,26 +228,34 @@ class PretrainedEncoder(PreTrainedModel):
 
     @classmethod
     def original_dialect(cls) -> Dialect:
-        """The dialect that checkpoints are saved in: the original class's own."""
+        """The dialect of the packed model's own files."""
         return next(dialect for dialect in cls.dialects if dialect.is_original)
 
-    @classmethod
-    def register_conversions(cls) -> None:
-        """Tell transformers the names that this class saves under."""
-        conversions = cls.original_dialect().conversions()
-        register_checkpoint_conversion_mapping(cls.__name__, conversions, overwrite=True)
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride] - the other arguments by name
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Save under the original's tensor names, so that the original class loads the folder too.
 
         Raises:
             ValueError: the layers are in another format, see `precision`.
         """
         check_saving(self.precision)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        state: Any = state_dict
+        if self.original_dialect().table.renames and self._holds_its_weights():
+            state = self.original_dialect().table.to_file(self.state_dict() if state is None else state)
+        super().save_pretrained(save_directory, is_main_process, state, **kwargs)
         if self.preprocessor_config is not None:
             text = json.dumps(self.preprocessor_config, indent=2) + "\n"
             (Path(save_directory) / "preprocessor_config.json").write_text(text, encoding="utf-8")
+
+    def _holds_its_weights(self) -> bool:
+        """Whether what is saved are weights that lie in memory, rather than an adapter's, or offloaded or quantised."""
+        adapted, quantised = getattr(self, "_hf_peft_config_loaded", False), getattr(self, "hf_quantizer", None)
+        return not adapted and quantised is None and not any(weight.is_meta for weight in self.parameters())
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As `nn.Module` gives it.
@@ -258,9 +266,17 @@ class PretrainedEncoder(PreTrainedModel):
         check_saving(self.precision)
         return super().state_dict(*args, **kwargs)
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, PatchEmbedding):
+            init.normal_(module.weight, std=getattr(self.config, "initializer_range", 0.02))  # as transformers' layers
+            if module.bias is not None:
+                init.zeros_(module.bias)
+
     def get_input_embeddings(self) -> nn.Module:
         """The patch embedding."""
-        return self.get_submodule("embeddings.proj")
+        return self.embeddings.proj
 
 
 def check_numbers(config: PreTrainedConfig, whose: str) -> None:

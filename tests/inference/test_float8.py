@@ -12,7 +12,6 @@ from tiny_encoders import FAMILIES, GRIDS, WIDE, company_changes_no_bit, patches
 from torch import nn
 
 import nopad
-from nopad.families.dinov3 import PartlyBiasedQKV
 from nopad.inference.float8 import (
     FLOAT8,
     SMALLEST_AMAX,
@@ -25,6 +24,8 @@ from nopad.inference.float8 import (
     round_weight,
     silu_mul_quantize,
 )
+from nopad.layers.linear import joined
+from nopad.layers.roles import registered_path
 from nopad.layout import Segments
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -122,8 +123,7 @@ def test_a_linear_map_is_a_few_percent_off(bias):
 
 @pytest.mark.parametrize("has_bias", [(True, False, True), (False, False, True)])
 def test_biases_of_which_some_are_missing_are_kept(has_bias):
-    linear = PartlyBiasedQKV(32, has_bias)
-    nn.init.normal_(linear.bias)
+    linear = joined([nn.Linear(32, 32, bias=biased) for biased in has_bias])
     expected = linear(torch.zeros(1, 32))
     assert torch.equal(Float8Linear(linear)(torch.zeros(1, 32)), expected)
     for part, biased in zip(expected[0].chunk(3), has_bias, strict=True):
@@ -144,11 +144,13 @@ def test_every_family_comes_close(folder):
     # The cast of what comes out of the attention would cost what its product saves; what the first values lose counts
     # most.
     left = {name for name, module in encoder.layers.named_modules() if isinstance(module, nn.Linear)}
-    first = {"0.attention.qkv.value", "1.attention.qkv.value"}
-    assert left == {f"{number}.attention.proj" for number in range(len(encoder.layers))} | first
+    attentions = [registered_path(layer, "attention") for layer in encoder.layers]
+    proj = registered_path(encoder.layers[0].attention, "proj")
+    first = {f"{number}.{name}.qkv.value" for number, name in enumerate(attentions[:2])}
+    assert left == {f"{number}.{name}.{proj}" for number, name in enumerate(attentions)} | first
     half = nopad.load(folder, dtype=torch.bfloat16, precision="fp8")
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-    assert isinstance(encoder.embeddings.proj, nn.Linear)
+    assert encoder.embeddings.proj.weight.dtype == torch.float32
     expected = plain.encode(patches_of(plain), GRIDS, output_hidden_states=True)
     found = encoder.encode(patches_of(encoder), GRIDS, output_hidden_states=True)
     assert torch.equal(found.hidden_states[0], expected.hidden_states[0])
@@ -163,11 +165,20 @@ def test_preparing_changes_no_layer_and_bounds_what_goes_down(tmp_path):
     layer, rows = encoder.layers[0], 30 * torch.randn(200, 32)
     segments = Segments.of([200], "cpu")
     expected = layer(rows, segments)
-    prepare(layer)
+    attention, mlp = layer.attention, layer.mlp
+    qkv, gate_up = joined((attention.q, attention.k, attention.v)), joined((mlp.gate, mlp.up))
+    prepare(layer, qkv, gate_up)
+    for module, name, weight in zip(
+        (attention, attention, attention, mlp, mlp),
+        ("q", "k", "v", "gate", "up"),
+        (*qkv.weight.chunk(3), *gate_up.weight.chunk(2)),
+        strict=True,
+    ):
+        getattr(module, name).weight.copy_(weight)
     torch.testing.assert_close(layer(rows, segments), expected)
     assert not [*layer.norm1.parameters(), *layer.norm2.parameters()]
     # The worst a normed row can do: to lie between a gate and its up, on whichever side.
-    gate, up = layer.mlp.gate_up.weight.chunk(2)
+    gate, up = gate_up.weight.chunk(2)
     for sign in (1, -1):
         worst = F.normalize(F.normalize(gate, dim=1) + sign * F.normalize(up, dim=1), dim=1) * 32**0.5
         product = (worst * gate).sum(dim=1) * (worst * up).sum(dim=1)
@@ -181,8 +192,8 @@ def test_dead_gates_and_ups_stay_finite(tmp_path):
     encoder = nopad.load(tiny("aimv2", tmp_path / "aimv2"))
     for layer in encoder.layers:
         layer.norm2.weight.fill_(2.0)
-        layer.mlp.gate_up.weight[:4] = 0  # gates
-        layer.mlp.gate_up.weight[60:70] = 0  # ups
+        layer.mlp.gate.weight[:4] = 0
+        layer.mlp.up.weight[12:22] = 0
     expected = encoder(patches_of(encoder), GRIDS)
     encoder.to_precision("fp8")
     found = encoder(patches_of(encoder), GRIDS)
@@ -266,7 +277,7 @@ def test_sizes_that_do_not_fit_leave_the_encoder_as_it_was(tmp_path):
     encoder.compile(CAPACITY, SLOTS, compiled=False)
     with torch.no_grad():
         expected = encoder(patches_of(encoder), GRIDS)
-    with pytest.raises(ValueError, match="multiples of 16, got a linear map of 40 to 32"):
+    with pytest.raises(ValueError, match="multiples of 16, got a linear map of 32 to 40"):
         encoder.to_precision("fp8")
     assert encoder.precision is None
     assert encoder.compiled_capacity == CAPACITY
@@ -280,7 +291,7 @@ def test_sizes_that_do_not_fit_leave_the_encoder_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("spoil", ["parametrized", "another forward"])
-@pytest.mark.parametrize("part", ["attention.qkv", "mlp.gate_up", "mlp.down"])
+@pytest.mark.parametrize("part", ["attention.q", "attention.v", "mlp.gate", "mlp.down"])
 @pytest.mark.parametrize("number", [0, 1])
 def test_maps_of_more_than_their_weight_leave_the_encoder_as_it_was(tmp_path, spoil, part, number):
     encoder = nopad.load(tiny("aimv2", tmp_path / "aimv2"))
@@ -289,7 +300,9 @@ def test_maps_of_more_than_their_weight_leave_the_encoder_as_it_was(tmp_path, sp
         nn.utils.parametrize.register_parametrization(linear, "weight", nn.Identity())
     else:
         lora = type("Lora", (nn.Linear,), {"forward": lambda self, states: 2 * F.linear(states, self.weight)})
-        encoder.layers[number].set_submodule(part, lora(linear.in_features, linear.out_features, bias=False))
+        encoder.layers[number].set_submodule(
+            registered_path(encoder.layers[number], part), lora(linear.in_features, linear.out_features, bias=False)
+        )
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     with pytest.raises(ValueError, match="expected linear maps of a floating-point weight"):
         encoder.to_precision("fp8")
@@ -338,10 +351,11 @@ def test_what_is_float8_stays_as_it_is(encoder):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["aimv2", "siglip2", "dinov3"])
-@pytest.mark.parametrize("target", ["qkv", "attention.proj", "down"])
+@pytest.mark.parametrize("target", ["attention.k", "attention.proj", "mlp.down"])
 def test_adapters_leave_the_encoder_as_it_was(tmp_path, family, target):
     peft = pytest.importorskip("peft", reason="peft is a development dependency")
     encoder = nopad.load(tiny(family, tmp_path / "checkpoint"))
+    target = registered_path(encoder.layers[0], target)
     peft.get_peft_model(encoder, peft.LoraConfig(r=16, target_modules=[target])).eval()
     expected = encoder(patches_of(encoder), GRIDS)
     with pytest.raises(ValueError, match="merge it into its weight, or load the checkpoint with precision='fp8' first"):
@@ -350,12 +364,13 @@ def test_adapters_leave_the_encoder_as_it_was(tmp_path, family, target):
     assert torch.equal(encoder(patches_of(encoder), GRIDS), expected)
 
 
-@pytest.mark.parametrize("part", ["mlp", "mlp.down", "norm1", "attention.qkv"])
+@pytest.mark.parametrize("part", ["mlp", "mlp.down", "norm1", "attention.k"])
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
 def test_hooks_that_would_be_lost_are_told(tmp_path, part, register):
     encoder = nopad.load(tiny("aimv2", tmp_path / "aimv2"))
     hook = getattr(encoder.layers[1].get_submodule(part), register)(lambda *arguments: None)
-    with pytest.raises(ValueError, match=rf"got one on layers\.1\.{part}; register it afterwards"):
+    name = registered_path(encoder.layers[1], part)
+    with pytest.raises(ValueError, match=rf"got one on layers\.1\.{name}; register it afterwards"):
         encoder.to_precision("fp8")
     hook.remove()
     seen = []
@@ -366,7 +381,7 @@ def test_hooks_that_would_be_lost_are_told(tmp_path, part, register):
     assert len(seen) == 2
 
 
-@pytest.mark.parametrize("linear", [nn.Linear(32, 96, bias=False), PartlyBiasedQKV(32, (True, False, True))])
+@pytest.mark.parametrize("linear", [nn.Linear(32, 96, bias=False), nn.Linear(32, 96)])
 @torch.no_grad()
 def test_values_that_stay_are_those_of_the_whole_map(linear):
     for parameter in linear.parameters():

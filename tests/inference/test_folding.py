@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 import nopad
 from nopad.inference.float8 import FLOAT8, Float8Linear
 from nopad.inference.folding import FoldedBlock, Matrix, by_head, can_fold, folded, in_turn, name_of, scaled
-from nopad.layers.block import Block
+from nopad.layers.block import Block, LayerScale
 
 
 @pytest.fixture
@@ -42,9 +42,9 @@ def test_a_norms_weight_and_bias_go_into_the_matrix_after_it(norm, bias):
 
 @torch.no_grad()
 def test_a_layer_scale_goes_into_the_matrix_before_it():
-    linear, scale, rows = normal(nn.Linear(6, 4)), torch.randn(4), torch.randn(3, 6)
+    linear, scale, rows = normal(nn.Linear(6, 4)), normal(LayerScale(4)), torch.randn(3, 6)
     matrix = scaled(linear, scale, centred=False)
-    torch.testing.assert_close(rows @ matrix.weight.T + matrix.bias, linear(rows) * scale)
+    torch.testing.assert_close(rows @ matrix.weight.T + matrix.bias, scale(linear(rows)))
 
 
 def test_a_matrix_that_nothing_is_folded_into_is_the_weight_itself():
@@ -108,17 +108,18 @@ def test_biases_can_be_folded(tmp_path):
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda layer: setattr(layer, "layer_scale1", nn.Parameter(torch.ones(32))),
+        lambda layer: setattr(layer, "layer_scale1", LayerScale(32)),
         lambda layer: setattr(layer, "norm2", nn.LayerNorm(32, eps=layer.norm1.eps)),
         lambda layer: setattr(layer, "norm1", nn.Identity()),
         lambda layer: setattr(layer.norm1, "eps", 1e-3),
         lambda layer: setattr(layer.mlp, "activation", ACT2FN["gelu"]),
         lambda layer: setattr(layer.attention, "proj", nn.Identity()),
-        lambda layer: setattr(layer.attention.qkv, "weight", nn.Parameter(torch.ones(96, 32).char(), False)),
+        lambda layer: setattr(layer.attention.k, "weight", nn.Parameter(torch.ones(32, 32).char(), False)),
         lambda layer: setattr(layer, "mlp", nn.Identity()),
         lambda layer: setattr(layer, "attention", nn.Identity()),
         lambda layer: setattr(layer, "norm1", nn.RMSNorm(32)),  # no eps of its own
-        lambda layer: setattr(layer.attention.qkv, "forward", lambda states: 2 * states),
+        lambda layer: setattr(layer.attention.v, "forward", lambda states: 2 * states),
+        lambda layer: setattr(layer.attention, "qkv", nn.Linear(32, 96)),
         lambda layer: setattr(layer.mlp, "down", type("Lora", (nn.Linear,), {"forward": len})(48, 32, bias=False)),
     ],
 )

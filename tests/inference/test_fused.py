@@ -286,13 +286,11 @@ def test_channels_turned_side_by_side_are_the_same_turned(turn):
 
 def test_positions_that_keep_to_their_grid_are_made_on_it_beforehand(tmp_path, plain_products, monkeypatch):
     encoder = nopad.load(tiny("siglip", tmp_path / "siglip"), positions="strict")
-    asked, positions = [], encoder.embeddings.positions
-    monkeypatch.setattr(
-        encoder.embeddings, "positions", lambda layout, dtype: asked.append(layout) or positions(layout, dtype)
-    )
+    asked, table = [], encoder.embeddings.position_embedding
+    table.register_forward_pre_hook(lambda _, arguments: asked.append(arguments[0]))
     encoder.compile(CAPACITY, SLOTS)  # on another grid they are refused
     assert encoder.execution == "fused by plain torch"
-    assert {layout.grid for layout in asked} == {((1, *encoder.embeddings.trained_grid),)}
+    assert {layout.grid for layout in asked} == {((1, *table.grid),)}
 
 
 def test_obstacles(folder, monkeypatch):
@@ -409,7 +407,7 @@ def test_weights_may_change_where_graphs_have_been_recorded(encoder, plain_produ
     monkeypatch.setattr(Graphs, "__call__", lambda self, *arguments: self.layers(*arguments))
     monkeypatch.setattr(Graphs, "turn", lambda self: contextlib.nullcontext())
     encoder.compile(CAPACITY, SLOTS)
-    encoder._static.layers = Graphs(encoder._static.layers)
+    encoder._runner.layers = Graphs(encoder._runner.layers)
     assert encoder.execution == "fused by plain torch"
     encoder.layers[0].norm2.weight.mul_(2.0)
     found = encoder(patches_of(encoder), GRIDS)

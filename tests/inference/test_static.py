@@ -72,9 +72,9 @@ def test_what_stands_around_the_layers_is_warm_before_the_first_pack(encoder, mo
 def test_what_one_pack_became_outlives_the_next(encoder):
     encoder.compile(CAPACITY, SLOTS)
     memory = torch.empty(CAPACITY, encoder.hidden_size)
-    encoder._static.layers = lambda tokens, segments, rotate: memory.copy_(tokens)  # to one place, as a CUDA graph does
+    encoder._runner.layers = lambda tokens, segments, rotate: memory.copy_(tokens)  # to one place, as a CUDA graph does
     tokens = (torch.full((9, encoder.hidden_size), x) for x in (1.0, 2.0))
-    first, second = [encoder._static.run(each, NINE, None, encoder.layers) for each in tokens]
+    first, second = [encoder._runner.run(encoder.layers, each, NINE, None) for each in tokens]
     assert (first == 1).all()
     assert (second == 2).all()
 
@@ -141,7 +141,7 @@ def test_copies_and_saved_ones_are_not_compiled(encoder, tmp_path):
     encoder.compile(CAPACITY, SLOTS)
     twin = copy.deepcopy(encoder)
     assert twin.compiled_capacity is None
-    assert pickle.loads(pickle.dumps(encoder._static)) is None
+    assert pickle.loads(pickle.dumps(encoder._runner)).execution == "eager"
     encoder.save_pretrained(tmp_path / "saved")
     loaded = nopad.load(tmp_path / "saved")
     assert torch.equal(loaded(patches_of(encoder), GRIDS), twin(patches_of(encoder), GRIDS))
@@ -160,8 +160,8 @@ def test_embed_fills_packs_that_fit(encoder, caplog):
     encoder.compile(2000, 3)
     images = [torch.randint(0, 255, (3, 60, 60), dtype=torch.uint8) for _ in range(8)]
     ran = []
-    run = encoder._static.run
-    encoder._static.run = lambda *arguments: ran.append(len(arguments[1])) or run(*arguments)
+    run = encoder._runner.run
+    encoder._runner.run = lambda *arguments: ran.append(len(arguments[2])) or run(*arguments)
     assert len(encoder.embed(images)) == 8
     assert sum(ran) == 8
     assert max(ran) <= 3
@@ -173,8 +173,8 @@ def test_layers_never_see_what_is_not_finite(encoder):
     # Kernels that read whole tiles of keys would carry it on; a CPU has none, so that nothing else shows it there.
     encoder.compile(CAPACITY, SLOTS)
     seen = []
-    layers = encoder._static.layers
-    encoder._static.layers = lambda tokens, *rest: seen.append(tokens.isfinite().all().item()) or layers(tokens, *rest)
+    layers = encoder._runner.layers
+    encoder._runner.layers = lambda tokens, *rest: seen.append(tokens.isfinite().all().item()) or layers(tokens, *rest)
     patches = patches_of(encoder)
     patches[3] = float("inf")
     encoder(patches, GRIDS)
@@ -187,8 +187,8 @@ def test_embed_counts_prefix_tokens(encoder, caplog):
     patches = len(encoder.pack(images[:1]).hidden_states)
     encoder.compile(2 * patches + encoder.num_prefix_tokens, 8)  # two images' patches, not always two images
     ran = []
-    run = encoder._static.run
-    encoder._static.run = lambda *arguments: ran.append(len(arguments[1])) or run(*arguments)
+    run = encoder._runner.run
+    encoder._runner.run = lambda *arguments: ran.append(len(arguments[2])) or run(*arguments)
     encoder.embed(images)
     assert ran == ([1] * 4 if encoder.num_prefix_tokens else [2] * 2)
 

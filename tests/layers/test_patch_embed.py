@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from nopad.layers.patch_embed import PatchEmbedding, aligned
+from nopad.layers.patch_embed import PatchEmbedding, aligned, reorder_patches
+from nopad.packing import patchify
 
 
 @pytest.mark.parametrize(("columns", "expected"), [(588, 592), (768, 768), (1, 8)])
@@ -16,17 +17,34 @@ def test_rows_become_whole_16_bytes_of_half_precision(columns, expected):
     assert not padded[:, columns:].any()
 
 
-def test_it_is_a_linear_map_with_the_names_of_one():
-    embedding, linear = PatchEmbedding(12, 4), nn.Linear(12, 4)
-    linear.load_state_dict(embedding.state_dict())
-    patches = torch.randn(5, 12)
-    assert torch.equal(embedding(patches), linear(patches))
+def embedding_of(channels, size, patch_size, order, bias=True):
+    embedding = PatchEmbedding(channels, size, patch_size, order, bias=bias)
+    for parameter in embedding.parameters():
+        nn.init.normal_(parameter)
+    return embedding
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("order", ["hwc", "chw"])
+def test_it_is_the_convolution_whose_weight_it_keeps(order, bias):
+    embedding, convolution = embedding_of(3, 4, 2, order, bias), nn.Conv2d(3, 4, 2, stride=2, bias=bias)
+    convolution.load_state_dict(embedding.state_dict())
+    pixels = torch.randn(3, 6, 8)
+    patches, _ = patchify(pixels, 2, order)
+    torch.testing.assert_close(embedding(patches), convolution(pixels).flatten(1).T)
+
+
+@pytest.mark.parametrize(("source", "target"), [("hwc", "chw"), ("chw", "hwc"), ("hwc", "hwc")])
+def test_patches_are_reordered_as_patchify_would_have_laid_them(source, target):
+    pixels = torch.randn(3, 6, 8)
+    (given, _), (expected, _) = patchify(pixels, 2, source), patchify(pixels, 2, target)
+    assert torch.equal(reorder_patches(given, 2, source, target), expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_in_half_precision_on_a_gpu_it_is_the_same_map():
-    embedding = PatchEmbedding(588, 64).to("cuda", torch.bfloat16)
+    embedding = embedding_of(3, 64, 14, "chw").to("cuda", torch.bfloat16)
     patches = torch.randn(50, 588, device="cuda", dtype=torch.bfloat16)
-    expected = nn.functional.linear(patches.float(), embedding.weight.float(), embedding.bias.float())
+    expected = nn.functional.linear(patches.float(), embedding.weight.flatten(1).float(), embedding.bias.float())
     torch.testing.assert_close(embedding(patches).float(), expected, rtol=2e-2, atol=2e-2)

@@ -85,6 +85,5 @@ def test_one_query_weighs_each_segment_by_head():
     # Two heads of one channel each and a query of ones: a token's weight is exp(key), here 3 : 1 and 1 : 1.
     keys = torch.tensor([[3.0, 1.0], [1.0, 1.0], [7.0, 7.0]]).log()
     values = torch.tensor([[4.0, 2.0], [8.0, 6.0], [5.0, 9.0]])
-    pairs = torch.cat((keys, values), dim=1)
-    pooled = attention_pool(torch.ones(1, 1, 2), pairs, Segments.of([2, 1], "cpu"), 2, "auto")
+    pooled = attention_pool(torch.ones(1, 1, 2), keys, values, Segments.of([2, 1], "cpu"), 2, "auto")
     torch.testing.assert_close(pooled, torch.tensor([[5.0, 4.0], [5.0, 9.0]]))

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from nopad.bench.measure import NotRun
 from nopad.bench.workloads import Workload
-from nopad.checkpoint import original_state_dict
 from nopad.encoder import PackedEncoder
 from nopad.families import original_of
 from nopad.original import Original
@@ -102,7 +101,7 @@ class Peer:
         try:
             reference = original_of(encoder).of(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
             names = reference.names(encoder)
-            state = original_state_dict(encoder, encoder.original_dialect().conversions())
+            state = encoder.state_dict()
             kept = {name: tensor.cpu() for name, tensor in state.items() if name in names}
             model = reference.load(encoder, kept, encoder.dtype)
         except (ValueError, ImportError) as reason:

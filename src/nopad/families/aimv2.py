@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from nopad.checkpoint import Checkpoint, Dialect
+from nopad.checkpoint import Checkpoint
 from nopad.encoder import PackedEncoder, Trunk
 from nopad.families.aimv2_checkpoints import (
     DIALECTS,
@@ -22,65 +21,77 @@ from nopad.families.aimv2_checkpoints import (
     read_config,
     trained_grid,
 )
+from nopad.inference.runner import Runner
 from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
 from nopad.layers.mlp import GatedMLP
 from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.pooling import attention_pool
-from nopad.layers.positions import is_strict, learned_positions, sincos_2d
+from nopad.layers.positions import PositionTable, is_strict, sincos_2d
+from nopad.layers.roles import ByRole
 from nopad.layout import Layout, Segments
 from nopad.original import Original
 from nopad.preprocessing import Preprocessing
 
+ATTENTION_NAMES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "out_proj"}
+MLP_NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+BLOCK_NAMES = {"norm1": "rms_norm1", "norm2": "rms_norm2", "mlp": "ffn"}
 
-class AIMv2Embeddings(nn.Module):
+
+class AIMv2Embeddings(ByRole):
     """Patches to tokens: a linear map, RMSNorm, then positions, sine-cosine or learned."""
+
+    names = {"proj": "patch_embed", "norm": "rms_norm"}  # noqa: RUF012 - see `ByRole`
 
     def __init__(self, config: AIMv2PackingConfig):
         super().__init__()
-        patch_dim = config.patch_size**2 * config.num_channels  # pyright: ignore[reportOperatorIssue]
-        self.proj = PatchEmbedding(patch_dim, config.hidden_size)
+        patch_size: int = config.patch_size  # pyright: ignore[reportAssignmentType] - a number in every checkpoint
+        self.proj = PatchEmbedding(config.num_channels, config.hidden_size, patch_size, config.patch_order)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.trained_grid = trained_grid(config)
-        self.strict = is_strict(config.positions)
+        strict = is_strict(config.positions)
+        self.position_embedding = None
         if not config.is_native:
-            self.position_embedding = nn.Parameter(torch.empty(math.prod(self.trained_grid), config.hidden_size))
-        else:
-            self.register_parameter("position_embedding", None)
+            self.position_embedding = PositionTable(
+                self.trained_grid, config.hidden_size, mode="bicubic", strict=strict
+            )
 
-    def forward(self, hidden_states: Tensor, layout: Layout) -> Tensor:
+    def forward(self, patches: Tensor, layout: Layout, runner: Runner) -> Tensor:
         """`(T, P)` to `(T, D)`."""
-        tokens = self.norm(self.proj(hidden_states))
+        tokens = self.norm(runner.embed(self.proj, patches))
         return tokens + self.positions(layout, tokens.dtype).to(tokens.dtype)
 
     def positions(self, layout: Layout, dtype: torch.dtype) -> Tensor:
         """`(T, D)`, computed in float32; already in `dtype` where that changes no bit.
 
         Raises:
-            ValueError: see `learned_positions`.
+            ValueError: see `PositionTable`.
         """
         if self.position_embedding is None:
-            return sincos_2d(layout, self.proj.out_features, dtype)
-        table, grid = self.position_embedding, self.trained_grid
-        return learned_positions(layout, table, grid, mode="bicubic", strict=self.strict, dtype=dtype)
+            return sincos_2d(layout, len(self.proj.weight), dtype)
+        return self.position_embedding(layout, dtype)
 
 
-class AIMv2Head(nn.Module):
+class AIMv2Head(ByRole):
     """Attention pooling with one learned query that has no projection of its own."""
+
+    names = {"k": "k_proj", "v": "v_proj", "proj": "output_proj"}  # noqa: RUF012 - see `ByRole`
 
     def __init__(self, config: AIMv2PackingConfig):
         super().__init__()
+        size = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.backend = "auto"
-        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
-        self.kv = nn.Linear(config.hidden_size, 2 * config.hidden_size, bias=config.qkv_bias)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, size))
+        self.k = nn.Linear(size, size, bias=config.qkv_bias)
+        self.v = nn.Linear(size, size, bias=config.qkv_bias)
+        self.proj = nn.Linear(size, size)
 
     def forward(self, tokens: Tensor, segments: Segments) -> Tensor:
         """`(T, D)` to `(S, D)`."""
-        pairs = self.kv(tokens)
-        query = self.cls_token.to(pairs.dtype)
-        return self.proj(attention_pool(query, pairs, segments, self.num_heads, self.backend))
+        key, value = self.k(tokens), self.v(tokens)
+        query = self.cls_token.to(key.dtype)
+        return self.proj(attention_pool(query, key, value, segments, self.num_heads, self.backend))
 
 
 def aimv2_block(config: AIMv2PackingConfig) -> Block:
@@ -92,10 +103,11 @@ def aimv2_block(config: AIMv2PackingConfig) -> Block:
         qkv_bias=config.qkv_bias,
         proj_bias=config.qkv_bias,
         dropout_p=config.attention_dropout,
+        names=ATTENTION_NAMES,
     )
     activation = ACT2FN[config.hidden_act]
-    mlp = GatedMLP(config.hidden_size, config.intermediate_size, activation, bias=config.mlp_bias)
-    return Block(norm(), attention, norm(), mlp)
+    mlp = GatedMLP(config.hidden_size, config.intermediate_size, activation, bias=config.mlp_bias, names=MLP_NAMES)
+    return Block(norm(), attention, norm(), mlp, names=BLOCK_NAMES)
 
 
 class AIMv2Packing(PackedEncoder):
@@ -109,26 +121,29 @@ class AIMv2Packing(PackedEncoder):
     family = "aimv2"
     dialects = DIALECTS
     published = PUBLISHED
+    names = {"layers": "encoder.layers", "norm": "rms_norm", "projection": "visual_projection"}  # noqa: RUF012
     _no_split_modules = {"Block", "AIMv2Embeddings", "AIMv2Head"}  # noqa: RUF012 - as transformers declares it
 
     def build(self) -> None:
         """Embeddings, blocks, norm, and where the checkpoint has them head and projection."""
         config = self.config
         self.embeddings = AIMv2Embeddings(config)
+        self.encoder = nn.Module()
         self.layers = nn.ModuleList(aimv2_block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = AIMv2Head(config) if config.use_head else None
         width = config.projection_dim
         self.projection = None if width is None else nn.Linear(config.hidden_size, width, bias=False)
 
-    def trunk(self, hidden_states: Tensor, layout: Layout, states: list[Tensor] | None) -> Trunk:
+    def trunk(self, patches: Tensor, layout: Layout, runner: Runner) -> Trunk:
         """Patches to normed tokens."""
-        tokens = self.run_layers(self.embeddings(hidden_states, layout), layout.frames, None, states)
-        return Trunk(self.norm(tokens), hidden_states=None if states is None else tuple(states))
+        tokens = self.embeddings(patches, layout, runner)
+        return Trunk(self.norm(runner.run(self.layers, tokens, layout.frames, None)))
 
     def example_positions(self) -> Tensor:
         """Positions on the trained grid."""
-        return self.embeddings.positions(Layout.of_image(*self.embeddings.trained_grid, self.device), self.dtype)
+        rows, columns = self.embeddings.trained_grid
+        return self.embeddings.positions(Layout.of_image(rows, columns, self.device), self.dtype)
 
     @property
     def projection_dim(self) -> int | None:
@@ -152,15 +167,15 @@ class AIMv2Packing(PackedEncoder):
         return Preprocessing(rule="crop", size=self.config.image_size, **statistics)
 
     @classmethod
-    def read_config(cls, checkpoint: Checkpoint, dialect: Dialect) -> AIMv2PackingConfig:
+    def read_config(cls, checkpoint: Checkpoint) -> AIMv2PackingConfig:
         """The architecture, from config and tensors."""
-        return read_config(checkpoint, dialect)
+        return read_config(checkpoint)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, AIMv2Embeddings) and module.position_embedding is not None:
-            init.normal_(module.position_embedding, std=self.config.initializer_range)
+        if isinstance(module, PositionTable):
+            init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, AIMv2Head):
             init.normal_(module.cls_token, std=self.config.initializer_range)
 
@@ -173,6 +188,3 @@ class AIMv2Original(Original):
     def only_grid(self, packed: PackedEncoder) -> tuple[int, int] | None:
         """Learned positions: the trained grid."""
         return None if packed.config.is_native else trained_grid(packed.config)
-
-
-AIMv2Packing.register_conversions()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
 from transformers.models.aimv2.configuration_aimv2 import Aimv2VisionConfig
 
-from nopad.checkpoint import Checkpoint, Dialect, FlattenPatchKernel, Unstack
+from nopad.checkpoint import Checkpoint, Dialect
+from nopad.conversions import DROP_AXIS, NameTable, Rename, split_rows
 
 
 class AIMv2PackingConfig(Aimv2VisionConfig):
@@ -31,72 +31,45 @@ def trained_grid(config: Aimv2VisionConfig) -> tuple[int, int]:
     return side, side
 
 
-def _transformers() -> list[WeightConverter | WeightRenaming]:
-    return [
-        WeightConverter("embeddings.patch_embed.weight", "embeddings.proj.weight", [FlattenPatchKernel()]),
-        WeightRenaming("embeddings.patch_embed.bias", "embeddings.proj.bias"),
-        WeightRenaming("embeddings.rms_norm", "embeddings.norm"),
-        WeightRenaming("embeddings.position_embedding.weight", "embeddings.position_embedding"),
-        WeightRenaming(r"^encoder\.layers", "^layers"),
-        WeightRenaming("rms_norm1", "norm1"),
-        WeightRenaming("rms_norm2", "norm2"),
-        WeightConverter(
-            ["attention.q_proj", "attention.k_proj", "attention.v_proj"], "attention.qkv", [Concatenate(dim=0)]
-        ),
-        WeightRenaming("attention.out_proj", "attention.proj"),
-        WeightConverter(["ffn.gate_proj", "ffn.up_proj"], "mlp.gate_up", [Concatenate(dim=0)]),
-        WeightRenaming("ffn.down_proj", "mlp.down"),
-        WeightRenaming(r"^rms_norm", "^norm"),
-        WeightConverter(["head.k_proj", "head.v_proj"], "head.kv", [Concatenate(dim=0)]),
-        WeightRenaming("head.output_proj", "head.proj"),
-        WeightRenaming("^visual_projection", "^projection"),
-    ]
+_LAYER = "encoder.layers.*"
+_QKV = [f"{_LAYER}.attention.{part}_proj.*" for part in "qkv"]
 
-
-def _early_transformers() -> list[WeightConverter | WeightRenaming]:
-    # The converters see names after the renamings, so the early names need converters of their own.
-    replaced = ("attention.out_proj", "ffn.gate_proj", "ffn.down_proj")
-    return [
-        *(item for item in _transformers() if item.source_patterns[0] not in replaced),
-        WeightRenaming("attention.proj_out", "attention.proj"),
-        WeightConverter(["ffn.fc1", "ffn.fc3"], "mlp.gate_up", [Concatenate(dim=0)]),
-        WeightRenaming("ffn.fc2", "mlp.down"),
-    ]
-
-
-def _apple() -> list[WeightConverter | WeightRenaming]:
-    return [
-        WeightConverter("preprocessor.patchifier.proj.weight", "embeddings.proj.weight", [FlattenPatchKernel()]),
-        WeightRenaming("preprocessor.patchifier.proj.bias", "embeddings.proj.bias"),
-        WeightRenaming("preprocessor.patchifier.norm", "embeddings.norm"),
-        WeightConverter("preprocessor.pos_embed", "embeddings.position_embedding", [Unstack()]),
-        WeightRenaming(r"^trunk\.blocks", "^layers"),
-        WeightRenaming("norm_1", "norm1"),
-        WeightRenaming("norm_2", "norm2"),
-        WeightRenaming("attn.qkv", "attention.qkv"),
-        WeightRenaming("attn.proj", "attention.proj"),
-        WeightConverter(["mlp.fc1", "mlp.fc3"], "mlp.gate_up", [Concatenate(dim=0)]),
-        WeightRenaming("mlp.fc2", "mlp.down"),
-        WeightRenaming(r"^trunk\.post_trunk_norm", "^norm"),
-        WeightConverter(["head.k", "head.v"], "head.kv", [Concatenate(dim=0)]),
-        WeightRenaming("head.linear", "head.proj"),
-        WeightRenaming("^image_projector", "^projection"),
-    ]
-
-
-def _timm() -> list[WeightConverter | WeightRenaming]:
-    return [
-        WeightConverter(r"^patch_embed\.proj\.weight", "^embeddings.proj.weight", [FlattenPatchKernel()]),
-        WeightRenaming(r"^patch_embed\.proj\.bias", "^embeddings.proj.bias"),
-        WeightRenaming(r"^patch_embed\.norm", "^embeddings.norm"),
-        WeightConverter("^pos_embed", "^embeddings.position_embedding", [Unstack()]),
-        WeightRenaming("^blocks", "^layers"),
-        WeightRenaming("attn.qkv", "attention.qkv"),
-        WeightRenaming("attn.proj", "attention.proj"),
-        WeightConverter(["mlp.fc1_g", "mlp.fc1_x"], "mlp.gate_up", [Concatenate(dim=0)]),
-        WeightRenaming("mlp.fc2", "mlp.down"),
-    ]
-
+_EARLY_TRANSFORMERS = NameTable(
+    Rename("encoder.layers.*.attention.proj_out.*", f"{_LAYER}.attention.out_proj.*"),
+    Rename("encoder.layers.*.ffn.fc1.*", f"{_LAYER}.ffn.gate_proj.*"),
+    Rename("encoder.layers.*.ffn.fc3.*", f"{_LAYER}.ffn.up_proj.*"),
+    Rename("encoder.layers.*.ffn.fc2.*", f"{_LAYER}.ffn.down_proj.*"),
+)
+_APPLE = NameTable(
+    Rename("preprocessor.patchifier.proj.*", "embeddings.patch_embed.*"),
+    Rename("preprocessor.patchifier.norm.*", "embeddings.rms_norm.*"),
+    Rename("preprocessor.pos_embed", "embeddings.position_embedding.weight", reshape=DROP_AXIS),
+    Rename("trunk.blocks.*.norm_1.*", f"{_LAYER}.rms_norm1.*"),
+    Rename("trunk.blocks.*.norm_2.*", f"{_LAYER}.rms_norm2.*"),
+    Rename("trunk.blocks.*.attn.qkv.*", *_QKV, reshape=split_rows(3)),
+    Rename("trunk.blocks.*.attn.proj.*", f"{_LAYER}.attention.out_proj.*"),
+    Rename("trunk.blocks.*.mlp.fc1.*", f"{_LAYER}.ffn.gate_proj.*"),
+    Rename("trunk.blocks.*.mlp.fc3.*", f"{_LAYER}.ffn.up_proj.*"),
+    Rename("trunk.blocks.*.mlp.fc2.*", f"{_LAYER}.ffn.down_proj.*"),
+    Rename("trunk.post_trunk_norm.*", "rms_norm.*"),
+    Rename("head.k.*", "head.k_proj.*"),
+    Rename("head.v.*", "head.v_proj.*"),
+    Rename("head.linear.*", "head.output_proj.*"),
+    Rename("image_projector.*", "visual_projection.*"),
+)
+_TIMM = NameTable(
+    Rename("patch_embed.proj.*", "embeddings.patch_embed.*"),
+    Rename("patch_embed.norm.*", "embeddings.rms_norm.*"),
+    Rename("pos_embed", "embeddings.position_embedding.weight", reshape=DROP_AXIS),
+    Rename("blocks.*.norm1.*", f"{_LAYER}.rms_norm1.*"),
+    Rename("blocks.*.norm2.*", f"{_LAYER}.rms_norm2.*"),
+    Rename("blocks.*.attn.qkv.*", *_QKV, reshape=split_rows(3)),
+    Rename("blocks.*.attn.proj.*", f"{_LAYER}.attention.out_proj.*"),
+    Rename("blocks.*.mlp.fc1_g.*", f"{_LAYER}.ffn.gate_proj.*"),
+    Rename("blocks.*.mlp.fc1_x.*", f"{_LAYER}.ffn.up_proj.*"),
+    Rename("blocks.*.mlp.fc2.*", f"{_LAYER}.ffn.down_proj.*"),
+    Rename("norm.*", "rms_norm.*"),
+)
 
 # The vision tower of a composite checkpoint, and what its other tower and its loss bring.
 _TOWER: dict[str, Any] = {
@@ -108,38 +81,19 @@ DIALECTS = (
     Dialect(
         "transformers",
         r"^encoder\.layers\.\d+\.ffn\.(gate|up|down)_proj\.",
-        _transformers,
         is_original=True,
         **_TOWER,
     ),
-    Dialect("early transformers", r"^encoder\.layers\.\d+\.ffn\.fc\d\.", _early_transformers, **_TOWER),
+    Dialect("early transformers", r"^encoder\.layers\.\d+\.ffn\.fc\d\.", _EARLY_TRANSFORMERS, **_TOWER),
     Dialect(
         "Apple",
         r"^trunk\.blocks\.\d+\.norm_[12]\.",
-        _apple,
+        _APPLE,
         prefixes=("image_encoder.",),
         dropped=(r"^text_encoder\.", r"^text_projector\.", r"^log_logit_scale$"),
     ),
-    Dialect("timm", r"^blocks\.\d+\.mlp\.fc1_[gx]\.", _timm),
+    Dialect("timm", r"^blocks\.\d+\.mlp\.fc1_[gx]\.", _TIMM),
 )
-
-# Where each dialect keeps what tells the architecture: blocks, patch kernel, positions, gate matrix.
-_PLACES = {
-    "transformers": (
-        "encoder.layers.",
-        "embeddings.patch_embed",
-        "embeddings.position_embedding.weight",
-        "ffn.gate_proj",
-    ),
-    "early transformers": (
-        "encoder.layers.",
-        "embeddings.patch_embed",
-        "embeddings.position_embedding.weight",
-        "ffn.fc1",
-    ),
-    "Apple": ("trunk.blocks.", "preprocessor.patchifier.proj", "preprocessor.pos_embed", "mlp.fc1"),
-    "timm": ("blocks.", "patch_embed.proj", "pos_embed", "mlp.fc1_g"),
-}
 
 # What config.json may say, by the names of transformers and of Apple's own flat config.
 _SAME_NAMES = """
@@ -150,7 +104,11 @@ positions
 _CONFIG_NAMES = {name: name for name in _SAME_NAMES.split()} | {"use_bias": "mlp_bias"}
 
 
-def read_config(checkpoint: Checkpoint, dialect: Dialect) -> AIMv2PackingConfig:
+_KERNEL, _POSITIONS = "embeddings.patch_embed.weight", "embeddings.position_embedding.weight"
+_PROJECTION, _GATE = "visual_projection.weight", "ffn.gate_proj"
+
+
+def read_config(checkpoint: Checkpoint) -> AIMv2PackingConfig:
     """The architecture, from tensor shapes and from `config.json` where there is one.
 
     Tensors say whether there is a head, a projection or a position table only where the config is silent: Apple's flat
@@ -160,30 +118,24 @@ def read_config(checkpoint: Checkpoint, dialect: Dialect) -> AIMv2PackingConfig:
         ValueError: no config and shapes that no published AIMv2 has.
     """
     names = checkpoint.tensors
-    blocks, kernel, positions, gate = _PLACES[dialect.name]
-    hidden_size, channels, patch_size, _ = checkpoint.shape(f"{kernel}.weight")
+    hidden_size, channels, patch_size, _ = checkpoint.shape(_KERNEL)
     checkpoint.check_model_type("aimv2", "aimv2_vision_model")
     says = checkpoint.vision_config
-    projections = [
-        tensor
-        for name, tensor in names.items()
-        if name.endswith(("image_projector.weight", "visual_projection.weight"))
-    ]
     fields: dict[str, Any] = {
         "hidden_size": hidden_size,
         "num_channels": channels,
         "patch_size": patch_size,
-        "num_hidden_layers": checkpoint.count(blocks),
-        "is_native": positions not in names,
+        "num_hidden_layers": checkpoint.count("encoder.layers."),
+        "is_native": _POSITIONS not in names,
         "use_head": "head.cls_token" in names,
-        "qkv_bias": any(name.endswith(("q_proj.bias", "qkv.bias")) for name in names),
-        "mlp_bias": any(name.endswith(f"{gate}.bias") for name in names),
-        "projection_dim": projections[0].shape[0] if projections else None,
+        "qkv_bias": any(name.endswith("attention.q_proj.bias") for name in names),
+        "mlp_bias": any(name.endswith(f"{_GATE}.bias") for name in names),
+        "projection_dim": checkpoint.shape(_PROJECTION)[0] if _PROJECTION in names else None,
     }
     if "intermediate_size" not in says:
-        fields["intermediate_size"] = checkpoint.shape(f"{blocks}0.{gate}.weight")[0]
-    if positions in names and "image_size" not in says:
-        number = checkpoint.shape(positions)[-2]
+        fields["intermediate_size"] = checkpoint.shape(f"encoder.layers.0.{_GATE}.weight")[0]
+    if _POSITIONS in names and "image_size" not in says:
+        number = checkpoint.shape(_POSITIONS)[0]
         side = math.isqrt(number)
         if side**2 != number:
             raise ValueError(

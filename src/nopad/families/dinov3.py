@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -16,21 +15,21 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from nopad.checkpoint import Checkpoint, Dialect
+from nopad.checkpoint import Checkpoint
 from nopad.encoder import PackedEncoder, Trunk
 from nopad.families.dinov3_checkpoints import (
     DIALECTS,
     PUBLISHED,
     DINOv3ViTPackingConfig,
-    biased,
-    fill_biases,
     read_config,
 )
+from nopad.inference.runner import Runner
 from nopad.layers.attention import PackedAttention, Rotation
-from nopad.layers.block import Block
+from nopad.layers.block import Block, LayerScale
 from nopad.layers.mlp import MLP, GatedMLP
 from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.prefix import PrefixLayout
+from nopad.layers.roles import ByRole
 from nopad.layers.rope import axial_angles, patch_centres, rope_periods, rotate_halves, stored_periods
 from nopad.layout import Layout, Segments
 from nopad.original import Original
@@ -45,21 +44,24 @@ STATISTICS: dict[str, dict[str, Any]] = {
 """Mean and standard deviation of each colour, by `config.pixel_statistics`."""
 
 
-class DINOv3Embeddings(nn.Module):
+class DINOv3Embeddings(ByRole):
     """Patches to tokens, and each segment's CLS and register tokens in front of them."""
 
-    def __init__(self, config: DINOv3ViTPackingConfig, patch_dim: int):
+    names = {"proj": "patch_embeddings"}  # noqa: RUF012 - see `ByRole`
+
+    def __init__(self, config: DINOv3ViTPackingConfig):
         super().__init__()
         size = config.hidden_size
-        self.proj = PatchEmbedding(patch_dim, size)
+        patch_size: int = config.patch_size  # pyright: ignore[reportAssignmentType] - a number in every checkpoint
+        self.proj = PatchEmbedding(config.num_channels, size, patch_size, config.patch_order)
         self.cls_token = nn.Parameter(torch.empty(1, 1, size))
         self.register_tokens = nn.Parameter(torch.empty(1, config.num_register_tokens, size))
         # For masked training alone; kept so that a saved checkpoint is complete.
         self.mask_token = nn.Parameter(torch.empty(1, 1, size))
 
-    def forward(self, hidden_states: Tensor, places: PrefixLayout) -> Tensor:
+    def forward(self, patches: Tensor, places: PrefixLayout, runner: Runner) -> Tensor:
         """`(T, P)` to `(T + S · number, D)`."""
-        tokens = self.proj(hidden_states)
+        tokens = runner.embed(self.proj, patches)
         prefix = torch.cat((self.cls_token, self.register_tokens), dim=1).to(tokens.dtype)
         return places.join(tokens, prefix.expand(len(places.segments), -1, -1))
 
@@ -115,24 +117,6 @@ class DINOv3Rope(nn.Module):
         return centres
 
 
-class PartlyBiasedQKV(nn.Linear):
-    """One matrix for queries, keys and values of which some have a bias and some have none.
-
-    Only biases that exist are parameters: a bias of keys would not stay zero in training.
-    """
-
-    is_affine = True  # without it, nopad.inference.float8.takes_apart refuses subclasses of nn.Linear
-
-    def __init__(self, hidden_size: int, has_bias: tuple[bool, bool, bool]):
-        super().__init__(hidden_size, 3 * hidden_size, bias=False)
-        self.has_bias = has_bias
-        self.bias = nn.Parameter(torch.zeros(sum(has_bias) * hidden_size))
-
-    def forward(self, input: Tensor) -> Tensor:
-        """`(T, D)` to `(T, 3 · D)`."""
-        return F.linear(input, self.weight, fill_biases(self.bias, self.has_bias))
-
-
 def dinov3_block(config: DINOv3ViTPackingConfig) -> Block:
     """One transformer block of the family."""
     size = config.hidden_size
@@ -140,15 +124,16 @@ def dinov3_block(config: DINOv3ViTPackingConfig) -> Block:
     attention = PackedAttention(
         size,
         config.num_attention_heads,
-        qkv_bias=all(biased(config)),
+        qkv_bias=(config.query_bias, config.key_bias, config.value_bias),
         proj_bias=config.proj_bias,
         dropout_p=config.attention_dropout,
+        names={"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "o_proj"},
     )
-    if len(set(biased(config))) > 1:
-        attention.qkv = PartlyBiasedQKV(size, biased(config))
     feed_forward = GatedMLP if config.use_gated_mlp else MLP
-    mlp = feed_forward(size, config.intermediate_size, ACT2FN[config.hidden_act], bias=config.mlp_bias)
-    return Block(norm(), attention, norm(), mlp, layer_scale=True)
+    names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+    activation = ACT2FN[config.hidden_act]
+    mlp = feed_forward(size, config.intermediate_size, activation, bias=config.mlp_bias, names=names)
+    return Block(norm(), attention, norm(), mlp, layer_scale=True, names={})
 
 
 class DINOv3ViTPacking(PackedEncoder):
@@ -163,6 +148,7 @@ class DINOv3ViTPacking(PackedEncoder):
     family = "dinov3"
     dialects = DIALECTS
     published = PUBLISHED
+    names = {"layers": "model.layer"}  # noqa: RUF012 - see `ByRole`
     _no_split_modules = {"Block", "DINOv3Embeddings"}  # noqa: RUF012 - as transformers declares it
 
     def build(self) -> None:
@@ -171,14 +157,15 @@ class DINOv3ViTPacking(PackedEncoder):
         if config.pixel_statistics not in STATISTICS:
             raise ValueError(f"pixel_statistics: expected {' or '.join(STATISTICS)}, got {config.pixel_statistics!r}")
         self.num_prefix_tokens = 1 + config.num_register_tokens
-        self.embeddings = DINOv3Embeddings(config, self.patch_dim)
+        self.embeddings = DINOv3Embeddings(config)
         self.rope = DINOv3Rope(config)
+        self.model = nn.Module()
         self.layers = nn.ModuleList(dinov3_block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         untied = config.untie_cls_norm
         self.cls_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if untied else None
 
-    def trunk(self, hidden_states: Tensor, layout: Layout, states: list[Tensor] | None) -> Trunk:
+    def trunk(self, patches: Tensor, layout: Layout, runner: Runner) -> Trunk:
         """Patches to normed tokens.
 
         Raises:
@@ -192,12 +179,10 @@ class DINOv3ViTPacking(PackedEncoder):
         if self.training and self.config.drop_path_rate:
             raise ValueError(f"drop_path_rate: expected 0 in training, got {self.config.drop_path_rate}")
         places = PrefixLayout.of(layout, self.num_prefix_tokens)
-        rotate = self.rope(layout, places)
-        tokens = self.run_layers(self.embeddings(hidden_states, places), places.segments, rotate, states)
-        patches, prefix = places.take_patches(tokens), places.take_prefix(tokens)
-        normed_prefix = (self.norm if self.cls_norm is None else self.cls_norm)(prefix)
-        kept = None if states is None else tuple(places.take_patches(state) for state in states)
-        return Trunk(self.norm(patches), normed_prefix, kept)
+        tokens = self.embeddings(patches, places, runner)
+        tokens = runner.run(self.layers, tokens, places.segments, self.rope(layout, places))
+        norm_prefix = self.norm if self.cls_norm is None else self.cls_norm
+        return Trunk(self.norm(places.take_patches(tokens)), norm_prefix(places.take_prefix(tokens)))
 
     def example_rotation(self, rows: int) -> Rotation:
         """That of a row of patches behind its prefix."""
@@ -216,9 +201,9 @@ class DINOv3ViTPacking(PackedEncoder):
         return Preprocessing(rule="square", size=224, resample="bilinear", rescale_before_resize=True, **statistics)
 
     @classmethod
-    def read_config(cls, checkpoint: Checkpoint, dialect: Dialect) -> DINOv3ViTPackingConfig:
+    def read_config(cls, checkpoint: Checkpoint) -> DINOv3ViTPackingConfig:
         """The architecture, from config and tensors."""
-        return read_config(checkpoint, dialect)
+        return read_config(checkpoint)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As `PretrainedEncoder.save_pretrained`; tells of rope periods that transformers' model will not read."""
@@ -238,10 +223,8 @@ class DINOv3ViTPacking(PackedEncoder):
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.trunc_normal_(module.register_tokens, std=self.config.initializer_range)
             init.zeros_(module.mask_token)
-        elif isinstance(module, Block):
-            for scale in (module.layer_scale1, module.layer_scale2):
-                assert scale is not None
-                init.constant_(scale, self.config.layerscale_value)
+        elif isinstance(module, LayerScale):
+            init.constant_(module.lambda1, self.config.layerscale_value)
 
 
 class DINOv3Original(Original):
@@ -267,10 +250,6 @@ class DINOv3Original(Original):
             )
         return super().config(packed)
 
-    def names(self, packed: PackedEncoder) -> set[str]:
-        """The original's tensor names, as it writes them to files."""
-        return {name.removeprefix("model.") for name in super().names(packed)}
-
     def load(self, packed: PackedEncoder, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
         """The original with exactly these weights.
 
@@ -291,6 +270,3 @@ class DINOv3Original(Original):
     def patch_tokens(self, tokens: Tensor) -> Tensor:
         """A sequence of the original, or a batch of them, without CLS and register tokens."""
         return tokens[..., self.num_prefix_tokens :, :]
-
-
-DINOv3ViTPacking.register_conversions()

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
 from transformers.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
 
-from nopad.checkpoint import Checkpoint, Dialect, FlattenPatchKernel, StoredTensor, Unstack, only_tensor
+from nopad.checkpoint import Checkpoint, Dialect, StoredTensor
+from nopad.conversions import ADD_AXIS, NameTable, Rename, split_rows
 from nopad.layers.rope import rope_periods
 
 
@@ -34,108 +34,40 @@ class DINOv3ViTPackingConfig(DINOv3ViTConfig):
     rope_periods: list[float] | None = None
 
 
-def biased(config: DINOv3ViTConfig) -> tuple[bool, bool, bool]:
-    """Whether queries, keys and values have a bias."""
-    return config.query_bias, config.key_bias, config.value_bias
-
-
-class FuseBiases(ConversionOps):
-    """The biases that queries, keys and values have, one after another; the reverse takes them apart."""
-
-    def __init__(self, *, split: bool = False):
-        self.split = split
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> Any:
-        if not self.split:
-            return Concatenate(dim=0).convert(input_dict, source_patterns, target_patterns)
-        names = [name for name, has in zip(target_patterns, biased(kwargs["config"]), strict=True) if has]
-        parts = only_tensor(input_dict).chunk(len(names))
-        # Whole names: transformers completes a name from the first target, which may have no bias.
-        whole = [kwargs["full_layer_name"].replace(target_patterns[0], name) for name in names]
-        return {name: part.contiguous() for name, part in zip(whole, parts, strict=True)}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return FuseBiases(split=not self.split)
-
-
-class TakeBiases(ConversionOps):
-    """Of a bias for queries, keys and values the parts that the config has; the reverse puts zeros for the others."""
-
-    def __init__(self, *, fill: bool = False):
-        self.fill = fill
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> Any:
-        bias, has = only_tensor(input_dict), biased(kwargs["config"])
-        if self.fill:
-            bias = fill_biases(bias, has)
-        else:
-            bias = torch.cat([part for part, kept in zip(bias.chunk(3), has, strict=True) if kept])
-        return {target_patterns[0]: bias}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return TakeBiases(fill=not self.fill)
-
-
-def fill_biases(bias: Tensor, has: tuple[bool, bool, bool]) -> Tensor:
-    """`(D · number of biases)` to `(3 · D)`, zeros where there is no bias."""
-    parts = iter(bias.chunk(sum(has)))
-    zeros = bias.new_zeros(bias.shape[0] // sum(has))
-    return torch.cat([next(parts) if kept else zeros for kept in has])
-
-
-def _gated_transformers() -> list[WeightConverter | WeightRenaming]:
-    parts = [f"attention.{part}_proj" for part in "qkv"]
-    return [
-        WeightConverter("embeddings.patch_embeddings.weight", "embeddings.proj.weight", [FlattenPatchKernel()]),
-        WeightRenaming("embeddings.patch_embeddings.bias", "embeddings.proj.bias"),
-        WeightRenaming(r"^layer\.", r"^layers\."),
-        WeightConverter([f"{part}.weight" for part in parts], "attention.qkv.weight", [Concatenate(dim=0)]),
-        WeightConverter([f"{part}.bias" for part in parts], "attention.qkv.bias", [FuseBiases()]),
-        WeightRenaming(r"attention\.o_proj\.", r"attention\.proj\."),
-        WeightRenaming(r"layer_scale1\.lambda1", "layer_scale1"),
-        WeightRenaming(r"layer_scale2\.lambda1", "layer_scale2"),
-        WeightConverter(["mlp.gate_proj", "mlp.up_proj"], "mlp.gate_up", [Concatenate(dim=0)]),
-        WeightRenaming(r"mlp\.down_proj\.", r"mlp\.down\."),
-    ]
-
-
-def _transformers() -> list[WeightConverter | WeightRenaming]:
-    # Saves gated models too: `gate_up` and `up` tell in this direction what `up_proj` alone does not tell in the other.
-    return [*_gated_transformers(), WeightRenaming(r"mlp\.up_proj\.", r"mlp\.up\.")]
-
-
-def _meta(gated: bool) -> list[WeightConverter | WeightRenaming]:
-    if gated:
-        mlp = [
-            WeightConverter([r"mlp\.w1\.", r"mlp\.w2\."], r"mlp\.gate_up\.", [Concatenate(dim=0)]),
-            WeightRenaming(r"mlp\.w3\.", r"mlp\.down\."),
-        ]
-    else:
-        mlp = [
-            WeightRenaming(r"mlp\.fc1\.", r"mlp\.up\."),
-            WeightRenaming(r"mlp\.fc2\.", r"mlp\.down\."),
-        ]
-    return [
-        WeightRenaming("^cls_token", "^embeddings.cls_token"),
-        WeightRenaming("^storage_tokens", "^embeddings.register_tokens"),
-        WeightConverter("^mask_token", "^embeddings.mask_token", [Unstack(add=True)]),
-        WeightConverter(r"^patch_embed\.proj\.weight", r"^embeddings\.proj\.weight", [FlattenPatchKernel()]),
-        WeightRenaming(r"^patch_embed\.proj\.bias", r"^embeddings\.proj\.bias"),
-        WeightRenaming(r"^blocks\.", r"^layers\."),
-        WeightRenaming(r"attn\.qkv\.weight", r"attention\.qkv\.weight"),
-        WeightConverter(r"attn\.qkv\.bias", r"attention\.qkv\.bias", [TakeBiases()]),
-        WeightRenaming(r"attn\.proj\.", r"attention\.proj\."),
-        WeightRenaming(r"ls1\.gamma", "layer_scale1"),
-        WeightRenaming(r"ls2\.gamma", "layer_scale2"),
-        *mlp,
-    ]
-
+_LAYER = "model.layer.*"
+_META_TABLE = (
+    Rename("cls_token", "embeddings.cls_token"),
+    Rename("storage_tokens", "embeddings.register_tokens"),
+    Rename("mask_token", "embeddings.mask_token", reshape=ADD_AXIS),
+    Rename("patch_embed.proj.*", "embeddings.patch_embeddings.*"),
+    Rename("blocks.*.norm1.*", f"{_LAYER}.norm1.*"),
+    Rename("blocks.*.norm2.*", f"{_LAYER}.norm2.*"),
+    Rename(
+        "blocks.*.attn.qkv.weight",
+        *(f"{_LAYER}.attention.{part}_proj.weight" for part in "qkv"),
+        reshape=split_rows(3),
+    ),
+    Rename(  # the bias of keys is masked with zeros where the model has none
+        "blocks.*.attn.qkv.bias",
+        *(f"{_LAYER}.attention.{part}_proj.bias" for part in "qkv"),
+        reshape=split_rows(3),
+        optional=True,
+    ),
+    Rename("blocks.*.attn.proj.*", f"{_LAYER}.attention.o_proj.*"),
+    Rename("blocks.*.ls1.gamma", f"{_LAYER}.layer_scale1.lambda1"),
+    Rename("blocks.*.ls2.gamma", f"{_LAYER}.layer_scale2.lambda1"),
+)
+_META_PLAIN = NameTable(
+    *_META_TABLE,
+    Rename("blocks.*.mlp.fc1.*", f"{_LAYER}.mlp.up_proj.*"),
+    Rename("blocks.*.mlp.fc2.*", f"{_LAYER}.mlp.down_proj.*"),
+)
+_META_GATED = NameTable(
+    *_META_TABLE,
+    Rename("blocks.*.mlp.w1.*", f"{_LAYER}.mlp.gate_proj.*"),
+    Rename("blocks.*.mlp.w2.*", f"{_LAYER}.mlp.up_proj.*"),
+    Rename("blocks.*.mlp.w3.*", f"{_LAYER}.mlp.down_proj.*"),
+)
 
 _BIAS_MASK, _PERIODS = r"^blocks\.\d+\.attn\.qkv\.bias_mask$", "rope_embed.periods"
 
@@ -158,26 +90,17 @@ _META: dict[str, Any] = {
     "dropped": (_BIAS_MASK, r"^rope_embed\.periods$", r"^local_cls_norm\."),
 }
 
-# In transformers' memory the layers are `model.layer.i`, in its files `layer.i`.
 DIALECTS = (
+    # In memory, and in some files, the layers are `model.layer.i`.
     Dialect(
         "transformers",
         r"^layer\.\d+\.layer_scale1\.lambda1$",
-        _transformers,
+        NameTable(Rename("layer.**", "model.layer.**")),
         prefixes=("model.",),
         is_original=True,
-        excludes=(r"^layer\.\d+\.mlp\.gate_proj\.",),
     ),
-    Dialect(
-        "transformers, gated",
-        r"^layer\.\d+\.mlp\.gate_proj\.",
-        _gated_transformers,
-        prefixes=("model.",),
-        is_original=True,
-        requires=(r"^layer\.\d+\.layer_scale1\.lambda1$",),
-    ),
-    Dialect("Meta", conversions=lambda: _meta(gated=False), excludes=(r"^blocks\.\d+\.mlp\.w1\.",), **_META),
-    Dialect("Meta, gated", conversions=lambda: _meta(gated=True), excludes=(r"^blocks\.\d+\.mlp\.fc1\.",), **_META),
+    Dialect("Meta", table=_META_PLAIN, excludes=(r"^blocks\.\d+\.mlp\.w1\.",), **_META),
+    Dialect("Meta, gated", table=_META_GATED, excludes=(r"^blocks\.\d+\.mlp\.fc1\.",), **_META),
 )
 
 _CONFIG_NAMES = """
@@ -188,28 +111,25 @@ patch_order untie_cls_norm pixel_statistics rope_periods
 """
 
 
-def read_config(checkpoint: Checkpoint, dialect: Dialect) -> DINOv3ViTPackingConfig:
-    """The architecture: Meta's from the tensors alone, transformers' from tensors and `config.json`.
+def read_config(checkpoint: Checkpoint) -> DINOv3ViTPackingConfig:
+    """The architecture: Meta's, which brings its rope, from the tensors alone, transformers' from `config.json` too.
 
     Raises:
         ValueError: a part of the architecture that neither tells, or that no encoder here has.
     """
-    meta = dialect.name.startswith("Meta")
-    gated = dialect.name.endswith("gated")
-    kernel = "patch_embed.proj" if meta else "embeddings.patch_embeddings"
-    hidden_size, channels, *sides = checkpoint.shape(f"{kernel}.weight")
-    up = f"mlp.{'w2' if gated else 'fc1'}" if meta else "mlp.up_proj"
-    blocks = "blocks." if meta else "layer."
-    has = {re.sub(rf"^{blocks}\d+\.", "", name) for name in checkpoint.tensors}
+    meta = checkpoint.table in (_META_PLAIN, _META_GATED)
+    hidden_size, channels, *sides = checkpoint.shape("embeddings.patch_embeddings.weight")
+    has = {re.sub(r"^model\.layer\.\d+\.", "", name) for name in checkpoint.tensors}
+    gated = "mlp.gate_proj.weight" in has
     fields: dict[str, Any] = {
         "hidden_size": hidden_size,
         "num_channels": channels,
         "patch_size": sides,
-        "num_hidden_layers": checkpoint.count(blocks),
-        "intermediate_size": checkpoint.shape(f"{blocks}0.{up}.weight")[0],
-        "num_register_tokens": checkpoint.shape("storage_tokens" if meta else "embeddings.register_tokens")[1],
-        "proj_bias": ("attn.proj.bias" if meta else "attention.o_proj.bias") in has,
-        "mlp_bias": f"{up}.bias" in has,
+        "num_hidden_layers": checkpoint.count("model.layer."),
+        "intermediate_size": checkpoint.shape("model.layer.0.mlp.up_proj.weight")[0],
+        "num_register_tokens": checkpoint.shape("embeddings.register_tokens")[1],
+        "proj_bias": "attention.o_proj.bias" in has,
+        "mlp_bias": "mlp.up_proj.bias" in has,
         "use_gated_mlp": gated,
         "untie_cls_norm": "cls_norm.weight" in checkpoint.tensors,
     }
@@ -245,7 +165,8 @@ def _attention_of_meta(checkpoint: Checkpoint, hidden_size: int) -> dict[str, An
             f"which do not fill a width of {hidden_size}"
         )
     masks = {name: tensor for name, tensor in checkpoint.left_out.items() if name.endswith("bias_mask")}
-    biases = {f"{name}_mask" for name in checkpoint.tensors if name.endswith("attn.qkv.bias")}
+    files = {checkpoint.table.file_name(name) for name in checkpoint.tensors}
+    biases = {f"{name}_mask" for name in files if name.endswith("attn.qkv.bias")}
     if masks and biases != masks.keys():
         raise ValueError(
             f"checkpoint {checkpoint.name!r}: expected an attn.qkv.bias_mask for each attn.qkv.bias or for none, "

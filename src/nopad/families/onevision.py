@@ -10,14 +10,16 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from nopad.checkpoint import Checkpoint, Dialect
+from nopad.checkpoint import Checkpoint
 from nopad.encoder import PackedEncoder, Trunk
 from nopad.families.onevision_checkpoints import DIALECTS, PUBLISHED, OneVisionPackingConfig, read_config
+from nopad.inference.runner import Runner
 from nopad.layers.attention import PackedAttention, Rotation
 from nopad.layers.block import Block
 from nopad.layers.mlp import MLP
 from nopad.layers.patch_embed import PatchEmbedding
-from nopad.layers.pooling import ProbeHead
+from nopad.layers.pooling import ProbeAttention, ProbeHead
+from nopad.layers.roles import ByRole
 from nopad.layers.rope_3d import check_head_dim, rotate_3d
 from nopad.layout import Layout
 from nopad.original import RemoteCodeOriginal
@@ -39,7 +41,8 @@ def onevision_norm(config: OneVisionPackingConfig) -> nn.Module:
 
 def onevision_mlp(config: OneVisionPackingConfig) -> MLP:
     """The feed-forward layer of blocks and head."""
-    return MLP(config.hidden_size, config.intermediate_size, ACT2FN[config.hidden_act], bias=True)
+    activation, names = ACT2FN[config.hidden_act], {"up": "fc1", "down": "fc2"}
+    return MLP(config.hidden_size, config.intermediate_size, activation, bias=True, names=names)
 
 
 def onevision_block(config: OneVisionPackingConfig) -> Block:
@@ -50,21 +53,25 @@ def onevision_block(config: OneVisionPackingConfig) -> Block:
         qkv_bias=True,
         proj_bias=True,
         dropout_p=config.attention_dropout,
+        names={"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "out_proj"},
     )
-    return Block(onevision_norm(config), attention, onevision_norm(config), onevision_mlp(config))
+    names = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attention": "self_attn"}
+    return Block(onevision_norm(config), attention, onevision_norm(config), onevision_mlp(config), names=names)
 
 
-class OneVisionEmbeddings(nn.Module):
-    """Patches to tokens: a linear map without bias, then a norm; positions come with the attention."""
+class OneVisionEmbeddings(ByRole):
+    """Patches to tokens: a linear map without bias; positions come with the attention."""
+
+    names = {"proj": "patch_embedding"}  # noqa: RUF012 - see `ByRole`
 
     def __init__(self, config: OneVisionPackingConfig):
         super().__init__()
-        self.proj = PatchEmbedding(config.patch_size**2 * config.num_channels, config.hidden_size, bias=False)
-        self.norm = onevision_norm(config)
+        size, order = config.patch_size, config.patch_order
+        self.proj = PatchEmbedding(config.num_channels, config.hidden_size, size, order, bias=False)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, patches: Tensor, runner: Runner) -> Tensor:
         """`(T, P)` to `(T, D)`."""
-        return self.norm(self.proj(hidden_states))
+        return runner.embed(self.proj, patches)
 
 
 class OneVisionEncoderPacking(PackedEncoder):
@@ -82,6 +89,7 @@ class OneVisionEncoderPacking(PackedEncoder):
     dialects = DIALECTS
     published = PUBLISHED
     frames_attend_jointly = True
+    names = {"layers": "encoder.layers", "norm": "layernorm_post"}  # noqa: RUF012 - see `ByRole`
     _no_split_modules = {"Block", "OneVisionEmbeddings", "ProbeHead"}  # noqa: RUF012 - as transformers declares it
 
     def build(self) -> None:
@@ -89,18 +97,20 @@ class OneVisionEncoderPacking(PackedEncoder):
         config = self.config
         check_head_dim(self._head_dim)
         self.embeddings = OneVisionEmbeddings(config)
+        self.layernorm_pre = onevision_norm(config)
+        self.encoder = nn.Module()
         self.layers = nn.ModuleList(onevision_block(config) for _ in range(config.num_hidden_layers))
         self.norm = self.head = None
         if config.use_head:
             self.norm = onevision_norm(config)
             norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
-            self.head = ProbeHead(config.hidden_size, config.num_attention_heads, norm, onevision_mlp(config))
+            self.head = ProbeHead(config.hidden_size, config.num_attention_heads, norm, onevision_mlp(config), names={})
 
-    def trunk(self, hidden_states: Tensor, layout: Layout, states: list[Tensor] | None) -> Trunk:
+    def trunk(self, patches: Tensor, layout: Layout, runner: Runner) -> Trunk:
         """Patches to tokens, normed where the checkpoint has the final norm."""
-        tokens = self.run_layers(self.embeddings(hidden_states), layout.images, self.rotation(layout), states)
-        normed = tokens if self.norm is None else self.norm(tokens)
-        return Trunk(normed, hidden_states=None if states is None else tuple(states))
+        tokens = self.layernorm_pre(self.embeddings(patches, runner))
+        tokens = runner.run(self.layers, tokens, layout.images, self.rotation(layout))
+        return Trunk(tokens if self.norm is None else self.norm(tokens))
 
     def rotation(self, layout: Layout) -> Rotation:
         """By time, row and column."""
@@ -117,15 +127,18 @@ class OneVisionEncoderPacking(PackedEncoder):
         return Preprocessing(rule="crop", size=self.config.image_size, resample="bicubic", **statistics)
 
     @classmethod
-    def read_config(cls, checkpoint: Checkpoint, dialect: Dialect) -> OneVisionPackingConfig:
+    def read_config(cls, checkpoint: Checkpoint) -> OneVisionPackingConfig:
         """The architecture, from config and tensors."""
-        return read_config(checkpoint, dialect)
+        return read_config(checkpoint)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, ProbeHead):
             init.normal_(module.probe, std=self.config.initializer_range)
+        elif isinstance(module, ProbeAttention):
+            init.normal_(module.in_proj_weight, std=self.config.initializer_range)
+            init.zeros_(module.in_proj_bias)
 
 
 class OneVisionOriginal(RemoteCodeOriginal):
@@ -140,6 +153,3 @@ class OneVisionOriginal(RemoteCodeOriginal):
         # Given the indices of all its patches the original counts frames 0, 1, 2, …; without, it takes 64 frames alone.
         indices = torch.arange(frames * (height // size) * (width // size), device=pixels.device)
         return model(pixels.transpose(1, 2), visible_indices=indices.expand(clips, -1))
-
-
-OneVisionEncoderPacking.register_conversions()

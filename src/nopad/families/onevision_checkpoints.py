@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
 
-from nopad.checkpoint import Checkpoint, Dialect, FlattenPatchKernel
+from nopad.checkpoint import Checkpoint, Dialect
+from nopad.conversions import NameTable, Rename, split_rows
 
 HEAD_DIM = 64
 """Of every published model; for a bare file, which does not tell."""
@@ -43,40 +43,12 @@ class OneVisionPackingConfig(PreTrainedConfig):
     patch_order: str = "chw"
 
 
-def _alike() -> list[WeightConverter | WeightRenaming]:
-    """What both dialects name alike."""
-    return [
-        WeightRenaming("^layernorm_pre", "^embeddings.norm"),
-        WeightRenaming("^layernorm_post", "^norm"),
-        WeightRenaming(r"^encoder\.layers", "^layers"),
-        WeightRenaming("layer_norm1", "norm1"),
-        WeightRenaming("layer_norm2", "norm2"),
-        WeightRenaming("mlp.fc1", "mlp.up"),
-        WeightRenaming("mlp.fc2", "mlp.down"),
-        WeightRenaming("head.attention.in_proj_", "head.qkv."),
-        WeightRenaming("head.attention.out_proj", "head.proj"),
-    ]
-
-
-def _hub() -> list[WeightConverter | WeightRenaming]:
-    return [
-        WeightConverter("embeddings.patch_embedding.weight", "embeddings.proj.weight", [FlattenPatchKernel()]),
-        *_alike(),
-        WeightConverter(
-            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "attention.qkv", [Concatenate(dim=0)]
-        ),
-        WeightRenaming("self_attn.out_proj", "attention.proj"),
-    ]
-
-
-def _preview_v0() -> list[WeightConverter | WeightRenaming]:
-    return [
-        WeightConverter(r"^patch_embed\.proj\.weight", "^embeddings.proj.weight", [FlattenPatchKernel()]),
-        *_alike(),
-        WeightRenaming("self_attn.qkv", "attention.qkv"),
-        WeightRenaming("self_attn.proj", "attention.proj"),
-    ]
-
+_ATTENTION = "encoder.layers.*.self_attn"
+_PREVIEW_V0 = NameTable(
+    Rename("patch_embed.proj.*", "embeddings.patch_embedding.*"),
+    Rename(f"{_ATTENTION}.qkv.*", *(f"{_ATTENTION}.{part}_proj.*" for part in "qkv"), reshape=split_rows(3)),
+    Rename(f"{_ATTENTION}.proj.*", f"{_ATTENTION}.out_proj.*"),
+)
 
 # The name under which training code keeps a compiled encoder.
 _PREFIXES = ("encoder._orig_mod.",)
@@ -86,7 +58,6 @@ DIALECTS = (
     Dialect(
         "Hub",
         r"^encoder\.layers\.\d+\.self_attn\.(q|k|v|out)_proj\.",
-        _hub,
         prefixes=_PREFIXES,
         requires=(r"^layernorm_(pre|post)\.",),
         is_original=True,
@@ -94,13 +65,11 @@ DIALECTS = (
     Dialect(
         "preview v0",
         r"^encoder\.layers\.\d+\.self_attn\.(qkv|proj)\.",
-        _preview_v0,
+        _PREVIEW_V0,
         prefixes=_PREFIXES,
         requires=(r"^layernorm_(pre|post)\.",),
     ),
 )
-
-_KERNELS = {"Hub": "embeddings.patch_embedding.weight", "preview v0": "patch_embed.proj.weight"}
 
 # What config.json may say, by the Hub's names, which preview v0 has too.
 _SAME_NAMES = """
@@ -109,7 +78,7 @@ layer_norm_eps layer_norm_type attention_dropout initializer_range rope_theta ro
 """
 
 
-def read_config(checkpoint: Checkpoint, dialect: Dialect) -> OneVisionPackingConfig:
+def read_config(checkpoint: Checkpoint) -> OneVisionPackingConfig:
     """The architecture, from tensor shapes and from `config.json` where there is one.
 
     Raises:
@@ -117,7 +86,7 @@ def read_config(checkpoint: Checkpoint, dialect: Dialect) -> OneVisionPackingCon
     """
     checkpoint.check_model_type(OneVisionPackingConfig.model_type)
     names = checkpoint.tensors
-    hidden_size, channels, patch_size, _ = checkpoint.shape(_KERNELS[dialect.name])
+    hidden_size, channels, patch_size, _ = checkpoint.shape("embeddings.patch_embedding.weight")
     fields: dict[str, Any] = {
         "hidden_size": hidden_size,
         "num_channels": channels,

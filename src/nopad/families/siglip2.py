@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
 
-from nopad.checkpoint import Checkpoint, Dialect
+from nopad.checkpoint import Checkpoint
 from nopad.encoder import PackedEncoder, Trunk
 from nopad.families.siglip2_checkpoints import (
     DIALECTS,
@@ -26,12 +25,14 @@ from nopad.families.siglip2_checkpoints import (
     read_config,
     trained_grid,
 )
+from nopad.inference.runner import Runner
 from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
 from nopad.layers.mlp import MLP
-from nopad.layers.patch_embed import PatchEmbedding
-from nopad.layers.pooling import ProbeHead
-from nopad.layers.positions import is_strict, learned_positions, resampled_positions
+from nopad.layers.patch_embed import PatchEmbedding, reorder_patches
+from nopad.layers.pooling import ProbeAttention, ProbeHead
+from nopad.layers.positions import PositionTable, is_strict
+from nopad.layers.roles import ByRole
 from nopad.layout import Layout
 from nopad.original import Original
 from nopad.packing import patchify
@@ -43,47 +44,39 @@ def is_naflex(config: SiglipConfigs) -> bool:
     return isinstance(config, Siglip2PackingConfig)
 
 
-class Siglip2Embeddings(nn.Module):
-    """Patches to tokens: a linear map, then learned positions."""
+class Siglip2Embeddings(ByRole):
+    """Patches to tokens: a linear map, then learned positions.
+
+    NaFlex resizes them as its `resize_positional_embeddings`, SigLIP as its `interpolate_pos_encoding`.
+    """
+
+    names = {"proj": "patch_embedding"}  # noqa: RUF012 - see `ByRole`
 
     def __init__(self, config: SiglipConfigs):
         super().__init__()
-        self.trained_grid = trained_grid(config)
-        self.naflex = is_naflex(config)
-        self.strict = is_strict(config.positions)
-        self.proj = PatchEmbedding(config.patch_size**2 * config.num_channels, config.hidden_size)  # pyright: ignore[reportOperatorIssue]
-        self.position_embedding = nn.Parameter(torch.empty(math.prod(self.trained_grid), config.hidden_size))
+        patch_size: int = config.patch_size  # pyright: ignore[reportAssignmentType] - a number in every checkpoint
+        self.patch_size, self.order = patch_size, config.patch_order
+        self.naflex, grid = is_naflex(config), trained_grid(config)
+        channels, size, strict = config.num_channels, config.hidden_size, is_strict(config.positions)
+        if self.naflex:
+            self.proj = nn.Linear(patch_size**2 * channels, size)
+            self.position_embedding = PositionTable(grid, size, mode="bilinear", native=True)
+        else:
+            self.proj = PatchEmbedding(channels, size, patch_size, self.order)
+            self.position_embedding = PositionTable(grid, size, mode="bicubic", antialias=False, strict=strict)
 
-    def forward(self, hidden_states: Tensor, layout: Layout) -> Tensor:
+    def forward(self, patches: Tensor, layout: Layout, runner: Runner) -> Tensor:
         """`(T, P)` to `(T, D)`."""
-        tokens = self.proj(hidden_states)
-        return tokens + self.positions(layout, tokens.dtype).to(tokens.dtype)
-
-    def positions(self, layout: Layout, dtype: torch.dtype) -> Tensor:
-        """`(T, D)`, in float32, or in `dtype` where that changes no bit.
-
-        NaFlex as its `resize_positional_embeddings`, else as SigLIP's `interpolate_pos_encoding`.
-
-        Raises:
-            ValueError: `patch_positions` for NaFlex; see also `learned_positions`.
-        """
-        table = self.position_embedding
-        if not self.naflex:
-            rule = {"mode": "bicubic", "antialias": False, "strict": self.strict, "dtype": dtype}
-            return learned_positions(layout, table, self.trained_grid, **rule)
-        if layout.patch_positions is not None:
-            raise ValueError(
-                "patch_positions: expected None, NaFlex fits its positions to the whole grid of an image, which single "
-                "patches do not tell; use a fixed-size checkpoint"
-            )
-        if not layout.grid:
-            return table.float()[:0]
-        return resampled_positions(layout, table, self.trained_grid, "bilinear", dtype=dtype)
+        if self.naflex:  # whose linear map takes patches in this order
+            patches = reorder_patches(patches, self.patch_size, self.order, "hwc")
+        tokens = runner.embed(self.proj, patches)
+        return tokens + self.position_embedding(layout, tokens.dtype).to(tokens.dtype)
 
 
 def siglip2_mlp(config: SiglipConfigs) -> MLP:
     """The feed-forward layer of a block and of the head."""
-    return MLP(config.hidden_size, config.intermediate_size, ACT2FN[config.hidden_act], bias=True)
+    activation, names = ACT2FN[config.hidden_act], {"up": "fc1", "down": "fc2"}
+    return MLP(config.hidden_size, config.intermediate_size, activation, bias=True, names=names)
 
 
 def siglip2_block(config: SiglipConfigs) -> Block:
@@ -95,8 +88,10 @@ def siglip2_block(config: SiglipConfigs) -> Block:
         qkv_bias=True,
         proj_bias=True,
         dropout_p=config.attention_dropout,
+        names={"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "out_proj"},
     )
-    return Block(norm(), attention, norm(), siglip2_mlp(config))
+    names = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attention": "self_attn"}
+    return Block(norm(), attention, norm(), siglip2_mlp(config), names=names)
 
 
 class Siglip2NaflexPacking(PackedEncoder):
@@ -112,6 +107,7 @@ class Siglip2NaflexPacking(PackedEncoder):
     family = "siglip2"
     dialects = DIALECTS
     published = PUBLISHED
+    names = {"layers": "encoder.layers", "norm": "post_layernorm"}  # noqa: RUF012 - see `ByRole`
     _no_split_modules = {"Block", "Siglip2Embeddings", "ProbeHead"}  # noqa: RUF012 - as transformers declares it
 
     def build(self) -> None:
@@ -121,21 +117,24 @@ class Siglip2NaflexPacking(PackedEncoder):
             raise ValueError("positions: NaFlex checkpoints resample theirs for every image, got 'strict'")
         norm = partial(nn.LayerNorm, config.hidden_size, eps=config.layer_norm_eps)
         self.embeddings = Siglip2Embeddings(config)
+        self.encoder = nn.Module()
         self.layers = nn.ModuleList(siglip2_block(config) for _ in range(config.num_hidden_layers))
         self.norm = norm()
         self.head = None
         if config.vision_use_head:
-            self.head = ProbeHead(config.hidden_size, config.num_attention_heads, norm(), siglip2_mlp(config))
+            mlp, names = siglip2_mlp(config), {"norm": "layernorm"}
+            self.head = ProbeHead(config.hidden_size, config.num_attention_heads, norm(), mlp, names=names)
 
-    def trunk(self, hidden_states: Tensor, layout: Layout, states: list[Tensor] | None) -> Trunk:
+    def trunk(self, patches: Tensor, layout: Layout, runner: Runner) -> Trunk:
         """Patches to normed tokens."""
-        tokens = self.run_layers(self.embeddings(hidden_states, layout), layout.frames, None, states)
-        return Trunk(self.norm(tokens), hidden_states=None if states is None else tuple(states))
+        tokens = self.embeddings(patches, layout, runner)
+        return Trunk(self.norm(runner.run(self.layers, tokens, layout.frames, None)))
 
     def example_positions(self) -> Tensor:
         """Learned positions on the trained grid."""
-        layout = Layout.of_image(*self.embeddings.trained_grid, self.device)
-        return self.embeddings.positions(layout, self.dtype)
+        table = self.embeddings.position_embedding
+        rows, columns = table.grid
+        return table(Layout.of_image(rows, columns, self.device), self.dtype)
 
     @property
     def default_preprocessing(self) -> Preprocessing:
@@ -146,7 +145,7 @@ class Siglip2NaflexPacking(PackedEncoder):
         return Preprocessing(rule="square", size=self.config.image_size, resample="bicubic", **statistics)
 
     @classmethod
-    def read_config(cls, checkpoint: Checkpoint, dialect: Dialect) -> SiglipConfigs:
+    def read_config(cls, checkpoint: Checkpoint) -> SiglipConfigs:
         """The architecture, from config and tensors."""
         return read_config(checkpoint)
 
@@ -163,10 +162,14 @@ class Siglip2NaflexPacking(PackedEncoder):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Siglip2Embeddings):
-            init.normal_(module.position_embedding, std=self.config.hidden_size**-0.5)
+        size = self.config.hidden_size
+        if isinstance(module, PositionTable):
+            init.normal_(module.weight, std=size**-0.5)
         elif isinstance(module, ProbeHead):
-            init.normal_(module.probe, std=self.config.hidden_size**-0.5)
+            init.normal_(module.probe, std=size**-0.5)
+        elif isinstance(module, ProbeAttention):
+            init.normal_(module.in_proj_weight, std=size**-0.5)
+            init.zeros_(module.in_proj_bias)
 
 
 class Siglip2Original(Original):
@@ -194,6 +197,3 @@ class Siglip2Original(Original):
             pixel_attention_mask=torch.ones(images, rows * columns, dtype=torch.int32, device=pixels.device),
             spatial_shapes=torch.tensor([[rows, columns]] * images),
         )
-
-
-Siglip2NaflexPacking.register_conversions()

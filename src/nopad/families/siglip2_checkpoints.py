@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from transformers.core_model_loading import Concatenate, ConversionOps, WeightConverter, WeightRenaming
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
 
-from nopad.checkpoint import Checkpoint, Dialect, FlattenPatchKernel, only_tensor
+from nopad.checkpoint import Checkpoint, Dialect
 
 
 class Siglip2PackingConfig(Siglip2VisionConfig):
@@ -63,61 +62,10 @@ def _side(number: int, what: str) -> int:
     return side
 
 
-class RelayPatchWeight(ConversionOps):
-    """Patch embedding, NaFlex matrix over `(ph, pw, C)` or kernel `(D, C, p, p)`, to one over `config.patch_order`."""
-
-    def __init__(self, *, back: bool = False):
-        self.back = back
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> Any:
-        config = kwargs["config"]
-        if isinstance(config, SiglipPackingConfig):
-            kernel = FlattenPatchKernel(unflatten=self.back)
-            return kernel.convert(input_dict, source_patterns, target_patterns, **kwargs)
-        weight = only_tensor(input_dict)
-        if config.patch_order == "chw":
-            side, channels = config.patch_size, config.num_channels
-            if self.back:
-                weight = weight.unflatten(1, (channels, side, side)).permute(0, 2, 3, 1)
-            else:
-                weight = weight.unflatten(1, (side, side, channels)).permute(0, 3, 1, 2)
-            weight = weight.flatten(1).contiguous()
-        return {target_patterns[0]: weight}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return RelayPatchWeight(back=not self.back)
-
-
-def _transformers() -> list[WeightConverter | WeightRenaming]:
-    return [
-        WeightConverter("embeddings.patch_embedding.weight", "embeddings.proj.weight", [RelayPatchWeight()]),
-        WeightRenaming("embeddings.patch_embedding.bias", "embeddings.proj.bias"),
-        WeightRenaming("embeddings.position_embedding.weight", "embeddings.position_embedding"),
-        WeightRenaming(r"^encoder\.layers", "^layers"),
-        WeightRenaming("layer_norm1", "norm1"),
-        WeightRenaming("layer_norm2", "norm2"),
-        WeightConverter(
-            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "attention.qkv", [Concatenate(dim=0)]
-        ),
-        WeightRenaming("self_attn.out_proj", "attention.proj"),
-        WeightRenaming("mlp.fc1", "mlp.up"),
-        WeightRenaming("mlp.fc2", "mlp.down"),
-        WeightRenaming("^post_layernorm", "^norm"),
-        WeightRenaming("head.attention.in_proj_weight", "head.qkv.weight"),
-        WeightRenaming("head.attention.in_proj_bias", "head.qkv.bias"),
-        WeightRenaming("head.attention.out_proj", "head.proj"),
-        WeightRenaming("head.layernorm", "head.norm"),
-    ]
-
-
 DIALECTS = (
     Dialect(
         "transformers",
         r"^post_layernorm\.",
-        _transformers,
         prefixes=("vision_model.",),
         dropped=(r"^text_model\.", r"^logit_scale$", r"^logit_bias$"),
         is_original=True,

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from nopad.layers.mlp import GatedMLP
+from nopad.layers.linear import joined
+from nopad.layers.mlp import Activation, GatedMLP
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
@@ -104,8 +105,7 @@ class Float8Linear(nn.Module):
         check(linear)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.scale = (nn.Buffer(part) for part in round_weight(linear.weight.detach()))
-        bias = bias_of(linear)
-        self.bias = None if bias is None else nn.Buffer(bias)
+        self.bias = None if linear.bias is None else nn.Buffer(linear.bias.detach())
 
     def forward(self, input: Tensor) -> Tensor:
         """`(T, in)` to `(T, out)`."""
@@ -148,23 +148,14 @@ def rows_of(linear: nn.Linear, first: int, last: int) -> nn.Linear:
     """A linear map to some of the values of another."""
     part = nn.Linear(linear.in_features, last - first, bias=linear.bias is not None, device="meta")
     part.weight = nn.Parameter(linear.weight.detach()[first:last].clone(), requires_grad=False)
-    if (bias := bias_of(linear)) is not None:
-        part.bias = nn.Parameter(bias[first:last].clone(), requires_grad=False)
+    if linear.bias is not None:
+        part.bias = nn.Parameter(linear.bias.detach()[first:last].clone(), requires_grad=False)
     return part
-
-
-def bias_of(linear: nn.Linear) -> Tensor | None:
-    """What a map makes of zero: its bias, in whatever form it keeps that."""
-    if linear.bias is None:
-        return None
-    zero = linear.weight.new_zeros(1, linear.in_features)
-    return type(linear).forward(linear, zero)[0].detach()  # no hook sees it
 
 
 def takes_apart(linear: Any) -> bool:
     """Whether a module is a linear map and nothing else, in a floating-point dtype."""
-    affine = type(linear) is nn.Linear or (isinstance(linear, nn.Linear) and hasattr(type(linear), "is_affine"))
-    return affine and linear.weight.is_floating_point()
+    return type(linear) is nn.Linear and linear.weight.is_floating_point()
 
 
 def check(linear: Any) -> None:
@@ -198,15 +189,20 @@ def check_apart(linear: Any) -> None:
 class Float8GatedMLP(nn.Module):
     """`GatedMLP` with SiLU in float8: gate, product and the cast of what goes down are one pass.
 
+    Args:
+        gate_up: one map for both, gate before up.
+        activation: of the gate.
+        down: the map behind them.
+
     Raises:
         ValueError: see `Float8Linear`.
     """
 
-    def __init__(self, mlp: GatedMLP) -> None:
+    def __init__(self, gate_up: nn.Linear, activation: Activation, down: nn.Linear) -> None:
         super().__init__()
-        self.gate_up = Float8Linear(mlp.gate_up)
-        self.activation = mlp.activation
-        self.down = Float8Linear(mlp.down)
+        self.gate_up = Float8Linear(gate_up)
+        self.activation = activation
+        self.down = Float8Linear(down)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`(T, D)` to `(T, D)`."""
@@ -237,14 +233,14 @@ def check_block(layer: Any, number: int) -> None:
     Raises:
         ValueError: see `check`; hooks of modules that others take the place of.
     """
-    parts = dict(layer.named_modules())
-    up = "mlp.gate_up" if isinstance(layer.mlp, GatedMLP) else "mlp.up"
-    for name in ("attention.qkv", up, "mlp.down"):
-        check(parts.get(name))
-    check_apart(parts.get("attention.proj"))
-    for name, module in parts.items():
-        replaced = name.startswith(("norm", "mlp", "attention.qkv"))
-        if replaced and (module._forward_hooks or module._forward_pre_hooks):
+    attention, mlp = layer.attention, layer.mlp
+    up = (mlp.gate, mlp.up) if isinstance(mlp, GatedMLP) else (mlp.up,)
+    for linear in (attention.q, attention.k, attention.v, *up, mlp.down):
+        check(linear)
+    check_apart(attention.proj)
+    replaced = {layer.norm1, layer.norm2, attention.q, attention.k, attention.v, *mlp.modules()}
+    for name, module in layer.named_modules():
+        if module in replaced and (module._forward_hooks or module._forward_pre_hooks):
             raise ValueError(
                 f"precision 'fp8': expected no hooks on modules that others take the place of, got one on "
                 f"layers.{number}.{name}; register it afterwards"
@@ -254,52 +250,58 @@ def check_block(layer: Any, number: int) -> None:
 def to_float8(layers: nn.ModuleList) -> None:
     """Make the linear maps of the layers float8 ones, or none where one of them cannot be.
 
-    What follows the attention is left as it is: the cast of what comes out of the attention, which no product could
-    do, would cost what the faster product saves. So are values of the first half of the blocks: what is lost there goes
-    through all blocks after, and in images of a few patches no sum over keys evens it out.
+    Maps of one input become one: queries, keys and values, gate and up. What follows the attention is left as it is:
+    the cast of what comes out of the attention, which no product could do, would cost what the faster product saves. So
+    are values of the first half of the blocks: what is lost there goes through all blocks after, and in images of a few
+    patches no sum over keys evens it out.
 
     Raises:
         ValueError: see `check_block`.
     """
     blocks: Any = list(layers)
-    kept = [layer.attention.proj for layer in blocks]
     for number, layer in enumerate(blocks):
         check_block(layer, number)
     for number, layer in enumerate(blocks):
-        gated = isinstance(layer.mlp, GatedMLP) and isinstance(layer.mlp.activation, nn.SiLU | SiLUActivation)
+        attention, mlp, dtype = layer.attention, layer.mlp, layer.attention.proj.weight.dtype
+        qkv = joined((attention.q, attention.k, attention.v))
+        gated = isinstance(mlp, GatedMLP) and isinstance(mlp.activation, nn.SiLU | SiLUActivation)
+        up = joined((mlp.gate, mlp.up)) if gated else mlp.up
         normed = isinstance(layer.norm1, nn.RMSNorm) and isinstance(layer.norm2, nn.RMSNorm)
-        if gated and normed and layer.attention.qkv.bias is None and layer.mlp.gate_up.bias is None:
-            prepare(layer)
+        if gated and normed and qkv.bias is None and up.bias is None:
+            prepare(layer, qkv, up)
         if gated:
-            layer.mlp = Float8GatedMLP(layer.mlp)
+            layer.mlp = Float8GatedMLP(up, mlp.activation, mlp.down)
+        else:
+            for name in ("gate", "up", "down") if isinstance(mlp, GatedMLP) else ("up", "down"):
+                setattr(mlp, name, Float8Linear(getattr(mlp, name)))
         if number < len(blocks) / FIRST:
-            layer.attention.qkv = Float8QKV(layer.attention.qkv)
-            kept.append(layer.attention.qkv.value)
-        for name, module in list(layer.named_modules()):
-            if isinstance(module, nn.Linear) and module not in kept:
-                layer.set_submodule(name, Float8Linear(module))
-    for linear in kept:
-        linear.to(blocks[0].attention.proj.weight.dtype)  # `prepare` has left float32
+            attention.qkv = Float8QKV(qkv)
+            attention.qkv.value.to(dtype)  # `prepare` has left float32
+        else:
+            attention.qkv = Float8Linear(qkv)
+        attention.q = attention.k = attention.v = None
 
 
 @torch.no_grad()
-def prepare(layer: Any) -> None:
+def prepare(layer: Any, qkv: nn.Linear, gate_up: nn.Linear) -> None:
     """Move factors of a layer to where they are rounded once; what it computes stays the same.
 
     The weights of its norms go into the matrices after them. `up` is divided, and the columns of `down` are multiplied,
     by powers of two that keep `silu(gate) · up` below float8's largest number whatever comes in: a normed row has the
     length `sqrt(D)`, and on a sphere of that radius two linear forms multiply to at most
     `D · (|a| |b| + |a · b|) / 2`. So it can be rounded to float8 before its largest value is known.
+
+    Args:
+        layer: its norms lose their weights, its `mlp.down` gets another.
+        qkv, gate_up: the layer's maps, joined; they get other weights, in float32.
     """
-    for norm, linear in ((layer.norm1, layer.attention.qkv), (layer.norm2, layer.mlp.gate_up)):
-        linear.weight = nn.Parameter(linear.weight.float() * norm.weight.float(), requires_grad=False)
-    for name in ("norm1", "norm2"):
+    for name, linear in (("norm1", qkv), ("norm2", gate_up)):
         norm = getattr(layer, name)
+        linear.weight = nn.Parameter(linear.weight.float() * norm.weight.float(), requires_grad=False)
         setattr(layer, name, nn.RMSNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False))
-    weight = layer.mlp.gate_up.weight
-    gate, up = weight.chunk(2)
-    bound = weight.shape[1] * (gate.norm(dim=1) * up.norm(dim=1) + (gate * up).sum(dim=1).abs()) / 2
+    gate, up = gate_up.weight.chunk(2)
+    bound = gate.shape[1] * (gate.norm(dim=1) * up.norm(dim=1) + (gate * up).sum(dim=1).abs()) / 2
     # A gate or an up of zeros has a bound of zero: what comes of it is zero with any factor that overflows nothing.
     factor = (bound / LARGEST).clamp(2.0**-60, 2.0**60).log2().ceil().exp2()
-    layer.mlp.gate_up.weight = nn.Parameter(torch.cat((gate, up / factor[:, None])), requires_grad=False)
+    gate_up.weight = nn.Parameter(torch.cat((gate, up / factor[:, None])), requires_grad=False)
     layer.mlp.down.weight = nn.Parameter(layer.mlp.down.weight.float() * factor, requires_grad=False)

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
-from nopad.inference.float8 import FLOAT8, Float8GatedMLP, Float8Linear, Float8QKV, bias_of, takes_apart
+from nopad.inference.float8 import FLOAT8, Float8GatedMLP, Float8Linear, Float8QKV, takes_apart
 from nopad.layers.attention import PackedAttention
-from nopad.layers.block import Block
+from nopad.layers.block import Block, LayerScale
+from nopad.layers.linear import joined
 from nopad.layers.mlp import MLP, GatedMLP
 
 
@@ -102,13 +103,14 @@ class FoldedBlock:
         attention, mlp = block.attention, block.mlp
         assert isinstance(mlp, MLP | GatedMLP | Float8GatedMLP)
         gated, norm = not isinstance(mlp, MLP), block.norm1
-        up = folded(mlp.up if isinstance(mlp, MLP) else mlp.gate_up, block.norm2)
+        up = folded(_up_of(mlp), block.norm2)
         centred = isinstance(norm, nn.LayerNorm)
         activation = name_of(mlp.activation)
         assert isinstance(norm, nn.RMSNorm | nn.LayerNorm)
         assert norm.eps is not None
         assert activation is not None
-        qkv, value, parts = attention.qkv, None, 3
+        qkv: Any = attention.qkv or joined((attention.q, attention.k, attention.v))
+        value, parts = None, 3
         if isinstance(qkv, Float8QKV):
             qkv, value, parts = qkv.query_key, folded(qkv.value, norm), 2
         return cls(
@@ -165,12 +167,20 @@ def can_fold(block: nn.Module) -> bool:
         plain = (attention.proj, qkv.value) if apart else (attention.proj,)
         known = all(isinstance(linear, Float8Linear) for linear in small) and all(map(takes_apart, plain))
         return absorbed and unscaled and known and all(linear.bias is None for linear in small + plain)
-    if type(mlp) not in (MLP, GatedMLP) or first.weight is None or second.weight is None:
+    if type(mlp) not in (MLP, GatedMLP) or first.weight is None or second.weight is None or attention.qkv is not None:
         return False
     known = name_of(mlp.activation) in (("silu",) if isinstance(mlp, GatedMLP) else ("silu", "gelu", "gelu_tanh"))
-    scaled_both = parts.layer_scale1 is not None and parts.layer_scale2 is not None
-    maps = (attention.qkv, attention.proj, mlp.gate_up if isinstance(mlp, GatedMLP) else mlp.up, mlp.down)
+    scaled_both = type(parts.layer_scale1) is type(parts.layer_scale2) is LayerScale
+    up = (mlp.gate, mlp.up) if isinstance(mlp, GatedMLP) else (mlp.up,)
+    maps = (attention.q, attention.k, attention.v, attention.proj, *up, mlp.down)
     return known and (unscaled or scaled_both) and all(takes_apart(linear) for linear in maps)
+
+
+def _up_of(mlp: MLP | GatedMLP | Float8GatedMLP) -> Any:
+    """The map that a feed-forward layer begins with."""
+    if isinstance(mlp, GatedMLP):
+        return joined((mlp.gate, mlp.up))
+    return mlp.up if isinstance(mlp, MLP) else mlp.gate_up
 
 
 def name_of(activation: Any) -> str | None:
@@ -184,8 +194,7 @@ def name_of(activation: Any) -> str | None:
 
 def parts_of(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """Weight and bias in float32."""
-    bias = bias_of(linear)
-    return linear.weight.detach().float(), None if bias is None else bias.float()
+    return linear.weight.detach().float(), None if linear.bias is None else linear.bias.detach().float()
 
 
 def folded(linear: nn.Linear | Float8Linear, norm: nn.Module) -> Matrix:
@@ -204,7 +213,7 @@ def folded(linear: nn.Linear | Float8Linear, norm: nn.Module) -> Matrix:
     return Matrix(weight.to(linear.weight.dtype), bias)
 
 
-def scaled(linear: nn.Linear | Float8Linear, layer_scale: Tensor | None, centred: bool) -> Matrix:
+def scaled(linear: nn.Linear | Float8Linear, layer_scale: LayerScale | None, centred: bool) -> Matrix:
     """A matrix that adds to the residual stream: its layer scale and its centring in it, rounded once."""
     if isinstance(linear, Float8Linear):
         return Matrix(linear.weight, linear.bias, linear.scale[:, 0])
@@ -212,7 +221,7 @@ def scaled(linear: nn.Linear | Float8Linear, layer_scale: Tensor | None, centred
     if layer_scale is None and not centred:
         return Matrix(linear.weight.detach(), bias)  # the weight itself, no copy
     if layer_scale is not None:
-        factor = layer_scale.detach().float()
+        factor = layer_scale.lambda1.detach().float()
         weight, bias = weight * factor[:, None], None if bias is None else bias * factor
     if centred:
         weight = weight - weight.mean(dim=0)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nopad.layers.triton_check import has_triton
 from nopad.layout import Segments
@@ -52,26 +50,3 @@ def whole_segments(finite: Tensor, segments: Segments) -> Tensor:
     """Which segments have finite rows alone: `(T,)` to `(S,)`."""
     offsets = segments.cu_seqlens.long()
     return torch.segment_reduce(finite.float(), "min", offsets=offsets, axis=0, unsafe=True) > 0
-
-
-class FixedRows:
-    """Hooks around a module that fill its input up to `capacity` rows and cut its output down again."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.given = threading.local()  # to the call of this thread
-
-    def fill_up(self, module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor] | None:
-        """What `register_forward_pre_hook` takes."""
-        (patches,) = arguments
-        self.given.rows = len(patches)
-        if torch.is_grad_enabled() or len(patches) >= self.capacity:
-            return None
-        return (F.pad(patches, (0, 0, 0, self.capacity - len(patches))),)
-
-    def cut(self, module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor:
-        """What `register_forward_hook` takes."""
-        return output[: self.given.rows]
-
-    def __reduce__(self) -> tuple[type[FixedRows], tuple[int]]:
-        return FixedRows, (0,)  # a copy of a compiled encoder is not compiled

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from nopad.inference import fused
 from nopad.inference.graphs import Graphs, Layers
-from nopad.inference.rows import FixedRows, fill_up_rows, finite_rows, spoil, whole_segments
+from nopad.inference.rows import fill_up_rows, finite_rows, spoil, whole_segments
+from nopad.inference.runner import EagerRunner
 from nopad.inference.watch import Watch
 from nopad.layers.attention import Rotation
 from nopad.layers.block import add
@@ -52,7 +53,7 @@ FILLER = 512
 """What is left of a pack is cut into segments of hardly more rows: attention over long ones would take time."""
 
 
-class StaticPacks:
+class StaticRunner:
     """Runs an encoder's layers and pooling on packs of `capacity` rows in `slots` segments; layers, one pack at a time.
 
     Layers that have hooks or other parts than they had run as they are.
@@ -66,16 +67,13 @@ class StaticPacks:
 
     def __init__(self, encoder: PackedEncoder, capacity: int, slots: int, layers: Layers) -> None:
         self.capacity = capacity
-        self.slots = slots
+        self.max_segments = slots
         self.layers = layers
         self.made_of = encoder.layers
         self.watch = Watch(encoder.layers)
         self.dropout = any(getattr(module, "dropout_p", 0.0) for module in encoder.layers.modules())
         self.trained = False
         self.lock = threading.RLock()  # what is folded or recorded is there once, for all threads
-        # All patches of a pack go through one product: it too sees rows of one number.
-        embedding, rows = encoder.get_input_embeddings(), FixedRows(capacity)
-        self.hooks = [embedding.register_forward_pre_hook(rows.fill_up), embedding.register_forward_hook(rows.cut)]
 
     @property
     def recorded(self) -> Layers:
@@ -90,30 +88,29 @@ class StaticPacks:
         deferred = isinstance(self.recorded, partial) and self.recorded.func is run_deferred
         return "compiled" if deferred else "eager"
 
-    def remove(self) -> None:
-        """Leave the encoder as it was."""
-        for hook in self.hooks:
-            hook.remove()
-
-    def fits(self, rows: int, segments: Segments) -> bool:
-        """Whether a pack of so many rows goes in; one that does not runs as it would have without."""
+    def admits(self, rows: int, segments: int) -> bool:
+        """Whether a pack goes in; one that does not runs as it would have without."""
         if torch.is_grad_enabled():
             self.trained = True
             return False
-        if rows <= self.capacity and len(segments) <= self.slots:
+        if rows <= self.capacity and segments <= self.max_segments:
             return True
-        _tell_once(self.capacity, self.slots)
+        _tell_once(self.capacity, self.max_segments)
         return False
 
-    def run(self, tokens: Tensor, segments: Segments, rotate: Rotation | None, own: nn.ModuleList) -> Tensor:
-        """`(T, D)` to `(T, D)`; `own` are the encoder's layers of now."""
+    def embed(self, embedding: Callable[[Tensor], Tensor], patches: Tensor) -> Tensor:
+        """The GEMM from patches to tokens, on `capacity` rows as all others."""
+        return embedding(F.pad(patches, (0, 0, 0, self.capacity - len(patches))))[: len(patches)]
+
+    def run(self, layers: nn.ModuleList, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
+        """`(T, D)` to `(T, D)`; `layers` are the encoder's current ones."""
         # Not in inference mode, for which everything would be compiled once more.
         with self.lock, torch.inference_mode(False), torch.no_grad():
-            layers = self.layers if self._current(own) else partial(run_layers, own)
-            if isinstance(layers, Graphs):
-                with layers.turn():
-                    return self._run(layers, tokens, segments, rotate)
-            return self._run(layers, tokens, segments, rotate)
+            runs = self.layers if self._current(layers) else partial(run_layers, layers)
+            if isinstance(runs, Graphs):
+                with runs.turn():
+                    return self._run(runs, tokens, segments, rotate)
+            return self._run(runs, tokens, segments, rotate)
 
     def _run(self, layers: Layers, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
         rows = tokens.shape[0]
@@ -121,7 +118,7 @@ class StaticPacks:
         tokens, finite = fill_up_rows(tokens, self.capacity, room)
         rotate = None if rotate is None else rotate.padded(self.capacity)
         # What is recorded or compiled sees as many segments each time; kernels called one by one need not.
-        slots = None if isinstance(layers, fused.FusedLayers) else self.slots
+        slots = None if isinstance(layers, fused.FusedLayers) else self.max_segments
         tokens = layers(tokens, fill_up(segments, self.capacity, slots), rotate)[:rows]
         return spoil(tokens, finite, segments)
 
@@ -139,7 +136,7 @@ class StaticPacks:
         """One vector per segment, `(S, D)`."""
         finite, tokens = finite_rows(trunk.tokens)
         # More rows than slots: a segment of no tokens could not be pooled.
-        slots = self.slots + 1
+        slots = self.max_segments + 1
         rows = self.capacity + slots
         tokens = F.pad(tokens, (0, 0, 0, rows - tokens.shape[0]))
         pooled = encoder.pool_segments(type(trunk)(tokens, trunk.prefix_tokens), segments.filled_up(rows, slots))
@@ -148,14 +145,15 @@ class StaticPacks:
 
     def project(self, encoder: PackedEncoder, pooled: Tensor) -> Tensor | None:
         """`(N, D)` to `(N, E)`."""
-        projected = encoder.project(F.pad(pooled, (0, 0, 0, max(self.slots - len(pooled), 0))))
+        projected = encoder.project(F.pad(pooled, (0, 0, 0, max(self.max_segments - len(pooled), 0))))
         return None if projected is None else projected[: len(pooled)]
 
-    def __deepcopy__(self, memo: object) -> None:
+    def __deepcopy__(self, memo: object) -> EagerRunner:
         """A copy of a compiled encoder is not compiled."""
+        return EagerRunner()
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
+    def __reduce__(self) -> tuple[type[EagerRunner], tuple[()]]:
+        return EagerRunner, ()
 
 
 def fill_up(segments: Segments, capacity: int, slots: int | None) -> Segments:

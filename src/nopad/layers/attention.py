@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nopad.layers.linear import SharedInput
 from nopad.layers.varlen import varlen_attention
 from nopad.layout import Segments
 
@@ -35,30 +36,62 @@ class Rotation:
         return Rotation(self.turn, F.pad(self.cos, more, value=1.0), F.pad(self.sin, more))
 
 
-class PackedAttention(nn.Module):
-    """Multi-head self-attention in which each token sees its own segment; one matrix for queries, keys and values.
+class PackedAttention(SharedInput):
+    """Multi-head self-attention in which each token sees its own segment.
+
+    Args:
+        hidden_size: D.
+        num_heads: H, a divisor of D.
+        qkv_bias: whether queries, keys and values have a bias, one answer for all or one for each.
+        proj_bias: whether the projection has one.
+        dropout_p: share of the attention weights that training drops.
+        names: see `ByRole`; the roles are `q`, `k`, `v` and `proj`.
+
+    Attributes:
+        qkv: one map in place of `q`, `k` and `v`, in formats that are for inference alone; else `None`.
 
     Raises:
         ValueError: `num_heads` does not divide `hidden_size`.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, *, qkv_bias: bool, proj_bias: bool, dropout_p: float):
+    siblings = ("q", "k", "v")
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool | tuple[bool, bool, bool],
+        proj_bias: bool,
+        dropout_p: float,
+        names: Mapping[str, str],
+    ):
         super().__init__()
         if hidden_size % num_heads:
             raise ValueError(f"num_heads: expected a divisor of hidden_size {hidden_size}, got {num_heads}")
+        self.names = names
         self.num_heads = num_heads
         self.head_dim = hidden_size // num_heads
         self.dropout_p = dropout_p
         self.backend = "auto"
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
+        q_bias, k_bias, v_bias = (qkv_bias,) * 3 if isinstance(qkv_bias, bool) else qkv_bias
+        self.q = nn.Linear(hidden_size, hidden_size, bias=q_bias)
+        self.k = nn.Linear(hidden_size, hidden_size, bias=k_bias)
+        self.v = nn.Linear(hidden_size, hidden_size, bias=v_bias)
         self.proj = nn.Linear(hidden_size, hidden_size, bias=proj_bias)
+        self.qkv: nn.Module | None = None
 
     def forward(self, hidden_states: Tensor, segments: Segments, rotate: Rotation | None = None) -> Tensor:
         """`(T, D)` to `(T, D)`."""
-        qkv = self.qkv(hidden_states).view(-1, 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.unbind(1)
+        query, key, value = (states.unflatten(1, (self.num_heads, -1)) for states in self._project(hidden_states))
         if rotate is not None:
             query, key = rotate(query), rotate(key)
         dropout_p = self.dropout_p if self.training else 0.0
         mixed = varlen_attention(query, key, value, segments, dropout_p=dropout_p, backend=self.backend)
         return self.proj(mixed.flatten(1))
+
+    def _project(self, hidden_states: Tensor) -> Sequence[Tensor]:
+        """Queries, keys and values, `(T, D)` each."""
+        if self.qkv is not None:
+            return self.qkv(hidden_states).chunk(3, dim=1)
+        return self.multiply_each(hidden_states)

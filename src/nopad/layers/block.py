@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nopad.layers.attention import PackedAttention, Rotation
+from nopad.layers.roles import ByRole
 from nopad.layout import Segments
 
 
-class Block(GradientCheckpointingLayer):
+class LayerScale(nn.Module):
+    """A learned factor for each channel (Touvron et al., arXiv:2103.17239)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`(T, D)` to `(T, D)`."""
+        return hidden_states * self.lambda1
+
+
+class Block(ByRole, GradientCheckpointingLayer):
     """Pre-norm transformer block: attention, then feed-forward, each added to what came in.
 
-    With `layer_scale` each is first multiplied by a learned factor per channel (Touvron et al., arXiv:2103.17239).
+    Args:
+        norm1, attention, norm2, mlp: its parts.
+        layer_scale: multiply what is added by a learned factor per channel first.
+        names: see `ByRole`; the roles are those of the arguments, `layer_scale1` and `layer_scale2`.
     """
 
     def __init__(
@@ -24,17 +42,17 @@ class Block(GradientCheckpointingLayer):
         mlp: nn.Module,
         *,
         layer_scale: bool = False,
+        names: Mapping[str, str],
     ):
         super().__init__()
+        self.names = names
         self.norm1 = norm1
         self.attention = attention
         self.norm2 = norm2
         self.mlp = mlp
-        self.layer_scale1: nn.Parameter | None
-        self.layer_scale2: nn.Parameter | None
-        for name in ("layer_scale1", "layer_scale2"):
-            size = attention.proj.out_features
-            self.register_parameter(name, nn.Parameter(torch.empty(size)) if layer_scale else None)
+        size = attention.proj.out_features
+        self.layer_scale1 = LayerScale(size) if layer_scale else None
+        self.layer_scale2 = LayerScale(size) if layer_scale else None
 
     def forward(self, hidden_states: Tensor, segments: Segments, rotate: Rotation | None = None) -> Tensor:
         """`(T, D)` to `(T, D)`."""
@@ -57,9 +75,9 @@ class Block(GradientCheckpointingLayer):
         if update is not None:
             hidden_states = add(hidden_states, update)
         mixed = self.attention(self.norm1(hidden_states), segments, rotate)
-        hidden_states = add(hidden_states, mixed if self.layer_scale1 is None else mixed * self.layer_scale1)
+        hidden_states = add(hidden_states, mixed if self.layer_scale1 is None else self.layer_scale1(mixed))
         fed = self.mlp(self.norm2(hidden_states))
-        return hidden_states, fed if self.layer_scale2 is None else fed * self.layer_scale2
+        return hidden_states, fed if self.layer_scale2 is None else self.layer_scale2(fed)
 
 
 def add(hidden_states: Tensor, update: Tensor) -> Tensor:

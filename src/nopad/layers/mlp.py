@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
+
+from nopad.layers.linear import SharedInput
+from nopad.layers.roles import ByRole
 
 Activation = Callable[[Tensor], Tensor]
 
 
-class MLP(nn.Module):
-    """`down(activation(up(x)))`."""
+class MLP(ByRole):
+    """`down(activation(up(x)))`; `names` as `ByRole` takes them, the roles are `up` and `down`."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, activation: Activation, *, bias: bool):
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, activation: Activation, *, bias: bool, names: Mapping[str, str]
+    ):
         super().__init__()
+        self.names = names
         self.up = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.activation = activation
         self.down = nn.Linear(intermediate_size, hidden_size, bias=bias)
@@ -23,16 +29,22 @@ class MLP(nn.Module):
         return self.down(self.activation(self.up(hidden_states)))
 
 
-class GatedMLP(nn.Module):
-    """`down(activation(gate(x)) · up(x))`, with gate and up in one matrix (Shazeer, arXiv:2002.05202)."""
+class GatedMLP(SharedInput):
+    """`down(activation(gate(x)) · up(x))` (Shazeer, arXiv:2002.05202); the roles are `gate`, `up` and `down`."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, activation: Activation, *, bias: bool):
+    siblings = ("gate", "up")
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, activation: Activation, *, bias: bool, names: Mapping[str, str]
+    ):
         super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * intermediate_size, bias=bias)
+        self.names = names
+        self.gate = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.activation = activation
         self.down = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`(T, D)` to `(T, D)`."""
-        gate, up = self.gate_up(hidden_states).chunk(2, dim=-1)
+        gate, up = self.multiply_each(hidden_states)
         return self.down(self.activation(gate) * up)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nopad.layers.constants import constant
 from nopad.layers.triton_check import has_triton
@@ -237,3 +238,47 @@ def _log_resampling(grid: tuple[int, int], mode: str) -> None:
     logger.warning(
         "positions were learned on %d × %d patches; other grids get them resampled (%s)", rows, columns, mode
     )
+
+
+class PositionTable(nn.Module):
+    """Positions learned on one grid, as `torch.nn.Embedding` keeps them; other grids get the table resampled.
+
+    Args:
+        grid: `(rows, columns)` that the positions were learned on.
+        hidden_size: D.
+        mode, antialias: as `resample` takes them.
+        strict: refuse other grids.
+        native: learned for grids of any size, as NaFlex's; then `patch_positions` are refused and nothing is logged.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        hidden_size: int,
+        *,
+        mode: str,
+        antialias: bool = True,
+        strict: bool = False,
+        native: bool = False,
+    ):
+        super().__init__()
+        self.grid, self.mode, self.antialias, self.strict, self.native = grid, mode, antialias, strict, native
+        self.weight = nn.Parameter(torch.empty(math.prod(grid), hidden_size))
+
+    def forward(self, layout: Layout, dtype: torch.dtype) -> Tensor:
+        """Positions of every patch, `(T, D)`, in float32, or in `dtype` where that changes no bit.
+
+        Raises:
+            ValueError: `patch_positions` with `native`; see also `learned_positions`.
+        """
+        if not self.native:
+            rule = {"mode": self.mode, "antialias": self.antialias, "strict": self.strict, "dtype": dtype}
+            return learned_positions(layout, self.weight, self.grid, **rule)
+        if layout.patch_positions is not None:
+            raise ValueError(
+                "patch_positions: expected None, positions for grids of any size follow from the whole grid of an "
+                "image, which single patches do not tell; use a fixed-size checkpoint"
+            )
+        if not layout.grid:
+            return self.weight.float()[:0]
+        return resampled_positions(layout, self.weight, self.grid, self.mode, antialias=self.antialias, dtype=dtype)

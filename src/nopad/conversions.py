@@ -1,0 +1,144 @@
+"""Tables that lead from the tensor names of a dialect to those of the packed model, and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """What a tensor of a file becomes.
+
+    Attributes:
+        parts: one tensor of the file to the values of each parameter.
+        whole: the values of the parameters to the tensor of the file; `None` stands for a parameter that the model does
+            not have.
+    """
+
+    parts: Callable[[Tensor], Sequence[Tensor]]
+    whole: Callable[[Sequence[Tensor | None]], Tensor]
+
+
+def _only(values: Sequence[Tensor | None]) -> Tensor:
+    (value,) = values
+    assert value is not None
+    return value
+
+
+def _stack_rows(values: Sequence[Tensor | None]) -> Tensor:
+    like = next(value for value in values if value is not None)
+    return torch.cat([torch.zeros_like(like) if value is None else value for value in values])
+
+
+def split_rows(number: int) -> Reshape:
+    """Equally many rows for each of several parameters, zeros where the model does not have one."""
+    return Reshape(lambda tensor: tensor.chunk(number), _stack_rows)
+
+
+SAME = Reshape(lambda tensor: (tensor,), _only)
+DROP_AXIS = Reshape(lambda tensor: (tensor.squeeze(0),), lambda values: _only(values).unsqueeze(0))
+"""`(1, …)` in the file, `(…)` in the model."""
+ADD_AXIS = Reshape(lambda tensor: (tensor.unsqueeze(0),), lambda values: _only(values).squeeze(0))
+"""`(…)` in the file, `(1, …)` in the model."""
+
+
+class Rename:
+    """One line of a dialect's table.
+
+    `*` stands for one part of a dotted name, `**` for one or more at the end: `Rename("blocks.*.ln_1.**",
+    "layers.*.norm1.**")`.
+
+    Args:
+        file: a name in the file.
+        *model: the names of the parameters that it becomes.
+        reshape: how.
+        optional: some of the parameters may be missing in the model, whose values are zeros in the file.
+    """
+
+    def __init__(self, file: str, *model: str, reshape: Reshape = SAME, optional: bool = False):
+        self.file, self.model, self.reshape, self.optional = file, model, reshape, optional
+
+    def to_model(self, name: str) -> list[str] | None:
+        """The parameters that a tensor of the file becomes; `None` where the line is not about it."""
+        found = self._file_pattern.fullmatch(name)
+        return None if found is None else [_fill(template, found.groups()) for template in self.model]
+
+    def to_file(self, name: str) -> str | None:
+        """The tensor of the file that a parameter comes from; `None` where the line is not about it."""
+        for pattern in self._model_patterns:
+            found = pattern.fullmatch(name)
+            if found is not None:
+                return _fill(self.file, found.groups())
+        return None
+
+    @cached_property
+    def _file_pattern(self) -> re.Pattern[str]:
+        return _pattern(self.file)
+
+    @cached_property
+    def _model_patterns(self) -> list[re.Pattern[str]]:
+        return [_pattern(template) for template in self.model]
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    parts = {"*": r"([^.]+)", "**": "(.+)"}
+    return re.compile(r"\.".join(parts.get(part, re.escape(part)) for part in template.split(".")))
+
+
+def _fill(template: str, values: Iterable[str]) -> str:
+    left = iter(values)
+    return ".".join(next(left) if part in ("*", "**") else part for part in template.split("."))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a parameter's values are in a file: part `index` of what `rename` makes of the tensor `name`."""
+
+    name: str
+    rename: Rename
+    index: int
+
+
+class NameTable:
+    """All lines of a dialect; names that no line is about stay as they are.
+
+    Args:
+        *renames: of which at most one is about a name, in either direction.
+    """
+
+    def __init__(self, *renames: Rename):
+        self.renames = renames
+
+    def parts(self, names: Iterable[str]) -> dict[str, Part]:
+        """For each parameter that the tensors `names` of a file give, where its values are."""
+        found = {}
+        for name in names:
+            rename, targets = self._line_of(name)
+            found |= {target: Part(name, rename, index) for index, target in enumerate(targets)}
+        return found
+
+    def _line_of(self, name: str) -> tuple[Rename, list[str]]:
+        for rename in self.renames:
+            targets = rename.to_model(name)
+            if targets is not None:
+                return rename, targets
+        return Rename(name, name), [name]
+
+    def file_name(self, name: str) -> str:
+        """The tensor of the file that a parameter comes from."""
+        return next((file for rename in self.renames if (file := rename.to_file(name)) is not None), name)
+
+    def to_file(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A model's tensors under the names and in the shapes of the file; of the meta device, what it must hold."""
+        stored = {}
+        for file in dict.fromkeys(map(self.file_name, state)):
+            rename, names = self._line_of(file)
+            if rename.optional or all(name in state for name in names):
+                stored[file] = rename.reshape.whole([state.get(name) for name in names])
+        return stored

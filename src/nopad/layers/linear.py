@@ -1,0 +1,152 @@
+"""Linear maps of one input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as everywhere
+
+from nopad.layers.roles import ByRole
+
+
+class SharedInput(ByRole):
+    """A module some of whose linear maps take the same input: one GEMM in inference, one each in training.
+
+    A small pack is over on a GPU before the host has launched the next kernel, and on a CPU one large GEMM takes less
+    time than three. So the weights of the maps lie side by side in one piece of memory, each a parameter of its own:
+    nothing is copied, and what is written to a weight is what the GEMM reads. Maps behind hooks, adapters, quantised
+    weights or autocast are called one by one, and so are those whose weights have been moved apart.
+
+    Attributes:
+        siblings: the roles of the maps.
+    """
+
+    siblings: ClassVar[tuple[str, ...]]
+    _one_gemm: OneGemm | None = None
+
+    def multiply_each(self, input: Tensor) -> Sequence[Tensor]:
+        """`(T, K)` to one `(T, N)` for each map."""
+        one = self._one_gemm
+        if not (
+            one is None
+            or torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled(input.device.type)
+            or not one.is_current(self)
+        ):
+            return F.linear(input, one.weight, one.bias).chunk(len(self.siblings), dim=1)
+        return [getattr(self, role)(input) for role in self.siblings]
+
+    def lay_out(self) -> None:
+        """Put the weights of the maps side by side, where they are plain maps of one size; else leave them."""
+        names = [self.names.get(role, role) for role in self.siblings]
+        self.__dict__["_one_gemm"] = OneGemm.of({name: self._modules[name] for name in names})
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.lay_out()
+        return self
+
+    def __setstate__(self, state: Any) -> None:  # of a copy, or of one that was pickled
+        super().__setstate__(state)
+        self.lay_out()
+
+
+@dataclass(frozen=True)
+class OneGemm:
+    """Weight and bias of several maps as one, in their own memory.
+
+    Attributes:
+        weight: `(number · N, K)`.
+        bias: `(number · N,)`, zeros where a map has none; `None` where no map has one.
+        parts: of each map its name, the module, and its weight and bias with their addresses.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    parts: tuple[tuple[str, nn.Module, Tensor, int, Tensor | None, int], ...]
+
+    @classmethod
+    def of(cls, linears: dict[str, nn.Module | None]) -> OneGemm | None:
+        """Move the weights of plain maps of one size into one piece of memory, and their biases into another."""
+        plain = {name: linear for name, linear in linears.items() if linear is not None and is_plain(linear)}
+        if len(plain) < len(linears):
+            return None
+        parameters: list[Any] = [linear._parameters for linear in plain.values()]
+        first, *others = weights = [each["weight"] for each in parameters]
+        biases = [each["bias"] for each in parameters]
+        if first.is_meta or any(other.shape != first.shape or other.dtype != first.dtype for other in others):
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            weight = _side_by_side(weights, first)
+            bias = _side_by_side(biases, first[:, 0]) if any(bias is not None for bias in biases) else None
+        parts = zip(plain.items(), weights, biases, strict=True)
+        return cls(weight, bias, tuple((*item, w, w.data_ptr(), b, _address(b)) for item, w, b in parts))
+
+    def is_current(self, module: nn.Module) -> bool:
+        """Whether the maps are those of `module` still, with their weights where they were and nothing before them."""
+        if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+            return False
+        for name, linear, weight, weight_address, bias, bias_address in self.parts:
+            parameters = linear._parameters
+            if (
+                module._modules[name] is not linear
+                or linear.__class__ is not nn.Linear
+                or parameters["weight"] is not weight
+                or weight.data_ptr() != weight_address
+                or parameters["bias"] is not bias
+                or (bias is not None and bias.data_ptr() != bias_address)
+                or linear._forward_hooks
+                or linear._forward_pre_hooks
+                or "forward" in linear.__dict__
+            ):
+                return False
+        return True
+
+
+def _side_by_side(parameters: Sequence[nn.Parameter | None], like: Tensor) -> Tensor:
+    """One tensor that the parameters become views of, with zeros for those that are missing."""
+    rows = len(like)
+    together = like.new_zeros(len(parameters) * rows, *like.shape[1:])
+    for number, parameter in enumerate(parameters):
+        if parameter is not None:
+            place = together[number * rows : (number + 1) * rows]
+            place.copy_(parameter)
+            parameter.data = place
+    return together
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a module is a linear map and nothing else: no subclass, hook, forward or kind of weight of its own."""
+    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
+        return False
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    return type(weight) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
+
+
+def joined(linears: Sequence[nn.Linear]) -> nn.Linear:
+    """One linear map that gives what several give, one after another; a copy, without gradients.
+
+    Zeros stand for a bias that a map lacks where another has one.
+    """
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    biased = any(linear.bias is not None for linear in linears)
+    one = nn.Linear(weight.shape[1], len(weight), bias=biased, device="meta")
+    one.weight = nn.Parameter(weight, requires_grad=False)
+    if biased:
+        one.bias = nn.Parameter(torch.cat(list(_biases(linears))), requires_grad=False)
+    return one
+
+
+def _biases(linears: Sequence[nn.Linear]) -> Iterator[Tensor]:
+    for linear in linears:
+        yield linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
