@@ -27,7 +27,7 @@ from nopad.bench.measure import CEILING, flops, meter
 from nopad.bench.race import block_parameters
 from nopad.bench.workloads import mixed
 from nopad.encoder import PackedEncoder
-from nopad.inference import fused, static
+from nopad.inference import compile, fused
 from nopad.inference.products import Products
 from nopad.packing import Pack
 from nopad.planner import plan
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument(
         "--graphs",
         type=int,
-        default=static.GRAPH_CAPACITY,
+        default=compile.GRAPH_CAPACITY,
         help="largest capacity whose packs are CUDA graphs (default: %(default)s)",
     )
     parser.add_argument("--profile", action="store_true", help="print the kernels of the last way")
@@ -60,7 +60,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("nopad").setLevel(logging.INFO)  # which tells why layers are not as fast as they could be
     try:
-        with torch.no_grad(), mock.patch.object(static, "GRAPH_CAPACITY", options.graphs):
+        with torch.no_grad(), mock.patch.object(compile, "GRAPH_CAPACITY", options.graphs):
             measure(options, ways)
     except WayNotRunError as problem:
         parser.error(str(problem))

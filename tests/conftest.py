@@ -1,3 +1,4 @@
+import functools
 import os
 from pathlib import Path
 
@@ -23,3 +24,9 @@ def goldens() -> Path:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def quick_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile without a compiler: functions are traced, and what was traced is run as it is."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

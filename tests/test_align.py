@@ -19,8 +19,9 @@ from nopad.align import align
 from nopad.align_command import align_table
 from nopad.cli import main
 from nopad.families.aimv2 import AIMv2Packing
-from nopad.inference import static
-from nopad.inference.static import StaticRunner
+from nopad.inference import compile
+from nopad.inference.ready import PlainLayers
+from nopad.inference.runner import StaticRunner
 from nopad.layers.mlp import GatedMLP
 
 ROOT = Path(__file__).parent.parent
@@ -120,8 +121,7 @@ def test_in_fp8_the_threshold_alone_decides(native, dtype):
     assert all("minimum cosine" in failure for failure in strict.cases[0].failures)
 
 
-def test_the_compiled_path_is_compared(native, learned, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+def test_the_compiled_path_is_compared(native, learned, quick_compile):
     for folder in (native, learned):
         report = align(folder, compile=True)
         assert report.passed, [case.failures for case in report.cases]
@@ -130,8 +130,7 @@ def test_the_compiled_path_is_compared(native, learned, monkeypatch):
         assert all(len(case.layer_cosines) == 4 for case in report.cases)
 
 
-def test_the_compiled_path_makes_room_for_prefix_tokens_and_frames(goldens, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+def test_the_compiled_path_makes_room_for_prefix_tokens_and_frames(goldens, monkeypatch, quick_compile):
     admits, asked = StaticRunner.admits, []
 
     def noted(self, rows, segments):
@@ -146,9 +145,13 @@ def test_the_compiled_path_makes_room_for_prefix_tokens_and_frames(goldens, monk
 
 
 def test_a_fault_of_the_compiled_path_alone_is_found(native, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    deferred = static.run_deferred
-    monkeypatch.setattr(static, "run_deferred", lambda *arguments: deferred(*arguments) + 0.1)
+    class Faulty(PlainLayers):
+        execution = "compiled"
+
+        def __call__(self, *arguments):
+            return super().__call__(*arguments) + 0.1
+
+    monkeypatch.setattr(compile, "_makers", lambda encoder: iter([lambda: Faulty(encoder.layers)]))
     report = align(native, compile=True)
     assert not any(case.passed for case in report.cases)
     # What is told of single layers is of those that are not compiled.
@@ -353,8 +356,7 @@ def test_many_layers_are_shown_in_part(native):
     assert header.split()[4:] == [str(layer) for layer in range(0, 25, 2)]
 
 
-def test_command_line_compiled(native, capsys, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+def test_command_line_compiled(native, capsys, quick_compile):
     assert main(["align", str(native), "--device", "cpu", "--compile"]) == 0
     assert "packed layers compiled, in packs of 1,024 tokens" in capsys.readouterr().out
 

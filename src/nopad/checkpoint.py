@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class Checkpoint:
             neither.
         left_out: tensors that the dialect drops; some of them still tell about the architecture.
         table: leads from the names of the file to those of `tensors`.
+        folder: where `config.json` was found, on this machine; `None` where there is none.
     """
 
     name: str
@@ -63,6 +65,12 @@ class Checkpoint:
     preprocessor: dict[str, Any] | None = None
     left_out: Mapping[str, StoredTensor] = field(default_factory=dict)
     table: NameTable = field(default_factory=NameTable)
+    folder: Path | None = None
+
+    @property
+    def quantization_config(self) -> dict[str, Any] | None:
+        """What `config.json` says of quantised weights, `None` where they are not."""
+        return self.config.get("quantization_config")
 
     @property
     def vision_config(self) -> dict[str, Any]:

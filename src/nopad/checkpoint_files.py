@@ -64,7 +64,9 @@ def _with_json(checkpoint: Checkpoint, find: Callable[[str], Path | None]) -> Ch
     preprocessor = (_read_json(find("processor_config.json")) or {}).get("image_processor")
     if preprocessor is None:
         preprocessor = _read_json(find("preprocessor_config.json"))
-    return replace(checkpoint, config=_read_json(find("config.json")) or {}, preprocessor=preprocessor)
+    path = find("config.json")
+    folder = None if path is None else path.parent
+    return replace(checkpoint, config=_read_json(path) or {}, preprocessor=preprocessor, folder=folder)
 
 
 def _find(name: str, filename: str, **hub: Any) -> Path | None:

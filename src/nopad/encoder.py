@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nopad.inference import precision as formats
-from nopad.inference.runner import EagerRunner, Runner
-from nopad.inference.static import StaticRunner, compile_layers
+from nopad.inference.compile import compile_layers
+from nopad.inference.runner import EagerRunner, Runner, StaticRunner
 from nopad.layers.attention import Rotation
 from nopad.layers.pooling import segment_mean
 from nopad.layers.prefix import PrefixLayout
@@ -218,7 +218,7 @@ class PackedEncoder(PictureEncoder):
     @property
     def execution(self) -> str:
         """How the layers run in inference: `"eager"`, `"compiled"`, `"fused by quack"` or `"fused by torch"`."""
-        return self._runner.execution
+        return self._runner.execution(self.layers)
 
     def example_rotation(self, rows: int) -> Rotation | None:
         """What turns queries and keys, as `trunk` makes it for `rows` rows; `None` where they are not turned."""
@@ -247,8 +247,8 @@ class PackedEncoder(PictureEncoder):
         weight = next(self.parameters())
         if weight.device.type != "meta" and hidden_states.device != weight.device:
             raise ValueError(f"hidden_states: expected on {weight.device} like the weights, got {hidden_states.device}")
-        if hidden_states.dtype != weight.dtype and not torch.is_autocast_enabled(hidden_states.device.type):
-            raise ValueError(f"hidden_states: expected {weight.dtype} like the weights, got {hidden_states.dtype}")
+        if hidden_states.dtype != self.dtype and not torch.is_autocast_enabled(hidden_states.device.type):
+            raise ValueError(f"hidden_states: expected {self.dtype} like the weights, got {hidden_states.dtype}")
         if self.precision is not None:
             formats.check_inference(self, hidden_states)
         return hidden_states, Layout.read(hidden_states, grid_thw, patch_positions, self.patch_dim)

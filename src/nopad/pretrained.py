@@ -19,12 +19,14 @@ from transformers.modeling_utils import PreTrainedModel
 
 from nopad.checkpoint import FLOATS, Checkpoint, Dialect, check_strictly
 from nopad.checkpoint_files import open_checkpoint
+from nopad.fused_names import has_fused_names
 from nopad.inference.precision import check_saving
 from nopad.layers.linear import SharedInput
 from nopad.layers.patch_embed import PatchEmbedding
-from nopad.layers.roles import ByRole
+from nopad.layers.roles import ByRole, registered_path
 from nopad.layers.varlen import BACKENDS, resolve_backend
 from nopad.packing import PatchOrder, check_patch_order
+from nopad.quantised import load_quantised, with_weight_names
 from nopad.untrained import UNTRAINED, fill
 
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
@@ -154,6 +156,8 @@ class PretrainedEncoder(ByRole, PreTrainedModel):
                 f"checkpoint {checkpoint.name!r}: expected {cls.family} tensor names "
                 f"({', '.join(d.name for d in cls.dialects)}), got {sorted(checkpoint.tensors)[:10]}"
             )
+        if checkpoint.quantization_config is not None:
+            checkpoint = with_weight_names(checkpoint)
         part = dialect.select(checkpoint)
         converted = dialect.convert(part)
         try:
@@ -161,16 +165,22 @@ class PretrainedEncoder(ByRole, PreTrainedModel):
             check_numbers(config, f"checkpoint {checkpoint.name!r}")
             config = _with_options(config, patch_order=patch_order, positions=positions)
             with torch.device("meta"):
-                needed = cls(config).state_dict()
+                skeleton = cls(config)
         except (TypeError, ArithmeticError, AttributeError, LookupError, StrictDataclassError) as error:
             told = " ".join(str(error).split()) or repr(error)
             raise ValueError(f"checkpoint {checkpoint.name!r}: config.json describes no encoder: {told}") from error
-        check_strictly(part, dialect.table.to_file(needed), dialect)
+        if isinstance(kwargs.get("device_map"), Mapping):
+            kwargs["device_map"] = {_registered(skeleton, part): to for part, to in kwargs["device_map"].items()}
+        asked = kwargs.pop("attn_implementation", None) or "auto"
+        if checkpoint.quantization_config is not None:
+            loaded = load_quantised(super().from_pretrained, checkpoint, dialect, config, dtype=dtype, **kwargs)
+            (loaded[0] if isinstance(loaded, tuple) else loaded)._came_from(checkpoint, dialect, attention or asked)
+            return loaded
+        check_strictly(part, dialect.table.to_file(skeleton.state_dict()), dialect)
         if dtype in (None, "auto"):
             dtype = part.dtype
         check_dtype(dtype)
-        asked = kwargs.pop("attn_implementation", None) or "auto"
-        state = {name: converted.tensors[name] for name in needed}
+        state = {name: converted.tensors[name] for name in skeleton.state_dict()}
         loaded = super().from_pretrained(None, config=config, state_dict=state, dtype=dtype, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded)._came_from(checkpoint, dialect, attention or asked)
         return loaded
@@ -266,6 +276,42 @@ class PretrainedEncoder(ByRole, PreTrainedModel):
         check_saving(self.precision)
         return super().state_dict(*args, **kwargs)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # `load_state_dict` calls this for each module, of an encoder within another model too.
+        names = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
+        for name, part in (
+            self.original_dialect().table.parts(names).items()
+        ):  # of files, which Trainer loads as they are
+            state_dict[prefix + name] = state_dict.pop(prefix + part.name)
+        self._check_names(names)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_names(self, names: list[str]) -> None:
+        """Refuse a state dict whose names are those of something else.
+
+        Raises:
+            ValueError: nopad 0.1's fused matrices, another dialect, another family.
+        """
+        if has_fused_names(names):
+            raise ValueError(
+                "state_dict: saved by nopad 0.1, whose encoders kept fused matrices; convert it by "
+                "nopad.fused_names.from_fused_names(encoder, state_dict)"
+            )
+        spoken = [dialect for dialect in self.dialects if dialect.matches(names)]
+        if spoken and not any(dialect.is_original for dialect in spoken):
+            raise ValueError(
+                f"state_dict: expected the tensor names of {self.original_dialect().name}, got those of "
+                f"{spoken[0].name}; load the checkpoint by nopad.load or from_pretrained, which read them"
+            )
+        if not spoken:
+            from nopad.families import FAMILIES
+
+            others = [
+                f.family for f in FAMILIES if f.family != self.family and any(d.matches(names) for d in f.dialects)
+            ]
+            if others:
+                raise ValueError(f"state_dict: expected {self.family} weights, got those of {' or '.join(others)}")
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -277,6 +323,14 @@ class PretrainedEncoder(ByRole, PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """The patch embedding."""
         return self.embeddings.proj
+
+
+def _registered(model: nn.Module, path: str) -> str:
+    """The registered name of a module named by its role; of anything else, the name itself."""
+    try:
+        return registered_path(model, path) if path else path
+    except AttributeError:
+        return path
 
 
 def check_numbers(config: PreTrainedConfig, whose: str) -> None:

@@ -21,9 +21,8 @@ LAYERS = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 
 
 @pytest.fixture
-def encoder(tmp_path, monkeypatch, caplog):
+def encoder(tmp_path, monkeypatch, caplog, quick_compile):
     caplog.set_level(logging.INFO, "nopad")  # which is put back, as the script sets it
-    monkeypatch.setattr(torch, "compile", lambda function: function)
     monkeypatch.setitem(measure.CEILING, "cpu", (64, 2))
     encoder = nopad.load(tiny("aimv2", tmp_path), dtype=torch.bfloat16)
     monkeypatch.setattr(nopad, "load", lambda checkpoint, **options: encoder)

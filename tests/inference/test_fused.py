@@ -13,13 +13,13 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 import nopad
-from nopad.inference import fused, static
+from nopad.inference import compile, fused
 from nopad.inference.float8 import FLOAT8, quantize_rows
 from nopad.inference.folding import FoldedBlock, Matrix
 from nopad.inference.fused import FusedLayers, channel_order, obstacle, products_for, turn_of
 from nopad.inference.graphs import Graphs
 from nopad.inference.products import SMALL, PlainProducts, centre, factor, to_dtype
-from nopad.inference.static import run_layers
+from nopad.inference.ready import PlainLayers
 from nopad.layers.attention import Rotation
 from nopad.layers.rope import rotate_halves
 from nopad.layers.rope_3d import turn_neighbours
@@ -52,7 +52,7 @@ def tokens_of(encoder, *lengths):
 
 def expected_of(encoder, tokens, segments, rotation=None):
     """What the layers give, less the means that LayerNorms make fused ones drop."""
-    output = run_layers(list(encoder.layers), tokens, segments, rotation).float()
+    output = PlainLayers(encoder.layers)(tokens, segments, rotation).float()
     return centre(output) if isinstance(encoder.layers[0].norm1, nn.LayerNorm) else output
 
 
@@ -174,7 +174,7 @@ def test_fused_layers_that_give_something_else_are_not_taken(tmp_path, monkeypat
     def makers(encoder):
         yield from (lambda who=who: FusedLayers(encoder.layers, who()) for who in (wrong, PlainProducts))
 
-    monkeypatch.setattr(static, "_makers", makers)
+    monkeypatch.setattr(compile, "_makers", makers)
     encoder.compile(512)
     assert encoder.execution == "fused by plain torch"
     (told,) = caplog.messages
@@ -405,7 +405,7 @@ def test_company_changes_no_bit(tmp_path, plain_products, precision, junk):
 @torch.no_grad()
 def test_weights_may_change_where_graphs_have_been_recorded(encoder, plain_products, monkeypatch):
     monkeypatch.setattr(Graphs, "__call__", lambda self, *arguments: self.layers(*arguments))
-    monkeypatch.setattr(Graphs, "turn", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(Graphs, "exclusive", lambda self: contextlib.nullcontext())
     encoder.compile(CAPACITY, SLOTS)
     encoder._runner.layers = Graphs(encoder._runner.layers)
     assert encoder.execution == "fused by plain torch"

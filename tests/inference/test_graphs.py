@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from nopad.inference.graphs import Graphs
+from nopad.inference.ready import ReadyLayers
 from nopad.layers.attention import Rotation
 from nopad.layers.rope import rotate_halves
 from nopad.layout import Segments
 
 
-class Recorder:
+class Recorder(ReadyLayers):
     """Layers that use all that they are given, and remember what they were recorded with and where they wrote."""
 
     def __call__(self, tokens, segments, rotate):
@@ -90,13 +91,13 @@ def test_every_pack_is_computed_from_its_own_values(layers):
 
 def test_tokens_that_were_written_where_the_graph_reads_them_are_not_copied(layers):
     graphs = Graphs(layers)
-    assert graphs.room is None
+    assert graphs.static_input is None
     graphs(*draw([1, 1, 2], 2))
-    assert graphs.room is graphs.inputs[0]
+    assert graphs.static_input is graphs.inputs[0]
     for longest in (2, 4):  # the last is recorded with tokens that already lie there
         tokens, segments, rotation = draw([1, 1, 2], longest)
         torch.testing.assert_close(
-            graphs(graphs.room.copy_(tokens), segments, rotation), result(tokens, segments, rotation)
+            graphs(graphs.static_input.copy_(tokens), segments, rotation), result(tokens, segments, rotation)
         )
 
 
@@ -113,6 +114,6 @@ def test_a_turn_waits_for_the_kernels_of_the_one_before(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     graphs = Graphs(Recorder())
     for _ in range(2):
-        with graphs.turn():
+        with graphs.exclusive():
             told.append("ran")
     assert told == ["ran", ("recorded", graphs.done), ("waited", graphs.done), "ran", ("recorded", graphs.done)]

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from tiny_encoders import FAMILIES, GRIDS, WIDE, patches_of, relative, tiny
 
 import nopad
+from nopad.inference.compile import GRAPH_CAPACITY
 from nopad.inference.float8 import FLOAT8, quantize_rows
 from nopad.inference.folding import FoldedBlock, Matrix
 from nopad.inference.products import PlainProducts, Turn
-from nopad.inference.static import GRAPH_CAPACITY
 from nopad.layout import Segments
 
 BF16 = torch.bfloat16

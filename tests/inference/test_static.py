@@ -9,11 +9,14 @@ import pytest
 import torch
 from siglip2_checkpoints import folder_of, naflex
 from tiny_encoders import GRIDS, WIDE, company_changes_no_bit, patches_of, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nopad
-from nopad.inference import static
+from nopad.inference import compile
+from nopad.inference.compile import recordable
+from nopad.inference.ready import PlainLayers
 from nopad.inference.rows import finite_rows
-from nopad.inference.static import longest, recordable
+from nopad.inference.runner import longest
 from nopad.layout import Segments
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -22,8 +25,7 @@ NINE = Segments.of([4, 5], "cpu")
 
 
 @pytest.fixture(params=["aimv2-apple-lit", "siglip2", "dinov3-meta", "onevision-encoder"])
-def encoder(request, goldens, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function: function)  # what is compiled is tested below
+def encoder(request, goldens, tmp_path, quick_compile):
     folder = folder_of(tmp_path, naflex()) if request.param == "siglip2" else goldens / request.param
     return nopad.load(folder)
 
@@ -62,8 +64,8 @@ def test_every_product_sees_the_same_rows(encoder, monkeypatch):
 def test_what_stands_around_the_layers_is_warm_before_the_first_pack(encoder, monkeypatch):
     seen = []
     for name in ("fill_up_rows", "spoil"):
-        right = getattr(static, name)
-        monkeypatch.setattr(static, name, lambda *args, name=name, right=right: seen.append(name) or right(*args))
+        right = getattr(compile, name)
+        monkeypatch.setattr(compile, name, lambda *args, name=name, right=right: seen.append(name) or right(*args))
     encoder.compile(CAPACITY, SLOTS)
     assert seen == ["fill_up_rows", "spoil"]
 
@@ -72,7 +74,12 @@ def test_what_stands_around_the_layers_is_warm_before_the_first_pack(encoder, mo
 def test_what_one_pack_became_outlives_the_next(encoder):
     encoder.compile(CAPACITY, SLOTS)
     memory = torch.empty(CAPACITY, encoder.hidden_size)
-    encoder._runner.layers = lambda tokens, segments, rotate: memory.copy_(tokens)  # to one place, as a CUDA graph does
+
+    class OnePlace(PlainLayers):  # as a CUDA graph's
+        def __call__(self, tokens, segments, rotate):
+            return memory.copy_(tokens)
+
+    encoder._runner.layers = OnePlace(encoder.layers)
     tokens = (torch.full((9, encoder.hidden_size), x) for x in (1.0, 2.0))
     first, second = [encoder._runner.run(encoder.layers, each, NINE, None) for each in tokens]
     assert (first == 1).all()
@@ -94,6 +101,87 @@ def test_packs_that_do_not_fit_run_as_before(encoder, caplog):
     encoder.compile(CAPACITY, SLOTS)
     for grid, expected in zip((grids, many), before, strict=True):
         assert torch.equal(encoder.encode(patches_of(encoder, grid), grid).pooled, expected.pooled)
+
+
+class Gemms(TorchDispatchMode):
+    """The rows of the first matrix of each GEMM."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.rows.append(args[0 if func is torch.ops.aten.mm.default else 1].shape[0])
+        return func(*args, **(kwargs or {}))
+
+
+SLOT_TOO_MANY = torch.ones(SLOTS + 1, 3, dtype=torch.int64)
+TOO_LARGE = torch.tensor([[1, 10, 17], [1, 2, 2]])
+
+
+@pytest.mark.parametrize("why", ["too many tokens", "too many segments", "hidden states", "gradients"])
+def test_no_gemm_of_a_pack_that_is_not_static_sees_another_number_of_rows(encoder, why):
+    grids = {"too many tokens": TOO_LARGE, "too many segments": SLOT_TOO_MANY}.get(why, GRIDS)
+    patches = patches_of(encoder, grids)
+
+    def run():
+        with torch.set_grad_enabled(why == "gradients"), Gemms() as gemms:
+            output = encoder.encode(patches, grids, output_hidden_states=why == "hidden states")
+        return gemms.rows, output.tokens.detach(), output.pooled.detach()
+
+    before = run()
+    encoder.compile(CAPACITY, SLOTS, compiled=False)
+    after = run()
+    assert before[0] == after[0]
+    assert CAPACITY not in after[0]
+    assert torch.equal(before[1], after[1])
+    assert torch.equal(before[2], after[2])
+    with torch.no_grad(), Gemms() as gemms:
+        encoder.encode(patches_of(encoder), GRIDS)
+    assert gemms.rows.count(CAPACITY) >= 4 * len(encoder.layers)  # a static pack fills them up
+
+
+@torch.no_grad()
+def test_every_encoder_and_capacity_of_a_process_is_compiled(tmp_path, quick_compile):
+    torch._dynamo.reset()
+    for number in range(12):
+        encoder = nopad.load(
+            tiny("siglip2", tmp_path / str(number), hidden_size=32 + 8 * number, num_attention_heads=2)
+        )
+        for capacity in (64, 96):
+            encoder.compile(capacity, 4)
+            with torch.profiler.profile() as profile:
+                encoder(patches_of(encoder, GRIDS[:1]), GRIDS[:1])
+            compiled = sum("Torch-Compiled Region" in event.name for event in profile.events())
+            assert compiled >= len(encoder.layers)
+            assert encoder.execution == "compiled"
+
+
+@torch.no_grad()
+def test_execution_is_not_called_compiled_where_torch_compiles_nothing(encoder, caplog):
+    torch.compiler.set_stance("force_eager")
+    try:
+        encoder.compile(CAPACITY, SLOTS)
+    finally:
+        torch.compiler.set_stance("default")
+    assert encoder.execution == "eager"
+    assert "run uncompiled" in caplog.text
+    assert encoder.compiled_capacity == CAPACITY
+
+
+@torch.no_grad()
+def test_execution_follows_what_runs(encoder):
+    encoder.compile(CAPACITY, SLOTS)
+    assert encoder.execution == "compiled"
+    hook = encoder.layers[0].register_forward_hook(lambda *arguments: None)
+    assert encoder.execution == "eager"
+    hook.remove()
+    assert encoder.execution == "compiled"
+    encoder.layers = encoder.layers[:1]
+    assert encoder.execution == "eager"
+    encoder.uncompile()
+    assert encoder.execution == "eager"
 
 
 def test_training_and_hidden_states_run_as_before(encoder):
@@ -141,7 +229,7 @@ def test_copies_and_saved_ones_are_not_compiled(encoder, tmp_path):
     encoder.compile(CAPACITY, SLOTS)
     twin = copy.deepcopy(encoder)
     assert twin.compiled_capacity is None
-    assert pickle.loads(pickle.dumps(encoder._runner)).execution == "eager"
+    assert pickle.loads(pickle.dumps(encoder._runner)).execution(encoder.layers) == "eager"
     encoder.save_pretrained(tmp_path / "saved")
     loaded = nopad.load(tmp_path / "saved")
     assert torch.equal(loaded(patches_of(encoder), GRIDS), twin(patches_of(encoder), GRIDS))
@@ -173,8 +261,13 @@ def test_layers_never_see_what_is_not_finite(encoder):
     # Kernels that read whole tiles of keys would carry it on; a CPU has none, so that nothing else shows it there.
     encoder.compile(CAPACITY, SLOTS)
     seen = []
-    layers = encoder._runner.layers
-    encoder._runner.layers = lambda tokens, *rest: seen.append(tokens.isfinite().all().item()) or layers(tokens, *rest)
+
+    class Seeing(PlainLayers):
+        def __call__(self, tokens, *rest):
+            seen.append(tokens.isfinite().all().item())
+            return super().__call__(tokens, *rest)
+
+    encoder._runner.layers = Seeing(encoder.layers)
     patches = patches_of(encoder)
     patches[3] = float("inf")
     encoder(patches, GRIDS)

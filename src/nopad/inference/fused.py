@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nopad.inference.float8 import Float8Linear
 from nopad.inference.folding import FoldedBlock, can_fold
 from nopad.inference.products import Products, Turn, centre
+from nopad.inference.ready import ReadyLayers
 from nopad.inference.watch import Watch
 from nopad.layers.attention import Rotation
 from nopad.layers.block import Block
@@ -81,7 +82,7 @@ FAR = 0.5
 two ways of rounding to float8 leave untrained models a tenth apart."""
 
 
-class FusedLayers:
+class FusedLayers(ReadyLayers):
     """Runs folded blocks one after another; folds them anew when their weights have changed.
 
     Args:
@@ -97,6 +98,13 @@ class FusedLayers:
         self.blocks = [self._folded(layer) for layer in self.layers]
         self.watch = Watch(layers)
         self.versions = self.watch.versions()
+
+    fixed_segments = False  # kernels that are called one by one
+
+    @property
+    def execution(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Who multiplies."""
+        return f"fused by {self.products.name}"
 
     def __call__(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
         """`(T, D)` to `(T, D)`, less the mean of each row where the norms are LayerNorms."""

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from nopad.inference.ready import ReadyLayers
 from nopad.layers.attention import Rotation
 from nopad.layout import Segments
 
-Layers = Callable[[Tensor, Segments, Rotation | None], Tensor]
-"""All layers of an encoder: tokens, segments and rotation to tokens."""
 
-
-class Graphs:
+class Graphs(ReadyLayers):
     """Layers recorded as CUDA graphs, one for each `max_seqlen`, which share what they read."""
 
-    def __init__(self, layers: Layers) -> None:
+    def __init__(self, layers: ReadyLayers) -> None:
         self.layers = layers
+        # Weights that the layers fold are copied into the memory that was recorded, others are read where they lie.
+        self.fixed_memory = layers.fixed_segments
         self.inputs: list[Tensor] = []
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.stream: torch.cuda.Stream | None = None  # torch's own for recordings is on the GPU of the first of all
         self.done: torch.cuda.Event | None = None
 
+    @property
+    def execution(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """How the layers ran when they were recorded."""
+        return self.layers.execution
+
+    def refresh(self, *, trained: bool = False) -> bool:
+        """See `ReadyLayers`."""
+        return self.layers.refresh(trained=trained)
+
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Waits until the kernels of the turn before are done with the common memory, on whatever stream they are."""
         if self.done is None:
             self.done = torch.cuda.Event()
@@ -52,7 +61,7 @@ class Graphs:
         return output
 
     @property
-    def room(self) -> Tensor | None:
+    def static_input(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """`(capacity, D)` that tokens are copied to, unless they are there; `None` before the first call."""
         return self.inputs[0] if self.inputs else None
 

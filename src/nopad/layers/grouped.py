@@ -16,9 +16,50 @@ memory for each thread, as many numbers long as there are queries: where one doe
 round in another way, and the bits of a segment would depend on the thread that computes it."""
 
 
-@torch.compiler.disable(reason="the loop over distinct lengths would be compiled anew for every pack")
 def sdpa(query, key, value, segments, scale, dropout_p):
-    groups = _groups(segments[0].lengths, segments[1].lengths)
+    return _run("sdpa", query, key, value, segments, scale, dropout_p)
+
+
+def eager(query, key, value, segments, scale, dropout_p):
+    return _run("eager", query, key, value, segments, scale, dropout_p)
+
+
+def _run(kernel, query, key, value, segments, scale, dropout_p):
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        offsets = segments[0].cu_seqlens, segments[1].cu_seqlens
+        return _opaque(kernel, query, key, value, *offsets, scale, dropout_p)
+    return _by_lengths(kernel, query, key, value, segments, scale, dropout_p)
+
+
+@torch.compiler.disable(reason="the loop over lengths would be compiled anew for every pack")
+def _by_lengths(kernel, query, key, value, segments, scale, dropout_p):
+    lengths = segments[0].lengths, segments[1].lengths
+    return _LOOPS[kernel](query, key, value, lengths, scale, dropout_p)
+
+
+@torch.library.custom_op("nopad::attention_by_lengths", mutates_args=())
+def _opaque(
+    kernel: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    scale: float | None,
+    dropout_p: float,
+) -> Tensor:
+    """As one operator of a compiled graph, which has the lengths in the offsets alone; without a gradient."""
+    lengths = tuple(query_offsets.diff().tolist()), tuple(key_offsets.diff().tolist())
+    return _LOOPS[kernel](query, key, value, lengths, scale, dropout_p).contiguous()
+
+
+@_opaque.register_fake
+def _(kernel, query, key, value, query_offsets, key_offsets, scale, dropout_p):
+    return query.new_empty(query.shape)
+
+
+def _sdpa(query, key, value, lengths, scale, dropout_p):
+    groups = _groups(*lengths)
     outputs = []
     for queries, keys in groups:
         query_rows = queries.index(query.device)
@@ -36,17 +77,19 @@ def sdpa(query, key, value, segments, scale, dropout_p):
     return query.new_empty(query.shape).index_copy_(0, rows, torch.cat(outputs))
 
 
-@torch.compiler.disable(reason="the loop over segments would be compiled anew for every pack")
-def eager(query, key, value, segments, scale, dropout_p):
+def _eager(query, key, value, lengths, scale, dropout_p):
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(query.dtype, torch.float32)
-    queries, keys = segments[0].lengths, segments[1].lengths
-    parts = [tensor.to(dtype).split(lengths) for tensor, lengths in ((query, queries), (key, keys), (value, keys))]
+    queries, keys = lengths
+    parts = [tensor.to(dtype).split(each) for tensor, each in ((query, queries), (key, keys), (value, keys))]
     outputs = []
     for q, k, v in zip(*parts, strict=True):
         weights = torch.einsum("qhd,khd->hqk", q, k).mul(scale).softmax(-1)
         outputs.append(torch.einsum("hqk,khd->qhd", F.dropout(weights, dropout_p), v))
     return torch.cat(outputs).to(query.dtype)
+
+
+_LOOPS = {"sdpa": _sdpa, "eager": _eager}
 
 
 @dataclasses.dataclass(frozen=True)

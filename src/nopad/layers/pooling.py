@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from nopad.layers.mlp import MLP
 from nopad.layers.roles import ByRole
@@ -64,7 +65,7 @@ class ProbeAttention(nn.Module):
         self.backend = "auto"
         self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * hidden_size))
-        self.out_proj = nn.Linear(hidden_size, hidden_size)
+        self.out_proj = NonDynamicallyQuantizableLinear(hidden_size, hidden_size)  # quantisers leave it, as torch's
 
     def forward(self, probe: Tensor, tokens: Tensor, segments: Segments) -> Tensor:
         """`(1, D)` probe and `(T, D)` tokens to `(S, D)`."""

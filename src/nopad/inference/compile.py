@@ -1,0 +1,111 @@
+"""`PackedEncoder.compile`: the fastest way in which an encoder's layers can be run here, found and warmed up."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from nopad.inference import fused
+from nopad.inference.graphs import Graphs
+from nopad.inference.ready import CompiledLayers, PlainLayers, ReadyLayers
+from nopad.inference.rows import fill_up_rows, spoil
+from nopad.inference.runner import fill_up, longest
+from nopad.inference.watch import Watch
+from nopad.layers.varlen import reads_the_host
+from nopad.layout import Segments
+
+if TYPE_CHECKING:
+    from nopad.encoder import PackedEncoder
+
+logger = logging.getLogger(__name__)
+
+GRAPH_CAPACITY = 49152
+"""Up to so many rows the host can be slower than the GPU, and a CUDA graph pays (docs/performance.md)."""
+FAILURES = (
+    RuntimeError,  # of torch's compilers and Triton, a missing C++ compiler among them
+    ValueError,  # sizes that a product does not take
+    AssertionError,  # the same, of CUTLASS
+    TypeError,  # another version of quack
+    AttributeError,
+    LookupError,
+    ImportError,
+    OSError,
+    subprocess.SubprocessError,
+)
+"""What making layers ready may raise where it cannot be done."""
+
+
+def compile_layers(encoder: PackedEncoder, capacity: int, slots: int, compiled: bool) -> ReadyLayers:
+    """The encoder's layers, compiled one by one, warm for packs of this shape.
+
+    The layers of an encoder have one code, in float8 two, which is compiled once and serves them all. Where it cannot
+    be compiled they run as they are, and a warning says why. On a GPU packs of at most `GRAPH_CAPACITY` rows are CUDA
+    graphs, unless the attention goes by the host's lengths.
+    """
+    if not compiled:
+        return PlainLayers(encoder.layers)
+    start = time.perf_counter()
+    layers = _first_that_works(encoder, capacity, slots)
+    if recordable(encoder.device, encoder.attention, capacity):
+        layers = Graphs(layers)
+        warm_up(encoder, layers, capacity, slots)
+    logger.info("compiled for packs of %d tokens in %.0f s", capacity, time.perf_counter() - start)
+    return layers
+
+
+def recordable(device: torch.device, attention: str, capacity: int) -> bool:
+    """Whether layers become CUDA graphs: what goes by lengths on the host would replay those of the first pack."""
+    return device.type == "cuda" and capacity <= GRAPH_CAPACITY and not reads_the_host(attention)
+
+
+def _first_that_works(encoder: PackedEncoder, capacity: int, slots: int) -> ReadyLayers:
+    message = ""
+    for make in _makers(encoder):
+        if message:
+            logger.warning("the layers are compiled in another way than the fastest: %s", message)
+        try:
+            layers = make()
+            warm_up(encoder, layers, capacity, slots)
+            if layers.execution != "eager":
+                return layers
+            message = "torch.compile runs them as they are, as it is told to, or cannot do otherwise"
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except FAILURES as error:
+            message = (str(error).strip() or repr(error)).splitlines()[0]
+    logger.warning("the layers run uncompiled: %s", message)
+    return PlainLayers(encoder.layers)
+
+
+def _makers(encoder: PackedEncoder) -> Iterator[Callable[[], ReadyLayers]]:
+    """What can run the layers, fastest first."""
+    reason = fused.obstacle(encoder, encoder.device, encoder.dtype)
+    if reason is None:
+        makers, reason = fused.products_for(encoder, encoder.device, encoder.dtype)
+        rotation = encoder.example_rotation(encoder.num_prefix_tokens + 1)
+        for make in makers:
+            yield lambda make=make: fused.FusedLayers(encoder.layers, make(), rotation)
+    if reason is not None:
+        logger.info("layers are not as fast as they could be: %s", reason)
+    yield lambda: CompiledLayers(encoder.layers)
+
+
+@torch.no_grad()
+def warm_up(encoder: PackedEncoder, layers: ReadyLayers, capacity: int, slots: int) -> None:
+    """Run all lengths of segments that make a graph of their own, and what stands around layers; check fused ones."""
+    encoder.example_positions()
+    rotation = encoder.example_rotation(capacity)
+    tokens = torch.randn(capacity, encoder.hidden_size, device=encoder.device).to(encoder.dtype)
+    tokens, finite = fill_up_rows(tokens, capacity)
+    spoil(tokens, finite, Segments.of([capacity], encoder.device))
+    lengths = sorted({longest(1 << power, capacity) for power in range(capacity.bit_length())})
+    if isinstance(layers, fused.FusedLayers) and not Watch(encoder.layers).rebuilt():  # nobody's hook sees it
+        layers.check(tokens, fill_up(Segments.of(lengths[:1], encoder.device), capacity, None), rotation)
+    for length in lengths:
+        segments = fill_up(Segments.of([length], encoder.device), capacity, slots)
+        layers(tokens, segments, rotation)

@@ -1,0 +1,98 @@
+"""Layers made ready for packs of one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nopad.layers.attention import Rotation
+from nopad.layers.block import add
+from nopad.layout import Segments
+
+RECOMPILE_LIMIT = 1 << 20
+"""Graphs of one function, of all encoders and capacities of a process. torch's own limit is 8, from which on it runs
+the function as it is, without an error."""
+
+
+class ReadyLayers:
+    """All layers of an encoder: tokens, segments and rotation to tokens.
+
+    Attributes:
+        execution: how they run, for reports.
+        fixed_segments: whether each pack needs as many segments as the one before.
+        fixed_memory: whether weights are read where they lay when the layers were made ready.
+        static_input: `(capacity, D)` that tokens can be written to, `None` where they may lie anywhere.
+    """
+
+    execution = "eager"
+    fixed_segments = True
+    fixed_memory = False
+    static_input: Tensor | None = None
+
+    def __call__(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
+        """`(T, D)` to `(T, D)`."""
+        raise NotImplementedError
+
+    def refresh(self, *, trained: bool = False) -> bool:
+        """Take over changed weights.
+
+        Args:
+            trained: weights may have changed unnoticed: fused optimizers do not count a tensor's version up.
+
+        Returns:
+            `False` where that cannot be.
+        """
+        return True
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """A context in which memory that packs share belongs to one of them."""
+        return nullcontext()
+
+
+class PlainLayers(ReadyLayers):
+    """Runs one layer after another, as they are."""
+
+    def __init__(self, layers: Iterable[Any]) -> None:
+        self.layers = layers
+
+    def __call__(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
+        """See `ReadyLayers`."""
+        for layer in self.layers:
+            tokens = layer(tokens, segments, rotate)
+        return tokens
+
+
+class CompiledLayers(ReadyLayers):
+    """Runs one layer after another by `torch.compile`, each making the sum that the one before has left.
+
+    The layers of an encoder have one code, in float8 two, which is compiled once and serves them all.
+    """
+
+    def __init__(self, layers: Iterable[Any]) -> None:
+        self.layers = layers
+        self.seen_uncompiled = False
+        self.one = torch.compile(self._one)
+
+    @property
+    def execution(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """`"compiled"`, unless torch ran the layers as they are: where it is told to, or cannot compile them."""
+        return "eager" if self.seen_uncompiled else "compiled"
+
+    def __call__(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
+        """See `ReadyLayers`."""
+        update = None
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT):
+            for layer in self.layers:
+                tokens, update = self.one(layer, tokens, update, segments, rotate)
+        return tokens if update is None else add(tokens, update)
+
+    def _one(
+        self, layer: Any, tokens: Tensor, update: Tensor | None, segments: Segments, rotate: Rotation | None
+    ) -> tuple[Tensor, Tensor]:
+        if not torch.compiler.is_compiling():
+            self.seen_uncompiled = True
+        return layer.deferred(tokens, update, segments, rotate)
