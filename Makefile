@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo bench-embed test lint types format install clean
+.PHONY: demo bench-embed test test-quantised lint types format install clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -18,6 +18,15 @@ bench-embed: $(STAMP)
 # One test, say: make test ARGS="tests/test_packing.py -k patchify"
 test: $(STAMP)
 	@$(BIN)/python -m pytest $(ARGS)
+
+# Quantised checkpoints. Not in .venv itself, where transformers imports torchao with every model, and its warnings.
+QUANTISE := .venv/quantise
+test-quantised: $(QUANTISE)/.installed
+	@PYTHONPATH=$(QUANTISE) $(BIN)/python -m pytest tests/quantised $(ARGS)
+
+$(QUANTISE)/.installed: $(STAMP)
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $(QUANTISE) torchao==0.18.0 bitsandbytes==0.50.2
+	@touch $@
 
 lint: $(STAMP)
 	@$(BIN)/python -m ruff check .

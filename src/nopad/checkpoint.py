@@ -78,12 +78,19 @@ class Checkpoint:
         return dict(self.config.get("vision_config", self.config))
 
     @property
-    def dtype(self) -> torch.dtype | str:
-        """As transformers' `"auto"`: what `config.json` says, else the dtype that holds all weights."""
+    def config_dtype(self) -> str | None:
+        """What `config.json` says of the dtype, `None` where it does not."""
         for says in (self.config, self.vision_config):
             for name in ("dtype", "torch_dtype"):
                 if says.get(name) not in (None, "auto"):
                     return says[name]
+        return None
+
+    @property
+    def dtype(self) -> torch.dtype | str:
+        """As transformers' `"auto"`: what `config.json` says, else the dtype that holds all weights."""
+        if self.config_dtype is not None:
+            return self.config_dtype
         return reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors.values()))
 
     def check_model_type(self, *own: str) -> None:

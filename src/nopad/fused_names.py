@@ -36,6 +36,8 @@ def from_fused_names(encoder: PretrainedEncoder, state_dict: Mapping[str, Tensor
     Raises:
         ValueError: a tensor that no encoder of nopad 0.1 of this architecture had.
     """
+    if not has_fused_names(state_dict):
+        raise ValueError(f"state_dict: expected the fused names of nopad 0.1, got {sorted(state_dict)[:5]}")
     converted = {}
     for name, tensor in state_dict.items():
         try:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
+from torch import nn
 from transformers import initialization as init
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -156,9 +156,8 @@ class PretrainedEncoder(ByRole, PreTrainedModel):
                 f"checkpoint {checkpoint.name!r}: expected {cls.family} tensor names "
                 f"({', '.join(d.name for d in cls.dialects)}), got {sorted(checkpoint.tensors)[:10]}"
             )
-        if checkpoint.quantization_config is not None:
-            checkpoint = with_weight_names(checkpoint)
-        part = dialect.select(checkpoint)
+        quantised = checkpoint.quantization_config is not None
+        part = dialect.select(with_weight_names(checkpoint) if quantised else checkpoint)
         converted = dialect.convert(part)
         try:
             config = config or cls.read_config(converted)
@@ -172,15 +171,18 @@ class PretrainedEncoder(ByRole, PreTrainedModel):
         if isinstance(kwargs.get("device_map"), Mapping):
             kwargs["device_map"] = {_registered(skeleton, part): to for part, to in kwargs["device_map"].items()}
         asked = kwargs.pop("attn_implementation", None) or "auto"
-        if checkpoint.quantization_config is not None:
-            loaded = load_quantised(super().from_pretrained, checkpoint, dialect, config, dtype=dtype, **kwargs)
+        if quantised:
+            needed = skeleton.state_dict()
+            load = super().from_pretrained
+            loaded = load_quantised(load, checkpoint, dialect, config, needed, dtype=dtype, **kwargs)
             (loaded[0] if isinstance(loaded, tuple) else loaded)._came_from(checkpoint, dialect, attention or asked)
             return loaded
         check_strictly(part, dialect.table.to_file(skeleton.state_dict()), dialect)
         if dtype in (None, "auto"):
             dtype = part.dtype
         check_dtype(dtype)
-        state = {name: converted.tensors[name] for name in skeleton.state_dict()}
+        names = cls.original_dialect().table  # transformers leads from those of files to those in memory
+        state = {names.file_name(name): converted.tensors[name] for name in skeleton.state_dict()}
         loaded = super().from_pretrained(None, config=config, state_dict=state, dtype=dtype, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded)._came_from(checkpoint, dialect, attention or asked)
         return loaded
@@ -241,31 +243,25 @@ class PretrainedEncoder(ByRole, PreTrainedModel):
         """The dialect of the packed model's own files."""
         return next(dialect for dialect in cls.dialects if dialect.is_original)
 
-    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride] - the other arguments by name
-        self,
-        save_directory: Any,
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Whether files and memory differ from those of transformers' own class, which they do not.
+
+        transformers then names, in files, the layers of DINOv3 as it does for its own class.
+        """
+        return False
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save under the original's tensor names, so that the original class loads the folder too.
 
         Raises:
             ValueError: the layers are in another format, see `precision`.
         """
         check_saving(self.precision)
-        state: Any = state_dict
-        if self.original_dialect().table.renames and self._holds_its_weights():
-            state = self.original_dialect().table.to_file(self.state_dict() if state is None else state)
-        super().save_pretrained(save_directory, is_main_process, state, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
         if self.preprocessor_config is not None:
             text = json.dumps(self.preprocessor_config, indent=2) + "\n"
             (Path(save_directory) / "preprocessor_config.json").write_text(text, encoding="utf-8")
-
-    def _holds_its_weights(self) -> bool:
-        """Whether what is saved are weights that lie in memory, rather than an adapter's, or offloaded or quantised."""
-        adapted, quantised = getattr(self, "_hf_peft_config_loaded", False), getattr(self, "hf_quantizer", None)
-        return not adapted and quantised is None and not any(weight.is_meta for weight in self.parameters())
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As `nn.Module` gives it.

@@ -21,6 +21,10 @@ class Maps(SharedInput):
         super().__init__()
         self.q, self.k, self.v = (nn.Linear(8, size, bias=bias) for size, bias in zip(sizes, biases, strict=True))
 
+    def multiply_each(self, rows):
+        joint = self.multiply_at_once(rows)
+        return (self.q(rows), self.k(rows), self.v(rows)) if joint is None else joint.chunk(3, dim=1)
+
     def one_by_one(self, rows):
         return [linear(rows).detach() for linear in (self.q, self.k, self.v)]
 

@@ -155,7 +155,8 @@ def rows_of(linear: nn.Linear, first: int, last: int) -> nn.Linear:
 
 def takes_apart(linear: Any) -> bool:
     """Whether a module is a linear map and nothing else, in a floating-point dtype."""
-    return type(linear) is nn.Linear and linear.weight.is_floating_point()
+    plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter
+    return plain and linear.weight.is_floating_point()
 
 
 def check(linear: Any) -> None:

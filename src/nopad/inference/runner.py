@@ -102,15 +102,14 @@ class EagerRunner:
 
     def run(self, layers: Iterable[nn.Module], tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
         """See `Runner`."""
+        states = self.hidden_states
         for layer in layers:
-            self._keep(tokens)
+            if states is not None:
+                states.append(tokens)
             tokens = layer(tokens, segments, rotate)
-        self._keep(tokens)
+        if states is not None:
+            states.append(tokens)
         return tokens
-
-    def _keep(self, tokens: Tensor) -> None:
-        if self.hidden_states is not None:
-            self.hidden_states.append(tokens)
 
     def pool(self, encoder: PackedEncoder, trunk: Trunk, segments: Segments) -> Tensor:
         """See `Runner`."""

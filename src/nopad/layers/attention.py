@@ -83,7 +83,7 @@ class PackedAttention(SharedInput):
 
     def forward(self, hidden_states: Tensor, segments: Segments, rotate: Rotation | None = None) -> Tensor:
         """`(T, D)` to `(T, D)`."""
-        query, key, value = (states.unflatten(1, (self.num_heads, -1)) for states in self._project(hidden_states))
+        query, key, value = self._project(hidden_states)
         if rotate is not None:
             query, key = rotate(query), rotate(key)
         dropout_p = self.dropout_p if self.training else 0.0
@@ -91,7 +91,8 @@ class PackedAttention(SharedInput):
         return self.proj(mixed.flatten(1))
 
     def _project(self, hidden_states: Tensor) -> Sequence[Tensor]:
-        """Queries, keys and values, `(T, D)` each."""
-        if self.qkv is not None:
-            return self.qkv(hidden_states).chunk(3, dim=1)
-        return self.multiply_each(hidden_states)
+        """Queries, keys and values, `(T, H, K)` each."""
+        qkv = self.multiply_at_once(hidden_states) if self.qkv is None else self.qkv(hidden_states)
+        if qkv is not None:
+            return qkv.view(-1, 3, self.num_heads, self.head_dim).unbind(1)
+        return [linear(hidden_states).view(-1, self.num_heads, self.head_dim) for linear in (self.q, self.k, self.v)]

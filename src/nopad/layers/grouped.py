@@ -25,16 +25,16 @@ def eager(query, key, value, segments, scale, dropout_p):
 
 
 def _run(kernel, query, key, value, segments, scale, dropout_p):
-    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-        offsets = segments[0].cu_seqlens, segments[1].cu_seqlens
-        return _opaque(kernel, query, key, value, *offsets, scale, dropout_p)
-    return _by_lengths(kernel, query, key, value, segments, scale, dropout_p)
+    if not torch.compiler.is_compiling():
+        return _LOOPS[kernel](query, key, value, (segments[0].lengths, segments[1].lengths), scale, dropout_p)
+    if torch.is_grad_enabled():
+        return _uncompiled(kernel, query, key, value, segments, scale, dropout_p)
+    return _opaque(kernel, query, key, value, segments[0].cu_seqlens, segments[1].cu_seqlens, scale, dropout_p)
 
 
 @torch.compiler.disable(reason="the loop over lengths would be compiled anew for every pack")
-def _by_lengths(kernel, query, key, value, segments, scale, dropout_p):
-    lengths = segments[0].lengths, segments[1].lengths
-    return _LOOPS[kernel](query, key, value, lengths, scale, dropout_p)
+def _uncompiled(kernel, query, key, value, segments, scale, dropout_p):
+    return _LOOPS[kernel](query, key, value, (segments[0].lengths, segments[1].lengths), scale, dropout_p)
 
 
 @torch.library.custom_op("nopad::attention_by_lengths", mutates_args=())

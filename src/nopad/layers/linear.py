@@ -29,18 +29,14 @@ class SharedInput(ByRole):
     siblings: ClassVar[tuple[str, ...]]
     _one_gemm: OneGemm | None = None
 
-    def multiply_each(self, input: Tensor) -> Sequence[Tensor]:
-        """`(T, K)` to one `(T, N)` for each map."""
+    def multiply_at_once(self, input: Tensor) -> Tensor | None:
+        """`(T, K)` to what all maps give, `(T, number · N)`; `None` where they are to be called one by one."""
         one = self._one_gemm
-        if not (
-            one is None
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch.is_autocast_enabled(input.device.type)
-            or not one.is_current(self)
-        ):
-            return F.linear(input, one.weight, one.bias).chunk(len(self.siblings), dim=1)
-        return [getattr(self, role)(input) for role in self.siblings]
+        if one is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or not one.is_current(self):
+            return None
+        if torch.is_autocast_enabled(input.device.type):
+            return None
+        return F.linear(input, one.weight, one.bias)
 
     def lay_out(self) -> None:
         """Put the weights of the maps side by side, where they are plain maps of one size; else leave them."""

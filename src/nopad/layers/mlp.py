@@ -46,5 +46,6 @@ class GatedMLP(SharedInput):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`(T, D)` to `(T, D)`."""
-        gate, up = self.multiply_each(hidden_states)
+        both = self.multiply_at_once(hidden_states)
+        gate, up = (self.gate(hidden_states), self.up(hidden_states)) if both is None else both.chunk(2, dim=1)
         return self.down(self.activation(gate) * up)

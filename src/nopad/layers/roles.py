@@ -23,10 +23,11 @@ class ByRole(nn.Module):
     names: Mapping[str, str] = {}
 
     def __getattr__(self, name: str) -> Any:
-        path = self.names.get(name)
-        if path is None:
-            return super().__getattr__(name)
-        return reduce(getattr, path.split("."), self)
+        path = self.names.get(name, name)
+        found = self._modules.get(path)  # many times a pack: the short way first
+        if found is not None:
+            return found
+        return super().__getattr__(name) if path == name else reduce(getattr, path.split("."), self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         *containers, leaf = self.names.get(name, name).split(".")
