@@ -158,34 +158,33 @@ class PretrainedEncoder(ByRole, PreTrainedModel):
             )
         quantised = checkpoint.quantization_config is not None
         part = dialect.select(with_weight_names(checkpoint) if quantised else checkpoint)
-        converted = dialect.convert(part)
-        try:
-            config = config or cls.read_config(converted)
-            check_numbers(config, f"checkpoint {checkpoint.name!r}")
-            config = _with_options(config, patch_order=patch_order, positions=positions)
-            with torch.device("meta"):
-                skeleton = cls(config)
-        except (TypeError, ArithmeticError, AttributeError, LookupError, StrictDataclassError) as error:
-            told = " ".join(str(error).split()) or repr(error)
-            raise ValueError(f"checkpoint {checkpoint.name!r}: config.json describes no encoder: {told}") from error
+        options = {"patch_order": patch_order, "positions": positions}
+        skeleton = cls._skeleton(dialect.convert(part), config, options)
         if isinstance(kwargs.get("device_map"), Mapping):
             kwargs["device_map"] = {_registered(skeleton, part): to for part, to in kwargs["device_map"].items()}
         asked = kwargs.pop("attn_implementation", None) or "auto"
+        wants_info = kwargs.pop("output_loading_info", False)
+        load: Any = super().from_pretrained
         if quantised:
-            needed = skeleton.state_dict()
-            load = super().from_pretrained
-            loaded = load_quantised(load, checkpoint, dialect, config, needed, dtype=dtype, **kwargs)
-            (loaded[0] if isinstance(loaded, tuple) else loaded)._came_from(checkpoint, dialect, attention or asked)
-            return loaded
-        check_strictly(part, dialect.table.to_file(skeleton.state_dict()), dialect)
-        if dtype in (None, "auto"):
-            dtype = part.dtype
-        check_dtype(dtype)
-        names = cls.original_dialect().table  # transformers leads from those of files to those in memory
-        state = {names.file_name(name): converted.tensors[name] for name in skeleton.state_dict()}
-        loaded = super().from_pretrained(None, config=config, state_dict=state, dtype=dtype, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded)._came_from(checkpoint, dialect, attention or asked)
-        return loaded
+            model, info = load_quantised(load, checkpoint, dialect, skeleton, dtype=dtype, **kwargs)
+        else:
+            model, info = load_strictly(load, part, dialect, skeleton, dtype=dtype, **kwargs)
+        model._came_from(checkpoint, dialect, attention or asked)
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _skeleton(
+        cls, checkpoint: Checkpoint, config: PreTrainedConfig | None, options: dict[str, str | None]
+    ) -> PretrainedEncoder:
+        """The encoder that a checkpoint under the packed model's names describes, on the meta device."""
+        try:
+            config = config or cls.read_config(checkpoint)
+            check_numbers(config, f"checkpoint {checkpoint.name!r}")
+            with torch.device("meta"):
+                return cls(_with_options(config, **options))
+        except (TypeError, ArithmeticError, AttributeError, LookupError, StrictDataclassError) as error:
+            told = " ".join(str(error).split()) or repr(error)
+            raise ValueError(f"checkpoint {checkpoint.name!r}: config.json describes no encoder: {told}") from error
 
     def _came_from(self, checkpoint: Checkpoint, dialect: Dialect, attention: str) -> None:
         self.source, self.dialect = checkpoint.name, dialect.name
@@ -319,6 +318,35 @@ class PretrainedEncoder(ByRole, PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """The patch embedding."""
         return self.embeddings.proj
+
+
+def load_strictly(
+    from_pretrained: Any,
+    checkpoint: Checkpoint,
+    dialect: Dialect,
+    skeleton: PretrainedEncoder,
+    *,
+    dtype: torch.dtype | str | None,
+    **kwargs: Any,
+) -> tuple[PretrainedEncoder, dict[str, Any]]:
+    """Check a selected checkpoint against what the encoder needs, then give its values to transformers' loader.
+
+    Raises:
+        ValueError: a tensor missing, unexpected or misshapen, or not loaded.
+    """
+    needed = skeleton.state_dict()
+    check_strictly(checkpoint, dialect.table.to_file(needed), dialect)
+    dtype = checkpoint.dtype if dtype in (None, "auto") else dtype
+    check_dtype(dtype)
+    tensors = dialect.convert(checkpoint).tensors
+    names = skeleton.original_dialect().table  # transformers leads from the names of files to those in memory
+    state = {names.file_name(name): tensors[name] for name in needed}
+    arguments = {"config": skeleton.config, "state_dict": state, "dtype": dtype, "output_loading_info": True, **kwargs}
+    model, info = from_pretrained(None, **arguments)
+    lost = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]))
+    if lost:  # by conversions that something else in this process has registered for this class, say
+        raise ValueError(f"checkpoint {checkpoint.name!r}: transformers has not loaded {len(lost)}: {lost[:10]}")
+    return model, info
 
 
 def _registered(model: nn.Module, path: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
 
 from nopad.checkpoint import Checkpoint, Dialect, check_strictly
 from nopad.checkpoint_files import PICKLES, SAFETENSORS
@@ -58,21 +58,16 @@ def load_quantised(
     from_pretrained: Callable[..., Any],
     checkpoint: Checkpoint,
     dialect: Dialect,
-    config: PreTrainedConfig,
-    needed: Mapping[str, Tensor],
-    *,
-    output_loading_info: bool = False,
+    skeleton: PreTrainedModel,
     **kwargs: Any,
-) -> Any:
+) -> tuple[Any, dict[str, Any]]:
     """Check the names and the shapes of what is not quantised, load by transformers, and check what came of it.
 
     Args:
         from_pretrained: of `PreTrainedModel`, bound to the encoder's class.
         checkpoint: as it was opened, with a `quantization_config`.
         dialect: that its names speak.
-        config: of the architecture.
-        needed: the parameters of the encoder, on the meta device.
-        output_loading_info: give what transformers reports, too.
+        skeleton: the encoder on the meta device.
         kwargs: further arguments of `from_pretrained`.
 
     Raises:
@@ -88,8 +83,9 @@ def load_quantised(
     file = Path(checkpoint.name)
     if file.is_file() and file.name not in (*SAFETENSORS, *PICKLES):
         raise ValueError(f"{whose}: expected the folder of quantised weights, whose file is {SAFETENSORS[1]}")
+    needed = skeleton.state_dict()
     _check(checkpoint, dialect, needed)
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(skeleton.config)
     config.quantization_config = checkpoint.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
     if kwargs.get("dtype") is None:
         kwargs["dtype"] = checkpoint.config_dtype or "auto"
@@ -104,7 +100,7 @@ def load_quantised(
         told = _incomplete(checkpoint) or " ".join(str(error).split()) or repr(error)
         raise ValueError(f"{whose}: its quantised weights cannot be read: {told}") from error
     _check_loaded(whose, model, info, needed)
-    return (model, info) if output_loading_info else model
+    return model, info
 
 
 def _check(checkpoint: Checkpoint, dialect: Dialect, needed: Mapping[str, Tensor]) -> None:

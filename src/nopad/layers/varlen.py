@@ -50,7 +50,8 @@ def varlen_attention(
         ImportError: the backend is not installed.
     """
     key_segments = query_segments if key_segments is None else key_segments
-    _check(query, key, value, query_segments, key_segments)
+    if not _fit(query, key, value, query_segments, key_segments):
+        _check(query, key, value, query_segments, key_segments)
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     choice = _choose(backend, query.device, query.dtype, query.shape[-1], needs_grad, dropout_p > 0)
     if query.shape[0] == 0:
@@ -86,6 +87,21 @@ def available_backends(device: torch.device | str, dtype: torch.dtype, head_dim:
 def reads_the_host(backend: str) -> bool:
     """Whether a resolved backend goes by the lengths on the host, which a recorded CUDA graph would not see change."""
     return backend in ("sdpa", "eager")
+
+
+def _fit(query: Tensor, key: Tensor, value: Tensor, query_segments: Segments, key_segments: Segments) -> bool:
+    """Whether self-attention of tensors that all fit together is asked for: the short way of `_check`."""
+    if key_segments is not query_segments or torch.compiler.is_compiling():
+        return False
+    shape = query.shape
+    return (
+        len(shape) == 3
+        and key.shape == shape == value.shape
+        and key.dtype == query.dtype == value.dtype
+        and key.device == query.device == value.device
+        and query_segments.num_tokens == shape[0]
+        and query_segments.cu_seqlens.shape[0] == len(query_segments.lengths) + 1
+    )
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, query_segments: Segments, key_segments: Segments) -> None:
