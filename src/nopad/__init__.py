@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nopad.loading import load
     from nopad.packing import Pack, patchify, unpatchify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AIMv2Packing",

@@ -4,17 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from nopad.layers.patch_embed import PatchEmbedding, aligned, reorder_patches
+from nopad.layers.patch_embed import PatchEmbedding, reorder_patches
 from nopad.packing import patchify
-
-
-@pytest.mark.parametrize(("columns", "expected"), [(588, 592), (768, 768), (1, 8)])
-def test_rows_become_whole_16_bytes_of_half_precision(columns, expected):
-    rows = torch.randn(3, columns)
-    padded = aligned(rows)
-    assert padded.shape == (3, expected)
-    assert torch.equal(padded[:, :columns], rows)
-    assert not padded[:, columns:].any()
 
 
 def embedding_of(channels, size, patch_size, order, bias=True):
@@ -32,6 +23,19 @@ def test_it_is_the_convolution_whose_weight_it_keeps(order, bias):
     pixels = torch.randn(3, 6, 8)
     patches, _ = patchify(pixels, 2, order)
     torch.testing.assert_close(embedding(patches), convolution(pixels).flatten(1).T)
+
+
+@pytest.mark.parametrize("order", ["hwc", "chw"])
+def test_zeros_behind_each_row_of_the_matrix_change_nothing(order):
+    embedding, patches = embedding_of(3, 4, 2, order), torch.randn(5, 12)
+    padded = embedding.matrix(16)
+    assert padded.shape == (4, 16)
+    assert torch.equal(padded[:, :12], embedding.matrix(12))
+    assert not padded[:, 12:].any()
+    nn.functional.linear(nn.functional.pad(patches, (0, 4)), padded, embedding.bias).square().sum().backward()
+    gradient, embedding.weight.grad = embedding.weight.grad, None
+    embedding(patches).square().sum().backward()
+    torch.testing.assert_close(gradient, embedding.weight.grad)
 
 
 @pytest.mark.parametrize(("source", "target"), [("hwc", "chw"), ("chw", "hwc"), ("hwc", "hwc")])

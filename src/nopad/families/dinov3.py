@@ -162,6 +162,7 @@ class DINOv3ViTPacking(PackedEncoder):
         self.model = nn.Module()
         self.layers = nn.ModuleList(dinov3_block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.head = None
         untied = config.untie_cls_norm
         self.cls_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if untied else None
 

@@ -60,12 +60,13 @@ class OneGemm:
     Attributes:
         weight: `(number · N, K)`.
         bias: `(number · N,)`, zeros where a map has none; `None` where no map has one.
-        parts: of each map its name, the module, and its weight and bias with their addresses.
+        parts: of each map its name, the module, its weight and bias with their addresses, and the dicts that tell of
+            changes: its parameters, its own attributes and its hooks.
     """
 
     weight: Tensor
     bias: Tensor | None
-    parts: tuple[tuple[str, nn.Module, Tensor, int, Tensor | None, int], ...]
+    parts: tuple[tuple[Any, ...], ...]
 
     @classmethod
     def of(cls, linears: dict[str, nn.Module | None]) -> OneGemm | None:
@@ -81,25 +82,35 @@ class OneGemm:
         with torch.inference_mode(False), torch.no_grad():
             weight = _side_by_side(weights, first)
             bias = _side_by_side(biases, first[:, 0]) if any(bias is not None for bias in biases) else None
-        parts = zip(plain.items(), weights, biases, strict=True)
-        return cls(weight, bias, tuple((*item, w, w.data_ptr(), b, _address(b)) for item, w, b in parts))
+        parts = (
+            (
+                name,
+                linear,
+                *(linear._parameters["weight"], _address(linear._parameters["weight"])),
+                *(linear._parameters["bias"], _address(linear._parameters["bias"])),
+                *(linear._parameters, linear.__dict__, linear._forward_hooks, linear._forward_pre_hooks),
+            )
+            for name, linear in plain.items()
+        )
+        return cls(weight, bias, tuple(parts))
 
     def is_current(self, module: nn.Module) -> bool:
         """Whether the maps are those of `module` still, with their weights where they were and nothing before them."""
         if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
             return False
-        for name, linear, weight, weight_address, bias, bias_address in self.parts:
-            parameters = linear._parameters
+        modules = module._modules
+        # Twice a layer in each pack: no attribute is looked up that can be held.
+        for name, linear, weight, weight_at, bias, bias_at, parameters, attributes, hooks, pre_hooks in self.parts:
             if (
-                module._modules[name] is not linear
+                modules[name] is not linear
                 or linear.__class__ is not nn.Linear
                 or parameters["weight"] is not weight
-                or weight.data_ptr() != weight_address
+                or weight.data_ptr() != weight_at
                 or parameters["bias"] is not bias
-                or (bias is not None and bias.data_ptr() != bias_address)
-                or linear._forward_hooks
-                or linear._forward_pre_hooks
-                or "forward" in linear.__dict__
+                or (bias is not None and bias.data_ptr() != bias_at)
+                or hooks
+                or pre_hooks
+                or "forward" in attributes
             ):
                 return False
         return True

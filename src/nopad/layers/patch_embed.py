@@ -33,16 +33,20 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """`(T, P)` to `(T, D)`."""
-        weight = (self.weight.permute(0, 2, 3, 1) if self.order == "hwc" else self.weight).flatten(1)
-        if patches.is_cuda and patches.dtype != torch.float32:
-            patches, weight = aligned(patches), aligned(weight)
-        return F.linear(patches, weight, self.bias)
+        missing = -patches.shape[1] % ALIGNMENT if patches.is_cuda and patches.dtype != torch.float32 else 0
+        if missing:
+            patches = F.pad(patches, (0, missing))
+        return F.linear(patches, self.matrix(patches.shape[1]), self.bias)
 
-
-def aligned(rows: Tensor) -> Tensor:
-    """`(M, K)` with zeros behind each row up to a multiple of `ALIGNMENT`."""
-    missing = -rows.shape[1] % ALIGNMENT
-    return F.pad(rows, (0, missing)) if missing else rows
+    def matrix(self, columns: int) -> Tensor:
+        """The weight as `(D, columns)` over patches in `order`, with zeros where `columns` are more than P."""
+        kernel = self.weight.permute(0, 2, 3, 1) if self.order == "hwc" else self.weight
+        values = kernel[0].numel()
+        if columns == values:
+            return kernel.flatten(1)
+        matrix = kernel.new_zeros(len(kernel), columns)
+        matrix[:, :values].view(kernel.shape).copy_(kernel)
+        return matrix
 
 
 def reorder_patches(patches: Tensor, patch_size: int, source: str, target: str) -> Tensor:
