@@ -29,10 +29,10 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from transformers.utils import logging as transformers_logging
 
 import nopad
-from nopad.bench.contestants import Peer
+from nopad.bench.candidates import Peer
 from nopad.embedding.job import embed
 from nopad.encoder import PackedEncoder
-from nopad.preprocessing import Preprocessing
+from nopad.preprocessing.transforms import Preprocessing
 from nopad.terminal import columns
 
 PHOTOS = Path(__file__).parent.parent / "examples/images"

@@ -22,15 +22,16 @@ from unittest import mock
 import torch
 
 import nopad
-from nopad.bench.contestants import Images
-from nopad.bench.measure import CEILING, flops, meter
-from nopad.bench.race import block_parameters
+from nopad.bench.candidates import Images
+from nopad.bench.runner import block_parameters
+from nopad.bench.timing import CEILING, flops, meter
 from nopad.bench.workloads import mixed
 from nopad.encoder import PackedEncoder
-from nopad.inference import compile, fused
-from nopad.inference.products import Products
+from nopad.inference import compile
+from nopad.inference.fusion import layers as fused
+from nopad.inference.fusion.gemm_reference import Products
 from nopad.packing import Pack
-from nopad.planner import plan
+from nopad.pipeline.packer import plan
 
 WAYS = {"eager": "eager", "quack": "fused by quack", "torch": "fused by torch", "fp8": None}
 """The `execution` that each asks for; float8 takes the best there is."""

@@ -17,19 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nopad.bench.measure import in_turn, meter
+from nopad.bench.timing import in_turn, meter
 from nopad.bench.workloads import mixed
 from nopad.inference.float8 import FLOAT8
-from nopad.inference.folding import Matrix
-from nopad.inference.quack_epilogues import epilogues
-from nopad.inference.quack_operands import laid
-from nopad.inference.quack_products import run
-from nopad.inference.tiles import Tiles
-from nopad.inference.triton_gated import gated
+from nopad.inference.fusion.folding import Matrix
+from nopad.inference.fusion.gemm_quack import run
+from nopad.inference.fusion.quack_epilogues import epilogues
+from nopad.inference.fusion.quack_ops import laid
+from nopad.inference.fusion.tile_config import Tiles
+from nopad.inference.fusion.triton_gated import gated
 from nopad.inference.triton_kernels import silu_mul
-from nopad.layers.varlen import available_backends, varlen_attention
+from nopad.kernels.attention import available_backends, varlen_attention
 from nopad.layout import Segments
-from nopad.planner import plan
+from nopad.pipeline.packer import plan
 
 BF16 = torch.bfloat16
 CLUSTERS = ((2, 1), (1, 2), (2, 2))

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nopad.align_command import add_align_options, report_alignment
+from nopad.align.command import add_align_options, report_alignment
 from nopad.terminal import WRONG_USE
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "images"

@@ -1,12 +1,16 @@
 import functools
 import os
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test reaches for the network
+# torch's cache of compiled code does not tell instruction sets apart: what was compiled for another corrupts memory.
+_CAPABILITY = os.environ.get("ATEN_CPU_CAPABILITY", "default")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/nopad-tests-{os.getuid()}-{_CAPABILITY}")
 
-import hypothesis
-import pytest
-import torch
+import hypothesis  # noqa: E402 - after what it and torch read when they are imported
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 

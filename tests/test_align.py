@@ -14,9 +14,9 @@ import torch
 from aimv2_checkpoints import apple, flat_config, tiny_composite, tiny_original, write
 from PIL import Image
 
-from nopad import parity
-from nopad.align import align
-from nopad.align_command import align_table
+from nopad.align import metrics as parity
+from nopad.align.command import align_table
+from nopad.align.run import align
 from nopad.cli import main
 from nopad.families.aimv2 import AIMv2Packing
 from nopad.inference import compile

@@ -8,10 +8,11 @@ import torch
 from tiny_encoders import FAMILIES, WIDE, tiny
 
 import nopad
-from nopad import company
+from nopad.align import batch_invariance as company
+from nopad.align.batch_invariance import prove
 from nopad.cli import main
-from nopad.company import prove
-from nopad.inference import compile, rows
+from nopad.inference import compile
+from nopad.inference import padding as rows
 from nopad.inference.ready import PlainLayers
 from nopad.layers.attention import PackedAttention
 

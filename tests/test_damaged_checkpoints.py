@@ -11,7 +11,7 @@ from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
 
 import nopad
 from nopad import cli
-from nopad.align import align
+from nopad.align.run import align
 from nopad.families.aimv2 import AIMv2Packing
 
 

@@ -31,7 +31,7 @@ def online(monkeypatch):
         asked = []
         session = SimpleNamespace(head=lambda url, timeout: answer(asked.append((url, timeout))))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("nopad.checkpoint_files.get_session", lambda: session)
+        monkeypatch.setattr("nopad.checkpoints.files.get_session", lambda: session)
         return asked
 
     return answered_by
@@ -46,7 +46,7 @@ def test_hub_names_are_found_by_revision(tmp_path, monkeypatch):
         asked.append((name, filename, revision))
         return str(folder / filename) if (folder / filename).exists() else None
 
-    monkeypatch.setattr("nopad.checkpoint_files.cached_file", hub)
+    monkeypatch.setattr("nopad.checkpoints.files.cached_file", hub)
     assert same_weights(nopad.load("someone/aimv2", revision="abc"), original)
     assert {(name, revision) for name, _, revision in asked} == {("someone/aimv2", "abc")}
     assert {filename for _, filename, _ in asked} >= {"config.json", "model.safetensors", "preprocessor_config.json"}
@@ -72,7 +72,7 @@ def test_without_the_hub_its_cache_is_read(tmp_path, monkeypatch, caplog, online
 @pytest.mark.parametrize(("answer", "local"), [(lambda request: None, None), (nobody, True)])
 def test_files_are_asked_for_where_the_hub_answers(monkeypatch, caplog, online, answer, local):
     options, seen = {} if local is None else {"local_files_only": local}, []
-    monkeypatch.setattr("nopad.checkpoint_files.cached_file", lambda *names, **hub: seen.append(hub))
+    monkeypatch.setattr("nopad.checkpoints.files.cached_file", lambda *names, **hub: seen.append(hub))
     asked = online(answer)
     with pytest.raises(OSError, match="no weights of that name"):
         nopad.AIMv2Packing.from_pretrained("someone/aimv2", **options)

@@ -20,12 +20,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
-from nopad import images
 from nopad.families import family_of_published
-from nopad.images import MAX_PIXELS, ImageError, _warn_of_lax_pillow, load, load_image
 from nopad.packing import patchify
-from nopad.preprocessing import Preprocessing, preprocess
-from nopad.preprocessor_config import read_preprocessor_config
+from nopad.preprocessing import decode as images
+from nopad.preprocessing.config import read_preprocessor_config
+from nopad.preprocessing.decode import MAX_PIXELS, ImageError, _warn_of_lax_pillow, load, load_image
+from nopad.preprocessing.transforms import Preprocessing, preprocess
 
 PHOTOS = sorted(path for path in (Path(__file__).parent.parent / "examples/images").iterdir() if path.suffix != ".md")
 COFFEE = PHOTOS[0].parent / "coffee.jpg"
@@ -342,7 +342,7 @@ def test_error_survives_pickling():
 
 
 def test_import_is_light_and_sets_no_globals():
-    code = "import sys, nopad.preprocessing; from PIL import ImageFile; "
+    code = "import sys, nopad.preprocessing.transforms; from PIL import ImageFile; "
     code += "assert 'transformers' not in sys.modules and not ImageFile.LOAD_TRUNCATED_IMAGES"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import nopad
 from model_factory import vit_preview_v0_packing_hf as spec
-from nopad.align import align
-from nopad.checkpoint_files import open_checkpoint
+from nopad.align.run import align
+from nopad.checkpoints.files import open_checkpoint
 from nopad.cli import main
 from nopad.families import onevision
 from nopad.layers.rope_3d import angles_3d, turn_neighbours

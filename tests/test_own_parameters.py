@@ -28,8 +28,8 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
 
 import nopad
-from nopad.checkpoint import Checkpoint, StoredTensor
-from nopad.fused_names import from_fused_names
+from nopad.checkpoints.formats import Checkpoint, StoredTensor
+from nopad.checkpoints.fused_names import from_fused_names
 
 ORIGINALS = {
     "aimv2": Aimv2VisionModel,
@@ -563,7 +563,7 @@ def test_fused_biases_of_nopad_0_1_are_those_that_exist(tmp_path, variant):
 def test_fused_matrices_of_nopad_0_1_are_refused_by_name(family, encoder, loads):
     before = copied(encoder.state_dict())
     for strict in (True, False):
-        with pytest.raises(ValueError, match=r"nopad 0\.1, .*nopad\.fused_names\.from_fused_names"):
+        with pytest.raises(ValueError, match=r"nopad 0\.1, .*nopad\.checkpoints\.fused_names\.from_fused_names"):
             loads(fused(encoder), strict=strict)
     assert same(encoder.state_dict(), before)
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nopad.planner import Planner, plan
+from nopad.pipeline.packer import Planner, plan
 
 
 def test_largest_that_fits_joins_the_oldest():

@@ -11,8 +11,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from nopad.parity import AlignReport, CaseResult
-from nopad.report import align_page, histogram, line_chart, near_one, scientific, write_align_page
+from nopad.align.metrics import AlignReport, CaseResult
+from nopad.align.page import align_page, write_align_page
+from nopad.html import histogram, line_chart, near_one, scientific
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 EDGES = [10 ** (power / 2) for power in range(-24, 1)]
@@ -261,5 +262,5 @@ def test_what_is_no_file_is_written_to_and_stays(tmp_path):
 
 
 def test_importing_the_report_imports_neither_torch_nor_transformers():
-    code = "import sys, nopad.report; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys, nopad.html, nopad.align.page; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

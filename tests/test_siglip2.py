@@ -21,10 +21,11 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 
 import nopad
 from model_factory.vit_siglip2_packing_hf import Siglip2NaflexPacking
-from nopad.align import align
-from nopad.checkpoint_files import open_checkpoint
+from nopad.align.run import align
+from nopad.checkpoints.files import open_checkpoint
 from nopad.families import original_of
-from nopad.layers import positions, varlen
+from nopad.kernels import attention as varlen
+from nopad.layers import positions
 
 ROOT = Path(__file__).parent.parent
 GRIDS = [(1, 3, 5), (1, 1, 1), (3, 2, 4), (1, 60, 1), (1, 1, 60), (1, 5, 5), (1, 7, 6)]

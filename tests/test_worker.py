@@ -14,10 +14,10 @@ from pictures import noise
 from PIL import Image
 
 import nopad
-from nopad.batches import Embedded
 from nopad.encoder import PackedEncoder
-from nopad.images import ImageError, load
-from nopad.worker import Worker
+from nopad.pipeline.batches import Embedded
+from nopad.pipeline.worker import Worker
+from nopad.preprocessing.decode import ImageError, load
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nopad.embedding.features import Features, read
     from nopad.embedding.job import embed
+    from nopad.embedding.table.features import Features, read
     from nopad.encoder import PackedEncoder, PackedOutput
     from nopad.families.aimv2 import AIMv2Packing
     from nopad.families.dinov3 import DINOv3ViTPacking
@@ -38,7 +38,7 @@ __all__ = [
 _HOMES = {
     "AIMv2Packing": "nopad.families.aimv2",
     "DINOv3ViTPacking": "nopad.families.dinov3",
-    "Features": "nopad.embedding.features",
+    "Features": "nopad.embedding.table.features",
     "OneVisionEncoderPacking": "nopad.families.onevision",
     "Pack": "nopad.packing",
     "PackedEncoder": "nopad.encoder",
@@ -47,7 +47,7 @@ _HOMES = {
     "embed": "nopad.embedding.job",
     "load": "nopad.loading",
     "patchify": "nopad.packing",
-    "read": "nopad.embedding.features",
+    "read": "nopad.embedding.table.features",
     "unpatchify": "nopad.packing",
 }
 

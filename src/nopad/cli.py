@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from nopad import align_command
+from nopad.align import command as align_command
 from nopad.bench import command as bench_command
 from nopad.embedding import command as embedding_command
 from nopad.terminal import INTERRUPTED, PASSED, WRONG_USE, columns

@@ -17,7 +17,7 @@ from nopad.layers.prefix import PrefixLayout
 from nopad.layout import Layout, Segments
 from nopad.packing import Pack
 from nopad.pictures import PictureEncoder
-from nopad.worker import CAPACITY
+from nopad.pipeline.worker import CAPACITY
 
 
 @dataclass(frozen=True)

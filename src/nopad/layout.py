@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from nopad.layers.triton_check import has_triton
+from nopad.kernels.availability import has_triton
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Layout:
     def _places(self) -> tuple[Tensor, Tensor, Tensor]:
         if not has_triton(self.device):
             return places(self.grid_thw, self.images)
-        from nopad.layers import triton_layout
+        from nopad.kernels import triton_layout
 
         return triton_layout.places(self.grid_thw, self.images.cu_seqlens, self.num_patches, self.images.max_seqlen)
 

@@ -7,11 +7,11 @@ from typing import Literal
 
 import torch
 
-from nopad.checkpoint_files import open_checkpoint
+from nopad.checkpoints.files import open_checkpoint
+from nopad.checkpoints.untrained import UNTRAINED
 from nopad.encoder import PackedEncoder
 from nopad.families import family_of, family_of_published
 from nopad.packing import PatchOrder
-from nopad.untrained import UNTRAINED
 
 
 def load(

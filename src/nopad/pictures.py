@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nopad.images import ImageError, load
+from nopad.checkpoints.pretrained import PretrainedEncoder
 from nopad.packing import Pack, PatchOrder
-from nopad.preprocessing import Preprocessing, Resize, preprocess
-from nopad.preprocessor_config import read_preprocessor_config
-from nopad.pretrained import PretrainedEncoder
-from nopad.worker import Worker
+from nopad.pipeline.worker import Worker
+from nopad.preprocessing.config import read_preprocessor_config
+from nopad.preprocessing.decode import ImageError, load
+from nopad.preprocessing.transforms import Preprocessing, Resize, preprocess
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder

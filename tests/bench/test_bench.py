@@ -18,12 +18,14 @@ from aimv2_checkpoints import tiny_original, write
 from siglip2_checkpoints import KINDS, folder_of
 
 from nopad import cli
-from nopad.bench import bench, command, measure, race, runs
-from nopad.bench.measure import Sample
-from nopad.bench.race import checked, min_cosine
+from nopad.bench import bench, command, runs
+from nopad.bench import runner as race
+from nopad.bench import timing as measure
+from nopad.bench.page import bench_page
+from nopad.bench.runner import checked, min_cosine
+from nopad.bench.timing import Sample
 from nopad.families.aimv2 import AIMv2Original, AIMv2Packing
 from nopad.families.dinov3 import DINOv3ViTPacking
-from nopad.report.bench import bench_page
 
 OPTIONS = {"dtype": torch.float32, "images": 3, "capacities": (1024, 4096), "runs": 2}
 PEERS = ["original, one by one", "original, grouped by shape"]

@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from nopad.bench.measure import NotRun, Sample, flops, in_turn, meter, multiplying
-from nopad.bench.race import block_parameters
-from nopad.bench.results import BenchReport, Ceiling, Facts, Row
+from nopad.bench.report import BenchReport, Ceiling, Facts, Row
+from nopad.bench.runner import block_parameters
+from nopad.bench.timing import NotRun, Sample, flops, in_turn, meter, multiplying
 
 CPU = torch.device("cpu")
 

@@ -13,8 +13,8 @@ import torch
 from tiny_encoders import tiny
 
 import nopad
-from nopad.bench import measure
-from nopad.inference import fused
+from nopad.bench import timing as measure
+from nopad.inference.fusion import layers as fused
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "layers.py"
 LAYERS = SimpleNamespace(**runpy.run_path(str(SCRIPT)))

@@ -16,12 +16,12 @@ import pytest
 from pictures import write_photos
 
 import nopad
-from nopad.batches import Tally
 from nopad.cli import main
 from nopad.embedding import progress
+from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.progress import Lines, clock, describe, display
-from nopad.embedding.reader import Reader
 from nopad.embedding.run import Progress
+from nopad.pipeline.batches import Tally
 
 
 def table(folder: Path) -> dict[str, bytes]:
@@ -311,7 +311,9 @@ def test_a_second_signal_stops_at_once(photos, tmp_path, capsys, monkeypatch, mo
         signal.raise_signal(second)
 
     with monkeypatch.context() as patch:
-        patch.setattr("nopad.embedding.shards.os.fsync", lambda descriptor: twice() if shard(descriptor) else None)
+        patch.setattr(
+            "nopad.embedding.table.writer.os.fsync", lambda descriptor: twice() if shard(descriptor) else None
+        )
         assert main(arguments(photos, tmp_path / "out", model)) == 130
     err = capsys.readouterr().err
     assert "stopped at once, the shard in hand is lost, finished ones are kept; to go on: " in err

@@ -15,7 +15,7 @@ from PIL import Image
 
 from nopad import embed
 from nopad.embedding import distributed
-from nopad.embedding.record import JobFolder
+from nopad.embedding.manifest import JobFolder
 
 SHARDS, ROWS = 8, 5
 

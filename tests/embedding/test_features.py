@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from nopad.embedding import stored
-from nopad.embedding.features import Failure, read
-from nopad.embedding.shards import Row, ShardFormat, shard_name, write_shard
+from nopad.embedding.table import reader as stored
+from nopad.embedding.table.features import Failure, read
+from nopad.embedding.table.writer import Row, ShardFormat, shard_name, write_shard
 
 D = 4
 FORMATS = {

@@ -19,11 +19,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import nopad
-from nopad.embedding import inputs, job, record, run, shards, stored
-from nopad.embedding.inputs import Input
-from nopad.embedding.reader import Reader
+from nopad.embedding import job, run
+from nopad.embedding import manifest as record
+from nopad.embedding.inputs import listing as inputs
+from nopad.embedding.inputs.decoder import Reader
+from nopad.embedding.inputs.listing import Input
+from nopad.embedding.inputs.video import read_frames
 from nopad.embedding.run import Progress, Summary
-from nopad.embedding.video import read_frames
+from nopad.embedding.table import reader as stored
+from nopad.embedding.table import writer as shards
 
 
 def embed(sources, out: Path, model, **options) -> Summary:

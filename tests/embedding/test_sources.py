@@ -16,12 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from nopad.embedding import archives, inputs, reader
-from nopad.embedding.archives import image_suffixes
-from nopad.embedding.inputs import Input, InputList
-from nopad.embedding.reader import Reader
-from nopad.embedding.sources import Listing, list_inputs
-from nopad.images import ImageError
+from nopad.embedding.inputs import archives
+from nopad.embedding.inputs import decoder as reader
+from nopad.embedding.inputs import listing as inputs
+from nopad.embedding.inputs.archives import image_suffixes
+from nopad.embedding.inputs.decoder import Reader
+from nopad.embedding.inputs.listing import Input, InputList
+from nopad.embedding.inputs.sources import Listing, list_inputs
+from nopad.preprocessing.decode import ImageError
 
 
 def picture(level: int = 0, width: int = 5, height: int = 3, format: str = "PNG") -> bytes:

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nopad.embedding import video
-from nopad.embedding.video import read_frames
-from nopad.images import ImageError
+from nopad.embedding.inputs import video
+from nopad.embedding.inputs.video import read_frames
+from nopad.preprocessing.decode import ImageError
 
 
 def film(count: int, format: str = "mp4", codec: str = "libx264", gop: int = 6, rotation: int = 0) -> bytes:

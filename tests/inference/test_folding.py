@@ -8,7 +8,7 @@ from transformers.activations import ACT2FN
 
 import nopad
 from nopad.inference.float8 import FLOAT8, Float8Linear
-from nopad.inference.folding import FoldedBlock, Matrix, by_head, can_fold, folded, in_turn, name_of, scaled
+from nopad.inference.fusion.folding import FoldedBlock, Matrix, by_head, can_fold, folded, in_turn, name_of, scaled
 from nopad.layers.block import Block, LayerScale
 
 

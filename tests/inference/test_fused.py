@@ -13,12 +13,13 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 import nopad
-from nopad.inference import compile, fused
+from nopad.inference import compile
+from nopad.inference.cuda_graphs import Graphs
 from nopad.inference.float8 import FLOAT8, quantize_rows
-from nopad.inference.folding import FoldedBlock, Matrix
-from nopad.inference.fused import FusedLayers, channel_order, obstacle, products_for, turn_of
-from nopad.inference.graphs import Graphs
-from nopad.inference.products import SMALL, PlainProducts, centre, factor, to_dtype
+from nopad.inference.fusion import layers as fused
+from nopad.inference.fusion.folding import FoldedBlock, Matrix
+from nopad.inference.fusion.gemm_reference import SMALL, PlainProducts, centre, factor, to_dtype
+from nopad.inference.fusion.layers import FusedLayers, channel_order, obstacle, products_for, turn_of
 from nopad.inference.ready import PlainLayers
 from nopad.layers.attention import Rotation
 from nopad.layers.rope import rotate_halves

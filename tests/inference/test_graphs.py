@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from nopad.inference.graphs import Graphs
+from nopad.inference.cuda_graphs import Graphs
 from nopad.inference.ready import ReadyLayers
 from nopad.layers.attention import Rotation
 from nopad.layers.rope import rotate_halves

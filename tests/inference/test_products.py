@@ -11,8 +11,8 @@ from tiny_encoders import FAMILIES, GRIDS, WIDE, patches_of, relative, tiny
 import nopad
 from nopad.inference.compile import GRAPH_CAPACITY
 from nopad.inference.float8 import FLOAT8, quantize_rows
-from nopad.inference.folding import FoldedBlock, Matrix
-from nopad.inference.products import PlainProducts, Turn
+from nopad.inference.fusion.folding import FoldedBlock, Matrix
+from nopad.inference.fusion.gemm_reference import PlainProducts, Turn
 from nopad.layout import Segments
 
 BF16 = torch.bfloat16
@@ -27,10 +27,10 @@ NEEDS_QUACK = pytest.mark.skipif(not HAS_QUACK, reason="needs quack on a Hopper 
 
 def products_named(name):
     if name == "quack":
-        from nopad.inference.quack_products import QuackProducts
+        from nopad.inference.fusion.gemm_quack import QuackProducts
 
         return QuackProducts()
-    from nopad.inference.torch_products import TorchProducts
+    from nopad.inference.fusion.gemm_torch import TorchProducts
 
     return TorchProducts()
 
@@ -133,7 +133,7 @@ def test_fast_products_in_float8_are_the_plain_ones(rows, size, inner, apart):
 @pytest.mark.gpu
 @NEEDS_QUACK
 def test_gelu_is_that_of_the_error_function():
-    from nopad.inference import quack_products
+    from nopad.inference.fusion import gemm_quack as quack_products
 
     values = torch.linspace(-12, 12, 4096, device="cuda").view(16, 256).to(BF16)
     block = dataclasses.replace(
@@ -155,7 +155,7 @@ def test_gelu_is_that_of_the_error_function():
 def test_activations_have_kernels_of_their_own_where_the_package_is_installed(monkeypatch):
     from quack.gemm_runtime import identity
 
-    from nopad.inference.quack_epilogues import Epilogues
+    from nopad.inference.fusion.quack_epilogues import Epilogues
 
     monkeypatch.setattr(identity, "_is_extern_function", lambda function: True)  # which are told by their names alone
     found = Epilogues(256, 1e-5, (1, 1)).activated

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import nopad
 from nopad.inference import compile
 from nopad.inference.compile import recordable
+from nopad.inference.padding import finite_rows
 from nopad.inference.ready import PlainLayers
-from nopad.inference.rows import finite_rows
 from nopad.inference.runner import longest
 from nopad.layout import Segments
 

@@ -2,7 +2,16 @@
 
 import pytest
 
-from nopad.inference.tiles import DEEP, FLOAT8_DEEP, FLOAT8_FEW_TERMS, GENERAL, SHORT, Tiles, best, candidates
+from nopad.inference.fusion.tile_config import (
+    DEEP,
+    FLOAT8_DEEP,
+    FLOAT8_FEW_TERMS,
+    GENERAL,
+    SHORT,
+    Tiles,
+    best,
+    candidates,
+)
 
 PROCESSORS = 132  # of an H100
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nopad.inference.watch import Watch
+from nopad.inference.guards import Watch
 
 
 @pytest.fixture

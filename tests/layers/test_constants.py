@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from nopad.layers.constants import constant
+from nopad.layers.cached import constant
 
 CPU = torch.device("cpu")
 

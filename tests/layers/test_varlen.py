@@ -16,8 +16,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nopad.layers import varlen
-from nopad.layers.varlen import BACKENDS, available_backends, resolve_backend, varlen_attention
+from nopad.kernels import attention as varlen
+from nopad.kernels.attention import BACKENDS, available_backends, resolve_backend, varlen_attention
 from nopad.layout import Segments
 
 FLASH = ("flash_attention_3", "flash_attention_4", "flash_attention_2", "triton_varlen", "torch_varlen")

@@ -6,13 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nopad.bench.results import BenchReport, Row
+    from nopad.bench.report import BenchReport, Row
     from nopad.bench.runs import bench
 
 __all__ = ["BenchReport", "Row", "bench"]
 
 # Imported when first used: the command line asks this package for its options, which need no torch.
-_HOMES = {"BenchReport": "nopad.bench.results", "Row": "nopad.bench.results", "bench": "nopad.bench.runs"}
+_HOMES = {"BenchReport": "nopad.bench.report", "Row": "nopad.bench.report", "bench": "nopad.bench.runs"}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from nopad.bench.defaults import ON_CPU, ON_GPU
-from nopad.bench.results import AGREEMENT, BenchReport, Row, counted
+from nopad.bench.report import AGREEMENT, BenchReport, Row, counted
 from nopad.terminal import check_report, columns, device_of
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     )
     print(json.dumps(report.to_dict(), indent=2) if options.json else bench_table(report), flush=True)
     if options.report is not None:
-        from nopad.report import write_bench_page
+        from nopad.bench.page import write_bench_page
 
         write_bench_page(report, options.report)
         print(f"report: {options.report}", file=sys.stderr if options.json else sys.stdout)

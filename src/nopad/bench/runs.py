@@ -11,11 +11,11 @@ from typing import Literal
 import torch
 
 from nopad import __version__
-from nopad.bench.contestants import Images, Peer, contestants
+from nopad.bench.candidates import Images, Peer, contestants
 from nopad.bench.defaults import Defaults, defaults_on
-from nopad.bench.measure import meter
-from nopad.bench.race import block_parameters, race
-from nopad.bench.results import BenchReport, Ceiling, Facts, Row
+from nopad.bench.report import BenchReport, Ceiling, Facts, Row
+from nopad.bench.runner import block_parameters, race
+from nopad.bench.timing import meter
 from nopad.bench.workloads import Workload, fixed, mixed
 from nopad.loading import load
 

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from nopad.batches import Tally
 from nopad.embedding.job import Job
-from nopad.embedding.record import JobFolder, Settings, check_same, record_of
+from nopad.embedding.manifest import JobFolder, Settings, check_same, record_of
 from nopad.embedding.run import Run, Ticker
-from nopad.embedding.stored import count
+from nopad.embedding.table.reader import count
+from nopad.pipeline.batches import Tally
 
 logger = logging.getLogger(__name__)
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from nopad.embedding.inputs import Input, InputList, as_text
+from nopad.embedding.inputs.listing import Input, InputList, as_text
+from nopad.embedding.inputs.sources import list_inputs
 from nopad.embedding.lock import FolderLock
-from nopad.embedding.record import JobFolder, Settings, check_count, check_same, fingerprint, record_of
+from nopad.embedding.manifest import JobFolder, Settings, check_count, check_same, fingerprint, record_of
 from nopad.embedding.run import Progress, Run, Summary
-from nopad.embedding.shards import Row, parse_shard_name, shard_name, write_shard
-from nopad.embedding.sources import list_inputs
+from nopad.embedding.table.writer import Row, parse_shard_name, shard_name, write_shard
 from nopad.encoder import PackedEncoder
-from nopad.preprocessing import Resize
+from nopad.preprocessing.transforms import Resize
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def embed(
     would have given. A slash at the end of a path, `.` and `..` in it do not make it another argument.
 
     Args:
-        sources: see `nopad.embedding.sources.list_inputs`.
+        sources: see `nopad.embedding.inputs.sources.list_inputs`.
         out: the folder of the table; read it with `nopad.read`.
         model: as `nopad.load` takes it, or an encoder.
         revision, attention: as `nopad.load` takes them.

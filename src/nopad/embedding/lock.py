@@ -14,7 +14,7 @@ from types import TracebackType
 
 from filelock import FileLock, Timeout
 
-from nopad.embedding.shards import OWN_FOLDER, folder_error
+from nopad.embedding.table.writer import OWN_FOLDER, folder_error
 
 
 class LockedError(OSError):

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nopad.batches import Embedded, Tally
-from nopad.embedding.inputs import Input
-from nopad.embedding.reader import Reader
-from nopad.embedding.shards import MAX_TOKEN_BYTES, Row
-from nopad.embedding.stored import count, failed_rows, iterate_rows
+from nopad.embedding.inputs.decoder import Reader
+from nopad.embedding.inputs.listing import Input
+from nopad.embedding.table.reader import count, failed_rows, iterate_rows
+from nopad.embedding.table.writer import MAX_TOKEN_BYTES, Row
 from nopad.encoder import PackedEncoder
+from nopad.pipeline.batches import Embedded, Tally
 
 if TYPE_CHECKING:
     from nopad.embedding.job import Job

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nopad.checkpoint import Checkpoint
+from nopad.checkpoints.formats import Checkpoint
 from nopad.encoder import PackedEncoder
 from nopad.families.aimv2 import AIMv2Original, AIMv2Packing
 from nopad.families.dinov3 import DINOv3Original, DINOv3ViTPacking

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from nopad.checkpoint import Checkpoint
+from nopad.checkpoints.formats import Checkpoint
 from nopad.encoder import PackedEncoder, Trunk
 from nopad.families.aimv2_checkpoints import (
     DIALECTS,
@@ -31,7 +31,7 @@ from nopad.layers.positions import PositionTable, is_strict, sincos_2d
 from nopad.layers.roles import ByRole
 from nopad.layout import Layout, Segments
 from nopad.original import Original
-from nopad.preprocessing import Preprocessing
+from nopad.preprocessing.transforms import Preprocessing
 
 ATTENTION_NAMES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "out_proj"}
 MLP_NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers.models.aimv2.configuration_aimv2 import Aimv2VisionConfig
 
-from nopad.checkpoint import Checkpoint, Dialect
-from nopad.conversions import DROP_AXIS, NameTable, Rename, split_rows
+from nopad.checkpoints.conversions import DROP_AXIS, NameTable, Rename, split_rows
+from nopad.checkpoints.formats import Checkpoint, Dialect
 
 
 class AIMv2PackingConfig(Aimv2VisionConfig):

@@ -15,7 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from nopad.checkpoint import Checkpoint
+from nopad.checkpoints.formats import Checkpoint
 from nopad.encoder import PackedEncoder, Trunk
 from nopad.families.dinov3_checkpoints import (
     DIALECTS,
@@ -33,7 +33,7 @@ from nopad.layers.roles import ByRole
 from nopad.layers.rope import axial_angles, patch_centres, rope_periods, rotate_halves, stored_periods
 from nopad.layout import Layout, Segments
 from nopad.original import Original
-from nopad.preprocessing import Preprocessing
+from nopad.preprocessing.transforms import Preprocessing
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
 
-from nopad.checkpoint import Checkpoint, Dialect, StoredTensor
-from nopad.conversions import ADD_AXIS, NameTable, Rename, split_rows
+from nopad.checkpoints.conversions import ADD_AXIS, NameTable, Rename, split_rows
+from nopad.checkpoints.formats import Checkpoint, Dialect, StoredTensor
 from nopad.layers.rope import rope_periods
 
 

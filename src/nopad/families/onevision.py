@@ -10,7 +10,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from nopad.checkpoint import Checkpoint
+from nopad.checkpoints.formats import Checkpoint
 from nopad.encoder import PackedEncoder, Trunk
 from nopad.families.onevision_checkpoints import DIALECTS, PUBLISHED, OneVisionPackingConfig, read_config
 from nopad.inference.runner import Runner
@@ -23,7 +23,7 @@ from nopad.layers.roles import ByRole
 from nopad.layers.rope_3d import check_head_dim, rotate_3d
 from nopad.layout import Layout
 from nopad.original import RemoteCodeOriginal
-from nopad.preprocessing import Preprocessing
+from nopad.preprocessing.transforms import Preprocessing
 
 _NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from nopad.checkpoint import Checkpoint, Dialect
-from nopad.conversions import NameTable, Rename, split_rows
+from nopad.checkpoints.conversions import NameTable, Rename, split_rows
+from nopad.checkpoints.formats import Checkpoint, Dialect
 
 HEAD_DIM = 64
 """Of every published model; for a bare file, which does not tell."""

@@ -14,7 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
 
-from nopad.checkpoint import Checkpoint
+from nopad.checkpoints.formats import Checkpoint
 from nopad.encoder import PackedEncoder, Trunk
 from nopad.families.siglip2_checkpoints import (
     DIALECTS,
@@ -36,7 +36,7 @@ from nopad.layers.roles import ByRole
 from nopad.layout import Layout
 from nopad.original import Original
 from nopad.packing import patchify
-from nopad.preprocessing import Preprocessing
+from nopad.preprocessing.transforms import Preprocessing
 
 
 def is_naflex(config: SiglipConfigs) -> bool:

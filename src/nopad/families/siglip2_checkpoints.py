@@ -8,7 +8,7 @@ from typing import Any
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
 
-from nopad.checkpoint import Checkpoint, Dialect
+from nopad.checkpoints.formats import Checkpoint, Dialect
 
 
 class Siglip2PackingConfig(Siglip2VisionConfig):

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nopad.inference import fused
-from nopad.inference.graphs import Graphs
+from nopad.inference.cuda_graphs import Graphs
+from nopad.inference.fusion import layers as fused
+from nopad.inference.guards import Watch
+from nopad.inference.padding import fill_up_rows, spoil
 from nopad.inference.ready import CompiledLayers, PlainLayers, ReadyLayers
-from nopad.inference.rows import fill_up_rows, spoil
 from nopad.inference.runner import fill_up, longest
-from nopad.inference.watch import Watch
-from nopad.layers.varlen import reads_the_host
+from nopad.kernels.attention import reads_the_host
 from nopad.layout import Segments
 
 if TYPE_CHECKING:

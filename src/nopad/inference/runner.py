@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nopad.inference.guards import Watch
+from nopad.inference.padding import fill_up_rows, finite_rows, spoil, whole_segments
 from nopad.inference.ready import PlainLayers, ReadyLayers
-from nopad.inference.rows import fill_up_rows, finite_rows, spoil, whole_segments
-from nopad.inference.watch import Watch
 from nopad.layers.attention import Rotation
 from nopad.layout import Segments
 

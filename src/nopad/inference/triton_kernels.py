@@ -177,7 +177,7 @@ def _begin(
 
 
 def fill_up(tokens: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
-    """See `nopad.inference.rows.fill_up_rows`, which is the plain form; writes to `room`."""
+    """See `nopad.inference.padding.fill_up_rows`, which is the plain form; writes to `room`."""
     rows, width = tokens.shape
     finite = tokens.new_empty(rows, dtype=torch.bool)
     block = triton.next_power_of_2(width)
@@ -198,7 +198,7 @@ def _fill_up(tokens, output, finite, rows, width, BLOCK: tl.constexpr):
 
 
 def spoil(tokens: Tensor, finite: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """See `nopad.inference.rows.spoil`, which is the plain form.
+    """See `nopad.inference.padding.spoil`, which is the plain form.
 
     Args:
         tokens: `(T, D)`, rows one after another.

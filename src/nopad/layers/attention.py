@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nopad.kernels.attention import varlen_attention
 from nopad.layers.linear import SharedInput
-from nopad.layers.varlen import varlen_attention
 from nopad.layout import Segments
 
 

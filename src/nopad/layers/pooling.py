@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from nopad.kernels.attention import varlen_attention
 from nopad.layers.mlp import MLP
 from nopad.layers.roles import ByRole
-from nopad.layers.varlen import varlen_attention
 from nopad.layout import Segments
 
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nopad.layers.constants import constant
-from nopad.layers.triton_check import has_triton
+from nopad.kernels.availability import has_triton
+from nopad.layers.cached import constant
 from nopad.layout import Layout
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def resampled_positions(
         `(T, D)`.
     """
     if not torch.is_grad_enabled() and has_triton(table.device):
-        from nopad.layers import triton_positions
+        from nopad.kernels import triton_positions
 
         found = weights_of_patches(layout, source, mode, antialias=antialias)
         return triton_positions.resized(table.float().contiguous(), *found, source[1], dtype)

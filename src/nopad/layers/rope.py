@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from nopad.layers.constants import constant
+from nopad.layers.cached import constant
 from nopad.layout import Layout
 
 

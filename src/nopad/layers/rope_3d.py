@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nopad.layers.attention import Rotation
-from nopad.layers.constants import constant
+from nopad.layers.cached import constant
 from nopad.layout import Layout
 
 SPLIT = (4, 6, 6)

@@ -1,0 +1,202 @@
+"""`nopad align`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from typing import Any
+
+from nopad.terminal import FAILED, PASSED, check_report, columns, device_of
+
+DTYPES = ("float32", "bfloat16", "float16")
+LAYERS_SHOWN = 12
+THRESHOLD = 0.99
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `nopad align`."""
+    parser.add_argument("checkpoint", help="Hub name, folder, weights file, or untrained:<published name>")
+    parser.add_argument("--images", metavar="DIR", help="a folder of photos to compare on, too")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--report", metavar="FILE.html", help="write the report as one HTML page")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    trust = "run the checkpoint's own code as the original, where transformers does not have it"
+    parser.add_argument("--trust-remote-code", action="store_true", help=trust)
+    company = "instead prove that an image's features do not depend, to the bit, on what it is packed with"
+    parser.add_argument("--company", action="store_true", help=company)
+    parser.add_argument("--capacity", type=int, metavar="N", help="with --company: tokens of a pack (default: 4096)")
+    add_align_options(parser)
+
+
+def add_align_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `nopad align` and the scripts of `model_factory/` have in common."""
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, …; cuda where there is one, unless given")
+    dtype = "both sides run in it (default: float32, with --precision fp8 on a GPU bfloat16)"
+    parser.add_argument("--dtype", choices=DTYPES, default=None, help=dtype)
+    parser.add_argument("--attention", default="auto", help="kernel of the packed model (default: the best there is)")
+    precision = "of the packed model's layers; then the threshold alone decides"
+    parser.add_argument("--precision", choices=("fp8",), default=None, help=precision)
+    compiled = "compare the packed model's compiled layers, on a GPU that has them the fused ones"
+    parser.add_argument("--compile", action="store_true", help=compiled)
+    parser.add_argument("--threshold", type=float, default=None, help=f"least cosine of a token (default: {THRESHOLD})")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Align or prove, print or write what was asked for, and return the exit status.
+
+    Raises:
+        ValueError, OSError, ImportError: wrong use, for the command line to tell.
+    """
+    if options.company:
+        return run_company(options)
+    if options.capacity is not None:
+        raise ValueError("--capacity: goes with --company")
+    return report_alignment(
+        options,
+        checkpoint=options.checkpoint,
+        images=options.images,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def report_alignment(options: argparse.Namespace, **arguments: Any) -> int:
+    """Align with the common options, print or write what was asked for, and return the exit status."""
+    check_report(options.report)
+    from transformers.utils import logging as transformers_logging
+
+    from nopad.align.page import write_align_page
+    from nopad.align.run import align
+
+    transformers_logging.disable_progress_bar()
+    report = align(
+        **_common(options),
+        compile=options.compile,
+        threshold=THRESHOLD if options.threshold is None else options.threshold,
+        progress=lambda line: print(f"· {line}", file=sys.stderr),
+        **arguments,
+    )
+    print(json.dumps(report.to_dict(), indent=2) if options.json else align_table(report), flush=True)
+    if options.report is not None:
+        write_align_page(report, options.report)
+        print(f"report: {options.report}", file=sys.stderr if options.json else sys.stdout)
+    return PASSED if report.passed else FAILED
+
+
+def run_company(options: argparse.Namespace) -> int:
+    """`nopad align --company`."""
+    from transformers.utils import logging as transformers_logging
+
+    from nopad.align.batch_invariance import CAPACITY, prove
+    from nopad.loading import load
+
+    if options.images or options.report:
+        raise ValueError("--images, --report: not with --company, which takes random patches and has no page")
+    if options.threshold is not None or options.trust_remote_code:
+        raise ValueError("--threshold, --trust-remote-code: not with --company, which compares bits and no original")
+    if options.compile:
+        raise ValueError("--compile: not with --company, which runs the layers compiled and as they are")
+    transformers_logging.disable_progress_bar()
+    encoder = load(options.checkpoint, revision=options.revision, **_common(options))
+    report = prove(
+        encoder,
+        capacity=CAPACITY if options.capacity is None else options.capacity,
+        progress=lambda line: print(f"· {line}", file=sys.stderr),
+    )
+    print(json.dumps(report.to_dict(), indent=2) if options.json else company_table(report))
+    return PASSED if report.passed else FAILED
+
+
+def _common(options: argparse.Namespace) -> dict[str, Any]:
+    """What a model is loaded with, by the names that `nopad.load` and `nopad.align` have for it.
+
+    Raises:
+        ValueError: a device was asked for that is not there.
+    """
+    import torch
+
+    device = device_of(options.device)
+    usual = "bfloat16" if options.precision is not None and device.startswith("cuda") else "float32"
+    return {
+        "device": device,
+        "dtype": getattr(torch, options.dtype or usual),
+        "attention": options.attention,
+        "precision": options.precision,
+    }
+
+
+def align_table(report: Any) -> str:
+    """An alignment report for a terminal."""
+    pools = any(case.max_pooled_relative is not None for case in report.cases)
+    header = ("case", "tokens", "min cosine", "mean cosine", "max abs", "max relative")
+    rows: list[tuple[str, ...]] = [(*header, *["pooled relative"] * pools, "")]
+    for case in report.cases:
+        numbers = [
+            f"{case.min_cosine:.7f}",
+            f"{case.mean_cosine:.7f}",
+            f"{case.max_abs:.1e}",
+            f"{case.max_relative:.1e}",
+        ]
+        if pools:
+            numbers.append("–" if case.max_pooled_relative is None else f"{case.max_pooled_relative:.1e}")
+        rows.append((case.name, str(case.tokens), *numbers, "ok" if case.passed else "FAILED"))
+    lines = [
+        f"{report.checkpoint}: packed {report.family} against {report.original}",
+        f"{_arithmetic(report)} on {report.device}, attention {report.attention}; weights {report.weights}",
+    ]
+    if report.capacity is not None:
+        lines.append(f"packed layers {report.execution}, in packs of {report.capacity:,} tokens")
+        lines[-1] += "" if report.precision is None else "; layer by layer they ran one by one, as they are"
+    lines += ["", *columns(rows)]
+    if report.precision is not None and report.cases:
+        lines += ["", *columns(_layer_rows(report))]
+    lines += [
+        *(f"  {case.name}: {failure}" for case in report.cases for failure in case.failures),
+        *(f"not run: {reason}" for reason in report.skipped),
+        "",
+    ]
+    good = sum(case.passed for case in report.cases)
+    verdict = f"{'PASSED' if report.passed else 'FAILED'}: {good} of {len(report.cases)} cases"
+    if report.precision is None:
+        return "\n".join([*lines, f"{verdict} equal the original"])
+    alone = f"in {report.precision} the threshold alone decides"
+    return "\n".join([*lines, f"{verdict} have every cosine to the original above {report.threshold:g}; {alone}"])
+
+
+def _layer_rows(report: Any) -> list[tuple[str, ...]]:
+    """Cosines layer by layer, of some layers where there are many; layer 0 is what goes into the first."""
+    last = len(report.cases[0].layer_cosines) - 1
+    layers = [*range(0, last, max(1, math.ceil(last / LAYERS_SHOWN))), last]
+    rows = [("least cosine after layer", *map(str, layers))]
+    for case in report.cases:
+        rows.append((case.name, *(f"{case.layer_cosines[layer]:.4f}" for layer in layers)))
+    return rows
+
+
+def company_table(report: Any) -> str:
+    """A proof of company for a terminal."""
+    rows: list[tuple[str, ...]] = [
+        ("layers", "patches of the image", "packs", "same bits", "beside NaN", "beside infinity", "")
+    ]
+    for case in report.cases:
+        counts = (case.packs, case.same, case.same_beside_nan, case.same_beside_infinity)
+        grid = " × ".join(map(str, case.grid))
+        rows.append((case.name, grid, *map(str, counts), "ok" if case.passed else "FAILED"))
+    good = sum(case.passed for case in report.cases)
+    verdict = "PASSED" if report.passed else "FAILED"
+    return "\n".join(
+        [
+            f"{report.checkpoint}: packs of {report.capacity:,} tokens",
+            f"{_arithmetic(report)} on {report.device}, attention {report.attention}",
+            "",
+            *columns(rows),
+            "",
+            f"{verdict}: {good} of {len(report.cases)} images have the same features in any company",
+        ]
+    )
+
+
+def _arithmetic(report: Any) -> str:
+    return report.dtype if report.precision is None else f"{report.dtype}, layers in {report.precision},"

@@ -1,0 +1,233 @@
+"""Published checkpoints: the dialects that name their tensors, and the check of each before one is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from nopad.checkpoints.conversions import NameTable, Part
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What weights may be."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: its shape and dtype at once, its values by `read`, which may lie in the mapped file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """A copy of the values, as transformers' loader takes them from a safetensors slice.
+
+        Not the mapped file itself, or saving over it would change the weights in use.
+        """
+        return self.read()[index].clone()
+
+    def part(self, part: Part) -> StoredTensor:
+        """What one parameter takes of it."""
+        parts = part.rename.reshape.parts
+        try:
+            shape = tuple(parts(torch.empty(self.shape, device="meta"))[part.index].shape)
+        except (IndexError, RuntimeError):  # misshapen, as `check_strictly` reports
+            shape = self.shape
+        return replace(self, shape=shape, read=lambda: parts(self.read())[part.index])
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What lies in a checkpoint, before anything of it is loaded.
+
+    Attributes:
+        name: as the user named it.
+        tensors: every tensor by its stored name.
+        config: `config.json`, `{}` where there is none.
+        preprocessor: `image_processor` of `processor_config.json` or `preprocessor_config.json`, `None` where there is
+            neither.
+        left_out: tensors that the dialect drops; some of them still tell about the architecture.
+        table: leads from the names of the file to those of `tensors`.
+        folder: where `config.json` was found, on this machine; `None` where there is none.
+    """
+
+    name: str
+    tensors: Mapping[str, StoredTensor]
+    config: dict[str, Any] = field(default_factory=dict)
+    preprocessor: dict[str, Any] | None = None
+    left_out: Mapping[str, StoredTensor] = field(default_factory=dict)
+    table: NameTable = field(default_factory=NameTable)
+    folder: Path | None = None
+
+    @property
+    def quantization_config(self) -> dict[str, Any] | None:
+        """What `config.json` says of quantised weights, `None` where they are not."""
+        return self.config.get("quantization_config")
+
+    @property
+    def vision_config(self) -> dict[str, Any]:
+        """What `config.json` says of the vision encoder, in a part of its own where there are others."""
+        return dict(self.config.get("vision_config", self.config))
+
+    @property
+    def config_dtype(self) -> str | None:
+        """What `config.json` says of the dtype, `None` where it does not."""
+        for says in (self.config, self.vision_config):
+            for name in ("dtype", "torch_dtype"):
+                if says.get(name) not in (None, "auto"):
+                    return says[name]
+        return None
+
+    @property
+    def dtype(self) -> torch.dtype | str:
+        """As transformers' `"auto"`: what `config.json` says, else the dtype that holds all weights."""
+        if self.config_dtype is not None:
+            return self.config_dtype
+        return reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors.values()))
+
+    def check_model_type(self, *own: str) -> None:
+        """Refuse the config of another architecture: some name their tensors as the one that they derive from does.
+
+        Raises:
+            ValueError: a `model_type` that transformers knows, and not one of `own`.
+        """
+        model_type = self.vision_config.get("model_type", self.config.get("model_type"))
+        if model_type in CONFIG_MAPPING and model_type not in own:
+            raise ValueError(
+                f"checkpoint {self.name!r}: expected model_type {' or '.join(own)} in its config.json, got "
+                f"{model_type!r}, another architecture whose tensors have the same names"
+            )
+
+    def side(self, name: str, value: Any) -> Any:
+        """The one side of a square of which a config may tell both.
+
+        Raises:
+            ValueError: they differ.
+        """
+        if not isinstance(value, list | tuple):
+            return value
+        if len(value) != 2 or value[0] != value[1]:
+            raise ValueError(
+                f"checkpoint {self.name!r}: {name}: expected one number or two that are equal, got {value}"
+            )
+        return value[0]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        if name not in self.tensors:
+            stored = self.table.file_name(name)
+            raise ValueError(f"checkpoint {self.name!r}: tensor {stored!r} is missing, it tells the architecture")
+        return self.tensors[name].shape
+
+    def count(self, prefix: str) -> int:
+        """How many numbered modules stand under `prefix`: one more than the highest number, 0 where there is none."""
+        pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+        return max((int(match[1]) + 1 for name in self.tensors if (match := pattern.match(name))), default=0)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One way in which a family's checkpoints name their tensors.
+
+    Attributes:
+        name: for messages and reports.
+        signature: a pattern that tensor names of this dialect match, and those of no other.
+        table: leads from this dialect's names to the packed model's, and back.
+        prefixes: taken off tensor names before anything else (the tower's name in a composite checkpoint).
+        dropped: patterns of tensors that are no part of the vision encoder.
+        is_original: whether the original class reads these names as they are.
+        requires: further patterns, each of which some name must match, where no one name tells dialects apart.
+        excludes: patterns that no name may match, where a dialect's names are all found in another's.
+        prepare: what makes of the selected tensors those that the table is about.
+    """
+
+    name: str
+    signature: str
+    table: NameTable = field(default_factory=NameTable)
+    prefixes: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    is_original: bool = False
+    requires: tuple[str, ...] = ()
+    excludes: tuple[str, ...] = ()
+    prepare: Callable[[Checkpoint], Checkpoint] = lambda checkpoint: checkpoint
+
+    def matches(self, names: Iterable[str]) -> bool:
+        """Whether tensor names speak this dialect."""
+        stripped = [self.strip(name) for name in names]
+        found = [any(re.search(p, name) for name in stripped) for p in (self.signature, *self.requires)]
+        return all(found) and not any(re.search(p, name) for p in self.excludes for name in stripped)
+
+    def strip(self, name: str) -> str:
+        """A tensor name without the tower's prefix."""
+        for prefix in self.prefixes:
+            if name.startswith(prefix):
+                return name.removeprefix(prefix)
+        return name
+
+    def select(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The vision encoder's part of a checkpoint, without prefixes."""
+        dropped = [re.compile(pattern) for pattern in self.dropped]
+        tensors: dict[str, StoredTensor] = {}
+        left_out: dict[str, StoredTensor] = {}
+        for name, tensor in checkpoint.tensors.items():
+            if any(pattern.search(name) for pattern in dropped):
+                left_out[name] = tensor
+                continue
+            if self.strip(name) in tensors:
+                raise ValueError(
+                    f"checkpoint {checkpoint.name!r}: {self.strip(name)!r} is there with and without prefix"
+                )
+            tensors[self.strip(name)] = tensor
+        return self.prepare(replace(checkpoint, tensors=tensors, left_out=left_out))
+
+    def convert(self, checkpoint: Checkpoint) -> Checkpoint:
+        """A selected checkpoint under the packed model's names; values are split and reshaped as they are read."""
+        parts = self.table.parts(checkpoint.tensors)
+        tensors = {name: checkpoint.tensors[part.name].part(part) for name, part in parts.items()}
+        return replace(checkpoint, tensors=tensors, table=self.table)
+
+
+def check_strictly(checkpoint: Checkpoint, expected: Mapping[str, Tensor], dialect: Dialect) -> None:
+    """Compare what a checkpoint holds with what the architecture needs, name by name and shape by shape.
+
+    Raises:
+        ValueError: lists the missing, unexpected and misshapen tensors, ten of each and their count, and those that are
+            not floating-point.
+    """
+    tensors = checkpoint.tensors
+    missing = sorted(expected.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - expected.keys())
+    misshapen = [
+        f"{name} (got {tensors[name].shape}, expected {tuple(expected[name].shape)})"
+        for name in sorted(expected.keys() & tensors.keys())
+        if tensors[name].shape != tuple(expected[name].shape)
+    ]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        if names
+    ]
+    numbers = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype not in FLOATS}
+    if numbers:
+        dtypes = ", ".join(sorted({str(dtype) for dtype in numbers.values()}))
+        problems.append(
+            f"{len(numbers)} of {dtypes}, expected floating-point numbers of 16 bits or more: "
+            f"{', '.join(sorted(numbers)[:10])}; a quantised checkpoint has scales that nothing here reads"
+        )
+    if problems:
+        raise ValueError(
+            f"checkpoint {checkpoint.name!r} ({dialect.name} names) does not fit the architecture that its config and "
+            f"tensors tell: {'; '.join(problems)}"
+        )

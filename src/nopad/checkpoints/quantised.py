@@ -1,0 +1,133 @@
+"""Checkpoints of quantised weights (torchao, bitsandbytes): read by transformers, checked as strictly as others."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+
+from nopad.checkpoints.files import PICKLES, SAFETENSORS
+from nopad.checkpoints.formats import Checkpoint, Dialect, check_strictly
+
+# Values that stand beside a quantised weight, as the end of its name, and the name of the weight.
+_COMPANIONS = (
+    (re.compile(r"\._weight_\w+$"), ".weight"),  # torchao, which keeps nothing under the weight's own name
+    (re.compile(r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)$"), ".weight"),
+    (re.compile(r"\.(SCB|weight_format)$"), ".weight"),
+)
+_TORCHAO_VALUES = re.compile(r"\._weight_(qdata|int_data|data)$")
+# What transformers, torchao and bitsandbytes raise on files that lack something.
+_DAMAGE = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, OSError)
+
+
+def with_weight_names(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with one tensor for each weight, under the weight's own name, and nothing beside it."""
+    tensors = {_TORCHAO_VALUES.sub(".weight", name): tensor for name, tensor in checkpoint.tensors.items()}
+    return replace(checkpoint, tensors={n: t for n, t in tensors.items() if not _weight_beside(n, tensors)})
+
+
+def _weight_beside(name: str, tensors: Mapping[str, Any]) -> bool:
+    return any(pattern.sub(weight, name) in tensors for pattern, weight in _COMPANIONS if pattern.search(name))
+
+
+def parts_of_weights(checkpoint: Checkpoint) -> dict[str, set[str]]:
+    """For each quantised weight the ends of the names that its values have."""
+    parts: dict[str, set[str]] = {}
+    for name in checkpoint.tensors:
+        for pattern, weight in _COMPANIONS:
+            if found := pattern.search(name):
+                parts.setdefault(pattern.sub(weight, name), set()).add(found[0])
+    return parts
+
+
+def _incomplete(checkpoint: Checkpoint) -> str:
+    """The quantised weights that lack a value which others have, in words; empty where none does."""
+    parts = parts_of_weights(checkpoint)
+    every = set().union(*parts.values())
+    lacking = [f"{name} lacks {', '.join(sorted(every - own))}" for name, own in sorted(parts.items()) if own < every]
+    return "; ".join(lacking[:10])
+
+
+def load_quantised(
+    from_pretrained: Callable[..., Any],
+    checkpoint: Checkpoint,
+    dialect: Dialect,
+    skeleton: PreTrainedModel,
+    **kwargs: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Check the names and the shapes of what is not quantised, load by transformers, and check what came of it.
+
+    Args:
+        from_pretrained: of `PreTrainedModel`, bound to the encoder's class.
+        checkpoint: as it was opened, with a `quantization_config`.
+        dialect: that its names speak.
+        skeleton: the encoder on the meta device.
+        kwargs: further arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: another dialect than the original's, which nothing can convert once it is quantised; a file of
+            another name than a folder's own; tensors missing, unexpected or misshapen.
+    """
+    whose = f"checkpoint {checkpoint.name!r}"
+    if not dialect.is_original:
+        raise ValueError(
+            f"{whose}: expected the original's names for quantised weights, as "
+            f"from_pretrained(quantization_config=…) and save_pretrained write them, got those of {dialect.name}"
+        )
+    file = Path(checkpoint.name)
+    if file.is_file() and file.name not in (*SAFETENSORS, *PICKLES):
+        raise ValueError(f"{whose}: expected the folder of quantised weights, whose file is {SAFETENSORS[1]}")
+    needed = skeleton.state_dict()
+    _check(checkpoint, dialect, needed)
+    config = copy.deepcopy(skeleton.config)
+    config.quantization_config = checkpoint.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
+    if kwargs.get("dtype") is None:
+        kwargs["dtype"] = checkpoint.config_dtype or "auto"
+    names = {rf"^{re.escape(prefix)}": "" for prefix in dialect.prefixes}
+    if dialect.prefixes and not any(name.startswith(dialect.prefixes) for name in checkpoint.tensors):
+        names = {}
+    try:
+        model, info = from_pretrained(
+            str(checkpoint.folder), config=config, key_mapping=names or None, output_loading_info=True, **kwargs
+        )
+    except _DAMAGE as error:
+        told = _incomplete(checkpoint) or " ".join(str(error).split()) or repr(error)
+        raise ValueError(f"{whose}: its quantised weights cannot be read: {told}") from error
+    _check_loaded(whose, model, info, needed)
+    return model, info
+
+
+def _check(checkpoint: Checkpoint, dialect: Dialect, needed: Mapping[str, Tensor]) -> None:
+    """All names, and shapes where values are stored as they are."""
+    quantised = {dialect.strip(name) for name in parts_of_weights(checkpoint)}
+    expected = dialect.table.to_file(needed)
+    part = dialect.select(with_weight_names(checkpoint))
+    stored = {
+        name: replace(tensor, shape=tuple(expected[name].shape), dtype=expected[name].dtype)
+        if name in quantised and name in expected
+        else tensor
+        for name, tensor in part.tensors.items()
+    }
+    check_strictly(replace(part, tensors=stored), expected, dialect)
+
+
+def _check_loaded(whose: str, model: nn.Module, info: Mapping[str, Any], needed: Mapping[str, Tensor]) -> None:
+    """Nothing missing by transformers' own account, nothing without values, every weight of its shape."""
+    missing = sorted(info.get("missing_keys", ())) + [n for n, p in model.named_parameters() if p.is_meta]
+    misshapen = sorted(map(str, info.get("mismatched_keys", ())))
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)  # bitsandbytes keeps four bits packed, and the shape apart
+        shape = tuple(parameter.shape if state is None else state.shape)
+        packed = state is not None and 2 * parameter.nbytes != needed[name].numel()
+        if name in needed and (packed or shape != tuple(needed[name].shape)):
+            misshapen.append(f"{name} (got {shape}, expected {tuple(needed[name].shape)})")
+    found = {"missing": missing, "misshapen": misshapen}
+    problems = [f"{len(names)} {kind}: {', '.join(names[:10])}" for kind, names in found.items() if names]
+    if problems:
+        raise ValueError(f"{whose} does not fit the architecture of its config: {'; '.join(problems)}")

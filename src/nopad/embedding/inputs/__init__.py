@@ -1,0 +1,1 @@
+"""What a bulk job reads: folders, archives, tables, videos."""

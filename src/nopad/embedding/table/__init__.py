@@ -1,0 +1,1 @@
+"""What a bulk job writes, and how it is read."""

@@ -1,0 +1,1 @@
+"""Attention and other kernels: tensors and segments in, tensors out."""

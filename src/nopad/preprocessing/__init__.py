@@ -1,0 +1,1 @@
+"""From files to pixels by each model's own rule."""

@@ -1,0 +1,118 @@
+"""What a checkpoint's `preprocessor_config.json` asks for, as a rule of `nopad.preprocessing.transforms`."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from nopad.preprocessing.transforms import Preprocessing, Resample, Rule
+
+logger = logging.getLogger(__name__)
+
+_RESAMPLE: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
+# The models whose processors transformers has without torchvision, too.
+_PROCESSORS = {
+    "CLIPImageProcessor": "clip",
+    "SiglipImageProcessor": "siglip",
+    "Siglip2ImageProcessor": "siglip2",
+    "ViTImageProcessor": "vit",
+    "BitImageProcessor": "bit",
+}
+_USUAL = """
+size crop_size resample image_mean image_std do_resize do_center_crop do_rescale do_normalize default_to_square
+rescale_factor max_num_patches
+"""
+
+
+def read_preprocessor_config(config: Mapping[str, Any], default: Preprocessing) -> Preprocessing:
+    """Read a checkpoint's `preprocessor_config.json`, which wins over the family's `default` where it speaks.
+
+    A key that is absent or null says what is usual for the processor that the config names, else nothing.
+
+    Raises:
+        ValueError: a combination that no rule here reproduces.
+    """
+    processor = config.get("image_processor_type") or ""
+    told = {key: value for key, value in config.items() if value is not None}
+    config = {**_usual(processor), **told}
+    if config.get("do_pad"):
+        raise ValueError("do_pad: true in the preprocessor config, but nothing here pads")
+    rule, size = _rule_and_size(config, processor, default)
+    if rule != default.rule:
+        logger.info("the checkpoint's preprocessor config asks for rule %r, not %r", rule, default.rule)
+    max_patches = default.max_patches if rule == default.rule else None
+    resample = default.resample
+    if "resample" in config and rule != "native":
+        if config["resample"] not in _RESAMPLE:
+            raise ValueError(f"resample: expected 2 (bilinear) or 3 (bicubic), got {config['resample']!r}")
+        resample = _RESAMPLE[config["resample"]]
+    normalize = config.get("do_normalize", True)
+    rescale = config.get("do_rescale", True)
+    return Preprocessing(
+        rule=rule,
+        size=size,
+        max_patches=config.get("max_num_patches", max_patches) if rule == "naflex" else max_patches,
+        resample=resample,
+        mean=_three(config.get("image_mean", default.mean)) if normalize else (0.0, 0.0, 0.0),
+        std=_three(config.get("image_std", default.std)) if normalize else (1.0, 1.0, 1.0),
+        rescale_factor=config.get("rescale_factor", default.rescale_factor) if rescale else 1.0,
+        rescale_before_resize=processor.startswith("DINOv3") if processor else default.rescale_before_resize,
+    )
+
+
+def _usual(processor: str) -> dict[str, Any]:
+    """What the class of transformers that a preprocessor config names takes where the config does not say it."""
+    name = processor.removesuffix("Fast").removesuffix("Pil")
+    if name not in _PROCESSORS:
+        return {}
+    module = importlib.import_module(
+        f"transformers.models.{_PROCESSORS[name]}.image_processing_pil_{_PROCESSORS[name]}"
+    )
+    found = {key: getattr(getattr(module, f"{name}Pil"), key, None) for key in _USUAL.split()}
+    return {"do_center_crop": False} | {key: value for key, value in found.items() if value is not None}
+
+
+def _rule_and_size(config: dict[str, Any], processor: str, default: Preprocessing) -> tuple[Rule, int | None]:
+    """The rule that a preprocessor config without nulls asks for, and its size."""
+    sized = "size" in config or "crop_size" in config
+    naflex = "max_num_patches" in config or processor.startswith("Siglip2") or (default.rule == "naflex" and not sized)
+    size = config.get("size", {"shortest_edge": default.size} if default.rule == "crop" else default.size)
+    if isinstance(size, Mapping):
+        size = {key: value for key, value in size.items() if value is not None}
+        square = size.keys() == {"height", "width"}
+    else:  # CLIP's processor reads a plain number as the short side, the others as both sides
+        clip = default.rule == "crop" or processor.startswith("CLIP") or config.get("do_center_crop", False)
+        square = config.get("default_to_square", not clip)
+    crops = not naflex and ("crop_size" in config or (default.rule == "crop" and not square))
+    crops = config.get("do_center_crop", crops)
+    if not config.get("do_resize", default.rule != "native" or sized or naflex):
+        rule, side, possible = "native", None, not crops
+    elif naflex:
+        rule, side, possible = "naflex", None, not crops
+    else:
+        side = _side(size, "size")
+        crop = _side(config.get("crop_size", side), "crop_size") if crops else None
+        rule, possible = ("square", crop in (None, side)) if square else ("crop", crop == side)
+    if not possible:
+        keys = ("do_resize", "size", "do_center_crop", "crop_size", "max_num_patches")
+        raise ValueError(
+            "preprocessor config: expected no resize and no crop, a short side and a centre crop of equal size, "
+            f"a square, or max_num_patches and no crop; got { {key: config[key] for key in keys if key in config} }"
+        )
+    return rule, side
+
+
+def _side(size: Any, key: str) -> int:
+    """The one number in a size of a preprocessor config."""
+    known = isinstance(size, Mapping) and set(size) in ({"shortest_edge"}, {"height", "width"})
+    side, *others = set(size.values()) if known else (size,)
+    if others or not isinstance(side, int):
+        raise ValueError(f"{key}: expected pixels, {{'shortest_edge': n}} or equal height and width, got {size}")
+    return side
+
+
+def _three(values: float | Sequence[float]) -> tuple[float, float, float]:
+    values = (values,) * 3 if isinstance(values, int | float) else values
+    return cast(tuple[float, float, float], tuple(float(value) for value in values))  # __post_init__ counts them
