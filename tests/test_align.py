@@ -14,6 +14,7 @@ import torch
 from aimv2_checkpoints import apple, flat_config, tiny_composite, tiny_original, write
 from PIL import Image
 
+import nopad
 from nopad.align import metrics as parity
 from nopad.align.command import align_table
 from nopad.align.run import align
@@ -367,7 +368,7 @@ def test_models_are_listed(capsys):
     assert models["apple/aimv2-3B-patch14-448"]["hidden_size"] == 3072
     assert models["apple/aimv2-large-patch14-224"]["parameters"] == 309_197_824
     assert main(["models"]) == 0
-    assert "309,197,824" in capsys.readouterr().out
+    assert "309 M" in capsys.readouterr().out
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess:
@@ -408,3 +409,25 @@ def test_a_nan_anywhere_fails(place):
     assert not result.passed
     assert result.max_pooled_relative != result.max_pooled_relative
     assert result.drift[0] != result.drift[0]
+
+
+def test_models_are_found_by_text_and_family(capsys):
+    assert main(["models", "naflex", "--family", "siglip2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [
+        "google/siglip2-base-patch16-naflex",
+        "google/siglip2-so400m-patch16-naflex",
+    ]
+    assert main(["models"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+    assert main(["models", "no such model"]) == 2
+    assert "no published name contains 'no such model'" in capsys.readouterr().err
+    assert main(["models", "--family", "clip"]) == 2
+    assert "--family: expected one of aimv2, dinov3" in capsys.readouterr().err
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"nopad {nopad.__version__}\n"

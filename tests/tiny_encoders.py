@@ -46,7 +46,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def company_changes_no_bit(encoder, junk: float) -> bool:
+def is_batch_invariant(encoder, junk: float) -> bool:
     """Whether an image has the same tokens and pooled vector alone and behind others, to which `junk` is added."""
     mine, others = patches_of(encoder, GRIDS[:1]), patches_of(encoder, GRIDS[1:], seed=1) + junk
     alone = encoder.encode(mine, GRIDS[:1])

@@ -7,7 +7,9 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+from nopad import __version__
 from nopad.align import command as align_command
 from nopad.bench import command as bench_command
 from nopad.embedding import command as embedding_command
@@ -32,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     parser = argparse.ArgumentParser(prog="nopad", description="Pretrained vision encoders without padding.")
+    parser.add_argument("--version", action="version", version=f"nopad {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     align = commands.add_parser("align", help="prove that packed features equal the original model's")
@@ -47,6 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=bench_command.run)
 
     models = commands.add_parser("models", help="list the published models")
+    models.add_argument("text", nargs="?", default="", metavar="TEXT", help="list the names that contain it alone")
+    models.add_argument("--family", metavar="NAME", help="list one family alone")
     models.add_argument("--json", action="store_true", help="print the list as JSON")
     models.set_defaults(run=run_models)
     return parser
@@ -58,30 +63,54 @@ def run_models(options: argparse.Namespace) -> int:
 
     from nopad.families import FAMILIES
 
+    families = [family for family in FAMILIES if options.family in (None, family.family)]
+    if not families:
+        known = ", ".join(family.family for family in FAMILIES)
+        raise ValueError(f"--family: expected one of {known}, got {options.family!r}")
     models = []
-    for family in FAMILIES:
+    for family in families:
         for name in family.published:
+            if options.text.lower() not in name.lower():
+                continue
             with torch.device("meta"):
                 model = family(family.published_config(name))
-            config = model.config
-            models.append(
-                {
-                    "name": name,
-                    "family": family.family,
-                    "hidden_size": config.hidden_size,
-                    "layers": config.num_hidden_layers,
-                    "heads": config.num_attention_heads,
-                    "patch_size": config.patch_size,
-                    "parameters": model.num_parameters(),
-                    "input": model.default_preprocessing.describe().split(";")[0],
-                }
-            )
+            models.append(_facts(name, model))
+    if not models:
+        raise ValueError(f"TEXT: no published name contains {options.text!r}; `nopad models` lists them")
     if options.json:
         print(json.dumps(models, indent=2))
     else:
-        rows = [
-            tuple(models[0]),
-            *(tuple(f"{v:,}" if k == "parameters" else str(v) for k, v in m.items()) for m in models),
-        ]
-        print("\n".join(columns(rows)))
+        print("\n".join(columns([_HEADER, *map(_row, models)])))
     return PASSED
+
+
+_HEADER = ("name", "family", "width", "layers", "patch", "params", "input")
+
+
+def _facts(name: str, model: Any) -> dict[str, Any]:
+    config = model.config
+    return {
+        "name": name,
+        "family": model.family,
+        "hidden_size": config.hidden_size,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "patch_size": config.patch_size,
+        "parameters": model.num_parameters(),
+        "input": model.default_preprocessing.describe().split(";")[0],
+    }
+
+
+def _row(model: dict[str, Any]) -> tuple[str, ...]:
+    """What fits 100 columns; all of it is in the JSON."""
+    rule, *words = model["input"].split()
+    numbers = [word for word in words if word.isdigit()]
+    return (
+        model["name"],
+        model["family"],
+        str(model["hidden_size"]),
+        str(model["layers"]),
+        str(model["patch_size"]),
+        f"{model['parameters'] / 1e6:,.0f} M",
+        " ".join([rule.rstrip(","), *numbers[:1]]),
+    )

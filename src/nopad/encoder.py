@@ -150,11 +150,11 @@ class PackedEncoder(PictureEncoder):
     ) -> None:
         """Compile the layers, one by one, for packs of one shape; all warm-up is done here.
 
-        From then on inference fills each pack up to `capacity` rows. So one graph serves every pack, and an image's
-        features are the same bits in whatever company, on one device kind, in one version and for one capacity. Packs
-        that do not fit, training, and `output_hidden_states` run as before. Where Triton or a C++ compiler is missing
-        packs are filled up as well, and a warning says that their layers are not compiled. Threads, and streams of a
-        GPU, may share the encoder; its layers take one pack at a time.
+        From then on inference fills each pack up to `capacity` rows. One graph serves every pack, and an image's
+        features are the same bits whatever it is packed with, on one device kind, in one version, for one capacity.
+        Packs that do not fit, training, and `output_hidden_states` run as before `compile`. Without Triton or a C++
+        compiler packs are filled up as well, and a warning says that their layers are not compiled. Threads, and
+        streams of a GPU, may share the encoder; its layers take one pack at a time.
 
         Weights may change: what was folded from them is folded anew. Two changes leave no trace and go unnoticed: a
         write through `.data`, and another `eps` of a norm. Layers that have hooks, other parts than before, or dropout

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_encoders import FAMILIES, GRIDS, WIDE, company_changes_no_bit, patches_of, relative, tiny
+from tiny_encoders import FAMILIES, GRIDS, WIDE, is_batch_invariant, patches_of, relative, tiny
 from torch import nn
 
 import nopad
@@ -209,10 +209,10 @@ def test_heads_and_projections_stay_as_they_are(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("junk", [0.0, float("nan"), float("inf")])
-def test_company_changes_no_bit(folder, junk):
+def test_batch_invariance(folder, junk):
     encoder = nopad.load(folder, precision="fp8")
     encoder.compile(CAPACITY, SLOTS, compiled=False)
-    assert company_changes_no_bit(encoder, junk)
+    assert is_batch_invariant(encoder, junk)
 
 
 def test_saving_is_refused(encoder, tmp_path):

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from siglip2_checkpoints import folder_of, naflex
-from tiny_encoders import GRIDS, WIDE, company_changes_no_bit, patches_of, tiny
+from tiny_encoders import GRIDS, WIDE, is_batch_invariant, patches_of, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nopad
@@ -88,9 +88,9 @@ def test_what_one_pack_became_outlives_the_next(encoder):
 
 @torch.no_grad()
 @pytest.mark.parametrize("junk", [0.0, float("nan"), float("inf")])
-def test_company_changes_no_bit(encoder, junk):
+def test_batch_invariance(encoder, junk):
     encoder.compile(CAPACITY, SLOTS)
-    assert company_changes_no_bit(encoder, junk)
+    assert is_batch_invariant(encoder, junk)
 
 
 @torch.no_grad()

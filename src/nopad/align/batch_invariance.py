@@ -19,7 +19,7 @@ TOKENS_PER_IMAGE = 64
 
 
 @dataclass(frozen=True)
-class CompanyCase:
+class BatchInvarianceCase:
     """One image in many packs.
 
     Attributes:
@@ -44,7 +44,7 @@ class CompanyCase:
 
 
 @dataclass(frozen=True)
-class CompanyReport:
+class BatchInvarianceReport:
     """The verdict on an encoder, and what it rests on."""
 
     checkpoint: str
@@ -53,7 +53,7 @@ class CompanyReport:
     precision: str | None
     attention: str
     capacity: int
-    cases: tuple[CompanyCase, ...]
+    cases: tuple[BatchInvarianceCase, ...]
 
     @property
     def passed(self) -> bool:
@@ -66,14 +66,14 @@ class CompanyReport:
         return {"passed": self.passed, **dataclasses.asdict(self), "cases": cases}
 
 
-def prove(
+def check_batch_invariance(
     encoder: PackedEncoder,
     *,
     capacity: int = CAPACITY,
     packs: int = PACKS,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
-) -> CompanyReport:
+) -> BatchInvarianceReport:
     """Put an image into random packs and compare its features, bit by bit, with those that it has alone.
 
     The packs are static ones of `capacity` rows (`PackedEncoder.compile`); the layers run compiled, and as they are.
@@ -103,7 +103,7 @@ def prove(
         finally:
             encoder.uncompile()
     device = torch.cuda.get_device_name(encoder.device) if encoder.device.type == "cuda" else encoder.device
-    return CompanyReport(
+    return BatchInvarianceReport(
         checkpoint=str(encoder.source),
         device=str(device),
         dtype=str(encoder.dtype).removeprefix("torch."),
@@ -138,23 +138,23 @@ def _case(
     capacity: int,
     packs: int,
     generator: torch.Generator,
-) -> CompanyCase:
+) -> BatchInvarianceCase:
     mine = _patches(encoder, [grid], generator)
     alone = _features(encoder, [mine], [grid], 0)
     same = {0.0: 0, float("nan"): 0, float("inf"): 0}
     for _ in range(packs):
-        company = _company(encoder, grid, capacity, generator)
-        place = int(torch.randint(0, len(company) + 1, (), generator=generator))
-        before, after = company[:place], company[place:]
-        others = [_patches(encoder, part, generator) for part in (before, after)]
+        others = _other_images(encoder, grid, capacity, generator)
+        place = int(torch.randint(0, len(others) + 1, (), generator=generator))
+        before, after = others[:place], others[place:]
+        patches = [_patches(encoder, part, generator) for part in (before, after)]
         for junk in same:
-            parts = [others[0] + junk, mine, others[1] + junk]
+            parts = [patches[0] + junk, mine, patches[1] + junk]
             found = _features(encoder, parts, [*before, grid, *after], len(before))
             same[junk] += all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
-    return CompanyCase(name, grid, packs, *same.values())
+    return BatchInvarianceCase(name, grid, packs, *same.values())
 
 
-def _company(
+def _other_images(
     encoder: PackedEncoder, grid: tuple[int, int, int], capacity: int, generator: torch.Generator
 ) -> list[tuple[int, int, int]]:
     """Random images beside one of `grid`: few or many, at least one, so that the pack holds them all."""

@@ -24,9 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     trust = "run the checkpoint's own code as the original, where transformers does not have it"
     parser.add_argument("--trust-remote-code", action="store_true", help=trust)
-    company = "instead prove that an image's features do not depend, to the bit, on what it is packed with"
-    parser.add_argument("--company", action="store_true", help=company)
-    parser.add_argument("--capacity", type=int, metavar="N", help="with --company: tokens of a pack (default: 4096)")
+    invariance = "check instead that an image's features are the same bits whatever it is packed with"
+    parser.add_argument("--batch-invariance", action="store_true", help=invariance)
+    parser.add_argument(
+        "--capacity", type=int, metavar="N", help="with --batch-invariance: tokens of a pack (default: 4096)"
+    )
     add_align_options(parser)
 
 
@@ -49,10 +51,10 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError, ImportError: wrong use, for the command line to tell.
     """
-    if options.company:
-        return run_company(options)
+    if options.batch_invariance:
+        return run_batch_invariance(options)
     if options.capacity is not None:
-        raise ValueError("--capacity: goes with --company")
+        raise ValueError("--capacity: goes with --batch-invariance")
     return report_alignment(
         options,
         checkpoint=options.checkpoint,
@@ -85,27 +87,27 @@ def report_alignment(options: argparse.Namespace, **arguments: Any) -> int:
     return PASSED if report.passed else FAILED
 
 
-def run_company(options: argparse.Namespace) -> int:
-    """`nopad align --company`."""
+def run_batch_invariance(options: argparse.Namespace) -> int:
+    """`nopad align --batch-invariance`."""
     from transformers.utils import logging as transformers_logging
 
-    from nopad.align.batch_invariance import CAPACITY, prove
+    from nopad.align.batch_invariance import CAPACITY, check_batch_invariance
     from nopad.loading import load
 
     if options.images or options.report:
-        raise ValueError("--images, --report: not with --company, which takes random patches and has no page")
+        raise ValueError("--images, --report: not with --batch-invariance, which takes random patches and has no page")
     if options.threshold is not None or options.trust_remote_code:
-        raise ValueError("--threshold, --trust-remote-code: not with --company, which compares bits and no original")
+        raise ValueError("--threshold, --trust-remote-code: not with --batch-invariance, which runs no original")
     if options.compile:
-        raise ValueError("--compile: not with --company, which runs the layers compiled and as they are")
+        raise ValueError("--compile: not with --batch-invariance, which runs the layers compiled and as they are")
     transformers_logging.disable_progress_bar()
     encoder = load(options.checkpoint, revision=options.revision, **_common(options))
-    report = prove(
+    report = check_batch_invariance(
         encoder,
         capacity=CAPACITY if options.capacity is None else options.capacity,
         progress=lambda line: print(f"· {line}", file=sys.stderr),
     )
-    print(json.dumps(report.to_dict(), indent=2) if options.json else company_table(report))
+    print(json.dumps(report.to_dict(), indent=2) if options.json else batch_invariance_table(report))
     return PASSED if report.passed else FAILED
 
 
@@ -175,8 +177,8 @@ def _layer_rows(report: Any) -> list[tuple[str, ...]]:
     return rows
 
 
-def company_table(report: Any) -> str:
-    """A proof of company for a terminal."""
+def batch_invariance_table(report: Any) -> str:
+    """The report on batch invariance for a terminal."""
     rows: list[tuple[str, ...]] = [
         ("layers", "patches of the image", "packs", "same bits", "beside NaN", "beside infinity", "")
     ]
@@ -193,7 +195,7 @@ def company_table(report: Any) -> str:
             "",
             *columns(rows),
             "",
-            f"{verdict}: {good} of {len(report.cases)} images have the same features in any company",
+            f"{verdict}: {good} of {len(report.cases)} images have the same features in every pack",
         ]
     )
 

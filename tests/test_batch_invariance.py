@@ -1,4 +1,4 @@
-"""The proof that company changes no bit: it passes where that is so, and sees every way in which it is not."""
+"""The check of batch invariance passes where it holds, and sees every way in which it does not."""
 
 import json
 import math
@@ -8,8 +8,8 @@ import torch
 from tiny_encoders import FAMILIES, WIDE, tiny
 
 import nopad
-from nopad.align import batch_invariance as company
-from nopad.align.batch_invariance import prove
+from nopad.align import batch_invariance
+from nopad.align.batch_invariance import check_batch_invariance
 from nopad.cli import main
 from nopad.inference import compile
 from nopad.inference import padding as rows
@@ -43,7 +43,7 @@ def leaking(monkeypatch, leak):
 @pytest.mark.parametrize("precision", [None, "fp8"])
 def test_it_passes(tmp_path, family, precision):
     encoder = nopad.load(tiny(family, tmp_path / "checkpoint"), precision=precision)
-    report = prove(encoder, capacity=512, packs=2)
+    report = check_batch_invariance(encoder, capacity=512, packs=2)
     assert report.passed
     assert [(case.name, case.grid) for case in report.cases] == [
         (name, grid) for name in ("compiled", "eager") for grid in ((1, 1, 1), (1, 9, 23), (3, 7, 5))
@@ -55,11 +55,11 @@ def test_it_passes(tmp_path, family, precision):
     assert encoder.compiled_capacity is None
 
 
-def test_there_is_always_company(folder):
+def test_an_image_is_never_packed_alone(folder):
     encoder = nopad.load(folder)
     generator = torch.Generator().manual_seed(0)
     for capacity, grid in ((128, (1, 1, 1)), (256, (3, 7, 5)), (4096, (1, 9, 23))):
-        packs = [company._company(encoder, grid, capacity, generator) for _ in range(50)]
+        packs = [batch_invariance._other_images(encoder, grid, capacity, generator) for _ in range(50)]
         numbers = [len(others) for others in packs]
         assert min(numbers) >= 1
         assert max(numbers) <= capacity // 64 - grid[0]
@@ -70,7 +70,7 @@ def test_there_is_always_company(folder):
 
 def test_a_leak_between_images_is_seen(folder, monkeypatch):
     leaking(monkeypatch, lambda rows: 1e-3 * rows.mean(dim=0))
-    report = prove(nopad.load(folder), capacity=256, packs=3)
+    report = check_batch_invariance(nopad.load(folder), capacity=256, packs=3)
     assert not report.passed
     assert not any(case.passed for case in report.cases)
     assert all(case.same == 0 for case in report.cases)
@@ -84,7 +84,7 @@ def test_a_leak_of_one_kind_of_run_is_seen(folder, monkeypatch):
             return super().__call__(tokens, *rest) + 1e-3 * tokens.mean(dim=0)
 
     monkeypatch.setattr(compile, "_makers", lambda encoder: iter([lambda: Leaking(encoder.layers)]))
-    report = prove(nopad.load(folder), capacity=256, packs=3)
+    report = check_batch_invariance(nopad.load(folder), capacity=256, packs=3)
     assert not report.passed
     assert {case.name for case in report.cases if not case.passed} == {"compiled"}
 
@@ -92,9 +92,9 @@ def test_a_leak_of_one_kind_of_run_is_seen(folder, monkeypatch):
 def test_a_leak_of_nan_alone_is_seen(folder, monkeypatch):
     leaking(monkeypatch, lambda rows: 0.0 * rows.sum())
     encoder = nopad.load(folder)
-    assert prove(encoder, capacity=256, packs=2).passed  # static packs keep it from the layers
+    assert check_batch_invariance(encoder, capacity=256, packs=2).passed  # static packs keep it from the layers
     monkeypatch.setattr(rows, "finite_rows", lambda tokens: (tokens.new_ones(len(tokens), dtype=torch.bool), tokens))
-    report = prove(encoder, capacity=256, packs=2)
+    report = check_batch_invariance(encoder, capacity=256, packs=2)
     assert not report.passed
     assert all((case.same, case.same_beside_nan, case.same_beside_infinity) == (2, 0, 0) for case in report.cases)
 
@@ -107,23 +107,23 @@ def test_an_encoder_is_left_uncompiled_by_an_error(folder, monkeypatch):
 
     monkeypatch.setattr(encoder, "encode", broken)
     with pytest.raises(RuntimeError, match="kernel"):
-        prove(encoder, capacity=256, packs=1)
+        check_batch_invariance(encoder, capacity=256, packs=1)
     assert encoder.compiled_capacity is None
 
 
 def test_wrong_numbers(folder):
     with pytest.raises(ValueError, match="packs: expected ≥ 1, got 0"):
-        prove(nopad.load(folder), packs=0)
+        check_batch_invariance(nopad.load(folder), packs=0)
     with pytest.raises(ValueError, match="capacity: expected at least 128 tokens, got 1"):
-        prove(nopad.load(folder), capacity=1)
+        check_batch_invariance(nopad.load(folder), capacity=1)
 
 
 def test_command_line(folder, capsys):
-    arguments = ["align", str(folder), "--company", "--device", "cpu", "--capacity", "128"]
+    arguments = ["align", str(folder), "--batch-invariance", "--device", "cpu", "--capacity", "128"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "packs of 128 tokens\nfloat32 on cpu, attention sdpa\n" in printed
-    assert "PASSED: 2 of 2 images have the same features in any company" in printed
+    assert "PASSED: 2 of 2 images have the same features in every pack" in printed
     assert main([*arguments, "--precision", "fp8", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["passed"], report["precision"], report["capacity"]) == (True, "fp8", 128)
@@ -132,22 +132,28 @@ def test_command_line(folder, capsys):
 
 def test_command_line_failure(folder, capsys, monkeypatch):
     leaking(monkeypatch, lambda rows: 1e-3 * rows.mean(dim=0))
-    assert main(["align", str(folder), "--company", "--device", "cpu", "--capacity", "128"]) == 1
+    assert main(["align", str(folder), "--batch-invariance", "--device", "cpu", "--capacity", "128"]) == 1
     assert "FAILED: 0 of 2 images" in capsys.readouterr().out
-    assert main(["align", str(folder), "--company", "--device", "cpu", "--capacity", "128", "--json"]) == 1
+    assert main(["align", str(folder), "--batch-invariance", "--device", "cpu", "--capacity", "128", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["passed"] is False
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--capacity", "128"], "--capacity: goes with --company"),
-        (["--company", "--images", "."], "not with --company"),
-        (["--company", "--report", "page.html"], "not with --company"),
-        (["--company", "--compile"], "--compile: not with --company"),
-        (["--company", "--threshold", "0.99"], "--threshold, --trust-remote-code: not with --company"),
-        (["--company", "--trust-remote-code"], "--threshold, --trust-remote-code: not with --company"),
-        (["--company", "--capacity", "1"], "capacity: expected at least 128 tokens, got 1"),
+        (["--capacity", "128"], "--capacity: goes with --batch-invariance"),
+        (["--batch-invariance", "--images", "."], "not with --batch-invariance"),
+        (["--batch-invariance", "--report", "page.html"], "not with --batch-invariance"),
+        (["--batch-invariance", "--compile"], "--compile: not with --batch-invariance"),
+        (
+            ["--batch-invariance", "--threshold", "0.99"],
+            "--threshold, --trust-remote-code: not with --batch-invariance",
+        ),
+        (
+            ["--batch-invariance", "--trust-remote-code"],
+            "--threshold, --trust-remote-code: not with --batch-invariance",
+        ),
+        (["--batch-invariance", "--capacity", "1"], "capacity: expected at least 128 tokens, got 1"),
     ],
 )
 def test_command_line_wrong_use(folder, capsys, arguments, told):
@@ -162,7 +168,7 @@ def test_command_line_wrong_use(folder, capsys, arguments, told):
 def test_on_a_gpu(tmp_path, family, precision):
     folder = tiny(family, tmp_path / "wide", **WIDE)
     encoder = nopad.load(folder, device="cuda", dtype=torch.bfloat16, precision=precision)
-    report = prove(encoder, capacity=1024, packs=5)
+    report = check_batch_invariance(encoder, capacity=1024, packs=5)
     assert report.passed, [case for case in report.cases if not case.passed]
     ready, eager = sorted({case.name for case in report.cases}, key="eager".__eq__)
     assert ready.startswith(("compiled", "fused by"))
