@@ -14,6 +14,7 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 
 import nopad
 from model_factory import vit_dinov3_packing_hf as spec
+from nopad.align.references import DINOv3Reference
 from nopad.align.run import align
 from nopad.families import dinov3
 from nopad.layers.prefix import PrefixLayout
@@ -210,7 +211,7 @@ def test_biases_are_multiplied_with_metas_mask(tmp_path, mask):
     original = tiny_original(key_bias=True)
     state = meta(original)
     generator = torch.Generator().manual_seed(0)
-    for i, layer in enumerate(dinov3.DINOv3Original().layers(original)):
+    for i, layer in enumerate(DINOv3Reference().layers(original)):
         parts = torch.rand(3, 32, generator=generator) > 0.5
         if mask != "scattered":
             parts = torch.tensor(mask, dtype=torch.float)[:, None].expand(3, 32)
@@ -351,7 +352,7 @@ def test_hidden_states_are_patches_before_each_layer_and_after_the_last(tmp_path
     encoder = nopad.load(save(tmp_path, original))
     pixels = pixels_of([(1, 3, 5), (1, 2, 2)])
     pack = nopad.Pack.of(pixels, 4)
-    layers = dinov3.DINOv3Original().layers(original)
+    layers = DINOv3Reference().layers(original)
     expected = []
     for layer in layers:
         layer.register_forward_pre_hook(lambda _, args: expected.append(args[0][0, 3:]))
@@ -436,7 +437,7 @@ def test_published_models_have_their_published_sizes():
     for name, fields in published.items():
         with torch.device("meta"):
             model = nopad.DINOv3ViTPacking(nopad.DINOv3ViTPacking.config_class(**fields))
-            original = DINOv3ViTModel(dinov3.DINOv3Original().config(model))
+            original = DINOv3ViTModel(DINOv3Reference().config(model))
         assert model.num_parameters() == PARAMETERS[name] == original.num_parameters()
         assert (model.patch_size, model.patch_dim, model.num_prefix_tokens) == (16, 768, 5)
 

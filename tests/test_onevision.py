@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import nopad
 from model_factory import vit_preview_v0_packing_hf as spec
+from nopad.align.references import OneVisionReference
 from nopad.align.run import align
 from nopad.checkpoints.files import open_checkpoint
 from nopad.cli import main
@@ -407,7 +408,7 @@ def test_alignment_without_leave_or_without_code_is_wrong_use(with_code, goldens
 
 
 def test_own_code_of_another_architecture_is_refused(with_code, original):
-    reference = onevision.OneVisionOriginal().of(str(with_code), revision=None, trust_remote_code=True)
+    reference = OneVisionReference().of(str(with_code), revision=None, trust_remote_code=True)
     state = dict(original.state_dict())
     encoder = nopad.load(with_code)
     assert reference.names(encoder) == state.keys()

@@ -21,9 +21,9 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 
 import nopad
 from model_factory.vit_siglip2_packing_hf import Siglip2NaflexPacking
+from nopad.align.references import reference_of
 from nopad.align.run import align
 from nopad.checkpoints.files import open_checkpoint
-from nopad.families import original_of
 from nopad.kernels import attention as varlen
 from nopad.layers import positions
 
@@ -407,7 +407,7 @@ def test_published_models_have_the_sizes_of_their_originals():
     for name in published:
         with torch.device("meta"):
             model = Siglip2NaflexPacking(Siglip2NaflexPacking.published_config(name))
-            original = original_of(model)
+            original = reference_of(model)
             theirs = original.class_of(model)(original.config(model))
         assert ("naflex" in name) == (theirs.config.model_type == "siglip2_vision_model")
         assert model.num_parameters() == theirs.num_parameters()

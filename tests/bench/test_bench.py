@@ -18,13 +18,14 @@ from aimv2_checkpoints import tiny_original, write
 from siglip2_checkpoints import KINDS, folder_of
 
 from nopad import cli
+from nopad.align.references import AIMv2Reference
 from nopad.bench import bench, command, runs
 from nopad.bench import runner as race
 from nopad.bench import timing as measure
 from nopad.bench.page import bench_page
 from nopad.bench.runner import checked, min_cosine
 from nopad.bench.timing import Sample
-from nopad.families.aimv2 import AIMv2Original, AIMv2Packing
+from nopad.families.aimv2 import AIMv2Packing
 from nopad.families.dinov3 import DINOv3ViTPacking
 
 OPTIONS = {"dtype": torch.float32, "images": 3, "capacities": (1024, 4096), "runs": 2}
@@ -268,7 +269,7 @@ def test_memory_that_runs_out_is_an_answer_and_other_errors_are_errors(native, m
         def run_batch(self, model, pixels):
             raise error
 
-        monkeypatch.setattr(AIMv2Original, "run_batch", run_batch)
+        monkeypatch.setattr(AIMv2Reference, "run_batch", run_batch)
         return bench(native, compile=False, **OPTIONS)
 
     row = by_name(fail(torch.OutOfMemoryError("CUDA out of memory")))[PEERS[1], None]
@@ -324,8 +325,8 @@ def test_a_compiled_encoder_that_is_wrong_is_found_and_the_eager_one_is_none_the
 
 
 def test_a_peer_that_mixes_up_the_images_of_a_batch_is_found(native, monkeypatch):
-    right = AIMv2Original.run_batch
-    monkeypatch.setattr(AIMv2Original, "run_batch", lambda *args: right(*args).flip(0))
+    right = AIMv2Reference.run_batch
+    monkeypatch.setattr(AIMv2Reference, "run_batch", lambda *args: right(*args).flip(0))
     report = bench(native, workload="224", compile=False, **OPTIONS)
     assert {row.name for row in report.rows if row.agrees is False} == {PEERS[1]}
     text = command.bench_table(report)
@@ -491,8 +492,8 @@ class Page(HTMLParser):
 
 
 def test_the_page_has_every_row_and_fetches_nothing(learned, tmp_path, monkeypatch):
-    right = AIMv2Original.run_batch
-    monkeypatch.setattr(AIMv2Original, "run_batch", lambda *args: -right(*args))
+    right = AIMv2Reference.run_batch
+    monkeypatch.setattr(AIMv2Reference, "run_batch", lambda *args: -right(*args))
     path = tmp_path / "pages" / "bench.html"
     assert main(monkeypatch, learned, *SMALL, "--workload", "all", "--report", path) == 0
     html = path.read_text(encoding="utf-8")

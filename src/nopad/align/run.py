@@ -14,11 +14,10 @@ from transformers.modeling_utils import PreTrainedModel
 
 from nopad import __version__
 from nopad.align.metrics import AlignReport, Run, compare
+from nopad.align.references import ReferenceModel, reference_of
 from nopad.checkpoints.files import open_checkpoint
 from nopad.encoder import PackedEncoder
-from nopad.families import original_of
 from nopad.loading import load
-from nopad.original import Original
 from nopad.packing import Pack, unpatchify
 
 logger = logging.getLogger(__name__)
@@ -75,7 +74,7 @@ def align(
     photos = None if images is None else _photos(images)
     progress(f"loading {checkpoint}")
     packed: Any = load(checkpoint, revision=revision, dtype=torch.float32)
-    reference = original_of(packed).of(str(checkpoint), revision=revision, trust_remote_code=trust_remote_code)
+    reference = reference_of(packed).of(str(checkpoint), revision=revision, trust_remote_code=trust_remote_code)
     if image_size is not None:
         _check_size(image_size, packed.patch_size, reference.only_grid(packed))
     state, weights = _original_weights(packed, reference, checkpoint, revision)
@@ -127,7 +126,7 @@ def align(
 
 
 def _original_weights(
-    packed: PackedEncoder, reference: Original, checkpoint: str | Path, revision: str | None
+    packed: PackedEncoder, reference: ReferenceModel, checkpoint: str | Path, revision: str | None
 ) -> tuple[dict[str, Tensor], str]:
     """The original's tensors, and where they came from."""
     names = reference.names(packed)
@@ -145,7 +144,7 @@ def _original_weights(
 
 def _cases(
     packed: PackedEncoder,
-    reference: Original,
+    reference: ReferenceModel,
     photos: Sequence[Any] | None,
     batch_size: int,
     image_size: int | None,
@@ -241,7 +240,7 @@ def _run_packed(packed: PackedEncoder, pixels: list[Tensor]) -> list[Run]:
     return [Run(tokens[i], tuple(state[i] for state in states), pooled[i]) for i in range(len(pixels))]
 
 
-def _run_original(reference: Original, original: PreTrainedModel, pixels: Tensor, jointly: bool) -> Run:
+def _run_original(reference: ReferenceModel, original: PreTrainedModel, pixels: Tensor, jointly: bool) -> Run:
     """The original on one image, or on a clip: as a whole where its frames attend `jointly`, else frame by frame."""
     tokens, layers_of_frames, pooled = [], [], []
     for frame in pixels if pixels.ndim == 4 and not jointly else pixels[None]:

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nopad.align.references import ReferenceModel, reference_of
 from nopad.bench.timing import NotRun
 from nopad.bench.workloads import Workload
 from nopad.encoder import PackedEncoder
-from nopad.families import original_of
-from nopad.original import Original
 from nopad.packing import Pack
 from nopad.pipeline.packer import plan
 
@@ -92,14 +91,14 @@ class Peer:
     """
 
     about: str
-    reference: Original | None = None
+    reference: ReferenceModel | None = None
     model: Any = None
 
     @classmethod
     def of(cls, encoder: PackedEncoder, checkpoint: str, *, revision: str | None, trust_remote_code: bool) -> Peer:
         """The original of `checkpoint` on the device and in the dtype of `encoder`."""
         try:
-            reference = original_of(encoder).of(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
+            reference = reference_of(encoder).of(checkpoint, revision=revision, trust_remote_code=trust_remote_code)
             names = reference.names(encoder)
             state = encoder.state_dict()
             kept = {name: tensor.cpu() for name, tensor in state.items() if name in names}
@@ -109,7 +108,7 @@ class Peer:
         attention = model.config._attn_implementation
         return cls(f"{reference.describe(model)}, {attention} attention", reference, model.to(device=encoder.device))
 
-    def check(self, encoder: PackedEncoder, workload: Workload) -> tuple[Original, Any]:
+    def check(self, encoder: PackedEncoder, workload: Workload) -> tuple[ReferenceModel, Any]:
         """The original and its model, where there is one that takes every size of `workload`; else `NotRun`."""
         if self.reference is None:
             raise NotRun(self.about)

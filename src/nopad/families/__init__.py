@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from nopad.checkpoints.formats import Checkpoint
 from nopad.encoder import PackedEncoder
-from nopad.families.aimv2 import AIMv2Original, AIMv2Packing
-from nopad.families.dinov3 import DINOv3Original, DINOv3ViTPacking
-from nopad.families.onevision import OneVisionEncoderPacking, OneVisionOriginal
-from nopad.families.siglip2 import Siglip2NaflexPacking, Siglip2Original
-from nopad.original import Original
+from nopad.families.aimv2 import AIMv2Packing
+from nopad.families.dinov3 import DINOv3ViTPacking
+from nopad.families.onevision import OneVisionEncoderPacking
+from nopad.families.siglip2 import Siglip2NaflexPacking
 
-ORIGINALS: dict[type[PackedEncoder], Original] = {
-    AIMv2Packing: AIMv2Original(),
-    DINOv3ViTPacking: DINOv3Original(),
-    Siglip2NaflexPacking: Siglip2Original(),
-    OneVisionEncoderPacking: OneVisionOriginal(),
-}
-FAMILIES: tuple[type[PackedEncoder], ...] = tuple(ORIGINALS)
+FAMILIES: tuple[type[PackedEncoder], ...] = (
+    AIMv2Packing,
+    DINOv3ViTPacking,
+    Siglip2NaflexPacking,
+    OneVisionEncoderPacking,
+)
 
 
 def family_of(checkpoint: Checkpoint) -> type[PackedEncoder]:
@@ -46,8 +44,3 @@ def family_of_published(name: str) -> type[PackedEncoder]:
             return family
     known = [published for family in FAMILIES for published in family.published]
     raise ValueError(f"checkpoint 'untrained:{name}': expected a published name, one of {', '.join(known)}")
-
-
-def original_of(encoder: PackedEncoder) -> Original:
-    """How the model that an encoder packs is run."""
-    return ORIGINALS[type(encoder)]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from nopad.checkpoints.formats import Checkpoint
@@ -30,7 +29,6 @@ from nopad.layers.pooling import attention_pool
 from nopad.layers.positions import PositionTable, is_strict, sincos_2d
 from nopad.layers.roles import ByRole
 from nopad.layout import Layout, Segments
-from nopad.original import Original
 from nopad.preprocessing.transforms import Preprocessing
 
 ATTENTION_NAMES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "out_proj"}
@@ -178,13 +176,3 @@ class AIMv2Packing(PackedEncoder):
             init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, AIMv2Head):
             init.normal_(module.cls_token, std=self.config.initializer_range)
-
-
-class AIMv2Original(Original):
-    """transformers' AIMv2."""
-
-    model_class = Aimv2VisionModel
-
-    def only_grid(self, packed: PackedEncoder) -> tuple[int, int] | None:
-        """Learned positions: the trained grid."""
-        return None if packed.config.is_native else trained_grid(packed.config)

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from nopad.checkpoints.formats import Checkpoint
@@ -32,7 +30,6 @@ from nopad.layers.prefix import PrefixLayout
 from nopad.layers.roles import ByRole
 from nopad.layers.rope import axial_angles, patch_centres, rope_periods, rotate_halves, stored_periods
 from nopad.layout import Layout, Segments
-from nopad.original import Original
 from nopad.preprocessing.transforms import Preprocessing
 
 logger = logging.getLogger(__name__)
@@ -226,48 +223,3 @@ class DINOv3ViTPacking(PackedEncoder):
             init.zeros_(module.mask_token)
         elif isinstance(module, LayerScale):
             init.constant_(module.lambda1, self.config.layerscale_value)
-
-
-class DINOv3Original(Original):
-    """transformers' DINOv3."""
-
-    model_class = DINOv3ViTModel
-    num_prefix_tokens: int
-
-    def of(self, checkpoint: str, *, revision: str | None, trust_remote_code: bool) -> Original:
-        """The original of this one checkpoint."""
-        return type(self)()
-
-    def config(self, packed: PackedEncoder) -> PreTrainedConfig:
-        """The original's config for the same architecture.
-
-        Raises:
-            ValueError: CLS and register tokens have a norm of their own, which transformers' model does not.
-        """
-        if packed.config.untie_cls_norm:
-            raise ValueError(
-                f"checkpoint {packed.source!r}: its CLS and register tokens have a norm of their own (cls_norm), "
-                f"which transformers' DINOv3ViTModel does not have; there is no original to compare with"
-            )
-        return super().config(packed)
-
-    def load(self, packed: PackedEncoder, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
-        """The original with exactly these weights.
-
-        Raises:
-            ValueError: a tensor too few, too many or of another shape.
-        """
-        self.num_prefix_tokens = packed.num_prefix_tokens
-        model = super().load(packed, state, dtype)
-        if packed.config.rope_periods is not None:
-            with torch.no_grad():
-                model.rope_embeddings.inv_freq.copy_(1 / torch.tensor(packed.config.rope_periods))
-        return model
-
-    def layers(self, model: Any) -> nn.ModuleList:
-        """The original's transformer layers, which transformers has moved from `layer` to `model.layer`."""
-        return (model.model if hasattr(model, "model") else model).layer
-
-    def patch_tokens(self, tokens: Tensor) -> Tensor:
-        """A sequence of the original, or a batch of them, without CLS and register tokens."""
-        return tokens[..., self.num_prefix_tokens :, :]

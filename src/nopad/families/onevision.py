@@ -22,7 +22,6 @@ from nopad.layers.pooling import ProbeAttention, ProbeHead
 from nopad.layers.roles import ByRole
 from nopad.layers.rope_3d import check_head_dim, rotate_3d
 from nopad.layout import Layout
-from nopad.original import RemoteCodeOriginal
 from nopad.preprocessing.transforms import Preprocessing
 
 _NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
@@ -139,17 +138,3 @@ class OneVisionEncoderPacking(PackedEncoder):
         elif isinstance(module, ProbeAttention):
             init.normal_(module.in_proj_weight, std=self.config.initializer_range)
             init.zeros_(module.in_proj_bias)
-
-
-class OneVisionOriginal(RemoteCodeOriginal):
-    """OneVision-Encoder's own code, which is not part of transformers."""
-
-    def forward(self, model: Any, pixels: Tensor) -> Any:
-        """Images `(B, C, H, W)` or whole clips `(B, frames, C, H, W)` of one size to what the original returns."""
-        if pixels.ndim == 4:
-            return super().forward(model, pixels)
-        size = model.config.patch_size
-        clips, frames, _, height, width = pixels.shape
-        # Given the indices of all its patches the original counts frames 0, 1, 2, …; without, it takes 64 frames alone.
-        indices = torch.arange(frames * (height // size) * (width // size), device=pixels.device)
-        return model(pixels.transpose(1, 2), visible_indices=indices.expand(clips, -1))

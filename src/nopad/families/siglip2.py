@@ -9,10 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_utils import PreTrainedModel
-from transformers.models.siglip.modeling_siglip import SiglipVisionModel
-from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
 
 from nopad.checkpoints.formats import Checkpoint
 from nopad.encoder import PackedEncoder, Trunk
@@ -34,8 +30,6 @@ from nopad.layers.pooling import ProbeAttention, ProbeHead
 from nopad.layers.positions import PositionTable, is_strict
 from nopad.layers.roles import ByRole
 from nopad.layout import Layout
-from nopad.original import Original
-from nopad.packing import patchify
 from nopad.preprocessing.transforms import Preprocessing
 
 
@@ -170,30 +164,3 @@ class Siglip2NaflexPacking(PackedEncoder):
         elif isinstance(module, ProbeAttention):
             init.normal_(module.in_proj_weight, std=size**-0.5)
             init.zeros_(module.in_proj_bias)
-
-
-class Siglip2Original(Original):
-    """transformers' SigLIP2 for NaFlex, its SigLIP for fixed sizes, which on other grids interpolates its positions."""
-
-    model_class = Siglip2VisionModel
-
-    def class_of(self, packed: PackedEncoder) -> type[PreTrainedModel]:
-        """The class that reads the same checkpoint."""
-        return Siglip2VisionModel if is_naflex(packed.config) else SiglipVisionModel
-
-    def config(self, packed: PackedEncoder) -> PreTrainedConfig:
-        """The original's config for the same architecture."""
-        config: Any = super().config(packed)
-        config.vision_use_head = packed.config.vision_use_head
-        return config
-
-    def forward(self, model: Any, pixels: Tensor) -> Any:
-        """Images of one size `(B, C, H, W)` to what the original returns."""
-        if isinstance(model, SiglipVisionModel):
-            return model(pixel_values=pixels, interpolate_pos_encoding=True)
-        patches, (images, rows, columns) = patchify(pixels, model.config.patch_size)
-        return model(
-            pixel_values=patches.unflatten(0, (images, -1)),
-            pixel_attention_mask=torch.ones(images, rows * columns, dtype=torch.int32, device=pixels.device),
-            spatial_shapes=torch.tensor([[rows, columns]] * images),
-        )

@@ -11,12 +11,22 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
+from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
+from transformers.models.siglip.modeling_siglip import SiglipVisionModel
+from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
 
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.encoder import PackedEncoder
+from nopad.families.aimv2 import AIMv2Packing
+from nopad.families.aimv2_checkpoints import trained_grid
+from nopad.families.dinov3 import DINOv3ViTPacking
+from nopad.families.onevision import OneVisionEncoderPacking
+from nopad.families.siglip2 import Siglip2NaflexPacking, is_naflex
+from nopad.packing import patchify
 
 
-class Original:
+class ReferenceModel:
     """How to build and run the original of a family; a family overrides what differs.
 
     Attributes:
@@ -25,7 +35,7 @@ class Original:
 
     model_class: ClassVar[type[PreTrainedModel]]
 
-    def of(self, checkpoint: str, *, revision: str | None, trust_remote_code: bool) -> Original:
+    def of(self, checkpoint: str, *, revision: str | None, trust_remote_code: bool) -> ReferenceModel:
         """The original of this one checkpoint.
 
         Raises:
@@ -103,7 +113,7 @@ class Original:
         return tokens
 
 
-class RemoteCodeOriginal(Original):
+class RemoteCodeReference(ReferenceModel):
     """An original that transformers does not have: the model code that lies beside the checkpoint's weights.
 
     That code runs on this machine with the user's rights, so that it is loaded only where the user allows it.
@@ -112,7 +122,7 @@ class RemoteCodeOriginal(Original):
     _class: Any = None
     _config: PreTrainedConfig | None = None
 
-    def of(self, checkpoint: str, *, revision: str | None, trust_remote_code: bool) -> Original:
+    def of(self, checkpoint: str, *, revision: str | None, trust_remote_code: bool) -> ReferenceModel:
         """The original by the checkpoint's own code.
 
         Raises:
@@ -167,3 +177,112 @@ class RemoteCodeOriginal(Original):
 
     def _build(self, dtype: torch.dtype) -> PreTrainedModel:
         return self._class._from_config(self._config, dtype=dtype, attn_implementation="eager")
+
+
+class AIMv2Reference(ReferenceModel):
+    """transformers' AIMv2."""
+
+    model_class = Aimv2VisionModel
+
+    def only_grid(self, packed: PackedEncoder) -> tuple[int, int] | None:
+        """Learned positions: the trained grid."""
+        return None if packed.config.is_native else trained_grid(packed.config)
+
+
+class DINOv3Reference(ReferenceModel):
+    """transformers' DINOv3."""
+
+    model_class = DINOv3ViTModel
+    num_prefix_tokens: int
+
+    def of(self, checkpoint: str, *, revision: str | None, trust_remote_code: bool) -> ReferenceModel:
+        """The original of this one checkpoint."""
+        return type(self)()
+
+    def config(self, packed: PackedEncoder) -> PreTrainedConfig:
+        """The original's config for the same architecture.
+
+        Raises:
+            ValueError: CLS and register tokens have a norm of their own, which transformers' model does not.
+        """
+        if packed.config.untie_cls_norm:
+            raise ValueError(
+                f"checkpoint {packed.source!r}: its CLS and register tokens have a norm of their own (cls_norm), "
+                f"which transformers' DINOv3ViTModel does not have; there is no original to compare with"
+            )
+        return super().config(packed)
+
+    def load(self, packed: PackedEncoder, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
+        """The original with exactly these weights.
+
+        Raises:
+            ValueError: a tensor too few, too many or of another shape.
+        """
+        self.num_prefix_tokens = packed.num_prefix_tokens
+        model = super().load(packed, state, dtype)
+        if packed.config.rope_periods is not None:
+            with torch.no_grad():
+                model.rope_embeddings.inv_freq.copy_(1 / torch.tensor(packed.config.rope_periods))
+        return model
+
+    def layers(self, model: Any) -> nn.ModuleList:
+        """The original's transformer layers, which transformers has moved from `layer` to `model.layer`."""
+        return (model.model if hasattr(model, "model") else model).layer
+
+    def patch_tokens(self, tokens: Tensor) -> Tensor:
+        """A sequence of the original, or a batch of them, without CLS and register tokens."""
+        return tokens[..., self.num_prefix_tokens :, :]
+
+
+class Siglip2Reference(ReferenceModel):
+    """transformers' SigLIP2 for NaFlex, its SigLIP for fixed sizes, which on other grids interpolates its positions."""
+
+    model_class = Siglip2VisionModel
+
+    def class_of(self, packed: PackedEncoder) -> type[PreTrainedModel]:
+        """The class that reads the same checkpoint."""
+        return Siglip2VisionModel if is_naflex(packed.config) else SiglipVisionModel
+
+    def config(self, packed: PackedEncoder) -> PreTrainedConfig:
+        """The original's config for the same architecture."""
+        config: Any = super().config(packed)
+        config.vision_use_head = packed.config.vision_use_head
+        return config
+
+    def forward(self, model: Any, pixels: Tensor) -> Any:
+        """Images of one size `(B, C, H, W)` to what the original returns."""
+        if isinstance(model, SiglipVisionModel):
+            return model(pixel_values=pixels, interpolate_pos_encoding=True)
+        patches, (images, rows, columns) = patchify(pixels, model.config.patch_size)
+        return model(
+            pixel_values=patches.unflatten(0, (images, -1)),
+            pixel_attention_mask=torch.ones(images, rows * columns, dtype=torch.int32, device=pixels.device),
+            spatial_shapes=torch.tensor([[rows, columns]] * images),
+        )
+
+
+class OneVisionReference(RemoteCodeReference):
+    """OneVision-Encoder's own code, which is not part of transformers."""
+
+    def forward(self, model: Any, pixels: Tensor) -> Any:
+        """Images `(B, C, H, W)` or whole clips `(B, frames, C, H, W)` of one size to what the original returns."""
+        if pixels.ndim == 4:
+            return super().forward(model, pixels)
+        size = model.config.patch_size
+        clips, frames, _, height, width = pixels.shape
+        # Given the indices of all its patches the original counts frames 0, 1, 2, …; without, it takes 64 frames alone.
+        indices = torch.arange(frames * (height // size) * (width // size), device=pixels.device)
+        return model(pixels.transpose(1, 2), visible_indices=indices.expand(clips, -1))
+
+
+REFERENCES: dict[type[PackedEncoder], ReferenceModel] = {
+    AIMv2Packing: AIMv2Reference(),
+    DINOv3ViTPacking: DINOv3Reference(),
+    Siglip2NaflexPacking: Siglip2Reference(),
+    OneVisionEncoderPacking: OneVisionReference(),
+}
+
+
+def reference_of(encoder: PackedEncoder) -> ReferenceModel:
+    """How the model that an encoder packs is run; a subclass of a family's encoder has that of the family."""
+    return next(REFERENCES[family] for family in type(encoder).__mro__ if family in REFERENCES)
