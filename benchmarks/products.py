@@ -28,8 +28,8 @@ from nopad.inference.fusion.tile_config import Tiles
 from nopad.inference.fusion.triton_gated import gated
 from nopad.inference.triton_kernels import silu_mul
 from nopad.kernels.attention import available_backends, varlen_attention
-from nopad.layout import Segments
 from nopad.pipeline.packer import plan
+from nopad.segments import Segments
 
 BF16 = torch.bfloat16
 CLUSTERS = ((2, 1), (1, 2), (2, 2))

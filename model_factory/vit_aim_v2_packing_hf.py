@@ -25,7 +25,8 @@ from nopad.inference.runner import EagerRunner
 from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
 from nopad.layers.mlp import GatedMLP
-from nopad.layout import Layout, Segments
+from nopad.layout import Layout
+from nopad.segments import Segments
 
 __all__ = [
     "AIMv2Packing",

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
-from nopad.layout import Layout, Segments
+from nopad.layout import Layout
 from nopad.packing import Pack, patchify, unpatchify
+from nopad.segments import Segments
 
 ORDERS = ["hwc", "chw"]
 P = 12  # 2 × 2 pixels of 3 channels

@@ -14,10 +14,11 @@ from nopad.inference.runner import EagerRunner, Runner, StaticRunner
 from nopad.layers.attention import Rotation
 from nopad.layers.pooling import segment_mean
 from nopad.layers.prefix import PrefixLayout
-from nopad.layout import Layout, Segments
+from nopad.layout import Layout
 from nopad.packing import Pack
 from nopad.pictures import PictureEncoder
 from nopad.pipeline.worker import CAPACITY
+from nopad.segments import Segments
 
 
 @dataclass(frozen=True)

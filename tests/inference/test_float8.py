@@ -26,7 +26,7 @@ from nopad.inference.float8 import (
 )
 from nopad.layers.linear import joined
 from nopad.layers.roles import registered_path
-from nopad.layout import Segments
+from nopad.segments import Segments
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CAPACITY, SLOTS = 160, 9

@@ -24,7 +24,7 @@ from nopad.inference.ready import PlainLayers
 from nopad.layers.attention import Rotation
 from nopad.layers.rope import rotate_halves
 from nopad.layers.rope_3d import turn_neighbours
-from nopad.layout import Segments
+from nopad.segments import Segments
 
 CAPACITY, SLOTS = 160, 9
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16

@@ -12,7 +12,7 @@ from nopad.inference.cuda_graphs import Graphs
 from nopad.inference.ready import ReadyLayers
 from nopad.layers.attention import Rotation
 from nopad.layers.rope import rotate_halves
-from nopad.layout import Segments
+from nopad.segments import Segments
 
 
 class Recorder(ReadyLayers):

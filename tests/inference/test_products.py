@@ -13,7 +13,7 @@ from nopad.inference.compile import GRAPH_CAPACITY
 from nopad.inference.float8 import FLOAT8, quantize_rows
 from nopad.inference.fusion.folding import FoldedBlock, Matrix
 from nopad.inference.fusion.gemm_reference import PlainProducts, Turn
-from nopad.layout import Segments
+from nopad.segments import Segments
 
 BF16 = torch.bfloat16
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

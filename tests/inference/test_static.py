@@ -17,7 +17,7 @@ from nopad.inference.compile import recordable
 from nopad.inference.padding import finite_rows
 from nopad.inference.ready import PlainLayers
 from nopad.inference.runner import longest
-from nopad.layout import Segments
+from nopad.segments import Segments
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 CAPACITY, SLOTS = 160, 9

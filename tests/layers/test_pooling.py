@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nopad.layers.pooling import attention_pool, segment_mean
-from nopad.layout import Segments
+from nopad.segments import Segments
 
 
 def noise(*shape: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nopad.kernels import attention as varlen
 from nopad.kernels.attention import BACKENDS, available_backends, resolve_backend, varlen_attention
-from nopad.layout import Segments
+from nopad.segments import Segments
 
 FLASH = ("flash_attention_3", "flash_attention_4", "flash_attention_2", "triton_varlen", "torch_varlen")
 CUDA = torch.device("cuda")

@@ -28,8 +28,9 @@ from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.pooling import attention_pool
 from nopad.layers.positions import PositionTable, is_strict, sincos_2d
 from nopad.layers.roles import ByRole
-from nopad.layout import Layout, Segments
+from nopad.layout import Layout
 from nopad.preprocessing.transforms import Preprocessing
+from nopad.segments import Segments
 
 ATTENTION_NAMES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "out_proj"}
 MLP_NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}

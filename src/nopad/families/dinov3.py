@@ -29,8 +29,9 @@ from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.prefix import PrefixLayout
 from nopad.layers.roles import ByRole
 from nopad.layers.rope import axial_angles, patch_centres, rope_periods, rotate_halves, stored_periods
-from nopad.layout import Layout, Segments
+from nopad.layout import Layout
 from nopad.preprocessing.transforms import Preprocessing
+from nopad.segments import Segments
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from nopad.inference.padding import fill_up_rows, spoil
 from nopad.inference.ready import CompiledLayers, PlainLayers, ReadyLayers
 from nopad.inference.runner import fill_up, longest
 from nopad.kernels.attention import reads_the_host
-from nopad.layout import Segments
+from nopad.segments import Segments
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nopad.inference.ready import ReadyLayers
 from nopad.layers.attention import Rotation
-from nopad.layout import Segments
+from nopad.segments import Segments
 
 
 class Graphs(ReadyLayers):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nopad.kernels.availability import has_triton
-from nopad.layout import Segments
+from nopad.segments import Segments
 
 
 def finite_rows(tokens: Tensor) -> tuple[Tensor, Tensor]:

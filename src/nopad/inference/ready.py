@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nopad.layers.attention import Rotation
 from nopad.layers.block import add
-from nopad.layout import Segments
+from nopad.segments import Segments
 
 RECOMPILE_LIMIT = 1 << 20
 """Graphs of one function, of all encoders and capacities of a process. torch's own limit is 8, from which on it runs

@@ -25,7 +25,7 @@ from nopad.inference.guards import Watch
 from nopad.inference.padding import fill_up_rows, finite_rows, spoil, whole_segments
 from nopad.inference.ready import PlainLayers, ReadyLayers
 from nopad.layers.attention import Rotation
-from nopad.layout import Segments
+from nopad.segments import Segments
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder, Trunk

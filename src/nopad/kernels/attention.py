@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nopad.kernels.availability import triton_works
 from nopad.kernels.sdpa import eager, sdpa
-from nopad.layout import Segments
+from nopad.segments import Segments
 
 
 def varlen_attention(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nopad.kernels.attention import varlen_attention
 from nopad.layers.linear import SharedInput
-from nopad.layout import Segments
+from nopad.segments import Segments
 
 
 @dataclasses.dataclass  # not frozen: torch's compiler cannot make one that is

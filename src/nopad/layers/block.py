@@ -10,7 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nopad.layers.attention import PackedAttention, Rotation
 from nopad.layers.roles import ByRole
-from nopad.layout import Segments
+from nopad.segments import Segments
 
 
 class LayerScale(nn.Module):

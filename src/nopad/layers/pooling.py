@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from nopad.kernels.attention import varlen_attention
 from nopad.layers.mlp import MLP
 from nopad.layers.roles import ByRole
-from nopad.layout import Segments
+from nopad.segments import Segments
 
 
 def segment_mean(tokens: Tensor, segments: Segments) -> Tensor:

@@ -7,7 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from nopad.layout import Layout, Segments
+from nopad.layout import Layout
+from nopad.segments import Segments
 
 
 @dataclasses.dataclass(frozen=True)

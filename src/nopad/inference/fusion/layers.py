@@ -26,7 +26,7 @@ from nopad.layers.attention import Rotation
 from nopad.layers.block import Block
 from nopad.layers.rope import rotate_halves
 from nopad.layers.rope_3d import turn_neighbours
-from nopad.layout import Segments
+from nopad.segments import Segments
 
 
 def obstacle(encoder: Any, device: torch.device, dtype: torch.dtype) -> str | None:
