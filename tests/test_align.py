@@ -17,6 +17,7 @@ from PIL import Image
 import nopad
 from nopad.align import metrics as parity
 from nopad.align.command import align_table
+from nopad.align.references import AIMv2Reference, reference_of
 from nopad.align.run import align
 from nopad.cli import main
 from nopad.families.aimv2 import AIMv2Packing
@@ -424,6 +425,13 @@ def test_models_are_found_by_text_and_family(capsys):
     assert "no published name contains 'no such model'" in capsys.readouterr().err
     assert main(["models", "--family", "clip"]) == 2
     assert "--family: expected one of aimv2, dinov3" in capsys.readouterr().err
+
+
+def test_a_subclass_is_compared_with_its_familys_original(native):
+    class Mine(nopad.AIMv2Packing):
+        pass
+
+    assert isinstance(reference_of(Mine.from_pretrained(native)), AIMv2Reference)
 
 
 def test_the_version_is_printed(capsys):

@@ -10,14 +10,16 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import accelerate
 import aimv2_checkpoints
 import dinov3_checkpoints
+import huggingface_hub
 import onevision_checkpoints
 import pytest
 import siglip2_checkpoints
 import torch
 from onevision_original import PlainConfig, PlainOneVision
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_model
 from tiny_encoders import FAMILIES, GRIDS, patches_of, relative, tiny
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -687,3 +689,41 @@ def test_parts_are_reached_and_set_by_role(family, encoder):
         output = encoder.encode(patches_of(encoder), GRIDS)
         first = int(GRIDS[0].prod())
         torch.testing.assert_close(output.pooled[0], output.tokens[:first].mean(dim=0))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_loses_is_an_error(tmp_path, monkeypatch, family):
+    folder, load = tiny(family, tmp_path / "checkpoint"), PreTrainedModel.from_pretrained.__func__
+
+    def losing(cls, *args, state_dict, **kwargs):
+        state_dict.popitem()
+        return load(cls, *args, state_dict=state_dict, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(losing))
+    with pytest.raises(ValueError, match="transformers has not loaded 1: "):
+        nopad.load(folder)
+
+
+def accelerated(encoder, folder):
+    accelerate.Accelerator().save_model(encoder, folder)
+
+
+SAVERS = {
+    "safetensors": lambda encoder, folder: save_model(encoder, str(folder / "model.safetensors")),
+    "huggingface_hub": lambda encoder, folder: huggingface_hub.save_torch_model(encoder, folder, max_shard_size="20KB"),
+    "accelerate": accelerated,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("saver", SAVERS)
+def test_savers_that_leave_out_tied_parameters_save_them_all(tmp_path, family, saver):
+    encoder = nopad.load(tiny(family, tmp_path / "checkpoint"))
+    (tmp_path / "saved").mkdir()
+    SAVERS[saver](encoder, tmp_path / "saved")
+    stored = {}
+    for file in (tmp_path / "saved").glob("*.safetensors"):
+        stored |= load_file(file)
+    state = encoder.state_dict()
+    assert stored.keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in stored.items())

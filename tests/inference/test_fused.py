@@ -409,6 +409,8 @@ def test_weights_may_change_where_graphs_have_been_recorded(encoder, plain_produ
     monkeypatch.setattr(Graphs, "exclusive", lambda self: contextlib.nullcontext())
     encoder.compile(CAPACITY, SLOTS)
     encoder._runner.layers = Graphs(encoder._runner.layers)
+    assert not encoder._runner.layers.fixed_memory  # what was folded is folded anew into the same memory
+    assert Graphs(PlainLayers(encoder.layers)).fixed_memory
     assert encoder.execution == "fused by plain torch"
     encoder.layers[0].norm2.weight.mul_(2.0)
     found = encoder(patches_of(encoder), GRIDS)

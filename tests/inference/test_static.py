@@ -216,6 +216,23 @@ def test_other_layers_are_those_that_run(encoder):
 
 
 @torch.no_grad()
+def test_weights_that_moved_are_not_looked_for_where_they_lay(encoder):
+    class OldWeights(PlainLayers):  # as a recorded graph reads them
+        fixed_memory = True
+
+        def __call__(self, tokens, *rest):
+            return torch.zeros_like(tokens)
+
+    encoder.compile(CAPACITY, SLOTS, compiled=False)
+    expected = encoder(patches_of(encoder), GRIDS)
+    encoder._runner.layers = OldWeights(encoder.layers)
+    assert not torch.equal(encoder(patches_of(encoder), GRIDS), expected)
+    weight = encoder.layers[0].mlp.down.weight
+    weight.data = weight.data.clone()
+    assert torch.equal(encoder(patches_of(encoder), GRIDS), expected)
+
+
+@torch.no_grad()
 def test_weights_may_change(encoder):
     encoder.compile(CAPACITY, SLOTS)
     encoder.layers[0].mlp.down.weight.zero_()

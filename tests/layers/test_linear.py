@@ -106,6 +106,10 @@ def other_memory(maps):
     maps.k.weight.data = torch.randn(8, 8)
 
 
+def other_memory_of_a_bias(maps):
+    maps.k.bias.data = torch.randn(8)
+
+
 def another_weight(maps):
     maps.k.weight = nn.Parameter(torch.randn(8, 8))
 
@@ -128,6 +132,7 @@ def no_bias(maps):
         another_class,
         another_map,
         other_memory,
+        other_memory_of_a_bias,
         another_weight,
         another_bias,
         no_bias,
@@ -153,10 +158,12 @@ def test_a_global_hook_sees_each():
     assert seen == [maps.q, maps.k, maps.v]
 
 
-def test_autocast_casts_each():
-    maps = laid(True, True, True)
+def test_autocast_which_keeps_the_casts_of_parameters_gets_each(monkeypatch):
+    maps, seen, linear = laid(True, True, True), [], nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda x, w, b: seen.append(tuple(w.shape)) or linear(x, w, b))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert {part.dtype for part in maps.multiply_each(torch.randn(5, 8))} == {torch.bfloat16}
+    assert seen == [(8, 8)] * 3
 
 
 @pytest.mark.parametrize("maps", [Maps(True, True, True, sizes=(8, 4, 8)), Maps(True, True, True).to("meta")])
@@ -198,6 +205,34 @@ def test_saved_they_are_weights_as_any(tmp_path):
     for again in (load_file(tmp_path / "weights.safetensors"), torch.load(tmp_path / "weights.pth")):
         assert again.keys() == state.keys()
         assert all(torch.equal(tensor, state[name]) for name, tensor in again.items())
+
+
+def test_each_parameter_has_a_storage_of_its_own():
+    maps = laid(True, False, True)
+    storages = {parameter.untyped_storage().data_ptr() for parameter in maps.parameters()}
+    assert len(storages) == len(list(maps.parameters())) == 5
+    for parameter in maps.parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+        assert parameter.storage_offset() == 0
+
+
+def test_memory_that_processes_share_is_left_shared():
+    maps, rows = laid(True, True, True), torch.randn(5, 8)
+    expected = maps.one_by_one(rows)
+    maps.share_memory()
+    assert all(parameter.is_shared() for parameter in maps.parameters())
+    with torch.no_grad():
+        assert_same(maps.multiply_each(rows), expected)
+    maps.to(torch.float32)
+    assert all(parameter.is_shared() for parameter in maps.parameters())
+
+
+def test_laid_out_again_they_are_not_moved():
+    maps = laid(True, True, True)
+    before = [parameter.data_ptr() for parameter in maps.parameters()]
+    maps.to("cpu")
+    maps.lay_out()
+    assert [parameter.data_ptr() for parameter in maps.parameters()] == before
 
 
 def test_joined_is_a_copy_with_zeros_for_missing_biases():

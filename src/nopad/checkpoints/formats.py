@@ -128,7 +128,7 @@ class Checkpoint:
         """
         if name not in self.tensors:
             stored = self.table.file_name(name)
-            raise ValueError(f"checkpoint {self.name!r}: tensor {stored!r} is missing, it tells the architecture")
+            raise ValueError(f"checkpoint {self.name!r}: tensor {stored!r} is missing; the config follows its shape")
         return self.tensors[name].shape
 
     def count(self, prefix: str) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from nopad.layers.patch_embed import reorder_patches
 from nopad.layers.roles import registered_path
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def _split(encoder: PretrainedEncoder, name: str, tensor: Tensor) -> dict[str, T
     if name == "embeddings.position_embedding":
         return {f"{name}.weight": tensor}
     if name == "embeddings.proj.weight":
-        return {name: _kernel(tensor, encoder.embeddings.proj.weight, encoder.config.patch_order)}
+        return {name: _kernel(tensor, encoder)}
     if module == "embeddings.norm" and encoder.family == "onevision":
         return {f"layernorm_pre.{leaf}": tensor}
     if module == "head.qkv":
@@ -77,14 +78,8 @@ def _split(encoder: PretrainedEncoder, name: str, tensor: Tensor) -> dict[str, T
     return {name: tensor}
 
 
-def _kernel(matrix: Tensor, like: Tensor, patch_order: str) -> Tensor:
-    """`(D, P)` over patches as the weight of the patch embedding."""
-    if like.ndim == 4:
-        _, channels, side, _ = like.shape
-        if patch_order == "chw":
-            return matrix.unflatten(1, (channels, side, side)).contiguous()
-        return matrix.unflatten(1, (side, side, channels)).permute(0, 3, 1, 2).contiguous()
-    if patch_order == "hwc":
-        return matrix
-    side = round((matrix.shape[1] / 3) ** 0.5)
-    return matrix.unflatten(1, (-1, side, side)).permute(0, 2, 3, 1).flatten(1)
+def _kernel(matrix: Tensor, encoder: PretrainedEncoder) -> Tensor:
+    """`(D, P)` over patches in the encoder's order as the weight of its patch embedding."""
+    config, shape = encoder.config, encoder.embeddings.proj.weight.shape
+    order = "chw" if len(shape) == 4 else "hwc"  # a convolution's, or that of NaFlex's linear map
+    return reorder_patches(matrix, config.patch_size, config.patch_order, order).reshape(shape).contiguous()

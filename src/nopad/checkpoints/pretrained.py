@@ -162,15 +162,15 @@ class PretrainedEncoder(ByRole, PreTrainedModel):
         skeleton = cls._skeleton(dialect.convert(part), config, options)
         if isinstance(kwargs.get("device_map"), Mapping):
             kwargs["device_map"] = {_registered(skeleton, part): to for part, to in kwargs["device_map"].items()}
-        asked = kwargs.pop("attn_implementation", None) or "auto"
-        wants_info = kwargs.pop("output_loading_info", False)
+        implementation = kwargs.pop("attn_implementation", None) or "auto"
+        output_loading_info = kwargs.pop("output_loading_info", False)
         load: Any = super().from_pretrained
         if quantised:
             model, info = load_quantised(load, checkpoint, dialect, skeleton, dtype=dtype, **kwargs)
         else:
             model, info = load_strictly(load, part, dialect, skeleton, dtype=dtype, **kwargs)
-        model._came_from(checkpoint, dialect, attention or asked)
-        return (model, info) if wants_info else model
+        model._came_from(checkpoint, dialect, attention or implementation)
+        return (model, info) if output_loading_info else model
 
     @classmethod
     def _skeleton(
@@ -183,8 +183,8 @@ class PretrainedEncoder(ByRole, PreTrainedModel):
             with torch.device("meta"):
                 return cls(_with_options(config, **options))
         except (TypeError, ArithmeticError, AttributeError, LookupError, StrictDataclassError) as error:
-            told = " ".join(str(error).split()) or repr(error)
-            raise ValueError(f"checkpoint {checkpoint.name!r}: config.json describes no encoder: {told}") from error
+            reason = " ".join(str(error).split()) or repr(error)
+            raise ValueError(f"checkpoint {checkpoint.name!r}: config.json describes no encoder: {reason}") from error
 
     def _came_from(self, checkpoint: Checkpoint, dialect: Dialect, attention: str) -> None:
         self.source, self.dialect = checkpoint.name, dialect.name
@@ -244,10 +244,7 @@ class PretrainedEncoder(ByRole, PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Whether files and memory differ from those of transformers' own class, which they do not.
-
-        transformers then names, in files, the layers of DINOv3 as it does for its own class.
-        """
+        """`False`: transformers names tensors in files as for its own class, DINOv3's layers `layer.i`."""
         return False
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -272,11 +269,10 @@ class PretrainedEncoder(ByRole, PreTrainedModel):
         return super().state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # `load_state_dict` calls this for each module, of an encoder within another model too.
+        # `load_state_dict` calls this for each module, of an encoder within another model too. Trainer passes a file's
+        # tensors under the names of the file.
         names = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
-        for name, part in (
-            self.original_dialect().table.parts(names).items()
-        ):  # of files, which Trainer loads as they are
+        for name, part in self.original_dialect().table.parts(names).items():
             state_dict[prefix + name] = state_dict.pop(prefix + part.name)
         self._check_names(names)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -301,9 +297,7 @@ class PretrainedEncoder(ByRole, PreTrainedModel):
         if not spoken:
             from nopad.families import FAMILIES
 
-            others = [
-                f.family for f in FAMILIES if f.family != self.family and any(d.matches(names) for d in f.dialects)
-            ]
+            others = [other.family for other in FAMILIES if any(dialect.matches(names) for dialect in other.dialects)]
             if others:
                 raise ValueError(f"state_dict: expected {self.family} weights, got those of {' or '.join(others)}")
 

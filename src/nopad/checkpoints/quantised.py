@@ -97,8 +97,8 @@ def load_quantised(
             str(checkpoint.folder), config=config, key_mapping=names or None, output_loading_info=True, **kwargs
         )
     except _DAMAGE as error:
-        told = _incomplete(checkpoint) or " ".join(str(error).split()) or repr(error)
-        raise ValueError(f"{whose}: its quantised weights cannot be read: {told}") from error
+        reason = _incomplete(checkpoint) or " ".join(str(error).split()) or repr(error)
+        raise ValueError(f"{whose}: its quantised weights cannot be read: {reason}") from error
     _check_loaded(whose, model, info, needed)
     return model, info
 
@@ -122,10 +122,12 @@ def _check_loaded(whose: str, model: nn.Module, info: Mapping[str, Any], needed:
     missing = sorted(info.get("missing_keys", ())) + [n for n, p in model.named_parameters() if p.is_meta]
     misshapen = sorted(map(str, info.get("mismatched_keys", ())))
     for name, parameter in model.named_parameters():
+        if name not in needed:
+            continue
         state = getattr(parameter, "quant_state", None)  # bitsandbytes keeps four bits packed, and the shape apart
         shape = tuple(parameter.shape if state is None else state.shape)
-        packed = state is not None and 2 * parameter.nbytes != needed[name].numel()
-        if name in needed and (packed or shape != tuple(needed[name].shape)):
+        incomplete = state is not None and 2 * parameter.nbytes != needed[name].numel()
+        if incomplete or shape != tuple(needed[name].shape):
             misshapen.append(f"{name} (got {shape}, expected {tuple(needed[name].shape)})")
     found = {"missing": missing, "misshapen": misshapen}
     problems = [f"{len(names)} {kind}: {', '.join(names[:10])}" for kind, names in found.items() if names]

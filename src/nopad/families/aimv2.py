@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -40,7 +41,7 @@ BLOCK_NAMES = {"norm1": "rms_norm1", "norm2": "rms_norm2", "mlp": "ffn"}
 class AIMv2Embeddings(ByRole):
     """Patches to tokens: a linear map, RMSNorm, then positions, sine-cosine or learned."""
 
-    names = {"proj": "patch_embed", "norm": "rms_norm"}  # noqa: RUF012 - see `ByRole`
+    names: Mapping[str, str] = {"proj": "patch_embed", "norm": "rms_norm"}
 
     def __init__(self, config: AIMv2PackingConfig):
         super().__init__()
@@ -74,7 +75,7 @@ class AIMv2Embeddings(ByRole):
 class AIMv2Head(ByRole):
     """Attention pooling with one learned query that has no projection of its own."""
 
-    names = {"k": "k_proj", "v": "v_proj", "proj": "output_proj"}  # noqa: RUF012 - see `ByRole`
+    names: Mapping[str, str] = {"k": "k_proj", "v": "v_proj", "proj": "output_proj"}
 
     def __init__(self, config: AIMv2PackingConfig):
         super().__init__()
@@ -120,7 +121,7 @@ class AIMv2Packing(PackedEncoder):
     family = "aimv2"
     dialects = DIALECTS
     published = PUBLISHED
-    names = {"layers": "encoder.layers", "norm": "rms_norm", "projection": "visual_projection"}  # noqa: RUF012
+    names: Mapping[str, str] = {"layers": "encoder.layers", "norm": "rms_norm", "projection": "visual_projection"}
     _no_split_modules = {"Block", "AIMv2Embeddings", "AIMv2Head"}  # noqa: RUF012 - as transformers declares it
 
     def build(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -45,7 +46,7 @@ STATISTICS: dict[str, dict[str, Any]] = {
 class DINOv3Embeddings(ByRole):
     """Patches to tokens, and each segment's CLS and register tokens in front of them."""
 
-    names = {"proj": "patch_embeddings"}  # noqa: RUF012 - see `ByRole`
+    names: Mapping[str, str] = {"proj": "patch_embeddings"}
 
     def __init__(self, config: DINOv3ViTPackingConfig):
         super().__init__()
@@ -146,7 +147,7 @@ class DINOv3ViTPacking(PackedEncoder):
     family = "dinov3"
     dialects = DIALECTS
     published = PUBLISHED
-    names = {"layers": "model.layer"}  # noqa: RUF012 - see `ByRole`
+    names: Mapping[str, str] = {"layers": "model.layer"}
     _no_split_modules = {"Block", "DINOv3Embeddings"}  # noqa: RUF012 - as transformers declares it
 
     def build(self) -> None:

@@ -156,7 +156,7 @@ def read_config(checkpoint: Checkpoint) -> DINOv3ViTPackingConfig:
 def _attention_of_meta(checkpoint: Checkpoint, hidden_size: int) -> dict[str, Any]:
     """Heads, biases and rope, from the tensors that a Meta checkpoint has for them."""
     if _PERIODS not in checkpoint.left_out:
-        raise ValueError(f"checkpoint {checkpoint.name!r}: tensor {_PERIODS!r} is missing, it tells the architecture")
+        raise ValueError(f"checkpoint {checkpoint.name!r}: tensor {_PERIODS!r} is missing; heads and rope follow it")
     periods = checkpoint.left_out[_PERIODS].read()
     head_dim = 4 * len(periods)
     if hidden_size % head_dim:

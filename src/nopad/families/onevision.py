@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def onevision_block(config: OneVisionPackingConfig) -> Block:
 class OneVisionEmbeddings(ByRole):
     """Patches to tokens: a linear map without bias; positions come with the attention."""
 
-    names = {"proj": "patch_embedding"}  # noqa: RUF012 - see `ByRole`
+    names: Mapping[str, str] = {"proj": "patch_embedding"}
 
     def __init__(self, config: OneVisionPackingConfig):
         super().__init__()
@@ -88,7 +89,7 @@ class OneVisionEncoderPacking(PackedEncoder):
     dialects = DIALECTS
     published = PUBLISHED
     frames_attend_jointly = True
-    names = {"layers": "encoder.layers", "norm": "layernorm_post"}  # noqa: RUF012 - see `ByRole`
+    names: Mapping[str, str] = {"layers": "encoder.layers", "norm": "layernorm_post"}
     _no_split_modules = {"Block", "OneVisionEmbeddings", "ProbeHead"}  # noqa: RUF012 - as transformers declares it
 
     def build(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -44,7 +45,7 @@ class Siglip2Embeddings(ByRole):
     NaFlex resizes them as its `resize_positional_embeddings`, SigLIP as its `interpolate_pos_encoding`.
     """
 
-    names = {"proj": "patch_embedding"}  # noqa: RUF012 - see `ByRole`
+    names: Mapping[str, str] = {"proj": "patch_embedding"}
 
     def __init__(self, config: SiglipConfigs):
         super().__init__()
@@ -101,7 +102,7 @@ class Siglip2NaflexPacking(PackedEncoder):
     family = "siglip2"
     dialects = DIALECTS
     published = PUBLISHED
-    names = {"layers": "encoder.layers", "norm": "post_layernorm"}  # noqa: RUF012 - see `ByRole`
+    names: Mapping[str, str] = {"layers": "encoder.layers", "norm": "post_layernorm"}
     _no_split_modules = {"Block", "Siglip2Embeddings", "ProbeHead"}  # noqa: RUF012 - as transformers declares it
 
     def build(self) -> None:

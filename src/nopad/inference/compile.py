@@ -73,7 +73,7 @@ def _first_that_works(encoder: PackedEncoder, capacity: int, slots: int) -> Read
             warm_up(encoder, layers, capacity, slots)
             if layers.execution != "eager":
                 return layers
-            message = "torch.compile runs them as they are, as it is told to, or cannot do otherwise"
+            message = "torch.compile is disabled or does not work here"
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except FAILURES as error:

@@ -18,8 +18,7 @@ class Graphs(ReadyLayers):
 
     def __init__(self, layers: ReadyLayers) -> None:
         self.layers = layers
-        # Weights that the layers fold are copied into the memory that was recorded, others are read where they lie.
-        self.fixed_memory = layers.fixed_segments
+        self.fixed_memory = not layers.copies_weights
         self.inputs: list[Tensor] = []
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.stream: torch.cuda.Stream | None = None  # torch's own for recordings is on the GPU of the first of all

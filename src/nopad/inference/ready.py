@@ -24,12 +24,14 @@ class ReadyLayers:
     Attributes:
         execution: how they run, for reports.
         fixed_segments: whether each pack needs as many segments as the one before.
+        copies_weights: whether they multiply with copies of the weights, which `refresh` writes to.
         fixed_memory: whether weights are read where they lay when the layers were made ready.
         static_input: `(capacity, D)` that tokens can be written to, `None` where they may lie anywhere.
     """
 
     execution = "eager"
     fixed_segments = True
+    copies_weights = False
     fixed_memory = False
     static_input: Tensor | None = None
 
@@ -79,12 +81,12 @@ class CompiledLayers(ReadyLayers):
 
     @property
     def execution(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """`"compiled"`, unless torch ran the layers as they are: where it is told to, or cannot compile them."""
+        """`"compiled"`, or `"eager"` where torch ran a layer of the last pack uncompiled."""
         return "eager" if self.seen_uncompiled else "compiled"
 
     def __call__(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
         """See `ReadyLayers`."""
-        update = None
+        update, self.seen_uncompiled = None, False
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT):
             for layer in self.layers:
                 tokens, update = self.one(layer, tokens, update, segments, rotate)

@@ -40,6 +40,8 @@ class SharedInput(ByRole):
 
     def lay_out(self) -> None:
         """Put the weights of the maps side by side, where they are plain maps of one size; else leave them."""
+        if self._one_gemm is not None and self._one_gemm.is_current(self):
+            return
         names = [self.names.get(role, role) for role in self.siblings]
         self.__dict__["_one_gemm"] = OneGemm.of({name: self._modules[name] for name in names})
 
@@ -77,9 +79,13 @@ class OneGemm:
         parameters: list[Any] = [linear._parameters for linear in plain.values()]
         first, *others = weights = [each["weight"] for each in parameters]
         biases = [each["bias"] for each in parameters]
-        if first.is_meta or any(other.shape != first.shape or other.dtype != first.dtype for other in others):
+        # On a CPU processes may share the memory, or a GPU read it; that is not given up.
+        placed = first.device.type == "cpu" and (first.is_shared() or first.is_pinned())
+        if first.device.type not in ("cpu", "cuda") or placed:  # others need not have DLPack
             return None
-        with torch.inference_mode(False), torch.no_grad():
+        if any(other.shape != first.shape or other.dtype != first.dtype for other in others):
+            return None
+        with torch.cuda.device_of(first), torch.inference_mode(False), torch.no_grad():
             weight = _side_by_side(weights, first)
             bias = _side_by_side(biases, first[:, 0]) if any(bias is not None for bias in biases) else None
         parts = (
@@ -117,14 +123,18 @@ class OneGemm:
 
 
 def _side_by_side(parameters: Sequence[nn.Parameter | None], like: Tensor) -> Tensor:
-    """One tensor that the parameters become views of, with zeros for those that are missing."""
+    """One tensor over whose rows the parameters lie from now on, with zeros for those that are missing.
+
+    Each parameter has a storage of its own, by DLPack: savers take parameters of one storage for tied ones, and write
+    the first of them alone.
+    """
     rows = len(like)
     together = like.new_zeros(len(parameters) * rows, *like.shape[1:])
     for number, parameter in enumerate(parameters):
         if parameter is not None:
             place = together[number * rows : (number + 1) * rows]
             place.copy_(parameter)
-            parameter.data = place
+            parameter.data = torch.from_dlpack(place)
     return together
 
 

@@ -100,6 +100,7 @@ class FusedLayers(ReadyLayers):
         self.versions = self.watch.versions()
 
     fixed_segments = False  # kernels that are called one by one
+    copies_weights = True
 
     @property
     def execution(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
