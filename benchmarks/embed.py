@@ -29,9 +29,11 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from transformers.utils import logging as transformers_logging
 
 import nopad
+from nopad.atomic import atomic_write
 from nopad.bench.candidates import Peer
 from nopad.embedding.job import embed
 from nopad.encoder import PackedEncoder
+from nopad.environment import dtype_name
 from nopad.preprocessing.transforms import Preprocessing
 from nopad.terminal import columns
 
@@ -88,11 +90,9 @@ def pictures(folder: Path, number: int, seed: int = 0) -> list[Path]:
         grain = (5 * grain).astype(np.int8)
 
         def make(index: int) -> None:
-            temporary = paths[index].with_suffix(".part")
-            picture(photos, grain, random.Random(f"{seed} {index}")).save(
-                temporary, "JPEG", quality=90, subsampling="4:2:0"
-            )
-            os.replace(temporary, paths[index])
+            image = picture(photos, grain, random.Random(f"{seed} {index}"))
+            with atomic_write(paths[index]) as file:
+                image.save(file, "JPEG", quality=90, subsampling="4:2:0")
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for done, _ in enumerate(pool.map(make, missing), 1):
@@ -238,7 +238,7 @@ def summarise(blocks: Sequence[Block], encoder: PackedEncoder, job: JobOfToday, 
     return {
         "model": encoder.source,
         "original": job.about,
-        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "dtype": dtype_name(encoder.dtype),
         "cores": len(os.sched_getaffinity(0)),
         "images": images,
         "megabytes": sum(path.stat().st_size for path in paths) / 1e6,

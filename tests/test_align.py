@@ -340,7 +340,7 @@ def test_command_line_in_fp8(native, capsys):
     arguments = ["align", str(native), "--device", "cpu", "--precision", "fp8", "--threshold", "0.97"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "float32, layers in fp8, on cpu" in printed
+    assert "float32, layers in fp8, on cpu, 1 thread" in printed
     assert re.search(r"least cosine after layer +0 +1 +2 +3\n", printed)
     assert re.search(r"64 images of one patch +1\.0000 +0\.9\d{3} +0\.9\d{3} +0\.9\d{3}\n", printed)
     assert "above 0.97; in fp8 the threshold alone decides" in printed

@@ -51,7 +51,12 @@ def test_it_passes(tmp_path, family, precision):
     assert all(
         case.packs == case.same == case.same_beside_nan == case.same_beside_infinity == 2 for case in report.cases
     )
-    assert (report.capacity, report.precision, report.dtype, report.device) == (512, precision, "float32", "cpu")
+    assert (report.capacity, report.precision, report.dtype, report.device) == (
+        512,
+        precision,
+        "float32",
+        "cpu, 1 thread",
+    )
     assert encoder.compiled_capacity is None
 
 
@@ -122,7 +127,7 @@ def test_command_line(folder, capsys):
     arguments = ["align", str(folder), "--batch-invariance", "--device", "cpu", "--capacity", "128"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "packs of 128 tokens\nfloat32 on cpu, attention sdpa\n" in printed
+    assert "packs of 128 tokens\nfloat32 on cpu, 1 thread, attention sdpa\n" in printed
     assert "PASSED: 2 of 2 images have the same features in every pack" in printed
     assert main([*arguments, "--precision", "fp8", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

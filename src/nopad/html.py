@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
+
+from nopad.atomic import atomic_write
 
 LEFT, RIGHT, TOP, BASE = 60, 946, 22, 232  # the plot within a chart of 960 × 280
 COLOURS, DASHES = 4, 3
@@ -73,15 +74,10 @@ def write(html: str, path: str | Path) -> None:
 def _write(html: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():
-        path.write_text(html, encoding="utf-8", errors="backslashreplace")
+        path.write_bytes(html.encode("utf-8", "backslashreplace"))
         return
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # Paths that are not UTF-8 come with surrogates.
-        beside.write_text(html, encoding="utf-8", errors="backslashreplace")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        file.write(html.encode("utf-8", "backslashreplace"))  # paths that are not UTF-8 come with surrogates
 
 
 def section(heading: str, *parts: str) -> str:

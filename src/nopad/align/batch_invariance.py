@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nopad.encoder import PackedEncoder
+from nopad.environment import device_name, dtype_name
 
 PACKS = 20
 CAPACITY = 4096
@@ -102,11 +103,10 @@ def check_batch_invariance(
                 cases.append(_case(encoder, name, grid, capacity, packs, generator))
         finally:
             encoder.uncompile()
-    device = torch.cuda.get_device_name(encoder.device) if encoder.device.type == "cuda" else encoder.device
     return BatchInvarianceReport(
         checkpoint=str(encoder.source),
-        device=str(device),
-        dtype=str(encoder.dtype).removeprefix("torch."),
+        device=device_name(encoder.device),
+        dtype=dtype_name(encoder.dtype),
         precision=encoder.precision,
         attention=encoder.attention,
         capacity=capacity,

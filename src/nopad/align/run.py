@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from nopad import __version__
 from nopad.align.metrics import AlignReport, Run, compare
 from nopad.align.references import ReferenceModel, reference_of
 from nopad.checkpoints.files import open_checkpoint
 from nopad.encoder import PackedEncoder
+from nopad.environment import device_name, dtype_name, versions
 from nopad.loading import load
 from nopad.packing import Pack, unpatchify
 
@@ -112,14 +112,14 @@ def align(
         family=packed.family,
         original=reference.describe(original),
         weights=weights,
-        device=str(torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device),
-        dtype=str(dtype).removeprefix("torch."),
+        device=device_name(device),
+        dtype=dtype_name(dtype),
         precision=packed.precision,
         attention=packed.attention,
         execution=packed.execution,
         capacity=packed.compiled_capacity,
         threshold=threshold,
-        versions=_versions(),
+        versions=versions(device),
         cases=tuple(results),
         skipped=tuple(skipped),
     )
@@ -268,9 +268,3 @@ def _run_original(reference: ReferenceModel, original: PreTrainedModel, pixels: 
         tuple(torch.cat(frames).float().cpu() for frames in zip(*layers_of_frames, strict=True)),
         torch.stack(pooled).float().mean(dim=0).cpu() if pooled else None,
     )
-
-
-def _versions() -> dict[str, str]:
-    import transformers
-
-    return {"nopad": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

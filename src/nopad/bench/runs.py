@@ -10,13 +10,13 @@ from typing import Literal
 
 import torch
 
-from nopad import __version__
 from nopad.bench.candidates import Images, Peer, contestants
 from nopad.bench.defaults import Defaults, defaults_on
 from nopad.bench.report import BenchReport, Ceiling, Facts, Row
 from nopad.bench.runner import block_parameters, race
 from nopad.bench.timing import meter
 from nopad.bench.workloads import Workload, fixed, mixed
+from nopad.environment import device_name, dtype_name, versions
 from nopad.loading import load
 
 logger = logging.getLogger(__name__)
@@ -117,10 +117,10 @@ def bench(
         family=encoder.family,
         original=None if peer is None or peer.model is None else peer.about,
         no_original="not asked for" if peer is None else peer.about if peer.model is None else None,
-        device=_name(device),
-        dtype=str(dtype).removeprefix("torch."),
+        device=device_name(device),
+        dtype=dtype_name(dtype),
         attention=encoder.attention,
-        versions=_versions(device),
+        versions=versions(device),
         parameters=block_parameters(encoder),
         seed=seed,
         runs=asked.runs,
@@ -150,15 +150,3 @@ def _check_capacities(capacities: Sequence[int], workloads: Sequence[Workload], 
 def _facts(workload: Workload, ceiling: Ceiling) -> Facts:
     lengths = workload.lengths
     return Facts(workload.name, len(lengths), len(set(workload.grids)), workload.tokens, max(lengths), ceiling)
-
-
-def _name(device: torch.device) -> str:
-    threads = torch.get_num_threads()
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {threads} threads"
-
-
-def _versions(device: torch.device) -> dict[str, str]:
-    import transformers
-
-    versions = {"nopad": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return {**versions, "cuda": str(torch.version.cuda)} if device.type == "cuda" else versions

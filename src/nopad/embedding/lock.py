@@ -14,6 +14,7 @@ from types import TracebackType
 
 from filelock import FileLock, Timeout
 
+from nopad.atomic import atomic_write
 from nopad.embedding.table.writer import OWN_FOLDER, folder_error
 
 
@@ -84,9 +85,8 @@ class FolderLock:
     def _write_owner(self) -> None:
         since = datetime.now(UTC).isoformat(timespec="seconds")
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "since": since}
-        temporary = self._owner.with_name("owner.json.part")
-        temporary.write_text(json.dumps(owner), encoding="utf-8")
-        os.replace(temporary, self._owner)
+        with atomic_write(self._owner) as file:
+            file.write(json.dumps(owner).encode())
 
     def _held(self) -> str:
         try:

@@ -7,7 +7,6 @@ import json
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,12 +15,14 @@ from typing import Any
 import torch
 
 from nopad import __version__
+from nopad.atomic import atomic_write
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.embedding.inputs.archives import why
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import InputList, as_text
-from nopad.embedding.table.writer import OWN_FOLDER, ShardFormat, folder_error, sync_folder
+from nopad.embedding.table.writer import OWN_FOLDER, ShardFormat, folder_error
 from nopad.encoder import PackedEncoder
+from nopad.environment import dtype_name
 from nopad.loading import load
 from nopad.pipeline.worker import Worker
 from nopad.preprocessing.decode import MAX_PIXELS
@@ -113,7 +114,7 @@ def record_of(settings: Settings, encoder: PackedEncoder, sources: list[str], in
         "family": encoder.family,
         "architecture": json.dumps(architecture(encoder), sort_keys=True),
         "weights": weights_digest(encoder),
-        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "dtype": dtype_name(encoder.dtype),
         "device": encoder.device.type,
         "attention": encoder.attention,
         "layers": " ".join(filter(None, (encoder.execution, str(encoder.compiled_capacity or ""), encoder.precision))),
@@ -221,9 +222,13 @@ class JobFolder:
 
     def begin(self, record: Mapping[str, str], inputs: InputList) -> None:
         """Keep a new job's list and record; it is begun once both are there."""
-        self._write("inputs.parquet", inputs.save)
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        self._write("job.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
+        try:
+            inputs.save(self.own / "inputs.parquet")
+            with atomic_write(self.own / "job.json") as file:
+                file.write(text.encode())
+        except OSError as error:
+            raise folder_error(error, self.folder) from error
 
     def read(self) -> tuple[dict[str, str], InputList]:
         """The record and the list of the job that was begun here.
@@ -241,21 +246,6 @@ class JobFolder:
         if not is_whole:
             raise ValueError(f"{self.own}: inputs.parquet is not the list that job.json was begun with; {advice}")
         return record, inputs
-
-    def _write(self, name: str, save: Any) -> None:
-        temporary, path = self.own / f"{name}.part", self.own / name
-        try:
-            save(temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise folder_error(error, self.folder) from error
-            raise
-        sync_folder(self.own)
 
     def temporary(self, shard: Path) -> Path:
         """Where a shard is written before it is whole, another file each time: two actors may be at the same shard."""

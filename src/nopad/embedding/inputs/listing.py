@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from nopad.atomic import atomic_write
+
 _BLOCK = 1 << 16
 _FEW = pa.dictionary(pa.int32(), pa.string())
 _SCHEMA = pa.schema(
@@ -111,8 +113,8 @@ class InputList:
         return sha.hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write the list as a Parquet file, in place."""
-        with open(path, "wb") as file:  # Arrow itself opens no path that is not UTF-8
+        """Write the list as a Parquet file, all of it or nothing."""
+        with atomic_write(path) as file:  # Arrow itself opens no path that is not UTF-8
             pq.write_table(self._table, file, compression="zstd", row_group_size=_BLOCK)
 
     @classmethod

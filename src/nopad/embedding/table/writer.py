@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nopad.atomic import sync_folder
+
 OWN_FOLDER = ".nopad"
 """What a job keeps beside its shards lies in this folder."""
 
@@ -203,16 +205,6 @@ def _options(format: ShardFormat) -> dict[str, Any]:
         # Page sizes are looked at after each batch of values, and a page must stay below 2 GB.
         "write_batch_size": _ROWS_PER_GROUP if format.token_dimension is None else 1,
     }
-
-
-def sync_folder(folder: Path) -> None:
-    # Some network file systems refuse this. Then a power cut can undo the rename, and the shard is made again.
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _groups(rows: Iterable[Row], format: ShardFormat) -> Iterator[list[Row]]:

@@ -1,0 +1,56 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def atomic_write(path: str | Path, *, folder: str | Path | None = None) -> Iterator[BinaryIO]:
+    """A file to write to, which becomes `path` when the block ends without an exception.
+
+    It lies under a name of its own, `….part`, until it is flushed to the disk; then it is renamed. Whatever is raised
+    meanwhile, it is removed and `path` is as it was. No link at either name is followed.
+
+    Args:
+        path: replaced where it exists.
+        folder: of the temporary file, on the file system of `path`; that of `path` unless given.
+
+    Raises:
+        OSError: what the system says.
+    """
+    path = Path(path)
+    temporary = Path(folder or path.parent) / f".{path.name}.{uuid.uuid4().hex}.part"
+    file = open(temporary, "xb")  # noqa: SIM115 - closed below, where an error of closing is of no use
+    try:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        finally:
+            with suppress(OSError):
+                file.close()
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's names to the disk.
+
+    Some network file systems refuse that, which is no error: a power cut can then undo the last rename.
+    """
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,35 @@
+"""Versions, devices and dtypes as every report and record names them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nopad import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+
+def versions(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Versions of nopad, torch and transformers, and of CUDA where `device` is a GPU."""
+    import torch
+    import transformers
+
+    found = {"nopad": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {**found, "cuda": str(torch.version.cuda)} if torch.device(device).type == "cuda" else found
+
+
+def device_name(device: torch.device | str) -> str:
+    """`"NVIDIA H100 80GB HBM3"` of a GPU, `"cpu, 2 threads"` of a CPU, which computes with torch's threads."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'' if threads == 1 else 's'}" if device.type == "cpu" else str(device)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`"bfloat16"` of `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
