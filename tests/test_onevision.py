@@ -20,7 +20,7 @@ from nopad.align.run import align
 from nopad.checkpoints.files import open_checkpoint
 from nopad.cli import main
 from nopad.families import onevision
-from nopad.layers.rope_3d import angles_3d, turn_neighbours
+from nopad.layers.rope_3d import angles_3d, apply_rotary_interleaved
 from nopad.layout import Layout
 
 GRIDS = [(1, 3, 5), (1, 1, 1), (3, 2, 4), (1, 60, 1), (1, 1, 60), (2, 5, 5)]
@@ -192,11 +192,11 @@ def test_angles_by_hand():
 def test_neighbouring_channels_turn_by_two_angles_so_that_it_is_no_rotation():
     states = torch.tensor([[[3.0, 4.0, 1.0, 0.0]]])
     angles = torch.tensor([[[math.pi / 2, 0.0, math.pi / 2, 0.0]]])
-    turned = turn_neighbours(states, angles.cos(), angles.sin())
+    turned = apply_rotary_interleaved(states, angles.cos(), angles.sin())
     torch.testing.assert_close(turned, torch.tensor([[[-4.0, 4.0, 0.0, 0.0]]]))
     # One angle for both would be a rotation, which keeps lengths.
     angles = torch.tensor([[[math.pi / 2, math.pi / 2, math.pi, math.pi]]])
-    turned = turn_neighbours(states, angles.cos(), angles.sin())
+    turned = apply_rotary_interleaved(states, angles.cos(), angles.sin())
     torch.testing.assert_close(turned, torch.tensor([[[-4.0, 3.0, -1.0, 0.0]]]))
 
 
@@ -206,7 +206,7 @@ def test_a_true_rotation_misses_the_golden(goldens, monkeypatch):
 
     def pairs(layout, head_dim, theta):
         angles = angles_3d(layout.coordinates, head_dim, theta).repeat_interleave(2, dim=1)[:, None]
-        return lambda states: turn_neighbours(states, angles.cos(), angles.sin())
+        return lambda states: apply_rotary_interleaved(states, angles.cos(), angles.sin())
 
     def halves(layout, head_dim, theta):
         angles = angles_3d(layout.coordinates, head_dim, theta).repeat(1, 2)[:, None]
@@ -220,7 +220,7 @@ def test_a_true_rotation_misses_the_golden(goldens, monkeypatch):
         states = torch.randn(53, 2, 32)
         layout = Layout.read(inputs["hidden_states"], inputs["grid_thw"], None, 768)
         torch.testing.assert_close(rotation(layout, 32, 10000.0)(states).norm(dim=-1), states.norm(dim=-1))
-        monkeypatch.setattr(onevision, "rotate_3d", rotation)
+        monkeypatch.setattr(onevision, "rope_3d", rotation)
         with torch.no_grad():
             assert (encoder(inputs["hidden_states"], inputs["grid_thw"]) - expected).abs().max() > 1e-3
 

@@ -639,7 +639,7 @@ def test_tables_write_what_meta_writes(tmp_path, variant):
 @every_family
 def test_a_compiled_encoder_saves_the_same(family, folder, encoder, tmp_path):
     expected = copied(encoder.state_dict())
-    encoder.compile(128, max_images=8, compiled=False)
+    encoder.compile(128, max_segments=8, compiled=False)
     with torch.no_grad():
         encoder(patches_of(encoder), GRIDS)
     assert encoder.compiled_capacity == 128
@@ -647,7 +647,7 @@ def test_a_compiled_encoder_saves_the_same(family, folder, encoder, tmp_path):
     encoder.save_pretrained(tmp_path / "saved")
     assert same(load_file(tmp_path / "saved" / "model.safetensors"), load_file(folder / "model.safetensors"))
     other = blank(encoder)
-    other.compile(128, max_images=8, compiled=False)
+    other.compile(128, max_segments=8, compiled=False)
     other.load_state_dict(expected)
     assert relative(features(other), features(encoder)) < 1e-6
 

@@ -376,7 +376,7 @@ def test_alignment_passes(tmp_path, kind, dtype):
 def test_alignment_fails_a_wrong_head(tmp_path, kind, monkeypatch):
     folder = folder_of(tmp_path, kind())
     monkeypatch.setattr(
-        "nopad.layers.pooling.ProbeHead.forward", lambda self, tokens, segments: tokens[segments.cu_seqlens[:-1]]
+        "nopad.layers.pooling.MAPHead.forward", lambda self, tokens, segments: tokens[segments.cu_seqlens[:-1]]
     )
     report = align(folder)
     assert not any(case.passed for case in report.cases)

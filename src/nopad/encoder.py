@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nopad.inference import precision as formats
 from nopad.inference.compile import compile_layers
 from nopad.inference.runner import EagerRunner, Runner, StaticRunner
-from nopad.layers.attention import Rotation
+from nopad.layers.attention import Rope
 from nopad.layers.pooling import segment_mean
 from nopad.layers.prefix import PrefixLayout
 from nopad.layout import Layout
@@ -147,7 +147,7 @@ class PackedEncoder(PictureEncoder):
     # Ready for inference.
 
     def compile(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, capacity: int = CAPACITY, max_images: int | None = None, *, compiled: bool = True
+        self, capacity: int = CAPACITY, max_segments: int | None = None, *, compiled: bool = True
     ) -> None:
         """Compile the layers, one by one, for packs of one shape; all warm-up is done here.
 
@@ -164,21 +164,24 @@ class PackedEncoder(PictureEncoder):
 
         Args:
             capacity: tokens of a pack, prefix tokens among them.
-            max_images: most images, or frames that do not attend to each other, of a pack; a 64th of `capacity`
-                unless given.
+            max_segments: maximum number of segments of a pack: images, clips, or frames that do not attend to each
+                other. `capacity // 64` by default.
             compiled: `False` fills packs up and leaves the layers as they are.
 
         Raises:
-            ValueError: a capacity that holds no image, or `max_images` below 1.
+            ValueError: a capacity that holds no image, or `max_segments` below 1.
         """
         self.uncompile()
-        slots = max(1, capacity // 64) if max_images is None else max_images
-        if capacity <= self.num_prefix_tokens or slots < 1:
-            least = self.num_prefix_tokens + 1
-            raise ValueError(f"expected capacity ≥ {least} and max_images ≥ 1, got {capacity} and {slots}")
+        max_segments = max(1, capacity // 64) if max_segments is None else max_segments
+        if capacity <= self.num_prefix_tokens or max_segments < 1:
+            min_capacity = self.num_prefix_tokens + 1
+            raise ValueError(
+                f"expected capacity ≥ {min_capacity} and max_segments ≥ 1, got {capacity} and {max_segments}"
+            )
         on_device = torch.cuda.device_of(next(self.parameters()))
         with on_device, torch.inference_mode(False), torch.no_grad():  # or nothing made here could be written to later
-            self._runner = StaticRunner(self, capacity, slots, compile_layers(self, capacity, slots, compiled))
+            layers = compile_layers(self, capacity, max_segments, compiled)
+            self._runner = StaticRunner(self, capacity, max_segments, layers)
 
     def set_attention(self, backend: str) -> None:
         """As `PretrainedEncoder.set_attention`; undoes `compile`, whose layers keep the kernel they were made with."""
@@ -212,8 +215,8 @@ class PackedEncoder(PictureEncoder):
         return self._runner.capacity
 
     @property
-    def compiled_images(self) -> int | None:
-        """Most images, or frames that do not attend to each other, of a compiled pack, `None` unless compiled."""
+    def compiled_max_segments(self) -> int | None:
+        """Maximum number of segments of a compiled pack, `None` unless compiled."""
         return self._runner.max_segments
 
     @property
@@ -221,8 +224,8 @@ class PackedEncoder(PictureEncoder):
         """How the layers run in inference: `"eager"`, `"compiled"`, `"fused by quack"` or `"fused by torch"`."""
         return self._runner.execution(self.layers)
 
-    def example_rotation(self, rows: int) -> Rotation | None:
-        """What turns queries and keys, as `trunk` makes it for `rows` rows; `None` where they are not turned."""
+    def example_rope(self, rows: int) -> Rope | None:
+        """Rotary embedding as `trunk` makes it for `rows` rows; `None` where the model has none."""
         return None
 
     def example_positions(self) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Segments of a pack: the stretches of tokens that attend to each other."""
+"""Segments of a pack: consecutive tokens that attend to each other."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
-    """Where each segment of a pack begins and ends.
+    """Lengths and offsets of the segments of a pack.
 
-    `lengths` stays on the host, so that nobody has to read `cu_seqlens` back from the device.
+    `lengths` stays on the host, so that `cu_seqlens` is never read back from the device.
 
     Attributes:
         lengths: tokens in each segment, S ints.
         cu_seqlens: `(S + 1,)` int32 offsets on the device of the tokens.
-        max_seqlen: tokens in the longest segment, 0 where there is none, or any number above.
+        max_seqlen: tokens in the longest segment, 0 for an empty pack, or any upper bound.
     """
 
     lengths: tuple[int, ...]
@@ -29,35 +29,36 @@ class Segments:
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str) -> Segments:
-        """Offsets of segments of the given lengths, on `device`."""
+        """Segments of the given lengths, with offsets on `device`."""
         offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         return cls(tuple(lengths), offsets.to(device, non_blocking=True), max(lengths, default=0))
 
     @cached_property
     def num_tokens(self) -> int:
-        """Tokens in all segments together."""
+        """Number of tokens in all segments."""
         return sum(self.lengths)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def filled_up(self, rows: int, slots: int) -> Segments:
-        """The same segments and, after them, more that take what is left of `rows` rows, as evenly as can be.
+    def padded(self, num_tokens: int, num_segments: int) -> Segments:
+        """Append padding segments of nearly equal length, up to `num_tokens` tokens in `num_segments` segments.
 
         Raises:
-            ValueError: more tokens than `rows`, or as many segments as `slots`.
+            ValueError: more tokens than `num_tokens`, or no room for a padding segment.
         """
-        left, free = rows - self.num_tokens, slots - len(self)
-        if left < 0 or free < 1:
+        missing_tokens, missing_segments = num_tokens - self.num_tokens, num_segments - len(self)
+        if missing_tokens < 0 or missing_segments < 1:
             raise ValueError(
-                f"expected at most {rows} tokens in fewer than {slots} segments, got {self.num_tokens} in {len(self)}"
+                f"expected at most {num_tokens} tokens in fewer than {num_segments} segments, "
+                f"got {self.num_tokens} in {len(self)}"
             )
-        each, more = divmod(left, free)
-        filler = [each + 1] * more + [each] * (free - more)
-        return Segments.of([*self.lengths, *filler], self.cu_seqlens.device)
+        length, longer = divmod(missing_tokens, missing_segments)
+        padding = [length + 1] * longer + [length] * (missing_segments - longer)
+        return Segments.of([*self.lengths, *padding], self.cu_seqlens.device)
 
     def index(self) -> Tensor:
-        """Segment number of each token, `(T,)` int64 on the device; no host read."""
+        """Index of each token's segment, `(T,)` int64 on the device; no host read."""
         lengths = self.cu_seqlens.diff().long()
-        numbers = torch.arange(len(self), device=lengths.device)
-        return numbers.repeat_interleave(lengths, output_size=self.num_tokens)
+        indices = torch.arange(len(self), device=lengths.device)
+        return indices.repeat_interleave(lengths, output_size=self.num_tokens)

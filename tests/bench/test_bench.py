@@ -56,8 +56,8 @@ def as_it_is(monkeypatch):
     monkeypatch.setattr(AIMv2Packing, "uncompile", lambda self: None, raising=False)
     calls = []
 
-    def compiled(self, *, capacity, max_images):
-        calls.append((capacity, max_images))
+    def compiled(self, *, capacity, max_segments):
+        calls.append((capacity, max_segments))
 
     monkeypatch.setattr(AIMv2Packing, "compile", compiled)
     return calls
@@ -93,7 +93,7 @@ def test_everybody_runs_both_workloads_and_agrees(native, as_it_is):
 
 
 def test_how_compiled_layers_were_made_ready_is_told(native, as_it_is, monkeypatch):
-    def compiled(encoder, *, capacity, max_images):
+    def compiled(encoder, *, capacity, max_segments):
         encoder.made_for = capacity
 
     def execution(encoder):
@@ -315,7 +315,7 @@ def test_without_an_original_its_rows_say_why(tmp_path, goldens):
 
 
 def test_a_compiled_encoder_that_is_wrong_is_found_and_the_eager_one_is_none_the_worse(native, as_it_is, monkeypatch):
-    def spoil(self, *, capacity, max_images):
+    def spoil(self, *, capacity, max_segments):
         last = self.layers[-1]
         last.register_forward_hook(lambda *_: torch.randn(_[2].shape))
 

@@ -21,9 +21,9 @@ from nopad.inference.fusion.folding import FoldedBlock, Matrix
 from nopad.inference.fusion.gemm_reference import SMALL, PlainProducts, centre, factor, to_dtype
 from nopad.inference.fusion.layers import FusedLayers, channel_order, obstacle, products_for, turn_of
 from nopad.inference.ready import PlainLayers
-from nopad.layers.attention import Rotation
-from nopad.layers.rope import rotate_halves
-from nopad.layers.rope_3d import turn_neighbours
+from nopad.layers.attention import Rope
+from nopad.layers.rope import apply_rotary
+from nopad.layers.rope_3d import apply_rotary_interleaved
 from nopad.segments import Segments
 
 CAPACITY, SLOTS = 160, 9
@@ -61,7 +61,7 @@ def expected_of(encoder, tokens, segments, rotation=None):
 def test_features_are_those_of_the_layers(folder):
     encoder = nopad.load(folder)
     tokens, segments = tokens_of(encoder, 20, 9, 37)
-    rotation = encoder.example_rotation(len(tokens))
+    rotation = encoder.example_rope(len(tokens))
     found = FusedLayers(encoder.layers, PlainProducts(), rotation)(tokens, segments, rotation)
     assert relative(found, expected_of(encoder, tokens, segments, rotation)) < 1e-5
 
@@ -71,7 +71,7 @@ def test_features_are_those_of_the_layers(folder):
 def test_in_half_precision_they_are_as_close_to_float32_as_the_layers(tmp_path, family):
     encoder = nopad.load(tiny(family, tmp_path / "wide", **WIDE))
     tokens, segments = tokens_of(encoder, *[64] * 16)
-    rotation = encoder.example_rotation(len(tokens))
+    rotation = encoder.example_rope(len(tokens))
     exact = expected_of(encoder, tokens, segments, rotation)
     layers, tokens = encoder.to(BF16).layers, tokens.to(BF16)
     own = relative(expected_of(encoder, tokens, segments, rotation), exact)
@@ -186,7 +186,7 @@ def test_fused_layers_that_give_something_else_are_not_taken(tmp_path, monkeypat
 def test_the_check_sees_no_difference_where_there_is_none(folder, monkeypatch):
     monkeypatch.setattr(fused, "FAR", 1e-3)
     encoder = nopad.load(folder)
-    rotation = encoder.example_rotation(30)
+    rotation = encoder.example_rope(30)
     tokens, segments = tokens_of(encoder, 17, 13)
     FusedLayers(encoder.layers, PlainProducts(), rotation).check(tokens, segments, rotation)
 
@@ -272,17 +272,17 @@ def test_in_float8_weights_that_change_in_place_are_folded_anew(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("turn", [rotate_halves, turn_neighbours])
+@pytest.mark.parametrize("turn", [apply_rotary, apply_rotary_interleaved])
 def test_channels_turned_side_by_side_are_the_same_turned(turn):
-    states, size = torch.randn(5, 2, 8), 8 if turn is turn_neighbours else 4
-    rotation = Rotation(turn, torch.randn(5, 1, size), torch.randn(5, 1, size))
+    states, size = torch.randn(5, 2, 8), 8 if turn is apply_rotary_interleaved else 4
+    rotation = Rope(turn, torch.randn(5, 1, size), torch.randn(5, 1, size))
     order = channel_order(rotation, 8)
     order = torch.arange(8) if order is None else order
     expected = rotation(states)[..., order]
     side_by_side = turn_of(rotation)
-    found = turn_neighbours(states[:, :, order], side_by_side.cos[:, None], side_by_side.sin[:, None])
+    found = apply_rotary_interleaved(states[:, :, order], side_by_side.cos[:, None], side_by_side.sin[:, None])
     torch.testing.assert_close(found, expected)
-    assert side_by_side.shared == (turn is rotate_halves)
+    assert side_by_side.shared == (turn is apply_rotary)
 
 
 def test_positions_that_keep_to_their_grid_are_made_on_it_beforehand(tmp_path, plain_products, monkeypatch):

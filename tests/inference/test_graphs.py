@@ -10,18 +10,18 @@ import torch
 
 from nopad.inference.cuda_graphs import Graphs
 from nopad.inference.ready import ReadyLayers
-from nopad.layers.attention import Rotation
-from nopad.layers.rope import rotate_halves
+from nopad.layers.attention import Rope
+from nopad.layers.rope import apply_rotary
 from nopad.segments import Segments
 
 
 class Recorder(ReadyLayers):
     """Layers that use all that they are given, and remember what they were recorded with and where they wrote."""
 
-    def __call__(self, tokens, segments, rotate):
+    def __call__(self, tokens, segments, rope):
         starts = segments.cu_seqlens[: len(tokens)].float()[:, None]
-        output = tokens * 2 + starts + rotate.cos[:, 0] - rotate.sin[:, 0] + segments.max_seqlen
-        self.recorded = tokens, segments, rotate, output
+        output = tokens * 2 + starts + rope.cos[:, 0] - rope.sin[:, 0] + segments.max_seqlen
+        self.recorded = tokens, segments, rope, output
         tokens.fill_(7.0)  # as layers do that add in place
         return output
 
@@ -68,7 +68,7 @@ def layers(monkeypatch):
 
 def draw(lengths, max_seqlen):
     offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    rotation = Rotation(rotate_halves, torch.randn(4, 1, 4), torch.randn(4, 1, 4))
+    rotation = Rope(apply_rotary, torch.randn(4, 1, 4), torch.randn(4, 1, 4))
     return torch.randn(4, 4), Segments(tuple(lengths), offsets, max_seqlen), rotation
 
 

@@ -76,7 +76,7 @@ def test_what_one_pack_became_outlives_the_next(encoder):
     memory = torch.empty(CAPACITY, encoder.hidden_size)
 
     class OnePlace(PlainLayers):  # as a CUDA graph's
-        def __call__(self, tokens, segments, rotate):
+        def __call__(self, tokens, segments, rope):
             return memory.copy_(tokens)
 
     encoder._runner.layers = OnePlace(encoder.layers)
@@ -255,9 +255,9 @@ def test_copies_and_saved_ones_are_not_compiled(encoder, tmp_path):
 @torch.no_grad()
 def test_moving_and_casting_undo_it(encoder):
     encoder.compile(CAPACITY, SLOTS)
-    assert (encoder.compiled_capacity, encoder.compiled_images) == (CAPACITY, SLOTS)
+    assert (encoder.compiled_capacity, encoder.compiled_max_segments) == (CAPACITY, SLOTS)
     encoder.to(torch.float64)
-    assert (encoder.compiled_capacity, encoder.compiled_images) == (None, None)
+    assert (encoder.compiled_capacity, encoder.compiled_max_segments) == (None, None)
 
 
 @torch.no_grad()
@@ -304,7 +304,7 @@ def test_embed_counts_prefix_tokens(encoder, caplog):
 
 
 def test_wrong_numbers(encoder):
-    with pytest.raises(ValueError, match="max_images ≥ 1"):
+    with pytest.raises(ValueError, match="max_segments ≥ 1"):
         encoder.compile(100, 0)
     with pytest.raises(ValueError, match="expected capacity"):
         encoder.compile(encoder.num_prefix_tokens, 1)
@@ -349,16 +349,16 @@ def test_max_seqlen_takes_few_values():
 
 
 def test_what_is_left_is_spread_evenly():
-    filled = Segments.of([4, 5], "cpu").filled_up(16, 6)
+    filled = Segments.of([4, 5], "cpu").padded(16, 6)
     assert filled.lengths == (4, 5, 2, 2, 2, 1)
     assert filled.cu_seqlens.tolist() == [0, 4, 9, 11, 13, 15, 16]
-    assert Segments.of([4, 5], "cpu").filled_up(9, 3).lengths == (4, 5, 0)
+    assert Segments.of([4, 5], "cpu").padded(9, 3).lengths == (4, 5, 0)
 
 
 @pytest.mark.parametrize(("rows", "slots"), [(8, 6), (12, 2)])
 def test_more_than_there_is_room_for(rows, slots):
     with pytest.raises(ValueError, match=f"expected at most {rows} tokens in fewer than {slots} segments, got 9 in 2"):
-        Segments.of([4, 5], "cpu").filled_up(rows, slots)
+        Segments.of([4, 5], "cpu").padded(rows, slots)
 
 
 @torch.no_grad()

@@ -13,12 +13,12 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 
 from nopad.layers.positions import (
     TABLE,
+    patch_weights,
     resample,
     resampled_positions,
     sincos_2d,
     sincos_axis,
     tables_of_grids,
-    weights_of_patches,
 )
 from nopad.layout import Layout
 
@@ -175,7 +175,7 @@ def expected_of(layout: Layout, table: Tensor, source: tuple[int, int], mode: st
 @given(grid=PACKS, source=st.tuples(st.integers(2, 6), st.integers(2, 6)))
 def test_weights_of_patches_are_those_of_the_resized_tables(mode, antialias, grid, source):
     layout, table = layout_of(grid), noise(source[0] * source[1], 4)
-    weights, spans, index = weights_of_patches(layout, source, mode, antialias=antialias)
+    weights, spans, index = patch_weights(layout, source, mode, antialias=antialias)
     places = torch.arange(weights.shape[1])
     outside = (places < spans[:, :1]) | (places >= spans[:, 1:])
     assert not weights[outside].any()

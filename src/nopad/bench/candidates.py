@@ -227,7 +227,7 @@ def contestants(
     ]
 
 
-def _compiled(encoder: PackedEncoder, capacity: int, max_images: int, float8: bool) -> PackedEncoder:
+def _compiled(encoder: PackedEncoder, capacity: int, max_segments: int, float8: bool) -> PackedEncoder:
     """A twin of `encoder` over the same weights: compiling it for one capacity leaves the others as they are."""
     twin = copy.deepcopy(encoder, {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())})
     if float8:
@@ -235,7 +235,7 @@ def _compiled(encoder: PackedEncoder, capacity: int, max_images: int, float8: bo
             twin.to_precision("fp8")
         except ValueError as reason:  # sizes that float8's products do not take
             raise NotRun(str(reason)) from None
-    twin.compile(capacity=capacity, max_images=max_images)
+    twin.compile(capacity=capacity, max_segments=max_segments)
     return twin
 
 

@@ -23,13 +23,13 @@ from nopad.families.dinov3_checkpoints import (
     read_config,
 )
 from nopad.inference.runner import Runner
-from nopad.layers.attention import PackedAttention, Rotation
+from nopad.layers.attention import PackedAttention, Rope
 from nopad.layers.block import Block, LayerScale
 from nopad.layers.mlp import MLP, GatedMLP
 from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.prefix import PrefixLayout
 from nopad.layers.roles import ByRole
-from nopad.layers.rope import axial_angles, patch_centres, rope_periods, rotate_halves, stored_periods
+from nopad.layers.rope import apply_rotary, axial_angles, patch_centres, rope_periods, stored_periods
 from nopad.layout import Layout
 from nopad.preprocessing.transforms import Preprocessing
 from nopad.segments import Segments
@@ -66,7 +66,7 @@ class DINOv3Embeddings(ByRole):
 
 
 class DINOv3Rope(nn.Module):
-    """Rotation by the place of a patch's centre in its image; prefix tokens are not turned.
+    """Rotary embedding of each patch by the position of its centre in the image; prefix tokens are not rotated.
 
     In training the coordinates are shifted, stretched and rescaled at random as the config says, each image and frame
     on its own (transformers' `augment_patches_center_coordinates`).
@@ -85,15 +85,15 @@ class DINOv3Rope(nn.Module):
         self.jitter = config.pos_embed_jitter
         self.rescale = config.pos_embed_rescale
 
-    def forward(self, layout: Layout, places: PrefixLayout) -> Rotation:
-        """The rotation of every row of the pack."""
+    def forward(self, layout: Layout, places: PrefixLayout) -> Rope:
+        """Rotary embedding of every row of the pack."""
         centres = patch_centres(layout)
         if self.training:
             centres = self.augment(centres, layout)
-        # An angle of zero, which a centre at zero has, turns nothing, exactly.
+        # Prefix tokens get a centre of zero, so an angle of zero: exactly no rotation.
         centres = places.join(centres, centres.new_zeros(*places.prefix.shape, 2))
         angles = axial_angles(centres, self.periods_on(layout.device))[:, None]
-        return Rotation(rotate_halves, angles.cos(), angles.sin())
+        return Rope(apply_rotary, angles.cos(), angles.sin())
 
     def periods_on(self, device: torch.device) -> Tensor:
         """`(K / 4,)` float32."""
@@ -184,8 +184,8 @@ class DINOv3ViTPacking(PackedEncoder):
         norm_prefix = self.norm if self.cls_norm is None else self.cls_norm
         return Trunk(self.norm(places.take_patches(tokens)), norm_prefix(places.take_prefix(tokens)))
 
-    def example_rotation(self, rows: int) -> Rotation:
-        """That of a row of patches behind its prefix."""
+    def example_rope(self, rows: int) -> Rope:
+        """Rotary embedding of one row of patches and its prefix tokens."""
         layout = Layout.of_image(1, rows - self.num_prefix_tokens, self.device)
         return self.rope(layout, PrefixLayout.of(layout, self.num_prefix_tokens))
 

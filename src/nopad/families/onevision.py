@@ -15,13 +15,13 @@ from nopad.checkpoints.formats import Checkpoint
 from nopad.encoder import PackedEncoder, Trunk
 from nopad.families.onevision_checkpoints import DIALECTS, PUBLISHED, OneVisionPackingConfig, read_config
 from nopad.inference.runner import Runner
-from nopad.layers.attention import PackedAttention, Rotation
+from nopad.layers.attention import PackedAttention, Rope
 from nopad.layers.block import Block
 from nopad.layers.mlp import MLP
 from nopad.layers.patch_embed import PatchEmbedding
-from nopad.layers.pooling import ProbeAttention, ProbeHead
+from nopad.layers.pooling import MAPAttention, MAPHead
 from nopad.layers.roles import ByRole
-from nopad.layers.rope_3d import check_head_dim, rotate_3d
+from nopad.layers.rope_3d import check_head_dim, rope_3d
 from nopad.layout import Layout
 from nopad.preprocessing.transforms import Preprocessing
 
@@ -90,7 +90,7 @@ class OneVisionEncoderPacking(PackedEncoder):
     published = PUBLISHED
     frames_attend_jointly = True
     names: Mapping[str, str] = {"layers": "encoder.layers", "norm": "layernorm_post"}
-    _no_split_modules = {"Block", "OneVisionEmbeddings", "ProbeHead"}  # noqa: RUF012 - as transformers declares it
+    _no_split_modules = {"Block", "OneVisionEmbeddings", "MAPHead"}  # noqa: RUF012 - as transformers declares it
 
     def build(self) -> None:
         """Embeddings, blocks, and where the checkpoint has them the final norm and the head, which come together."""
@@ -104,21 +104,21 @@ class OneVisionEncoderPacking(PackedEncoder):
         if config.use_head:
             self.norm = onevision_norm(config)
             norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
-            self.head = ProbeHead(config.hidden_size, config.num_attention_heads, norm, onevision_mlp(config), names={})
+            self.head = MAPHead(config.hidden_size, config.num_attention_heads, norm, onevision_mlp(config), names={})
 
     def trunk(self, patches: Tensor, layout: Layout, runner: Runner) -> Trunk:
         """Patches to tokens, normed where the checkpoint has the final norm."""
         tokens = self.layernorm_pre(self.embeddings(patches, runner))
-        tokens = runner.run(self.layers, tokens, layout.images, self.rotation(layout))
+        tokens = runner.run(self.layers, tokens, layout.images, self.rope(layout))
         return Trunk(tokens if self.norm is None else self.norm(tokens))
 
-    def rotation(self, layout: Layout) -> Rotation:
-        """By time, row and column."""
-        return rotate_3d(layout, self._head_dim, self.config.rope_theta)
+    def rope(self, layout: Layout) -> Rope:
+        """Rotary embedding over time, row and column."""
+        return rope_3d(layout, self._head_dim, self.config.rope_theta)
 
-    def example_rotation(self, rows: int) -> Rotation:
-        """That of a row of patches."""
-        return self.rotation(Layout.of_image(1, rows, self.device))
+    def example_rope(self, rows: int) -> Rope:
+        """Rotary embedding of `rows` patches in a row."""
+        return self.rope(Layout.of_image(1, rows, self.device))
 
     @property
     def default_preprocessing(self) -> Preprocessing:
@@ -134,8 +134,8 @@ class OneVisionEncoderPacking(PackedEncoder):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ProbeHead):
+        if isinstance(module, MAPHead):
             init.normal_(module.probe, std=self.config.initializer_range)
-        elif isinstance(module, ProbeAttention):
+        elif isinstance(module, MAPAttention):
             init.normal_(module.in_proj_weight, std=self.config.initializer_range)
             init.zeros_(module.in_proj_bias)

@@ -27,7 +27,7 @@ from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
 from nopad.layers.mlp import MLP
 from nopad.layers.patch_embed import PatchEmbedding, reorder_patches
-from nopad.layers.pooling import ProbeAttention, ProbeHead
+from nopad.layers.pooling import MAPAttention, MAPHead
 from nopad.layers.positions import PositionTable, is_strict
 from nopad.layers.roles import ByRole
 from nopad.layout import Layout
@@ -103,7 +103,7 @@ class Siglip2NaflexPacking(PackedEncoder):
     dialects = DIALECTS
     published = PUBLISHED
     names: Mapping[str, str] = {"layers": "encoder.layers", "norm": "post_layernorm"}
-    _no_split_modules = {"Block", "Siglip2Embeddings", "ProbeHead"}  # noqa: RUF012 - as transformers declares it
+    _no_split_modules = {"Block", "Siglip2Embeddings", "MAPHead"}  # noqa: RUF012 - as transformers declares it
 
     def build(self) -> None:
         """Embeddings, blocks, norm, and where the checkpoint has it the head."""
@@ -118,7 +118,7 @@ class Siglip2NaflexPacking(PackedEncoder):
         self.head = None
         if config.vision_use_head:
             mlp, names = siglip2_mlp(config), {"norm": "layernorm"}
-            self.head = ProbeHead(config.hidden_size, config.num_attention_heads, norm(), mlp, names=names)
+            self.head = MAPHead(config.hidden_size, config.num_attention_heads, norm(), mlp, names=names)
 
     def trunk(self, patches: Tensor, layout: Layout, runner: Runner) -> Trunk:
         """Patches to normed tokens."""
@@ -160,8 +160,8 @@ class Siglip2NaflexPacking(PackedEncoder):
         size = self.config.hidden_size
         if isinstance(module, PositionTable):
             init.normal_(module.weight, std=size**-0.5)
-        elif isinstance(module, ProbeHead):
+        elif isinstance(module, MAPHead):
             init.normal_(module.probe, std=size**-0.5)
-        elif isinstance(module, ProbeAttention):
+        elif isinstance(module, MAPAttention):
             init.normal_(module.in_proj_weight, std=size**-0.5)
             init.zeros_(module.in_proj_bias)

@@ -87,7 +87,7 @@ def _makers(encoder: PackedEncoder) -> Iterator[Callable[[], ReadyLayers]]:
     reason = fused.obstacle(encoder, encoder.device, encoder.dtype)
     if reason is None:
         makers, reason = fused.products_for(encoder, encoder.device, encoder.dtype)
-        rotation = encoder.example_rotation(encoder.num_prefix_tokens + 1)
+        rotation = encoder.example_rope(encoder.num_prefix_tokens + 1)
         for make in makers:
             yield lambda make=make: fused.FusedLayers(encoder.layers, make(), rotation)
     if reason is not None:
@@ -99,7 +99,7 @@ def _makers(encoder: PackedEncoder) -> Iterator[Callable[[], ReadyLayers]]:
 def warm_up(encoder: PackedEncoder, layers: ReadyLayers, capacity: int, slots: int) -> None:
     """Run all lengths of segments that make a graph of their own, and what stands around layers; check fused ones."""
     encoder.example_positions()
-    rotation = encoder.example_rotation(capacity)
+    rotation = encoder.example_rope(capacity)
     tokens = torch.randn(capacity, encoder.hidden_size, device=encoder.device).to(encoder.dtype)
     tokens, finite = fill_up_rows(tokens, capacity)
     spoil(tokens, finite, Segments.of([capacity], encoder.device))

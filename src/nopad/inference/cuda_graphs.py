@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nopad.inference.ready import ReadyLayers
-from nopad.layers.attention import Rotation
+from nopad.layers.attention import Rope
 from nopad.segments import Segments
 
 
@@ -43,9 +43,9 @@ class Graphs(ReadyLayers):
         yield
         self.done.record()
 
-    def __call__(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
+    def __call__(self, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
         """`(capacity, D)` to `(capacity, D)`, which the next call overwrites."""
-        given = [tokens, segments.cu_seqlens, *(() if rotate is None else (rotate.cos, rotate.sin))]
+        given = [tokens, segments.cu_seqlens, *(() if rope is None else (rope.cos, rope.sin))]
         if not self.inputs:
             self.inputs = [tensor.clone() for tensor in given]
         for own, tensor in zip(self.inputs, given, strict=True):
@@ -53,7 +53,7 @@ class Graphs(ReadyLayers):
                 own.copy_(tensor)
         if segments.max_seqlen not in self.graphs:
             kept = tokens.clone()  # the first run may overwrite them
-            self.graphs[segments.max_seqlen] = self._record(segments, rotate)
+            self.graphs[segments.max_seqlen] = self._record(segments, rope)
             self.inputs[0].copy_(kept)
         graph, output = self.graphs[segments.max_seqlen]
         graph.replay()
@@ -64,10 +64,10 @@ class Graphs(ReadyLayers):
         """`(capacity, D)` that tokens are copied to, unless they are there; `None` before the first call."""
         return self.inputs[0] if self.inputs else None
 
-    def _record(self, segments: Segments, rotate: Rotation | None) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _record(self, segments: Segments, rope: Rope | None) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         tokens, offsets, *turns = self.inputs
         own = Segments(segments.lengths, offsets, segments.max_seqlen)
-        turn = None if rotate is None else Rotation(rotate.turn, *turns)
+        turn = None if rope is None else Rope(rope.apply, *turns)
         if self.stream is None:
             self.stream = torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())

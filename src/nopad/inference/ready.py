@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nopad.layers.attention import Rotation
-from nopad.layers.block import add
+from nopad.layers.attention import Rope
+from nopad.layers.block import add_residual
 from nopad.segments import Segments
 
 RECOMPILE_LIMIT = 1 << 20
@@ -35,7 +35,7 @@ class ReadyLayers:
     fixed_memory = False
     static_input: Tensor | None = None
 
-    def __call__(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
+    def __call__(self, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
         """`(T, D)` to `(T, D)`."""
         raise NotImplementedError
 
@@ -61,10 +61,10 @@ class PlainLayers(ReadyLayers):
     def __init__(self, layers: Iterable[Any]) -> None:
         self.layers = layers
 
-    def __call__(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
+    def __call__(self, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
         """See `ReadyLayers`."""
         for layer in self.layers:
-            tokens = layer(tokens, segments, rotate)
+            tokens = layer(tokens, segments, rope)
         return tokens
 
 
@@ -84,17 +84,17 @@ class CompiledLayers(ReadyLayers):
         """`"compiled"`, or `"eager"` where torch ran a layer of the last pack uncompiled."""
         return "eager" if self.seen_uncompiled else "compiled"
 
-    def __call__(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
+    def __call__(self, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
         """See `ReadyLayers`."""
-        update, self.seen_uncompiled = None, False
+        residual, self.seen_uncompiled = None, False
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT):
             for layer in self.layers:
-                tokens, update = self.one(layer, tokens, update, segments, rotate)
-        return tokens if update is None else add(tokens, update)
+                tokens, residual = self.one(layer, tokens, residual, segments, rope)
+        return tokens if residual is None else add_residual(residual, tokens)
 
     def _one(
-        self, layer: Any, tokens: Tensor, update: Tensor | None, segments: Segments, rotate: Rotation | None
+        self, layer: Any, tokens: Tensor, residual: Tensor | None, segments: Segments, rope: Rope | None
     ) -> tuple[Tensor, Tensor]:
         if not torch.compiler.is_compiling():
             self.seen_uncompiled = True
-        return layer.deferred(tokens, update, segments, rotate)
+        return layer.forward_deferred_residual(tokens, residual, segments, rope)

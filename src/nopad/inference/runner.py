@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from nopad.inference.guards import Watch
 from nopad.inference.padding import fill_up_rows, finite_rows, spoil, whole_segments
 from nopad.inference.ready import PlainLayers, ReadyLayers
-from nopad.layers.attention import Rotation
+from nopad.layers.attention import Rope
 from nopad.segments import Segments
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Runner(Protocol):
         """The GEMM from patches to tokens, `(T, P)` to `(T, D)`."""
         ...
 
-    def run(self, layers: nn.ModuleList, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
+    def run(self, layers: nn.ModuleList, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
         """All layers, `(T, D)` to `(T, D)`."""
         ...
 
@@ -100,13 +100,13 @@ class EagerRunner:
         """See `Runner`."""
         return embedding(patches)
 
-    def run(self, layers: Iterable[nn.Module], tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
+    def run(self, layers: Iterable[nn.Module], tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
         """See `Runner`."""
         states = self.hidden_states
         for layer in layers:
             if states is not None:
                 states.append(tokens)
-            tokens = layer(tokens, segments, rotate)
+            tokens = layer(tokens, segments, rope)
         if states is not None:
             states.append(tokens)
         return tokens
@@ -160,14 +160,14 @@ class StaticRunner:
         """The GEMM from patches to tokens, on `capacity` rows as all others."""
         return embedding(F.pad(patches, (0, 0, 0, self.capacity - len(patches))))[: len(patches)]
 
-    def run(self, layers: nn.ModuleList, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
+    def run(self, layers: nn.ModuleList, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
         """`(T, D)` to `(T, D)`; `layers` are the encoder's current ones."""
         # Not in inference mode, for which everything would be compiled once more.
         with self.lock, torch.inference_mode(False), torch.no_grad():
             ready = self.layers if self._current(layers) else PlainLayers(layers)
             with ready.exclusive():
                 filled, finite = fill_up_rows(tokens, self.capacity, ready.static_input)
-                filled_rotate = None if rotate is None else rotate.padded(self.capacity)
+                filled_rotate = None if rope is None else rope.padded(self.capacity)
                 slots = self.max_segments if ready.fixed_segments else None
                 output = ready(filled, fill_up(segments, self.capacity, slots), filled_rotate)
                 return spoil(output[: len(tokens)], finite, segments)
@@ -191,7 +191,7 @@ class StaticRunner:
         slots = self.max_segments + 1
         rows = self.capacity + slots
         tokens = F.pad(tokens, (0, 0, 0, rows - tokens.shape[0]))
-        pooled = encoder.pool_segments(type(trunk)(tokens, trunk.prefix_tokens), segments.filled_up(rows, slots))
+        pooled = encoder.pool_segments(type(trunk)(tokens, trunk.prefix_tokens), segments.padded(rows, slots))
         spoilt = ~whole_segments(finite, segments)
         return pooled[: len(segments)].masked_fill(spoilt[:, None], float("nan"))
 
@@ -214,7 +214,7 @@ def fill_up(segments: Segments, capacity: int, slots: int | None) -> Segments:
     With `slots` there are as many for all packs of at most so many segments, without as few as can be.
     """
     least = len(segments) + (capacity - segments.num_tokens) // FILLER + 1
-    filled = segments.filled_up(capacity, least if slots is None else slots + capacity // FILLER + 1)
+    filled = segments.padded(capacity, least if slots is None else slots + capacity // FILLER + 1)
     return dataclasses.replace(filled, max_seqlen=longest(filled.max_seqlen, capacity))
 
 

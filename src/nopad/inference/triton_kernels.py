@@ -104,7 +104,7 @@ def _silu_mul(gate_up, output, number, BLOCK: tl.constexpr):
 
 
 def turn_(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Turn queries and keys in place, see `nopad.layers.rope_3d.turn_neighbours`.
+    """Turn queries and keys in place, see `nopad.layers.rope_3d.apply_rotary_interleaved`.
 
     Args:
         qkv: `(T, H, 3, K)`, contiguous.

@@ -215,7 +215,7 @@ _FA2 = "pip install flash-attn --no-build-isolation"
 _FA3 = "pip install fa3_fwd (no gradients), or build hopper/ of github.com/Dao-AILab/flash-attention"
 # fa3_fwd 0.0.3 is built without float16 and without the backward (its fa3_fwd_config.py).
 _FA3_FORWARD = {"dtypes": (torch.bfloat16,), "max_head_dim": 128, "grad": False}
-# FA4 4.0.0b36 gives wrong gradients for head size 72 on an H100; these were found right (pytest -m gpu tests/layers).
+# FA4 4.0.0b36 gives wrong gradients for head size 72 on an H100; these were found right (pytest -m gpu tests/kernels).
 _FA4_LIMITS = {"max_head_dim": 128, "grad_head_dims": (64, 128)}
 
 # Best first. Two rows of one name are two packages of one kernel. FA4 takes head sizes above 128 on some devices only.

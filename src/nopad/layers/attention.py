@@ -14,41 +14,41 @@ from nopad.segments import Segments
 
 
 @dataclasses.dataclass  # not frozen: torch's compiler cannot make one that is
-class Rotation:
-    """Turns queries or keys `(T, H, K)` by the positions of their tokens.
+class Rope:
+    """Rotary embedding: cosines, sines, and the function that applies them to queries or keys.
 
     Attributes:
-        turn: called with states, cosines and sines.
+        apply: `apply_rotary` or `apply_rotary_interleaved`; called with queries or keys `(T, H, K)`, `cos` and `sin`.
         cos, sin: `(T, 1, …)` float32.
     """
 
-    turn: Callable[[Tensor, Tensor, Tensor], Tensor]
+    apply: Callable[[Tensor, Tensor, Tensor], Tensor]
     cos: Tensor
     sin: Tensor
 
-    def __call__(self, states: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """`(T, H, K)` to `(T, H, K)`."""
-        return self.turn(states, self.cos, self.sin)
+        return self.apply(x, self.cos, self.sin)
 
-    def padded(self, rows: int) -> Rotation:
-        """The same, for `rows` tokens of which the last are not turned."""
-        more = (0, 0, 0, 0, 0, rows - self.cos.shape[0])
-        return Rotation(self.turn, F.pad(self.cos, more, value=1.0), F.pad(self.sin, more))
+    def padded(self, num_tokens: int) -> Rope:
+        """Extended to `num_tokens` tokens; those that are added are not rotated."""
+        padding = (0, 0, 0, 0, 0, num_tokens - self.cos.shape[0])
+        return Rope(self.apply, F.pad(self.cos, padding, value=1.0), F.pad(self.sin, padding))
 
 
 class PackedAttention(SharedInput):
-    """Multi-head self-attention in which each token sees its own segment.
+    """Multi-head self-attention within the segments of a pack.
 
     Args:
         hidden_size: D.
         num_heads: H, a divisor of D.
-        qkv_bias: whether queries, keys and values have a bias, one answer for all or one for each.
-        proj_bias: whether the projection has one.
-        dropout_p: share of the attention weights that training drops.
+        qkv_bias: whether queries, keys and values have a bias: one bool for all, or one for each.
+        proj_bias: whether the output projection has a bias.
+        dropout_p: dropout probability of the attention weights in training.
         names: see `ByRole`; the roles are `q`, `k`, `v` and `proj`.
 
     Attributes:
-        qkv: one map in place of `q`, `k` and `v`, in formats that are for inference alone; else `None`.
+        qkv: one linear map in place of `q`, `k` and `v`, in formats for inference only; else `None`.
 
     Raises:
         ValueError: `num_heads` does not divide `hidden_size`.
@@ -81,14 +81,14 @@ class PackedAttention(SharedInput):
         self.proj = nn.Linear(hidden_size, hidden_size, bias=proj_bias)
         self.qkv: nn.Module | None = None
 
-    def forward(self, hidden_states: Tensor, segments: Segments, rotate: Rotation | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, segments: Segments, rope: Rope | None = None) -> Tensor:
         """`(T, D)` to `(T, D)`."""
         query, key, value = self._project(hidden_states)
-        if rotate is not None:
-            query, key = rotate(query), rotate(key)
+        if rope is not None:
+            query, key = rope(query), rope(key)
         dropout_p = self.dropout_p if self.training else 0.0
-        mixed = varlen_attention(query, key, value, segments, dropout_p=dropout_p, backend=self.backend)
-        return self.proj(mixed.flatten(1))
+        attn_output = varlen_attention(query, key, value, segments, dropout_p=dropout_p, backend=self.backend)
+        return self.proj(attn_output.flatten(1))
 
     def _project(self, hidden_states: Tensor) -> Sequence[Tensor]:
         """Queries, keys and values, `(T, H, K)` each."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from nopad.layers.attention import PackedAttention, Rotation
+from nopad.layers.attention import PackedAttention, Rope
 from nopad.layers.roles import ByRole
 from nopad.segments import Segments
 
@@ -26,11 +26,11 @@ class LayerScale(nn.Module):
 
 
 class Block(ByRole, GradientCheckpointingLayer):
-    """Pre-norm transformer block: attention, then feed-forward, each added to what came in.
+    """Pre-norm transformer block: attention, then feed-forward, each with a residual connection.
 
     Args:
-        norm1, attention, norm2, mlp: its parts.
-        layer_scale: multiply what is added by a learned factor per channel first.
+        norm1, attention, norm2, mlp: the parts.
+        layer_scale: multiply both branches by a learned factor per channel.
         names: see `ByRole`; the roles are those of the arguments, `layer_scale1` and `layer_scale2`.
     """
 
@@ -54,35 +54,36 @@ class Block(ByRole, GradientCheckpointingLayer):
         self.layer_scale1 = LayerScale(size) if layer_scale else None
         self.layer_scale2 = LayerScale(size) if layer_scale else None
 
-    def forward(self, hidden_states: Tensor, segments: Segments, rotate: Rotation | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, segments: Segments, rope: Rope | None = None) -> Tensor:
         """`(T, D)` to `(T, D)`."""
-        hidden_states, update = self.deferred(hidden_states, None, segments, rotate)
-        return add(hidden_states, update)
+        hidden_states, residual = self.forward_deferred_residual(hidden_states, None, segments, rope)
+        return add_residual(residual, hidden_states)
 
-    def deferred(
-        self, hidden_states: Tensor, update: Tensor | None, segments: Segments, rotate: Rotation | None
+    def forward_deferred_residual(
+        self, hidden_states: Tensor, residual: Tensor | None, segments: Segments, rope: Rope | None
     ) -> tuple[Tensor, Tensor]:
-        """As `forward`, with residual sums left open: a compiler makes each in one pass with the norm after it.
+        """As `forward`, but the last residual sum is left to the caller, so that it can be fused with the next norm.
 
         Args:
-            hidden_states: `(T, D)`.
-            update: `(T, D)` still to be added to them, `None` where there is nothing.
-            segments, rotate: as `forward` takes them.
+            hidden_states: `(T, D)` output of the block before, not yet added to its residual.
+            residual: `(T, D)` that `hidden_states` is added to; `None` for the first block.
+            segments, rope: as `forward` takes them.
 
         Returns:
-            Hidden states and the update that is still to be added to them.
+            Hidden states and residual for the next block; their sum is what `forward` returns.
         """
-        if update is not None:
-            hidden_states = add(hidden_states, update)
-        mixed = self.attention(self.norm1(hidden_states), segments, rotate)
-        hidden_states = add(hidden_states, mixed if self.layer_scale1 is None else self.layer_scale1(mixed))
-        fed = self.mlp(self.norm2(hidden_states))
-        return hidden_states, fed if self.layer_scale2 is None else self.layer_scale2(fed)
+        residual = hidden_states if residual is None else add_residual(residual, hidden_states)
+        hidden_states = self.attention(self.norm1(residual), segments, rope)
+        if self.layer_scale1 is not None:
+            hidden_states = self.layer_scale1(hidden_states)
+        residual = add_residual(residual, hidden_states)
+        hidden_states = self.mlp(self.norm2(residual))
+        return hidden_states if self.layer_scale2 is None else self.layer_scale2(hidden_states), residual
 
 
-def add(hidden_states: Tensor, update: Tensor) -> Tensor:
-    """The residual sum, the same bits compiled and not."""
+def add_residual(residual: Tensor, hidden_states: Tensor) -> Tensor:
+    """The residual sum, with the same bits compiled and eager."""
     if torch.compiler.is_compiling():
-        # Spelt out, because a compiler lets the product before accumulate on a copy of the residual, and copies it.
-        return (hidden_states.float() + update.float()).to(hidden_states.dtype)
-    return hidden_states + update
+        # In float32 explicitly: otherwise the compiler lets the GEMM accumulate into a copy of the residual.
+        return (residual.float() + hidden_states.float()).to(residual.dtype)
+    return residual + hidden_states

@@ -1,4 +1,4 @@
-"""From many tokens of a segment to one."""
+"""Pooling of the tokens of each segment to one vector."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nopad.segments import Segments
 
 
 def segment_mean(tokens: Tensor, segments: Segments) -> Tensor:
-    """Mean of each segment's tokens, added up in float32.
+    """Mean of each segment's tokens, accumulated in float32.
 
     Args:
         tokens: `(T, D)`.
@@ -27,7 +27,7 @@ def segment_mean(tokens: Tensor, segments: Segments) -> Tensor:
     """
     if not len(segments):
         return tokens.new_empty(0, tokens.shape[1])
-    # unsafe=True leaves out the checks of the offsets, which would read them from the device.
+    # unsafe=True skips checks of the offsets that would read them from the device.
     mean = torch.segment_reduce(tokens.float(), "mean", offsets=segments.cu_seqlens.long(), axis=0, unsafe=True)
     return mean.to(tokens.dtype)
 
@@ -35,10 +35,10 @@ def segment_mean(tokens: Tensor, segments: Segments) -> Tensor:
 def attention_pool(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, num_heads: int, backend: str
 ) -> Tensor:
-    """One query's attention over each segment: all segments in one call, without padding.
+    """Attention of one query over the tokens of each segment, in one call for all segments.
 
     Args:
-        query: `D` values, the same query for every segment.
+        query: `D` values; every segment has the same query.
         key, value: `(T, D)`.
         segments: S segments, none empty.
         num_heads: a divisor of D.
@@ -51,13 +51,13 @@ def attention_pool(
         ValueError, ImportError: see `varlen_attention`.
     """
     queries = query.view(1, num_heads, -1).expand(len(segments), -1, -1)
-    key, value = (states.unflatten(1, (num_heads, -1)) for states in (key, value))
-    one_each = Segments.of([1] * len(segments), key.device)
-    return varlen_attention(queries, key, value, one_each, segments, backend=backend).flatten(1)
+    key, value = (part.unflatten(1, (num_heads, -1)) for part in (key, value))
+    query_segments = Segments.of([1] * len(segments), key.device)
+    return varlen_attention(queries, key, value, query_segments, segments, backend=backend).flatten(1)
 
 
-class ProbeAttention(nn.Module):
-    """Attention of a probe over each segment, with the parameters of `torch.nn.MultiheadAttention`."""
+class MAPAttention(nn.Module):
+    """Attention of a learned probe over each segment, with the parameters of `torch.nn.MultiheadAttention`."""
 
     def __init__(self, hidden_size: int, num_heads: int):
         super().__init__()
@@ -65,7 +65,7 @@ class ProbeAttention(nn.Module):
         self.backend = "auto"
         self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_size, hidden_size))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * hidden_size))
-        self.out_proj = NonDynamicallyQuantizableLinear(hidden_size, hidden_size)  # quantisers leave it, as torch's
+        self.out_proj = NonDynamicallyQuantizableLinear(hidden_size, hidden_size)  # quantisers skip this type
 
     def forward(self, probe: Tensor, tokens: Tensor, segments: Segments) -> Tensor:
         """`(1, D)` probe and `(T, D)` tokens to `(S, D)`."""
@@ -75,8 +75,8 @@ class ProbeAttention(nn.Module):
         return self.out_proj(attention_pool(query, key, value, segments, self.num_heads, self.backend))
 
 
-class ProbeHead(ByRole):
-    """Attention pooling by one learned probe, then a residual feed-forward layer (Zhai et al., arXiv:2106.04560).
+class MAPHead(ByRole):
+    """Multi-head attention pooling (MAP) with one learned probe, then a residual MLP (Zhai et al., arXiv:2106.04560).
 
     `names` as `ByRole` takes them; the roles are `attention`, `norm` and `mlp`.
     """
@@ -85,7 +85,7 @@ class ProbeHead(ByRole):
         super().__init__()
         self.names = names
         self.probe = nn.Parameter(torch.empty(1, 1, hidden_size))
-        self.attention = ProbeAttention(hidden_size, num_heads)
+        self.attention = MAPAttention(hidden_size, num_heads)
         self.norm = norm
         self.mlp = mlp
 

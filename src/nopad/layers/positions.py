@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nopad.kernels.availability import has_triton
-from nopad.layers.cached import constant
+from nopad.layers.cached import cached_per_device
 from nopad.layout import Layout
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def sincos_2d(layout: Layout, hidden_size: int, dtype: torch.dtype = torch.float
     return sincos_table(hidden_size // 2, dtype, layout.device)[torch.stack((columns, rows), dim=1)].flatten(1)
 
 
-@constant
+@cached_per_device
 def sincos_table(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`sincos_axis` of the first `TABLE` positions: `(TABLE, dim)`."""
     return sincos_axis(torch.arange(TABLE, device=device), dim).to(dtype)
@@ -87,7 +87,7 @@ def axis_weights(source: int, target: int, mode: str, antialias: bool) -> Tensor
     return F.interpolate(each, size=(target, source), mode=mode, align_corners=False, antialias=antialias)[0, 0]
 
 
-def weights_of_patches(
+def patch_weights(
     layout: Layout, source: tuple[int, int], mode: str, *, antialias: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The weights by which `resample` mixes a table's rows and columns into the position of each patch.
@@ -141,7 +141,7 @@ def resampled_positions(
     if not torch.is_grad_enabled() and has_triton(table.device):
         from nopad.kernels import triton_positions
 
-        found = weights_of_patches(layout, source, mode, antialias=antialias)
+        found = patch_weights(layout, source, mode, antialias=antialias)
         return triton_positions.resized(table.float().contiguous(), *found, source[1], dtype)
     return tables_of_grids(layout, lambda grid: resample(table, source, grid, mode, antialias=antialias), dtype)
 

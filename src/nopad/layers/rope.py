@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al., arXiv:2104.09864): queries and keys are turned by angles that tell where a patch is."""
+"""Rotary position embedding (Su et al., arXiv:2104.09864) over the rows and columns of an image."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ import math
 import torch
 from torch import Tensor
 
-from nopad.layers.cached import constant
+from nopad.layers.cached import cached_per_device
 from nopad.layout import Layout
 
 
-@constant
+@cached_per_device
 def rope_periods(head_dim: int, base: float, device: torch.device | str) -> Tensor:
-    """How far apart two patches are, in half image sides, when an angle comes round again: `base ** (4i / K)`.
+    """Period of each frequency, in half image sides: `base ** (4i / K)`.
 
     Returns:
         `(K / 4,)` float32.
     """
-    number = head_dim // 4
-    return base ** (torch.arange(number, dtype=torch.float32, device=device) / number)
+    num_periods = head_dim // 4
+    return base ** (torch.arange(num_periods, dtype=torch.float32, device=device) / num_periods)
 
 
-@constant
+@cached_per_device
 def stored_periods(periods: tuple[float, ...], device: torch.device) -> Tensor:
-    """`(K / 4,)` float32, where a checkpoint brings its own."""
+    """The periods that a checkpoint stores, as a `(K / 4,)` float32 tensor."""
     return torch.tensor(periods, device=device)
 
 
 def patch_centres(layout: Layout) -> Tensor:
-    """`[h, w]` of each patch's centre, both sides of its image running from -1 to 1.
+    """`[h, w]` of each patch's centre, in coordinates from -1 to 1 along both sides of its image.
 
     Returns:
         `(T, 2)` float32.
@@ -39,7 +39,7 @@ def patch_centres(layout: Layout) -> Tensor:
 
 
 def axial_angles(points: Tensor, periods: Tensor) -> Tensor:
-    """The angles of all periods along the first axis, then along the second.
+    """Angles for all periods along the first axis, then along the second.
 
     Args:
         points: `(T, 2)` float32.
@@ -51,16 +51,15 @@ def axial_angles(points: Tensor, periods: Tensor) -> Tensor:
     return (2 * math.pi * points[:, :, None] / periods).flatten(1)
 
 
-def rotate_halves(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of channels `(i, i + K / 2)` by its angle, in float32.
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair of channels `(i, i + K / 2)` by its angle, in float32.
 
     Args:
-        tensor: `(T, H, K)`.
+        x: `(T, H, K)` queries or keys.
         cos, sin: `(T, 1, K / 2)` float32.
 
     Returns:
-        `(T, H, K)` in the dtype of `tensor`.
+        `(T, H, K)` in the dtype of `x`.
     """
-    first, second = tensor.chunk(2, dim=-1)  # times a float32 cosine, half precision becomes float32
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(tensor.dtype)
+    x1, x2 = x.chunk(2, dim=-1)  # half precision times a float32 cosine is float32
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)

@@ -1,23 +1,23 @@
-"""OneVision's positions over time, rows and columns, by which queries and keys are turned."""
+"""OneVision's rotary position embedding over time, rows and columns."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from nopad.layers.attention import Rotation
-from nopad.layers.cached import constant
+from nopad.layers.attention import Rope
+from nopad.layers.cached import cached_per_device
 from nopad.layout import Layout
 
 SPLIT = (4, 6, 6)
-"""Shares of half the head size that time, row and column have."""
+"""Shares of half the head size for time, row and column."""
 
 
 def check_head_dim(head_dim: int) -> None:
-    """Raise `ValueError` unless half the head size falls into whole shares of 4:6:6."""
-    parts = 2 * sum(SPLIT)
-    if head_dim % parts:
-        raise ValueError(f"head size: expected a multiple of {parts} for 4:6:6 rotary positions, got {head_dim}")
+    """Raise `ValueError` unless half the head size divides into shares of 4:6:6."""
+    divisor = 2 * sum(SPLIT)
+    if head_dim % divisor:
+        raise ValueError(f"head size: expected a multiple of {divisor} for 4:6:6 rotary positions, got {head_dim}")
 
 
 def angles_3d(coordinates: Tensor, head_dim: int, theta: float) -> Tensor:
@@ -26,52 +26,55 @@ def angles_3d(coordinates: Tensor, head_dim: int, theta: float) -> Tensor:
     Args:
         coordinates: `(T, 3)` integers `[t, h, w]`.
         head_dim: K, a multiple of 32.
-        theta: the base of the frequencies.
+        theta: base of the frequencies.
 
     Returns:
         `(T, K / 2)` float32: a quarter of the channels for time, three eighths for the row, three eighths for the
         column.
     """
-    axes = axes_of_channels(head_dim, coordinates.device)
-    return coordinates.float()[:, axes] * rates_of_channels(head_dim, theta, coordinates.device)
+    axes = channel_axes(head_dim, coordinates.device)
+    return coordinates.float()[:, axes] * channel_frequencies(head_dim, theta, coordinates.device)
 
 
-@constant
-def axes_of_channels(head_dim: int, device: torch.device) -> Tensor:
-    """Which of `[t, h, w]` turns each channel of half a head, `(K / 2,)` int64."""
+@cached_per_device
+def channel_axes(head_dim: int, device: torch.device) -> Tensor:
+    """Index into `[t, h, w]` of the axis that rotates each channel of half a head, `(K / 2,)` int64."""
     shares = torch.tensor(SPLIT, device=device) * (head_dim // 2 // sum(SPLIT))
     return torch.arange(len(SPLIT), device=device).repeat_interleave(shares)
 
 
-@constant
-def rates_of_channels(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """By what angle one step along its axis turns each channel of half a head, `(K / 2,)` float32."""
+@cached_per_device
+def channel_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """Angle per step along its axis of each channel of half a head, `(K / 2,)` float32."""
     sizes = (share * (head_dim // 2 // sum(SPLIT)) for share in SPLIT)
     exponents = [torch.arange(size, dtype=torch.float32, device=device) / size for size in sizes]
     return 1.0 / theta ** torch.cat(exponents)
 
 
-def rotate_3d(layout: Layout, head_dim: int, theta: float) -> Rotation:
-    """What turns the queries and keys `(T, H, K)` of a pack by the positions of their patches.
+def rope_3d(layout: Layout, head_dim: int, theta: float) -> Rope:
+    """Rotary embedding of the queries and keys of a pack.
 
-    The checkpoints were trained with a quirk, and depend on it: the table of K / 2 angles is repeated once more behind
-    itself, as for channels that are paired half a head apart, but channels are paired with their neighbours. Channels
-    `2i` and `2i + 1` so turn by two different angles, lengths are not kept, and no fused rotary kernel does the same.
-    It stands in OneVision-Encoder's `modeling_onevision_encoder.py`: `torch.cat([freqs, freqs])`, and `rotate_half`
-    over even and odd channels.
+    The checkpoints were trained with a quirk and depend on it: the K / 2 angles are concatenated with themselves, as
+    for channel pairs `(i, i + K / 2)`, but the pairs are neighbours `(2i, 2i + 1)`. The two channels of a pair
+    therefore have two different angles, the rotation does not keep lengths, and no fused rotary kernel computes it. The
+    original is `torch.cat([freqs, freqs])` and `rotate_half` over even and odd channels in OneVision-Encoder's
+    `modeling_onevision_encoder.py`.
     """
     angles = angles_3d(layout.coordinates, head_dim, theta).repeat(1, 2)[:, None]
-    return Rotation(turn_neighbours, angles.cos(), angles.sin())
+    return Rope(apply_rotary_interleaved, angles.cos(), angles.sin())
 
 
-def turn_neighbours(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`(x0, x1) → (x0 cos0 - x1 sin0, x1 cos1 + x0 sin1)` for each pair of neighbouring channels, in float32.
 
     Args:
-        states: `(T, H, K)`.
-        cos, sin: `(T, 1, K)` float32.
+        x: `(T, H, K)` queries or keys.
+        cos, sin: `(T, 1, K)` float32, one angle for each channel; see `rope_3d`.
+
+    Returns:
+        `(T, H, K)` in the dtype of `x`.
     """
-    states32 = states.float()
-    even, odd = states32.unflatten(-1, (-1, 2)).unbind(-1)
-    crossed = torch.stack((-odd, even), dim=-1).flatten(-2)
-    return (states32 * cos + crossed * sin).to(states.dtype)
+    x32 = x.float()
+    even, odd = x32.unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack((-odd, even), dim=-1).flatten(-2)
+    return (x32 * cos + rotated * sin).to(x.dtype)

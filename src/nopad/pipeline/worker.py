@@ -111,7 +111,7 @@ class Worker:
         """
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="nopad-decode")
         try:
-            planner: Planner[tuple[int, Prepared]] = Planner(self.capacity, most=self.encoder.compiled_images)
+            planner: Planner[tuple[int, Prepared]] = Planner(self.capacity, most=self.encoder.compiled_max_segments)
             results: list[Embedded | None] = []
             batches = Batches(self.encoder, self.capacity, results, self.tally, tokens=self.tokens)
             for future in self._ahead(pool, groups, read):

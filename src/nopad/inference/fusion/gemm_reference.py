@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nopad.inference.float8 import FLOAT8, LARGEST
 from nopad.inference.fusion.folding import FoldedBlock, Matrix
-from nopad.layers.rope_3d import turn_neighbours
+from nopad.layers.rope_3d import apply_rotary_interleaved
 
 SMALL = 3 / 32
 """Root mean square that a row of the residual stream is brought to before it is rounded to float8.
@@ -53,7 +53,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Turn:
-    """Rotation of queries and keys whose channels stand in pairs.
+    """Rope of queries and keys whose channels stand in pairs.
 
     Attributes:
         cos, sin: `(T, K)` float32, one for each channel.
@@ -126,7 +126,7 @@ class PlainProducts:
         query, key, value = apart(self._normed(stream, block.qkv, block), value, block)
         if isinstance(table, Turn):
             cos, sin = table.cos[:, None], table.sin[:, None]
-            query, key = turn_neighbours(query, cos, sin), turn_neighbours(key, cos, sin)
+            query, key = apply_rotary_interleaved(query, cos, sin), apply_rotary_interleaved(key, cos, sin)
         return query.to(dtype), key.to(dtype), value.to(dtype)
 
     def up(self, stream: Stream, block: FoldedBlock) -> Tensor:

@@ -22,10 +22,10 @@ from nopad.inference.guards import Watch
 from nopad.inference.ready import ReadyLayers
 from nopad.kernels.attention import varlen_attention
 from nopad.kernels.availability import triton_works
-from nopad.layers.attention import Rotation
+from nopad.layers.attention import Rope
 from nopad.layers.block import Block
-from nopad.layers.rope import rotate_halves
-from nopad.layers.rope_3d import turn_neighbours
+from nopad.layers.rope import apply_rotary
+from nopad.layers.rope_3d import apply_rotary_interleaved
 from nopad.segments import Segments
 
 
@@ -91,7 +91,7 @@ class FusedLayers(ReadyLayers):
         rotation: one as the encoder makes it, `None` where queries and keys are not turned.
     """
 
-    def __init__(self, layers: nn.ModuleList, products: Products, rotation: Rotation | None = None) -> None:
+    def __init__(self, layers: nn.ModuleList, products: Products, rotation: Rope | None = None) -> None:
         self.layers = [layer for layer in layers if isinstance(layer, Block)]
         self.products = products
         self.channels = None if rotation is None else channel_order(rotation, self.layers[0].attention.head_dim)
@@ -107,10 +107,10 @@ class FusedLayers(ReadyLayers):
         """Who multiplies."""
         return f"fused by {self.products.name}"
 
-    def __call__(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> Tensor:
+    def __call__(self, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
         """`(T, D)` to `(T, D)`, less the mean of each row where the norms are LayerNorms."""
         products = self.products
-        table = None if rotate is None else products.table(turn_of(rotate))
+        table = None if rope is None else products.table(turn_of(rope))
         stream = products.begin(tokens, self.blocks[0])
         for layer, block in zip(self.layers, self.blocks, strict=True):
             query, key, value = products.qkv(stream, block, table)
@@ -140,18 +140,18 @@ class FusedLayers(ReadyLayers):
             self.versions = self.watch.versions()  # now: a matrix that is not folded is the weight itself
         return True
 
-    def check(self, tokens: Tensor, segments: Segments, rotate: Rotation | None) -> None:
+    def check(self, tokens: Tensor, segments: Segments, rope: Rope | None) -> None:
         """Compare with the layers as they are on the first segment, once, before anybody relies on what is fused.
 
         Raises:
             RuntimeError: it is something else: kernels of another version, a device that they do not know.
         """
         rows = segments.lengths[0]
-        turn = None if rotate is None else Rotation(rotate.turn, rotate.cos[:rows], rotate.sin[:rows])
+        turn = None if rope is None else Rope(rope.apply, rope.cos[:rows], rope.sin[:rows])
         expected, alone = tokens[:rows], Segments.of([rows], tokens.device)
         for layer in self.layers:
             expected = layer(expected, alone, turn)
-        found = self(tokens.clone(), segments, rotate)[:rows].float()
+        found = self(tokens.clone(), segments, rope)[:rows].float()
         expected = centre(expected.float()) if self.blocks[0].centred else expected.float()
         distance = float((found - expected).norm() / expected.norm())
         if expected.isfinite().all() and not distance <= FAR:
@@ -164,17 +164,17 @@ class FusedLayers(ReadyLayers):
         return self.products.prepared(FoldedBlock.of(layer, self.channels))
 
 
-def channel_order(rotation: Rotation, head_dim: int) -> Tensor | None:
+def channel_order(rotation: Rope, head_dim: int) -> Tensor | None:
     """The order in which channels that are turned together stand side by side; `None` where they do."""
-    if rotation.turn is turn_neighbours:
+    if rotation.apply is apply_rotary_interleaved:
         return None
-    assert rotation.turn is rotate_halves, rotation.turn
+    assert rotation.apply is apply_rotary, rotation.apply
     return torch.arange(head_dim).view(2, -1).T.flatten()
 
 
-def turn_of(rotation: Rotation) -> Turn:
+def turn_of(rotation: Rope) -> Turn:
     """The same rotation for channels that stand in pairs."""
     cos, sin = rotation.cos[:, 0], rotation.sin[:, 0]
-    if rotation.turn is turn_neighbours:
+    if rotation.apply is apply_rotary_interleaved:
         return Turn(cos, sin, shared=False)
     return Turn(cos.repeat_interleave(2, dim=1), sin.repeat_interleave(2, dim=1), shared=True)

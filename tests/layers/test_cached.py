@@ -1,4 +1,4 @@
-"""Tensors that are made once: by whom they may be used, and what is not kept."""
+"""`cached_per_device`: what is cached, for whom, and what is not."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from nopad.layers.cached import constant
+from nopad.layers.cached import MAX_ENTRIES, cached_per_device
 
 CPU = torch.device("cpu")
 
 
 def counting() -> tuple[Callable[[int, torch.device], Tensor], list[Tensor]]:
-    """A function that is kept, and all that it has made."""
+    """A cached function, and the list of tensors that it has computed."""
     made: list[Tensor] = []
 
-    @constant
+    @cached_per_device
     def steps(number: int, device: torch.device) -> Tensor:
         made.append(torch.arange(number, device=device).float())
         return made[-1]
@@ -31,6 +31,15 @@ def test_each_is_made_once():
     assert torch.equal(steps(2, CPU), torch.tensor([0.0, 1.0]))
     assert steps(3, torch.device("meta")).is_meta
     assert len(made) == 3
+
+
+def test_cache_is_bounded():
+    steps, made = counting()
+    for number in range(MAX_ENTRIES + 2):
+        steps(number, CPU)
+    assert steps(0, CPU) is made[0]
+    assert steps(MAX_ENTRIES + 1, CPU) is not steps(MAX_ENTRIES + 1, CPU)
+    assert torch.equal(steps(MAX_ENTRIES + 1, CPU), torch.arange(MAX_ENTRIES + 1).float())
 
 
 def test_one_made_in_inference_mode_serves_training():
