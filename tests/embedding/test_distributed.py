@@ -6,10 +6,11 @@ import sys
 import threading
 import time
 import types
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -25,7 +26,6 @@ def ray():
     """Ray on two cores, without network and dashboard."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'nopad[ray]'")
-    pytest.importorskip("ray.data", reason="Ray Data is not installed: pip install 'nopad[ray]'")
     ray.init(
         "local",
         num_cpus=2,
@@ -68,21 +68,22 @@ def local(pictures, goldens, tmp_path_factory):
 
 
 class Killer(threading.Thread):
-    """Kills the first actor that begins a shard."""
+    """Kills so many actors that are at a shard; Ray names the process after the call."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, times: int = 1) -> None:
         super().__init__(daemon=True)
-        self.folder = folder
-        self.killed: int | None = None
+        self.times = times
+        self.killed: set[int] = set()
 
     def run(self) -> None:
-        while self.killed is None:
-            for note in (self.folder / ".nopad").glob("*.started"):
-                if words := note.read_text().split():  # "process 123 on host"
-                    self.killed = int(words[1])
-                    os.kill(self.killed, signal.SIGKILL)
-                    return
-            time.sleep(0.005)
+        while len(self.killed) < self.times:
+            time.sleep(0.01)
+            with suppress(psutil.NoSuchProcess):
+                for process in psutil.Process().children(recursive=True):
+                    if process.pid not in self.killed and process.cmdline()[:1] == ["ray::_ShardMaker.make"]:
+                        process.kill()
+                        self.killed.add(process.pid)
+                        break
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +94,7 @@ def survivor(ray, local, pictures, goldens, tmp_path_factory):
     for path in sorted(folder.glob("*.parquet"))[2:]:
         path.unlink()
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
-    killer = Killer(folder)
+    killer = Killer()
     killer.start()
     model = goldens / "aimv2-apple-native"
     summary = embed(pictures, folder, model=model, shard_size=ROWS, tokens=True, actors=2)
@@ -102,7 +103,7 @@ def survivor(ray, local, pictures, goldens, tmp_path_factory):
 
 def test_shards_are_those_of_a_run_in_one_process_though_an_actor_died(survivor, local):
     folder, _, killed, _ = survivor
-    assert killed is not None
+    assert len(killed) == 1
     assert len(shards(local)) == SHARDS
     assert shards(folder) == shards(local)
     assert left(folder) == ["inputs.parquet", "job.json", "lock"]
@@ -134,7 +135,7 @@ def test_an_actor_with_other_weights_is_refused(ray, pictures, goldens, tmp_path
 
 
 def test_ctrl_c_finishes_the_shards_in_hand(goldens, tmp_path):
-    pytest.importorskip("ray.data", reason="Ray Data is not installed: pip install 'nopad[ray]'")
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'nopad[ray]'")
     (tmp_path / "pictures").mkdir()
     Image.effect_noise((420, 300), 50).convert("RGB").save(tmp_path / "one.jpg")
     for number in range(400):
@@ -145,41 +146,35 @@ def test_ctrl_c_finishes_the_shards_in_hand(goldens, tmp_path):
     job = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, process_group=0)
     while job.poll() is None and not list((tmp_path / "out").glob("*.parquet")):
         time.sleep(0.02)
+    processes = psutil.Process(job.pid).children(recursive=True)
     os.killpg(job.pid, signal.SIGINT)
     _, errors = job.communicate(timeout=60)
     assert job.returncode == 130, errors
     assert "to go on: " in errors
     assert 0 < len(shards(tmp_path / "out")) < 100
     assert left(tmp_path / "out") == ["inputs.parquet", "job.json", "lock"]
-    assert subprocess.run(["pgrep", "-g", str(job.pid)], stdout=subprocess.DEVNULL).returncode == 1  # nobody is left
+    gone, alive = psutil.wait_procs(processes, timeout=30)
+    assert len(gone) > 2
+    assert alive == []
 
 
-def test_ray_stays_until_its_own_thread_has_ended(monkeypatch):
-    ended = []
-    thread = threading.Thread(target=lambda: time.sleep(0.2) or ended.append("thread"), name="StreamingExecutor-3")
-    ray = types.ModuleType("ray")
-    ray.is_initialized, ray.init = lambda: False, lambda *_, **__: thread.start()
-    ray.shutdown = lambda: ended.append("Ray")
-    monkeypatch.setitem(sys.modules, "ray", ray)
-    with distributed._connected():
-        pass
-    assert ended == ["thread", "Ray"]
-
-
-def test_what_an_actor_leaves_when_it_is_killed_is_cleaned_away(tmp_path, monkeypatch):
-    pytest.importorskip("ray.data", reason="Ray Data is not installed: pip install 'nopad[ray]'")
+def test_what_a_killed_actor_leaves_is_removed(tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'nopad[ray]'")
     files = JobFolder(tmp_path)
     files.own.mkdir()
 
     @contextmanager
     def connected():
         yield
-        (files.own / "shard-3.parquet.started").touch()  # begun when the others were over
+        (files.own / "shard-3.parquet.part").touch()  # written when the others were over
+
+    actors = types.SimpleNamespace(make=lambda *_: [])
 
     job = types.SimpleNamespace(files=files, settings=types.SimpleNamespace(device="cpu"))
     run = types.SimpleNamespace(job=job, stop=threading.Event(), start=0.0)
     monkeypatch.setattr("ray.nodes", lambda: [node(2)])
-    for name, stand_in in (("_connected", connected), ("Ticker", nullcontext), ("_results", lambda *_: [])):
+    stand_ins = {"_connected": connected, "Ticker": nullcontext, "_Actors": lambda *_, **__: nullcontext(actors)}
+    for name, stand_in in stand_ins.items():
         monkeypatch.setattr(distributed, name, stand_in)
     distributed.make_on_ray(run, [3], actors=1)
     assert list(files.own.iterdir()) == []
@@ -210,16 +205,30 @@ def test_a_cluster_without_room_is_told():
         distributed._cores_of_an_actor([node(8)], 2, on_gpu=True)
 
 
-def test_a_shard_that_ends_its_process_again_and_again_is_given_up(tmp_path):
-    started = tmp_path / "shard-00003-of-00008-abc.parquet.started"
-    for _ in range(distributed.ATTEMPTS):
-        distributed._begin(started)
-    with pytest.raises(ChildProcessError, match=rf"shard-00003-of-00008-abc\.parquet: 3 .* process {os.getpid()} on"):
-        distributed._begin(started)
+def test_shard_that_ends_its_process_too_often_is_given_up(ray, pictures, goldens, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "ATTEMPTS", 1)  # the one that is made again: see `survivor`
+    killer = Killer()
+    killer.start()
+    model = goldens / "aimv2-apple-native"
+    with pytest.raises(ChildProcessError, match=r"shard-00000-of-00001-\w+\.parquet: 1 .* process (\d+) on") as error:
+        embed([pictures] * 30, tmp_path, model=model, actors=1)
+    assert error.match("|".join(map(str, killer.killed)))
+    assert shards(tmp_path) == {}
+
+
+def test_a_stop_does_not_wait_for_actors_that_cannot_start(ray, pictures, goldens, tmp_path):
+    stop = threading.Event()
+
+    taken = ray.remote(num_cpus=2)(lambda: time.sleep(6)).remote()
+    threading.Timer(1, stop.set).start()
+    model = goldens / "aimv2-apple-native"
+    summary = embed(pictures, tmp_path, model=model, shard_size=ROWS, actors=2, stop=stop)
+    assert (summary.done, summary.missing) == (0, SHARDS * ROWS)
+    assert not ray.wait([taken], timeout=0)[0]
+    ray.get(taken)
 
 
 def test_without_ray(monkeypatch, pictures, goldens, tmp_path):
-    monkeypatch.setitem(sys.modules, "ray.data", None)
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install 'nopad\[ray\]'"):
         embed(pictures, tmp_path, model=goldens / "aimv2-apple-native", actors=2)

@@ -1,7 +1,8 @@
 """A job's shards made by actors on Ray, on one machine or many that share the folder.
 
 Through Ray go the numbers of shards and what became of them, never pixels or features: an actor reads the job from its
-folder and puts each shard there, as a run in one process does.
+folder and puts each shard there, as a run in one process does. Which actor makes which shard is decided here: Ray's own
+queues would begin shards after a Ctrl-C, and its streaming executor outlives the connection.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,87 +35,52 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 3
 """How often a shard may end the process that makes it before the job fails."""
 
-_STOP = "stop"
+PATIENCE = 30.0
+"""Seconds without any actor at work after which that is logged."""
+
 # Numbers take little; Ray's own choice, 30 % of the memory, is more shared memory than most containers have.
 _OBJECT_STORE = 100 << 20
-_PATIENCE = 60.0
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Else Ray warns in every run that its actors' arguments may be lost; they are held here as long as they are needed.
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # deaths of actors are handled and logged here
+    "RAY_worker_niceness": "0",  # 15 by default: beside anything else on the machine actors would starve
 }
 
 
 def make_on_ray(run: Run, shards: Sequence[int], actors: int) -> None:
     """Make shards that are missing by `actors` actors, one GPU each where the job's device is a GPU.
 
-    Connects to the cluster that `RAY_ADDRESS` names or that runs on this machine, and starts Ray here where there is
-    none. An actor that dies is started again and its shard made anew.
+    Connects to the cluster that `RAY_ADDRESS` names (`auto`: the one that was started on this machine), else starts
+    Ray for this job alone. An actor that dies is replaced and its shard made anew.
 
     Raises:
         ImportError: Ray is not installed.
         ValueError: a cluster without room for one actor, or a node whose checkpoint or installation is another.
         ChildProcessError: a shard that ended its process `ATTEMPTS` times.
         ConnectionError: the cluster of `RAY_ADDRESS` cannot be reached.
-        RuntimeError: Ray lost an actor for good.
+        RuntimeError: Ray itself failed.
         Other errors are those of the run in one process; finished shards are kept in any case.
     """
     if not shards or run.stop.is_set():
         return
     try:
-        import ray.data
-        from ray.exceptions import RayError, RayTaskError
+        import ray
+        from ray.exceptions import RayError
     except ImportError as error:
         raise ImportError(f"actors: this needs Ray ({error}): pip install 'nopad[ray]'") from error
 
-    # The folder is put in order when no actor is left that could write to it.
-    with _stop_file(run) as files, _connected(), _quiet_ray_data(), Ticker(run):
-        cores = _cores_of_an_actor(ray.nodes(), actors, on_gpu=_on_gpu(run.job.settings))
-        try:
-            for result in _results(run, shards, actors, cores):
-                _add(run, result)
-                if (files.own / _STOP).exists() and not any(files.own.glob("*.started")):
-                    break  # the others need not all be told
-        except RayTaskError as error:
-            if isinstance(error.cause, _ShardError):
-                raise error.cause.args[0] from None
-            raise
-        except RayError as error:
-            raise RuntimeError(f"Ray lost an actor; run the job again to go on: {error}") from error
+    try:
+        with _connected(), Ticker(run):
+            on_gpu = torch.device(run.job.settings.device).type == "cuda"
+            cores = _cores_of_an_actor(ray.nodes(), actors, on_gpu=on_gpu)
+            with _Actors(run, cores, on_gpu=on_gpu) as pool:
+                for result in pool.make(shards, actors):
+                    _add(run, result)
+    except RayError as error:
+        raise RuntimeError(f"Ray failed; run the job again to go on: {error}") from error
+    finally:
+        run.job.files.clean()  # no actor is left that could write there
     run.seconds = time.perf_counter() - run.start
-
-
-def _on_gpu(settings: Settings) -> bool:
-    return torch.device(settings.device).type == "cuda"
-
-
-def _results(run: Run, shards: Sequence[int], actors: int, cores: int) -> Iterator[dict[str, Any]]:
-    import ray.data
-
-    settings = run.job.settings
-    order = _Order(
-        folder=os.path.abspath(run.job.files.folder),
-        settings=settings,
-        model=os.path.abspath(settings.model) if os.path.exists(settings.model) else settings.model,
-        threads=run.threads or cores,
-        pillow_takes=Image.MAX_IMAGE_PIXELS,
-    )
-    maker: Any = _ShardMaker  # Ray's annotations know functions only
-    made = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards)).map(
-        maker,
-        fn_constructor_args=[order],
-        # One task at a time: a shard that waits behind another could be made by an actor that has nothing to do.
-        compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
-        num_cpus=cores,
-        num_gpus=1 if _on_gpu(settings) else None,
-    )
-    made.context.raise_original_map_exception = True
-    made.context.execution_no_progress_timeout_s = -1  # a shard of videos may take longer than any timeout
-    made.context.enable_progress_bars = False
-    made.context.print_on_execution_start = False
-    batches: Any = made.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow")
-    for batch in batches:
-        yield from batch.to_pylist()
 
 
 def _add(run: Run, result: Mapping[str, Any]) -> None:
@@ -122,6 +88,109 @@ def _add(run: Run, result: Mapping[str, Any]) -> None:
         setattr(run.tally, field.name, getattr(run.tally, field.name) + result[field.name])
     run.write += result["write"]
     run.done += result["rows"]
+
+
+class _Actors:
+    """The actors of a run and the shards in their hands.
+
+    An actor gets one shard at a time, once it has loaded its encoder: a shard that waits behind another could be made
+    by an actor that has nothing to do, and after a stop only shards in hand are waited for.
+    """
+
+    def __init__(self, run: Run, cores: int, *, on_gpu: bool) -> None:
+        import ray
+
+        settings = run.job.settings
+        self.run = run
+        self.needs: dict[str, Any] = {"num_cpus": cores, "num_gpus": int(on_gpu)}
+        self.maker: Any = ray.remote(**self.needs)(_ShardMaker)
+        self.order = _Order(
+            folder=os.path.abspath(run.job.files.folder),
+            settings=settings,
+            model=os.path.abspath(settings.model) if os.path.exists(settings.model) else settings.model,
+            threads=run.threads or cores,
+            max_image_pixels=Image.MAX_IMAGE_PIXELS,
+        )
+        self.places: dict[Any, str] = {}  # of each actor that has started: its process and host
+        self.loading: dict[Any, Any] = {}  # an actor by the reference to what its call will return
+        self.making: dict[Any, tuple[Any, int]] = {}
+        self.deaths: Counter[int | None] = Counter()  # of each shard, and of actors without a shard
+
+    def __enter__(self) -> _Actors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        for actor in {*self.loading.values(), *(actor for actor, _ in self.making.values()), *self.places}:
+            ray.kill(actor)
+
+    def start(self) -> None:
+        """Start an actor; it loads its encoder."""
+        actor = self.maker.remote(self.order)
+        self.loading[actor.place.remote()] = actor
+
+    def make(self, shards: Sequence[int], actors: int) -> Iterator[dict[str, Any]]:
+        """What `_ShardMaker.make` returns for each shard, in the order in which they are done.
+
+        Raises:
+            ChildProcessError: too many deaths.
+            Exception: what an actor raised.
+        """
+        import ray
+
+        waiting, idle = deque(shards), []
+        for _ in range(min(actors, len(shards))):
+            self.start()
+        last, warned = time.monotonic(), False
+        while self.making or (waiting and not self.run.stop.is_set()):
+            done, _ = ray.wait([*self.loading, *self.making], timeout=0.2)
+            for call in done:
+                actor, shard = self.making.pop(call) if call in self.making else (self.loading.pop(call), None)
+                value = self.value(call, actor, shard)
+                if value is None:
+                    if shard is not None:
+                        waiting.appendleft(shard)
+                    self.start()
+                    continue
+                idle.append(actor)
+                if shard is None:
+                    self.places[actor] = value
+                else:
+                    yield value
+            while idle and waiting and not self.run.stop.is_set():
+                actor, shard = idle.pop(), waiting.popleft()
+                self.making[actor.make.remote(shard)] = (actor, shard)
+            if self.making:
+                last = time.monotonic()
+            elif not warned and time.monotonic() - last > PATIENCE:
+                warned = True
+                free = ray.available_resources()
+                logger.warning("actors: none has started in %.0f s; free now: %s; each: %s", PATIENCE, free, self.needs)
+
+    def value(self, call: Any, actor: Any, shard: int | None) -> Any:
+        """What a call returned, `None` where its actor died."""
+        import ray
+        from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+
+        try:
+            return ray.get(call)
+        except RayTaskError as error:
+            raise (error.cause or error) from error
+        except RayActorError as error:
+            place = self.places.pop(actor, "a process that had not loaded its encoder")
+            if isinstance(error, ActorDiedError) and error.preempted:
+                logger.warning("actors: %s was preempted", place)
+                return None
+            self.deaths[shard] += 1
+            what = "an actor" if shard is None else self.run.job.path(shard).name
+            if self.deaths[shard] >= ATTEMPTS:
+                raise ChildProcessError(
+                    f"{what}: {ATTEMPTS} processes died while they made it, the last was {place}; too little memory, "
+                    f"or an input that kills its decoder? finished shards are kept"
+                ) from error
+            logger.warning("%s: %s died while it made it; it is made again", what, place)
+            return None
 
 
 def _cores_of_an_actor(nodes: Sequence[Mapping[str, Any]], actors: int, *, on_gpu: bool) -> int:
@@ -154,89 +223,35 @@ def _connected() -> Iterator[None]:
         return
     quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
     on_terminate = signal.getsignal(signal.SIGTERM)
+    if address := os.environ.get("RAY_ADDRESS"):
+        ray.init(address, **quiet)
+    else:
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE, **quiet)
     try:
-        try:
-            ray.init(os.environ.get("RAY_ADDRESS") or "auto", **quiet)
-        except ConnectionError:
-            if os.environ.get("RAY_ADDRESS"):
-                raise
-            for name, value in _ENVIRONMENT.items():
-                os.environ.setdefault(name, value)
-            ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE, **quiet)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own there
         yield
     finally:
-        # Ray Data waits two seconds for its own thread; if that speaks to Ray once Ray is gone, the process ends.
-        try:
-            for thread in threading.enumerate():
-                if thread.name.startswith("StreamingExecutor"):
-                    thread.join(_PATIENCE)
-        finally:
-            ray.shutdown()
-
-
-@contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    """Ray Data prints what it does, and errors that are raised here anyway."""
-    ray_data = logging.getLogger("ray.data")
-    before = ray_data.level
-    ray_data.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        ray_data.setLevel(before)
-
-
-@contextmanager
-def _stop_file(run: Run) -> Iterator[JobFolder]:
-    """Put a file into the job's folder when the run is to stop, and take it away in the end.
-
-    Ray Data hands out all shards and has no way to finish those in hand alone: to close its iterator kills the actors.
-    A file is seen by all nodes, outlives an actor that dies, and needs no actor of its own. An actor that a node's
-    cache keeps from seeing it at once makes another shard, which is no loss.
-    """
-    files = run.job.files
-    path = files.own / _STOP
-    path.unlink(missing_ok=True)  # of a run that was killed
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.1):
-            if run.stop.is_set():
-                path.touch()
-                return
-
-    thread = threading.Thread(target=watch, name="nopad-stop", daemon=True)
-    thread.start()
-    try:
-        yield files
-    finally:
-        over.set()
-        thread.join()
-        path.unlink(missing_ok=True)
-        files.clean()
+        ray.shutdown()
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Order:
-    """What an actor is told; the list of inputs, which may have millions, it reads from the folder.
+    """What an actor gets; the list of inputs, which may have millions, it reads from the folder.
 
     Attributes:
         model: `settings.model`, its path made absolute.
         threads: that decode.
-        pillow_takes: Pillow's limit of pixels, which belongs to a process.
+        max_image_pixels: Pillow's limit, which belongs to a process.
     """
 
     folder: str
     settings: Settings
     model: str
     threads: int
-    pillow_takes: int | None
-
-
-class _ShardError(Exception):
-    """Carries an error to the driver as it was: Ray Data adds its own advice to the arguments of what it gets."""
+    max_image_pixels: int | None
 
 
 class _ShardMaker:
@@ -244,42 +259,31 @@ class _ShardMaker:
 
     def __init__(self, order: _Order) -> None:
         self.order = order
-        Image.MAX_IMAGE_PIXELS = order.pillow_takes
 
-    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        try:
-            return self.make(int(row["shard"]))
-        except Exception as error:
-            raise _ShardError(error) from error
+    def place(self) -> str:
+        """Load the encoder, and return where that is."""
+        Image.MAX_IMAGE_PIXELS = self.order.max_image_pixels
+        _ = self.run
+        return f"process {os.getpid()} on {socket.gethostname()}"
 
     def make(self, shard: int) -> dict[str, Any]:
+        """Make a shard: counts and seconds by the names of `Tally`, its `rows` and the seconds of `write`."""
         path = self.job.path(shard)
-        started = self.job.files.own / f"{path.name}.started"
-        if (self.job.files.own / _STOP).exists():
-            started.unlink(missing_ok=True)
-            return _result(shard, 0, 0.0, Tally())
-        if path.exists():  # the actor died after it had put the shard in its place
+        if path.exists():  # its actor died after it had put the shard in its place
             ok, failed = count(path)
-            result = _result(shard, ok + failed, 0.0, Tally(images=ok + failed, failed=failed))
-        else:
-            _begin(started)
-            result = self.made(shard)
-        started.unlink(missing_ok=True)
-        return result
-
-    def made(self, shard: int) -> dict[str, Any]:
+            return _result(ok + failed, 0.0, Tally(images=ok + failed, failed=failed))
         run = self.run
         before, written = replace(run.tally), run.write
         run.make([shard])
         done = {key: value - getattr(before, key) for key, value in asdict(run.tally).items()}
-        return _result(shard, self.job.size(shard), run.write - written, Tally(**done))
+        return _result(self.job.size(shard), run.write - written, Tally(**done))
 
     @cached_property
     def job(self) -> Job:
         files = JobFolder(self.order.folder)
         return Job(self.order.settings, files, *files.read())
 
-    # Not in the constructor, which Ray would tell apart from a shard's errors, and whose deaths it counts otherwise.
+    # Not in the constructor, whose errors Ray raises as a death of the actor.
     @cached_property
     def run(self) -> Run:
         settings, job = self.order.settings, self.job
@@ -294,22 +298,5 @@ class _ShardMaker:
         return Run(job, encoder, threads=self.order.threads)
 
 
-def _result(shard: int, rows: int, write: float, tally: Tally) -> dict[str, Any]:
-    return {"shard": shard, "rows": rows, "write": write, **asdict(tally)}
-
-
-def _begin(started: Path) -> None:
-    """Note that this process begins a shard.
-
-    Raises:
-        ChildProcessError: it has ended others too often. Ray would try it for ever.
-    """
-    with open(started, "a+", encoding="utf-8") as file:
-        file.seek(0)
-        earlier = file.read().splitlines()
-        if len(earlier) >= ATTEMPTS:
-            raise ChildProcessError(
-                f"{started.name.removesuffix('.started')}: {len(earlier)} processes died while they made it, the last "
-                f"was {earlier[-1]}; too little memory, or an input that kills its decoder? finished shards are kept"
-            )
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+def _result(rows: int, write: float, tally: Tally) -> dict[str, Any]:
+    return {"rows": rows, "write": write, **asdict(tally)}

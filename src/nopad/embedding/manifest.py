@@ -252,7 +252,6 @@ class JobFolder:
         return self.own / f"{shard.name}.{uuid.uuid4().hex}.part"
 
     def clean(self) -> None:
-        """Remove what a killed run left half-written, and its notes of shards begun."""
-        for pattern in ("*.part", "*.started"):
-            for path in self.own.glob(pattern):
-                path.unlink(missing_ok=True)
+        """Remove what a killed run left half-written."""
+        for path in self.own.glob("*.part"):
+            path.unlink(missing_ok=True)
