@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import constants, get_session
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers.utils.hub import cached_file
 
+from nopad.checkpoints.contents import PICKLE_SUFFIXES, SUFFIXES, check_regular, read_json, read_tensors
 from nopad.checkpoints.formats import Checkpoint, StoredTensor
 
 logger = logging.getLogger(__name__)
 
-SAFETENSORS = ("model.safetensors.index.json", "model.safetensors")
-PICKLES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 META = "model.pth"
-PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
-FILES = (".safetensors", *PICKLE_SUFFIXES)
 
 
 def open_checkpoint(name: str | Path, *, revision: str | None = None, **hub: Any) -> Checkpoint:
@@ -44,32 +40,46 @@ def open_checkpoint(name: str | Path, *, revision: str | None = None, **hub: Any
     path = Path(name).expanduser()
     if revision is not None and path.exists():
         raise ValueError(f"revision: {name!r} is on this machine and has no revisions, got {revision!r}")
-    if path.is_file():
-        return _with_json(Checkpoint(name, _read_file(path)), partial(_find, str(path.parent)))
-    local = path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.suffix in FILES
-    if not path.is_dir() and local:
+    if path.is_dir():
+        find = partial(_in_folder, path / hub.get("subfolder", ""))
+        return _with_json(Checkpoint(name, _weights(name, path / hub.get("subfolder", ""), find, None)), find)
+    if os.path.lexists(path):
+        return _with_json(Checkpoint(name, read_tensors(path)), partial(_in_folder, path.parent))
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.suffix in SUFFIXES:
         raise OSError(f"checkpoint {name!r}: neither a file nor a folder, and no name on the Hub (owner/model)")
-    unasked = None if path.is_dir() else _why_unasked(name, **hub)
+    unasked = _why_unasked(name, **hub)
     if unasked is not None:
         hub["local_files_only"] = True
-    find = partial(_find, str(path) if path.is_dir() else name, revision=revision, **hub)
-    tensors: dict[str, StoredTensor] = {}
-    for file in _weight_files(name, path if path.is_dir() else None, find, unasked):
-        tensors |= _read_file(file)
-    return _with_json(Checkpoint(name, tensors), find)
+    find = partial(_on_hub, name, revision=revision, **hub)
+    return _with_json(Checkpoint(name, _weights(name, None, find, unasked)), find)
 
 
 def _with_json(checkpoint: Checkpoint, find: Callable[[str], Path | None]) -> Checkpoint:
     """What stands beside the weights; of two files about pixels the one counts that transformers takes."""
-    preprocessor = (_read_json(find("processor_config.json")) or {}).get("image_processor")
+    path = find("processor_config.json")
+    preprocessor = _json(path).get("image_processor")
+    if not isinstance(preprocessor, dict | None):
+        raise ValueError(f"{path}: image_processor: expected a JSON object, got {preprocessor!r:.80}")
     if preprocessor is None:
-        preprocessor = _read_json(find("preprocessor_config.json"))
+        preprocessor = _json(find("preprocessor_config.json")) or None
     path = find("config.json")
     folder = None if path is None else path.parent
-    return replace(checkpoint, config=_read_json(path) or {}, preprocessor=preprocessor, folder=folder)
+    return replace(checkpoint, config=_json(path), preprocessor=preprocessor, folder=folder)
 
 
-def _find(name: str, filename: str, **hub: Any) -> Path | None:
+def _json(path: Path | None) -> dict[str, Any]:
+    return {} if path is None else read_json(path)
+
+
+def _in_folder(folder: Path, filename: str) -> Path | None:
+    path = folder / filename
+    if not os.path.lexists(path):
+        return None
+    check_regular(path)
+    return path
+
+
+def _on_hub(name: str, filename: str, **hub: Any) -> Path | None:
     found = cached_file(name, filename, _raise_exceptions_for_missing_entries=False, **hub)
     return None if found is None else Path(found)
 
@@ -90,30 +100,22 @@ def _why_unasked(name: str, *, local_files_only: bool = False, **hub: Any) -> st
     return None
 
 
-def _weight_files(
+def _weights(
     name: str, folder: Path | None, find: Callable[[str], Path | None], unasked: str | None
-) -> list[Path]:
-    for index, single in (SAFETENSORS, PICKLES):
-        if (path := find(index)) is not None:
-            weight_map = (_read_json(path) or {}).get("weight_map")
-            if not weight_map or not isinstance(weight_map, dict) or {type(f) for f in weight_map.values()} != {str}:
-                raise ValueError(f"{path}: expected a weight_map of tensors and files, got {weight_map!r:.80}")
-            shards = {shard: find(shard) for shard in sorted(set(weight_map.values()))}
-            missing = [shard for shard, found in shards.items() if found is None]
-            if missing:
-                raise ValueError(
-                    f"checkpoint {name!r}: {index} names {len(missing)} files that are missing: {missing[:10]}"
-                )
-            return [found for found in shards.values() if found is not None]
+) -> dict[str, StoredTensor]:
+    """Every tensor, from the files that transformers would take, in its order of preference."""
+    for single, index in (SAFETENSORS, PICKLES):
         if (path := find(single)) is not None:
-            return [path]
+            return read_tensors(path)
+        if (path := find(index)) is not None:
+            return _indexed(path, Path(single).suffix, find)
     if (path := find(META)) is not None:
-        return [path]
+        return read_tensors(path)
     if folder is not None:
         for suffixes in ((".safetensors",), PICKLE_SUFFIXES):
             files = sorted(file for file in folder.iterdir() if file.suffix in suffixes)
             if len(files) == 1:
-                return files
+                return read_tensors(files[0])
             if files:
                 raise ValueError(
                     f"checkpoint {name!r}: expected one weights file or an index, got {[file.name for file in files]}; "
@@ -129,43 +131,31 @@ def _weight_files(
     raise ValueError(f"checkpoint {name!r}: no weights there; {expected}, or one *.safetensors or *.pth file")
 
 
-def _read_json(path: Path | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+def _indexed(index: Path, suffix: str, find: Callable[[str], Path | None]) -> dict[str, StoredTensor]:
+    """The tensors of the files that an index names, each in the file that `weight_map` gives for it and in no other.
 
-
-def _read_file(path: Path) -> dict[str, StoredTensor]:
-    if path.suffix == ".safetensors":
-        try:
-            handle = safe_open(str(path), framework="pt")
-        except SafetensorError as error:
-            pointer = path.read_bytes()[:64].startswith(b"version https://git-lfs")
-            found = "a pointer of Git LFS; fetch the file itself with `git lfs pull`" if pointer else error
-            raise ValueError(f"checkpoint file {str(path)!r}: expected safetensors, got {found}") from error
-        tensors = {}
-        for name in handle.keys():  # noqa: SIM118 - the handle is no dict
-            part = handle.get_slice(name)
-            dtype = handle.get_tensor(name).dtype
-            tensors[name] = StoredTensor(tuple(part.get_shape()), dtype, lambda name=name: handle.get_tensor(name))
-        return tensors
-    if path.suffix not in PICKLE_SUFFIXES:
-        raise ValueError(
-            f"checkpoint file {str(path)!r}: expected .safetensors, .pth, .pt or .bin, got {path.suffix!r}"
-        )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # junk can raise anything
-        raise ValueError(f"checkpoint file {str(path)!r}: expected tensors and nothing else, got {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        keys = list(content)[:10] if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"checkpoint file {str(path)!r}: expected a flat dict of tensors, got {keys}")
-    return {name: StoredTensor(tuple(value.shape), value.dtype, lambda v=value: v) for name, value in content.items()}
+    Raises:
+        ValueError: no map of tensors to files beside the index, or files that hold something else than it says.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not weight_map or not isinstance(weight_map, dict) or {type(file) for file in weight_map.values()} != {str}:
+        raise ValueError(f"{index}: expected a weight_map of tensors and files, got {weight_map!r:.80}")
+    shards = sorted(set(weight_map.values()))
+    elsewhere = [file for file in shards if Path(file).suffix != suffix or set(file) & set("/\\\0")]
+    if elsewhere:
+        raise ValueError(f"{index}: expected names of {suffix} files beside it, got {elsewhere[:10]!r:.200}")
+    found = {file: find(file) for file in shards}
+    missing = [file for file, path in found.items() if path is None]
+    if missing:
+        raise ValueError(f"{index} names {len(missing)} files that are missing: {missing[:10]}")
+    tensors: dict[str, StoredTensor] = {}
+    for file, path in found.items():
+        assert path is not None
+        held, named = read_tensors(path), {name for name, shard in weight_map.items() if shard == file}
+        if named - held.keys():
+            raise ValueError(f"{index}: {file} lacks {len(named - held.keys())}: {sorted(named - held.keys())[:10]}")
+        if held.keys() - named:
+            others = {name: weight_map.get(name) for name in sorted(held.keys() - named)[:10]}
+            raise ValueError(f"{index}: {file} holds tensors that the index has in another file or in none: {others}")
+        tensors |= held
+    return tensors

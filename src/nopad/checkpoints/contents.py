@@ -1,0 +1,182 @@
+"""What lies in one file of a checkpoint: tensors or JSON, and nothing that costs more than the file holds."""
+
+from __future__ import annotations
+
+import json
+import pickletools
+import stat
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nopad.checkpoints.formats import StoredTensor
+
+PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+MAX_HEADER_BYTES = 16 << 20
+"""Of JSON, of the header of a safetensors file, and of the pickle in a `.pth` file: the parts that are parsed whole.
+An index of 100,000 tensors has about 10 MB."""
+MAX_JSON_DEPTH = 50
+
+# All that a pickled dict of tensors calls or refers to.
+_TENSOR_GLOBALS = {
+    "collections OrderedDict",
+    *(f"torch._utils _rebuild_{what}" for what in ("tensor", "tensor_v2", "parameter")),
+    *(
+        f"torch {dtype}Storage"
+        for dtype in ["Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool"]
+    ),
+}
+_LEGACY_PICKLES = 5  # magic number, protocol, system, the tensors, and the keys of their storages
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is there but no file, before it is opened: a FIFO would wait, a device never end.
+
+    A symbolic link counts as what it leads to, as in the Hub's cache, whose files are links.
+
+    Raises:
+        ValueError: a folder, a FIFO, a device, a socket, or a link that leads nowhere.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        found = "a link that leads nowhere"
+    except OSError as error:  # links in a circle, no permission
+        found = str(error)
+    else:
+        if stat.S_ISREG(mode):
+            return
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        found = kinds.get(stat.S_IFMT(mode), "a device")
+    raise ValueError(f"checkpoint file {str(path)!r}: expected a file, got {found}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object.
+
+    Raises:
+        ValueError: no file, too large, no JSON or no object, nested too deeply, or a key twice with different values.
+    """
+    check_regular(path)
+    if path.stat().st_size > MAX_HEADER_BYTES:
+        raise ValueError(f"{path}: expected at most {MAX_HEADER_BYTES} bytes of JSON, got {path.stat().st_size}")
+    try:
+        content = json.loads(path.read_bytes().decode(), object_pairs_hook=_each_key_once)
+        _check_depth(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = sorted({key for key, value in pairs if value != content[key]})
+        if twice:
+            raise ValueError(f"different values of one key: {twice[:10]}")
+    return content
+
+
+def _check_depth(content: Any) -> None:
+    level = [content]
+    for _ in range(MAX_JSON_DEPTH):
+        inside = [each.values() if isinstance(each, dict) else each for each in level]
+        level = [value for values in inside for value in values if isinstance(value, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"objects and lists in each other, more than {MAX_JSON_DEPTH} deep")
+
+
+def read_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a weights file, by their stored names.
+
+    Raises:
+        ValueError: no file, of another kind, damaged, or with values that the file does not hold.
+    """
+    check_regular(path)
+    try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        if path.suffix in PICKLE_SUFFIXES:
+            return _read_pickle(path)
+        raise ValueError(f"expected {', '.join(SUFFIXES)}, got {path.suffix!r}")
+    except ValueError as error:
+        raise ValueError(f"checkpoint file {str(path)!r}: {error}") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError("expected safetensors, got a pointer of Git LFS; fetch the file itself with `git lfs pull`")
+    header_bytes = int.from_bytes(start[:8], "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise ValueError(f"expected safetensors with a header of at most {MAX_HEADER_BYTES} bytes, got {header_bytes}")
+    tensors = {}
+    try:
+        handle = safe_open(str(path), framework="pt")
+        for name in handle.keys():  # noqa: SIM118 - the handle is no dict
+            shape, dtype = tuple(handle.get_slice(name).get_shape()), handle.get_tensor(name).dtype
+            tensors[name] = StoredTensor(shape, dtype, lambda name=name: handle.get_tensor(name))
+    except SafetensorError as error:
+        raise ValueError(f"expected safetensors, got {error}") from error
+    return tensors
+
+
+def _read_pickle(path: Path) -> dict[str, StoredTensor]:
+    try:
+        zipped = zipfile.is_zipfile(path)
+        others = sorted(set(_globals(path, zipped)) - _TENSOR_GLOBALS)
+        if others:
+            raise ValueError(f"{', '.join(others[:10])}")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # junk can raise anything
+        raise ValueError(f"expected tensors and nothing else, got {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        keys = list(content)[:10] if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"expected a flat dict of tensors, got {keys!r:.200}")
+    if not all(isinstance(name, str) for name in content):
+        raise ValueError(f"expected strings as names, got {[n for n in content if not isinstance(n, str)][:10]!r:.200}")
+    values, size = sum(value.numel() * value.element_size() for value in content.values()), path.stat().st_size
+    if values > 2 * size:  # a tensor may have another's values, and repeat its own
+        raise ValueError(f"expected at most twice the file's {size} bytes as values, got {values}")
+    return {name: StoredTensor(tuple(value.shape), value.dtype, lambda v=value: v) for name, value in content.items()}
+
+
+def _globals(path: Path, zipped: bool) -> Iterator[str]:
+    """What the pickle of a file refers to, without unpickling it.
+
+    torch's unpickler refuses most of what is harmful, but calls `bytearray` with any size, for one.
+    """
+    if not zipped:
+        with path.open("rb") as file:
+            for _ in range(_LEGACY_PICKLES):
+                yield from _globals_of_pickle(file)
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("compressed entries, which torch does not write")
+        for entry in entries:
+            if entry.filename.lower().endswith(".pkl"):  # torch finds them in either case
+                with archive.open(entry) as file:
+                    yield from _globals_of_pickle(file)
+
+
+def _globals_of_pickle(file: IO[bytes]) -> Iterator[str]:
+    start = file.tell()
+    for opcode, argument, position in pickletools.genops(file):
+        if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
+            yield str(argument)
+        if (position or 0) - start > MAX_HEADER_BYTES:
+            raise ValueError(f"a pickle of more than {MAX_HEADER_BYTES} bytes")
