@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import EpsImagePlugin, Image, ImageFile
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -25,10 +25,12 @@ from nopad.packing import patchify
 from nopad.preprocessing import decode as images
 from nopad.preprocessing.config import read_preprocessor_config
 from nopad.preprocessing.decode import MAX_PIXELS, ImageError, _warn_of_lax_pillow, load, load_image
+from nopad.preprocessing.formats import MAX_SCANS, count_scans, image_suffixes
 from nopad.preprocessing.transforms import Preprocessing, preprocess
 
 PHOTOS = sorted(path for path in (Path(__file__).parent.parent / "examples/images").iterdir() if path.suffix != ".md")
 COFFEE = PHOTOS[0].parent / "coffee.jpg"
+PHOTO = Image.open(COFFEE)
 
 HALF = (0.5, 0.5, 0.5)
 NATIVE = Preprocessing(rule="native", resample="bicubic", mean=HALF, std=HALF)
@@ -64,14 +66,19 @@ def pixel(image: Tensor, row: int = 0, column: int = 0) -> list[int]:
     return image[:, row, column].tolist()
 
 
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png_header(width: int, height: int, colour: int = 2, lines: bytes = b"\0") -> bytes:
     """A PNG that promises a size and, unless told, holds hardly any pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     size = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", size)
+        + png_chunk(b"IDAT", zlib.compress(lines))
+        + png_chunk(b"IEND", b"")
+    )
 
 
 # Colours
@@ -128,6 +135,7 @@ def test_float_grey_is_refused():
 @pytest.mark.parametrize(("alpha", "expected"), [(0, [255, 255, 255]), (255, [200, 0, 0]), (51, [244, 204, 204])])
 def test_alpha_is_composed_on_white(alpha, expected):
     array = np.full((2, 2, 4), (200, 0, 0, alpha), np.uint8)
+    array[1, 1, 3] = 1
     assert pixel(load_image(array)) == expected
     assert pixel(load_image(encoded(Image.fromarray(array), "PNG"))) == expected
 
@@ -150,16 +158,44 @@ def test_transparent_palette_entry_becomes_white():
 
 
 @pytest.mark.parametrize(
-    ("image", "transparency"),
+    ("array", "transparency"),
     [
-        (Image.new("RGB", (1, 1), (1, 2, 3)), (1, 2, 3)),
-        (Image.new("L", (1, 1), 7), 7),
-        (Image.fromarray(np.array([[700]], np.uint16)), 700),
+        (np.array([[[9, 9, 9], [1, 2, 3]]], np.uint8), (1, 2, 3)),
+        (np.array([[9, 7]], np.uint8), 7),
+        (np.array([[9 * 257, 700]], np.uint16), 700),
     ],
     ids=["RGB", "L", "16 bit"],
 )
-def test_transparent_colour_becomes_white(image, transparency):
-    assert pixel(load_image(encoded(image, "PNG", transparency=transparency))) == [255, 255, 255]
+def test_transparent_colour_becomes_white(array, transparency):
+    loaded = load_image(encoded(Image.fromarray(array), "PNG", transparency=transparency))
+    assert loaded[:, 0].T.tolist() == [[9, 9, 9], [255, 255, 255]]
+
+
+def bmp_of_32_bits(rgb: np.ndarray) -> bytes:
+    """A BMP with a V3 header and zero in each fourth byte, as some programs write it."""
+    height, width, _ = rgb.shape
+    pixels = np.concatenate([rgb[::-1, :, ::-1], np.zeros((height, width, 1), np.uint8)], axis=2).tobytes()
+    header = struct.pack("<IiiHHIIiiII", 56, width, height, 1, 32, 3, len(pixels), 2835, 2835, 0, 0)
+    header += struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    return b"BM" + struct.pack("<IHHI", 14 + 56 + len(pixels), 0, 0, 14 + 56) + header + pixels
+
+
+def test_alpha_that_is_zero_throughout_is_no_transparency():
+    rgb = noise(3, 5).permute(1, 2, 0).numpy()
+    rgba = np.dstack([rgb, np.zeros((3, 5), np.uint8)])
+    for source in (bmp_of_32_bits(rgb), rgba, encoded(Image.fromarray(rgba), "PNG")):
+        assert torch.equal(load_image(source), noise(3, 5))
+
+
+@pytest.mark.parametrize(
+    ("array", "transparency", "expected"),
+    [
+        (np.full((2, 2, 3), (1, 2, 3), np.uint8), (1, 2, 3), [1, 2, 3]),
+        (np.full((2, 2), 257 * 7, np.uint16), 257 * 7, [7, 7, 7]),
+    ],
+)
+def test_transparent_colour_of_all_pixels_is_no_transparency(array, transparency, expected):
+    assert pixel(load_image(encoded(Image.fromarray(array), "PNG", transparency=transparency))) == expected
 
 
 def test_cmyk_becomes_rgb():
@@ -215,9 +251,119 @@ def test_a_palette_that_is_missing_is_told():
         load(png_header(8, 8, colour=3, lines=b"\0\1\1\1\1\1\1\1\1" * 8))
 
 
-def test_damaged_exif_does_not_cost_the_image():
-    data = encoded(Image.new("RGB", (8, 4), "red"), "JPEG", exif=b"Exif\0\0" + b"no exif at all")
-    assert load_image(data).shape == (3, 4, 8)
+@pytest.mark.parametrize("exif", [b"Exif\0\0" + b"no exif at all", b"Exif\0\0\0\x08\0\x02\x01\x12\0\x03"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_does_not_cost_the_image(format, exif):
+    image = Image.fromarray(noise(4, 8).permute(1, 2, 0).numpy())
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encoded(image, format, exif=exif, **options)
+    assert torch.equal(load_image(data), load_image(encoded(image, format, **options)))
+
+
+PNG_METADATA = {
+    "text": (b"zTXt", b"comment\0\0" + zlib.compress(bytes(2 << 20))),
+    "colour profile": (b"iCCP", b"profile\0\0" + zlib.compress(bytes(2 << 20))),
+    "colour profile of another compression": (b"iCCP", b"profile\0\1"),
+    "gamma of too few bytes": (b"gAMA", b"\0"),
+}
+
+
+@pytest.mark.parametrize("case", PNG_METADATA)
+@pytest.mark.parametrize("place", ["before the pixels", "behind the pixels"])
+def test_metadata_that_pillow_refuses_does_not_cost_the_png(case, place):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.fromarray(noise(4, 8).permute(1, 2, 0).numpy()), "PNG", exif=exif)
+    at = data.index(b"IDAT") - 4 if place == "before the pixels" else data.index(b"IEND") - 4
+    odd = data[:at] + png_chunk(*PNG_METADATA[case]) + data[at:]
+    with pytest.raises((ValueError, SyntaxError, OSError, IndexError)):
+        Image.open(io.BytesIO(odd)).load()
+    assert torch.equal(load_image(odd), load_image(data))
+    assert load_image(odd).shape == (3, 8, 4)  # EXIF is kept
+
+
+def test_a_wrong_checksum_of_png_metadata_does_not_cost_the_image():
+    data = encoded(Image.fromarray(noise(4, 8).permute(1, 2, 0).numpy()), "PNG", dpi=(72, 72))
+    place = data.index(b"pHYs") + 4
+    odd = data[:place] + b"\xff" + data[place + 1 :]
+    assert torch.equal(load_image(odd), noise(4, 8))
+
+
+# PIL images: what the object stands for, not its file
+
+
+def test_a_jpeg_after_draft_has_the_size_of_its_draft():
+    image = Image.open(io.BytesIO(encoded(Image.new("RGB", (160, 80), "red"), "JPEG")))
+    image.draft("RGB", (40, 20))
+    assert load_image(image, max_pixels=800).shape == (3, 20, 40)
+
+
+def test_an_mpo_gives_the_frame_where_it_stands_and_its_edits():
+    frames = [Image.new("RGB", (32, 16), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    image = Image.open(io.BytesIO(data))
+    image.seek(1)
+    assert np.abs(np.subtract(pixel(load_image(image)), [0, 0, 255])).max() <= 2
+    image = Image.open(io.BytesIO(data))
+    image.putpixel((0, 0), (1, 2, 3))  # its file stays open
+    assert pixel(load_image(image)) == [1, 2, 3]
+
+
+# Formats
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{ } loop\n%%EOF\n"
+
+
+def test_postscript_is_not_given_to_another_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)  # what starts it
+    path = tmp_path / "holiday.jpg"
+    path.write_bytes(POSTSCRIPT)
+    for source in (path, POSTSCRIPT):
+        with pytest.raises(ImageError, match="not an image that Pillow can read"):
+            load_image(source)
+    with pytest.raises(ImageError, match="EPS is drawn by another program, which is not started"):
+        load_image(Image.open(path))
+
+
+def test_suffixes_are_of_formats_that_are_read():
+    assert {".jpg", ".mpo", ".webp", ".avif", ".heif", ".tif"} <= image_suffixes()
+    assert not {".pdf", ".eps", ".ps", ".h5", ".hdf", ".grib", ".mpg", ".wmf", ".txt"} & image_suffixes()
+
+
+def many_scans(number: int) -> bytes:
+    """A progressive JPEG of so many scans; the last is repeated."""
+    data = encoded(Image.new("L", (16, 16), 128), "JPEG", progressive=True)
+    last = data[data.rfind(b"\xff\xda") : -2]
+    return data[:-2] + last * (number - count_scans(data)) + data[-2:]
+
+
+def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded():
+    assert load_image(many_scans(MAX_SCANS)).shape == (3, 16, 16)
+    with pytest.raises(ImageError, match="a JPEG of 101 scans, expected at most 100"):
+        load_image(many_scans(MAX_SCANS + 1))
+
+
+def test_scans_of_thumbnails_and_what_follows_the_picture_are_not_counted():
+    data = encoded(PHOTO.resize((64, 64)), "JPEG", exif=b"Exif\0\0" + b"\xff\xda\0\x08" * 200)
+    assert count_scans(data + many_scans(300)) == 1
+    assert count_scans(encoded(PHOTO, "JPEG", progressive=True, restart_marker_blocks=1)) == 10
+
+
+@pytest.mark.parametrize("share", [0.95, 0.6, 0.4])
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP"])
+def test_an_animation_that_is_cut_short_is_refused(format, share):
+    frames = [Image.fromarray(noise(20, 30, seed).permute(1, 2, 0).numpy()) for seed in range(4)]
+    data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
+    assert load_image(data).shape == (3, 20, 30)
+    with pytest.raises(ImageError, match="truncated"):
+        load_image(data[: int(len(data) * share)])
+
+
+def test_a_gif_without_its_end_mark_is_read():
+    frames = [Image.new("L", (4, 4), level) for level in (0, 255)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert pixel(load_image(data[:-1])) == [0, 0, 0]
 
 
 # What must fail, saying why
@@ -227,7 +373,6 @@ def half(data: bytes) -> bytes:
     return data[: len(data) // 2]
 
 
-PHOTO = Image.open(COFFEE)
 BAD_FILES = {
     "empty": (b"", "not an image"),
     "text": (b"<html>404</html>", "not an image"),

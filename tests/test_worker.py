@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import itertools
 import random
 import threading
@@ -11,7 +12,7 @@ import onevision_checkpoints
 import pytest
 import torch
 from pictures import noise
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import nopad
 from nopad.encoder import PackedEncoder
@@ -252,9 +253,43 @@ def test_embed_takes_any_iterable_and_gives_its_order(encoder):
     assert encoder.embed([]).shape == (0, 32)
 
 
+def test_embed_takes_an_object_when_it_is_yielded(encoder):
+    frames = [Image.fromarray(noise(seed, 12, 16)) for seed in range(6)]
+    expected = encoder.embed(frames)
+    file = io.BytesIO()
+    frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    torch.testing.assert_close(encoder.embed(ImageSequence.Iterator(Image.open(file)), threads=3), expected)
+
+    array, tensor, clip = np.zeros((12, 16, 3), np.uint8), torch.zeros(3, 12, 16, dtype=torch.uint8), [None]
+
+    def refilled(buffer, fill):
+        for frame in frames:
+            fill(np.asarray(frame))
+            yield buffer
+
+    fills = [
+        (array, lambda pixels: np.copyto(array, pixels)),
+        (tensor, lambda pixels: tensor.copy_(torch.from_numpy(pixels.copy()).permute(2, 0, 1))),
+        (clip, lambda pixels: clip.__setitem__(0, pixels)),
+    ]
+    for buffer, fill in fills:
+        torch.testing.assert_close(encoder.embed(refilled(buffer, fill), threads=3), expected)
+
+
+def test_one_pil_image_stands_in_the_list_many_times(encoder):
+    file = io.BytesIO()
+    Image.fromarray(noise(0, 64, 64)).save(file, "PNG")
+    once = encoder.embed([Image.open(file)])
+    torch.testing.assert_close(encoder.embed([Image.open(file)] * 8, threads=4), once.expand(8, -1))
+
+
 def test_embed_raises_for_the_first_that_cannot_be_used(encoder, tmp_path):
     with pytest.raises(ImageError, match=r"missing\.png: cannot be opened"):
         encoder.embed([picture(0), tmp_path / "missing.png", tmp_path / "other.png"])
+    with pytest.raises(ImageError, match=r"missing\.png: cannot be opened"):
+        encoder.embed([tmp_path / "missing.png", np.zeros((4, 4), np.float32)])
+    with pytest.raises(ImageError, match="float32 array"):
+        encoder.embed([np.zeros((4, 4), np.float32), tmp_path / "missing.png"])
 
 
 def test_a_clip_is_one_result(encoder, tmp_path):

@@ -15,7 +15,7 @@ from nopad.checkpoints.pretrained import PretrainedEncoder
 from nopad.packing import Pack, PatchOrder
 from nopad.pipeline.worker import Worker
 from nopad.preprocessing.config import read_preprocessor_config
-from nopad.preprocessing.decode import ImageError, load
+from nopad.preprocessing.decode import ImageError, load, load_taken, take
 from nopad.preprocessing.transforms import Preprocessing, Resize, preprocess
 
 if TYPE_CHECKING:
@@ -108,7 +108,9 @@ class PictureEncoder(PretrainedEncoder):
     ) -> Tensor:
         """One vector per image: `image_embeds` where the checkpoint has a projection, else `pooled`.
 
-        Images are decoded in threads and packed as they come, so any number of them goes in.
+        Files are decoded in threads and packed as they come, so any number of them goes in. Objects (PIL images,
+        arrays) are taken when `images` yields them, and may change afterwards; files named by a path must stay as they
+        are.
 
         Args:
             images: as `pack` takes them.
@@ -126,7 +128,7 @@ class PictureEncoder(PretrainedEncoder):
         options: dict[str, Any] = {"resize": resize, "max_patches": max_patches, "preprocessing": preprocessing}
         _check_several(images)
         worker = Worker(cast("PackedEncoder", self), capacity=capacity, threads=threads, **options)
-        (results,) = worker.run([images], load, strict=True)
+        (results,) = worker.run([map(take, images)], load_taken, strict=True)
         for number, result in enumerate(results):
             if result.error is not None:  # found by the encoder: features that are not finite, or too little memory
                 raise ImageError(f"image {number}", result.error.reason)

@@ -56,11 +56,6 @@ def decoded(data: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def on_white(pixels: np.ndarray, alpha: int) -> np.ndarray:
-    """What alpha 0 or 255 on white gives."""
-    return pixels if alpha == 255 else np.full_like(pixels, 255)
-
-
 def palette_image() -> tuple[Image.Image, np.ndarray]:
     colours = noise(1, 1, 256)[0]
     image = Image.fromarray(GREY, "L").convert("P")
@@ -100,6 +95,10 @@ TABLE: dict[bytes, tuple[bytes, np.ndarray | str]] = {
     b"header alone.jpg": (JPEG[:20], "not an image that Pillow can read"),
     b"damaged.png": (damaged(saved(RGB), 300), "truncated or damaged"),
     b"zero bytes.jpg": (b"", "empty: 0 bytes"),
+    b"postscript.jpg": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n{ } loop\n",
+        "not an image that Pillow can read",
+    ),
     b"text.jpg": (b"not a picture\n", "not an image that Pillow can read"),
     b"page.png": (b"<!DOCTYPE html><title>404</title>", "not an image that Pillow can read"),
     b"lfs.jpg": (b"version https://git-lfs.github.com/spec/v1\n", "not an image that Pillow can read"),
@@ -132,8 +131,9 @@ TABLE: dict[bytes, tuple[bytes, np.ndarray | str]] = {
         np.where((GREY[0, 0] == GREY)[:, :, None], np.uint8(255), PALETTE_RGB),
     ),
     b"cmyk.jpg": (CMYK, decoded(CMYK)),
-    b"alpha 0.png": (saved(np.dstack([RGB, np.zeros_like(GREY)])), on_white(RGB, 0)),
-    b"alpha 255.webp": (saved(np.dstack([RGB, np.full_like(GREY, 255)]), "WEBP", lossless=True), on_white(RGB, 255)),
+    b"alpha 0.png": (saved(np.dstack([RGB, np.zeros_like(GREY)])), RGB),
+    b"alpha.png": (saved(np.dstack([RGB, GREY // 128 * 255])), np.where(GREY[:, :, None] > 127, RGB, np.uint8(255))),
+    b"alpha 255.webp": (saved(np.dstack([RGB, np.full_like(GREY, 255)]), "WEBP", lossless=True), RGB),
     # frames and orientation
     b"animated.gif": (saved(PALETTE, "GIF", save_all=True, append_images=[PALETTE.rotate(180)]), PALETTE_RGB),
     b"animated.webp": (animation("WEBP"), RGB),

@@ -19,7 +19,6 @@ from PIL import Image
 from nopad.embedding.inputs import archives
 from nopad.embedding.inputs import decoder as reader
 from nopad.embedding.inputs import listing as inputs
-from nopad.embedding.inputs.archives import image_suffixes
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.sources import Listing, list_inputs
@@ -151,11 +150,6 @@ def test_other_files_in_a_folder_are_counted(tmp_path: Path):
     listing = list_inputs([tmp_path])
     assert kinds(listing) == ["image", "image", "image", "video", "video"]
     assert listing.left_out == {".json": 2, "": 1, ".tar": 1, ".tar.gz": 1}
-
-
-def test_suffixes_are_of_pictures():
-    assert {".jpg", ".mpo", ".webp", ".avif", ".heif"} <= image_suffixes()
-    assert not {".pdf", ".h5", ".hdf", ".grib", ".mpg", ".txt"} & image_suffixes()
 
 
 def test_a_folder_of_tars_and_parquet_files_alone_gives_what_is_in_them(tmp_path: Path):

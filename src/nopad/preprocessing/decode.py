@@ -16,6 +16,8 @@ import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
+from nopad.preprocessing.formats import MAX_SCANS, count_scans, is_cut_short, readable_formats, without_metadata
+
 try:  # libjpeg-turbo, twice as fast as Pillow's way from a JPEG to an array, the same bits
     import simplejpeg
 except ImportError:
@@ -80,9 +82,10 @@ def load(source: Source | Sequence[Source], *, max_pixels: int = MAX_PIXELS) -> 
 def load_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode one image to upright RGB.
 
-    EXIF orientation is applied, alpha is composed on white, 16-bit grey becomes 8-bit (divided by 257), an animation
-    gives its first frame (a PIL image the frame it stands at). Colour profiles are not applied, as in the original
-    processors.
+    EXIF orientation is applied, alpha is composed on white (but for one that is zero throughout, which has no meaning),
+    16-bit grey becomes 8-bit (divided by 257), an animation gives its first frame. Colour profiles are not applied, as
+    in the original processors. Metadata that is damaged or too large is ignored. A PIL image is decoded by Pillow: at
+    the frame where it stands, in the size of its `draft`, with all edits.
 
     Args:
         source: see `Source`.
@@ -92,8 +95,8 @@ def load_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         uint8 `(3, H, W)`, for most sources a channels-last view.
 
     Raises:
-        ImageError: a file that is missing, no image, truncated or damaged, too many pixels, or an array of another
-            dtype or shape.
+        ImageError: a file that is missing, no image of `formats.FORMATS`, truncated or damaged, too many pixels, a
+            JPEG of too many scans, or an array of another dtype or shape.
     """
     if isinstance(source, Tensor):
         if source.dtype != torch.uint8 or source.ndim != 3 or source.shape[0] != 3 or 0 in source.shape:
@@ -113,19 +116,50 @@ def load_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     try:
         if isinstance(source, Image.Image):
             return _decode(source, name, max_pixels)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return _decode(image, name, max_pixels)
+        return _decode_file(source if isinstance(source, bytes) else _read(source, name), name, max_pixels)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
         raise ImageError(name, "not an image that Pillow can read; expected JPEG, PNG, WebP or the like") from error
     except _BOMB as error:
         raise ImageError(name, f"{error} (max_pixels {max_pixels}, PIL.Image.MAX_IMAGE_PIXELS below it)") from error
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise ImageError(name, f"cannot be opened: {error.strerror or error}") from error
     except _DAMAGE as error:
         told = f"{type(error).__name__}: {error}".removesuffix(": ")
         raise ImageError(name, f"truncated or damaged ({told}); get the file again") from error
+
+
+def take(source: Source | Sequence[Source]) -> Source | Sequence[Source] | ImageError:
+    """What `load` takes, safe from what its owner does next: pixels for an object, names and bytes as they are.
+
+    PIL images, arrays and tensors may change once they have been handed over, and a PIL image must not be loaded by two
+    threads. An object that cannot be loaded gives its error, for `load_taken` to raise.
+    """
+    several = source if isinstance(source, list | tuple) else [source]
+    if several and all(isinstance(one, str | Path | bytes) for one in several):
+        return tuple(several) if several is source else source
+    try:
+        pixels = load(source)
+    except ImageError as error:
+        return error
+    return pixels.clone() if pixels is source else pixels
+
+
+def load_taken(taken: Source | Sequence[Source] | ImageError) -> Tensor:
+    """`load` for what `take` gave.
+
+    Raises:
+        ImageError: as `load`.
+    """
+    if isinstance(taken, ImageError):
+        raise taken
+    return load(taken)
+
+
+def _read(path: str | Path, name: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise ImageError(name, f"cannot be opened: {error.strerror or error}") from error
 
 
 def _name(source: Any) -> str:
@@ -143,33 +177,71 @@ def _warn_of_lax_pillow() -> None:
     logger.warning("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: Pillow fills truncated images up without an error")
 
 
-def _decode(image: Image.Image, name: str, max_pixels: int) -> Tensor:
-    width, height = image.size
-    if not 0 < width * height <= max_pixels:
-        raise ImageError(name, f"{width}×{height} is {width * height} pixels, expected 1 to max_pixels {max_pixels}")
+def _decode_file(data: bytes, name: str, max_pixels: int) -> Tensor:
+    try:
+        return _decode_once(data, name, max_pixels)
+    except ImageError:
+        raise
+    except _DAMAGE:
+        pixels_alone = without_metadata(data)
+        if pixels_alone is None:
+            raise
+        return _decode_once(pixels_alone, name, max_pixels)
+
+
+def _decode_once(data: bytes, name: str, max_pixels: int) -> Tensor:
+    with Image.open(io.BytesIO(data), formats=readable_formats()) as image:
+        return _decode(image, name, max_pixels, data)
+
+
+def _decode(image: Image.Image, name: str, max_pixels: int, data: bytes | None = None) -> Tensor:
+    """Decode an image that was opened, from `data` or by the caller of `load_image`."""
+    if image.format == "EPS":  # opened by the caller; loading it starts Ghostscript
+        raise ImageError(name, "EPS is drawn by another program, which is not started; hand in image.convert('RGB')")
+    _check_size(image, name, max_pixels)
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         _warn_of_lax_pillow()
-    rgb = _decode_jpeg(image)
+    if data is not None and is_cut_short(data, image.format):
+        raise ImageError(name, "truncated: an animation whose last frame is not whole; get the file again")
+    rgb = None if data is None else _decode_jpeg(image, data, name)
     if rgb is None:
         image.load()
+        _check_size(image, name, max_pixels)  # of an ICO the header of the picture inside counts
         rgb = _to_rgb(image, name)
-    turn = _UPRIGHT.get(image.getexif().get(0x0112, 1))  # after load(), which turns some TIFFs itself
+    turn = _UPRIGHT.get(_orientation(image))  # after load(), which turns some TIFFs itself
     if turn is not None:
         rgb = (Image.fromarray(rgb) if isinstance(rgb, np.ndarray) else rgb).transpose(turn)
     return as_tensor(rgb)
 
 
-def _decode_jpeg(image: Image.Image) -> np.ndarray | None:
-    """A colour JPEG, opened and not yet loaded, as RGB; `None` where Pillow has to decide."""
-    file: io.BufferedIOBase | None = getattr(image, "fp", None)
-    if simplejpeg is None or file is None or image.format not in ("JPEG", "MPO") or image.mode != "RGB":
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+    width, height = image.size
+    if not 0 < width * height <= max_pixels:
+        raise ImageError(name, f"{width}×{height} is {width * height} pixels, expected 1 to max_pixels {max_pixels}")
+
+
+def _decode_jpeg(image: Image.Image, data: bytes, name: str) -> np.ndarray | None:
+    """A colour JPEG as RGB; `None` where Pillow has to decide."""
+    if image.format not in ("JPEG", "MPO"):
         return None
-    file.seek(0)
+    if (scans := count_scans(data)) > MAX_SCANS:
+        raise ImageError(name, f"a JPEG of {scans} scans, expected at most {MAX_SCANS}; save it again")
+    if simplejpeg is None or image.mode != "RGB":
+        return None
     try:
         # Strict: otherwise a truncated file passes, its rest grey. What is refused here Pillow may still read.
-        return simplejpeg.decode_jpeg(file.read(), "RGB", strict=True)
+        return simplejpeg.decode_jpeg(data, "RGB", strict=True)
     except ValueError:
         return None
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 where the EXIF is damaged: it is no reason to lose the pixels."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except _DAMAGE as error:
+        logger.debug("EXIF that cannot be read is ignored: %s", error)
+        return 1
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -179,10 +251,14 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ImageError(name, f"integer grey, expected 0..65535, got {values.min()}..{values.max()}")
-        values[values == image.info.get("transparency", -1)] = 65535
+        transparent = values == image.info.get("transparency", -1)
+        if not transparent.all():
+            values[transparent] = 65535
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[1]:  # zero throughout is a fourth byte without meaning, as in some BMPs
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 

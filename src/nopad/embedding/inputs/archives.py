@@ -9,13 +9,12 @@ import stat
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from functools import cache
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from nopad.embedding.inputs.listing import Input, as_text
+from nopad.preprocessing.formats import image_suffixes
 
 VIDEOS = frozenset((".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg"))
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
@@ -25,16 +24,7 @@ ARROW_DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, 
 
 _UNPACK = "a compressed tar has no random access: decompress it to a plain .tar (gunzip, unxz, zstd -d)"
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
-# Pillow writes the first two only; it knows the others by their magic and does not decode them.
-_NO_PICTURES = ("PDF", "PALM", "BUFR", "GRIB", "HDF5", "MPEG")
 _BLOCK = tarfile.BLOCKSIZE
-
-
-@cache
-def image_suffixes() -> frozenset[str]:
-    """The suffixes of what Pillow reads, and of newer formats, so that those fail one by one instead of vanishing."""
-    known = {suffix for suffix, format in Image.registered_extensions().items() if format not in _NO_PICTURES}
-    return frozenset(known | {".heic", ".heif", ".avif", ".jxl"})
 
 
 def suffix_of(name: str) -> str:

@@ -16,7 +16,6 @@ from nopad.embedding.inputs.archives import (
     VIDEOS,
     compressed,
     dataset_inputs,
-    image_suffixes,
     is_dataset,
     open_regular,
     parquet_inputs,
@@ -26,6 +25,7 @@ from nopad.embedding.inputs.archives import (
 )
 from nopad.embedding.inputs.listing import Input, InputList, as_text
 from nopad.embedding.table.writer import OWN_FOLDER, parse_shard_name
+from nopad.preprocessing.formats import image_suffixes
 
 _LISTS = (".txt", ".lst")
 
