@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import EpsImagePlugin, Image, ImageFile
+from PIL import EpsImagePlugin, Image, ImageFile, features
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -23,6 +23,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 from nopad.families import family_of_published
 from nopad.packing import patchify
 from nopad.preprocessing import decode as images
+from nopad.preprocessing import formats
 from nopad.preprocessing.config import read_preprocessor_config
 from nopad.preprocessing.decode import MAX_PIXELS, ImageError, _warn_of_lax_pillow, load, load_image
 from nopad.preprocessing.formats import MAX_SCANS, count_scans, image_suffixes
@@ -64,6 +65,10 @@ def noise(height: int, width: int, seed: int = 0) -> Tensor:
 
 def pixel(image: Tensor, row: int = 0, column: int = 0) -> list[int]:
     return image[:, row, column].tolist()
+
+
+def half(data: bytes) -> bytes:
+    return data[: len(data) // 2]
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
@@ -331,6 +336,44 @@ def test_suffixes_are_of_formats_that_are_read():
     assert not {".pdf", ".eps", ".ps", ".h5", ".hdf", ".grib", ".mpg", ".wmf", ".txt"} & image_suffixes()
 
 
+def test_heic_is_read_upright():
+    pillow_heif = pytest.importorskip("pillow_heif")
+    squares = noise(5, 8).permute(1, 2, 0).numpy().repeat(8, 0).repeat(8, 1)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    heif = pillow_heif.from_pillow(Image.fromarray(squares))
+    heif.save(file, quality=-1, chroma=444, exif=exif.tobytes())
+    loaded = load_image(file.getvalue()).permute(1, 2, 0).numpy()
+    assert np.abs(loaded.astype(int) - np.rot90(squares, -1)).max() <= 1
+    assert "HEIF" not in Image.OPEN  # what else the process opens with Pillow is not changed
+    with pytest.raises(ImageError, match="truncated or damaged"):
+        load_image(half(file.getvalue()))
+
+
+@pytest.mark.parametrize("brands", [b"heic\0\0\0\0mif1", b"mif1\0\0\0\0heic", b"msf1\0\0\0\0hevc"])
+def test_heic_without_pillow_heif_says_what_to_install(monkeypatch, brands):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImageError, match=r"HEIC needs pillow-heif: pip install 'nopad\[heic\]'"):
+        load_image(b"\0\0\0\x14ftyp" + brands + bytes(99))
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+def test_avif_says_what_is_wrong(monkeypatch, is_read):
+    monkeypatch.setattr(formats, "readable_formats", lambda: ("PNG", "AVIF")[: 1 + is_read])
+    monkeypatch.setitem(Image.OPEN, "AVIF", (None, lambda _: False))
+    reason = "truncated or damaged" if is_read else r"AVIF needs Pillow 11.3 or newer: pip install 'nopad\[heic\]'"
+    with pytest.raises(ImageError, match=reason):
+        load_image(b"\0\0\0\x1cftypmif1\0\0\0\0mif1avif" + bytes(99))
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_read():
+    squares = noise(5, 8).permute(1, 2, 0).numpy().repeat(8, 0).repeat(8, 1)
+    data = encoded(Image.fromarray(squares), "AVIF", quality=100, subsampling="4:4:4")
+    assert np.abs(load_image(data).permute(1, 2, 0).numpy().astype(int) - squares).max() <= 3
+
+
 def many_scans(number: int) -> bytes:
     """A progressive JPEG of so many scans; the last is repeated."""
     data = encoded(Image.new("L", (16, 16), 128), "JPEG", progressive=True)
@@ -367,10 +410,6 @@ def test_a_gif_without_its_end_mark_is_read():
 
 
 # What must fail, saying why
-
-
-def half(data: bytes) -> bytes:
-    return data[: len(data) // 2]
 
 
 BAD_FILES = {

@@ -9,6 +9,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -103,8 +104,8 @@ TABLE: dict[bytes, tuple[bytes, np.ndarray | str]] = {
     b"page.png": (b"<!DOCTYPE html><title>404</title>", "not an image that Pillow can read"),
     b"lfs.jpg": (b"version https://git-lfs.github.com/spec/v1\n", "not an image that Pillow can read"),
     b"noise.webp": (noise(4, 10, 10).tobytes(), "not an image that Pillow can read"),
-    b"photo.heic": (HEIC, "not an image that Pillow can read"),
-    b"photo.jxl": (b"\xff\x0a" + bytes(100), "not an image that Pillow can read"),
+    b"photo.heic": (HEIC, "truncated or damaged" if find_spec("pillow_heif") else "pip install 'nopad[heic]'"),
+    b"photo.jxl": (b"\xff\x0a" + bytes(100), "JPEG XL is not read; convert it to PNG or JPEG"),
     # wrong extension
     b"png.jpg": (saved(RGB), RGB),
     b"gif.png": (saved(PALETTE, "GIF"), PALETTE_RGB),

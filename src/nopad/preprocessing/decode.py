@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import struct
 import zlib
@@ -16,7 +15,7 @@ import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
-from nopad.preprocessing.formats import MAX_SCANS, count_scans, is_cut_short, readable_formats, without_metadata
+from nopad.preprocessing.formats import MAX_SCANS, count_scans, is_cut_short, open_picture, without_metadata
 
 try:  # libjpeg-turbo, twice as fast as Pillow's way from a JPEG to an array, the same bits
     import simplejpeg
@@ -120,11 +119,11 @@ def load_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(name, "not an image that Pillow can read; expected JPEG, PNG, WebP or the like") from error
+        raise ImageError(name, str(error)) from error
     except _BOMB as error:
         raise ImageError(name, f"{error} (max_pixels {max_pixels}, PIL.Image.MAX_IMAGE_PIXELS below it)") from error
     except _DAMAGE as error:
-        told = f"{type(error).__name__}: {error}".removesuffix(": ")
+        told = f"{type(error).__name__}: {error}".strip().removesuffix(":")
         raise ImageError(name, f"truncated or damaged ({told}); get the file again") from error
 
 
@@ -190,7 +189,7 @@ def _decode_file(data: bytes, name: str, max_pixels: int) -> Tensor:
 
 
 def _decode_once(data: bytes, name: str, max_pixels: int) -> Tensor:
-    with Image.open(io.BytesIO(data), formats=readable_formats()) as image:
+    with open_picture(data) as image:
         return _decode(image, name, max_pixels, data)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import re
 import zlib
 from collections.abc import Iterator
 from functools import cache
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 FORMATS = frozenset(
     "AVIF BMP CUR DDS DIB GIF HEIF ICNS ICO JPEG JPEG2000 JXL MPO PCX PNG PPM PSD QOI SGI TGA TIFF WEBP XBM".split()  # noqa: SIM905
@@ -17,11 +18,56 @@ FORMATS = frozenset(
 MAX_SCANS = 100
 """Most scans of a JPEG: each costs time for the whole picture, however empty it is. libtiff has the same limit."""
 
-_SUFFIXES_OF_ADDITIONS = frozenset((".heic", ".heif", ".avif", ".jxl"))
+_SUFFIXES_OF_ADDITIONS = frozenset((".heic", ".heif", ".hif", ".avif", ".jxl"))
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # not a stuffed byte, not a restart
 _START_OF_IMAGE, _END_OF_IMAGE, _START_OF_SCAN, _TEMPORARY = 0xD8, 0xD9, 0xDA, 0x01
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+
+
+_HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"))
+_AVIF_BRANDS = frozenset((b"avif", b"avis"))
+_JPEG_XL_MAGIC = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """Open a picture of one of `FORMATS`; nothing is decoded yet.
+
+    Raises:
+        UnidentifiedImageError: none of them, or one that this installation does not read; says what to install.
+        Other errors of Pillow's readers: a damaged file.
+    """
+    file = io.BytesIO(data)
+    if _format_of_brands(data) == "HEIF":
+        try:
+            from pillow_heif import HeifImageFile
+        except ImportError as error:
+            raise UnidentifiedImageError("HEIC needs pillow-heif: pip install 'nopad[heic]'") from error
+        return HeifImageFile(file)
+    try:
+        return Image.open(file, formats=readable_formats())
+    except UnidentifiedImageError as error:
+        raise UnidentifiedImageError(_why_unidentified(data)) from error
+
+
+def _why_unidentified(data: bytes) -> str:
+    if _format_of_brands(data) == "AVIF":
+        needs = "AVIF needs Pillow 11.3 or newer: pip install 'nopad[heic]'"
+        return "truncated or damaged; get the file again" if "AVIF" in readable_formats() else needs
+    if data.startswith(_JPEG_XL_MAGIC):
+        return "JPEG XL is not read; convert it to PNG or JPEG"
+    return "not an image that Pillow can read; expected JPEG, PNG, WebP or the like"
+
+
+def _format_of_brands(data: bytes) -> str | None:
+    """`"AVIF"` or `"HEIF"` by the brands in the first box, `None` for any other file."""
+    if data[4:8] != b"ftyp":
+        return None
+    end = int.from_bytes(data[:4], "big")
+    brands = {data[8:12], *(data[i : i + 4] for i in range(16, min(end, 256), 4))}
+    if brands & _AVIF_BRANDS:
+        return "AVIF"
+    return "HEIF" if brands & _HEIF_BRANDS else None
 
 
 @cache
