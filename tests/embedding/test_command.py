@@ -88,6 +88,21 @@ def test_nothing_embedded_is_status_1(tmp_path, capsys, model):
     assert main(arguments(tmp_path / "photos", tmp_path / "out", model)) == 1
 
 
+def test_stdout_is_for_the_summary_alone(photos, tmp_path, capsys, model, monkeypatch):
+    """Ray prints to it from a thread of its own when an actor dies."""
+    make = nopad.embedding.run.Run.make
+
+    def noisy(self, shards):
+        print("a library's message")
+        make(self, shards)
+
+    monkeypatch.setattr("nopad.embedding.run.Run.make", noisy)
+    assert main(arguments(photos, tmp_path / "out", model, "--json")) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["rows"] == 12
+    assert "a library's message" in err
+
+
 def test_the_summary_as_json(photos, tmp_path, capsys, model):
     (photos / "002.png").write_bytes(b"no picture")
     assert main(arguments(photos, tmp_path / "out", model, "--json")) == 0

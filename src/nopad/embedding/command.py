@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TYPE_CHECKING
 
 from nopad.terminal import device_of, show
@@ -77,7 +77,12 @@ def run(options: argparse.Namespace) -> int:
     max_pixels = Settings.max_pixels if options.max_pixels is None else options.max_pixels
     go_on = f"to go on: {_command(options)}"
     try:
-        with stop_on_signals() as stop, pillow_takes(max_pixels), display(sys.stderr) as shown:
+        with (
+            stop_on_signals() as stop,
+            pillow_takes(max_pixels),
+            display(sys.stderr) as shown,
+            redirect_stdout(sys.stderr),  # Ray prints to it when an actor dies; it is for the summary alone
+        ):
             summary = embed(
                 options.sources,
                 options.out,
