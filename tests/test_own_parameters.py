@@ -16,30 +16,19 @@ import dinov3_checkpoints
 import huggingface_hub
 import onevision_checkpoints
 import pytest
-import siglip2_checkpoints
 import torch
-from onevision_original import PlainConfig, PlainOneVision
+from originals import original_class, read_by_original, run_original
 from safetensors.torch import load_file, save_model
 from tiny_encoders import FAMILIES, GRIDS, patches_of, relative, tiny
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
-from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
-from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
 
 import nopad
 from nopad.checkpoints.formats import Checkpoint, StoredTensor
 from nopad.checkpoints.fused_names import from_fused_names
 
-ORIGINALS = {
-    "aimv2": Aimv2VisionModel,
-    "siglip2": Siglip2VisionModel,
-    "siglip": siglip2_checkpoints.SiglipVisionModel,
-    "dinov3": DINOv3ViTModel,
-    "onevision": PlainOneVision,
-}
 WITH_A_HEAD = [family for family in FAMILIES if family in ("aimv2 with a head", "siglip2", "siglip", "onevision")]
 GOLDENS = {
     "aimv2-apple-native": "aimv2",
@@ -69,29 +58,6 @@ def encoder(folder):
 @pytest.fixture
 def peft():
     return pytest.importorskip("peft", reason="peft is a development dependency")
-
-
-def original_class(family):
-    return ORIGINALS[family.split()[0]]
-
-
-def read_by_original(family, folder):
-    """The original with the weights of a folder, nothing missing and nothing left over."""
-    if family == "onevision":  # its rope tables are not saved, and `from_pretrained` does not make them
-        original = PlainOneVision(PlainConfig.from_pretrained(folder))
-        original.load_state_dict(load_file(folder / "model.safetensors"))
-        return original.eval()
-    original, told = original_class(family).from_pretrained(folder, output_loading_info=True)
-    assert not any(told.values()), told
-    return original
-
-
-def tokens_of_original(family, original, image):
-    """Patch tokens of one image `(C, H, W)`."""
-    if family.startswith("siglip"):
-        return siglip2_checkpoints.run(original, image)[0]
-    tokens = original(image[None]).last_hidden_state[0]
-    return tokens[1 + original.config.num_register_tokens :] if family.startswith("dinov3") else tokens
 
 
 def shapes(state):
@@ -384,10 +350,10 @@ def test_an_adapter_of_the_original_is_one_of_the_encoder(family, folder, encode
     if encoder.config.model_type == "aimv2_vision_model" and not encoder.config.is_native:
         image = torch.randn(3, *[5 * encoder.patch_size] * 2)  # the one size that this original takes
     original = read_by_original(family, folder)
-    plain = tokens_of_original(family, original, image)
+    plain, _ = run_original(family, original, image)
     adapted = shaken(peft.get_peft_model(original, config).eval())
     adapted.save_pretrained(tmp_path / "adapter")
-    expected = tokens_of_original(family, original, image)
+    expected, _ = run_original(family, original, image)
     assert relative(expected, plain) > 0.01
     loaded = peft.PeftModel.from_pretrained(encoder, tmp_path / "adapter").eval()
     pack = nopad.Pack.of([image], encoder.patch_size, encoder.patch_order)

@@ -107,6 +107,18 @@ def test_the_product_is_that_of_the_scaled_values():
     expected = (left.double() * left_scale) @ (right.double() * right_scale).T
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     assert product(left, left_scale, right, right_scale, torch.bfloat16).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(product(left, left_scale, right, right_scale, torch.float32), found)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["aimv2", "siglip2"])
+def test_under_autocast_layers_give_its_dtype_as_linear_maps_do(tmp_path, family):
+    layer = nopad.load(tiny(family, tmp_path), precision="fp8").layers[0]
+    rows = torch.randn(5, layer.attention.proj.in_features)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert {part.dtype for part in layer.attention._project(rows)} == {torch.bfloat16}
+        assert layer.mlp(rows).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("bias", [True, False])

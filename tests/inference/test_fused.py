@@ -80,6 +80,14 @@ def test_in_half_precision_they_are_as_close_to_float32_as_the_layers(tmp_path, 
 
 
 @torch.no_grad()
+def test_tokens_that_autocast_left_in_float32_are_taken_in_the_layers_dtype(encoder, plain_products):
+    encoder.to(BF16).compile(CAPACITY, SLOTS)
+    expected = encoder(patches_of(encoder), GRIDS)
+    encoder.embeddings.register_forward_hook(lambda module, arguments, output: output.float())
+    assert torch.equal(encoder(patches_of(encoder), GRIDS), expected)
+
+
+@torch.no_grad()
 def test_in_float8_they_are_as_close_as_the_layers(tmp_path):
     folder = tiny("aimv2", tmp_path / "wide", **WIDE)
     plain, encoder = nopad.load(folder), nopad.load(folder, precision="fp8")

@@ -96,6 +96,21 @@ def test_sdpa_is_eager(lengths, key_lengths, dtype, tolerance, scale):
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
+def test_eager_computes_in_float32_under_autocast_too():
+    tensors = inputs(9, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = varlen_attention(*tensors, segments(4, 5), backend="eager")
+    assert torch.equal(got, varlen_attention(*tensors, segments(4, 5), backend="eager"))
+
+
+def test_eager_on_a_device_without_autocast():
+    assert varlen_attention(*(tensor.to("meta") for tensor in inputs(3)), segments(3), backend="eager").shape == (
+        3,
+        2,
+        8,
+    )
+
+
 @given(
     pairs=st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), max_size=12),
     same=st.booleans(),

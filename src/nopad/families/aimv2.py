@@ -59,17 +59,17 @@ class AIMv2Embeddings(ByRole):
     def forward(self, patches: Tensor, layout: Layout, runner: Runner) -> Tensor:
         """`(T, P)` to `(T, D)`."""
         tokens = self.norm(runner.embed(self.proj, patches))
-        return tokens + self.positions(layout, tokens.dtype).to(tokens.dtype)
+        return tokens + self.positions(layout)
 
-    def positions(self, layout: Layout, dtype: torch.dtype) -> Tensor:
-        """`(T, D)`, computed in float32; already in `dtype` where that changes no bit.
+    def positions(self, layout: Layout) -> Tensor:
+        """`(T, D)`, rounded to the dtype of the weights; see `PositionTable`.
 
         Raises:
             ValueError: see `PositionTable`.
         """
         if self.position_embedding is None:
-            return sincos_2d(layout, len(self.proj.weight), dtype)
-        return self.position_embedding(layout, dtype)
+            return sincos_2d(layout, len(self.proj.weight), self.norm.weight.dtype)
+        return self.position_embedding(layout)
 
 
 class AIMv2Head(ByRole):
@@ -143,7 +143,7 @@ class AIMv2Packing(PackedEncoder):
     def example_positions(self) -> Tensor:
         """Positions on the trained grid."""
         rows, columns = self.embeddings.trained_grid
-        return self.embeddings.positions(Layout.of_image(rows, columns, self.device), self.dtype)
+        return self.embeddings.positions(Layout.of_image(rows, columns, self.device))
 
     @property
     def projection_dim(self) -> int | None:

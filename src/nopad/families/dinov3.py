@@ -61,7 +61,7 @@ class DINOv3Embeddings(ByRole):
     def forward(self, patches: Tensor, places: PrefixLayout, runner: Runner) -> Tensor:
         """`(T, P)` to `(T + S · number, D)`."""
         tokens = runner.embed(self.proj, patches)
-        prefix = torch.cat((self.cls_token, self.register_tokens), dim=1).to(tokens.dtype)
+        prefix = torch.cat((self.cls_token, self.register_tokens), dim=1)
         return places.join(tokens, prefix.expand(len(places.segments), -1, -1))
 
 

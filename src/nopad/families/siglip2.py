@@ -65,7 +65,7 @@ class Siglip2Embeddings(ByRole):
         if self.naflex:  # whose linear map takes patches in this order
             patches = reorder_patches(patches, self.patch_size, self.order, "hwc")
         tokens = runner.embed(self.proj, patches)
-        return tokens + self.position_embedding(layout, tokens.dtype).to(tokens.dtype)
+        return tokens + self.position_embedding(layout)
 
 
 def siglip2_mlp(config: SiglipConfigs) -> MLP:
@@ -129,7 +129,7 @@ class Siglip2NaflexPacking(PackedEncoder):
         """Learned positions on the trained grid."""
         table = self.embeddings.position_embedding
         rows, columns = table.grid
-        return table(Layout.of_image(rows, columns, self.device), self.dtype)
+        return table(Layout.of_image(rows, columns, self.device))
 
     @property
     def default_preprocessing(self) -> Preprocessing:

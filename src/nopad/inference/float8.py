@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
+from nopad.kernels.sdpa import without_autocast
 from nopad.layers.linear import joined
 from nopad.layers.mlp import Activation, GatedMLP
 
@@ -90,7 +91,8 @@ def product(left: Tensor, left_scale: Tensor, right: Tensor, right_scale: Tensor
     if left.is_cuda:
         scaled: Any = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
         return scaled(left, right.T, left_scale, right_scale.T, out_dtype=dtype, use_fast_accum=True)
-    return ((left.float() @ right.float().T) * left_scale * right_scale.T).to(dtype)
+    with without_autocast(left.device):
+        return ((left.float() @ right.float().T) * left_scale * right_scale.T).to(dtype)
 
 
 class Float8Linear(nn.Module):
@@ -109,12 +111,12 @@ class Float8Linear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """`(T, in)` to `(T, out)`."""
-        return self.multiply(*quantize_rows(input), input.dtype)
+        return self.multiply(*quantize_rows(input), output_dtype(input))
 
     def multiply(self, quantized: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """`(T, in)` float8 and `(T, 1)` to `(T, out)`."""
         output = product(quantized, scale, self.weight, self.scale, dtype)
-        return output if self.bias is None else output + self.bias
+        return output if self.bias is None else output + self.bias.to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float8Linear:
         # As integers, which are moved and never cast: to another dtype goes the bias alone.
@@ -124,6 +126,13 @@ class Float8Linear(nn.Module):
             return fn(tensor.view(INTEGERS[tensor.dtype])).view(tensor.dtype)
 
         return super()._apply(keep, recurse)
+
+
+def output_dtype(input: Tensor) -> torch.dtype:
+    """The dtype that a linear map gives: autocast's, where that is on."""
+    kind = input.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else input.dtype
 
 
 class Float8QKV(nn.Module):
@@ -208,7 +217,7 @@ class Float8GatedMLP(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`(T, D)` to `(T, D)`."""
         fed, scale = silu_mul_quantize(self.gate_up(hidden_states))
-        return self.down.multiply(fed, scale, hidden_states.dtype)
+        return self.down.multiply(fed, scale, output_dtype(hidden_states))
 
 
 def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:

@@ -135,6 +135,7 @@ class StaticRunner:
     def __init__(self, encoder: PackedEncoder, capacity: int, slots: int, layers: ReadyLayers) -> None:
         self.capacity = capacity
         self.max_segments = slots
+        self.dtype = encoder.dtype
         self.layers = layers
         self.made_of = encoder.layers
         self.watch = Watch(encoder.layers)
@@ -165,6 +166,8 @@ class StaticRunner:
         # Not in inference mode, for which everything would be compiled once more.
         with self.lock, torch.inference_mode(False), torch.no_grad():
             ready = self.layers if self._current(layers) else PlainLayers(layers)
+            if ready.copies_weights:  # in their own dtype, beside float32 tokens that autocast made before the layers
+                tokens = tokens.to(self.dtype)
             with ready.exclusive():
                 filled, finite = fill_up_rows(tokens, self.capacity, ready.static_input)
                 filled_rotate = None if rope is None else rope.padded(self.capacity)

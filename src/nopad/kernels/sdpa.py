@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from itertools import accumulate
 
@@ -83,13 +84,20 @@ def _eager(query, key, value, lengths, scale, dropout_p):
     queries, keys = lengths
     parts = [tensor.to(dtype).split(each) for tensor, each in ((query, queries), (key, keys), (value, keys))]
     outputs = []
-    for q, k, v in zip(*parts, strict=True):
-        weights = torch.einsum("qhd,khd->hqk", q, k).mul(scale).softmax(-1)
-        outputs.append(torch.einsum("hqk,khd->qhd", F.dropout(weights, dropout_p), v))
+    with without_autocast(query.device):  # which would take the products to half precision again
+        for q, k, v in zip(*parts, strict=True):
+            weights = torch.einsum("qhd,khd->hqk", q, k).mul(scale).softmax(-1)
+            outputs.append(torch.einsum("hqk,khd->qhd", F.dropout(weights, dropout_p), v))
     return torch.cat(outputs).to(query.dtype)
 
 
 _LOOPS = {"sdpa": _sdpa, "eager": _eager}
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which products stay in the dtype of their operands; devices such as `meta` have no autocast."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,5 +85,7 @@ def add_residual(residual: Tensor, hidden_states: Tensor) -> Tensor:
     """The residual sum, with the same bits compiled and eager."""
     if torch.compiler.is_compiling():
         # In float32 explicitly: otherwise the compiler lets the GEMM accumulate into a copy of the residual.
-        return (residual.float() + hidden_states.float()).to(residual.dtype)
+        dtype = torch.promote_types(residual.dtype, hidden_states.dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        return (residual.to(wide) + hidden_states.to(wide)).to(dtype)
     return residual + hidden_states

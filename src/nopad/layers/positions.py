@@ -265,12 +265,18 @@ class PositionTable(nn.Module):
         self.grid, self.mode, self.antialias, self.strict, self.native = grid, mode, antialias, strict, native
         self.weight = nn.Parameter(torch.empty(math.prod(grid), hidden_size))
 
-    def forward(self, layout: Layout, dtype: torch.dtype) -> Tensor:
-        """Positions of every patch, `(T, D)`, in float32, or in `dtype` where that changes no bit.
+    def forward(self, layout: Layout) -> Tensor:
+        """Positions of every patch, `(T, D)`, computed in float32 and rounded to the dtype of the weights.
+
+        That dtype is not always the tokens': under autocast a float32 model's patch embedding gives half precision,
+        and the sum with its float32 positions is float32, as in the original.
 
         Raises:
             ValueError: `patch_positions` with `native`; see also `learned_positions`.
         """
+        return self._positions(layout, self.weight.dtype).to(self.weight.dtype)
+
+    def _positions(self, layout: Layout, dtype: torch.dtype) -> Tensor:
         if not self.native:
             rule = {"mode": self.mode, "antialias": self.antialias, "strict": self.strict, "dtype": dtype}
             return learned_positions(layout, self.weight, self.grid, **rule)

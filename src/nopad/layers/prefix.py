@@ -35,10 +35,14 @@ class PrefixLayout:
         return cls(segments, patches, prefix)
 
     def join(self, patches: Tensor, prefix: Tensor) -> Tensor:
-        """`(T, ...)` patches and `(S, number, ...)` prefix tokens to all rows of the pack."""
-        rows = patches.new_empty(self.segments.num_tokens, *patches.shape[1:])
-        rows.index_copy_(0, self.patches, patches)
-        return rows.index_copy_(0, self.prefix.flatten(), prefix.flatten(0, 1))
+        """`(T, ...)` patches and `(S, number, ...)` prefix tokens to all rows of the pack, in the wider dtype of both.
+
+        They differ under autocast, which leaves the prefix of a float32 model in float32.
+        """
+        dtype = torch.promote_types(patches.dtype, prefix.dtype)
+        rows = patches.new_empty(self.segments.num_tokens, *patches.shape[1:], dtype=dtype)
+        rows.index_copy_(0, self.patches, patches.to(dtype))
+        return rows.index_copy_(0, self.prefix.flatten(), prefix.flatten(0, 1).to(dtype))
 
     def take_patches(self, rows: Tensor) -> Tensor:
         """Those of the patches, `(T, D)`."""
