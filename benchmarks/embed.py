@@ -1,4 +1,4 @@
-"""`make bench-embed`: the whole embedding job beside the job that a user would write today, in one run.
+"""`make bench-embed`: the whole embedding job beside a loop over transformers' processor and model, in one run.
 
 Both read the same JPEGs with the same weights, block after block, each block by both, the order changing from block to
 block, so that the machine's drift hits both alike.
@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 import nopad
 from nopad.atomic import atomic_write
-from nopad.bench.candidates import Peer
+from nopad.bench.candidates import Baseline
 from nopad.embedding.job import embed
 from nopad.encoder import PackedEncoder
 from nopad.environment import dtype_name
@@ -61,7 +61,7 @@ def main() -> None:
     paths = pictures(Path(options.folder) / "images", options.images)
     settings = {"capacity": options.capacity, "workers": options.workers, "resize": options.resize}
     encoder = nopad.load(options.model)
-    job = JobOfToday.of(encoder, options.model)
+    job = BaselineJob.of(encoder, options.model)
     given = {name: value for name, value in settings.items() if value is not None}
     blocks = [
         run_block(encoder, job, paths[number :: options.blocks], given, number, options.blocks)
@@ -123,27 +123,29 @@ def picture(photos: Sequence[Image.Image], grain: np.ndarray, draw: random.Rando
 
 
 @dataclasses.dataclass(frozen=True)
-class JobOfToday:
+class BaselineJob:
     """transformers' processor and model, one image at a time."""
 
-    peer: Peer
+    baseline: Baseline
     processor: Any
-    about: str
+    description: str
 
     @classmethod
-    def of(cls, encoder: PackedEncoder, model: str) -> JobOfToday:
+    def of(cls, encoder: PackedEncoder, model: str) -> BaselineJob:
         """With the weights of `encoder`.
 
         Raises:
-            ValueError: there is no original, or no PIL processor of this model's rule gives pixels.
+            ValueError: there is no reference, or no PIL processor of this model's rule gives pixels.
         """
-        peer = Peer.of(encoder, model, revision=None, trust_remote_code=False)
-        if peer.reference is None:
-            raise ValueError(peer.about)
+        baseline = Baseline.of(encoder, model, revision=None, trust_remote_code=False)
+        if baseline.reference is None:
+            raise ValueError(baseline.description)
         if encoder.projection_dim is not None:
-            raise ValueError(f"--model {model}: expected one without projection, since its original gives no embeds")
-        processor, about = processor_of(encoder.preprocessing)
-        return cls(peer, processor, f"{peer.about}; {about}")
+            raise ValueError(
+                f"--model {model}: expected one without projection, since its reference has no image_embeds"
+            )
+        processor, description = processor_of(encoder.preprocessing)
+        return cls(baseline, processor, f"{baseline.description}; {description}")
 
     @torch.inference_mode()
     def run(self, paths: Sequence[Path], out: Path) -> np.ndarray:
@@ -152,8 +154,8 @@ class JobOfToday:
         for path in paths:
             image = Image.open(path).convert("RGB")
             pixels = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
-            assert self.peer.reference is not None
-            tokens, pooled = self.peer.reference.run(self.peer.model, pixels)
+            assert self.baseline.reference is not None
+            tokens, pooled = self.baseline.reference.run(self.baseline.model, pixels)
             features.append((tokens.mean(0) if pooled is None else pooled).float().numpy())
         table = np.stack(features)
         np.save(out / "features.npy", table)
@@ -161,7 +163,7 @@ class JobOfToday:
 
 
 def processor_of(rule: Preprocessing) -> tuple[Any, str]:
-    """A processor of transformers by a model's own rule, and what to know about it.
+    """A processor of transformers by a model's own rule, and its description.
 
     Raises:
         ValueError: a rule for which there is none.
@@ -172,10 +174,10 @@ def processor_of(rule: Preprocessing) -> tuple[Any, str]:
     if rule.rule == "square":
         options["size"] = {"height": rule.size, "width": rule.size}
         processor = ViTImageProcessorPil(**options)
-        about = type(processor).__name__
+        description = type(processor).__name__
         if rule.rescale_before_resize:
-            about += " with DINOv3's size, filter and statistics, since DINOv3ViTImageProcessor needs torchvision"
-        return processor, about
+            description += " with DINOv3's size, filter and statistics, since DINOv3ViTImageProcessor needs torchvision"
+        return processor, description
     if rule.rule == "naflex":
         raise ValueError("--model: expected a rule that gives pixels, got 'naflex', whose processor gives patches")
     fixed = rule.rule == "crop"
@@ -186,17 +188,17 @@ def processor_of(rule: Preprocessing) -> tuple[Any, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """What was measured on some of the pictures: seconds of both, nopad's summary, cosines."""
+    """Measurements on some of the images: seconds of both, nopad's summary, cosines."""
 
     images: int
     nopad: float
-    today: float
+    baseline: float
     summary: dict[str, Any]
     cosines: np.ndarray
 
 
 def run_block(
-    encoder: PackedEncoder, job: JobOfToday, paths: Sequence[Path], given: dict[str, Any], number: int, blocks: int
+    encoder: PackedEncoder, job: BaselineJob, paths: Sequence[Path], settings: dict[str, Any], number: int, blocks: int
 ) -> Block:
     """Both jobs over some of the pictures, each from the files to a file of features."""
     for path in paths:  # neither is to find the files in the page cache and the other not
@@ -206,27 +208,27 @@ def run_block(
         listing.write_text("".join(f"{path.absolute()}\n" for path in paths))
         seconds: dict[str, float] = {}
         results: dict[str, Any] = {}
-        for name in ("nopad", "today") if number % 2 == 0 else ("today", "nopad"):
+        for name in ("nopad", "baseline") if number % 2 == 0 else ("baseline", "nopad"):
             start = time.perf_counter()
             if name == "nopad":
-                results[name] = embed(listing, Path(out) / "table", model=encoder, **given)
+                results[name] = embed(listing, Path(out) / "table", model=encoder, **settings)
             else:
                 results[name] = job.run(paths, Path(out))
             seconds[name] = time.perf_counter() - start
         ours = nopad.read(Path(out) / "table").embeddings
-    cosines = torch.cosine_similarity(torch.from_numpy(ours), torch.from_numpy(results["today"]), dim=1).numpy()
-    ratio = seconds["today"] / seconds["nopad"]
-    rates = ", ".join(f"{name} {len(paths) / seconds[name]:.1f}" for name in ("nopad", "today"))
+    cosines = torch.cosine_similarity(torch.from_numpy(ours), torch.from_numpy(results["baseline"]), dim=1).numpy()
+    ratio = seconds["baseline"] / seconds["nopad"]
+    rates = ", ".join(f"{name} {len(paths) / seconds[name]:.1f}" for name in ("nopad", "baseline"))
     say(f"block {number + 1} of {blocks}: {rates} images/s, ratio {ratio:.2f}, least cosine {cosines.min():.5f}")
-    return Block(len(paths), seconds["nopad"], seconds["today"], results["nopad"].to_dict(), cosines)
+    return Block(len(paths), seconds["nopad"], seconds["baseline"], results["nopad"].to_dict(), cosines)
 
 
 # The numbers
 
 
-def summarise(blocks: Sequence[Block], encoder: PackedEncoder, job: JobOfToday, paths: Sequence[Path]) -> dict:
-    """What the table tells."""
-    ratios = [block.today / block.nopad for block in blocks]
+def summarise(blocks: Sequence[Block], encoder: PackedEncoder, job: BaselineJob, paths: Sequence[Path]) -> dict:
+    """The numbers of the table."""
+    ratios = [block.baseline / block.nopad for block in blocks]
     images = sum(block.images for block in blocks)
     wall = sum(block.nopad for block in blocks)
     stages: dict[str, float] = {
@@ -237,17 +239,17 @@ def summarise(blocks: Sequence[Block], encoder: PackedEncoder, job: JobOfToday, 
     filled, capacity = (sum(block.summary["tally"][name] for block in blocks) for name in ("tokens", "capacity"))
     return {
         "model": encoder.source,
-        "original": job.about,
+        "reference": job.description,
         "dtype": dtype_name(encoder.dtype),
         "cores": len(os.sched_getaffinity(0)),
         "images": images,
         "megabytes": sum(path.stat().st_size for path in paths) / 1e6,
-        "images_per_second": {"nopad": images / wall, "today": images / sum(block.today for block in blocks)},
-        "ratio": {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)},
+        "images_per_second": {"nopad": images / wall, "baseline": images / sum(block.baseline for block in blocks)},
+        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
         "stages": {name: {"seconds": seconds, "share": seconds / wall} for name, seconds in stages.items()},
         "fill": filled / capacity,
         "cosine": {
-            "least": float(min(block.cosines.min() for block in blocks)),
+            "min": float(min(block.cosines.min() for block in blocks)),
             "median": float(np.median(np.concatenate([block.cosines for block in blocks]))),
         },
     }
@@ -270,22 +272,22 @@ def table(report: dict[str, Any]) -> str:
         (
             f"{report['model']}, {report['dtype']}, {report['cores']} cores: {report['images']:,} JPEGs, long side "
             f"{SHORTEST} … {LONGEST}, {report['megabytes']:,.0f} MB",
-            f"today: {report['original']}; one image at a time",
+            f"baseline: {report['reference']}; one image at a time",
             "",
             *columns(
                 [
                     ("", "images/s"),
                     ("nopad embed", f"{rates['nopad']:.2f}"),
-                    ("the job of today", f"{rates['today']:.2f}"),
+                    ("baseline", f"{rates['baseline']:.2f}"),
                 ]
             ),
-            f"ratio {ratio['median']:.2f}, the median of blocks that both ran ({ratio['least']:.2f} … "
-            f"{ratio['most']:.2f})",
+            f"ratio {ratio['median']:.2f}, the median of blocks that both ran ({ratio['min']:.2f} … "
+            f"{ratio['max']:.2f})",
             "",
             *columns(stages),
             f"packs {report['fill']:.1%} full",
             "",
-            f"cosine of the features of both: median {cosine['median']:.6f}, least {cosine['least']:.6f}",
+            f"cosine of the features of both: median {cosine['median']:.6f}, least {cosine['min']:.6f}",
         )
     )
 

@@ -1,4 +1,4 @@
-"""The ways in which an encoder's layers can run, beside a matrix product in turn, and where their time goes on a GPU.
+"""The ways in which an encoder's layers can run, beside plain GEMMs, interleaved, and where their time goes on a GPU.
 
     python benchmarks/layers.py apple/aimv2-large-patch14-native --ways eager,quack,torch,fp8 --capacity 16896
 
@@ -24,7 +24,7 @@ import torch
 import nopad
 from nopad.bench.candidates import Images
 from nopad.bench.runner import block_parameters
-from nopad.bench.timing import CEILING, flops, meter
+from nopad.bench.timing import PEAK_GEMMS, flops, gemms, timer
 from nopad.bench.workloads import mixed
 from nopad.encoder import PackedEncoder
 from nopad.inference import compile
@@ -80,7 +80,9 @@ def measure(options: argparse.Namespace, ways: list[str]) -> None:
     numbers = plan(lengths, options.capacity)
     packs = [images.pack(encoder, pack) for pack in numbers]
     expected = encoder(packs[0]).float()
-    runs: dict[str, Callable[[], object]] = {"product": _product(encoder)}
+    side, count = PEAK_GEMMS[encoder.device.type]
+    peak = gemms(side, count, encoder.device, encoder.dtype)
+    runs: dict[str, Callable[[], object]] = {"peak": peak}
     busy: dict[str, list[float]] = {}
     print(f"{options.model}, attention {encoder.attention}, {len(packs)} packs of {options.capacity}")
     for way in ways:
@@ -91,7 +93,7 @@ def measure(options: argparse.Namespace, ways: list[str]) -> None:
         print(f"{way}: layers {twin.execution}, ready in {seconds:.1f} s, least cosine with eager {cosine:.6f}")
         busy[way] = []
         runs[way] = partial(_run, twin, packs, busy[way])
-    clock = meter(encoder.device)
+    clock = timer(encoder.device)
     for run in runs.values():
         run()
     for seconds in busy.values():
@@ -101,14 +103,14 @@ def measure(options: argparse.Namespace, ways: list[str]) -> None:
         for name, run in runs.items():
             seconds_of[name].append(clock(run).seconds)
     work = flops(block_parameters(encoder), encoder.config.num_hidden_layers, encoder.hidden_size, lengths)
-    side, products = CEILING[encoder.device.type]
-    ceiling = 2 * side**3 * products / statistics.median(seconds_of.pop("product"))
-    print(f"product of {side}³, {products} a run: {ceiling / 1e12:.4g} TFLOP/s")
+    peak_rate = 2 * side**3 * count / statistics.median(seconds_of.pop("peak"))
+    print(f"measured peak: {count} GEMMs of {side}³ a run: {peak_rate / 1e12:.4g} TFLOP/s")
     for way, samples in seconds_of.items():
         middle, spread = statistics.median(samples), f"{min(samples) * 1e3:.1f} … {max(samples) * 1e3:.1f}"
         rate = work / middle
         host = f"host {statistics.median(busy[way]) * 1e3:.1f} ms a pack, at most {max(busy[way]) * 1e3:.1f}"
-        print(f"{way}: {middle * 1e3:.1f} ms ({spread}), {rate / 1e12:.4g} TFLOP/s, {rate / ceiling:.3f} of it; {host}")
+        of_peak = f"{rate / 1e12:.4g} TFLOP/s, {rate / peak_rate:.3f} of peak"
+        print(f"{way}: {middle * 1e3:.1f} ms ({spread}), {of_peak}; {host}")
     if options.profile:
         from torch.profiler import ProfilerActivity, profile
 
@@ -147,18 +149,6 @@ def prepared(encoder: PackedEncoder, way: str, capacity: int, images: int) -> Pa
             f"--ways: expected layers {WAYS[way]}, got {twin.execution} for the reason above; leave {way} out"
         )
     return twin
-
-
-def _product(encoder: PackedEncoder) -> Callable[[], None]:
-    side, times = CEILING[encoder.device.type]
-    left, right = (torch.randn(side, side, device=encoder.device).to(encoder.dtype) for _ in range(2))
-    output = torch.empty_like(left)
-
-    def multiply() -> None:
-        for _ in range(times):
-            torch.mm(left, right, out=output)
-
-    return multiply
 
 
 if __name__ == "__main__":

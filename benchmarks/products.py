@@ -3,7 +3,7 @@
     python benchmarks/products.py --rows 16896
 
 The tiles in `nopad/inference/tiles.py` were chosen by these figures. Random numbers; each is recorded 20 times
-in a CUDA graph, graphs run in turn with one of products of 8,192³, and medians are printed.
+in a CUDA graph, graphs are interleaved with one of GEMMs of 8,192³, and medians are printed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nopad.bench.timing import in_turn, meter
+from nopad.bench.timing import interleave, timer
 from nopad.bench.workloads import mixed
 from nopad.inference.float8 import FLOAT8
 from nopad.inference.fusion.folding import Matrix
@@ -100,18 +100,18 @@ def str_of(tiles: Tiles) -> str:
 
 
 def tell(name: str, jobs: dict[str, Callable[[], object]], work: int) -> None:
-    """Time jobs in turn with the ceiling and print a line for each, fastest first."""
+    """Time jobs interleaved with the peak and print a line for each, fastest first."""
     matrix = draw(SIDE, SIDE)
     graphs = [recorded(lambda: torch.mm(matrix, matrix), 5), *(recorded(job, TIMES) for job in jobs.values())]
     times = []
-    for samples in in_turn(meter(matrix.device), [graph.replay for graph in graphs], RUNS):
+    for samples in interleave(timer(matrix.device), [graph.replay for graph in graphs], RUNS):
         assert isinstance(samples, list)
         times.append(statistics.median(sample.seconds for sample in samples))
-    ceiling = 5 * 2 * SIDE**3 / times[0]
-    print(f"{name}; ceiling {ceiling / 1e12:.0f} TFLOP/s")
+    peak = 5 * 2 * SIDE**3 / times[0]
+    print(f"{name}; measured peak {peak / 1e12:.0f} TFLOP/s")
     for seconds, job in sorted(zip((time / TIMES for time in times[1:]), jobs, strict=True)):
         rate = work / seconds
-        print(f"  {seconds * 1e6:6.1f} µs, {rate / 1e12:5.0f} TFLOP/s, {rate / ceiling:.3f} of the ceiling: {job}")
+        print(f"  {seconds * 1e6:6.1f} µs, {rate / 1e12:5.0f} TFLOP/s, {rate / peak:.3f} of peak: {job}")
 
 
 def recorded(job: Callable[[], object], times: int) -> torch.cuda.CUDAGraph:

@@ -1,4 +1,4 @@
-"""Alignment: it passes what is equal, fails what is not, and never takes an error for a low score."""
+"""Alignment passes what is equal, fails what is not, and never takes an error for a low score."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aimv2_checkpoints import apple, flat_config, tiny_composite, tiny_original,
 from PIL import Image
 
 import nopad
-from nopad.align import metrics as parity
+from nopad.align import metrics
 from nopad.align.command import align_table
 from nopad.align.references import AIMv2Reference, reference_of
 from nopad.align.run import align
@@ -72,7 +72,7 @@ def test_native_checkpoint_passes_every_case(native, photos):
     assert 0 < mixed.max_relative < 1e-4
 
 
-def test_learned_positions_say_what_is_not_run(learned, photos):
+def test_learned_positions_report_what_is_skipped(learned, photos):
     report = align(learned, images=photos)
     assert report.passed, [case.failures for case in report.cases]
     assert [case.name for case in report.cases][:2] == ["4 × 4 patches, batched", "a clip of 3 frames"]
@@ -82,11 +82,11 @@ def test_learned_positions_say_what_is_not_run(learned, photos):
     assert all(0 < case.max_pooled_relative < 1e-4 for case in report.cases)
 
 
-def test_what_the_original_does_not_project_is_told(goldens, capsys):
+def test_projection_that_the_reference_lacks_is_reported(goldens, capsys):
     reason = "image_embeds: transformers Aimv2VisionModel ends at pooled and has no projection"
     assert align(goldens / "aimv2-apple-lit").skipped[-1] == reason
     assert main(["align", str(goldens / "aimv2-apple-lit"), "--device", "cpu"]) == 0
-    assert f"not run: {reason}\n" in capsys.readouterr().out
+    assert f"skipped: {reason}\n" in capsys.readouterr().out
 
 
 def test_other_dialects_and_composites(tmp_path, goldens):
@@ -104,7 +104,7 @@ def test_half_precision_is_measured_from_float32(native):
     report = align(native, dtype=torch.bfloat16)
     assert report.passed, [case.failures for case in report.cases]
     for case in report.cases:
-        assert 0 < case.distance <= 1.1 * case.original_distance
+        assert 0 < case.distance <= 1.1 * case.reference_distance
         assert case.max_relative > 1e-4
 
 
@@ -117,13 +117,13 @@ def test_in_fp8_the_threshold_alone_decides(native, dtype):
         assert case.max_relative > 1e-2  # 100 times what float32 may differ
         assert case.layer_cosines[0] > 0.9999 > case.layer_cosines[-1]
         if dtype == torch.bfloat16:
-            assert case.distance > 1.1 * case.original_distance
+            assert case.distance > 1.1 * case.reference_distance
     strict = align(native, dtype=dtype, precision="fp8", threshold=0.99999)
     assert not any(case.passed for case in strict.cases)
     assert all("minimum cosine" in failure for failure in strict.cases[0].failures)
 
 
-def test_the_compiled_path_is_compared(native, learned, quick_compile):
+def test_compiled_path_is_compared(native, learned, quick_compile):
     for folder in (native, learned):
         report = align(folder, compile=True)
         assert report.passed, [case.failures for case in report.cases]
@@ -132,7 +132,7 @@ def test_the_compiled_path_is_compared(native, learned, quick_compile):
         assert all(len(case.layer_cosines) == 4 for case in report.cases)
 
 
-def test_the_compiled_path_makes_room_for_prefix_tokens_and_frames(goldens, monkeypatch, quick_compile):
+def test_compiled_path_has_room_for_prefix_tokens_and_frames(goldens, monkeypatch, quick_compile):
     admits, asked = StaticRunner.admits, []
 
     def noted(self, rows, segments):
@@ -146,7 +146,7 @@ def test_the_compiled_path_makes_room_for_prefix_tokens_and_frames(goldens, monk
     assert all(asked)
 
 
-def test_a_fault_of_the_compiled_path_alone_is_found(native, monkeypatch):
+def test_fault_of_the_compiled_path_alone_is_found(native, monkeypatch):
     class Faulty(PlainLayers):
         execution = "compiled"
 
@@ -156,7 +156,7 @@ def test_a_fault_of_the_compiled_path_alone_is_found(native, monkeypatch):
     monkeypatch.setattr(compile, "_makers", lambda encoder: iter([lambda: Faulty(encoder.layers)]))
     report = align(native, compile=True)
     assert not any(case.passed for case in report.cases)
-    # What is told of single layers is of those that are not compiled.
+    # Per-layer numbers are of the uncompiled layers.
     assert all(max(case.drift) < 1e-4 for case in report.cases)
 
 
@@ -181,7 +181,7 @@ def test_compiled_on_a_gpu(tmp_path, precision, threshold):
     assert report.execution.startswith(("compiled", "fused by"))
 
 
-def test_a_wrong_encoder_fails(native, monkeypatch):
+def test_wrong_encoder_fails(native, monkeypatch):
     def swapped(self, hidden_states):
         return self.down(self.activation(self.up(hidden_states)) * self.gate(hidden_states))
 
@@ -226,19 +226,19 @@ def test_pooling_is_measured_from_float32_too(learned, monkeypatch, dtype):
     report = align(learned, dtype=dtype)
     assert report.passed, [case.failures for case in report.cases]
     for case in report.cases:
-        assert 0 < case.pooled_distance <= 2 * max(case.original_pooled_distance, case.original_distance)
-    spoil_pooling(monkeypatch, 6 * max(case.original_distance for case in report.cases))
+        assert 0 < case.pooled_distance <= 2 * max(case.reference_pooled_distance, case.reference_distance)
+    spoil_pooling(monkeypatch, 6 * max(case.reference_distance for case in report.cases))
     report = align(learned, dtype=dtype, threshold=0.5)
     assert not any(case.passed for case in report.cases)
     (failure,) = report.cases[0].failures
     assert re.fullmatch(
-        r"pooled distance to float32 \S+, expected at most 2 × \S+, the larger of the original's own and its tokens'",
+        r"pooled distance to float32 \S+, expected at most 2 × \S+, the larger of the reference's own and its tokens'",
         failure,
     )
     assert align(learned, dtype=dtype, precision="fp8", threshold=0.5).passed
 
 
-def test_a_slightly_wrong_encoder_fails_in_half_precision(native, monkeypatch):
+def test_slightly_wrong_encoder_fails_in_half_precision(native, monkeypatch):
     forward = GatedMLP.forward
     monkeypatch.setattr(GatedMLP, "forward", lambda self, x: forward(self, x) * 1.05)
     report = align(native, dtype=torch.bfloat16, threshold=0.5)
@@ -253,7 +253,7 @@ def test_nan_fails(native, monkeypatch):
     assert not any(case.passed for case in report.cases)
 
 
-def test_an_exception_is_an_error(native, monkeypatch):
+def test_exception_is_raised(native, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("kernel")
 
@@ -275,15 +275,15 @@ def test_wrong_arguments(native, tmp_path):
 
 @pytest.mark.parametrize(("size", "nearest"), [(0, 14), (-28, 14), (13, 14), (100, 98)])
 @pytest.mark.parametrize("noise", [True, False])
-def test_a_size_that_is_no_whole_number_of_patches_is_refused(native, photos, size, nearest, noise):
+def test_image_size_of_no_whole_number_of_patches_raises(native, photos, size, nearest, noise):
     told = f"image_size: expected a multiple of patch_size 14, got {size}; give one, such as {nearest}"
     with pytest.raises(ValueError, match=told):
         align(native, images=photos, image_size=size, noise=noise)
 
 
 @pytest.mark.parametrize("noise", [True, False])
-def test_a_size_that_the_original_does_not_take_is_refused(learned, photos, noise):
-    told = "image_size: the original takes 56 × 56 pixels and nothing else, got 70; leave it out"
+def test_image_size_that_the_reference_does_not_take_raises(learned, photos, noise):
+    told = "image_size: the reference takes 56 × 56 pixels and nothing else, got 70; leave it out"
     with pytest.raises(ValueError, match=told):
         align(learned, images=photos, image_size=70, noise=noise)
     assert align(learned, images=photos, image_size=56, noise=noise).passed
@@ -315,7 +315,7 @@ def test_command_line(native, photos, tmp_path, capsys):
 
 
 def test_command_line_failure_and_wrong_use(native, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(parity, "RELATIVE_LIMIT", 1e-12)
+    monkeypatch.setattr(metrics, "RELATIVE_LIMIT", 1e-12)
     assert main(["align", str(native), "--device", "cpu"]) == 1
     assert "FAILED: 0 of" in capsys.readouterr().out
     assert main(["align", str(tmp_path / "nothing")]) == 2
@@ -341,7 +341,7 @@ def test_command_line_in_fp8(native, capsys):
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "float32, layers in fp8, on cpu, 1 thread" in printed
-    assert re.search(r"least cosine after layer +0 +1 +2 +3\n", printed)
+    assert re.search(r"min cosine after layer +0 +1 +2 +3\n", printed)
     assert re.search(r"64 images of one patch +1\.0000 +0\.9\d{3} +0\.9\d{3} +0\.9\d{3}\n", printed)
     assert "above 0.97; in fp8 the threshold alone decides" in printed
     assert main([*arguments[:-1], "0.9999", "--json"]) == 1
@@ -354,7 +354,7 @@ def test_many_layers_are_shown_in_part(native):
     report = align(native)
     cases = tuple(dataclasses.replace(case, layer_cosines=tuple(range(25))) for case in report.cases)
     table = align_table(dataclasses.replace(report, precision="fp8", cases=cases))
-    header = next(line for line in table.splitlines() if line.startswith("least cosine"))
+    header = next(line for line in table.splitlines() if line.startswith("min cosine after"))
     assert header.split()[4:] == [str(layer) for layer in range(0, 25, 2)]
 
 
@@ -377,7 +377,7 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
 
 
-def test_the_specifications_script(native, photos, tmp_path):
+def test_script_of_the_specification(native, photos, tmp_path):
     done = run_script("--ckpt", str(native), "--device", "cpu", "--batch_size", "3", "--image_size", "70")
     assert done.returncode == 0, done.stderr
     assert re.search(r"5 × 5 patches, batched +75 ", done.stdout)
@@ -398,15 +398,15 @@ def test_the_specifications_script(native, photos, tmp_path):
 
 
 @pytest.mark.parametrize("place", [0, 1])
-def test_a_nan_anywhere_fails(place):
-    def runs():
-        return [parity.Run(torch.ones(2, 4), (torch.ones(2, 4),), torch.ones(4)) for _ in range(2)]
+def test_nan_anywhere_fails(place):
+    def outputs():
+        return [metrics.ModelOutput(torch.ones(2, 4), (torch.ones(2, 4),), torch.ones(4)) for _ in range(2)]
 
-    ours, theirs = runs(), runs()
-    assert parity.compare("", ours, theirs, None, 0.99).passed
-    ours[place].pooled[0] = float("nan")
-    ours[place].states[0][0, 0] = float("nan")
-    result = parity.compare("", ours, theirs, None, 0.99)
+    packed, reference = outputs(), outputs()
+    assert metrics.compare("", packed, reference, None, 0.99).passed
+    packed[place].pooled[0] = float("nan")
+    packed[place].hidden_states[0][0, 0] = float("nan")
+    result = metrics.compare("", packed, reference, None, 0.99)
     assert not result.passed
     assert result.max_pooled_relative != result.max_pooled_relative
     assert result.drift[0] != result.drift[0]
@@ -427,14 +427,14 @@ def test_models_are_found_by_text_and_family(capsys):
     assert "--family: expected one of aimv2, dinov3" in capsys.readouterr().err
 
 
-def test_a_subclass_is_compared_with_its_familys_original(native):
+def test_subclass_is_compared_with_its_familys_reference(native):
     class Mine(nopad.AIMv2Packing):
         pass
 
     assert isinstance(reference_of(Mine.from_pretrained(native)), AIMv2Reference)
 
 
-def test_the_version_is_printed(capsys):
+def test_version_is_printed(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0

@@ -163,7 +163,7 @@ def test_a_norm_of_its_own_for_cls_and_registers(tmp_path):
         assert relative(output.tokens, tokens) < 1e-4
         assert relative(output.prefix_tokens, expected) < 1e-4
         assert relative(output.pooled, expected[:, 0]) < 1e-4
-    with pytest.raises(ValueError, match=r"cls_norm.*no original"):
+    with pytest.raises(ValueError, match=r"cls_norm.*no reference"):
         align(tmp_path / "out")
 
 
@@ -403,7 +403,7 @@ def test_alignment_passes(tmp_path, dtype, changes):
     original = tiny_original(hidden_size=64, intermediate_size=96, patch_size=16, **changes)
     report = align(save(tmp_path, original), dtype=dtype)
     assert report.passed, [case.failures for case in report.cases]
-    assert report.original == "transformers DINOv3ViTModel"
+    assert report.reference == "transformers DINOv3ViTModel"
     assert report.weights.startswith("read from the checkpoint as it is")
     assert report.cases[0].min_pooled_cosine > 0.99
     assert len(report.cases[0].drift) == 4

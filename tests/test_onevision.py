@@ -362,7 +362,7 @@ def with_code(folder, original, monkeypatch, tmp_path):
 def test_alignment_with_the_checkpoints_own_code(with_code):
     report = align(with_code, trust_remote_code=True)
     assert report.passed, [case.failures for case in report.cases]
-    assert report.original == "PlainOneVision of the checkpoint's own code"
+    assert report.reference == "PlainOneVision of the checkpoint's own code"
     assert report.weights == "read from the checkpoint as it is (Hub names)"
     clip = next(case for case in report.cases if case.name == "a clip of 3 frames")
     assert clip.tokens == 3 * 9 * 12
@@ -391,7 +391,7 @@ def test_alignment_fails_where_frames_do_not_attend_jointly(with_code, monkeypat
 def test_alignment_in_half_precision(with_code):
     report = align(with_code, trust_remote_code=True, dtype=torch.bfloat16)
     assert report.passed, [case.failures for case in report.cases]
-    assert all(0 < case.distance <= 1.1 * case.original_distance for case in report.cases)
+    assert all(0 < case.distance <= 1.1 * case.reference_distance for case in report.cases)
 
 
 def test_alignment_without_leave_or_without_code_is_wrong_use(with_code, goldens, tmp_path, capsys):

@@ -30,9 +30,9 @@ FP32 = CaseResult(
     min_pooled_cosine=None,
     max_pooled_relative=None,
     distance=None,
-    original_distance=None,
+    reference_distance=None,
     pooled_distance=None,
-    original_pooled_distance=None,
+    reference_pooled_distance=None,
     drift=(0.0, 1e-7, 3e-7, 6e-7),
     layer_cosines=(1.0, 1 - 1e-9, 1 + 1e-15, 1 - 4e-9),
     histogram=tuple(zip(EDGES, EDGES[1:], [0] * 2 + [500, 12] + [0] * 20, strict=False)),
@@ -42,7 +42,7 @@ FP32 = CaseResult(
 REPORT = AlignReport(
     checkpoint="apple/aimv2-large-patch14-native",
     family="aimv2",
-    original="transformers Aimv2VisionModel",
+    reference="transformers Aimv2VisionModel",
     weights="read from the checkpoint as it is (apple names)",
     device="cpu",
     dtype="float32",
@@ -62,9 +62,9 @@ BF16_FAILS = replace(
     min_pooled_cosine=0.999123,
     max_pooled_relative=4.4e-2,
     distance=3.1e-2,
-    original_distance=1.2e-2,
+    reference_distance=1.2e-2,
     pooled_distance=2.1e-2,
-    original_pooled_distance=0.9e-2,
+    reference_pooled_distance=0.9e-2,
     histogram=tuple(zip(EDGES, EDGES[1:], [0] * 19 + [30, 8, 0, 0, 0], strict=False)),
     passed=False,
     failures=("minimum cosine 0.974321, expected more than 0.99", "distance to float32 3.100e-02"),
@@ -111,7 +111,7 @@ def svg(html):
 
 def test_a_float32_pass_says_so_and_shows_each_case():
     page = Page(align_page(REPORT))
-    assert page.texts_in("h1") == ["Passed: the packed features equal the original's"]
+    assert page.texts_in("h1") == ["Passed: the packed features equal the reference's"]
     assert page.texts_in("th")[-2:] == ["16 × 16 patches, batched", "all sizes in one pack"]
     cells = page.texts_in("td")
     assert cells[:9] == ["Passed", "2", "512", "1 − 3.2e-08", "1 − 1.0e-09", "4.1e-06", "6.0e-07", "3.0e-05", "2.0e-07"]
@@ -121,7 +121,7 @@ def test_a_float32_pass_says_so_and_shows_each_case():
 
 
 def test_a_bfloat16_failure_gives_the_limits_that_were_missed():
-    passing = replace(FP32, name="mixed", distance=1.2e-2, original_distance=1.2e-2)
+    passing = replace(FP32, name="mixed", distance=1.2e-2, reference_distance=1.2e-2)
     page = Page(align_page(replace(REPORT, dtype="bfloat16", cases=(passing, BF16_FAILS))))
     assert page.texts_in("h1") == ["Failed: 1 of 2 cases"]
     assert [text for text in page.texts_in("li") if text in BF16_FAILS.failures] == list(BF16_FAILS.failures)
@@ -130,15 +130,15 @@ def test_a_bfloat16_failure_gives_the_limits_that_were_missed():
     assert cells[9:15] == ["–", "–", "1.20e-02", "1.20e-02", "–", "–"]
     assert cells[24:30] == ["0.999123", "4.4e-02", "3.10e-02", "1.20e-02", "2.10e-02", "9.00e-03"]
     (limit,) = (text for text in page.texts_in("dd") if text.startswith("distance"))
-    assert limit.startswith("distance to the float32 original at most 1.1 × the original's own; of pooled vectors ")
-    assert limit.endswith(" at most 2 × the larger of the original's own and its tokens'")
+    assert limit.startswith("distance to the float32 reference at most 1.1 × the reference's own; of pooled vectors ")
+    assert limit.endswith(" at most 2 × the larger of the reference's own and its tokens'")
 
 
 def test_in_fp8_it_says_that_the_threshold_alone_decides():
     case = replace(FP32, min_cosine=0.975, layer_cosines=(1.0, 0.99, 0.98, 0.975))
     report = replace(REPORT, precision="fp8", threshold=0.95, execution="compiled", capacity=4096, cases=(case,))
     page = Page(align_page(report))
-    assert page.texts_in("h1") == ["Passed: every cosine to the original's features is more than 0.95"]
+    assert page.texts_in("h1") == ["Passed: every cosine to the reference's features is more than 0.95"]
     facts = dict(zip(page.texts_in("dt"), page.texts_in("dd"), strict=True))
     assert facts["Precision"] == "fp8"
     assert facts["Layers"] == "compiled, in packs of 4,096 tokens"
@@ -167,7 +167,7 @@ def test_numbers_that_are_none_do_not_break_the_page():
 def test_what_comes_from_outside_is_escaped():
     evil = "<script>alert('1')</script> & \"$body"
     case = replace(BF16_FAILS, name=evil, failures=(evil,))
-    words = dict.fromkeys(("checkpoint", "family", "original", "weights", "device", "dtype", "attention"), evil)
+    words = dict.fromkeys(("checkpoint", "family", "reference", "weights", "device", "dtype", "attention"), evil)
     page = Page(align_page(replace(REPORT, **words, versions={evil: evil}, cases=(case,), skipped=(evil,))))
     assert "script" not in {tag for tag, _ in page.tags}
     assert page.texts_in("th")[-1] == evil
@@ -189,7 +189,7 @@ def test_the_page_is_self_contained_and_can_be_navigated():
         "Skipped",
     ]
     assert page.texts_in("caption") == [
-        "Each case. Relative: the norm of a token's difference over the norm of the original's token."
+        "Each case. Relative: the norm of a token's difference over the norm of the reference's token."
     ]
     assert [(chart.get("role"), chart.get("aria-label")) for chart in page.charts] == [
         ("img", "Tokens by 1 − cosine"),

@@ -364,7 +364,7 @@ def test_alignment_passes(tmp_path, kind, dtype):
     original = kind()
     report = align(folder_of(tmp_path, original, "vision_model."), images=photos(), dtype=dtype)
     assert report.passed, [case.failures for case in report.cases]
-    assert report.original == f"transformers {type(original).__name__}"
+    assert report.reference == f"transformers {type(original).__name__}"
     assert report.weights == "read from the checkpoint as it is (transformers names)"
     assert not report.skipped
     names = [case.name for case in report.cases]

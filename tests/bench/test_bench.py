@@ -1,4 +1,4 @@
-"""The whole benchmark on tiny models: who runs, who does not and why, and that nobody is wrong unseen."""
+"""The whole benchmark on tiny models: what runs, what is skipped and why, and that wrong features are seen."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from siglip2_checkpoints import KINDS, folder_of
 
 from nopad import cli
 from nopad.align.references import AIMv2Reference
-from nopad.bench import bench, command, runs
-from nopad.bench import runner as race
-from nopad.bench import timing as measure
+from nopad.bench import bench, command, runner, timing
+from nopad.bench import run as bench_run
 from nopad.bench.page import bench_page
 from nopad.bench.runner import checked, min_cosine
 from nopad.bench.timing import Sample
@@ -29,12 +28,12 @@ from nopad.families.aimv2 import AIMv2Packing
 from nopad.families.dinov3 import DINOv3ViTPacking
 
 OPTIONS = {"dtype": torch.float32, "images": 3, "capacities": (1024, 4096), "runs": 2}
-PEERS = ["original, one by one", "original, grouped by shape"]
+BASELINES = ["reference, one by one", "reference, grouped by shape"]
 
 
 @pytest.fixture(autouse=True)
-def _small_ceiling(monkeypatch):
-    monkeypatch.setitem(measure.CEILING, "cpu", (64, 2))
+def _small_peak(monkeypatch):
+    monkeypatch.setitem(timing.PEAK_GEMMS, "cpu", (64, 2))
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def as_it_is(monkeypatch):
     monkeypatch.setattr(AIMv2Packing, "uncompile", lambda self: None, raising=False)
     calls = []
 
-    def compiled(self, *, capacity, max_segments):
+    def compiled(self, capacity, max_segments):
         calls.append((capacity, max_segments))
 
     monkeypatch.setattr(AIMv2Packing, "compile", compiled)
@@ -67,23 +66,23 @@ def by_name(report, workload="mixed"):
     return {(row.name, row.capacity): row for row in report.rows if row.workload == workload}
 
 
-def test_everybody_runs_both_workloads_and_agrees(native, as_it_is):
+def test_all_candidates_run_both_workloads_and_agree(native, as_it_is):
     report = bench(native, workload="all", compile=True, **OPTIONS)
     names = [("nopad, eager", 1024), ("nopad, eager", 4096), ("nopad, compiled", 1024), ("nopad, compiled", 4096)]
-    names += [(name, None) for name in (*PEERS, "original, 224px, compiled")]
-    assert [facts.name for facts in report.workloads] == ["mixed", "224px"]
+    names += [(name, None) for name in (*BASELINES, "reference, 224px, compiled")]
+    assert [stats.name for stats in report.workloads] == ["mixed", "224px"]
     for workload in ("mixed", "224px"):
         assert list(by_name(report, workload)) == names
     for row in report.rows:
-        assert row.not_run is None
+        assert row.skipped is None
         assert len(row.seconds) == 2
         assert row.agrees, row
-        assert row.peak_bytes is None  # a CPU does not tell
+        assert row.peak_memory_bytes is None  # unavailable on a CPU
     mixed = by_name(report)
     assert {row.tokens for name, row in mixed.items() if "224px" not in name[0]} == {1940}
-    assert mixed["original, 224px, compiled", None].tokens == 3 * 256
+    assert mixed["reference, 224px, compiled", None].tokens == 3 * 256
     assert [mixed["nopad, eager", size].calls for size in (1024, 4096)] == [3, 1]
-    assert mixed[PEERS[0], None].calls == 3
+    assert mixed[BASELINES[0], None].calls == 3
     # Three blocks: qkv, projection, gate, up and down, two norms.
     assert report.parameters == 3 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32)
     lengths = (22 * 40, 29 * 17, 27 * 21)
@@ -92,8 +91,8 @@ def test_everybody_runs_both_workloads_and_agrees(native, as_it_is):
     assert as_it_is == [(1024, 1), (4096, 3), (1024, 3), (4096, 3)]
 
 
-def test_how_compiled_layers_were_made_ready_is_told(native, as_it_is, monkeypatch):
-    def compiled(encoder, *, capacity, max_segments):
+def test_execution_of_compiled_layers_is_reported(native, as_it_is, monkeypatch):
+    def compiled(encoder, capacity, max_segments):
         encoder.made_for = capacity
 
     def execution(encoder):
@@ -101,23 +100,23 @@ def test_how_compiled_layers_were_made_ready_is_told(native, as_it_is, monkeypat
 
     monkeypatch.setattr(AIMv2Packing, "compile", compiled)
     monkeypatch.setattr(AIMv2Packing, "execution", property(execution))
-    report = bench(native, compile=True, peers=False, **OPTIONS)
-    assert {key: row.layers for key, row in by_name(report).items()} == {
+    report = bench(native, compile=True, baselines=False, **OPTIONS)
+    assert {key: row.execution for key, row in by_name(report).items()} == {
         ("nopad, eager", 1024): None,
         ("nopad, eager", 4096): None,
         ("nopad, compiled", 1024): "fused by somebody",
         ("nopad, compiled", 4096): "eager",
     }
-    told = [line for line in command.bench_table(report).splitlines() if line.startswith("layers ")]
-    assert told == [
+    printed = [line for line in command.bench_table(report).splitlines() if line.startswith("layers ")]
+    assert printed == [
         "layers of nopad, compiled: fused by somebody (packs of 1,024)",
         "layers of nopad, compiled: eager (packs of 4,096)",
     ]
     page = Page(bench_page(report))
     assert [text for text in page.texts if text.startswith("layers ")] == ["layers fused by somebody", "layers eager"]
-    rows = tuple(replace(row, layers="compiled") for row in report.rows if row.layers is not None)
-    told = command.bench_table(replace(report, rows=rows))
-    assert "layers of nopad, compiled: compiled (packs of 1,024 and 4,096)\n" in told
+    rows = tuple(replace(row, execution="compiled") for row in report.rows if row.execution is not None)
+    printed = command.bench_table(replace(report, rows=rows))
+    assert "layers of nopad, compiled: compiled (packs of 1,024 and 4,096)\n" in printed
 
 
 @pytest.fixture
@@ -133,71 +132,69 @@ def timed(monkeypatch):
     def fake(run):
         before = len(products)
         run()
-        timed.append("ceiling" if len(products) > before else "other")
+        timed.append("peak" if len(products) > before else "other")
         if len(timed) in fails:
-            raise measure.NotRun("out of memory")
+            raise timing.Skipped("out of memory")
         return Sample(float(len(timed)), None)
 
     fails: set[int] = set()
     monkeypatch.setattr(torch, "mm", spy)
-    monkeypatch.setattr(runs, "meter", lambda device: fake)
+    monkeypatch.setattr(bench_run, "timer", lambda device: fake)
     return argparse.Namespace(jobs=timed, products=products, fails=fails)
 
 
-def test_the_ceiling_is_timed_around_the_contestants_of_each_workload(native, timed):
-    report = bench(native, peers=False, workload="all", compile=False, **{**OPTIONS, "dtype": torch.bfloat16})
-    # Of each workload two warm-ups, then two runs of the encoder at two capacities, the ceiling around each.
-    assert timed.jobs == 2 * (2 * ["other"] + 2 * ["ceiling", "other", "ceiling", "other", "ceiling"])
+def test_peak_is_timed_around_the_candidates_of_each_workload(native, timed):
+    report = bench(native, baselines=False, workload="all", compile=False, **{**OPTIONS, "dtype": torch.bfloat16})
+    # Of each workload two warm-ups, then two runs of the encoder at two capacities, the peak around each.
+    assert timed.jobs == 2 * (2 * ["other"] + 2 * ["peak", "other", "peak", "other", "peak"])
     # Two products in each run, the one that is not timed among them.
     assert timed.products == 2 * 7 * 2 * [torch.bfloat16]
-    ceilings = [facts.ceiling for facts in report.workloads]
-    assert [(ceiling.side, ceiling.products) for ceiling in ceilings] == 2 * [(64, 2)]
-    assert [one.seconds for one in ceilings] == [(3.0, 5.0, 7.0, 8.0, 10.0, 12.0), (15.0, 17.0, 19.0, 20.0, 22.0, 24.0)]
+    peaks = [stats.measured_peak for stats in report.workloads]
+    assert [(peak.side, peak.gemms) for peak in peaks] == 2 * [(64, 2)]
+    assert [peak.seconds for peak in peaks] == [(3.0, 5.0, 7.0, 8.0, 10.0, 12.0), (15.0, 17.0, 19.0, 20.0, 22.0, 24.0)]
     ran = [row for row in report.rows if row.seconds]
     assert [row.seconds for row in ran] == [(4.0, 9.0), (6.0, 11.0), (16.0, 21.0), (18.0, 23.0)]
-    assert [row.ceilings for row in ran] == [(4.0, 9.0), (6.0, 11.0), (16.0, 21.0), (18.0, 23.0)]
+    assert [row.peak_seconds for row in ran] == [(4.0, 9.0), (6.0, 11.0), (16.0, 21.0), (18.0, 23.0)]
     table, page = command.bench_table(report), bench_page(report)
     for share in (f"{report.share(row):.2f}" for row in ran):
         assert f" {share} " in table
         assert f"<td>{share}</td>" in page
 
 
-def test_who_fails_while_timed_takes_no_ceiling_of_others(native, timed):
-    timed.fails.add(9)  # the second run of the first contestant
-    first, second, *_ = bench(native, peers=False, compile=False, **OPTIONS).rows
-    assert (first.not_run, first.seconds, first.ceilings) == ("out of memory", (), ())
-    assert (second.not_run, second.seconds, second.ceilings) == (None, (6.0, 11.0), (6.0, 11.0))
+def test_candidate_skipped_while_timed_takes_no_peak_of_others(native, timed):
+    timed.fails.add(9)  # the second run of the first candidate
+    first, second, *_ = bench(native, baselines=False, compile=False, **OPTIONS).rows
+    assert (first.skipped, first.seconds, first.peak_seconds) == ("out of memory", (), ())
+    assert (second.skipped, second.seconds, second.peak_seconds) == (None, (6.0, 11.0), (6.0, 11.0))
 
 
-def test_what_is_compiled_is_warmed_up_as_often_as_it_takes(native, as_it_is, monkeypatch):
+def test_compiled_candidates_are_warmed_up_more_often(native, as_it_is, monkeypatch):
     warmed = []
-    warm_up = race._warm_up
-    monkeypatch.setitem(race.WARM_UPS, "cpu", 3)
-    monkeypatch.setattr(
-        race, "_warm_up", lambda one, truth, times, clock: warmed.append(times) or warm_up(one, truth, times, clock)
-    )
+    warm_up = runner._warm_up
+    monkeypatch.setitem(runner.WARM_UPS, "cpu", 3)
+    monkeypatch.setattr(runner, "_warm_up", lambda *of: warmed.append(of[3]) or warm_up(*of))
     bench(native, compile=True, **OPTIONS)
-    assert warmed == [1, 1, 3, 3, 1, 1, 3]  # eager, compiled, the original one by one, by shape, compiled
+    assert warmed == [1, 1, 3, 3, 1, 1, 3]  # eager, compiled, the reference one by one, by shape, compiled
 
 
-def test_a_fixed_grid_is_not_asked_for_other_sizes(learned, as_it_is):
+def test_reference_of_a_fixed_grid_skips_other_sizes(learned, as_it_is):
     report = bench(learned, workload="all", compile=True, **OPTIONS)
     mixed, fixed = by_name(report), by_name(report, "56px")
-    for name in PEERS:
-        assert mixed[name, None].not_run == "the original takes 4 × 4 patches and nothing else"
+    for name in BASELINES:
+        assert mixed[name, None].skipped == "the reference takes 4 × 4 patches and nothing else"
         assert fixed[name, None].agrees
     for table in (mixed, fixed):
         assert table["nopad, eager", 1024].agrees
-        assert table["original, 56px, compiled", None].agrees
-        assert table["original, 56px, compiled", None].tokens == 3 * 16
+        assert table["reference, 56px, compiled", None].agrees
+        assert table["reference, 56px, compiled", None].tokens == 3 * 16
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_siglip_peers_agree_one_by_one_and_in_batches(tmp_path, kind):
+def test_siglip_baselines_agree_one_by_one_and_in_batches(tmp_path, kind):
     folder = folder_of(tmp_path / kind, KINDS[kind]())
     for workload in ("mixed", "224"):
         report = bench(folder, workload=workload, **{**OPTIONS, "capacities": (4096,)})
-        assert [row.name for row in report.rows if row.agrees] == ["nopad, eager", *PEERS]
+        assert [row.name for row in report.rows if row.agrees] == ["nopad, eager", *BASELINES]
 
 
 def test_prefix_tokens_are_counted_and_cut_off(tmp_path):
@@ -207,7 +204,7 @@ def test_prefix_tokens_are_counted_and_cut_off(tmp_path):
     )
     DINOv3ViTPacking(config).save_pretrained(tmp_path)
     report = bench(tmp_path, workload="224", **{**OPTIONS, "capacities": (1024, 1024)})  # one named twice runs once
-    assert [row.name for row in report.rows if row.agrees] == ["nopad, eager", *PEERS]
+    assert [row.name for row in report.rows if row.agrees] == ["nopad, eager", *BASELINES]
     row, length = report.rows[0], 196 + 5
     assert row.tokens == 3 * 196
     assert row.flops == 2 * report.parameters * 3 * length + 4 * 2 * 32 * 3 * length**2
@@ -215,56 +212,56 @@ def test_prefix_tokens_are_counted_and_cut_off(tmp_path):
         bench(tmp_path, workload="224", **{**OPTIONS, "capacities": (200,)})
 
 
-def test_float8_that_cannot_be_had_is_an_answer(native, as_it_is, monkeypatch):
+def test_float8_that_a_model_cannot_have_is_skipped(native, as_it_is, monkeypatch):
     def refuse(encoder, precision):
         raise ValueError("sizes that float8 does not take")
 
     monkeypatch.setattr(AIMv2Packing, "to_precision", refuse)
-    rows = by_name(bench(native, peers=False, compile=True, float8=True, **OPTIONS))
-    assert rows["nopad, float8", 1024].not_run == "sizes that float8 does not take"
+    rows = by_name(bench(native, baselines=False, compile=True, float8=True, **OPTIONS))
+    assert rows["nopad, float8", 1024].skipped == "sizes that float8 does not take"
     assert rows["nopad, compiled", 4096].agrees
 
 
-def test_float8_asks_for_what_is_compiled(native, as_it_is, monkeypatch):
-    # On a CPU, where compiled contestants run only if asked for.
+def test_float8_implies_compiled_candidates(native, as_it_is, monkeypatch):
+    # On a CPU, where compiled candidates run only on request.
     monkeypatch.setattr(AIMv2Packing, "execution", "compiled")
-    rows = by_name(bench(native, peers=False, float8=True, **OPTIONS))
-    assert {name: row.not_run for (name, _), row in rows.items()} == {
+    rows = by_name(bench(native, baselines=False, float8=True, **OPTIONS))
+    assert {name: row.skipped for (name, _), row in rows.items()} == {
         "nopad, eager": None,
         "nopad, compiled": None,
         "nopad, float8": None,
     }
-    assert rows["nopad, float8", 1024].layers == "compiled"
+    assert rows["nopad, float8", 1024].execution == "compiled"
     assert 0.9 < rows["nopad, float8", 1024].min_cosine < 0.9999
 
 
-def test_what_is_not_asked_for_is_not_run(native):
-    report = bench(native, peers=False, compile=False, **OPTIONS)
-    assert (report.original, report.no_original) == (None, "not asked for")
-    assert [row.not_run for row in report.rows] == [None, None] + 2 * ["compiling was not asked for"]
+def test_candidates_not_requested_are_skipped(native):
+    report = bench(native, baselines=False, compile=False, **OPTIONS)
+    assert (report.reference, report.no_reference) == (None, "not requested")
+    assert [row.skipped for row in report.rows] == [None, None] + 2 * ["compiling was not requested"]
     first = command.bench_table(report).splitlines()[0]
-    assert first == f"{native}: packed aimv2, no original beside it: not asked for"
-    assert "none: not asked for" in Page(bench_page(report)).texts
+    assert first == f"{native}: packed aimv2, without a reference: not requested"
+    assert "none: not requested" in Page(bench_page(report)).texts
 
 
-def test_a_machine_without_a_compiler_says_so(native, as_it_is, monkeypatch):
+def test_machine_without_a_compiler_skips_compiled_candidates(native, as_it_is, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("backend='inductor' raised:\nno C++ compiler")
 
     monkeypatch.setattr(AIMv2Packing, "compile", refuse)
     monkeypatch.setattr(torch, "compile", lambda function: refuse)
     report = bench(native, compile=True, **OPTIONS)
-    reasons = {row.name: row.not_run for row in report.rows}
+    reasons = {row.name: row.skipped for row in report.rows}
     reason = "backend='inductor' raised: no C++ compiler"
     assert reasons == {
         "nopad, eager": None,
         "nopad, compiled": reason,
-        **dict.fromkeys(PEERS),
-        "original, 224px, compiled": reason,
+        **dict.fromkeys(BASELINES),
+        "reference, 224px, compiled": reason,
     }
 
 
-def test_memory_that_runs_out_is_an_answer_and_other_errors_are_errors(native, monkeypatch):
+def test_lack_of_memory_is_skipped_and_other_errors_raise(native, monkeypatch):
     def fail(error):
         def run_batch(self, model, pixels):
             raise error
@@ -272,50 +269,52 @@ def test_memory_that_runs_out_is_an_answer_and_other_errors_are_errors(native, m
         monkeypatch.setattr(AIMv2Reference, "run_batch", run_batch)
         return bench(native, compile=False, **OPTIONS)
 
-    row = by_name(fail(torch.OutOfMemoryError("CUDA out of memory")))[PEERS[1], None]
-    assert (row.not_run, row.seconds, row.agrees) == ("out of memory", (), None)
+    row = by_name(fail(torch.OutOfMemoryError("CUDA out of memory")))[BASELINES[1], None]
+    assert (row.skipped, row.seconds, row.agrees) == ("out of memory", (), None)
     with pytest.raises(RuntimeError, match="a defect"):
         fail(RuntimeError("a defect"))
 
 
-def test_a_ceiling_is_found_where_nobody_runs(native, monkeypatch):
+def test_peak_is_measured_where_all_candidates_are_skipped(native, monkeypatch):
     def refuse(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(AIMv2Packing, "trunk", refuse)
-    monkeypatch.setattr(race, "reference_features", lambda encoder, images, numbers: {})
-    report = bench(native, peers=False, compile=False, **OPTIONS)
-    assert {row.not_run for row in report.rows} == {"out of memory", "compiling was not asked for"}
-    assert len(report.workloads[0].ceiling.seconds) == 2
+    monkeypatch.setattr(runner, "expected_features", lambda encoder, images, numbers: {})
+    report = bench(native, baselines=False, compile=False, **OPTIONS)
+    assert {row.skipped for row in report.rows} == {"out of memory", "compiling was not requested"}
+    assert len(report.workloads[0].measured_peak.seconds) == 2
 
 
-def test_one_of_anything_is_told_as_one(native, capsys):
-    told = []
-    options = {"peers": False, "compile": False, **OPTIONS, "images": 1, "capacities": (1024,), "runs": 1}
-    report = bench(native, progress=told.append, **options)
-    (facts,) = report.workloads
-    assert facts.describe() == "1 image of one size, 880 patches, at most 880 each"
-    assert told[-1] == "mixed: 1 timed run of each, and of the ceiling around it"
-    assert "; medians of 1 run in turn\n" in command.bench_table(report)
-    assert any("medians of 1 run, one of each contestant in turn" in text for text in Page(bench_page(report)).texts)
-    one = replace(facts.ceiling, seconds=(1.0,))
-    assert one.describe().endswith("median of 1 run, around those of contestants")
-    three = replace(facts, images=3, sizes=2)
+def test_one_of_anything_is_singular(native, capsys):
+    lines = []
+    options = {"baselines": False, "compile": False, **OPTIONS, "images": 1, "capacities": (1024,), "runs": 1}
+    report = bench(native, progress=lines.append, **options)
+    (stats,) = report.workloads
+    assert stats.describe() == "1 image of one size, 880 patches, at most 880 each"
+    assert lines[-1] == "mixed: 1 timed run of each, and of the peak around it"
+    assert "; medians of 1 run, interleaved\n" in command.bench_table(report)
+    assert any(
+        "medians of 1 run, those of the candidates interleaved" in text for text in Page(bench_page(report)).texts
+    )
+    one = replace(stats.measured_peak, seconds=(1.0,))
+    assert one.describe().endswith("median of 1 run, around those of the candidates")
+    three = replace(stats, images=3, sizes=2)
     assert three.describe() == "3 images of 2 sizes, 880 patches, at most 880 each"
 
 
-def test_without_an_original_its_rows_say_why(tmp_path, goldens):
+def test_baselines_without_a_reference_are_skipped(tmp_path, goldens):
     report = bench(goldens / "onevision-encoder", compile=False, **OPTIONS)
     rows = by_name(report)
-    reason = rows[PEERS[0], None].not_run
+    reason = rows[BASELINES[0], None].skipped
     assert "no reference is at hand" in reason
-    assert (report.original, report.no_original) == (None, reason)
-    assert f"packed onevision, no original beside it: {reason}\n" in command.bench_table(report)
+    assert (report.reference, report.no_reference) == (None, reason)
+    assert f"packed onevision, without a reference: {reason}\n" in command.bench_table(report)
     assert rows["nopad, eager", 1024].agrees
 
 
-def test_a_compiled_encoder_that_is_wrong_is_found_and_the_eager_one_is_none_the_worse(native, as_it_is, monkeypatch):
-    def spoil(self, *, capacity, max_segments):
+def test_wrong_compiled_encoder_is_seen_and_leaves_the_eager_one_right(native, as_it_is, monkeypatch):
+    def spoil(self, capacity, max_segments):
         last = self.layers[-1]
         last.register_forward_hook(lambda *_: torch.randn(_[2].shape))
 
@@ -324,22 +323,22 @@ def test_a_compiled_encoder_that_is_wrong_is_found_and_the_eager_one_is_none_the
     assert {name for (name, _), row in by_name(report).items() if not row.agrees} == {"nopad, compiled"}
 
 
-def test_a_peer_that_mixes_up_the_images_of_a_batch_is_found(native, monkeypatch):
+def test_baseline_that_mixes_up_the_images_of_a_batch_is_seen(native, monkeypatch):
     right = AIMv2Reference.run_batch
     monkeypatch.setattr(AIMv2Reference, "run_batch", lambda *args: right(*args).flip(0))
     report = bench(native, workload="224", compile=False, **OPTIONS)
-    assert {row.name for row in report.rows if row.agrees is False} == {PEERS[1]}
+    assert {row.name for row in report.rows if row.agrees is False} == {BASELINES[1]}
     text = command.bench_table(report)
     assert sum(line.endswith("WRONG") for line in text.splitlines()) == 1
 
 
-def test_the_images_checked_are_spread_over_all():
+def test_checked_images_are_spread_over_all():
     assert checked(1) == [0]
     assert checked(5) == [0, 1, 2, 3, 4]
     assert checked(256) == [0, 36, 73, 109, 146, 182, 219, 255]
 
 
-def test_features_that_cannot_be_compared_agree_with_nothing():
+def test_min_cosine_is_nan_where_features_cannot_be_compared():
     a = {0: torch.tensor([[1.0, 0.0], [1.0, 1.0]])}
     assert min_cosine(a, {0: torch.tensor([[2.0, 0.0], [1.0, 0.0]])}) == pytest.approx(0.5**0.5)
     assert math.isnan(min_cosine(a, {0: a[0][:1]}))
@@ -359,7 +358,7 @@ def test_features_that_cannot_be_compared_agree_with_nothing():
         ({"device": "meta"}, "expected cpu or cuda"),
     ],
 )
-def test_arguments_out_of_range_are_named(native, changes, message):
+def test_arguments_out_of_range_raise(native, changes, message):
     with pytest.raises(ValueError, match=message):
         bench(native, **{**OPTIONS, **changes})
 
@@ -376,25 +375,25 @@ def main(monkeypatch, *arguments) -> int:
 SMALL = ("--device", "cpu", "--dtype", "float32", "--images", "2", "--runs", "1", "--capacity", "1024,2048")
 
 
-def test_the_command_prints_a_table_with_every_row(native, monkeypatch, capsys):
+def test_command_prints_a_table_with_every_row(native, monkeypatch, capsys):
     assert main(monkeypatch, native, *SMALL, "--workload", "all") == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
-    assert "packed aimv2 against transformers Aimv2VisionModel, sdpa attention" in lines[0]
-    for name in ("nopad, eager", *PEERS):
+    assert "packed aimv2 beside transformers Aimv2VisionModel, sdpa attention" in lines[0]
+    for name in ("nopad, eager", *BASELINES):
         found = [line for line in lines if line.startswith(name + " ") and line.endswith("ok")]
         assert len(found) == (4 if name == "nopad, eager" else 2)
-    assert sum(line.endswith("not run") for line in lines) == 6
+    assert sum(line.endswith("skipped") for line in lines) == 6
     workloads = [number for number, line in enumerate(lines) if line.startswith(("mixed: ", "224px: "))]
     assert len(workloads) == 2
     for number in workloads:
-        assert lines[number + 1].startswith("ceiling: matrix products of 64³, 2 a run: ")
-        assert lines[number + 1].endswith(", median of 5 runs, around those of contestants")
-    assert sum(line.endswith("compiling was not asked for") for line in lines) == 6
+        assert lines[number + 1].startswith("measured peak: 2 GEMMs of 64³ a run: ")
+        assert lines[number + 1].endswith(", median of 5 runs, around those of the candidates")
+    assert sum(line.endswith("compiling was not requested") for line in lines) == 6
     assert "· mixed: nopad, eager, packs of 2,048" in printed.err
 
 
-def test_the_command_gives_json_and_nothing_else(native, monkeypatch, capsys):
+def test_command_prints_json_and_nothing_else(native, monkeypatch, capsys):
     assert main(monkeypatch, native, *SMALL, "--json") == 0
 
     def refuse(constant):
@@ -402,38 +401,38 @@ def test_the_command_gives_json_and_nothing_else(native, monkeypatch, capsys):
 
     report = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert set(report) == {
-        "checkpoint", "family", "original", "no_original", "device", "dtype", "attention", "versions", "parameters",
+        "checkpoint", "family", "reference", "no_reference", "device", "dtype", "attention", "versions", "parameters",
         "seed", "runs", "workloads", "rows",
     }  # fmt: skip
     (workload,) = report["workloads"]
-    ceiling = workload.pop("ceiling")
+    peak = workload.pop("measured_peak")
     assert workload == {"name": "mixed", "images": 2, "sizes": 2, "tokens": 1373, "longest": 880}
-    seconds = ceiling.pop("seconds")
-    assert len(seconds) == 5  # around each of four contestants that ran
-    about = ceiling.pop("about")
-    assert about.startswith("matrix products of 64³, 2 a run: ")
-    assert about.endswith(", median of 5 runs, around those of contestants")
-    chosen = {"teraflops": statistics.median(seconds), "least_teraflops": max(seconds), "most_teraflops": min(seconds)}
+    seconds = peak.pop("seconds")
+    assert len(seconds) == 5  # around each of four candidates that ran
+    description = peak.pop("description")
+    assert description.startswith("2 GEMMs of 64³ a run: ")
+    assert description.endswith(", median of 5 runs, around those of the candidates")
+    chosen = {"teraflops": statistics.median(seconds), "min_teraflops": max(seconds), "max_teraflops": min(seconds)}
     rates = {name: pytest.approx(2 * 64**3 * 2 / time / 1e12) for name, time in chosen.items()}
-    assert ceiling == {"side": 64, "products": 2, **rates}
+    assert peak == {"side": 64, "gemms": 2, **rates}
     ran, *_, refused = report["rows"]
     assert set(ran) == set(refused) == {
-        "workload", "name", "capacity", "images", "tokens", "calls", "flops", "not_run", "seconds", "ceilings",
-        "peak_bytes", "min_cosine", "median_seconds", "images_per_second", "tokens_per_second", "teraflops",
-        "share_of_ceiling", "agrees", "layers",
+        "workload", "name", "capacity", "images", "tokens", "calls", "flops", "skipped", "seconds", "peak_seconds",
+        "peak_memory_bytes", "min_cosine", "median_seconds", "images_per_second", "tokens_per_second", "teraflops",
+        "share_of_peak", "agrees", "execution",
     }  # fmt: skip
     assert ran["agrees"] is True
     assert ran["tokens_per_second"] == pytest.approx(1373 / ran["median_seconds"])
-    assert ran["ceilings"] == [statistics.mean(seconds[:2])]
-    assert ran["share_of_ceiling"] == pytest.approx(ran["teraflops"] / (2 * 64**3 * 2 / ran["ceilings"][0] / 1e12))
-    assert refused["not_run"] == "compiling was not asked for"
-    assert refused["median_seconds"] is refused["agrees"] is refused["share_of_ceiling"] is None
+    assert ran["peak_seconds"] == [statistics.mean(seconds[:2])]
+    assert ran["share_of_peak"] == pytest.approx(ran["teraflops"] / (2 * 64**3 * 2 / ran["peak_seconds"][0] / 1e12))
+    assert refused["skipped"] == "compiling was not requested"
+    assert refused["median_seconds"] is refused["agrees"] is refused["share_of_peak"] is None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
-        (("--capacity", "2048,many"), "expected whole numbers with commas between them, such as 4096,16384, got"),
+        (("--capacity", "2048,many"), "expected integers separated by commas, such as 4096,16384, got"),
         (("--workload", "large"), "invalid choice: 'large'"),
         (("--images", "0"), "expected images ≥ 1"),
         (("--capacity", "512"), "capacities: expected at least"),
@@ -442,7 +441,7 @@ def test_the_command_gives_json_and_nothing_else(native, monkeypatch, capsys):
         (("--fp8", "--no-compile"), "--fp8: runs the packed model in float8 compiled, got --no-compile too"),
     ],
 )
-def test_wrong_use_is_status_2(native, monkeypatch, capsys, arguments, told):
+def test_wrong_use_is_status_2(native, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     try:
         status = main(monkeypatch, native, *arguments)
@@ -452,28 +451,28 @@ def test_wrong_use_is_status_2(native, monkeypatch, capsys, arguments, told):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "bench: " in printed.err
-    assert told in printed.err
+    assert message in printed.err
 
 
-def test_a_page_that_cannot_be_written_is_told_before_the_run(native, tmp_path, monkeypatch, capsys):
-    assert main(monkeypatch, native, *SMALL, "--no-peers", "--report", tmp_path) == 2
+def test_page_that_cannot_be_written_is_reported_before_the_run(native, tmp_path, monkeypatch, capsys):
+    assert main(monkeypatch, native, *SMALL, "--no-baselines", "--report", tmp_path) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     told = f"nopad bench: --report: expected a file that can be written, got '{tmp_path}': Is a directory\n"
     assert printed.err == told
 
 
-def test_a_page_that_can_no_longer_be_written_costs_no_figure(native, tmp_path, monkeypatch, capsys):
+def test_page_that_can_no_longer_be_written_costs_no_figure(native, tmp_path, monkeypatch, capsys):
     (tmp_path / "page").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "check_report", lambda asked: None)
-    assert main(monkeypatch, native, *SMALL, "--no-peers", "--report", "./page") == 2
+    assert main(monkeypatch, native, *SMALL, "--no-baselines", "--report", "./page") == 2
     printed = capsys.readouterr()
     assert "nopad, eager" in printed.out
     assert "Is a directory: './page'" in printed.err
 
 
-def test_asking_for_the_options_imports_neither_torch_nor_transformers():
+def test_reading_the_options_imports_neither_torch_nor_transformers():
     code = "import sys, nopad.bench.command; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -491,7 +490,7 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-def test_the_page_has_every_row_and_fetches_nothing(learned, tmp_path, monkeypatch):
+def test_page_has_every_row_and_fetches_nothing(learned, tmp_path, monkeypatch):
     right = AIMv2Reference.run_batch
     monkeypatch.setattr(AIMv2Reference, "run_batch", lambda *args: -right(*args))
     path = tmp_path / "pages" / "bench.html"
@@ -502,14 +501,19 @@ def test_the_page_has_every_row_and_fetches_nothing(learned, tmp_path, monkeypat
     assert not {"src", "href"} & {name for _, attributes in page.tags for name in attributes}
     assert "url(" not in html
     assert "@import" not in html
-    for name in ("nopad, eager, packs of 1,024", "nopad, compiled, packs of 2,048", *PEERS, "original, 56px, compiled"):
+    for name in (
+        "nopad, eager, packs of 1,024",
+        "nopad, compiled, packs of 2,048",
+        *BASELINES,
+        "reference, 56px, compiled",
+    ):
         assert page.texts.count(name) >= 2
     assert page.texts.count("Wrong") == 1
-    assert sum(text.startswith("Ceiling: matrix products of 64³, 2 a run: ") for text in page.texts) == 2
-    assert "1 of 14 contestants gave other features." in page.texts
-    assert page.texts.count("the original takes 4 × 4 patches and nothing else") == 2
+    assert sum(text.startswith("Measured peak: 2 GEMMs of 64³ a run: ") for text in page.texts) == 2
+    assert "1 of 14 candidates gave other features." in page.texts
+    assert page.texts.count("the reference takes 4 × 4 patches and nothing else") == 2
     charts = [attributes["aria-label"] for tag, attributes in page.tags if attributes.get("class") == "chart"]
-    assert charts == ["Tokens per second, mixed", "Tokens per second, 56px", "Share of the ceiling by capacity"]
+    assert charts == ["Tokens per second, mixed", "Tokens per second, 56px", "Share of the measured peak by capacity"]
     assert sum(attributes.get("class") == "bar over" for tag, attributes in page.tags) == 1
     for svg in html.split("<svg")[1:]:
         ElementTree.fromstring("<svg" + svg.split("</svg>")[0] + "</svg>")

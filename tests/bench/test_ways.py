@@ -13,7 +13,7 @@ import torch
 from tiny_encoders import tiny
 
 import nopad
-from nopad.bench import timing as measure
+from nopad.bench import timing
 from nopad.inference.fusion import layers as fused
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "layers.py"
@@ -23,7 +23,7 @@ LAYERS = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 @pytest.fixture
 def encoder(tmp_path, monkeypatch, caplog, quick_compile):
     caplog.set_level(logging.INFO, "nopad")  # which is put back, as the script sets it
-    monkeypatch.setitem(measure.CEILING, "cpu", (64, 2))
+    monkeypatch.setitem(timing.PEAK_GEMMS, "cpu", (64, 2))
     encoder = nopad.load(tiny("aimv2", tmp_path), dtype=torch.bfloat16)
     monkeypatch.setattr(nopad, "load", lambda checkpoint, **options: encoder)
     return encoder

@@ -1,4 +1,4 @@
-"""Alignment: the packed encoder against the original model."""
+"""Alignment: the packed encoder compared with the reference model."""
 
 from __future__ import annotations
 

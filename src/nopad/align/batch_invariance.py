@@ -1,4 +1,4 @@
-"""Proof that an image's features do not depend, to the bit, on what it is packed with or where."""
+"""Batch invariance: an image's features are bit-equal whatever it is packed with, and wherever in the pack it lies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nopad.environment import device_name, dtype_name
 PACKS = 20
 CAPACITY = 4096
 TOKENS_PER_IMAGE = 64
-"""A pack has room for so many images that each has so many tokens, as `PackedEncoder.compile` makes it."""
+"""Mean tokens per image for which a pack has segments, as in `PackedEncoder.compile`."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class BatchInvarianceCase:
     """One image in many packs.
 
     Attributes:
-        name: how the layers ran.
+        name: how the layers ran, see `PackedEncoder.execution`.
         grid: `(frames, rows, columns)` of the image.
-        packs: packs that it was in.
-        same: packs in which its tokens and its pooled vector had the same bits as alone.
-        same_beside_nan, same_beside_infinity: of the same packs, with every other value of the pack NaN or infinity.
+        packs: number of packs.
+        same: packs in which its tokens and its pooled vector were bit-equal to those of the image alone.
+        same_beside_nan, same_beside_infinity: the same with all other images of the pack NaN or infinity.
     """
 
     name: str
@@ -40,13 +40,13 @@ class BatchInvarianceCase:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing ever changed a bit."""
+        """Whether every comparison was bit-equal."""
         return self.packs > 0 and self.same == self.same_beside_nan == self.same_beside_infinity == self.packs
 
 
 @dataclass(frozen=True)
 class BatchInvarianceReport:
-    """The verdict on an encoder, and what it rests on."""
+    """The result for an encoder and the conditions under which it was measured."""
 
     checkpoint: str
     device: str
@@ -58,7 +58,7 @@ class BatchInvarianceReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every case did."""
+        """Whether there are cases and every one passed."""
         return bool(self.cases) and all(case.passed for case in self.cases)
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,16 +75,16 @@ def check_batch_invariance(
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> BatchInvarianceReport:
-    """Put an image into random packs and compare its features, bit by bit, with those that it has alone.
+    """Compare an image's features in random packs, bit by bit, with those of the image alone.
 
-    The packs are static ones of `capacity` rows (`PackedEncoder.compile`); the layers run compiled, and as they are.
+    The packs are static ones of `capacity` rows (`PackedEncoder.compile`), with compiled layers and with eager ones.
 
     Args:
-        encoder: on the device and in the dtype that are asked about; left as it was, uncompiled.
+        encoder: on the device and in the dtype to check; it is uncompiled afterwards.
         capacity: tokens of a pack.
-        packs: how many; the image stands first, last and in between, among 1 to many others.
+        packs: number of packs; the image lies first, last and in between, among 1 to many others.
         seed: of everything random.
-        progress: told what is being done.
+        progress: called with a line for each step.
 
     Raises:
         ValueError: a capacity that does not hold an image and another beside it, or `packs` below 1.
@@ -115,14 +115,14 @@ def check_batch_invariance(
 
 
 def _grids(encoder: PackedEncoder, capacity: int) -> list[tuple[int, int, int]]:
-    """A single patch, an oblong image, a clip; as far as half a pack holds them and leaves others a segment."""
-    wanted = [(1, 1, 1), (1, 9, 23), (3, 7, 5)]
+    """A single patch, an oblong image, a clip; those that fit into half a pack and leave others a segment."""
+    grids = [(1, 1, 1), (1, 9, 23), (3, 7, 5)]
     fitting = [
-        grid for grid in wanted if 2 * _rows(encoder, grid) <= capacity and grid[0] < capacity // TOKENS_PER_IMAGE
+        grid for grid in grids if 2 * _rows(encoder, grid) <= capacity and grid[0] < capacity // TOKENS_PER_IMAGE
     ]
     if not fitting:
-        least = max(2 * _rows(encoder, wanted[0]), 2 * TOKENS_PER_IMAGE)
-        raise ValueError(f"capacity: expected at least {least} tokens, got {capacity}")
+        min_capacity = max(2 * _rows(encoder, grids[0]), 2 * TOKENS_PER_IMAGE)
+        raise ValueError(f"capacity: expected at least {min_capacity} tokens, got {capacity}")
     return fitting
 
 
@@ -139,38 +139,38 @@ def _case(
     packs: int,
     generator: torch.Generator,
 ) -> BatchInvarianceCase:
-    mine = _patches(encoder, [grid], generator)
-    alone = _features(encoder, [mine], [grid], 0)
+    image = _patches(encoder, [grid], generator)
+    alone = _features(encoder, [image], [grid], 0)
     same = {0.0: 0, float("nan"): 0, float("inf"): 0}
     for _ in range(packs):
         others = _other_images(encoder, grid, capacity, generator)
-        place = int(torch.randint(0, len(others) + 1, (), generator=generator))
-        before, after = others[:place], others[place:]
+        index = int(torch.randint(0, len(others) + 1, (), generator=generator))
+        before, after = others[:index], others[index:]
         patches = [_patches(encoder, part, generator) for part in (before, after)]
-        for junk in same:
-            parts = [patches[0] + junk, mine, patches[1] + junk]
-            found = _features(encoder, parts, [*before, grid, *after], len(before))
-            same[junk] += all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+        for added in same:
+            parts = [patches[0] + added, image, patches[1] + added]
+            features = _features(encoder, parts, [*before, grid, *after], index)
+            same[added] += all(torch.equal(a, b) for a, b in zip(features, alone, strict=True))
     return BatchInvarianceCase(name, grid, packs, *same.values())
 
 
 def _other_images(
     encoder: PackedEncoder, grid: tuple[int, int, int], capacity: int, generator: torch.Generator
 ) -> list[tuple[int, int, int]]:
-    """Random images beside one of `grid`: few or many, at least one, so that the pack holds them all."""
+    """Random images that fit into a pack beside one of `grid`: few or many, at least one."""
 
     def draw(limit: int) -> int:
         return int(torch.randint(1, limit + 1, (), generator=generator))
 
     prefix = encoder.num_prefix_tokens
-    room = prefix + draw(capacity - _rows(encoder, grid) - prefix)
-    number, found = draw(capacity // TOKENS_PER_IMAGE - grid[0]), []
-    while len(found) < number and room > prefix:
-        rows = draw(min(24, room - prefix))
-        columns = draw(min(24, (room - prefix) // rows))
-        found.append((1, rows, columns))
-        room -= rows * columns + prefix
-    return found
+    rows_left = prefix + draw(capacity - _rows(encoder, grid) - prefix)
+    number, images = draw(capacity // TOKENS_PER_IMAGE - grid[0]), []
+    while len(images) < number and rows_left > prefix:
+        rows = draw(min(24, rows_left - prefix))
+        columns = draw(min(24, (rows_left - prefix) // rows))
+        images.append((1, rows, columns))
+        rows_left -= rows * columns + prefix
+    return images
 
 
 def _patches(encoder: PackedEncoder, grids: Sequence[tuple[int, int, int]], generator: torch.Generator) -> Tensor:
@@ -179,10 +179,10 @@ def _patches(encoder: PackedEncoder, grids: Sequence[tuple[int, int, int]], gene
 
 
 def _features(
-    encoder: PackedEncoder, parts: list[Tensor], grids: list[tuple[int, int, int]], place: int
+    encoder: PackedEncoder, parts: list[Tensor], grids: list[tuple[int, int, int]], index: int
 ) -> tuple[Tensor, Tensor]:
     """Tokens and pooled vector of one image of a pack."""
     output = encoder.encode(torch.cat(parts), torch.tensor(grids))
-    start = sum(t * h * w for t, h, w in grids[:place])
-    t, h, w = grids[place]
-    return output.tokens[start : start + t * h * w], output.pooled[place]
+    start = sum(t * h * w for t, h, w in grids[:index])
+    t, h, w = grids[index]
+    return output.tokens[start : start + t * h * w], output.pooled[index]

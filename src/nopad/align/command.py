@@ -18,13 +18,13 @@ THRESHOLD = 0.99
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `nopad align`."""
     parser.add_argument("checkpoint", help="Hub name, folder, weights file, or untrained:<published name>")
-    parser.add_argument("--images", metavar="DIR", help="a folder of photos to compare on, too")
+    parser.add_argument("--images", metavar="DIR", help="folder of photos to compare on, too")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--report", metavar="FILE.html", help="write the report as one HTML page")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    trust = "run the checkpoint's own code as the original, where transformers does not have it"
+    trust = "run the checkpoint's own code as the reference, where transformers does not have it"
     parser.add_argument("--trust-remote-code", action="store_true", help=trust)
-    invariance = "check instead that an image's features are the same bits whatever it is packed with"
+    invariance = "check batch invariance instead: an image's features are bit-equal whatever it is packed with"
     parser.add_argument("--batch-invariance", action="store_true", help=invariance)
     parser.add_argument(
         "--capacity", type=int, metavar="N", help="with --batch-invariance: tokens of a pack (default: 4096)"
@@ -34,22 +34,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_align_options(parser: argparse.ArgumentParser) -> None:
     """The options that `nopad align` and the scripts of `model_factory/` have in common."""
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, …; cuda where there is one, unless given")
-    dtype = "both sides run in it (default: float32, with --precision fp8 on a GPU bfloat16)"
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, … (default: cuda if available, else cpu)")
+    dtype = "of both models (default: float32; with --precision fp8 on a GPU, bfloat16)"
     parser.add_argument("--dtype", choices=DTYPES, default=None, help=dtype)
-    parser.add_argument("--attention", default="auto", help="kernel of the packed model (default: the best there is)")
-    precision = "of the packed model's layers; then the threshold alone decides"
+    parser.add_argument("--attention", default="auto", help="kernel of the packed model (default: the fastest)")
+    precision = "format of the packed model's layers; then the threshold alone decides"
     parser.add_argument("--precision", choices=("fp8",), default=None, help=precision)
-    compiled = "compare the packed model's compiled layers, on a GPU that has them the fused ones"
+    compiled = "compare the packed model's compiled layers, on a GPU the fused ones"
     parser.add_argument("--compile", action="store_true", help=compiled)
-    parser.add_argument("--threshold", type=float, default=None, help=f"least cosine of a token (default: {THRESHOLD})")
+    parser.add_argument(
+        "--threshold", type=float, default=None, help=f"a token's cosine has to be above it (default: {THRESHOLD})"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Align or prove, print or write what was asked for, and return the exit status.
+    """Align or check batch invariance, print or write the report, and return the exit status.
 
     Raises:
-        ValueError, OSError, ImportError: wrong use, for the command line to tell.
+        ValueError, OSError, ImportError: wrong use; the command line prints the message.
     """
     if options.batch_invariance:
         return run_batch_invariance(options)
@@ -65,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def report_alignment(options: argparse.Namespace, **arguments: Any) -> int:
-    """Align with the common options, print or write what was asked for, and return the exit status."""
+    """Align with the common options, print or write the report, and return the exit status."""
     check_report(options.report)
     from transformers.utils import logging as transformers_logging
 
@@ -97,9 +99,9 @@ def run_batch_invariance(options: argparse.Namespace) -> int:
     if options.images or options.report:
         raise ValueError("--images, --report: not with --batch-invariance, which takes random patches and has no page")
     if options.threshold is not None or options.trust_remote_code:
-        raise ValueError("--threshold, --trust-remote-code: not with --batch-invariance, which runs no original")
+        raise ValueError("--threshold, --trust-remote-code: not with --batch-invariance, which runs no reference")
     if options.compile:
-        raise ValueError("--compile: not with --batch-invariance, which runs the layers compiled and as they are")
+        raise ValueError("--compile: not with --batch-invariance, which runs compiled and eager layers")
     transformers_logging.disable_progress_bar()
     encoder = load(options.checkpoint, revision=options.revision, **_common(options))
     report = check_batch_invariance(
@@ -112,18 +114,18 @@ def run_batch_invariance(options: argparse.Namespace) -> int:
 
 
 def _common(options: argparse.Namespace) -> dict[str, Any]:
-    """What a model is loaded with, by the names that `nopad.load` and `nopad.align` have for it.
+    """Arguments of `nopad.load` and `nopad.align` from the options.
 
     Raises:
-        ValueError: a device was asked for that is not there.
+        ValueError: a device that torch does not see.
     """
     import torch
 
     device = device_of(options.device)
-    usual = "bfloat16" if options.precision is not None and device.startswith("cuda") else "float32"
+    default = "bfloat16" if options.precision is not None and device.startswith("cuda") else "float32"
     return {
         "device": device,
-        "dtype": getattr(torch, options.dtype or usual),
+        "dtype": getattr(torch, options.dtype or default),
         "attention": options.attention,
         "precision": options.precision,
     }
@@ -145,33 +147,33 @@ def align_table(report: Any) -> str:
             numbers.append("–" if case.max_pooled_relative is None else f"{case.max_pooled_relative:.1e}")
         rows.append((case.name, str(case.tokens), *numbers, "ok" if case.passed else "FAILED"))
     lines = [
-        f"{report.checkpoint}: packed {report.family} against {report.original}",
+        f"{report.checkpoint}: packed {report.family} compared with {report.reference}",
         f"{_arithmetic(report)} on {report.device}, attention {report.attention}; weights {report.weights}",
     ]
     if report.capacity is not None:
         lines.append(f"packed layers {report.execution}, in packs of {report.capacity:,} tokens")
-        lines[-1] += "" if report.precision is None else "; layer by layer they ran one by one, as they are"
+        lines[-1] += "" if report.precision is None else "; per-layer cosines are of the uncompiled layers"
     lines += ["", *columns(rows)]
     if report.precision is not None and report.cases:
         lines += ["", *columns(_layer_rows(report))]
     lines += [
         *(f"  {case.name}: {failure}" for case in report.cases for failure in case.failures),
-        *(f"not run: {reason}" for reason in report.skipped),
+        *(f"skipped: {reason}" for reason in report.skipped),
         "",
     ]
     good = sum(case.passed for case in report.cases)
     verdict = f"{'PASSED' if report.passed else 'FAILED'}: {good} of {len(report.cases)} cases"
     if report.precision is None:
-        return "\n".join([*lines, f"{verdict} equal the original"])
-    alone = f"in {report.precision} the threshold alone decides"
-    return "\n".join([*lines, f"{verdict} have every cosine to the original above {report.threshold:g}; {alone}"])
+        return "\n".join([*lines, f"{verdict} equal the reference"])
+    rule = f"in {report.precision} the threshold alone decides"
+    return "\n".join([*lines, f"{verdict} have every cosine to the reference above {report.threshold:g}; {rule}"])
 
 
 def _layer_rows(report: Any) -> list[tuple[str, ...]]:
-    """Cosines layer by layer, of some layers where there are many; layer 0 is what goes into the first."""
+    """Cosines layer by layer, of some layers where there are many; layer 0 is the input of the first."""
     last = len(report.cases[0].layer_cosines) - 1
     layers = [*range(0, last, max(1, math.ceil(last / LAYERS_SHOWN))), last]
-    rows = [("least cosine after layer", *map(str, layers))]
+    rows = [("min cosine after layer", *map(str, layers))]
     for case in report.cases:
         rows.append((case.name, *(f"{case.layer_cosines[layer]:.4f}" for layer in layers)))
     return rows

@@ -1,4 +1,4 @@
-"""How close two models' features are: the numbers of an alignment, and its limits."""
+"""Differences between the features of two models, and their limits."""
 
 from __future__ import annotations
 
@@ -10,37 +10,38 @@ import torch
 from torch import Tensor
 
 RELATIVE_LIMIT = 1e-4
-"""Float32: the most that a token or a pooled vector may differ from the original's, relative to its norm."""
+"""Float32: the largest difference of a token or a pooled vector from the reference's, relative to its norm."""
 DISTANCE_LIMIT = 1.1
-"""Half precision: the packed model's distance to the float32 original over the original's own."""
+"""Half precision: the packed model's distance to the float32 reference over the half-precision reference's own."""
 POOLED_LIMIT = 2
-"""Half precision: the same for pooled vectors, over the larger of the original's own distance and its tokens'.
+"""Half precision: the same for pooled vectors, over the larger of the reference's own distance and its tokens'.
 
-An image has one of them, so that a case measures few, and how far a few land from float32 is chance: on tiny models
-up to 1.6 times as far as the original's where both do the same. The tokens' distance, a mean over many, is not chance
-and keeps a vector of the original's that happens to land close from being the measure.
+An image has one pooled vector, so a case measures few of them, and how far a few land from float32 is chance: on tiny
+models up to 1.6 times as far as the reference's where both do the same. The tokens' distance is a mean over many; it
+keeps a reference vector that happens to land close from setting the limit.
 """
 HISTOGRAM_BINS = 24
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One pack compared with the original.
+    """One pack compared with the reference.
 
     Attributes:
-        name: what was compared.
+        name: of the case.
         images: images and clips in the pack.
         tokens: tokens compared.
         min_cosine, mean_cosine: over the tokens.
         max_abs, mean_abs: absolute difference of single values.
-        max_relative, mean_relative: per token, norm of the difference over the norm of the original's token.
-        min_pooled_cosine, max_pooled_relative: the same of pooled vectors over the images, `None` where the original
+        max_relative, mean_relative: per token, norm of the difference over the norm of the reference's token.
+        min_pooled_cosine, max_pooled_relative: the same of pooled vectors over the images, `None` where the reference
             does not pool.
-        distance, original_distance: mean relative distance per token to the float32 original of the packed model and
-            of the original itself, both in the dtype asked for; `None` in float32.
-        pooled_distance, original_pooled_distance: the same per pooled vector; `None` where the original does not pool.
+        distance, reference_distance: mean relative distance per token to the float32 reference, of the packed model and
+            of the reference, both in the report's dtype; `None` in float32.
+        pooled_distance, reference_pooled_distance: the same per pooled vector; `None` where the reference does not
+            pool.
         drift: largest relative difference of a token before the first layer and after each.
-        layer_cosines: least cosine of a token before the first layer and after each.
+        layer_cosines: lowest cosine of a token before the first layer and after each.
         histogram: `(low, high, count)` of the tokens' distance `1 - cosine`, in powers of ten.
         passed: whether the case meets the limits.
         failures: each limit that it does not meet, with the numbers.
@@ -58,9 +59,9 @@ class CaseResult:
     min_pooled_cosine: float | None
     max_pooled_relative: float | None
     distance: float | None
-    original_distance: float | None
+    reference_distance: float | None
     pooled_distance: float | None
-    original_pooled_distance: float | None
+    reference_pooled_distance: float | None
     drift: tuple[float, ...]
     layer_cosines: tuple[float, ...]
     histogram: tuple[tuple[float, float, int], ...]
@@ -70,7 +71,7 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class AlignReport:
-    """The verdict on a checkpoint, and what it rests on.
+    """The result for a checkpoint and the conditions under which it was measured.
 
     Attributes:
         precision: `"fp8"` where the packed model's layers are in that format; then the threshold alone decides.
@@ -79,7 +80,7 @@ class AlignReport:
 
     checkpoint: str
     family: str
-    original: str
+    reference: str
     weights: str
     device: str
     dtype: str
@@ -103,33 +104,39 @@ class AlignReport:
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a model gives for one image or clip, on the CPU: tokens, layer by layer too, and its pooling."""
+class ModelOutput:
+    """Output of a model for one image or clip, on the CPU, in float32.
+
+    Attributes:
+        tokens: `(T, D)`.
+        hidden_states: `(T, D)` before the first layer and after each.
+        pooled: `(D,)`, `None` where the model does not pool.
+    """
 
     tokens: Tensor
-    states: tuple[Tensor, ...]
+    hidden_states: tuple[Tensor, ...]
     pooled: Tensor | None
 
 
-def _relative(ours: Tensor, theirs: Tensor) -> Tensor:
-    return (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+def _relative(features: Tensor, reference: Tensor) -> Tensor:
+    return (features - reference).norm(dim=-1) / reference.norm(dim=-1)
 
 
-def _cosine(ours: Tensor, theirs: Tensor) -> Tensor:
-    return torch.cosine_similarity(ours.double(), theirs.double(), dim=-1)
+def _cosine(features: Tensor, reference: Tensor) -> Tensor:
+    return torch.cosine_similarity(features.double(), reference.double(), dim=-1)
 
 
-def _pooled(runs: list[Run]) -> Tensor | None:
+def _pooled(outputs: list[ModelOutput]) -> Tensor | None:
     """`(N, D)`, `None` where the model does not pool."""
-    vectors = [run.pooled for run in runs if run.pooled is not None]
+    vectors = [output.pooled for output in outputs if output.pooled is not None]
     return torch.stack(vectors) if vectors else None
 
 
 def compare(
     name: str,
-    ours: list[Run],
-    theirs: list[Run],
-    truth: list[Run] | None,
+    packed: list[ModelOutput],
+    reference: list[ModelOutput],
+    reference_fp32: list[ModelOutput] | None,
     threshold: float,
     *,
     same_arithmetic: bool = True,
@@ -138,54 +145,42 @@ def compare(
 
     Args:
         name: of the case.
-        ours, theirs: packed model and original, image by image.
-        truth: the original in float32, where that is another run.
-        threshold: least cosine.
-        same_arithmetic: both ran in one number format, so that the limits on differences hold, too.
+        packed, reference: outputs of the packed model and of the reference, image by image.
+        reference_fp32: outputs of the reference in float32, unless `reference` is that.
+        threshold: every cosine has to be above it.
+        same_arithmetic: both ran in one number format, so the limits on differences apply, too.
     """
-    a, b = torch.cat([run.tokens for run in ours]), torch.cat([run.tokens for run in theirs])
-    cosine = _cosine(a, b)
-    relative, absolute = _relative(a, b), (a - b).abs()
+    tokens, expected = (torch.cat([output.tokens for output in side]) for side in (packed, reference))
+    cosine = _cosine(tokens, expected)
+    relative, absolute = _relative(tokens, expected), (tokens - expected).abs()
     # Reduced by torch: Python's min and max pass over a NaN that does not stand first.
-    p, q = _pooled(ours), _pooled(theirs)
+    pooled, expected_pooled = _pooled(packed), _pooled(reference)
     min_pooled_cosine = max_pooled_relative = None
-    if p is not None and q is not None:
-        min_pooled_cosine, max_pooled_relative = float(_cosine(p, q).min()), float(_relative(p, q).max())
+    if pooled is not None and expected_pooled is not None:
+        min_pooled_cosine = float(_cosine(pooled, expected_pooled).min())
+        max_pooled_relative = float(_relative(pooled, expected_pooled).max())
+    pairs = list(zip(packed, reference, strict=True))
     layers = [
-        [(x.states[i], y.states[i]) for x, y in zip(ours, theirs, strict=True)] for i in range(len(ours[0].states))
+        [(ours.hidden_states[i], theirs.hidden_states[i]) for ours, theirs in pairs]
+        for i in range(len(packed[0].hidden_states))
     ]
-    drift = tuple(float(torch.stack([_relative(x, y).max() for x, y in pairs]).max()) for pairs in layers)
-    layer_cosines = tuple(float(torch.stack([_cosine(x, y).min() for x, y in pairs]).min()) for pairs in layers)
-    distance = original_distance = pooled_distance = original_pooled_distance = None
-    failures = []
-    for kind, least in (("", float(cosine.min())), ("pooled ", min_pooled_cosine)):
-        if least is not None and not least > threshold:
-            failures.append(f"minimum {kind}cosine {least:.6f}, expected more than {threshold}")
-    if truth is None:
-        for kind, most in (("", float(relative.max())), ("pooled ", max_pooled_relative)):
-            if same_arithmetic and most is not None and not most <= RELATIVE_LIMIT:
-                failures.append(f"{kind}relative error {most:.2e}, expected at most {RELATIVE_LIMIT:.0e}")
+    failures = _cosine_failures(float(cosine.min()), min_pooled_cosine, threshold)
+    distance = reference_distance = pooled_distance = reference_pooled_distance = None
+    if reference_fp32 is None:
+        if same_arithmetic:
+            failures += _relative_failures(float(relative.max()), max_pooled_relative)
     else:
-        exact, exact_pooled = torch.cat([run.tokens for run in truth]), _pooled(truth)
-        distance, original_distance = float(_relative(a, exact).mean()), float(_relative(b, exact).mean())
-        if same_arithmetic and not distance <= DISTANCE_LIMIT * original_distance:
-            failures.append(
-                f"distance to float32 {distance:.3e}, expected at most {DISTANCE_LIMIT} × the original's own "
-                f"{original_distance:.3e}"
-            )
-        if p is not None and q is not None and exact_pooled is not None:
-            pooled_distance = float(_relative(p, exact_pooled).mean())
-            original_pooled_distance = float(_relative(q, exact_pooled).mean())
-            usual = max(original_pooled_distance, original_distance)
-            if same_arithmetic and not pooled_distance <= POOLED_LIMIT * usual:
-                failures.append(
-                    f"pooled distance to float32 {pooled_distance:.3e}, expected at most {POOLED_LIMIT} × "
-                    f"{usual:.3e}, the larger of the original's own and its tokens'"
-                )
+        exact, exact_pooled = torch.cat([output.tokens for output in reference_fp32]), _pooled(reference_fp32)
+        distance, reference_distance = (float(_relative(each, exact).mean()) for each in (tokens, expected))
+        if pooled is not None and expected_pooled is not None and exact_pooled is not None:
+            pooled_distance = float(_relative(pooled, exact_pooled).mean())
+            reference_pooled_distance = float(_relative(expected_pooled, exact_pooled).mean())
+        if same_arithmetic:
+            failures += _distance_failures(distance, reference_distance, pooled_distance, reference_pooled_distance)
     return CaseResult(
         name=name,
-        images=len(ours),
-        tokens=len(a),
+        images=len(packed),
+        tokens=len(tokens),
         min_cosine=float(cosine.min()),
         mean_cosine=float(cosine.mean()),
         max_abs=float(absolute.max()),
@@ -195,15 +190,50 @@ def compare(
         min_pooled_cosine=min_pooled_cosine,
         max_pooled_relative=max_pooled_relative,
         distance=distance,
-        original_distance=original_distance,
+        reference_distance=reference_distance,
         pooled_distance=pooled_distance,
-        original_pooled_distance=original_pooled_distance,
-        drift=drift,
-        layer_cosines=layer_cosines,
+        reference_pooled_distance=reference_pooled_distance,
+        drift=tuple(float(torch.stack([_relative(*pair).max() for pair in layer]).max()) for layer in layers),
+        layer_cosines=tuple(float(torch.stack([_cosine(*pair).min() for pair in layer]).min()) for layer in layers),
         histogram=_histogram(cosine),
         passed=not failures,
         failures=tuple(failures),
     )
+
+
+def _cosine_failures(min_cosine: float, min_pooled_cosine: float | None, threshold: float) -> list[str]:
+    return [
+        f"minimum {kind}cosine {cosine:.6f}, expected more than {threshold}"
+        for kind, cosine in (("", min_cosine), ("pooled ", min_pooled_cosine))
+        if cosine is not None and not cosine > threshold
+    ]
+
+
+def _relative_failures(max_relative: float, max_pooled_relative: float | None) -> list[str]:
+    return [
+        f"{kind}relative error {error:.2e}, expected at most {RELATIVE_LIMIT:.0e}"
+        for kind, error in (("", max_relative), ("pooled ", max_pooled_relative))
+        if error is not None and not error <= RELATIVE_LIMIT
+    ]
+
+
+def _distance_failures(
+    distance: float, reference_distance: float, pooled: float | None, reference_pooled: float | None
+) -> list[str]:
+    failures = []
+    if not distance <= DISTANCE_LIMIT * reference_distance:
+        failures.append(
+            f"distance to float32 {distance:.3e}, expected at most {DISTANCE_LIMIT} × the reference's own "
+            f"{reference_distance:.3e}"
+        )
+    if pooled is not None and reference_pooled is not None:
+        limit = max(reference_pooled, reference_distance)
+        if not pooled <= POOLED_LIMIT * limit:
+            failures.append(
+                f"pooled distance to float32 {pooled:.3e}, expected at most {POOLED_LIMIT} × {limit:.3e}, the larger "
+                f"of the reference's own and its tokens'"
+            )
+    return failures
 
 
 def _histogram(cosine: Tensor) -> tuple[tuple[float, float, int], ...]:

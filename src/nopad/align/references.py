@@ -1,4 +1,4 @@
-"""The models that the families pack, as alignment runs them: one image at a time, unpadded."""
+"""Reference models of the families, run one image at a time and unpadded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from nopad.packing import patchify
 
 
 class ReferenceModel:
-    """How to build and run the original of a family; a family overrides what differs.
+    """Builds and runs the reference of a family; subclasses override what differs.
 
     Attributes:
         model_class: transformers' class.
@@ -36,15 +36,15 @@ class ReferenceModel:
     model_class: ClassVar[type[PreTrainedModel]]
 
     def of(self, checkpoint: str, *, revision: str | None, trust_remote_code: bool) -> ReferenceModel:
-        """The original of this one checkpoint.
+        """The reference of one checkpoint.
 
         Raises:
-            ValueError: there is none at hand, or none that may be run.
+            ValueError: there is none, or none that may be run.
         """
         return self
 
     def describe(self, model: PreTrainedModel) -> str:
-        """The original's name for the report."""
+        """The reference's name in reports."""
         return f"transformers {type(model).__name__}"
 
     def class_of(self, packed: PackedEncoder) -> type[PreTrainedModel]:
@@ -52,25 +52,25 @@ class ReferenceModel:
         return self.model_class
 
     def config(self, packed: PackedEncoder) -> PreTrainedConfig:
-        """The original's config: that of the checkpoint where it is one, else that of the same architecture.
+        """The reference's config: that of the checkpoint where it is one, else that of the same architecture.
 
-        So alignment notices where a packed encoder has understood a `config.json` in another way.
+        So alignment notices where a packed encoder reads a `config.json` in another way.
         """
         config_class = self.class_of(packed).config_class
         assert config_class is not None
-        says = packed.checkpoint_config.get("vision_config", packed.checkpoint_config)
-        if says.get("model_type") == config_class.model_type:
-            return config_class.from_dict(dict(says))
+        config = packed.checkpoint_config.get("vision_config", packed.checkpoint_config)
+        if config.get("model_type") == config_class.model_type:
+            return config_class.from_dict(dict(config))
         names = config_class().to_dict()
         return config_class(**{name: value for name, value in packed.config.to_dict().items() if name in names})
 
     def names(self, packed: PackedEncoder) -> set[str]:
-        """The original's tensor names."""
+        """The reference's tensor names."""
         with torch.device("meta"):
             return set(self.class_of(packed)(self.config(packed)).state_dict())
 
     def load(self, packed: PackedEncoder, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
-        """The original with exactly these weights.
+        """The reference with exactly these weights.
 
         Raises:
             ValueError: a tensor too few, too many or of another shape.
@@ -84,15 +84,15 @@ class ReferenceModel:
         return model
 
     def only_grid(self, packed: PackedEncoder) -> tuple[int, int] | None:
-        """The one grid `(rows, columns)` that the original takes, `None` where it takes any."""
+        """The only grid `(rows, columns)` that the reference takes, `None` where it takes any."""
         return None
 
     def layers(self, model: Any) -> nn.ModuleList:
-        """The original's transformer layers."""
+        """The reference's transformer layers."""
         return model.encoder.layers
 
     def run(self, model: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """One image `(C, H, W)` to patch tokens `(h · w, D)` and what the original pools them to `(D,)`, if it does.
+        """One image `(C, H, W)` to patch tokens `(h · w, D)` and the pooled vector `(D,)`, `None` without pooling.
 
         Where the packed encoder's frames attend jointly, it may be a clip `(frames, C, H, W)`.
         """
@@ -105,37 +105,37 @@ class ReferenceModel:
         return self.patch_tokens(self.forward(model, pixels).last_hidden_state)
 
     def forward(self, model: Any, pixels: Tensor) -> Any:
-        """Images of one size `(B, C, H, W)`, or clips where `run` takes them, to what the original returns."""
+        """Images of one size `(B, C, H, W)`, or clips where `run` takes them, to the reference's output."""
         return model(pixel_values=pixels)
 
     def patch_tokens(self, tokens: Tensor) -> Tensor:
-        """A sequence of the original, or a batch of them, without prefix tokens."""
+        """Tokens of the reference, `(…, T, D)`, without prefix tokens."""
         return tokens
 
 
 class RemoteCodeReference(ReferenceModel):
-    """An original that transformers does not have: the model code that lies beside the checkpoint's weights.
+    """A reference that transformers does not have: the model code beside the checkpoint's weights.
 
-    That code runs on this machine with the user's rights, so that it is loaded only where the user allows it.
+    That code runs with the user's rights, so it is loaded only where the user allows it.
     """
 
     _class: Any = None
     _config: PreTrainedConfig | None = None
 
     def of(self, checkpoint: str, *, revision: str | None, trust_remote_code: bool) -> ReferenceModel:
-        """The original by the checkpoint's own code.
+        """The reference by the checkpoint's own code.
 
         Raises:
-            ValueError: the code may not be run, or the checkpoint brings none.
+            ValueError: the code may not be run, or the checkpoint has none.
         """
         if not trust_remote_code:
             raise ValueError(
-                f"checkpoint {checkpoint!r}: no reference is at hand, its original is not part of transformers; give "
+                f"checkpoint {checkpoint!r}: no reference is at hand, its model is not part of transformers; give "
                 f"--trust-remote-code (trust_remote_code=True) to run the checkpoint's own code as the reference"
             )
         place = checkpoint.removeprefix(UNTRAINED)
-        content = {} if Path(place).is_file() else PreTrainedConfig.get_config_dict(place, revision=revision)[0]
-        auto_map = content.get("auto_map", {})
+        config = {} if Path(place).is_file() else PreTrainedConfig.get_config_dict(place, revision=revision)[0]
+        auto_map = config.get("auto_map", {})
         if not {"AutoConfig", "AutoModel"} <= auto_map.keys():
             raise ValueError(
                 f"checkpoint {checkpoint!r}: no reference is at hand, it brings no code of its own (expected auto_map "
@@ -147,22 +147,22 @@ class RemoteCodeReference(ReferenceModel):
         return bound
 
     def names(self, packed: PackedEncoder) -> set[str]:
-        """The original's tensor names."""
+        """The reference's tensor names."""
         with torch.device("meta"):
             return set(self._build(torch.float32).state_dict())
 
     def load(self, packed: PackedEncoder, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
-        """The original with exactly these weights.
+        """The reference with exactly these weights.
 
         Raises:
             ValueError: a tensor too few, too many or of another shape.
         """
-        # Built whole, then filled: `from_pretrained` builds on the meta device, and code that was written for
-        # transformers 4 would leave tables that are not saved, such as rotary frequencies, as they lie in memory.
+        # Built whole, then filled: `from_pretrained` builds on the meta device, and code written for
+        # transformers 4 would leave tables that are not saved, such as rotary frequencies, uninitialised.
         model = self._build(dtype)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        given = {name: tensor.shape for name, tensor in state.items()}
-        problems = sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name))
+        inputs = {name: tensor.shape for name, tensor in state.items()}
+        problems = sorted(name for name in shapes.keys() | inputs.keys() if shapes.get(name) != inputs.get(name))
         if problems:
             raise ValueError(
                 f"{type(model).__name__} does not load the same weights strictly: {len(problems)} tensors are missing, "
@@ -172,7 +172,7 @@ class RemoteCodeReference(ReferenceModel):
         return model.eval()
 
     def describe(self, model: PreTrainedModel) -> str:
-        """The original's name for the report."""
+        """The reference's name in reports."""
         return f"{type(model).__name__} of the checkpoint's own code"
 
     def _build(self, dtype: torch.dtype) -> PreTrainedModel:
@@ -196,11 +196,11 @@ class DINOv3Reference(ReferenceModel):
     num_prefix_tokens: int
 
     def of(self, checkpoint: str, *, revision: str | None, trust_remote_code: bool) -> ReferenceModel:
-        """The original of this one checkpoint."""
+        """The reference of one checkpoint."""
         return type(self)()
 
     def config(self, packed: PackedEncoder) -> PreTrainedConfig:
-        """The original's config for the same architecture.
+        """The reference's config for the same architecture.
 
         Raises:
             ValueError: CLS and register tokens have a norm of their own, which transformers' model does not.
@@ -208,12 +208,12 @@ class DINOv3Reference(ReferenceModel):
         if packed.config.untie_cls_norm:
             raise ValueError(
                 f"checkpoint {packed.source!r}: its CLS and register tokens have a norm of their own (cls_norm), "
-                f"which transformers' DINOv3ViTModel does not have; there is no original to compare with"
+                f"which transformers' DINOv3ViTModel does not have; there is no reference to compare with"
             )
         return super().config(packed)
 
     def load(self, packed: PackedEncoder, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
-        """The original with exactly these weights.
+        """The reference with exactly these weights.
 
         Raises:
             ValueError: a tensor too few, too many or of another shape.
@@ -226,16 +226,16 @@ class DINOv3Reference(ReferenceModel):
         return model
 
     def layers(self, model: Any) -> nn.ModuleList:
-        """The original's transformer layers, which transformers has moved from `layer` to `model.layer`."""
+        """The reference's transformer layers, which transformers has moved from `layer` to `model.layer`."""
         return (model.model if hasattr(model, "model") else model).layer
 
     def patch_tokens(self, tokens: Tensor) -> Tensor:
-        """A sequence of the original, or a batch of them, without CLS and register tokens."""
+        """Tokens of the reference, `(…, T, D)`, without CLS and register tokens."""
         return tokens[..., self.num_prefix_tokens :, :]
 
 
 class Siglip2Reference(ReferenceModel):
-    """transformers' SigLIP2 for NaFlex, its SigLIP for fixed sizes, which on other grids interpolates its positions."""
+    """transformers' SigLIP2 for NaFlex, and its SigLIP for fixed sizes, which interpolates positions on other grids."""
 
     model_class = Siglip2VisionModel
 
@@ -244,13 +244,13 @@ class Siglip2Reference(ReferenceModel):
         return Siglip2VisionModel if is_naflex(packed.config) else SiglipVisionModel
 
     def config(self, packed: PackedEncoder) -> PreTrainedConfig:
-        """The original's config for the same architecture."""
+        """The reference's config for the same architecture."""
         config: Any = super().config(packed)
         config.vision_use_head = packed.config.vision_use_head
         return config
 
     def forward(self, model: Any, pixels: Tensor) -> Any:
-        """Images of one size `(B, C, H, W)` to what the original returns."""
+        """Images of one size `(B, C, H, W)` to the reference's output."""
         if isinstance(model, SiglipVisionModel):
             return model(pixel_values=pixels, interpolate_pos_encoding=True)
         patches, (images, rows, columns) = patchify(pixels, model.config.patch_size)
@@ -265,12 +265,12 @@ class OneVisionReference(RemoteCodeReference):
     """OneVision-Encoder's own code, which is not part of transformers."""
 
     def forward(self, model: Any, pixels: Tensor) -> Any:
-        """Images `(B, C, H, W)` or whole clips `(B, frames, C, H, W)` of one size to what the original returns."""
+        """Images `(B, C, H, W)` or whole clips `(B, frames, C, H, W)` of one size to the reference's output."""
         if pixels.ndim == 4:
             return super().forward(model, pixels)
         size = model.config.patch_size
         clips, frames, _, height, width = pixels.shape
-        # Given the indices of all its patches the original counts frames 0, 1, 2, …; without, it takes 64 frames alone.
+        # With the indices of all patches the reference counts frames 0, 1, 2, …; without, it takes 64 frames alone.
         indices = torch.arange(frames * (height // size) * (width // size), device=pixels.device)
         return model(pixels.transpose(1, 2), visible_indices=indices.expand(clips, -1))
 
@@ -284,5 +284,5 @@ REFERENCES: dict[type[PackedEncoder], ReferenceModel] = {
 
 
 def reference_of(encoder: PackedEncoder) -> ReferenceModel:
-    """How the model that an encoder packs is run; a subclass of a family's encoder has that of the family."""
+    """The reference of an encoder's family, also for subclasses of the family's encoder."""
     return next(REFERENCES[family] for family in type(encoder).__mro__ if family in REFERENCES)

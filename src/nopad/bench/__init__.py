@@ -1,4 +1,4 @@
-"""Benchmarks: the packed encoder against the original model, same weights, same images, same run."""
+"""Benchmarks: the packed encoder beside the reference model, same weights, same images, same run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nopad.bench.report import BenchReport, Row
-    from nopad.bench.runs import bench
+    from nopad.bench.run import bench
 
 __all__ = ["BenchReport", "Row", "bench"]
 
-# Imported when first used: the command line asks this package for its options, which need no torch.
-_HOMES = {"BenchReport": "nopad.bench.report", "Row": "nopad.bench.report", "bench": "nopad.bench.runs"}
+# Imported when first used: the command line reads this package's options, which need no torch.
+_HOMES = {"BenchReport": "nopad.bench.report", "Row": "nopad.bench.report", "bench": "nopad.bench.run"}
 
 
 def __getattr__(name: str) -> Any:

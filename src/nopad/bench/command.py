@@ -8,49 +8,49 @@ import sys
 from collections.abc import Sequence
 
 from nopad.bench.defaults import ON_CPU, ON_GPU
-from nopad.bench.report import AGREEMENT, BenchReport, Row, counted
+from nopad.bench.report import MIN_COSINE, BenchReport, Row, counted
 from nopad.terminal import check_report, columns, device_of
 
 DTYPES = ("bfloat16", "float16", "float32")
-HEADER = ("", "capacity", "ms", "min … max", "images/s", "tokens/s", "TFLOP/s", "ceiling", "GiB", "cosine", "")
+HEADER = ("", "capacity", "ms", "min … max", "images/s", "tokens/s", "TFLOP/s", "of peak", "GiB", "cosine", "")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `nopad bench`."""
 
-    def usual(name: str) -> str:
+    def default(name: str) -> str:
         gpu, cpu = ON_GPU.describe(name), ON_CPU.describe(name)
         return f"(default: {gpu} on a GPU, {cpu} on a CPU)"
 
     parser.add_argument("checkpoint", help="Hub name, folder, weights file, or untrained:<published name>")
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, …; cuda where there is one, unless given")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="all run in it (default: bfloat16)")
-    parser.add_argument("--attention", default="auto", help="kernel of the packed model (default: the best there is)")
-    workloads = "many sizes of at most 1,024 patches, one size of 224 pixels or the model's own, or both one by one"
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, … (default: cuda if available, else cpu)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of all candidates (default: bfloat16)")
+    parser.add_argument("--attention", default="auto", help="kernel of the packed model (default: the fastest)")
+    workloads = "many sizes of at most 1,024 patches, one size of 224 pixels or the model's own, or both"
     parser.add_argument("--workload", choices=("mixed", "224", "all"), default="mixed", help=workloads)
-    parser.add_argument("--images", type=int, metavar="N", help=f"of each workload {usual('images')}")
-    capacities = f"tokens per pack, one by one {usual('capacities')}"
+    parser.add_argument("--images", type=int, metavar="N", help=f"images of each workload {default('images')}")
+    capacities = f"tokens per pack; each is measured {default('capacities')}"
     parser.add_argument("--capacity", type=_integers, metavar="N,N,…", help=capacities)
     either = argparse.BooleanOptionalAction
-    parser.add_argument("--peers", action=either, default=True, help="run the original model, too")
-    compiled = f"run what is compiled, too {usual('compile')}"
+    parser.add_argument("--baselines", action=either, default=True, help="run the reference model, too")
+    compiled = f"run compiled candidates, too {default('compile')}"
     parser.add_argument("--compile", action=either, default=None, help=compiled)
-    fp8 = "run the packed model in float8, too, compiled; brings --compile"
+    fp8 = "run the packed model in float8, too; implies --compile"
     parser.add_argument("--fp8", action="store_true", help=fp8)
-    parser.add_argument("--runs", type=int, metavar="N", help=f"timed runs of each {usual('runs')}")
-    parser.add_argument("--seed", type=int, default=0, help="of sizes and pixels (default: 0)")
+    parser.add_argument("--runs", type=int, metavar="N", help=f"timed runs of each candidate {default('runs')}")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sizes and pixels (default: 0)")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    trust = "run the checkpoint's own code as the original, where transformers does not have it"
+    trust = "run the checkpoint's own code as the reference, where transformers does not have it"
     parser.add_argument("--trust-remote-code", action="store_true", help=trust)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--report", metavar="FILE.html", help="write the report as one HTML page")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print or write what was asked for, and return the exit status 0.
+    """Run the benchmark, print or write its report, and return the exit status 0.
 
     Raises:
-        ValueError, OSError, ImportError: wrong use, for the command line to tell.
+        ValueError, OSError, ImportError: wrong use; the command line prints the message.
     """
     if options.fp8 and options.compile is False:
         raise ValueError("--fp8: runs the packed model in float8 compiled, got --no-compile too; give one of them")
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from nopad.bench.runs import bench
+    from nopad.bench.run import bench
 
     transformers_logging.disable_progress_bar()
     report = bench(
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
         workload=options.workload,
         images=options.images,
         capacities=options.capacity,
-        peers=options.peers,
+        baselines=options.baselines,
         compile=options.compile,
         float8=options.fp8,
         runs=options.runs,
@@ -89,46 +89,46 @@ def run(options: argparse.Namespace) -> int:
 
 def bench_table(report: BenchReport) -> str:
     """A benchmark for a terminal."""
-    beside = f" against {report.original}"
-    if report.original is None:
-        beside = f", no original beside it: {report.no_original}"
-    medians = f"medians of {counted(report.runs, 'run')} in turn"
+    beside = f" beside {report.reference}"
+    if report.reference is None:
+        beside = f", without a reference: {report.no_reference}"
+    medians = f"medians of {counted(report.runs, 'run')}, interleaved"
     lines = [
         f"{report.checkpoint}: packed {report.family}{beside}",
         f"{report.dtype} on {report.device}, attention {report.attention}; {medians}",
     ]
-    for facts in report.workloads:
-        rows = [row for row in report.rows if row.workload == facts.name]
+    for stats in report.workloads:
+        rows = [row for row in report.rows if row.workload == stats.name]
         lines += [
             "",
-            f"{facts.name}: {facts.describe()}",
-            f"ceiling: {facts.ceiling.describe()}",
+            f"{stats.name}: {stats.describe()}",
+            f"measured peak: {stats.measured_peak.describe()}",
             *columns([HEADER, *(_cells(report, row) for row in rows)]),
-            *(f"not run: {row.label}: {row.not_run}" for row in rows if row.not_run is not None),
-            *_layers(rows),
+            *(f"skipped: {row.label}: {row.skipped}" for row in rows if row.skipped is not None),
+            *_executions(rows),
         ]
     lines += [
         "",
-        "ceiling: share of what it gave right before and after each run; GiB: weights, packs and the most on top;",
-        f"cosine: least of a token with the packed encoder on that image alone, WRONG where not above {AGREEMENT}",
+        "of peak: share of the peak measured right before and after each run; GiB: weights and peak memory on top;",
+        f"cosine: lowest of a token with the packed encoder on that image alone, WRONG unless above {MIN_COSINE}",
     ]
     return "\n".join(lines)
 
 
-def _layers(rows: Sequence[Row]) -> list[str]:
-    """How compiled layers were made ready, and for which packs."""
+def _executions(rows: Sequence[Row]) -> list[str]:
+    """How compiled layers ran, and for which packs."""
     capacities: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        if row.layers is not None:
-            capacities.setdefault((row.name, row.layers), []).append(f"{row.capacity:,}")
-    return [f"layers of {name}: {layers} (packs of {' and '.join(of)})" for (name, layers), of in capacities.items()]
+        if row.execution is not None:
+            capacities.setdefault((row.name, row.execution), []).append(f"{row.capacity:,}")
+    return [f"layers of {name}: {how} (packs of {' and '.join(sizes)})" for (name, how), sizes in capacities.items()]
 
 
 def _cells(report: BenchReport, row: Row) -> tuple[str, ...]:
     capacity = "–" if row.capacity is None else f"{row.capacity:,}"
     share = report.share(row)
     if row.median is None or row.min_cosine is None or share is None:
-        return (row.name, capacity, *["–"] * (len(HEADER) - 3), "not run")
+        return (row.name, capacity, *["–"] * (len(HEADER) - 3), "skipped")
     return (
         row.name,
         capacity,
@@ -138,7 +138,7 @@ def _cells(report: BenchReport, row: Row) -> tuple[str, ...]:
         f"{row.tokens_per_second:,.0f}",
         f"{row.teraflops:.4g}",
         f"{share:.2f}",
-        "–" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}",
+        "–" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**30:.2f}",
         f"{row.min_cosine:.6f}",
         "ok" if row.agrees else "WRONG",
     )
@@ -148,5 +148,5 @@ def _integers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        message = f"expected whole numbers with commas between them, such as 4096,16384, got {text!r}"
+        message = f"expected integers separated by commas, such as 4096,16384, got {text!r}"
         raise argparse.ArgumentTypeError(message) from None

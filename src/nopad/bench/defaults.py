@@ -1,4 +1,4 @@
-"""How much a benchmark does unless told otherwise."""
+"""Defaults of a benchmark by device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Defaults:
-    """Images of a workload, tokens per pack, timed runs, and whether compiled contestants run."""
+    """Images of a workload, tokens per pack, timed runs, and whether compiled candidates run."""
 
     images: int
     capacities: tuple[int, ...]

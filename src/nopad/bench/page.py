@@ -9,39 +9,41 @@ from nopad.bench.report import counted
 from nopad.html import bars, element, near_one, page, pairs, section, share_chart, table, write
 
 if TYPE_CHECKING:
-    from nopad.bench.report import BenchReport, Facts, Row
+    from nopad.bench.report import BenchReport, Row, WorkloadStats
 
 HEADER = [
-    "Contestant",
+    "Candidate",
     "Features",
     "Forwards",
     "Median\nms",
-    "Least\nms",
-    "Most\nms",
+    "Min\nms",
+    "Max\nms",
     "Images/s",
     "Tokens/s",
     "TFLOP/s",
+    "Of\npeak",
+    "Memory\nGiB",
+    "Min\ncosine",
 ]
-HEADER += ["Share of\nceiling", "Peak\nGiB", "Min\ncosine"]
 
 
 def bench_page(report: BenchReport) -> str:
-    """The page of a benchmark: the fastest, what was measured, every contestant, and how they compare."""
+    """The page of a benchmark: the fastest candidate, the setting, every candidate, and charts."""
     first = report.workloads[0]
     # Over the same images: smaller ones cost less attention.
     ran = [row for row in report.rows if row.workload == first.name and row.tokens == first.tokens and row.agrees]
-    verdict = "No contestant ran with the right features"
+    verdict = "No candidate ran with the right features"
     if ran:
         best = max(ran, key=lambda row: row.tokens_per_second or 0)
         verdict = f"{first.name}: {best.tokens_per_second:,.0f} tokens/s, {best.label}"
     wrong = sum(row.agrees is False for row in report.rows)
     parts = [element("p", f"nopad bench · {report.checkpoint}"), element("h1", verdict)]
     if wrong:
-        parts.append(element("p", f"{wrong} of {len(report.rows)} contestants gave other features.", "bad"))
+        parts.append(element("p", f"{wrong} of {len(report.rows)} candidates gave other features.", "bad"))
     parts.append(_setting(report))
-    for facts in report.workloads:
-        rows = [row for row in report.rows if row.workload == facts.name]
-        parts += [_table(report, facts, rows), _throughput(facts, rows)]
+    for stats in report.workloads:
+        rows = [row for row in report.rows if row.workload == stats.name]
+        parts += [_table(report, stats, rows), _throughput(stats, rows)]
     parts.append(_shares(report))
     return page(f"nopad bench · {report.checkpoint}", parts)
 
@@ -52,41 +54,44 @@ def write_bench_page(report: BenchReport, path: str | Path) -> None:
 
 
 def _setting(report: BenchReport) -> str:
-    original = f"none: {report.no_original}" if report.original is None else report.original
-    facts = [("Checkpoint", report.checkpoint), ("Family", report.family), ("Original", original)]
-    facts += [("Device", report.device), ("Dtype", report.dtype), ("Attention", report.attention)]
-    facts += [("Versions", " · ".join(f"{name} {version}" for name, version in report.versions.items()))]
-    facts += [("Blocks", f"{report.parameters:,} parameters"), ("Seed", str(report.seed))]
+    reference = f"none: {report.no_reference}" if report.reference is None else report.reference
+    settings = [("Checkpoint", report.checkpoint), ("Family", report.family), ("Reference", reference)]
+    settings += [("Device", report.device), ("Dtype", report.dtype), ("Attention", report.attention)]
+    settings += [("Versions", " · ".join(f"{name} {version}" for name, version in report.versions.items()))]
+    settings += [("Blocks", f"{report.parameters:,} parameters"), ("Seed", str(report.seed))]
     lead = (
-        f"Patches on the device to normed tokens, the whole workload a run: medians of {counted(report.runs, 'run')}, "
-        f"one of each contestant in turn. All have the same weights and images; the pixels are random. FLOPs are 2 · "
-        f"parameters of the blocks · tokens + 4 · layers · width · Σ length². The ceiling of a workload is a plain "
-        f"product of random matrices in {report.dtype}, timed before and after each run of a contestant, whose share "
-        f"is of both. Peak memory is weights, packs and the most allocated on top. Features agree where every token of "
-        f"the checked images is that of the image packed alone."
+        f"From patches on the device to normed tokens, the whole workload per run: medians of "
+        f"{counted(report.runs, 'run')}, those of the candidates interleaved. All have the same weights and images, of "
+        f"random pixels. FLOPs are 2 · parameters of the blocks · tokens + 4 · layers · width · Σ length². The peak of "
+        f"a workload is measured by plain GEMMs of random matrices in {report.dtype}, right before and after each run "
+        f"of a candidate; a candidate's share is of both. Memory is the weights and the most allocated on top. "
+        f"Features agree where every token of the checked images is that of the image packed alone."
     )
-    return section("What was measured", element("p", lead), pairs(facts))
+    return section("What was measured", element("p", lead), pairs(settings))
 
 
-def _table(report: BenchReport, facts: Facts, rows: list[Row]) -> str:
+def _table(report: BenchReport, stats: WorkloadStats, rows: list[Row]) -> str:
     lines = []
     for row in rows:
-        result = "Not run" if row.agrees is None else "Agree" if row.agrees else "Wrong"
+        result = "Skipped" if row.agrees is None else "Agree" if row.agrees else "Wrong"
         numbers = ["–"] * (len(HEADER) - 3)
         if row.median is not None:
             numbers = [f"{seconds * 1e3:,.1f}" for seconds in (row.median, min(row.seconds), max(row.seconds))]
             numbers += [f"{row.images_per_second:,.4g}", f"{row.tokens_per_second:,.0f}", f"{row.teraflops:.4g}"]
             numbers += [f"{report.share(row):.2f}"]
-            numbers += ["–" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.2f}", near_one(row.min_cosine)]
-        remarks = [] if row.not_run is None else [row.not_run]
-        remarks += [] if row.layers is None else [f"layers {row.layers}"]
+            numbers += [
+                "–" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**30:.2f}",
+                near_one(row.min_cosine),
+            ]
+        remarks = [] if row.skipped is None else [row.skipped]
+        remarks += [] if row.execution is None else [f"layers {row.execution}"]
         lines.append(([row.label, result, f"{row.calls:,}", *numbers], row.agrees, remarks))
-    caption = f"{facts.describe()}. A contestant of a fixed size has as many images of that size."
-    ceiling = element("p", f"Ceiling: {facts.ceiling.describe()}.")
-    return section(f"Workload {facts.name}", ceiling, table(caption, HEADER, lines))
+    caption = f"{stats.describe()}. A candidate of a fixed size has as many images of that size."
+    peak = element("p", f"Measured peak: {stats.measured_peak.describe()}.")
+    return section(f"Workload {stats.name}", peak, table(caption, HEADER, lines))
 
 
-def _throughput(facts: Facts, rows: list[Row]) -> str:
+def _throughput(stats: WorkloadStats, rows: list[Row]) -> str:
     items = [
         (
             row.label,
@@ -99,20 +104,17 @@ def _throughput(facts: Facts, rows: list[Row]) -> str:
         for row in rows
         if row.median is not None
     ]
-    lead = "The dark line is the spread from the slowest run to the fastest; a red bar has the wrong features."
-    chart = bars(f"Tokens per second, {facts.name}", items, "tokens/s")
-    return section(f"Throughput, {facts.name}", element("p", lead), chart)
+    lead = "The dark line goes from the slowest run to the fastest; red bars have wrong features."
+    chart = bars(f"Tokens per second, {stats.name}", items, "tokens/s")
+    return section(f"Throughput, {stats.name}", element("p", lead), chart)
 
 
 def _shares(report: BenchReport) -> str:
     capacities = sorted({row.capacity for row in report.rows if row.capacity is not None})
-    found = {(row.workload, row.name, row.capacity): report.share(row) if row.agrees else None for row in report.rows}
+    shares = {(row.workload, row.name, row.capacity): report.share(row) if row.agrees else None for row in report.rows}
     names = dict.fromkeys((row.workload, row.name) for row in report.rows if row.capacity is not None)
-    lines = [(f"{name}, {workload}", [found[workload, name, size] for size in capacities]) for workload, name in names]
+    lines = [(f"{name}, {workload}", [shares[workload, name, size] for size in capacities]) for workload, name in names]
     ticks = [f"{size:,}" for size in capacities]
-    lead = (
-        "TFLOP/s over those of the ceiling around them by the patches of a full pack, wrong features left out; the "
-        "legend has the largest."
-    )
-    chart = share_chart("Share of the ceiling by capacity", ticks, lines, "tokens per pack")
-    return section("Share of the ceiling", element("p", lead), chart)
+    lead = "Share of the measured peak by tokens per pack, without wrong features; the legend has the largest."
+    chart = share_chart("Share of the measured peak by capacity", ticks, lines, "tokens per pack")
+    return section("Share of the measured peak", element("p", lead), chart)

@@ -1,4 +1,4 @@
-"""What a benchmark found."""
+"""Results of a benchmark."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
-AGREEMENT = 0.99
-"""Least cosine between a token and the packed encoder's on that image alone, above which a contestant is right."""
+MIN_COSINE = 0.99
+"""A candidate's features are right where every cosine to the packed encoder's on that image alone is above this."""
 
 
 def counted(number: int, noun: str) -> str:
@@ -18,23 +18,22 @@ def counted(number: int, noun: str) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One contestant on one workload.
+    """Result of one candidate on one workload.
 
     Attributes:
-        workload: the workload whose table it stands in.
-        name: the contestant.
+        workload: the workload in whose table it stands.
+        name: of the candidate.
         capacity: tokens per pack, `None` where there are no packs.
-        images, tokens: what one run takes in; tokens without prefix tokens.
+        images, tokens: inputs of one run; tokens without prefix tokens.
         calls: forwards in one run.
         flops: of one run, by `nopad.bench.timing.flops`.
-        not_run: why it was not run, else `None`; then all that follows is empty.
+        skipped: the reason why it did not run, else `None`; where there is one, all that follows is empty.
         seconds: each timed run.
-        ceilings: the seconds of the ceiling around each of them, the mean of its runs right before and right after.
-        peak_bytes: the contestant's weights and the most that it allocated on top, packs or batches of the images
-            included, the images' own pixels not; `None` where the device does not tell.
-        min_cosine: least cosine of a token of the images that were checked; NaN where they cannot be compared.
-        layers: how those of a compiled packed encoder were made ready: "fused by …", "compiled", or "eager" where
-            neither could be; `None` of others.
+        peak_seconds: for each of them, the mean of the peak's runs right before and right after it.
+        peak_memory_bytes: the weights and the most allocated on top, packs or batches of the images included, the
+            images' own pixels not; `None` if unavailable.
+        min_cosine: lowest cosine of a token of the images that were checked; NaN where they cannot be compared.
+        execution: how the layers of a compiled packed encoder ran, see `PackedEncoder.execution`; `None` of others.
     """
 
     workload: str
@@ -44,12 +43,12 @@ class Row:
     tokens: int
     calls: int
     flops: int
-    not_run: str | None = None
+    skipped: str | None = None
     seconds: tuple[float, ...] = ()
-    ceilings: tuple[float, ...] = ()
-    peak_bytes: int | None = None
+    peak_seconds: tuple[float, ...] = ()
+    peak_memory_bytes: int | None = None
     min_cosine: float | None = None
-    layers: str | None = None
+    execution: str | None = None
 
     @property
     def label(self) -> str:
@@ -58,86 +57,86 @@ class Row:
 
     @property
     def median(self) -> float | None:
-        """Seconds of the run in the middle."""
+        """Seconds of the median run."""
         return statistics.median(self.seconds) if self.seconds else None
 
     @property
     def images_per_second(self) -> float | None:
-        """Of the run in the middle."""
+        """Of the median run."""
         return None if self.median is None else self.images / self.median
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the run in the middle."""
+        """Of the median run."""
         return None if self.median is None else self.tokens / self.median
 
     @property
     def teraflops(self) -> float | None:
-        """TFLOP/s of the run in the middle."""
+        """TFLOP/s of the median run."""
         return None if self.median is None else self.flops / self.median / 1e12
 
     @property
     def agrees(self) -> bool | None:
-        """Whether its features are the packed encoder's; `None` where it was not run."""
-        return None if self.min_cosine is None else self.min_cosine > AGREEMENT
+        """Whether its features are the packed encoder's; `None` where it was skipped."""
+        return None if self.min_cosine is None else self.min_cosine > MIN_COSINE
 
 
 @dataclass(frozen=True)
-class Ceiling:
-    """What a plain matrix product reaches on random data, before and after each run of a workload's contestants.
+class MeasuredPeak:
+    """Throughput of plain GEMMs on random data, run before and after each run of a workload's candidates.
 
     Attributes:
         side: rows and columns of both matrices.
-        products: in one run.
+        gemms: in one run.
         seconds: each timed run.
     """
 
     side: int
-    products: int
+    gemms: int
     seconds: tuple[float, ...]
 
     @property
     def teraflops(self) -> float:
-        """TFLOP/s of the run in the middle."""
+        """TFLOP/s of the median run."""
         return self.teraflops_in(statistics.median(self.seconds))
 
     @property
-    def least_teraflops(self) -> float:
+    def min_teraflops(self) -> float:
         """TFLOP/s of the slowest run."""
         return self.teraflops_in(max(self.seconds))
 
     @property
-    def most_teraflops(self) -> float:
+    def max_teraflops(self) -> float:
         """TFLOP/s of the fastest run."""
         return self.teraflops_in(min(self.seconds))
 
     def describe(self) -> str:
-        """What it is, what was found, and how, in one line."""
-        found = f"{self.teraflops:.4g} TFLOP/s ({self.least_teraflops:.4g} … {self.most_teraflops:.4g})"
-        how = f"median of {counted(len(self.seconds), 'run')}, around those of contestants"
-        return f"matrix products of {self.side:,}³, {self.products} a run: {found}, {how}"
+        """One line: the GEMMs, the result, and how it was measured."""
+        result = f"{self.teraflops:.4g} TFLOP/s ({self.min_teraflops:.4g} … {self.max_teraflops:.4g})"
+        how = f"median of {counted(len(self.seconds), 'run')}, around those of the candidates"
+        return f"{counted(self.gemms, 'GEMM')} of {self.side:,}³ a run: {result}, {how}"
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`: also what follows from the measurements."""
-        names = "teraflops", "least_teraflops", "most_teraflops"
-        return {**asdict(self), **{name: getattr(self, name) for name in names}, "about": self.describe()}
+        names = "teraflops", "min_teraflops", "max_teraflops"
+        return {**asdict(self), **{name: getattr(self, name) for name in names}, "description": self.describe()}
 
     def teraflops_in(self, seconds: float) -> float:
         """TFLOP/s of a run that took so long."""
-        return 2 * self.side**3 * self.products / seconds / 1e12
+        return 2 * self.side**3 * self.gemms / seconds / 1e12
 
 
 @dataclass(frozen=True)
-class Facts:
-    """A workload in numbers, and its ceiling.
+class WorkloadStats:
+    """A workload in numbers, and the peak measured beside it.
 
     Attributes:
         name: for tables.
-        images: how many.
-        sizes: how many of them differ.
+        images: number of images.
+        sizes: number of different sizes among them.
         tokens: patches of all images together.
         longest: patches of the largest image.
-        ceiling: measured before and after each run of this workload's contestants.
+        measured_peak: around the runs of this workload's candidates.
     """
 
     name: str
@@ -145,7 +144,7 @@ class Facts:
     sizes: int
     tokens: int
     longest: int
-    ceiling: Ceiling
+    measured_peak: MeasuredPeak
 
     def describe(self) -> str:
         """Its images in one line."""
@@ -155,21 +154,21 @@ class Facts:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """What a benchmark found, and what it rests on.
+    """Results of a benchmark and the conditions under which they were measured.
 
     Attributes:
-        original: the peers' model, `None` where none runs.
-        no_original: why none does, else `None`.
+        reference: the baselines' model, `None` where there is none.
+        no_reference: the reason why there is none, else `None`.
         versions: of the software.
         parameters: of the transformer blocks.
         seed: of images and weights that are random.
-        runs: timed runs of each contestant.
+        runs: timed runs of each candidate.
     """
 
     checkpoint: str
     family: str
-    original: str | None
-    no_original: str | None
+    reference: str | None
+    no_reference: str | None
     device: str
     dtype: str
     attention: str
@@ -177,19 +176,19 @@ class BenchReport:
     parameters: int
     seed: int
     runs: int
-    workloads: tuple[Facts, ...]
+    workloads: tuple[WorkloadStats, ...]
     rows: tuple[Row, ...]
 
     def share(self, row: Row) -> float | None:
-        """A run's TFLOP/s over those of the ceiling around it, of the run in the middle.
+        """Median over a candidate's runs of their TFLOP/s divided by the peak's right before and after them.
 
-        A GPU's clock follows what it did in the second before: after contestants that leave it idle the same products
-        take a tenth less time than after others.
+        A GPU's clock depends on its load in the second before: after candidates that leave it idle the same GEMMs take
+        a tenth less time than after others.
         """
-        ceiling = {facts.name: facts.ceiling for facts in self.workloads}[row.workload]
+        peak = {stats.name: stats.measured_peak for stats in self.workloads}[row.workload]
         shares = [
-            row.flops / seconds / 1e12 / ceiling.teraflops_in(around)
-            for seconds, around in zip(row.seconds, row.ceilings, strict=True)
+            row.flops / seconds / 1e12 / peak.teraflops_in(around)
+            for seconds, around in zip(row.seconds, row.peak_seconds, strict=True)
         ]
         return statistics.median(shares) if shares else None
 
@@ -203,10 +202,10 @@ class BenchReport:
                 "images_per_second": row.images_per_second,
                 "tokens_per_second": row.tokens_per_second,
                 "teraflops": row.teraflops,
-                "share_of_ceiling": self.share(row),
+                "share_of_peak": self.share(row),
                 "agrees": row.agrees,
             }
             for row in self.rows
         ]
-        workloads = [{**asdict(facts), "ceiling": facts.ceiling.to_dict()} for facts in self.workloads]
+        workloads = [{**asdict(stats), "measured_peak": stats.measured_peak.to_dict()} for stats in self.workloads]
         return {**asdict(self), "workloads": workloads, "rows": rows}

@@ -1,4 +1,4 @@
-"""Contestants against each other: warmed up and checked one by one, timed in turn, the ceiling around each."""
+"""Runs candidates: prepares and checks one after another, then times them in rounds beside the peak."""
 
 from __future__ import annotations
 
@@ -8,98 +8,79 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
 from textwrap import shorten
-from typing import NamedTuple
 
 import torch
 
-from nopad.bench.candidates import Contestant, Features, Prepared, Run, reference_features
-from nopad.bench.report import Ceiling, Row, counted
-from nopad.bench.timing import CEILING, Meter, NotRun, Sample, flops, in_turn, multiplying
+from nopad.bench.candidates import Candidate, Features, Run, expected_features
+from nopad.bench.report import MeasuredPeak, Row, counted
+from nopad.bench.timing import PEAK_GEMMS, Sample, Skipped, Timer, flops, gemms, interleave
 from nopad.encoder import PackedEncoder
 
-CHECKED = 8
-"""Images of a workload whose features every contestant has to get right."""
+CHECKED_IMAGES = 8
+"""Images of a workload whose features are checked, of every candidate."""
 WARM_UPS = {"cuda": 3, "cpu": 1}
-"""Runs of what is compiled before the clock starts: the first compiles, the next may record a graph; of others one."""
+"""Untimed runs of compiled candidates: the first compiles, the next may record a graph. Others have one."""
 
 
-class Ready(NamedTuple):
-    """A contestant that has been warmed up."""
-
-    prepared: Prepared
-    samples: list[Sample]
-    min_cosine: float
-
-
-def race(
+def run_candidates(
     encoder: PackedEncoder,
-    contestants: Sequence[Contestant],
+    candidates: Sequence[Candidate],
     *,
     workload: str,
     compile: bool,
     runs: int,
-    measure: Meter,
+    timer: Timer,
     progress: Callable[[str], None],
-) -> tuple[list[Row], Ceiling]:
-    """A row for each contestant, in their order, and the ceiling, in the dtype and on the device of `encoder`.
+) -> tuple[list[Row], MeasuredPeak]:
+    """A row for each candidate, in their order, and the peak in the dtype and on the device of `encoder`.
 
-    What is compiled runs only where `compile` says so.
+    Compiled candidates are skipped unless `compile`.
     """
-    side, products = CEILING[encoder.device.type]
-    multiply = multiplying(side, products, encoder.device, encoder.dtype)
-    multiply()
-    truths: dict[int, Features] = {}
-    entries: list[Ready | str] = []
-    for contestant in contestants:
-        if contestant.compiled and not compile:
-            entries.append("compiling was not asked for")
-            continue
-        images = contestant.images
-        if id(images) not in truths:
-            truths[id(images)] = reference_features(encoder, images, checked(len(images.pixels)))
-        packs = f", packs of {contestant.capacity:,}" if contestant.capacity else ""
-        progress(f"{workload}: {contestant.name}{packs}")
+    side, count = PEAK_GEMMS[encoder.device.type]
+    peak = gemms(side, count, encoder.device, encoder.dtype)
+    peak()
+    expected: dict[int, Features] = {}
+    rows: list[Row] = []
+    jobs: dict[int, Callable[[], None]] = {}
+    for candidate in candidates:
+        row = _empty_row(encoder, workload, candidate)
+        images = candidate.images
         try:
-            times = WARM_UPS[encoder.device.type] if contestant.compiled else 1
-            entries.append(_warm_up(contestant, truths[id(images)], times, measure))
-        except NotRun as reason:
-            entries.append(str(reason))
-    progress(f"{workload}: {counted(runs, 'timed run')} of each, and of the ceiling around it")
-    jobs = [_job(entry.prepared.run) for entry in entries if isinstance(entry, Ready)]
-    results = in_turn(measure, [multiply, *(part for job in jobs for part in (job, multiply))], runs)
-    ceilings = [_seconds(samples) for samples in results[::2]]
-    timed = zip(results[1::2], pairwise(ceilings), strict=True)
-    rows = []
-    for contestant, entry in zip(contestants, entries, strict=True):
-        samples, around = next(timed) if isinstance(entry, Ready) else (entry, ())
-        row = _empty_row(encoder, workload, contestant)
-        if isinstance(entry, Ready) and isinstance(samples, list):
-            peaks = [sample.peak_bytes for sample in (*entry.samples, *samples) if sample.peak_bytes is not None]
-            row = replace(
-                row,
-                seconds=tuple(_seconds(samples)),
-                ceilings=tuple(map(statistics.mean, zip(*around, strict=True))),
-                peak_bytes=contestant.weight_bytes + max(peaks) if peaks else None,
-                min_cosine=entry.min_cosine,
-                layers=entry.prepared.layers,
-            )
-        rows.append(row if isinstance(samples, list) else replace(row, not_run=samples))
-    return rows, Ceiling(side, products, tuple(chain.from_iterable(zip(*ceilings, strict=True))))
+            if candidate.compiled and not compile:
+                raise Skipped("compiling was not requested")
+            if id(images) not in expected:
+                expected[id(images)] = expected_features(encoder, images, checked(len(images.pixels)))
+            progress(f"{workload}: {row.label}")
+            warm_ups = WARM_UPS[encoder.device.type] if candidate.compiled else 1
+            row, run = _warm_up(candidate, row, expected[id(images)], warm_ups, timer)
+            jobs[len(rows)] = _job(run)
+        except Skipped as reason:
+            row = replace(row, skipped=str(reason))
+        rows.append(row)
+    progress(f"{workload}: {counted(runs, 'timed run')} of each, and of the peak around it")
+    results = interleave(timer, [peak, *chain.from_iterable((job, peak) for job in jobs.values())], runs)
+    peaks = [_seconds(samples) for samples in results[::2]]
+    for index, samples, around in zip(jobs, results[1::2], pairwise(peaks), strict=True):
+        if isinstance(samples, str):
+            rows[index] = replace(_empty_row(encoder, workload, candidates[index]), skipped=samples)
+        else:
+            rows[index] = _timed_row(rows[index], candidates[index], samples, around)
+    return rows, MeasuredPeak(side, count, tuple(chain.from_iterable(zip(*peaks, strict=True))))
 
 
 def checked(images: int) -> list[int]:
-    """The numbers of at most `CHECKED` images, spread over all, the first and the last among them."""
+    """Indices of at most `CHECKED_IMAGES` images, spread over all, the first and the last among them."""
     last = images - 1
-    return sorted({round(step * last / (CHECKED - 1)) for step in range(CHECKED)})
+    return sorted({round(step * last / (CHECKED_IMAGES - 1)) for step in range(CHECKED_IMAGES)})
 
 
-def min_cosine(ours: Features, theirs: Features) -> float:
-    """Least cosine between tokens of the same images; NaN where images or shapes differ."""
-    if {n: part.shape for n, part in ours.items()} != {n: part.shape for n, part in theirs.items()}:
+def min_cosine(features: Features, expected: Features) -> float:
+    """Lowest cosine between tokens of the same images; NaN where images or shapes differ."""
+    if {i: part.shape for i, part in features.items()} != {i: part.shape for i, part in expected.items()}:
         return math.nan
     # Reduced by torch: Python's min passes over a NaN that does not stand first.
-    least = [torch.cosine_similarity(ours[n].double(), theirs[n].double(), dim=-1).min() for n in ours]
-    return float(torch.stack(least).min())
+    lowest = [torch.cosine_similarity(features[i].double(), expected[i].double(), dim=-1).min() for i in features]
+    return float(torch.stack(lowest).min())
 
 
 def block_parameters(encoder: PackedEncoder) -> int:
@@ -107,17 +88,33 @@ def block_parameters(encoder: PackedEncoder) -> int:
     return sum(parameter.numel() for parameter in encoder.get_submodule("layers").parameters())
 
 
-def _warm_up(contestant: Contestant, truth: Features, times: int, measure: Meter) -> Ready:
-    ready: list[tuple[Prepared, Features]] = []
+def _warm_up(candidate: Candidate, row: Row, expected: Features, warm_ups: int, timer: Timer) -> tuple[Row, Run]:
+    """Prepare a candidate, run it and check its features."""
+    prepared: list[tuple[Run, str | None, Features]] = []
 
     def first() -> None:
-        prepared = contestant.prepare()
-        ready.append((prepared, prepared.run(truth.keys())))
+        run, execution = candidate.prepare()
+        prepared.append((run, execution, run(expected.keys())))
 
-    samples = [measure(_answering(first, compiled=contestant.compiled))]
-    prepared, features = ready[0]
-    samples += [measure(_job(prepared.run)) for _ in range(times - 1)]
-    return Ready(prepared, samples, min_cosine(features, truth))
+    samples = [timer(_skipping(first, compiled=candidate.compiled))]
+    run, execution, features = prepared[0]
+    samples += [timer(_job(run)) for _ in range(warm_ups - 1)]
+    cosine = min_cosine(features, expected)
+    return replace(row, peak_memory_bytes=_peak_memory(samples), min_cosine=cosine, execution=execution), run
+
+
+def _timed_row(row: Row, candidate: Candidate, samples: list[Sample], around: tuple[list[float], list[float]]) -> Row:
+    memory = [peak for peak in (row.peak_memory_bytes, _peak_memory(samples)) if peak is not None]
+    return replace(
+        row,
+        seconds=tuple(_seconds(samples)),
+        peak_seconds=tuple(map(statistics.mean, zip(*around, strict=True))),
+        peak_memory_bytes=candidate.weight_bytes + max(memory) if memory else None,
+    )
+
+
+def _peak_memory(samples: Sequence[Sample]) -> int | None:
+    return max((s.peak_memory_bytes for s in samples if s.peak_memory_bytes is not None), default=None)
 
 
 def _seconds(samples: list[Sample] | str) -> list[float]:
@@ -125,11 +122,11 @@ def _seconds(samples: list[Sample] | str) -> list[float]:
 
 
 def _job(run: Run) -> Callable[[], None]:
-    return _answering(lambda: run(()))
+    return _skipping(lambda: run(()))
 
 
-def _answering(action: Callable[[], object], *, compiled: bool = False) -> Callable[[], None]:
-    """An action for which what this machine cannot do, memory or compiler, is an answer and no error."""
+def _skipping(action: Callable[[], object], *, compiled: bool = False) -> Callable[[], None]:
+    """`action`, raising `Skipped` for lack of memory and, if `compiled`, of a working compiler."""
 
     def job() -> None:
         try:
@@ -142,21 +139,21 @@ def _answering(action: Callable[[], object], *, compiled: bool = False) -> Calla
                 raise
             reason = shorten(str(error), 300, placeholder=" …")
         # Raised here: within the clause it would keep the failed run's tensors.
-        raise NotRun(reason)
+        raise Skipped(reason)
 
     return job
 
 
-def _empty_row(encoder: PackedEncoder, workload: str, contestant: Contestant) -> Row:
-    images = contestant.images.workload
-    lengths = [length + encoder.num_prefix_tokens for length in images.lengths]
+def _empty_row(encoder: PackedEncoder, workload: str, candidate: Candidate) -> Row:
+    inputs = candidate.images.workload
+    lengths = [length + encoder.num_prefix_tokens for length in inputs.lengths]
     layers, size = encoder.config.num_hidden_layers, encoder.hidden_size
     return Row(
         workload=workload,
-        name=contestant.name,
-        capacity=contestant.capacity,
-        images=len(images.grids),
-        tokens=images.tokens,
-        calls=contestant.calls,
+        name=candidate.name,
+        capacity=candidate.capacity,
+        images=len(inputs.grids),
+        tokens=inputs.tokens,
+        calls=candidate.calls,
         flops=flops(block_parameters(encoder), layers, size, lengths),
     )

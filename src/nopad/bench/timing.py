@@ -9,35 +9,36 @@ from typing import NamedTuple
 import torch
 
 
-class NotRun(Exception):  # noqa: N818 - it is an answer
-    """A contestant cannot run here, and why."""
+class Skipped(Exception):  # noqa: N818 - a result, not an error
+    """A candidate cannot run here; the message is the reason."""
 
 
 class Sample(NamedTuple):
-    """One run: seconds, and bytes allocated at its peak beyond those allocated before, `None` where nobody knows."""
+    """One run: seconds, and the most bytes allocated beyond those allocated before it, `None` if unavailable."""
 
     seconds: float
-    peak_bytes: int | None
+    peak_memory_bytes: int | None
 
 
-CEILING = {"cuda": (8192, 100), "cpu": (2048, 1)}
-"""Side of the ceiling's matrices and products in a run: on a GPU, whose clock falls under load, enough to feel it."""
+PEAK_GEMMS = {"cuda": (8192, 100), "cpu": (2048, 1)}
+"""By device type: side of the square matrices, and GEMMs per run, that measure the peak. A GPU's clock falls under
+load, so one run there lasts long enough to show it."""
 
-Meter = Callable[[Callable[[], object]], Sample]
-
-
-def meter(device: torch.device) -> Meter:
-    """How a run is measured on `device`: by CUDA events on an idle GPU, else by the clock."""
-    return _measure_cuda if device.type == "cuda" else _measure_host
+Timer = Callable[[Callable[[], object]], Sample]
 
 
-def _measure_host(run: Callable[[], object]) -> Sample:
+def timer(device: torch.device) -> Timer:
+    """Times one run on `device`: by CUDA events on an idle GPU, else by the clock."""
+    return _time_cuda if device.type == "cuda" else _time_host
+
+
+def _time_host(run: Callable[[], object]) -> Sample:
     start = time.perf_counter()
     run()
     return Sample(time.perf_counter() - start, None)
 
 
-def _measure_cuda(run: Callable[[], object]) -> Sample:
+def _time_cuda(run: Callable[[], object]) -> Sample:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -50,10 +51,10 @@ def _measure_cuda(run: Callable[[], object]) -> Sample:
 
 
 def flops(block_parameters: int, layers: int, hidden_size: int, lengths: Sequence[int]) -> int:
-    """Floating-point operations of a forward, as docs/performance.md counts them.
+    """Floating-point operations of a forward, a multiplication and an addition counted as two.
 
-    `2 · parameters of the blocks · tokens` for their matrices and `4 · layers · D · Σ length²` for the two products of
-    attention, a multiplication and an addition counted as two; embedding, final norm and pooling not at all.
+    `2 · parameters of the blocks · tokens` for the GEMMs, and `4 · layers · D · Σ length²` for the two products of
+    attention. Embedding, final norm and pooling do not count.
 
     Args:
         block_parameters: of all transformer blocks together.
@@ -64,24 +65,24 @@ def flops(block_parameters: int, layers: int, hidden_size: int, lengths: Sequenc
     return 2 * block_parameters * sum(lengths) + 4 * layers * hidden_size * sum(length**2 for length in lengths)
 
 
-def multiplying(side: int, products: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
-    """The ceiling's job: `products` times the product of the same two `(side, side)` matrices of normal numbers."""
+def gemms(side: int, count: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
+    """A job of `count` GEMMs of the same two `(side, side)` matrices of normal numbers."""
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
-    product = torch.empty_like(left)
+    out = torch.empty_like(left)
 
     def multiply() -> None:
-        for _ in range(products):
-            torch.mm(left, right, out=product)
+        for _ in range(count):
+            torch.mm(left, right, out=out)
 
     return multiply
 
 
-def in_turn(measure: Meter, jobs: Sequence[Callable[[], object]], runs: int) -> list[list[Sample] | str]:
-    """Every job `runs` times, one of each in turn, so that the machine's drift hits all alike.
+def interleave(timer: Timer, jobs: Sequence[Callable[[], object]], runs: int) -> list[list[Sample] | str]:
+    """Time every job `runs` times, one run of each per round, so that the machine's drift affects all of them alike.
 
     Returns:
-        The samples of each job, or the reason of the `NotRun` that it raised.
+        The samples of each job, or the reason of the `Skipped` that it raised.
     """
     results: list[list[Sample] | str] = [[] for _ in jobs]
     for _ in range(runs):
@@ -89,7 +90,7 @@ def in_turn(measure: Meter, jobs: Sequence[Callable[[], object]], runs: int) -> 
             samples = results[number]
             if isinstance(samples, list):
                 try:
-                    samples.append(measure(job))
-                except NotRun as reason:
+                    samples.append(timer(job))
+                except Skipped as reason:
                     results[number] = str(reason)
     return results

@@ -1,4 +1,4 @@
-"""What a benchmark runs on: images as grids of patches, the same on every machine."""
+"""Workloads of a benchmark: images as grids of patches, the same on every machine."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 
-FEWEST, MOST = 128, 1024
+MIN_PATCHES, MAX_PATCHES = 128, 1024
 """Patches of an image of the mixed workload."""
-NARROWEST = 3.0
-"""The longer side of an image of the mixed workload over the shorter, at most, before both are rounded."""
+MAX_ASPECT = 3.0
+"""Longer side over shorter side of an image of the mixed workload, before both are rounded."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Workload:
 def mixed(images: int, seed: int) -> Workload:
     """Photos at native resolution: 256 images have about 220 sizes, 148,000 patches, and a mean of 577.
 
-    Patches are uniform in `FEWEST` … `MOST`, which no image passes; the aspect ratio is log-uniform in
-    `1 / NARROWEST` … `NARROWEST`.
+    Patches are uniform in `MIN_PATCHES` … `MAX_PATCHES`, and no image has more; the aspect ratio is log-uniform in
+    `1 / MAX_ASPECT` … `MAX_ASPECT`.
     """
     draw = random.Random(seed)
     grids = []
     for _ in range(images):
-        patches = draw.uniform(FEWEST, MOST)
-        aspect = math.exp(draw.uniform(-math.log(NARROWEST), math.log(NARROWEST)))
+        patches = draw.uniform(MIN_PATCHES, MAX_PATCHES)
+        aspect = math.exp(draw.uniform(-math.log(MAX_ASPECT), math.log(MAX_ASPECT)))
         rows = round(math.sqrt(patches / aspect))
         grids.append((rows, int(patches / rows)))
     return Workload("mixed", tuple(grids))

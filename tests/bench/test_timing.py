@@ -1,4 +1,4 @@
-"""Counting and timing, by hand and on a clock that obeys."""
+"""Counting by hand, and timing on a clock that obeys."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from nopad.bench.report import BenchReport, Ceiling, Facts, Row
+from nopad.bench.report import BenchReport, MeasuredPeak, Row, WorkloadStats
 from nopad.bench.runner import block_parameters
-from nopad.bench.timing import NotRun, Sample, flops, in_turn, meter, multiplying
+from nopad.bench.timing import Sample, Skipped, flops, gemms, interleave, timer
 
 CPU = torch.device("cpu")
 
@@ -31,22 +31,22 @@ def test_flops_are_those_of_the_products_of_a_block():
     assert flops(block_parameters(encoder), 1, width, [length]) == matrices + scores_and_mixing
 
 
-def test_a_host_run_is_timed_by_the_clock_and_has_no_peak(monkeypatch):
+def test_run_on_a_host_is_timed_by_the_clock_and_has_no_peak_memory(monkeypatch):
     now = iter([10.0, 12.5])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     ran = []
-    assert meter(CPU)(lambda: ran.append(1)) == Sample(2.5, None)
+    assert timer(CPU)(lambda: ran.append(1)) == Sample(2.5, None)
     assert ran == [1]
 
 
-def test_jobs_run_in_turn_and_one_that_cannot_leaves_the_others_alone():
+def test_interleaved_jobs_go_on_without_one_that_is_skipped():
     ran = []
 
     def job(name, fails_at=None):
         def run():
             ran.append(name)
             if ran.count(name) == fails_at:
-                raise NotRun("out of memory")
+                raise Skipped("out of memory")
 
         return run
 
@@ -54,13 +54,13 @@ def test_jobs_run_in_turn_and_one_that_cannot_leaves_the_others_alone():
         run()
         return Sample(float(len(ran)), None)
 
-    results = in_turn(tick, [job("a"), job("b", fails_at=2), job("c")], runs=3)
+    results = interleave(tick, [job("a"), job("b", fails_at=2), job("c")], runs=3)
     assert "".join(ran) == "abcabcac"
     assert [[sample.seconds for sample in results[i]] for i in (0, 2)] == [[1, 4, 7], [3, 6, 8]]
     assert results[1] == "out of memory"
 
 
-def test_the_ceiling_is_as_many_random_products_as_it_says(monkeypatch):
+def test_gemms_are_as_many_random_products_as_requested(monkeypatch):
     products = []
     multiply = torch.mm
 
@@ -68,7 +68,7 @@ def test_the_ceiling_is_as_many_random_products_as_it_says(monkeypatch):
         products.append((left, right, multiply(left, right, out=out)))
 
     monkeypatch.setattr(torch, "mm", spy)
-    run = multiplying(4, 3, CPU, torch.bfloat16)
+    run = gemms(4, 3, CPU, torch.bfloat16)
     assert products == []
     run()
     assert len(products) == 3
@@ -80,12 +80,12 @@ def test_the_ceiling_is_as_many_random_products_as_it_says(monkeypatch):
         assert len(matrix.unique()) > 8
 
 
-def test_the_ceiling_is_that_of_the_run_in_the_middle():
+def test_measured_peak_is_that_of_the_median_run():
     # 2 · 1,000³ · 5 operations in 4, 1 and 2 hundredths of a second.
-    ceiling = Ceiling(1000, 5, (0.04, 0.01, 0.02))
-    assert (ceiling.least_teraflops, ceiling.teraflops, ceiling.most_teraflops) == (0.25, 0.5, 1.0)
-    found = "0.5 TFLOP/s (0.25 … 1), median of 3 runs, around those of contestants"
-    assert ceiling.describe() == f"matrix products of 1,000³, 5 a run: {found}"
+    peak = MeasuredPeak(1000, 5, (0.04, 0.01, 0.02))
+    assert (peak.min_teraflops, peak.teraflops, peak.max_teraflops) == (0.25, 0.5, 1.0)
+    result = "0.5 TFLOP/s (0.25 … 1), median of 3 runs, around those of the candidates"
+    assert peak.describe() == f"5 GEMMs of 1,000³ a run: {result}"
 
 
 def row(**changes):
@@ -93,38 +93,38 @@ def row(**changes):
     return Row(**{**fields, "flops": 3 * 10**12, **changes})
 
 
-def facts(name, ceiling):
-    return Facts(name, images=4, sizes=2, tokens=600, longest=200, ceiling=ceiling)
+def stats(name, peak):
+    return WorkloadStats(name, images=4, sizes=2, tokens=600, longest=200, measured_peak=peak)
 
 
 def report_of(*rows):
-    words = dict.fromkeys(("checkpoint", "family", "original", "no_original", "device", "dtype", "attention"), "")
+    words = dict.fromkeys(("checkpoint", "family", "reference", "no_reference", "device", "dtype", "attention"), "")
     numbers = {"parameters": 1, "seed": 0, "runs": 3}
     # 4 TFLOP a run: 4 and 2 TFLOP/s.
-    ceilings = {"mixed": Ceiling(10_000, 2, (1.0,)), "224px": Ceiling(10_000, 2, (9.0, 2.0, 1.0))}
-    workloads = tuple(facts(name, ceiling) for name, ceiling in ceilings.items())
+    peaks = {"mixed": MeasuredPeak(10_000, 2, (1.0,)), "224px": MeasuredPeak(10_000, 2, (9.0, 2.0, 1.0))}
+    workloads = tuple(stats(name, peak) for name, peak in peaks.items())
     return BenchReport(**words, **numbers, versions={}, workloads=workloads, rows=rows)
 
 
-def test_rates_follow_from_the_run_in_the_middle():
+def test_rates_follow_from_the_median_run():
     ran = row(seconds=(9.0, 2.0, 3.0), min_cosine=0.995)
     assert (ran.median, ran.images_per_second, ran.tokens_per_second) == (3.0, 4 / 3, 200)
     assert ran.teraflops == 1
     assert ran.label == "nopad, eager, packs of 2,048"
 
 
-def test_a_share_is_of_the_ceiling_around_each_run():
-    # 3 TFLOP beside 4 of the ceiling: shares of 3, 0.375 and 0.5.
-    ran = row(seconds=(1.0, 2.0, 3.0), ceilings=(4.0, 1.0, 2.0))
-    elsewhere = row(seconds=(3.0,), ceilings=(2.0,), workload="224px")
+def test_share_is_of_the_peak_around_each_run():
+    # 3 TFLOP beside 4 of the peak: shares of 3, 0.375 and 0.5.
+    ran = row(seconds=(1.0, 2.0, 3.0), peak_seconds=(4.0, 1.0, 2.0))
+    elsewhere = row(seconds=(3.0,), peak_seconds=(2.0,), workload="224px")
     report = report_of(ran, elsewhere, row())
     assert [report.share(one) for one in report.rows] == [0.5, 0.5, None]
-    assert [one["share_of_ceiling"] for one in report.to_dict()["rows"]] == [0.5, 0.5, None]
+    assert [one["share_of_peak"] for one in report.to_dict()["rows"]] == [0.5, 0.5, None]
 
 
 def test_json_has_no_nan():
-    found = report_of(row(seconds=(1.0,), ceilings=(1.0,), min_cosine=float("nan"))).to_dict()["rows"][0]
-    assert (found["min_cosine"], found["agrees"]) == (None, False)
+    result = report_of(row(seconds=(1.0,), peak_seconds=(1.0,), min_cosine=float("nan"))).to_dict()["rows"][0]
+    assert (result["min_cosine"], result["agrees"]) == (None, False)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,105 @@
+"""Inputs of an alignment: seeded noise of several sizes, and photos."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nopad.encoder import PackedEncoder
+from nopad.packing import unpatchify
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+Case = tuple[str, list[Tensor]]
+"""A name, and normalised pixels `(C, H, W)` of images or `(frames, C, H, W)` of clips that share a pack."""
+
+
+def noise_cases(
+    packed: PackedEncoder, only_grid: tuple[int, int] | None, batch_size: int, image_size: int | None
+) -> tuple[list[Case], list[str]]:
+    """Cases of seeded noise, and what cannot be compared because the reference takes `only_grid` alone."""
+    size = packed.patch_size
+    side = 16 if image_size is None else image_size // size
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape: int) -> Tensor:
+        *frames, rows, columns = shape
+        return torch.randn(*frames, packed.config.num_channels, rows * size, columns * size, generator=generator)
+
+    one_size = [make(*(only_grid or (side, side))) for _ in range(batch_size)]
+    if only_grid is not None:
+        clip = make(3, *only_grid)
+        cases = [
+            (f"{only_grid[0]} × {only_grid[1]} patches, batched", one_size),
+            ("a clip of 3 frames", [clip]),
+            ("images and a clip in one pack", [*one_size, clip]),
+            ("the same pack in another order", [clip, *reversed(one_size)]),
+        ]
+        return cases, [f"several sizes: the reference takes {only_grid[0]} × {only_grid[1]} patches and nothing else"]
+    several = [make(*grid) for grid in ((8, 8), (5, 17), (14, 6), (1, 60))]
+    # Many of them: in half precision one token's distance is chance.
+    single = [make(1, 1) for _ in range(64)]
+    clip = make(3, 9, 12)
+    mixed = [*several[:3], clip, single[0], several[3]]
+    return [
+        (f"{side} × {side} patches, batched", one_size),
+        *((" × ".join(str(pixels // size) for pixels in image.shape[1:]) + " patches", [image]) for image in several),
+        ("64 images of one patch", single),
+        ("a clip of 3 frames", [clip]),
+        ("all sizes in one pack", mixed),
+        ("the same pack in another order", [mixed[i] for i in (4, 2, 0, 5, 3, 1)]),
+    ], []
+
+
+def photo_case(packed: PackedEncoder, photos: Sequence[Any], image_size: int | None) -> Case:
+    """All photos in one pack, by the model's own rule or, with `image_size`, as squares of so many pixels."""
+    rule = packed.preprocessing
+    if image_size is not None:
+        rule = dataclasses.replace(rule, rule="crop", size=image_size, max_patches=None)
+    pack = packed.pack(photos, resize="pil", preprocessing=rule).to("cpu", torch.float32)
+    parts = pack.hidden_states.split(pack.grid_thw.prod(dim=1).tolist())
+    grids = [(t, h, w) for t, h, w in pack.grid_thw.tolist()]
+    pixels = [
+        unpatchify(part, grid, packed.patch_size, pack.patch_order) for part, grid in zip(parts, grids, strict=True)
+    ]
+    return f"{len(photos)} photo{'s' if len(photos) > 1 else ''} in one pack", pixels
+
+
+def photos_in(images: str | Path | Sequence[Any]) -> Sequence[Any]:
+    """The photos of a folder; photos are returned as they are.
+
+    Raises:
+        ValueError: none.
+    """
+    if not isinstance(images, str | Path):
+        if not len(images):
+            raise ValueError("images: expected at least one, got an empty list; give photos, or a folder of them")
+        return images
+    photos = sorted(path for path in Path(images).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not photos:
+        raise ValueError(f"images: expected photos ({', '.join(IMAGE_SUFFIXES)}) in {str(images)!r}, got none")
+    return photos
+
+
+def check_image_size(image_size: int, patch_size: int, only_grid: tuple[int, int] | None) -> None:
+    """Check a size in pixels.
+
+    Raises:
+        ValueError: no multiple of the patch size, or not the only one that the reference takes.
+    """
+    if image_size < patch_size or image_size % patch_size:
+        nearest = max(1, round(image_size / patch_size)) * patch_size
+        raise ValueError(
+            f"image_size: expected a multiple of patch_size {patch_size}, got {image_size}; give one, such as {nearest}"
+        )
+    if only_grid is not None and {image_size // patch_size} != set(only_grid):
+        height, width = (patches * patch_size for patches in only_grid)
+        raise ValueError(
+            f"image_size: the reference takes {height} × {width} pixels and nothing else, got {image_size}; "
+            f"leave it out"
+        )

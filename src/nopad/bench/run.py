@@ -1,0 +1,147 @@
+"""The benchmark of a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from nopad.bench.candidates import Baseline, Images, candidates
+from nopad.bench.defaults import Defaults, defaults_on
+from nopad.bench.report import BenchReport, Row, WorkloadStats
+from nopad.bench.runner import block_parameters, run_candidates
+from nopad.bench.timing import timer
+from nopad.bench.workloads import Workload, fixed, mixed
+from nopad.environment import device_name, dtype_name, versions
+from nopad.loading import load
+
+logger = logging.getLogger(__name__)
+
+RECOMPILE_LIMIT = 64
+"""Graphs of one function in a benchmark, whose candidates compile for every capacity and size."""
+
+
+def bench(
+    checkpoint: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    attention: str = "auto",
+    workload: Literal["mixed", "224", "all"] = "mixed",
+    images: int | None = None,
+    capacities: Sequence[int] | None = None,
+    baselines: bool = True,
+    compile: bool | None = None,
+    float8: bool = False,
+    runs: int | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[str], None] = logger.info,
+) -> BenchReport:
+    """Time the packed encoder and the reference on the same weights and images, from patches to normed tokens.
+
+    Pixels are random and on the device before the clock starts. A run is the whole workload. The runs of the candidates
+    are interleaved, and plain GEMMs in `dtype` run around each of them as the measured peak. The features of some
+    images are compared with the packed encoder's on each of these images alone.
+
+    Args:
+        checkpoint, device, dtype, attention, revision: as `nopad.load` takes them.
+        workload: `"mixed"` sizes, `"224"` pixels (or the model's own fixed size), or `"all"` of them.
+        images: of each workload.
+        capacities: tokens per pack; duplicates run once.
+        baselines: run the reference, too.
+        compile: run compiled candidates, too.
+        float8: run the packed encoder with `precision="fp8"`, too; implies `compile`.
+        runs: timed runs of each candidate.
+        seed: of sizes and pixels.
+        trust_remote_code: run the checkpoint's own code where its reference is not part of transformers.
+        progress: called with a line for each step.
+
+    Arguments that are `None` depend on the device, see `nopad.bench.defaults`.
+
+    Raises:
+        ValueError: an argument out of its range, a capacity below the largest image, or a checkpoint that does not
+            load.
+    """
+    if float8 and compile is False:
+        raise ValueError("float8: runs the packed encoder compiled, got compile=False too; give one of them")
+    device = torch.device(device)
+    default = defaults_on(device.type)
+    settings = Defaults(
+        default.images if images is None else images,
+        tuple(dict.fromkeys(default.capacities if capacities is None else capacities)),
+        default.runs if runs is None else runs,
+        default.compile or float8 if compile is None else compile,
+    )
+    _check(device, workload, settings)
+    progress(f"loading {checkpoint}")
+    encoder = load(checkpoint, revision=revision, device=device, dtype=dtype, attention=attention)
+    squares = fixed(settings.images, encoder.default_preprocessing.size or 224, encoder.patch_size)
+    workloads = [mixed(settings.images, seed)] * (workload != "224") + [squares] * (workload != "mixed")
+    _check_capacities(settings.capacities, workloads, encoder.num_prefix_tokens)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    baseline = Baseline.of(encoder, str(checkpoint), **options) if baselines else None
+    stats: list[WorkloadStats] = []
+    rows: list[Row] = []
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        if settings.compile:
+            from torch._dynamo import config as dynamo
+
+            # Beyond the limit torch runs a function uncompiled, without an error.
+            stack.enter_context(dynamo.patch(recompile_limit=RECOMPILE_LIMIT))
+        square_images = Images.of(squares, encoder, seed)
+        for each in workloads:
+            inputs = square_images if each is squares else Images.of(each, encoder, seed)
+            of_workload, peak = run_candidates(
+                encoder,
+                candidates(encoder, baseline, inputs, square_images, settings.capacities, float8),
+                workload=each.name,
+                compile=settings.compile,
+                runs=settings.runs,
+                timer=timer(device),
+                progress=progress,
+            )
+            rows += of_workload
+            sizes, longest = len(set(each.grids)), max(each.lengths)
+            stats.append(WorkloadStats(each.name, len(each.grids), sizes, each.tokens, longest, peak))
+    return BenchReport(
+        checkpoint=str(checkpoint),
+        family=encoder.family,
+        reference=None if baseline is None or baseline.model is None else baseline.description,
+        no_reference="not requested" if baseline is None else baseline.description if baseline.model is None else None,
+        device=device_name(device),
+        dtype=dtype_name(dtype),
+        attention=encoder.attention,
+        versions=versions(device),
+        parameters=block_parameters(encoder),
+        seed=seed,
+        runs=settings.runs,
+        workloads=tuple(stats),
+        rows=tuple(rows),
+    )
+
+
+def _check(device: torch.device, workload: str, settings: Defaults) -> None:
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, which this can time, got {str(device)!r}")
+    if workload not in ("mixed", "224", "all"):
+        raise ValueError(f"workload: expected 'mixed', '224' or 'all', got {workload!r}")
+    if settings.images < 1 or settings.runs < 1 or not settings.capacities:
+        raise ValueError(
+            f"expected images ≥ 1, runs ≥ 1 and at least one capacity, got {settings.images}, {settings.runs} and "
+            f"{list(settings.capacities)}"
+        )
+
+
+def _check_capacities(capacities: Sequence[int], workloads: Sequence[Workload], prefix: int) -> None:
+    longest = max(max(workload.lengths) for workload in workloads) + prefix
+    if min(capacities) < longest:
+        raise ValueError(f"capacities: expected at least {longest} tokens, the largest image's, got {min(capacities)}")
