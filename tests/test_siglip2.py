@@ -78,8 +78,8 @@ def test_heads_of_72(tmp_path, kind, backend, monkeypatch):
     original = kind(hidden_size=144, num_attention_heads=2)
     encoder = nopad.load(folder_of(tmp_path, original), attention=backend)
     assert encoder.attention == backend
-    used, choose = [], varlen._choose
-    monkeypatch.setattr(varlen, "_choose", lambda *needs: used.append((needs[0], needs[3])) or choose(*needs))
+    used, select = [], varlen._select
+    monkeypatch.setattr(varlen, "_select", lambda *needs: used.append((needs[0], needs[3])) or select(*needs))
     assert_parity(encoder, original)
     assert used == [(backend, 72)] * 4
 
@@ -261,7 +261,7 @@ def test_fixed_positions_on_another_grid_are_told_once_or_refused(tmp_path, capl
         encoder(other)
         encoder(other)
         assert [record.message for record in caplog.records] == [
-            "positions were learned on 5 × 5 patches; other grids get them resampled (bicubic)"
+            "positions were learned on 5 × 5 patches; they are resampled (bicubic) for other grids"
         ]
     with pytest.raises(ValueError, match=r"grid_thw: .*'strict'.*\(5, 5\), got \(3, 7\)"):
         strict(other)

@@ -1,4 +1,4 @@
-"""Where everything lies in a pack: segments, frames and coordinates, from one read of the grid."""
+"""Segments, frames and coordinates of a pack, from one read of `grid_thw`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from nopad.segments import Segments
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What one reading of `grid_thw` tells about a pack; below it nothing reads from the device.
+    """Metadata of a pack, computed from `grid_thw` with one device-to-host copy. Nothing downstream synchronises.
 
     Attributes:
         grid: `(frames, rows, columns)` of each image or clip.
-        frame_lengths: for each image or clip, the patches of each of its frames, as they follow each other.
-        frames_whole: whether the patches of each frame stand together.
-        longest_side: rows and columns are all below this number.
-        device: where the tokens are.
-        patch_positions: `(T, 3)` `[t, h, w]` of each patch where the grid does not tell them.
+        frame_lengths: for each image or clip, the number of patches of each frame, in order.
+        frames_whole: whether the patches of each frame are consecutive.
+        longest_side: upper bound of all rows and columns, exclusive.
+        device: device of the tokens.
+        patch_positions: `(T, 3)` `[t, h, w]` of each patch, where they do not follow from the grid.
     """
 
     grid: tuple[tuple[int, int, int], ...]
@@ -40,20 +40,20 @@ class Layout:
 
     @classmethod
     def read(cls, hidden_states: Tensor, grid_thw: Tensor, patch_positions: Tensor | None, patch_dim: int) -> Layout:
-        """Check the arguments of a forward and take the grid to the host: the one host read.
+        """Check the arguments of a forward and copy the grid to the host, the one host read.
 
         Args:
             hidden_states: `(T, P)` patches.
             grid_thw: `(N, 3)` integers ≥ 1, on the CPU or on the device of `hidden_states`.
             patch_positions: `None`, or `(T, 3)` on the device of `hidden_states`.
-            patch_dim: the P that the encoder takes.
+            patch_dim: the encoder's P.
 
         Raises:
-            ValueError: an argument of another shape, dtype or device, or patches that do not add up to the grid.
+            ValueError: an argument has the wrong shape, dtype or device, or the patches do not add up to the grid.
         """
         if hidden_states.ndim != 2 or hidden_states.shape[1] != patch_dim:
             raise ValueError(f"hidden_states: expected shape (T, {patch_dim}), got {tuple(hidden_states.shape)}")
-        if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or not _holds_integers(grid_thw):
+        if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or not _is_integer(grid_thw):
             raise ValueError(
                 f"grid_thw: expected (N, 3) integers, got shape {tuple(grid_thw.shape)} of {grid_thw.dtype}"
             )
@@ -67,7 +67,7 @@ class Layout:
                     f"patch_positions: expected shape ({hidden_states.shape[0]}, 3), a [t, h, w] for each row of "
                     f"hidden_states, got {tuple(patch_positions.shape)}"
                 )
-            if not _holds_integers(patch_positions):
+            if not _is_integer(patch_positions):
                 raise ValueError(f"patch_positions: expected integers, got {patch_positions.dtype}")
             if patch_positions.device != hidden_states.device:
                 raise ValueError(
@@ -75,9 +75,9 @@ class Layout:
                     f"got {patch_positions.device}"
                 )
         grid = tuple((t, h, w) for t, h, w in grid_thw.tolist())
-        for number, row in enumerate(grid):
+        for index, row in enumerate(grid):
             if min(row) < 1:
-                raise ValueError(f"grid_thw: expected integers ≥ 1, got {list(row)} in row {number}")
+                raise ValueError(f"grid_thw: expected integers ≥ 1, got {list(row)} in row {index}")
         total = sum(t * h * w for t, h, w in grid)
         if total != hidden_states.shape[0]:
             raise ValueError(
@@ -95,7 +95,7 @@ class Layout:
 
     @cached_property
     def num_patches(self) -> int:
-        """Patches that the grid promises."""
+        """Number of patches, by the grid."""
         return sum(t * h * w for t, h, w in self.grid)
 
     @cached_property
@@ -108,7 +108,7 @@ class Layout:
         """One segment per image or frame, patches only.
 
         Raises:
-            ValueError: `patch_positions` scatter the patches of a frame.
+            ValueError: by `patch_positions`, the patches of a frame are not consecutive.
         """
         if not self.frames_whole:
             raise ValueError(
@@ -120,28 +120,28 @@ class Layout:
 
     @cached_property
     def frame_index(self) -> Tensor:
-        """Number of each patch's frame in the pack, `(T,)` int64 on the device; see `frames`."""
+        """Index of each patch's frame in the pack, `(T,)` int64 on the device; raises as `frames` does."""
         return self.image_index if self.frames is self.images else self.frames.index()
 
     @cached_property
     def frames_per_image(self) -> Segments:
-        """How many frames each image or clip has, as segments of frames."""
+        """Frames of each image or clip, as segments of frames."""
         return Segments.of([len(lengths) for lengths in self.frame_lengths], self.device)
 
     @cached_property
     def image_index(self) -> Tensor:
-        """Image number of each patch, `(T,)` int64 on the device."""
-        return self._places[0]
+        """Index of each patch's image, `(T,)` int64 on the device."""
+        return self._patch_locations[0]
 
     @cached_property
     def index_in_image(self) -> Tensor:
-        """Place of each patch within its image or clip, `(T,)` int64 on the device."""
-        return self._places[1]
+        """Index of each patch within its image or clip, `(T,)` int64 on the device."""
+        return self._patch_locations[1]
 
     @cached_property
     def coordinates(self) -> Tensor:
         """`[t, h, w]` of each patch, `(T, 3)` on the device: `patch_positions` where given, else from the grid."""
-        return self._places[2] if self.patch_positions is None else self.patch_positions
+        return self._patch_locations[2] if self.patch_positions is None else self.patch_positions
 
     @cached_property
     def grid_thw(self) -> Tensor:
@@ -149,23 +149,25 @@ class Layout:
         return torch.tensor(self.grid, dtype=torch.int64).reshape(-1, 3).to(self.device, non_blocking=True)
 
     @cached_property
-    def _places(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _patch_locations(self) -> tuple[Tensor, Tensor, Tensor]:
         if not has_triton(self.device):
-            return places(self.grid_thw, self.images)
+            return locate_patches(self.grid_thw, self.images)
         from nopad.kernels import triton_layout
 
-        return triton_layout.places(self.grid_thw, self.images.cu_seqlens, self.num_patches, self.images.max_seqlen)
+        images = self.images
+        return triton_layout.locate_patches(self.grid_thw, images.cu_seqlens, self.num_patches, images.max_seqlen)
 
 
-def places(grid: Tensor, images: Segments) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the patches of whole grids lie.
+def locate_patches(grid: Tensor, images: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    """Image index and coordinates of each patch of full grids.
 
     Args:
         grid: `(N, 3)` int64 `[frames, rows, columns]`.
-        images: their segments.
+        images: one segment per row of `grid`.
 
     Returns:
-        Image number `(T,)`, place within the image `(T,)` and `[t, h, w]` `(T, 3)` of each patch, int64.
+        For each patch the index of its image `(T,)`, its index within that image `(T,)` and its `[t, h, w]` `(T, 3)`,
+        int64.
     """
     image = images.index()
     index = torch.arange(images.num_tokens, device=grid.device) - images.cu_seqlens[:-1].long()[image]
@@ -173,24 +175,24 @@ def places(grid: Tensor, images: Segments) -> tuple[Tensor, Tensor, Tensor]:
     return image, index, torch.stack((index // (rows * columns), index // columns % rows, index % columns), dim=1)
 
 
-def _holds_integers(tensor: Tensor) -> bool:
+def _is_integer(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def _read_positions(patch_positions: Tensor, lengths: Sequence[int]) -> tuple[tuple[tuple[int, ...], ...], bool, int]:
-    """Frames, whether they are whole, and longest side, read off `patch_positions`: small reads of the host.
+    """`frame_lengths`, `frames_whole` and `longest_side` of `Layout`, read from `patch_positions` on the host.
 
     Raises:
         ValueError: a negative position.
     """
-    low, high = torch.stack(patch_positions.aminmax(dim=0)).tolist()
-    if min(low) < 0:
-        raise ValueError(f"patch_positions: expected [t, h, w] ≥ 0, got a minimum of {low}")
+    minima, maxima = torch.stack(patch_positions.aminmax(dim=0)).tolist()
+    if min(minima) < 0:
+        raise ValueError(f"patch_positions: expected [t, h, w] ≥ 0, got a minimum of {minima}")
     image = Segments.of(lengths, patch_positions.device).index()
-    span = high[0] + 1
-    runs = torch.unique_consecutive(image * span + patch_positions[:, 0], return_counts=True)
+    num_frames = maxima[0] + 1
+    runs = torch.unique_consecutive(image * num_frames + patch_positions[:, 0], return_counts=True)
     frames, counts = torch.stack(runs).tolist()
-    per_image: list[list[int]] = [[] for _ in lengths]
+    frame_lengths: list[list[int]] = [[] for _ in lengths]
     for frame, count in zip(frames, counts, strict=True):
-        per_image[frame // span].append(count)
-    return tuple(map(tuple, per_image)), len(set(frames)) == len(frames), max(high[1:]) + 1
+        frame_lengths[frame // num_frames].append(count)
+    return tuple(map(tuple, frame_lengths)), len(set(frames)) == len(frames), max(maxima[1:]) + 1

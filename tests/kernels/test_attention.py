@@ -1,23 +1,26 @@
-"""Every backend against `eager`, which is the definition; what "auto" takes; what is refused.
+"""Attention backends: results against `eager`, the choice of "auto", errors, and the arguments of flash kernels.
 
-On a CPU: `sdpa`, and what is handed to the flash kernels. On a GPU (`-m gpu`): the flash kernels that are installed.
+On a GPU (`-m gpu`), the results of the flash kernels that are installed.
 """
 
 import dataclasses
+import inspect
 import sys
 import types
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nopad.kernels import attention as varlen
-from nopad.kernels.attention import BACKENDS, available_backends, resolve_backend, varlen_attention
+from nopad.kernels import backends
+from nopad.kernels.attention import available_backends, reads_host_lengths, resolve_backend, varlen_attention
+from nopad.kernels.backends import BACKENDS
 from nopad.segments import Segments
 
 FLASH = ("flash_attention_3", "flash_attention_4", "flash_attention_2", "triton_varlen", "torch_varlen")
@@ -34,7 +37,7 @@ def segments(*lengths: int, device: torch.device | str = "cpu") -> Segments:
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that run."""
+    """Records the operators that run."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +47,7 @@ class Operators(TorchDispatchMode):
         self.names.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
-    def number(self, part: str) -> int:
+    def count(self, part: str) -> int:
         return sum(part in name for name in self.names)
 
 
@@ -59,11 +62,11 @@ def test_eager_by_hand():
     query = torch.tensor([[[1.0]], [[0.0]], [[5.0]]])
     key = torch.tensor([[[0.0]], [[1.0]], [[7.0]]])
     value = torch.tensor([[[2.0]], [[4.0]], [[9.0]]])
-    mixed = varlen_attention(
+    output = varlen_attention(
         query, key, value, segments(2, 1), scale=torch.log(torch.tensor(3.0)).item(), backend="eager"
     )
     # Scores of the first token: 0 and log 3, weights 1/4 and 3/4; of the second: both 0.
-    torch.testing.assert_close(mixed.flatten(), torch.tensor([3.5, 3.0, 9.0]))
+    torch.testing.assert_close(output.flatten(), torch.tensor([3.5, 3.0, 9.0]))
 
 
 @pytest.mark.parametrize(
@@ -75,25 +78,25 @@ def test_eager_by_hand():
         ((1, 1, 7), None),
         ((3, 5, 3, 5, 2), None),  # gathers and scatters
         ((3, 3, 5, 3), None),
-        ((2, 0, 2, 0), None),  # repeated ends, as in a pack filled to a fixed capacity
-        ((1, 1, 1), (4, 2, 4)),  # pooling: queries contiguous, keys in part not
+        ((2, 0, 2, 0), None),  # empty segments, as in a padded pack
+        ((1, 1, 1), (4, 2, 4)),  # pooling: contiguous queries, some keys not contiguous
         ((2, 1, 2), (3, 3, 3)),
         ((2, 0, 2), (3, 0, 3)),
-        ((2, 0, 2), (3, 4, 3)),  # equal lengths side by side in the queries, not in the keys
+        ((2, 0, 2), (3, 4, 3)),  # equal lengths adjacent in the queries, not in the keys
     ],
 )
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-12)]
 )
 @pytest.mark.parametrize("scale", [None, 0.5])
-def test_sdpa_is_eager(lengths, key_lengths, dtype, tolerance, scale):
+def test_sdpa_equals_eager(lengths, key_lengths, dtype, tolerance, scale):
     key_segments = None if key_lengths is None else segments(*key_lengths)
     tensors = inputs(sum(lengths), sum(key_lengths or lengths), dtype=dtype)
     arguments = (*tensors, segments(*lengths), key_segments)
-    got = varlen_attention(*arguments, scale=scale, backend="sdpa")
+    output = varlen_attention(*arguments, scale=scale, backend="sdpa")
     expected = varlen_attention(*arguments, scale=scale, backend="eager")
-    assert got.dtype == dtype
-    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_eager_computes_in_float32_under_autocast_too():
@@ -115,13 +118,13 @@ def test_eager_on_a_device_without_autocast():
     pairs=st.lists(st.tuples(st.integers(0, 6), st.integers(1, 6)), max_size=12),
     same=st.booleans(),
 )
-def test_sdpa_is_eager_for_any_lengths(pairs, same):
+def test_sdpa_equals_eager_for_any_lengths(pairs, same):
     query_segments = segments(*(queries for queries, _ in pairs))
     key_segments = None if same else segments(*(keys for _, keys in pairs))
     tensors = inputs(query_segments.num_tokens, (key_segments or query_segments).num_tokens, dtype=torch.float64)
-    got = varlen_attention(*tensors, query_segments, key_segments, backend="sdpa")
+    output = varlen_attention(*tensors, query_segments, key_segments, backend="sdpa")
     expected = varlen_attention(*tensors, query_segments, key_segments, backend="eager")
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(output, expected)
 
 
 @pytest.mark.parametrize("lengths", [(3, 2, 3), (2, 2), (3, 1, 2)])
@@ -134,31 +137,31 @@ def test_sdpa_gradients(lengths):
 def test_sdpa_on_views_of_one_matrix():
     qkv = torch.randn(10, 3, 2, 8)
     pack = segments(3, 4, 3)
-    got = varlen_attention(*qkv.unbind(1), pack, backend="sdpa")
+    output = varlen_attention(*qkv.unbind(1), pack, backend="sdpa")
     expected = varlen_attention(*(part.contiguous() for part in qkv.unbind(1)), pack, backend="eager")
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(output, expected)
 
 
 def test_sdpa_calls_once_per_distinct_length():
-    assert operators(3, 5, 3, 5, 2).number("scaled_dot_product") == 3
-    assert operators(4, 4, 4, 4).number("scaled_dot_product") == 1
+    assert operators(3, 5, 3, 5, 2).count("scaled_dot_product") == 3
+    assert operators(4, 4, 4, 4).count("scaled_dot_product") == 1
 
 
 def test_sdpa_copies_only_where_it_must():
     moves = ("index", "cat", "copy", "clone")
-    for lengths in ((34, 34, 34), (34, 0, 34), (16, 16)):  # fewer are filled up to 16
-        assert not any(operators(*lengths).number(move) for move in moves)
+    for lengths in ((34, 34, 34), (34, 0, 34), (16, 16)):  # fewer are padded to 16
+        assert not any(operators(*lengths).count(move) for move in moves)
     in_order = operators(33, 33, 35, 35)
-    assert in_order.number("cat") == 1
-    assert in_order.number("index") == 0
+    assert in_order.count("cat") == 1
+    assert in_order.count("index") == 0
     interleaved = operators(33, 35, 33)
-    assert interleaved.number("index_select") == 3
-    assert interleaved.number("index_copy") == 1
+    assert interleaved.count("index_select") == 3
+    assert interleaved.count("index_copy") == 1
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("lengths", [(3, 5, 2), (4, 4, 4), (3, 5, 3)])
-def test_a_segment_knows_nothing_of_the_others(backend, lengths):
+def test_segments_are_independent(backend, lengths):
     pack = segments(*lengths)
     tensors = inputs(sum(lengths))
     before = varlen_attention(*tensors, pack, backend=backend)
@@ -174,21 +177,21 @@ def test_a_segment_knows_nothing_of_the_others(backend, lengths):
 
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])
 @pytest.mark.parametrize("lengths", [(), (0, 0)])
-def test_an_empty_pack(backend, lengths):
+def test_empty_pack(backend, lengths):
     query, key, value = inputs(0, requires_grad=True)
-    mixed = varlen_attention(query, key, value, segments(*lengths), backend=backend)
-    assert mixed.shape == (0, 2, 8)
-    mixed.sum().backward()
+    output = varlen_attention(query, key, value, segments(*lengths), backend=backend)
+    assert output.shape == (0, 2, 8)
+    output.sum().backward()
     assert query.grad is not None
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def test_dropout_keeps_the_mean(backend):
+def test_dropout_preserves_the_mean(backend):
     tensors = inputs(200, heads=1, head_dim=4)
     tensors[2].fill_(1)
-    mixed = varlen_attention(*tensors, segments(100, 100), dropout_p=0.5, backend=backend)
-    assert mixed.std() > 0.01  # without dropout every value is 1
-    assert mixed.mean().item() == pytest.approx(1, abs=0.1)
+    output = varlen_attention(*tensors, segments(100, 100), dropout_p=0.5, backend=backend)
+    assert output.std() > 0.01  # without dropout every value is 1
+    assert output.mean().item() == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize(
@@ -205,31 +208,31 @@ def test_dropout_keeps_the_mean(backend):
         ({"backend": "flash"}, r"backend: expected 'auto' or one of flash_attention_3, .*, eager, got 'flash'"),
     ],
 )
-def test_what_does_not_fit_is_refused(change, message):
+def test_mismatched_arguments_raise(change, message):
     query, key, value = inputs(6)
     arguments = {"query": query, "key": key, "value": value, "query_segments": segments(2, 4)}
     with pytest.raises(ValueError, match=message):
         varlen_attention(**{**arguments, **change})
 
 
-# The choice, on machines that are made up.
+# The choice of backend, on simulated machines.
 
 
 @pytest.fixture(autouse=True)
-def _forget_the_choice():
-    varlen._row.cache_clear()
+def _clear_cached_choice():
+    backends.select.cache_clear()
     yield
-    varlen._row.cache_clear()
+    backends.select.cache_clear()
 
 
 @pytest.fixture
 def machine(monkeypatch) -> Callable[..., None]:
-    """Makes up the device's compute capability and the modules that are installed."""
+    """Simulates the compute capability and the installed modules."""
 
     def make(capability: tuple[int, int], *modules: str) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(varlen, "_installed", lambda module: module in modules)
-        varlen._row.cache_clear()
+        monkeypatch.setattr(backends, "is_installed", lambda module: module in modules)
+        backends.select.cache_clear()
 
     return make
 
@@ -275,7 +278,7 @@ HOPPER, AMPERE, TURING, BLACKWELL = (9, 0), (8, 0), (7, 5), (10, 0)
         (HOPPER, (FA2, FA3, FA4, TORCH), {"device": "cpu"}, "sdpa"),
     ],
 )
-def test_auto_takes_the_best(machine, capability, modules, needs, expected):
+def test_auto_selects_the_best_backend(machine, capability, modules, needs, expected):
     machine(capability, *modules)
     assert resolve_backend("auto", **{"device": "cuda", "dtype": torch.bfloat16, "head_dim": 64, **needs}) == expected
 
@@ -322,7 +325,7 @@ def test_auto_takes_the_best(machine, capability, modules, needs, expected):
         ("nothing", HOPPER, (), {}, ValueError, "got 'nothing'"),
     ],
 )
-def test_a_backend_that_cannot_says_what_to_change(machine, backend, capability, modules, needs, error, message):
+def test_unsupported_backend_raises_with_a_remedy(machine, backend, capability, modules, needs, error, message):
     machine(capability, *modules)
     arguments = {"device": "cuda", "dtype": torch.bfloat16, "head_dim": 64, **needs}
     with pytest.raises(error) as refusal:
@@ -338,24 +341,24 @@ def test_available_backends(machine):
     assert set(names) | {"flash_attention_4"} == set(BACKENDS)
 
 
-def test_installed(monkeypatch, tmp_path):
-    assert varlen._installed("torch")
-    assert not varlen._installed("no_such_module")
+def test_is_installed(monkeypatch, tmp_path):
+    assert backends.is_installed("torch")
+    assert not backends.is_installed("no_such_module")
     monkeypatch.syspath_prepend(tmp_path)
-    # The folders that flash-attn-4 leaves: no flash_attn/__init__.py.
+    # flash-attn-4 installs these folders without flash_attn/__init__.py.
     (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
-    assert not varlen._installed("flash_attn")
-    assert not varlen._installed("flash_attn.cute")
+    assert not backends.is_installed("flash_attn")
+    assert not backends.is_installed("flash_attn.cute")
     (tmp_path / "flash_attn_4-4.0.0.dist-info").mkdir()
-    assert varlen._installed("flash_attn.cute")
+    assert backends.is_installed("flash_attn.cute")
 
 
-# What is handed to a flash kernel, recorded by a stand-in on the CPU.
+# Arguments of the flash kernels, recorded by a stand-in on the CPU.
 
 
 @pytest.fixture
 def stand_in(monkeypatch) -> Callable[..., list]:
-    """Puts a recording function in a kernel's place and lets the backend run on the CPU."""
+    """Replaces a kernel by a recording function and lets the backend run on the CPU."""
 
     def place(module: str, function: str, result: Callable[[Tensor], object]) -> list:
         calls = []
@@ -377,10 +380,10 @@ def stand_in(monkeypatch) -> Callable[..., list]:
 
 
 def on_any_device(monkeypatch, module: str, **changes) -> None:
-    """Make the backend of a module the only one, without its requirements."""
-    (kernel,) = (kernel for kernel in varlen._KERNELS if kernel.module == module)
-    monkeypatch.setattr(varlen, "_KERNELS", (dataclasses.replace(kernel, module="", **changes),))
-    varlen._row.cache_clear()
+    """Make the backend of a module the only one, on any device."""
+    (kernel,) = (kernel for kernel in backends.BACKEND_TABLE if kernel.module == module)
+    monkeypatch.setattr(backends, "BACKEND_TABLE", (dataclasses.replace(kernel, module="", **changes),))
+    backends.select.cache_clear()
 
 
 def out(query: Tensor) -> Tensor:
@@ -405,46 +408,77 @@ FA3_SETTINGS = {"softmax_scale": 0.3, "causal": False, "num_splits": 1}
         (FA3_FORWARD, out_and_lse, FA3_SETTINGS),
     ],
 )
-def test_what_flash_attention_2_and_3_are_given(stand_in, module, result, settings):
+def test_arguments_of_flash_attention_2_and_3(stand_in, module, result, settings):
     calls = stand_in(module, "flash_attn_varlen_func", result)
     tensors, queries = inputs(3, 7), Segments((1, 2), segments(1, 2).cu_seqlens, 11)
     keys = segments(3, 4)
-    mixed = varlen_attention(*tensors, queries, keys, scale=0.3, dropout_p=settings.get("dropout_p", 0.0))
+    output = varlen_attention(*tensors, queries, keys, scale=0.3, dropout_p=settings.get("dropout_p", 0.0))
     ((args, kwargs),) = calls
     expected = (*tensors, queries.cu_seqlens, keys.cu_seqlens, 11, 4)
     assert len(args) == len(expected)
-    assert all(given is wanted for given, wanted in zip(args, expected, strict=True))
+    assert all(arg is value for arg, value in zip(args, expected, strict=True))
     assert kwargs == settings
-    assert mixed is tensors[0]
+    assert output is tensors[0]
 
 
-def test_what_flash_attention_4_is_given(stand_in):
+def test_arguments_of_flash_attention_4(stand_in):
     calls = stand_in(FA4, "flash_attn_varlen_func", out_and_lse)
     tensors, queries, keys = inputs(3, 7), segments(1, 2), segments(3, 4)
-    mixed = varlen_attention(*tensors, queries, keys)
+    output = varlen_attention(*tensors, queries, keys)
     ((args, kwargs),) = calls
-    assert all(given is wanted for given, wanted in zip(args, tensors, strict=True))
+    assert all(arg is value for arg, value in zip(args, tensors, strict=True))
     assert kwargs.pop("cu_seqlens_q") is queries.cu_seqlens
     assert kwargs.pop("cu_seqlens_k") is keys.cu_seqlens
     assert kwargs == {"max_seqlen_q": 2, "max_seqlen_k": 4, "softmax_scale": None, "causal": False}
-    assert mixed is tensors[0]
+    assert output is tensors[0]
 
 
 @pytest.mark.parametrize(("scale", "factor"), [(None, 1.0), (4**-0.5, 1.0), (0.25, 0.5)])
-def test_torch_varlen_is_given_the_scale_in_the_query(stand_in, scale, factor):
+def test_torch_varlen_gets_the_scale_in_the_query(stand_in, scale, factor):
     calls = stand_in(TORCH, "varlen_attn", out)
     tensors, pack = inputs(3, head_dim=4), segments(1, 2)
     varlen_attention(*tensors, pack, scale=scale)
     ((args, kwargs),) = calls
     torch.testing.assert_close(args[0], tensors[0] * factor, rtol=0, atol=0)
     assert (args[0] is tensors[0]) == (factor == 1)
-    assert all(
-        given is wanted for given, wanted in zip(args[1:], (*tensors[1:], *[pack.cu_seqlens] * 2, 2, 2), strict=True)
-    )
-    assert kwargs == {}
+    expected = (*tensors[1:], *[pack.cu_seqlens] * 2, 2, 2)
+    assert all(arg is value for arg, value in zip(args[1:], expected, strict=True))
+    assert kwargs == {}  # a version without num_splits
 
 
-def test_one_graph_for_all_packs_of_a_capacity(monkeypatch):
+@pytest.fixture
+def varlen_attn(monkeypatch):
+    """A stand-in with the signature of torch's `varlen_attn` in 2.13, which returns query + num_splits."""
+    real = inspect.signature(torch.nn.attention.varlen.varlen_attn).parameters
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, num_splits=None):
+        return query + num_splits
+
+    assert [*inspect.signature(varlen_attn).parameters][:-1] == [*real][:7]
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
+    on_any_device(monkeypatch, TORCH)
+
+
+@pytest.mark.usefixtures("varlen_attn")
+def test_torch_varlen_runs_with_one_split_where_torch_has_the_argument():
+    query, key, value = inputs(3)
+    assert torch.equal(varlen_attention(query, key, value, segments(1, 2)), query + 1)
+
+
+@pytest.mark.usefixtures("varlen_attn")
+def test_compiled_torch_varlen_runs_with_one_split():
+    torch._dynamo.reset()
+    query, key, value = inputs(3)
+    attend = torch.compile(varlen_attention, backend="eager", fullgraph=True)
+    assert torch.equal(attend(query, key, value, segments(1, 2)), query + 1)
+
+
+def test_num_splits_is_found_in_the_installed_torch():
+    parameters = inspect.signature(torch.nn.attention.varlen.varlen_attn).parameters
+    assert backends._torch_varlen_has_num_splits() == ("num_splits" in parameters)
+
+
+def test_one_compiled_graph_for_all_packs_of_a_capacity(monkeypatch):
     torch._dynamo.reset()
 
     def run(query, key, value, segments, scale, dropout_p):
@@ -480,8 +514,8 @@ def test_compiled_around_sdpa():
     assert counter.frame_count == 2  # before and after the attention, whatever the lengths
 
 
-def test_who_goes_by_the_lengths_on_the_host():
-    assert [name for name in BACKENDS if varlen.reads_the_host(name)] == ["sdpa", "eager"]
+def test_reads_host_lengths():
+    assert [name for name in BACKENDS if reads_host_lengths(name)] == ["sdpa", "eager"]
 
 
 # The kernels themselves.
@@ -502,59 +536,59 @@ def kernel_or_skip(backend: str, head_dim: int, needs_grad: bool) -> None:
 @pytest.mark.parametrize("backend", [*FLASH, "sdpa"])
 @pytest.mark.parametrize(("lengths", "key_lengths"), [((200, 33, 1, 200), None), ((1, 1, 1), (130, 5, 257))])
 @pytest.mark.parametrize("scale", [None, 0.2])
-def test_kernel_is_eager(backend, head_dim, backward, lengths, key_lengths, scale):
+def test_kernel_equals_eager(backend, head_dim, backward, lengths, key_lengths, scale):
     kernel_or_skip(backend, head_dim, backward)
     queries, keys = segments(*lengths, device=CUDA), segments(*(key_lengths or lengths), device=CUDA)
     options = {"device": CUDA, "dtype": torch.bfloat16, "requires_grad": backward}
     tensors = inputs(queries.num_tokens, keys.num_tokens, heads=4, head_dim=head_dim, **options)
-    exact = [tensor.detach().float().requires_grad_(backward) for tensor in tensors]
-    mixed = varlen_attention(*tensors, queries, keys, scale=scale, backend=backend)
-    expected = varlen_attention(*exact, queries, keys, scale=scale, backend="eager")
-    assert mixed.dtype == torch.bfloat16
-    torch.testing.assert_close(mixed.float(), expected, rtol=2e-2, atol=2e-2)
+    tensors_fp32 = [tensor.detach().float().requires_grad_(backward) for tensor in tensors]
+    output = varlen_attention(*tensors, queries, keys, scale=scale, backend=backend)
+    expected = varlen_attention(*tensors_fp32, queries, keys, scale=scale, backend="eager")
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), expected, rtol=2e-2, atol=2e-2)
     if backward:
-        direction = torch.randn_like(mixed)
-        got = torch.autograd.grad(mixed, tensors, direction)
-        wanted = torch.autograd.grad(expected, exact, direction.float())
-        for gradient, reference in zip(got, wanted, strict=True):
+        direction = torch.randn_like(output)
+        gradients = torch.autograd.grad(output, tensors, direction)
+        references = torch.autograd.grad(expected, tensors_fp32, direction.float())
+        for gradient, reference in zip(gradients, references, strict=True):
             error = (gradient.float() - reference).norm() / reference.norm()
             assert error < 2e-2
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
-def test_the_triton_kernel_takes_scales_that_are_not_positive(scale):
+def test_triton_varlen_with_scales_that_are_not_positive(scale):
     kernel_or_skip("triton_varlen", 64, False)
     pack = segments(200, 33, 1, device=CUDA)
     tensors = inputs(234, heads=2, head_dim=64, device=CUDA, dtype=torch.bfloat16)
-    mixed = varlen_attention(*tensors, pack, scale=scale, backend="triton_varlen")
+    output = varlen_attention(*tensors, pack, scale=scale, backend="triton_varlen")
     expected = varlen_attention(*(tensor.float() for tensor in tensors), pack, scale=scale, backend="eager")
-    torch.testing.assert_close(mixed.float(), expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(output.float(), expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", FLASH)
-def test_kernel_reads_nothing_from_the_device(backend):
+def test_kernel_does_not_synchronise(backend):
     kernel_or_skip(backend, 64, False)
     pack = segments(5, 3, 5, device=CUDA)
     tensors = inputs(13, head_dim=64, device=CUDA, dtype=torch.bfloat16)
     varlen_attention(*tensors, pack, backend=backend)  # the first call may load or build the kernel
     torch.cuda.set_sync_debug_mode("error")
     try:
-        mixed = varlen_attention(*tensors, pack, backend=backend)  # a read of the device raises here
+        output = varlen_attention(*tensors, pack, backend=backend)  # a read of the device raises here
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert mixed.shape == tensors[0].shape
+    assert output.shape == tensors[0].shape
 
 
 @pytest.mark.gpu
-def test_flash_attention_2_drops_out():
+def test_flash_attention_2_dropout():
     kernel_or_skip("flash_attention_2", 64, False)
     tensors = inputs(512, head_dim=64, device=CUDA, dtype=torch.bfloat16)
     tensors[2].fill_(1)
-    mixed = varlen_attention(*tensors, segments(256, 256, device=CUDA), dropout_p=0.5, backend="flash_attention_2")
-    assert mixed.float().std() > 0.01
-    assert mixed.float().mean().item() == pytest.approx(1, abs=0.1)
+    output = varlen_attention(*tensors, segments(256, 256, device=CUDA), dropout_p=0.5, backend="flash_attention_2")
+    assert output.float().std() > 0.01
+    assert output.float().mean().item() == pytest.approx(1, abs=0.1)
 
 
 @pytest.fixture
@@ -568,19 +602,19 @@ def two_threads():
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 64), (2, 32), (8, 128)])
 @pytest.mark.parametrize("queries", [1, 7, 20])
-def test_few_queries_have_the_same_bits_in_any_segment_on_a_cpu(heads, head_dim, queries):
+def test_sdpa_of_few_queries_is_bit_equal_in_any_segment_on_a_cpu(heads, head_dim, queries):
     generator = torch.Generator().manual_seed(0)
     number, length = 6, 35
 
-    def states(rows):
+    def draw(rows):
         return torch.randn(number * rows, heads, head_dim, generator=generator)
 
-    query, key, value = states(queries), states(length), states(length)
+    query, key, value = draw(queries), draw(length), draw(length)
     segments = Segments.of([queries] * number, "cpu"), Segments.of([length] * number, "cpu")
     together = varlen_attention(query, key, value, *segments, backend="sdpa").split(queries)
     parts = zip(query.split(queries), key.split(length), value.split(length), strict=True)
-    for found, (q, k, v) in zip(together, parts, strict=True):
+    for packed, (q, k, v) in zip(together, parts, strict=True):
         one = Segments.of([queries], "cpu"), Segments.of([length], "cpu")
         alone = varlen_attention(q, k, v, *one, backend="sdpa")
-        assert torch.equal(found, alone)
+        assert torch.equal(packed, alone)
         torch.testing.assert_close(alone, varlen_attention(q, k, v, *one, backend="eager"))

@@ -23,7 +23,8 @@ from nopad.checkpoints.quantised import load_quantised, with_weight_names
 from nopad.checkpoints.strict import check_dtype, check_numbers, load_strictly
 from nopad.checkpoints.untrained import UNTRAINED, fill
 from nopad.inference.precision import check_saving
-from nopad.kernels.attention import BACKENDS, resolve_backend
+from nopad.kernels.attention import resolve_backend
+from nopad.kernels.backends import BACKENDS
 from nopad.layers.linear import SharedInput
 from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.roles import ByRole, registered_path

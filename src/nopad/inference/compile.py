@@ -16,7 +16,7 @@ from nopad.inference.guards import Watch
 from nopad.inference.padding import fill_up_rows, spoil
 from nopad.inference.ready import CompiledLayers, PlainLayers, ReadyLayers
 from nopad.inference.runner import fill_up, longest
-from nopad.kernels.attention import reads_the_host
+from nopad.kernels.attention import reads_host_lengths
 from nopad.segments import Segments
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def compile_layers(encoder: PackedEncoder, capacity: int, slots: int, compiled: 
 
 def recordable(device: torch.device, attention: str, capacity: int) -> bool:
     """Whether layers become CUDA graphs: what goes by lengths on the host would replay those of the first pack."""
-    return device.type == "cuda" and capacity <= GRAPH_CAPACITY and not reads_the_host(attention)
+    return device.type == "cuda" and capacity <= GRAPH_CAPACITY and not reads_host_lengths(attention)
 
 
 def _first_that_works(encoder: PackedEncoder, capacity: int, slots: int) -> ReadyLayers:

@@ -1,1 +1,1 @@
-"""Attention and other kernels: tensors and segments in, tensors out."""
+"""Attention and other kernels over tensors and segments."""

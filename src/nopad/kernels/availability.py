@@ -1,4 +1,4 @@
-"""Whether Triton works here: it may be installed where no C compiler is, which it needs for its launchers."""
+"""Whether Triton works: it may be installed without the C compiler that it needs for its launchers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ logger = logging.getLogger(__name__)
 
 
 def has_triton(device: torch.device) -> bool:
-    """Whether kernels of Triton run on this device, and the code that would call them is not being compiled."""
+    """Whether to launch Triton kernels on this device; `False` while `torch.compile` traces the caller."""
     return device.type == "cuda" and not torch.compiler.is_compiling() and triton_works()
 
 
 @lru_cache
 def triton_works() -> bool:
-    """Whether a kernel of Triton runs on the GPU; what keeps it from that is told once."""
+    """Whether a Triton kernel runs on the GPU; if Triton is installed and fails, the reason is logged once."""
     if util.find_spec("triton") is None:
         return False
     try:

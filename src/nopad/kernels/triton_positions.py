@@ -1,4 +1,4 @@
-"""Learned positions resized to all grids of a pack by one Triton kernel, importable only where Triton is."""
+"""Learned positions resampled to all grids of a pack by one Triton kernel; importable only with Triton installed."""
 
 from __future__ import annotations
 
@@ -8,45 +8,47 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 BLOCK = 512
-"""Channels at a time."""
+"""Channels per program."""
 
 
-def resized(table: Tensor, weights: Tensor, spans: Tensor, index: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Each patch's sum of a table's rows, weighted by its row and by its column; see `positions.weights_of_patches`.
+def resample(table: Tensor, weights: Tensor, spans: Tensor, index: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Position of each patch: the sum of a table's rows, weighted by the patch's row and column.
+
+    The arguments `weights`, `spans` and `index` are what `nopad.layers.positions.patch_weights` returns.
 
     Args:
         table: `(rows · columns, D)` float32.
-        weights: `(M, n)` float32, of the table's rows or columns.
-        spans: `(M, 2)` int32, the first that is not zero and the first behind the last.
-        index: `(T, 2)` int64, which weights are those of a patch's row and of its column.
-        columns: of the table's grid.
-        dtype: of the result.
+        weights: `(M, n)` float32 weights of the table's rows or columns.
+        spans: `(M, 2)` int32 range of the weights that are not zero.
+        index: `(T, 2)` int64 row of `weights` for the row and for the column of each patch.
+        columns: columns of the table's grid.
+        dtype: dtype of the result.
 
     Returns:
         `(T, D)`.
     """
-    width = table.shape[1]
-    output = table.new_empty(len(index), width, dtype=dtype)
+    hidden_size = table.shape[1]
+    output = table.new_empty(len(index), hidden_size, dtype=dtype)
     if len(index):
-        _resized[(len(index), triton.cdiv(width, BLOCK))](  # pyright: ignore[reportIndexIssue]
-            table, weights, spans, index, output, columns, weights.shape[1], width, BLOCK, num_warps=4
+        _resample[(len(index), triton.cdiv(hidden_size, BLOCK))](  # pyright: ignore[reportIndexIssue]
+            table, weights, spans, index, output, columns, weights.shape[1], hidden_size, BLOCK, num_warps=4
         )
     return output
 
 
 @triton.jit
-def _resized(table, weights, spans, index, output, columns, taps, width, BLOCK: tl.constexpr):
+def _resample(table, weights, spans, index, output, columns, num_taps, hidden_size, BLOCK: tl.constexpr):
     patch = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = channel < width
+    mask = channel < hidden_size
     row, column = tl.load(index + 2 * patch), tl.load(index + 2 * patch + 1)
     first_row, last_row = tl.load(spans + 2 * row), tl.load(spans + 2 * row + 1)
     first_column, last_column = tl.load(spans + 2 * column), tl.load(spans + 2 * column + 1)
     total = tl.zeros((BLOCK,), tl.float32)
-    for above in range(first_row, last_row):
-        of_row = tl.load(weights + row * taps + above)
-        for beside in range(first_column, last_column):
-            weight = of_row * tl.load(weights + column * taps + beside)
-            place = (above * columns + beside) * width + channel
-            total += weight * tl.load(table + place, mask=inside, other=0.0)
-    tl.store(output + patch * width + channel, total.to(output.dtype.element_ty), mask=inside)
+    for table_row in range(first_row, last_row):
+        row_weight = tl.load(weights + row * num_taps + table_row)
+        for table_column in range(first_column, last_column):
+            weight = row_weight * tl.load(weights + column * num_taps + table_column)
+            offset = (table_row * columns + table_column) * hidden_size + channel
+            total += weight * tl.load(table + offset, mask=mask, other=0.0)
+    tl.store(output + patch * hidden_size + channel, total.to(output.dtype.element_ty), mask=mask)
