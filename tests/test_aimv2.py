@@ -300,7 +300,7 @@ def test_learned_positions_on_another_grid_are_resampled_or_refused(tmp_path, ca
         tokens = encoder(pack)
         encoder(pack)
     assert [record.message for record in caplog.records if "resampled" in record.message] == [
-        "positions were learned on 5 × 5 patches; other grids get them resampled (bicubic)"
+        "positions were learned on 5 × 5 patches; they are resampled (bicubic) for other grids"
     ]
     # What a table of that size in the original gives.
     table = original.embeddings.position_embedding.weight.detach().T.reshape(1, 32, 5, 5)

@@ -25,7 +25,7 @@ def counting() -> tuple[Callable[[int, torch.device], Tensor], list[Tensor]]:
     return steps, made
 
 
-def test_each_is_made_once():
+def test_cached_tensor_is_computed_once():
     steps, made = counting()
     assert steps(3, CPU) is steps(3, CPU)
     assert torch.equal(steps(2, CPU), torch.tensor([0.0, 1.0]))
@@ -42,7 +42,7 @@ def test_cache_is_bounded():
     assert torch.equal(steps(MAX_ENTRIES + 1, CPU), torch.arange(MAX_ENTRIES + 1).float())
 
 
-def test_one_made_in_inference_mode_serves_training():
+def test_cached_tensor_from_inference_mode_works_in_training():
     steps, _ = counting()
     with torch.inference_mode():
         assert not steps(3, CPU).is_inference()
@@ -51,14 +51,14 @@ def test_one_made_in_inference_mode_serves_training():
     assert torch.equal(weight.grad, torch.arange(3.0))
 
 
-def test_one_that_only_pretends_is_not_kept():
+def test_fake_tensor_is_not_cached():
     steps, _ = counting()
     with FakeTensorMode():
         assert isinstance(steps(3, CPU), FakeTensor)
     assert torch.equal(steps(3, CPU), torch.arange(3.0))
 
 
-def test_a_compiler_sees_how_it_is_made():
+def test_compiler_traces_the_computation():
     steps, _ = counting()
 
     @torch.compile(backend="eager", fullgraph=True)

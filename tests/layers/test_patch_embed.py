@@ -1,4 +1,4 @@
-"""Patches to tokens: zeros behind rows that a GPU's fast products do not take change nothing."""
+"""Patch embedding against the convolution, its zero padding, and the order of values in a patch."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def embedding_of(channels, size, patch_size, order, bias=True):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("order", ["hwc", "chw"])
-def test_it_is_the_convolution_whose_weight_it_keeps(order, bias):
+def test_patch_embedding_equals_the_convolution(order, bias):
     embedding, convolution = embedding_of(3, 4, 2, order, bias), nn.Conv2d(3, 4, 2, stride=2, bias=bias)
     convolution.load_state_dict(embedding.state_dict())
     pixels = torch.randn(3, 6, 8)
@@ -26,7 +26,7 @@ def test_it_is_the_convolution_whose_weight_it_keeps(order, bias):
 
 
 @pytest.mark.parametrize("order", ["hwc", "chw"])
-def test_zeros_behind_each_row_of_the_matrix_change_nothing(order):
+def test_zero_padding_of_the_matrix_changes_nothing(order):
     embedding, patches = embedding_of(3, 4, 2, order), torch.randn(5, 12)
     padded = embedding.matrix(16)
     assert padded.shape == (4, 16)
@@ -39,15 +39,15 @@ def test_zeros_behind_each_row_of_the_matrix_change_nothing(order):
 
 
 @pytest.mark.parametrize(("source", "target"), [("hwc", "chw"), ("chw", "hwc"), ("hwc", "hwc")])
-def test_patches_are_reordered_as_patchify_would_have_laid_them(source, target):
+def test_reorder_patches_equals_patchify_in_the_other_order(source, target):
     pixels = torch.randn(3, 6, 8)
-    (given, _), (expected, _) = patchify(pixels, 2, source), patchify(pixels, 2, target)
-    assert torch.equal(reorder_patches(given, 2, source, target), expected)
+    (patches, _), (expected, _) = patchify(pixels, 2, source), patchify(pixels, 2, target)
+    assert torch.equal(reorder_patches(patches, 2, source, target), expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_in_half_precision_on_a_gpu_it_is_the_same_map():
+def test_patch_embedding_in_half_precision_on_a_gpu():
     embedding = embedding_of(3, 64, 14, "chw").to("cuda", torch.bfloat16)
     patches = torch.randn(50, 588, device="cuda", dtype=torch.bfloat16)
     expected = nn.functional.linear(patches.float(), embedding.weight.flatten(1).float(), embedding.bias.float())

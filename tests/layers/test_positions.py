@@ -1,4 +1,4 @@
-"""Positions: against the formula written out, against transformers, and a pack against its images one by one."""
+"""Positions against the formula, against transformers, and of a pack against those of its images."""
 
 import math
 
@@ -12,7 +12,7 @@ from transformers.models.aimv2.modeling_aimv2 import build_2d_sinusoidal_positio
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 
 from nopad.layers.positions import (
-    TABLE,
+    TABLE_SIZE,
     patch_weights,
     resample,
     resampled_positions,
@@ -49,7 +49,7 @@ def one_grid(rows: int, columns: int, dim: int) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def test_one_axis_by_hand():
+def test_sincos_axis_by_hand():
     expected = [[0.0, 0.0, 1.0, 1.0], [math.sin(3), math.sin(0.03), math.cos(3), math.cos(0.03)]]
     ours = sincos_axis(torch.tensor([0, 3]), 4)
     assert ours.dtype == torch.float32
@@ -60,7 +60,7 @@ def test_one_axis_by_hand():
 
 
 @given(grids, st.sampled_from([4, 8, 32]))
-def test_sincos_of_a_pack_is_that_of_its_frames(grid, dim):
+def test_sincos_of_a_pack_equals_that_of_its_frames(grid, dim):
     expected = torch.cat([one_grid(h, w, dim).repeat(t, 1) for t, h, w in grid])
     ours = sincos_2d(layout_of(grid), dim)
     assert ours.dtype == torch.float32
@@ -68,39 +68,39 @@ def test_sincos_of_a_pack_is_that_of_its_frames(grid, dim):
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(3, 5), (32, 1), (1, 32), (16, 16)])
-def test_sincos_is_transformers_with_its_halves_swapped(rows, columns):
+def test_sincos_equals_transformers_with_halves_swapped(rows, columns):
     row_half, column_half = build_2d_sinusoidal_position_embedding(rows, columns, embed_dim=64).chunk(2, dim=1)
     swapped = torch.cat((column_half, row_half), dim=1)
     torch.testing.assert_close(sincos_2d(layout_of([(1, rows, columns)]), 64), swapped, rtol=0, atol=ATOL)
 
 
-def test_an_images_sincos_are_the_same_bits_in_any_pack():
+def test_sincos_of_an_image_is_bit_equal_in_any_pack():
     alone = sincos_2d(layout_of([(1, 3, 4)]), 16)
     together = sincos_2d(layout_of([(1, 30, 2), (1, 3, 4), (2, 1, 25)]), 16)
     assert torch.equal(together[60:72], alone)
 
 
-def test_sincos_of_patches_that_carry_their_positions():
+def test_sincos_with_patch_positions():
     positions = torch.tensor([[0, 2, 7], [0, 0, 1], [5, 6, 0]])
     full = sincos_2d(layout_of([(1, 8, 8)]), 16)
     sparse = sincos_2d(layout_of([(1, 1, 3)], positions), 16)
     assert torch.equal(sparse, full[[2 * 8 + 7, 0 * 8 + 1, 6 * 8 + 0]])
 
 
-def test_an_images_sincos_are_the_same_bits_beside_one_that_is_longer_than_the_table():
+def test_sincos_beside_an_image_longer_than_the_table():
     alone = sincos_2d(layout_of([(1, 3, 4)]), 16)
-    together = sincos_2d(layout_of([(1, TABLE + 1, 1), (1, 3, 4)]), 16)
-    assert torch.equal(together[TABLE + 1 :], alone)
-    rows = sincos_axis(torch.arange(TABLE + 1), 8)
-    assert torch.equal(together[: TABLE + 1, 8:], rows)
+    together = sincos_2d(layout_of([(1, TABLE_SIZE + 1, 1), (1, 3, 4)]), 16)
+    assert torch.equal(together[TABLE_SIZE + 1 :], alone)
+    rows = sincos_axis(torch.arange(TABLE_SIZE + 1), 8)
+    assert torch.equal(together[: TABLE_SIZE + 1, 8:], rows)
 
 
-def test_sincos_of_nothing():
+def test_sincos_of_an_empty_pack():
     assert sincos_2d(layout_of([]), 16).shape == (0, 16)
 
 
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
-def test_resample_leaves_the_trained_grid_alone(mode):
+def test_resample_to_the_trained_grid_is_the_identity(mode):
     table = noise(12, 5).to(torch.bfloat16)
     same = resample(table, (3, 4), (3, 4), mode)
     assert same.dtype == torch.float32
@@ -111,7 +111,7 @@ def test_resample_leaves_the_trained_grid_alone(mode):
 
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("target", [(3, 8), (2, 3), (7, 5), (1, 1), (4, 3)])
-def test_resample_is_an_antialiased_interpolation_of_the_grid(mode, target):
+def test_resample_equals_antialiased_interpolation(mode, target):
     table = noise(12, 5).to(torch.bfloat16)
     ours = resample(table, (3, 4), target, mode)
     image = table.float().reshape(3, 4, 5).permute(2, 0, 1)[None]
@@ -132,7 +132,7 @@ def test_resample_by_hand():
 
 
 @pytest.mark.parametrize("target", [(3, 8), (2, 3), (7, 5)])
-def test_bilinear_is_transformers_siglip2(target):
+def test_bilinear_resample_equals_transformers_siglip2(target):
     table = noise(16, 5)
     shapes = torch.tensor([target])
     theirs = Siglip2VisionEmbeddings.resize_positional_embeddings(table.reshape(4, 4, 5), shapes, math.prod(target))
@@ -140,20 +140,20 @@ def test_bilinear_is_transformers_siglip2(target):
 
 
 @pytest.mark.parametrize("grid", [[(1, 2, 3)], [(1, 2, 3), (1, 3, 2), (1, 2, 3)], [(3, 2, 2), (1, 4, 1), (2, 2, 2)]])
-def test_tables_are_those_of_each_image(grid):
-    tables, asked = {}, []
+def test_tables_of_grids_computes_each_grid_once(grid):
+    tables, computed = {}, []
 
     def table_of(sides: tuple[int, int]) -> Tensor:
-        asked.append(sides)
+        computed.append(sides)
         return tables.setdefault(sides, noise(sides[0] * sides[1], 4) + sides[0])
 
     ours = tables_of_grids(layout_of(grid), table_of)
     assert torch.equal(ours, torch.cat([tables[h, w].repeat(t, 1) for t, h, w in grid]))
-    assert sorted(asked) == sorted({(h, w) for _, h, w in grid})  # once each
+    assert sorted(computed) == sorted({(h, w) for _, h, w in grid})  # once each
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=6))
-def test_tables_of_any_pack(grid):
+def test_tables_of_grids_for_any_pack(grid):
     def table_of(sides: tuple[int, int]) -> Tensor:
         h, w = sides
         return torch.tensor([(h, w, place) for place in range(h * w)])
@@ -173,7 +173,7 @@ def expected_of(layout: Layout, table: Tensor, source: tuple[int, int], mode: st
 
 @pytest.mark.parametrize(("mode", "antialias"), MODES)
 @given(grid=PACKS, source=st.tuples(st.integers(2, 6), st.integers(2, 6)))
-def test_weights_of_patches_are_those_of_the_resized_tables(mode, antialias, grid, source):
+def test_patch_weights_equal_the_resampled_tables(mode, antialias, grid, source):
     layout, table = layout_of(grid), noise(source[0] * source[1], 4)
     weights, spans, index = patch_weights(layout, source, mode, antialias=antialias)
     places = torch.arange(weights.shape[1])
@@ -181,8 +181,8 @@ def test_weights_of_patches_are_those_of_the_resized_tables(mode, antialias, gri
     assert not weights[outside].any()
     assert (spans[:, 0] < spans[:, 1]).all()
     of_row, of_column = (weights[index[:, axis], : source[axis]] for axis in range(2))
-    found = torch.einsum("tr,tc,rcd->td", of_row, of_column, table.view(*source, 4))
-    torch.testing.assert_close(found, expected_of(layout, table, source, mode, antialias), rtol=1e-4, atol=1e-5)
+    positions = torch.einsum("tr,tc,rcd->td", of_row, of_column, table.view(*source, 4))
+    torch.testing.assert_close(positions, expected_of(layout, table, source, mode, antialias), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -190,19 +190,19 @@ def test_weights_of_patches_are_those_of_the_resized_tables(mode, antialias, gri
 @torch.no_grad()
 @pytest.mark.parametrize(("mode", "antialias"), MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_kernel_for_all_grids_is_a_table_for_each(mode, antialias, dtype):
+def test_triton_positions_equal_the_resampled_tables(mode, antialias, dtype):
     table = noise(16 * 12, 600).cuda().to(dtype)
     layout = layout_of([(1, 16, 12), (2, 3, 5), (1, 1, 1), (1, 24, 7), (1, 7, 31), (1, 40, 2)], device="cuda")
-    found = resampled_positions(layout, table, (16, 12), mode, antialias=antialias, dtype=dtype)
+    positions = resampled_positions(layout, table, (16, 12), mode, antialias=antialias, dtype=dtype)
     expected = expected_of(layout, table, (16, 12), mode, antialias)
-    assert found.dtype == dtype
-    exact = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-5}
-    torch.testing.assert_close(found.float(), expected, **exact)
+    assert positions.dtype == dtype
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-5}
+    torch.testing.assert_close(positions.float(), expected, **tolerance)
     alone = resampled_positions(layout_of([(1, 24, 7)], device="cuda"), table, (16, 12), mode, antialias=antialias)
-    torch.testing.assert_close(alone.to(dtype), found[223:391], rtol=0, atol=0)
+    torch.testing.assert_close(alone.to(dtype), positions[223:391], rtol=0, atol=0)
 
 
-def test_tables_pass_the_gradient_of_every_patch():
+def test_tables_of_grids_gradient():
     table = noise(4, 3).requires_grad_()
     tables_of_grids(layout_of([(1, 2, 2), (2, 2, 2)]), lambda _: table).sum().backward()
     assert torch.equal(table.grad, torch.full((4, 3), 3.0))
@@ -217,7 +217,7 @@ def test_positions_do_not_read_the_device():
     assert tables.device.type == "meta"
 
 
-def test_sincos_of_positions_far_apart_needs_no_huge_table():
+def test_sincos_of_far_positions_needs_no_large_table():
     positions = torch.tensor([[0, 3, 2**40], [0, 2**40, 1]])
     layout = Layout.read(torch.zeros(2, 1), torch.tensor([[1, 1, 2]]), positions, 1)
     near = Layout.read(torch.zeros(2, 1), torch.tensor([[1, 1, 2]]), torch.tensor([[0, 3, 0], [0, 0, 1]]), 1)

@@ -1,1 +1,1 @@
-"""Layers that the families share: attention over packs, blocks, positions, pooling."""
+"""Layers shared by the families: attention, blocks, positions, pooling."""

@@ -1,4 +1,4 @@
-"""Linear maps of one input."""
+"""Linear layers with the same input, run as one GEMM."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from nopad.layers.roles import ByRole
 
 
 class SharedInput(ByRole):
-    """A module some of whose linear maps take the same input: one GEMM in inference, one each in training.
+    """A module with linear layers that take the same input: one GEMM in inference, separate GEMMs in training.
 
-    A small pack is over on a GPU before the host has launched the next kernel, and on a CPU one large GEMM takes less
-    time than three. So the weights of the maps lie side by side in one piece of memory, each a parameter of its own:
-    nothing is copied, and what is written to a weight is what the GEMM reads. Maps behind hooks, adapters, quantised
-    weights or autocast are called one by one, and so are those whose weights have been moved apart.
+    On a GPU, small packs are bound by kernel launches, and on a CPU one large GEMM is faster than three. The weights
+    therefore lie side by side in one tensor, as separate parameters over its rows: nothing is copied, and a write to a
+    weight changes what the GEMM reads. Layers with hooks, adapters or quantised weights, under autocast, or whose
+    weights have been moved are called one by one.
 
     Attributes:
-        siblings: the roles of the maps.
+        siblings: the roles of the linear layers.
     """
 
     siblings: ClassVar[tuple[str, ...]]
     _one_gemm: OneGemm | None = None
 
     def multiply_at_once(self, input: Tensor) -> Tensor | None:
-        """`(T, K)` to what all maps give, `(T, number · N)`; `None` where they are to be called one by one."""
-        one = self._one_gemm
-        if one is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or not one.is_current(self):
+        """All outputs, concatenated: `(T, K)` to `(T, siblings · N)`; `None` where the layers must run one by one."""
+        gemm = self._one_gemm
+        if gemm is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or not gemm.is_current(self):
             return None
         if torch.is_autocast_enabled(input.device.type):
             return None
-        return F.linear(input, one.weight, one.bias)
+        return F.linear(input, gemm.weight, gemm.bias)
 
     def lay_out(self) -> None:
-        """Put the weights of the maps side by side, where they are plain maps of one size; else leave them."""
+        """Move the weights side by side, if the layers are plain `nn.Linear`s of one size; else leave them."""
         if self._one_gemm is not None and self._one_gemm.is_current(self):
             return
         names = [self.names.get(role, role) for role in self.siblings]
@@ -50,20 +50,20 @@ class SharedInput(ByRole):
         self.lay_out()
         return self
 
-    def __setstate__(self, state: Any) -> None:  # of a copy, or of one that was pickled
+    def __setstate__(self, state: Any) -> None:  # a copy, or unpickled
         super().__setstate__(state)
         self.lay_out()
 
 
 @dataclass(frozen=True)
 class OneGemm:
-    """Weight and bias of several maps as one, in their own memory.
+    """Weight and bias of several linear layers as one tensor each, over the memory of their parameters.
 
     Attributes:
-        weight: `(number · N, K)`.
-        bias: `(number · N,)`, zeros where a map has none; `None` where no map has one.
-        parts: of each map its name, the module, its weight and bias with their addresses, and the dicts that tell of
-            changes: its parameters, its own attributes and its hooks.
+        weight: `(siblings · N, K)`.
+        bias: `(siblings · N,)`, zeros for a layer without bias; `None` where no layer has one.
+        parts: for each layer its name, the module, its weight and bias with their addresses, and the dicts that show
+            changes: parameters, attributes and hooks.
     """
 
     weight: Tensor
@@ -72,16 +72,19 @@ class OneGemm:
 
     @classmethod
     def of(cls, linears: dict[str, nn.Module | None]) -> OneGemm | None:
-        """Move the weights of plain maps of one size into one piece of memory, and their biases into another."""
+        """Move the weights of plain layers of one size into one tensor, and their biases into another.
+
+        Returns `None` where that is not possible.
+        """
         plain = {name: linear for name, linear in linears.items() if linear is not None and is_plain(linear)}
         if len(plain) < len(linears):
             return None
         parameters: list[Any] = [linear._parameters for linear in plain.values()]
         first, *others = weights = [each["weight"] for each in parameters]
         biases = [each["bias"] for each in parameters]
-        # On a CPU processes may share the memory, or a GPU read it; that is not given up.
-        placed = first.device.type == "cpu" and (first.is_shared() or first.is_pinned())
-        if first.device.type not in ("cpu", "cuda") or placed:  # others need not have DLPack
+        # Shared and pinned CPU memory must stay where it is.
+        must_stay = first.device.type == "cpu" and (first.is_shared() or first.is_pinned())
+        if first.device.type not in ("cpu", "cuda") or must_stay:  # other devices may lack DLPack
             return None
         if any(other.shape != first.shape or other.dtype != first.dtype for other in others):
             return None
@@ -101,11 +104,11 @@ class OneGemm:
         return cls(weight, bias, tuple(parts))
 
     def is_current(self, module: nn.Module) -> bool:
-        """Whether the maps are those of `module` still, with their weights where they were and nothing before them."""
+        """Whether these are still the layers of `module`, with weights at the same addresses and without hooks."""
         if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
             return False
         modules = module._modules
-        # Twice a layer in each pack: no attribute is looked up that can be held.
+        # Runs twice per block and pack, so it avoids attribute lookups.
         for name, linear, weight, weight_at, bias, bias_at, parameters, attributes, hooks, pre_hooks in self.parts:
             if (
                 modules[name] is not linear
@@ -123,19 +126,19 @@ class OneGemm:
 
 
 def _side_by_side(parameters: Sequence[nn.Parameter | None], like: Tensor) -> Tensor:
-    """One tensor over whose rows the parameters lie from now on, with zeros for those that are missing.
+    """One tensor whose rows become the memory of the parameters, with zeros for missing ones.
 
-    Each parameter has a storage of its own, by DLPack: savers take parameters of one storage for tied ones, and write
-    the first of them alone.
+    DLPack gives each parameter a storage of its own: savers treat parameters that share a storage as tied, and write
+    only the first.
     """
     rows = len(like)
-    together = like.new_zeros(len(parameters) * rows, *like.shape[1:])
+    joint = like.new_zeros(len(parameters) * rows, *like.shape[1:])
     for number, parameter in enumerate(parameters):
         if parameter is not None:
-            place = together[number * rows : (number + 1) * rows]
-            place.copy_(parameter)
-            parameter.data = torch.from_dlpack(place)
-    return together
+            view = joint[number * rows : (number + 1) * rows]
+            view.copy_(parameter)
+            parameter.data = torch.from_dlpack(view)
+    return joint
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -143,7 +146,7 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether a module is a linear map and nothing else: no subclass, hook, forward or kind of weight of its own."""
+    """Whether a module is an `nn.Linear` without subclass, hooks, overridden forward or special weight."""
     if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
         return False
     weight, bias = linear._parameters["weight"], linear._parameters["bias"]
@@ -151,17 +154,17 @@ def is_plain(linear: nn.Module) -> bool:
 
 
 def joined(linears: Sequence[nn.Linear]) -> nn.Linear:
-    """One linear map that gives what several give, one after another; a copy, without gradients.
+    """One linear layer whose outputs are those of several, concatenated; a copy, without gradients.
 
-    Zeros stand for a bias that a map lacks where another has one.
+    Where only some of the layers have a bias, the others get zeros.
     """
     weight = torch.cat([linear.weight.detach() for linear in linears])
-    biased = any(linear.bias is not None for linear in linears)
-    one = nn.Linear(weight.shape[1], len(weight), bias=biased, device="meta")
-    one.weight = nn.Parameter(weight, requires_grad=False)
-    if biased:
-        one.bias = nn.Parameter(torch.cat(list(_biases(linears))), requires_grad=False)
-    return one
+    has_bias = any(linear.bias is not None for linear in linears)
+    joint = nn.Linear(weight.shape[1], len(weight), bias=has_bias, device="meta")
+    joint.weight = nn.Parameter(weight, requires_grad=False)
+    if has_bias:
+        joint.bias = nn.Parameter(torch.cat(list(_biases(linears))), requires_grad=False)
+    return joint
 
 
 def _biases(linears: Sequence[nn.Linear]) -> Iterator[Tensor]:

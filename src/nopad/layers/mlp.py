@@ -13,7 +13,7 @@ Activation = Callable[[Tensor], Tensor]
 
 
 class MLP(ByRole):
-    """`down(activation(up(x)))`; `names` as `ByRole` takes them, the roles are `up` and `down`."""
+    """`down(activation(up(x)))`; the roles for `names` are `up` and `down`."""
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, activation: Activation, *, bias: bool, names: Mapping[str, str]
@@ -30,7 +30,7 @@ class MLP(ByRole):
 
 
 class GatedMLP(SharedInput):
-    """`down(activation(gate(x)) · up(x))` (Shazeer, arXiv:2002.05202); the roles are `gate`, `up` and `down`."""
+    """`down(activation(gate(x)) · up(x))` (Shazeer, arXiv:2002.05202); roles `gate`, `up`, `down`."""
 
     siblings = ("gate", "up")
 
@@ -46,6 +46,6 @@ class GatedMLP(SharedInput):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`(T, D)` to `(T, D)`."""
-        both = self.multiply_at_once(hidden_states)
-        gate, up = (self.gate(hidden_states), self.up(hidden_states)) if both is None else both.chunk(2, dim=1)
+        gate_up = self.multiply_at_once(hidden_states)
+        gate, up = (self.gate(hidden_states), self.up(hidden_states)) if gate_up is None else gate_up.chunk(2, dim=1)
         return self.down(self.activation(gate) * up)

@@ -1,4 +1,4 @@
-"""From patches to tokens."""
+"""Patch embedding."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ALIGNMENT = 8
-"""Values of half precision in 16 bytes."""
+"""Half-precision values in 16 bytes."""
 
 
 class PatchEmbedding(nn.Module):
-    """A linear map from patches to tokens, with the weight of the convolution that it stands for.
+    """A linear layer from patches to tokens, with the weight of the convolution that it replaces.
 
-    A GPU's fast GEMMs take rows of whole 16 bytes, which 14 × 14 pixels of three colours in half precision are not:
-    there patches and weight get zeros behind each row.
+    Fast GPU GEMMs need rows of a multiple of 16 bytes. Patches of 14 × 14 × 3 values in half precision are not, so
+    patches and weight are padded with zeros there.
 
     Args:
         channels: C.
         hidden_size: D.
-        patch_size: side of a patch in pixels, p.
-        order: layout inside a patch.
-        bias: whether there is one.
+        patch_size: side of a patch in pixels.
+        order: order of the values in a patch, `"hwc"` or `"chw"`.
+        bias: whether the layer has a bias.
     """
 
     def __init__(self, channels: int, hidden_size: int, patch_size: int, order: str, *, bias: bool = True):
@@ -33,24 +33,24 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """`(T, P)` to `(T, D)`."""
-        missing = -patches.shape[1] % ALIGNMENT if patches.is_cuda and patches.dtype != torch.float32 else 0
-        if missing:
-            patches = F.pad(patches, (0, missing))
+        padding = -patches.shape[1] % ALIGNMENT if patches.is_cuda and patches.dtype != torch.float32 else 0
+        if padding:
+            patches = F.pad(patches, (0, padding))
         return F.linear(patches, self.matrix(patches.shape[1]), self.bias)
 
     def matrix(self, columns: int) -> Tensor:
-        """The weight as `(D, columns)` over patches in `order`, with zeros where `columns` are more than P."""
+        """The weight as `(D, columns)` over patches in `order`, padded with zeros beyond P columns."""
         kernel = self.weight.permute(0, 2, 3, 1) if self.order == "hwc" else self.weight
-        values = kernel[0].numel()
-        if columns == values:
+        patch_dim = kernel[0].numel()
+        if columns == patch_dim:
             return kernel.flatten(1)
         matrix = kernel.new_zeros(len(kernel), columns)
-        matrix[:, :values].view(kernel.shape).copy_(kernel)
+        matrix[:, :patch_dim].view(kernel.shape).copy_(kernel)
         return matrix
 
 
 def reorder_patches(patches: Tensor, patch_size: int, source: str, target: str) -> Tensor:
-    """Patches `(T, P)` of one layout in another."""
+    """Patches `(T, P)` whose values are in `source` order, in `target` order; each is `"hwc"` or `"chw"`."""
     if source == target:
         return patches
     if source == "chw":

@@ -1,4 +1,4 @@
-"""Positions that are added to the tokens, for a whole pack at once, in float32."""
+"""Additive position embeddings of a whole pack, computed in float32."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from nopad.layout import Layout
 
 logger = logging.getLogger(__name__)
 
-TABLE = 1024
-"""Rows and columns whose sines and cosines are kept; beyond, each patch has its own computed."""
+TABLE_SIZE = 1024
+"""Rows and columns whose sine-cosine positions are cached; packs with a longer side compute theirs per patch."""
 
 
 def sincos_axis(positions: Tensor, dim: int, temperature: float = 10000.0) -> Tensor:
-    """Sine, then cosine of each position along one axis.
+    """Sine-cosine embedding of positions along one axis, sines before cosines.
 
-    The formula is apple/ml-aim's `get_sincos_pos_embed` (`aim/v2/utils`), itself from Vaswani et al., arXiv:1706.03762.
+    The formula is apple/ml-aim's `get_sincos_pos_embed` (`aim/v2/utils`), from Vaswani et al., arXiv:1706.03762.
 
     Args:
         positions: `(M,)`.
         dim: values per position, even.
-        temperature: the base of the frequencies.
+        temperature: base of the frequencies.
 
     Returns:
         `(M, dim)` float32.
@@ -40,22 +40,22 @@ def sincos_axis(positions: Tensor, dim: int, temperature: float = 10000.0) -> Te
 
 
 def sincos_2d(layout: Layout, hidden_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Sine-cosine positions of every patch: the column's half, then the row's.
+    """Sine-cosine positions of every patch: the half of the column, then that of the row.
 
     Returns:
         `(T, hidden_size)`, computed in float32 and cast to `dtype`.
     """
     _, rows, columns = layout.coordinates.unbind(1)
-    if layout.longest_side > TABLE:
-        both = sincos_axis(columns, hidden_size // 2), sincos_axis(rows, hidden_size // 2)
-        return torch.cat(both, dim=1).to(dtype)
+    if layout.longest_side > TABLE_SIZE:
+        halves = sincos_axis(columns, hidden_size // 2), sincos_axis(rows, hidden_size // 2)
+        return torch.cat(halves, dim=1).to(dtype)
     return sincos_table(hidden_size // 2, dtype, layout.device)[torch.stack((columns, rows), dim=1)].flatten(1)
 
 
 @cached_per_device
 def sincos_table(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`sincos_axis` of the first `TABLE` positions: `(TABLE, dim)`."""
-    return sincos_axis(torch.arange(TABLE, device=device), dim).to(dtype)
+    """`sincos_axis` of the first `TABLE_SIZE` positions: `(TABLE_SIZE, dim)`."""
+    return sincos_axis(torch.arange(TABLE_SIZE, device=device), dim).to(dtype)
 
 
 def resample(
@@ -66,9 +66,10 @@ def resample(
     Args:
         table: `(rows · columns, D)` on the `source` grid.
         source: `(rows, columns)` of the table.
-        target: `(rows, columns)` wanted.
-        mode: `"bicubic"` as timm's `resample_abs_pos_embed`, `"bilinear"` as SigLIP2's `resize_positional_embeddings`.
-        antialias: `False` as the `interpolate_pos_encoding` of transformers' models.
+        target: `(rows, columns)` of the result.
+        mode: `"bicubic"` as in timm's `resample_abs_pos_embed`, `"bilinear"` as in SigLIP2's
+            `resize_positional_embeddings`.
+        antialias: `False` as in `interpolate_pos_encoding` of transformers' models.
 
     Returns:
         `(rows · columns, D)` float32 on the `target` grid.
@@ -82,25 +83,26 @@ def resample(
 
 @lru_cache(maxsize=4096)
 def axis_weights(source: int, target: int, mode: str, antialias: bool) -> Tensor:
-    """How much each place of the source axis counts in each place of the target: `(target, source)` float32."""
-    each = torch.eye(source)[None, None]  # not one column each: torch 2.13's antialiasing gets those wrong on a CPU
-    return F.interpolate(each, size=(target, source), mode=mode, align_corners=False, antialias=antialias)[0, 0]
+    """Interpolation weights of the source positions for each target position: `(target, source)` float32."""
+    identity = torch.eye(source)[None, None]  # torch 2.13's antialiasing is wrong for single columns on a CPU
+    return F.interpolate(identity, size=(target, source), mode=mode, align_corners=False, antialias=antialias)[0, 0]
 
 
 def patch_weights(
     layout: Layout, source: tuple[int, int], mode: str, *, antialias: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights by which `resample` mixes a table's rows and columns into the position of each patch.
+    """The weights of a table's rows and columns in the resampled position of each patch.
 
     Args:
         layout: the pack; every frame is a full grid.
         source: `(rows, columns)` of the table.
-        mode, antialias: as `resample` takes them.
+        mode, antialias: as in `resample`.
 
     Returns:
-        `(M, n)` float32 weights of the table's n rows or columns, for each of the M places along the distinct sides of
-        all grids; `(M, 2)` int32, the first weight of each place that is not zero and the first behind the last;
-        `(T, 2)` int64, the place of each patch along its column and along its row.
+        weights: `(M, n)` float32 weights of the table's n rows or columns, for M target positions: those along the
+            distinct heights and widths of all grids.
+        spans: `(M, 2)` int32 range of the weights that are not zero, end exclusive.
+        index: `(T, 2)` int64 target positions of each patch's row and column.
     """
     parts, starts, total = [], {}, 0
     for axis, sides in enumerate(zip(*((h, w) for _, h, w in layout.grid), strict=True)):
@@ -112,9 +114,11 @@ def patch_weights(
     weights = torch.cat(parts)
     used = (weights != 0).int()
     spans = torch.stack((used.argmax(1), weights.shape[1] - used.flip(1).argmax(1)), dim=1).int()
-    facts = torch.tensor([(starts[0, h], starts[1, w]) for _, h, w in layout.grid], dtype=torch.int64)
-    weights, spans, facts = (part.to(layout.device, non_blocking=True) for part in (weights, spans, facts))
-    return weights, spans, facts[layout.image_index] + layout.coordinates[:, 1:]
+    image_starts = torch.tensor([(starts[0, h], starts[1, w]) for _, h, w in layout.grid], dtype=torch.int64)
+    weights, spans, image_starts = (
+        tensor.to(layout.device, non_blocking=True) for tensor in (weights, spans, image_starts)
+    )
+    return weights, spans, image_starts[layout.image_index] + layout.coordinates[:, 1:]
 
 
 def resampled_positions(
@@ -126,14 +130,14 @@ def resampled_positions(
     antialias: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Positions of every patch out of one table that is resized to the grid of each image, in float32.
+    """Positions of every patch from one table, resampled in float32 to the grid of each image.
 
     Args:
         layout: the pack, at least one image; every frame is a full grid.
         table: `(rows · columns, D)` on the `source` grid.
         source: `(rows, columns)` of the table.
-        mode, antialias: as `resample` takes them.
-        dtype: as `tables_of_grids` takes it.
+        mode, antialias: as in `resample`.
+        dtype: as in `tables_of_grids`.
 
     Returns:
         `(T, D)`.
@@ -141,20 +145,20 @@ def resampled_positions(
     if not torch.is_grad_enabled() and has_triton(table.device):
         from nopad.kernels import triton_positions
 
-        found = patch_weights(layout, source, mode, antialias=antialias)
-        return triton_positions.resized(table.float().contiguous(), *found, source[1], dtype)
+        weights, spans, index = patch_weights(layout, source, mode, antialias=antialias)
+        return triton_positions.resample(table.float().contiguous(), weights, spans, index, source[1], dtype)
     return tables_of_grids(layout, lambda grid: resample(table, source, grid, mode, antialias=antialias), dtype)
 
 
 def tables_of_grids(
     layout: Layout, table_of: Callable[[tuple[int, int]], Tensor], dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Positions of every patch out of one table for each distinct grid.
+    """Positions of every patch, gathered from one table for each distinct grid.
 
     Args:
         layout: the pack, at least one image; every frame is a full grid.
-        table_of: gives the `(rows · columns, D)` table of a `(rows, columns)` grid, in float32.
-        dtype: what the caller casts positions to; without gradients the tables are cast instead, which are smaller.
+        table_of: returns the `(rows · columns, D)` float32 table of a `(rows, columns)` grid.
+        dtype: dtype that the caller casts positions to. Without gradients the tables are cast, which are smaller.
 
     Returns:
         `(T, D)`.
@@ -164,17 +168,17 @@ def tables_of_grids(
     for h, w in grids:
         starts[h, w] = total
         total += h * w
-    facts = torch.tensor([(starts[h, w], h * w) for _, h, w in layout.grid], dtype=torch.int64)
-    start, area = facts.reshape(-1, 2).to(layout.device, non_blocking=True)[layout.image_index].unbind(1)
+    starts_areas = torch.tensor([(starts[h, w], h * w) for _, h, w in layout.grid], dtype=torch.int64)
+    start, area = starts_areas.reshape(-1, 2).to(layout.device, non_blocking=True)[layout.image_index].unbind(1)
     tables = [table_of(grid) for grid in grids]
-    if not torch.is_grad_enabled():  # gradients of a table's rows would be added up in half precision
-        # Row by row, as they are gathered below; those of a resized image are a transposed view.
+    if not torch.is_grad_enabled():  # gradients of a table's rows would be accumulated in half precision
+        # Contiguous, since rows are gathered below: resampled tables are transposed views.
         tables = [table.to(dtype, memory_format=torch.contiguous_format) for table in tables]
     return torch.cat(tables)[start + layout.index_in_image % area]
 
 
 def is_strict(positions: str) -> bool:
-    """Whether a config's `positions` refuses other grids than the trained one.
+    """Whether a config's `positions` allows the trained grid only.
 
     Raises:
         ValueError: neither `'resample'` nor `'strict'`.
@@ -194,21 +198,21 @@ def learned_positions(
     strict: bool,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Positions of every patch out of a table learned on one grid; other grids get it resampled, which is told once.
+    """Positions of every patch from a table learned on one grid; resampled for other grids, which is logged once.
 
     Args:
-        layout: the pack; every frame is a full grid, or `patch_positions` say where on the trained grid a patch lies.
+        layout: the pack; every frame is a full grid, or `patch_positions` are positions on the trained grid.
         table: `(rows · columns, D)` on the trained grid.
         trained_grid: `(rows, columns)`.
-        mode, antialias: as `resample` takes them.
-        strict: refuse other grids.
-        dtype: as `tables_of_grids` takes it.
+        mode, antialias: as in `resample`.
+        strict: raise on other grids.
+        dtype: as in `tables_of_grids`.
 
     Returns:
         `(T, D)` float32, or `dtype`.
 
     Raises:
-        ValueError: `strict` and another grid than the trained one, or a `patch_positions` outside it.
+        ValueError: `strict` and another grid than the trained one, or `patch_positions` outside it.
     """
     rows, columns = trained_grid
     if layout.patch_positions is not None:
@@ -219,13 +223,13 @@ def learned_positions(
             )
         _, row, column = layout.patch_positions.unbind(1)
         return table.float()[row * columns + column]
-    others = [(h, w) for _, h, w in layout.grid if (h, w) != trained_grid]
-    if others and strict:
+    other_grids = [(h, w) for _, h, w in layout.grid if (h, w) != trained_grid]
+    if other_grids and strict:
         raise ValueError(
-            f"grid_thw: positions='strict' and the positions were learned on {trained_grid}, got {others[0]}; "
+            f"grid_thw: positions='strict' and the positions were learned on {trained_grid}, got {other_grids[0]}; "
             f"resize the image or load with positions='resample'"
         )
-    if others:
+    if other_grids:
         _log_resampling(trained_grid, mode)
     if not layout.grid:
         return table.float()[:0]
@@ -236,19 +240,19 @@ def learned_positions(
 def _log_resampling(grid: tuple[int, int], mode: str) -> None:
     rows, columns = grid
     logger.warning(
-        "positions were learned on %d × %d patches; other grids get them resampled (%s)", rows, columns, mode
+        "positions were learned on %d × %d patches; they are resampled (%s) for other grids", rows, columns, mode
     )
 
 
 class PositionTable(nn.Module):
-    """Positions learned on one grid, as `torch.nn.Embedding` keeps them; other grids get the table resampled.
+    """Positions learned on one grid, with the parameter of `torch.nn.Embedding`; resampled for other grids.
 
     Args:
         grid: `(rows, columns)` that the positions were learned on.
         hidden_size: D.
-        mode, antialias: as `resample` takes them.
-        strict: refuse other grids.
-        native: learned for grids of any size, as NaFlex's; then `patch_positions` are refused and nothing is logged.
+        mode, antialias: as in `resample`.
+        strict: raise on other grids.
+        native: learned for grids of any size, as in NaFlex; raises on `patch_positions` and does not log resampling.
     """
 
     def __init__(
@@ -268,8 +272,8 @@ class PositionTable(nn.Module):
     def forward(self, layout: Layout) -> Tensor:
         """Positions of every patch, `(T, D)`, computed in float32 and rounded to the dtype of the weights.
 
-        That dtype is not always the tokens': under autocast a float32 model's patch embedding gives half precision,
-        and the sum with its float32 positions is float32, as in the original.
+        Under autocast that is not the dtype of the tokens: the patch embedding of a float32 model returns half
+        precision, and the sum with float32 positions is float32, as in the original.
 
         Raises:
             ValueError: `patch_positions` with `native`; see also `learned_positions`.
@@ -278,12 +282,12 @@ class PositionTable(nn.Module):
 
     def _positions(self, layout: Layout, dtype: torch.dtype) -> Tensor:
         if not self.native:
-            rule = {"mode": self.mode, "antialias": self.antialias, "strict": self.strict, "dtype": dtype}
-            return learned_positions(layout, self.weight, self.grid, **rule)
+            options = {"mode": self.mode, "antialias": self.antialias, "strict": self.strict, "dtype": dtype}
+            return learned_positions(layout, self.weight, self.grid, **options)
         if layout.patch_positions is not None:
             raise ValueError(
-                "patch_positions: expected None, positions for grids of any size follow from the whole grid of an "
-                "image, which single patches do not tell; use a fixed-size checkpoint"
+                "patch_positions: expected None, since these positions are resampled to the whole grid of an image, "
+                "which patch_positions do not contain; use a fixed-size checkpoint"
             )
         if not layout.grid:
             return self.weight.float()[:0]

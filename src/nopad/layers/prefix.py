@@ -1,4 +1,4 @@
-"""Prefix tokens, such as CLS and registers, in front of the patches of each segment."""
+"""Prefix tokens, such as CLS and registers, before the patches of each segment."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from nopad.segments import Segments
 
 @dataclasses.dataclass(frozen=True)
 class PrefixLayout:
-    """Where patches and prefix tokens stand, once each segment begins with its prefix.
+    """Rows of patches and prefix tokens in a pack whose segments begin with prefix tokens.
 
     Attributes:
-        segments: one per image or frame, prefix tokens and patches.
+        segments: one per image or frame, prefix tokens included.
         patches: `(T,)` row of each patch.
-        prefix: `(S, number)` rows of each segment's prefix tokens.
+        prefix: `(S, num_prefix_tokens)` rows of each segment's prefix tokens.
     """
 
     segments: Segments
@@ -26,18 +26,18 @@ class PrefixLayout:
     prefix: Tensor
 
     @classmethod
-    def of(cls, layout: Layout, number: int) -> PrefixLayout:
-        """Make room for `number` prefix tokens in front of each frame; no host read."""
+    def of(cls, layout: Layout, num_prefix_tokens: int) -> PrefixLayout:
+        """Layout with `num_prefix_tokens` rows before each frame; no host read."""
         device = layout.device
-        segments = Segments.of([length + number for length in layout.frames.lengths], device)
-        patches = torch.arange(layout.num_patches, device=device) + number * (layout.frame_index + 1)
-        prefix = segments.cu_seqlens[:-1].long()[:, None] + torch.arange(number, device=device)
+        segments = Segments.of([length + num_prefix_tokens for length in layout.frames.lengths], device)
+        patches = torch.arange(layout.num_patches, device=device) + num_prefix_tokens * (layout.frame_index + 1)
+        prefix = segments.cu_seqlens[:-1].long()[:, None] + torch.arange(num_prefix_tokens, device=device)
         return cls(segments, patches, prefix)
 
     def join(self, patches: Tensor, prefix: Tensor) -> Tensor:
-        """`(T, ...)` patches and `(S, number, ...)` prefix tokens to all rows of the pack, in the wider dtype of both.
+        """All rows of the pack, from `(T, ...)` patches and `(S, num_prefix_tokens, ...)` prefix tokens.
 
-        They differ under autocast, which leaves the prefix of a float32 model in float32.
+        The result has the wider of both dtypes: under autocast, the prefix of a float32 model stays float32.
         """
         dtype = torch.promote_types(patches.dtype, prefix.dtype)
         rows = patches.new_empty(self.segments.num_tokens, *patches.shape[1:], dtype=dtype)
@@ -45,9 +45,9 @@ class PrefixLayout:
         return rows.index_copy_(0, self.prefix.flatten(), prefix.flatten(0, 1).to(dtype))
 
     def take_patches(self, rows: Tensor) -> Tensor:
-        """Those of the patches, `(T, D)`."""
+        """The rows of the patches, `(T, D)`."""
         return rows.index_select(0, self.patches)
 
     def take_prefix(self, rows: Tensor) -> Tensor:
-        """Those of each segment's prefix tokens, `(S, number, D)`."""
+        """The rows of each segment's prefix tokens, `(S, num_prefix_tokens, D)`."""
         return rows.index_select(0, self.prefix.flatten()).unflatten(0, self.prefix.shape)

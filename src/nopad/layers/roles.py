@@ -1,4 +1,4 @@
-"""Modules whose parts are registered under the names of the model that they pack, and reached by role."""
+"""Modules that code reads by role and that register their parts under the original model's names."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 
 
 class ByRole(nn.Module):
-    """A module that code reads and sets by role, and a state dict by the packed model's names.
+    """A module whose attributes are roles, mapped to the names in the original model's state dict.
 
-    `block.norm1` is one spelling for every family; the state dict of an AIMv2 block says `rms_norm1`, that of a SigLIP
+    `block.norm1` is one spelling for every family; the state dict of an AIMv2 block has `rms_norm1`, that of a SigLIP
     block `layer_norm1`.
 
     Attributes:
-        names: the registered name of each role that has another one, dotted where it lies in a container:
+        names: from role to registered name, where they differ; dotted for a part of a container:
             `{"layers": "encoder.layers"}`.
     """
 
@@ -24,9 +24,9 @@ class ByRole(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         path = self.names.get(name, name)
-        found = self._modules.get(path)  # many times a pack: the short way first
-        if found is not None:
-            return found
+        module = self._modules.get(path)  # the fast path: this runs many times per pack
+        if module is not None:
+            return module
         return super().__getattr__(name) if path == name else reduce(getattr, path.split("."), self)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -45,16 +45,16 @@ class ByRole(nn.Module):
 
 
 def registered_path(module: nn.Module, path: str) -> str:
-    """The name under which a state dict of `module` has what `path` reaches by roles.
+    """The name in the state dict of `module` for a path of roles.
 
     Example: `layers.0.norm1.weight` of AIMv2 is `encoder.layers.0.rms_norm1.weight`.
 
     Raises:
-        AttributeError: nothing of that name.
+        AttributeError: no such part.
     """
     registered = []
-    for part in path.split("."):
-        own = module.names.get(part, part) if isinstance(module, ByRole) else part
-        registered.append(own)
-        module = reduce(getattr, own.split("."), module)
+    for role in path.split("."):
+        name = module.names.get(role, role) if isinstance(module, ByRole) else role
+        registered.append(name)
+        module = reduce(getattr, name.split("."), module)
     return ".".join(registered)
