@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nopad.embedding.job import embed
     from nopad.embedding.table.features import Features, read
-    from nopad.encoder import PackedEncoder, PackedOutput
+    from nopad.encoder import PackedEncoder
     from nopad.families.aimv2 import AIMv2Packing
     from nopad.families.dinov3 import DINOv3ViTPacking
     from nopad.families.onevision import OneVisionEncoderPacking
     from nopad.families.siglip2 import Siglip2NaflexPacking
     from nopad.loading import load
+    from nopad.outputs import PackedOutput
     from nopad.packing import Pack, patchify, unpatchify
 
 __version__ = "0.2.0"
@@ -42,7 +43,7 @@ _HOMES = {
     "OneVisionEncoderPacking": "nopad.families.onevision",
     "Pack": "nopad.packing",
     "PackedEncoder": "nopad.encoder",
-    "PackedOutput": "nopad.encoder",
+    "PackedOutput": "nopad.outputs",
     "Siglip2NaflexPacking": "nopad.families.siglip2",
     "embed": "nopad.embedding.job",
     "load": "nopad.loading",

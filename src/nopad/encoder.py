@@ -1,85 +1,130 @@
-"""What all packed encoders share: the contract of a forward, and getting ready for inference."""
+"""The contract of an encoder: what a family brings, and what all encoders do with it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
 
-from nopad.inference import precision as formats
-from nopad.inference.compile import compile_layers
-from nopad.inference.runner import EagerRunner, Runner, StaticRunner
+from nopad.arguments import read_arguments
+from nopad.checkpoints import pretrained, state_dicts
+from nopad.checkpoints.formats import Checkpoint, Dialect
+from nopad.checkpoints.untrained import init_weights, untrained
+from nopad.inference.attention import set_attention
+from nopad.inference.compile import compile_encoder
+from nopad.inference.precision import check_saving, to_precision
+from nopad.inference.runner import EagerRunner, Runner
+from nopad.kernels.attention import resolve_backend
 from nopad.layers.attention import Rope
+from nopad.layers.linear import lay_out
 from nopad.layers.pooling import segment_mean
+from nopad.layers.positions import example_positions
 from nopad.layers.prefix import PrefixLayout
+from nopad.layers.roles import ByRole
 from nopad.layout import Layout
-from nopad.packing import Pack
-from nopad.pictures import PictureEncoder
-from nopad.pipeline.worker import CAPACITY
+from nopad.outputs import PackedOutput, Trunk
+from nopad.packing import Pack, PatchOrder, check_patch_order
+from nopad.pipeline.images import embed_images, pack_images
+from nopad.preprocessing.config import read_preprocessor_config
+from nopad.preprocessing.transforms import Preprocessing
 from nopad.segments import Segments
 
 
-@dataclass(frozen=True)
-class PackedOutput:
-    """Everything that an encoder tells about a pack.
-
-    Attributes:
-        tokens: `(T, D)` patch tokens after the final norm, in the order of the patches.
-        pooled: `(N, D)` one vector per image or clip.
-        image_embeds: `(N, E)` `pooled` in the image-text space, `None` where the checkpoint has no projection.
-        prefix_tokens: `(S, number, D)` CLS and register tokens after the final norm, `None` where there are none.
-        hidden_states: on request the `(T, D)` tokens before the first layer and after each, without the final norm.
-    """
-
-    tokens: Tensor
-    pooled: Tensor
-    image_embeds: Tensor | None
-    prefix_tokens: Tensor | None
-    hidden_states: tuple[Tensor, ...] | None
-
-
-@dataclass(frozen=True)
-class Trunk:
-    """What a family's layers give, before pooling."""
-
-    tokens: Tensor
-    prefix_tokens: Tensor | None = None
-
-
-class PackedEncoder(PictureEncoder):
+class PackedEncoder(ByRole, PreTrainedModel):
     """A vision encoder over packs: any mix of image and video sizes in one forward, nothing padded.
 
-    A family says what it is (`build`, `trunk`, and what `PretrainedEncoder` asks for); this class is the contract
-    around it. The constructor takes a config, or a checkpoint as `from_pretrained` does.
+    The constructor takes a config, or a checkpoint as `from_pretrained` does. docs/adding-a-family.md lists what a
+    family brings. Methods that take more than a line to explain are functions of other modules.
 
     Attributes:
+        family: the family's name.
+        dialects: how its checkpoints name their tensors.
+        published: the config of each published model, by its name on the Hub.
+        read_config: returns the architecture of a checkpoint whose tensors have the packed model's names.
+        frames_attend_jointly: a whole clip is one segment, not each of its frames.
+        num_prefix_tokens: CLS and register tokens in front of each segment.
+        embeddings: patches to tokens; its `proj` is the patches' GEMM.
         layers: the transformer blocks.
-        head: pools tokens and segments to one vector per segment, `None` where the checkpoint has no head. A family
-            that pools otherwise needs none; it overrides `pool_segments`.
+        head: pools tokens and segments to one vector per segment, `None` where the checkpoint has no head.
+        projection: pooled vectors to the image-text space, `None` where the checkpoint has no projection.
+        source: the checkpoint that this encoder was loaded from, as it was named.
+        dialect: the dialect of its tensor names.
+        preprocessor_config: its `preprocessor_config.json`, or that part of its `processor_config.json`.
+        checkpoint_config: its `config.json`, `{}` where it has none.
+        precision: `"fp8"` where the layers are in that format, for inference alone; else `None`.
     """
 
     main_input_name = "hidden_states"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    config: Any
+    family: ClassVar[str]
+    dialects: ClassVar[tuple[Dialect, ...]]
+    published: ClassVar[dict[str, dict[str, Any]]]
+    read_config: ClassVar[Callable[[Checkpoint], PreTrainedConfig]]
     frames_attend_jointly: ClassVar[bool] = False
     num_prefix_tokens: int = 0
+    embeddings: Any
     layers: nn.ModuleList
     head: nn.Module | None
+    projection: nn.Linear | None
+    source: str | None = None
+    dialect: str | None = None
+    preprocessor_config: dict[str, Any] | None = None
+    checkpoint_config: Mapping[str, Any] = MappingProxyType({})
+    precision: str | None = None
+    _backend: str = "auto"
     _runner: Runner = EagerRunner()
 
+    def __init__(self, config: PreTrainedConfig | str | Path, **kwargs: Any):
+        if not isinstance(config, PreTrainedConfig):
+            self.__dict__ = type(self).from_pretrained(config, **kwargs).__dict__
+            return
+        super().__init__(config, **kwargs)
+        check_patch_order(self.config.patch_order)
+        self.head = self.projection = None
+        self.build()
+        whole = (self.embeddings, *self.layers, self.head)  # `device_map` keeps each on one device
+        self._no_split_modules = {type(module).__name__ for module in whole if module is not None}
+        self.post_init()
+        lay_out(self)
+
     # What a family brings.
+
+    def build(self) -> None:
+        """Make the modules that `self.config` describes."""
+        raise NotImplementedError
 
     def trunk(self, patches: Tensor, layout: Layout, runner: Runner) -> Trunk:
         """Patches `(T, P)` to normed tokens; embeds and runs `self.layers` by the `runner`."""
         raise NotImplementedError
 
-    def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
-        """One vector per segment, `(S, D)`: by the `head` where there is one, else the mean of its patch tokens."""
-        return segment_mean(trunk.tokens, segments) if self.head is None else self.head(trunk.tokens, segments)
+    @property
+    def default_preprocessing(self) -> Preprocessing:
+        """The family's published rule, where a checkpoint does not bring its own."""
+        raise NotImplementedError
 
-    def project(self, pooled: Tensor) -> Tensor | None:
-        """`pooled` in the image-text space, `None` where the checkpoint has no projection."""
+    def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
+        """One vector per segment, `(S, D)`: by `head`, else the first prefix token, else the mean of the patches."""
+        if self.head is not None:
+            return self.head(trunk.tokens, segments)
+        return segment_mean(trunk.tokens, segments) if trunk.prefix_tokens is None else trunk.prefix_tokens[:, 0]
+
+    def example_rope(self, rows: int) -> Rope | None:
+        """Rotary embedding as `trunk` makes it for `rows` rows; `None` where the model has none."""
         return None
+
+    def example_positions(self) -> Tensor | None:
+        """Learned positions of one image, for `compile` to warm up with; `None` where there are none."""
+        return example_positions(self.embeddings, self.device)
 
     # The contract of a forward.
 
@@ -100,7 +145,7 @@ class PackedEncoder(PictureEncoder):
         Raises:
             ValueError: arguments that do not fit each other or this model.
         """
-        patches, layout = self._read(hidden_states, grid_thw, patch_positions)
+        patches, layout = read_arguments(self, hidden_states, grid_thw, patch_positions)
         with torch.cuda.device_of(patches):  # non-torch kernels launch on the current device
             return self.trunk(patches, layout, self._runner_for(layout)).tokens
 
@@ -113,19 +158,20 @@ class PackedEncoder(PictureEncoder):
         output_hidden_states: bool = False,
     ) -> PackedOutput:
         """As `forward`, with pooling, projection, prefix tokens and, on request, every layer's tokens."""
-        patches, layout = self._read(hidden_states, grid_thw, patch_positions)
-        runner, states = self._runner_for(layout), None
-        if output_hidden_states:
-            states = []
-            runner = EagerRunner(states)
+        patches, layout = read_arguments(self, hidden_states, grid_thw, patch_positions)
+        states: list[Tensor] | None = [] if output_hidden_states else None
+        runner = self._runner_for(layout) if states is None else EagerRunner(states)
         with torch.cuda.device_of(patches):
             trunk = self.trunk(patches, layout, runner)
             pooled = runner.pool(self, trunk, self._segments(layout))
             if len(pooled) > len(layout.images):
                 pooled = segment_mean(pooled, layout.frames_per_image)
             projected = runner.project(self, pooled)
-            kept = None if states is None else self._of_patches(states, layout)
-        return PackedOutput(trunk.tokens, pooled, projected, trunk.prefix_tokens, kept)
+            if states and self.num_prefix_tokens:
+                places = PrefixLayout.of(layout, self.num_prefix_tokens)
+                states = [places.take_patches(state) for state in states]
+        hidden = None if states is None else tuple(states)
+        return PackedOutput(trunk.tokens, pooled, projected, trunk.prefix_tokens, hidden)
 
     def _segments(self, layout: Layout) -> Segments:
         """What attends to itself: whole clips or their frames."""
@@ -137,73 +183,11 @@ class PackedEncoder(PictureEncoder):
         rows = layout.num_patches + self.num_prefix_tokens * segments
         return self._runner if self._runner.admits(rows, segments) else EagerRunner()
 
-    def _of_patches(self, states: list[Tensor], layout: Layout) -> tuple[Tensor, ...]:
-        """Each layer's tokens `(T, D)`, without prefix tokens."""
-        if not self.num_prefix_tokens:
-            return tuple(states)
-        places = PrefixLayout.of(layout, self.num_prefix_tokens)
-        return tuple(places.take_patches(state) for state in states)
-
     # Ready for inference.
 
-    def compile(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, capacity: int = CAPACITY, max_segments: int | None = None, *, compiled: bool = True
-    ) -> None:
-        """Compile the layers, one by one, for packs of one shape; all warm-up is done here.
-
-        From then on inference fills each pack up to `capacity` rows. One graph serves every pack, and an image's
-        features are the same bits whatever it is packed with, on one device kind, in one version, for one capacity.
-        Packs that do not fit, training, and `output_hidden_states` run as before `compile`. Without Triton or a C++
-        compiler packs are filled up as well, and a warning says that their layers are not compiled. Threads, and
-        streams of a GPU, may share the encoder; its layers take one pack at a time.
-
-        Weights may change: what was folded from them is folded anew. Two changes leave no trace and go unnoticed: a
-        write through `.data`, and another `eps` of a norm. Layers that have hooks, other parts than before, or dropout
-        in training run as they are, on `capacity` rows. On a GPU, where norms are LayerNorms, `norm` gets tokens less
-        their mean, which it would take away itself.
-
-        Args:
-            capacity: tokens of a pack, prefix tokens among them.
-            max_segments: maximum number of segments of a pack: images, clips, or frames that do not attend to each
-                other. `capacity // 64` by default.
-            compiled: `False` fills packs up and leaves the layers as they are.
-
-        Raises:
-            ValueError: a capacity that holds no image, or `max_segments` below 1.
-        """
-        self.uncompile()
-        max_segments = max(1, capacity // 64) if max_segments is None else max_segments
-        if capacity <= self.num_prefix_tokens or max_segments < 1:
-            min_capacity = self.num_prefix_tokens + 1
-            raise ValueError(
-                f"expected capacity ≥ {min_capacity} and max_segments ≥ 1, got {capacity} and {max_segments}"
-            )
-        on_device = torch.cuda.device_of(next(self.parameters()))
-        with on_device, torch.inference_mode(False), torch.no_grad():  # or nothing made here could be written to later
-            layers = compile_layers(self, capacity, max_segments, compiled)
-            self._runner = StaticRunner(self, capacity, max_segments, layers)
-
-    def set_attention(self, backend: str) -> None:
-        """As `PretrainedEncoder.set_attention`; undoes `compile`, whose layers keep the kernel they were made with."""
-        super().set_attention(backend)
-        self.uncompile()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.uncompile()  # what is moved or cast has to be compiled for its new place
-        return super()._apply(fn, recurse)
-
-    def to_precision(self, precision: str) -> None:
-        """Turn the weights of the layers into another format, for inference alone; see `nopad.load`.
-
-        From then on parameters ask for no gradient, and training and saving are refused. `to` still moves them, and
-        casts only what is not in that format.
-
-        Raises:
-            ValueError: an unknown format, sizes that it does not take, or a dtype other than bfloat16 on a GPU.
-        """
-        formats.convert(self, precision)
-        self.uncompile()
-        self.precision = precision
+    compile = compile_encoder  # pyright: ignore[reportAssignmentType] - other arguments than `nn.Module.compile`
+    set_attention = set_attention
+    to_precision = to_precision
 
     def uncompile(self) -> None:
         """Undo `compile`."""
@@ -224,48 +208,108 @@ class PackedEncoder(PictureEncoder):
         """How the layers run in inference: `"eager"`, `"compiled"`, `"fused by quack"` or `"fused by torch"`."""
         return self._runner.execution(self.layers)
 
-    def example_rope(self, rows: int) -> Rope | None:
-        """Rotary embedding as `trunk` makes it for `rows` rows; `None` where the model has none."""
-        return None
+    @property
+    def attention(self) -> str:
+        """The attention kernel in use on this device and in this dtype."""
+        return resolve_backend(self._backend, self.device, self.dtype, self._head_dim)
 
-    def example_positions(self) -> Tensor | None:
-        """Positions of one image, as `trunk` adds them, for `compile` to warm up with; `None` where it adds none."""
-        return None
+    @property
+    def _head_dim(self) -> int:
+        return self.config.hidden_size // self.config.num_attention_heads
 
-    def _read(
-        self, hidden_states: Tensor | Pack, grid_thw: Tensor | None, patch_positions: Tensor | None
-    ) -> tuple[Tensor, Layout]:
-        """Check the arguments and read the grid: everything about them that can be wrong is found here."""
-        if isinstance(hidden_states, Pack):
-            if grid_thw is not None or patch_positions is not None:
-                raise ValueError("hidden_states: a Pack brings its own grid_thw and patch_positions; give it alone")
-            self._check_pack(hidden_states)
-            pack = hidden_states
-            hidden_states, grid_thw, patch_positions = pack.hidden_states, pack.grid_thw, pack.patch_positions
-        if grid_thw is None:
-            raise ValueError("grid_thw: expected (N, 3) integers beside hidden_states, got None")
-        given = {"hidden_states": hidden_states, "grid_thw": grid_thw, "patch_positions": patch_positions}
-        for name, tensor in given.items():
-            if not isinstance(tensor, Tensor) and (name, tensor) != ("patch_positions", None):
-                raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        weight = next(self.parameters())
-        if weight.device.type != "meta" and hidden_states.device != weight.device:
-            raise ValueError(f"hidden_states: expected on {weight.device} like the weights, got {hidden_states.device}")
-        if hidden_states.dtype != self.dtype and not torch.is_autocast_enabled(hidden_states.device.type):
-            raise ValueError(f"hidden_states: expected {self.dtype} like the weights, got {hidden_states.dtype}")
-        if self.precision is not None:
-            formats.check_inference(self, hidden_states)
-        return hidden_states, Layout.read(hidden_states, grid_thw, patch_positions, self.patch_dim)
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.uncompile()  # what is moved or cast has to be compiled for its new place
+        return super()._apply(fn, recurse)
 
-    def _check_pack(self, pack: Pack) -> None:
-        if (pack.patch_size, pack.patch_order) != (self.patch_size, self.patch_order):
-            raise ValueError(
-                f"pack: made with patch_size {pack.patch_size} and patch_order {pack.patch_order!r}, but this encoder "
-                f"takes {self.patch_size} and {self.patch_order!r}; make it with this encoder's pack()"
-            )
-        own = self.preprocessing
-        if pack.mean is not None and (pack.mean, pack.std) != (own.mean, own.std):
-            raise ValueError(
-                f"pack: normalised with mean {pack.mean} and std {pack.std}, but this encoder takes {own.mean} and "
-                f"{own.std}; make it with this encoder's pack()"
-            )
+    # Images.
+
+    pack = pack_images
+    embed = embed_images
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How pixels are made: by the checkpoint's own preprocessor config, else by the family's rule."""
+        if self.preprocessor_config is None:
+            return self.default_preprocessing
+        return read_preprocessor_config(self.preprocessor_config, self.default_preprocessing)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self.config.patch_size
+
+    @property
+    def patch_dim(self) -> int:
+        """Values of a patch."""
+        return self.config.patch_size**2 * self.config.num_channels
+
+    @property
+    def patch_order(self) -> PatchOrder:
+        """Layout inside a patch."""
+        return self.config.patch_order
+
+    @property
+    def hidden_size(self) -> int:
+        """Values of a token."""
+        return self.config.hidden_size
+
+    @property
+    def projection_dim(self) -> int | None:
+        """Values of `image_embeds`, `None` where the checkpoint has no projection."""
+        return None if self.projection is None else self.projection.out_features
+
+    @property
+    def embedding_size(self) -> int:
+        """Values of the vector that `embed` gives for an image: E or D."""
+        return self.projection_dim or self.hidden_size
+
+    # Checkpoints.
+
+    from_pretrained = classmethod(pretrained.from_pretrained)  # pyright: ignore[reportAssignmentType] - named arguments alone
+    from_checkpoint = classmethod(pretrained.from_checkpoint)
+    dialect_of = classmethod(pretrained.dialect_of)
+    published_config = classmethod(pretrained.published_config)
+    untrained = classmethod(untrained)
+
+    @classmethod
+    def original_dialect(cls) -> Dialect:
+        """The dialect of the packed model's own files."""
+        return next(dialect for dialect in cls.dialects if dialect.is_original)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """`False`: transformers names tensors in files as for its own class, DINOv3's layers `layer.i`."""
+        return False
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save under the original's tensor names, so that the original class loads the folder too.
+
+        Raises:
+            ValueError: the layers are in another format, see `precision`.
+        """
+        check_saving(self.precision)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        state_dicts.save_preprocessing(self, save_directory)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module` gives it.
+
+        Raises:
+            ValueError: the layers are in another format, see `precision`.
+        """
+        check_saving(self.precision)
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # `load_state_dict` calls this for each module, of an encoder within another model too.
+        state_dicts.to_memory(self, state_dict, prefix, families=PackedEncoder.__subclasses__())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_weights(self, module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch embedding."""
+        return self.embeddings.proj

@@ -12,7 +12,7 @@ from nopad.layers.patch_embed import reorder_patches
 from nopad.layers.roles import registered_path
 
 if TYPE_CHECKING:
-    from nopad.checkpoints.pretrained import PretrainedEncoder
+    from nopad.encoder import PackedEncoder
 
 _FUSED = re.compile(r"^layers\.\d+\.(attention\.qkv|mlp\.gate_up)\.weight$")
 _PARTS = {
@@ -27,7 +27,7 @@ def has_fused_names(names: Iterable[str]) -> bool:
     return any(_FUSED.match(name) for name in names)
 
 
-def from_fused_names(encoder: PretrainedEncoder, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_fused_names(encoder: PackedEncoder, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of nopad 0.1 under the names that this encoder loads.
 
     Args:
@@ -53,7 +53,7 @@ def from_fused_names(encoder: PretrainedEncoder, state_dict: Mapping[str, Tensor
     return converted
 
 
-def _split(encoder: PretrainedEncoder, name: str, tensor: Tensor) -> dict[str, Tensor]:
+def _split(encoder: PackedEncoder, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """The tensors that one of nopad 0.1 has become, by role."""
     module, _, leaf = name.rpartition(".")
     for fused, parts in _PARTS.items():
@@ -78,7 +78,7 @@ def _split(encoder: PretrainedEncoder, name: str, tensor: Tensor) -> dict[str, T
     return {name: tensor}
 
 
-def _kernel(matrix: Tensor, encoder: PretrainedEncoder) -> Tensor:
+def _kernel(matrix: Tensor, encoder: PackedEncoder) -> Tensor:
     """`(D, P)` over patches in the encoder's order as the weight of its patch embedding."""
     config, shape = encoder.config, encoder.embeddings.proj.weight.shape
     order = "chw" if len(shape) == 4 else "hwc"  # a convolution's, or that of NaFlex's linear map

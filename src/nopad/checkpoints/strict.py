@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +12,18 @@ from transformers.configuration_utils import PreTrainedConfig
 from nopad.checkpoints.formats import FLOATS, Checkpoint, Dialect, check_strictly
 
 if TYPE_CHECKING:
-    from nopad.checkpoints.pretrained import PretrainedEncoder
+    from nopad.encoder import PackedEncoder
 
 
 def load_strictly(
     from_pretrained: Any,
     checkpoint: Checkpoint,
     dialect: Dialect,
-    skeleton: PretrainedEncoder,
+    skeleton: PackedEncoder,
     *,
     dtype: torch.dtype | str | None,
     **kwargs: Any,
-) -> tuple[PretrainedEncoder, dict[str, Any]]:
+) -> tuple[PackedEncoder, dict[str, Any]]:
     """Check a selected checkpoint against what the encoder needs, then give its values to transformers' loader.
 
     Raises:
@@ -56,6 +57,21 @@ def check_numbers(config: PreTrainedConfig, whose: str) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{whose}: {name}: expected an integer ≥ 1, got {value!r}")
+
+
+def with_options(config: PreTrainedConfig, **options: str | None) -> PreTrainedConfig:
+    """The same with the loading options that were given.
+
+    Raises:
+        ValueError: this family does not have the option.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    config = copy.deepcopy(config) if given else config
+    for name, value in given.items():
+        if not hasattr(config, name):
+            raise ValueError(f"{name}: {config.model_type} checkpoints have no such choice, got {value!r}")
+        setattr(config, name, value)
+    return config
 
 
 def check_dtype(dtype: Any) -> None:

@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from nopad.checkpoints.formats import Checkpoint
-from nopad.encoder import PackedEncoder, Trunk
+from nopad.encoder import PackedEncoder
 from nopad.families.aimv2_checkpoints import (
     DIALECTS,
     PUBLISHED,
@@ -30,6 +28,7 @@ from nopad.layers.pooling import attention_pool
 from nopad.layers.positions import PositionTable, is_strict, sincos_2d
 from nopad.layers.roles import ByRole
 from nopad.layout import Layout
+from nopad.outputs import Trunk
 from nopad.preprocessing.transforms import Preprocessing
 from nopad.segments import Segments
 
@@ -48,12 +47,11 @@ class AIMv2Embeddings(ByRole):
         patch_size: int = config.patch_size  # pyright: ignore[reportAssignmentType] - a number in every checkpoint
         self.proj = PatchEmbedding(config.num_channels, config.hidden_size, patch_size, config.patch_order)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.trained_grid = trained_grid(config)
         strict = is_strict(config.positions)
         self.position_embedding = None
         if not config.is_native:
             self.position_embedding = PositionTable(
-                self.trained_grid, config.hidden_size, mode="bicubic", strict=strict
+                trained_grid(config), config.hidden_size, mode="bicubic", strict=strict
             )
 
     def forward(self, patches: Tensor, layout: Layout, runner: Runner) -> Tensor:
@@ -121,8 +119,8 @@ class AIMv2Packing(PackedEncoder):
     family = "aimv2"
     dialects = DIALECTS
     published = PUBLISHED
+    read_config = staticmethod(read_config)
     names: Mapping[str, str] = {"layers": "encoder.layers", "norm": "rms_norm", "projection": "visual_projection"}
-    _no_split_modules = {"Block", "AIMv2Embeddings", "AIMv2Head"}  # noqa: RUF012 - as transformers declares it
 
     def build(self) -> None:
         """Embeddings, blocks, norm, and where the checkpoint has them head and projection."""
@@ -131,28 +129,15 @@ class AIMv2Packing(PackedEncoder):
         self.encoder = nn.Module()
         self.layers = nn.ModuleList(aimv2_block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.head = AIMv2Head(config) if config.use_head else None
-        width = config.projection_dim
-        self.projection = None if width is None else nn.Linear(config.hidden_size, width, bias=False)
+        if config.use_head:
+            self.head = AIMv2Head(config)
+        if config.projection_dim is not None:
+            self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
     def trunk(self, patches: Tensor, layout: Layout, runner: Runner) -> Trunk:
         """Patches to normed tokens."""
         tokens = self.embeddings(patches, layout, runner)
         return Trunk(self.norm(runner.run(self.layers, tokens, layout.frames, None)))
-
-    def example_positions(self) -> Tensor:
-        """Positions on the trained grid."""
-        rows, columns = self.embeddings.trained_grid
-        return self.embeddings.positions(Layout.of_image(rows, columns, self.device))
-
-    @property
-    def projection_dim(self) -> int | None:
-        """Width of the image-text space."""
-        return self.config.projection_dim
-
-    def project(self, pooled: Tensor) -> Tensor | None:
-        """`(N, D)` to `(N, projection_dim)`."""
-        return None if self.projection is None else self.projection(pooled)
 
     @property
     def default_preprocessing(self) -> Preprocessing:
@@ -165,16 +150,3 @@ class AIMv2Packing(PackedEncoder):
         if self.config.is_native:
             return Preprocessing(rule="native", **statistics)
         return Preprocessing(rule="crop", size=self.config.image_size, **statistics)
-
-    @classmethod
-    def read_config(cls, checkpoint: Checkpoint) -> AIMv2PackingConfig:
-        """The architecture, from config and tensors."""
-        return read_config(checkpoint)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, PositionTable):
-            init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, AIMv2Head):
-            init.normal_(module.cls_token, std=self.config.initializer_range)

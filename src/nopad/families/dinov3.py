@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from nopad.checkpoints.formats import Checkpoint
-from nopad.encoder import PackedEncoder, Trunk
+from nopad.encoder import PackedEncoder
 from nopad.families.dinov3_checkpoints import (
     DIALECTS,
     PUBLISHED,
@@ -24,15 +22,15 @@ from nopad.families.dinov3_checkpoints import (
 )
 from nopad.inference.runner import Runner
 from nopad.layers.attention import PackedAttention, Rope
-from nopad.layers.block import Block, LayerScale
+from nopad.layers.block import Block
 from nopad.layers.mlp import MLP, GatedMLP
 from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.prefix import PrefixLayout
 from nopad.layers.roles import ByRole
 from nopad.layers.rope import apply_rotary, axial_angles, patch_centres, rope_periods, stored_periods
 from nopad.layout import Layout
+from nopad.outputs import Trunk
 from nopad.preprocessing.transforms import Preprocessing
-from nopad.segments import Segments
 
 logger = logging.getLogger(__name__)
 
@@ -147,8 +145,8 @@ class DINOv3ViTPacking(PackedEncoder):
     family = "dinov3"
     dialects = DIALECTS
     published = PUBLISHED
+    read_config = staticmethod(read_config)
     names: Mapping[str, str] = {"layers": "model.layer"}
-    _no_split_modules = {"Block", "DINOv3Embeddings"}  # noqa: RUF012 - as transformers declares it
 
     def build(self) -> None:
         """Embeddings, rope, blocks and norms."""
@@ -161,7 +159,6 @@ class DINOv3ViTPacking(PackedEncoder):
         self.model = nn.Module()
         self.layers = nn.ModuleList(dinov3_block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.head = None
         untied = config.untie_cls_norm
         self.cls_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if untied else None
 
@@ -189,24 +186,14 @@ class DINOv3ViTPacking(PackedEncoder):
         layout = Layout.of_image(1, rows - self.num_prefix_tokens, self.device)
         return self.rope(layout, PrefixLayout.of(layout, self.num_prefix_tokens))
 
-    def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
-        """The normed CLS token."""
-        assert trunk.prefix_tokens is not None
-        return trunk.prefix_tokens[:, 0]
-
     @property
     def default_preprocessing(self) -> Preprocessing:
         """A square of 224 pixels; the original resizes it in float."""
         statistics = STATISTICS[self.config.pixel_statistics]
         return Preprocessing(rule="square", size=224, resample="bilinear", rescale_before_resize=True, **statistics)
 
-    @classmethod
-    def read_config(cls, checkpoint: Checkpoint) -> DINOv3ViTPackingConfig:
-        """The architecture, from config and tensors."""
-        return read_config(checkpoint)
-
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As `PretrainedEncoder.save_pretrained`; tells of rope periods that transformers' model will not read."""
+        """As `PackedEncoder.save_pretrained`; tells of rope periods that transformers' model will not read."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.config.rope_periods is not None:
             logger.warning(
@@ -215,13 +202,3 @@ class DINOv3ViTPacking(PackedEncoder):
                 save_directory,
                 self.config.rope_theta,
             )
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, DINOv3Embeddings):
-            init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
-            init.trunc_normal_(module.register_tokens, std=self.config.initializer_range)
-            init.zeros_(module.mask_token)
-        elif isinstance(module, LayerScale):
-            init.constant_(module.lambda1, self.config.layerscale_value)

@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from nopad.checkpoints.formats import Checkpoint
-from nopad.encoder import PackedEncoder, Trunk
+from nopad.encoder import PackedEncoder
 from nopad.families.onevision_checkpoints import DIALECTS, PUBLISHED, OneVisionPackingConfig, read_config
 from nopad.inference.runner import Runner
 from nopad.layers.attention import PackedAttention, Rope
 from nopad.layers.block import Block
 from nopad.layers.mlp import MLP
 from nopad.layers.patch_embed import PatchEmbedding
-from nopad.layers.pooling import MAPAttention, MAPHead
+from nopad.layers.pooling import MAPHead
 from nopad.layers.roles import ByRole
 from nopad.layers.rope_3d import check_head_dim, rope_3d
 from nopad.layout import Layout
+from nopad.outputs import Trunk
 from nopad.preprocessing.transforms import Preprocessing
 
 _NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
@@ -88,9 +86,9 @@ class OneVisionEncoderPacking(PackedEncoder):
     family = "onevision"
     dialects = DIALECTS
     published = PUBLISHED
+    read_config = staticmethod(read_config)
     frames_attend_jointly = True
     names: Mapping[str, str] = {"layers": "encoder.layers", "norm": "layernorm_post"}
-    _no_split_modules = {"Block", "OneVisionEmbeddings", "MAPHead"}  # noqa: RUF012 - as transformers declares it
 
     def build(self) -> None:
         """Embeddings, blocks, and where the checkpoint has them the final norm and the head, which come together."""
@@ -100,7 +98,7 @@ class OneVisionEncoderPacking(PackedEncoder):
         self.layernorm_pre = onevision_norm(config)
         self.encoder = nn.Module()
         self.layers = nn.ModuleList(onevision_block(config) for _ in range(config.num_hidden_layers))
-        self.norm = self.head = None
+        self.norm = None
         if config.use_head:
             self.norm = onevision_norm(config)
             norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -125,17 +123,3 @@ class OneVisionEncoderPacking(PackedEncoder):
         """CLIP's resize and crop."""
         statistics: dict[str, Any] = {"mean": tuple(OPENAI_CLIP_MEAN), "std": tuple(OPENAI_CLIP_STD)}
         return Preprocessing(rule="crop", size=self.config.image_size, resample="bicubic", **statistics)
-
-    @classmethod
-    def read_config(cls, checkpoint: Checkpoint) -> OneVisionPackingConfig:
-        """The architecture, from config and tensors."""
-        return read_config(checkpoint)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, MAPHead):
-            init.normal_(module.probe, std=self.config.initializer_range)
-        elif isinstance(module, MAPAttention):
-            init.normal_(module.in_proj_weight, std=self.config.initializer_range)
-            init.zeros_(module.in_proj_bias)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from nopad.checkpoints.formats import Checkpoint
-from nopad.encoder import PackedEncoder, Trunk
+from nopad.encoder import PackedEncoder
 from nopad.families.siglip2_checkpoints import (
     DIALECTS,
     PUBLISHED,
@@ -31,6 +30,7 @@ from nopad.layers.pooling import MAPAttention, MAPHead
 from nopad.layers.positions import PositionTable, is_strict
 from nopad.layers.roles import ByRole
 from nopad.layout import Layout
+from nopad.outputs import Trunk
 from nopad.preprocessing.transforms import Preprocessing
 
 
@@ -102,8 +102,8 @@ class Siglip2NaflexPacking(PackedEncoder):
     family = "siglip2"
     dialects = DIALECTS
     published = PUBLISHED
+    read_config = staticmethod(read_config)
     names: Mapping[str, str] = {"layers": "encoder.layers", "norm": "post_layernorm"}
-    _no_split_modules = {"Block", "Siglip2Embeddings", "MAPHead"}  # noqa: RUF012 - as transformers declares it
 
     def build(self) -> None:
         """Embeddings, blocks, norm, and where the checkpoint has it the head."""
@@ -115,7 +115,6 @@ class Siglip2NaflexPacking(PackedEncoder):
         self.encoder = nn.Module()
         self.layers = nn.ModuleList(siglip2_block(config) for _ in range(config.num_hidden_layers))
         self.norm = norm()
-        self.head = None
         if config.vision_use_head:
             mlp, names = siglip2_mlp(config), {"norm": "layernorm"}
             self.head = MAPHead(config.hidden_size, config.num_attention_heads, norm(), mlp, names=names)
@@ -125,12 +124,6 @@ class Siglip2NaflexPacking(PackedEncoder):
         tokens = self.embeddings(patches, layout, runner)
         return Trunk(self.norm(runner.run(self.layers, tokens, layout.frames, None)))
 
-    def example_positions(self) -> Tensor:
-        """Learned positions on the trained grid."""
-        table = self.embeddings.position_embedding
-        rows, columns = table.grid
-        return table(Layout.of_image(rows, columns, self.device))
-
     @property
     def default_preprocessing(self) -> Preprocessing:
         """NaFlex: at most 256 patches in the image's aspect ratio; fixed size: resized to the trained square."""
@@ -138,11 +131,6 @@ class Siglip2NaflexPacking(PackedEncoder):
         if is_naflex(self.config):
             return Preprocessing(rule="naflex", resample="bilinear", **statistics)
         return Preprocessing(rule="square", size=self.config.image_size, resample="bicubic", **statistics)
-
-    @classmethod
-    def read_config(cls, checkpoint: Checkpoint) -> SiglipConfigs:
-        """The architecture, from config and tensors."""
-        return read_config(checkpoint)
 
     @classmethod
     def published_config(cls, name: str) -> SiglipConfigs:

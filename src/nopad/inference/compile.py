@@ -15,8 +15,9 @@ from nopad.inference.fusion import layers as fused
 from nopad.inference.guards import Watch
 from nopad.inference.padding import fill_up_rows, spoil
 from nopad.inference.ready import CompiledLayers, PlainLayers, ReadyLayers
-from nopad.inference.runner import fill_up, longest
+from nopad.inference.runner import StaticRunner, fill_up, longest
 from nopad.kernels.attention import reads_host_lengths
+from nopad.packing import CAPACITY
 from nopad.segments import Segments
 
 if TYPE_CHECKING:
@@ -38,6 +39,42 @@ FAILURES = (
     subprocess.SubprocessError,
 )
 """What making layers ready may raise where it cannot be done."""
+
+
+def compile_encoder(
+    encoder: PackedEncoder, capacity: int = CAPACITY, max_segments: int | None = None, *, compiled: bool = True
+) -> None:
+    """Compile the layers, one by one, for packs of one shape; all warm-up is done here.
+
+    From then on inference fills each pack up to `capacity` rows. One graph serves every pack, and an image's
+    features are the same bits whatever it is packed with, on one device kind, in one version, for one capacity.
+    Packs that do not fit, training, and `output_hidden_states` run as before `compile`. Without Triton or a C++
+    compiler packs are filled up as well, and a warning says that their layers are not compiled. Threads, and
+    streams of a GPU, may share the encoder; its layers take one pack at a time.
+
+    Weights may change: what was folded from them is folded anew. Two changes leave no trace and go unnoticed: a
+    write through `.data`, and another `eps` of a norm. Layers that have hooks, other parts than before, or dropout
+    in training run as they are, on `capacity` rows. On a GPU, where norms are LayerNorms, `norm` gets tokens less
+    their mean, which it would take away itself.
+
+    Args:
+        capacity: tokens of a pack, prefix tokens among them.
+        max_segments: maximum number of segments of a pack: images, clips, or frames that do not attend to each other.
+            `capacity // 64` by default.
+        compiled: `False` fills packs up and leaves the layers as they are.
+
+    Raises:
+        ValueError: a capacity that holds no image, or `max_segments` below 1.
+    """
+    encoder.uncompile()
+    max_segments = max(1, capacity // 64) if max_segments is None else max_segments
+    if capacity <= encoder.num_prefix_tokens or max_segments < 1:
+        min_capacity = encoder.num_prefix_tokens + 1
+        raise ValueError(f"expected capacity ≥ {min_capacity} and max_segments ≥ 1, got {capacity} and {max_segments}")
+    on_device = torch.cuda.device_of(next(encoder.parameters()))
+    with on_device, torch.inference_mode(False), torch.no_grad():  # or nothing made here could be written to later
+        layers = compile_layers(encoder, capacity, max_segments, compiled)
+        encoder._runner = StaticRunner(encoder, capacity, max_segments, layers)
 
 
 def compile_layers(encoder: PackedEncoder, capacity: int, slots: int, compiled: bool) -> ReadyLayers:

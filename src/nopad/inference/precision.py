@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
 
 
-def convert(encoder: PackedEncoder, precision: str) -> None:
-    """Turn the weights of the layers into another format, all of them or none; nothing where they are in it.
+def to_precision(encoder: PackedEncoder, precision: str) -> None:
+    """Turn the weights of the layers into another format, for inference alone; see `nopad.load`.
+
+    All of them or none; nothing where they are in it. From then on parameters ask for no gradient, and training and
+    saving are refused. `to` still moves them, and casts only what is not in that format. Undoes `compile`.
 
     Raises:
         ValueError: an unknown format, layers or sizes that it does not take, or a dtype other than bfloat16 on a GPU.
@@ -22,10 +25,11 @@ def convert(encoder: PackedEncoder, precision: str) -> None:
     if precision != "fp8":
         raise ValueError(f"precision: expected 'fp8', got {precision!r}")
     check_dtype(encoder)
-    if encoder.precision == precision:
-        return
-    to_float8(encoder.layers)
-    encoder.requires_grad_(False)
+    if encoder.precision is None:
+        to_float8(encoder.layers)
+        encoder.requires_grad_(False)
+    encoder.uncompile()
+    encoder.precision = precision
 
 
 def check_dtype(encoder: PackedEncoder) -> None:

@@ -25,10 +25,11 @@ from nopad.inference.guards import Watch
 from nopad.inference.padding import fill_up_rows, finite_rows, spoil, whole_segments
 from nopad.inference.ready import PlainLayers, ReadyLayers
 from nopad.layers.attention import Rope
+from nopad.outputs import Trunk
 from nopad.segments import Segments
 
 if TYPE_CHECKING:
-    from nopad.encoder import PackedEncoder, Trunk
+    from nopad.encoder import PackedEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class EagerRunner:
 
     def project(self, encoder: PackedEncoder, pooled: Tensor) -> Tensor | None:
         """See `Runner`."""
-        return encoder.project(pooled)
+        return None if encoder.projection is None else encoder.projection(pooled)
 
 
 class StaticRunner:
@@ -194,14 +195,15 @@ class StaticRunner:
         slots = self.max_segments + 1
         rows = self.capacity + slots
         tokens = F.pad(tokens, (0, 0, 0, rows - tokens.shape[0]))
-        pooled = encoder.pool_segments(type(trunk)(tokens, trunk.prefix_tokens), segments.padded(rows, slots))
+        pooled = encoder.pool_segments(Trunk(tokens, trunk.prefix_tokens), segments.padded(rows, slots))
         spoilt = ~whole_segments(finite, segments)
         return pooled[: len(segments)].masked_fill(spoilt[:, None], float("nan"))
 
     def project(self, encoder: PackedEncoder, pooled: Tensor) -> Tensor | None:
         """`(N, D)` to `(N, E)`."""
-        projected = encoder.project(F.pad(pooled, (0, 0, 0, max(self.max_segments - len(pooled), 0))))
-        return None if projected is None else projected[: len(pooled)]
+        if encoder.projection is None:
+            return None
+        return encoder.projection(F.pad(pooled, (0, 0, 0, max(self.max_segments - len(pooled), 0))))[: len(pooled)]
 
     def __deepcopy__(self, memo: object) -> EagerRunner:
         """A copy of a compiled encoder is not compiled."""

@@ -170,3 +170,10 @@ def joined(linears: Sequence[nn.Linear]) -> nn.Linear:
 def _biases(linears: Sequence[nn.Linear]) -> Iterator[Tensor]:
     for linear in linears:
         yield linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+
+
+def lay_out(model: nn.Module) -> None:
+    """Put the weights of all maps of one input side by side."""
+    for module in model.modules():
+        if isinstance(module, SharedInput):
+            module.lay_out()

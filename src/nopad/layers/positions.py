@@ -292,3 +292,11 @@ class PositionTable(nn.Module):
         if not layout.grid:
             return self.weight.float()[:0]
         return resampled_positions(layout, self.weight, self.grid, self.mode, antialias=self.antialias, dtype=dtype)
+
+
+def example_positions(embeddings: nn.Module, device: torch.device) -> Tensor | None:
+    """Positions of one image on the grid that a table of `embeddings` was learned on; `None` where there is none."""
+    for module in embeddings.modules():
+        if isinstance(module, PositionTable):
+            return module(Layout.of_image(*module.grid, device))
+    return None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from nopad.packing import patchify
+from nopad.packing import CAPACITY, CAPACITY_ON_CPU, patchify
 from nopad.pipeline.batches import Batches, Embedded, Prepared, Tally
 from nopad.pipeline.packer import Planner
 from nopad.preprocessing.decode import ImageError
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
-
-CAPACITY, CAPACITY_ON_CPU = 16384, 2048
-"""Tokens of a pack, unless told otherwise. What a layer makes of 2048 stays in a CPU's cache and off its allocator's
-slow path: from 32 MiB on glibc maps fresh pages for every tensor."""
 
 
 class Worker:

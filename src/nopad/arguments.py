@@ -1,0 +1,65 @@
+"""The arguments of a forward: everything about them that can be wrong is found here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nopad.inference.precision import check_inference
+from nopad.layout import Layout
+from nopad.packing import Pack
+
+if TYPE_CHECKING:
+    from nopad.encoder import PackedEncoder
+
+
+def read_arguments(
+    encoder: PackedEncoder,
+    hidden_states: Tensor | Pack,
+    grid_thw: Tensor | None,
+    patch_positions: Tensor | None,
+) -> tuple[Tensor, Layout]:
+    """Check the arguments of `PackedEncoder.forward` and read the grid.
+
+    Returns:
+        The patches `(T, P)` and where they lie.
+
+    Raises:
+        ValueError: arguments that do not fit each other or this encoder.
+    """
+    if isinstance(hidden_states, Pack):
+        if grid_thw is not None or patch_positions is not None:
+            raise ValueError("hidden_states: a Pack brings its own grid_thw and patch_positions; give it alone")
+        _check_pack(encoder, hidden_states)
+        pack = hidden_states
+        hidden_states, grid_thw, patch_positions = pack.hidden_states, pack.grid_thw, pack.patch_positions
+    if grid_thw is None:
+        raise ValueError("grid_thw: expected (N, 3) integers beside hidden_states, got None")
+    given = {"hidden_states": hidden_states, "grid_thw": grid_thw, "patch_positions": patch_positions}
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor) and (name, tensor) != ("patch_positions", None):
+            raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    weight = next(encoder.parameters())
+    if weight.device.type != "meta" and hidden_states.device != weight.device:
+        raise ValueError(f"hidden_states: expected on {weight.device} like the weights, got {hidden_states.device}")
+    if hidden_states.dtype != encoder.dtype and not torch.is_autocast_enabled(hidden_states.device.type):
+        raise ValueError(f"hidden_states: expected {encoder.dtype} like the weights, got {hidden_states.dtype}")
+    if encoder.precision is not None:
+        check_inference(encoder, hidden_states)
+    return hidden_states, Layout.read(hidden_states, grid_thw, patch_positions, encoder.patch_dim)
+
+
+def _check_pack(encoder: PackedEncoder, pack: Pack) -> None:
+    if (pack.patch_size, pack.patch_order) != (encoder.patch_size, encoder.patch_order):
+        raise ValueError(
+            f"pack: made with patch_size {pack.patch_size} and patch_order {pack.patch_order!r}, but this encoder "
+            f"takes {encoder.patch_size} and {encoder.patch_order!r}; make it with this encoder's pack()"
+        )
+    own = encoder.preprocessing
+    if pack.mean is not None and (pack.mean, pack.std) != (own.mean, own.std):
+        raise ValueError(
+            f"pack: normalised with mean {pack.mean} and std {pack.std}, but this encoder takes {own.mean} and "
+            f"{own.std}; make it with this encoder's pack()"
+        )

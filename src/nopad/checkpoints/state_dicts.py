@@ -1,0 +1,58 @@
+"""What `load_state_dict` takes, and what a saved folder has beside the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nopad.checkpoints.fused_names import has_fused_names
+
+if TYPE_CHECKING:
+    from nopad.encoder import PackedEncoder
+
+
+def to_memory(
+    encoder: PackedEncoder, state_dict: dict[str, Any], prefix: str, families: Iterable[type[PackedEncoder]]
+) -> None:
+    """Rename the tensors under `prefix` to what the encoder has in memory; Trainer passes a file's as the file's.
+
+    Args:
+        encoder: that they are for.
+        state_dict: changed in place.
+        prefix: of the encoder's names, where it is part of another model.
+        families: whose weights an error recognises.
+
+    Raises:
+        ValueError: nopad 0.1's fused matrices, another dialect, another family.
+    """
+    names = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
+    for name, part in encoder.original_dialect().table.parts(names).items():
+        state_dict[prefix + name] = state_dict.pop(prefix + part.name)
+    _check_names(encoder, names, families)
+
+
+def _check_names(encoder: PackedEncoder, names: list[str], families: Iterable[type[PackedEncoder]]) -> None:
+    if has_fused_names(names):
+        raise ValueError(
+            "state_dict: saved by nopad 0.1, whose encoders kept fused matrices; convert it by "
+            "nopad.checkpoints.fused_names.from_fused_names(encoder, state_dict)"
+        )
+    spoken = [dialect for dialect in encoder.dialects if dialect.matches(names)]
+    if spoken and not any(dialect.is_original for dialect in spoken):
+        raise ValueError(
+            f"state_dict: expected the tensor names of {encoder.original_dialect().name}, got those of "
+            f"{spoken[0].name}; load the checkpoint by nopad.load or from_pretrained, which read them"
+        )
+    if not spoken:
+        others = [family.family for family in families if any(dialect.matches(names) for dialect in family.dialects)]
+        if others:
+            raise ValueError(f"state_dict: expected {encoder.family} weights, got those of {' or '.join(others)}")
+
+
+def save_preprocessing(encoder: PackedEncoder, folder: str | Path) -> None:
+    """Write the checkpoint's own preprocessing beside the weights, where it brought one."""
+    if encoder.preprocessor_config is not None:
+        text = json.dumps(encoder.preprocessor_config, indent=2) + "\n"
+        (Path(folder) / "preprocessor_config.json").write_text(text, encoding="utf-8")

@@ -1,0 +1,106 @@
+"""`PackedEncoder.pack` and `embed`: from images to a pack, and to one vector each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nopad.packing import Pack
+from nopad.pipeline.worker import Worker
+from nopad.preprocessing.decode import ImageError, load, load_taken, take
+from nopad.preprocessing.transforms import Preprocessing, Resize, preprocess
+
+if TYPE_CHECKING:
+    from nopad.encoder import PackedEncoder
+
+
+def pack_images(
+    encoder: PackedEncoder,
+    images: Sequence[Any],
+    *,
+    resize: Resize = "torch",
+    max_patches: int | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> Pack:
+    """Decode, resize by the model's own rule, normalise and patchify.
+
+    Args:
+        images: paths, encoded bytes, PIL images, uint8 arrays `(H, W, 3)`, or clips `(frames, H, W, 3)`.
+        resize: `"pil"` is bit-exact with the original's processor, `"torch"` is faster and 1–2 grey levels off.
+        max_patches: a cap on the patches of an image, its aspect ratio kept.
+        preprocessing: another rule than the model's own.
+
+    Returns:
+        A pack on the device and in the dtype of this encoder.
+
+    Raises:
+        ImageError: an image that cannot be used, by name and with the reason.
+        ValueError: one image where several are expected.
+    """
+    _check_several(images)
+    rule = preprocessing or encoder.preprocessing
+    pixels = [
+        preprocess(load(image), rule, encoder.patch_size, resize=resize, max_patches=max_patches) for image in images
+    ]
+    pack = Pack.of(
+        pixels,
+        encoder.patch_size,
+        encoder.patch_order,
+        # Of another rule the caller has said that this encoder is to take it.
+        mean=rule.mean if preprocessing is None else None,
+        std=rule.std if preprocessing is None else None,
+        channels=encoder.config.num_channels,
+        preprocessing=rule.describe(resize, max_patches),
+    )
+    return pack.to(encoder.device, encoder.dtype)
+
+
+def embed_images(
+    encoder: PackedEncoder,
+    images: Iterable[Any],
+    *,
+    capacity: int | None = None,
+    resize: Resize = "torch",
+    max_patches: int | None = None,
+    preprocessing: Preprocessing | None = None,
+    threads: int | None = None,
+) -> Tensor:
+    """One vector per image: `image_embeds` where the checkpoint has a projection, else `pooled`.
+
+    Files are decoded in threads and packed as they come, so any number of them goes in. Objects (PIL images, arrays)
+    are taken when `images` yields them, and may change afterwards; files named by a path must stay as they are.
+
+    Args:
+        images: as `pack` takes them.
+        capacity: tokens per pack; a larger image gets a pack of its own. 16384 unless given, on a CPU 2048.
+        resize, max_patches, preprocessing: as `pack` takes them.
+        threads: that decode; one per core unless given.
+
+    Returns:
+        `(N, E)` or `(N, D)` float32, on the CPU.
+
+    Raises:
+        ImageError: the first image that cannot be used.
+        ValueError: one image where several are expected.
+    """
+    options: dict[str, Any] = {"resize": resize, "max_patches": max_patches, "preprocessing": preprocessing}
+    _check_several(images)
+    worker = Worker(encoder, capacity=capacity, threads=threads, **options)
+    (results,) = worker.run([map(take, images)], load_taken, strict=True)
+    for number, result in enumerate(results):
+        if result.error is not None:  # found by the encoder: features that are not finite, or too little memory
+            raise ImageError(f"image {number}", result.error.reason)
+    vectors = [torch.from_numpy(result.embedding) for result in results]
+    return torch.stack(vectors) if vectors else torch.empty(0, encoder.embedding_size)
+
+
+def _check_several(images: Any) -> None:
+    one = isinstance(images, np.ndarray | Tensor) and images.ndim < 4  # its rows would be taken for images
+    if one or isinstance(images, str | bytes | Path | Image.Image):
+        raise ValueError("images: expected several, got one; give it in a list")
