@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nopad.embedding.job import embed
+    from nopad.embedding.api import embed
     from nopad.embedding.table.features import Features, read
     from nopad.encoder import PackedEncoder
     from nopad.families.aimv2 import AIMv2Packing
@@ -45,25 +46,24 @@ _HOMES = {
     "PackedEncoder": "nopad.encoder",
     "PackedOutput": "nopad.outputs",
     "Siglip2NaflexPacking": "nopad.families.siglip2",
-    "embed": "nopad.embedding.job",
+    "embed": "nopad.embedding.api",
     "load": "nopad.loading",
     "patchify": "nopad.packing",
     "read": "nopad.embedding.table.features",
     "unpatchify": "nopad.packing",
 }
 
+# Looked for first: without filelock huggingface_hub, too, fails with a message of its own.
+_EXTRAS = {"Features": ("pyarrow",), "embed": ("filelock", "pyarrow"), "read": ("pyarrow",)}
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'nopad' has no attribute {name!r}")
-    try:
-        home = importlib.import_module(_HOMES[name])
-    except ModuleNotFoundError as error:
-        if error.name in ("filelock", "pyarrow"):
-            told = f"nopad.{name} needs {error.name}: pip install 'nopad[embed]'"
-            raise ImportError(told, name=error.name) from error
-        raise
-    return getattr(home, name)
+    for package in _EXTRAS.get(name, ()):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"nopad.{name} needs {package}: pip install 'nopad[embed]'", name=package)
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

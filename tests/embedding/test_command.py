@@ -19,8 +19,7 @@ import nopad
 from nopad.cli import main
 from nopad.embedding import progress
 from nopad.embedding.inputs.decoder import Reader
-from nopad.embedding.progress import Lines, clock, describe, display
-from nopad.embedding.run import Progress
+from nopad.embedding.progress import Lines, Progress, clock, describe, display
 from nopad.pipeline.batches import Tally
 
 

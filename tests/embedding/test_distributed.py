@@ -16,7 +16,7 @@ from PIL import Image
 
 from nopad import embed
 from nopad.embedding import distributed
-from nopad.embedding.manifest import JobFolder
+from nopad.embedding.folder import JobFolder
 
 SHARDS, ROWS = 8, 5
 
@@ -171,7 +171,7 @@ def test_what_a_killed_actor_leaves_is_removed(tmp_path, monkeypatch):
     actors = types.SimpleNamespace(make=lambda *_: [])
 
     job = types.SimpleNamespace(files=files, settings=types.SimpleNamespace(device="cpu"))
-    run = types.SimpleNamespace(job=job, stop=threading.Event(), start=0.0)
+    run = types.SimpleNamespace(job=job, stop=threading.Event(), start=0.0, report=lambda: None)
     monkeypatch.setattr("ray.nodes", lambda: [node(2)])
     stand_ins = {"_connected": connected, "Ticker": nullcontext, "_Actors": lambda *_, **__: nullcontext(actors)}
     for name, stand_in in stand_ins.items():

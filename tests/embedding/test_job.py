@@ -19,13 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import nopad
-from nopad.embedding import job, run
-from nopad.embedding import manifest as record
+from nopad.embedding import api, job, manifest, run, settings
 from nopad.embedding.inputs import listing as inputs
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input
 from nopad.embedding.inputs.video import read_frames
-from nopad.embedding.run import Progress, Summary
+from nopad.embedding.progress import Progress
+from nopad.embedding.run import Summary
 from nopad.embedding.table import reader as stored
 from nopad.embedding.table import writer as shards
 
@@ -98,7 +98,7 @@ def test_one_row_per_input_in_order_and_all_that_is_to_be_known_in_the_schema(ph
             "model": str(model),
             "revision": "",
             "family": "aimv2",
-            "weights": record.weights_digest(encoder),
+            "weights": manifest.weights_digest(encoder),
             "preprocessing": encoder.preprocessing.describe(),
             "dtype": "float32",
             "version": nopad.__version__,
@@ -178,16 +178,16 @@ def test_layers_in_fp8_are_another_job_of_the_same_weights(photos, tmp_path, mod
 @pytest.mark.parametrize("part", ["norm.weight", "layers.0.mlp.down.weight", "layers.0.mlp.down.scale"])
 def test_the_digest_of_fp8_covers_parameters_and_buffers(model, part):
     encoder = nopad.load(model, precision="fp8")
-    before = record.weights_digest(encoder)
+    before = manifest.weights_digest(encoder)
     path, _, name = part.rpartition(".")
     values = getattr(encoder.get_submodule(path), name)
     with torch.no_grad():
         values.view(torch.uint8)[0] ^= 1
-    assert record.weights_digest(encoder) != before
+    assert manifest.weights_digest(encoder) != before
 
 
 def test_the_digest_of_what_can_be_saved_stays(goldens):
-    digest = record.weights_digest(nopad.load(goldens / "aimv2-apple-native"))
+    digest = manifest.weights_digest(nopad.load(goldens / "aimv2-apple-native"))
     assert digest == "ad2bcb369a26bf4ad52ae4843a152afbbe9d4c27f6376b2ee30c47faec4f59d4"
 
 
@@ -399,7 +399,7 @@ def test_a_revision_is_the_hubs_and_part_of_the_record(begun, tmp_path, monkeypa
         asked.append(revision)
         return nopad.load(name, **options)
 
-    monkeypatch.setattr(record, "load", load)
+    monkeypatch.setattr(settings, "load", load)
     embed(begun[0], tmp_path / "out", model, revision="v1")
     assert nopad.read(tmp_path / "out").metadata["revision"] == "v1"
     with pytest.raises(ValueError, match="revision: v1 there, v2 now"):
@@ -424,7 +424,7 @@ def test_another_version_model_or_source_is_told(begun, tmp_path, monkeypatch, m
         embed(f"{tmp_path}/photos/", begun[1], model)
     with pytest.raises(ValueError, match=r"(?s)model: .*family: aimv2 there, onevision now.*weights: "):
         embed(*begun, clip_model)
-    monkeypatch.setattr(record, "__version__", "9.9.9")
+    monkeypatch.setattr(manifest, "__version__", "9.9.9")
     with pytest.raises(ValueError, match=rf"version: {re.escape(nopad.__version__)} there, 9.9.9 now"):
         embed(*begun, model)
 
@@ -681,8 +681,8 @@ def test_a_picture_that_vanishes_between_listing_and_reading(photos, tmp_path, m
         (photos / "004.png").unlink()
         return listing
 
-    real = job.list_inputs
-    monkeypatch.setattr(job, "list_inputs", list_inputs)
+    real = api.list_inputs
+    monkeypatch.setattr(api, "list_inputs", list_inputs)
     summary = embed(photos, tmp_path / "out", model)
     assert (summary.rows, summary.failed) == (12, 1)
     assert errors(tmp_path / "out") == {"004.png": "cannot be read: No such file or directory"}

@@ -69,8 +69,9 @@ def run(options: argparse.Namespace) -> int:
     for package in ("filelock", "pyarrow", "rich"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"this needs {package}: pip install 'nopad[embed]'")
-    from nopad.embedding.job import Settings, embed
+    from nopad.embedding.api import embed
     from nopad.embedding.progress import display
+    from nopad.embedding.settings import Settings
 
     transformers_logging.disable_progress_bar()
     device_of(options.device)

@@ -24,9 +24,12 @@ from typing import Any
 import torch
 from PIL import Image
 
+from nopad.embedding.folder import JobFolder
 from nopad.embedding.job import Job
-from nopad.embedding.manifest import JobFolder, Settings, check_same, record_of
-from nopad.embedding.run import Run, Ticker
+from nopad.embedding.manifest import check_same, record_of
+from nopad.embedding.progress import Ticker
+from nopad.embedding.run import Run
+from nopad.embedding.settings import Settings
 from nopad.embedding.table.reader import count
 from nopad.pipeline.batches import Tally
 
@@ -70,7 +73,7 @@ def make_on_ray(run: Run, shards: Sequence[int], actors: int) -> None:
         raise ImportError(f"actors: this needs Ray ({error}): pip install 'nopad[ray]'") from error
 
     try:
-        with _connected(), Ticker(run):
+        with _connected(), Ticker(run.report):
             on_gpu = torch.device(run.job.settings.device).type == "cuda"
             cores = _cores_of_an_actor(ray.nodes(), actors, on_gpu=on_gpu)
             with _Actors(run, cores, on_gpu=on_gpu) as pool:

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, TextIO
+from dataclasses import dataclass
+from typing import TextIO
 
-if TYPE_CHECKING:
-    from nopad.embedding.job import Progress
+from nopad.pipeline.batches import Tally
 
 LINE_EVERY = 10.0
 """Seconds between two plain lines."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; counts are of this run.
+
+    Attributes:
+        rows: inputs that this run has to do.
+        kept: rows that earlier runs left.
+        tally: what is done.
+        seconds: since the first input was read.
+    """
+
+    rows: int
+    kept: int
+    tally: Tally
+    seconds: float
 
 
 @contextmanager
@@ -69,3 +87,24 @@ class Lines:
             line = f"{progress.tally.images:,} of {progress.rows:,} images{kept} · {describe(progress)}"
             with suppress(OSError):  # a log that cannot be written must not end the job
                 print(line, file=self.stream, flush=True)
+
+
+class Ticker:
+    """Calls `report` a few times a second from a thread of its own, and once more at the end."""
+
+    def __init__(self, report: Callable[[], None]) -> None:
+        self.report = report
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.tick, name="nopad-progress", daemon=True)
+
+    def tick(self) -> None:
+        while not self.over.wait(0.25):
+            self.report()
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+        self.report()

@@ -7,36 +7,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input
+from nopad.embedding.job import Job
+from nopad.embedding.progress import Progress, Ticker
 from nopad.embedding.table.reader import count, failed_rows, iterate_rows
 from nopad.embedding.table.writer import MAX_TOKEN_BYTES, Row
 from nopad.encoder import PackedEncoder
 from nopad.pipeline.batches import Embedded, Tally
-
-if TYPE_CHECKING:
-    from nopad.embedding.job import Job
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is; counts are of this run.
-
-    Attributes:
-        rows: inputs that this run has to do.
-        kept: rows that earlier runs left.
-        tally: what is done.
-        seconds: since the first input was read.
-    """
-
-    rows: int
-    kept: int
-    tally: Tally
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -138,7 +120,7 @@ class Run:
         groups = (inputs_of(shard) for shard in shards)
         with (
             Reader(frames=settings.frames, max_pixels=settings.max_pixels) as reader,
-            Ticker(self),
+            Ticker(self.report),
             closing(self.worker.run(groups, reader.pixels, stop=self.stop)) as results,
         ):
             for shard, embedded in zip(shards, results, strict=False):
@@ -180,27 +162,6 @@ class Run:
             changes=list(changes),
             shards_with_failures=[name for name, (_, failed) in counts.items() if failed],
         )
-
-
-class Ticker:
-    """Reports a run's progress a few times a second, from a thread of its own."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self.tick, name="nopad-progress", daemon=True)
-
-    def tick(self) -> None:
-        while not self.over.wait(0.25):
-            self.run.report()
-
-    def __enter__(self) -> None:
-        self.thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.over.set()
-        self.thread.join()
-        self.run.report()
 
 
 def rows(inputs: Sequence[Input], results: Sequence[Embedded], embedding_dtype: str) -> list[Row]:

@@ -1,0 +1,125 @@
+"""`nopad.embed`."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from nopad.embedding.distributed import make_on_ray
+from nopad.embedding.folder import JobFolder
+from nopad.embedding.inputs.sources import list_inputs
+from nopad.embedding.job import begin_or_resume
+from nopad.embedding.lock import FolderLock
+from nopad.embedding.progress import Progress
+from nopad.embedding.run import Run, Summary
+from nopad.embedding.settings import Settings, check_count
+from nopad.encoder import PackedEncoder
+from nopad.preprocessing.transforms import Resize
+
+
+def embed(
+    sources: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    model: str | Path | PackedEncoder,
+    revision: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    attention: str = "auto",
+    tokens: bool = False,
+    max_patches: int | None = None,
+    resize: Resize = "torch",
+    capacity: int | None = None,
+    frames: int = 8,
+    max_pixels: int = Settings.max_pixels,
+    embedding_dtype: str = "float32",
+    embedding_list: str = "fixed",
+    shard_size: int | None = None,
+    image_column: str | None = None,
+    workers: int | None = None,
+    retry_failed: bool = False,
+    actors: int | None = None,
+    stop: threading.Event | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Summary:
+    """Embed pictures and videos into a folder of Parquet shards, one row per input, failed ones too.
+
+    Called again with the same arguments, it goes on where it was stopped or killed, and gives what an uninterrupted run
+    would have given. A slash at the end of a path, `.` and `..` in it do not make it another argument.
+
+    Args:
+        sources: see `nopad.embedding.inputs.sources.list_inputs`.
+        out: the folder of the table; read it with `nopad.read`.
+        model: as `nopad.load` takes it, or an encoder.
+        revision, attention: as `nopad.load` takes them.
+        device: `"cuda"` where there is one, unless given.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`; the checkpoint's own unless given.
+        tokens: store each picture's tokens, too, in float16.
+        max_patches, resize: as `PackedEncoder.pack` takes them.
+        capacity: tokens of a pack, 16384 unless given, on a CPU 2048.
+        frames: frames of a video, spread evenly over it.
+        max_pixels: pictures of more are failures.
+        embedding_dtype: `"float32"` or `"float16"`, in the table.
+        embedding_list: `"fixed"`, or `"variable"` for databases that cannot read lists of fixed size.
+        shard_size: rows of a shard, 2048 unless given, 512 with tokens.
+        image_column: the column of image bytes in Parquet files and datasets, where it is not clear.
+        workers: decode threads, one per core unless given.
+        retry_failed: try failed rows of finished shards again.
+        actors: run on Ray with so many actors; in this process unless given.
+        stop: once set, the shard in hand is finished and no other.
+        progress: told how far the run is.
+
+    Raises:
+        ValueError: a source, setting or checkpoint that is wrong, or a folder with a job of other settings.
+        OSError: a folder that cannot be written, or that another job writes to.
+        ImportError: a source or `actors` needs a package that is not installed.
+    """
+    names = [os.fspath(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
+    label = (model.source or type(model).__name__) if isinstance(model, PackedEncoder) else str(model)
+    files = JobFolder(out)
+    label, names = files.spelling(label, names)
+    settings = Settings(
+        model=label,
+        revision=revision,
+        device=str(model.device) if isinstance(model, PackedEncoder) else device or _best_device(),
+        dtype=dtype,
+        attention=attention,
+        tokens=tokens,
+        max_patches=max_patches,
+        resize=resize,
+        capacity=capacity,
+        frames=frames,
+        max_pixels=max_pixels,
+        embedding_dtype=embedding_dtype,
+        embedding_list=embedding_list,
+        shard_size=shard_size,
+    )
+    if isinstance(model, PackedEncoder) and (dtype or device or revision or attention != "auto" or actors):
+        raise ValueError(
+            "model: an encoder brings its own device, dtype, revision and attention, and cannot be sent to actors; "
+            "give its name or path instead"
+        )
+    check_count("workers", workers)
+    check_count("actors", actors)
+    if not isinstance(stop, threading.Event | None):
+        raise ValueError(f"stop: expected a threading.Event, got {stop!r}")
+    listing = list_inputs(names, image_column=image_column)
+    with FolderLock(out):
+        files.clean()
+        encoder = model if isinstance(model, PackedEncoder) else settings.load()
+        job, changes = begin_or_resume(files, settings, encoder, names, listing.inputs)
+        run = Run(job, encoder, retry_failed=retry_failed, threads=workers, stop=stop, progress=progress)
+        run.retry()
+        if actors is None:
+            run.make(run.missing)
+        else:
+            make_on_ray(run, run.missing, actors)
+        return run.summary(listing.left_out, changes)
+
+
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

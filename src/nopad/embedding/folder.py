@@ -1,0 +1,86 @@
+"""The files of a job."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from nopad.atomic import atomic_write
+from nopad.checkpoints.untrained import UNTRAINED
+from nopad.embedding.inputs.archives import why
+from nopad.embedding.inputs.listing import InputList
+from nopad.embedding.table.writer import OWN_FOLDER, folder_error
+
+
+class JobFolder:
+    """The files of a job: shards in the folder itself, all else in its `.nopad`."""
+
+    def __init__(self, folder: str | Path) -> None:
+        if not os.fspath(folder):
+            raise ValueError("out: expected a folder, got ''; '.' is the current one")
+        self.folder = Path(folder)
+        self.own = self.folder / OWN_FOLDER
+
+    @property
+    def has_job(self) -> bool:
+        """Whether a job was begun here."""
+        return (self.own / "job.json").exists()
+
+    def spelling(self, model: str, sources: Sequence[str]) -> tuple[str, list[str]]:
+        """Model and sources as the job that was begun here spells them, where they are the same paths."""
+        try:
+            record = json.loads((self.own / "job.json").read_text(encoding="utf-8"))
+            there = [record["model"], *json.loads(record["sources"])]
+        except (OSError, ValueError, LookupError, TypeError):  # no job yet, or one that `read` refuses
+            return model, list(sources)
+        here = [model, *sources]
+        if len(here) == len(there):
+            here = [old if _same_path(old, new) else new for old, new in zip(there, here, strict=True)]
+        return here[0], here[1:]
+
+    def begin(self, record: Mapping[str, str], inputs: InputList) -> None:
+        """Keep a new job's list and record; it is begun once both are there."""
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        try:
+            inputs.save(self.own / "inputs.parquet")
+            with atomic_write(self.own / "job.json") as file:
+                file.write(text.encode())
+        except OSError as error:
+            raise folder_error(error, self.folder) from error
+
+    def read(self) -> tuple[dict[str, str], InputList]:
+        """The record and the list of the job that was begun here.
+
+        Raises:
+            ValueError: one of them is damaged.
+        """
+        advice = "remove job.json there and run the job again (shards that fit are kept), or use another folder"
+        try:
+            record = json.loads((self.own / "job.json").read_text(encoding="utf-8"))
+            inputs = InputList.load(self.own / "inputs.parquet")
+            is_whole = record["inputs"] == inputs.digest()
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{self.own}: the job's files cannot be read ({why(error)}); {advice}") from error
+        if not is_whole:
+            raise ValueError(f"{self.own}: inputs.parquet is not the list that job.json was begun with; {advice}")
+        return record, inputs
+
+    def temporary(self, shard: Path) -> Path:
+        """Where a shard is written before it is whole, another file each time: two actors may be at the same shard."""
+        return self.own / f"{shard.name}.{uuid.uuid4().hex}.part"
+
+    def clean(self) -> None:
+        """Remove what a killed run left half-written."""
+        for path in self.own.glob("*.part"):
+            path.unlink(missing_ok=True)
+
+
+def _same_path(old: str, new: str) -> bool:
+    """Whether two names are one local path but for a slash at the end, `.` and `..`."""
+    if new.startswith(UNTRAINED) or not (os.path.exists(old) and os.path.exists(new)):  # a glob, or a name on the Hub
+        return False
+    # Behind a link `..` leads elsewhere than in the name.
+    return os.path.normpath(old) == os.path.normpath(new) and os.path.samefile(old, new)
