@@ -31,7 +31,7 @@ from nopad.inference import compile
 from nopad.inference.fusion import layers as fused
 from nopad.inference.fusion.gemm_reference import Products
 from nopad.packing import Pack
-from nopad.pipeline.packer import plan
+from nopad.pipeline.packer import best_fit
 
 WAYS = {"eager": "eager", "quack": "fused by quack", "torch": "fused by torch", "fp8": None}
 """The `execution` that each asks for; float8 takes the best there is."""
@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace, ways: list[str]) -> None:
     encoder = nopad.load(f"untrained:{options.model}", **load)
     images = Images.of(mixed(options.images, seed=0), encoder, seed=0)
     lengths = [length + encoder.num_prefix_tokens for length in images.workload.lengths]
-    numbers = plan(lengths, options.capacity)
+    numbers = best_fit(lengths, options.capacity)
     packs = [images.pack(encoder, pack) for pack in numbers]
     expected = encoder(packs[0]).float()
     side, count = PEAK_GEMMS[encoder.device.type]

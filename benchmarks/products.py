@@ -28,7 +28,7 @@ from nopad.inference.fusion.tile_config import Tiles
 from nopad.inference.fusion.triton_gated import gated
 from nopad.inference.triton_kernels import silu_mul
 from nopad.kernels.attention import available_backends, varlen_attention
-from nopad.pipeline.packer import plan
+from nopad.pipeline.packer import best_fit
 from nopad.segments import Segments
 
 BF16 = torch.bfloat16
@@ -197,7 +197,7 @@ def triton_gates(rows: int, columns: int, terms: int) -> Callable[[], Tensor]:
 def attention(rows: int, heads: int, size: int) -> None:
     """All kernels on a pack of the workload "mixed"."""
     workload = mixed(256, seed=0)
-    lengths = [workload.lengths[number] for number in plan(workload.lengths, rows)[1]]
+    lengths = [workload.lengths[number] for number in best_fit(workload.lengths, rows)[1]]
     segments = Segments.of([*lengths, *([rows - sum(lengths)] if sum(lengths) < rows else [])], "cuda")
     query, key, value = draw(rows, heads, 3 * size).unflatten(2, (3, size)).unbind(2)
     kernels = [name for name in available_backends("cuda", BF16, size) if name not in ("sdpa", "eager")]

@@ -20,7 +20,7 @@ from nopad.cli import main
 from nopad.embedding import progress
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.progress import Lines, Progress, clock, describe, display
-from nopad.pipeline.batches import Tally
+from nopad.pipeline.stats import Stats
 
 
 def table(folder: Path) -> dict[str, bytes]:
@@ -118,9 +118,9 @@ def test_the_summary_as_json(photos, tmp_path, capsys, model):
         "changes": [],
     }
     assert told["shards_with_failures"] == [min(table(tmp_path / "out"))]
-    assert (told["tally"]["images"], told["tally"]["failed"], told["fill"]) == (12, 1, 1.0)
+    assert (told["stats"]["images"], told["stats"]["failed"], told["fill"]) == (12, 1, 1.0)
     patches = int(nopad.read(tmp_path / "out").grids.prod(axis=1).sum())
-    assert told["tally"]["patches"] == patches
+    assert told["stats"]["patches"] == patches
     assert told["per_second"]["patches"] == pytest.approx(patches / told["seconds"])
 
 
@@ -218,10 +218,10 @@ def test_a_full_disk_is_status_2(photos, tmp_path, capsys, monkeypatch, model):
 
 
 def state(images: int, *, rows: int = 40, kept: int = 0, seconds: float = 2.0) -> Progress:
-    tally = Tally(
+    stats = Stats(
         images=images, failed=min(images, 1), patches=images * 100, tokens=images * 100, capacity=images * 125
     )
-    return Progress(rows, kept, tally, seconds)
+    return Progress(rows, kept, stats, seconds)
 
 
 def test_progress_in_words():

@@ -114,7 +114,7 @@ def test_finished_shards_are_kept(survivor):
     assert len(kept) == 2
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert (summary.rows, summary.failed, summary.done) == (SHARDS * ROWS, 1, (SHARDS - 2) * ROWS)
-    assert (summary.tally.images, summary.tally.failed, summary.missing) == ((SHARDS - 2) * ROWS, 1, 0)
+    assert (summary.stats.images, summary.stats.failed, summary.missing) == ((SHARDS - 2) * ROWS, 1, 0)
 
 
 def test_an_actor_with_other_weights_is_refused(ray, pictures, goldens, tmp_path):

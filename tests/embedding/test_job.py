@@ -108,8 +108,8 @@ def test_one_row_per_input_in_order_and_all_that_is_to_be_known_in_the_schema(ph
     assert (summary.rows, summary.failed, summary.missing, summary.to_go, summary.done) == (12, 1, 0, 0, 12)
     assert summary.left_out == {".md": 1}
     assert summary.changes == []
-    assert (summary.tally.images, summary.tally.failed, summary.tally.fill) == (12, 1, 1.0)
-    assert summary.tally.patches == sum(row["grid_h"] * row["grid_w"] for row in written if row["status"] == "ok")
+    assert (summary.stats.images, summary.stats.failed, summary.stats.fill) == (12, 1, 1.0)
+    assert summary.stats.patches == sum(row["grid_h"] * row["grid_w"] for row in written if row["status"] == "ok")
     assert summary.shards_with_failures == [sorted(table(tmp_path / "out"))[1]]
     told = summary.to_dict()
     assert json.loads(json.dumps(told)) == told
@@ -136,7 +136,7 @@ def test_features_are_those_of_encoder_embed_bit_for_bit(photos, tmp_path, model
     summary = embed(photos, tmp_path / "one", encoder, shard_size=None, capacity=64)
     vectors = encoder.embed(paths, capacity=64)
     np.testing.assert_array_equal(nopad.read(tmp_path / "one").embeddings, vectors.numpy())
-    assert summary.tally.packs > 3
+    assert summary.stats.packs > 3
 
     embed(photos, tmp_path / "more", encoder, capacity=64)
     expected = torch.cat([encoder.embed(paths[start : start + 5], capacity=64) for start in (0, 5, 10)])
@@ -732,7 +732,7 @@ def test_retried_rows_are_replaced_and_the_others_keep_their_bits(photos, tmp_pa
         (photos / name).write_bytes(kept[name])
     summary = embed(photos, tmp_path / "out", model, tokens=True, retry_failed=True)
     assert (summary.rows, summary.failed, summary.done, summary.to_go) == (12, 1, 3, 0)
-    assert (summary.tally.images, summary.tally.failed) == (3, 1)
+    assert (summary.stats.images, summary.stats.failed) == (3, 1)
     after, second = table(tmp_path / "out"), rows(tmp_path / "out")
     names = sorted(before)
     assert sorted(after) == names
@@ -767,7 +767,7 @@ def test_a_retry_that_is_stopped_tells_what_it_left(photos, tmp_path, model, sto
     told: list[Progress] = []
     summary = embed(photos, tmp_path / "out", model, retry_failed=True, progress=told.append)
     assert (summary.failed, summary.done, summary.to_go) == (0, 7, 0)
-    assert (told[-1].rows, told[-1].kept, told[-1].tally.images) == (7, 5, 7)
+    assert (told[-1].rows, told[-1].kept, told[-1].stats.images) == (7, 5, 7)
     np.testing.assert_array_equal(
         nopad.read(tmp_path / "out").embeddings[:5], nopad.load(model).embed(sorted(photos.iterdir())[:5]).numpy()
     )
@@ -797,5 +797,5 @@ def test_retries_and_missing_shards_are_counted_together(photos, tmp_path, model
     told: list[Progress] = []
     summary = embed(photos, tmp_path / "out", model, retry_failed=True, progress=told.append)
     assert {(progress.rows, progress.kept) for progress in told} == {(8, 4)}
-    assert (summary.done, summary.tally.images) == (8, 8)
-    assert told[-1].tally.images == 8
+    assert (summary.done, summary.stats.images) == (8, 8)
+    assert told[-1].stats.images == 8

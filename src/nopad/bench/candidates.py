@@ -15,7 +15,7 @@ from nopad.bench.timing import Skipped
 from nopad.bench.workloads import Workload
 from nopad.encoder import PackedEncoder
 from nopad.packing import Pack
-from nopad.pipeline.packer import plan
+from nopad.pipeline.packer import best_fit
 
 BATCH_SIZE = 64
 """Images of one size that the reference takes at a time."""
@@ -120,7 +120,7 @@ def expected_features(encoder: PackedEncoder, images: Images, indices: Iterable[
 def packed(encoder: PackedEncoder, images: Images, capacity: int, *, compiled: bool, float8: bool = False) -> Candidate:
     """The packed encoder over packs of `capacity` tokens, prefix tokens among them."""
     lengths = images.workload.lengths
-    groups = plan([length + encoder.num_prefix_tokens for length in lengths], capacity)
+    groups = best_fit([length + encoder.num_prefix_tokens for length in lengths], capacity)
 
     def prepare() -> tuple[Run, str | None]:
         model = _compiled(encoder, capacity, max(map(len, groups)), float8) if compiled else encoder

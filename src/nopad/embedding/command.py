@@ -168,12 +168,12 @@ def describe(summary: Summary) -> str:
     """A summary for a terminal."""
     from nopad.embedding.progress import clock
 
-    tally = summary.tally
+    stats = summary.stats
     lines = [f"{summary.folder}: {summary.rows - summary.failed:,} embedded, {summary.failed:,} failed"]
     if summary.done and summary.seconds:
         lines.append(
-            f"this run: {summary.done:,} in {clock(summary.seconds)}, {tally.images / summary.seconds:,.1f} images/s, "
-            f"{tally.patches / summary.seconds:,.0f} tokens/s, fill {tally.fill:.1%}"
+            f"this run: {summary.done:,} in {clock(summary.seconds)}, {stats.images / summary.seconds:,.1f} images/s, "
+            f"{stats.patches / summary.seconds:,.0f} tokens/s, fill {stats.fill:.1%}"
         )
     elif not summary.to_go:
         lines.append("this run: nothing to do, every input has its row")

@@ -31,7 +31,7 @@ from nopad.embedding.progress import Ticker
 from nopad.embedding.run import Run
 from nopad.embedding.settings import Settings
 from nopad.embedding.table.reader import count
-from nopad.pipeline.batches import Tally
+from nopad.pipeline.stats import Stats
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +87,8 @@ def make_on_ray(run: Run, shards: Sequence[int], actors: int) -> None:
 
 
 def _add(run: Run, result: Mapping[str, Any]) -> None:
-    for field in fields(Tally):
-        setattr(run.tally, field.name, getattr(run.tally, field.name) + result[field.name])
+    for field in fields(Stats):
+        setattr(run.stats, field.name, getattr(run.stats, field.name) + result[field.name])
     run.write += result["write"]
     run.done += result["rows"]
 
@@ -270,16 +270,16 @@ class _ShardMaker:
         return f"process {os.getpid()} on {socket.gethostname()}"
 
     def make(self, shard: int) -> dict[str, Any]:
-        """Make a shard: counts and seconds by the names of `Tally`, its `rows` and the seconds of `write`."""
+        """Make a shard: counts and seconds by the names of `Stats`, its `rows` and the seconds of `write`."""
         path = self.job.path(shard)
         if path.exists():  # its actor died after it had put the shard in its place
             ok, failed = count(path)
-            return _result(ok + failed, 0.0, Tally(images=ok + failed, failed=failed))
+            return _result(ok + failed, 0.0, Stats(images=ok + failed, failed=failed))
         run = self.run
-        before, written = replace(run.tally), run.write
+        before, written = replace(run.stats), run.write
         run.make([shard])
-        done = {key: value - getattr(before, key) for key, value in asdict(run.tally).items()}
-        return _result(self.job.size(shard), run.write - written, Tally(**done))
+        done = {key: value - getattr(before, key) for key, value in asdict(run.stats).items()}
+        return _result(self.job.size(shard), run.write - written, Stats(**done))
 
     @cached_property
     def job(self) -> Job:
@@ -301,5 +301,5 @@ class _ShardMaker:
         return Run(job, encoder, threads=self.order.threads)
 
 
-def _result(rows: int, write: float, tally: Tally) -> dict[str, Any]:
-    return {"rows": rows, "write": write, **asdict(tally)}
+def _result(rows: int, write: float, stats: Stats) -> dict[str, Any]:
+    return {"rows": rows, "write": write, **asdict(stats)}

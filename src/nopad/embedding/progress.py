@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TextIO
 
-from nopad.pipeline.batches import Tally
+from nopad.pipeline.stats import Stats
 
 LINE_EVERY = 10.0
 """Seconds between two plain lines."""
@@ -22,13 +22,13 @@ class Progress:
     Attributes:
         rows: inputs that this run has to do.
         kept: rows that earlier runs left.
-        tally: what is done.
+        stats: what is done.
         seconds: since the first input was read.
     """
 
     rows: int
     kept: int
-    tally: Tally
+    stats: Stats
     seconds: float
 
 
@@ -47,7 +47,7 @@ def display(stream: TextIO) -> Iterator[Callable[[Progress], None]]:
         task = bar.add_task("loading", total=None)
 
         def show(progress: Progress) -> None:
-            total, completed = progress.rows + progress.kept, progress.tally.images + progress.kept
+            total, completed = progress.rows + progress.kept, progress.stats.images + progress.kept
             bar.update(task, total=total, completed=completed, description=describe(progress))
 
         yield show
@@ -55,12 +55,12 @@ def display(stream: TextIO) -> Iterator[Callable[[Progress], None]]:
 
 def describe(progress: Progress) -> str:
     """Rates, fill, failures and the time left."""
-    tally, seconds = progress.tally, max(progress.seconds, 1e-9)
-    rate = tally.images / seconds
-    left = clock((progress.rows - tally.images) / rate) if tally.images else "?"
+    stats, seconds = progress.stats, max(progress.seconds, 1e-9)
+    rate = stats.images / seconds
+    left = clock((progress.rows - stats.images) / rate) if stats.images else "?"
     return (
-        f"{rate:,.1f} images/s · {tally.patches / seconds:,.0f} tokens/s · fill {tally.fill:.0%} · "
-        f"{tally.failed:,} failed · {left} left"
+        f"{rate:,.1f} images/s · {stats.patches / seconds:,.0f} tokens/s · fill {stats.fill:.0%} · "
+        f"{stats.failed:,} failed · {left} left"
     )
 
 
@@ -79,12 +79,12 @@ class Lines:
         self.was_over = False
 
     def __call__(self, progress: Progress) -> None:
-        is_over = progress.tally.images == progress.rows
+        is_over = progress.stats.images == progress.rows
         if (is_over and not self.was_over) or (not is_over and time.monotonic() >= self.next):
             self.next = time.monotonic() + LINE_EVERY
             self.was_over = is_over
             kept = f" (and {progress.kept:,} from before)" if progress.kept else ""
-            line = f"{progress.tally.images:,} of {progress.rows:,} images{kept} · {describe(progress)}"
+            line = f"{progress.stats.images:,} of {progress.rows:,} images{kept} · {describe(progress)}"
             with suppress(OSError):  # a log that cannot be written must not end the job
                 print(line, file=self.stream, flush=True)
 

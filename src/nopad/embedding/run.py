@@ -18,7 +18,8 @@ from nopad.embedding.progress import Progress, Ticker
 from nopad.embedding.table.reader import count, failed_rows, iterate_rows
 from nopad.embedding.table.writer import MAX_TOKEN_BYTES, Row
 from nopad.encoder import PackedEncoder
-from nopad.pipeline.batches import Embedded, Tally
+from nopad.pipeline.pack_runner import EmbeddingResult
+from nopad.pipeline.stats import Stats
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Summary:
             it did not come to try again.
         done: rows that this run wrote.
         seconds: from the first input read to the last shard written.
-        tally: counts and seconds per stage of this run.
+        stats: counts and seconds per stage of this run.
         write: seconds spent writing shards.
         left_out: files in the sources that are no pictures or videos, by suffix.
         changes: inputs that are new in the sources or gone from them since the job began, in words.
@@ -47,7 +48,7 @@ class Summary:
     to_go: int
     done: int
     seconds: float
-    tally: Tally
+    stats: Stats
     write: float
     left_out: dict[str, int]
     changes: list[str]
@@ -56,8 +57,8 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
         seconds = self.seconds or 1.0  # where there was nothing to do, nothing was done per second
-        per_second = {"images": self.tally.images / seconds, "patches": self.tally.patches / seconds}
-        return {**asdict(self), "fill": self.tally.fill, "per_second": per_second}
+        per_second = {"images": self.stats.images / seconds, "patches": self.stats.patches / seconds}
+        return {**asdict(self), "fill": self.stats.fill, "per_second": per_second}
 
 
 class Run:
@@ -86,7 +87,7 @@ class Run:
         self.stop = stop or threading.Event()
         self.progress = progress or (lambda _: None)
         self.worker = job.settings.worker(encoder, threads)
-        self.tally = self.worker.tally
+        self.stats = self.worker.stats
         self.write = 0.0
         self.done = 0
         finished = job.finished()
@@ -141,7 +142,7 @@ class Run:
 
     def report(self) -> None:
         """Tell how far the run is."""
-        self.progress(Progress(self.to_do, self.kept, self.tally, time.perf_counter() - self.start))
+        self.progress(Progress(self.to_do, self.kept, self.stats, time.perf_counter() - self.start))
 
     def summary(self, left_out: Mapping[str, int], changes: Sequence[str]) -> Summary:
         """What there is now."""
@@ -156,7 +157,7 @@ class Run:
             to_go=missing + self.to_retry,
             done=self.done,
             seconds=self.seconds,
-            tally=self.tally,
+            stats=self.stats,
             write=self.write,
             left_out=dict(left_out),
             changes=list(changes),
@@ -164,12 +165,12 @@ class Run:
         )
 
 
-def rows(inputs: Sequence[Input], results: Sequence[Embedded], embedding_dtype: str) -> list[Row]:
+def rows(inputs: Sequence[Input], results: Sequence[EmbeddingResult], embedding_dtype: str) -> list[Row]:
     """The rows of inputs and what became of them."""
     return [_row(item, result, np.dtype(embedding_dtype)) for item, result in zip(inputs, results, strict=True)]
 
 
-def _row(item: Input, result: Embedded, dtype: np.dtype) -> Row:
+def _row(item: Input, result: EmbeddingResult, dtype: np.dtype) -> Row:
     if result.error is not None or result.embedding is None:
         return Row(item.id, item.source, "failed", result.error.reason if result.error is not None else "no features")
     if (largest := np.abs(result.embedding).max()) > np.finfo(dtype).max:

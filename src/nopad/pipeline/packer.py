@@ -4,84 +4,105 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
-from operator import itemgetter
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
-LOOK_AHEAD = 4
-"""How many packs' worth of images a planner looks ahead, unless told otherwise."""
+LOOKAHEAD = 4
+"""How many packs' worth of images wait at most before one is closed, by default."""
 
 
-class Planner(Generic[Item]):
-    """Fills packs with items as they come in: best fit within a look-ahead window.
+@dataclass(frozen=True, slots=True)
+class _Waiting(Generic[Item]):
+    number: int
+    length: int
+    segments: int
+    item: Item
+
+
+class BestFitPacker(Generic[Item]):
+    """Online bin packing: best fit within a lookahead window.
 
     A pack begins with the item that has waited longest, so that none waits for ever, and takes the largest waiting item
-    that fits until none does. What goes into which pack depends on the lengths and their order alone, never on time.
+    that fits until none does. The packs depend on the lengths and their order alone, never on time.
 
     Args:
-        capacity: patches of a full pack; an item that is longer gets a pack of its own.
-        look_ahead: patches that wait before a pack is closed, in packs.
-        most: items of a pack, any number unless given.
+        capacity: tokens of a full pack; a longer item gets a pack of its own.
+        lookahead: tokens that wait before a pack is closed, in packs.
+        max_segments: segments of a pack, any number by default; an item of more gets a pack of its own.
 
     Raises:
-        ValueError: a capacity below 1 or a look-ahead below 1.
+        ValueError: a capacity, a lookahead or `max_segments` below 1.
     """
 
-    def __init__(self, capacity: int, *, look_ahead: float = LOOK_AHEAD, most: int | None = None):
-        if capacity < 1 or look_ahead < 1:
-            raise ValueError(f"expected capacity ≥ 1 and look_ahead ≥ 1, got {capacity} and {look_ahead}")
+    def __init__(self, capacity: int, *, lookahead: float = LOOKAHEAD, max_segments: int | None = None) -> None:
+        if capacity < 1 or lookahead < 1 or (max_segments is not None and max_segments < 1):
+            got = f"{capacity}, {lookahead} and {max_segments}"
+            raise ValueError(f"expected capacity ≥ 1, lookahead ≥ 1 and max_segments ≥ 1, got {got}")
         self.capacity = capacity
-        self._most = most
-        self._window = capacity * look_ahead
-        self._items: dict[int, tuple[int, Item]] = {}  # in the order of their coming
+        self._max_segments = max_segments
+        self._window = capacity * lookahead
+        self._items: dict[int, _Waiting[Item]] = {}  # in the order of arrival
         self._by_length: list[tuple[int, int]] = []  # (length, -number): of equals, the earlier is the better fit
-        self._waiting = 0
+        self._tokens = 0
         self._number = 0
 
-    def add(self, length: int, item: Item) -> Iterator[list[Item]]:
-        """Take an item; gives the packs that this closes.
+    def add(self, length: int, item: Item, *, segments: int = 1) -> Iterator[list[Item]]:
+        """Take an item of `length` tokens in so many `segments`, and yield the packs that this closes.
 
         Raises:
-            ValueError: a length below 1.
+            ValueError: a length or a number of segments below 1.
         """
-        if length < 1:
-            raise ValueError(f"length: expected ≥ 1, got {length}")
-        self._items[self._number] = (length, item)
+        if length < 1 or segments < 1:
+            raise ValueError(f"expected length ≥ 1 and segments ≥ 1, got {length} and {segments}")
+        self._items[self._number] = _Waiting(self._number, length, segments, item)
         insort(self._by_length, (length, -self._number))
         self._number += 1
-        self._waiting += length
-        while self._waiting >= self._window:
+        self._tokens += length
+        while self._tokens >= self._window:
             yield self._close()
 
     def finish(self) -> Iterator[list[Item]]:
-        """Give the packs of all that still waits."""
+        """Yield the packs of all that still waits."""
         while self._items:
             yield self._close()
 
     def _close(self) -> list[Item]:
-        """The next pack, its items in the order of their coming."""
-        chosen = [self._leave(next(iter(self._items)))]
-        room = self.capacity - chosen[0][1]
-        while len(chosen) != self._most and (place := bisect_right(self._by_length, (room, 0))):
-            chosen.append(self._leave(-self._by_length[place - 1][1]))
-            room -= chosen[-1][1]
-        return [item for _, _, item in sorted(chosen, key=itemgetter(0))]
+        """The next pack, its items in the order of arrival."""
+        chosen = [self._remove(next(iter(self._items)))]
+        tokens = self.capacity - chosen[0].length
+        segments = None if self._max_segments is None else self._max_segments - chosen[0].segments
+        while (number := self._best_fit(tokens, segments)) is not None:
+            chosen.append(self._remove(number))
+            tokens -= chosen[-1].length
+            segments = None if segments is None else segments - chosen[-1].segments
+        return [one.item for one in sorted(chosen, key=attrgetter("number"))]
 
-    def _leave(self, number: int) -> tuple[int, int, Item]:
-        """Take an item out of those that wait; gives its number, length and itself."""
-        length, item = self._items.pop(number)
-        del self._by_length[bisect_left(self._by_length, (length, -number))]
-        self._waiting -= length
-        return number, length, item
+    def _best_fit(self, tokens: int, segments: int | None) -> int | None:
+        """The longest waiting item that fits, of equals the earliest."""
+        if segments is not None and segments < 1:
+            return None
+        for place in range(bisect_right(self._by_length, (tokens, 0)) - 1, -1, -1):
+            number = -self._by_length[place][1]
+            if segments is None or self._items[number].segments <= segments:
+                return number
+        return None
+
+    def _remove(self, number: int) -> _Waiting[Item]:
+        one = self._items.pop(number)
+        del self._by_length[bisect_left(self._by_length, (one.length, -number))]
+        self._tokens -= one.length
+        return one
 
 
-def plan(lengths: Sequence[int], capacity: int, *, look_ahead: float = LOOK_AHEAD) -> list[list[int]]:
+def best_fit(lengths: Sequence[int], capacity: int, *, lookahead: float = LOOKAHEAD) -> list[list[int]]:
     """The packs of a whole list of items, as indices.
 
     Raises:
-        ValueError: see `Planner`.
+        ValueError: see `BestFitPacker`.
     """
-    planner: Planner[int] = Planner(capacity, look_ahead=look_ahead)
-    packs = [pack for index, length in enumerate(lengths) for pack in planner.add(length, index)]
-    return [*packs, *planner.finish()]
+    packer: BestFitPacker[int] = BestFitPacker(capacity, lookahead=lookahead)
+    packs = [pack for index, length in enumerate(lengths) for pack in packer.add(length, index)]
+    return [*packs, *packer.finish()]

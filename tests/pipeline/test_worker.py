@@ -16,7 +16,7 @@ from PIL import Image, ImageSequence
 
 import nopad
 from nopad.encoder import PackedEncoder
-from nopad.pipeline.batches import Embedded
+from nopad.pipeline.pack_runner import EmbeddingResult
 from nopad.pipeline.worker import Worker
 from nopad.preprocessing.decode import ImageError, load
 
@@ -42,11 +42,11 @@ def by_itself(encoder: PackedEncoder, image: torch.Tensor) -> np.ndarray:
         return encoder.encode(encoder.pack([image])).pooled[0].numpy()
 
 
-def run(worker: Worker, groups, read=load, **options) -> list[list[Embedded]]:
+def run(worker: Worker, groups, read=load, **options) -> list[list[EmbeddingResult]]:
     return list(worker.run(groups, read, **options))
 
 
-def bits(results: list[Embedded]) -> list[bytes]:
+def bits(results: list[EmbeddingResult]) -> list[bytes]:
     return [b"" if result.embedding is None else result.embedding.tobytes() for result in results]
 
 
@@ -110,7 +110,7 @@ def test_a_bad_picture_costs_nobody_else(encoder, caplog):
     assert "unexpected error with 3" in caplog.text
     assert (results[1].embedding, results[1].grid, results[1].width) == (None, None, None)
     np.testing.assert_allclose(results[4].embedding, by_itself(encoder, picture(4)), atol=1e-5)
-    assert (worker.tally.images, worker.tally.failed) == (5, 2)
+    assert (worker.stats.images, worker.stats.failed) == (5, 2)
 
 
 def test_strict_raises_the_first_and_ends_its_threads(encoder):
@@ -161,7 +161,7 @@ def test_a_pack_that_does_not_fit_goes_one_by_one_and_a_picture_that_does_not_fa
         np.testing.assert_allclose(results[index].embedding, by_itself(encoder, images[index]), atol=1e-5)
     reason = f"its 100 patches do not fit into memory ({error}); set a limit: max_patches"
     assert results[1].error.reason == reason
-    assert (worker.tally.images, worker.tally.failed) == (3, 1)
+    assert (worker.stats.images, worker.stats.failed) == (3, 1)
 
 
 def test_other_errors_of_the_encoder_are_raised(encoder, monkeypatch):
@@ -216,18 +216,18 @@ def test_tokens_that_float16_cannot_hold_are_failures(encoder, monkeypatch):
 def test_the_tally_counts_patches_packs_and_room(encoder):
     worker = Worker(encoder, capacity=24)
     run(worker, [[picture(n) for n in range(5)], [picture(0, 6, 6)]])  # 12 patches each: 2 + 2 + 1; then 36 alone
-    tally = worker.tally
-    assert (tally.images, tally.failed, tally.packs, tally.patches) == (6, 0, 4, 96)
-    assert tally.capacity == 24 + 24 + 12 + 36
-    assert tally.fill == 1.0
-    assert min(tally.decode, tally.encode) > 0
+    stats = worker.stats
+    assert (stats.images, stats.failed, stats.packs, stats.patches) == (6, 0, 4, 96)
+    assert stats.capacity == 24 + 24 + 12 + 36
+    assert stats.fill == 1.0
+    assert min(stats.decode, stats.encode) > 0
 
 
 def test_packs_of_mixed_sizes_are_97_percent_full(encoder):
     worker = Worker(encoder, capacity=1024)
     run(worker, [mixed(400)])
-    assert worker.tally.packs > 5
-    assert 0.97 <= worker.tally.fill <= 1
+    assert worker.stats.packs > 5
+    assert 0.97 <= worker.stats.fill <= 1
 
 
 @pytest.mark.parametrize("options", [{"capacity": 0}, {"threads": 0}])

@@ -1,0 +1,168 @@
+"""Packs of images through an encoder."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nopad.pipeline.prepare import PreparedImage
+from nopad.pipeline.stats import Stats
+from nopad.preprocessing.decode import ImageError
+
+if TYPE_CHECKING:
+    from nopad.encoder import PackedEncoder
+
+logger = logging.getLogger(__name__)
+
+Results = dict[int, "EmbeddingResult"]
+"""Results by the index of their image."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingResult:
+    """Features of one image or clip, or why there are none.
+
+    Attributes:
+        error: why there are no features, else `None`; then the others are set, `tokens` on request.
+        width, height: pixels of the upright image.
+        grid: `(frames, rows, columns)` of patches.
+        embedding: `(E,)` or `(D,)` float32: `image_embeds` where the checkpoint has a projection, else `pooled`.
+        tokens: `(frames · rows · columns, D)` float16.
+    """
+
+    error: ImageError | None = None
+    width: int | None = None
+    height: int | None = None
+    grid: tuple[int, int, int] | None = None
+    embedding: np.ndarray | None = None
+    tokens: np.ndarray | None = None
+
+
+class PackRunner:
+    """Runs the packs of one group of images; on a GPU one is computed while the host fetches the one before.
+
+    Args:
+        capacity: tokens of a full pack, for `stats`.
+        tokens: return each image's tokens as well.
+    """
+
+    def __init__(self, encoder: PackedEncoder, capacity: int, stats: Stats, *, tokens: bool) -> None:
+        self.encoder = encoder
+        self.capacity = capacity
+        self.stats = stats
+        self.tokens = tokens
+        self.running: deque[Callable[[], Results]] = deque()
+        self.room = 0  # of the last pack, in tokens
+
+    def submit(self, pack: Sequence[tuple[int, PreparedImage]]) -> Results:
+        """Start a pack of `(index, image)`, and return the results that earlier packs have by now."""
+        start = time.perf_counter()
+        results = self.run(pack)
+        held = sum(num_tokens(self.encoder, image) for _, image in pack)
+        self.stats.tokens += held
+        self.stats.capacity += max(self.capacity, held)
+        self.room = max(self.capacity - held, 0)
+        while len(self.running) > 1:
+            results.update(self.running.popleft()())
+        self.stats.encode += time.perf_counter() - start
+        return results
+
+    def finish(self) -> Results:
+        """Wait for all packs, and return their results."""
+        start = time.perf_counter()
+        results = self._fetch_all()
+        if not self.encoder.compiled_capacity:
+            self.stats.capacity -= self.room
+        self.stats.encode += time.perf_counter() - start
+        return results
+
+    def run(self, pack: Sequence[tuple[int, PreparedImage]]) -> Results:
+        """Start a pack, or where it does not fit into memory each of its images alone; return what is done already."""
+        try:
+            self.running.append(self.encode(pack))
+            return {}
+        except RuntimeError as error:
+            # The CPU's allocator raises no class of its own.
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            reason = str(error)
+        # Here the error no longer holds on to what the pack has allocated.
+        results = self._fetch_all()
+        if len(pack) > 1:
+            logger.warning("a pack of %d images does not fit into memory, each goes alone", len(pack))
+            for single in pack:
+                results.update(self.run([single]))
+            return results
+        index, image = pack[0]
+        reason = f"its {len(image.patches)} patches do not fit into memory ({reason}); set a limit: max_patches"
+        return {**results, index: EmbeddingResult(error=ImageError("image", reason))}
+
+    @torch.inference_mode()
+    def encode(self, pack: Sequence[tuple[int, PreparedImage]]) -> Callable[[], Results]:
+        """Start a pack; the function that is returned waits for it and returns its results."""
+        encoder = self.encoder
+        patches = torch.cat([image.patches for _, image in pack]).to(encoder.device, non_blocking=True)
+        with torch.autocast(encoder.device.type, enabled=False):  # features are of the encoder's dtype, wherever called
+            output = encoder.encode(patches, torch.tensor([image.grid for _, image in pack]))
+        vectors = (output.pooled if output.image_embeds is None else output.image_embeds).float()
+        vectors = vectors.to("cpu", non_blocking=True)  # pinned by torch: the copy does not hold up the next pack
+        tokens = output.tokens.half().to("cpu", non_blocking=True) if self.tokens else None
+        done = None
+        if patches.is_cuda:
+            done = torch.cuda.Event()
+            done.record()
+        self.stats.packs += 1
+        self.stats.patches += len(patches)
+
+        def fetch() -> Results:
+            if done is not None:
+                done.synchronize()
+            parts = [None] * len(pack)
+            if tokens is not None:
+                parts = tokens.split([len(image.patches) for _, image in pack])
+            return {
+                index: _result(image, vector, part, encoder.dtype)
+                for (index, image), vector, part in zip(pack, vectors, parts, strict=True)
+            }
+
+        return fetch
+
+    def _fetch_all(self) -> Results:
+        results: Results = {}
+        while self.running:
+            results.update(self.running.popleft()())
+        return results
+
+
+def num_segments(encoder: PackedEncoder, image: PreparedImage) -> int:
+    """How many segments attend to themselves: the clip, or each of its frames."""
+    return 1 if encoder.frames_attend_jointly else image.grid[0]
+
+
+def num_tokens(encoder: PackedEncoder, image: PreparedImage) -> int:
+    """Patches and the prefix tokens of each segment."""
+    return len(image.patches) + num_segments(encoder, image) * encoder.num_prefix_tokens
+
+
+def _result(image: PreparedImage, vector: Tensor, tokens: Tensor | None, dtype: torch.dtype) -> EmbeddingResult:
+    if not vector.isfinite().all():
+        hint = "; float16 may overflow, bfloat16 and float32 do not" if dtype == torch.float16 else ""
+        return EmbeddingResult(error=ImageError("image", f"its features are not finite in {dtype}{hint}"))
+    if tokens is not None and not tokens.isfinite().all():
+        reason = "its tokens are not finite in float16, in which they are stored"
+        return EmbeddingResult(error=ImageError("image", reason))
+    return EmbeddingResult(
+        width=image.width,
+        height=image.height,
+        grid=image.grid,
+        embedding=vector.numpy().copy(),
+        tokens=None if tokens is None else tokens.numpy().copy(),
+    )

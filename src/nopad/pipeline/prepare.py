@@ -1,0 +1,84 @@
+"""From pixels to the patches of one image: the part of the pipeline that runs many times at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nopad.packing import PatchOrder, patchify
+from nopad.preprocessing.transforms import Preprocessing, Resize, preprocess
+
+if TYPE_CHECKING:
+    from nopad.encoder import PackedEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedImage:
+    """One image or clip as the encoder takes it.
+
+    Attributes:
+        patches: `(frames · rows · columns, P)` on the CPU, in the encoder's dtype.
+        grid: `(frames, rows, columns)`.
+        width, height: pixels of the upright image.
+    """
+
+    patches: Tensor
+    grid: tuple[int, int, int]
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """How an encoder wants its images; small and picklable, without weights."""
+
+    rule: Preprocessing
+    resize: Resize
+    max_patches: int | None
+    patch_size: int
+    patch_order: PatchOrder
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        encoder: PackedEncoder,
+        *,
+        resize: Resize = "torch",
+        max_patches: int | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> Preparation:
+        """That of an encoder.
+
+        Raises:
+            ValueError: settings that fit no image.
+        """
+        preparation = cls(
+            rule=preprocessing or encoder.preprocessing,
+            resize=resize,
+            max_patches=max_patches,
+            patch_size=encoder.patch_size,
+            patch_order=encoder.patch_order,
+            dtype=encoder.dtype,
+        )
+        preparation(torch.zeros(3, 64, 64, dtype=torch.uint8))
+        return preparation
+
+    def __call__(self, image: Tensor) -> PreparedImage:
+        """Resize, normalise and patchify uint8 `(3, H, W)`, or `(frames, 3, H, W)` for a clip.
+
+        Raises:
+            ImageError: an aspect ratio that the rule cannot follow.
+        """
+        options = {"resize": self.resize, "max_patches": self.max_patches}
+        pixels = preprocess(image, self.rule, self.patch_size, **options)
+        patches, grid = patchify(pixels, self.patch_size, self.patch_order)
+        height, width = image.shape[-2:]
+        return PreparedImage(patches.to(self.dtype), grid, width, height)
+
+    def describe(self) -> str:
+        """One line for a table of features."""
+        return self.rule.describe(self.resize, self.max_patches)

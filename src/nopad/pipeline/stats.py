@@ -1,0 +1,34 @@
+"""Counts and seconds of the pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Stats:
+    """What a worker has done so far. Seconds are wall time; `decode` is summed over the decode threads.
+
+    Attributes:
+        images, failed: images done, and those of them without features.
+        patches: patches encoded.
+        tokens, capacity: patches and their prefix tokens, and how many their packs could have held. The last pack of a
+            group counts as what it holds, unless the encoder fills it up.
+        packs: number of packs.
+        decode, encode, wait: seconds in reading and preprocessing, in the encoder, and of the encoder for images.
+    """
+
+    images: int = 0
+    failed: int = 0
+    patches: int = 0
+    tokens: int = 0
+    capacity: int = 0
+    packs: int = 0
+    decode: float = 0.0
+    encode: float = 0.0
+    wait: float = 0.0
+
+    @property
+    def fill(self) -> float:
+        """How full the packs were, 0 … 1."""
+        return self.tokens / self.capacity if self.capacity else 0.0
