@@ -215,7 +215,7 @@ def run_block(
             else:
                 results[name] = job.run(paths, Path(out))
             seconds[name] = time.perf_counter() - start
-        ours = nopad.read(Path(out) / "table").embeddings
+        ours = nopad.read_features(Path(out) / "table").embeddings
     cosines = torch.cosine_similarity(torch.from_numpy(ours), torch.from_numpy(results["baseline"]), dim=1).numpy()
     ratio = seconds["baseline"] / seconds["nopad"]
     rates = ", ".join(f"{name} {len(paths) / seconds[name]:.1f}" for name in ("nopad", "baseline"))

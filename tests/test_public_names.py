@@ -5,8 +5,12 @@ import sys
 
 import pytest
 
+import nopad
 
-@pytest.mark.parametrize(("package", "name"), [("pyarrow", "embed"), ("filelock", "embed"), ("pyarrow", "read")])
+
+@pytest.mark.parametrize(
+    ("package", "name"), [("pyarrow", "embed"), ("filelock", "embed"), ("pyarrow", "read_features")]
+)
 def test_without_the_extra_it_is_told_what_to_install(package, name):
     code = (
         f"import sys, nopad\n"
@@ -16,3 +20,7 @@ def test_without_the_extra_it_is_told_what_to_install(package, name):
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert told == f"{package} nopad.{name} needs {package}: pip install 'nopad[embed]'\n"
+
+
+def test_read_is_an_alias_of_read_features():
+    assert nopad.read is nopad.read_features

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nopad.embedding.api import embed
-    from nopad.embedding.table.features import Features, read
+    from nopad.embedding.table.features import Features, read, read_features
     from nopad.encoder import PackedEncoder
     from nopad.families.aimv2 import AIMv2Packing
     from nopad.families.dinov3 import DINOv3ViTPacking
@@ -33,6 +33,7 @@ __all__ = [
     "load",
     "patchify",
     "read",
+    "read_features",
     "unpatchify",
 ]
 
@@ -50,11 +51,17 @@ _HOMES = {
     "load": "nopad.loading",
     "patchify": "nopad.packing",
     "read": "nopad.embedding.table.features",
+    "read_features": "nopad.embedding.table.features",
     "unpatchify": "nopad.packing",
 }
 
 # Looked for first: without filelock huggingface_hub, too, fails with a message of its own.
-_EXTRAS = {"Features": ("pyarrow",), "embed": ("filelock", "pyarrow"), "read": ("pyarrow",)}
+_EXTRAS = {
+    "Features": ("pyarrow",),
+    "embed": ("filelock", "pyarrow"),
+    "read": ("pyarrow",),
+    "read_features": ("pyarrow",),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -256,7 +256,7 @@ def test_nothing_else_came_of_it(done):
     assert not any("unexpected" in (row["error"] or "") for row in rows.values())
     assert sorted(path.name for path in folder.iterdir()) == ["out", "photos", "some.tar"]
     assert not (folder.parent / "evil.png").exists()
-    failures = {failure.id: failure.error for failure in nopad.read(folder / "out").failures}
+    failures = {failure.id: failure.error for failure in nopad.read_features(folder / "out").failures}
     assert failures["loop.png"] == MADE["loop.png"]
 
 
@@ -289,6 +289,6 @@ def test_files_damaged_at_random_are_rows(tmp_path, model):
     summary = nopad.embed(tmp_path / "photos", tmp_path / "out", **options)
     assert summary.rows == 12 * len(FORMATS)
     assert summary.failed > 40
-    features = nopad.read(tmp_path / "out")
+    features = nopad.read_features(tmp_path / "out")
     assert not [failure for failure in features.failures if "unexpected" in failure.error]
     assert np.isfinite(features.embeddings).all()

@@ -82,7 +82,7 @@ def test_nothing_embedded_is_status_1(tmp_path, capsys, model):
         (tmp_path / "photos" / f"{number}.png").write_bytes(b"no picture")
     assert main(arguments(tmp_path / "photos", tmp_path / "out", model)) == 1
     assert "0 embedded, 6 failed" in capsys.readouterr().out
-    features = nopad.read(tmp_path / "out")
+    features = nopad.read_features(tmp_path / "out")
     assert (features.embeddings.shape, len(features.failures)) == ((0, 32), 6)
     assert main(arguments(tmp_path / "photos", tmp_path / "out", model)) == 1
 
@@ -119,7 +119,7 @@ def test_the_summary_as_json(photos, tmp_path, capsys, model):
     }
     assert told["shards_with_failures"] == [min(table(tmp_path / "out"))]
     assert (told["stats"]["images"], told["stats"]["failed"], told["fill"]) == (12, 1, 1.0)
-    patches = int(nopad.read(tmp_path / "out").grids.prod(axis=1).sum())
+    patches = int(nopad.read_features(tmp_path / "out").grids.prod(axis=1).sum())
     assert told["stats"]["patches"] == patches
     assert told["per_second"]["patches"] == pytest.approx(patches / told["seconds"])
 
@@ -129,7 +129,7 @@ def test_all_options_reach_the_job(photos, tmp_path, capsys, model):
     options += "--resize pil --frames 3 --max-pixels 99999 --embedding-dtype float16 --embedding-list variable "
     options += "--shard-size 7"
     assert main(arguments(photos, tmp_path / "out", model, *options.split())) == 0
-    metadata = nopad.read(tmp_path / "out").metadata
+    metadata = nopad.read_features(tmp_path / "out").metadata
     expected = {
         "tokens": "yes",
         "dtype": "bfloat16",
@@ -152,7 +152,7 @@ def test_names_that_are_no_utf8_do_no_harm(photos, tmp_path, capsys, model):
     assert main(arguments(f"{odd} photos", f"{odd} out", model)) == 0
     assert "/\\udcff odd out: 12 embedded, 0 failed" in capsys.readouterr().out
     assert main(arguments(f"{odd} photos", f"{odd} out", model, "--json")) == 0
-    assert nopad.read(f"{odd} out").sources[0].endswith("/\\xff odd photos")
+    assert nopad.read_features(f"{odd} out").sources[0].endswith("/\\xff odd photos")
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_summary_that_nobody_takes_is_no_failure(photos, tmp_path, model, nobo
     os.close(stdout)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1].startswith("nopad: done, but the summary cannot be printed: ")
-    assert len(nopad.read(tmp_path / "out")) == 12
+    assert len(nopad.read_features(tmp_path / "out")) == 12
 
 
 def test_a_package_that_is_missing_is_told(photos, tmp_path, capsys, monkeypatch, model):
@@ -405,7 +405,7 @@ def test_killed_stopped_and_gone_on_with(tmp_path, capfd, model):
     subprocess.run(go_on, shell=True, check=True, env=ENVIRONMENT, capture_output=True)
     assert table(out) == table(tmp_path / "whole")
     assert sorted(path.name for path in (out / ".nopad").iterdir()) == ["inputs.parquet", "job.json", "lock"]
-    assert [failure.id for failure in nopad.read(out).failures] == ["017.png"]
+    assert [failure.id for failure in nopad.read_features(out).failures] == ["017.png"]
 
 
 # Each try is a fork, so that only one process has to import torch: it is killed a little after some shards more.

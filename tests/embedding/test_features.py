@@ -11,7 +11,7 @@ import pytest
 from datasets import load_dataset
 
 from nopad.embedding.table import reader as stored
-from nopad.embedding.table.features import Failure, read
+from nopad.embedding.table.features import Failure, read_features
 from nopad.embedding.table.writer import Row, ShardFormat, shard_name, write_shard
 
 D = 4
@@ -115,7 +115,7 @@ def test_datasets_reads_the_folder(job, tmp_path):
 
 def test_ok_rows_come_in_input_order_and_failures_apart(job):
     folder, format = job
-    features = read(str(folder))
+    features = read_features(str(folder))
     assert features.ids == [f"{number}.jpg" for number in NUMBERS]
     assert features.sources == ["photos"] * len(NUMBERS)
     assert features.embeddings.dtype == np.dtype(format.embedding_dtype)
@@ -132,14 +132,14 @@ def test_ok_rows_come_in_input_order_and_failures_apart(job):
 def test_a_job_of_which_all_failed(tmp_path):
     rows = [make_row(0, None, FORMATS["tokens"])]
     write_shard(tmp_path / shard_name(0, 1, "f"), rows, FORMATS["tokens"], {}, temporary=tmp_path / "part")
-    features = read(tmp_path)
+    features = read_features(tmp_path)
     assert (len(features), len(features.failures), len(features.tokens)) == (0, 1, 0)
     assert (features.embeddings.shape, features.grids.shape, features.sizes.shape) == ((0, D), (0, 3), (0, 2))
     assert repr(features) == "Features(0 ok, 1 failed, embeddings float32 (0, 4), tokens)"
 
 
 def test_tokens_by_row(folder):
-    tokens = read(folder).tokens
+    tokens = read_features(folder).tokens
     for index in [*range(len(tokens)), *range(-len(tokens), 0)]:
         t, h, w = GRIDS[index]
         expected = np.full((t, h, w, 3), NUMBERS[index], np.float16)
@@ -153,13 +153,13 @@ def test_tokens_by_row(folder):
 
 
 def test_tokens_belong_to_their_reader(folder):
-    tokens = read(folder).tokens
+    tokens = read_features(folder).tokens
     tokens[0][:] = 7
     assert tokens[0].max() < 7
 
 
 def test_iterating_tokens_reads_each_row_group_once(folder, monkeypatch):
-    tokens = read(folder).tokens
+    tokens = read_features(folder).tokens
     real, opens = stored.opened, []
     monkeypatch.setattr(stored, "opened", lambda path: opens.append(path) or real(path))
     assert len(list(tokens)) == len(NUMBERS)
@@ -170,13 +170,13 @@ def test_embeddings_leave_tokens_on_disk(folder, monkeypatch):
     columns = []
     real = pq.ParquetFile.read
     monkeypatch.setattr(pq.ParquetFile, "read", lambda file, names: columns.extend(names) or real(file, names))
-    read(folder)
+    read_features(folder)
     assert "embedding" in columns
     assert "tokens" not in columns
 
 
 def test_features_can_be_sent_to_another_process(folder):
-    features = read(folder)
+    features = read_features(folder)
     again = pickle.loads(pickle.dumps(features))
     np.testing.assert_array_equal(again.tokens[3], features.tokens[3])
 
@@ -184,7 +184,7 @@ def test_features_can_be_sent_to_another_process(folder):
 def test_inputs_given_twice_are_there_twice(tmp_path):
     rows = [make_row(5, (1, 1, 1), FORMATS["float32"])] * 2
     write_shard(tmp_path / shard_name(0, 1, "f"), rows, FORMATS["float32"], {}, temporary=tmp_path / "part")
-    assert read(tmp_path).ids == ["5.jpg", "5.jpg"]
+    assert read_features(tmp_path).ids == ["5.jpg", "5.jpg"]
 
 
 # Folders that cannot be read
@@ -192,24 +192,24 @@ def test_inputs_given_twice_are_there_twice(tmp_path):
 
 def test_no_folder_and_no_shards(tmp_path):
     with pytest.raises(ValueError, match="does not exist, expected the folder given to `nopad embed --out`"):
-        read(tmp_path / "features")
+        read_features(tmp_path / "features")
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
-        read(tmp_path / "file")
+        read_features(tmp_path / "file")
     (tmp_path / "other.parquet").touch()
     with pytest.raises(ValueError, match=r"no shards: expected shard-….parquet"):
-        read(tmp_path)
+        read_features(tmp_path)
     (tmp_path / ".nopad").mkdir()
     with pytest.raises(ValueError, match="no shard of its job is finished"):
-        read(tmp_path, partial=True)
+        read_features(tmp_path, partial=True)
 
 
 def test_an_unfinished_job(folder):
     (folder / shard_name(1, 5, "abc")).unlink()
     (folder / shard_name(4, 5, "abc")).unlink()
     with pytest.raises(ValueError, match=r"2 of 5 shards are missing \(00001, 00004\).*partial=True"):
-        read(folder)
-    features = read(folder, partial=True)
+        read_features(folder)
+    features = read_features(folder, partial=True)
     assert features.ids == ["0.jpg", "2.jpg"]
     np.testing.assert_array_equal(features.tokens[1][..., 1], np.full((2, 1, 1), 2))
 
@@ -218,31 +218,31 @@ def test_shards_of_different_jobs(folder):
     path = folder / shard_name(0, 5, "abc")
     path.rename(folder / shard_name(0, 5, "xyz"))
     with pytest.raises(ValueError, match="2 jobs: 4 of 5 with fingerprint abc, 1 of 5 with fingerprint xyz"):
-        read(folder, partial=True)
+        read_features(folder, partial=True)
 
 
 def test_a_number_beyond_the_last(folder):
     (folder / shard_name(4, 5, "abc")).rename(folder / shard_name(5, 5, "abc"))
     with pytest.raises(ValueError, match="shard 5 of 5, expected 0 to 4"):
-        read(folder)
+        read_features(folder)
 
 
 def test_shards_with_other_columns(folder):
     path = folder / shard_name(1, 5, "abc")
     write_shard(path, [], FORMATS["float32"], {}, temporary=folder / ".nopad" / "part")
     with pytest.raises(ValueError, match=f"{path}: other columns"):
-        read(folder)
+        read_features(folder)
 
 
 def test_a_damaged_shard_is_named(folder):
     path = folder / shard_name(1, 5, "abc")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=f"{path}: damaged"):
-        read(folder)
+        read_features(folder)
 
 
 def test_tokens_damaged_on_disk_are_noticed(folder):
-    features = read(folder)
+    features = read_features(folder)
     path = folder / shard_name(0, 5, "abc")
     whole = path.read_bytes()
     path.write_bytes(whole.replace(np.array([2, 2], np.float16).tobytes(), b"\1\2\3\4"))
@@ -252,7 +252,7 @@ def test_tokens_damaged_on_disk_are_noticed(folder):
 
 
 def test_a_shard_replaced_since_it_was_read(folder):
-    features = read(folder)
+    features = read_features(folder)
     rows = [make_row(0, (1, 1, 1), FORMATS["tokens"])]
     path = folder / shard_name(4, 5, "abc")
     write_shard(path, rows, FORMATS["tokens"], {}, temporary=folder / ".nopad" / "part")

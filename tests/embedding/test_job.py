@@ -119,7 +119,7 @@ def test_one_row_per_input_in_order_and_all_that_is_to_be_known_in_the_schema(ph
 
 def test_other_programs_read_it_as_it_is(photos, tmp_path, model):
     embed(photos, tmp_path / "out", model)
-    features = nopad.read(tmp_path / "out")
+    features = nopad.read_features(tmp_path / "out")
     matrix = features.embeddings
     assert (matrix.shape, matrix.dtype, features.tokens) == ((12, 32), np.float32, None)
     frame = pandas.read_parquet(tmp_path / "out")
@@ -135,17 +135,17 @@ def test_features_are_those_of_encoder_embed_bit_for_bit(photos, tmp_path, model
     paths = sorted(photos.iterdir())
     summary = embed(photos, tmp_path / "one", encoder, shard_size=None, capacity=64)
     vectors = encoder.embed(paths, capacity=64)
-    np.testing.assert_array_equal(nopad.read(tmp_path / "one").embeddings, vectors.numpy())
+    np.testing.assert_array_equal(nopad.read_features(tmp_path / "one").embeddings, vectors.numpy())
     assert summary.stats.packs > 3
 
     embed(photos, tmp_path / "more", encoder, capacity=64)
     expected = torch.cat([encoder.embed(paths[start : start + 5], capacity=64) for start in (0, 5, 10)])
-    np.testing.assert_array_equal(nopad.read(tmp_path / "more").embeddings, expected.numpy())
+    np.testing.assert_array_equal(nopad.read_features(tmp_path / "more").embeddings, expected.numpy())
 
 
 def test_tokens_are_those_of_the_encoder(photos, tmp_path, model):
     embed(photos, tmp_path / "out", model, tokens=True)
-    features = nopad.read(tmp_path / "out")
+    features = nopad.read_features(tmp_path / "out")
     encoder = nopad.load(model)
     for number, path in enumerate(sorted(photos.iterdir())):
         pack = encoder.pack([path])
@@ -170,7 +170,7 @@ def test_layers_in_fp8_are_another_job_of_the_same_weights(photos, tmp_path, mod
     assert embed(photos, tmp_path / "fp8", again, capacity=64).done == 0
     assert not {*table(tmp_path / "plain")} & {*table(tmp_path / "fp8")}
     vectors = encoder.embed(sorted(photos.iterdir()), capacity=64)
-    np.testing.assert_allclose(nopad.read(tmp_path / "fp8").embeddings, vectors.numpy(), rtol=0.05, atol=0.05)
+    np.testing.assert_allclose(nopad.read_features(tmp_path / "fp8").embeddings, vectors.numpy(), rtol=0.05, atol=0.05)
     with pytest.raises(ValueError, match="layers: eager there, eager fp8 now"):
         embed(photos, tmp_path / "plain", encoder)
 
@@ -196,7 +196,7 @@ def test_stored_as_float16_and_as_plain_lists(photos, tmp_path, model):
     embed(photos, tmp_path / "out", model, embedding_dtype="float16", embedding_list="variable")
     type = pq.read_schema(next((tmp_path / "out").glob("*.parquet"))).field("embedding").type
     assert str(type) == "list<element: halffloat>"
-    wide, half = (nopad.read(tmp_path / name).embeddings for name in ("wide", "out"))
+    wide, half = (nopad.read_features(tmp_path / name).embeddings for name in ("wide", "out"))
     np.testing.assert_array_equal(half, wide.astype(np.float16))
 
 
@@ -236,7 +236,7 @@ def test_videos(tmp_path, model, clip_model):
     for checkpoint, grid in ((model, (4, 8, 16)), (clip_model, (4, 7, 7))):
         out = tmp_path / checkpoint.name
         embed(tmp_path / "videos", out, checkpoint, frames=4, tokens=True)
-        features = nopad.read(out)
+        features = nopad.read_features(out)
         assert features.ids == ["a.mp4"]
         assert [failure.id for failure in features.failures] == ["b.mp4"]
         assert tuple(features.grids[0]) == grid
@@ -260,7 +260,7 @@ def test_a_stopped_job_goes_on_to_what_an_uninterrupted_one_gives(photos, tmp_pa
     assert (summary.rows, summary.missing, summary.to_go) == (5 * number, 12 - 5 * number, 12 - 5 * number)
     assert len(table(tmp_path / "out")) == number
     with pytest.raises(ValueError, match=f"unfinished: {3 - number} of 3 shards are missing"):
-        nopad.read(tmp_path / "out")
+        nopad.read_features(tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.parquet")}
     summary = embed(photos, tmp_path / "out", model, **options)
     assert (summary.rows, summary.done, summary.to_go, summary.failed) == (12, 12 - 5 * number, 0, 1)
@@ -274,7 +274,7 @@ def test_stopped_before_the_first_shard(photos, tmp_path, model):
     summary = embed(photos, tmp_path / "out", model, stop=stop)
     assert (summary.rows, summary.done, summary.missing, summary.to_go) == (0, 0, 12, 12)
     with pytest.raises(ValueError, match="no shard of its job is finished"):
-        nopad.read(tmp_path / "out")
+        nopad.read_features(tmp_path / "out")
     assert embed(photos, tmp_path / "out", model).rows == 12
 
 
@@ -320,7 +320,7 @@ def test_another_spelling_of_a_path_is_the_same_job(photos, tmp_path, monkeypatc
     embed(there[0], tmp_path / "out", there[1], **stop_after(1))
     summary = embed(now[0], tmp_path / "out", now[1])
     assert (summary.rows, summary.changes) == (12, [])
-    features = nopad.read(tmp_path / "out")
+    features = nopad.read_features(tmp_path / "out")
     assert {*features.sources} == {there[0]}
     assert features.metadata["model"] == there[1]
     assert embed(now[0], tmp_path / "out", nopad.load(now[1])).done == 0
@@ -401,7 +401,7 @@ def test_a_revision_is_the_hubs_and_part_of_the_record(begun, tmp_path, monkeypa
 
     monkeypatch.setattr(settings, "load", load)
     embed(begun[0], tmp_path / "out", model, revision="v1")
-    assert nopad.read(tmp_path / "out").metadata["revision"] == "v1"
+    assert nopad.read_features(tmp_path / "out").metadata["revision"] == "v1"
     with pytest.raises(ValueError, match="revision: v1 there, v2 now"):
         embed(begun[0], tmp_path / "out", model, revision="v2")
     assert asked == ["v1", "v2"]
@@ -411,7 +411,7 @@ def test_features_are_those_of_evaluation_in_the_encoders_dtype(begun, tmp_path,
     encoder = nopad.load(model)
     with torch.autocast("cpu", torch.bfloat16):
         embed(begun[0], tmp_path / "out", encoder)
-    assert np.array_equal(nopad.read(tmp_path / "out").embeddings, nopad.read(begun[1]).embeddings)
+    assert np.array_equal(nopad.read_features(tmp_path / "out").embeddings, nopad.read_features(begun[1]).embeddings)
     encoder.train()
     for run_it in (lambda: embed(begun[0], tmp_path / "out", encoder), lambda: encoder.embed([])):
         with pytest.raises(ValueError, match=r"encoder: expected in evaluation mode.*call its eval\(\) first"):
@@ -706,7 +706,7 @@ def test_the_table_may_lie_in_its_source(photos, tmp_path, model, stop_after):
         embed(photos, out, model, **stop_after(1))
         summary = embed(photos, out, model)
         assert (summary.rows, summary.failed, summary.changes, summary.left_out) == (12, 0, [], {})
-        assert nopad.read(out).ids == nopad.read(tmp_path / "whole").ids
+        assert nopad.read_features(out).ids == nopad.read_features(tmp_path / "whole").ids
         assert embed(f"{photos}/*", tmp_path / f"again-{out.name}", model).rows == 12
 
 
@@ -741,7 +741,7 @@ def test_retried_rows_are_replaced_and_the_others_keep_their_bits(photos, tmp_pa
     for old, new in zip(first, second, strict=True):
         assert new == old or new["id"] in ("001.png", "006.png")
     encoder = nopad.load(model)
-    vector = nopad.read(tmp_path / "out").embeddings[1]
+    vector = nopad.read_features(tmp_path / "out").embeddings[1]
     np.testing.assert_array_equal(vector, encoder.embed([photos / "001.png"])[0].numpy())
 
 
@@ -769,7 +769,8 @@ def test_a_retry_that_is_stopped_tells_what_it_left(photos, tmp_path, model, sto
     assert (summary.failed, summary.done, summary.to_go) == (0, 7, 0)
     assert (told[-1].rows, told[-1].kept, told[-1].stats.images) == (7, 5, 7)
     np.testing.assert_array_equal(
-        nopad.read(tmp_path / "out").embeddings[:5], nopad.load(model).embed(sorted(photos.iterdir())[:5]).numpy()
+        nopad.read_features(tmp_path / "out").embeddings[:5],
+        nopad.load(model).embed(sorted(photos.iterdir())[:5]).numpy(),
     )
 
 

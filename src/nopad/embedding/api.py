@@ -53,7 +53,7 @@ def embed(
 
     Args:
         sources: see `nopad.embedding.inputs.sources.list_inputs`.
-        out: the folder of the table; read it with `nopad.read`.
+        out: the folder of the table; read it with `nopad.read_features`.
         model: as `nopad.load` takes it, or an encoder.
         revision, attention: as `nopad.load` takes them.
         device: `"cuda"` where there is one, unless given.

@@ -185,7 +185,7 @@ def describe(summary: Summary) -> str:
         shards = summary.shards_with_failures
         lines.append(
             f"failures are rows with status 'failed' and the reason in 'error': "
-            f"nopad.read({summary.folder!r}).failures, in {len(shards)} shard{'s' if len(shards) > 1 else ''} "
+            f"nopad.read_features({summary.folder!r}).failures, in {len(shards)} shard{'s' if len(shards) > 1 else ''} "
             f"({shards[0]}{', …' if len(shards) > 1 else ''}); --retry-failed tries them again, but for "
             f"what could not be listed, which takes another folder"
         )

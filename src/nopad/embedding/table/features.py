@@ -111,7 +111,7 @@ class Features:
         return f"Features({len(self)} ok, {len(self.failures)} failed, {embeddings}, {tokens})"
 
 
-def read(folder: str | Path, *, partial: bool = False) -> Features:
+def read_features(folder: str | Path, *, partial: bool = False) -> Features:
     """Read what `nopad embed --out folder` wrote; embeddings come into memory, tokens stay on disk until indexed.
 
     Args:
@@ -167,6 +167,9 @@ def read(folder: str | Path, *, partial: bool = False) -> Features:
     )
 
 
+read = read_features  # an alias: the name until nopad 0.2
+
+
 def _find(folder: Path, partial: bool) -> list[Path]:
     """The shards of the folder's one job, by number."""
     if not folder.is_dir():
@@ -190,7 +193,7 @@ def _find(folder: Path, partial: bool) -> list[Path]:
     missing = [number for number in range(of) if number not in numbered]
     if missing and not partial:
         which = ", ".join(f"{number:05}" for number in missing[:_SHOWN]) + (", …" if len(missing) > _SHOWN else "")
-        what = "run `nopad embed` again to finish it, or read(folder, partial=True)"
+        what = "run `nopad embed` again to finish it, or read_features(folder, partial=True)"
         raise ValueError(f"{folder} is unfinished: {len(missing)} of {of} shards are missing ({which}); {what}")
     return [numbered[number] for number in sorted(numbered)]
 
