@@ -1,4 +1,6 @@
 import io
+import os
+import struct
 import sys
 from pathlib import Path
 
@@ -9,23 +11,34 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nopad.embedding.inputs import video
+from nopad.embedding.inputs import containers, video
 from nopad.embedding.inputs.video import read_frames
 from nopad.preprocessing.decode import ImageError
 
 
-def film(count: int, format: str = "mp4", codec: str = "libx264", gop: int = 6, rotation: int = 0) -> bytes:
+def film(
+    count: int,
+    format: str = "mp4",
+    codec: str = "libx264",
+    gop: int = 6,
+    rotation: int = 0,
+    options: dict[str, str] | None = None,
+    noise: bool = False,
+) -> bytes:
     """Grey frames whose level tells their number, with a dark top left quarter."""
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format=format) as container:
+    rng = np.random.default_rng(0)
+    with av.open(buffer, "w", format=format, options=options or {}) as container:
         stream = container.add_stream(codec, rate=25)
-        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        stream.width, stream.height = 64, 32
+        stream.pix_fmt = {"gif": "rgb8", "apng": "rgb24", "zmbv": "bgr0"}.get(codec, "yuv420p")
         stream.codec_context.gop_size = gop
         if rotation:
             stream.set_display_rotation(rotation)
         for i in range(count):
             array = np.full((32, 64, 3), level(i), np.uint8)
             array[:16, :32] = 0
+            array = rng.integers(0, 256, array.shape, np.uint8) if noise else array
             container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
         container.mux(stream.encode())
     return buffer.getvalue()
@@ -97,6 +110,109 @@ def test_reading_is_deterministic_and_the_same_from_a_path(tmp_path: Path):
     assert torch.equal(read_frames(tmp_path / "a:b.mp4", 5), read_frames(data, 5))
 
 
+@pytest.mark.parametrize("script", ["ffconcat version 1.0\nfile clip.mp4\n", "#EXTM3U\n#EXTINF:1,\nclip.mp4\n"])
+def test_no_other_file_is_opened(tmp_path: Path, script: str):
+    (tmp_path / "clip.mp4").write_bytes(film(4))
+    (tmp_path / "script.mp4").write_text(script)
+    with pytest.raises(ImageError, match="no video that can be read"):
+        read_frames(tmp_path / "script.mp4", 2)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(ImageError, match="cannot be read: expected a regular file, found a named pipe"):
+        read_frames(tmp_path / "pipe.mp4", 2)
+
+
+NESTED = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
+
+
+def rebuilt(data: bytes, boxes: dict[bytes, bytes]) -> bytes:
+    """An MP4 with other contents in some of its boxes; boxes named `kind+` are put in before the kind."""
+    result, position = b"", 0
+    while position < len(data):
+        length, kind = struct.unpack(">I4s", data[position : position + 8])
+        body = data[position + 8 : position + length]
+        body = boxes.get(kind, rebuilt(body, boxes) if kind in NESTED else body)
+        result += boxes.get(kind + b"+", b"") + struct.pack(">I4s", len(body) + 8, kind) + body
+        position += length
+    return result
+
+
+def words(*values: int) -> bytes:
+    return struct.pack(f">{len(values)}I", *values)
+
+
+def fragmented() -> bytes:
+    return film(4, options={"movflags": "frag_keyframe+empty_moov"})
+
+
+def edited(edits: int) -> bytes:
+    """A film of 40 frames with so many edit lists entries, each for the whole of it."""
+    table = words(0, edits) + words(1600, 0, 65536) * edits
+    box = struct.pack(">I4s", len(table) + 8, b"elst") + table
+    return rebuilt(film(40), {b"edts": box})
+
+
+MANY = 88_000_000
+SOUND = {b"hdlr": words(0, 0) + b"soun" + bytes(13), b"stts": words(0, 1, MANY, 1)}
+BOMBS = {
+    "samples of one size": (
+        lambda: rebuilt(film(4), {b"stsz": words(0, 1, MANY)}),
+        "claims 88000000 samples in a file of",
+    ),
+    "samples of a fragment": (
+        lambda: rebuilt(fragmented(), {b"trun": words(0, MANY)}),
+        "claims 88000004 samples|88000000",
+    ),
+    "edits": (lambda: edited(300_000), "claims 12000000 samples, expected at most"),
+    "samples of a chunk": (
+        lambda: rebuilt(film(4), SOUND | {b"stsc": words(0, 1, 1, 2**31, 1), b"stco": words(0, 9, *range(9))}),
+        "claims 18874368 samples, expected at most",
+    ),
+    "table behind its box": (lambda: rebuilt(film(4), {b"stsz": words(0, 0, 1000)}), "table stsz claims 4000 bytes"),
+    "chunk behind the file": (
+        lambda: rebuilt(film(4), {b"stco": words(0, 1, 2**31)}),
+        "truncated: its data go on to byte",
+    ),
+    "compressed": (lambda: rebuilt(film(4), {b"mvhd+": words(8) + b"cmov"}), r"compressed \(cmov\)"),
+}
+
+
+@pytest.mark.parametrize("case", BOMBS)
+def test_an_index_that_claims_what_the_file_cannot_hold_is_refused_before_ffmpeg_sees_it(
+    case: str, monkeypatch: pytest.MonkeyPatch
+):
+    make, reason = BOMBS[case]
+    data = make()
+    monkeypatch.setattr(av, "open", None)
+    with pytest.raises(ImageError, match=reason) as error:
+        read_frames(data, 2)
+    assert "ffmpeg -i IN -c copy OUT.mp4" in error.value.reason
+
+
+def test_uncompressed_sound_of_many_samples_is_no_bomb():
+    data = rebuilt(film(4), SOUND | {b"stsc": words(0, 1, 1, MANY, 1), b"stco": words(0, 1, 48)})
+    assert containers.problem(io.BytesIO(data)) == ""
+
+
+def test_packets_that_claim_the_same_bytes_again_and_again_end_the_reading(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(video, "_PACKET_SLACK", 0)
+    assert len(read_frames(edited(1), 2)) == 2
+    with pytest.raises(ImageError, match="its packets are more than four times the"):
+        read_frames(edited(300), 2)
+
+
+def test_a_frame_larger_than_its_header_says_is_refused():
+    header = rebuilt(film(4), {})
+    at = header.rindex(b"avc1") + 4 + 24
+    assert header[at : at + 4] == struct.pack(">HH", 64, 32)
+    liar = header[:at] + struct.pack(">HH", 16, 16) + header[at + 4 :]
+    assert read_frames(liar, 2, max_pixels=2048).shape == (2, 3, 32, 64)
+    with pytest.raises(ImageError, match="expected at most 2047"):
+        read_frames(liar, 2, max_pixels=2047)
+
+
 @pytest.fixture(scope="module")
 def noise(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """Large frames behind the index, so that a file can be cut or damaged among them."""
@@ -112,11 +228,47 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def test_a_video_that_is_cut_short_is_an_error(noise: bytes):
-    data = film(20)
-    with pytest.raises(ImageError, match="no video that can be read"):
-        read_frames(data[: len(data) // 2], 2)
-    with pytest.raises(ImageError, match="truncated: the last of"):
+    with pytest.raises(ImageError, match=r"truncated: mdat goes on to byte .* the file ends at"):
         read_frames(noise[: len(noise) * 2 // 3], 2)
+
+
+CONTAINERS = {
+    "mp4": ("mp4", "libx264", {}),
+    "fragmented mp4": ("mp4", "libx264", {"movflags": "frag_keyframe+empty_moov"}),
+    "mov": ("mov", "mpeg4", {}),
+    "matroska": ("matroska", "libx264", {}),
+    "live matroska": ("matroska", "libx264", {"live": "1"}),  # of unknown size
+    "webm": ("webm", "libvpx-vp9", {}),
+    "avi": ("avi", "mpeg4", {}),
+    "flv": ("flv", "flv", {}),
+    "ogg": ("ogg", "libvpx", {}),
+    "asf": ("asf", "wmv2", {}),
+    "transport stream": ("mpegts", "libx264", {}),
+    "program stream": ("mpeg", "mpeg2video", {}),
+    "gif": ("gif", "gif", {}),
+    "apng": ("apng", "apng", {}),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_truncation_is_noticed_in_every_container(container: str):
+    format, codec, options = CONTAINERS[container]
+    data = film(40, format, codec, options=options, noise=True)
+    assert len(read_frames(data, 4)) == 4
+    # Whole packets, as a download that stopped leaves them; the program stream's last tenth is padding.
+    for share in (0.3, 0.5, 0.8):
+        end = int(len(data) * share)
+        end -= end % 188 if format == "mpegts" else 0
+        with pytest.raises(ImageError, match=r"truncated|damaged"):
+            read_frames(data[:end], 4)
+
+
+@pytest.mark.parametrize(("format", "slack"), [("matroska", 0), ("avi", 8), ("flv", 4), ("mpegts", 0)])
+def test_each_byte_that_is_missing_at_the_end_is_noticed(format: str, slack: int):
+    data = film(10, format, "flv" if format == "flv" else "mpeg4")
+    for missing in (1, 2, 5, 20, 100):
+        with pytest.raises(ImageError, match="truncated"):
+            read_frames(data[: -missing - slack], 2)
 
 
 def test_damage_inside_is_an_error(noise: bytes):
@@ -144,6 +296,12 @@ def sound() -> bytes:
         (b"", "no video that can be read"),
         (b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n", "no video that can be read"),
         (b"just text", "no video that can be read"),
+        (
+            film(4, "matroska", "libx264").replace(b"V_MPEG4/ISO/AVC", b"V_MPEG4/ISO/ZZZ"),
+            "its codec is unknown to FFmpeg",
+        ),
+        (film(4, "avi", "zmbv"), "its codec is zmbv, which is not read; convert it: ffmpeg"),
+        (film(4, "nut", "mpeg4"), "no video that can be read"),
         (sound(), "no video stream in it"),
         (film(0, "matroska"), "no video|no frame"),
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nopad.atomic import atomic_write
 from nopad.checkpoints.untrained import UNTRAINED
-from nopad.embedding.inputs.archives import why
+from nopad.embedding.inputs.files import why
 from nopad.embedding.inputs.listing import InputList
 from nopad.embedding.table.writer import OWN_FOLDER, folder_error
 

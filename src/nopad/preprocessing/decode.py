@@ -133,9 +133,10 @@ def take(source: Source | Sequence[Source]) -> Source | Sequence[Source] | Image
     PIL images, arrays and tensors may change once they have been handed over, and a PIL image must not be loaded by two
     threads. An object that cannot be loaded gives its error, for `load_taken` to raise.
     """
-    several = source if isinstance(source, list | tuple) else [source]
-    if several and all(isinstance(one, str | Path | bytes) for one in several):
-        return tuple(several) if several is source else source
+    if isinstance(source, str | Path | bytes):
+        return source
+    if isinstance(source, list | tuple) and source and all(isinstance(frame, str | Path | bytes) for frame in source):
+        return tuple(source)
     try:
         pixels = load(source)
     except ImageError as error:

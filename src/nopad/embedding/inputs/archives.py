@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
-import stat
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nopad.embedding.inputs.files import open_regular, why
 from nopad.embedding.inputs.listing import Input, as_text
 from nopad.preprocessing.formats import image_suffixes
 
@@ -31,35 +30,6 @@ def suffix_of(name: str) -> str:
     """The last suffix in lower case, both of a compressed tar's, empty for none."""
     name = name.lower()
     return next((suffix for suffix in COMPRESSED_TARS if name.endswith(suffix)), os.path.splitext(name)[1])
-
-
-def open_regular(path: bytes) -> io.FileIO:
-    """Open a file to read without a buffer, never waiting for a pipe or a device.
-
-    Raises:
-        OSError: what the system says, or that it is no regular file.
-        ValueError: a null byte in the path.
-    """
-    _check_regular(os.stat(path))
-    file = open(path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
-    try:
-        _check_regular(os.fstat(file.fileno()))
-    except OSError:
-        file.close()
-        raise
-    return file
-
-
-def _check_regular(status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
-        kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
-        raise OSError(errno.EINVAL, f"expected a regular file, found {kind}")
-
-
-def why(error: BaseException) -> str:
-    """An error as one reason, without the path that the system's errors end with."""
-    return as_text(getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
 def compressed(text: str) -> ValueError:

@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow as pa
 from torch import Tensor
 
-from nopad.embedding.inputs.archives import ARROW_DAMAGE, load_splits, open_parquet, open_regular, why
+from nopad.embedding.inputs.archives import ARROW_DAMAGE, load_splits, open_parquet
+from nopad.embedding.inputs.files import open_regular, why
 from nopad.embedding.inputs.listing import Input, as_text
 from nopad.embedding.inputs.video import read_frames
 from nopad.preprocessing.decode import MAX_PIXELS, ImageError, load_image
@@ -71,7 +72,6 @@ class Reader:
         """
         try:
             if item.kind == "video":
-                open_regular(item.path).close()
                 return read_frames(os.fsdecode(item.path), self._frames, max_pixels=self._max_pixels)
             return load_image(self._encoded(item), max_pixels=self._max_pixels)
         except ImageError as error:

@@ -17,12 +17,11 @@ from nopad.embedding.inputs.archives import (
     compressed,
     dataset_inputs,
     is_dataset,
-    open_regular,
     parquet_inputs,
     suffix_of,
     tar_inputs,
-    why,
 )
+from nopad.embedding.inputs.files import open_regular, why
 from nopad.embedding.inputs.listing import Input, InputList, as_text
 from nopad.embedding.table.writer import OWN_FOLDER, parse_shard_name
 from nopad.preprocessing.formats import image_suffixes

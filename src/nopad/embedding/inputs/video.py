@@ -6,6 +6,8 @@ import bisect
 import io
 import math
 import os
+from array import array
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,14 +16,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nopad.embedding.inputs import containers
+from nopad.embedding.inputs.files import open_regular, why
 from nopad.preprocessing.decode import MAX_PIXELS, ImageError
 
 if TYPE_CHECKING:
-    from av import VideoFrame, VideoStream
+    from av import Packet, VideoFrame, VideoStream
     from av.container import InputContainer
 
 Video = str | os.PathLike[str] | bytes
 """A path, or a file's bytes."""
+
+# FFmpeg's names. None of these containers names other files to read, as playlists and scripts do (concat, hls, dash).
+_CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,gif,apng"
+_VIDEO_DECODERS = (
+    *("h264", "hevc", "vvc", "av1", "libdav1d", "vp8", "libvpx", "vp9", "libvpx-vp9", "vp3", "vp6", "vp6f", "theora"),
+    *("mpeg1video", "mpeg2video", "mpegvideo", "mpeg4", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "h263", "flv", "wmv1"),
+    *("wmv2", "wmv3", "vc1", "mjpeg", "prores", "dnxhd", "dvvideo", "ffv1", "huffyuv", "ffvhuff"),
+    *("utvideo", "rawvideo", "qtrle", "png", "gif", "apng", "cinepak", "svq3"),
+)
+# FFmpeg opens decoders to find out what is in a file, those of sound, too.
+_SOUND_DECODERS = ("aac", "mp3float", "mp3", "mp2", "ac3", "opus", "vorbis", "flac")
+# The end of such files is no part of their structure: where they are cut, their last frame is not whole.
+_WITHOUT_END = ("mpeg", "mpegts", "mpegvideo")
+_LONGEST_TAIL = 1000
+_PACKET_SLACK = 64 << 20
 
 
 def read_frames(source: Video, number: int, *, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -30,6 +49,9 @@ def read_frames(source: Video, number: int, *, max_pixels: int = MAX_PIXELS) -> 
     The video's `F` frames are cut into `number` equal spans and the middle of each is taken: frame
     `(2i + 1) · F // (2 · number)`, or every frame where there are no more than that. `F` is counted, since headers only
     claim it. Frames are turned upright by the video's display matrix.
+
+    Read are MP4 and MOV, Matroska and WebM, AVI, MPEG, FLV, Ogg, WMV and GIF with the usual codecs. A file that is cut
+    short is an error in all of them, where it can be told: by its structure, and by the last frame of MPEG streams.
 
     Args:
         source: see `Video`; the first video stream is read that is no cover picture.
@@ -40,7 +62,8 @@ def read_frames(source: Video, number: int, *, max_pixels: int = MAX_PIXELS) -> 
         uint8 `(min(number, F), 3, H, W)`, a channels-last view.
 
     Raises:
-        ImageError: no video, no frame in it, cut short or damaged, too large, frames of different sizes, no PyAV.
+        ImageError: no video, no frame in it, another container or codec, cut short or damaged, an index of more
+            samples than the file can hold, too large, frames of different sizes, no PyAV.
         ValueError: `number` below 1.
     """
     if number < 1:
@@ -77,12 +100,20 @@ class _Index:
 
 
 def _pictures(source: Video, number: int, max_pixels: int) -> list[np.ndarray]:
-    with _open(source) as container:
+    try:
+        file = io.BytesIO(source) if isinstance(source, bytes) else open_regular(os.fsencode(source))
+    except (OSError, ValueError) as error:
+        raise _UnusableError(f"cannot be read: {why(error)}") from error
+    with file:
+        size = file.seek(0, os.SEEK_END)
+        if problem := containers.problem(file):
+            raise _UnusableError(problem)
+    with _open(source, max_pixels) as container:
         stream = _stream(container, max_pixels)
-        index = _scan(container, stream)
+        index = _scan(container, stream, size)
     if index.times is not None:
         wanted = [index.times[i] for i in _middles(index.count, number)]
-        with _open(source) as container:
+        with _open(source, max_pixels) as container:
             pictures = _seek(container, _stream(container, max_pixels), wanted, index, max_pixels)
         if pictures is not None:
             return pictures
@@ -99,12 +130,19 @@ def _middles(count: int, number: int) -> list[int]:
     return [(2 * i + 1) * count // (2 * number) for i in range(number)]
 
 
-def _open(source: Video) -> InputContainer:
+def _open(source: Video, max_pixels: int) -> InputContainer:
     import av
 
-    # Playlists pass for videos too: they must not reach for the network. An absolute path is never read as a protocol.
+    options = {
+        "format_whitelist": _CONTAINERS,
+        "codec_whitelist": ",".join(_VIDEO_DECODERS + _SOUND_DECODERS),
+        "protocol_whitelist": "file",
+        # Of frames that FFmpeg decodes to find out their size, which is checked afterwards.
+        "max_pixels": str(max(max_pixels, MAX_PIXELS)),
+    }
+    # An absolute path is never read as a protocol.
     file = io.BytesIO(source) if isinstance(source, bytes) else os.path.abspath(source)
-    return av.open(file, "r", metadata_errors="replace", options={"protocol_whitelist": "file"})
+    return av.open(file, "r", metadata_errors="replace", options=options)
 
 
 def _stream(container: InputContainer, max_pixels: int) -> VideoStream:
@@ -114,8 +152,14 @@ def _stream(container: InputContainer, max_pixels: int) -> VideoStream:
     stream = next(videos, None)
     if stream is None:
         raise _UnusableError("no video stream in it")
-    _check_size(stream.codec_context.width, stream.codec_context.height, max_pixels)
-    stream.codec_context.thread_count = 1  # the caller decodes many files at a time
+    context = stream.codec_context
+    decoder = "unknown to FFmpeg" if context is None else context.name
+    if decoder not in _VIDEO_DECODERS:
+        convert = "convert it: ffmpeg -i IN -c:v libx264 OUT.mp4"
+        raise _UnusableError(f"its codec is {decoder}, which is not read; {convert}")
+    _check_size(context.width, context.height, max_pixels)
+    context.thread_count = 1  # the caller decodes many files at a time
+    context.options = {"max_pixels": str(max_pixels)}  # of each frame, whatever the header says
     return stream
 
 
@@ -124,23 +168,52 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise _UnusableError(f"frames of {width}×{height} are {width * height} pixels, expected at most {max_pixels}")
 
 
-def _scan(container: InputContainer, stream: VideoStream) -> _Index:
-    times: list[int | None] = []
-    keys: list[int] = []
-    cut_short = False
-    for packet in container.demux(stream):
-        if not packet.size:
+def _scan(container: InputContainer, stream: VideoStream, size: int) -> _Index:
+    times = array("q")
+    keys = array("q")
+    count = total = 0
+    is_cut = False
+    has_end = container.format.name not in _WITHOUT_END
+    tail: deque[Packet] = deque(maxlen=_LONGEST_TAIL)
+    for packet in container.demux():
+        total += packet.size
+        if total > 4 * size:
+            raise _UnusableError(
+                f"its packets are more than four times the {size} bytes of the file; get the file again"
+            )
+        if not packet.size or packet.stream_index != stream.index:
             continue
-        cut_short = packet.is_corrupt
+        is_cut = packet.is_corrupt
         if not packet.is_discard:  # outside an edit list: decoded, but not shown
-            times.append(packet.pts)
+            count += 1
+            if packet.pts is not None:
+                times.append(packet.pts)
         if packet.is_keyframe and packet.pts is not None:
             keys.append(packet.pts)
-    if cut_short:
-        raise _UnusableError(f"truncated: the last of {len(times)} frames is not whole; get the file again")
-    known = sorted(time for time in times if time is not None)
-    is_unique = len(set(known)) == len(times) > 0
-    return _Index(len(times), known if is_unique else None, sorted(keys))
+        if packet.is_keyframe:
+            tail.clear()
+        if not has_end:
+            tail.append(packet)
+    if is_cut or (tail and _is_last_frame_damaged(tail, stream)):
+        raise _UnusableError(f"truncated: the last of {count} frames is not whole; get the file again")
+    known = np.unique(np.frombuffer(times, np.int64))
+    return _Index(count, known.tolist() if len(known) == count > 0 else None, sorted(keys))
+
+
+def _is_last_frame_damaged(tail: Sequence[Packet], stream: VideoStream) -> bool:
+    """Decode the packets from the last key frame on."""
+    import av.error
+
+    if not tail[0].is_keyframe:
+        return False
+    last = None
+    for packet in (*tail, None):
+        try:
+            last = next(reversed(stream.codec_context.decode(packet)), last)
+        except av.error.FFmpegError:
+            if packet is tail[-1]:
+                return True
+    return last is not None and last.is_corrupt
 
 
 def _seek(
@@ -174,7 +247,7 @@ def _decode(source: Video, total: int, number: int, max_pixels: int) -> tuple[li
     pictures = []
     count = 0
     wanted = set(_middles(total, number))
-    with _open(source) as container:
+    with _open(source, max_pixels) as container:
         for frame in container.decode(_stream(container, max_pixels)):
             if count in wanted:
                 if frame.is_corrupt:
