@@ -27,7 +27,7 @@ from nopad.checkpoints.files import open_checkpoint
 from nopad.kernels import attention as varlen
 from nopad.layers import positions
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GRIDS = [(1, 3, 5), (1, 1, 1), (3, 2, 4), (1, 60, 1), (1, 1, 60), (1, 5, 5), (1, 7, 6)]
 
 
