@@ -140,7 +140,9 @@ def test_all_options_reach_the_job(photos, tmp_path, capsys, model):
         "max_pixels": "99999",
         "embedding_dtype": "float16",
         "embedding_list": "variable",
-        "rows_per_shard": "7",
+        "shard_size": "7",
+        "resize": "pil",
+        "max_patches": "9",
     }
     assert {key: metadata[key] for key in expected} == expected
     assert metadata["preprocessing"].startswith("native at most 9 patches; bicubic antialiased (pil)")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 from nopad import embed
@@ -160,24 +161,26 @@ def test_ctrl_c_finishes_the_shards_in_hand(goldens, tmp_path):
 
 def test_what_a_killed_actor_leaves_is_removed(tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'nopad[ray]'")
-    files = JobFolder(tmp_path)
-    files.own.mkdir()
+    folder = JobFolder(tmp_path)
+    folder.own.mkdir()
 
     @contextmanager
     def connected():
         yield
-        (files.own / "shard-3.parquet.part").touch()  # written when the others were over
+        (folder.own / "shard-3.parquet.part").touch()  # written when the others were over
 
     actors = types.SimpleNamespace(make=lambda *_: [])
 
-    job = types.SimpleNamespace(files=files, settings=types.SimpleNamespace(device="cpu"))
-    run = types.SimpleNamespace(job=job, stop=threading.Event(), start=0.0, report=lambda: None)
+    job = types.SimpleNamespace(folder=folder)
+    worker = types.SimpleNamespace(encoder=torch.nn.Module())
+    worker.encoder.device = torch.device("cpu")
+    run = types.SimpleNamespace(job=job, stop=threading.Event(), start=0.0, report=lambda: None, worker=worker)
     monkeypatch.setattr("ray.nodes", lambda: [node(2)])
     stand_ins = {"_connected": connected, "Ticker": nullcontext, "_Actors": lambda *_, **__: nullcontext(actors)}
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(distributed, name, stand_in)
     distributed.make_on_ray(run, [3], actors=1)
-    assert list(files.own.iterdir()) == []
+    assert list(folder.own.iterdir()) == []
 
 
 def node(cores: float, gpus: float = 0, alive: bool = True) -> dict:

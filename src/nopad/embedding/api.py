@@ -7,17 +7,16 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from nopad.embedding.distributed import make_on_ray
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.sources import list_inputs
-from nopad.embedding.job import begin_or_resume
+from nopad.embedding.job import begin_or_resume, load_encoder, make_worker
 from nopad.embedding.lock import FolderLock
 from nopad.embedding.progress import Progress
 from nopad.embedding.run import Run, Summary
-from nopad.embedding.settings import Settings, check_count
+from nopad.embedding.settings import Settings
 from nopad.encoder import PackedEncoder
+from nopad.preprocessing.limits import MAX_PIXELS
 from nopad.preprocessing.transforms import Resize
 
 
@@ -35,7 +34,7 @@ def embed(
     resize: Resize = "torch",
     capacity: int | None = None,
     frames: int = 8,
-    max_pixels: int = Settings.max_pixels,
+    max_pixels: int = MAX_PIXELS,
     embedding_dtype: str = "float32",
     embedding_list: str = "fixed",
     shard_size: int | None = None,
@@ -71,55 +70,35 @@ def embed(
         retry_failed: try failed rows of finished shards again.
         actors: run on Ray with so many actors; in this process unless given.
         stop: once set, the shard in hand is finished and no other.
-        progress: told how far the run is.
+        progress: called with how far the run is, a few times a second, from another thread.
 
     Raises:
         ValueError: a source, setting or checkpoint that is wrong, or a folder with a job of other settings.
         OSError: a folder that cannot be written, or that another job writes to.
         ImportError: a source or `actors` needs a package that is not installed.
     """
+    arguments = locals()
     names = [os.fspath(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
     label = (model.source or type(model).__name__) if isinstance(model, PackedEncoder) else str(model)
-    files = JobFolder(out)
-    label, names = files.spelling(label, names)
-    settings = Settings(
-        model=label,
-        revision=revision,
-        device=str(model.device) if isinstance(model, PackedEncoder) else device or _best_device(),
-        dtype=dtype,
-        attention=attention,
-        tokens=tokens,
-        max_patches=max_patches,
-        resize=resize,
-        capacity=capacity,
-        frames=frames,
-        max_pixels=max_pixels,
-        embedding_dtype=embedding_dtype,
-        embedding_list=embedding_list,
-        shard_size=shard_size,
-    )
+    folder = JobFolder(out)
+    label, names = folder.spelling(label, names)
+    settings = Settings.of({**arguments, "model": label})
     if isinstance(model, PackedEncoder) and (dtype or device or revision or attention != "auto" or actors):
         raise ValueError(
             "model: an encoder brings its own device, dtype, revision and attention, and cannot be sent to actors; "
             "give its name or path instead"
         )
-    check_count("workers", workers)
-    check_count("actors", actors)
     if not isinstance(stop, threading.Event | None):
         raise ValueError(f"stop: expected a threading.Event, got {stop!r}")
     listing = list_inputs(names, image_column=image_column)
     with FolderLock(out):
-        files.clean()
-        encoder = model if isinstance(model, PackedEncoder) else settings.load()
-        job, changes = begin_or_resume(files, settings, encoder, names, listing.inputs)
-        run = Run(job, encoder, retry_failed=retry_failed, threads=workers, stop=stop, progress=progress)
+        folder.clean()
+        worker = make_worker(settings, model if isinstance(model, PackedEncoder) else load_encoder(settings))
+        job, changes = begin_or_resume(folder, settings, worker, names, listing.inputs)
+        run = Run(job, worker, stop=stop, progress=progress)
         run.retry()
         if actors is None:
             run.make(run.missing)
         else:
             make_on_ray(run, run.missing, actors)
         return run.summary(listing.left_out, changes)
-
-
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

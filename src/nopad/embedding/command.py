@@ -13,14 +13,15 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING
 
+from nopad.embedding.settings import Settings
 from nopad.terminal import device_of, show
 
 if TYPE_CHECKING:
     from nopad.embedding.run import Summary
 
-DTYPES = ("float32", "bfloat16", "float16")
 DONE, NOTHING_EMBEDDED, INTERRUPTED = 0, 1, 130
 
 
@@ -28,31 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `nopad embed`."""
     sources = "folders, globs, list files (.txt), WebDataset tars, Parquet files, datasets saved to disk, videos"
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help=sources)
-    parser.add_argument("--model", required=True, help="Hub name, folder, weights file, or untrained:<published name>")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the table; go on with the same command")
-    parser.add_argument("--tokens", action="store_true", help="store each picture's tokens, too, in float16")
-    parser.add_argument("--max-patches", type=int, metavar="N", help="most patches of a picture, aspect ratio kept")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, …; cuda where there is one, unless given")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the model (default: the checkpoint's own)")
-    parser.add_argument("--attention", default="auto", help="kernel (default: the best there is)")
-    parser.add_argument("--workers", type=int, metavar="N", help="threads that decode (default: one per core)")
-    capacity = "tokens per pack (default: 16384, on a CPU 2048)"
-    parser.add_argument("--capacity", type=int, metavar="N", help=capacity)
-    resize = "torch is fast, pil bit-exact with transformers' processors (default: torch)"
-    parser.add_argument("--resize", choices=("torch", "pil"), default="torch", help=resize)
-    parser.add_argument("--frames", type=int, default=8, metavar="N", help="frames of a video (default: 8)")
-    pixels = "pictures of more are failures (default: 178956970, as Pillow)"
-    parser.add_argument("--max-pixels", type=int, metavar="N", help=pixels)
-    column = "column of image bytes in Parquet files and datasets, where it is not clear"
-    parser.add_argument("--image-column", metavar="NAME", help=column)
-    in_table = "of the embedding in the table (default: float32)"
-    parser.add_argument("--embedding-dtype", choices=("float32", "float16"), default="float32", help=in_table)
-    lists = "fixed-size lists, or variable ones for databases that cannot read those (default: fixed)"
-    parser.add_argument("--embedding-list", choices=("fixed", "variable"), default="fixed", help=lists)
-    parser.add_argument("--shard-size", type=int, metavar="N", help="rows of a shard (default: 2048, with tokens 512)")
-    parser.add_argument("--retry-failed", action="store_true", help="try failed rows of finished shards again")
-    parser.add_argument("--actors", type=int, metavar="N", help="run on Ray with N actors")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    for option in fields(Settings):
+        required = option.default is MISSING
+        default = None if required else option.default
+        help = option.metadata["help"] + (f" (default: {default})" if default else "")
+        name = "--" + option.name.replace("_", "-")
+        parser.add_argument(name, required=required, default=default, help=help, **option.metadata["argument"])
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
@@ -71,40 +54,21 @@ def run(options: argparse.Namespace) -> int:
             raise ImportError(f"this needs {package}: pip install 'nopad[embed]'")
     from nopad.embedding.api import embed
     from nopad.embedding.progress import display
-    from nopad.embedding.settings import Settings
 
     transformers_logging.disable_progress_bar()
     device_of(options.device)
-    max_pixels = Settings.max_pixels if options.max_pixels is None else options.max_pixels
     go_on = f"to go on: {_command(options)}"
     try:
         with (
             stop_on_signals() as stop,
-            pillow_takes(max_pixels),
+            pillow_takes(options.max_pixels),
             display(sys.stderr) as shown,
             redirect_stdout(sys.stderr),  # Ray prints to it when an actor dies; it is for the summary alone
         ):
             summary = embed(
                 options.sources,
                 options.out,
-                model=options.model,
-                revision=options.revision,
-                device=options.device,
-                dtype=options.dtype,
-                attention=options.attention,
-                tokens=options.tokens,
-                max_patches=options.max_patches,
-                resize=options.resize,
-                capacity=options.capacity,
-                frames=options.frames,
-                max_pixels=max_pixels,
-                embedding_dtype=options.embedding_dtype,
-                embedding_list=options.embedding_list,
-                shard_size=options.shard_size,
-                image_column=options.image_column,
-                workers=options.workers,
-                retry_failed=options.retry_failed,
-                actors=options.actors,
+                **{option.name: getattr(options, option.name) for option in fields(Settings)},
                 stop=stop,
                 progress=shown,
             )

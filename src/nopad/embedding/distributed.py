@@ -21,11 +21,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from PIL import Image
 
 from nopad.embedding.folder import JobFolder
-from nopad.embedding.job import Job
+from nopad.embedding.job import Job, load_encoder, make_worker
 from nopad.embedding.manifest import check_same, record_of
 from nopad.embedding.progress import Ticker
 from nopad.embedding.run import Run
@@ -74,7 +73,7 @@ def make_on_ray(run: Run, shards: Sequence[int], actors: int) -> None:
 
     try:
         with _connected(), Ticker(run.report):
-            on_gpu = torch.device(run.job.settings.device).type == "cuda"
+            on_gpu = run.worker.encoder.device.type == "cuda"
             cores = _cores_of_an_actor(ray.nodes(), actors, on_gpu=on_gpu)
             with _Actors(run, cores, on_gpu=on_gpu) as pool:
                 for result in pool.make(shards, actors):
@@ -82,7 +81,7 @@ def make_on_ray(run: Run, shards: Sequence[int], actors: int) -> None:
     except RayError as error:
         raise RuntimeError(f"Ray failed; run the job again to go on: {error}") from error
     finally:
-        run.job.files.clean()  # no actor is left that could write there
+        run.job.folder.clean()  # no actor is left that could write there
     run.seconds = time.perf_counter() - run.start
 
 
@@ -107,13 +106,14 @@ class _Actors:
         self.run = run
         self.needs: dict[str, Any] = {"num_cpus": cores, "num_gpus": int(on_gpu)}
         self.maker: Any = ray.remote(**self.needs)(_ShardMaker)
-        self.order = _Order(
-            folder=os.path.abspath(run.job.files.folder),
-            settings=settings,
+        here = replace(
+            settings,
             model=os.path.abspath(settings.model) if os.path.exists(settings.model) else settings.model,
-            threads=run.threads or cores,
-            max_image_pixels=Image.MAX_IMAGE_PIXELS,
+            device=run.worker.encoder.device.type,  # Ray shows each actor its own GPU as the only one
+            workers=settings.workers or cores,
         )
+        folder = os.path.abspath(run.job.folder.path)
+        self.order = _Order(folder, settings, here, max_image_pixels=Image.MAX_IMAGE_PIXELS)
         self.places: dict[Any, str] = {}  # of each actor that has started: its process and host
         self.loading: dict[Any, Any] = {}  # an actor by the reference to what its call will return
         self.making: dict[Any, tuple[Any, int]] = {}
@@ -240,20 +240,19 @@ def _connected() -> Iterator[None]:
         ray.shutdown()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Order:
     """What an actor gets; the list of inputs, which may have millions, it reads from the folder.
 
     Attributes:
-        model: `settings.model`, its path made absolute.
-        threads: that decode.
+        settings: as the job was begun with.
+        here: the same for an actor: the model's path made absolute, its device and number of decode threads.
         max_image_pixels: Pillow's limit, which belongs to a process.
     """
 
     folder: str
     settings: Settings
-    model: str
-    threads: int
+    here: Settings
     max_image_pixels: int | None
 
 
@@ -283,22 +282,20 @@ class _ShardMaker:
 
     @cached_property
     def job(self) -> Job:
-        files = JobFolder(self.order.folder)
-        return Job(self.order.settings, files, *files.read())
+        folder = JobFolder(self.order.folder)
+        return Job(self.order.settings, folder, *folder.read())
 
     # Not in the constructor, whose errors Ray raises as a death of the actor.
     @cached_property
     def run(self) -> Run:
-        settings, job = self.order.settings, self.job
-        # Ray shows each actor its own GPU as the only one.
-        device = torch.device(settings.device).type
-        encoder = replace(settings, model=self.order.model, device=device).load()
-        here = record_of(settings, encoder, json.loads(job.record["sources"]), job.inputs)
+        job = self.job
+        worker = make_worker(self.order.here, load_encoder(self.order.here))
+        record = record_of(self.order.settings, worker, json.loads(job.record["sources"]), job.inputs)
         try:
-            check_same(job.record, here, job.files.folder)
+            check_same(job.record, record, job.folder.path)
         except ValueError as error:
             raise ValueError(f"{socket.gethostname()} has another checkpoint or installation: {error}") from None
-        return Run(job, encoder, threads=self.order.threads)
+        return Run(job, worker)
 
 
 def _result(rows: int, write: float, stats: Stats) -> dict[str, Any]:

@@ -21,8 +21,8 @@ class JobFolder:
     def __init__(self, folder: str | Path) -> None:
         if not os.fspath(folder):
             raise ValueError("out: expected a folder, got ''; '.' is the current one")
-        self.folder = Path(folder)
-        self.own = self.folder / OWN_FOLDER
+        self.path = Path(folder)
+        self.own = self.path / OWN_FOLDER
 
     @property
     def has_job(self) -> bool:
@@ -49,7 +49,7 @@ class JobFolder:
             with atomic_write(self.own / "job.json") as file:
                 file.write(text.encode())
         except OSError as error:
-            raise folder_error(error, self.folder) from error
+            raise folder_error(error, self.path) from error
 
     def read(self) -> tuple[dict[str, str], InputList]:
         """The record and the list of the job that was begun here.
@@ -61,8 +61,10 @@ class JobFolder:
         try:
             record = json.loads((self.own / "job.json").read_text(encoding="utf-8"))
             inputs = InputList.load(self.own / "inputs.parquet")
+            if any(not isinstance(value, str) for value in record.values()):
+                raise ValueError("expected text alone in job.json")
             is_whole = record["inputs"] == inputs.digest()
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.own}: the job's files cannot be read ({why(error)}); {advice}") from error
         if not is_whole:
             raise ValueError(f"{self.own}: inputs.parquet is not the list that job.json was begun with; {advice}")

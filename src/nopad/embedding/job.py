@@ -7,23 +7,28 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.listing import Input, InputList, as_text
 from nopad.embedding.manifest import check_same, fingerprint, record_of
 from nopad.embedding.settings import Settings
-from nopad.embedding.table.writer import Row, parse_shard_name, shard_name, write_shard
+from nopad.embedding.table.writer import Row, ShardFormat, parse_shard_name, shard_name, write_shard
 from nopad.encoder import PackedEncoder
+from nopad.loading import load
+from nopad.pipeline.worker import Worker
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Job:
-    """A job that was begun in a folder: what each shard holds, which are there, how to make the others."""
+    """A job that was begun in a folder: what each shard holds, which are there, how to write the others."""
 
     settings: Settings
-    files: JobFolder
+    folder: JobFolder
     record: Mapping[str, str]
     inputs: InputList
     fingerprint: str = field(init=False)
@@ -36,7 +41,7 @@ class Job:
 
     def path(self, shard: int) -> Path:
         """The file of a shard."""
-        return self.files.folder / shard_name(shard, len(self), self.fingerprint)
+        return self.folder.path / shard_name(shard, len(self), self.fingerprint)
 
     def of(self, shard: int) -> list[Input]:
         """The inputs of a shard."""
@@ -55,7 +60,7 @@ class Job:
             ValueError: a shard of another job.
         """
         found = []
-        for path in sorted(self.files.folder.glob("shard-*.parquet")):
+        for path in sorted(self.folder.path.glob("shard-*.parquet")):
             parsed = parse_shard_name(path.name)
             if parsed is None or parsed[1:] != (len(self), self.fingerprint):
                 raise ValueError(f"{path}: not a shard of this job; move it away or use another folder")
@@ -66,34 +71,56 @@ class Job:
         """Put a shard in its place, whole."""
         path = self.path(shard)
         metadata = {key: value for key, value in self.record.items() if key != "sources"}
-        write_shard(path, rows, self.settings.format(encoder), metadata, temporary=self.files.temporary(path))
+        format = ShardFormat(
+            dimension=encoder.embedding_size,
+            embedding_dtype=self.settings.embedding_dtype,
+            embedding_list=self.settings.embedding_list,
+            token_dimension=encoder.hidden_size if self.settings.tokens else None,
+        )
+        write_shard(path, rows, format, metadata, temporary=self.folder.temporary(path))
+
+
+def load_encoder(settings: Settings) -> PackedEncoder:
+    """The encoder of a job, on its device."""
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": settings.attention}
+    return load(settings.model, revision=settings.revision, **options)
+
+
+def make_worker(settings: Settings, encoder: PackedEncoder) -> Worker:
+    """A worker that embeds by the settings of a job."""
+    options: dict[str, Any] = {
+        name: getattr(settings, name) for name in ("capacity", "resize", "max_patches", "tokens")
+    }
+    return Worker(encoder, threads=settings.workers, **options)
 
 
 def begin_or_resume(
-    files: JobFolder, settings: Settings, encoder: PackedEncoder, sources: list[str], inputs: InputList
+    folder: JobFolder, settings: Settings, worker: Worker, sources: list[str], inputs: InputList
 ) -> tuple[Job, list[str]]:
     """The job of this folder, and what has changed in its sources; a job's list is the one that it was begun with."""
-    record = record_of(settings, encoder, sources, inputs)
-    if not files.has_job:
-        job = Job(settings, files, record, inputs)
+    record = record_of(settings, worker, sources, inputs)
+    if not folder.has_job:
+        job = Job(settings, folder, record, inputs)
         job.finished()  # refuses shards of another job before anything is written
-        files.begin(record, inputs)
+        folder.begin(record, inputs)
         return job, []
-    begun, kept = files.read()
-    check_same(begun, record, files.folder)
-    changes = [] if begun["inputs"] == record["inputs"] else [_changes(kept, inputs, files.folder)]
+    begun, retained = folder.read()
+    check_same(begun, record, folder.path)
+    changes = [] if begun["inputs"] == record["inputs"] else [_changes(retained, inputs, folder.path)]
     for change in changes:
         logger.warning(change)
-    return Job(settings, files, begun, kept), changes
+    return Job(settings, folder, begun, retained), changes
 
 
-def _changes(kept: InputList, listed: InputList, folder: Path) -> str:
+def _changes(retained: InputList, listed: InputList, folder: Path) -> str:
     """How the sources have changed since the job began.
 
     Raises:
         ValueError: inputs that are elsewhere now; their old places may hold anything.
     """
-    before, now = Counter(kept), Counter(listed)
+    before, now = Counter(retained), Counter(listed)
     new, gone = now - before, before - now
     old_places = {(item.source, item.id): item for item in gone if item.kind != "broken"}
     moved = [(old_places[key], item) for item in new if (key := (item.source, item.id)) in old_places]

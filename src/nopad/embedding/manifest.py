@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,34 +17,43 @@ from nopad.embedding.inputs.listing import InputList, as_text
 from nopad.embedding.settings import Settings
 from nopad.encoder import PackedEncoder
 from nopad.environment import dtype_name
+from nopad.pipeline.worker import Worker
 
 
-def record_of(settings: Settings, encoder: PackedEncoder, sources: list[str], inputs: InputList) -> dict[str, str]:
+def record_of(settings: Settings, worker: Worker, sources: list[str], inputs: InputList) -> dict[str, str]:
     """Everything that decides a job's features, in words, as it stands in the metadata of every shard."""
-    worker = settings.worker(encoder, threads=1)
+    encoder = worker.encoder
+    resolved = replace(
+        settings,
+        device=encoder.device.type,
+        dtype=dtype_name(encoder.dtype),
+        attention=encoder.attention,
+        capacity=worker.capacity,
+        shard_size=settings.rows_per_shard,
+    )
+    options = {
+        option.name: _in_words(getattr(resolved, option.name))
+        for option in fields(resolved)
+        if option.metadata["decides"]
+    }
     return {
         "version": __version__,
-        "model": as_text(settings.model),
-        "revision": settings.revision or "",
+        **options,
         "family": encoder.family,
         "architecture": json.dumps(architecture(encoder), sort_keys=True),
         "weights": weights_digest(encoder),
-        "dtype": dtype_name(encoder.dtype),
-        "device": encoder.device.type,
-        "attention": encoder.attention,
         "layers": " ".join(filter(None, (encoder.execution, str(encoder.compiled_capacity or ""), encoder.precision))),
         "preprocessing": worker.preprocessing,
-        "capacity": str(worker.capacity),
-        "max_pixels": str(settings.max_pixels),
-        "frames": str(settings.frames),
         "embedding": "pooled" if encoder.projection_dim is None else "image_embeds",
-        "embedding_dtype": settings.embedding_dtype,
-        "embedding_list": settings.embedding_list,
-        "tokens": "yes" if settings.tokens else "no",
-        "rows_per_shard": str(settings.rows_per_shard),
         "sources": json.dumps(sources),
         "inputs": inputs.digest(),
     }
+
+
+def _in_words(value: str | int | bool | None) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else as_text(str(value))
 
 
 def fingerprint(record: Mapping[str, str]) -> str:
@@ -82,8 +92,10 @@ def check_same(old: Mapping[str, str], new: Mapping[str, str], folder: Path) -> 
         ValueError: what differs.
     """
     keys = [key for key in {**old, **new} if key != "inputs" and old.get(key) != new.get(key)]
-    if "dtype" in keys:  # the hash of the same weights differs with it
-        keys = [key for key in keys if key != "weights"]
+    # What follows from an option that differs is not listed beside it.
+    for key, options in (("weights", {"dtype"}), ("preprocessing", {"resize", "max_patches"})):
+        if options & {*keys}:
+            keys = [other for other in keys if other != key]
     if keys:
         lines = [line for key in keys for line in _difference(key, old.get(key, "unset"), new.get(key, "unset"))]
         raise ValueError(
@@ -97,4 +109,4 @@ def _difference(key: str, old: str, new: str) -> list[str]:
         before, now = json.loads(old), json.loads(new)
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         return [f"  {key}: {name} {before.get(name)} there, {now.get(name)} now" for name in names]
-    return [f"  {key}: {old} there, {new} now"]
+    return [f"  {key}: {old or 'none'} there, {new or 'none'} now"]

@@ -17,9 +17,9 @@ from nopad.embedding.job import Job
 from nopad.embedding.progress import Progress, Ticker
 from nopad.embedding.table.reader import count, failed_rows, iterate_rows
 from nopad.embedding.table.writer import MAX_TOKEN_BYTES, Row
-from nopad.encoder import PackedEncoder
 from nopad.pipeline.pack_runner import EmbeddingResult
 from nopad.pipeline.stats import Stats
+from nopad.pipeline.worker import Worker
 
 
 @dataclass(frozen=True)
@@ -65,34 +65,29 @@ class Run:
     """Makes the shards of a job that are missing and, on request, tries failed rows again.
 
     Args:
-        retry_failed: try failed rows of finished shards again.
-        threads: that decode; one per core unless given.
+        worker: made by the job's settings.
         stop: once set, the shard in hand is finished and no other.
-        progress: told how far the run is, a few times a second.
+        progress: called with how far the run is, a few times a second.
     """
 
     def __init__(
         self,
         job: Job,
-        encoder: PackedEncoder,
+        worker: Worker,
         *,
-        retry_failed: bool = False,
-        threads: int | None = None,
         stop: threading.Event | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.job = job
-        self.encoder = encoder
-        self.threads = threads
+        self.worker = worker
         self.stop = stop or threading.Event()
         self.progress = progress or (lambda _: None)
-        self.worker = job.settings.worker(encoder, threads)
-        self.stats = self.worker.stats
+        self.stats = worker.stats
         self.write = 0.0
         self.done = 0
         finished = job.finished()
         self.missing = sorted(set(range(len(job))) - set(finished))
-        failed = {shard: count(job.path(shard))[1] for shard in finished} if retry_failed else {}
+        failed = {shard: count(job.path(shard))[1] for shard in finished} if job.settings.retry_failed else {}
         self.again = {shard: number for shard, number in failed.items() if number}
         self.to_retry = sum(self.again.values())
         self.to_do = self.to_retry + sum(job.size(shard) for shard in self.missing)
@@ -132,16 +127,16 @@ class Run:
         self.seconds = time.perf_counter() - self.start
 
     def _keep(self, shard: int, rows: list[Row]) -> None:
-        self.job.write(shard, rows, self.encoder)
+        self.job.write(shard, rows, self.worker.encoder)
 
     def _replace(self, shard: int, rows: list[Row]) -> None:
         retried = iter(rows)
         whole = [next(retried) if row.status == "failed" else row for row in iterate_rows(self.job.path(shard))]
-        self.job.write(shard, whole, self.encoder)
+        self.job.write(shard, whole, self.worker.encoder)
         self.to_retry -= len(rows)
 
     def report(self) -> None:
-        """Tell how far the run is."""
+        """Report how far the run is."""
         self.progress(Progress(self.to_do, self.kept, self.stats, time.perf_counter() - self.start))
 
     def summary(self, left_out: Mapping[str, int], changes: Sequence[str]) -> Summary:
@@ -150,7 +145,7 @@ class Run:
         rows = sum(ok + failed for ok, failed in counts.values())
         missing = len(self.job.inputs) - rows
         return Summary(
-            folder=str(self.job.files.folder),
+            folder=str(self.job.folder.path),
             rows=rows,
             failed=sum(failed for _, failed in counts.values()),
             missing=missing,

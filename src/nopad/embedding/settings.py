@@ -1,91 +1,137 @@
-"""The settings of a job."""
+"""The options of a job. Each one's name, default, help and check are here alone.
+
+The arguments of `nopad embed`, the check of `nopad.embed` and the record of a job are made from the fields of
+`Settings`. Nothing heavy is imported here, so that the command line can read it before its first line of output.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from typing import Any
 
-import torch
+from nopad.preprocessing.limits import MAX_PIXELS
 
-from nopad.embedding.inputs.decoder import Reader
-from nopad.embedding.table.writer import ShardFormat
-from nopad.encoder import PackedEncoder
-from nopad.loading import load
-from nopad.pipeline.worker import Worker
-from nopad.preprocessing.decode import MAX_PIXELS
-from nopad.preprocessing.transforms import Resize
-
-DTYPES = ("float32", "bfloat16", "float16")
 SHARD_SIZE, SHARD_SIZE_WITH_TOKENS = 2048, 512
+
+
+def _option(default: Any, help: str, check: Any, *, decides: bool, **argument: Any) -> Any:
+    """A field of `Settings`.
+
+    Args:
+        default: `None` where something else decides; `None` is then not checked.
+        help: of the command line, which adds a default that is not `None`.
+        check: a function of name and value that raises ValueError.
+        decides: whether features depend on it: then it stands in the record, and a job cannot go on with another.
+        argument: more keyword arguments of `add_argument`.
+    """
+    metadata = {"help": help, "check": check, "decides": decides, "argument": argument}
+    return field(default=default, metadata=metadata)
+
+
+def _text(default: Any, help: str, *, decides: bool = True, metavar: str | None = None) -> Any:
+    return _option(default, help, _check_text, decides=decides, metavar=metavar)
+
+
+def _flag(help: str, *, decides: bool = True) -> Any:
+    return _option(False, help, _check_flag, decides=decides, action="store_true")
+
+
+def _count(default: int | None, help: str, *, decides: bool = True) -> Any:
+    return _option(default, help, _check_count, decides=decides, type=int, metavar="N")
+
+
+def _choice(default: str | None, choices: tuple[str, ...], help: str) -> Any:
+    return _option(default, help, partial(_check_choice, choices), decides=True, choices=choices)
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: expected text, got {value!r}")
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected an integer ≥ 1, got {value!r}")
+
+
+def _check_choice(choices: tuple[str, ...], name: str, value: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_device(name: str, value: Any) -> None:
+    import torch
+
+    _check_text(name, value)
+    try:
+        device = torch.device(value)
+    except RuntimeError as error:
+        raise ValueError(f"{name}: got {value!r}: {error}") from error
+    if device.type == "meta":
+        raise ValueError(f"{name}: expected one with values, such as cpu or cuda, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings of a job; see `nopad.embedding.job.embed` for their meaning.
+    """The options of a job beside its sources and its folder.
 
     Raises:
-        ValueError: a number below 1, or an unknown device or dtype.
+        ValueError: an option of another type or out of its range.
     """
 
-    model: str
-    revision: str | None = None
-    device: str = "cpu"
-    dtype: str | None = None
-    attention: str = "auto"
-    tokens: bool = False
-    max_patches: int | None = None
-    resize: Resize = "torch"
-    capacity: int | None = None
-    frames: int = 8
-    max_pixels: int = MAX_PIXELS
-    embedding_dtype: str = "float32"
-    embedding_list: str = "fixed"
-    shard_size: int | None = None
+    model: str = _text(MISSING, "Hub name, folder, weights file, or untrained:<published name>")
+    revision: str | None = _text(None, "branch, tag or commit on the Hub")
+    tokens: bool = _flag("store each picture's tokens, too, in float16")
+    max_patches: int | None = _count(None, "most patches of a picture, aspect ratio kept")
+    device: str | None = _option(
+        None, "cpu, cuda, cuda:1, …; cuda where there is one, unless given", _check_device, decides=True
+    )
+    dtype: str | None = _choice(
+        None, ("float32", "bfloat16", "float16"), "of the model (default: the checkpoint's own)"
+    )
+    attention: str = _text("auto", "kernel of the attention")
+    workers: int | None = _count(None, "threads that decode (default: one per core)", decides=False)
+    capacity: int | None = _count(None, "tokens per pack (default: 16384, on a CPU 2048)")
+    resize: str = _choice("torch", ("torch", "pil"), "torch is fast, pil bit-exact with transformers' processors")
+    frames: int = _count(8, "frames of a video, spread evenly over it")
+    max_pixels: int = _count(MAX_PIXELS, "pictures of more pixels are failures")
+    image_column: str | None = _text(
+        None,
+        "column of image bytes in Parquet files and datasets, where it is not clear",
+        decides=False,  # the list of inputs holds it
+        metavar="NAME",
+    )
+    embedding_dtype: str = _choice("float32", ("float32", "float16"), "of the embedding in the table")
+    embedding_list: str = _choice(
+        "fixed",
+        ("fixed", "variable"),
+        "fixed-size lists, or variable ones for databases that cannot read those",
+    )
+    shard_size: int | None = _count(
+        None, f"rows of a shard (default: {SHARD_SIZE}, with tokens {SHARD_SIZE_WITH_TOKENS})"
+    )
+    retry_failed: bool = _flag("try failed rows of finished shards again", decides=False)
+    actors: int | None = _count(None, "run on Ray with N actors", decides=False)
 
     def __post_init__(self) -> None:
-        for name in ("shard_size", "capacity", "max_patches", "frames", "max_pixels"):
-            check_count(name, getattr(self, name))
-        if not isinstance(self.tokens, bool):
-            raise ValueError(f"tokens: expected True or False, got {self.tokens!r}")
-        if self.dtype not in (None, *DTYPES):
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        try:
-            device = torch.device(self.device)
-        except RuntimeError as error:
-            raise ValueError(f"device: got {self.device!r}: {error}") from error
-        if device.type == "meta":
-            raise ValueError(f"device: expected one with values, such as cpu or cuda, got {self.device!r}")
-        # What these refuse is told before anything is loaded or begun.
-        ShardFormat(dimension=1, embedding_dtype=self.embedding_dtype, embedding_list=self.embedding_list)
-        Reader(frames=self.frames, max_pixels=self.max_pixels)
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if value is not None or option.default is not None:
+                option.metadata["check"](option.name, value)
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Settings:
+        """The options among the arguments of a function."""
+        return cls(**{option.name: arguments[option.name] for option in fields(cls)})
 
     @property
     def rows_per_shard(self) -> int:
         """Rows of every shard but the last."""
         return self.shard_size or (SHARD_SIZE_WITH_TOKENS if self.tokens else SHARD_SIZE)
-
-    def load(self) -> PackedEncoder:
-        """The encoder, on its device."""
-        dtype = None if self.dtype is None else getattr(torch, self.dtype)
-        options: dict[str, Any] = {"device": self.device, "dtype": dtype, "attention": self.attention}
-        return load(self.model, revision=self.revision, **options)
-
-    def worker(self, encoder: PackedEncoder, threads: int | None = None) -> Worker:
-        """A worker that embeds by these settings."""
-        options: dict[str, Any] = {"resize": self.resize, "max_patches": self.max_patches, "tokens": self.tokens}
-        return Worker(encoder, capacity=self.capacity, threads=threads, **options)
-
-    def format(self, encoder: PackedEncoder) -> ShardFormat:
-        """The columns of the table."""
-        return ShardFormat(
-            dimension=encoder.embedding_size,
-            embedding_dtype=self.embedding_dtype,
-            embedding_list=self.embedding_list,
-            token_dimension=encoder.hidden_size if self.tokens else None,
-        )
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raise `ValueError` unless `value` is an integer ≥ 1, or `None`, where nothing was given."""
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ValueError(f"{name}: expected an integer ≥ 1, got {value!r}")

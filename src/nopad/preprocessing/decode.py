@@ -16,6 +16,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from nopad.preprocessing.formats import MAX_SCANS, count_scans, is_cut_short, open_picture, without_metadata
+from nopad.preprocessing.limits import MAX_PIXELS
 
 try:  # libjpeg-turbo, twice as fast as Pillow's way from a JPEG to an array, the same bits
     import simplejpeg
@@ -26,9 +27,6 @@ logger = logging.getLogger(__name__)
 
 Source = str | Path | bytes | Image.Image | np.ndarray | Tensor
 """A path, a file's bytes, a PIL image, a uint8 array `(H, W)` or `(H, W, 3 | 4)`, a uint8 tensor `(3, H, W)`."""
-
-MAX_PIXELS = 178_956_970
-"""Largest image that is decoded or made by a resize, in pixels: the number at which Pillow refuses to open one."""
 
 # EXIF tag 0x0112 as the turn that undoes it.
 _UPRIGHT = {

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from nopad.preprocessing.decode import MAX_PIXELS, ImageError, as_tensor
+from nopad.preprocessing.decode import ImageError, as_tensor
+from nopad.preprocessing.limits import MAX_PIXELS
 
 Rule = Literal["native", "crop", "square", "naflex"]
 Resample = Literal["bicubic", "bilinear"]

@@ -17,7 +17,8 @@ from nopad.embedding.inputs.archives import ARROW_DAMAGE, load_splits, open_parq
 from nopad.embedding.inputs.files import open_regular, why
 from nopad.embedding.inputs.listing import Input, as_text
 from nopad.embedding.inputs.video import read_frames
-from nopad.preprocessing.decode import MAX_PIXELS, ImageError, load_image
+from nopad.preprocessing.decode import ImageError, load_image
+from nopad.preprocessing.limits import MAX_PIXELS
 
 MAX_BYTES = 1 << 31
 """Largest encoded picture that is read, in bytes."""

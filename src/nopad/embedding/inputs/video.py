@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nopad.embedding.inputs import containers
 from nopad.embedding.inputs.files import open_regular, why
-from nopad.preprocessing.decode import MAX_PIXELS, ImageError
+from nopad.preprocessing.decode import ImageError
+from nopad.preprocessing.limits import MAX_PIXELS
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame, VideoStream

@@ -1,0 +1,44 @@
+import inspect
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+import nopad
+from nopad.cli import build_parser
+from nopad.embedding.settings import Settings
+
+
+def test_signature_of_embed_has_the_options_and_their_defaults():
+    parameters = inspect.signature(nopad.embed).parameters
+    options = {option.name: option.default for option in fields(Settings)}
+    options["model"] = inspect.Parameter.empty
+    assert {name: parameters[name].default for name in options} == options
+    assert set(parameters) - set(options) == {"sources", "out", "stop", "progress"}
+
+
+def test_docstring_of_embed_names_every_option():
+    assert all(option.name in nopad.embed.__doc__ for option in fields(Settings))
+
+
+def test_command_has_every_option_and_its_default(capsys):
+    options = build_parser().parse_args(["embed", "photos", "--model", "m", "--out", "o"])
+    assert Settings.of(vars(options)) == Settings(model="m")
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["embed", "--help"])
+    help = capsys.readouterr().out
+    assert all(f"--{option.name.replace('_', '-')} " in help for option in fields(Settings))
+    assert "frames of a video, spread evenly over it (default: 8)" in " ".join(help.split())
+
+
+def test_help_of_the_command_needs_neither_torch_nor_pyarrow():
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'pyarrow', 'numpy'): sys.modules[name] = None\n"
+        "from nopad.cli import main\n"
+        "main(['embed', '--help'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--shard-size" in done.stdout
