@@ -20,7 +20,7 @@ from PIL import Image
 
 import nopad
 from nopad.cli import main
-from nopad.embedding import job
+from nopad.embedding import api
 
 MAX_PIXELS = 50_000
 RGB = noise(0, 24, 20)
@@ -207,11 +207,11 @@ def a_hostile_system(folder: Path):
         (folder / "photos" / "vanished.png").unlink()
         return listing
 
-    real = job.list_inputs
+    real = api.list_inputs
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "open", refusing(os.open, "no permission.png"))
         patch.setattr(os, "scandir", refusing(os.scandir, "locked"))
-        patch.setattr(job, "list_inputs", list_inputs)
+        patch.setattr(api, "list_inputs", list_inputs)
         yield
 
 
