@@ -84,6 +84,8 @@ class Layout:
                 f"grid_thw: its {len(grid)} rows add up to {total} patches, "
                 f"but hidden_states has {hidden_states.shape[0]} rows"
             )
+        if patch_positions is not None:
+            patch_positions = patch_positions.long()  # as an index uint8 is a mask, and products of int8 overflow
         if patch_positions is not None and total:
             frame_lengths, frames_whole, longest_side = _read_positions(
                 patch_positions, [t * h * w for t, h, w in grid]
@@ -188,11 +190,14 @@ def _read_positions(patch_positions: Tensor, lengths: Sequence[int]) -> tuple[tu
     minima, maxima = torch.stack(patch_positions.aminmax(dim=0)).tolist()
     if min(minima) < 0:
         raise ValueError(f"patch_positions: expected [t, h, w] ≥ 0, got a minimum of {minima}")
-    image = Segments.of(lengths, patch_positions.device).index()
-    num_frames = maxima[0] + 1
-    runs = torch.unique_consecutive(image * num_frames + patch_positions[:, 0], return_counts=True)
-    frames, counts = torch.stack(runs).tolist()
+    image, time = Segments.of(lengths, patch_positions.device).index(), patch_positions[:, 0]
+    begins = torch.ones_like(time, dtype=torch.bool)
+    begins[1:] = (image.diff() != 0) | (time.diff() != 0)
+    starts = begins.nonzero().flatten()
+    counts = starts.diff(append=starts.new_tensor([len(time)]))
+    runs = torch.stack((image[starts], time[starts], counts)).T.tolist()
     frame_lengths: list[list[int]] = [[] for _ in lengths]
-    for frame, count in zip(frames, counts, strict=True):
-        frame_lengths[frame // num_frames].append(count)
-    return tuple(map(tuple, frame_lengths)), len(set(frames)) == len(frames), max(maxima[1:]) + 1
+    for number, _, count in runs:
+        frame_lengths[number].append(count)
+    frames = {(number, frame) for number, frame, _ in runs}
+    return tuple(map(tuple, frame_lengths)), len(frames) == len(runs), max(maxima[1:]) + 1

@@ -189,6 +189,18 @@ def test_angles_by_hand():
     assert angles[1, 10] == 7
 
 
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+def test_angles_far_out_are_the_originals_to_the_bit(head_dim):
+    # Float32 frequencies are off by up to 3e-7 of themselves, and an angle of position 4,096 a thousand times as much.
+    positions = torch.tensor([[4095, 8191, 1], [63, 4095, 16383]])
+    unit = head_dim // 32
+    expected = [
+        torch.outer(positions[:, axis].float(), 1.0 / 10000.0 ** (torch.arange(size, dtype=torch.float32) / size))
+        for axis, size in enumerate((4 * unit, 6 * unit, 6 * unit))
+    ]
+    assert torch.equal(angles_3d(positions, head_dim, 10000.0), torch.cat(expected, dim=1))
+
+
 def test_neighbouring_channels_turn_by_two_angles_so_that_it_is_no_rotation():
     states = torch.tensor([[[3.0, 4.0, 1.0, 0.0]]])
     angles = torch.tensor([[[math.pi / 2, 0.0, math.pi / 2, 0.0]]])
@@ -198,6 +210,12 @@ def test_neighbouring_channels_turn_by_two_angles_so_that_it_is_no_rotation():
     angles = torch.tensor([[[math.pi / 2, math.pi / 2, math.pi, math.pi]]])
     turned = apply_rotary_interleaved(states, angles.cos(), angles.sin())
     torch.testing.assert_close(turned, torch.tensor([[[-4.0, 3.0, -1.0, 0.0]]]))
+
+
+def test_channels_of_float64_are_rotated_in_float64():
+    states = torch.randn(1, 1, 4, dtype=torch.float64)
+    turned = apply_rotary_interleaved(states, torch.zeros(1, 1, 4), torch.ones(1, 1, 4))
+    assert torch.equal(turned, torch.stack((-states[..., 1::2], states[..., ::2]), dim=-1).flatten(2))
 
 
 def test_a_true_rotation_misses_the_golden(goldens, monkeypatch):

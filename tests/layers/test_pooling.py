@@ -28,8 +28,9 @@ def test_segment_mean_equals_the_mean_of_each_slice(lengths):
     torch.testing.assert_close(segment_mean(tokens, Segments.of(lengths, "cpu")), expected, rtol=0, atol=1e-6)
 
 
-def test_segment_mean_of_one_token_is_that_token():
-    tokens = noise(1, 5)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_segment_mean_of_one_token_is_that_token(dtype):
+    tokens = torch.randn(1, 5, dtype=dtype)
     assert torch.equal(segment_mean(tokens, Segments.of([1], "cpu")), tokens)
 
 

@@ -13,6 +13,7 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 
 from nopad.layers.positions import (
     TABLE_SIZE,
+    learned_positions,
     patch_weights,
     resample,
     resampled_positions,
@@ -22,9 +23,8 @@ from nopad.layers.positions import (
 )
 from nopad.layout import Layout
 
-# Ours are float32, the references float64. A frequency 1 / 10000^x below one is off by a few float32 roundings, about
-# 2e-7 of it, and an angle of position 31 by less than 31 · 2e-7 = 6e-6; sine and cosine do not enlarge that.
-ATOL = 1e-5
+# Computed in float64 and rounded once: half of the last place of a number below one, and what float64 itself leaves.
+ATOL = 2**-25 + 1e-12
 
 grids = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 32), st.integers(1, 32)), min_size=1, max_size=4)
 
@@ -52,11 +52,10 @@ def one_grid(rows: int, columns: int, dim: int) -> Tensor:
 def test_sincos_axis_by_hand():
     expected = [[0.0, 0.0, 1.0, 1.0], [math.sin(3), math.sin(0.03), math.cos(3), math.cos(0.03)]]
     ours = sincos_axis(torch.tensor([0, 3]), 4)
-    assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours, torch.tensor(expected), rtol=0, atol=ATOL)
+    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
     warmer = sincos_axis(torch.tensor([3]), 4, temperature=100.0)
     expected = [[math.sin(3), math.sin(0.3), math.cos(3), math.cos(0.3)]]
-    torch.testing.assert_close(warmer, torch.tensor(expected), rtol=0, atol=ATOL)
+    torch.testing.assert_close(warmer, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 @given(grids, st.sampled_from([4, 8, 32]))
@@ -67,11 +66,22 @@ def test_sincos_of_a_pack_equals_that_of_its_frames(grid, dim):
     torch.testing.assert_close(ours.double(), expected, rtol=0, atol=ATOL)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(3, 5), (32, 1), (1, 32), (16, 16)])
-def test_sincos_equals_transformers_with_halves_swapped(rows, columns):
-    row_half, column_half = build_2d_sinusoidal_position_embedding(rows, columns, embed_dim=64).chunk(2, dim=1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("rows", "columns"), [(3, 5), (32, 1), (1, 1024), (16, 16), (1, 4096), (50_000, 1)])
+def test_sincos_equals_transformers_with_halves_swapped(rows, columns, dtype):
+    row_half, column_half = build_2d_sinusoidal_position_embedding(rows, columns, 64, dtype=dtype).chunk(2, dim=1)
     swapped = torch.cat((column_half, row_half), dim=1)
-    torch.testing.assert_close(sincos_2d(layout_of([(1, rows, columns)]), 64), swapped, rtol=0, atol=ATOL)
+    ours = sincos_2d(layout_of([(1, rows, columns)]), 64, dtype)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, swapped, rtol=0, atol=1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("columns", [1024, 4096])
+def test_sincos_on_a_gpu_is_that_of_the_cpu(columns):
+    ours = sincos_2d(layout_of([(1, 2, columns)], device="cuda"), 64)
+    torch.testing.assert_close(ours.cpu(), sincos_2d(layout_of([(1, 2, columns)]), 64), rtol=0, atol=1e-7)
 
 
 def test_sincos_of_an_image_is_bit_equal_in_any_pack():
@@ -92,7 +102,7 @@ def test_sincos_beside_an_image_longer_than_the_table():
     together = sincos_2d(layout_of([(1, TABLE_SIZE + 1, 1), (1, 3, 4)]), 16)
     assert torch.equal(together[TABLE_SIZE + 1 :], alone)
     rows = sincos_axis(torch.arange(TABLE_SIZE + 1), 8)
-    assert torch.equal(together[: TABLE_SIZE + 1, 8:], rows)
+    assert torch.equal(together[: TABLE_SIZE + 1, 8:], rows.float())
 
 
 def test_sincos_of_an_empty_pack():
@@ -223,3 +233,25 @@ def test_sincos_of_far_positions_needs_no_large_table():
     near = Layout.read(torch.zeros(2, 1), torch.tensor([[1, 1, 2]]), torch.tensor([[0, 3, 0], [0, 0, 1]]), 1)
     assert torch.equal(sincos_2d(layout, 8)[0, 4:], sincos_2d(near, 8)[0, 4:])
     assert torch.equal(sincos_2d(layout, 8)[1, :4], sincos_2d(near, 8)[1, :4])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_patch_positions_may_be_any_integers(dtype):
+    table = noise(20 * 20, 4)
+    positions = torch.tensor([[0, 19, 18], [0, 0, 7], [1, 13, 13]])
+
+    def found(positions):
+        layout = layout_of([(1, 1, 3)], positions)
+        rule = {"mode": "bicubic", "strict": False}
+        return learned_positions(layout, table, (20, 20), **rule), sincos_2d(layout, 8), layout.frames.lengths
+
+    for ours, expected in zip(found(positions.to(dtype)), found(positions), strict=True):
+        assert torch.equal(torch.as_tensor(ours), torch.as_tensor(expected))
+
+
+def test_frames_of_positions_far_apart():
+    last = torch.iinfo(torch.int64).max
+    positions = torch.tensor([[last, 0, 0], [last, 0, 1], [0, 0, 0], [last, 1, 1], [7, 0, 0], [last, 2, 2]])
+    layout = layout_of([(1, 1, 3), (1, 1, 3)], positions)
+    assert layout.frame_lengths == ((2, 1), (1, 1, 1))
+    assert not layout.frames_whole

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nopad.layers.attention import PackedAttention, Rope
+from nopad.layers.dtypes import at_least_float32
 from nopad.layers.roles import ByRole
 from nopad.segments import Segments
 
@@ -86,6 +87,5 @@ def add_residual(residual: Tensor, hidden_states: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         # In float32 explicitly: otherwise the compiler lets the GEMM accumulate into a copy of the residual.
         dtype = torch.promote_types(residual.dtype, hidden_states.dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        return (residual.to(wide) + hidden_states.to(wide)).to(dtype)
+        return (at_least_float32(residual) + at_least_float32(hidden_states)).to(dtype)
     return residual + hidden_states

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from nopad.kernels.attention import varlen_attention
+from nopad.layers.dtypes import at_least_float32
 from nopad.layers.mlp import MLP
 from nopad.layers.roles import ByRole
 from nopad.segments import Segments
 
 
 def segment_mean(tokens: Tensor, segments: Segments) -> Tensor:
-    """Mean of each segment's tokens, accumulated in float32.
+    """Mean of each segment's tokens, accumulated in at least float32.
 
     Args:
         tokens: `(T, D)`.
@@ -28,7 +29,8 @@ def segment_mean(tokens: Tensor, segments: Segments) -> Tensor:
     if not len(segments):
         return tokens.new_empty(0, tokens.shape[1])
     # unsafe=True skips checks of the offsets that would read them from the device.
-    mean = torch.segment_reduce(tokens.float(), "mean", offsets=segments.cu_seqlens.long(), axis=0, unsafe=True)
+    offsets = segments.cu_seqlens.long()
+    mean = torch.segment_reduce(at_least_float32(tokens), "mean", offsets=offsets, axis=0, unsafe=True)
     return mean.to(tokens.dtype)
 
 

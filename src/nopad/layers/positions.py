@@ -1,4 +1,4 @@
-"""Additive position embeddings of a whole pack, computed in float32."""
+"""Additive position embeddings of a whole pack, computed in at least float32."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nopad.kernels.availability import has_triton
 from nopad.layers.cached import cached_per_device
+from nopad.layers.dtypes import at_least_float32
 from nopad.layout import Layout
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ def sincos_axis(positions: Tensor, dim: int, temperature: float = 10000.0) -> Te
     """Sine-cosine embedding of positions along one axis, sines before cosines.
 
     The formula is apple/ml-aim's `get_sincos_pos_embed` (`aim/v2/utils`), from Vaswani et al., arXiv:1706.03762.
+    It is computed in float64, as there and in transformers: a float32 frequency, times a position of 4,096, is an angle
+    that is off by 1.5e-4.
 
     Args:
         positions: `(M,)`.
@@ -32,10 +35,11 @@ def sincos_axis(positions: Tensor, dim: int, temperature: float = 10000.0) -> Te
         temperature: base of the frequencies.
 
     Returns:
-        `(M, dim)` float32.
+        `(M, dim)` float64, float32 on devices that have no float64.
     """
-    exponents = torch.arange(dim // 2, dtype=torch.float32, device=positions.device) / (dim / 2)
-    angles = positions.float()[:, None] * (1.0 / temperature**exponents)
+    dtype = torch.float32 if positions.device.type == "mps" else torch.float64
+    exponents = torch.arange(dim // 2, dtype=dtype, device=positions.device) / (dim / 2)
+    angles = positions.to(dtype)[:, None] * (1.0 / temperature**exponents)
     return torch.cat((angles.sin(), angles.cos()), dim=1)
 
 
@@ -43,7 +47,7 @@ def sincos_2d(layout: Layout, hidden_size: int, dtype: torch.dtype = torch.float
     """Sine-cosine positions of every patch: the half of the column, then that of the row.
 
     Returns:
-        `(T, hidden_size)`, computed in float32 and cast to `dtype`.
+        `(T, hidden_size)`, computed as `sincos_axis` does and rounded once, to `dtype`.
     """
     _, rows, columns = layout.coordinates.unbind(1)
     if layout.longest_side > TABLE_SIZE:
@@ -54,14 +58,14 @@ def sincos_2d(layout: Layout, hidden_size: int, dtype: torch.dtype = torch.float
 
 @cached_per_device
 def sincos_table(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`sincos_axis` of the first `TABLE_SIZE` positions: `(TABLE_SIZE, dim)`."""
+    """`sincos_axis` of the first `TABLE_SIZE` positions, rounded to `dtype`: `(TABLE_SIZE, dim)`."""
     return sincos_axis(torch.arange(TABLE_SIZE, device=device), dim).to(dtype)
 
 
 def resample(
     table: Tensor, source: tuple[int, int], target: tuple[int, int], mode: str, *, antialias: bool = True
 ) -> Tensor:
-    """Resize a learned position table to another grid, in float32.
+    """Resize a learned position table to another grid.
 
     Args:
         table: `(rows · columns, D)` on the `source` grid.
@@ -72,9 +76,9 @@ def resample(
         antialias: `False` as in `interpolate_pos_encoding` of transformers' models.
 
     Returns:
-        `(rows · columns, D)` float32 on the `target` grid.
+        `(rows · columns, D)` float32 on the `target` grid, or float64 like the table.
     """
-    table = table.float()
+    table = at_least_float32(table)
     if source == target:
         return table
     image = table.T.reshape(1, -1, *source)
@@ -130,7 +134,7 @@ def resampled_positions(
     antialias: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Positions of every patch from one table, resampled in float32 to the grid of each image.
+    """Positions of every patch from one table, resampled to the grid of each image.
 
     Args:
         layout: the pack, at least one image; every frame is a full grid.
@@ -142,7 +146,7 @@ def resampled_positions(
     Returns:
         `(T, D)`.
     """
-    if not torch.is_grad_enabled() and has_triton(table.device):
+    if not torch.is_grad_enabled() and table.dtype != torch.float64 and has_triton(table.device):
         from nopad.kernels import triton_positions
 
         weights, spans, index = patch_weights(layout, source, mode, antialias=antialias)
@@ -157,7 +161,7 @@ def tables_of_grids(
 
     Args:
         layout: the pack, at least one image; every frame is a full grid.
-        table_of: returns the `(rows · columns, D)` float32 table of a `(rows, columns)` grid.
+        table_of: returns the `(rows · columns, D)` table of a `(rows, columns)` grid, in float32 or float64.
         dtype: dtype that the caller casts positions to. Without gradients the tables are cast, which are smaller.
 
     Returns:
@@ -209,7 +213,7 @@ def learned_positions(
         dtype: as in `tables_of_grids`.
 
     Returns:
-        `(T, D)` float32, or `dtype`.
+        `(T, D)` float32 or float64, or `dtype`.
 
     Raises:
         ValueError: `strict` and another grid than the trained one, or `patch_positions` outside it.
@@ -222,7 +226,7 @@ def learned_positions(
                 f"got one of {layout.longest_side - 1}"
             )
         _, row, column = layout.patch_positions.unbind(1)
-        return table.float()[row * columns + column]
+        return at_least_float32(table)[row * columns + column]
     other_grids = [(h, w) for _, h, w in layout.grid if (h, w) != trained_grid]
     if other_grids and strict:
         raise ValueError(
@@ -232,7 +236,7 @@ def learned_positions(
     if other_grids:
         _log_resampling(trained_grid, mode)
     if not layout.grid:
-        return table.float()[:0]
+        return at_least_float32(table)[:0]
     return resampled_positions(layout, table, trained_grid, mode, antialias=antialias, dtype=dtype)
 
 
@@ -270,7 +274,7 @@ class PositionTable(nn.Module):
         self.weight = nn.Parameter(torch.empty(math.prod(grid), hidden_size))
 
     def forward(self, layout: Layout) -> Tensor:
-        """Positions of every patch, `(T, D)`, computed in float32 and rounded to the dtype of the weights.
+        """Positions of every patch, `(T, D)`, computed in at least float32 and rounded to the dtype of the weights.
 
         Under autocast that is not the dtype of the tokens: the patch embedding of a float32 model returns half
         precision, and the sum with float32 positions is float32, as in the original.
@@ -290,7 +294,7 @@ class PositionTable(nn.Module):
                 "which patch_positions do not contain; use a fixed-size checkpoint"
             )
         if not layout.grid:
-            return self.weight.float()[:0]
+            return self.weight[:0]
         return resampled_positions(layout, self.weight, self.grid, self.mode, antialias=self.antialias, dtype=dtype)
 
 
