@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import random
@@ -35,7 +34,7 @@ from nopad.embedding.api import embed
 from nopad.encoder import PackedEncoder
 from nopad.environment import dtype_name
 from nopad.preprocessing.transforms import Preprocessing
-from nopad.terminal import columns
+from nopad.terminal import columns, json_text
 
 PHOTOS = Path(__file__).parent.parent / "examples/images"
 MODEL = "untrained:facebook/dinov3-vits16-pretrain-lvd1689m"
@@ -68,7 +67,7 @@ def main() -> None:
         for number in range(options.blocks)
     ]
     report = summarise(blocks, encoder, job, paths)
-    print(json.dumps(report, indent=2) if options.json else table(report))
+    print(json_text(report) if options.json else table(report))
 
 
 def say(line: str) -> None:

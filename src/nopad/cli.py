@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -13,35 +12,47 @@ from nopad import __version__
 from nopad.align import command as align_command
 from nopad.bench import command as bench_command
 from nopad.embedding import command as embedding_command
-from nopad.terminal import INTERRUPTED, PASSED, WRONG_USE, columns
+from nopad.terminal import (
+    INTERRUPTED,
+    PASSED,
+    WRONG_USE,
+    ArgumentParser,
+    MessageFormatter,
+    columns,
+    complain,
+    json_text,
+    show,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0 done or passed, 1 failed the check, 2 wrong use or an error, 130 stopped."""
+    """Run one command and return its exit status: 0 done or passed, 1 failed, 2 wrong use or an error, 130 stopped."""
     options = build_parser().parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(MessageFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         return options.run(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"nopad {options.command}: {error}", file=sys.stderr)
+        complain(f"nopad {options.command}: {error}")
         return WRONG_USE
     except KeyboardInterrupt:
-        print(f"nopad {options.command}: stopped", file=sys.stderr)
+        complain(f"nopad {options.command}: stopped")
         return INTERRUPTED
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    parser = argparse.ArgumentParser(prog="nopad", description="Pretrained vision encoders without padding.")
+    parser = ArgumentParser(prog="nopad", description="Pretrained vision encoders without padding.")
     parser.add_argument("--version", action="version", version=f"nopad {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    align = commands.add_parser("align", help="prove that packed features equal the original model's")
+    align = commands.add_parser("align", help="compare packed features with the original model's")
     align_command.add_arguments(align)
     align.set_defaults(run=align_command.run)
 
-    embed = commands.add_parser("embed", help="turn folders of pictures into a table of features")
+    embed = commands.add_parser("embed", help="embed folders of images into a table of features")
     embedding_command.add_arguments(embed)
     embed.set_defaults(run=embedding_command.run)
 
@@ -50,8 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=bench_command.run)
 
     models = commands.add_parser("models", help="list the published models")
-    models.add_argument("text", nargs="?", default="", metavar="TEXT", help="list the names that contain it alone")
-    models.add_argument("--family", metavar="NAME", help="list one family alone")
+    models.add_argument("text", nargs="?", default="", metavar="TEXT", help="list only names that contain it")
+    models.add_argument("--family", metavar="NAME", help="list only this family")
     models.add_argument("--json", action="store_true", help="print the list as JSON")
     models.set_defaults(run=run_models)
     return parser
@@ -74,20 +85,20 @@ def run_models(options: argparse.Namespace) -> int:
                 continue
             with torch.device("meta"):
                 model = family(family.published_config(name))
-            models.append(_facts(name, model))
+            models.append(_model(name, model))
     if not models:
         raise ValueError(f"TEXT: no published name contains {options.text!r}; `nopad models` lists them")
     if options.json:
-        print(json.dumps(models, indent=2))
+        show(json_text(models))
     else:
-        print("\n".join(columns([_HEADER, *map(_row, models)])))
+        show("\n".join(columns([_HEADER, *map(_row, models)])))
     return PASSED
 
 
 _HEADER = ("name", "family", "width", "layers", "patch", "params", "input")
 
 
-def _facts(name: str, model: Any) -> dict[str, Any]:
+def _model(name: str, model: Any) -> dict[str, Any]:
     config = model.config
     return {
         "name": name,
@@ -102,7 +113,7 @@ def _facts(name: str, model: Any) -> dict[str, Any]:
 
 
 def _row(model: dict[str, Any]) -> tuple[str, ...]:
-    """What fits 100 columns; all of it is in the JSON."""
+    """A row that fits 100 columns; the JSON has all of it."""
     rule, *words = model["input"].split()
     numbers = [word for word in words if word.isdigit()]
     return (

@@ -1,14 +1,15 @@
-"""The parts of a page: no scripts, nothing fetched, light and dark; every text that comes in is escaped here."""
+"""Parts of a page: no scripts, nothing fetched, light and dark. Every text is escaped here, see `escape`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from html import escape
+from html import escape as escape_html
 from pathlib import Path
 from string import Template
 
 from nopad.atomic import atomic_write
+from nopad.terminal import printable
 
 LEFT, RIGHT, TOP, BASE = 60, 946, 22, 232  # the plot within a chart of 960 × 280
 COLOURS, DASHES = 4, 3
@@ -52,6 +53,11 @@ line.limit { stroke: var(--bad); stroke-dasharray: 4 } .legend { margin-top: .5r
 </style></head><body><main>
 $body</main></body></html>
 """)
+
+
+def escape(text: str) -> str:
+    """`text` for an element or an attribute, with control characters escaped as on a terminal."""
+    return escape_html(printable(text))
 
 
 def page(title: str, parts: Iterable[str]) -> str:
@@ -100,7 +106,8 @@ def table(caption: str, header: Sequence[str], rows: Iterable[tuple[Sequence[str
 
     `passed` is `None` where there was nothing to pass.
     """
-    heads = [f'<th scope="col"{" class=status" if i == 1 else ""}>{escape(h)}</th>' for i, h in enumerate(header)]
+    titles = ("\n".join(map(escape, title.split("\n"))) for title in header)
+    heads = [f'<th scope="col"{" class=status" if i == 1 else ""}>{title}</th>' for i, title in enumerate(titles)]
     lines = [element("caption", caption), f"<thead><tr>{''.join(heads)}</tr></thead>", "<tbody>"]
     for (name, result, *cells), passed, remarks in rows:
         kind = "idle" if passed is None else "good" if passed else "bad"

@@ -1,50 +1,57 @@
-"""What the commands share: exit statuses, devices, places of reports, and tables for a terminal."""
+"""Shared by the commands: exit statuses, device and report options, and everything that is printed."""
 
 from __future__ import annotations
 
+import argparse
 import errno
+import json
+import logging
+import math
 import os
+import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any, NoReturn
 
 PASSED, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 
-def device_of(asked: str | None) -> str:
-    """What `--device` names, `cuda` where it names nothing and there is one, else `cpu`.
+def device_of(requested: str | None) -> str:
+    """The device of `--device`; `None` is `cuda` if available, else `cpu`.
 
     Raises:
-        ValueError: no name of a device, one without values, or one that torch does not see.
+        ValueError: not a device, one without values, or one that torch does not see.
     """
     import torch
 
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if asked is None:
+    if requested is None:
         return "cuda" if seen else "cpu"
     try:
-        device = torch.device(asked)
+        device = torch.device(requested)
     except RuntimeError:
         device = None
     if device is None or device.type == "meta":
-        raise ValueError(f"--device: expected cpu, cuda, cuda:1, …, got {asked!r}")
+        raise ValueError(f"--device: expected cpu, cuda, cuda:1, …, got {requested!r}")
     if device.type == "cuda" and not seen:
-        raise ValueError(f"--device: got {asked!r}, but torch sees no CUDA device; use --device cpu")
+        raise ValueError(f"--device: got {requested!r}, but torch sees no CUDA device; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= seen:
-        raise ValueError(f"--device: got {asked!r}, but torch sees {seen} CUDA devices: cuda:0 to cuda:{seen - 1}")
-    return asked
+        raise ValueError(f"--device: got {requested!r}, but torch sees {seen} CUDA devices: cuda:0 to cuda:{seen - 1}")
+    return requested
 
 
-def check_report(asked: str | None) -> None:
-    """Find out before a long run whether what `--report` names can be written; nothing is left there.
+def check_report(requested: str | None) -> None:
+    """Check before a long run that the file of `--report` can be written; nothing is left there.
 
     Raises:
-        ValueError: a folder, or a place where this user cannot write.
+        ValueError: a folder, or a path where this user cannot write.
     """
-    if asked is None:
+    if requested is None:
         return
-    path = os.path.realpath(asked)
+    path = os.path.realpath(requested)
     try:
         if os.path.isdir(path):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -55,13 +62,101 @@ def check_report(asked: str | None) -> None:
             with tempfile.TemporaryFile(dir=folder):
                 pass
     except OSError as error:
-        raise ValueError(f"--report: expected a file that can be written, got {asked!r}: {error.strerror}") from None
+        raise ValueError(
+            f"--report: expected a file that can be written, got {requested!r}: {error.strerror}"
+        ) from None
+
+
+def printable(text: str) -> str:
+    """`text` as one line, with what a terminal would obey or hide as backslash escapes, such as `\\x1b` and `\\u202e`.
+
+    Escaped are control characters (C0, DEL, C1), line and paragraph separators, format characters (bidi overrides,
+    tags; not the joiners that scripts and emoji need), and bytes of file names that are not UTF-8.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char.encode("unicode_escape").decode() if _is_control(char) else char for char in text)
+
+
+def _is_control(char: str) -> bool:
+    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in "\u200c\u200d"
+
+
+def message_lines(text: str) -> str:
+    """A message of several lines, each `printable`; those after the first are indented, so that no name begins one."""
+    return "\n  ".join(map(printable, text.split("\n")))
+
+
+def shell_command(arguments: Sequence[str]) -> str:
+    """A command to type again: `shlex.join`, with `$'…'` around arguments that are not `printable`."""
+    return " ".join(map(_quote, arguments))
+
+
+def _quote(argument: str) -> str:
+    if printable(argument) == argument:
+        return shlex.quote(argument)
+    escaped = (
+        "".join(f"\\x{byte:02x}" for byte in os.fsencode(c)) if _is_control(c) or c in "\\'" else c for c in argument
+    )
+    return f"$'{''.join(escaped)}'"
+
+
+def complain(message: str) -> None:
+    """Print a message to stderr, see `message_lines`."""
+    print(message_lines(message), file=sys.stderr, flush=True)
+
+
+class MessageFormatter(logging.Formatter):
+    """Formats log records as `message_lines`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record."""
+        return message_lines(super().format(record))
+
+
+def configure_transformers() -> None:
+    """Turn off transformers' progress bars and print its log records as `message_lines`."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.get_logger("transformers")  # sets up its handlers
+    for handler in logging.getLogger("transformers").handlers:
+        handler.setFormatter(MessageFormatter())
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An `argparse.ArgumentParser` whose errors are `printable`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message to stderr and exit with status 2."""
+        super().error(printable(message))
+
+
+def print_progress(line: str) -> None:
+    """Print a line to stderr; a log that cannot be written does not end a run."""
+    with suppress(OSError):
+        print(f"· {printable(line)}", file=sys.stderr, flush=True)
+
+
+def json_text(value: Any) -> str:
+    """`value` as strict JSON: floats that are not finite are null, bytes of names that are not UTF-8 are escaped."""
+    return json.dumps(_strict(value), indent=2, allow_nan=False)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {_strict(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(text: str) -> None:
-    """Print what has been done; where nobody takes it that is told, and changes nothing of what has been done."""
+    """Print a summary, each line `printable`. A closed stdout is reported and does not change the exit status."""
     try:
-        print(text, flush=True)
+        print("\n".join(map(printable, text.split("\n"))), flush=True)
     except OSError as error:
         with suppress(OSError):
             print(f"nopad: done, but the summary cannot be printed: {error}", file=sys.stderr)
@@ -70,7 +165,8 @@ def show(text: str) -> None:
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows, the first of them the header, as aligned columns; numbers to the right."""
+    """Rows, the first of them the header, as aligned columns of `printable` cells; numbers to the right."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     numeric = [i > 0 and any(row[i][:1].isdigit() for row in rows[1:]) for i in range(len(widths))]
     return [

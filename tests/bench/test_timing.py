@@ -122,11 +122,6 @@ def test_share_is_of_the_peak_around_each_run():
     assert [one["share_of_peak"] for one in report.to_dict()["rows"]] == [0.5, 0.5, None]
 
 
-def test_json_has_no_nan():
-    result = report_of(row(seconds=(1.0,), peak_seconds=(1.0,), min_cosine=float("nan"))).to_dict()["rows"][0]
-    assert (result["min_cosine"], result["agrees"]) == (None, False)
-
-
 @pytest.mark.parametrize(
     ("cosine", "agrees"), [(None, None), (0.991, True), (0.99, False), (-1.0, False), (float("nan"), False)]
 )

@@ -313,7 +313,9 @@ def test_a_signal_finishes_the_shard_in_hand(photos, tmp_path, capsys, monkeypat
     left = 12 - 5 * len(table(tmp_path / "new\nfolder's"))
     assert f"{12 - left} embedded, 0 failed" in out
     go_on = err.split(f"stopped with {left} inputs to go; to go on: ")[1]
-    again = shlex.split(go_on)
+    assert go_on.removesuffix("\n").isprintable()  # on one line, though the folder's name has two
+    split = subprocess.run(["bash", "-c", f"printf '%s\\0' {go_on}"], capture_output=True, text=True, check=True)
+    again = split.stdout.split("\0")[:-1]
     assert again[0] == "/usr/bin/nopad"
     assert main(again[1:]) == 0
     assert table(tmp_path / "new\nfolder's") == whole

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from typing import Any
 
-from nopad.terminal import FAILED, PASSED, check_report, columns, device_of
+from nopad.terminal import (
+    FAILED,
+    PASSED,
+    check_report,
+    columns,
+    configure_transformers,
+    device_of,
+    json_text,
+    print_progress,
+    printable,
+    show,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
 LAYERS_SHOWN = 12
@@ -19,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `nopad align`."""
     parser.add_argument("checkpoint", help="Hub name, folder, weights file, or untrained:<published name>")
     parser.add_argument("--images", metavar="DIR", help="folder of photos to compare on, too")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON; null for NaN and infinity")
     parser.add_argument("--report", metavar="FILE.html", help="write the report as one HTML page")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     trust = "run the checkpoint's own code as the reference, where transformers does not have it"
@@ -69,30 +79,26 @@ def run(options: argparse.Namespace) -> int:
 def report_alignment(options: argparse.Namespace, **arguments: Any) -> int:
     """Align with the common options, print or write the report, and return the exit status."""
     check_report(options.report)
-    from transformers.utils import logging as transformers_logging
-
     from nopad.align.page import write_align_page
     from nopad.align.run import align
 
-    transformers_logging.disable_progress_bar()
+    configure_transformers()
     report = align(
         **_common(options),
         compile=options.compile,
         threshold=THRESHOLD if options.threshold is None else options.threshold,
-        progress=lambda line: print(f"· {line}", file=sys.stderr),
+        progress=print_progress,
         **arguments,
     )
-    print(json.dumps(report.to_dict(), indent=2) if options.json else align_table(report), flush=True)
+    show(json_text(report.to_dict()) if options.json else align_table(report))
     if options.report is not None:
         write_align_page(report, options.report)
-        print(f"report: {options.report}", file=sys.stderr if options.json else sys.stdout)
+        print(printable(f"report: {options.report}"), file=sys.stderr if options.json else sys.stdout)
     return PASSED if report.passed else FAILED
 
 
 def run_batch_invariance(options: argparse.Namespace) -> int:
     """`nopad align --batch-invariance`."""
-    from transformers.utils import logging as transformers_logging
-
     from nopad.align.batch_invariance import CAPACITY, check_batch_invariance
     from nopad.loading import load
 
@@ -102,14 +108,14 @@ def run_batch_invariance(options: argparse.Namespace) -> int:
         raise ValueError("--threshold, --trust-remote-code: not with --batch-invariance, which runs no reference")
     if options.compile:
         raise ValueError("--compile: not with --batch-invariance, which runs compiled and eager layers")
-    transformers_logging.disable_progress_bar()
+    configure_transformers()
     encoder = load(options.checkpoint, revision=options.revision, **_common(options))
     report = check_batch_invariance(
         encoder,
         capacity=CAPACITY if options.capacity is None else options.capacity,
-        progress=lambda line: print(f"· {line}", file=sys.stderr),
+        progress=print_progress,
     )
-    print(json.dumps(report.to_dict(), indent=2) if options.json else batch_invariance_table(report))
+    show(json_text(report.to_dict()) if options.json else batch_invariance_table(report))
     return PASSED if report.passed else FAILED
 
 
@@ -164,9 +170,10 @@ def align_table(report: Any) -> str:
     good = sum(case.passed for case in report.cases)
     verdict = f"{'PASSED' if report.passed else 'FAILED'}: {good} of {len(report.cases)} cases"
     if report.precision is None:
-        return "\n".join([*lines, f"{verdict} equal the reference"])
+        return "\n".join(map(printable, [*lines, f"{verdict} equal the reference"]))
     rule = f"in {report.precision} the threshold alone decides"
-    return "\n".join([*lines, f"{verdict} have every cosine to the reference above {report.threshold:g}; {rule}"])
+    lines.append(f"{verdict} have every cosine to the reference above {report.threshold:g}; {rule}")
+    return "\n".join(map(printable, lines))
 
 
 def _layer_rows(report: Any) -> list[tuple[str, ...]]:
@@ -190,16 +197,15 @@ def batch_invariance_table(report: Any) -> str:
         rows.append((case.name, grid, *map(str, counts), "ok" if case.passed else "FAILED"))
     good = sum(case.passed for case in report.cases)
     verdict = "PASSED" if report.passed else "FAILED"
-    return "\n".join(
-        [
-            f"{report.checkpoint}: packs of {report.capacity:,} tokens",
-            f"{_arithmetic(report)} on {report.device}, attention {report.attention}",
-            "",
-            *columns(rows),
-            "",
-            f"{verdict}: {good} of {len(report.cases)} images have the same features in every pack",
-        ]
-    )
+    lines = [
+        f"{report.checkpoint}: packs of {report.capacity:,} tokens",
+        f"{_arithmetic(report)} on {report.device}, attention {report.attention}",
+        "",
+        *columns(rows),
+        "",
+        f"{verdict}: {good} of {len(report.cases)} images have the same features in every pack",
+    ]
+    return "\n".join(map(printable, lines))
 
 
 def _arithmetic(report: Any) -> str:

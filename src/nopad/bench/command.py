@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
 from nopad.bench.defaults import ON_CPU, ON_GPU
 from nopad.bench.report import MIN_COSINE, BenchReport, Row, counted
-from nopad.terminal import check_report, columns, device_of
+from nopad.terminal import (
+    check_report,
+    columns,
+    configure_transformers,
+    device_of,
+    json_text,
+    print_progress,
+    printable,
+    show,
+)
 
 DTYPES = ("bfloat16", "float16", "float32")
 HEADER = ("", "capacity", "ms", "min … max", "images/s", "tokens/s", "TFLOP/s", "of peak", "GiB", "cosine", "")
@@ -42,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     trust = "run the checkpoint's own code as the reference, where transformers does not have it"
     parser.add_argument("--trust-remote-code", action="store_true", help=trust)
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON; null for NaN and infinity")
     parser.add_argument("--report", metavar="FILE.html", help="write the report as one HTML page")
 
 
@@ -56,11 +64,10 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--fp8: runs the packed model in float8 compiled, got --no-compile too; give one of them")
     check_report(options.report)
     import torch
-    from transformers.utils import logging as transformers_logging
 
     from nopad.bench.run import bench
 
-    transformers_logging.disable_progress_bar()
+    configure_transformers()
     report = bench(
         options.checkpoint,
         device=device_of(options.device),
@@ -76,14 +83,14 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
-        progress=lambda line: print(f"· {line}", file=sys.stderr),
+        progress=print_progress,
     )
-    print(json.dumps(report.to_dict(), indent=2) if options.json else bench_table(report), flush=True)
+    show(json_text(report.to_dict()) if options.json else bench_table(report))
     if options.report is not None:
         from nopad.bench.page import write_bench_page
 
         write_bench_page(report, options.report)
-        print(f"report: {options.report}", file=sys.stderr if options.json else sys.stdout)
+        print(printable(f"report: {options.report}"), file=sys.stderr if options.json else sys.stdout)
     return 0
 
 
@@ -112,7 +119,7 @@ def bench_table(report: BenchReport) -> str:
         "of peak: share of the peak measured right before and after each run; GiB: weights and peak memory on top;",
         f"cosine: lowest of a token with the packed encoder on that image alone, WRONG unless above {MIN_COSINE}",
     ]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _executions(rows: Sequence[Row]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -193,11 +192,10 @@ class BenchReport:
         return statistics.median(shares) if shares else None
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`: also what follows from the measurements; NaN, which JSON does not have, is `None`."""
+        """For `--json`: also what follows from the measurements."""
         rows = [
             {
                 **asdict(row),
-                "min_cosine": None if row.min_cosine is None or math.isnan(row.min_cosine) else row.min_cosine,
                 "median_seconds": row.median,
                 "images_per_second": row.images_per_second,
                 "tokens_per_second": row.tokens_per_second,

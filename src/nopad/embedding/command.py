@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
-import shlex
 import signal
 import sys
 import threading
@@ -17,7 +15,7 @@ from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING
 
 from nopad.embedding.settings import Settings
-from nopad.terminal import device_of, show
+from nopad.terminal import complain, configure_transformers, device_of, json_text, printable, shell_command, show
 
 if TYPE_CHECKING:
     from nopad.embedding.run import Summary
@@ -36,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help = option.metadata["help"] + (f" (default: {default})" if default else "")
         name = "--" + option.name.replace("_", "-")
         parser.add_argument(name, required=required, default=default, help=help, **option.metadata["argument"])
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON; null for NaN and infinity")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -47,15 +45,13 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError, ImportError: wrong use, or a folder that cannot be written.
     """
-    from transformers.utils import logging as transformers_logging
-
     for package in ("filelock", "pyarrow", "rich"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"this needs {package}: pip install 'nopad[embed]'")
     from nopad.embedding.api import embed
     from nopad.embedding.progress import display
 
-    transformers_logging.disable_progress_bar()
+    configure_transformers()
     device_of(options.device)
     go_on = f"to go on: {_command(options)}"
     try:
@@ -73,14 +69,14 @@ def run(options: argparse.Namespace) -> int:
                 progress=shown,
             )
     except KeyboardInterrupt:
-        print(f"stopped at once, the shard in hand is lost, finished ones are kept; {go_on}", file=sys.stderr)
+        complain(f"stopped at once, the shard in hand is lost, finished ones are kept; {go_on}")
         return INTERRUPTED
     if options.json:
-        show(json.dumps(summary.to_dict(), indent=2))
+        show(json_text(summary.to_dict()))
     else:
-        show(describe(summary).encode("utf-8", "backslashreplace").decode())
+        show(describe(summary))
     if summary.to_go:
-        print(f"stopped with {summary.to_go:,} inputs to go; {go_on}", file=sys.stderr)
+        complain(f"stopped with {summary.to_go:,} inputs to go; {go_on}")
         return INTERRUPTED
     return NOTHING_EMBEDDED if summary.failed == summary.rows else DONE
 
@@ -89,8 +85,8 @@ def _command(options: argparse.Namespace) -> str:
     """What to type to run this once more."""
     program = sys.argv[0]
     if os.path.basename(program) == "__main__.py":
-        return shlex.join([sys.executable, "-m", "nopad", *options.arguments])
-    return shlex.join([program, *options.arguments])
+        return shell_command([sys.executable, "-m", "nopad", *options.arguments])
+    return shell_command([program, *options.arguments])
 
 
 @contextmanager
@@ -153,4 +149,4 @@ def describe(summary: Summary) -> str:
             f"({shards[0]}{', …' if len(shards) > 1 else ''}); --retry-failed tries them again, but for "
             f"what could not be listed, which takes another folder"
         )
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))

@@ -19,6 +19,7 @@ from nopad.embedding.table.writer import Row, ShardFormat, parse_shard_name, sha
 from nopad.encoder import PackedEncoder
 from nopad.loading import load
 from nopad.pipeline.worker import Worker
+from nopad.terminal import printable
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Job:
         for path in sorted(self.folder.path.glob("shard-*.parquet")):
             parsed = parse_shard_name(path.name)
             if parsed is None or parsed[1:] != (len(self), self.fingerprint):
-                raise ValueError(f"{path}: not a shard of this job; move it away or use another folder")
+                raise ValueError(printable(f"{path}: not a shard of this job; move it away or use another folder"))
             found.append(parsed[0])
         return found
 
@@ -126,10 +127,11 @@ def _changes(retained: InputList, listed: InputList, folder: Path) -> str:
     moved = [(old_places[key], item) for item in new if (key := (item.source, item.id)) in old_places]
     if moved:
         old, item = moved[0]
-        raise ValueError(
+        message = (
             f"{folder} holds a job of which {len(moved):,} inputs are elsewhere now; the first is {item.id} of "
             f"{item.source}: {_place(old)} there, {_place(item)} now; put them back, or use another folder"
         )
+        raise ValueError(printable(message))
     return (
         f"since this job began, its sources have {new.total():,} new inputs and {gone.total():,} are gone"
         f"{'' if new or gone else ', but they come in another order'}; it keeps to the list that it began with: "

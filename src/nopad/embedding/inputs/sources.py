@@ -25,6 +25,7 @@ from nopad.embedding.inputs.files import open_regular, why
 from nopad.embedding.inputs.listing import Input, InputList, as_text
 from nopad.embedding.table.writer import OWN_FOLDER, parse_shard_name
 from nopad.preprocessing.formats import image_suffixes
+from nopad.terminal import printable
 
 _LISTS = (".txt", ".lst")
 
@@ -86,13 +87,13 @@ def list_inputs(sources: Sequence[str | Path], *, image_column: str | None = Non
                     first_broken.append(item)
                 yield item
             if is_empty:
-                raise ValueError(f"{lister.source}: no picture or video in it{_summary(lister.left_out)}")
+                raise ValueError(printable(f"{lister.source}: no picture or video in it{_summary(lister.left_out)}"))
             left_out.update(lister.left_out)
 
     inputs = InputList.of(every())
     if not is_any_whole:
         item = first_broken[0]
-        raise ValueError(f"nothing that can be read in the sources; {item.source}, {item.id}: {item.note}")
+        raise ValueError(printable(f"nothing that can be read in the sources; {item.source}, {item.id}: {item.note}"))
     if image_column is not None and kinds.isdisjoint({"parquet", "dataset"}):
         raise ValueError(f"image_column: no source has columns, as Parquet files and datasets do, got {image_column!r}")
     return Listing(inputs, dict(left_out))
@@ -120,7 +121,7 @@ class _Lister:
             mode = os.stat(self.name).st_mode
         except OSError as error:
             if not glob.has_magic(self.name):
-                raise ValueError(f"{self.source}: cannot be opened: {why(error)}") from error
+                raise ValueError(printable(f"{self.source}: cannot be opened: {why(error)}")) from error
             return self._glob()
         if stat.S_ISDIR(mode):
             return self._folder(self.name, "")
@@ -175,7 +176,7 @@ class _Lister:
         parts = parts[fixed:]
         matches = set(_expand(base, "", parts, frozenset()))
         if not matches:
-            raise ValueError(f"{self.source}: does not exist and, as a glob, matches nothing")
+            raise ValueError(printable(f"{self.source}: does not exist and, as a glob, matches nothing"))
         for relative, is_folder, reason in sorted(matches, key=lambda match: os.fsencode(match[0])):
             path = os.path.join(base, relative)
             if reason:
@@ -192,7 +193,7 @@ class _Lister:
             with open_regular(os.fsencode(self.name)) as file:
                 data = file.readall()
         except OSError as error:
-            raise ValueError(f"{self.source}: cannot be read: {why(error)}") from error
+            raise ValueError(printable(f"{self.source}: cannot be read: {why(error)}")) from error
         folder = os.path.dirname(os.path.abspath(self.name))
         for line in (data or b"").removeprefix(b"\xef\xbb\xbf").split(b"\n"):
             name = os.fsdecode(line.removesuffix(b"\r"))
