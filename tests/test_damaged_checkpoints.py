@@ -1,10 +1,12 @@
 """Checkpoints that are damaged, quantised or told wrongly: what is said of them."""
 
 import json
+import signal
 
 import pytest
 import torch
 from aimv2_checkpoints import tiny_original, write
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_encoders import FAMILIES, GRIDS, patches_of, tiny
 from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
@@ -63,6 +65,11 @@ def test_files_that_hold_something_else(folder, name, content, expected, capsys)
         ("patch_size", [14, 7], r"patch_size: expected one number or two that are equal, got \[14, 7\]"),
         ("image_size", [28, 56], r"image_size: expected one number or two that are equal, got \[28, 56\]"),
         ("rms_norm_eps", float("nan"), "rms_norm_eps: expected a finite number, got nan"),
+        ("rms_norm_eps", -1e-5, "rms_norm_eps: expected a number from 0 to 1e.12, got -1e-05"),
+        ("attention_dropout", 1.5, "attention_dropout: expected a number from 0 to 1, got 1.5"),
+        ("patch_order", "whc", "aimv2': patch order: expected 'hwc' or 'chw', got 'whc'"),
+        ("positions", [1], "aimv2': positions: expected 'resample' or 'strict', got"),
+        ("num_attention_heads", 3, "num_attention_heads: expected a divisor of hidden_size 32, got 3"),
         ("rms_norm_eps", "1e-5", "config.json describes no encoder: .*rms_norm_eps"),
         ("hidden_act", "swish-and-more", "config.json describes no encoder: .*swish-and-more"),
     ],
@@ -162,7 +169,7 @@ def test_dtype_is_the_configs_else_the_widest_of_the_weights(folder):
     changed(folder / "config.json", dtype="float32")
     assert nopad.load(folder).dtype == torch.float32
     changed(folder / "config.json", dtype="int7")
-    with pytest.raises(ValueError, match=r"dtype: expected one of bfloat16, .* got int7"):
+    with pytest.raises(ValueError, match=rf"{folder}': dtype: expected one of bfloat16, .* got int7"):
         nopad.load(folder)
 
 
@@ -231,3 +238,116 @@ def test_alignment_sees_a_config_that_was_read_in_another_way(folder, monkeypatc
 def test_a_path_where_nothing_is_is_no_name_on_the_hub(name):
     with pytest.raises(OSError, match="neither a file nor a folder, and no name on the Hub"):
         nopad.load(name)
+
+
+class TooLate(BaseException):
+    """Nothing catches it."""
+
+
+@pytest.fixture
+def at_once():
+    """Fails a test that a hostile number keeps busy, before memory is gone."""
+
+    def stop(signum, frame):
+        raise TooLate("still at it after a minute")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+SIZES = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "patch_size"]
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("value", [-1, 0, True, 4.0, "4", 10**9, 10**30, float("inf"), [[4]], {"a": 4}])
+@pytest.mark.parametrize("family", ["aimv2 with a head", "siglip2", "siglip", "dinov3", "onevision"])
+def test_sizes_that_the_tensors_do_not_have(tmp_path, family, value):
+    folder = tiny(family, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    for name in SIZES:
+        (folder / "config.json").write_text(json.dumps({**config, name: value}))
+        with pytest.raises(ValueError, match=rf"{folder}.*{name}"):
+            nopad.load(folder)
+
+
+@pytest.mark.parametrize("value", ["xy", [1.0, "2"], [1.0, True], [1.0, 0], [1.0, [2.0]], [1.0], {"a": 1, "b": 2}, 1.0])
+def test_rope_periods_that_are_none(tmp_path, value):
+    folder = tiny("dinov3", tmp_path)
+    assert nopad.load(folder).rope.head_dim == 8
+    changed(folder / "config.json", rope_periods=value)
+    with pytest.raises(ValueError, match=rf"{folder}.*(rope_periods: expected|config.json describes no encoder)"):
+        nopad.load(folder)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("number", ["1000000000", "9" * 5000, "00", "7"])
+def test_layers_are_numbered_without_gaps(folder, number):
+    state = load_file(folder / "model.safetensors")
+    renamed = {name.replace("layers.2.", f"layers.{number}."): tensor for name, tensor in state.items()}
+    save_file(renamed, folder / "model.safetensors")
+    changed(folder / "config.json", num_hidden_layers=10**9)
+    with pytest.raises(ValueError, match="layers"):
+        nopad.load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="layers"):
+        nopad.load(folder)
+
+
+@pytest.mark.parametrize("name", ["embeddings.patch_embed.weight", "encoder.layers.0.ffn.gate_proj.weight"])
+@pytest.mark.parametrize("shape", [(), (0,), (1536,), (2, 2, 2, 2, 2)])
+def test_misshapen_tensors_that_a_config_follows(folder, name, shape):
+    state = load_file(folder / "model.safetensors")
+    for config in (True, False):
+        save_file({**state, name: torch.zeros(shape)}, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=rf"{folder}.*{name}"):
+            nopad.load(folder)
+        if config:
+            (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize("key", ["vision_config", "quantization_config"])
+@pytest.mark.parametrize("value", [5, "x", [1], [["model_type", "aimv2"]]])
+def test_parts_of_a_config_are_objects(folder, key, value):
+    changed(folder / "config.json", **{key: value})
+    with pytest.raises(ValueError, match=rf"{folder}.*{key}: expected a JSON object, got"):
+        nopad.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({"image_processor_type": 5}, "image_processor_type: expected the name of a class, got 5"),
+        ({"image_processor_type": ["a"]}, "image_processor_type: expected the name of a class, got"),
+        ({"image_processor_type": "ConvNextImageProcessor"}, "image_processor_type: expected .* got 'ConvNextImage"),
+        ({"feature_extractor_type": "ConvNextFeatureExtractor"}, "image_processor_type: expected .*, got 'ConvNextIm"),
+        ({"max_num_patches": "x"}, "max_patches: expected ≥ 1 for 'naflex', got 'x'"),
+        ({"max_num_patches": True}, "max_patches: expected ≥ 1 for 'naflex', got True"),
+        ({"max_num_patches": 1.5}, "max_patches: expected ≥ 1 for 'naflex', got 1.5"),
+        ({"size": {"height": [1], "width": [1]}}, r"size: expected pixels, .* got \{'height': \[1\], 'width'"),
+        ({"size": {"height": True, "width": True}}, "size: expected pixels, .* got"),
+        ({"size": 224.0}, "size: expected pixels, .* got 224.0"),
+        ({"size": -1}, "size: expected pixels, .* got -1"),
+        ({"do_resize": "false"}, "do_resize: expected true or false, got 'false'"),
+        ({"do_normalize": 0}, "do_normalize: expected true or false, got 0"),
+        ({"resample": True}, r"resample: expected 2 \(bilinear\) or 3 \(bicubic\), got True"),
+        ({"resample": [3]}, r"resample: expected 2 \(bilinear\) or 3 \(bicubic\), got \[3\]"),
+        ({"image_mean": "0.5"}, "mean, std, rescale_factor: expected finite numbers"),
+        ({"image_mean": [[0.5], 0, 0]}, "mean, std, rescale_factor: expected finite numbers"),
+        ({"image_mean": {"r": 0.5}}, "mean, std, rescale_factor: expected finite numbers"),
+        ({"image_std": [True, True, True]}, "mean, std, rescale_factor: expected finite numbers"),
+        ({"rescale_factor": 10**400}, "mean, std, rescale_factor: expected finite numbers"),
+        ({"do_flip_channel_order": True}, "got {'do_flip_channel_order': True}, steps that no rule here has"),
+        ({"crop_pct": 0.875}, "got {'crop_pct': 0.875}, steps that no rule here has"),
+    ],
+)
+def test_preprocessor_configs_of_other_types(folder, told, expected, capsys):
+    changed(folder / "preprocessor_config.json", **{"size": 28, **told})
+    with pytest.raises(ValueError, match=rf"{folder}': preprocessor config: {expected}"):
+        nopad.load(folder).pack([torch.zeros(3, 28, 28, dtype=torch.uint8)])
+    picture = folder / "cat.png"
+    Image.new("RGB", (28, 28)).save(picture)
+    assert cli.main(["embed", str(picture), "--model", str(folder), "--out", str(folder / "out")]) == 2
+    assert "Traceback" not in capsys.readouterr().err

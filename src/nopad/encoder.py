@@ -15,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from nopad.arguments import read_arguments
 from nopad.checkpoints import pretrained, state_dicts
 from nopad.checkpoints.formats import Checkpoint, Dialect
+from nopad.checkpoints.strict import check_numbers
 from nopad.checkpoints.untrained import init_weights, untrained
 from nopad.inference.attention import set_attention
 from nopad.inference.compile import compile_encoder
@@ -89,7 +90,8 @@ class PackedEncoder(ByRole, PreTrainedModel):
             self.__dict__ = type(self).from_pretrained(config, **kwargs).__dict__
             return
         super().__init__(config, **kwargs)
-        check_patch_order(self.config.patch_order)
+        check_numbers(config, type(config).__name__)
+        check_patch_order(config.patch_order)
         self.head = self.projection = None
         self.build()
         whole = (self.embeddings, *self.layers, self.head)  # `device_map` keeps each on one device
@@ -231,7 +233,8 @@ class PackedEncoder(ByRole, PreTrainedModel):
         """How pixels are made: by the checkpoint's own preprocessor config, else by the family's rule."""
         if self.preprocessor_config is None:
             return self.default_preprocessing
-        return read_preprocessor_config(self.preprocessor_config, self.default_preprocessing)
+        whose = f"checkpoint {self.source!r}: preprocessor config"
+        return read_preprocessor_config(self.preprocessor_config, self.default_preprocessing, whose)
 
     @property
     def patch_size(self) -> int:

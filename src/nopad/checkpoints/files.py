@@ -56,19 +56,22 @@ def open_checkpoint(name: str | Path, *, revision: str | None = None, **hub: Any
 
 def _with_json(checkpoint: Checkpoint, find: Callable[[str], Path | None]) -> Checkpoint:
     """What stands beside the weights; of two files about pixels the one counts that transformers takes."""
-    path = find("processor_config.json")
-    preprocessor = _json(path).get("image_processor")
-    if not isinstance(preprocessor, dict | None):
-        raise ValueError(f"{path}: image_processor: expected a JSON object, got {preprocessor!r:.80}")
+    preprocessor = _json(find("processor_config.json"), "image_processor").get("image_processor")
     if preprocessor is None:
         preprocessor = _json(find("preprocessor_config.json")) or None
     path = find("config.json")
-    folder = None if path is None else path.parent
-    return replace(checkpoint, config=_json(path), preprocessor=preprocessor, folder=folder)
+    config = _json(path, "vision_config", "quantization_config")
+    return replace(checkpoint, config=config, preprocessor=preprocessor, folder=None if path is None else path.parent)
 
 
-def _json(path: Path | None) -> dict[str, Any]:
-    return {} if path is None else read_json(path)
+def _json(path: Path | None, *objects: str) -> dict[str, Any]:
+    """What a file says, nothing where there is none; each of `objects` is an object, or is left out."""
+    content = {} if path is None else read_json(path)
+    content = {key: value for key, value in content.items() if value is not None or key not in objects}
+    for key in objects:
+        if not isinstance(content.get(key, {}), dict):
+            raise ValueError(f"{path}: {key}: expected a JSON object, got {content[key]!r:.80}")
+    return content
 
 
 def _in_folder(folder: Path, filename: str) -> Path | None:

@@ -120,21 +120,39 @@ class Checkpoint:
             )
         return value[0]
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str, ndim: int | None = None) -> tuple[int, ...]:
         """Shape of a tensor.
 
+        Args:
+            name: by the packed model's names.
+            ndim: how many sides it must have; any number unless given.
+
         Raises:
-            ValueError: there is none of this name.
+            ValueError: there is none of this name, or it has another number of sides.
         """
         if name not in self.tensors:
             stored = self.table.file_name(name)
             raise ValueError(f"checkpoint {self.name!r}: tensor {stored!r} is missing; the config follows its shape")
-        return self.tensors[name].shape
+        shape = self.tensors[name].shape
+        if ndim not in (None, len(shape)):
+            stored = self.table.file_name(name)
+            raise ValueError(f"checkpoint {self.name!r}: {stored!r} is misshapen: expected {ndim} sides, got {shape}")
+        return shape
 
     def count(self, prefix: str) -> int:
-        """How many numbered modules stand under `prefix`: one more than the highest number, 0 where there is none."""
-        pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
-        return max((int(match[1]) + 1 for name in self.tensors if (match := pattern.match(name))), default=0)
+        """How many numbered modules stand under `prefix`, 0 where there is none.
+
+        Raises:
+            ValueError: their numbers are not 0, 1, 2, …
+        """
+        pattern = re.compile(re.escape(prefix) + r"(\d{1,9})\.")
+        numbers = {int(match[1]) for name in self.tensors if (match := pattern.match(name))}
+        if missing := set(range(len(numbers))) - numbers:
+            raise ValueError(
+                f"checkpoint {self.name!r}: expected layers 0 to {len(numbers) - 1}, since it has tensors of "
+                f"{len(numbers)}, got none of layers {sorted(missing)[:10]}"
+            )
+        return len(numbers)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from nopad.checkpoints.files import open_checkpoint
 from nopad.checkpoints.formats import Checkpoint, Dialect
 from nopad.checkpoints.quantised import load_quantised, with_weight_names
-from nopad.checkpoints.strict import check_numbers, load_strictly, with_options
+from nopad.checkpoints.strict import check_numbers, check_sizes, load_strictly, with_options
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.layers.linear import lay_out
 from nopad.layers.roles import registered_path
@@ -24,6 +24,8 @@ from nopad.packing import PatchOrder
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
 
+# What configs and layers raise on values of other types and on sizes that nothing has.
+_CONFIG_ERRORS = (TypeError, ArithmeticError, AttributeError, LookupError, RuntimeError, StrictDataclassError)
 HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 
 
@@ -126,14 +128,19 @@ def _skeleton(
     options: dict[str, str | None],
 ) -> PackedEncoder:
     """The encoder that a checkpoint under the packed model's names describes, on the meta device."""
+    layers = f"{cls.names.get('layers', 'layers')}."
+    check_sizes(checkpoint, checkpoint.vision_config, layers)  # transformers' configs make a list of all layers
     try:
         config = config or cls.read_config(checkpoint)
         check_numbers(config, f"checkpoint {checkpoint.name!r}")
+        check_sizes(checkpoint, config.to_dict(), layers)
         with torch.device("meta"):
             return cls(with_options(config, **options))
-    except (TypeError, ArithmeticError, AttributeError, LookupError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split()) or repr(error)
-        raise ValueError(f"checkpoint {checkpoint.name!r}: config.json describes no encoder: {reason}") from error
+    except (*_CONFIG_ERRORS, ValueError) as error:
+        reason, whose = " ".join(str(error).split()) or repr(error), f"checkpoint {checkpoint.name!r}"
+        if isinstance(error, _CONFIG_ERRORS):
+            reason = f"config.json describes no encoder: {reason}"
+        raise ValueError(reason if reason.startswith(whose) else f"{whose}: {reason}") from error
 
 
 def _registered(model: nn.Module, path: str) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 
 from nopad.checkpoints.formats import FLOATS, Checkpoint, Dialect, check_strictly
+from nopad.counts import is_count
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
@@ -31,7 +33,9 @@ def load_strictly(
     """
     needed = skeleton.state_dict()
     check_strictly(checkpoint, dialect.table.to_file(needed), dialect)
-    dtype = checkpoint.dtype if dtype in (None, "auto") else dtype
+    if dtype in (None, "auto"):
+        dtype = checkpoint.dtype
+        check_dtype(dtype, f"checkpoint {checkpoint.name!r}: dtype")
     check_dtype(dtype)
     tensors = dialect.convert(checkpoint).tensors
     names = skeleton.original_dialect().table  # transformers leads from the names of files to those in memory
@@ -44,19 +48,63 @@ def load_strictly(
     return model, info
 
 
+_SIDES = ("hidden_size", "intermediate_size", "num_channels", "patch_size", "num_register_tokens", "projection_dim")
+_OTHER_COUNTS = ("num_hidden_layers", "num_attention_heads", "image_size", "num_patches")
+_COUNTS = {**dict.fromkeys((*_SIDES, *_OTHER_COUNTS), 1), "num_register_tokens": 0}
+"""The least of each; `None` where there is no such thing."""
+_NUMBERS = {
+    **dict.fromkeys(("layer_norm_eps", "rms_norm_eps", "rope_theta"), (0, 1e12)),
+    **dict.fromkeys(("attention_dropout", "drop_path_rate"), (0, 1)),
+}
+"""The least and the most of each."""
+
+
 def check_numbers(config: PreTrainedConfig, whose: str) -> None:
     """Refuse a config with numbers that are none.
 
     Raises:
-        ValueError: NaN or infinity, or no heads.
+        ValueError: NaN or infinity, a count that is no integer or below 1, heads that do not fill the width, an eps or
+            a base below 0, a probability outside of 0 to 1.
     """
     for name, value in config.to_dict().items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{whose}: {name}: expected a finite number, got {value}")
-    for name in ("num_attention_heads", "patch_size", "hidden_size"):
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{whose}: {name}: expected an integer ≥ 1, got {value!r}")
+    for name, least in _COUNTS.items():
+        value = getattr(config, name, None)
+        absent = value is None and name not in ("num_attention_heads", "patch_size", "hidden_size")
+        if not absent and not is_count(value, least):
+            raise ValueError(f"{whose}: {name}: expected an integer ≥ {least}, got {value!r:.80}")
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"{whose}: num_attention_heads: expected a divisor of hidden_size {config.hidden_size}, got "
+            f"{config.num_attention_heads!r:.80}"
+        )
+    for name, (least, most) in _NUMBERS.items():
+        value = getattr(config, name, least)
+        if type(value) not in (int, float) or not least <= value <= most:
+            raise ValueError(f"{whose}: {name}: expected a number from {least} to {most:g}, got {value!r:.80}")
+
+
+def check_sizes(checkpoint: Checkpoint, fields: Mapping[str, Any], layers: str) -> None:
+    """Compare the sizes of a config with the tensors before anything of such a size is built.
+
+    Args:
+        checkpoint: with the packed model's names.
+        fields: of a config.
+        layers: prefix of the tensor names of all layers.
+
+    Raises:
+        ValueError: a side that no tensor has, or more than twice the layers that there are tensors of; up to that
+            many, `check_strictly` lists what is missing.
+    """
+    longest = max((max(t.shape) for t in checkpoint.tensors.values() if t.shape and 0 not in t.shape), default=0)
+    limits = dict.fromkeys(_SIDES, longest) | {"num_hidden_layers": 2 * checkpoint.count(layers)}
+    for name, limit in limits.items():
+        value: Any = fields.get(name)
+        if is_count(value) and value > limit:
+            raise ValueError(
+                f"checkpoint {checkpoint.name!r}: {name}: got {value:.10g}, but by its tensors it has at most {limit}"
+            )
 
 
 def with_options(config: PreTrainedConfig, **options: str | None) -> PreTrainedConfig:
@@ -74,7 +122,7 @@ def with_options(config: PreTrainedConfig, **options: str | None) -> PreTrainedC
     return config
 
 
-def check_dtype(dtype: Any) -> None:
+def check_dtype(dtype: Any, whose: str = "dtype") -> None:
     """Refuse weights of another dtype than those of `nopad.checkpoints.formats.FLOATS`.
 
     Raises:
@@ -82,4 +130,4 @@ def check_dtype(dtype: Any) -> None:
     """
     known = {str(each).removeprefix("torch.") for each in FLOATS}
     if str(dtype).removeprefix("torch.") not in known:
-        raise ValueError(f"dtype: expected one of {', '.join(sorted(known))}, got {dtype}")
+        raise ValueError(f"{whose}: expected one of {', '.join(sorted(known))}, got {dtype}")

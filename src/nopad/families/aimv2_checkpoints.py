@@ -118,7 +118,7 @@ def read_config(checkpoint: Checkpoint) -> AIMv2PackingConfig:
         ValueError: no config and shapes that no published AIMv2 has.
     """
     names = checkpoint.tensors
-    hidden_size, channels, patch_size, _ = checkpoint.shape(_KERNEL)
+    hidden_size, channels, patch_size, _ = checkpoint.shape(_KERNEL, 4)
     checkpoint.check_model_type("aimv2", "aimv2_vision_model")
     says = checkpoint.vision_config
     fields: dict[str, Any] = {
@@ -130,12 +130,12 @@ def read_config(checkpoint: Checkpoint) -> AIMv2PackingConfig:
         "use_head": "head.cls_token" in names,
         "qkv_bias": any(name.endswith("attention.q_proj.bias") for name in names),
         "mlp_bias": any(name.endswith(f"{_GATE}.bias") for name in names),
-        "projection_dim": checkpoint.shape(_PROJECTION)[0] if _PROJECTION in names else None,
+        "projection_dim": checkpoint.shape(_PROJECTION, 2)[0] if _PROJECTION in names else None,
     }
     if "intermediate_size" not in says:
-        fields["intermediate_size"] = checkpoint.shape(f"encoder.layers.0.{_GATE}.weight")[0]
+        fields["intermediate_size"] = checkpoint.shape(f"encoder.layers.0.{_GATE}.weight", 2)[0]
     if _POSITIONS in names and "image_size" not in says:
-        number = checkpoint.shape(_POSITIONS)[0]
+        number = checkpoint.shape(_POSITIONS, 2)[0]
         side = math.isqrt(number)
         if side**2 != number:
             raise ValueError(

@@ -77,8 +77,12 @@ class DINOv3Rope(nn.Module):
             raise ValueError(f"head size: expected a multiple of 4 for rope over two axes, got {self.head_dim}")
         self.base = config.rope_theta
         self.periods = None if config.rope_periods is None else tuple(config.rope_periods)
-        if self.periods is not None and len(self.periods) != self.head_dim // 4:
-            raise ValueError(f"rope_periods: expected {self.head_dim // 4} numbers, got {len(self.periods)}")
+        number = self.head_dim // 4
+        for period in self.periods or ():
+            if type(period) not in (int, float) or not 0 < period < math.inf:
+                raise ValueError(f"rope_periods: expected numbers above 0, got {config.rope_periods!r:.80}")
+        if self.periods is not None and len(self.periods) != number:
+            raise ValueError(f"rope_periods: expected {number} numbers, got {len(self.periods)}")
         self.shift = config.pos_embed_shift
         self.jitter = config.pos_embed_jitter
         self.rescale = config.pos_embed_rescale

@@ -118,7 +118,7 @@ def read_config(checkpoint: Checkpoint) -> DINOv3ViTPackingConfig:
         ValueError: a part of the architecture that neither tells, or that no encoder here has.
     """
     meta = checkpoint.table in (_META_PLAIN, _META_GATED)
-    hidden_size, channels, *sides = checkpoint.shape("embeddings.patch_embeddings.weight")
+    hidden_size, channels, *sides = checkpoint.shape("embeddings.patch_embeddings.weight", 4)
     has = {re.sub(r"^model\.layer\.\d+\.", "", name) for name in checkpoint.tensors}
     gated = "mlp.gate_proj.weight" in has
     fields: dict[str, Any] = {
@@ -126,8 +126,8 @@ def read_config(checkpoint: Checkpoint) -> DINOv3ViTPackingConfig:
         "num_channels": channels,
         "patch_size": sides,
         "num_hidden_layers": checkpoint.count("model.layer."),
-        "intermediate_size": checkpoint.shape("model.layer.0.mlp.up_proj.weight")[0],
-        "num_register_tokens": checkpoint.shape("embeddings.register_tokens")[1],
+        "intermediate_size": checkpoint.shape("model.layer.0.mlp.up_proj.weight", 2)[0],
+        "num_register_tokens": checkpoint.shape("embeddings.register_tokens", 3)[1],
         "proj_bias": "attention.o_proj.bias" in has,
         "mlp_bias": "mlp.up_proj.bias" in has,
         "use_gated_mlp": gated,

@@ -86,7 +86,7 @@ def read_config(checkpoint: Checkpoint) -> OneVisionPackingConfig:
     """
     checkpoint.check_model_type(OneVisionPackingConfig.model_type)
     names = checkpoint.tensors
-    hidden_size, channels, patch_size, _ = checkpoint.shape("embeddings.patch_embedding.weight")
+    hidden_size, channels, patch_size, _ = checkpoint.shape("embeddings.patch_embedding.weight", 4)
     fields: dict[str, Any] = {
         "hidden_size": hidden_size,
         "num_channels": channels,
@@ -97,7 +97,7 @@ def read_config(checkpoint: Checkpoint) -> OneVisionPackingConfig:
     }
     fields |= {name: checkpoint.config[name] for name in _SAME_NAMES.split() if name in checkpoint.config}
     if "intermediate_size" not in fields:
-        fields["intermediate_size"] = checkpoint.shape("encoder.layers.0.mlp.fc1.weight")[0]
+        fields["intermediate_size"] = checkpoint.shape("encoder.layers.0.mlp.fc1.weight", 2)[0]
     if "num_attention_heads" not in fields:
         if hidden_size % HEAD_DIM:
             raise ValueError(

@@ -107,11 +107,11 @@ def read_config(checkpoint: Checkpoint) -> SiglipConfigs:
 
 def _told_by_tensors(checkpoint: Checkpoint, said: dict[str, Any]) -> dict[str, Any]:
     """What `config.json` would say."""
-    kernel, positions = checkpoint.shape(_KERNEL), checkpoint.shape(_POSITIONS)[0]
+    kernel, positions = checkpoint.shape(_KERNEL), checkpoint.shape(_POSITIONS, 2)[0]
     side = _side(positions, f"checkpoint {checkpoint.name!r}")
     fields: dict[str, Any] = {
         "hidden_size": kernel[0],
-        "intermediate_size": checkpoint.shape(f"{_LAYERS}0.mlp.fc1.bias")[0],
+        "intermediate_size": checkpoint.shape(f"{_LAYERS}0.mlp.fc1.bias", 1)[0],
         "num_hidden_layers": checkpoint.count(_LAYERS),
         "vision_use_head": any(name.startswith("head.") for name in checkpoint.tensors),
     }

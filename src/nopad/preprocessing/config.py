@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
+from transformers.models.auto.image_processing_auto import (
+    IMAGE_PROCESSOR_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
+)
+
+from nopad.counts import is_count
 from nopad.preprocessing.transforms import Preprocessing, Resample, Rule
 
 logger = logging.getLogger(__name__)
@@ -20,33 +25,66 @@ _PROCESSORS = {
     "ViTImageProcessor": "vit",
     "BitImageProcessor": "bit",
 }
+_OF_TRANSFORMERS = {
+    class_name.removesuffix("Fast").removesuffix("Pil")
+    for names in IMAGE_PROCESSOR_MAPPING_NAMES.values()
+    for class_name in (names.values() if isinstance(names, dict) else names)
+    if isinstance(class_name, str)
+} - {"DINOv3ViTImageProcessor"}
 _USUAL = """
 size crop_size resample image_mean image_std do_resize do_center_crop do_rescale do_normalize default_to_square
 rescale_factor max_num_patches
 """
+# Steps of other processors that no rule here has.
+_OTHER_STEPS = """
+do_pad do_thumbnail do_align_long_axis do_flip_channel_order do_image_splitting do_split_image do_grayscale
+do_color_quantize crop_pct size_divisor min_pixels max_pixels
+"""
+_SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "default_to_square")
 
 
-def read_preprocessor_config(config: Mapping[str, Any], default: Preprocessing) -> Preprocessing:
+def read_preprocessor_config(
+    config: Mapping[str, Any], default: Preprocessing, whose: str = "preprocessor config"
+) -> Preprocessing:
     """Read a checkpoint's `preprocessor_config.json`, which wins over the family's `default` where it speaks.
 
     A key that is absent or null says what is usual for the processor that the config names, else nothing.
 
+    Args:
+        config: what the file says.
+        default: the family's rule.
+        whose: for messages.
+
     Raises:
-        ValueError: a combination that no rule here reproduces.
+        ValueError: a value of another type than its key has, or a combination that no rule here reproduces.
     """
-    processor = config.get("image_processor_type") or ""
-    told = {key: value for key, value in config.items() if value is not None}
+    try:
+        return _read({key: value for key, value in config.items() if value is not None}, default)
+    except ValueError as error:
+        raise ValueError(f"{whose}: {error}") from error
+
+
+def _read(told: dict[str, Any], default: Preprocessing) -> Preprocessing:
+    """The rule of a preprocessor config without nulls."""
+    processor = told.get("image_processor_type", told.get("feature_extractor_type", ""))
+    if not isinstance(processor, str):
+        raise ValueError(f"image_processor_type: expected the name of a class, got {processor!r:.80}")
+    processor = processor.replace("FeatureExtractor", "ImageProcessor")  # as transformers reads the older name
     config = {**_usual(processor), **told}
-    if config.get("do_pad"):
-        raise ValueError("do_pad: true in the preprocessor config, but nothing here pads")
+    for key in _SWITCHES:
+        if not isinstance(config.get(key, True), bool):
+            raise ValueError(f"{key}: expected true or false, got {config[key]!r:.80}")
+    steps = {key: config[key] for key in _OTHER_STEPS.split() if config.get(key)}
+    if steps:
+        raise ValueError(f"got {steps!r:.200}, steps that no rule here has; give pack and embed a preprocessing=")
     rule, size = _rule_and_size(config, processor, default)
     if rule != default.rule:
         logger.info("the checkpoint's preprocessor config asks for rule %r, not %r", rule, default.rule)
     max_patches = default.max_patches if rule == default.rule else None
     resample = default.resample
     if "resample" in config and rule != "native":
-        if config["resample"] not in _RESAMPLE:
-            raise ValueError(f"resample: expected 2 (bilinear) or 3 (bicubic), got {config['resample']!r}")
+        if not is_count(config["resample"]) or config["resample"] not in _RESAMPLE:
+            raise ValueError(f"resample: expected 2 (bilinear) or 3 (bicubic), got {config['resample']!r:.80}")
         resample = _RESAMPLE[config["resample"]]
     normalize = config.get("do_normalize", True)
     rescale = config.get("do_rescale", True)
@@ -66,6 +104,11 @@ def _usual(processor: str) -> dict[str, Any]:
     """What the class of transformers that a preprocessor config names takes where the config does not say it."""
     name = processor.removesuffix("Fast").removesuffix("Pil")
     if name not in _PROCESSORS:
+        if name in _OF_TRANSFORMERS:
+            raise ValueError(
+                f"image_processor_type: expected {', '.join(_PROCESSORS)} or DINOv3ViTImageProcessor, got "
+                f"{processor!r}, whose steps no rule here has; give pack and embed a preprocessing="
+            )
         return {}
     module = importlib.import_module(
         f"transformers.models.{_PROCESSORS[name]}.image_processing_pil_{_PROCESSORS[name]}"
@@ -98,7 +141,7 @@ def _rule_and_size(config: dict[str, Any], processor: str, default: Preprocessin
     if not possible:
         keys = ("do_resize", "size", "do_center_crop", "crop_size", "max_num_patches")
         raise ValueError(
-            "preprocessor config: expected no resize and no crop, a short side and a centre crop of equal size, "
+            "expected no resize and no crop, a short side and a centre crop of equal size, "
             f"a square, or max_num_patches and no crop; got { {key: config[key] for key in keys if key in config} }"
         )
     return rule, side
@@ -107,12 +150,12 @@ def _rule_and_size(config: dict[str, Any], processor: str, default: Preprocessin
 def _side(size: Any, key: str) -> int:
     """The one number in a size of a preprocessor config."""
     known = isinstance(size, Mapping) and set(size) in ({"shortest_edge"}, {"height", "width"})
-    side, *others = set(size.values()) if known else (size,)
-    if others or not isinstance(side, int):
-        raise ValueError(f"{key}: expected pixels, {{'shortest_edge': n}} or equal height and width, got {size}")
+    side, *others = size.values() if known else (size,)
+    if not isinstance(side, int) or not is_count(side) or any(other != side for other in others):
+        raise ValueError(f"{key}: expected pixels, {{'shortest_edge': n}} or equal height and width, got {size!r:.80}")
     return side
 
 
-def _three(values: float | Sequence[float]) -> tuple[float, float, float]:
-    values = (values,) * 3 if isinstance(values, int | float) else values
-    return cast(tuple[float, float, float], tuple(float(value) for value in values))  # __post_init__ counts them
+def _three(values: Any) -> tuple[Any, ...]:
+    """One number for all colours, or one for each, which `Preprocessing` checks."""
+    return tuple(values) if isinstance(values, list | tuple) else (values,) * 3

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from nopad.counts import is_count
 from nopad.preprocessing.decode import ImageError, as_tensor
 from nopad.preprocessing.limits import MAX_PIXELS
 
@@ -20,6 +21,8 @@ Resize = Literal["pil", "torch"]
 
 RESCALE_FACTOR = 1 / 255
 NAFLEX_MAX_PATCHES = 256
+LARGEST = 1e9
+"""Of all numbers that pixels are made by."""
 
 _PIL_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -57,15 +60,15 @@ class Preprocessing:
         if self.resample not in get_args(Resample):
             raise ValueError(f"resample: expected one of {get_args(Resample)}, got {self.resample!r}")
         sized = self.rule in ("crop", "square")
-        if (self.size is not None) != sized or (self.size is not None and self.size < 1):
-            raise ValueError(f"size: expected {'pixels ≥ 1' if sized else None} for {self.rule!r}, got {self.size}")
-        if self.max_patches is not None and (sized or self.max_patches < 1):
+        if (self.size is not None) != sized or (sized and not is_count(self.size)):
+            raise ValueError(f"size: expected {'pixels ≥ 1' if sized else None} for {self.rule!r}, got {self.size!r}")
+        if self.max_patches is not None and (sized or not is_count(self.max_patches)):
             expected = None if sized else "≥ 1"
-            raise ValueError(f"max_patches: expected {expected} for {self.rule!r}, got {self.max_patches}")
+            raise ValueError(f"max_patches: expected {expected} for {self.rule!r}, got {self.max_patches!r}")
         if len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
             raise ValueError(f"mean, std: expected 3 numbers each and no std of 0, got {self.mean} and {self.std}")
         for number in (*self.mean, *self.std, self.rescale_factor):
-            if not isinstance(number, int | float) or not math.isfinite(number):
+            if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) <= LARGEST:
                 raise ValueError(
                     f"mean, std, rescale_factor: expected finite numbers, got {self.mean}, {self.std} and "
                     f"{self.rescale_factor!r}"
