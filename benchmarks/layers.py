@@ -29,7 +29,7 @@ from nopad.bench.workloads import mixed
 from nopad.encoder import PackedEncoder
 from nopad.inference import compile
 from nopad.inference.fusion import layers as fused
-from nopad.inference.fusion.gemm_reference import Products
+from nopad.inference.fusion.gemm import GemmBackend
 from nopad.packing import Pack
 from nopad.pipeline.packer import best_fit
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument(
         "--graphs",
         type=int,
-        default=compile.GRAPH_CAPACITY,
+        default=compile.MAX_GRAPH_CAPACITY,
         help="largest capacity whose packs are CUDA graphs (default: %(default)s)",
     )
     parser.add_argument("--profile", action="store_true", help="print the kernels of the last way")
@@ -59,9 +59,11 @@ def main() -> None:
     if not set(ways) <= set(WAYS):
         parser.error(f"--ways: expected some of {', '.join(WAYS)}, got {options.ways}")
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("nopad").setLevel(logging.INFO)  # which tells why layers are not as fast as they could be
+    logging.getLogger("nopad").setLevel(
+        logging.INFO
+    )  # which has the reason why layers are not compiled in the fastest way
     try:
-        with torch.no_grad(), mock.patch.object(compile, "GRAPH_CAPACITY", options.graphs):
+        with torch.no_grad(), mock.patch.object(compile, "MAX_GRAPH_CAPACITY", options.graphs):
             measure(options, ways)
     except WayNotRunError as problem:
         parser.error(str(problem))
@@ -136,13 +138,13 @@ def prepared(encoder: PackedEncoder, way: str, capacity: int, images: int) -> Pa
     if way == "fp8":
         twin.to_precision("fp8")
     if way != "eager":
-        find = fused.products_for
+        available = fused.gemm_backends_for
 
-        def last(*arguments: Any) -> tuple[list[Callable[[], Products]], str | None]:
-            makers, reason = find(*arguments)
-            return makers[-1:], reason  # torch's come after quack's
+        def slowest(*arguments: Any) -> tuple[list[Callable[[], GemmBackend[Any]]], str | None]:
+            backends, reason = available(*arguments)
+            return backends[-1:], reason  # torch's comes after quack's
 
-        with mock.patch.object(fused, "products_for", last if way == "torch" else find):
+        with mock.patch.object(fused, "gemm_backends_for", slowest if way == "torch" else available):
             twin.compile(capacity, images)
     if WAYS[way] not in (None, twin.execution):
         raise WayNotRunError(

@@ -22,7 +22,7 @@ from nopad.align.run import align
 from nopad.cli import main
 from nopad.families.aimv2 import AIMv2Packing
 from nopad.inference import compile
-from nopad.inference.ready import PlainLayers
+from nopad.inference.ready import EagerLayers
 from nopad.inference.runner import StaticRunner
 from nopad.layers.mlp import GatedMLP
 
@@ -147,13 +147,13 @@ def test_compiled_path_has_room_for_prefix_tokens_and_frames(goldens, monkeypatc
 
 
 def test_fault_of_the_compiled_path_alone_is_found(native, monkeypatch):
-    class Faulty(PlainLayers):
+    class Faulty(EagerLayers):
         execution = "compiled"
 
         def __call__(self, *arguments):
             return super().__call__(*arguments) + 0.1
 
-    monkeypatch.setattr(compile, "_makers", lambda encoder: iter([lambda: Faulty(encoder.layers)]))
+    monkeypatch.setattr(compile, "_candidates", lambda encoder: iter([lambda: Faulty(encoder.layers)]))
     report = align(native, compile=True)
     assert not any(case.passed for case in report.cases)
     # Per-layer numbers are of the uncompiled layers.

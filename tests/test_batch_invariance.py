@@ -11,9 +11,8 @@ import nopad
 from nopad.align import batch_invariance
 from nopad.align.batch_invariance import check_batch_invariance
 from nopad.cli import main
-from nopad.inference import compile
-from nopad.inference import padding as rows
-from nopad.inference.ready import PlainLayers
+from nopad.inference import compile, padding
+from nopad.inference.ready import EagerLayers
 from nopad.layers.attention import PackedAttention
 
 
@@ -82,13 +81,13 @@ def test_a_leak_between_images_is_seen(folder, monkeypatch):
 
 
 def test_a_leak_of_one_kind_of_run_is_seen(folder, monkeypatch):
-    class Leaking(PlainLayers):
+    class Leaking(EagerLayers):
         execution = "compiled"
 
         def __call__(self, tokens, *rest):
             return super().__call__(tokens, *rest) + 1e-3 * tokens.mean(dim=0)
 
-    monkeypatch.setattr(compile, "_makers", lambda encoder: iter([lambda: Leaking(encoder.layers)]))
+    monkeypatch.setattr(compile, "_candidates", lambda encoder: iter([lambda: Leaking(encoder.layers)]))
     report = check_batch_invariance(nopad.load(folder), capacity=256, packs=3)
     assert not report.passed
     assert {case.name for case in report.cases if not case.passed} == {"compiled"}
@@ -98,7 +97,8 @@ def test_a_leak_of_nan_alone_is_seen(folder, monkeypatch):
     leaking(monkeypatch, lambda rows: 0.0 * rows.sum())
     encoder = nopad.load(folder)
     assert check_batch_invariance(encoder, capacity=256, packs=2).passed  # static packs keep it from the layers
-    monkeypatch.setattr(rows, "finite_rows", lambda tokens: (tokens.new_ones(len(tokens), dtype=torch.bool), tokens))
+    unmasked = lambda tokens: (tokens.new_ones(len(tokens), dtype=torch.bool), tokens)  # noqa: E731
+    monkeypatch.setattr(padding, "mask_nonfinite_rows", unmasked)
     report = check_batch_invariance(encoder, capacity=256, packs=2)
     assert not report.passed
     assert all((case.same, case.same_beside_nan, case.same_beside_infinity) == (2, 0, 0) for case in report.cases)

@@ -54,11 +54,11 @@ def test_what_ran_is_named(encoder, monkeypatch, capsys):
     assert "fp8: layers compiled, ready in " in printed
 
 
-def test_torch_is_the_last_of_the_products(encoder, monkeypatch):
-    """Where quack is installed, too, it is passed over."""
-    torch_products, asked = object(), []
-    monkeypatch.setattr(fused, "products_for", lambda *_: ([object(), torch_products], None))
-    monkeypatch.setattr(type(encoder), "compile", lambda self, *_: asked.append(fused.products_for(self)))
+def test_torch_is_the_last_gemm_backend(encoder, monkeypatch):
+    """Of quack and torch, `--ways torch` uses torch."""
+    torch_gemm, used = object(), []
+    monkeypatch.setattr(fused, "gemm_backends_for", lambda *_: ([object(), torch_gemm], None))
+    monkeypatch.setattr(type(encoder), "compile", lambda self, *_: used.append(fused.gemm_backends_for(self)))
     monkeypatch.setattr(type(encoder), "execution", "fused by torch")
     LAYERS.prepared(encoder, "torch", 1024, 1)
-    assert asked == [([torch_products], None)]
+    assert used == [([torch_gemm], None)]

@@ -1,1 +1,1 @@
-"""Encoders made ready for inference: packs of one shape, compiled layers, fused kernels."""
+"""Inference: packs of a fixed shape, compiled layers, fused layers, float8."""

@@ -1,4 +1,4 @@
-"""`PackedEncoder.set_attention`: one attention kernel for all layers of an encoder."""
+"""`PackedEncoder.set_attention`: one attention backend for all layers of an encoder."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def set_attention(encoder: PackedEncoder, backend: str) -> None:
-    """Choose the attention kernel of every layer: `"auto"` or a name in `nopad.kernels.attention.BACKENDS`.
+    """Select the attention backend of every layer: `"auto"` or one of `nopad.kernels.backends.BACKENDS`.
 
-    Undoes `compile`, whose layers keep the kernel they were made with.
+    Undoes `compile`, whose layers were made with the previous backend.
 
     Raises:
-        ValueError: unknown, or it cannot do this model's device, dtype or head size.
-        ImportError: not installed; says what to install.
+        ValueError: the backend is unknown, or does not support this model's device, dtype or head size.
+        ImportError: the backend is not installed.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"attention: expected 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")

@@ -1,4 +1,4 @@
-"""Layers recorded as CUDA graphs, for packs whose kernels are over before the host has launched the next ones."""
+"""CUDA graphs for launch-bound packs."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from nopad.layers.attention import Rope
 from nopad.segments import Segments
 
 
-class Graphs(ReadyLayers):
-    """Layers recorded as CUDA graphs, one for each `max_seqlen`, which share what they read."""
+class CUDAGraphLayers(ReadyLayers):
+    """Layers recorded as CUDA graphs, one for each `max_seqlen`; the graphs share their static inputs."""
 
     def __init__(self, layers: ReadyLayers) -> None:
         self.layers = layers
         self.fixed_memory = not layers.copies_weights
         self.inputs: list[Tensor] = []
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self.stream: torch.cuda.Stream | None = None  # torch's own for recordings is on the GPU of the first of all
+        self.stream: torch.cuda.Stream | None = None  # torch's own capture stream is on the GPU of the first capture
         self.done: torch.cuda.Event | None = None
 
     @property
     def execution(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """How the layers ran when they were recorded."""
+        """How the recorded layers ran."""
         return self.layers.execution
 
     def refresh(self, *, trained: bool = False) -> bool:
@@ -35,7 +35,7 @@ class Graphs(ReadyLayers):
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Waits until the kernels of the turn before are done with the common memory, on whatever stream they are."""
+        """See `ReadyLayers`; waits for the kernels of the previous pack, on whichever stream they run."""
         if self.done is None:
             self.done = torch.cuda.Event()
         else:
@@ -45,36 +45,36 @@ class Graphs(ReadyLayers):
 
     def __call__(self, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
         """`(capacity, D)` to `(capacity, D)`, which the next call overwrites."""
-        given = [tokens, segments.cu_seqlens, *(() if rope is None else (rope.cos, rope.sin))]
+        inputs = [tokens, segments.cu_seqlens, *(() if rope is None else (rope.cos, rope.sin))]
         if not self.inputs:
-            self.inputs = [tensor.clone() for tensor in given]
-        for own, tensor in zip(self.inputs, given, strict=True):
-            if own is not tensor:
-                own.copy_(tensor)
+            self.inputs = [tensor.clone() for tensor in inputs]
+        for static, tensor in zip(self.inputs, inputs, strict=True):
+            if static is not tensor:
+                static.copy_(tensor)
         if segments.max_seqlen not in self.graphs:
-            kept = tokens.clone()  # the first run may overwrite them
+            saved = tokens.clone()  # the run before the recording may overwrite them
             self.graphs[segments.max_seqlen] = self._record(segments, rope)
-            self.inputs[0].copy_(kept)
+            self.inputs[0].copy_(saved)
         graph, output = self.graphs[segments.max_seqlen]
         graph.replay()
         return output
 
     @property
     def static_input(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """`(capacity, D)` that tokens are copied to, unless they are there; `None` before the first call."""
+        """`(capacity, D)` static input of the graphs; `None` before the first call."""
         return self.inputs[0] if self.inputs else None
 
     def _record(self, segments: Segments, rope: Rope | None) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        tokens, offsets, *turns = self.inputs
-        own = Segments(segments.lengths, offsets, segments.max_seqlen)
-        turn = None if rope is None else Rope(rope.apply, *turns)
+        tokens, cu_seqlens, *cos_sin = self.inputs
+        static_segments = Segments(segments.lengths, cu_seqlens, segments.max_seqlen)
+        static_rope = None if rope is None else Rope(rope.apply, *cos_sin)
         if self.stream is None:
             self.stream = torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):  # a recording must not be the first run of anything
-            self.layers(tokens, own, turn)
+        with torch.cuda.stream(self.stream):  # the first run may compile or allocate, which a recording must not
+            self.layers(tokens, static_segments, static_rope)
         torch.cuda.current_stream().wait_stream(self.stream)
         graph, pool = torch.cuda.CUDAGraph(), next((graph.pool() for graph, _ in self.graphs.values()), None)
         with torch.cuda.graph(graph, pool=pool, stream=self.stream):
-            output = self.layers(tokens, own, turn)
+            output = self.layers(tokens, static_segments, static_rope)
         return graph, output

@@ -1,4 +1,4 @@
-"""What holds for an encoder whose layers are in another format than its checkpoint: for inference, never saved."""
+"""Restrictions on encoders with quantised layers: inference only, cannot be saved."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nopad.inference.float8 import to_float8
+from nopad.inference.float8.convert import to_float8
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
 
 
 def to_precision(encoder: PackedEncoder, precision: str) -> None:
-    """Turn the weights of the layers into another format, for inference alone; see `nopad.load`.
+    """Convert the weights of all layers to another format, for inference only; see `nopad.load`.
 
-    All of them or none; nothing where they are in it. From then on parameters ask for no gradient, and training and
-    saving are refused. `to` still moves them, and casts only what is not in that format. Undoes `compile`.
+    A second call does nothing. Afterwards no parameter requires a gradient, and training and saving raise. `to` moves
+    these weights but does not cast them. Undoes `compile`.
 
     Raises:
-        ValueError: an unknown format, layers or sizes that it does not take, or a dtype other than bfloat16 on a GPU.
+        ValueError: an unknown format, layers or sizes that it does not support, or a dtype other than bfloat16 on a
+            GPU. The encoder is then unchanged.
     """
     if precision != "fp8":
         raise ValueError(f"precision: expected 'fp8', got {precision!r}")
@@ -33,24 +34,22 @@ def to_precision(encoder: PackedEncoder, precision: str) -> None:
 
 
 def check_dtype(encoder: PackedEncoder) -> None:
-    """Refuse dtypes that the GPU's product does not give.
+    """Check that the GPU's float8 GEMM supports the encoder's dtype.
 
     Raises:
         ValueError: another dtype than bfloat16 on a GPU, or a GPU without float8.
     """
     if encoder.device.type == "cuda" and torch.cuda.get_device_capability(encoder.device) < (8, 9):
-        raise ValueError(
-            "precision 'fp8': expected a GPU of compute capability 8.9 or later, which has float8 products"
-        )
+        raise ValueError("precision 'fp8': expected a GPU of compute capability 8.9 or later, which has float8 GEMMs")
     if encoder.device.type == "cuda" and encoder.dtype != torch.bfloat16:
         raise ValueError(f"precision 'fp8': expected dtype torch.bfloat16 on a GPU, got {encoder.dtype}")
 
 
 def check_inference(encoder: PackedEncoder, hidden_states: Tensor) -> None:
-    """Refuse training: float8 products have no gradient.
+    """Check that a forward needs no gradient, which float8 GEMMs do not have.
 
     Raises:
-        ValueError: training mode, or a gradient asked for; see also `check_dtype`.
+        ValueError: training mode, or `requires_grad` on patches or parameters; see also `check_dtype`.
     """
     if encoder.training:
         raise ValueError(f"precision {encoder.precision!r}: is for inference, expected eval(), got train()")
@@ -63,10 +62,10 @@ def check_inference(encoder: PackedEncoder, hidden_states: Tensor) -> None:
 
 
 def check_saving(precision: str | None) -> None:
-    """Refuse to save what no other model could load.
+    """Check that the layers are in the checkpoint's format: other models cannot load another.
 
     Raises:
-        ValueError: layers in another format.
+        ValueError: the layers are in another format.
     """
     if precision is not None:
         raise ValueError(f"precision {precision!r}: cannot be saved; load it without precision to save it")

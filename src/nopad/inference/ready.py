@@ -1,4 +1,4 @@
-"""Layers made ready for packs of one shape."""
+"""Ways to run an encoder's layers on packs of a fixed shape."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from nopad.layers.block import add_residual
 from nopad.segments import Segments
 
 RECOMPILE_LIMIT = 1 << 20
-"""Graphs of one function, of all encoders and capacities of a process. torch's own limit is 8, from which on it runs
-the function as it is, without an error."""
+"""Graphs of one function, for all encoders and capacities of a process. Beyond torch's default limit of 8, the function
+runs uncompiled without an error."""
 
 
 class ReadyLayers:
-    """All layers of an encoder: tokens, segments and rotation to tokens.
+    """Base class: runs all layers of an encoder.
 
     Attributes:
-        execution: how they run, for reports.
-        fixed_segments: whether each pack needs as many segments as the one before.
-        copies_weights: whether they multiply with copies of the weights, which `refresh` writes to.
-        fixed_memory: whether weights are read where they lay when the layers were made ready.
-        static_input: `(capacity, D)` that tokens can be written to, `None` where they may lie anywhere.
+        execution: how the layers run, for reports.
+        fixed_segments: whether every pack must have the same number of segments.
+        copies_weights: whether GEMMs read copies of the weights, which `refresh` updates.
+        fixed_memory: whether weights are read at the addresses that they had when the layers were made ready.
+        static_input: `(capacity, D)` tensor that tokens can be written to; `None` where they may lie anywhere.
     """
 
     execution = "eager"
@@ -40,23 +40,23 @@ class ReadyLayers:
         raise NotImplementedError
 
     def refresh(self, *, trained: bool = False) -> bool:
-        """Take over changed weights.
+        """Update copies of weights that have changed.
 
         Args:
-            trained: weights may have changed unnoticed: fused optimizers do not count a tensor's version up.
+            trained: weights may have changed without a new version: fused optimizers do not increment the counter.
 
         Returns:
-            `False` where that cannot be.
+            `False` where the layers have changed so much that they cannot run this way.
         """
         return True
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """A context in which memory that packs share belongs to one of them."""
+        """A context in which one pack has the memory that all packs share."""
         return nullcontext()
 
 
-class PlainLayers(ReadyLayers):
-    """Runs one layer after another, as they are."""
+class EagerLayers(ReadyLayers):
+    """Runs one layer after another, uncompiled."""
 
     def __init__(self, layers: Iterable[Any]) -> None:
         self.layers = layers
@@ -69,32 +69,32 @@ class PlainLayers(ReadyLayers):
 
 
 class CompiledLayers(ReadyLayers):
-    """Runs one layer after another by `torch.compile`, each making the sum that the one before has left.
+    """Runs one layer after another by `torch.compile`, with each residual sum fused into the next layer's norm.
 
-    The layers of an encoder have one code, in float8 two, which is compiled once and serves them all.
+    The layers of an encoder share their code, so one compiled graph serves all of them; two graphs in float8.
     """
 
     def __init__(self, layers: Iterable[Any]) -> None:
         self.layers = layers
-        self.seen_uncompiled = False
-        self.one = torch.compile(self._one)
+        self.ran_uncompiled = False
+        self.compiled_layer = torch.compile(self._run_layer)
 
     @property
     def execution(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         """`"compiled"`, or `"eager"` where torch ran a layer of the last pack uncompiled."""
-        return "eager" if self.seen_uncompiled else "compiled"
+        return "eager" if self.ran_uncompiled else "compiled"
 
     def __call__(self, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
         """See `ReadyLayers`."""
-        residual, self.seen_uncompiled = None, False
+        residual, self.ran_uncompiled = None, False
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT):
             for layer in self.layers:
-                tokens, residual = self.one(layer, tokens, residual, segments, rope)
+                tokens, residual = self.compiled_layer(layer, tokens, residual, segments, rope)
         return tokens if residual is None else add_residual(residual, tokens)
 
-    def _one(
+    def _run_layer(
         self, layer: Any, tokens: Tensor, residual: Tensor | None, segments: Segments, rope: Rope | None
     ) -> tuple[Tensor, Tensor]:
         if not torch.compiler.is_compiling():
-            self.seen_uncompiled = True
+            self.ran_uncompiled = True
         return layer.forward_deferred_residual(tokens, residual, segments, rope)

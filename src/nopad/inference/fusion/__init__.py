@@ -1,1 +1,1 @@
-"""Blocks as four GEMMs and one attention call, and the backends that run the GEMMs."""
+"""Fused layers: blocks folded into four GEMMs and one attention call, and the backends that run the GEMMs."""

@@ -1,12 +1,12 @@
-"""Transformer blocks with their norms, layer scales and biases folded into four matrices, for inference.
+"""Transformer blocks with norms, layer scales and biases folded into four weights, for inference.
 
-- The weight of a norm goes into the matrix after it: `W · diag(weight)`; the bias of a norm becomes one of that matrix.
-- A layer scale goes into the matrix before it.
-- A LayerNorm takes the mean of a row away before anything else. Where all that is ever added to a row has a mean of
-  zero, there is none to take away, and what is left is an RMSNorm: the matrices that add to the residual stream are
-  centred by column (Ashkboos et al., arXiv:2401.15024, section 3.2).
+- The weight of a norm goes into the linear layer after it, `W · diag(weight)`; its bias becomes a bias of that layer.
+- A layer scale goes into the linear layer before it.
+- LayerNorm subtracts the mean of each row. If every term of the residual sum has zero mean, so do all rows, and
+  LayerNorm becomes RMSNorm: the weights that add to the residual stream are centred along their outputs (Ashkboos et
+  al., arXiv:2401.15024, section 3.2).
 
-What is then left of a norm is one number for each row, `1 / rms`, which a product can apply to its result.
+What remains of a norm is one factor per row, `1 / rms`, which a GEMM can apply in its epilogue.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 
-from nopad.inference.float8 import FLOAT8, Float8GatedMLP, Float8Linear, Float8QKV, takes_apart
+from nopad.inference.float8.format import FP8
+from nopad.inference.float8.modules import Float8GatedMLP, Float8Linear, Float8QKV, is_plain_linear
 from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block, LayerScale
 from nopad.layers.linear import joined
@@ -28,163 +29,164 @@ from nopad.layers.mlp import MLP, GatedMLP
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """A linear map.
+class GemmWeight:
+    """The weight of a GEMM.
 
     Attributes:
         weight: `(N, K)`.
         bias: `(N,)` float32, or `None`.
-        scale: `(N,)` float32 where the weight is float8: what its rows are to be multiplied with; else `None`.
+        scale: `(N,)` float32 factor of each row where the weight is float8, else `None`.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: Tensor | None = None
 
-    def __getitem__(self, rows: Tensor) -> Matrix:
-        """Its rows in another order."""
-        weight = self.weight.view(torch.uint8) if self.weight.dtype == FLOAT8 else self.weight
-        bias, scale = (None if part is None else part[rows] for part in (self.bias, self.scale))
-        return Matrix(weight[rows].view(self.weight.dtype), bias, scale)
+    def __getitem__(self, rows: Tensor) -> GemmWeight:
+        """The rows with these indices, in this order."""
+        weight = self.weight.view(torch.uint8) if self.weight.dtype == FP8 else self.weight
+        bias, scale = (None if tensor is None else tensor[rows] for tensor in (self.bias, self.scale))
+        return GemmWeight(weight[rows].view(self.weight.dtype), bias, scale)
 
-    def like(self, other: Matrix) -> bool:
-        """Whether another one has the same parts."""
-        return [part is None for part in self.parts] == [part is None for part in other.parts]
+    def same_tensors(self, other: GemmWeight) -> bool:
+        """Whether both have a bias, and both a scale, or both have none."""
+        return [tensor is None for tensor in self.tensors] == [tensor is None for tensor in other.tensors]
 
     @property
-    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Weight, bias and scale."""
         return self.weight, self.bias, self.scale
 
-    def copy_(self, other: Matrix) -> None:
-        """Take the values of another one that is `like` this."""
-        for own, new in zip(self.parts, other.parts, strict=True):
-            if own is not None and new is not None:
-                own.copy_(new)
+    def copy_(self, other: GemmWeight) -> None:
+        """Copy the values of another weight with the `same_tensors`."""
+        for target, source in zip(self.tensors, other.tensors, strict=True):
+            if target is not None and source is not None:
+                target.copy_(source)
 
 
 @dataclass(frozen=True)
 class FoldedBlock:
-    """A block whose norms have become one number for each row.
+    """A block whose norms are one factor per row.
 
     Attributes:
-        qkv: `(3 · D, D)`, rows by head: query, key and value of the first, of the second, …; `(2 · D, D)` without
+        qkv: `(3 · D, D)`, rows by head: query, key and value of the first head, of the second, …; `(2 · D, D)` without
             values.
         proj: `(D, D)`.
-        up: `(I, D)`, or `(2 · I, D)` with rows of gate and up in turn.
+        up: `(I, D)`, or `(2 · I, D)` with interleaved rows of gate and up.
         down: `(D, I)`.
         activation: `"silu"`, `"gelu"` or `"gelu_tanh"`.
-        gated: whether `up` holds gates.
-        eps: of both norms.
+        gated: whether `up` contains gates.
+        eps: eps of both norms.
         num_heads: H.
-        centred: whether rows have a mean of zero.
-        value: `(D, D)` where values have a matrix of their own, else `None`.
+        zero_mean: whether rows of the residual stream have zero mean.
+        value: `(D, D)` where values have a separate weight, else `None`.
     """
 
-    qkv: Matrix
-    proj: Matrix
-    up: Matrix
-    down: Matrix
+    qkv: GemmWeight
+    proj: GemmWeight
+    up: GemmWeight
+    down: GemmWeight
     activation: str
     gated: bool
     eps: float
     num_heads: int
-    centred: bool
-    value: Matrix | None = None
+    zero_mean: bool
+    value: GemmWeight | None = None
 
     @classmethod
-    def of(cls, block: Block, channels: Tensor | None = None) -> FoldedBlock:
-        """Fold a block that `can_fold` accepts; its own weights stay as they are.
+    def of(cls, block: Block, rope_permutation: Tensor | None = None) -> FoldedBlock:
+        """Fold a block that `can_fold` accepts; its weights are not changed.
 
         Args:
-            block: in the dtype that the products take.
-            channels: `(K,)` order of the channels of queries and keys, theirs unless given.
+            block: in the dtype of the GEMMs.
+            rope_permutation: `(K,)` order of the channels of queries and keys, `None` for the order of the block.
         """
         attention, mlp = block.attention, block.mlp
         assert isinstance(mlp, MLP | GatedMLP | Float8GatedMLP)
         gated, norm = not isinstance(mlp, MLP), block.norm1
-        up = folded(_up_of(mlp), block.norm2)
-        centred = isinstance(norm, nn.LayerNorm)
-        activation = name_of(mlp.activation)
+        up = fold_norm(_first_linear(mlp), block.norm2)
+        zero_mean = isinstance(norm, nn.LayerNorm)
+        activation = activation_name(mlp.activation)
         assert isinstance(norm, nn.RMSNorm | nn.LayerNorm)
         assert norm.eps is not None
         assert activation is not None
         qkv: Any = attention.qkv or joined((attention.q, attention.k, attention.v))
-        value, parts = None, 3
+        value, num_parts = None, 3
         if isinstance(qkv, Float8QKV):
-            qkv, value, parts = qkv.query_key, folded(qkv.value, norm), 2
+            qkv, value, num_parts = qkv.query_key, fold_norm(qkv.value, norm), 2
+        head_order = qkv_head_permutation(attention.num_heads, attention.head_dim, rope_permutation, num_parts)
         return cls(
-            qkv=folded(qkv, norm)[by_head(attention.num_heads, attention.head_dim, channels, parts)],
-            proj=scaled(attention.proj, block.layer_scale1, centred),
-            up=up[in_turn(len(up.weight) // 2)] if gated else up,
-            down=scaled(mlp.down, block.layer_scale2, centred),
+            qkv=fold_norm(qkv, norm)[head_order],
+            proj=fold_layer_scale(attention.proj, block.layer_scale1, zero_mean),
+            up=up[interleave_gate_up(len(up.weight) // 2)] if gated else up,
+            down=fold_layer_scale(mlp.down, block.layer_scale2, zero_mean),
             activation=activation,
             gated=gated,
             eps=norm.eps,
             num_heads=attention.num_heads,
-            centred=centred,
+            zero_mean=zero_mean,
             value=value,
         )
 
-    def with_pairs(self, places: Sequence[int]) -> FoldedBlock:
-        """The same with gates and their ups in another order.
+    def permute_gate_up(self, permutation: Sequence[int]) -> FoldedBlock:
+        """The same block with its pairs of gate and up in another order.
 
         Args:
-            places: which of `len(places)` pairs, of which I is a multiple, comes first, second, …
+            permutation: order within each group of `len(permutation)` pairs; I is a multiple of that length.
         """
-        rows = torch.arange(len(self.up.weight)).view(-1, len(places), 2)
-        return dataclasses.replace(self, up=self.up[rows[:, list(places)].flatten()])
+        rows = torch.arange(len(self.up.weight)).view(-1, len(permutation), 2)
+        return dataclasses.replace(self, up=self.up[rows[:, list(permutation)].flatten()])
 
     @property
-    def small(self) -> bool:
-        """Whether rows of the residual stream and what goes down are float8."""
+    def is_fp8(self) -> bool:
+        """Whether the GEMMs read the residual stream, and the input of `down`, in float8."""
         return self.down.scale is not None
 
     @property
-    def matrices(self) -> tuple[Matrix, ...]:
-        """All four, and that of the values where they have one."""
+    def weights(self) -> tuple[GemmWeight, ...]:
+        """All weights, that of the values included where they have a separate one."""
         value = () if self.value is None else (self.value,)
         return self.qkv, self.proj, self.up, self.down, *value
 
 
 def can_fold(block: nn.Module) -> bool:
-    """Whether a block is of the kind that `FoldedBlock` stands for, with nobody's own forward in it."""
+    """Whether `FoldedBlock` can represent a block: known modules, no overridden forward."""
     if type(block) is not Block or type(block.attention) is not PackedAttention:
         return False
     if any("forward" in vars(module) for module in block.modules()):
         return False
     parts: Any = block
-    first, second, attention, mlp = parts.norm1, parts.norm2, parts.attention, parts.mlp
-    if type(first) not in (nn.RMSNorm, nn.LayerNorm) or type(second) is not type(first):
+    norm1, norm2, attention, mlp = parts.norm1, parts.norm2, parts.attention, parts.mlp
+    if type(norm1) not in (nn.RMSNorm, nn.LayerNorm) or type(norm2) is not type(norm1):
         return False
-    if first.eps is None or first.eps != second.eps:
+    if norm1.eps is None or norm1.eps != norm2.eps:
         return False
     unscaled = parts.layer_scale1 is None and parts.layer_scale2 is None
-    if isinstance(mlp, Float8GatedMLP):  # which `float8.prepare` has absorbed the norms of, or has not
-        absorbed = isinstance(first, nn.RMSNorm) and first.weight is None and second.weight is None
-        apart, qkv = isinstance(attention.qkv, Float8QKV), attention.qkv
-        small = (mlp.gate_up, mlp.down, qkv.query_key if apart else qkv)
-        plain = (attention.proj, qkv.value) if apart else (attention.proj,)
-        known = all(isinstance(linear, Float8Linear) for linear in small) and all(map(takes_apart, plain))
-        return absorbed and unscaled and known and all(linear.bias is None for linear in small + plain)
-    if type(mlp) not in (MLP, GatedMLP) or first.weight is None or second.weight is None or attention.qkv is not None:
+    if isinstance(mlp, Float8GatedMLP):
+        absorbed = isinstance(norm1, nn.RMSNorm) and norm1.weight is None and norm2.weight is None
+        split_value, qkv = isinstance(attention.qkv, Float8QKV), attention.qkv
+        float8 = (mlp.gate_up, mlp.down, qkv.query_key if split_value else qkv)
+        plain = (attention.proj, qkv.value) if split_value else (attention.proj,)
+        known = all(isinstance(linear, Float8Linear) for linear in float8) and all(map(is_plain_linear, plain))
+        return absorbed and unscaled and known and all(linear.bias is None for linear in float8 + plain)
+    if type(mlp) not in (MLP, GatedMLP) or norm1.weight is None or norm2.weight is None or attention.qkv is not None:
         return False
-    known = name_of(mlp.activation) in (("silu",) if isinstance(mlp, GatedMLP) else ("silu", "gelu", "gelu_tanh"))
-    scaled_both = type(parts.layer_scale1) is type(parts.layer_scale2) is LayerScale
+    supported = ("silu",) if isinstance(mlp, GatedMLP) else ("silu", "gelu", "gelu_tanh")
+    known = activation_name(mlp.activation) in supported
+    scaled = type(parts.layer_scale1) is type(parts.layer_scale2) is LayerScale
     up = (mlp.gate, mlp.up) if isinstance(mlp, GatedMLP) else (mlp.up,)
-    maps = (attention.q, attention.k, attention.v, attention.proj, *up, mlp.down)
-    return known and (unscaled or scaled_both) and all(takes_apart(linear) for linear in maps)
+    linears = (attention.q, attention.k, attention.v, attention.proj, *up, mlp.down)
+    return known and (unscaled or scaled) and all(map(is_plain_linear, linears))
 
 
-def _up_of(mlp: MLP | GatedMLP | Float8GatedMLP) -> Any:
-    """The map that a feed-forward layer begins with."""
+def _first_linear(mlp: MLP | GatedMLP | Float8GatedMLP) -> Any:
     if isinstance(mlp, GatedMLP):
         return joined((mlp.gate, mlp.up))
     return mlp.up if isinstance(mlp, MLP) else mlp.gate_up
 
 
-def name_of(activation: Any) -> str | None:
-    """`"silu"`, `"gelu"`, `"gelu_tanh"`, or `None` for another."""
+def activation_name(activation: Any) -> str | None:
+    """`"silu"`, `"gelu"`, `"gelu_tanh"`, or `None` for another activation."""
     if isinstance(activation, nn.SiLU | SiLUActivation):
         return "silu"
     if isinstance(activation, GELUActivation):
@@ -192,51 +194,57 @@ def name_of(activation: Any) -> str | None:
     return "gelu_tanh" if isinstance(activation, GELUTanh) else None
 
 
-def parts_of(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+def _weight_and_bias(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """Weight and bias in float32."""
     return linear.weight.detach().float(), None if linear.bias is None else linear.bias.detach().float()
 
 
-def folded(linear: nn.Linear | Float8Linear, norm: nn.Module) -> Matrix:
-    """A matrix that takes rows before the weight and bias of their norm, rounded once."""
-    if isinstance(linear, Float8Linear):  # which its norm has been folded into
-        return Matrix(linear.weight, linear.bias, linear.scale[:, 0])
-    weight, bias = parts_of(linear)
+def fold_norm(linear: nn.Linear | Float8Linear, norm: nn.Module) -> GemmWeight:
+    """A linear layer with the weight and bias of the norm before it folded in, rounded once."""
+    if isinstance(linear, Float8Linear):  # `absorb_norms` has folded the norm
+        return GemmWeight(linear.weight, linear.bias, linear.scale[:, 0])
+    weight, bias = _weight_and_bias(linear)
     if isinstance(norm, nn.LayerNorm):
         if norm.bias is not None:
             shift = weight @ norm.bias.detach().float()
             bias = shift if bias is None else bias + shift
         weight = weight * norm.weight.detach().float()
-        weight = weight - weight.mean(dim=1, keepdim=True)  # of a row's mean, as far as rounding has left any
+        weight = weight - weight.mean(dim=1, keepdim=True)  # removes what rounding leaves of a row's mean
     elif isinstance(norm, nn.RMSNorm) and norm.weight is not None:
         weight = weight * norm.weight.detach().float()
-    return Matrix(weight.to(linear.weight.dtype), bias)
+    return GemmWeight(weight.to(linear.weight.dtype), bias)
 
 
-def scaled(linear: nn.Linear | Float8Linear, layer_scale: LayerScale | None, centred: bool) -> Matrix:
-    """A matrix that adds to the residual stream: its layer scale and its centring in it, rounded once."""
+def fold_layer_scale(linear: nn.Linear | Float8Linear, layer_scale: LayerScale | None, zero_mean: bool) -> GemmWeight:
+    """A linear layer that adds to the residual stream, with layer scale and centring folded in, rounded once."""
     if isinstance(linear, Float8Linear):
-        return Matrix(linear.weight, linear.bias, linear.scale[:, 0])
-    weight, bias = parts_of(linear)
-    if layer_scale is None and not centred:
-        return Matrix(linear.weight.detach(), bias)  # the weight itself, no copy
+        return GemmWeight(linear.weight, linear.bias, linear.scale[:, 0])
+    weight, bias = _weight_and_bias(linear)
+    if layer_scale is None and not zero_mean:
+        return GemmWeight(linear.weight.detach(), bias)  # the weight itself, no copy
     if layer_scale is not None:
         factor = layer_scale.lambda1.detach().float()
         weight, bias = weight * factor[:, None], None if bias is None else bias * factor
-    if centred:
+    if zero_mean:
         weight = weight - weight.mean(dim=0)
         bias = None if bias is None else bias - bias.mean()
-    return Matrix(weight.to(linear.weight.dtype), bias)
+    return GemmWeight(weight.to(linear.weight.dtype), bias)
 
 
-def by_head(num_heads: int, head_dim: int, channels: Tensor | None, parts: int = 3) -> Tensor:
-    """Order in which rows of queries, keys and values become rows of heads; two `parts` are without values."""
-    rows = torch.arange(parts * num_heads * head_dim).view(parts, num_heads, head_dim)
-    if channels is not None:
-        rows = torch.cat((rows[:2, :, channels], rows[2:]))
+def qkv_head_permutation(num_heads: int, head_dim: int, rope_permutation: Tensor | None, num_parts: int = 3) -> Tensor:
+    """Row order that groups queries, keys and values by head; with two parts, queries and keys only.
+
+    Args:
+        num_heads, head_dim: of the attention.
+        rope_permutation: `(K,)` order of the channels of queries and keys within a head, or `None`.
+        num_parts: 3, or 2 without values.
+    """
+    rows = torch.arange(num_parts * num_heads * head_dim).view(num_parts, num_heads, head_dim)
+    if rope_permutation is not None:
+        rows = torch.cat((rows[:2, :, rope_permutation], rows[2:]))
     return rows.transpose(0, 1).flatten()
 
 
-def in_turn(size: int) -> Tensor:
-    """Order in which `size` rows of gate and as many of up alternate."""
+def interleave_gate_up(size: int) -> Tensor:
+    """Row order that interleaves `size` rows of gate with as many of up."""
     return torch.arange(2 * size).view(2, size).T.flatten()

@@ -1,4 +1,4 @@
-"""The products of a folded block by quack, for Hopper: whatever stands between them is done before they are written."""
+"""GEMM backend by quack, for Hopper: everything between two GEMMs is fused into their epilogues."""
 
 from __future__ import annotations
 
@@ -10,192 +10,214 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nopad.inference import triton_kernels
-from nopad.inference.float8 import FLOAT8
-from nopad.inference.fusion.folding import FoldedBlock, Matrix
-from nopad.inference.fusion.gemm_reference import QKV, SMALL, Stream, Turn, apart
+from nopad.inference.float8.format import FP8
+from nopad.inference.fusion.folding import FoldedBlock, GemmWeight
+from nopad.inference.fusion.gemm import FP8_ROW_RMS, QKV, InterleavedRope, split_qkv
 from nopad.inference.fusion.quack_epilogues import Epilogues, epilogues
-from nopad.inference.fusion.quack_ops import COLUMNS, PLACES, Written, laid
-from nopad.inference.fusion.tile_config import WRITTEN, Tiles, best, candidates
-
-
-def tiles_of(matrix: Matrix, rows: int, device: torch.device, *, adds: bool) -> Tiles:
-    """That a product with so many rows is cut into, see `nopad.inference.fusion.tile_config.candidates`."""
-    columns, terms = matrix.weight.shape
-    among = candidates(columns, terms, float8=matrix.scale is not None, adds=adds)
-    return best(among, rows, columns, processors(device))
+from nopad.inference.fusion.quack_ops import GATE_UP_PERMUTATION, ROPE_COLUMNS, EpilogueTile, pack_cos_sin
+from nopad.inference.fusion.tile_config import DEFAULT_EPI_N, TileConfig, fastest, tile_configs
+from nopad.kernels import triton_pointwise
 
 
 @dataclass(frozen=True)
-class QuackStream(Stream):
-    """A `Stream` whose squares stay where kernels read them.
+class QuackState:
+    """The residual stream between two GEMMs.
 
     Attributes:
-        both: `(T, n + m)` float32, the squares behind the last attention and behind the last MLP; `squares` is one of
-            them and, in float8, `before` the other. Each is overwritten by the next.
+        tokens: `(T, D)`.
+        gemm_input: `(T, D)` tokens, or in float8 `tokens · FP8_ROW_RMS / rms`, with the rms of the tokens before the
+            last residual sum.
+        sum_sq: `(T, n)` float32 partial sums of squares of each row of `tokens`, a slice of `sum_sq_buffer`.
+        sum_sq_buffer: `(T, n + m)` float32 partial sums after the last attention, then those after the last MLP. In
+            float8 the slice that is not `sum_sq` belongs to the tokens whose rms scales `gemm_input`. The next residual
+            GEMM overwrites one of the slices.
     """
 
-    both: Tensor | None = None
+    tokens: Tensor
+    gemm_input: Tensor
+    sum_sq: Tensor
+    sum_sq_buffer: Tensor
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether GEMMs with a float8 weight read the tokens in float8."""
+        return self.gemm_input.dtype == FP8
 
 
-class QuackProducts:
-    """See `Products`."""
+class QuackGemm:
+    """See `GemmBackend`."""
 
     name = "quack"
 
     def __init__(self) -> None:
-        self.zeros: dict[int, Tensor] = {}  # kept here: a CUDA graph may read them
+        self.zeros: dict[int, Tensor] = {}  # referenced here, since a CUDA graph may read them
 
-    def prepared(self, block: FoldedBlock) -> FoldedBlock:
-        """See `Products`: gates and ups lie as `quack_operands.GatedStore` expects them."""
-        return block.with_pairs(PLACES) if block.gated else block
+    def prepack(self, block: FoldedBlock) -> FoldedBlock:
+        """See `GemmBackend`; gates and ups get the order that `quack_ops.GatedStore` expects."""
+        return block.permute_gate_up(GATE_UP_PERMUTATION) if block.gated else block
 
-    def begin(self, tokens: Tensor, block: FoldedBlock) -> Stream:
-        """See `Products`."""
-        small = SMALL if block.small else None
-        attention, mlp = self._parts(block, tokens)
-        # In as many parts as later rows, all but the first of them zeros: the same kernels take them.
-        both = tokens.new_zeros(attention + mlp, len(tokens), dtype=torch.float32).T
-        squares, before = both[:, attention:], None
-        operand = triton_kernels.begin(tokens, block.eps, block.centred, small, squares[:, 0])
-        if small is not None:  # the first rows are scaled by themselves
-            before = both[:, :attention]
-            before[:, 0] = squares[:, 0]
-        return QuackStream(tokens, operand, squares, before, both=both)
+    def prepare_rope(self, rope: InterleavedRope) -> InterleavedRope | tuple[Tensor, ...]:
+        """Operands of `quack_ops.RopeLoad`: one table for both channels of a pair where they share angles, else two.
 
-    def table(self, turn: Turn) -> object:
-        """What `quack_operands.Angles` reads, a table for each number of a pair, or one where they share it.
-
-        In float16, whose rounding of numbers up to one is an eighth of what the result is rounded by.
+        In float16, whose rounding error for numbers up to one is an eighth of bfloat16's, which the result is rounded
+        to. `rope` itself for head sizes that need a kernel of their own.
         """
-        size = turn.cos.shape[1]
-        if size % COLUMNS or not (turn.shared or size <= 2 * COLUMNS):  # a thread's registers hold no more
-            return turn
-        parts = (0,) if turn.shared else (0, 1)
-        return tuple(laid(turn.cos[:, part::2], turn.sin[:, part::2]) for part in parts)
+        head_dim = rope.cos.shape[1]
+        if head_dim % ROPE_COLUMNS or not (rope.shared or head_dim <= 2 * ROPE_COLUMNS):  # limited by registers
+            return rope
+        channels = (0,) if rope.shared else (0, 1)
+        return tuple(pack_cos_sin(rope.cos[:, channel::2], rope.sin[:, channel::2]) for channel in channels)
 
-    def qkv(self, stream: Stream, block: FoldedBlock, table: object) -> QKV:
-        """See `Products`."""
-        states = self._states(stream, block, block.qkv, table if isinstance(table, tuple) else ())
-        if isinstance(table, Turn):
-            triton_kernels.turn_(states.unflatten(1, (block.num_heads, 3, -1)), table.cos, table.sin)
-        return apart(states, None if block.value is None else self._states(stream, block, block.value, ()), block)
+    def start(self, tokens: Tensor, block: FoldedBlock) -> QuackState:
+        """See `GemmBackend`."""
+        row_rms = FP8_ROW_RMS if block.is_fp8 else None
+        attention, mlp = self._num_parts(block, tokens)
+        # As many partial sums as after later GEMMs, zero except the first of each slice: the same kernels read them.
+        buffer = tokens.new_zeros(attention + mlp, len(tokens), dtype=torch.float32).T
+        sum_sq = buffer[:, attention:]
+        gemm_input = triton_pointwise.start_residual(tokens, block.eps, block.zero_mean, row_rms, sum_sq[:, 0])
+        if block.is_fp8:  # the first rows are scaled by their own rms
+            buffer[:, 0] = sum_sq[:, 0]
+        return QuackState(tokens, gemm_input, sum_sq, buffer)
 
-    def _states(self, stream: Stream, block: FoldedBlock, matrix: Matrix, tables: tuple[Tensor, ...]) -> Tensor:
-        """A matrix times normed tokens, `(T, N)`, turned where there are tables."""
-        stream = stream.read_by(matrix)
-        states = stream.operand
-        output = stream.tokens.new_empty(len(states), len(matrix.weight))
-        epilogue, operands = self._normed(stream, block, matrix, bias=bool(tables))
+    def qkv(self, state: QuackState, block: FoldedBlock, rope: object) -> QKV:
+        """See `GemmBackend`."""
+        qkv = self._norm_gemm(state, block, block.qkv, rope if isinstance(rope, tuple) else ())
+        if isinstance(rope, InterleavedRope):
+            triton_pointwise.apply_rotary_(qkv.unflatten(1, (block.num_heads, 3, -1)), rope.cos, rope.sin)
+        return split_qkv(qkv, None if block.value is None else self._norm_gemm(state, block, block.value, ()), block)
+
+    def _norm_gemm(
+        self, state: QuackState, block: FoldedBlock, weight: GemmWeight, tables: tuple[Tensor, ...]
+    ) -> Tensor:
+        """Normed tokens times a weight, `(T, N)`, with rotary embedding where there are tables."""
+        x = state.gemm_input if weight.scale is not None else state.tokens
+        output = state.tokens.new_empty(len(x), len(weight.weight))
+        epilogue, operands = self._rstd_operands(state, block, weight, needs_bias=bool(tables))
         if tables:
-            assert matrix.scale is None, "queries and keys are turned in bfloat16 alone"
-            operands |= dict(zip(("table", "other"), tables, strict=False))
-            run(epilogue.turned if len(tables) == 1 else epilogue.turned_apart, states, matrix, output, operands)
-        elif matrix.scale is not None:
-            run(epilogue.normed_float8, states, matrix, output, operands)
+            assert weight.scale is None, "rotary embedding is fused in bfloat16 only"
+            operands |= dict(zip(("rope", "rope1"), tables, strict=False))
+            run(epilogue.rope if len(tables) == 1 else epilogue.rope_two_angles, x, weight, output, operands)
+        elif weight.scale is not None:
+            run(epilogue.rstd_fp8, x, weight, output, operands)
         else:
-            run(epilogue.normed if matrix.bias is None else epilogue.normed_biased, states, matrix, output, operands)
+            run(epilogue.rstd if weight.bias is None else epilogue.rstd_bias, x, weight, output, operands)
         return output
 
-    def up(self, stream: Stream, block: FoldedBlock) -> Tensor:
-        """See `Products`."""
-        matrix, states = block.up, stream.operand
-        epilogue, operands = self._normed(stream, block, matrix, bias=not block.gated)
-        output = states.new_empty(len(states), len(matrix.weight) // (2 if block.gated else 1))
+    def up(self, state: QuackState, block: FoldedBlock) -> Tensor:
+        """See `GemmBackend`."""
+        weight, x = block.up, state.gemm_input
+        epilogue, operands = self._rstd_operands(state, block, weight, needs_bias=not block.gated)
+        output = x.new_empty(len(x), len(weight.weight) // (2 if block.gated else 1))
         if not block.gated:
-            run(epilogue.activated[block.activation], states, matrix, output, operands)
+            run(epilogue.activations[block.activation], x, weight, output, operands)
             return output
-        gated = epilogue.gated if matrix.bias is None else epilogue.gated_biased
-        gated = gated if matrix.scale is None else epilogue.gated_float8
-        run(gated, states, matrix, None, {**operands, "out": output})
+        swiglu = epilogue.swiglu if weight.bias is None else epilogue.swiglu_bias
+        swiglu = swiglu if weight.scale is None else epilogue.swiglu_fp8
+        run(swiglu, x, weight, None, {**operands, "out": output})
         return output
 
-    def added(self, states: Tensor, matrix: Matrix, stream: Stream, block: FoldedBlock) -> Stream:
-        """See `Products`."""
-        assert isinstance(stream, QuackStream)
-        assert stream.both is not None
-        assert stream.squares is not None
-        parts = self._parts(block, stream.tokens)
-        epilogue, operands = epilogues(stream.tokens.shape[1], block.eps, parts), self._vectors(matrix)
-        tokens = torch.empty_like(stream.tokens)
-        operand, before = tokens, None
-        if stream.before is not None:
-            operand, before = torch.empty_like(stream.operand), stream.squares
-            operands |= {"shrink": before, "small": operand}
-        if matrix.scale is not None:
-            added = epilogue.added_small_float8
+    def residual_gemm(self, x: Tensor, weight: GemmWeight, state: QuackState, block: FoldedBlock) -> QuackState:
+        """See `GemmBackend`."""
+        num_parts = self._num_parts(block, state.tokens)
+        epilogue = epilogues(state.tokens.shape[1], block.eps, num_parts)
+        operands = self._column_operands(weight)
+        tokens = torch.empty_like(state.tokens)
+        gemm_input = tokens
+        if state.is_fp8:
+            gemm_input = torch.empty_like(state.gemm_input)
+            operands |= {"fp8_rstd": state.sum_sq, "fp8": gemm_input}
+        if weight.scale is not None:
+            residual = epilogue.residual_fp8_in_out
+        elif state.is_fp8:
+            residual = epilogue.residual_fp8_out
         else:
-            plain = epilogue.added if matrix.bias is None else epilogue.added_biased
-            added = plain if before is None else epilogue.added_small
-        assert matrix is block.proj or matrix is block.down
-        squares = stream.both[:, : parts[0]] if matrix is block.proj else stream.both[:, parts[0] :]
-        run(added, states, matrix, tokens, {**operands, "squares": squares}, stream.tokens)
-        return QuackStream(tokens, operand, squares, before, both=stream.both)
+            residual = epilogue.residual if weight.bias is None else epilogue.residual_bias
+        assert weight is block.proj or weight is block.down
+        buffer = state.sum_sq_buffer
+        sum_sq = buffer[:, : num_parts[0]] if weight is block.proj else buffer[:, num_parts[0] :]
+        run(residual, x, weight, tokens, {**operands, "sum_sq": sum_sq}, state.tokens)
+        return QuackState(tokens, gemm_input, sum_sq, buffer)
 
-    def end(self, stream: Stream) -> Tensor:
-        """See `Products`."""
-        return stream.tokens
+    def finish(self, state: QuackState) -> Tensor:
+        """See `GemmBackend`."""
+        return state.tokens
 
-    def _parts(self, block: FoldedBlock, tokens: Tensor) -> tuple[int, int]:
-        """Parts that squares are added up in behind attention and behind the MLP: tiles of the product side by side."""
-        rows, columns = tokens.shape
-        tiles = (tiles_of(matrix, rows, tokens.device, adds=True) for matrix in (block.proj, block.down))
-        attention, mlp = (math.ceil(columns / each.columns) for each in tiles)
+    def _num_parts(self, block: FoldedBlock, tokens: Tensor) -> tuple[int, int]:
+        """Number of partial sums of squares after the attention and after the MLP: tiles of the GEMM along N."""
+        m, n = tokens.shape
+        configs = (select_tiles(weight, m, tokens.device, residual=True) for weight in (block.proj, block.down))
+        attention, mlp = (math.ceil(n / config.tile_n) for config in configs)
         return attention, mlp
 
-    def _normed(
-        self, stream: Stream, block: FoldedBlock, matrix: Matrix, *, bias: bool
+    def _rstd_operands(
+        self, state: QuackState, block: FoldedBlock, weight: GemmWeight, *, needs_bias: bool
     ) -> tuple[Epilogues, dict[str, Tensor]]:
-        """Epilogues, and the operands of those that a norm rides along with."""
-        assert isinstance(stream, QuackStream)
-        squares = stream.squares if stream.before is None else stream.both
-        assert squares is not None
-        found = epilogues(stream.tokens.shape[1], block.eps, self._parts(block, stream.tokens))
-        return found, {"rstd": squares, **self._vectors(matrix, bias=bias)}
+        """Epilogues, and the operands of those that apply a norm."""
+        # A GEMM that reads float8 also needs the rms that its input was scaled by.
+        sum_sq = state.sum_sq_buffer if state.is_fp8 and weight.scale is not None else state.sum_sq
+        epilogue = epilogues(state.tokens.shape[1], block.eps, self._num_parts(block, state.tokens))
+        return epilogue, {"rstd": sum_sq, **self._column_operands(weight, needs_bias=needs_bias)}
 
-    def _vectors(self, matrix: Matrix, *, bias: bool = False) -> dict[str, Tensor]:
-        """Scale and bias of a matrix as operands, those that it has; with `bias` zeros where it has none."""
-        found = {"scale": matrix.scale, "bias": matrix.bias}
-        if bias and matrix.bias is None:
-            rows = len(matrix.weight)
-            if rows not in self.zeros:
-                self.zeros[rows] = torch.zeros(rows, device=matrix.weight.device)
-            found["bias"] = self.zeros[rows]
-        return {name: vector for name, vector in found.items() if vector is not None}
+    def _column_operands(self, weight: GemmWeight, *, needs_bias: bool = False) -> dict[str, Tensor]:
+        """Scale and bias of a weight, those that it has; with `needs_bias`, zeros for a missing bias."""
+        operands = {"scale": weight.scale, "bias": weight.bias}
+        if needs_bias and weight.bias is None:
+            n = len(weight.weight)
+            if n not in self.zeros:
+                self.zeros[n] = torch.zeros(n, device=weight.weight.device)
+            operands["bias"] = self.zeros[n]
+        return {name: vector for name, vector in operands.items() if vector is not None}
 
 
 def run(
     epilogue: Any,
-    states: Tensor,
-    matrix: Matrix,
+    x: Tensor,
+    weight: GemmWeight,
     output: Tensor | None,
     operands: dict[str, Tensor],
     residual: Tensor | None = None,
-    tiles: Tiles | None = None,
+    config: TileConfig | None = None,
 ) -> None:
-    """`states @ weightᵀ` through an epilogue, into `output` and what `operands` has room for; in the best tiles."""
-    tiles = tiles or tiles_of(matrix, len(states), states.device, adds=residual is not None)
-    settings: tuple[tuple[str, object], ...] = ()
-    if states.dtype == FLOAT8:  # whose sums are added up by the matrix unit alone, as torch does with use_fast_accum
-        settings = (("fp8_slow_accum", False),)
-    if tiles.written != WRITTEN:
-        settings += (("_compute_tile_shape_or_override", Written(tiles.written)),)
+    """Run `x @ weightᵀ` with an epilogue.
+
+    Args:
+        epilogue: one of `Epilogues`.
+        x: `(M, K)`.
+        weight: `(N, K)`.
+        output: `(M, N)` output D, or `None` where the epilogue has other outputs only.
+        operands: inputs and outputs of the epilogue, by name.
+        residual: `(M, N)` input C, or `None`.
+        config: tiles; `None` selects the fastest.
+    """
+    config = config or select_tiles(weight, len(x), x.device, residual=residual is not None)
+    attributes: tuple[tuple[str, object], ...] = ()
+    if x.dtype == FP8:  # accumulate in the tensor cores alone, as torch does with use_fast_accum
+        attributes = (("fp8_slow_accum", False),)
+    if config.epi_n != DEFAULT_EPI_N:
+        attributes += (("_compute_tile_shape_or_override", EpilogueTile(config.epi_n)),)
     epilogue.gemm(
-        states,
-        matrix.weight,
+        x,
+        weight.weight,
         output,
         residual,
         epi_args={name: operand[None] if operand.ndim == 1 else operand for name, operand in operands.items()},
-        tile_M=tiles.rows,
-        tile_N=tiles.columns,
-        cluster_M=tiles.cluster[0],
-        cluster_N=tiles.cluster[1],
-        pingpong=True,  # two tiles in turn, the one multiplied while the other is written
-        post_init_attrs=settings,
+        tile_M=config.tile_m,
+        tile_N=config.tile_n,
+        cluster_M=config.cluster_m,
+        cluster_N=config.cluster_n,
+        pingpong=True,  # two tiles in turn: one is multiplied while the other is written
+        post_init_attrs=attributes,
     )
 
 
+def select_tiles(weight: GemmWeight, m: int, device: torch.device, *, residual: bool) -> TileConfig:
+    """The fastest tiles for a GEMM with `m` rows, see `nopad.inference.fusion.tile_config`."""
+    n, k = weight.weight.shape
+    return fastest(tile_configs(n, k, float8=weight.scale is not None, residual=residual), m, n, num_sms(device))
+
+
 @lru_cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
+def num_sms(device: torch.device) -> int:
+    """Number of multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,77 +1,94 @@
-"""The products of a folded block with what torch brings: cuBLAS, and Triton for gates and what stands between."""
+"""GEMM backend for any GPU with Triton: cuBLAS, and Triton kernels for SwiGLU and the pointwise operations."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nopad.inference import triton_kernels
-from nopad.inference.fusion import triton_gated
-from nopad.inference.fusion.folding import FoldedBlock, Matrix
-from nopad.inference.fusion.gemm_reference import ACTIVATIONS, QKV, Stream, Turn, apart
+from nopad.inference.fusion.folding import FoldedBlock, GemmWeight
+from nopad.inference.fusion.gemm import ACTIVATIONS, QKV, InterleavedRope, split_qkv
+from nopad.kernels import triton_pointwise, triton_swiglu
 
 
-class TorchProducts:
-    """See `Products`.
+@dataclass(frozen=True)
+class TorchState:
+    """The residual stream between two GEMMs.
 
-    A residual sum is a product that adds to its result in place. It has no room for a bias, which so stays `pending`
-    until the next norm reads the rows anyway.
+    Attributes:
+        tokens: `(T, D)`, which the next residual GEMM overwrites.
+        normed: `(T, D)` input of the next GEMM.
+        pending_bias: `(D,)` float32 that is still to be added to every row of `tokens`, or `None`.
+    """
+
+    tokens: Tensor
+    normed: Tensor
+    pending_bias: Tensor | None
+
+
+class TorchGemm:
+    """See `GemmBackend`.
+
+    A residual GEMM accumulates into the tokens in place. Such a GEMM takes no bias, so biases stay pending until the
+    next norm, which reads all rows anyway.
     """
 
     name = "torch"
 
-    def prepared(self, block: FoldedBlock) -> FoldedBlock:
-        """See `Products`."""
+    def prepack(self, block: FoldedBlock) -> FoldedBlock:
+        """See `GemmBackend`."""
         return block
 
-    def begin(self, tokens: Tensor, block: FoldedBlock) -> Stream:
-        """See `Products`."""
-        if block.centred:
-            triton_kernels.begin(tokens, block.eps, centred=True, small=None, squares=None)
-        return self._normed(tokens, None, block)
+    def prepare_rope(self, rope: InterleavedRope) -> InterleavedRope:
+        """See `GemmBackend`."""
+        return rope
 
-    def table(self, turn: Turn) -> object:
-        """See `Products`."""
-        return turn
+    def start(self, tokens: Tensor, block: FoldedBlock) -> TorchState:
+        """See `GemmBackend`."""
+        if block.zero_mean:
+            triton_pointwise.start_residual(tokens, block.eps, zero_mean=True, fp8_row_rms=None, sum_sq=None)
+        return self._state(tokens, None, block)
 
-    def qkv(self, stream: Stream, block: FoldedBlock, table: object) -> QKV:
-        """See `Products`."""
-        qkv = linear(stream.operand, block.qkv)
-        if isinstance(table, Turn):
-            triton_kernels.turn_(qkv.unflatten(1, (block.num_heads, 3, -1)), table.cos, table.sin)
-        return apart(qkv, None, block)
+    def qkv(self, state: TorchState, block: FoldedBlock, rope: object) -> QKV:
+        """See `GemmBackend`."""
+        qkv = linear(state.normed, block.qkv)
+        if isinstance(rope, InterleavedRope):
+            triton_pointwise.apply_rotary_(qkv.unflatten(1, (block.num_heads, 3, -1)), rope.cos, rope.sin)
+        return split_qkv(qkv, None, block)
 
-    def up(self, stream: Stream, block: FoldedBlock) -> Tensor:
-        """See `Products`."""
-        matrix = block.up
-        if block.activation == "gelu_tanh" and matrix.bias is not None:
-            bias = matrix.bias.to(matrix.weight.dtype)
-            product: Any = torch._addmm_activation  # pyright: ignore[reportPrivateImportUsage]
-            return product(bias, stream.operand, matrix.weight.T, use_gelu=True)
-        if triton_gated.takes(block, stream.operand.device):
-            return triton_gated.gated(stream.operand, matrix.weight, matrix.bias)
-        states = linear(stream.operand, matrix)
-        return triton_kernels.silu_mul(states) if block.gated else ACTIVATIONS[block.activation](states)
+    def up(self, state: TorchState, block: FoldedBlock) -> Tensor:
+        """See `GemmBackend`."""
+        weight = block.up
+        if block.activation == "gelu_tanh" and weight.bias is not None:
+            bias = weight.bias.to(weight.weight.dtype)
+            addmm_gelu: Any = torch._addmm_activation  # pyright: ignore[reportPrivateImportUsage]
+            return addmm_gelu(bias, state.normed, weight.weight.T, use_gelu=True)
+        n, k = weight.weight.shape
+        if block.gated and triton_swiglu.supports(n // 2, k, state.normed.device):
+            return triton_swiglu.swiglu_gemm(state.normed, weight.weight, weight.bias)
+        output = linear(state.normed, weight)
+        return triton_pointwise.silu_mul(output) if block.gated else ACTIVATIONS[block.activation](output)
 
-    def added(self, states: Tensor, matrix: Matrix, stream: Stream, block: FoldedBlock) -> Stream:
-        """See `Products`."""
-        tokens, pending = stream.tokens.addmm_(states, matrix.weight.T), stream.pending
-        if matrix.bias is not None:
-            pending = matrix.bias if pending is None else pending + matrix.bias
-        return self._normed(tokens, pending, block)
+    def residual_gemm(self, x: Tensor, weight: GemmWeight, state: TorchState, block: FoldedBlock) -> TorchState:
+        """See `GemmBackend`."""
+        tokens, pending_bias = state.tokens.addmm_(x, weight.weight.T), state.pending_bias
+        if weight.bias is not None:
+            pending_bias = weight.bias if pending_bias is None else pending_bias + weight.bias
+        return self._state(tokens, pending_bias, block)
 
-    def end(self, stream: Stream) -> Tensor:
-        """See `Products`."""
-        return stream.tokens if stream.pending is None else (stream.tokens + stream.pending).to(stream.tokens.dtype)
+    def finish(self, state: TorchState) -> Tensor:
+        """See `GemmBackend`."""
+        if state.pending_bias is None:
+            return state.tokens
+        return (state.tokens + state.pending_bias).to(state.tokens.dtype)
 
-    def _normed(self, tokens: Tensor, pending: Tensor | None, block: FoldedBlock) -> Stream:
-        normed = triton_kernels.rms_norm(tokens, pending, block.eps)
-        return Stream(tokens, normed, pending=pending)
+    def _state(self, tokens: Tensor, pending_bias: Tensor | None, block: FoldedBlock) -> TorchState:
+        return TorchState(tokens, triton_pointwise.rms_norm(tokens, pending_bias, block.eps), pending_bias)
 
 
-def linear(states: Tensor, matrix: Matrix) -> Tensor:
-    """`states @ weightᵀ + bias`."""
-    return F.linear(states, matrix.weight, None if matrix.bias is None else matrix.bias.to(matrix.weight.dtype))
+def linear(x: Tensor, weight: GemmWeight) -> Tensor:
+    """`x @ weightᵀ + bias`."""
+    return F.linear(x, weight.weight, None if weight.bias is None else weight.bias.to(weight.weight.dtype))

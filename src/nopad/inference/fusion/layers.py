@@ -1,9 +1,8 @@
-"""Layers of four matrix products and an attention, with as little as can be between them.
+"""Layers as four GEMMs and one attention call.
 
-`nopad.inference.fusion.folding` turns a block into four matrices; who multiplies decides how much rides along:
-`QuackProducts` (Hopper, `pip install 'nopad[hopper]'`) do everything else in the products themselves, `TorchProducts`
-(any GPU that Triton knows) need a pass for each norm and activation, on Hopper none for gates. `PlainProducts` are what
-both are tested against.
+`nopad.inference.fusion.folding` folds a block into four weights. The GEMM backend decides how much is fused into
+epilogues: `QuackGemm` (Hopper, `pip install 'nopad[hopper]'`) fuses everything else, `TorchGemm` (any GPU with Triton)
+needs a kernel for each norm and activation, and on Hopper none for SwiGLU. Both are tested against `ReferenceGemm`.
 """
 
 from __future__ import annotations
@@ -15,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nopad.inference.float8 import Float8Linear
+from nopad.inference.float8.modules import Float8Linear
 from nopad.inference.fusion.folding import FoldedBlock, can_fold
-from nopad.inference.fusion.gemm_reference import Products, Turn, centre
-from nopad.inference.guards import Watch
+from nopad.inference.fusion.gemm import GemmBackend, InterleavedRope
+from nopad.inference.fusion.gemm_reference import subtract_mean
+from nopad.inference.guards import ModuleGuard
 from nopad.inference.ready import ReadyLayers
 from nopad.kernels.attention import varlen_attention
 from nopad.kernels.availability import triton_works
@@ -29,152 +29,151 @@ from nopad.layers.rope_3d import apply_rotary_interleaved
 from nopad.segments import Segments
 
 
-def obstacle(encoder: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+def unsupported_reason(encoder: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the layers of an encoder cannot be fused here, `None` where they can."""
     layers = list(encoder.layers)
     if not layers or not all(can_fold(layer) for layer in layers):
-        return "only blocks of norms, products and activations that nopad.inference.fusion.folding knows are fused"
+        return "only blocks with norms, linear layers and activations that nopad.inference.fusion supports are fused"
     if isinstance(layers[0].norm1, nn.LayerNorm) and not isinstance(encoder.norm, nn.LayerNorm):
-        return "without a LayerNorm behind the layers the mean of a row, which fused ones drop, would be missed"
+        return "fused layers drop the mean of each row, which only a LayerNorm after the layers would ignore"
     if len({type(layer.norm1) for layer in layers}) > 1 or len({layer.norm1.eps for layer in layers}) > 1:
-        return "only layers whose norms are alike are fused"
+        return "only layers with equal norms are fused"
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return f"fused layers are for bfloat16 or float16 on a GPU, not for {dtype} on {device}"
     return None
 
 
-def products_for(
+def gemm_backends_for(
     encoder: Any, device: torch.device, dtype: torch.dtype
-) -> tuple[list[Callable[[], Products]], str | None]:
-    """Makers of the products that can be had for an encoder without an `obstacle`, fastest first.
+) -> tuple[list[Callable[[], GemmBackend[Any]]], str | None]:
+    """GEMM backends for an encoder without an `unsupported_reason`.
 
     Returns:
-        The makers, and why faster ones are not among them.
+        Constructors of the available backends, fastest first, and the reason why a faster one is not available.
     """
-    makers, reason = [], None
+    backends, reason = [], None
     if torch.cuda.get_device_capability(device)[0] != 9 or dtype != torch.bfloat16:
-        reason = f"the products of quack are for bfloat16 on a Hopper GPU, not for {dtype} on {device}"
+        reason = f"quack's GEMMs are for bfloat16 on a Hopper GPU, not for {dtype} on {device}"
     elif not triton_works():
         reason = "Triton is not installed or does not work"
     elif util.find_spec("quack") is None:
         reason = "quack is not installed: pip install 'nopad[hopper]'"
     else:
-        makers.append(_quack_products)
+        backends.append(_quack_gemm)
     if triton_works() and not isinstance(encoder.layers[0].mlp.down, Float8Linear):
-        makers.append(_torch_products)
-    return makers, reason
+        backends.append(_torch_gemm)
+    return backends, reason
 
 
-def _quack_products() -> Products:
-    from nopad.inference.fusion.gemm_quack import QuackProducts
+def _quack_gemm() -> GemmBackend[Any]:
+    from nopad.inference.fusion.gemm_quack import QuackGemm
 
-    return QuackProducts()
-
-
-def _torch_products() -> Products:
-    from nopad.inference.fusion.gemm_torch import TorchProducts
-
-    return TorchProducts()
+    return QuackGemm()
 
 
-FAR = 0.5
-"""Distance from the layers as they are, relative to the length of what they give, that nothing but a mistake explains:
-two ways of rounding to float8 leave untrained models a tenth apart."""
+def _torch_gemm() -> GemmBackend[Any]:
+    from nopad.inference.fusion.gemm_torch import TorchGemm
+
+    return TorchGemm()
+
+
+MAX_REL_ERROR = 0.5
+"""Relative distance from the eager layers above which fused layers are wrong: rounding alone, in float8, makes a
+distance of a tenth in untrained models."""
 
 
 class FusedLayers(ReadyLayers):
-    """Runs folded blocks one after another; folds them anew when their weights have changed.
+    """Runs folded blocks one after another; folds them again when their weights have changed.
 
     Args:
         layers: blocks that `can_fold` accepts.
-        products: who multiplies.
-        rotation: one as the encoder makes it, `None` where queries and keys are not turned.
+        gemm: the GEMM backend.
+        rope: an example of the encoder's rotary embedding, `None` where it has none.
     """
 
-    def __init__(self, layers: nn.ModuleList, products: Products, rotation: Rope | None = None) -> None:
+    def __init__(self, layers: nn.ModuleList, gemm: GemmBackend[Any], rope: Rope | None = None) -> None:
         self.layers = [layer for layer in layers if isinstance(layer, Block)]
-        self.products = products
-        self.channels = None if rotation is None else channel_order(rotation, self.layers[0].attention.head_dim)
-        self.blocks = [self._folded(layer) for layer in self.layers]
-        self.watch = Watch(layers)
-        self.versions = self.watch.versions()
+        self.gemm = gemm
+        self.permutation = None if rope is None else rope_permutation(rope, self.layers[0].attention.head_dim)
+        self.blocks = [self._fold(layer) for layer in self.layers]
+        self.guard = ModuleGuard(layers)
+        self.versions = self.guard.versions()
 
-    fixed_segments = False  # kernels that are called one by one
+    fixed_segments = False  # kernels are launched one by one, for any number of segments
     copies_weights = True
 
     @property
     def execution(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Who multiplies."""
-        return f"fused by {self.products.name}"
+        """`"fused by …"`, with the name of the GEMM backend."""
+        return f"fused by {self.gemm.name}"
 
     def __call__(self, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
-        """`(T, D)` to `(T, D)`, less the mean of each row where the norms are LayerNorms."""
-        products = self.products
-        table = None if rope is None else products.table(turn_of(rope))
-        stream = products.begin(tokens, self.blocks[0])
+        """`(T, D)` to `(T, D)`, minus the mean of each row where the norms are LayerNorms."""
+        gemm = self.gemm
+        prepared_rope = None if rope is None else gemm.prepare_rope(interleave_rope(rope))
+        state = gemm.start(tokens, self.blocks[0])
         for layer, block in zip(self.layers, self.blocks, strict=True):
-            query, key, value = products.qkv(stream, block, table)
-            mixed = varlen_attention(query, key, value, segments, backend=layer.attention.backend)
-            stream = products.added(mixed.flatten(1), block.proj, stream, block)
-            stream = products.added(products.up(stream, block), block.down, stream, block)
-        return products.end(stream)
+            query, key, value = gemm.qkv(state, block, prepared_rope)
+            attn_output = varlen_attention(query, key, value, segments, backend=layer.attention.backend)
+            state = gemm.residual_gemm(attn_output.flatten(1), block.proj, state, block)
+            state = gemm.residual_gemm(gemm.up(state, block), block.down, state, block)
+        return gemm.finish(state)
 
     def refresh(self, *, trained: bool = False) -> bool:
-        """Fold once more where weights have changed, into the same tensors, which a CUDA graph may know.
+        """Fold again where weights have changed, into the same tensors, which a CUDA graph may read.
 
         Args:
-            trained: weights may have changed unnoticed: fused optimizers do not count a tensor's version up.
+            trained: see `ReadyLayers.refresh`.
 
         Returns:
-            `False` where that cannot be: a block has become one of another kind.
+            `False` where a block can no longer be folded, or has got or lost a bias.
         """
-        if trained or self.watch.versions() != self.versions:
+        if trained or self.guard.versions() != self.versions:
             if not all(can_fold(layer) for layer in self.layers):
                 return False
             for layer, block in zip(self.layers, self.blocks, strict=True):
-                new = self._folded(layer)
-                if not all(own.like(other) for own, other in zip(block.matrices, new.matrices, strict=True)):
+                weights = list(zip(block.weights, self._fold(layer).weights, strict=True))
+                if not all(weight.same_tensors(new) for weight, new in weights):
                     return False
-                for own, other in zip(block.matrices, new.matrices, strict=True):
-                    own.copy_(other)
-            self.versions = self.watch.versions()  # now: a matrix that is not folded is the weight itself
+                for weight, new in weights:
+                    weight.copy_(new)
+            self.versions = self.guard.versions()  # after the copies: a weight that needs no folding is the layer's own
         return True
 
     def check(self, tokens: Tensor, segments: Segments, rope: Rope | None) -> None:
-        """Compare with the layers as they are on the first segment, once, before anybody relies on what is fused.
+        """Compare with the eager layers on the first segment, once, before the fused layers are used.
 
         Raises:
-            RuntimeError: it is something else: kernels of another version, a device that they do not know.
+            RuntimeError: they differ, for example because of another version of quack or an unsupported device.
         """
         rows = segments.lengths[0]
-        turn = None if rope is None else Rope(rope.apply, rope.cos[:rows], rope.sin[:rows])
-        expected, alone = tokens[:rows], Segments.of([rows], tokens.device)
+        first_rope = None if rope is None else Rope(rope.apply, rope.cos[:rows], rope.sin[:rows])
+        expected, first_segment = tokens[:rows], Segments.of([rows], tokens.device)
         for layer in self.layers:
-            expected = layer(expected, alone, turn)
-        found = self(tokens.clone(), segments, rope)[:rows].float()
-        expected = centre(expected.float()) if self.blocks[0].centred else expected.float()
-        distance = float((found - expected).norm() / expected.norm())
-        if expected.isfinite().all() and not distance <= FAR:
+            expected = layer(expected, first_segment, first_rope)
+        output = self(tokens.clone(), segments, rope)[:rows].float()
+        expected = subtract_mean(expected.float()) if self.blocks[0].zero_mean else expected.float()
+        error = float((output - expected).norm() / expected.norm())
+        if expected.isfinite().all() and not error <= MAX_REL_ERROR:
             raise RuntimeError(
-                f"layers fused by {self.products.name} give something else than the layers as they are "
-                f"(relative distance {distance:.2g})"
+                f"layers fused by {self.gemm.name} differ from the eager layers (relative distance {error:.2g})"
             )
 
-    def _folded(self, layer: Block) -> FoldedBlock:
-        return self.products.prepared(FoldedBlock.of(layer, self.channels))
+    def _fold(self, layer: Block) -> FoldedBlock:
+        return self.gemm.prepack(FoldedBlock.of(layer, self.permutation))
 
 
-def channel_order(rotation: Rope, head_dim: int) -> Tensor | None:
-    """The order in which channels that are turned together stand side by side; `None` where they do."""
-    if rotation.apply is apply_rotary_interleaved:
+def rope_permutation(rope: Rope, head_dim: int) -> Tensor | None:
+    """Channel order in which channels that are rotated together are neighbours; `None` where they already are."""
+    if rope.apply is apply_rotary_interleaved:
         return None
-    assert rotation.apply is apply_rotary, rotation.apply
+    assert rope.apply is apply_rotary, rope.apply
     return torch.arange(head_dim).view(2, -1).T.flatten()
 
 
-def turn_of(rotation: Rope) -> Turn:
-    """The same rotation for channels that stand in pairs."""
-    cos, sin = rotation.cos[:, 0], rotation.sin[:, 0]
-    if rotation.apply is apply_rotary_interleaved:
-        return Turn(cos, sin, shared=False)
-    return Turn(cos.repeat_interleave(2, dim=1), sin.repeat_interleave(2, dim=1), shared=True)
+def interleave_rope(rope: Rope) -> InterleavedRope:
+    """The same rotary embedding for channels in the order of `rope_permutation`."""
+    cos, sin = rope.cos[:, 0], rope.sin[:, 0]
+    if rope.apply is apply_rotary_interleaved:
+        return InterleavedRope(cos, sin, shared=False)
+    return InterleavedRope(cos.repeat_interleave(2, dim=1), sin.repeat_interleave(2, dim=1), shared=True)

@@ -1,8 +1,8 @@
-"""Operands and results of quack's epilogues that quack does not have: importable only where quack is.
+"""Custom epilogue operands for quack; importable only where quack is installed.
 
-Columns of a product are written some at a time, of 64 rows, by 128 threads: a thread of four has two neighbours of each
-eight columns, and of two rows eight apart. Where it matters which thread has what, an order of memory says so: `laid`
-for what is read, `PLACES` for what is written.
+An epilogue tile of 64 rows is written by 128 threads. Within each group of eight columns, one thread of four holds two
+neighbouring columns, of two rows that are eight apart. Where that assignment matters, data in memory is permuted to
+match it: by `pack_cos_sin` for what is read, by `GATE_UP_PERMUTATION` for what is written.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from torch import Tensor
 
 FILES = (Path(__file__), Path(__file__).with_name("quack_epilogues.py"))
 SOURCE = hashlib.sha256(b"".join(file.read_bytes() for file in FILES)).hexdigest()
-"""In the key of every kernel: of installed code quack looks at names alone, and it keeps kernels across versions."""
-COLUMNS = 32
-"""That `Angles` reads for at a time."""
+"""Part of every kernel's cache key: quack identifies code of installed packages by name only, and its cache outlives
+versions of nopad."""
+ROPE_COLUMNS = 32
+"""Columns of an epilogue tile that `RopeLoad` loads for."""
 
 
-def laid(cos: Tensor, sin: Tensor) -> Tensor:
-    """Numbers of pairs as `Angles` reads them: of 16 pairs a thread has every fourth.
+def pack_cos_sin(cos: Tensor, sin: Tensor) -> Tensor:
+    """Cosines and sines in the order in which the threads of `RopeLoad` read them: of 16 pairs, every fourth.
 
     Args:
-        cos, sin: `(T, K / 2)`, K a multiple of `COLUMNS`.
+        cos, sin: `(T, K / 2)`, K a multiple of `ROPE_COLUMNS`.
 
     Returns:
         `(T, K)` float16.
@@ -44,168 +45,169 @@ def laid(cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Rstd(ColVecLoad):
-    """`scale / rms` of each row, from the squares of its `width` numbers added up in parts.
+    """`scale / rms` of each row, from partial sums of the squares of its values.
 
-    Its operand is `squares` of a `gemm_reference.Stream`, each part a column of memory. Each tile of a
-    product adds the parts up itself, which takes less than a kernel that does it once would take to start.
+    The operand is `QuackState.sum_sq` or `sum_sq_buffer`, with one column of memory per partial sum. Each tile of a
+    GEMM adds the partial sums itself, which takes less time than launching a kernel for it.
 
     Args:
-        name: of the epilogue's argument.
-        width: D.
-        eps: of the norm.
-        scale: of the result.
-        own: first of the operand's parts that count and first that does not, all unless given.
-        before: the same of the parts of other rows, whose `rms` the result is multiplied with.
+        name: name of the epilogue's argument.
+        hidden_size: D.
+        eps: eps of the norm.
+        scale: factor of the result.
+        parts: range of the operand's columns to sum, all by default.
+        prev_parts: range of columns with the sums of other rows, whose rms the result is multiplied by.
     """
 
     def __init__(
         self,
         name: str,
-        width: int,
+        hidden_size: int,
         eps: float,
         scale: float = 1.0,
-        own: tuple[int, int] | None = None,
-        before: tuple[int, int] | None = None,
+        parts: tuple[int, int] | None = None,
+        prev_parts: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(name)
-        self.width, self.eps, self.scale, self.own, self.before = width, eps, scale, own, before
+        self.hidden_size, self.eps, self.scale = hidden_size, eps, scale
+        self.parts, self.prev_parts = parts, prev_parts
 
     def config_key(self) -> tuple:
-        """All that the code of a kernel depends on."""
-        return SOURCE, self.width, self.eps, self.scale, self.own, self.before
+        """Everything that the kernel's code depends on."""
+        return SOURCE, self.hidden_size, self.eps, self.scale, self.parts, self.prev_parts
 
     def host_arg_key(self, value: Any) -> tuple:
-        """Type and number of parts."""
+        """Dtype and number of partial sums."""
         return torch2cute_dtype_map[value.dtype], value.shape[1]
 
     def host_fake_arg(self, key: tuple, fctx: Any) -> Any:
-        """`(T, parts)`."""
-        dtype, parts = key
-        return make_fake_tensor(dtype, (fctx.m, parts), leading_dim=0, divisibility=1)
+        """`(T, num_parts)`."""
+        dtype, num_parts = key
+        return make_fake_tensor(dtype, (fctx.m, num_parts), leading_dim=0, divisibility=1)
 
     @cute.jit
     def begin(self, gemm, param, smem_tensor, ctx):
-        """Threads take a row each, and leave its number in shared memory, where `ColVecLoad` would copy it to."""
-        first = ctx.tile_coord_mnkl[0] * ctx.tile_M
-        rows = min(ctx.varlen_manager.len_m(ctx.batch_idx) - first, ctx.tile_M)
-        for turn in cutlass.range_constexpr(math.ceil(ctx.tile_M / ctx.num_epi_threads)):
-            row = ctx.tidx + turn * ctx.num_epi_threads
-            if row < rows:
-                smem_tensor[row] = self.number(param, first + row)
-        columns = cute.make_layout((ctx.tile_M, ctx.tile_N), stride=(1, 0))
-        own = ctx.partition_for_epilogue_fn(cute.make_tensor(smem_tensor.iterator, columns))
-        part = cute.group_modes(own, 3, cute.rank(own))[None, None, None, 0]
-        return [own, cute.make_rmem_tensor(part.layout, gemm.acc_dtype)]
+        """Each thread computes the factor of a row and writes it to shared memory, where `ColVecLoad` reads it."""
+        first_row = ctx.tile_coord_mnkl[0] * ctx.tile_M
+        num_rows = min(ctx.varlen_manager.len_m(ctx.batch_idx) - first_row, ctx.tile_M)
+        for step in cutlass.range_constexpr(math.ceil(ctx.tile_M / ctx.num_epi_threads)):
+            row = ctx.tidx + step * ctx.num_epi_threads
+            if row < num_rows:
+                smem_tensor[row] = self.row_factor(param, first_row + row)
+        layout = cute.make_layout((ctx.tile_M, ctx.tile_N), stride=(1, 0))
+        thread_factors = ctx.partition_for_epilogue_fn(cute.make_tensor(smem_tensor.iterator, layout))
+        subtile = cute.group_modes(thread_factors, 3, cute.rank(thread_factors))[None, None, None, 0]
+        return [thread_factors, cute.make_rmem_tensor(subtile.layout, gemm.acc_dtype)]
 
-    def number(self, squares: Any, row: Any) -> Any:
-        """What a row is multiplied with."""
-        own = self.own if self.own is not None else (0, squares.shape[1])
-        result = cute.math.rsqrt(self._mean(squares, row, *own), fastmath=True) * self.scale
-        if self.before is not None:
-            mean = self._mean(squares, row, *self.before)
-            result = result * mean * cute.math.rsqrt(mean, fastmath=True)
-        return result
+    def row_factor(self, sum_sq: Any, row: Any) -> Any:
+        """The factor of a row."""
+        parts = self.parts if self.parts is not None else (0, sum_sq.shape[1])
+        factor = cute.math.rsqrt(self._mean_sq(sum_sq, row, *parts), fastmath=True) * self.scale
+        if self.prev_parts is not None:
+            mean = self._mean_sq(sum_sq, row, *self.prev_parts)
+            factor = factor * mean * cute.math.rsqrt(mean, fastmath=True)
+        return factor
 
-    def _mean(self, squares: Any, row: Any, first: int, last: int) -> Any:
-        total = squares[row, first]
-        for part in range(first + 1, last):
-            total = total + squares[row, part]
-        return total * (1.0 / self.width) + self.eps
+    def _mean_sq(self, sum_sq: Any, row: Any, start: int, end: int) -> Any:
+        total = sum_sq[row, start]
+        for part in range(start + 1, end):
+            total = total + sum_sq[row, part]
+        return total * (1.0 / self.hidden_size) + self.eps
 
 
-class Angles(RotaryCosSinLoadHost):
-    """Cosine and sine of each pair of columns, 1 and 0 where they belong to values, which are not turned.
+class RopeLoad(RotaryCosSinLoadHost):
+    """Cosine and sine for each pair of columns; 1 and 0 for the columns of values, which are not rotated.
 
-    Its operand is `(T, K)` in 16 bits, laid by `laid`: the numbers of one head. A thread reads what it needs of a row
-    and 32 columns in one piece. What quack has of this kind copies whole tables through shared memory, for values too;
-    that is no faster, needs tiles that hold whole heads, and cannot be had twice.
+    The operand is `(T, K)` float16 from `pack_cos_sin`, for the channels of one head. A thread loads what it needs of a
+    row and 32 columns at once. quack's own operand of this kind copies whole tables through shared memory, for values
+    too; that is no faster, needs tiles of whole heads, and cannot be used twice in one epilogue.
     """
 
     def config_key(self) -> tuple:
-        """All that the code of a kernel depends on."""
+        """Everything that the kernel's code depends on."""
         return (SOURCE,)
 
     @cute.jit
     def begin(self, gemm, param, smem_tensor, ctx):
-        """Where a tile lies: its first row, the last row there is, its first column within a head's 3 · K."""
-        assert cute.size(ctx.epi_tile[1]) == COLUMNS
+        """Position of the tile: its first row, the last row of the output, its first column within a head's 3 · K."""
+        assert cute.size(ctx.epi_tile[1]) == ROPE_COLUMNS
         period = const_expr(3 * cute.size(param.shape[1]))
-        places = ctx.partition_for_epilogue_fn(cute.make_identity_tensor((ctx.tile_M, ctx.tile_N)))
-        places = cute.group_modes(places, 3, cute.rank(places))
-        first = ctx.tile_coord_mnkl[0] * ctx.tile_M
-        last = ctx.varlen_manager.len_m(ctx.batch_idx) - 1
+        positions = ctx.partition_for_epilogue_fn(cute.make_identity_tensor((ctx.tile_M, ctx.tile_N)))
+        positions = cute.group_modes(positions, 3, cute.rank(positions))
+        first_row = ctx.tile_coord_mnkl[0] * ctx.tile_M
+        last_row = ctx.varlen_manager.len_m(ctx.batch_idx) - 1
         column = 0 if const_expr(ctx.tile_N % period == 0) else ctx.tile_coord_mnkl[1] * ctx.tile_N % period
-        return param, places, first, last, column
+        return param, positions, first_row, last_row, column
 
     @cute.jit
     def begin_loop(self, gemm, state, epi_coord):
-        """The numbers of 32 columns, those of a thread: for each eight columns a pair of two rows."""
-        param, places, first, last, start = state
-        size = const_expr(cute.size(param.shape[1]))
-        mine = places[None, None, None, epi_coord]
-        found = cute.make_rmem_tensor(mine.shape, gemm.acc_dtype)
-        for pair in cutlass.range_constexpr(cute.size(found) // 2):
-            found[2 * pair], found[2 * pair + 1] = gemm.acc_dtype(1.0), gemm.acc_dtype(0.0)
-        column = (start + COLUMNS * epi_coord[1]) % (3 * size)
-        if column < 2 * size:
-            self.read(param, mine, first, last, column % size, found)
-        return found
+        """The thread's values for 32 columns: for each eight columns, one pair in each of two rows."""
+        param, positions, first_row, last_row, first_column = state
+        head_dim = const_expr(cute.size(param.shape[1]))
+        thread_positions = positions[None, None, None, epi_coord]
+        cos_sin = cute.make_rmem_tensor(thread_positions.shape, gemm.acc_dtype)
+        for pair in cutlass.range_constexpr(cute.size(cos_sin) // 2):
+            cos_sin[2 * pair], cos_sin[2 * pair + 1] = gemm.acc_dtype(1.0), gemm.acc_dtype(0.0)
+        column = (first_column + ROPE_COLUMNS * epi_coord[1]) % (3 * head_dim)
+        if column < 2 * head_dim:
+            self.load_pairs(param, thread_positions, first_row, last_row, column % head_dim, cos_sin)
+        return cos_sin
 
     @cute.jit
-    def read(self, param, mine, first, last, column, found):
-        """Eight numbers of each of two rows, those of four pairs."""
+    def load_pairs(self, param, thread_positions, first_row, last_row, column, cos_sin):
+        """Load four pairs, eight values, of each of two rows."""
         for second in cutlass.range_constexpr(2):
-            row = cutlass.min(first + mine[2 * second][0], last)
-            part = cute.local_tile(param, (1, 8), (row, column // 8 + mine[0][1] % 8 // 2))[0, None]
-            numbers = cute.make_rmem_tensor(8, param.element_type)
-            cute.copy(copy_utils.get_copy_atom(param.element_type, 8), part, numbers)
+            row = cutlass.min(first_row + thread_positions[2 * second][0], last_row)
+            source = cute.local_tile(param, (1, 8), (row, column // 8 + thread_positions[0][1] % 8 // 2))[0, None]
+            values = cute.make_rmem_tensor(8, param.element_type)
+            cute.copy(copy_utils.get_copy_atom(param.element_type, 8), source, values)
             for pair in cutlass.range_constexpr(4):
-                for number in cutlass.range_constexpr(2):
-                    found[4 * pair + 2 * second + number] = numbers[2 * pair + number].to(found.element_type)
+                for index in cutlass.range_constexpr(2):
+                    cos_sin[4 * pair + 2 * second + index] = values[2 * pair + index].to(cos_sin.element_type)
 
 
 @dataclass(frozen=True)
-class Written:
-    """How many columns of a tile are written at a time, in place of quack's own choice."""
+class EpilogueTile:
+    """Width of the epilogue tile, in place of the method by which quack selects it."""
 
-    columns: int
+    epi_n: int
 
     def __call__(self, tile: tuple[int, int, int], *_: Any) -> tuple[int, int]:
-        """Rows and columns, in place of a method of quack's."""
-        return math.gcd(64, tile[0]), math.gcd(self.columns, tile[1])
+        """Rows and columns of the epilogue tile."""
+        return math.gcd(64, tile[0]), math.gcd(self.epi_n, tile[1])
 
 
-class Squares(ColVecReduce):
-    """Sums over the columns of a tile, each tile's a column of memory, as `Rstd` reads them."""
+class RowSumSq(ColVecReduce):
+    """Partial sums over the columns of each tile, one column of memory per tile, as `Rstd` reads them."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name, scaled=True)
 
     def config_key(self) -> tuple:
-        """All that the code of a kernel depends on."""
+        """Everything that the kernel's code depends on."""
         return SOURCE, *super().config_key()
 
     def host_fake_arg(self, key: tuple, fctx: Any) -> Any:
-        """`(T, parts)`, or with a batch's number before it."""
+        """`(T, num_parts)`, or with a batch dimension before it."""
         dtype, ndim = key
         shape = (fctx.l, fctx.m, cute.sym_int()) if ndim == 3 else (fctx.m, cute.sym_int())
         return make_fake_tensor(dtype, shape, leading_dim=ndim - 2, divisibility=1)
 
 
-PLACES = [0, 2, 4, 6, 1, 3, 5, 7]
-"""Which of eight results each of eight pairs of columns holds, as `GatedStore` writes them."""
+GATE_UP_PERMUTATION = [0, 2, 4, 6, 1, 3, 5, 7]
+"""Order of each eight pairs of gate and up, in which `GatedStore` writes their results in sequence."""
 
 
 class GatedStore(TileStore):
     """Results of pairs of columns, half as many columns of 16 or 8 bits.
 
-    Of 16 columns a thread of four has the pairs t and 4 + t, and has to write two neighbours. quack moves results
-    between threads for that, which in float8 takes a quarter of all instructions. Weights laid in the order of `PLACES`
-    give a thread the results 2t and 2t + 1.
+    Of each 16 columns, thread t of four holds pairs t and 4 + t, but has to write two neighbouring results. quack
+    exchanges results between threads for that, which in float8 takes a quarter of all instructions. With weights in the
+    order of `GATE_UP_PERMUTATION`, the thread holds results 2t and 2t + 1.
     """
 
     def to_params(self, gemm: Any, args: Any) -> Any:
-        """As it is for columns that are not gated: for those of 8 bits quack asserts that the device is another."""
+        """As for an output that is not gated: for gated 8-bit outputs, quack asserts another device."""
         self.gated = False
         try:
             return super().to_params(gemm, args)
@@ -214,13 +216,13 @@ class GatedStore(TileStore):
 
     @cute.jit
     def store_convert(self, gemm, values, sr_seed, tidx, tile_coord_mnkl, num_prev_subtiles, epi_idx):
-        """A thread's values, for each eight columns those of two rows, as it writes them: for each row two columns."""
-        for eight in cutlass.range_constexpr(cute.size(values.shape) // 4):
-            second, third = values[4 * eight + 1], values[4 * eight + 2]
-            values[4 * eight + 1], values[4 * eight + 2] = third, second
+        """Reorder the thread's values from two rows per eight columns to two columns per row, as they are written."""
+        for group in cutlass.range_constexpr(cute.size(values.shape) // 4):
+            second, third = values[4 * group + 1], values[4 * group + 2]
+            values[4 * group + 1], values[4 * group + 2] = third, second
         return values.to(getattr(gemm, self._dtype_gemm_attr()))
 
     @cute.jit
     def store_r2s(self, gemm, tiled_copy, frag_out, tRS_s_stage, tidx):
-        """From the registers that values were rounded into: quack takes those of 8 bits out one by one first."""
+        """Copy to shared memory from the rounded registers; quack would unpack 8-bit values one by one first."""
         cute.copy(tiled_copy, tiled_copy.retile(frag_out), tRS_s_stage)

@@ -1,107 +1,114 @@
-"""How products are cut into tiles on a Hopper GPU, for quack."""
+"""Tile sizes of quack's GEMMs on Hopper GPUs.
+
+M, N and K are the sizes of a GEMM: rows of activations, rows of the weight, and the inner size.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-WRITTEN = 32
-"""Columns that quack writes at a time unless told otherwise, where results have 16 bits."""
+DEFAULT_EPI_N = 32
+"""Columns of quack's own epilogue tile for 16-bit outputs."""
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """How a product is cut.
+class TileConfig:
+    """How a GEMM is cut into tiles.
 
     Attributes:
-        rows, columns: of a tile.
-        speed: of such tiles, relative to others, as measured on an H100 (docs/performance.md).
-        cluster: tiles above and beside each other that share what they read.
-        written: columns that are written at a time. Threads wait for each other twice each time, which counts where a
-            product is short, as in float8; more of them need registers.
+        tile_m, tile_n: tile size.
+        speed: throughput of such tiles relative to others, as measured on an H100 (docs/performance.md).
+        cluster_m, cluster_n: cluster shape.
+        epi_n: columns of the epilogue tile. Threads synchronise twice per epilogue tile, which matters for small K, as
+            in float8; wider ones need more registers.
     """
 
-    rows: int
-    columns: int
+    tile_m: int
+    tile_n: int
     speed: float = 1.0
-    cluster: tuple[int, int] = (2, 1)
-    written: int = WRITTEN
+    cluster_m: int = 2
+    cluster_n: int = 1
+    epi_n: int = DEFAULT_EPI_N
 
 
-BESIDE = (1, 2)
+def _cluster_1x2(tile_m: int, tile_n: int, speed: float = 1.0, epi_n: int = DEFAULT_EPI_N) -> TileConfig:
+    return TileConfig(tile_m, tile_n, speed, cluster_m=1, cluster_n=2, epi_n=epi_n)
+
+
 GENERAL = (
-    Tiles(128, 192),
-    Tiles(128, 192, 0.96, cluster=BESIDE),
-    Tiles(128, 160, 0.965),
-    Tiles(128, 160, 0.95, cluster=BESIDE),
-    Tiles(128, 128, 0.92, cluster=BESIDE),
+    TileConfig(128, 192),
+    _cluster_1x2(128, 192, 0.96),
+    TileConfig(128, 160, 0.965),
+    _cluster_1x2(128, 160, 0.95),
+    _cluster_1x2(128, 128, 0.92),
 )
-"""For most products."""
-MANY_TERMS = 1536
-"""Of a product in float8 that reads the residual stream: from so many on these are best for it, too."""
-MANY_COLUMNS = 1152
-"""Of a product that adds to the residual stream: the same."""
-FLOAT8_FEW_TERMS = (
-    Tiles(128, 192, written=64),
-    Tiles(128, 192, 0.995, cluster=BESIDE, written=64),
-    Tiles(128, 128, 0.875, cluster=BESIDE, written=64),
-    Tiles(128, 160, 0.85, cluster=BESIDE),
+"""For most GEMMs."""
+FP8_SMALL_K = (
+    TileConfig(128, 192, epi_n=64),
+    _cluster_1x2(128, 192, 0.995, epi_n=64),
+    _cluster_1x2(128, 128, 0.875, epi_n=64),
+    _cluster_1x2(128, 160, 0.85),
 )
-"""For a product in float8 of few terms."""
-SHORT = (
-    Tiles(128, 128),
-    Tiles(128, 128, 0.99, cluster=BESIDE),
-    Tiles(128, 160, 0.985),
-    Tiles(128, 192, 0.97),
-    Tiles(128, 208, 0.92),
+"""For a float8 GEMM of small K that reads the residual stream."""
+RESIDUAL_SMALL_K = (
+    TileConfig(128, 128),
+    _cluster_1x2(128, 128, 0.99),
+    TileConfig(128, 160, 0.985),
+    TileConfig(128, 192, 0.97),
+    TileConfig(128, 208, 0.92),
 )
-"""For a residual sum of few columns and few terms, which is written as long as it is multiplied."""
-DEEP = (
-    Tiles(128, 128, cluster=BESIDE),
-    Tiles(128, 128, 0.98),
-    Tiles(128, 208),
-    Tiles(128, 160, 0.98),
-    Tiles(128, 192, 0.955),
+"""For a residual GEMM of small N and small K, whose epilogue takes as long as its main loop."""
+RESIDUAL_LARGE_K = (
+    _cluster_1x2(128, 128),
+    TileConfig(128, 128, 0.98),
+    TileConfig(128, 208),
+    TileConfig(128, 160, 0.98),
+    TileConfig(128, 192, 0.955),
 )
-"""For one of few columns and many terms."""
-FLOAT8_DEEP = (
-    Tiles(128, 128),
-    Tiles(128, 128, 0.988, cluster=BESIDE),
-    Tiles(128, 160, 1.03),
-    Tiles(128, 192),
-    Tiles(128, 208, 0.925),
+"""For a residual GEMM of small N and large K."""
+FP8_RESIDUAL = (
+    TileConfig(128, 128),
+    _cluster_1x2(128, 128, 0.988),
+    TileConfig(128, 160, 1.03),
+    TileConfig(128, 192),
+    TileConfig(128, 208, 0.925),
 )
-"""For a residual sum of few columns in float8."""
+"""For a float8 residual GEMM of small N."""
+LARGE_K = 1536
+"""K from which `GENERAL` is fastest for a float8 GEMM that reads the residual stream."""
+LARGE_N = 1152
+"""N from which `GENERAL` is fastest for a residual GEMM."""
 
 
-def best(among: tuple[Tiles, ...], rows: int, columns: int, processors: int) -> Tiles:
-    """The tiles that take least time: as many rounds of a tile for each processor as it takes, by a tile's area.
-
-    Clusters are whole: an odd number of tiles has an idle one beside it.
+def tile_configs(n: int, k: int, *, float8: bool, residual: bool) -> tuple[TileConfig, ...]:
+    """Candidate tiles of a GEMM.
 
     Args:
-        among: of equals, the first is taken.
-        rows, columns: of the product.
-        processors: multiprocessors of the GPU.
+        n, k: sizes of the GEMM.
+        float8: whether its operands are float8.
+        residual: whether it adds to the residual stream; else it reads the residual stream.
     """
-
-    def cost(tiles: Tiles) -> float:
-        above, beside = tiles.cluster
-        clusters = math.ceil(rows / (tiles.rows * above)) * math.ceil(columns / (tiles.columns * beside))
-        rounds = math.ceil(clusters / (processors // (above * beside)))
-        return rounds * tiles.rows * tiles.columns / tiles.speed
-
-    return min(among, key=cost)
+    if residual and n < LARGE_N:
+        return FP8_RESIDUAL if float8 else RESIDUAL_LARGE_K if k > n else RESIDUAL_SMALL_K
+    return FP8_SMALL_K if float8 and not residual and k < LARGE_K else GENERAL
 
 
-def candidates(columns: int, terms: int, *, float8: bool, adds: bool) -> tuple[Tiles, ...]:
-    """Tiles that a product may have.
+def fastest(configs: tuple[TileConfig, ...], m: int, n: int, num_sms: int) -> TileConfig:
+    """The tiles with the least time, estimated as waves of clusters times the time of a tile.
+
+    A wave is one tile on each multiprocessor. Only whole clusters run, so an odd number of tiles leaves one idle.
 
     Args:
-        columns, terms: of the product.
-        float8: whether it multiplies in float8.
-        adds: whether it adds to the residual stream; else it reads it.
+        configs: candidates; the first of equals is returned.
+        m, n: sizes of the GEMM.
+        num_sms: multiprocessors of the GPU.
     """
-    if adds and columns < MANY_COLUMNS:
-        return FLOAT8_DEEP if float8 else DEEP if terms > columns else SHORT
-    return FLOAT8_FEW_TERMS if float8 and not adds and terms < MANY_TERMS else GENERAL
+
+    def cost(config: TileConfig) -> float:
+        clusters_m = math.ceil(m / (config.tile_m * config.cluster_m))
+        clusters_n = math.ceil(n / (config.tile_n * config.cluster_n))
+        waves = math.ceil(clusters_m * clusters_n / (num_sms // (config.cluster_m * config.cluster_n)))
+        return waves * config.tile_m * config.tile_n / config.speed
+
+    return min(configs, key=cost)

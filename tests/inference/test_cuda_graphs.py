@@ -1,6 +1,6 @@
-"""Recorded layers: each pack's own values reach them.
+"""CUDA graphs: every pack is computed from its own values.
 
-CUDA's graph is a stand-in that runs the layers again, on the memory that was recorded, as CUDA does.
+A stand-in for CUDA's graph runs the layers again on the recorded memory.
 """
 
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from nopad.inference.cuda_graphs import Graphs
+from nopad.inference.cuda_graphs import CUDAGraphLayers
 from nopad.inference.ready import ReadyLayers
 from nopad.layers.attention import Rope
 from nopad.layers.rope import apply_rotary
@@ -16,13 +16,13 @@ from nopad.segments import Segments
 
 
 class Recorder(ReadyLayers):
-    """Layers that use all that they are given, and remember what they were recorded with and where they wrote."""
+    """Layers that read all inputs, and store the inputs and output of the last call."""
 
     def __call__(self, tokens, segments, rope):
         starts = segments.cu_seqlens[: len(tokens)].float()[:, None]
         output = tokens * 2 + starts + rope.cos[:, 0] - rope.sin[:, 0] + segments.max_seqlen
         self.recorded = tokens, segments, rope, output
-        tokens.fill_(7.0)  # as layers do that add in place
+        tokens.fill_(7.0)  # as layers that add in place do
         return output
 
 
@@ -38,7 +38,7 @@ def use(stream):
 
 @pytest.fixture
 def layers(monkeypatch):
-    """Layers, where a recording can be replayed on a CPU."""
+    """Layers whose recording can be replayed on a CPU."""
     layers = Recorder()
     layers.made, layers.streams = [], []
 
@@ -68,52 +68,51 @@ def layers(monkeypatch):
 
 def draw(lengths, max_seqlen):
     offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    rotation = Rope(apply_rotary, torch.randn(4, 1, 4), torch.randn(4, 1, 4))
-    return torch.randn(4, 4), Segments(tuple(lengths), offsets, max_seqlen), rotation
+    rope = Rope(apply_rotary, torch.randn(4, 1, 4), torch.randn(4, 1, 4))
+    return torch.randn(4, 4), Segments(tuple(lengths), offsets, max_seqlen), rope
 
 
-def result(tokens, segments, rotation):
-    return Recorder()(tokens.clone(), segments, rotation)
+def expected_of(tokens, segments, rope):
+    return Recorder()(tokens.clone(), segments, rope)
 
 
 def test_every_pack_is_computed_from_its_own_values(layers):
-    graphs = Graphs(layers)
-    for lengths, longest in (([1, 1, 2], 2), ([2, 1, 1], 2), ([1, 2, 1], 4), ([2, 1, 1], 2)):
-        given = draw(lengths, longest)
-        kept = given[0].clone()
-        torch.testing.assert_close(graphs(*given), result(*given))
-        assert torch.equal(given[0], kept)
+    graphs = CUDAGraphLayers(layers)
+    for lengths, max_seqlen in (([1, 1, 2], 2), ([2, 1, 1], 2), ([1, 2, 1], 4), ([2, 1, 1], 2)):
+        inputs = draw(lengths, max_seqlen)
+        tokens = inputs[0].clone()
+        torch.testing.assert_close(graphs(*inputs), expected_of(*inputs))
+        assert torch.equal(inputs[0], tokens)
     assert sorted(graphs.graphs) == [2, 4]
-    # Not torch's own, which is on the GPU that something was recorded on first; one, so that they share their memory.
+    # One stream of their own: torch's is on the GPU of the first capture, and graphs of one stream share memory.
     assert len(layers.made) == 1
     assert layers.streams == layers.made * 2
 
 
-def test_tokens_that_were_written_where_the_graph_reads_them_are_not_copied(layers):
-    graphs = Graphs(layers)
+def test_tokens_in_the_static_input_are_not_copied(layers):
+    graphs = CUDAGraphLayers(layers)
     assert graphs.static_input is None
     graphs(*draw([1, 1, 2], 2))
     assert graphs.static_input is graphs.inputs[0]
-    for longest in (2, 4):  # the last is recorded with tokens that already lie there
-        tokens, segments, rotation = draw([1, 1, 2], longest)
-        torch.testing.assert_close(
-            graphs(graphs.static_input.copy_(tokens), segments, rotation), result(tokens, segments, rotation)
-        )
+    for max_seqlen in (2, 4):  # the second is recorded with tokens that already lie in the static input
+        tokens, segments, rope = draw([1, 1, 2], max_seqlen)
+        output = graphs(graphs.static_input.copy_(tokens), segments, rope)
+        torch.testing.assert_close(output, expected_of(tokens, segments, rope))
 
 
-def test_a_turn_waits_for_the_kernels_of_the_one_before(monkeypatch):
-    told = []
+def test_exclusive_waits_for_the_kernels_of_the_previous_pack(monkeypatch):
+    events = []
 
     class Event:
         def record(self):
-            told.append(("recorded", self))
+            events.append(("recorded", self))
 
         def wait(self):
-            told.append(("waited", self))
+            events.append(("waited", self))
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    graphs = Graphs(Recorder())
+    graphs = CUDAGraphLayers(Recorder())
     for _ in range(2):
         with graphs.exclusive():
-            told.append("ran")
-    assert told == ["ran", ("recorded", graphs.done), ("waited", graphs.done), "ran", ("recorded", graphs.done)]
+            events.append("ran")
+    assert events == ["ran", ("recorded", graphs.done), ("waited", graphs.done), "ran", ("recorded", graphs.done)]

@@ -1,4 +1,4 @@
-"""Packs of one shape: the same features as without, the same bits in any company."""
+"""Static packs: features equal eager ones, and are bit-equal in any pack."""
 
 import copy
 import logging
@@ -13,14 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nopad
 from nopad.inference import compile
-from nopad.inference.compile import recordable
-from nopad.inference.padding import finite_rows
-from nopad.inference.ready import PlainLayers
-from nopad.inference.runner import longest
+from nopad.inference.compile import can_record
+from nopad.inference.padding import mask_nonfinite_rows, round_up_max_seqlen
+from nopad.inference.ready import EagerLayers
 from nopad.segments import Segments
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-CAPACITY, SLOTS = 160, 9
+CAPACITY, MAX_SEGMENTS = 160, 9
 NINE = Segments.of([4, 5], "cpu")
 
 
@@ -31,10 +30,10 @@ def encoder(request, goldens, tmp_path, quick_compile):
 
 
 @torch.no_grad()
-def test_same_features_as_without(encoder):
+def test_static_features_equal_eager_ones(encoder):
     patches = patches_of(encoder)
     before = encoder.encode(patches, GRIDS)
-    encoder.compile(CAPACITY, SLOTS)
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
     assert encoder.compiled_capacity == CAPACITY
     after = encoder.encode(patches, GRIDS)
     assert torch.equal(encoder(patches, GRIDS), after.tokens)
@@ -46,8 +45,8 @@ def test_same_features_as_without(encoder):
 
 
 @torch.no_grad()
-def test_every_product_sees_the_same_rows(encoder, monkeypatch):
-    encoder.compile(CAPACITY, SLOTS)
+def test_every_gemm_has_the_same_number_of_rows_in_all_packs(encoder, monkeypatch):
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
     seen = []
     linear = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *rest: seen.append(len(x)) or linear(x, *rest))
@@ -57,29 +56,29 @@ def test_every_product_sees_the_same_rows(encoder, monkeypatch):
         encoder.encode(patches_of(encoder, grids), grids)
         shapes.append(tuple(seen))
     assert len(set(shapes)) == 1
-    assert set(seen) <= {CAPACITY, CAPACITY + SLOTS + 1, SLOTS + 1, SLOTS, 1}
+    assert set(seen) <= {CAPACITY, CAPACITY + MAX_SEGMENTS + 1, MAX_SEGMENTS + 1, MAX_SEGMENTS, 1}
 
 
 @torch.no_grad()
-def test_what_stands_around_the_layers_is_warm_before_the_first_pack(encoder, monkeypatch):
+def test_compile_warms_up_the_kernels_around_the_layers(encoder, monkeypatch):
     seen = []
-    for name in ("fill_up_rows", "spoil"):
-        right = getattr(compile, name)
-        monkeypatch.setattr(compile, name, lambda *args, name=name, right=right: seen.append(name) or right(*args))
-    encoder.compile(CAPACITY, SLOTS)
-    assert seen == ["fill_up_rows", "spoil"]
+    for name in ("pad_rows", "poison_segments"):
+        original = getattr(compile, name)
+        monkeypatch.setattr(compile, name, lambda *args, name=name, call=original: seen.append(name) or call(*args))
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
+    assert seen == ["pad_rows", "poison_segments"]
 
 
 @torch.no_grad()
-def test_what_one_pack_became_outlives_the_next(encoder):
-    encoder.compile(CAPACITY, SLOTS)
+def test_output_of_a_pack_is_not_overwritten_by_the_next(encoder):
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
     memory = torch.empty(CAPACITY, encoder.hidden_size)
 
-    class OnePlace(PlainLayers):  # as a CUDA graph's
+    class StaticOutput(EagerLayers):  # as of a CUDA graph
         def __call__(self, tokens, segments, rope):
             return memory.copy_(tokens)
 
-    encoder._runner.layers = OnePlace(encoder.layers)
+    encoder._runner.layers = StaticOutput(encoder.layers)
     tokens = (torch.full((9, encoder.hidden_size), x) for x in (1.0, 2.0))
     first, second = [encoder._runner.run(encoder.layers, each, NINE, None) for each in tokens]
     assert (first == 1).all()
@@ -87,18 +86,18 @@ def test_what_one_pack_became_outlives_the_next(encoder):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("junk", [0.0, float("nan"), float("inf")])
-def test_batch_invariance(encoder, junk):
-    encoder.compile(CAPACITY, SLOTS)
-    assert is_batch_invariant(encoder, junk)
+@pytest.mark.parametrize("added", [0.0, float("nan"), float("inf")])
+def test_batch_invariance(encoder, added):
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
+    assert is_batch_invariant(encoder, added)
 
 
 @torch.no_grad()
-def test_packs_that_do_not_fit_run_as_before(encoder, caplog):
+def test_packs_over_capacity_are_unchanged(encoder, caplog):
     grids = torch.tensor([[1, 10, 17], [1, 2, 2]])
-    many = torch.ones(SLOTS + 1, 3, dtype=torch.int64)
+    many = torch.ones(MAX_SEGMENTS + 1, 3, dtype=torch.int64)
     before = [encoder.encode(patches_of(encoder, grid), grid) for grid in (grids, many)]
-    encoder.compile(CAPACITY, SLOTS)
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
     for grid, expected in zip((grids, many), before, strict=True):
         assert torch.equal(encoder.encode(patches_of(encoder, grid), grid).pooled, expected.pooled)
 
@@ -116,13 +115,13 @@ class Gemms(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-SLOT_TOO_MANY = torch.ones(SLOTS + 1, 3, dtype=torch.int64)
+TOO_MANY_SEGMENTS = torch.ones(MAX_SEGMENTS + 1, 3, dtype=torch.int64)
 TOO_LARGE = torch.tensor([[1, 10, 17], [1, 2, 2]])
 
 
 @pytest.mark.parametrize("why", ["too many tokens", "too many segments", "hidden states", "gradients"])
-def test_no_gemm_of_a_pack_that_is_not_static_sees_another_number_of_rows(encoder, why):
-    grids = {"too many tokens": TOO_LARGE, "too many segments": SLOT_TOO_MANY}.get(why, GRIDS)
+def test_gemms_of_packs_that_are_not_static_have_as_many_rows_as_before(encoder, why):
+    grids = {"too many tokens": TOO_LARGE, "too many segments": TOO_MANY_SEGMENTS}.get(why, GRIDS)
     patches = patches_of(encoder, grids)
 
     def run():
@@ -131,7 +130,7 @@ def test_no_gemm_of_a_pack_that_is_not_static_sees_another_number_of_rows(encode
         return gemms.rows, output.tokens.detach(), output.pooled.detach()
 
     before = run()
-    encoder.compile(CAPACITY, SLOTS, compiled=False)
+    encoder.compile(CAPACITY, MAX_SEGMENTS, compiled=False)
     after = run()
     assert before[0] == after[0]
     assert CAPACITY not in after[0]
@@ -139,7 +138,7 @@ def test_no_gemm_of_a_pack_that_is_not_static_sees_another_number_of_rows(encode
     assert torch.equal(before[2], after[2])
     with torch.no_grad(), Gemms() as gemms:
         encoder.encode(patches_of(encoder), GRIDS)
-    assert gemms.rows.count(CAPACITY) >= 4 * len(encoder.layers)  # a static pack fills them up
+    assert gemms.rows.count(CAPACITY) >= 4 * len(encoder.layers)  # static packs are padded
 
 
 @torch.no_grad()
@@ -159,10 +158,10 @@ def test_every_encoder_and_capacity_of_a_process_is_compiled(tmp_path, quick_com
 
 
 @torch.no_grad()
-def test_execution_is_not_called_compiled_where_torch_compiles_nothing(encoder, caplog):
+def test_execution_is_eager_where_torch_compiles_nothing(encoder, caplog):
     torch.compiler.set_stance("force_eager")
     try:
-        encoder.compile(CAPACITY, SLOTS)
+        encoder.compile(CAPACITY, MAX_SEGMENTS)
     finally:
         torch.compiler.set_stance("default")
     assert encoder.execution == "eager"
@@ -171,8 +170,8 @@ def test_execution_is_not_called_compiled_where_torch_compiles_nothing(encoder, 
 
 
 @torch.no_grad()
-def test_execution_follows_what_runs(encoder):
-    encoder.compile(CAPACITY, SLOTS)
+def test_execution_follows_hooks_and_replaced_layers(encoder):
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
     assert encoder.execution == "compiled"
     hook = encoder.layers[0].register_forward_hook(lambda *arguments: None)
     assert encoder.execution == "eager"
@@ -184,46 +183,46 @@ def test_execution_follows_what_runs(encoder):
     assert encoder.execution == "eager"
 
 
-def test_training_and_hidden_states_run_as_before(encoder):
-    encoder.compile(CAPACITY, SLOTS)
+def test_training_and_hidden_states_run_eagerly(encoder):
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
     patches = patches_of(encoder)
     encoder(patches, GRIDS).sum().backward()
     assert encoder.embeddings.proj.weight.grad.abs().sum() > 0
     with torch.no_grad():
-        states = encoder.encode(patches, GRIDS, output_hidden_states=True).hidden_states
-    assert len(states) == encoder.config.num_hidden_layers + 1
+        hidden_states = encoder.encode(patches, GRIDS, output_hidden_states=True).hidden_states
+    assert len(hidden_states) == encoder.config.num_hidden_layers + 1
 
 
-@pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf")])
-def test_rows_that_are_not_finite_become_zeros(junk):
+@pytest.mark.parametrize("nonfinite", [float("nan"), float("inf"), -float("inf")])
+def test_mask_nonfinite_rows(nonfinite):
     tokens = torch.randn(4, 8)
     expected = tokens.clone()
-    tokens[2, 5], expected[2] = junk, 0.0
-    finite, kept = finite_rows(tokens)
+    tokens[2, 5], expected[2] = nonfinite, 0.0
+    finite, masked = mask_nonfinite_rows(tokens)
     assert finite.tolist() == [True, True, False, True]
-    assert torch.equal(kept, expected)
+    assert torch.equal(masked, expected)
 
 
 @torch.no_grad()
-def test_other_layers_are_those_that_run(encoder):
-    encoder.compile(CAPACITY, SLOTS, compiled=False)
+def test_replaced_layers_run(encoder):
+    encoder.compile(CAPACITY, MAX_SEGMENTS, compiled=False)
     whole = encoder(patches_of(encoder), GRIDS)
     encoder.layers = encoder.layers[:1]
-    found = encoder(patches_of(encoder), GRIDS)
-    assert not torch.equal(found, whole)
+    output = encoder(patches_of(encoder), GRIDS)
+    assert not torch.equal(output, whole)
     encoder.uncompile()
-    torch.testing.assert_close(found, encoder(patches_of(encoder), GRIDS))
+    torch.testing.assert_close(output, encoder(patches_of(encoder), GRIDS))
 
 
 @torch.no_grad()
-def test_weights_that_moved_are_not_looked_for_where_they_lay(encoder):
-    class OldWeights(PlainLayers):  # as a recorded graph reads them
+def test_moved_weights_are_not_read_at_their_old_address(encoder):
+    class OldWeights(EagerLayers):  # like a recorded graph after the weights have moved
         fixed_memory = True
 
         def __call__(self, tokens, *rest):
             return torch.zeros_like(tokens)
 
-    encoder.compile(CAPACITY, SLOTS, compiled=False)
+    encoder.compile(CAPACITY, MAX_SEGMENTS, compiled=False)
     expected = encoder(patches_of(encoder), GRIDS)
     encoder._runner.layers = OldWeights(encoder.layers)
     assert not torch.equal(encoder(patches_of(encoder), GRIDS), expected)
@@ -233,8 +232,8 @@ def test_weights_that_moved_are_not_looked_for_where_they_lay(encoder):
 
 
 @torch.no_grad()
-def test_weights_may_change(encoder):
-    encoder.compile(CAPACITY, SLOTS)
+def test_changed_weights_are_used(encoder):
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
     encoder.layers[0].mlp.down.weight.zero_()
     changed = encoder(patches_of(encoder), GRIDS)
     encoder.uncompile()
@@ -242,8 +241,8 @@ def test_weights_may_change(encoder):
 
 
 @torch.no_grad()
-def test_copies_and_saved_ones_are_not_compiled(encoder, tmp_path):
-    encoder.compile(CAPACITY, SLOTS)
+def test_copies_and_saved_encoders_are_not_compiled(encoder, tmp_path):
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
     twin = copy.deepcopy(encoder)
     assert twin.compiled_capacity is None
     assert pickle.loads(pickle.dumps(encoder._runner)).execution(encoder.layers) == "eager"
@@ -253,15 +252,15 @@ def test_copies_and_saved_ones_are_not_compiled(encoder, tmp_path):
 
 
 @torch.no_grad()
-def test_moving_and_casting_undo_it(encoder):
-    encoder.compile(CAPACITY, SLOTS)
-    assert (encoder.compiled_capacity, encoder.compiled_max_segments) == (CAPACITY, SLOTS)
+def test_moving_and_casting_undo_compile(encoder):
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
+    assert (encoder.compiled_capacity, encoder.compiled_max_segments) == (CAPACITY, MAX_SEGMENTS)
     encoder.to(torch.float64)
     assert (encoder.compiled_capacity, encoder.compiled_max_segments) == (None, None)
 
 
 @torch.no_grad()
-def test_embed_fills_packs_that_fit(encoder, caplog):
+def test_embed_makes_packs_that_fit(encoder, caplog):
     encoder.compile(2000, 3)
     images = [torch.randint(0, 255, (3, 60, 60), dtype=torch.uint8) for _ in range(8)]
     ran = []
@@ -270,21 +269,21 @@ def test_embed_fills_packs_that_fit(encoder, caplog):
     assert len(encoder.embed(images)) == 8
     assert sum(ran) == 8
     assert max(ran) <= 3
-    assert "does not fit" not in caplog.text
+    assert "exceeds the compiled capacity" not in caplog.text
 
 
 @torch.no_grad()
-def test_layers_never_see_what_is_not_finite(encoder):
-    # Kernels that read whole tiles of keys would carry it on; a CPU has none, so that nothing else shows it there.
-    encoder.compile(CAPACITY, SLOTS)
+def test_layers_never_get_nonfinite_rows(encoder):
+    # Kernels that read whole tiles of keys would spread NaN. No CPU kernel does, so the layers' input is checked.
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
     seen = []
 
-    class Seeing(PlainLayers):
+    class Checking(EagerLayers):
         def __call__(self, tokens, *rest):
             seen.append(tokens.isfinite().all().item())
             return super().__call__(tokens, *rest)
 
-    encoder._runner.layers = Seeing(encoder.layers)
+    encoder._runner.layers = Checking(encoder.layers)
     patches = patches_of(encoder)
     patches[3] = float("inf")
     encoder(patches, GRIDS)
@@ -295,7 +294,8 @@ def test_layers_never_see_what_is_not_finite(encoder):
 def test_embed_counts_prefix_tokens(encoder, caplog):
     images = [torch.randint(0, 255, (3, 60, 60), dtype=torch.uint8) for _ in range(4)]
     patches = len(encoder.pack(images[:1]).hidden_states)
-    encoder.compile(2 * patches + encoder.num_prefix_tokens, 8)  # two images' patches, not always two images
+    # The patches of two images, but not always their prefix tokens.
+    encoder.compile(2 * patches + encoder.num_prefix_tokens, 8)
     ran = []
     run = encoder._runner.run
     encoder._runner.run = lambda *arguments: ran.append(len(arguments[2])) or run(*arguments)
@@ -303,7 +303,7 @@ def test_embed_counts_prefix_tokens(encoder, caplog):
     assert ran == ([1] * 4 if encoder.num_prefix_tokens else [2] * 2)
 
 
-def test_wrong_numbers(encoder):
+def test_wrong_arguments_of_compile_raise(encoder):
     with pytest.raises(ValueError, match="max_segments ≥ 1"):
         encoder.compile(100, 0)
     with pytest.raises(ValueError, match="expected capacity"):
@@ -316,7 +316,7 @@ def test_one_compilation_serves_all_layers_and_packs(goldens):
     torch._dynamo.utils.counters.clear()
     encoder = nopad.load(goldens / "onevision-encoder")
     expected = encoder(patches_of(encoder), GRIDS)
-    encoder.compile(CAPACITY, SLOTS)
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     with torch.inference_mode():
         torch.testing.assert_close(encoder(patches_of(encoder), GRIDS), expected, rtol=1e-4, atol=1e-5)
@@ -325,7 +325,7 @@ def test_one_compilation_serves_all_layers_and_packs(goldens):
 
 
 @torch.no_grad()
-def test_without_a_compiler_layers_run_as_they_are(goldens, monkeypatch, caplog):
+def test_layers_run_eagerly_without_a_compiler(goldens, monkeypatch, caplog):
     def broken(function):
         def fail(*arguments):
             raise torch._dynamo.exc.TorchDynamoException("Cannot find a working triton installation.")
@@ -336,34 +336,35 @@ def test_without_a_compiler_layers_run_as_they_are(goldens, monkeypatch, caplog)
     encoder = nopad.load(goldens / "aimv2-apple-native")
     expected = encoder(patches_of(encoder), GRIDS)
     with caplog.at_level(logging.WARNING):
-        encoder.compile(CAPACITY, SLOTS)
+        encoder.compile(CAPACITY, MAX_SEGMENTS)
     assert "the layers run uncompiled: Cannot find a working triton" in caplog.text
     torch.testing.assert_close(encoder(patches_of(encoder), GRIDS), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_max_seqlen_takes_few_values():
-    assert [longest(length, 3000) for length in (0, 1, 256, 257, 1024, 1025, 2049, 3000)] == [
+def test_round_up_max_seqlen():
+    assert [round_up_max_seqlen(length, 3000) for length in (0, 1, 256, 257, 1024, 1025, 2049, 3000)] == [
         256, 256, 256, 512, 1024, 2048, 3000, 3000,
     ]  # fmt: skip
-    assert longest(7, 100) == 100
+    assert round_up_max_seqlen(7, 100) == 100
 
 
-def test_what_is_left_is_spread_evenly():
-    filled = Segments.of([4, 5], "cpu").padded(16, 6)
-    assert filled.lengths == (4, 5, 2, 2, 2, 1)
-    assert filled.cu_seqlens.tolist() == [0, 4, 9, 11, 13, 15, 16]
+def test_padding_segments_have_nearly_equal_lengths():
+    padded = Segments.of([4, 5], "cpu").padded(16, 6)
+    assert padded.lengths == (4, 5, 2, 2, 2, 1)
+    assert padded.cu_seqlens.tolist() == [0, 4, 9, 11, 13, 15, 16]
     assert Segments.of([4, 5], "cpu").padded(9, 3).lengths == (4, 5, 0)
 
 
-@pytest.mark.parametrize(("rows", "slots"), [(8, 6), (12, 2)])
-def test_more_than_there_is_room_for(rows, slots):
-    with pytest.raises(ValueError, match=f"expected at most {rows} tokens in fewer than {slots} segments, got 9 in 2"):
-        Segments.of([4, 5], "cpu").padded(rows, slots)
+@pytest.mark.parametrize(("num_tokens", "num_segments"), [(8, 6), (12, 2)])
+def test_segments_over_the_limit_raise(num_tokens, num_segments):
+    message = f"expected at most {num_tokens} tokens in fewer than {num_segments} segments, got 9 in 2"
+    with pytest.raises(ValueError, match=message):
+        Segments.of([4, 5], "cpu").padded(num_tokens, num_segments)
 
 
 @torch.no_grad()
-def test_what_is_not_finite_spoils_its_own_image(encoder):
-    encoder.compile(CAPACITY, SLOTS)
+def test_nonfinite_patches_poison_their_own_image_only(encoder):
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
     patches = patches_of(encoder)
     before = encoder.encode(patches, GRIDS)
     patches[3] = float("nan")
@@ -384,31 +385,31 @@ def test_what_is_not_finite_spoils_its_own_image(encoder):
         ("cpu", "sdpa", 512, False),
     ],
 )
-def test_what_is_recorded(device, attention, capacity, expected):
-    assert recordable(torch.device(device), attention, capacity) == expected
+def test_can_record(device, attention, capacity, expected):
+    assert can_record(torch.device(device), attention, capacity) == expected
 
 
-def test_threads_may_share_a_compiled_encoder(encoder):
-    encoder.compile(CAPACITY, SLOTS)
+def test_threads_share_a_compiled_encoder(encoder):
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
     packs = [(patches_of(encoder, grids), grids) for grids in (GRIDS, GRIDS[1:2], GRIDS[3:], GRIDS[:2])]
     with torch.inference_mode():
         expected = [encoder.encode(*pack) for pack in packs]
 
         def run(number):
             with torch.inference_mode():
-                return [encoder.encode(*packs[(number + turn) % len(packs)]) for turn in range(30)]
+                return [encoder.encode(*packs[(number + step) % len(packs)]) for step in range(30)]
 
         with ThreadPoolExecutor(len(packs)) as pool:
-            found = list(pool.map(run, range(len(packs))))
-    for number, outputs in enumerate(found):
-        for turn, output in enumerate(outputs):
-            alone = expected[(number + turn) % len(packs)]
+            results = list(pool.map(run, range(len(packs))))
+    for number, outputs in enumerate(results):
+        for step, output in enumerate(outputs):
+            alone = expected[(number + step) % len(packs)]
             assert torch.equal(output.tokens, alone.tokens)
             assert torch.equal(output.pooled, alone.pooled)
 
 
-def test_a_hook_may_call_the_encoder_again(encoder):
-    encoder.compile(CAPACITY, SLOTS)
+def test_hook_may_call_the_encoder_again(encoder):
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
     patches = patches_of(encoder)
     inner = []
 
@@ -426,9 +427,9 @@ def test_a_hook_may_call_the_encoder_again(encoder):
 @pytest.mark.gpu
 @NEEDS_GPU
 @pytest.mark.parametrize("precision", [None, "fp8"])
-def test_threads_with_streams_of_their_own_may_share_recorded_layers(tmp_path, precision):
+def test_threads_with_their_own_streams_share_recorded_layers(tmp_path, precision):
     encoder = nopad.load(tiny("dinov3", tmp_path, **WIDE), device="cuda", dtype=torch.bfloat16, precision=precision)
-    encoder.compile(CAPACITY + 100, SLOTS)
+    encoder.compile(CAPACITY + 100, MAX_SEGMENTS)
     packs = [(patches_of(encoder, grids), grids) for grids in (GRIDS, GRIDS[1:2], GRIDS[3:], GRIDS[:2])]
     with torch.inference_mode():
         expected = [encoder(*pack) for pack in packs]
@@ -436,12 +437,12 @@ def test_threads_with_streams_of_their_own_may_share_recorded_layers(tmp_path, p
 
     def run(number):
         with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
-            found = [encoder(*packs[(number + turn) % len(packs)]) for turn in range(30)]
+            outputs = [encoder(*packs[(number + step) % len(packs)]) for step in range(30)]
             torch.cuda.current_stream().synchronize()
-        return found
+        return outputs
 
     with ThreadPoolExecutor(len(packs)) as pool:
-        found = list(pool.map(run, range(len(packs))))
-    for number, outputs in enumerate(found):
-        for turn, output in enumerate(outputs):
-            assert torch.equal(output, expected[(number + turn) % len(packs)])
+        results = list(pool.map(run, range(len(packs))))
+    for number, outputs in enumerate(results):
+        for step, output in enumerate(outputs):
+            assert torch.equal(output, expected[(number + step) % len(packs)])

@@ -1,10 +1,10 @@
-"""What is seen of layers that have changed since they were made ready."""
+"""`ModuleGuard`: which changes of a module tree it detects."""
 
 import pytest
 import torch
 from torch import nn
 
-from nopad.inference.guards import Watch
+from nopad.inference.guards import ModuleGuard
 
 
 @pytest.fixture
@@ -12,12 +12,12 @@ def layers():
     return nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)) for _ in range(2))
 
 
-def test_nothing_has_changed(layers):
-    watch = Watch(layers)
-    before = watch.versions()
-    assert not watch.rebuilt()
-    assert not watch.moved()
-    assert watch.versions() == before
+def test_unchanged_layers(layers):
+    guard = ModuleGuard(layers)
+    before = guard.versions()
+    assert not guard.structure_changed()
+    assert not guard.storage_changed()
+    assert guard.versions() == before
 
 
 def replace_module(layers):
@@ -51,24 +51,24 @@ def replace_forward(layers):
 @pytest.mark.parametrize(
     "change", [replace_module, add_module, remove_module, swap_modules, hook, hook_before, replace_forward]
 )
-def test_modules_and_hooks(layers, change):
-    watch = Watch(layers)
+def test_replaced_modules_and_hooks_change_the_structure(layers, change):
+    guard = ModuleGuard(layers)
     change(layers)
-    assert watch.rebuilt()
+    assert guard.structure_changed()
 
 
-def test_a_hook_that_is_gone_is_none(layers):
-    watch = Watch(layers)
+def test_removed_hook_does_not_count(layers):
+    guard = ModuleGuard(layers)
     handle = layers[0].register_forward_hook(lambda *_: None)
-    assert watch.rebuilt()
+    assert guard.structure_changed()
     handle.remove()
-    assert not watch.rebuilt()
+    assert not guard.structure_changed()
 
 
 @torch.no_grad()
 def replace_weight(layers):
     old, new = layers[1][0].weight, nn.Parameter(layers[1][0].weight.clone())
-    while new._version < old._version:  # as often written to: it is another one all the same
+    while new._version < old._version:  # the same version, but another tensor
         new.mul_(2)
     assert new._version == old._version
     layers[1][0].weight = new
@@ -83,32 +83,32 @@ def replace_buffer(layers):
 
 
 @pytest.mark.parametrize("change", [replace_weight, remove_bias, replace_buffer])
-def test_weights_that_lie_elsewhere(layers, change):
-    watch = Watch(layers)
-    before = watch.versions()
+def test_replaced_weights_change_the_storage(layers, change):
+    guard = ModuleGuard(layers)
+    before = guard.versions()
     change(layers)
-    assert watch.moved()
-    assert watch.versions() != before
-    assert not watch.rebuilt()
+    assert guard.storage_changed()
+    assert guard.versions() != before
+    assert not guard.structure_changed()
 
 
 @pytest.mark.parametrize("name", ["0.0.weight", "1.0.bias", "1.1.running_var"])
-def test_weights_that_are_written_to(layers, name):
-    watch = Watch(layers)
-    before = watch.versions()
+def test_writes_change_the_versions(layers, name):
+    guard = ModuleGuard(layers)
+    before = guard.versions()
     with torch.no_grad():
         dict(layers.state_dict(keep_vars=True))[name].mul_(2)
-    assert watch.versions() != before
-    assert not watch.moved()
+    assert guard.versions() != before
+    assert not guard.storage_changed()
 
 
-def test_a_forward_that_was_there_before_is_no_change(layers):
+def test_forward_overridden_before_does_not_count(layers):
     layers[1][0].forward = torch.zeros_like
-    assert not Watch(layers).rebuilt()
+    assert not ModuleGuard(layers).structure_changed()
 
 
-def test_weights_of_inference_mode_have_no_versions(layers):
+def test_inference_tensors_have_constant_versions(layers):
     with torch.inference_mode():
         layers.append(nn.Linear(4, 4))
-    watch = Watch(layers)
-    assert watch.versions() == watch.versions()
+    guard = ModuleGuard(layers)
+    assert guard.versions() == guard.versions()
