@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,10 +17,12 @@ from PIL import Image
 
 import nopad
 from nopad.align import metrics
+from nopad.align.cases import photos_in
 from nopad.align.command import align_table
 from nopad.align.references import AIMv2Reference, reference_of
 from nopad.align.run import align
 from nopad.cli import main
+from nopad.embedding.inputs.sources import list_inputs
 from nopad.families.aimv2 import AIMv2Packing
 from nopad.inference import compile
 from nopad.inference.ready import EagerLayers
@@ -287,6 +290,15 @@ def test_image_size_that_the_reference_does_not_take_raises(learned, photos, noi
     with pytest.raises(ValueError, match=told):
         align(learned, images=photos, image_size=70, noise=noise)
     assert align(learned, images=photos, image_size=56, noise=noise).passed
+
+
+def test_photos_of_a_folder_have_the_suffixes_that_nopad_embed_takes(photos, tmp_path):
+    (photos / "0.png").rename(photos / "0.JFIF")
+    (photos / "1.png").rename(photos / "1.ppm")
+    (photos / "notes.txt").touch()
+    listed = [os.fsdecode(item.path) for item in list_inputs([photos]).inputs]
+    assert [str(path) for path in photos_in(photos)] == listed
+    assert len(listed) == 3
 
 
 def test_one_photo_is_one(native, photos):

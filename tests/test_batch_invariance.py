@@ -104,6 +104,15 @@ def test_a_leak_of_nan_alone_is_seen(folder, monkeypatch):
     assert all((case.same, case.same_beside_nan, case.same_beside_infinity) == (2, 0, 0) for case in report.cases)
 
 
+def test_eager_layers_are_checked_once_where_nothing_compiles(folder):
+    with torch._dynamo.config.patch(disable=True):
+        report = check_batch_invariance(nopad.load(folder), capacity=512, packs=1)
+    assert report.passed
+    assert [(case.name, case.grid) for case in report.cases] == [
+        ("eager", grid) for grid in ((1, 1, 1), (1, 9, 23), (3, 7, 5))
+    ]
+
+
 def test_an_encoder_is_left_uncompiled_by_an_error(folder, monkeypatch):
     encoder = nopad.load(folder)
 

@@ -21,11 +21,13 @@ from nopad import cli
 from nopad.align.references import AIMv2Reference
 from nopad.bench import bench, command, runner, timing
 from nopad.bench import run as bench_run
+from nopad.bench.defaults import defaults_on
 from nopad.bench.page import bench_page
 from nopad.bench.runner import checked, min_cosine
 from nopad.bench.timing import Sample
 from nopad.families.aimv2 import AIMv2Packing
 from nopad.families.dinov3 import DINOv3ViTPacking
+from nopad.inference import ready
 
 OPTIONS = {"dtype": torch.float32, "images": 3, "capacities": (1024, 4096), "runs": 2}
 BASELINES = ["reference, one by one", "reference, grouped by shape"]
@@ -59,6 +61,8 @@ def as_it_is(monkeypatch):
         calls.append((capacity, max_segments))
 
     monkeypatch.setattr(AIMv2Packing, "compile", compiled)
+    monkeypatch.setattr(AIMv2Packing, "execution", "compiled")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     return calls
 
 
@@ -96,7 +100,7 @@ def test_execution_of_compiled_layers_is_reported(native, as_it_is, monkeypatch)
         encoder.made_for = capacity
 
     def execution(encoder):
-        return {1024: "fused by somebody", 4096: "eager"}[encoder.made_for]
+        return {1024: "fused by somebody", 4096: "compiled"}[encoder.made_for]
 
     monkeypatch.setattr(AIMv2Packing, "compile", compiled)
     monkeypatch.setattr(AIMv2Packing, "execution", property(execution))
@@ -105,18 +109,58 @@ def test_execution_of_compiled_layers_is_reported(native, as_it_is, monkeypatch)
         ("nopad, eager", 1024): None,
         ("nopad, eager", 4096): None,
         ("nopad, compiled", 1024): "fused by somebody",
-        ("nopad, compiled", 4096): "eager",
+        ("nopad, compiled", 4096): "compiled",
     }
     printed = [line for line in command.bench_table(report).splitlines() if line.startswith("layers ")]
     assert printed == [
         "layers of nopad, compiled: fused by somebody (packs of 1,024)",
-        "layers of nopad, compiled: eager (packs of 4,096)",
+        "layers of nopad, compiled: compiled (packs of 4,096)",
     ]
     page = Page(bench_page(report))
-    assert [text for text in page.texts if text.startswith("layers ")] == ["layers fused by somebody", "layers eager"]
+    assert [text for text in page.texts if text.startswith("layers ")] == [
+        "layers fused by somebody",
+        "layers compiled",
+    ]
     rows = tuple(replace(row, execution="compiled") for row in report.rows if row.execution is not None)
     printed = command.bench_table(replace(report, rows=rows))
     assert "layers of nopad, compiled: compiled (packs of 1,024 and 4,096)\n" in printed
+
+
+@pytest.mark.parametrize("setting", ["disable", "recompile_limit"])
+def test_candidates_that_torch_runs_uncompiled_are_skipped(native, monkeypatch, setting):
+    """A disabled compiler and a function beyond torch's limit run as they are, without an error."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(ready, "RECOMPILE_LIMIT", 0)
+    monkeypatch.setattr(bench_run, "RECOMPILE_LIMIT", 0)
+    with torch._dynamo.config.patch({setting: setting == "disable"}):
+        report = bench(native, compile=True, **OPTIONS)
+    reason = "torch.compile is disabled or does not work here"
+    rows = by_name(report)
+    compiled = {("nopad, compiled", 1024), ("nopad, compiled", 4096), ("reference, 224px, compiled", None)}
+    assert {name for name, row in rows.items() if row.skipped == reason} == compiled
+    assert all(row.agrees for name, row in rows.items() if name not in compiled)
+    assert not any(row.execution for row in report.rows)
+    torch._dynamo.reset()
+
+
+def test_default_dtype_follows_the_device(native):
+    report = bench(native, baselines=False, images=1, runs=1)
+    assert (report.dtype, report.rows[0].agrees) == ("float32", True)
+    assert bench(native, baselines=False, images=1, runs=1, dtype=torch.bfloat16).dtype == "bfloat16"
+    assert defaults_on("cuda").dtype == "bfloat16"
+
+
+def test_progress_names_every_step_and_run(native):
+    lines = []
+    bench(native, compile=False, progress=lines.append, **OPTIONS)
+    names = ["nopad, eager, packs of 1,024", "nopad, eager, packs of 4,096", *BASELINES]
+    assert lines == [
+        f"loading {native}",
+        "loading the reference",
+        "mixed: features to compare with",
+        *(f"mixed: preparing {place} of 7: {name}" for place, name in zip((1, 2, 5, 6), names, strict=True)),
+        *(f"mixed: run {run} of 2, {place} of 4: {name}" for run in (1, 2) for place, name in enumerate(names, 1)),
+    ]
 
 
 @pytest.fixture
@@ -287,12 +331,10 @@ def test_peak_is_measured_where_all_candidates_are_skipped(native, monkeypatch):
 
 
 def test_one_of_anything_is_singular(native, capsys):
-    lines = []
     options = {"baselines": False, "compile": False, **OPTIONS, "images": 1, "capacities": (1024,), "runs": 1}
-    report = bench(native, progress=lines.append, **options)
+    report = bench(native, **options)
     (stats,) = report.workloads
     assert stats.describe() == "1 image of one size, 880 patches, at most 880 each"
-    assert lines[-1] == "mixed: 1 timed run of each, and of the peak around it"
     assert "; medians of 1 run, interleaved\n" in command.bench_table(report)
     assert any(
         "medians of 1 run, those of the candidates interleaved" in text for text in Page(bench_page(report)).texts
@@ -390,7 +432,7 @@ def test_command_prints_a_table_with_every_row(native, monkeypatch, capsys):
         assert lines[number + 1].startswith("measured peak: 2 GEMMs of 64³ a run: ")
         assert lines[number + 1].endswith(", median of 5 runs, around those of the candidates")
     assert sum(line.endswith("compiling was not requested") for line in lines) == 6
-    assert "· mixed: nopad, eager, packs of 2,048" in printed.err
+    assert "· mixed: run 1 of 1, 2 of 4: nopad, eager, packs of 2,048" in printed.err
 
 
 def test_command_prints_json_and_nothing_else(native, monkeypatch, capsys):

@@ -65,7 +65,7 @@ def test_it_says_where_the_failures_are(photos, tmp_path, capsys, model):
     told = capsys.readouterr().out.splitlines()[-1]
     first = min(table(tmp_path / "out"))
     assert f"in 2 shards ({first}, …); --retry-failed tries them again" in told
-    expression = re.search(r"nopad\.read\(.*\)\.failures", told)[0]
+    expression = re.search(r"nopad\.read_features\(.*\)\.failures", told)[0]
     assert [failure.id for failure in eval(expression, {"nopad": nopad})] == ["002.png", "010.png"]
 
     write_photos(photos, 3)

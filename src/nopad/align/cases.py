@@ -12,8 +12,7 @@ from torch import Tensor
 
 from nopad.encoder import PackedEncoder
 from nopad.packing import unpatchify
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+from nopad.preprocessing.formats import image_suffixes
 
 Case = tuple[str, list[Tensor]]
 """A name, and normalised pixels `(C, H, W)` of images or `(frames, C, H, W)` of clips that share a pack."""
@@ -71,7 +70,7 @@ def photo_case(packed: PackedEncoder, photos: Sequence[Any], image_size: int | N
 
 
 def photos_in(images: str | Path | Sequence[Any]) -> Sequence[Any]:
-    """The photos of a folder; photos are returned as they are.
+    """The photos of a folder, by the suffixes that `nopad embed` takes; photos are returned as they are.
 
     Raises:
         ValueError: none.
@@ -80,9 +79,9 @@ def photos_in(images: str | Path | Sequence[Any]) -> Sequence[Any]:
         if not len(images):
             raise ValueError("images: expected at least one, got an empty list; give photos, or a folder of them")
         return images
-    photos = sorted(path for path in Path(images).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    photos = sorted(path for path in Path(images).iterdir() if path.suffix.lower() in image_suffixes())
     if not photos:
-        raise ValueError(f"images: expected photos ({', '.join(IMAGE_SUFFIXES)}) in {str(images)!r}, got none")
+        raise ValueError(f"images: expected photos (.jpg, .png, .webp, .heic, …) in {str(images)!r}, got none")
     return photos
 
 

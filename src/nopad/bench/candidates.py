@@ -19,6 +19,7 @@ from nopad.pipeline.packer import best_fit
 
 BATCH_SIZE = 64
 """Images of one size that the reference takes at a time."""
+NOT_COMPILED = "torch.compile is disabled or does not work here"
 
 Features = dict[int, Tensor]
 """`(h · w, D)` tokens of some images, by the image's index."""
@@ -124,6 +125,7 @@ def packed(encoder: PackedEncoder, images: Images, capacity: int, *, compiled: b
 
     def prepare() -> tuple[Run, str | None]:
         model = _compiled(encoder, capacity, max(map(len, groups)), float8) if compiled else encoder
+        _check_compiled(model, compiled)
         packs = [(indices, images.pack(encoder, indices)) for indices in groups]
 
         def run(keep: Collection[int]) -> Features:
@@ -133,6 +135,7 @@ def packed(encoder: PackedEncoder, images: Images, capacity: int, *, compiled: b
                 if keep:
                     parts = tokens.split([lengths[index] for index in indices])
                     features |= _selected(indices, parts, keep)
+            _check_compiled(model, compiled)
             return features
 
         return run, model.execution if compiled else None
@@ -188,6 +191,8 @@ def _batched(
         batches = [(indices, torch.stack([images.pixels[index] for index in indices])) for indices in groups]
 
         def forward(pixels: Tensor) -> Tensor:
+            if compiled and not torch.compiler.is_compiling():
+                raise Skipped(NOT_COMPILED)
             return reference.run_batch(model, pixels)
 
         call = torch.compile(forward) if compiled else forward
@@ -231,6 +236,11 @@ def _compiled(encoder: PackedEncoder, capacity: int, max_segments: int, float8: 
             raise Skipped(str(reason)) from None
     twin.compile(capacity=capacity, max_segments=max_segments)
     return twin
+
+
+def _check_compiled(model: PackedEncoder, compiled: bool) -> None:
+    if compiled and model.execution == "eager":
+        raise Skipped(NOT_COMPILED)
 
 
 def _selected(indices: Sequence[int], tokens: Iterable[Tensor], keep: Collection[int]) -> Features:

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("checkpoint", help="Hub name, folder, weights file, or untrained:<published name>")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, … (default: cuda if available, else cpu)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of all candidates (default: bfloat16)")
+    parser.add_argument("--dtype", choices=DTYPES, help=f"of all candidates {default('dtype')}")
     parser.add_argument("--attention", default="auto", help="kernel of the packed model (default: the fastest)")
     workloads = "many sizes of at most 1,024 patches, one size of 224 pixels or the model's own, or both"
     parser.add_argument("--workload", choices=("mixed", "224", "all"), default="mixed", help=workloads)
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     report = bench(
         options.checkpoint,
         device=device_of(options.device),
-        dtype=getattr(torch, options.dtype),
+        dtype=None if options.dtype is None else getattr(torch, options.dtype),
         attention=options.attention,
         workload=options.workload,
         images=options.images,

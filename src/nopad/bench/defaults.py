@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Defaults:
-    """Images of a workload, tokens per pack, timed runs, and whether compiled candidates run."""
+    """Dtype, images of a workload, tokens per pack, timed runs, and whether compiled candidates run."""
 
+    dtype: str
     images: int
     capacities: tuple[int, ...]
     runs: int
@@ -22,9 +23,11 @@ class Defaults:
         return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-ON_GPU = Defaults(images=256, capacities=(2048, 4096, 8192, 16384, 32768, 65536), runs=5, compile=True)
-ON_CPU = Defaults(images=2, capacities=(2048,), runs=3, compile=False)
-"""About a minute for a large model on two cores that have bfloat16 instructions."""
+ON_GPU = Defaults(
+    dtype="bfloat16", images=256, capacities=(2048, 4096, 8192, 16384, 32768, 65536), runs=5, compile=True
+)
+ON_CPU = Defaults(dtype="float32", images=2, capacities=(2048,), runs=3, compile=False)
+"""About three minutes for a large model on two cores. Few CPUs have fast GEMMs in bfloat16."""
 
 
 def defaults_on(device_type: str) -> Defaults:

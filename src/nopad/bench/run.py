@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -29,7 +29,7 @@ def bench(
     checkpoint: str | Path,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     attention: str = "auto",
     workload: Literal["mixed", "224", "all"] = "mixed",
     images: int | None = None,
@@ -73,6 +73,7 @@ def bench(
     device = torch.device(device)
     default = defaults_on(device.type)
     settings = Defaults(
+        default.dtype if dtype is None else dtype_name(dtype),
         default.images if images is None else images,
         tuple(dict.fromkeys(default.capacities if capacities is None else capacities)),
         default.runs if runs is None else runs,
@@ -80,12 +81,15 @@ def bench(
     )
     _check(device, workload, settings)
     progress(f"loading {checkpoint}")
-    encoder = load(checkpoint, revision=revision, device=device, dtype=dtype, attention=attention)
+    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "attention": attention}
+    encoder = load(checkpoint, revision=revision, device=device, **options)
     squares = fixed(settings.images, encoder.default_preprocessing.size or 224, encoder.patch_size)
     workloads = [mixed(settings.images, seed)] * (workload != "224") + [squares] * (workload != "mixed")
     _check_capacities(settings.capacities, workloads, encoder.num_prefix_tokens)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    baseline = Baseline.of(encoder, str(checkpoint), **options) if baselines else None
+    baseline = None
+    if baselines:
+        progress("loading the reference")
+        baseline = Baseline.of(encoder, str(checkpoint), revision=revision, trust_remote_code=trust_remote_code)
     stats: list[WorkloadStats] = []
     rows: list[Row] = []
     with ExitStack() as stack:
@@ -118,7 +122,7 @@ def bench(
         reference=None if baseline is None or baseline.model is None else baseline.description,
         no_reference="not requested" if baseline is None else baseline.description if baseline.model is None else None,
         device=device_name(device),
-        dtype=dtype_name(dtype),
+        dtype=settings.dtype,
         attention=encoder.attention,
         versions=versions(device),
         parameters=block_parameters(encoder),

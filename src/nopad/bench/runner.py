@@ -12,7 +12,7 @@ from textwrap import shorten
 import torch
 
 from nopad.bench.candidates import Candidate, Features, Run, expected_features
-from nopad.bench.report import MeasuredPeak, Row, counted
+from nopad.bench.report import MeasuredPeak, Row
 from nopad.bench.timing import PEAK_GEMMS, Sample, Skipped, Timer, flops, gemms, interleave
 from nopad.encoder import PackedEncoder
 
@@ -42,23 +42,30 @@ def run_candidates(
     expected: dict[int, Features] = {}
     rows: list[Row] = []
     jobs: dict[int, Callable[[], None]] = {}
-    for candidate in candidates:
+    for number, candidate in enumerate(candidates, 1):
         row = _empty_row(encoder, workload, candidate)
         images = candidate.images
         try:
             if candidate.compiled and not compile:
                 raise Skipped("compiling was not requested")
             if id(images) not in expected:
+                progress(f"{workload}: features to compare with")
                 expected[id(images)] = expected_features(encoder, images, checked(len(images.pixels)))
-            progress(f"{workload}: {row.label}")
+            progress(f"{workload}: preparing {number} of {len(candidates)}: {row.label}")
             warm_ups = WARM_UPS[encoder.device.type] if candidate.compiled else 1
             row, run = _warm_up(candidate, row, expected[id(images)], warm_ups, timer)
             jobs[len(rows)] = _job(run)
         except Skipped as reason:
             row = replace(row, skipped=str(reason))
         rows.append(row)
-    progress(f"{workload}: {counted(runs, 'timed run')} of each, and of the peak around it")
-    results = interleave(timer, [peak, *chain.from_iterable((job, peak) for job in jobs.values())], runs)
+    indices = list(jobs)
+
+    def on_start(run: int, job: int) -> None:
+        if job % 2:  # the others are the peak
+            label, number = rows[indices[job // 2]].label, job // 2 + 1
+            progress(f"{workload}: run {run + 1} of {runs}, {number} of {len(jobs)}: {label}")
+
+    results = interleave(timer, [peak, *chain.from_iterable((job, peak) for job in jobs.values())], runs, on_start)
     peaks = [_seconds(samples) for samples in results[::2]]
     for index, samples, around in zip(jobs, results[1::2], pairwise(peaks), strict=True):
         if isinstance(samples, str):

@@ -78,17 +78,29 @@ def gemms(side: int, count: int, device: torch.device, dtype: torch.dtype) -> Ca
     return multiply
 
 
-def interleave(timer: Timer, jobs: Sequence[Callable[[], object]], runs: int) -> list[list[Sample] | str]:
+def interleave(
+    timer: Timer,
+    jobs: Sequence[Callable[[], object]],
+    runs: int,
+    on_start: Callable[[int, int], None] = lambda run, job: None,
+) -> list[list[Sample] | str]:
     """Time every job `runs` times, one run of each per round, so that the machine's drift affects all of them alike.
+
+    Args:
+        timer: times one run.
+        jobs: what is timed.
+        runs: number of rounds.
+        on_start: called before each run with the indices of round and job.
 
     Returns:
         The samples of each job, or the reason of the `Skipped` that it raised.
     """
     results: list[list[Sample] | str] = [[] for _ in jobs]
-    for _ in range(runs):
+    for run in range(runs):
         for number, job in enumerate(jobs):
             samples = results[number]
             if isinstance(samples, list):
+                on_start(run, number)
                 try:
                     samples.append(timer(job))
                 except Skipped as reason:
