@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_GRAPH_CAPACITY = 49152
-"""Largest capacity that is recorded as CUDA graphs; larger packs are not launch-bound (docs/performance.md)."""
+"""Largest capacity that is recorded as CUDA graphs; larger packs are not launch-bound (docs/tuning.md)."""
 UNAVAILABLE_ERRORS = (
     RuntimeError,  # of torch's compilers and Triton, for example without a C++ compiler
     ValueError,  # sizes that a GEMM does not support

@@ -14,7 +14,7 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 BLOCK = 64
-"""Queries, and keys, per step: the fastest size on an H100, see docs/performance.md."""
+"""Queries, and keys, per step: the fastest size on an H100, see docs/tuning.md."""
 
 
 @torch.library.custom_op("nopad::attend", mutates_args=())

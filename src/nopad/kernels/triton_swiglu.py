@@ -1,7 +1,7 @@
 """A GEMM with SwiGLU in its epilogue, as a Triton kernel; importable only where Triton is installed.
 
 cuBLAS would write gates and ups, and another kernel would read them again: on an H100 that takes four tenths more time
-than this kernel, which keeps them in registers (docs/performance.md). It loads tiles by Hopper's tensor memory
+than this kernel, which keeps them in registers (docs/tuning.md). It loads tiles by Hopper's tensor memory
 accelerator (TMA).
 """
 

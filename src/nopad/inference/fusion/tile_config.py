@@ -18,7 +18,7 @@ class TileConfig:
 
     Attributes:
         tile_m, tile_n: tile size.
-        speed: throughput of such tiles relative to others, as measured on an H100 (docs/performance.md).
+        speed: throughput of such tiles relative to others, as measured on an H100 (docs/tuning.md).
         cluster_m, cluster_n: cluster shape.
         epi_n: columns of the epilogue tile. Threads synchronise twice per epilogue tile, which matters for small K, as
             in float8; wider ones need more registers.
