@@ -1,11 +1,16 @@
+import contextlib
 import io
+import json
 import os
 import random
 import re
 import socket
+import struct
+import subprocess
+import sys
 import tarfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,11 +21,12 @@ import pytest
 import torch
 from PIL import Image
 
-from nopad.embedding.inputs import archives
+from nopad.embedding.inputs import archives, columns
 from nopad.embedding.inputs import decoder as reader
 from nopad.embedding.inputs import listing as inputs
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input, InputList
+from nopad.embedding.inputs.names import expand_braces
 from nopad.embedding.inputs.sources import Listing, list_inputs
 from nopad.preprocessing.decode import ImageError
 
@@ -271,6 +277,121 @@ def test_list_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert reason(inputs[7]) == "cannot be read: No such file or directory"
 
 
+LEFT = ["._a.png", ".thumbnails/b.png", ".trash/deep/c.png", "@eaDir/d.png", "x/#recycle/e.png", "__MACOSX/x/._f.png"]
+
+
+def test_what_systems_leave_beside_pictures_is_counted(tmp_path: Path):
+    fill(tmp_path / "d", "a.png", ".one.png", *LEFT)
+    listing = list_inputs([tmp_path / "d"])
+    assert ids(listing) == [".one.png", "a.png"]
+    assert listing.left_out == {"hidden": 6}  # a folder counts once
+    listing = list_inputs([tmp_path / "d"], hidden=True)
+    assert sorted(ids(listing)) == sorted(["a.png", ".one.png", *LEFT])
+    assert not listing.left_out
+    write_tar(tmp_path / "a.tar", [(f"./{name}", picture(i)) for i, name in enumerate(["a.png", ".one.png", *LEFT])])
+    listing = list_inputs([tmp_path / "a.tar"])
+    assert ids(listing) == ["./a.png", "./.one.png"]
+    assert listing.left_out == {"hidden": 6}
+    assert len(list_inputs([tmp_path / "a.tar"], hidden=True).inputs) == 8
+
+
+def test_globs_pass_over_what_systems_leave_unless_it_is_named(tmp_path: Path):
+    fill(tmp_path, "a.png", *LEFT)
+    listing = list_inputs([f"{tmp_path}/**/*.png"])
+    assert ids(listing) == ["a.png"]
+    assert listing.left_out == {"hidden": 5}
+    assert ids(list_inputs([f"{tmp_path}/**/*.png"], hidden=True)) == ["@eaDir/d.png", "a.png", "x/#recycle/e.png"]
+    assert ids(list_inputs([f"{tmp_path}/@eaDir/*.png"])) == ["d.png"]
+    assert ids(list_inputs([f"{tmp_path}/.thumb*/*"])) == [".thumbnails/b.png"]
+    assert ids(list_inputs([tmp_path / ".thumbnails"])) == ["b.png"]
+    assert ids(list_inputs([tmp_path / "._a.png"])) == ["._a.png"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("{00008..00011}.tar", ["00008.tar", "00009.tar", "00010.tar", "00011.tar"]),
+        ("{8..11}", ["8", "9", "10", "11"]),
+        ("{0..6..3}x", ["0x", "3x", "6x"]),
+        ("{2..0}", ["2", "1", "0"]),
+        ("a{b,c{1,2},}d", ["abd", "ac1d", "ac2d", "ad"]),
+        ("{a,b}/{1..2}", ["a/1", "a/2", "b/1", "b/2"]),
+        ("no{brace", ["no{brace"]),
+        ("{one}", ["{one}"]),
+        ("{x{1,2}}", ["{x1}", "{x2}"]),
+        ("}{", ["}{"]),
+    ],
+)
+def test_braces_stand_for_words_as_in_a_shell(pattern: str, words: list[str]):
+    assert list(expand_braces(pattern)) == words
+
+
+def test_braces_in_a_source(tmp_path: Path):
+    for i in (0, 1, 3):
+        write_tar(tmp_path / f"{i:05}.tar", [("a.png", picture(i))])
+    fill(tmp_path, "p/x.png", "q/y.png", "{s,t}.png")
+    listing = list_inputs([f"{tmp_path}/{{00000..00003}}.tar"])
+    assert kinds(listing) == ["tar", "tar", "broken", "tar"]
+    assert [level(listing.inputs[i]) for i in (0, 1, 3)] == [0, 1, 3]
+    assert (listing.inputs[2].id, listing.inputs[2].source) == ("00002.tar", f"{tmp_path}/00002.tar")
+    assert reason(listing.inputs[2]) == "cannot be opened: No such file or directory"
+    assert ids(list_inputs([f"{tmp_path}/{{p,q}}/*.png"])) == ["x.png", "y.png"]
+    assert ids(list_inputs([f"{tmp_path}/{{s,t}}.png"])) == ["{s,t}.png"]  # a path that exists
+    with pytest.raises(ValueError, match=r"nothing that can be read in the sources; .*7\.tar: cannot be opened"):
+        list_inputs([f"{tmp_path}/{{7..9}}.tar"])
+    with pytest.raises(ValueError, match="its braces make more than 100000 names"):
+        list_inputs([f"{tmp_path}/{{0..99999999999}}.tar"])
+
+
+def test_tables_and_tars_without_pictures_cost_the_others_nothing(tmp_path: Path):
+    write_tar(tmp_path / "0.tar", [("0.png", picture(0)), ("0.json", b"{}")])
+    write_tar(tmp_path / "1.tar", [])
+    write_parquet(tmp_path / "0.parquet", {"key": ["0"], "url": ["u"]})  # as img2dataset writes beside its tars
+    write_parquet(tmp_path / "1.parquet", {"image": pa.array([], pa.binary())})
+    (tmp_path / "0_stats.json").write_text("{}")
+    (tmp_path / "all.lst").write_text("0.tar\n1.tar\n0.parquet\n1.parquet\n")
+    several = [tmp_path / name for name in ("0.parquet", "0.tar", "1.parquet", "1.tar")]
+    for sources in ([tmp_path], [f"{tmp_path}/*.[tp]ar*"], [tmp_path / "all.lst"], several):
+        listing = list_inputs(sources)
+        assert ids(listing) == ["0.png"]
+        assert {key: listing.left_out[key] for key in (".tar", ".parquet")} == {".tar": 1, ".parquet": 2}
+    with pytest.raises(ValueError, match=r"0\.parquet: no column of image bytes in key \(string\), url \(string\)"):
+        list_inputs([tmp_path / "0.parquet", tmp_path / "1.tar"])
+    with pytest.raises(ValueError, match=r"1\.tar: no picture or video in it; left out: 1 \.tar"):
+        list_inputs([tmp_path / "1.tar"])
+
+
+def test_a_compressed_tar_among_others_is_a_broken_input(tmp_path: Path):
+    write_tar(tmp_path / "0.tar", [("0.png", picture())])
+    for name in ("1.tar", "2.tar.gz"):
+        with tarfile.open(tmp_path / name, "w:gz"):
+            pass
+    listing = list_inputs([f"{tmp_path}/*"])
+    assert kinds(listing) == ["tar", "broken", "broken"]
+    for item in listing.inputs[1:]:
+        assert "a compressed tar has no random access: decompress it" in reason(item)
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Iterator[str]:
+    """The relative path of a picture below 1,100 folders, one in the other."""
+    here = os.getcwd()
+    os.chdir(tmp_path)
+    for _ in range(1100):
+        os.mkdir("d")
+        os.chdir("d")
+    Path("deep.png").write_bytes(picture())
+    os.chdir(here)
+    yield "d/" * 1100 + "deep.png"
+    subprocess.run(["rm", "-r", tmp_path / "d"], check=True)  # pytest removes folders by recursion
+
+
+def test_folders_of_any_depth(tmp_path: Path, deep: str):
+    fill(tmp_path, "a.png")
+    for source in (tmp_path, f"{tmp_path}/**/*.png", f"{tmp_path}/**"):
+        assert ids(list_inputs([source])) == ["a.png", deep]
+
+
 def test_sources_keep_their_order_and_repetitions(tmp_path: Path):
     fill(tmp_path, "b.png", "a.png")
     listing = list_inputs([tmp_path / "b.png", tmp_path, tmp_path / "b.png"])
@@ -438,8 +559,48 @@ def test_links_and_folders_in_a_tar_are_no_pictures(tmp_path: Path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         archive.add(tmp_path / "d", "d")
     listing = list_inputs([tmp_path / "a.tar"])
-    assert len(listing.inputs) == 1
-    assert listing.left_out == {"folder": 1, "link": 2, "special file": 1}
+    assert [(item.id, level(item)) for item in listing.inputs] == [("d/a.png", 0), ("d/hard.png", 0)]
+    assert listing.left_out == {"folder": 1, "link": 1, "special file": 1}
+
+
+def test_a_hard_link_in_a_tar_gives_the_picture_that_it_stands_for(tmp_path: Path):
+    def link(name: str, target: str) -> tuple[tarfile.TarInfo, bytes]:
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = tarfile.LNKTYPE, target
+        return info, b""
+
+    def file(name: str, data: bytes) -> tuple[tarfile.TarInfo, bytes]:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        return info, data
+
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for info, data in [
+            link("early.png", "a.png"),
+            file("a.png", picture(1)),
+            link("b.png", "./a.png"),
+            file("data", picture(2)),
+            link("c.png", "data"),
+            file("a.png", picture(3)),  # as it is unpacked: b.png stays what it was
+            link("d.png", "a.png"),
+            link("e.png", "b.png"),
+            link("note.txt", "data"),
+        ]:
+            archive.addfile(info, io.BytesIO(data))
+    inputs = list_inputs([tmp_path / "a.tar"]).inputs
+    assert reason(inputs[0]) == "a hard link to a.png, which is not in the tar before it"
+    pictures = [(item.id, level(item)) for item in inputs[1:]]
+    assert pictures == [("a.png", 1), ("b.png", 1), ("c.png", 2), ("a.png", 3), ("d.png", 3), ("e.png", 1)]
+
+
+def long_name(size: int = 4) -> bytes:
+    """A header that announces a long name, and the name."""
+    info = tarfile.TarInfo("././@LongLink")
+    info.size, info.type = size, tarfile.GNUTYPE_LONGNAME
+    return info.tobuf(tarfile.GNU_FORMAT) + b"abc\0" + bytes(508)
+
+
+LONG_NAMES = long_name() * 1000
 
 
 def three_in_a_tar(tmp_path: Path) -> tuple[Path, bytes]:
@@ -456,6 +617,16 @@ def three_in_a_tar(tmp_path: Path) -> tuple[Path, bytes]:
         (lambda data: data[:1024] + b"x" * 512 + data[1536:], 1, "damaged: no valid header at byte 1024 of"),
         (lambda data: data * 2, 3, "there is more after its end mark at byte 3072 of 20480"),
         (lambda data: data[:3072], 3, "truncated at byte 3072: the end mark is missing"),
+        (
+            lambda data: data[:1024] + LONG_NAMES + data[1024:],
+            1,
+            "truncated or damaged at byte 1024 of .*: maximum recur",
+        ),
+        (
+            lambda data: data[:1024] + long_name(1 << 30) + data[1024:],
+            1,
+            "truncated or damaged .*: a header of 1073741824",
+        ),
     ],
 )
 def test_a_damaged_tar_gives_its_whole_members_and_one_broken_input(
@@ -498,7 +669,10 @@ def test_listing_a_tar_reads_headers_only(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     "type",
-    [pa.binary(), pa.large_binary(), pa.struct({"bytes": pa.binary(), "path": pa.string()}), pa.binary_view()],
+    [
+        *(pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary())),
+        pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+    ],
 )
 def test_parquet_rows(tmp_path: Path, type: pa.DataType):
     values = [picture(i) for i in range(7)]
@@ -518,8 +692,8 @@ def test_the_image_column(tmp_path: Path):
     path = tmp_path / "a.parquet"
     chosen = [({"x": data, "n": [1]}, None, "x"), ({"mask": data, "jpg": data}, None, "jpg")]
     chosen += [({"mask": data, "jpg": data}, "mask", "mask")]
-    for columns, wanted, expected in chosen:
-        write_parquet(path, columns)
+    for table, wanted, expected in chosen:
+        write_parquet(path, table)
         assert list_inputs([path], image_column=wanted).inputs[0].note == expected
     refused = [
         ({"n": [1], "s": ["x"]}, None, r"no column of image bytes in n \(int64\), s \(string\)"),
@@ -528,8 +702,8 @@ def test_the_image_column(tmp_path: Path):
         ({"img": data, "n": [1]}, "n", "--image-column n is no column of image bytes"),
         ({"img": data}, "gone", "--image-column gone is no column"),
     ]
-    for columns, wanted, message in refused:
-        write_parquet(path, columns)
+    for table, wanted, message in refused:
+        write_parquet(path, table)
         with pytest.raises(ValueError, match=message):
             list_inputs([path], image_column=wanted)
 
@@ -545,14 +719,33 @@ def test_values_without_bytes(tmp_path: Path):
     assert reason(inputs[4]) == "cannot be read: No such file or directory"
 
 
+def test_paths_in_a_table_lead_nowhere_but_below_its_folder_unless_they_are_allowed(tmp_path: Path):
+    fill(tmp_path, "t/in/a.png", "secret.png", "t2/b.png")
+    names = [
+        "in/a.png",
+        "in/../in/a.png",
+        "../secret.png",
+        str(tmp_path / "secret.png"),
+        "in/../../t2/b.png",
+        "../t2/b.png",
+    ]
+    column = pa.array([{"path": name} for name in names], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    inputs = list_inputs([write_parquet(tmp_path / "t/a.parquet", {"image": column})]).inputs
+    assert [level(item) for item in inputs[:2]] == [0, 0]
+    for item, name in zip(inputs[2:], names[2:], strict=True):
+        assert reason(item) == f"its path {name} leads out of the table's folder; --allow-outside-paths takes it"
+    with Reader(allow_outside_paths=True) as source:
+        assert [source.pixels(item)[0, 0, 0].item() for item in inputs] == [0, 0, 1, 1, 2, 2]
+
+
 def test_a_large_row_group_is_read_in_parts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(reader, "_BLOCK_BYTES", 4000)
+    monkeypatch.setattr(columns, "_BLOCK_BYTES", 4000)
     values = [picture(i) + random.Random(i).randbytes(1000) for i in range(40)]
     path = write_parquet(tmp_path / "a.parquet", {"image": values}, compression="none")
     inputs = list_inputs([path]).inputs
     reads = []
-    forward = reader._ParquetColumn._forward
-    monkeypatch.setattr(reader._ParquetColumn, "_forward", lambda self, row: reads.append(row) or forward(self, row))
+    forward = columns.ParquetColumn._forward
+    monkeypatch.setattr(columns.ParquetColumn, "_forward", lambda self, row: reads.append(row) or forward(self, row))
     with Reader() as source:
         assert [source.pixels(item)[0, 0, 0].item() for item in inputs] == list(range(40))
         assert 10 <= len(reads) <= 20
@@ -572,6 +765,66 @@ def test_damaged_parquet_files(tmp_path: Path):
     good.write_bytes(data)
     for item in listing.inputs[:2]:
         assert "row" in reason(item)
+
+
+def footer_with(path: Path, old: bytes, new: bytes) -> Path:
+    """A Parquet file with other bytes in its footer."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<I", data[-8:-4])
+    footer = data[-8 - length : -8]
+    assert footer.count(old) == 1
+    footer = footer.replace(old, new)
+    path.write_bytes(data[: -8 - length] + footer + struct.pack("<I", len(footer)) + b"PAR1")
+    return path
+
+
+def varint(number: int) -> bytes:
+    """A number as Thrift's compact protocol writes it, in zigzag."""
+    number *= 2
+    result = b""
+    while number > 127:
+        result += bytes([number & 127 | 128])
+        number >>= 7
+    return result + bytes([number])
+
+
+NUM_ROWS, LIST = b"\x16", b"\x19"  # a field of 64 bits, then one that is a list: the row groups
+
+
+@pytest.mark.parametrize("claimed", [2, 7, 10**15])
+def test_the_row_groups_of_a_parquet_file_count(tmp_path: Path, claimed: int):
+    path = write_parquet(tmp_path / "a.parquet", {"image": [picture(i) for i in range(5)]})
+    footer_with(path, NUM_ROWS + varint(5) + LIST, NUM_ROWS + varint(claimed) + LIST)
+    inputs = list_inputs([path]).inputs
+    assert [level(item) for item in inputs[:5]] == [0, 1, 2, 3, 4]
+    expected = f"damaged: its footer says {claimed} rows, its row groups 5, which are read; get the file again"
+    assert [reason(item) for item in inputs[5:]] == [expected]
+
+
+def test_row_groups_that_claim_more_than_the_file_can_hold(tmp_path: Path):
+    path = write_parquet(tmp_path / "a.parquet", {"image": [picture(i) for i in range(77)]})
+    end = b"\x16" + varint(77) + b"\x26"  # of the row group
+    footer_with(path, end, end.replace(varint(77), varint(10**15)))
+    listing = list_inputs([path, fill(tmp_path / "d", "a.png")])
+    assert kinds(listing) == ["broken", "image"]
+    assert "its row groups claim 1000000000000000 rows in" in reason(listing.inputs[0])
+
+
+def test_a_row_group_that_ends_early_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write_parquet(tmp_path / "a.parquet", {"image": [picture(i) for i in range(77)]})
+    end = b"\x16" + varint(77) + b"\x26"
+    footer_with(path, end, end.replace(varint(77), varint(600)))
+    inputs = list_inputs([path]).inputs
+    assert kinds(list_inputs([path]))[-1] == "broken"
+    opened = []
+    forward = columns.ParquetColumn._forward
+    monkeypatch.setattr(columns.ParquetColumn, "_forward", lambda self, row: opened.append(row) or forward(self, row))
+    with Reader() as source:
+        assert source.pixels(inputs[76])[0, 0, 0].item() == 76
+        for row in range(80, 480):
+            with pytest.raises(ImageError, match="cannot be read, damaged"):
+                source.pixels(inputs[row])
+    assert len(opened) <= 3
 
 
 def test_a_parquet_file_that_shrinks_after_the_listing(tmp_path: Path):
@@ -614,7 +867,9 @@ def test_a_dataset_of_plain_bytes_and_of_paths(tmp_path: Path):
     table = pa.table({"image": pa.array(cells, pa.struct({"bytes": pa.binary(), "path": pa.string()}))})
     datasets.Dataset(table).save_to_disk(tmp_path / "paths")
     inputs = list_inputs([tmp_path / "paths"]).inputs
-    assert level(inputs[0]) == 1
+    assert "leads out of the table's folder" in reason(inputs[0])
+    with Reader(allow_outside_paths=True) as source:
+        assert source.pixels(inputs[0])[0, 0, 0].item() == 1
     assert reason(inputs[1]) == "cannot be read: No such file or directory"
 
 
@@ -627,6 +882,76 @@ def test_a_damaged_dataset_is_a_broken_input(tmp_path: Path):
     listing = list_inputs([tmp_path / "a.png", tmp_path / "d"])
     assert kinds(listing) == ["image", "broken"]
     assert reason(listing.inputs[1]).startswith("no dataset that can be loaded")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """The Arrow file of a saved dataset: 60 pictures in batches of 20."""
+    datasets = pytest.importorskip("datasets")
+    table = pa.table({"label": range(60), "image": [picture(i) + bytes(500) for i in range(60)]})
+    data = datasets.Dataset(table)
+    data.save_to_disk(tmp_path / "d", num_shards=1)
+    (path,) = (tmp_path / "d").glob("*.arrow")
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=20)
+    return path
+
+
+def test_a_dataset_that_is_cut_short_gives_its_whole_batches(saved: Path):
+    os.truncate(saved, saved.stat().st_size * 5 // 6)
+    inputs = list_inputs([saved.parent]).inputs
+    assert [level(item) for item in inputs[:-1]] == list(range(40))
+    assert "truncated: a batch goes on to byte" in reason(inputs[-1])
+
+
+def test_a_dataset_that_is_cut_short_while_it_is_read(saved: Path):
+    inputs = list_inputs([saved.parent]).inputs
+    with Reader() as source:
+        assert source.pixels(inputs[0])[0, 0, 0].item() == 0
+        os.truncate(saved, saved.stat().st_size // 2)  # a mapped file would end the process here
+        for row in (1, 30, 59):
+            expected = pytest.raises(ImageError, match="truncated") if row != 1 else contextlib.nullcontext()
+            with expected:
+                source.pixels(inputs[row])
+
+
+def test_a_dataset_is_read_without_the_package(saved: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert [level(item) for item in list_inputs([saved.parent]).inputs[58:]] == [58, 59]
+
+
+def test_batches_with_dictionaries(tmp_path: Path, saved: Path):
+    image = pa.array([picture(i % 3) for i in range(60)]).dictionary_encode()
+    table = pa.table({"image": image})
+    with pa.OSFile(str(saved), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=25)
+    assert [level(item) for item in list_inputs([saved.parent]).inputs] == [i % 3 for i in range(60)]
+
+
+def test_damaged_arrow_files_are_rows(saved: Path):
+    whole = saved.read_bytes()
+    rng = random.Random(0)
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 6)):
+            data[rng.choice([rng.randrange(len(data)), rng.randrange(700)])] = rng.randrange(256)
+        saved.write_bytes(data)
+        try:
+            inputs = list_inputs([saved.parent]).inputs[:]
+        except ValueError:
+            continue
+        with Reader() as source:
+            for item in inputs[::7]:
+                with contextlib.suppress(ImageError):
+                    source.pixels(item)
+
+
+@pytest.mark.parametrize("name", ["../d2/x.arrow", "/etc/passwd", "..", ""])
+def test_a_dataset_names_no_files_elsewhere(saved: Path, name: str):
+    (saved.parent / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    fill(saved.parent.parent, "a.png")
+    listing = list_inputs([saved.parent.parent / "a.png", saved.parent])
+    assert "expected the name of a file or folder in it" in reason(listing.inputs[1])
 
 
 def test_a_video_gives_its_frames_and_its_errors(tmp_path: Path):

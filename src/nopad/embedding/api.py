@@ -39,6 +39,8 @@ def embed(
     embedding_list: str = "fixed",
     shard_size: int | None = None,
     image_column: str | None = None,
+    hidden: bool = False,
+    allow_outside_paths: bool = False,
     workers: int | None = None,
     retry_failed: bool = False,
     actors: int | None = None,
@@ -66,6 +68,8 @@ def embed(
         embedding_list: `"fixed"`, or `"variable"` for databases that cannot read lists of fixed size.
         shard_size: rows of a shard, 2048 unless given, 512 with tokens.
         image_column: the column of image bytes in Parquet files and datasets, where it is not clear.
+        hidden: take what is hidden or left by systems (`._*`, `.thumbnails`, `@eaDir`, …), too.
+        allow_outside_paths: read files that a table names by path wherever they are, not below its folder alone.
         workers: decode threads, one per core unless given.
         retry_failed: try failed rows of finished shards again.
         actors: run on Ray with so many actors; in this process unless given.
@@ -90,7 +94,7 @@ def embed(
         )
     if not isinstance(stop, threading.Event | None):
         raise ValueError(f"stop: expected a threading.Event, got {stop!r}")
-    listing = list_inputs(names, image_column=image_column)
+    listing = list_inputs(names, image_column=image_column, hidden=hidden)
     with FolderLock(out):
         folder.clean()
         worker = make_worker(settings, model if isinstance(model, PackedEncoder) else load_encoder(settings))

@@ -126,6 +126,7 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
 def describe(summary: Summary) -> str:
     """A summary for a terminal."""
+    from nopad.embedding.inputs.names import HIDDEN
     from nopad.embedding.progress import clock
 
     stats = summary.stats
@@ -139,7 +140,8 @@ def describe(summary: Summary) -> str:
         lines.append("this run: nothing to do, every input has its row")
     if summary.left_out:
         counts = ", ".join(f"{number:,} {suffix or 'without suffix'}" for suffix, number in summary.left_out.items())
-        lines.append(f"left out as no pictures or videos: {counts}; name them in a list file to take them")
+        hint = ", --hidden takes what is hidden" if HIDDEN in summary.left_out else ""
+        lines.append(f"left out as no pictures or videos: {counts}; name them in a list file to take them{hint}")
     lines += summary.changes
     if summary.failed:
         shards = summary.shards_with_failures

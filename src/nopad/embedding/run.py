@@ -115,7 +115,11 @@ class Run:
         settings = self.job.settings
         groups = (inputs_of(shard) for shard in shards)
         with (
-            Reader(frames=settings.frames, max_pixels=settings.max_pixels) as reader,
+            Reader(
+                frames=settings.frames,
+                max_pixels=settings.max_pixels,
+                allow_outside_paths=settings.allow_outside_paths,
+            ) as reader,
             Ticker(self.report),
             closing(self.worker.run(groups, reader.pixels, stop=self.stop)) as results,
         ):

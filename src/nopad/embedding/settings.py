@@ -108,6 +108,13 @@ class Settings:
         decides=False,  # the list of inputs holds it
         metavar="NAME",
     )
+    hidden: bool = _flag(
+        "take what is hidden or left by systems, too (._*, .thumbnails, @eaDir, …)",
+        decides=False,  # the list of inputs holds it
+    )
+    allow_outside_paths: bool = _flag(
+        "read files that a table names by path wherever they are, not below its folder alone", decides=False
+    )
     embedding_dtype: str = _choice("float32", ("float32", "float16"), "of the embedding in the table")
     embedding_list: str = _choice(
         "fixed",

@@ -1,0 +1,120 @@
+"""Columns of tables, by row: a few blocks at a time, whatever the size of the file."""
+
+from __future__ import annotations
+
+import bisect
+from collections import OrderedDict
+from itertools import accumulate
+from typing import Protocol
+
+import pyarrow as pa
+
+from nopad.embedding.inputs.arrow_stream import ArrowStream
+from nopad.embedding.inputs.tables import ARROW_DAMAGE, open_parquet, saved_splits
+
+_BLOCK_BYTES = 32 << 20
+_BLOCKS = 3
+
+
+class Column(Protocol):
+    """Values of one column by row; not to be read from two threads at once."""
+
+    def scalar(self, row: int) -> pa.Scalar:
+        """The value of a row.
+
+        Raises:
+            One of `ARROW_DAMAGE`.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class DatasetColumn:
+    """A column of one split of a saved dataset."""
+
+    def __init__(self, folder: bytes, split: str, column: str) -> None:
+        files = next(saved.files for saved in saved_splits(folder) if saved.name == split)
+        self._streams = [ArrowStream(path) for path in files]
+        self._starts = list(accumulate((len(stream) for stream in self._streams), initial=0))
+        self._column = column
+        self._start = 0
+        self._block: pa.Array | None = None
+
+    def close(self) -> None:
+        self._block = None
+
+    def scalar(self, row: int) -> pa.Scalar:
+        block = self._block
+        if block is None or not self._start <= row < self._start + len(block):
+            if not 0 <= row < self._starts[-1]:
+                raise IndexError(f"row {row} of {self._starts[-1]}")
+            number = bisect.bisect_right(self._starts, row) - 1
+            self._block = block = None  # not two of them at a time
+            start, batch = self._streams[number].batch_of(row - self._starts[number])
+            block = batch.column(self._column)
+            block.validate(full=True)  # Arrow trusts the offsets in a batch
+            self._start, self._block = self._starts[number] + start, block
+        return block[row - self._start]
+
+
+class ParquetColumn:
+    """Values of one column by row, over its last few blocks.
+
+    A block is a row group, or of a large one a part that holds about 32 MiB: files often have one row group of many
+    gigabytes. A row group is read forwards; a row before the kept blocks starts it again.
+    """
+
+    def __init__(self, path: bytes, column: str) -> None:
+        self._file = open_parquet(path)
+        self._column = column
+        metadata = self._file.metadata
+        groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+        self._starts = list(accumulate((group.num_rows for group in groups), initial=0))
+        self._blocks: OrderedDict[int, pa.Array] = OrderedDict()
+        self._batches = iter(())
+        self._group, self._next = -1, 0
+        self._ends: dict[int, int] = {}  # of row groups that end before their footer says
+
+    def close(self) -> None:
+        self._file.close(force=True)
+
+    def scalar(self, row: int) -> pa.Scalar:
+        for start, block in self._blocks.items():
+            if start <= row < start + len(block):
+                self._blocks.move_to_end(start)
+                return block[row - start]
+        if not 0 <= row < self._starts[-1]:
+            raise IndexError(f"row {row} of {self._starts[-1]}")
+        group = bisect.bisect_right(self._starts, row) - 1
+        if row >= self._ends.get(group, row + 1):
+            raise ValueError(f"row group {group} ends before row {row}")
+        if group != self._group or row < self._next:
+            self._batches = self._file.iter_batches(
+                batch_size=self._block_rows(group), row_groups=[group], columns=[self._column], use_threads=False
+            )
+            self._group, self._next = group, self._starts[group]
+        try:
+            return self._forward(row)
+        except ARROW_DAMAGE:
+            self._group = -1
+            raise
+
+    def _forward(self, row: int) -> pa.Scalar:
+        for batch in self._batches:
+            start, self._next = self._next, self._next + len(batch)
+            if row < self._next:
+                self._blocks[start] = batch.column(self._column)
+                if len(self._blocks) > _BLOCKS:
+                    self._blocks.popitem(last=False)
+                return self._blocks[start][row - start]
+        self._ends[self._group] = self._next
+        raise ValueError(f"row group {self._group} ends before row {row}")
+
+    def _block_rows(self, group: int) -> int:
+        metadata = self._file.metadata.row_group(group)
+        chunks = [metadata.column(i) for i in range(metadata.num_columns)]
+        names = (self._column, f"{self._column}.")
+        own = [c for c in chunks if c.path_in_schema == names[0] or c.path_in_schema.startswith(names[1])]
+        size = sum(chunk.total_uncompressed_size for chunk in own)
+        return max(1, metadata.num_rows * _BLOCK_BYTES // max(size, _BLOCK_BYTES))

@@ -1,0 +1,172 @@
+"""What is in Parquet files and saved datasets, listed without reading a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nopad.embedding.inputs.arrow_stream import MAX_ROWS, ArrowStream
+from nopad.embedding.inputs.files import open_regular, why
+from nopad.embedding.inputs.listing import Input, as_text
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "bytes", "image_bytes")
+# What Arrow raises on damaged files.
+ARROW_DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError)
+
+
+class NoImageColumnError(ValueError):
+    """A table without the column of images."""
+
+
+def image_column(schema: pa.Schema, text: str, wanted: str | None) -> str:
+    """Choose the column of encoded images: binary, or a struct with binary `bytes`, dictionary-encoded or not.
+
+    Raises:
+        NoImageColumnError: no such column.
+        ValueError: several, with the columns that there are.
+    """
+    candidates = [field.name for field in schema if _holds_images(field.type)]
+    columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    if wanted is not None:
+        if wanted in candidates:
+            return wanted
+        reason = f"--image-column {wanted} is no column of image bytes; got the columns {columns}"
+        raise NoImageColumnError(f"{text}: {reason}")
+    usual = [name for name in candidates if name in IMAGE_COLUMNS]
+    if len(candidates) == 1 or len(usual) == 1:
+        return (usual if len(usual) == 1 else candidates)[0]
+    if not candidates:
+        raise NoImageColumnError(f"{text}: no column of image bytes in {columns}")
+    raise ValueError(f"{text}: {len(candidates)} columns of bytes in {columns}; choose one with --image-column")
+
+
+def _holds_images(type: pa.DataType) -> bool:
+    if pa.types.is_struct(type):
+        return any(field.name == "bytes" and _is_binary(field.type) for field in type)
+    return _is_binary(type)
+
+
+def _is_binary(type: pa.DataType) -> bool:
+    type = type.value_type if pa.types.is_dictionary(type) else type
+    return pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_binary_view(type)
+
+
+def parquet_inputs(path: str, text: str, column: str | None) -> Iterator[Input]:
+    """The rows of a Parquet file; one `"broken"` input where its footer cannot be read or contradicts itself.
+
+    Raises:
+        NoImageColumnError, ValueError: see `image_column`.
+    """
+    location = os.fsencode(os.path.abspath(path))
+
+    def broken(reason: str) -> Input:
+        return Input(as_text(os.path.basename(path)), text, "broken", location, note=as_text(reason))
+
+    try:
+        size = os.path.getsize(location)
+        file = open_parquet(location)
+        schema, metadata = file.schema_arrow, file.metadata
+        groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        file.close(force=True)
+    except ARROW_DAMAGE as error:
+        yield broken(f"no Parquet file, or damaged: {why(error)}")
+        return
+    note = image_column(schema, text, column)
+    if any(rows < 0 for rows in groups) or sum(groups) > max(MAX_ROWS, size):
+        yield broken(f"damaged: its row groups claim {sum(groups)} rows in {size} bytes; get the file again")
+        return
+    for row in range(sum(groups)):
+        yield Input(str(row), text, "parquet", location, row, 0, note)
+    if metadata.num_rows != sum(groups):
+        counts = f"its footer says {metadata.num_rows} rows, its row groups {sum(groups)}, which are read"
+        yield broken(f"damaged: {counts}; get the file again")
+
+
+def open_parquet(path: bytes) -> pq.ParquetFile:
+    """Open a Parquet file to be read in small pieces; `close(force=True)` closes it.
+
+    Raises:
+        One of `ARROW_DAMAGE`.
+    """
+    open_regular(path).close()
+    # Not mapped: a mapped file that is cut short while it is read would kill the process. Buffered page by page: with
+    # pre_buffer, Arrow's default, a whole row group would be held.
+    return pq.ParquetFile(pa.OSFile(path, "r"), buffer_size=1 << 20, pre_buffer=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SavedSplit:
+    """One split of a dataset saved by `datasets`, named `""` where there are none, and its Arrow files in order."""
+
+    name: str
+    files: tuple[bytes, ...]
+
+
+def is_dataset(folder: str) -> bool:
+    """Whether a folder was written by `datasets`' `save_to_disk`."""
+    has = {name: os.path.isfile(os.path.join(folder, name)) for name in ("dataset_info.json", "state.json")}
+    return all(has.values()) or os.path.isfile(os.path.join(folder, "dataset_dict.json"))
+
+
+def saved_splits(folder: bytes) -> list[SavedSplit]:
+    """The splits of a saved dataset, as its JSON files list them.
+
+    Raises:
+        One of `ARROW_DAMAGE`: they cannot be read, or name files elsewhere.
+    """
+    whole = os.path.join(folder, b"dataset_dict.json")
+    if not os.path.isfile(whole):
+        return [SavedSplit("", _data_files(folder))]
+    names = [_plain(name) for name in _json(whole)["splits"]]
+    return [SavedSplit(name, _data_files(os.path.join(folder, os.fsencode(name)))) for name in names]
+
+
+def _data_files(folder: bytes) -> tuple[bytes, ...]:
+    state = _json(os.path.join(folder, b"state.json"))
+    if state.get("_indices_data_files"):
+        raise ValueError("it was saved by an old version of datasets; load and save it again")
+    return tuple(os.path.join(folder, os.fsencode(_plain(file["filename"]))) for file in state["_data_files"])
+
+
+def _json(path: bytes) -> dict:
+    with open_regular(path) as file:
+        return json.loads(file.read())
+
+
+def _plain(name: str) -> str:
+    if os.path.basename(name) != name or name in ("", ".", ".."):
+        raise ValueError(f"expected the name of a file or folder in it, got {name!r}")
+    return name
+
+
+def dataset_inputs(folder: str, text: str, column: str | None) -> Iterator[Input]:
+    """The rows of a saved Hugging Face dataset, of all its splits; a `"broken"` input for what cannot be read.
+
+    Raises:
+        NoImageColumnError, ValueError: see `image_column`.
+    """
+    location = os.fsencode(os.path.abspath(folder))
+    try:
+        splits = saved_splits(location)
+    except ARROW_DAMAGE as error:
+        name = os.path.basename(os.path.abspath(folder))
+        yield Input(as_text(name), text, "broken", location, note=f"no dataset that can be loaded: {why(error)}")
+        return
+    for split in splits:
+        start = 0
+        for path in split.files:
+            stream = ArrowStream(path)
+            if stream.schema is not None:
+                chosen = image_column(stream.schema, f"{text} {split.name}".rstrip(), column)
+                for row in range(start, start + len(stream)):
+                    id = f"{split.name}/{row}" if split.name else str(row)
+                    yield Input(id, text, "dataset", location, row, 0, f"{split.name}/{chosen}")
+            if stream.damage:
+                name = os.path.relpath(os.fsdecode(path), os.fsdecode(location))
+                yield Input(as_text(name), text, "broken", path, note=as_text(stream.damage))
+            start += len(stream)

@@ -1,0 +1,120 @@
+"""Folders and globs, walked in the order of the bytes of their paths."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from nopad.embedding.inputs.files import why
+from nopad.embedding.inputs.names import is_hidden
+from nopad.embedding.table.writer import OWN_FOLDER
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A path below where the walk began, whether it is a folder, and why it cannot be listed."""
+
+    path: str
+    is_folder: bool = False
+    reason: str = ""
+
+
+class Hidden:
+    """What is left out as hidden, by path, so that what is met twice counts once; nothing where it is `taken`."""
+
+    def __init__(self, *, taken: bool) -> None:
+        self._taken = taken
+        self.left_out: set[str] = set()
+
+    def leaves_out(self, folder: str, name: str, is_folder: bool) -> bool:
+        """Whether to leave a name in a folder out."""
+        if self._taken or not is_hidden(name, is_folder=is_folder):
+            return False
+        self.left_out.add(os.path.join(folder, name))
+        return True
+
+
+def walk(folder: str, hidden: Hidden) -> Iterator[Found]:
+    """The files below a folder, and folders that cannot be listed; a folder that holds itself is walked once."""
+    todo: list[tuple[Found, frozenset]] = [(Found("", True), frozenset())]
+    while todo:
+        found, above = todo.pop()
+        if not found.is_folder:
+            yield found
+            continue
+        path = os.path.join(folder, found.path)
+        try:
+            own = _identity(path)
+            entries = _entries(path) if own not in above else []
+        except OSError as error:
+            yield Found(found.path, True, f"folder cannot be listed: {why(error)}")
+            continue
+        entries = [entry for entry in entries if entry[0] != OWN_FOLDER and not hidden.leaves_out(path, *entry)]
+        within = above | {own}
+        todo += [(Found(os.path.join(found.path, name), is_folder), within) for name, is_folder in reversed(entries)]
+
+
+def match(base: str, parts: tuple[str, ...], hidden: Hidden) -> list[Found]:
+    """What a glob's parts match below a folder. As in a shell, `*` finds no name that begins with a dot."""
+    matches = set()
+    todo: list[tuple[str, tuple[str, ...], frozenset]] = [("", parts, frozenset())]
+    while todo:
+        relative, (part, *others), above = todo.pop()
+        rest = tuple(others)
+        folder = os.path.join(base, relative)
+        if not glob.has_magic(part):
+            path = os.path.join(folder, part)
+            if rest and os.path.isdir(path):
+                todo.append((os.path.join(relative, part), rest, above))
+            elif not rest and os.path.lexists(path):
+                matches.add(Found(os.path.join(relative, part), os.path.isdir(path)))
+            continue
+        try:
+            own = _identity(folder)
+            entries = _entries(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            matches.add(Found(relative, True, f"folder cannot be listed: {why(error)}"))
+            continue
+        if part[0] != ".":  # else hidden ones are asked for
+            entries = [entry for entry in entries if not (entry[1] and hidden.leaves_out(folder, *entry))]
+        if part == "**":
+            if own not in above:
+                within = above | {own}
+                todo.append((relative, rest or ("*",), above))
+                todo += [(os.path.join(relative, name), (part, *rest), within) for name in _shown(entries, "*", True)]
+        elif rest:
+            todo += [(os.path.join(relative, name), rest, above) for name in _shown(entries, part, True)]
+        else:
+            for is_folder in (False, True):
+                names = _shown(entries, part, is_folder)
+                matches |= {Found(os.path.join(relative, name), is_folder) for name in names}
+    return sorted(matches, key=lambda found: os.fsencode(found.path))
+
+
+def _shown(entries: Iterable[tuple[str, bool]], pattern: str, folders: bool) -> list[str]:
+    names = (name for name, is_folder in entries if is_folder == folders)
+    return [n for n in names if fnmatch.fnmatchcase(n, pattern) and (pattern[0] == "." or n[0] != ".")]
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder or ".")
+    return status.st_dev, status.st_ino
+
+
+def _entries(folder: str) -> list[tuple[str, bool]]:
+    """Names and whether they are folders, so that walking them gives full paths in the order of their bytes."""
+    with os.scandir(folder or ".") as entries:
+        found = [(entry.name, _is_folder(entry)) for entry in entries]
+    return sorted(found, key=lambda entry: os.fsencode(f"{entry[0]}/" if entry[1] else entry[0]))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself, say: a file whose reading will fail
+        return False
