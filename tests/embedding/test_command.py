@@ -308,7 +308,9 @@ def test_a_signal_finishes_the_shard_in_hand(photos, tmp_path, capsys, monkeypat
         status = main(arguments(photos, tmp_path / "new\nfolder's", model, "--workers", "1"))
     out, err = capsys.readouterr()
     assert status == 130
-    assert err.count("finishing the shard in hand; once more stops at once and loses it") == 1
+    assert (
+        err.count("finishing the shard in hand; a second signal ends with the pack in hand and loses this shard") == 1
+    )
     assert 1 <= len(table(tmp_path / "new\nfolder's")) < 3
     left = 12 - 5 * len(table(tmp_path / "new\nfolder's"))
     assert f"{12 - left} embedded, 0 failed" in out
@@ -323,7 +325,7 @@ def test_a_signal_finishes_the_shard_in_hand(photos, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_stops_at_once(photos, tmp_path, capsys, monkeypatch, model, whole, second):
+def test_a_second_signal_loses_the_shard_in_hand(photos, tmp_path, capsys, monkeypatch, model, whole, second):
     def twice():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(second)
@@ -334,7 +336,7 @@ def test_a_second_signal_stops_at_once(photos, tmp_path, capsys, monkeypatch, mo
         )
         assert main(arguments(photos, tmp_path / "out", model)) == 130
     err = capsys.readouterr().err
-    assert "stopped at once, the shard in hand is lost, finished ones are kept; to go on: " in err
+    assert "stopped, the shard in hand is lost, finished ones are kept; to go on: " in err
     assert "Traceback" not in err
     assert table(tmp_path / "out") == {}
     assert not list((tmp_path / "out").rglob("*.part"))

@@ -5,22 +5,30 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING
 
 from nopad.embedding.settings import Settings
-from nopad.terminal import complain, configure_transformers, device_of, json_text, printable, shell_command, show
+from nopad.embedding.signals import stop_on_signals
+from nopad.terminal import (
+    INTERRUPTED,
+    complain,
+    configure_transformers,
+    device_of,
+    json_text,
+    printable,
+    shell_command,
+    show,
+)
 
 if TYPE_CHECKING:
     from nopad.embedding.run import Summary
 
-DONE, NOTHING_EMBEDDED, INTERRUPTED = 0, 1, 130
+DONE, NOTHING_EMBEDDED = 0, 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     go_on = f"to go on: {_command(options)}"
     try:
         with (
-            stop_on_signals() as stop,
+            stop_on_signals(go_on) as stop,
             pillow_takes(options.max_pixels),
             display(sys.stderr) as shown,
             redirect_stdout(sys.stderr),  # Ray prints to it when an actor dies; it is for the summary alone
@@ -69,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
                 progress=shown,
             )
     except KeyboardInterrupt:
-        complain(f"stopped at once, the shard in hand is lost, finished ones are kept; {go_on}")
+        complain(f"stopped, the shard in hand is lost, finished ones are kept; {go_on}")
         return INTERRUPTED
     if options.json:
         show(json_text(summary.to_dict()))
@@ -102,26 +110,6 @@ def pillow_takes(max_pixels: int) -> Iterator[None]:
             yield
     finally:
         Image.MAX_IMAGE_PIXELS = before
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; the second raises KeyboardInterrupt."""
-    stop = threading.Event()
-
-    def handle(*_: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        with suppress(OSError, RuntimeError):  # RuntimeError where the signal came while this stream was written to
-            print("finishing the shard in hand; once more stops at once and loses it", file=sys.stderr, flush=True)
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def describe(summary: Summary) -> str:
