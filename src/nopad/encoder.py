@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from nopad.checkpoints.formats import Checkpoint, Dialect
 from nopad.checkpoints.strict import check_numbers
 from nopad.checkpoints.untrained import init_weights, untrained
 from nopad.inference.attention import set_attention
+from nopad.inference.collect import packed_output
 from nopad.inference.compile import compile_encoder
 from nopad.inference.precision import check_saving, to_precision
 from nopad.inference.runner import EagerRunner, Runner
@@ -26,7 +27,6 @@ from nopad.layers.attention import Rope
 from nopad.layers.linear import lay_out
 from nopad.layers.pooling import segment_mean
 from nopad.layers.positions import example_positions
-from nopad.layers.prefix import PrefixLayout
 from nopad.layers.roles import ByRole
 from nopad.layout import Layout
 from nopad.outputs import PackedOutput, Trunk
@@ -131,8 +131,14 @@ class PackedEncoder(ByRole, PreTrainedModel):
     # The contract of a forward.
 
     def forward(
-        self, hidden_states: Tensor | Pack, grid_thw: Tensor | None = None, patch_positions: Tensor | None = None
-    ) -> Tensor:
+        self,
+        hidden_states: Tensor | Pack,
+        grid_thw: Tensor | None = None,
+        patch_positions: Tensor | None = None,
+        *,
+        output: Literal["tokens", "all"] = "tokens",
+        output_hidden_states: bool = False,
+    ) -> Tensor | PackedOutput:
         """Patches to tokens, all images and clips of the pack in one pass.
 
         Args:
@@ -140,16 +146,26 @@ class PackedEncoder(ByRole, PreTrainedModel):
             grid_thw: `(N, 3)` integers `[frames, rows, columns]`, on the CPU or the device of the patches.
             patch_positions: `(T, 3)` integers `[t, h, w]` of each patch where they are not the full grid;
                 then a grid row is `(1, 1, patches kept)`.
+            output: `"all"` for pooled vectors, projections and prefix tokens as well.
+            output_hidden_states: with `"all"`, every layer's tokens, too.
 
         Returns:
-            `(T, D)` patch tokens after the final norm, in the order of the patches.
+            `(T, D)` patch tokens after the final norm, in the order of the patches; with `"all"` a `PackedOutput`.
 
         Raises:
             ValueError: arguments that do not fit each other or this model.
         """
+        if output not in ("tokens", "all") or (output_hidden_states and output != "all"):
+            raise ValueError(
+                f"output: expected 'tokens', or 'all', which output_hidden_states needs; "
+                f"got {output!r} with output_hidden_states={output_hidden_states}"
+            )
         patches, layout = read_arguments(self, hidden_states, grid_thw, patch_positions)
+        states: list[Tensor] | None = [] if output_hidden_states else None
+        runner = self._runner_for(layout) if states is None else EagerRunner(states)
         with torch.cuda.device_of(patches):  # non-torch kernels launch on the current device
-            return self.trunk(patches, layout, self._runner_for(layout)).tokens
+            trunk = self.trunk(patches, layout, runner)
+            return trunk.tokens if output == "tokens" else packed_output(self, trunk, layout, runner, states)
 
     def encode(
         self,
@@ -159,29 +175,22 @@ class PackedEncoder(ByRole, PreTrainedModel):
         *,
         output_hidden_states: bool = False,
     ) -> PackedOutput:
-        """As `forward`, with pooling, projection, prefix tokens and, on request, every layer's tokens."""
-        patches, layout = read_arguments(self, hidden_states, grid_thw, patch_positions)
-        states: list[Tensor] | None = [] if output_hidden_states else None
-        runner = self._runner_for(layout) if states is None else EagerRunner(states)
-        with torch.cuda.device_of(patches):
-            trunk = self.trunk(patches, layout, runner)
-            pooled = runner.pool(self, trunk, self._segments(layout))
-            if len(pooled) > len(layout.images):
-                pooled = segment_mean(pooled, layout.frames_per_image)
-            projected = runner.project(self, pooled)
-            if states and self.num_prefix_tokens:
-                places = PrefixLayout.of(layout, self.num_prefix_tokens)
-                states = [places.take_patches(state) for state in states]
-        hidden = None if states is None else tuple(states)
-        return PackedOutput(trunk.tokens, pooled, projected, trunk.prefix_tokens, hidden)
+        """The forward with `output="all"`: pooling, projection, prefix tokens and, on request, every layer's tokens.
 
-    def _segments(self, layout: Layout) -> Segments:
+        It calls the encoder itself, so that hooks on its forward (FSDP2, accelerate) run. What holds the encoder as a
+        module (DDP, FSDP1) is to be called instead: `ddp(pack, output="all")`. `ddp.module.encode` would go around it,
+        and gradients would differ from rank to rank.
+        """
+        options: dict[str, Any] = {"output": "all", "output_hidden_states": output_hidden_states}
+        return self(hidden_states, grid_thw, patch_positions, **options)
+
+    def segments_of(self, layout: Layout) -> Segments:
         """What attends to itself: whole clips or their frames."""
         return layout.images if self.frames_attend_jointly else layout.frames
 
     def _runner_for(self, layout: Layout) -> Runner:
         """What runs this pack; nothing else decides whether it is filled up."""
-        segments = len(self._segments(layout))
+        segments = len(self.segments_of(layout))
         rows = layout.num_patches + self.num_prefix_tokens * segments
         return self._runner if self._runner.admits(rows, segments) else EagerRunner()
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
+from transformers.utils.generic import ModelOutput
 
 
-@dataclass(frozen=True)
-class PackedOutput:
-    """Output of `PackedEncoder.encode`.
+@dataclass
+class PackedOutput(ModelOutput):
+    """Output of `PackedEncoder.encode`, and of its forward with `output="all"`.
+
+    As a `ModelOutput` it passes through what wraps a forward: DDP, FSDP and accelerate find the tensors in it.
 
     Attributes:
         tokens: `(T, D)` patch tokens after the final norm, in the order of the patches.
@@ -20,10 +23,10 @@ class PackedOutput:
     """
 
     tokens: Tensor
-    pooled: Tensor
-    image_embeds: Tensor | None
-    prefix_tokens: Tensor | None
-    hidden_states: tuple[Tensor, ...] | None
+    pooled: Tensor = None  # pyright: ignore[reportAssignmentType] - always there; a ModelOutput needs the default
+    image_embeds: Tensor | None = None
+    prefix_tokens: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,33 @@ def test_a_hook_sees_what_output_hidden_states_gives(goldens):
         assert torch.equal(states[2], seen[0][encoder.num_prefix_tokens :])
 
 
+@pytest.mark.parametrize("family", tiny_encoders.FAMILIES)
+def test_forward_gives_all_that_encode_gives(tmp_path, family):
+    encoder = nopad.load(tiny_encoders.tiny(family, tmp_path))
+    arguments = tiny_encoders.patches_of(encoder), tiny_encoders.GRIDS
+    seen = []
+    encoder.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        tokens = encoder(*arguments)
+        output = encoder(*arguments, output="all", output_hidden_states=True)
+        encoded = encoder.encode(*arguments, output_hidden_states=True)
+    assert seen[-1] is encoded  # what wraps the forward sees it
+    assert torch.equal(output.tokens, tokens)
+    assert output.keys() == encoded.keys() >= {"tokens", "pooled", "hidden_states"}
+    for name in output.keys() - {"hidden_states"}:
+        assert torch.equal(output[name], encoded[name])
+    assert all(map(torch.equal, output.hidden_states, encoded.hidden_states))
+
+
+def test_forward_refuses_other_outputs(goldens):
+    encoder = nopad.load(goldens / "dinov3-meta")
+    arguments = tiny_encoders.patches_of(encoder), tiny_encoders.GRIDS
+    with pytest.raises(ValueError, match=r"output: expected 'tokens', or 'all'.* got 'pooled'"):
+        encoder(*arguments, output="pooled")
+    with pytest.raises(ValueError, match="which output_hidden_states needs; got 'tokens'"):
+        encoder(*arguments, output_hidden_states=True)
+
+
 def test_a_pack_of_one_family_is_refused_by_another(goldens):
     dinov3, aimv2 = nopad.load(goldens / "dinov3-meta"), nopad.load(goldens / "aimv2-apple-native")
     onevision = nopad.load(goldens / "onevision-encoder")

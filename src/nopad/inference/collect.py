@@ -1,0 +1,39 @@
+"""From what an encoder's layers return to its output: pooled, projected, with the layers' tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from nopad.inference.runner import Runner
+from nopad.layers.pooling import segment_mean
+from nopad.layers.prefix import PrefixLayout
+from nopad.layout import Layout
+from nopad.outputs import PackedOutput, Trunk
+
+if TYPE_CHECKING:
+    from nopad.encoder import PackedEncoder
+
+
+def packed_output(
+    encoder: PackedEncoder, trunk: Trunk, layout: Layout, runner: Runner, states: list[Tensor] | None
+) -> PackedOutput:
+    """Pool and project by the runner that ran the layers.
+
+    Args:
+        encoder: pools a segment by its `pool_segments`.
+        trunk: what the layers returned.
+        layout: of the pack.
+        runner: that of the pack.
+        states: all rows of the pack before the first layer and after each, `None` where they are not asked for.
+    """
+    pooled = runner.pool(encoder, trunk, encoder.segments_of(layout))
+    if len(pooled) > len(layout.images):
+        pooled = segment_mean(pooled, layout.frames_per_image)
+    projected = runner.project(encoder, pooled)
+    if states and encoder.num_prefix_tokens:
+        places = PrefixLayout.of(layout, encoder.num_prefix_tokens)
+        states = [places.take_patches(state) for state in states]
+    hidden_states = None if states is None else tuple(states)
+    return PackedOutput(trunk.tokens, pooled, projected, trunk.prefix_tokens, hidden_states)
