@@ -14,4 +14,5 @@ def is_count(value: Any, least: int = 1) -> bool:
 def check_count(name: str, value: Any, least: int = 1) -> None:
     """Raise `ValueError` unless a value is such an integer."""
     if not is_count(value, least):
-        raise ValueError(f"{name}: expected an integer ≥ {least}, got {value!r:.80}")
+        kind = "" if isinstance(value, Integral) and not isinstance(value, bool) else "an integer "
+        raise ValueError(f"{name}: expected {kind}≥ {least}, got {value!r:.80}")

@@ -15,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from nopad.arguments import read_arguments
 from nopad.checkpoints import pretrained, state_dicts
 from nopad.checkpoints.formats import Checkpoint, Dialect
+from nopad.checkpoints.keywords import check_config_class, check_known, read_saving
 from nopad.checkpoints.strict import check_numbers
 from nopad.checkpoints.untrained import init_weights, untrained
 from nopad.inference.attention import set_attention
@@ -47,6 +48,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
         family: the family's name.
         dialects: how its checkpoints name their tensors.
         published: the config of each published model, by its name on the Hub.
+        config_classes: of all configs that it takes, where `config_class` is not the only one.
         read_config: returns the architecture of a checkpoint whose tensors have the packed model's names.
         frames_attend_jointly: a whole clip is one segment, not each of its frames.
         num_prefix_tokens: CLS and register tokens in front of each segment.
@@ -70,6 +72,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
     family: ClassVar[str]
     dialects: ClassVar[tuple[Dialect, ...]]
     published: ClassVar[dict[str, dict[str, Any]]]
+    config_classes: ClassVar[tuple[type[PreTrainedConfig], ...]] = ()
     read_config: ClassVar[Callable[[Checkpoint], PreTrainedConfig]]
     frames_attend_jointly: ClassVar[bool] = False
     num_prefix_tokens: int = 0
@@ -89,7 +92,9 @@ class PackedEncoder(ByRole, PreTrainedModel):
         if not isinstance(config, PreTrainedConfig):
             self.__dict__ = type(self).from_pretrained(config, **kwargs).__dict__
             return
-        super().__init__(config, **kwargs)
+        check_known(type(self).__name__, kwargs, ())
+        check_config_class(type(self), config)
+        super().__init__(config)
         check_numbers(config, type(config).__name__)
         check_patch_order(config.patch_order)
         self.head = self.projection = None
@@ -296,12 +301,21 @@ class PackedEncoder(ByRole, PreTrainedModel):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save under the original's tensor names, so that the original class loads the folder too.
 
+        Takes transformers' arguments.
+
         Raises:
             ValueError: the layers are in another format, see `precision`.
+            TypeError: an argument that nothing knows.
         """
+        arguments = read_saving(save_directory, *args, **kwargs)
         check_saving(self.precision)
         super().save_pretrained(save_directory, *args, **kwargs)
-        state_dicts.save_preprocessing(self, save_directory)
+        if arguments["is_main_process"]:
+            state_dicts.save_preprocessing(self, save_directory)
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        state_dicts.save_preprocessing(self, working_dir)  # `save_pretrained` uploads before it returns
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As `nn.Module` gives it.

@@ -23,14 +23,25 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 META = "model.pth"
 
 
-def open_checkpoint(name: str | Path, *, revision: str | None = None, **hub: Any) -> Checkpoint:
+def open_checkpoint(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+    **hub: Any,
+) -> Checkpoint:
     """Open a checkpoint without loading it.
 
     Args:
         name: a folder, a single `.safetensors`, `.pth`, `.pt` or `.bin` file, which the JSON files beside it are part
             of, or a name on the Hugging Face Hub.
         revision: branch, tag or commit on the Hub.
-        hub: `cache_dir`, `token`, `local_files_only`, `force_download`, `subfolder`, as transformers takes them.
+        subfolder: of the folder or of the repository.
+        variant: part of the file's name, as in `model.fp16.safetensors`.
+        use_safetensors: `True` for safetensors alone, `False` for pickles alone.
+        hub: `cache_dir`, `token`, `local_files_only`, `force_download`, `proxies`, as transformers takes them.
 
     Raises:
         ValueError: no weights there, or files that hold something else.
@@ -40,18 +51,23 @@ def open_checkpoint(name: str | Path, *, revision: str | None = None, **hub: Any
     path = Path(name).expanduser()
     if revision is not None and path.exists():
         raise ValueError(f"revision: {name!r} is on this machine and has no revisions, got {revision!r}")
+    choice = {"variant": variant, "use_safetensors": use_safetensors}
     if path.is_dir():
-        find = partial(_in_folder, path / hub.get("subfolder", ""))
-        return _with_json(Checkpoint(name, _weights(name, path / hub.get("subfolder", ""), find, None)), find)
+        folder = path / (subfolder or "")
+        find = partial(_in_folder, folder)
+        return _with_json(Checkpoint(name, _weights(name, folder, find, None, **choice), choice=choice), find)
     if os.path.lexists(path):
+        given = {option: value for option, value in {"subfolder": subfolder, **choice}.items() if value is not None}
+        if given:
+            raise ValueError(f"checkpoint {name!r}: expected a folder or a name on the Hub with {given}, got a file")
         return _with_json(Checkpoint(name, read_tensors(path)), partial(_in_folder, path.parent))
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.suffix in SUFFIXES:
         raise OSError(f"checkpoint {name!r}: neither a file nor a folder, and no name on the Hub (owner/model)")
     unasked = _why_unasked(name, **hub)
     if unasked is not None:
         hub["local_files_only"] = True
-    find = partial(_on_hub, name, revision=revision, **hub)
-    return _with_json(Checkpoint(name, _weights(name, None, find, unasked)), find)
+    find = partial(_on_hub, name, revision=revision, subfolder=subfolder or "", **hub)
+    return _with_json(Checkpoint(name, _weights(name, None, find, unasked, **choice), choice=choice), find)
 
 
 def _with_json(checkpoint: Checkpoint, find: Callable[[str], Path | None]) -> Checkpoint:
@@ -61,6 +77,11 @@ def _with_json(checkpoint: Checkpoint, find: Callable[[str], Path | None]) -> Ch
         preprocessor = _json(find("preprocessor_config.json")) or None
     path = find("config.json")
     config = _json(path, "vision_config", "quantization_config")
+    if config.get("transformers_weights") not in (None, SAFETENSORS[0]):
+        named = config["transformers_weights"]
+        raise ValueError(
+            f"{path}: transformers_weights: expected {SAFETENSORS[0]}, got {named!r:.80}; name the file itself"
+        )
     return replace(checkpoint, config=config, preprocessor=preprocessor, folder=None if path is None else path.parent)
 
 
@@ -104,34 +125,55 @@ def _why_unasked(name: str, *, local_files_only: bool = False, **hub: Any) -> st
 
 
 def _weights(
-    name: str, folder: Path | None, find: Callable[[str], Path | None], unasked: str | None
+    name: str,
+    folder: Path | None,
+    find: Callable[[str], Path | None],
+    unasked: str | None,
+    *,
+    variant: str | None,
+    use_safetensors: bool | None,
 ) -> dict[str, StoredTensor]:
     """Every tensor, from the files that transformers would take, in its order of preference."""
-    for single, index in (SAFETENSORS, PICKLES):
+    kinds = [kind for kind in (SAFETENSORS, PICKLES) if use_safetensors in (None, kind is SAFETENSORS)]
+    expected = [tuple(_of_variant(file, variant) for file in kind) for kind in kinds]
+    for single, index in expected:
         if (path := find(single)) is not None:
             return read_tensors(path)
         if (path := find(index)) is not None:
             return _indexed(path, Path(single).suffix, find)
-    if (path := find(META)) is not None:
-        return read_tensors(path)
+    if variant is None:
+        if PICKLES in kinds and (path := find(META)) is not None:
+            return read_tensors(path)
+        for kind in kinds if folder is not None else ():
+            path = _only_file(name, folder, PICKLE_SUFFIXES if kind is PICKLES else (".safetensors",))
+            if path is not None:
+                return read_tensors(path)
+    names = ", ".join(file for kind in expected for file in kind)
     if folder is not None:
-        for suffixes in ((".safetensors",), PICKLE_SUFFIXES):
-            files = sorted(file for file in folder.iterdir() if file.suffix in suffixes)
-            if len(files) == 1:
-                return read_tensors(files[0])
-            if files:
-                raise ValueError(
-                    f"checkpoint {name!r}: expected one weights file or an index, got {[file.name for file in files]}; "
-                    f"name the file itself"
-                )
-    expected = f"expected one of {', '.join((*SAFETENSORS, *PICKLES))}"
-    if folder is None:
-        where = "on the Hub" if unasked is None else f"in the Hub's cache, without the Hub, {unasked}"
-        raise OSError(
-            f"checkpoint {name!r}: neither a file nor a folder, and no weights of that name {where}; {expected}. "
-            f"'untrained:{name}' gives a published architecture with random weights"
+        others = (
+            "" if variant is not None else f", or one {' or '.join(f'*{Path(kind[0]).suffix}' for kind in kinds)} file"
         )
-    raise ValueError(f"checkpoint {name!r}: no weights there; {expected}, or one *.safetensors or *.pth file")
+        raise ValueError(f"checkpoint {name!r}: no weights there; expected one of {names}{others}")
+    where = "on the Hub" if unasked is None else f"in the Hub's cache, without the Hub, {unasked}"
+    raise OSError(
+        f"checkpoint {name!r}: neither a file nor a folder, and no weights of that name {where}; expected one of "
+        f"{names}. 'untrained:{name}' gives a published architecture with random weights"
+    )
+
+
+def _of_variant(file: str, variant: str | None) -> str:
+    stem, _, suffix = file.rpartition(".")
+    return file if variant is None else f"{stem}.{variant}.{suffix}"
+
+
+def _only_file(name: str, folder: Path, suffixes: tuple[str, ...]) -> Path | None:
+    files = sorted(file for file in folder.iterdir() if file.suffix in suffixes)
+    if len(files) > 1:
+        raise ValueError(
+            f"checkpoint {name!r}: expected one weights file or an index, got {[file.name for file in files]}; "
+            f"name the file itself"
+        )
+    return files[0] if files else None
 
 
 def _indexed(index: Path, suffix: str, find: Callable[[str], Path | None]) -> dict[str, StoredTensor]:

@@ -57,6 +57,7 @@ class Checkpoint:
         left_out: tensors that the dialect drops; some of them still tell about the architecture.
         table: leads from the names of the file to those of `tensors`.
         folder: where `config.json` was found, on this machine; `None` where there is none.
+        choice: `variant` and `use_safetensors`, where the files were chosen by them.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Checkpoint:
     left_out: Mapping[str, StoredTensor] = field(default_factory=dict)
     table: NameTable = field(default_factory=NameTable)
     folder: Path | None = None
+    choice: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def quantization_config(self) -> dict[str, Any] | None:

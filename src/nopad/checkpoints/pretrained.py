@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from nopad.checkpoints.files import open_checkpoint
 from nopad.checkpoints.formats import Checkpoint, Dialect
+from nopad.checkpoints.keywords import HUB, check_config_class, read_keywords, take_changes, with_changes
 from nopad.checkpoints.quantised import load_quantised, with_weight_names
 from nopad.checkpoints.strict import check_numbers, check_sizes, load_strictly, with_options
 from nopad.checkpoints.untrained import UNTRAINED
@@ -26,30 +28,32 @@ if TYPE_CHECKING:
 
 # What configs and layers raise on values of other types and on sizes that nothing has.
 _CONFIG_ERRORS = (TypeError, ArithmeticError, AttributeError, LookupError, RuntimeError, StrictDataclassError)
-HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 
 
 def from_pretrained(cls: type[PackedEncoder], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
     """Load a published checkpoint, strictly; see `nopad.load` for what it may be.
 
-    Takes transformers' arguments (`dtype`, `device_map`, `revision`, …) and `attention`, `patch_order`, `positions`, as
-    `nopad.load` does.
+    Takes transformers' arguments (`dtype`, `device_map`, `revision`, `variant`, …), `attention`, `patch_order` and
+    `positions` as `nopad.load` does, and fields of the config by their names (`attention_dropout=0.1`).
 
     Raises:
-        ValueError: not this family, or a tensor missing, unexpected or misshapen.
+        ValueError: not this family, a tensor missing, unexpected or misshapen, or an argument that asks for something
+            that nothing here does.
+        TypeError: an argument that nothing knows.
     """
     if pretrained_model_name_or_path is None:
         return _of_transformers(cls)(None, *args, **kwargs)
-    hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-    name = str(pretrained_model_name_or_path)
     if args:
         raise ValueError(f"from_pretrained: expected a checkpoint and named arguments, got {args!r:.200} besides")
-    if not name.startswith(UNTRAINED):
-        return cls.from_checkpoint(open_checkpoint(name, **hub), **kwargs)
-    others = sorted({**hub, **kwargs}.keys() - {"attention", "patch_order", "positions", "dtype", "seed"})
-    if others:
-        raise ValueError(f"{', '.join(others)}: {name!r} has random weights and takes no such argument")
-    return cls.untrained(name.removeprefix(UNTRAINED), **kwargs)
+    keywords = read_keywords(kwargs)
+    name = str(pretrained_model_name_or_path)
+    if name.startswith(UNTRAINED):
+        others = sorted(keywords.keys() - {"attention", "patch_order", "positions", "dtype", "seed"})
+        if others:
+            raise ValueError(f"{', '.join(others)}: {name!r} has random weights and takes no such argument")
+        return cls.untrained(name.removeprefix(UNTRAINED), **keywords)
+    hub = {argument: keywords.pop(argument) for argument in HUB & keywords.keys()}
+    return cls.from_checkpoint(open_checkpoint(name, **hub), **keywords)
 
 
 def _of_transformers(cls: type[PackedEncoder]) -> Callable[..., Any]:
@@ -94,8 +98,11 @@ def from_checkpoint(
     """Load an opened checkpoint: dialect, architecture, strict check, weights.
 
     Raises:
-        ValueError: see `from_pretrained`.
+        ValueError, TypeError: see `from_pretrained`.
     """
+    changes = take_changes(kwargs, config)
+    if config is not None:
+        check_config_class(cls, config)
     dialect = cls.dialect_of(checkpoint)
     if dialect is None:
         raise ValueError(
@@ -104,7 +111,8 @@ def from_checkpoint(
         )
     quantised = checkpoint.quantization_config is not None
     part = dialect.select(with_weight_names(checkpoint) if quantised else checkpoint)
-    skeleton = _skeleton(cls, dialect.convert(part), config, {"patch_order": patch_order, "positions": positions})
+    options = {"patch_order": patch_order, "positions": positions}
+    skeleton = _skeleton(cls, dialect.convert(part), config, changes, options)
     if isinstance(kwargs.get("device_map"), Mapping):
         kwargs["device_map"] = {_registered(skeleton, part): to for part, to in kwargs["device_map"].items()}
     implementation = kwargs.pop("attn_implementation", None) or "auto"
@@ -125,17 +133,26 @@ def _skeleton(
     cls: type[PackedEncoder],
     checkpoint: Checkpoint,
     config: PreTrainedConfig | None,
+    changes: dict[str, Any],
     options: dict[str, str | None],
 ) -> PackedEncoder:
     """The encoder that a checkpoint under the packed model's names describes, on the meta device."""
     layers = f"{cls.names.get('layers', 'layers')}."
     check_sizes(checkpoint, checkpoint.vision_config, layers)  # transformers' configs make a list of all layers
-    try:
+    with _config_errors(checkpoint):
         config = config or cls.read_config(checkpoint)
+    config = with_changes(config, changes)
+    with _config_errors(checkpoint), torch.device("meta"):
         check_numbers(config, f"checkpoint {checkpoint.name!r}")
         check_sizes(checkpoint, config.to_dict(), layers)
-        with torch.device("meta"):
-            return cls(with_options(config, **options))
+        return cls(with_options(config, **options))
+
+
+@contextmanager
+def _config_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    """Give errors about a config the checkpoint's name."""
+    try:
+        yield
     except (*_CONFIG_ERRORS, ValueError) as error:
         reason, whose = " ".join(str(error).split()) or repr(error), f"checkpoint {checkpoint.name!r}"
         if isinstance(error, _CONFIG_ERRORS):

@@ -94,7 +94,12 @@ def load_quantised(
         names = {}
     try:
         model, info = from_pretrained(
-            str(checkpoint.folder), config=config, key_mapping=names or None, output_loading_info=True, **kwargs
+            str(checkpoint.folder),
+            config=config,
+            key_mapping=names or None,
+            output_loading_info=True,
+            **checkpoint.choice,
+            **kwargs,
         )
     except _DAMAGE as error:
         reason = _incomplete(checkpoint) or " ".join(str(error).split()) or repr(error)

@@ -89,7 +89,9 @@ class Settings:
     model: str = _text(MISSING, "Hub name, folder, weights file, or untrained:<published name>")
     revision: str | None = _text(None, "branch, tag or commit on the Hub")
     tokens: bool = _flag("store each picture's tokens, too, in float16")
-    max_patches: int | None = _count(None, "most patches of a picture, aspect ratio kept")
+    max_patches: int | None = _count(
+        None, "most patches of a picture, aspect ratio kept; not for models of one fixed size"
+    )
     device: str | None = _option(
         None, "cpu, cuda, cuda:1, …; cuda where there is one, unless given", _check_device, decides=True
     )

@@ -49,7 +49,17 @@ class AIMv2Embeddings(ByRole):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         strict = is_strict(config.positions)
         self.position_embedding = None
-        if not config.is_native:
+        if config.is_native:
+            if strict:
+                raise ValueError(
+                    "positions: native checkpoints compute theirs for any grid, got 'strict'; leave it out"
+                )
+            if config.hidden_size % 4:
+                raise ValueError(
+                    f"hidden_size: expected a multiple of 4 for sines and cosines of rows and columns, got "
+                    f"{config.hidden_size}"
+                )
+        else:
             self.position_embedding = PositionTable(
                 trained_grid(config), config.hidden_size, mode="bicubic", strict=strict
             )

@@ -17,6 +17,7 @@ from nopad.families.siglip2_checkpoints import (
     PUBLISHED,
     Siglip2PackingConfig,
     SiglipConfigs,
+    SiglipPackingConfig,
     config_of,
     read_config,
     trained_grid,
@@ -99,6 +100,7 @@ class Siglip2NaflexPacking(PackedEncoder):
     """
 
     config_class = Siglip2PackingConfig
+    config_classes = (Siglip2PackingConfig, SiglipPackingConfig)
     family = "siglip2"
     dialects = DIALECTS
     published = PUBLISHED

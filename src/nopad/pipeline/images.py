@@ -33,7 +33,7 @@ def pack_images(
     Args:
         images: paths, encoded bytes, PIL images, uint8 arrays `(H, W, 3)`, or clips `(frames, H, W, 3)`.
         resize: `"pil"` is bit-exact with the original's processor, `"torch"` is faster and 1–2 grey levels off.
-        max_patches: a cap on the patches of an image, its aspect ratio kept.
+        max_patches: a cap on the patches of an image, its aspect ratio kept; for rules without a fixed size.
         preprocessing: another rule than the model's own.
 
     Returns:
@@ -41,7 +41,7 @@ def pack_images(
 
     Raises:
         ImageError: an image that cannot be used, by name and with the reason.
-        ValueError: one image where several are expected.
+        ValueError: one image where several are expected, or an option that the rule cannot follow.
     """
     _check_several(images)
     rule = preprocessing or encoder.preprocessing

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from nopad.counts import is_count
+from nopad.counts import check_count, is_count
 from nopad.preprocessing.decode import ImageError, as_tensor
 from nopad.preprocessing.limits import MAX_PIXELS
 
@@ -76,6 +76,7 @@ class Preprocessing:
 
     def describe(self, resize: Resize = "torch", max_patches: int | None = None) -> str:
         """One line for a table of features: what `preprocess` does with the same `resize` and `max_patches`."""
+        _check_resize(resize)
         limit = self._limit(max_patches)
         with_size = f"{self.rule} {self.size}" if self.size else self.rule
         before = self._in_float(resize)
@@ -97,8 +98,13 @@ class Preprocessing:
         return self.rescale_before_resize and resize == "pil"
 
     def _limit(self, max_patches: int | None) -> int | None:
-        if max_patches is not None and max_patches < 1:
-            raise ValueError(f"max_patches: expected ≥ 1, got {max_patches}")
+        if max_patches is not None:
+            check_count("max_patches", max_patches)
+            if self.size is not None:
+                raise ValueError(
+                    f"max_patches: got {max_patches}, but by the rule {self.rule!r} every image becomes a square of "
+                    f"{self.size} pixels; leave it out, or give the preprocessing of another rule"
+                )
         default = NAFLEX_MAX_PATCHES if self.rule == "naflex" else None
         return next((limit for limit in (max_patches, self.max_patches, default) if limit is not None), None)
 
@@ -145,22 +151,20 @@ def preprocess(
 
     Raises:
         ImageError: an aspect ratio so extreme that the resize would make more than `MAX_PIXELS`.
-        ValueError: an argument of another shape or dtype, or a fixed size that is smaller than a patch or has more
-            patches than `max_patches`.
+        ValueError: an argument of another shape or dtype, a fixed size that is smaller than a patch, or `max_patches`
+            where the rule has a fixed size.
     """
     if image.dtype != torch.uint8 or image.ndim not in (3, 4) or image.shape[-3] != 3 or 0 in image.shape:
         raise ValueError(
             f"image: expected uint8 (3, H, W) or (frames, 3, H, W), got {image.dtype} {tuple(image.shape)}"
         )
-    if resize not in get_args(Resize):
-        raise ValueError(f"resize: expected one of {get_args(Resize)}, got {resize!r}")
-    limit = preprocessing._limit(max_patches)
+    _check_resize(resize)
     size = preprocessing.size
-    if size is not None and not 1 <= (size // patch_size) ** 2 <= (limit or size**2):
-        raise ValueError(
-            f"size {size} with patch_size {patch_size} gives {(size // patch_size) ** 2} patches, "
-            f"expected at least 1{f' and at most max_patches {limit}' if limit else ''}"
-        )
+    if size is not None and (size < patch_size or max_patches is not None):
+        expected = "at least 1" if size < patch_size else f"no max_patches, got {max_patches}"
+        number = (size // patch_size) ** 2
+        raise ValueError(f"size {size} with patch_size {patch_size} gives {number} patches, expected {expected}")
+    limit = preprocessing._limit(max_patches)
     clip = image if image.ndim == 4 else image.unsqueeze(0)
     height, width = preprocessing._resized(clip.shape[2], clip.shape[3], patch_size, limit)
     if height * width > MAX_PIXELS:
@@ -181,6 +185,11 @@ def preprocess(
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     pixels = pixels.sub_(mean).div_(std)
     return pixels if image.ndim == 4 else pixels[0]
+
+
+def _check_resize(resize: str) -> None:
+    if resize not in get_args(Resize):
+        raise ValueError(f"resize: expected one of {get_args(Resize)}, got {resize!r}")
 
 
 def _with_short_side(height: int, width: int, short: int) -> tuple[int, int]:

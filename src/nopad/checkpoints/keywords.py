@@ -1,0 +1,136 @@
+"""The keyword arguments of `from_pretrained` and `save_pretrained`: each has its effect, or is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from nopad.suggestions import did_you_mean
+
+if TYPE_CHECKING:
+    from nopad.encoder import PackedEncoder
+
+_HUB_NAMES = """
+revision cache_dir token local_files_only force_download subfolder proxies variant use_safetensors
+"""
+# Some have no effect in transformers either: those that are older, and those of its Auto classes.
+_LOADER_NAMES = """
+device_map max_memory offload_folder offload_buffers quantization_config output_loading_info attn_implementation
+distributed_config device_mesh tp_plan tp_size use_kernels kernel_config allow_all_kernels tqdm_class
+trust_remote_code low_cpu_mem_usage offload_state_dict mirror _fast_init _from_auto _from_pipeline _commit_hash
+"""
+HUB = frozenset(_HUB_NAMES.split())
+"""Of `open_checkpoint`."""
+LOADER = frozenset(_LOADER_NAMES.split())
+"""Of transformers' loader."""
+_ENCODER = frozenset(("config", "attention", "patch_order", "positions", "dtype"))
+_REFUSED = {
+    "ignore_mismatched_sizes": "loading is strict",
+    "key_mapping": "loading is strict; rename the tensors of the file",
+    "state_dict": "that goes with None for the checkpoint, and a config",
+    "weights_only": "pickles are read for tensors alone",
+    "disable_mmap": "files are mapped",
+    "gguf_file": "GGUF is not read",
+    "from_tf": "TensorFlow's weights are not read",
+    "from_flax": "Flax's weights are not read",
+    "generation_config": "an encoder generates nothing",
+    "adapter_kwargs": "adapters are loaded by PEFT",
+}
+
+
+def read_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `from_pretrained` without those that ask for what is done anyway.
+
+    Raises:
+        ValueError: one that asks for something that nothing here does.
+    """
+    left = {name: value for name, value in keywords.items() if name not in ("torch_dtype", *_REFUSED)}
+    if left.get("dtype") is None and keywords.get("torch_dtype") is not None:
+        left["dtype"] = keywords["torch_dtype"]
+    for name, reason in _REFUSED.items():
+        value = keywords.get(name)
+        asks = value is False if name == "weights_only" else value is not None and value is not False and value != {}
+        if asks:
+            raise ValueError(f"from_pretrained: got {name}={value!r:.80}, but {reason}")
+    return left
+
+
+def take_changes(keywords: dict[str, Any], config: PreTrainedConfig | None) -> dict[str, Any]:
+    """Take those that change the config out of further arguments, as transformers' `from_pretrained` does.
+
+    Raises:
+        TypeError: there are some beside a whole config.
+    """
+    changes = {name: keywords.pop(name) for name in sorted(keywords.keys() - LOADER)}
+    if changes and config is not None:
+        raise TypeError(f"from_pretrained: got {', '.join(changes)} beside a config; change the config itself")
+    return changes
+
+
+def with_changes(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
+    """The same config with other values.
+
+    Raises:
+        TypeError: a field that it does not have.
+    """
+    check_known("from_pretrained", changes, own_fields(config), LOADER | _ENCODER | HUB | {"torch_dtype"})
+    config = copy.deepcopy(config) if changes else config
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def own_fields(config: PreTrainedConfig) -> set[str]:
+    """The fields of a config that describe its encoder, without those that every config of transformers has."""
+    return config.to_dict().keys() - PreTrainedConfig().to_dict().keys()
+
+
+def check_known(caller: str, names: Iterable[str], known: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Refuse names of arguments that nothing knows.
+
+    Args:
+        caller: for the message.
+        names: of arguments.
+        known: names that are taken.
+        others: further names that may have been meant.
+
+    Raises:
+        TypeError: one is not known.
+    """
+    for name in names:
+        if name not in known:
+            raise TypeError(f"{caller}: got an unexpected argument {name!r}{did_you_mean(name, {*known, *others})}")
+
+
+def check_config_class(cls: type[PackedEncoder], config: Any) -> None:
+    """Refuse a config that is not one of an encoder's own.
+
+    Raises:
+        TypeError: another class, transformers' own among them, which does not say what packing adds.
+    """
+    classes = cls.config_classes or (cls.config_class,)
+    if not isinstance(config, classes):
+        names = [each.__name__ for each in classes if each is not None]
+        advice = f"; {names[0]}(**config.to_dict()) makes one" if isinstance(config, PreTrainedConfig) else ""
+        raise TypeError(f"config: expected {' or '.join(names)}, got {type(config).__name__}{advice}")
+
+
+def read_saving(directory: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of `save_pretrained` by name, with transformers' own defaults.
+
+    Raises:
+        TypeError: one that transformers would not know either; those of `push_to_hub` come with `push_to_hub=True`.
+    """
+    signature = inspect.signature(PreTrainedModel.save_pretrained)
+    bound = signature.bind(None, directory, *args, **kwargs)
+    bound.apply_defaults()
+    arguments = dict(bound.arguments)
+    further = arguments.pop("kwargs", {})
+    if not arguments["push_to_hub"]:
+        check_known("save_pretrained", further, (), signature.parameters.keys() - {"self", "kwargs"})
+    return arguments

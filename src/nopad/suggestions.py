@@ -1,0 +1,13 @@
+"""What somebody may have meant by a name that nothing knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'a' or 'b'?"`, for the end of a message; empty where nothing is like it."""
+    lower = {each.lower(): each for each in known}
+    close = [lower[match] for match in get_close_matches(name.lower()[:200], lower, n=3, cutoff=0.7)]
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
