@@ -1,10 +1,10 @@
-"""The ways in which an encoder's layers can run, beside plain GEMMs, interleaved, and where their time goes on a GPU.
+"""The ways to run an encoder's layers, interleaved with plain GEMMs, and where their time goes on a GPU.
 
     python benchmarks/layers.py apple/aimv2-large-patch14-native --ways eager,quack,torch,fp8 --capacity 16896
 
-`nopad bench` measures what a user gets. Here layers are fused by the products that are named, how long the host is busy
-with a pack stands beside the time of a way, and `--profile` prints the kernels of the last way. Random weights, random
-pixels, the workload "mixed" of `nopad bench`; medians.
+`nopad bench` measures what a user gets. Here the GEMM backend can be selected, the host's time per pack is printed with
+the time of a way, and `--profile` prints the kernels of the last way. Random weights, random pixels, the workload
+"mixed" of `nopad bench`; medians.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 class WayNotRunError(Exception):
-    """The layers do not run in the way that was asked for."""
+    """The layers do not run in the requested way."""
 
 
 def measure(options: argparse.Namespace, ways: list[str]) -> None:
@@ -116,9 +116,9 @@ def measure(options: argparse.Namespace, ways: list[str]) -> None:
     if options.profile:
         from torch.profiler import ProfilerActivity, profile
 
-        with profile(activities=[ProfilerActivity.CUDA]) as found:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             runs[ways[-1]]()
-        print(found.key_averages().table(sort_by="cuda_time_total", row_limit=20, max_name_column_width=70))
+        print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=20, max_name_column_width=70))
 
 
 def _run(encoder: PackedEncoder, packs: list[Pack], busy: list[float]) -> None:

@@ -85,7 +85,9 @@ class Layout:
                 f"but hidden_states has {hidden_states.shape[0]} rows"
             )
         if patch_positions is not None:
-            patch_positions = patch_positions.long()  # as an index uint8 is a mask, and products of int8 overflow
+            patch_positions = (
+                patch_positions.long()
+            )  # uint8 would index as a mask, and int8 overflow in the products below
         if patch_positions is not None and total:
             frame_lengths, frames_whole, longest_side = _read_positions(
                 patch_positions, [t * h * w for t, h, w in grid]

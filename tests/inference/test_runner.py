@@ -1,7 +1,6 @@
-"""Static packs: features equal eager ones, and are bit-equal in any pack."""
+"""Runners: static packs equal eager ones and are bit-equal in any pack; packs that are not static run as before."""
 
 import copy
-import logging
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,9 +11,6 @@ from tiny_encoders import GRIDS, WIDE, is_batch_invariant, patches_of, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nopad
-from nopad.inference import compile
-from nopad.inference.compile import can_record
-from nopad.inference.padding import mask_nonfinite_rows, round_up_max_seqlen
 from nopad.inference.ready import EagerLayers
 from nopad.segments import Segments
 
@@ -57,16 +53,6 @@ def test_every_gemm_has_the_same_number_of_rows_in_all_packs(encoder, monkeypatc
         shapes.append(tuple(seen))
     assert len(set(shapes)) == 1
     assert set(seen) <= {CAPACITY, CAPACITY + MAX_SEGMENTS + 1, MAX_SEGMENTS + 1, MAX_SEGMENTS, 1}
-
-
-@torch.no_grad()
-def test_compile_warms_up_the_kernels_around_the_layers(encoder, monkeypatch):
-    seen = []
-    for name in ("pad_rows", "poison_segments"):
-        original = getattr(compile, name)
-        monkeypatch.setattr(compile, name, lambda *args, name=name, call=original: seen.append(name) or call(*args))
-    encoder.compile(CAPACITY, MAX_SEGMENTS)
-    assert seen == ["pad_rows", "poison_segments"]
 
 
 @torch.no_grad()
@@ -142,34 +128,6 @@ def test_gemms_of_packs_that_are_not_static_have_as_many_rows_as_before(encoder,
 
 
 @torch.no_grad()
-def test_every_encoder_and_capacity_of_a_process_is_compiled(tmp_path, quick_compile):
-    torch._dynamo.reset()
-    for number in range(12):
-        encoder = nopad.load(
-            tiny("siglip2", tmp_path / str(number), hidden_size=32 + 8 * number, num_attention_heads=2)
-        )
-        for capacity in (64, 96):
-            encoder.compile(capacity, 4)
-            with torch.profiler.profile() as profile:
-                encoder(patches_of(encoder, GRIDS[:1]), GRIDS[:1])
-            compiled = sum("Torch-Compiled Region" in event.name for event in profile.events())
-            assert compiled >= len(encoder.layers)
-            assert encoder.execution == "compiled"
-
-
-@torch.no_grad()
-def test_execution_is_eager_where_torch_compiles_nothing(encoder, caplog):
-    torch.compiler.set_stance("force_eager")
-    try:
-        encoder.compile(CAPACITY, MAX_SEGMENTS)
-    finally:
-        torch.compiler.set_stance("default")
-    assert encoder.execution == "eager"
-    assert "run uncompiled" in caplog.text
-    assert encoder.compiled_capacity == CAPACITY
-
-
-@torch.no_grad()
 def test_execution_follows_hooks_and_replaced_layers(encoder):
     encoder.compile(CAPACITY, MAX_SEGMENTS)
     assert encoder.execution == "compiled"
@@ -191,16 +149,6 @@ def test_training_and_hidden_states_run_eagerly(encoder):
     with torch.no_grad():
         hidden_states = encoder.encode(patches, GRIDS, output_hidden_states=True).hidden_states
     assert len(hidden_states) == encoder.config.num_hidden_layers + 1
-
-
-@pytest.mark.parametrize("nonfinite", [float("nan"), float("inf"), -float("inf")])
-def test_mask_nonfinite_rows(nonfinite):
-    tokens = torch.randn(4, 8)
-    expected = tokens.clone()
-    tokens[2, 5], expected[2] = nonfinite, 0.0
-    finite, masked = mask_nonfinite_rows(tokens)
-    assert finite.tolist() == [True, True, False, True]
-    assert torch.equal(masked, expected)
 
 
 @torch.no_grad()
@@ -303,65 +251,6 @@ def test_embed_counts_prefix_tokens(encoder, caplog):
     assert ran == ([1] * 4 if encoder.num_prefix_tokens else [2] * 2)
 
 
-def test_wrong_arguments_of_compile_raise(encoder):
-    with pytest.raises(ValueError, match="max_segments ≥ 1"):
-        encoder.compile(100, 0)
-    with pytest.raises(ValueError, match="expected capacity"):
-        encoder.compile(encoder.num_prefix_tokens, 1)
-
-
-@torch.no_grad()
-def test_one_compilation_serves_all_layers_and_packs(goldens):
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    encoder = nopad.load(goldens / "onevision-encoder")
-    expected = encoder(patches_of(encoder), GRIDS)
-    encoder.compile(CAPACITY, MAX_SEGMENTS)
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    with torch.inference_mode():
-        torch.testing.assert_close(encoder(patches_of(encoder), GRIDS), expected, rtol=1e-4, atol=1e-5)
-    encoder(patches_of(encoder, GRIDS[1:]), GRIDS[1:])
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs <= 8
-
-
-@torch.no_grad()
-def test_layers_run_eagerly_without_a_compiler(goldens, monkeypatch, caplog):
-    def broken(function):
-        def fail(*arguments):
-            raise torch._dynamo.exc.TorchDynamoException("Cannot find a working triton installation.")
-
-        return fail
-
-    monkeypatch.setattr(torch, "compile", broken)
-    encoder = nopad.load(goldens / "aimv2-apple-native")
-    expected = encoder(patches_of(encoder), GRIDS)
-    with caplog.at_level(logging.WARNING):
-        encoder.compile(CAPACITY, MAX_SEGMENTS)
-    assert "the layers run uncompiled: Cannot find a working triton" in caplog.text
-    torch.testing.assert_close(encoder(patches_of(encoder), GRIDS), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_round_up_max_seqlen():
-    assert [round_up_max_seqlen(length, 3000) for length in (0, 1, 256, 257, 1024, 1025, 2049, 3000)] == [
-        256, 256, 256, 512, 1024, 2048, 3000, 3000,
-    ]  # fmt: skip
-    assert round_up_max_seqlen(7, 100) == 100
-
-
-def test_padding_segments_have_nearly_equal_lengths():
-    padded = Segments.of([4, 5], "cpu").padded(16, 6)
-    assert padded.lengths == (4, 5, 2, 2, 2, 1)
-    assert padded.cu_seqlens.tolist() == [0, 4, 9, 11, 13, 15, 16]
-    assert Segments.of([4, 5], "cpu").padded(9, 3).lengths == (4, 5, 0)
-
-
-@pytest.mark.parametrize(("num_tokens", "num_segments"), [(8, 6), (12, 2)])
-def test_segments_over_the_limit_raise(num_tokens, num_segments):
-    message = f"expected at most {num_tokens} tokens in fewer than {num_segments} segments, got 9 in 2"
-    with pytest.raises(ValueError, match=message):
-        Segments.of([4, 5], "cpu").padded(num_tokens, num_segments)
-
-
 @torch.no_grad()
 def test_nonfinite_patches_poison_their_own_image_only(encoder):
     encoder.compile(CAPACITY, MAX_SEGMENTS)
@@ -373,20 +262,6 @@ def test_nonfinite_patches_poison_their_own_image_only(encoder):
     assert after.pooled[0].isnan().all()
     assert torch.equal(after.tokens[20:], before.tokens[20:])
     assert torch.equal(after.pooled[1:], before.pooled[1:])
-
-
-@pytest.mark.parametrize(
-    ("device", "attention", "capacity", "expected"),
-    [
-        ("cuda", "flash_attention_3", 49152, True),
-        ("cuda", "flash_attention_3", 49153, False),
-        ("cuda", "sdpa", 512, False),
-        ("cuda", "eager", 512, False),
-        ("cpu", "sdpa", 512, False),
-    ],
-)
-def test_can_record(device, attention, capacity, expected):
-    assert can_record(torch.device(device), attention, capacity) == expected
 
 
 def test_threads_share_a_compiled_encoder(encoder):

@@ -240,12 +240,12 @@ def test_patch_positions_may_be_any_integers(dtype):
     table = noise(20 * 20, 4)
     positions = torch.tensor([[0, 19, 18], [0, 0, 7], [1, 13, 13]])
 
-    def found(positions):
+    def results(positions):
         layout = layout_of([(1, 1, 3)], positions)
         rule = {"mode": "bicubic", "strict": False}
         return learned_positions(layout, table, (20, 20), **rule), sincos_2d(layout, 8), layout.frames.lengths
 
-    for ours, expected in zip(found(positions.to(dtype)), found(positions), strict=True):
+    for ours, expected in zip(results(positions.to(dtype)), results(positions), strict=True):
         assert torch.equal(torch.as_tensor(ours), torch.as_tensor(expected))
 
 

@@ -48,7 +48,7 @@ class PackedAttention(SharedInput):
         names: see `ByRole`; the roles are `q`, `k`, `v` and `proj`.
 
     Attributes:
-        qkv: one linear map in place of `q`, `k` and `v`, in formats for inference only; else `None`.
+        qkv: one linear layer in place of `q`, `k` and `v`, in formats for inference only; else `None`.
 
     Raises:
         ValueError: `num_heads` does not divide `hidden_size`.

@@ -1,4 +1,4 @@
-"""The dtype that something is computed in, where it is not the one that comes in."""
+"""Dtypes of intermediate results."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision as float32; float32 and float64 as they are."""
+    """Cast half precision to float32; float32 and float64 are returned unchanged."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -173,7 +173,7 @@ def _biases(linears: Sequence[nn.Linear]) -> Iterator[Tensor]:
 
 
 def lay_out(model: nn.Module) -> None:
-    """Put the weights of all maps of one input side by side."""
+    """Call `lay_out` of every `SharedInput` in `model`."""
     for module in model.modules():
         if isinstance(module, SharedInput):
             module.lay_out()

@@ -48,9 +48,9 @@ def channel_axes(head_dim: int, device: torch.device) -> Tensor:
 def channel_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
     """Angle per step along its axis of each channel of half a head, `(K / 2,)` float32.
 
-    The same bits as the original's `inv_freq`, which the checkpoints were trained with and which are off by up to 3e-7
-    of themselves: each axis on its own, on the CPU. An angle of position 4,096 is off by as much as 1e-3 with them, so
-    that bits of another device, or exact ones, would not be the original's features.
+    Bit-equal to the original's `inv_freq`, which the checkpoints were trained with: computed per axis, on the CPU, with
+    a relative rounding error of up to 3e-7. At position 4,096 that is an error of up to 1e-3 in the angle, so more
+    accurate frequencies, or those of another device, would not give the original's features.
     """
     sizes = (share * (head_dim // 2 // sum(SPLIT)) for share in SPLIT)
     frequencies = [1.0 / theta ** (torch.arange(size, dtype=torch.float32, device="cpu") / size) for size in sizes]

@@ -1,20 +1,13 @@
-"""Float8: rounding and scales, what keeps its dtype, and the restrictions of an encoder in float8.
-
-On a GPU (`-m gpu`): its GEMM and its fused rounding against the references, compiled layers against eager ones.
-"""
-
-import copy
+"""Conversion to float8: what is converted, what keeps its dtype, and what cannot be converted."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_encoders import FAMILIES, GRIDS, WIDE, is_batch_invariant, patches_of, relative, tiny
+from tiny_encoders import FAMILIES, GRIDS, WIDE, is_batch_invariant, patches_of, tiny
 from torch import nn
 
 import nopad
-from nopad.inference.float8 import format as fp8
 from nopad.inference.float8.convert import absorb_norms
-from nopad.inference.float8.format import FP8, MIN_AMAX, quantize_rows, round_weight, scaled_mm, silu_mul_quantize
 from nopad.inference.float8.modules import Float8GatedMLP, Float8Linear, Float8QKV
 from nopad.layers.linear import joined
 from nopad.layers.roles import registered_path
@@ -32,134 +25,6 @@ def folder(request, tmp_path):
 @pytest.fixture
 def encoder(tmp_path):
     return nopad.load(tiny("aimv2", tmp_path / "aimv2"), precision="fp8")
-
-
-def test_quantize_rows_scales_to_the_largest_float8_value():
-    quantized, scale = quantize_rows(torch.tensor([[1.0, -2.0, 0.5], [448.0, 17.0, 0.0]]))
-    assert quantized.dtype == FP8
-    # 17 lies between 16 and 18, as near to one as to the other: to the even one.
-    assert quantized.float().tolist() == [[224.0, -448.0, 112.0], [448.0, 16.0, 0.0]]
-    assert torch.equal(scale, torch.tensor([[2.0], [448.0]]) / 448)
-
-
-def test_quantize_rows_of_zeros():
-    quantized, scale = quantize_rows(torch.zeros(1, 4, dtype=torch.bfloat16))
-    assert quantized.float().tolist() == [[0.0] * 4]
-    assert scale.item() == torch.tensor(MIN_AMAX).div(448).item()
-
-
-@pytest.mark.parametrize("nonfinite", [float("nan"), float("inf")])
-def test_nonfinite_values_stay_in_their_row(nonfinite):
-    linear = Float8Linear(nn.Linear(32, 16))
-    rows = torch.randn(5, 32)
-    expected = linear(rows)
-    rows[2, 7] = nonfinite
-    output = linear(rows)
-    assert output[2].isnan().all()
-    others = [0, 1, 3, 4]
-    assert torch.equal(output[others], expected[others])
-
-
-def test_quantize_rows_is_independent_of_other_rows():
-    rows = torch.randn(6, 32)
-    whole = quantize_rows(rows)
-    for number in range(6):
-        alone = quantize_rows(rows[number : number + 1])
-        among = quantize_rows(torch.cat((1e3 * torch.randn(2, 32), rows[number : number + 1])))
-        for a, b, c in zip(whole, alone, among, strict=True):
-            assert torch.equal(a[number].view(torch.uint8), b[0].view(torch.uint8))
-            assert torch.equal(b[0].view(torch.uint8), c[2].view(torch.uint8))
-
-
-def test_round_weight_uses_the_scale_with_the_smallest_error():
-    weight = torch.randn(64, 256)
-    weight[3] = 0.0
-
-    def loss(quantized, scale):
-        return (quantized.float() * scale - weight).square().sum(dim=1)
-
-    best, plain = loss(*round_weight(weight)), loss(*quantize_rows(weight))
-    assert (best <= plain).all()
-    assert best.sum() < 0.85 * plain.sum()
-    assert best[3] == 0
-    linear = nn.Linear(256, 64, bias=False)
-    rounded = Float8Linear(linear)
-    assert all(
-        map(
-            torch.equal,
-            (rounded.weight.float(), rounded.scale),
-            (weight.float() for weight in round_weight(linear.weight)),
-        )
-    )
-
-
-def test_scaled_mm_multiplies_the_scaled_values():
-    (a, scale_a), (b, scale_b) = quantize_rows(torch.randn(7, 32)), quantize_rows(torch.randn(5, 32))
-    output = scaled_mm(a, scale_a, b, scale_b, torch.float32)
-    expected = (a.double() * scale_a) @ (b.double() * scale_b).T
-    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
-    assert scaled_mm(a, scale_a, b, scale_b, torch.bfloat16).dtype == torch.bfloat16
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(scaled_mm(a, scale_a, b, scale_b, torch.float32), output)
-
-
-@pytest.mark.parametrize("public", [True, False])
-def test_torchs_scaled_mm_equals_the_reference(monkeypatch, public):
-    """Both the public function of newer versions and the private one that older versions have."""
-    called = []
-    if public:
-        if not hasattr(F, "scaled_mm"):
-            pytest.skip("this torch has no public scaled_mm")
-        torch_function = F.scaled_mm
-        monkeypatch.setattr(F, "scaled_mm", lambda *args, **kwargs: called.append(1) or torch_function(*args, **kwargs))
-    else:
-        torch_function = torch._scaled_mm
-        monkeypatch.delattr(F, "scaled_mm", raising=False)
-        monkeypatch.setattr(
-            torch, "_scaled_mm", lambda *args, **kwargs: called.append(1) or torch_function(*args, **kwargs)
-        )
-    (a, scale_a), (b, scale_b) = quantize_rows(torch.randn(32, 64)), quantize_rows(torch.randn(48, 64))
-    output = fp8.torch_scaled_mm(a, scale_a, b, scale_b, torch.bfloat16)
-    assert called == [1]
-    assert torch.equal(output, scaled_mm(a, scale_a, b, scale_b, torch.bfloat16))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", ["aimv2", "siglip2"])
-def test_layers_return_the_dtype_of_autocast(tmp_path, family):
-    layer = nopad.load(tiny(family, tmp_path), precision="fp8").layers[0]
-    rows = torch.randn(5, layer.attention.proj.in_features)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert {part.dtype for part in layer.attention._project(rows)} == {torch.bfloat16}
-        assert layer.mlp(rows).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_float8_linear_has_an_error_of_a_few_percent(bias):
-    linear = nn.Linear(64, 48, bias=bias)
-    rows = torch.randn(50, 64) * torch.logspace(-3, 3, 50)[:, None]
-    float8 = Float8Linear(linear)
-    # By row: a small row is no worse than a large one.
-    expected = F.linear(rows, linear.weight)
-    errors = (float8(rows) - linear(rows)).norm(dim=1) / expected.norm(dim=1)
-    assert 0.005 < errors.mean() < 0.05
-    assert errors.max() < 0.1
-
-
-@pytest.mark.parametrize("has_bias", [(True, False, True), (False, False, True)])
-def test_float8_linear_keeps_joined_biases(has_bias):
-    linear = joined([nn.Linear(32, 32, bias=biased) for biased in has_bias])
-    expected = linear(torch.zeros(1, 32))
-    assert torch.equal(Float8Linear(linear)(torch.zeros(1, 32)), expected)
-    for part, biased in zip(expected[0].chunk(3), has_bias, strict=True):
-        assert bool(part.any()) == biased
-
-
-def test_silu_mul_quantize_equals_quantize_rows():
-    gate_up = torch.randn(9, 64)
-    gate, up = gate_up.chunk(2, dim=1)
-    for output, expected in zip(silu_mul_quantize(gate_up), quantize_rows(F.silu(gate) * up), strict=True):
-        assert torch.equal(output.view(torch.uint8), expected.view(torch.uint8))
 
 
 @torch.no_grad()
@@ -237,62 +102,6 @@ def test_batch_invariance(folder, added):
     encoder = nopad.load(folder, precision="fp8")
     encoder.compile(CAPACITY, MAX_SEGMENTS, compiled=False)
     assert is_batch_invariant(encoder, added)
-
-
-def test_saving_raises(encoder, tmp_path):
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match="load it without precision to save it"):
-        encoder.save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match="load it without precision to save it"):
-        encoder.state_dict()
-    with pytest.raises(ValueError, match="load it without precision to save it"):
-        nn.ModuleDict({"vision": encoder}).state_dict()
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_training_raises(encoder):
-    patches = patches_of(encoder)
-    assert not encoder(patches, GRIDS).requires_grad  # also outside no_grad
-    with pytest.raises(ValueError, match="has no gradients"):
-        encoder(patches.requires_grad_(), GRIDS)
-    with torch.no_grad():
-        encoder(patches, GRIDS)
-    encoder.norm.weight.requires_grad_()
-    with pytest.raises(ValueError, match="has no gradients"):
-        encoder(patches.detach(), GRIDS)
-    encoder.requires_grad_(False).train()
-    for call in (encoder, encoder.encode):
-        with pytest.raises(ValueError, match=r"is for inference, expected eval\(\), got train\(\)"):
-            call(patches.detach(), GRIDS)
-    assert encoder.eval()(patches.detach(), GRIDS).isfinite().all()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("cast", ["half", "float", "bfloat16", "double"])
-def test_cast_keeps_float8_weights_and_scales(tmp_path, cast):
-    encoder = nopad.load(tiny("dinov3", tmp_path / "dinov3"), precision="fp8")
-    linear = encoder.layers[-1].attention.qkv
-    weight, scale = linear.weight.clone(), linear.scale.clone()
-    expected = encoder(patches_of(encoder), GRIDS)
-    getattr(encoder, cast)()
-    linear = encoder.layers[-1].attention.qkv
-    assert (linear.weight.dtype, linear.scale.dtype) == (FP8, torch.float32)
-    assert torch.equal(linear.weight.view(torch.uint8), weight.view(torch.uint8))
-    assert torch.equal(linear.scale, scale)
-    assert linear.bias.dtype == encoder.dtype == encoder.norm.weight.dtype
-    output = encoder(patches_of(encoder), GRIDS)
-    assert output.dtype == encoder.dtype
-    assert relative(output, expected) < 0.1
-
-
-@torch.no_grad()
-def test_moves_and_copies_keep_the_precision(encoder):
-    expected = encoder(patches_of(encoder), GRIDS)
-    for twin in (encoder.to("cpu"), encoder.to(device="cpu", dtype=torch.float32), copy.deepcopy(encoder)):
-        assert twin.precision == "fp8"
-        assert torch.equal(twin(patches_of(twin), GRIDS), expected)
-    assert encoder.to("meta").layers[0].mlp.down.weight.dtype == FP8
-    assert encoder.precision == "fp8"
 
 
 def test_unsupported_sizes_leave_the_encoder_unchanged(tmp_path):
@@ -405,45 +214,6 @@ def test_hooks_on_replaced_modules_raise(tmp_path, part, register):
     assert len(seen) == 2
 
 
-@pytest.mark.parametrize("linear", [nn.Linear(32, 96, bias=False), nn.Linear(32, 96)])
-@torch.no_grad()
-def test_float8_qkv_keeps_the_values_of_the_layer(linear):
-    for parameter in linear.parameters():
-        nn.init.normal_(parameter)
-    rows, qkv = torch.randn(5, 32), Float8QKV(linear)
-    output, expected, float8 = qkv(rows), linear(rows), Float8Linear(linear)(rows)
-    torch.testing.assert_close(output[:, 64:], expected[:, 64:])
-    torch.testing.assert_close(output[:, :64], float8[:, :64])
-    assert not any(parameter.requires_grad for parameter in qkv.parameters())
-
-
-def test_unknown_precision_raises(tmp_path):
-    with pytest.raises(ValueError, match="precision: expected 'fp8', got 'int8'"):
-        nopad.load(tiny("aimv2", tmp_path / "aimv2"), precision="int8")
-
-
-@pytest.mark.gpu
-@NEEDS_GPU
-@pytest.mark.parametrize("rows", [1, 300, 1024])
-def test_gpu_scaled_mm_equals_the_reference(rows):
-    operands = *quantize_rows(torch.randn(rows, 256)), *quantize_rows(torch.randn(96, 256))
-    expected = scaled_mm(*operands, torch.float32)
-    assert relative(scaled_mm(*(operand.cuda() for operand in operands), torch.bfloat16), expected) < 2e-2
-
-
-@pytest.mark.gpu
-@NEEDS_GPU
-@pytest.mark.parametrize("width", [48, 128, 2816])
-def test_gpu_silu_mul_quantize_equals_the_reference(width):
-    gate_up = torch.randn(70, 2 * width).to(torch.bfloat16)
-    gate_up[3] = 0
-    quantized, scale = silu_mul_quantize(gate_up)
-    output, output_scale = silu_mul_quantize(gate_up.cuda())
-    assert (output.dtype, output_scale.dtype, output.shape) == (FP8, torch.float32, quantized.shape)
-    torch.testing.assert_close(output_scale.cpu(), scale, rtol=1e-5, atol=0)
-    assert relative(output.float() * output_scale, quantized.float() * scale) < 2e-2
-
-
 @pytest.mark.gpu
 @NEEDS_GPU
 @torch.no_grad()
@@ -463,14 +233,3 @@ def test_compiled_layers_on_a_gpu_are_close_to_eager(tmp_path, family):
     for name in ("tokens", "pooled"):
         cosine = torch.cosine_similarity(getattr(compiled, name).float(), getattr(eager, name).float(), dim=-1)
         assert cosine.min() > 0.99
-
-
-@pytest.mark.gpu
-@NEEDS_GPU
-def test_other_dtypes_on_a_gpu_raise(tmp_path):
-    folder = tiny("aimv2", tmp_path / "wide", **WIDE)
-    with pytest.raises(ValueError, match=r"expected dtype torch\.bfloat16 on a GPU, got torch\.float32"):
-        nopad.load(folder, device="cuda", precision="fp8")
-    encoder = nopad.load(folder, device="cuda", dtype=torch.bfloat16, precision="fp8").half()
-    with pytest.raises(ValueError, match=r"expected dtype torch\.bfloat16 on a GPU, got torch\.float16"):
-        encoder(patches_of(encoder), GRIDS)

@@ -1,0 +1,110 @@
+"""`compile`: arguments, warm-up, fallbacks, and how often torch compiles."""
+
+import logging
+
+import pytest
+import torch
+from siglip2_checkpoints import folder_of, naflex
+from tiny_encoders import GRIDS, patches_of, tiny
+
+import nopad
+from nopad.inference import compile
+from nopad.inference.compile import can_record
+
+CAPACITY, MAX_SEGMENTS = 160, 9
+
+
+@pytest.fixture(params=["aimv2-apple-lit", "siglip2", "dinov3-meta", "onevision-encoder"])
+def encoder(request, goldens, tmp_path, quick_compile):
+    folder = folder_of(tmp_path, naflex()) if request.param == "siglip2" else goldens / request.param
+    return nopad.load(folder)
+
+
+@torch.no_grad()
+def test_compile_warms_up_the_kernels_around_the_layers(encoder, monkeypatch):
+    seen = []
+    for name in ("pad_rows", "poison_segments"):
+        original = getattr(compile, name)
+        monkeypatch.setattr(compile, name, lambda *args, name=name, call=original: seen.append(name) or call(*args))
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
+    assert seen == ["pad_rows", "poison_segments"]
+
+
+@torch.no_grad()
+def test_every_encoder_and_capacity_of_a_process_is_compiled(tmp_path, quick_compile):
+    torch._dynamo.reset()
+    for number in range(12):
+        encoder = nopad.load(
+            tiny("siglip2", tmp_path / str(number), hidden_size=32 + 8 * number, num_attention_heads=2)
+        )
+        for capacity in (64, 96):
+            encoder.compile(capacity, 4)
+            with torch.profiler.profile() as profile:
+                encoder(patches_of(encoder, GRIDS[:1]), GRIDS[:1])
+            compiled = sum("Torch-Compiled Region" in event.name for event in profile.events())
+            assert compiled >= len(encoder.layers)
+            assert encoder.execution == "compiled"
+
+
+@torch.no_grad()
+def test_execution_is_eager_where_torch_compiles_nothing(encoder, caplog):
+    torch.compiler.set_stance("force_eager")
+    try:
+        encoder.compile(CAPACITY, MAX_SEGMENTS)
+    finally:
+        torch.compiler.set_stance("default")
+    assert encoder.execution == "eager"
+    assert "run uncompiled" in caplog.text
+    assert encoder.compiled_capacity == CAPACITY
+
+
+def test_wrong_arguments_of_compile_raise(encoder):
+    with pytest.raises(ValueError, match="max_segments ≥ 1"):
+        encoder.compile(100, 0)
+    with pytest.raises(ValueError, match="expected capacity"):
+        encoder.compile(encoder.num_prefix_tokens, 1)
+
+
+@torch.no_grad()
+def test_one_compilation_serves_all_layers_and_packs(goldens):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    encoder = nopad.load(goldens / "onevision-encoder")
+    expected = encoder(patches_of(encoder), GRIDS)
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder(patches_of(encoder), GRIDS), expected, rtol=1e-4, atol=1e-5)
+    encoder(patches_of(encoder, GRIDS[1:]), GRIDS[1:])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs <= 8
+
+
+@torch.no_grad()
+def test_layers_run_eagerly_without_a_compiler(goldens, monkeypatch, caplog):
+    def broken(function):
+        def fail(*arguments):
+            raise torch._dynamo.exc.TorchDynamoException("Cannot find a working triton installation.")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    encoder = nopad.load(goldens / "aimv2-apple-native")
+    expected = encoder(patches_of(encoder), GRIDS)
+    with caplog.at_level(logging.WARNING):
+        encoder.compile(CAPACITY, MAX_SEGMENTS)
+    assert "the layers run uncompiled: Cannot find a working triton" in caplog.text
+    torch.testing.assert_close(encoder(patches_of(encoder), GRIDS), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "attention", "capacity", "expected"),
+    [
+        ("cuda", "flash_attention_3", 49152, True),
+        ("cuda", "flash_attention_3", 49153, False),
+        ("cuda", "sdpa", 512, False),
+        ("cuda", "eager", 512, False),
+        ("cpu", "sdpa", 512, False),
+    ],
+)
+def test_can_record(device, attention, capacity, expected):
+    assert can_record(torch.device(device), attention, capacity) == expected
