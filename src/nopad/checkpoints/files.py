@@ -144,7 +144,7 @@ def _weights(
     if variant is None:
         if PICKLES in kinds and (path := find(META)) is not None:
             return read_tensors(path)
-        for kind in kinds if folder is not None else ():
+        for kind in kinds:
             path = _only_file(name, folder, PICKLE_SUFFIXES if kind is PICKLES else (".safetensors",))
             if path is not None:
                 return read_tensors(path)
@@ -166,8 +166,8 @@ def _of_variant(file: str, variant: str | None) -> str:
     return file if variant is None else f"{stem}.{variant}.{suffix}"
 
 
-def _only_file(name: str, folder: Path, suffixes: tuple[str, ...]) -> Path | None:
-    files = sorted(file for file in folder.iterdir() if file.suffix in suffixes)
+def _only_file(name: str, folder: Path | None, suffixes: tuple[str, ...]) -> Path | None:
+    files = [] if folder is None else sorted(file for file in folder.iterdir() if file.suffix in suffixes)
     if len(files) > 1:
         raise ValueError(
             f"checkpoint {name!r}: expected one weights file or an index, got {[file.name for file in files]}; "

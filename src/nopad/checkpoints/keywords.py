@@ -113,9 +113,9 @@ def check_config_class(cls: type[PackedEncoder], config: Any) -> None:
     Raises:
         TypeError: another class, transformers' own among them, which does not say what packing adds.
     """
-    classes = cls.config_classes or (cls.config_class,)
+    classes: tuple[Any, ...] = cls.config_classes or (cls.config_class,)
     if not isinstance(config, classes):
-        names = [each.__name__ for each in classes if each is not None]
+        names = [each.__name__ for each in classes]
         advice = f"; {names[0]}(**config.to_dict()) makes one" if isinstance(config, PreTrainedConfig) else ""
         raise TypeError(f"config: expected {' or '.join(names)}, got {type(config).__name__}{advice}")
 
