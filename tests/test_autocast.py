@@ -58,7 +58,7 @@ def test_autocast_is_as_near_to_float32_as_the_originals(family, dtype, tmp_path
         return output.tokens, output.pooled if has_pooled else None
 
     def theirs():
-        tokens, pooled = zip(*(run_original(family, original, image) for image in images), strict=True)
+        tokens, pooled, _ = zip(*(run_original(family, original, image) for image in images), strict=True)
         return torch.cat(tokens), None if pooled[0] is None else torch.stack(pooled)
 
     with torch.no_grad():

@@ -24,3 +24,8 @@ def test_without_the_extra_it_is_told_what_to_install(package, name):
 
 def test_read_is_an_alias_of_read_features():
     assert nopad.read is nopad.read_features
+
+
+def test_importing_nopad_is_light():
+    code = "import sys, nopad; assert not {'torch', 'transformers'} & set(sys.modules); nopad.patchify"
+    subprocess.run([sys.executable, "-c", code], check=True)

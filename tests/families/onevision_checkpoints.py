@@ -49,20 +49,14 @@ def preview(state):
     return out
 
 
-def pixels_of(grids, patch_size=4):
-    generator = torch.Generator().manual_seed(0)
-    images = [torch.randn(t, 3, h * patch_size, w * patch_size, generator=generator) for t, h, w in grids]
-    return [image[0] if len(image) == 1 else image for image in images]
-
-
 def positions_of(grid, frame_numbers=None):
     frames, rows, columns = grid
     numbers = torch.arange(frames) if frame_numbers is None else torch.as_tensor(frame_numbers)
     return torch.cartesian_prod(numbers, torch.arange(rows), torch.arange(columns))
 
 
-def by_itself(original, pixels, positions=None):
-    """The reference's tokens and pooled vector of one image or one whole clip."""
+def run(original, pixels, positions=None):
+    """The reference's tokens and pooled vector, `None` without a head, of one image or one whole clip."""
     if pixels.ndim == 3:
         output = original(pixels[None])
     else:
@@ -70,5 +64,5 @@ def by_itself(original, pixels, positions=None):
         grid = (pixels.shape[0], pixels.shape[2] // size, pixels.shape[3] // size)
         positions = positions_of(grid) if positions is None else positions
         output = original(pixels.transpose(0, 1)[None], patch_positions=positions[None])
-    tokens = output.last_hidden_state[0]
-    return tokens, tokens.mean(dim=0) if output.pooler_output is None else output.pooler_output[0]
+    pooled = output.pooler_output
+    return output.last_hidden_state[0], None if pooled is None else pooled[0]

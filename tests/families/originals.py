@@ -1,16 +1,21 @@
-"""The originals of `tiny_encoders`: read from a folder, and run on one image."""
+"""The originals of `tiny_encoders`: read from a folder, and run on one image or clip."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
+import onevision_checkpoints
 import siglip2_checkpoints
+import torch
 from onevision_original import PlainConfig, PlainOneVision
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
+
+import nopad
 
 ORIGINALS = {
     "aimv2": Aimv2VisionModel,
@@ -37,12 +42,81 @@ def read_by_original(family: str, folder: Path):
     return original
 
 
-def run_original(family: str, original, image: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Patch tokens and pooled vector of one image `(C, H, W)`."""
+def layers_of(original) -> nn.ModuleList:
+    """Its transformer layers, which DINOv3 has in `model`."""
+    return original.encoder.layers if hasattr(original, "encoder") else original.model.layer
+
+
+class Features(NamedTuple):
+    """What an original makes of one image or clip.
+
+    Attributes:
+        tokens: `(T, D)` of the patches.
+        pooled: `(D,)`, `None` without pooling.
+        prefix: `(frames, number, D)`, `None` where there are no prefix tokens.
+    """
+
+    tokens: Tensor
+    pooled: Tensor | None
+    prefix: Tensor | None = None
+
+
+def run_original(family: str, original, pixels: Tensor) -> Features:
+    """Features of one image `(C, H, W)`, or of one clip `(frames, C, H, W)`: OneVision's as a whole, else by frames."""
+    if family == "onevision":
+        return Features(*onevision_checkpoints.run(original, pixels))
+    if pixels.ndim == 4:
+        frames = [run_original(family, original, frame) for frame in pixels]
+        tokens, pooled, prefix = zip(*frames, strict=True)
+        return Features(
+            torch.cat(tokens),
+            None if pooled[0] is None else torch.stack(pooled).mean(dim=0),
+            None if prefix[0] is None else torch.cat(prefix),
+        )
     if family.startswith("siglip"):
-        return siglip2_checkpoints.run(original, image)
-    output = original(image[None])
+        return Features(*siglip2_checkpoints.run(original, pixels))
+    output = original(pixels[None])
     tokens, pooled = output.last_hidden_state[0], output.pooler_output
-    if family.startswith("dinov3"):
-        tokens = tokens[1 + original.config.num_register_tokens :]
-    return tokens, None if pooled is None else pooled[0]
+    number = 1 + original.config.num_register_tokens if family.startswith("dinov3") else 0
+    prefix = tokens[None, :number] if number else None
+    return Features(tokens[number:], None if pooled is None else pooled[0], prefix)
+
+
+GRIDS = [(1, 3, 5), (1, 1, 1), (3, 2, 4), (1, 60, 1), (1, 1, 60), (2, 5, 5)]
+"""Images, among them of one patch and of one row, and clips."""
+
+
+def grids_of(family: str) -> list[tuple[int, int, int]]:
+    """Grids that the original takes: of AIMv2's learned positions the trained one alone."""
+    return [(1, 5, 5), (2, 5, 5), (1, 5, 5)] if family == "aimv2 with a head" else GRIDS
+
+
+def pixels_of(grids, patch_size: int = 4, seed: int = 0) -> list[Tensor]:
+    """Random images `(C, H, W)` and clips `(frames, C, H, W)`."""
+    generator = torch.Generator().manual_seed(seed)
+    images = [torch.randn(t, 3, h * patch_size, w * patch_size, generator=generator) for t, h, w in grids]
+    return [image[0] if len(image) == 1 else image for image in images]
+
+
+def max_relative(ours: Tensor, theirs: Tensor) -> float:
+    """The largest distance of two vectors, over the norm of the second."""
+    return float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max())
+
+
+@torch.no_grad()
+def assert_parity(family: str, encoder, original, grids=None, tolerance: float = 1e-4) -> None:
+    """All images in one pack have the features that the original gives one by one."""
+    grids = grids_of(family) if grids is None else grids
+    pixels = pixels_of(grids, encoder.patch_size)
+    pack = nopad.Pack.of(pixels, encoder.patch_size, encoder.patch_order)
+    output = encoder.encode(pack)
+    prefixes = [None] * len(grids)
+    if output.prefix_tokens is not None:
+        prefixes = output.prefix_tokens.split([t for t, _, _ in grids])
+    for tokens, pooled, prefix, image in zip(pack.unpack(output.tokens), output.pooled, prefixes, pixels, strict=True):
+        expected = run_original(family, original, image)
+        assert max_relative(tokens.flatten(0, 2), expected.tokens) < tolerance
+        mean = expected.tokens.unflatten(0, (tokens.shape[0], -1)).mean(dim=(0, 1))
+        assert max_relative(pooled, mean if expected.pooled is None else expected.pooled) < tolerance
+        assert (prefix is None) == (expected.prefix is None)
+        assert prefix is None or max_relative(prefix, expected.prefix) < tolerance

@@ -78,11 +78,3 @@ def run(original, image: Tensor) -> tuple[Tensor, Tensor | None]:
         )
     pooled = output.pooler_output
     return output.last_hidden_state[0], None if pooled is None else pooled[0]
-
-
-def run_frames(original, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The same of an image, or of a clip frame by frame, its pooled vectors averaged."""
-    tokens, pooled = zip(
-        *(run(original, frame) for frame in (pixels if pixels.ndim == 4 else pixels[None])), strict=True
-    )
-    return torch.cat(tokens), None if pooled[0] is None else torch.stack(pooled).mean(dim=0)

@@ -11,6 +11,8 @@ import siglip2_checkpoints
 import torch
 from torch import Tensor
 
+from nopad import PackedEncoder, families
+
 GRIDS = torch.tensor([[1, 4, 5], [1, 7, 3], [2, 2, 2], [1, 1, 1]])
 FAMILIES = ("aimv2", "aimv2 with a head", "siglip2", "siglip", "dinov3", "dinov3 gated", "onevision")
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2}
@@ -31,6 +33,12 @@ def tiny(family: str, folder: Path, **changes) -> Path:
     head = {"use_head": True, "is_native": False} if family == "aimv2 with a head" else {}
     original = aimv2_checkpoints.tiny_original(**head, **changes)
     return aimv2_checkpoints.write(folder, original.state_dict(), original.config.to_dict())
+
+
+def encoder_class(family: str) -> type[PackedEncoder]:
+    """The class that packs a family of `FAMILIES`."""
+    name = "siglip2" if family.startswith("siglip") else family.split()[0]
+    return next(cls for cls in families.FAMILIES if cls.family == name)
 
 
 def patches_of(encoder, grids: Tensor = GRIDS, seed: int = 0) -> Tensor:

@@ -1,0 +1,229 @@
+"""What holds for the checkpoints of all families. Meta's, which bring tensors of their own, are in test_dinov3.py."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import pytest
+import torch
+from aimv2_checkpoints import write
+from originals import read_by_original
+from safetensors.torch import load_file
+from tiny_encoders import FAMILIES, GRIDS, encoder_class, patches_of, tiny
+
+import nopad
+from nopad.align.references import RemoteCodeReference, reference_of
+from nopad.align.run import align
+from nopad.families import FAMILIES as CLASSES
+from nopad.families import family_of_published
+from nopad.layers.roles import registered_path
+
+PUBLISHED = [name for family in CLASSES for name in family.published]
+SMALLEST = {
+    cls.published_config(name).model_type: name
+    for cls in CLASSES
+    for name in sorted(cls.published, key=lambda name: -cls.published[name]["hidden_size"])
+}.values()
+"""One published name for each class of config."""
+DIALECTS = [
+    (family, dialect.name)
+    for family in FAMILIES
+    for dialect in encoder_class(family).dialects
+    if not dialect.name.startswith("Meta")
+]
+PREFIXES = [
+    (family, dialect.name, prefix)
+    for family in FAMILIES
+    for dialect in encoder_class(family).dialects
+    for prefix in dialect.prefixes
+    if not dialect.name.startswith("Meta")
+]
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_dialect = pytest.mark.parametrize(("family", "dialect"), DIALECTS)
+every_published = pytest.mark.parametrize("name", PUBLISHED)
+
+
+@pytest.fixture
+def folder(tmp_path, family):
+    return tiny(family, tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def original(family, folder):
+    return read_by_original(family, folder)
+
+
+@pytest.fixture
+def checkpoint(tmp_path, family, folder, original, dialect):
+    """The same checkpoint in a dialect."""
+    (spoken,) = (each for each in encoder_class(family).dialects if each.name == dialect)
+    state = load_file(folder / "model.safetensors")
+    state = state if spoken.is_original else spoken.table.to_file(state)
+    return write(tmp_path / "dialect", state, original.config.to_dict())
+
+
+@every_dialect
+def test_dialect_is_loaded_and_saved_as_the_originals(family, dialect, folder, checkpoint, original):
+    """In another patch order than the family's own, which changes no weight."""
+    patch_order = "hwc" if family == "onevision" else "chw"
+    encoder = nopad.load(checkpoint, patch_order=patch_order)
+    assert type(encoder) is encoder_class(family)
+    assert (encoder.dialect, encoder.patch_order) == (dialect, patch_order)
+    saved = checkpoint.with_name("saved")
+    encoder.save_pretrained(saved)
+    assert load_file(saved / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
+    reloaded, again = read_by_original(family, saved).state_dict(), nopad.load(saved)
+    assert again.patch_order == patch_order
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(encoder.state_dict()[name], tensor), name
+        assert torch.equal(reloaded[name], tensor), name
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(("family", "dialect", "prefix"), PREFIXES)
+def test_prefix_of_a_tower_is_taken_off(folder, checkpoint, original, prefix, tmp_path):
+    state = {prefix + name: tensor for name, tensor in load_file(checkpoint / "model.safetensors").items()}
+    encoder = nopad.load(write(tmp_path / "prefixed", state, original.config.to_dict()))
+    expected = nopad.load(folder).state_dict()
+    assert encoder.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in encoder.state_dict().items())
+
+
+@every_family
+def test_every_tensor_is_needed(family, tmp_path):
+    folder = tiny(
+        family, tmp_path / "checkpoint", num_hidden_layers=2
+    )  # one tells the dialect where the other does not
+    state, config = load_file(folder / "model.safetensors"), read_by_original(family, folder).config.to_dict()
+    for name in state:
+        if ".1." in name:  # the second layer tells the dialect where a tensor of the first does not
+            continue
+        rest = {other: tensor for other, tensor in state.items() if other != name}
+        with pytest.raises(ValueError, match=rf"missing.*{re.escape(name)}|{re.escape(name)}.* is missing"):
+            nopad.load(write(tmp_path / "rest", rest, config))
+
+
+@every_dialect
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "misshapen"])
+def test_damaged_tensor_is_named(checkpoint, original, damage):
+    state = load_file(checkpoint / "model.safetensors")
+    name = next(name for name in state if re.search(r"1\..*(fc2|down_proj)\.weight$", name))
+    if damage == "missing":
+        del state[name]
+    elif damage == "unexpected":
+        name = name.replace(".weight", ".surprise")
+        state[name] = torch.zeros(3)
+    else:
+        state[name] = state[name].T.contiguous()
+    write(checkpoint, state, original.config.to_dict())
+    with pytest.raises(ValueError, match=rf"1 {damage}: {re.escape(name)}"):
+        nopad.load(checkpoint)
+
+
+@every_family
+def test_folder_can_be_saved_over(folder):
+    encoder = nopad.load(folder)
+    before = encoder.norm.weight.detach().clone()
+    with torch.no_grad():
+        encoder.norm.weight.mul_(2)
+    encoder.save_pretrained(folder)
+    assert torch.equal(nopad.load(folder).norm.weight, before * 2)
+
+
+@every_family
+def test_transformers_ways_in_load_the_same(family, folder):
+    expected = nopad.load(folder)
+    cls = type(expected)
+    for encoder in (
+        cls(folder),
+        cls(str(folder), attention="eager"),
+        cls.from_pretrained(folder, attn_implementation="sdpa"),
+        cls.from_pretrained(folder, device_map="cpu"),
+    ):
+        assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in encoder.state_dict().items())
+        torch.testing.assert_close(encoder(patches_of(encoder), GRIDS), expected(patches_of(expected), GRIDS))
+    assert cls.from_pretrained(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"attention: .*'flash_attention_9'"):
+        nopad.load(folder, attention="flash_attention_9")
+
+
+@every_family
+def test_fresh_weights_are_all_drawn(family, folder, monkeypatch):
+    """No parameter keeps what its memory held before."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: empty(*sizes, **options).fill_(1e9))
+    encoder = encoder_class(family)(nopad.load(folder).config)
+    for name, parameter in encoder.named_parameters():
+        assert parameter.abs().max() <= 5, name
+
+
+@every_published
+def test_published_model_has_the_parameters_of_its_original(name):
+    encoder = on_meta(name)
+    reference = reference_of(encoder)
+    if isinstance(reference, RemoteCodeReference):
+        pytest.skip("the original's code is not part of transformers")
+    with torch.device("meta"):
+        original = reference.class_of(encoder)(reference.config(encoder))
+    projection = 0 if encoder.projection is None else encoder.projection.weight.numel()  # of the whole model
+    assert encoder.num_parameters() == original.num_parameters() + projection
+
+
+@functools.cache
+def on_meta(name):
+    family = family_of_published(name)
+    with torch.device("meta"):
+        return family(family.published_config(name))
+
+
+@every_published
+def test_published_model_has_the_roles_that_users_tap(name):
+    encoder = on_meta(name)
+    last = encoder.config.num_hidden_layers - 1
+    for role in ("embeddings", f"layers.{last}", f"layers.{last}.attention", f"layers.{last}.mlp", "norm"):
+        assert encoder.get_submodule(role) is encoder.get_submodule(registered_path(encoder, role))
+    assert len(encoder.layers) == last + 1
+    assert encoder.get_input_embeddings() is encoder.get_submodule("embeddings.proj")
+
+
+@every_published
+def test_saved_names_are_of_one_dialect_of_one_family(name):
+    encoder = on_meta(name)
+    speaking = [
+        (family.family, dialect.name)
+        for family in CLASSES
+        for dialect in family.dialects
+        if dialect.matches(encoder.state_dict())
+    ]
+    assert speaking == [(encoder.family, encoder.original_dialect().name)]
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_untrained_is_the_same_every_time(name, monkeypatch):
+    family = family_of_published(name)
+    small = {"num_hidden_layers": 1, "intermediate_size": 64}
+    small["hidden_size"] = 32 * family.published[name]["num_attention_heads"]
+    monkeypatch.setitem(family.published, name, family.published[name] | small)
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    first, second = nopad.load(f"untrained:{name}"), nopad.load(f"untrained:{name}", dtype=torch.bfloat16)
+    assert torch.equal(torch.rand(1), expected)  # the random state is left alone
+    assert (type(first), second.dtype) == (family, torch.bfloat16)
+    assert family.from_pretrained(f"untrained:{name}", dtype="bfloat16").dtype == torch.bfloat16
+    for key, tensor in first.state_dict().items():
+        assert torch.equal(second.state_dict()[key], tensor.to(torch.bfloat16))
+        assert tensor.std() > 0
+    with pytest.raises(ValueError, match=rf"expected one of .*{re.escape(name)}"):
+        family.published_config("nobody/nothing")
+    if not isinstance(reference_of(first), RemoteCodeReference):
+        report = align(f"untrained:{name}")
+        assert report.passed, [case.failures for case in report.cases]
+        assert report.weights == "seeded random"
+
+
+def test_unknown_published_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match="expected a published name, one of apple/aimv2"):
+        nopad.load("untrained:apple/aimv3")

@@ -1,0 +1,284 @@
+"""The contract of a forward, for all families. What only one family has is in the file of that family."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from originals import (
+    GRIDS,
+    assert_parity,
+    grids_of,
+    layers_of,
+    max_relative,
+    pixels_of,
+    read_by_original,
+    run_original,
+)
+from tiny_encoders import FAMILIES, patches_of, tiny
+from tiny_encoders import GRIDS as PACK
+
+import nopad
+from nopad.align.run import align
+from nopad.layers import positions
+
+TABLES = ("aimv2 with a head", "siglip")
+"""Families with positions that were learned on one grid, 5 × 5 in these checkpoints."""
+SPARSE = ("aimv2", *TABLES, "onevision")
+"""Families that take `patch_positions`."""
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture
+def folder(tmp_path, family):
+    return tiny(family, tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def encoder(folder):
+    return nopad.load(folder)
+
+
+@pytest.fixture
+def original(family, folder):
+    return read_by_original(family, folder)
+
+
+def pack_of(encoder, grids, seed=0):
+    return nopad.Pack.of(pixels_of(grids, encoder.patch_size, seed), encoder.patch_size, encoder.patch_order)
+
+
+@every_family
+@pytest.mark.parametrize("patch_order", ["hwc", "chw"])
+def test_features_in_a_pack_are_the_originals_one_by_one(family, folder, original, patch_order):
+    encoder = nopad.load(folder, patch_order=patch_order)
+    assert encoder.patch_order == patch_order
+    assert_parity(family, encoder, original)
+
+
+@every_family
+def test_unknown_patch_order_is_refused(folder):
+    with pytest.raises(ValueError, match=r"patch order.*'whc'"):
+        nopad.load(folder, patch_order="whc")
+
+
+@every_family
+def test_features_do_not_depend_on_neighbours_and_order(encoder):
+    """Other images of the pack may hold NaN, stand in another order, and be there or not."""
+    pixels = pixels_of(GRIDS, encoder.patch_size)
+    order = [4, 0, 5, 2, 1, 3]
+
+    def run(images):
+        pack = nopad.Pack.of(images, encoder.patch_size, encoder.patch_order)
+        output = encoder.encode(pack)
+        prefix = [None] * len(images) if output.prefix_tokens is None else output.prefix_tokens
+        return pack.unpack(output.tokens), output.pooled, prefix
+
+    with torch.no_grad():
+        tokens, pooled, prefix = run(pixels)
+        shuffled_tokens, shuffled, _ = run([pixels[i] for i in order])
+        beside_nan = run([pixels[0], *(torch.full_like(image, float("nan")) for image in pixels[1:])])
+        alone = run(pixels[:1])
+    for place, i in enumerate(order):
+        torch.testing.assert_close(shuffled_tokens[place], tokens[i])
+        torch.testing.assert_close(shuffled[place], pooled[i])
+    for other_tokens, other_pooled, other_prefix in (beside_nan, alone):
+        torch.testing.assert_close(other_tokens[0], tokens[0])
+        torch.testing.assert_close(other_pooled[0], pooled[0])
+        if encoder.num_prefix_tokens:
+            torch.testing.assert_close(other_prefix[0], prefix[0])
+    assert beside_nan[1][1:].isnan().all()
+
+
+@every_family
+def test_frames_of_a_clip_attend_jointly_or_are_images(encoder):
+    clip = pixels_of([(3, 2, 4)], encoder.patch_size)[0]
+    with torch.no_grad():
+        whole = encoder.encode(nopad.Pack.of([clip], encoder.patch_size, encoder.patch_order))
+        frames = encoder.encode(nopad.Pack.of(list(clip), encoder.patch_size, encoder.patch_order))
+    assert len(whole.pooled) == 1
+    distance = max_relative(whole.tokens, frames.tokens)
+    assert distance > 1e-3 if encoder.frames_attend_jointly else distance < 1e-6
+    if not encoder.frames_attend_jointly:
+        torch.testing.assert_close(whole.pooled[0], frames.pooled.mean(dim=0))
+
+
+@every_family
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_the_originals(family, tmp_path, checkpointing):
+    changes = {"pos_embed_rescale": None} if family.startswith("dinov3") else {}  # drawn at random in training
+    folder = tiny(family, tmp_path / "checkpoint", **changes)
+    encoder, original = nopad.load(folder).train(), read_by_original(family, folder)
+    if checkpointing:
+        encoder.gradient_checkpointing_enable()
+    pixels = pixels_of(grids_of(family), encoder.patch_size)
+    theirs = [run_original(family, original, image) for image in pixels]
+    output = encoder.encode(nopad.Pack.of(pixels, encoder.patch_size, encoder.patch_order))
+    weights, pooled_weights = torch.randn_like(output.tokens), torch.randn_like(output.pooled)
+    loss = (output.tokens * weights).sum()
+    expected = (torch.cat([each.tokens for each in theirs]) * weights).sum()
+    if theirs[0].pooled is not None:
+        loss = loss + (output.pooled * pooled_weights).sum()
+        expected = expected + (torch.stack([each.pooled for each in theirs]) * pooled_weights).sum()
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-3)
+    gradients = {name: parameter.grad for name, parameter in original.named_parameters()}
+    ours = {name: parameter.grad for name, parameter in encoder.named_parameters()}
+    assert ours.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        if gradient is None:  # mask tokens, which are for masked training
+            assert ours[name] is None or not ours[name].any(), name
+            continue
+        # Softmax does not see the bias of keys: its gradient is zero but for rounding.
+        scale = float(gradients[name.replace("k_proj.bias", "v_proj.bias")].abs().max())
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-4 * scale, msg=name)
+
+
+@every_family
+def test_hidden_states_are_the_tokens_around_each_layer(family, encoder, original):
+    grids = grids_of(family)[:1] * 2
+    expected, seen, layers = [], [], layers_of(original)
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, arguments: expected.append(arguments[0][0]))
+    layers[-1].register_forward_hook(
+        lambda _, arguments, output: expected.append((output[0] if isinstance(output, tuple) else output)[0])
+    )
+    encoder.layers[1].register_forward_hook(lambda _, arguments, output: seen.append(output))
+    pack, pixels = pack_of(encoder, grids), pixels_of(grids, encoder.patch_size)
+    with torch.no_grad():
+        states = encoder.encode(pack, output_hidden_states=True).hidden_states
+        for image in pixels:
+            run_original(family, original, image)
+        assert encoder.encode(pack).hidden_states is None
+    number = encoder.num_prefix_tokens
+    expected = [state[number:] for state in expected]
+    assert len(states) == len(encoder.layers) + 1 == 4
+    for i, state in enumerate(states):
+        assert max_relative(state, torch.cat((expected[i], expected[4 + i]))) < 1e-4
+    assert torch.equal(states[2][: len(expected[0])], seen[0][number:][: len(expected[0])])
+
+
+@every_family
+def test_forward_gives_all_that_encode_gives(encoder):
+    arguments, seen = (patches_of(encoder), PACK), []
+    encoder.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        tokens = encoder(*arguments)
+        output = encoder(*arguments, output="all", output_hidden_states=True)
+        encoded = encoder.encode(*arguments, output_hidden_states=True)
+    assert seen[-1] is encoded  # what wraps the forward sees it
+    assert torch.equal(output.tokens, tokens)
+    assert output.keys() == encoded.keys() >= {"tokens", "pooled", "hidden_states"}
+    for name in output.keys() - {"hidden_states"}:
+        assert torch.equal(output[name], encoded[name])
+    assert all(map(torch.equal, output.hidden_states, encoded.hidden_states))
+
+
+@every_family
+def test_empty_pack_has_no_features(encoder):
+    output = encoder.encode(torch.empty(0, encoder.patch_dim), torch.empty(0, 3, dtype=torch.int64))
+    assert output.tokens.shape == output.pooled.shape == (0, encoder.hidden_size)
+    if encoder.num_prefix_tokens:
+        assert output.prefix_tokens.shape == (0, encoder.num_prefix_tokens, encoder.hidden_size)
+
+
+@every_family
+def test_half_precision_checkpoint_keeps_its_dtype(family, encoder, original, tmp_path):
+    original.bfloat16().save_pretrained(tmp_path / "half")
+    half = nopad.load(tmp_path / "half")
+    assert half.dtype == torch.bfloat16
+    assert nopad.load(tmp_path / "half", dtype=torch.float32).dtype == torch.float32
+    with torch.no_grad():
+        tokens = half(pack_of(half, GRIDS).to("cpu", torch.bfloat16))
+        expected = encoder(pack_of(encoder, GRIDS))
+    assert tokens.dtype == torch.bfloat16
+    assert float((tokens.float() - expected).norm() / expected.norm()) < 0.03
+
+
+@pytest.mark.parametrize("family", SPARSE)
+def test_patch_positions_of_the_full_grid_change_nothing(encoder):
+    pack, places = pack_of(encoder, [(2, 5, 5)]), torch.cartesian_prod(*map(torch.arange, (2, 5, 5)))
+    kept = torch.arange(50) % 3 != 0
+    with torch.no_grad():
+        full = encoder(pack.hidden_states, torch.tensor([[1, 1, 50]]), places)
+        torch.testing.assert_close(full, encoder(pack))
+        sparse = encoder(pack.hidden_states[kept], torch.tensor([[1, 1, int(kept.sum())]]), places[kept])
+        second = kept & (places[:, 0] == 1)
+        frame = encoder(pack.hidden_states[second], torch.tensor([[1, 1, int(second.sum())]]), places[second])
+    if not encoder.frames_attend_jointly:
+        torch.testing.assert_close(sparse[-len(frame) :], frame)
+    assert max_relative(sparse, full[kept]) > 1e-3
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in SPARSE])
+def test_patch_positions_are_refused_where_the_whole_grid_is_needed(encoder):
+    pack, places = pack_of(encoder, [(1, 5, 5)]), torch.cartesian_prod(*map(torch.arange, (1, 5, 5)))
+    with pytest.raises(ValueError, match=r"patch_positions: .*grid"):
+        encoder(pack.hidden_states, torch.tensor([[1, 1, 25]]), places)
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_learned_positions_on_another_grid_are_logged_once_or_refused(folder, encoder, caplog):
+    positions._log_resampling.cache_clear()
+    strict = nopad.load(folder, positions="strict")
+    trained, other = pack_of(encoder, [(2, 5, 5)]), pack_of(encoder, [(1, 3, 7)])
+    with torch.no_grad(), caplog.at_level("WARNING", "nopad"):
+        torch.testing.assert_close(strict(trained), encoder(trained), rtol=0, atol=0)
+        assert not caplog.records
+        encoder(other)
+        encoder(other)
+    assert [record.message for record in caplog.records] == [
+        "positions were learned on 5 × 5 patches; they are resampled (bicubic) for other grids"
+    ]
+    with pytest.raises(ValueError, match=r"grid_thw: .*'strict'.*\(5, 5\), got \(3, 7\)"):
+        strict(other)
+    with pytest.raises(ValueError, match="'sometimes'"):
+        nopad.load(folder, positions="sometimes")
+    places = torch.tensor([[0, 0, 5]])
+    with pytest.raises(ValueError, match=r"patch_positions: .*5 × 5 grid, got one of 5"):
+        encoder(other.hidden_states[:1], torch.tensor([[1, 1, 1]]), places)
+
+
+@every_family
+def test_embed_returns_the_pooled_vectors_for_any_capacity(encoder):
+    images = [torch.randint(0, 255, (3, 8 + 4 * i, 40), dtype=torch.uint8) for i in range(5)]
+    rule = dataclasses.replace(encoder.preprocessing, rule="native", size=None)
+    with torch.no_grad():
+        expected = encoder.encode(encoder.pack(images, preprocessing=rule)).pooled
+    for capacity in (1, 60, 10_000):
+        torch.testing.assert_close(encoder.embed(images, capacity=capacity, preprocessing=rule), expected)
+
+
+@every_family
+def test_torch_compile_takes_an_encoder(family, tmp_path):
+    encoder = nopad.load(tiny(family, tmp_path / "checkpoint", num_hidden_layers=1))
+    pack = pack_of(encoder, GRIDS)
+    with torch.no_grad():
+        torch._dynamo.reset()
+        torch.testing.assert_close(
+            torch.compile(encoder, backend="eager")(pack.hidden_states, pack.grid_thw), encoder(pack)
+        )
+
+
+@every_family
+def test_adapters_alone_are_trained(encoder):
+    peft = pytest.importorskip("peft", reason="peft is a development dependency")
+    adapted = peft.get_peft_model(encoder, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    pack = pack_of(encoder, [(1, 3, 5), (1, 1, 2)])
+    adapted.base_model.model.encode(pack).pooled.sum().backward()
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, _ in adapted.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "onevision"])  # whose code is remote
+def test_alignment_passes(family, folder, original, dtype):
+    report = align(folder, dtype=dtype)
+    assert report.passed, [case.failures for case in report.cases]
+    assert report.reference == f"transformers {type(original).__name__}"
+    assert report.weights.startswith("read from the checkpoint as it is")
+    assert all(case.min_pooled_cosine is None or case.min_pooled_cosine > 0.99 for case in report.cases)
+    assert all(len(case.drift) == 4 for case in report.cases)
