@@ -112,7 +112,7 @@ TABLE: dict[bytes, tuple[bytes, np.ndarray | str]] = {
     b"upper.PNG": (saved(RGB), RGB),
     # size
     b"bomb.png": (saved(np.zeros((400, 400), np.uint8)), "400×400 is 160000 pixels, expected 1 to max_pixels 50000"),
-    b"liar.png": (png(60000, 60000, 2, 8, bytes(99)), "exceeds limit of"),
+    b"liar.png": (png(60000, 60000, 2, 8, bytes(99)), "is 3600000000 pixels, expected 1 to max_pixels 50000"),
     b"no pixels.gif": (b"GIF89a" + bytes(7) + b"," + bytes(9) + b"\x02\x00;", "not an image that Pillow can read"),
     b"1x1.png": (saved(RGB[:1, :1]), RGB[:1, :1]),
     b"1x20000.png": (saved(LINE.transpose(1, 0, 2).copy()), LINE.transpose(1, 0, 2)),
@@ -149,7 +149,6 @@ TABLE: dict[bytes, tuple[bytes, np.ndarray | str]] = {
     b".hidden.png": (saved(RGB), RGB),
     b"below/deep/down.png": (saved(RGB), RGB),
     # made below
-    b"no permission.png": (saved(RGB), "cannot be read: Permission denied"),
     b"vanished.png": (saved(RGB), "cannot be read: No such file or directory"),
 }
 MADE = {
@@ -209,7 +208,6 @@ def a_hostile_system(folder: Path):
 
     real = api.list_inputs
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "open", refusing(os.open, "no permission.png"))
         patch.setattr(os, "scandir", refusing(os.scandir, "locked"))
         patch.setattr(api, "list_inputs", list_inputs)
         yield

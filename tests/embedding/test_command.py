@@ -281,16 +281,15 @@ def test_a_bar_on_a_terminal(monkeypatch):
 
 def at(number: int, act: Callable[[], None], monkeypatch) -> None:
     """Act when so many pictures have been read."""
-    real = Reader.pixels
+    real = Reader.media
     count = iter(range(1, 1000))
 
-    def pixels(self, item):
-        image = real(self, item)
+    def media(self, item):
         if next(count) == number:
             act()
-        return image
+        return real(self, item)
 
-    monkeypatch.setattr(Reader, "pixels", pixels)
+    monkeypatch.setattr(Reader, "media", media)
 
 
 @pytest.fixture

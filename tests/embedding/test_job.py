@@ -691,13 +691,13 @@ def test_a_picture_that_vanishes_between_listing_and_reading(photos, tmp_path, m
 
 
 def test_an_unexpected_error_of_the_reader_is_a_row(photos, tmp_path, monkeypatch, model):
-    def pixels(self, item):
+    def media(self, item):
         if item.id == "003.png":
             raise ZeroDivisionError("a bug")
         return real(self, item)
 
-    real = Reader.pixels
-    monkeypatch.setattr(Reader, "pixels", pixels)
+    real = Reader.media
+    monkeypatch.setattr(Reader, "media", media)
     assert embed(photos, tmp_path / "out", model).failed == 1
     assert errors(tmp_path / "out") == {"003.png": "unexpected ZeroDivisionError: a bug"}
 

@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import io
 import json
 import os
@@ -21,11 +22,11 @@ import pytest
 import torch
 from PIL import Image
 
-from nopad.embedding.inputs import archives, columns
-from nopad.embedding.inputs import decoder as reader
+from nopad.embedding.inputs import archives, columns, files
 from nopad.embedding.inputs import listing as inputs
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input, InputList
+from nopad.embedding.inputs.media import MediaDecoder
 from nopad.embedding.inputs.names import expand_braces
 from nopad.embedding.inputs.sources import Listing, list_inputs
 from nopad.preprocessing.decode import ImageError
@@ -60,7 +61,7 @@ def kinds(listing: Listing) -> list[str]:
 
 
 def reason(item: Input, **options) -> str:
-    with Reader(**options) as source, pytest.raises(ImageError) as error:
+    with Reader(MediaDecoder(**options)) as source, pytest.raises(ImageError) as error:
         source.pixels(item)
     assert error.value.source == item.id
     error.value.reason.encode()
@@ -519,9 +520,21 @@ def test_a_null_byte_in_a_listed_path(tmp_path: Path):
         assert "embedded null" in reason(item)
 
 
+def test_file_without_permission(tmp_path: Path, monkeypatch):
+    """Permissions do not bind root, so that the system's answer is played."""
+    (tmp_path / "a.png").touch()
+
+    def refuse(path, flags, *arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        assert reason(image(tmp_path / "a.png")) == "cannot be read: Permission denied"
+
+
 def test_huge_files_are_not_read(tmp_path: Path):
     with open(tmp_path / "a.png", "wb") as file:
-        file.truncate(reader.MAX_BYTES + 1)
+        file.truncate(files.MAX_BYTES + 1)
     assert "expected at most 2147483648" in reason(image(tmp_path / "a.png"))
 
 
@@ -966,7 +979,7 @@ def test_a_video_gives_its_frames_and_its_errors(tmp_path: Path):
     (tmp_path / "text.mp4").write_bytes(b"text")
     text, film = list_inputs([tmp_path]).inputs
     assert (film.kind, film.id) == ("video", "\\xff.mkv")
-    with Reader(frames=2) as source:
+    with Reader(MediaDecoder(frames=2)) as source:
         assert source.pixels(film).shape == (2, 3, 16, 32)
     assert "no video that can be read" in reason(text)
     assert "expected at most 500" in reason(film, max_pixels=500)
@@ -974,7 +987,7 @@ def test_a_video_gives_its_frames_and_its_errors(tmp_path: Path):
 
 def test_a_reader_checks_its_arguments():
     with pytest.raises(ValueError, match="got 0 and 5"):
-        Reader(frames=0, max_pixels=5)
+        MediaDecoder(frames=0, max_pixels=5)
 
 
 def test_twenty_threads_read_what_one_reads(tmp_path: Path):

@@ -21,13 +21,6 @@ from nopad.pipeline.worker import Worker
 from nopad.preprocessing.decode import ImageError, load
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory) -> PackedEncoder:
-    original = aimv2_checkpoints.tiny_original()
-    folder = aimv2_checkpoints.write(tmp_path_factory.mktemp("m"), original.state_dict(), original.config.to_dict())
-    return nopad.load(folder)
-
-
 def picture(seed: int, rows: int = 3, columns: int = 4) -> torch.Tensor:
     return torch.from_numpy(noise(seed, 4 * rows, 4 * columns)).permute(2, 0, 1)
 

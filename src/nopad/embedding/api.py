@@ -16,6 +16,7 @@ from nopad.embedding.progress import Progress
 from nopad.embedding.run import Run, Summary
 from nopad.embedding.settings import Settings
 from nopad.encoder import PackedEncoder
+from nopad.pipeline.isolation import TIMEOUT
 from nopad.preprocessing.limits import MAX_PIXELS
 from nopad.preprocessing.transforms import Resize
 
@@ -38,6 +39,8 @@ def embed(
     embedding_dtype: str = "float32",
     embedding_list: str = "fixed",
     shard_size: int | None = None,
+    input_timeout: float | None = TIMEOUT,
+    decode_memory: int | None = None,
     image_column: str | None = None,
     hidden: bool = False,
     allow_outside_paths: bool = False,
@@ -67,6 +70,9 @@ def embed(
         embedding_dtype: `"float32"` or `"float16"`, in the table.
         embedding_list: `"fixed"`, or `"variable"` for databases that cannot read lists of fixed size.
         shard_size: rows of a shard, 2048 unless given, 512 with tokens.
+        input_timeout: seconds that decoding one input may take, in a process of its own; `None` is no limit.
+        decode_memory: bytes for pictures that are decoded and read ahead; half of what is free unless given. One that
+            needs more is a failure.
         image_column: the column of image bytes in Parquet files and datasets, where it is not clear.
         hidden: take what is hidden or left by systems (`._*`, `.thumbnails`, `@eaDir`, …), too.
         allow_outside_paths: read files that a table names by path wherever they are, not below its folder alone.

@@ -94,7 +94,8 @@ def make_worker(settings: Settings, encoder: PackedEncoder) -> Worker:
     options: dict[str, Any] = {
         name: getattr(settings, name) for name in ("capacity", "resize", "max_patches", "tokens")
     }
-    return Worker(encoder, threads=settings.workers, **options)
+    limits: dict[str, Any] = {"timeout": settings.input_timeout, "memory": settings.decode_memory}
+    return Worker(encoder, threads=settings.workers, **options, **limits)
 
 
 def begin_or_resume(

@@ -13,6 +13,7 @@ import numpy as np
 
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input
+from nopad.embedding.inputs.media import MediaDecoder
 from nopad.embedding.job import Job
 from nopad.embedding.progress import Progress, Ticker
 from nopad.embedding.table.reader import count, failed_rows, iterate_rows
@@ -116,12 +117,11 @@ class Run:
         groups = (inputs_of(shard) for shard in shards)
         with (
             Reader(
-                frames=settings.frames,
-                max_pixels=settings.max_pixels,
+                MediaDecoder(frames=settings.frames, max_pixels=settings.max_pixels),
                 allow_outside_paths=settings.allow_outside_paths,
             ) as reader,
             Ticker(self.report),
-            closing(self.worker.run(groups, reader.pixels, stop=self.stop)) as results,
+            closing(self.worker.run(groups, reader.media, decoder=reader.decoder, stop=self.stop)) as results,
         ):
             for shard, embedded in zip(shards, results, strict=False):
                 start = time.perf_counter()

@@ -6,6 +6,7 @@ The arguments of `nopad embed`, the check of `nopad.embed` and the record of a j
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
@@ -44,6 +45,24 @@ def _count(default: int | None, help: str, *, decides: bool = True) -> Any:
 
 def _choice(default: str | None, choices: tuple[str, ...], help: str) -> Any:
     return _option(default, help, partial(_check_choice, choices), decides=True, choices=choices)
+
+
+def _seconds(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
+def _bytes(text: str) -> int:
+    for suffix, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if text.endswith(suffix):
+            return int(float(text.removesuffix(suffix)) * factor)
+    return int(text)
+
+
+def _check_seconds(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected seconds > 0 or None, got {value!r}")
 
 
 def _check_text(name: str, value: Any) -> None:
@@ -104,6 +123,22 @@ class Settings:
     resize: str = _choice("torch", ("torch", "pil"), "torch is fast, pil bit-exact with transformers' processors")
     frames: int = _count(8, "frames of a video, spread evenly over it")
     max_pixels: int = _count(MAX_PIXELS, "pictures of more pixels are failures")
+    input_timeout: float | None = _option(
+        60.0,
+        "seconds that decoding one input may take, none for no limit",
+        _check_seconds,
+        decides=False,
+        type=_seconds,
+        metavar="S",
+    )
+    decode_memory: int | None = _option(
+        None,
+        "memory for pictures that are decoded and read ahead, as 4GB or in bytes (default: half of what is free)",
+        _check_count,
+        decides=False,
+        type=_bytes,
+        metavar="SIZE",
+    )
     image_column: str | None = _text(
         None,
         "column of image bytes in Parquet files and datasets, where it is not clear",

@@ -79,6 +79,17 @@ class Preparation:
         height, width = image.shape[-2:]
         return PreparedImage(patches.to(self.dtype), grid, width, height)
 
+    def peak_bytes(self, frames: int, pixels: int) -> int:
+        """About how much memory decoding and preparing take at once, for so many frames and pixels in all.
+
+        Decoded pixels stand there in Pillow's layout, as an array and resized; float pixels and patches beside them.
+        """
+        limit = self.rule.limit(self.max_patches)
+        size = self.rule.size**2 if self.rule.size else None if limit is None else limit * self.patch_size**2
+        as_floats = pixels if size is None else frames * size
+        in_float = self.rule.rescale_before_resize and self.resize == "pil"
+        return pixels * (10 + (24 if in_float else 0)) + as_floats * 3 * (4 + 4 + self.dtype.itemsize)
+
     def describe(self) -> str:
         """One line for a table of features."""
         return self.rule.describe(self.resize, self.max_patches)

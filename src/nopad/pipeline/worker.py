@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain
-from typing import TYPE_CHECKING, Generic, TypeVar
-
-from torch import Tensor
+from collections.abc import Callable, Generator, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nopad.packing import CAPACITY, CAPACITY_ON_CPU
+from nopad.pipeline.decode_process import Decoder
+from nopad.pipeline.isolation import TIMEOUT, DecodeProcesses
+from nopad.pipeline.memory import MemoryBudget, Reservation
 from nopad.pipeline.pack_runner import EmbeddingResult, PackRunner, Results, num_segments, num_tokens
 from nopad.pipeline.packer import BestFitPacker
 from nopad.pipeline.prepare import Preparation, PreparedImage
+from nopad.pipeline.read_ahead import Outcome, ReadAhead
 from nopad.pipeline.stats import Stats
 from nopad.preprocessing.decode import ImageError
 from nopad.preprocessing.transforms import Preprocessing, Resize
@@ -25,10 +22,7 @@ from nopad.preprocessing.transforms import Preprocessing, Resize
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
 
-logger = logging.getLogger(__name__)
-
 Item = TypeVar("Item")
-Outcome = PreparedImage | ImageError
 
 
 class Worker:
@@ -44,6 +38,8 @@ class Worker:
         resize, max_patches, preprocessing: as `PackedEncoder.pack` takes them.
         tokens: return each image's tokens as well.
         threads: that read and preprocess; one per core by default.
+        timeout: seconds for one input that is decoded in a process of its own, `None` for no limit.
+        memory: bytes that images may take between file and pack; by default half of what is free.
 
     Raises:
         ValueError: a number below 1, a rule that fits no image, or an encoder in training mode.
@@ -59,6 +55,8 @@ class Worker:
         preprocessing: Preprocessing | None = None,
         tokens: bool = False,
         threads: int | None = None,
+        timeout: float | None = TIMEOUT,
+        memory: int | None = None,
     ) -> None:
         self.threads = num_cores() if threads is None else threads
         if capacity is None:
@@ -77,6 +75,9 @@ class Worker:
         options = {"resize": resize, "max_patches": max_patches, "preprocessing": preprocessing}
         self.preparation = Preparation.of(encoder, **options)
         self.stats = Stats()
+        self.timeout = timeout
+        self.memory = memory
+        self._processes: DecodeProcesses | None = None
 
     @property
     def preprocessing(self) -> str:
@@ -86,8 +87,10 @@ class Worker:
     def run(
         self,
         groups: Iterable[Iterable[Item]],
-        read: Callable[[Item], Tensor],
+        read: Callable[[Item], Any],
         *,
+        decoder: Decoder | None = None,
+        measure: Callable[[Item], tuple[int, int]] | None = None,
         strict: bool = False,
         stop: threading.Event | None = None,
     ) -> Generator[list[EmbeddingResult], None, None]:
@@ -95,7 +98,11 @@ class Worker:
 
         Args:
             groups: taken one after another.
-            read: returns uint8 `(3, H, W)`, or `(frames, 3, H, W)` for a clip; runs in the decode threads.
+            read: runs in the decode threads. Returns uint8 `(3, H, W)`, or `(frames, 3, H, W)` for a clip; with
+                `decoder` what that takes.
+            decoder: decodes what `read` returns in processes, for files that are not trusted. The same one in each run.
+            measure: frames and pixels of an item before it is read, where there is no `decoder`; items do not count
+                towards `memory` without it.
             strict: raise the error of the first image that cannot be used.
             stop: once set, the group in hand is finished and no other.
 
@@ -104,12 +111,34 @@ class Worker:
 
         Raises:
             ImageError: with `strict`.
+            ProcessServerError: no process can be started.
         """
-        with _ReadAhead(groups, lambda item: self.preparation(read(item)), self.threads, self.stats) as ahead:
-            for outcomes in ahead.groups():
-                yield self._embed(outcomes, strict=strict)
-                if stop is not None and stop.is_set():
-                    return
+
+        def in_thread(item: Item, reservation: Reservation) -> PreparedImage:
+            if measure is not None:
+                reservation.reserve(self.preparation.peak_bytes(*measure(item)))
+            return self.preparation(read(item))
+
+        def in_process(item: Item, reservation: Reservation) -> PreparedImage:
+            return processes.prepare(read(item), reservation)
+
+        if decoder is None:
+            prepare = in_thread
+        else:
+            if self._processes is None:
+                self._processes = DecodeProcesses(decoder, self.preparation, timeout=self.timeout)
+            processes, prepare = self._processes, in_process
+        budget = MemoryBudget(self.memory)
+        with ReadAhead(groups, prepare, self.threads, budget, self.stats) as ahead:
+            try:
+                for outcomes in ahead.groups():
+                    yield self._embed(outcomes, strict=strict)
+                    if stop is not None and stop.is_set():
+                        return
+            finally:  # of what was read ahead nothing is needed any more
+                budget.close()
+                if self._processes is not None:
+                    self._processes.interrupt()
 
     def _embed(self, outcomes: Iterable[Outcome], *, strict: bool) -> list[EmbeddingResult]:
         encoder, results = self.encoder, dict[int, EmbeddingResult]()
@@ -135,69 +164,6 @@ class Worker:
             store(runner.submit(pack))
         store(runner.finish())
         return [results[index] for index in range(len(results))]
-
-
-class _ReadAhead(Generic[Item]):
-    """Prepares images in threads, in the order of their groups, a bounded number ahead of who takes them."""
-
-    def __init__(
-        self,
-        groups: Iterable[Iterable[Item]],
-        prepare: Callable[[Item], PreparedImage],
-        threads: int,
-        stats: Stats,
-    ) -> None:
-        self._items: Iterator[tuple[Item] | None] = chain.from_iterable(  # `None` ends a group
-            chain(((item,) for item in group), (None,)) for group in groups
-        )
-        self._prepare = prepare
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="nopad-decode")
-        self._max_waiting = max(16, 2 * threads)
-        self._waiting: deque[Future[Outcome] | None] = deque()
-        self._stats = stats
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> _ReadAhead:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def groups(self) -> Iterator[Iterator[Outcome]]:
-        """Group after group; each must be exhausted before the next."""
-        self._submit()
-        while self._waiting:
-            yield self._group()
-
-    def _group(self) -> Iterator[Outcome]:
-        while (future := self._waiting.popleft()) is not None:
-            self._submit()
-            start = time.perf_counter()
-            outcome = future.result()
-            self._stats.wait += time.perf_counter() - start
-            yield outcome
-        self._submit()
-
-    def _submit(self) -> None:
-        while len(self._waiting) <= self._max_waiting:
-            try:
-                entry = next(self._items)
-            except StopIteration:
-                return
-            self._waiting.append(None if entry is None else self._pool.submit(self._run, entry[0]))
-
-    def _run(self, item: Item) -> Outcome:
-        start = time.perf_counter()
-        try:
-            return self._prepare(item)
-        except ImageError as error:
-            return error
-        except Exception as error:  # one image must not end a job of a million; its row has the error
-            logger.exception("unexpected error with %r", item)
-            return ImageError(repr(item), f"unexpected {type(error).__name__}: {error}")
-        finally:
-            with self._lock:
-                self._stats.decode += time.perf_counter() - start
 
 
 def num_cores() -> int:

@@ -153,6 +153,15 @@ def load_taken(taken: Source | Sequence[Source] | ImageError) -> Tensor:
     return load(taken)
 
 
+def image_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height by the header of an encoded picture, `None` where it cannot be read."""
+    try:
+        with open_picture(data) as image:
+            return image.size
+    except (*_DAMAGE, *_BOMB, ImageError):
+        return None
+
+
 def _read(path: str | Path, name: str) -> bytes:
     try:
         return Path(path).read_bytes()

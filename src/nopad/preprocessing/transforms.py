@@ -77,7 +77,7 @@ class Preprocessing:
     def describe(self, resize: Resize = "torch", max_patches: int | None = None) -> str:
         """One line for a table of features: what `preprocess` does with the same `resize` and `max_patches`."""
         _check_resize(resize)
-        limit = self._limit(max_patches)
+        limit = self.limit(max_patches)
         with_size = f"{self.rule} {self.size}" if self.size else self.rule
         before = self._in_float(resize)
         how = "torch float" if before else {"torch": "torch uint8", "pil": "pil"}[resize]
@@ -97,7 +97,12 @@ class Preprocessing:
         """Whether the resize is the original's float one, tens of times slower on large photos than that in 8 bit."""
         return self.rescale_before_resize and resize == "pil"
 
-    def _limit(self, max_patches: int | None) -> int | None:
+    def limit(self, max_patches: int | None = None) -> int | None:
+        """Most patches of a frame where the rule has such a limit, or `max_patches` in its place.
+
+        Raises:
+            ValueError: `max_patches` below 1, or with a rule that cannot follow it.
+        """
         if max_patches is not None:
             check_count("max_patches", max_patches)
             if self.size is not None:
@@ -164,7 +169,7 @@ def preprocess(
         expected = "at least 1" if size < patch_size else f"no max_patches, got {max_patches}"
         number = (size // patch_size) ** 2
         raise ValueError(f"size {size} with patch_size {patch_size} gives {number} patches, expected {expected}")
-    limit = preprocessing._limit(max_patches)
+    limit = preprocessing.limit(max_patches)
     clip = image if image.ndim == 4 else image.unsqueeze(0)
     height, width = preprocessing._resized(clip.shape[2], clip.shape[3], patch_size, limit)
     if height * width > MAX_PIXELS:

@@ -6,8 +6,12 @@ import errno
 import io
 import os
 import stat
+from dataclasses import dataclass
 
 from nopad.embedding.inputs.listing import as_text
+
+MAX_BYTES = 1 << 31
+"""Largest encoded picture that is read, in bytes."""
 
 
 def open_regular(path: bytes) -> io.FileIO:
@@ -32,6 +36,40 @@ def _check_regular(status: os.stat_result) -> None:
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
         kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
         raise OSError(errno.EINVAL, f"expected a regular file, found {kind}")
+
+
+@dataclass(frozen=True)
+class FileRange:
+    """Where encoded bytes stand; of the whole file where `size` is `None`."""
+
+    path: bytes
+    offset: int = 0
+    size: int | None = None
+
+    def read(self) -> bytes:
+        """The bytes.
+
+        Raises:
+            OSError: what the system says, or that it is no regular file.
+            ValueError: more than `MAX_BYTES`, or a file that ends before the range does.
+        """
+        with open_regular(self.path) as file:
+            length = os.fstat(file.fileno()).st_size
+            size = length if self.size is None else self.size
+            if size > MAX_BYTES:
+                raise ValueError(f"{size} bytes, expected at most {MAX_BYTES}")
+            if self.offset + size > length:
+                raise ValueError(
+                    f"truncated: expected bytes {self.offset} to {self.offset + size}, the file ends at {length}"
+                )
+            parts = []
+            done = 0
+            while done < size and (part := os.pread(file.fileno(), size - done, self.offset + done)):
+                parts.append(part)
+                done += len(part)
+            if done < size:
+                raise ValueError(f"cut short while it was read: {done} of {size} bytes")
+            return b"".join(parts)
 
 
 def why(error: BaseException) -> str:

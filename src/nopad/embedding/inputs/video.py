@@ -87,6 +87,17 @@ def read_frames(source: Video, number: int, *, max_pixels: int = MAX_PIXELS) -> 
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 
+def frame_size(source: Video) -> tuple[int, int] | None:
+    """Width and height by the header of a video, `None` where it cannot be read."""
+    try:
+        _check_container(source)
+        with _open(source, MAX_PIXELS) as container:
+            context = _stream(container, MAX_PIXELS).codec_context
+            return context.width, context.height
+    except (ImportError, _UnusableError, OSError, ValueError, LookupError, RuntimeError):
+        return None
+
+
 class _UnusableError(Exception):
     pass
 
@@ -101,14 +112,7 @@ class _Index:
 
 
 def _pictures(source: Video, number: int, max_pixels: int) -> list[np.ndarray]:
-    try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else open_regular(os.fsencode(source))
-    except (OSError, ValueError) as error:
-        raise _UnusableError(f"cannot be read: {why(error)}") from error
-    with file:
-        size = file.seek(0, os.SEEK_END)
-        if problem := containers.problem(file):
-            raise _UnusableError(problem)
+    size = _check_container(source)
     with _open(source, max_pixels) as container:
         stream = _stream(container, max_pixels)
         index = _scan(container, stream, size)
@@ -124,6 +128,19 @@ def _pictures(source: Video, number: int, max_pixels: int) -> list[np.ndarray]:
     if not pictures:
         raise _UnusableError("no frame in its video stream")
     return pictures
+
+
+def _check_container(source: Video) -> int:
+    """Refuse what FFmpeg must not open, and return the size of the file in bytes."""
+    try:
+        file = io.BytesIO(source) if isinstance(source, bytes) else open_regular(os.fsencode(source))
+    except (OSError, ValueError) as error:
+        raise _UnusableError(f"cannot be read: {why(error)}") from error
+    with file:
+        size = file.seek(0, os.SEEK_END)
+        if problem := containers.problem(file):
+            raise _UnusableError(problem)
+    return size
 
 
 def _middles(count: int, number: int) -> list[int]:

@@ -1,0 +1,68 @@
+"""From the bytes of a picture, or the name of a video, to pixels: what the decode processes run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nopad.embedding.inputs.files import FileRange, why
+from nopad.embedding.inputs.video import frame_size, read_frames
+from nopad.preprocessing.decode import ImageError, image_size, load_image
+from nopad.preprocessing.limits import MAX_PIXELS
+
+Media = FileRange | bytes | str
+"""Where an encoded picture stands, its bytes, or the name of a video."""
+
+
+@dataclass(frozen=True)
+class MediaDecoder:
+    """Decodes pictures, as `bytes`, and videos, by name.
+
+    Args:
+        frames: frames of a video, see `nopad.embedding.inputs.video.read_frames`.
+        max_pixels: refuse larger pictures and frames.
+
+    Raises:
+        ValueError: `frames` or `max_pixels` below 1.
+    """
+
+    frames: int = 8
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or self.max_pixels < 1:
+            raise ValueError(f"frames, max_pixels: expected ≥ 1, got {self.frames} and {self.max_pixels}")
+
+    def read(self, media: Media) -> bytes | str:
+        """The bytes of a picture; a video is left where it is.
+
+        Raises:
+            ImageError: a file that cannot be read, or is empty.
+        """
+        if isinstance(media, FileRange):
+            try:
+                media = media.read()
+            except (OSError, ValueError) as error:
+                raise ImageError("file", f"cannot be read: {why(error)}") from error
+        if not media:
+            raise ImageError("file", "empty: 0 bytes")
+        return media
+
+    def measure(self, media: bytes | str) -> tuple[int, int]:
+        """Frames, and pixels of all of them, by the header; a file without a readable header fails when decoded."""
+        size = image_size(media) if isinstance(media, bytes) else frame_size(media)
+        frames = 1 if isinstance(media, bytes) else self.frames
+        width, height = size or (0, 0)
+        # Larger ones are refused by the decoder, whose error says more.
+        return frames, min(width * height, self.max_pixels) * frames
+
+    def __call__(self, media: bytes | str) -> Tensor:
+        """Decode to uint8 `(3, H, W)`, or `(frames, 3, H, W)` for a video, of fewer frames where it has fewer.
+
+        Raises:
+            ImageError: a file that is damaged, too large, or of a format that is not read.
+        """
+        if isinstance(media, bytes):
+            return load_image(media, max_pixels=self.max_pixels)
+        return read_frames(media, self.frames, max_pixels=self.max_pixels)

@@ -1,0 +1,138 @@
+"""The program of the processes that decode untrusted files, and of the server that forks them.
+
+A decoder may loop, allocate without end or crash; a thread cannot be stopped, a process can. The server computes
+nothing itself, so it always answers.
+"""
+
+from __future__ import annotations
+
+import array
+import gc
+import os
+import signal
+import socket
+import sys
+import traceback
+import warnings
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nopad.pipeline.prepare import Preparation
+from nopad.preprocessing.decode import ImageError
+
+MIN_ROOM = 1 << 30
+"""Address space in bytes that a process may add to what it begins with, before the size of an image is known."""
+
+
+@dataclass(frozen=True)
+class UnexpectedError:
+    """An error of the decoder that it does not document."""
+
+    summary: str
+    traceback: str
+
+
+class Decoder(Protocol):
+    """From the bytes or the name of an untrusted file to pixels; picklable."""
+
+    def read(self, source: Any, /) -> Any:
+        """Read the file, or whatever `source` names."""
+        ...
+
+    def measure(self, data: Any, /) -> tuple[int, int]:
+        """Frames and pixels in all that decoding will hold, by the header alone."""
+        ...
+
+    def __call__(self, data: Any, /) -> Tensor:
+        """Decode to uint8 `(3, H, W)` or `(frames, 3, H, W)`."""
+        ...
+
+
+def main(descriptor: int) -> None:
+    """Fork a process for each decoder, preparation and socket that come over the control socket."""
+    torch.set_num_threads(1)
+    Image.MAX_IMAGE_PIXELS = None  # the decoder has a limit of its own
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged files, whose rows have the reason
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # processes that end are reaped by the system
+    control = socket.socket(fileno=descriptor)
+    messages = Connection(os.dup(descriptor))
+    server = os.getpid()
+    while True:
+        try:
+            decoder, preparation = messages.recv()
+        except EOFError:
+            return
+        preparation(torch.zeros(3, 64, 64, dtype=torch.uint8))  # imports what it needs, once for all forks
+        _, ancillary, _, _ = control.recvmsg(1, socket.CMSG_SPACE(array.array("i").itemsize))
+        connection = int.from_bytes(ancillary[0][2][:4], sys.byteorder)
+        gc.freeze()
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            messages.close()
+            _end_with(server)
+            serve(Connection(connection), decoder, preparation)
+            os._exit(0)
+        os.close(connection)
+        control.sendall(pid.to_bytes(8, sys.byteorder))
+
+
+def serve(connection: Connection, decoder: Decoder, preparation: Preparation) -> None:
+    """Answer each file with its size, and once memory is granted with its patches, or with an `ImageError`."""
+    start = _address_space()
+    while True:
+        try:
+            source = connection.recv()
+        except (EOFError, ConnectionError):
+            return
+        try:
+            _limit(start + MIN_ROOM)
+            data = decoder.read(source)
+            frames, pixels = decoder.measure(data)
+            connection.send(preparation.peak_bytes(frames, pixels))
+            _limit(start + MIN_ROOM + connection.recv())
+            image = preparation(decoder(data))
+            patches = image.patches.contiguous().view(-1).view(torch.uint8)
+            connection.send((tuple(image.patches.shape), image.grid, image.width, image.height))
+            connection.send_bytes(patches.numpy().data)
+            del data, image, patches
+        except ImageError as error:
+            connection.send(error)
+        except ConnectionError:
+            return
+        except Exception as error:
+            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's own is a RuntimeError
+                connection.send(ImageError("image", "decoding it takes more memory than its header says"))
+            else:
+                summary = f"{type(error).__name__}: {error}"
+                connection.send(UnexpectedError(summary, traceback.format_exc()))
+
+
+def _address_space() -> int:
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # not Linux
+        return 0
+
+
+def _limit(size: int) -> None:
+    import resource
+
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (size, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent ends, also in the middle of a decoder."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(0)

@@ -1,0 +1,140 @@
+"""Decoding in processes that can be ended: the side of the pipeline."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from nopad.pipeline import process_server
+from nopad.pipeline.decode_process import Decoder, UnexpectedError
+from nopad.pipeline.memory import Reservation
+from nopad.pipeline.prepare import Preparation, PreparedImage
+from nopad.preprocessing.decode import ImageError
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = 60.0
+"""Default seconds for one input."""
+
+_TRIES = 2  # a process may die for no fault of its input: of too little memory, say
+
+
+class DecodeProcesses:
+    """Processes that decode and prepare one file at a time; used by many threads, a process each.
+
+    A process that takes too long or dies is replaced, and its input fails. Idle ones end with this object, all with
+    this process, however it ends. Ctrl-C does not reach them.
+
+    Args:
+        decoder: from a file to pixels.
+        preparation: from pixels to patches.
+        timeout: seconds for one input, `None` for no limit. Waiting for memory does not count.
+    """
+
+    def __init__(self, decoder: Decoder, preparation: Preparation, *, timeout: float | None = TIMEOUT) -> None:
+        self.timeout = timeout
+        self._setup = decoder, preparation
+        self._lock = threading.Lock()
+        self._idle: list[_Process] = []
+        self._busy: set[_Process] = set()
+        process_server.start()
+
+    def prepare(self, data: Any, reservation: Reservation) -> PreparedImage:
+        """Decode and prepare a file in one of the processes.
+
+        Raises:
+            ImageError: what the decoder raised, too much time or memory, or a process that died of it.
+            ProcessServerError: no process can be started.
+        """
+        for _ in range(_TRIES):
+            with self._lock:
+                process = self._idle.pop() if self._idle else self._fork()
+                self._busy.add(process)
+            try:
+                answer = process.prepare(data, reservation, self.timeout)
+            except TimeoutError as error:
+                process.kill()
+                reason = f"decoding it takes more than {self.timeout:g} s; input_timeout sets another limit"
+                raise ImageError("image", reason) from error
+            except (EOFError, ConnectionError, OSError) as error:
+                process.kill()
+                if reservation.is_closed:
+                    break
+                logger.info("a decode process died: %s", error)
+                continue
+            except BaseException:
+                process.kill()  # it waits for an answer that will not come
+                raise
+            finally:
+                with self._lock:
+                    self._busy.discard(process)
+            with self._lock:
+                self._idle.append(process)
+            if isinstance(answer, ImageError):
+                raise answer
+            if isinstance(answer, UnexpectedError):
+                logger.error("unexpected error in a decoder:\n%s", answer.traceback)
+                raise ImageError("image", f"unexpected {answer.summary}")
+            return answer
+        reason = "its decoder crashed; a damaged file, or too little memory"
+        raise ImageError("image", reason)
+
+    def interrupt(self) -> None:
+        """End the processes that are decoding: nobody waits for their results."""
+        with self._lock:
+            for process in self._busy:
+                process.kill()
+
+    def _fork(self) -> _Process:
+        connection, pid = process_server.start().fork(self._setup)
+        return _Process(connection, pid, self._setup[1].dtype)
+
+
+class _Process:
+    def __init__(self, connection: Connection, pid: int, dtype: torch.dtype) -> None:
+        self.connection = connection
+        self.pid = pid
+        self.dtype = dtype
+
+    def prepare(
+        self, data: Any, reservation: Reservation, timeout: float | None
+    ) -> PreparedImage | ImageError | UnexpectedError:
+        """Send a file and receive its patches, or an error.
+
+        Raises:
+            TimeoutError: no answer in time.
+            EOFError, OSError: the process died.
+            ImageError: no memory for it.
+        """
+        self.connection.send(data)
+        start = time.monotonic()
+        size = self.receive(timeout)
+        if not isinstance(size, int):
+            return size
+        spent = time.monotonic() - start
+        reservation.reserve(size)
+        self.connection.send(size)
+        answer = self.receive(None if timeout is None else timeout - spent)
+        if not isinstance(answer, tuple):
+            return answer
+        shape, grid, width, height = answer
+        patches = torch.empty(shape, dtype=self.dtype)
+        self.connection.recv_bytes_into(patches.view(-1).view(torch.uint8).numpy().data)
+        return PreparedImage(patches, grid, width, height)
+
+    def receive(self, timeout: float | None) -> Any:
+        if not self.connection.poll(timeout if timeout is None else max(timeout, 0)):
+            raise TimeoutError
+        return self.connection.recv()
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)

@@ -1,0 +1,40 @@
+"""A decoder for `test_isolation.py`; the decode processes import it."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+
+import torch
+
+from nopad.preprocessing.decode import ImageError
+
+
+@dataclass(frozen=True)
+class HostileDecoder:
+    """Does what its input says: "loop", "crash", "allocate", "bug", "damaged", or "rows columns"."""
+
+    patch_size: int = 4
+
+    def read(self, source: str) -> str:
+        return source
+
+    def measure(self, data: str) -> tuple[int, int]:
+        if data == "loop in the header":
+            time.sleep(100)
+        sizes = [int(word) for word in data.split() if word.isdigit()]
+        return 1, self.patch_size**2 * sizes[0] * sizes[1] if sizes else 0
+
+    def __call__(self, data: str) -> torch.Tensor:
+        if data == "loop":
+            time.sleep(100)
+        if data == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if data == "allocate":
+            return torch.zeros(3, 1 << 20, 1 << 12, dtype=torch.uint8)
+        if data == "bug":
+            raise KeyError("a bug")
+        if data == "damaged":
+            raise ImageError("image", "truncated")
+        rows, columns = map(int, data.split())
+        return torch.full((3, self.patch_size * rows, self.patch_size * columns), rows, dtype=torch.uint8)
