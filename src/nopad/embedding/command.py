@@ -6,14 +6,13 @@ import argparse
 import importlib.util
 import os
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING
 
 from nopad.embedding.settings import Settings
 from nopad.embedding.signals import stop_on_signals
+from nopad.pipeline import process_server
 from nopad.terminal import (
     INTERRUPTED,
     complain,
@@ -56,6 +55,8 @@ def run(options: argparse.Namespace) -> int:
     for package in ("filelock", "pyarrow", "rich"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"this needs {package}: pip install 'nopad[embed]'")
+    if options.actors is None:
+        process_server.start()  # it imports torch while this process does
     from nopad.embedding.api import embed
     from nopad.embedding.progress import display
 
@@ -65,7 +66,6 @@ def run(options: argparse.Namespace) -> int:
     try:
         with (
             stop_on_signals(go_on) as stop,
-            pillow_takes(options.max_pixels),
             display(sys.stderr) as shown,
             redirect_stdout(sys.stderr),  # Ray prints to it when an actor dies; it is for the summary alone
         ):
@@ -95,21 +95,6 @@ def _command(options: argparse.Namespace) -> str:
     if os.path.basename(program) == "__main__.py":
         return shell_command([sys.executable, "-m", "nopad", *options.arguments])
     return shell_command([program, *options.arguments])
-
-
-@contextmanager
-def pillow_takes(max_pixels: int) -> Iterator[None]:
-    """Let Pillow open pictures of as many pixels, which its own limit would refuse, and be silent on damaged ones."""
-    from PIL import Image
-
-    before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = max(before or 0, max_pixels)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
 
 
 def describe(summary: Summary) -> str:

@@ -21,8 +21,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
-from PIL import Image
-
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.job import Job, load_encoder, make_worker
 from nopad.embedding.manifest import check_same, record_of
@@ -113,7 +111,7 @@ class _Actors:
             workers=settings.workers or cores,
         )
         folder = os.path.abspath(run.job.folder.path)
-        self.order = _Order(folder, settings, here, max_image_pixels=Image.MAX_IMAGE_PIXELS)
+        self.order = _Order(folder, settings, here)
         self.places: dict[Any, str] = {}  # of each actor that has started: its process and host
         self.loading: dict[Any, Any] = {}  # an actor by the reference to what its call will return
         self.making: dict[Any, tuple[Any, int]] = {}
@@ -247,13 +245,11 @@ class _Order:
     Attributes:
         settings: as the job was begun with.
         here: the same for an actor: the model's path made absolute, its device and number of decode threads.
-        max_image_pixels: Pillow's limit, which belongs to a process.
     """
 
     folder: str
     settings: Settings
     here: Settings
-    max_image_pixels: int | None
 
 
 class _ShardMaker:
@@ -264,7 +260,6 @@ class _ShardMaker:
 
     def place(self) -> str:
         """Load the encoder, and return where that is."""
-        Image.MAX_IMAGE_PIXELS = self.order.max_image_pixels
         _ = self.run
         return f"process {os.getpid()} on {socket.gethostname()}"
 
