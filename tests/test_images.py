@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image, ImageFile, features
 from torch import Tensor
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
@@ -570,6 +571,17 @@ def test_crop_equals_clip_bit_for_bit(shape):
     assert torch.equal(preprocess(image, CROP, 14, resize="pil"), torch.from_numpy(expected["pixel_values"][0]))
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_crop_of_a_longer_short_side_equals_the_processor_bit_for_bit(shape):
+    image = noise(*shape)
+    processor = BitImageProcessorPil(
+        size={"shortest_edge": 256}, crop_size=squared(224), image_mean=CROP.mean, image_std=CROP.std
+    )
+    expected = processor(image.permute(1, 2, 0).numpy(), input_data_format="channels_last")["pixel_values"][0]
+    rule = dataclasses.replace(CROP, short_side=256)
+    assert torch.equal(preprocess(image, rule, 14, resize="pil"), torch.from_numpy(expected))
+
+
 @pytest.mark.parametrize("max_patches", [None, 1, 64, 1024])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_naflex_equals_siglip2_bit_for_bit(shape, max_patches):
@@ -778,6 +790,8 @@ def test_wrong_arguments_are_named(change, match):
         ({"rule": "crop"}, "size: expected pixels ≥ 1 for 'crop', got None"),
         ({"rule": "square", "size": 224, "max_patches": 4}, "max_patches: expected None for 'square'"),
         ({"max_patches": 0}, "max_patches: expected ≥ 1"),
+        ({"short_side": 256}, "short_side: expected None for 'native', got 256"),
+        ({"rule": "crop", "size": 224, "short_side": 223}, "short_side: expected pixels ≥ 224 for 'crop', got 223"),
         ({"std": (1.0, 0.0, 1.0)}, "mean, std"),
         ({"mean": (0.5,)}, "mean, std"),
     ],
@@ -792,6 +806,7 @@ def test_preprocessing_checks_itself(change, match):
 
 CLIP_STATISTICS = {"image_mean": list(CROP.mean), "image_std": list(CROP.std)}
 IMAGENET = {"image_mean": list(SQUARE.mean), "image_std": list(SQUARE.std)}
+SHORT = dataclasses.replace(CROP, short_side=256)
 RESIZED = {"do_resize": True, "do_rescale": True, "rescale_factor": 0.00392156862745098, "do_normalize": True}
 
 
@@ -834,6 +849,10 @@ RESIZED = {"do_resize": True, "do_rescale": True, "rescale_factor": 0.0039215686
          Preprocessing(rule="square", size=224, resample="bicubic", mean=HALF, std=HALF)),
         ({"image_processor_type": "Siglip2ImageProcessorFast"}, SQUARE,
          Preprocessing(rule="naflex", max_patches=256, resample="bilinear", mean=HALF, std=HALF)),
+        ({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}, CROP, SHORT),
+        ({"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 256}}, CROP, SHORT),
+        ({}, SHORT, SHORT),
+        ({"size": {"shortest_edge": 224}}, SHORT, CROP),
         ({"do_resize": False, "do_center_crop": False, "size": {"shortest_edge": 224}}, CROP,
          Preprocessing(rule="native", resample="bicubic", mean=CROP.mean, std=CROP.std)),
         ({"do_normalize": False, "do_rescale": False}, NATIVE,
@@ -849,7 +868,8 @@ def test_config_of_a_checkpoint_wins_over_the_default(config, default, expected)
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        ({"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}, "'shortest_edge': 256"),
+        ({"size": {"shortest_edge": 224}, "crop_size": {"height": 256, "width": 256}}, "'shortest_edge': 224"),
+        ({"size": {"height": 256, "width": 256}, "crop_size": 224, "do_center_crop": True}, "'height': 256"),
         ({"size": {"shortest_edge": 224}, "do_center_crop": False}, "preprocessor config: expected"),
         ({"do_center_crop": False}, "preprocessor config: expected"),
         ({"do_resize": False}, "preprocessor config: expected"),
@@ -859,7 +879,7 @@ def test_config_of_a_checkpoint_wins_over_the_default(config, default, expected)
         ({"size": "big"}, "size: expected"),
         ({"resample": 1}, r"resample: expected 2 \(bilinear\) or 3 \(bicubic\), got 1"),
         ({"do_pad": True}, "do_pad"),
-        ({"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 336}}, "'shortest_edge': 336"),
+        ({"image_processor_type": "CLIPImageProcessor", "crop_size": 336}, "'crop_size': 336"),
         ({"image_processor_type": "SiglipImageProcessor", "size": 112}, "preprocessor config: expected"),
     ],
 )
@@ -874,6 +894,7 @@ def test_describe_says_which_resize_was_used():
         "std 0.26863, 0.261303, 0.275777; EXIF upright, RGB, alpha on white"
     )
     assert "(torch uint8)" in CROP.describe()
+    assert dataclasses.replace(CROP, short_side=256).describe().startswith("crop 224 of short side 256; bicubic")
     assert NAFLEX.describe().startswith("naflex at most 256 patches; ")
     assert NATIVE.describe(max_patches=100).startswith("native at most 100 patches; ")
     assert "(torch float); rescale 1/255 before resize" in SQUARE.describe("pil")

@@ -77,7 +77,7 @@ def _read(told: dict[str, Any], default: Preprocessing) -> Preprocessing:
     steps = {key: config[key] for key in _OTHER_STEPS.split() if config.get(key)}
     if steps:
         raise ValueError(f"got {steps!r:.200}, steps that no rule here has; give pack and embed a preprocessing=")
-    rule, size = _rule_and_size(config, processor, default)
+    rule, size, short_side = _rule_and_size(config, processor, default)
     if rule != default.rule:
         logger.info("the checkpoint's preprocessor config asks for rule %r, not %r", rule, default.rule)
     max_patches = default.max_patches if rule == default.rule else None
@@ -91,6 +91,7 @@ def _read(told: dict[str, Any], default: Preprocessing) -> Preprocessing:
     return Preprocessing(
         rule=rule,
         size=size,
+        short_side=short_side,
         max_patches=config.get("max_num_patches", max_patches) if rule == "naflex" else max_patches,
         resample=resample,
         mean=_three(config.get("image_mean", default.mean)) if normalize else (0.0, 0.0, 0.0),
@@ -117,11 +118,14 @@ def _usual(processor: str) -> dict[str, Any]:
     return {"do_center_crop": False} | {key: value for key, value in found.items() if value is not None}
 
 
-def _rule_and_size(config: dict[str, Any], processor: str, default: Preprocessing) -> tuple[Rule, int | None]:
-    """The rule that a preprocessor config without nulls asks for, and its size."""
+def _rule_and_size(
+    config: dict[str, Any], processor: str, default: Preprocessing
+) -> tuple[Rule, int | None, int | None]:
+    """The rule that a preprocessor config without nulls asks for, its size, and the short side before a crop."""
     sized = "size" in config or "crop_size" in config
     naflex = "max_num_patches" in config or processor.startswith("Siglip2") or (default.rule == "naflex" and not sized)
-    size = config.get("size", {"shortest_edge": default.size} if default.rule == "crop" else default.size)
+    short = {"shortest_edge": default.short_side or default.size}
+    size = config.get("size", short if default.rule == "crop" else default.size)
     if isinstance(size, Mapping):
         size = {key: value for key, value in size.items() if value is not None}
         square = size.keys() == {"height", "width"}
@@ -131,20 +135,22 @@ def _rule_and_size(config: dict[str, Any], processor: str, default: Preprocessin
     crops = not naflex and ("crop_size" in config or (default.rule == "crop" and not square))
     crops = config.get("do_center_crop", crops)
     if not config.get("do_resize", default.rule != "native" or sized or naflex):
-        rule, side, possible = "native", None, not crops
+        rule, side, short_side, possible = "native", None, None, not crops
     elif naflex:
-        rule, side, possible = "naflex", None, not crops
+        rule, side, short_side, possible = "naflex", None, None, not crops
     else:
-        side = _side(size, "size")
-        crop = _side(config.get("crop_size", side), "crop_size") if crops else None
-        rule, possible = ("square", crop in (None, side)) if square else ("crop", crop == side)
+        resized = side = _side(size, "size")
+        if crops:
+            side = _side(config.get("crop_size", resized if "size" in config else default.size), "crop_size")
+        short_side = resized if side < resized else None
+        rule, possible = ("square", side == resized) if square else ("crop", crops and side <= resized)
     if not possible:
         keys = ("do_resize", "size", "do_center_crop", "crop_size", "max_num_patches")
         raise ValueError(
-            "expected no resize and no crop, a short side and a centre crop of equal size, "
+            "expected no resize and no crop, a short side and a centre crop that it holds, "
             f"a square, or max_num_patches and no crop; got { {key: config[key] for key in keys if key in config} }"
         )
-    return rule, side
+    return rule, side, short_side
 
 
 def _side(size: Any, key: str) -> int:

@@ -34,7 +34,8 @@ class Preprocessing:
     Attributes:
         rule: `"native"` keeps the size and drops what does not fill a patch at the right and the bottom, `"crop"` is
             CLIP's short side and centre crop, `"square"` resizes both sides, `"naflex"` is SigLIP2's.
-        size: pixels: short side and crop for `"crop"`, side for `"square"`; `None` for the other two.
+        size: pixels: side of the crop for `"crop"`, side for `"square"`; `None` for the other two.
+        short_side: pixels that the short side is resized to before the crop, where they are more than `size`.
         max_patches: most patches of one frame, for `"native"` and `"naflex"`; `None` is no limit and 256.
         resample: the filter of the resize, always antialiased.
         mean, std: the statistics of each colour, on the scale that `rescale_factor` makes.
@@ -47,6 +48,7 @@ class Preprocessing:
 
     rule: Rule
     size: int | None = None
+    short_side: int | None = None
     max_patches: int | None = None
     resample: Resample
     mean: tuple[float, float, float]
@@ -62,6 +64,11 @@ class Preprocessing:
         sized = self.rule in ("crop", "square")
         if (self.size is not None) != sized or (sized and not is_count(self.size)):
             raise ValueError(f"size: expected {'pixels ≥ 1' if sized else None} for {self.rule!r}, got {self.size!r}")
+        if self.short_side is not None and (
+            self.rule != "crop" or not is_count(self.short_side) or self.short_side < (self.size or 0)
+        ):
+            expected = f"pixels ≥ {self.size}" if self.rule == "crop" else None
+            raise ValueError(f"short_side: expected {expected} for {self.rule!r}, got {self.short_side!r}")
         if self.max_patches is not None and (sized or not is_count(self.max_patches)):
             expected = None if sized else "≥ 1"
             raise ValueError(f"max_patches: expected {expected} for {self.rule!r}, got {self.max_patches!r}")
@@ -79,6 +86,7 @@ class Preprocessing:
         _check_resize(resize)
         limit = self.limit(max_patches)
         with_size = f"{self.rule} {self.size}" if self.size else self.rule
+        with_size += f" of short side {self.short_side}" if self.short_side else ""
         before = self._in_float(resize)
         how = "torch float" if before else {"torch": "torch uint8", "pil": "pil"}[resize]
         factor = "1/255" if self.rescale_factor == RESCALE_FACTOR else f"{self.rescale_factor:g}"
@@ -116,7 +124,8 @@ class Preprocessing:
     def _resized(self, height: int, width: int, patch_size: int, limit: int | None) -> tuple[int, int]:
         """Height and width after the resize and before any crop."""
         if self.size is not None:
-            return (self.size, self.size) if self.rule == "square" else _with_short_side(height, width, self.size)
+            side = self.short_side or self.size
+            return (side, side) if self.rule == "square" else _with_short_side(height, width, side)
         if self.rule == "naflex":
             # Only this module of SigLIP2's processing needs no torchvision; imported late, because it is slow.
             from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
