@@ -32,7 +32,8 @@ def pack_images(
 
     Args:
         images: paths, encoded bytes, PIL images, uint8 arrays `(H, W, 3)`, or clips `(frames, H, W, 3)`.
-        resize: `"pil"` is bit-exact with the original's processor, `"torch"` is faster and 1–2 grey levels off.
+        resize: `"pil"` is bit-exact with the original's processor, `"torch"` is faster and has nearly all
+            values equal, the others within 2 grey levels.
         max_patches: a cap on the patches of an image, its aspect ratio kept; for rules without a fixed size.
         preprocessing: another rule than the model's own.
 
