@@ -775,6 +775,19 @@ def test_native_is_scaled_down_to_max_patches(shape, max_patches, expected):
     assert (pixels.shape[1] // 14, pixels.shape[2] // 14) == expected
 
 
+@pytest.mark.parametrize("rule", [NATIVE, CROP, NAFLEX, SQUARE], ids=lambda rule: rule.rule)
+@pytest.mark.parametrize("shape", [(300, 200), (9, 1200), (280, 280)])
+def test_grid_is_that_of_preprocessed_pixels(rule, shape):
+    pixels = preprocess(noise(*shape), rule, 14)
+    assert rule.grid(*shape, 14) == (pixels.shape[1] // 14, pixels.shape[2] // 14)
+
+
+def test_automatic_cap_is_for_rules_without_a_limit():
+    own = dataclasses.replace(NATIVE, max_patches=9000)
+    assert [rule.cap("auto") for rule in (NATIVE, own, CROP, NAFLEX, SQUARE)] == [4096, None, None, None, None]
+    assert [NATIVE.cap(limit) for limit in (None, 5, 9000)] == [None, 5, 9000]
+
+
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 2000), st.sampled_from([14, 16]))
 def test_native_never_exceeds_max_patches_nor_loses_the_image(height, width, max_patches, patch_size):
     resized = NATIVE._resized(height, width, patch_size, max_patches)

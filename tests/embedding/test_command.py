@@ -160,9 +160,9 @@ def test_names_that_are_no_utf8_do_no_harm(photos, tmp_path, capsys, model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--capacity", "0"], "capacity: expected an integer ≥ 1, got 0"),
-        (["--max-pixels", "0"], "max_pixels: expected an integer ≥ 1"),
-        (["--workers", "0"], "workers: expected an integer ≥ 1, got 0"),
+        (["--capacity", "0"], "capacity: expected ≥ 1, got 0"),
+        (["--max-pixels", "0"], "max_pixels: expected ≥ 1, got 0"),
+        (["--workers", "0"], "workers: expected ≥ 1, got 0"),
         (["--out", ""], "out: expected a folder, got ''"),
         (["--image-column", "foo"], "image_column: no source has columns, as Parquet files and datasets do, got 'foo'"),
         (["--revision", "v9"], "is on this machine and has no revisions, got 'v9'"),

@@ -99,7 +99,7 @@ def test_one_row_per_input_in_order_and_all_that_is_to_be_known_in_the_schema(ph
             "revision": "",
             "family": "aimv2",
             "weights": manifest.weights_digest(encoder),
-            "preprocessing": encoder.preprocessing.describe(),
+            "preprocessing": encoder.preprocessing.describe(max_patches=4096),
             "dtype": "float32",
             "version": nopad.__version__,
         }
@@ -189,6 +189,28 @@ def test_the_digest_of_fp8_covers_parameters_and_buffers(model, part):
 def test_the_digest_of_what_can_be_saved_stays(goldens):
     digest = manifest.weights_digest(nopad.load(goldens / "aimv2-apple-native"))
     assert digest == "ad2bcb369a26bf4ad52ae4843a152afbbe9d4c27f6376b2ee30c47faec4f59d4"
+
+
+def test_large_picture_of_a_rule_without_limit_is_capped(tmp_path, model, clip_model):
+    Image.effect_noise((300, 240), 50).convert("RGB").save(tmp_path / "large.png")  # 75 × 60 patches of 4 pixels
+    for name, options, recorded, grid in (
+        ("auto", {}, "4096", (1, 57, 71)),
+        ("fewer", {"max_patches": 100}, "100", (1, 8, 11)),
+        ("none", {"max_patches": None}, "", (1, 60, 75)),
+    ):
+        embed(tmp_path / "large.png", tmp_path / name, model, **options)
+        features = nopad.read_features(tmp_path / name)
+        assert tuple(features.grids[0]) == grid
+        assert features.metadata["max_patches"] == recorded
+        assert (" at most " in features.metadata["preprocessing"]) == bool(recorded)
+    encoder = nopad.load(model)
+    capped, whole = (nopad.read_features(tmp_path / name).embeddings for name in ("auto", "none"))
+    np.testing.assert_array_equal(encoder.embed([tmp_path / "large.png"]), capped)
+    np.testing.assert_array_equal(encoder.embed([tmp_path / "large.png"], max_patches=None), whole)
+    assert len(encoder.pack([tmp_path / "large.png"]).hidden_states) == 60 * 75
+
+    embed(tmp_path / "large.png", tmp_path / "crop", clip_model)  # its rule has a size, and needs no cap
+    assert nopad.read_features(tmp_path / "crop").metadata["max_patches"] == ""
 
 
 def test_stored_as_float16_and_as_plain_lists(photos, tmp_path, model):
@@ -358,7 +380,7 @@ CHANGES = {
     "dtype": ({"dtype": "bfloat16"}, "dtype: float32 there, bfloat16 now"),
     "capacity": ({"capacity": 64}, "capacity: 2048 there, 64 now"),
     "resize": ({"resize": "pil"}, "resize: torch there, pil now"),
-    "max_patches": ({"max_patches": 9}, "max_patches: none there, 9 now"),
+    "max_patches": ({"max_patches": 9}, "max_patches: 4096 there, 9 now"),
     "frames": ({"frames": 4}, "frames: 8 there, 4 now"),
     "max_pixels": ({"max_pixels": 1000}, "max_pixels: 178956970 there, 1000 now"),
     "tokens": ({"tokens": True}, "tokens: no there, yes now"),
@@ -514,13 +536,14 @@ def test_a_damaged_shard(photos, tmp_path, model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"frames": 0}, "frames: expected an integer ≥ 1, got 0"),
-        ({"max_pixels": 0}, "max_pixels: expected an integer ≥ 1, got 0"),
-        ({"capacity": 0}, "capacity: expected an integer ≥ 1, got 0"),
-        ({"workers": 0}, "workers: expected an integer ≥ 1, got 0"),
-        ({"actors": 0}, "actors: expected an integer ≥ 1, got 0"),
-        ({"shard_size": 0}, "shard_size: expected an integer ≥ 1, got 0"),
-        ({"max_patches": 0}, "max_patches: expected an integer ≥ 1, got 0"),
+        ({"frames": 0}, "frames: expected ≥ 1, got 0"),
+        ({"max_pixels": 0}, "max_pixels: expected ≥ 1, got 0"),
+        ({"capacity": 0}, "capacity: expected ≥ 1, got 0"),
+        ({"workers": 0}, "workers: expected ≥ 1, got 0"),
+        ({"actors": 0}, "actors: expected ≥ 1, got 0"),
+        ({"shard_size": 0}, "shard_size: expected ≥ 1, got 0"),
+        ({"max_patches": 0}, "max_patches: expected ≥ 1, got 0"),
+        ({"max_patches": "all"}, "max_patches: expected an integer ≥ 1, got 'all'"),
         ({"shard_size": 2.5}, r"shard_size: expected an integer ≥ 1, got 2\.5"),
         ({"capacity": "5"}, "capacity: expected an integer ≥ 1, got '5'"),
         ({"actors": True}, "actors: expected an integer ≥ 1, got True"),

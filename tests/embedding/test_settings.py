@@ -28,7 +28,7 @@ def test_command_has_every_option_and_its_default(capsys):
     with pytest.raises(SystemExit):
         build_parser().parse_args(["embed", "--help"])
     help = capsys.readouterr().out
-    assert all(f"--{option.name.replace('_', '-')} " in help for option in fields(Settings))
+    assert {f"--{option.name.replace('_', '-')}" for option in fields(Settings)} <= {*help.split()}
     assert "frames of a video, spread evenly over it (default: 8)" in " ".join(help.split())
 
 
@@ -42,3 +42,15 @@ def test_help_of_the_command_needs_neither_torch_nor_pyarrow():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--shard-size" in done.stdout
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("none", None), ("300", 300)])
+def test_max_patches_of_the_command(text, value):
+    options = build_parser().parse_args(["embed", "photos", "--model", "m", "--out", "o", "--max-patches", text])
+    assert options.max_patches == value
+
+
+def test_max_patches_that_is_no_number(capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["embed", "photos", "--model", "m", "--out", "o", "--max-patches", "all"])
+    assert "argument --max-patches: expected a number, auto or none, got 'all'" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from nopad.embedding.run import Run, Summary
 from nopad.embedding.settings import Settings
 from nopad.encoder import PackedEncoder
 from nopad.pipeline.isolation import TIMEOUT
-from nopad.preprocessing.limits import MAX_PIXELS
+from nopad.preprocessing.limits import MAX_PIXELS, MaxPatches
 from nopad.preprocessing.transforms import Resize
 
 
@@ -31,7 +31,7 @@ def embed(
     dtype: str | None = None,
     attention: str = "auto",
     tokens: bool = False,
-    max_patches: int | None = None,
+    max_patches: MaxPatches = "auto",
     resize: Resize = "torch",
     capacity: int | None = None,
     frames: int = 8,
@@ -63,7 +63,9 @@ def embed(
         device: `"cuda"` where there is one, unless given.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; the checkpoint's own unless given.
         tokens: store each picture's tokens, too, in float16.
-        max_patches, resize: as `PackedEncoder.pack` takes them.
+        max_patches: most patches of a picture, its aspect ratio kept: `"auto"` is 4,096 where the model's own rule has
+            no limit, so that one photo does not hold up a job; `None` is no limit but the rule's own.
+        resize: as `PackedEncoder.pack` takes it.
         capacity: tokens of a pack, 16384 unless given, on a CPU 2048.
         frames: frames of a video, spread evenly over it.
         max_pixels: pictures of more are failures.

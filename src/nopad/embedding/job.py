@@ -91,11 +91,10 @@ def load_encoder(settings: Settings) -> PackedEncoder:
 
 def make_worker(settings: Settings, encoder: PackedEncoder) -> Worker:
     """A worker that embeds by the settings of a job."""
-    options: dict[str, Any] = {
-        name: getattr(settings, name) for name in ("capacity", "resize", "max_patches", "tokens")
-    }
+    limit = encoder.preprocessing.cap(settings.max_patches)
+    options: dict[str, Any] = {"resize": settings.resize, "max_patches": limit, "tokens": settings.tokens}
     limits: dict[str, Any] = {"timeout": settings.input_timeout, "memory": settings.decode_memory}
-    return Worker(encoder, threads=settings.workers, **options, **limits)
+    return Worker(encoder, capacity=settings.capacity, threads=settings.workers, **options, **limits)
 
 
 def begin_or_resume(

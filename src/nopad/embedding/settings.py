@@ -7,12 +7,14 @@ The arguments of `nopad embed`, the check of `nopad.embed` and the record of a j
 from __future__ import annotations
 
 import math
+from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from typing import Any
 
-from nopad.preprocessing.limits import MAX_PIXELS
+from nopad.counts import check_count
+from nopad.preprocessing.limits import MAX_PATCHES, MAX_PIXELS, MaxPatches
 
 SHARD_SIZE, SHARD_SIZE_WITH_TOKENS = 2048, 512
 
@@ -40,7 +42,7 @@ def _flag(help: str, *, decides: bool = True) -> Any:
 
 
 def _count(default: int | None, help: str, *, decides: bool = True) -> Any:
-    return _option(default, help, _check_count, decides=decides, type=int, metavar="N")
+    return _option(default, help, check_count, decides=decides, type=int, metavar="N")
 
 
 def _choice(default: str | None, choices: tuple[str, ...], help: str) -> Any:
@@ -75,9 +77,18 @@ def _check_flag(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected True or False, got {value!r}")
 
 
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected an integer ≥ 1, got {value!r}")
+def _check_max_patches(name: str, value: Any) -> None:
+    if value is not None and value != "auto":
+        check_count(name, value)
+
+
+def _parse_max_patches(text: str) -> int | str | None:
+    if text in ("auto", "none"):
+        return None if text == "none" else text
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"expected a number, auto or none, got {text!r}") from None
 
 
 def _check_choice(choices: tuple[str, ...], name: str, value: Any) -> None:
@@ -108,8 +119,14 @@ class Settings:
     model: str = _text(MISSING, "Hub name, folder, weights file, or untrained:<published name>")
     revision: str | None = _text(None, "branch, tag or commit on the Hub")
     tokens: bool = _flag("store each picture's tokens, too, in float16")
-    max_patches: int | None = _count(
-        None, "most patches of a picture, aspect ratio kept; not for models of one fixed size"
+    max_patches: MaxPatches = _option(  # noqa: RUF009 - a field
+        "auto",
+        "most patches of a picture, aspect ratio kept; not for models of one fixed size; none is no limit but the "
+        f"model's own, auto is {MAX_PATCHES} where it has none",
+        _check_max_patches,
+        decides=True,
+        type=_parse_max_patches,
+        metavar="N",
     )
     device: str | None = _option(
         None, "cpu, cuda, cuda:1, …; cuda where there is one, unless given", _check_device, decides=True
@@ -134,7 +151,7 @@ class Settings:
     decode_memory: int | None = _option(
         None,
         "memory for pictures that are decoded and read ahead, as 4GB or in bytes (default: half of what is free)",
-        _check_count,
+        check_count,
         decides=False,
         type=_bytes,
         metavar="SIZE",

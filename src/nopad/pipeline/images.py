@@ -14,6 +14,7 @@ from torch import Tensor
 from nopad.packing import Pack
 from nopad.pipeline.worker import Worker
 from nopad.preprocessing.decode import ImageError, load, load_taken, take
+from nopad.preprocessing.limits import MaxPatches
 from nopad.preprocessing.transforms import Preprocessing, Resize, preprocess
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def embed_images(
     *,
     capacity: int | None = None,
     resize: Resize = "torch",
-    max_patches: int | None = None,
+    max_patches: MaxPatches = "auto",
     preprocessing: Preprocessing | None = None,
     threads: int | None = None,
 ) -> Tensor:
@@ -80,7 +81,9 @@ def embed_images(
     Args:
         images: as `pack` takes them.
         capacity: tokens per pack; a larger image gets a pack of its own. 16384 unless given, on a CPU 2048.
-        resize, max_patches, preprocessing: as `pack` takes them.
+        resize, preprocessing: as `pack` takes them.
+        max_patches: a cap on the patches of an image, its aspect ratio kept: `"auto"` is 4,096 where the model's own
+            rule has no limit, so that one photo does not hold up all others; `None` is no cap but the rule's own.
         threads: that decode; one per core unless given.
 
     Returns:
@@ -90,7 +93,8 @@ def embed_images(
         ImageError: the first image that cannot be used.
         ValueError: one image where several are expected.
     """
-    options: dict[str, Any] = {"resize": resize, "max_patches": max_patches, "preprocessing": preprocessing}
+    limit = (preprocessing or encoder.preprocessing).cap(max_patches)
+    options: dict[str, Any] = {"resize": resize, "max_patches": limit, "preprocessing": preprocessing}
     _check_several(images)
     worker = Worker(encoder, capacity=capacity, threads=threads, **options)
     (results,) = worker.run([map(take, images)], load_taken, strict=True)

@@ -1,4 +1,13 @@
 """Limits of what is decoded and encoded; nothing heavy is imported here."""
 
+from typing import Literal
+
+MaxPatches = int | Literal["auto"] | None
+"""Most patches of an image: `"auto"` is `MAX_PATCHES` if the model's rule has no limit, `None` is the rule's alone."""
+
 MAX_PIXELS = 178_956_970
 """Largest image that is decoded or made by a resize, in pixels: the number at which Pillow refuses to open one."""
+
+MAX_PATCHES = 4096
+"""Default limit on an image's patches in bulk, for models without one: a photo of 12 megapixels would make 62,208 of
+14 × 14 pixels, whose attention costs 230 times as much as that of 4,096."""

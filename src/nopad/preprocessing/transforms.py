@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from nopad.counts import check_count, is_count
 from nopad.preprocessing.decode import ImageError, as_tensor
-from nopad.preprocessing.limits import MAX_PIXELS
+from nopad.preprocessing.limits import MAX_PATCHES, MAX_PIXELS, MaxPatches
 
 Rule = Literal["native", "crop", "square", "naflex"]
 Resample = Literal["bicubic", "bilinear"]
@@ -102,6 +102,20 @@ class Preprocessing:
                 "EXIF upright, RGB, alpha on white",
             )
         )
+
+    def cap(self, max_patches: MaxPatches) -> int | None:
+        """A limit for bulk work: `"auto"` is `MAX_PATCHES` where this rule has no limit of its own, else no other."""
+        if max_patches != "auto":
+            return max_patches
+        return MAX_PATCHES if self.rule == "native" and self.max_patches is None else None
+
+    def grid(self, height: int, width: int, patch_size: int, max_patches: int | None = None) -> tuple[int, int]:
+        """Rows and columns of patches that `preprocess` makes of an image of so many pixels."""
+        if self.rule == "crop" and self.size is not None:
+            height = width = self.size
+        else:
+            height, width = self._resized(height, width, patch_size, self._limit(max_patches))
+        return height // patch_size, width // patch_size
 
     def _in_float(self, resize: Resize) -> bool:
         """Whether the resize is the original's float one, tens of times slower on large photos than that in 8 bit."""
