@@ -61,16 +61,16 @@ def main() -> None:
     settings = {"capacity": options.capacity, "workers": options.workers, "resize": options.resize}
     encoder = nopad.load(options.model)
     job = BaselineJob.of(encoder, options.model)
-    given = {name: value for name, value in settings.items() if value is not None}
+    arguments = {name: value for name, value in settings.items() if value is not None}
     blocks = [
-        run_block(encoder, job, paths[number :: options.blocks], given, number, options.blocks)
+        run_block(encoder, job, paths[number :: options.blocks], arguments, number, options.blocks)
         for number in range(options.blocks)
     ]
     report = summarise(blocks, encoder, job, paths)
     print(json_text(report) if options.json else table(report))
 
 
-def say(line: str) -> None:
+def report_progress(line: str) -> None:
     print(f"· {line}", file=sys.stderr, flush=True)
 
 
@@ -82,7 +82,7 @@ def pictures(folder: Path, number: int, seed: int = 0) -> list[Path]:
     paths = [folder / f"{index:05}.jpg" for index in range(number)]
     missing = [index for index, path in enumerate(paths) if not path.exists()]
     if missing:
-        say(f"making {len(missing):,} JPEGs in {folder}, once")
+        report_progress(f"making {len(missing):,} JPEGs in {folder}, once")
         folder.mkdir(parents=True, exist_ok=True)
         photos = [Image.open(path).convert("RGB") for path in sorted(PHOTOS.iterdir()) if path.suffix != ".md"]
         grain = np.random.default_rng(seed).standard_normal((2 * LONGEST, 2 * LONGEST), np.float32)
@@ -96,7 +96,7 @@ def pictures(folder: Path, number: int, seed: int = 0) -> list[Path]:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for done, _ in enumerate(pool.map(make, missing), 1):
                 if done % 500 == 0:
-                    say(f"{done:,} of {len(missing):,} made")
+                    report_progress(f"{done:,} of {len(missing):,} made")
     return paths
 
 
@@ -218,7 +218,9 @@ def run_block(
     cosines = torch.cosine_similarity(torch.from_numpy(ours), torch.from_numpy(results["baseline"]), dim=1).numpy()
     ratio = seconds["baseline"] / seconds["nopad"]
     rates = ", ".join(f"{name} {len(paths) / seconds[name]:.1f}" for name in ("nopad", "baseline"))
-    say(f"block {number + 1} of {blocks}: {rates} images/s, ratio {ratio:.2f}, least cosine {cosines.min():.5f}")
+    report_progress(
+        f"block {number + 1} of {blocks}: {rates} images/s, ratio {ratio:.2f}, min cosine {cosines.min():.5f}"
+    )
     return Block(len(paths), seconds["nopad"], seconds["baseline"], results["nopad"].to_dict(), cosines)
 
 
@@ -286,7 +288,7 @@ def table(report: dict[str, Any]) -> str:
             *columns(stages),
             f"packs {report['fill']:.1%} full",
             "",
-            f"cosine of the features of both: median {cosine['median']:.6f}, least {cosine['min']:.6f}",
+            f"cosine of the features of both: median {cosine['median']:.6f}, min {cosine['min']:.6f}",
         )
     )
 

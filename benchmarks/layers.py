@@ -34,7 +34,7 @@ from nopad.packing import Pack
 from nopad.pipeline.packer import best_fit
 
 WAYS = {"eager": "eager", "quack": "fused by quack", "torch": "fused by torch", "fp8": None}
-"""The `execution` that each asks for; float8 takes the best there is."""
+"""The `execution` that each requires; float8 takes the fastest available."""
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def measure(options: argparse.Namespace, ways: list[str]) -> None:
         twin = prepared(encoder, way, options.capacity, max(map(len, numbers)))
         seconds = time.perf_counter() - start
         cosine = torch.cosine_similarity(twin(packs[0]).float(), expected, dim=1).min()
-        print(f"{way}: layers {twin.execution}, ready in {seconds:.1f} s, least cosine with eager {cosine:.6f}")
+        print(f"{way}: layers {twin.execution}, ready in {seconds:.1f} s, min cosine with eager {cosine:.6f}")
         busy[way] = []
         runs[way] = partial(_run, twin, packs, busy[way])
     clock = timer(encoder.device)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 from nopad.align.command import add_align_options, report_alignment
-from nopad.terminal import WRONG_USE
+from nopad.terminal import WRONG_USE, ArgumentParser, complain
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "images"
 
 
 def main(description: str, default_checkpoint: str) -> int:
     """Align one checkpoint by the specification's options; 0 passed, 1 failed, 2 wrong use."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = ArgumentParser(description=description)
     parser.add_argument("--ckpt", default=default_checkpoint, help=f"checkpoint (default: {default_checkpoint})")
     parser.add_argument("--batch_size", type=int, default=2, help="images of the batched case (default: 2)")
     parser.add_argument("--image_size", type=int, help="side in pixels of that case, and of the photos")
@@ -35,5 +33,5 @@ def main(description: str, default_checkpoint: str) -> int:
             image_size=options.image_size,
         )
     except (ValueError, OSError, ImportError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        complain(f"{parser.prog}: {error}")
         return WRONG_USE

@@ -112,7 +112,7 @@ def test_half_precision_is_measured_from_float32(native):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_fp8_the_threshold_alone_decides(native, dtype):
+def test_threshold_alone_decides_in_fp8(native, dtype):
     report = align(native, dtype=dtype, precision="fp8", threshold=0.97)
     assert report.precision == "fp8"
     assert report.passed, [case.failures for case in report.cases]
@@ -166,7 +166,7 @@ def test_fault_of_the_compiled_path_alone_is_found(native, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_on_a_gpu(native, learned, dtype):
+def test_alignment_passes_on_a_gpu(native, learned, dtype):
     for folder in (native, learned):
         report = align(folder, device="cuda", dtype=dtype)
         assert report.passed, [case.failures for case in report.cases]
@@ -175,7 +175,7 @@ def test_on_a_gpu(native, learned, dtype):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(("precision", "threshold"), [(None, 0.99), ("fp8", 0.97)])
-def test_compiled_on_a_gpu(tmp_path, precision, threshold):
+def test_compiled_alignment_passes_on_a_gpu(tmp_path, precision, threshold):
     original = tiny_original(patch_size=14, hidden_size=256, intermediate_size=512)  # the kernels' head size: 64
     folder = write(tmp_path / "wide", original.state_dict(), original.config.to_dict())
     settings = {"device": "cuda", "dtype": torch.bfloat16, "compile": True}
@@ -301,7 +301,7 @@ def test_photos_of_a_folder_have_the_suffixes_that_nopad_embed_takes(photos, tmp
     assert len(listed) == 3
 
 
-def test_one_photo_is_one(native, photos):
+def test_case_of_one_photo_is_singular(native, photos):
     report = align(native, images=[photos / "0.png"], image_size=28, noise=False)
     assert [(case.name, case.tokens) for case in report.cases] == [("1 photo in one pack", 4)]
 

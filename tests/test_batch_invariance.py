@@ -40,7 +40,7 @@ def leaking(monkeypatch, leak):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", [None, "fp8"])
-def test_it_passes(tmp_path, family, precision):
+def test_check_passes(tmp_path, family, precision):
     encoder = nopad.load(tiny(family, tmp_path / "checkpoint"), precision=precision)
     report = check_batch_invariance(encoder, capacity=512, packs=2)
     assert report.passed
@@ -59,7 +59,7 @@ def test_it_passes(tmp_path, family, precision):
     assert encoder.compiled_capacity is None
 
 
-def test_an_image_is_never_packed_alone(folder):
+def test_image_is_never_packed_alone(folder):
     encoder = nopad.load(folder)
     generator = torch.Generator().manual_seed(0)
     for capacity, grid in ((128, (1, 1, 1)), (256, (3, 7, 5)), (4096, (1, 9, 23))):
@@ -72,7 +72,7 @@ def test_an_image_is_never_packed_alone(folder):
     assert len(set(numbers)) > 10
 
 
-def test_a_leak_between_images_is_seen(folder, monkeypatch):
+def test_leak_between_images_fails(folder, monkeypatch):
     leaking(monkeypatch, lambda rows: 1e-3 * rows.mean(dim=0))
     report = check_batch_invariance(nopad.load(folder), capacity=256, packs=3)
     assert not report.passed
@@ -80,7 +80,7 @@ def test_a_leak_between_images_is_seen(folder, monkeypatch):
     assert all(case.same == 0 for case in report.cases)
 
 
-def test_a_leak_of_one_kind_of_run_is_seen(folder, monkeypatch):
+def test_leak_of_one_execution_fails_it_alone(folder, monkeypatch):
     class Leaking(EagerLayers):
         execution = "compiled"
 
@@ -93,7 +93,7 @@ def test_a_leak_of_one_kind_of_run_is_seen(folder, monkeypatch):
     assert {case.name for case in report.cases if not case.passed} == {"compiled"}
 
 
-def test_a_leak_of_nan_alone_is_seen(folder, monkeypatch):
+def test_leak_of_nan_alone_fails(folder, monkeypatch):
     leaking(monkeypatch, lambda rows: 0.0 * rows.sum())
     encoder = nopad.load(folder)
     assert check_batch_invariance(encoder, capacity=256, packs=2).passed  # static packs keep it from the layers
@@ -113,7 +113,7 @@ def test_eager_layers_are_checked_once_where_nothing_compiles(folder):
     ]
 
 
-def test_an_encoder_is_left_uncompiled_by_an_error(folder, monkeypatch):
+def test_encoder_is_uncompiled_after_an_error(folder, monkeypatch):
     encoder = nopad.load(folder)
 
     def broken(*arguments):
@@ -179,7 +179,7 @@ def test_command_line_wrong_use(folder, capsys, arguments, told):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("precision", [None, "fp8"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_on_a_gpu(tmp_path, family, precision):
+def test_check_passes_on_a_gpu(tmp_path, family, precision):
     folder = tiny(family, tmp_path / "wide", **WIDE)
     encoder = nopad.load(folder, device="cuda", dtype=torch.bfloat16, precision=precision)
     report = check_batch_invariance(encoder, capacity=1024, packs=5)

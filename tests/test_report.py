@@ -109,7 +109,7 @@ def svg(html):
     return ElementTree.fromstring(re.search(r"<svg.*?</svg>", html, flags=re.DOTALL)[0])
 
 
-def test_a_float32_pass_says_so_and_shows_each_case():
+def test_page_of_a_float32_pass_shows_each_case():
     page = Page(align_page(REPORT))
     assert page.texts_in("h1") == ["Passed: the packed features equal the reference's"]
     assert page.texts_in("th")[-2:] == ["16 × 16 patches, batched", "all sizes in one pack"]
@@ -120,7 +120,7 @@ def test_a_float32_pass_says_so_and_shows_each_case():
     assert "nopad 0.1.0 · torch 2.10.0" in page.texts_in("dd")
 
 
-def test_a_bfloat16_failure_gives_the_limits_that_were_missed():
+def test_page_of_a_bfloat16_failure_has_the_limits_that_were_missed():
     passing = replace(FP32, name="mixed", distance=1.2e-2, reference_distance=1.2e-2)
     page = Page(align_page(replace(REPORT, dtype="bfloat16", cases=(passing, BF16_FAILS))))
     assert page.texts_in("h1") == ["Failed: 1 of 2 cases"]
@@ -134,7 +134,7 @@ def test_a_bfloat16_failure_gives_the_limits_that_were_missed():
     assert limit.endswith(" at most 2 × the larger of the reference's own and its tokens'")
 
 
-def test_in_fp8_it_says_that_the_threshold_alone_decides():
+def test_page_in_fp8_has_the_threshold_as_only_limit():
     case = replace(FP32, min_cosine=0.975, layer_cosines=(1.0, 0.99, 0.98, 0.975))
     report = replace(REPORT, precision="fp8", threshold=0.95, execution="compiled", capacity=4096, cases=(case,))
     page = Page(align_page(report))
@@ -146,14 +146,14 @@ def test_in_fp8_it_says_that_the_threshold_alone_decides():
     assert page.charts[2].findtext("g/title") == f"{FP32.name}: 2.5e-02"
 
 
-def test_without_cases_it_fails_and_says_why_they_were_skipped():
+def test_page_without_cases_fails_and_has_the_reasons():
     page = Page(align_page(replace(REPORT, cases=(), skipped=("several sizes: 16 × 16 only",))))
     assert page.texts_in("h1") == ["Failed: no case was compared"]
     assert page.texts_in("li") == ["several sizes: 16 × 16 only"]
     assert page.charts == []
 
 
-def test_numbers_that_are_none_do_not_break_the_page():
+def test_page_with_nan_and_infinity_is_well_formed():
     nan = math.nan
     broken = replace(BF16_FAILS, min_cosine=nan, max_relative=math.inf, drift=(0.0, nan, 1e-3, nan, nan))
     broken = replace(broken, layer_cosines=(1.0, nan))
@@ -164,7 +164,7 @@ def test_numbers_that_are_none_do_not_break_the_page():
         assert not {"nan", "inf"} & set(re.split(r"[ ,]", attributes.get("points", "") + " " + attributes.get("y", "")))
 
 
-def test_what_comes_from_outside_is_escaped():
+def test_page_escapes_all_texts():
     evil = "<script>alert('1')</script> & \"$body"
     case = replace(BF16_FAILS, name=evil, failures=(evil,))
     words = dict.fromkeys(("checkpoint", "family", "reference", "weights", "device", "dtype", "attention"), evil)
@@ -175,7 +175,7 @@ def test_what_comes_from_outside_is_escaped():
     assert page.charts[1].findtext("g/title").startswith(evil)
 
 
-def test_the_page_is_self_contained_and_can_be_navigated():
+def test_page_is_self_contained_and_can_be_navigated():
     page = Page(align_page(replace(REPORT, cases=(FP32, BF16_FAILS), skipped=("reason",))))
     assert not re.search(r"https?://|url\(|@import", page.html)
     assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags}
@@ -198,7 +198,7 @@ def test_the_page_is_self_contained_and_can_be_navigated():
     ]
 
 
-def test_the_histogram_sums_the_cases_and_marks_what_lies_beyond_the_limit():
+def test_histogram_sums_the_cases_and_marks_bars_beyond_the_limit():
     chart = Page(align_page(replace(REPORT, cases=(FP32, FP32, BF16_FAILS)))).charts[0]
     bars = [(group.findtext("text"), group.find("rect").get("class")) for group in chart.iter("g")]
     assert bars == [("1,000", "bar"), ("24", "bar"), ("30", "bar"), ("8", "bar over")]
@@ -208,13 +208,13 @@ def test_the_histogram_sums_the_cases_and_marks_what_lies_beyond_the_limit():
     assert heights[3] == 2  # 8 of 1,000 would be lower than can be seen
 
 
-def test_the_histogram_shortens_long_counts_but_not_in_the_hover():
+def test_histogram_shortens_long_counts_but_not_in_the_hover():
     chart = svg(histogram("tokens", [(1e-2, 1e-1, 1_234_567), (1e-1, 1, 12_345)], "distance"))
     assert [group.findtext("text") for group in chart.iter("g")] == ["1.23M", "12.3k"]
     assert chart.findtext("g/title") == "1.0e-02 to 1.0e-01: 1,234,567"
 
 
-def test_a_line_lays_zero_on_the_floor_and_breaks_at_nan():
+def test_line_lies_on_the_floor_at_zero_and_breaks_at_nan():
     chart = svg(line_chart("drift", [("a", (0.0, 1e-4, math.nan, 1e-2, math.inf, 1e-3, 1e-3))], "layer"))
     lines = [line.get("points").split() for line in chart.iter("polyline")]
     # Ticks 0, 1e-4, 1e-3, 1e-2 over 210 units; the point alone between two breaks is drawn as a dot.
@@ -228,18 +228,18 @@ def test_a_line_lays_zero_on_the_floor_and_breaks_at_nan():
 
 
 @pytest.mark.parametrize("values", [(), (0.0,), (0.0, 0.0), (math.nan,), (1.0,), (1e-4, 1e-4)])
-def test_a_line_chart_of_hardly_anything_is_drawn(values):
+def test_line_chart_of_hardly_any_values_is_drawn(values):
     assert svg(line_chart("drift", [("a", values)], "layer")).get("aria-label") == "drift"
 
 
-def test_numbers_are_given_to_the_digits_that_matter():
+def test_numbers_have_the_digits_that_matter():
     assert [near_one(x) for x in (0.98765432, 1.0, 1 - 2.5e-7, 1 + 2e-7, -0.25, math.nan, None)] == [
         "0.987654", "1", "1 − 2.5e-07", "1 + 2.0e-07", "-0.250000", "NaN", "–",
     ]  # fmt: skip
     assert [scientific(x) for x in (0.0, 3.21e-8, math.nan, math.inf, None)] == ["0", "3.2e-08", "NaN", "inf", "–"]
 
 
-def test_the_page_is_written_whole_and_nothing_is_left_beside_it(tmp_path):
+def test_page_is_written_whole_and_leaves_nothing_beside_it(tmp_path):
     path = tmp_path / "new" / "report.html"
     write_align_page(replace(REPORT, checkpoint="/data/\udce9"), path)  # a directory name in Latin-1
     assert r"/data/\udce9" in path.read_text(encoding="utf-8")
@@ -248,7 +248,7 @@ def test_the_page_is_written_whole_and_nothing_is_left_beside_it(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_what_is_no_file_is_written_to_and_stays(tmp_path):
+def test_pipe_is_written_to_and_stays(tmp_path):
     pipe, link, page = tmp_path / "pipe", tmp_path / "link", tmp_path / "page"
     os.mkfifo(pipe)
     reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True)
@@ -261,6 +261,6 @@ def test_what_is_no_file_is_written_to_and_stays(tmp_path):
     assert page.read_text() == align_page(REPORT)
 
 
-def test_importing_the_report_imports_neither_torch_nor_transformers():
+def test_module_of_the_page_imports_neither_torch_nor_transformers():
     code = "import sys, nopad.html, nopad.align.page; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -22,7 +22,7 @@ def atomic_write(path: str | Path, *, folder: str | Path | None = None) -> Itera
         folder: of the temporary file, on the file system of `path`; that of `path` unless given.
 
     Raises:
-        OSError: what the system says.
+        OSError: as the system raises it.
     """
     path = Path(path)
     temporary = Path(folder or path.parent) / f".{path.name}.{uuid.uuid4().hex}.part"

@@ -15,8 +15,8 @@ def versions(device: torch.device | str = "cpu") -> dict[str, str]:
     import torch
     import transformers
 
-    found = {"nopad": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return {**found, "cuda": str(torch.version.cuda)} if torch.device(device).type == "cuda" else found
+    names = {"nopad": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {**names, "cuda": str(torch.version.cuda)} if torch.device(device).type == "cuda" else names
 
 
 def device_name(device: torch.device | str) -> str:

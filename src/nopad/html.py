@@ -66,10 +66,10 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def write(html: str, path: str | Path) -> None:
-    """Write a page as UTF-8, all of it or nothing; directories are made. What is no file, such as a pipe, stays one.
+    """Write a page as UTF-8, all of it or nothing; directories are made. A pipe or the like is written to and stays.
 
     Raises:
-        OSError: what the system says, of the path as it was given.
+        OSError: as the system raises it, with `path` as its file name.
     """
     try:
         _write(html, Path(path).resolve())
@@ -170,8 +170,8 @@ def share_chart(
         marks += [_line(LEFT, y(fifth / 5), RIGHT, y(fifth / 5), "grid")]
         marks += [_text(LEFT - 10, y(fifth / 5) + 4, f"{fifth / 5:.1f}", anchor="end")]
     heights = [[None if share is None else y(share) for share in line] for _, line in lines]
-    most = [max((share for share in line if share is not None), default=None) for _, line in lines]
-    ends = ["none" if share is None else f"{share:.2f}" for share in most]
+    largest = [max((share for share in line if share is not None), default=None) for _, line in lines]
+    ends = ["none" if share is None else f"{share:.2f}" for share in largest]
     return _with_lines(label, marks, x_label, x, zip((name for name, _ in lines), heights, ends, strict=True))
 
 
@@ -246,9 +246,11 @@ def _scale(low: float, high: float, start: float, stop: float) -> Callable[[floa
     return lambda value: start + (value - low) / (high - low) * (stop - start)
 
 
-def _powers(low: float, high: float, most: int) -> range:
+def _powers(low: float, high: float, max_ticks: int) -> range:
     first, last = math.ceil(low - 1e-9), math.floor(high + 1e-9)
-    return range(first, last + 1, next(n for n in (1, 2, 5, 10, 20, 50, 100, last + 1) if last - first <= n * most))
+    return range(
+        first, last + 1, next(n for n in (1, 2, 5, 10, 20, 50, 100, last + 1) if last - first <= n * max_ticks)
+    )
 
 
 def _text(x: float, y: float, text: str, kind: str = "label", anchor: str = "middle") -> str:

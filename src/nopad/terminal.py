@@ -160,7 +160,7 @@ def show(text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             print(f"nopad: done, but the summary cannot be printed: {error}", file=sys.stderr)
-        # Python flushes once more at its end, and would say so with an exit status of its own.
+        # Python flushes stdout again when it ends, and would fail with an exit status of its own.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -330,7 +330,7 @@ def test_peak_is_measured_where_all_candidates_are_skipped(native, monkeypatch):
     assert len(report.workloads[0].measured_peak.seconds) == 2
 
 
-def test_one_of_anything_is_singular(native, capsys):
+def test_counts_of_one_are_singular(native, capsys):
     options = {"baselines": False, "compile": False, **OPTIONS, "images": 1, "capacities": (1024,), "runs": 1}
     report = bench(native, **options)
     (stats,) = report.workloads
@@ -514,7 +514,7 @@ def test_page_that_can_no_longer_be_written_costs_no_figure(native, tmp_path, mo
     assert "Is a directory: './page'" in printed.err
 
 
-def test_reading_the_options_imports_neither_torch_nor_transformers():
+def test_module_of_the_options_imports_neither_torch_nor_transformers():
     code = "import sys, nopad.bench.command; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -36,7 +36,7 @@ def run(monkeypatch, ways):
 
 
 @pytest.mark.parametrize("way", ["quack", "torch"])
-def test_a_way_that_did_not_run_is_refused(encoder, monkeypatch, capsys, caplog, way):
+def test_way_that_did_not_run_is_refused(encoder, monkeypatch, capsys, caplog, way):
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, f"eager,{way}")
     assert stop.value.code == 2
@@ -47,7 +47,7 @@ def test_a_way_that_did_not_run_is_refused(encoder, monkeypatch, capsys, caplog,
     assert "fused layers are for bfloat16 or float16 on a GPU, not for torch.bfloat16 on cpu" in caplog.text
 
 
-def test_what_ran_is_named(encoder, monkeypatch, capsys):
+def test_way_that_ran_is_named(encoder, monkeypatch, capsys):
     run(monkeypatch, "eager,fp8")
     printed = capsys.readouterr().out
     assert "eager: layers eager, ready in " in printed

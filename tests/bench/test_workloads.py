@@ -7,7 +7,7 @@ import pytest
 from nopad.bench.workloads import fixed, mixed
 
 
-def test_the_mixed_workload_follows_from_its_seed_alone():
+def test_mixed_workload_follows_from_its_seed_alone():
     assert mixed(64, seed=3) == mixed(64, seed=3)
     assert mixed(64, seed=3).grids != mixed(64, seed=4).grids
     assert mixed(64, seed=3).grids[:8] == mixed(8, seed=3).grids
@@ -16,7 +16,7 @@ def test_the_mixed_workload_follows_from_its_seed_alone():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_mixed_workload_has_many_sizes_and_a_mean_near_580(seed):
+def test_mixed_workload_has_many_sizes_and_a_mean_near_580(seed):
     workload = mixed(256, seed)
     assert len(workload.grids) == 256
     assert len(set(workload.grids)) > 200
@@ -28,7 +28,7 @@ def test_the_mixed_workload_has_many_sizes_and_a_mean_near_580(seed):
     assert min(ratios) < 1.1
 
 
-def test_the_fixed_workload_rounds_down_to_whole_patches():
+def test_fixed_workload_rounds_down_to_whole_patches():
     assert fixed(2, 224, 14).grids == ((16, 16), (16, 16))
     workload = fixed(3, 384, 14)
     assert workload.name == "378px"

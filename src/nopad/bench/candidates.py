@@ -217,13 +217,15 @@ def candidates(
     float8: bool,
 ) -> list[Candidate]:
     """All candidates for `images`, and the compiled reference for `squares`; without `baseline` no reference."""
-    found = [packed(encoder, images, size, compiled=compiled) for compiled in (False, True) for size in capacities]
+    all_candidates = [
+        packed(encoder, images, size, compiled=compiled) for compiled in (False, True) for size in capacities
+    ]
     if float8:
-        found += [packed(encoder, images, size, compiled=True, float8=True) for size in capacities]
+        all_candidates += [packed(encoder, images, size, compiled=True, float8=True) for size in capacities]
     if baseline is not None:
-        found += [one_by_one(encoder, baseline, images), by_shape(encoder, baseline, images)]
-        found += [fixed_size(encoder, baseline, squares)]
-    return found
+        all_candidates += [one_by_one(encoder, baseline, images), by_shape(encoder, baseline, images)]
+        all_candidates += [fixed_size(encoder, baseline, squares)]
+    return all_candidates
 
 
 def _compiled(encoder: PackedEncoder, capacity: int, max_segments: int, float8: bool) -> PackedEncoder:
