@@ -114,7 +114,7 @@ class Preprocessing:
         if self.rule == "crop" and self.size is not None:
             height = width = self.size
         else:
-            height, width = self._resized(height, width, patch_size, self._limit(max_patches))
+            height, width = self._resized(height, width, patch_size, self.limit(max_patches))
         return height // patch_size, width // patch_size
 
     def _in_float(self, resize: Resize) -> bool:
