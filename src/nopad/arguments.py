@@ -41,9 +41,10 @@ def read_arguments(
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor) and (name, tensor) != ("patch_positions", None):
             raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    weight = next(encoder.parameters())
-    if weight.device.type != "meta" and hidden_states.device != weight.device:
-        raise ValueError(f"hidden_states: expected on {weight.device} like the weights, got {hidden_states.device}")
+    if encoder.device.type != "meta" and hidden_states.device != encoder.device:
+        raise ValueError(
+            f"hidden_states: expected on {encoder.device} like the patch embedding, got {hidden_states.device}"
+        )
     if hidden_states.dtype != encoder.dtype and not torch.is_autocast_enabled(hidden_states.device.type):
         raise ValueError(f"hidden_states: expected {encoder.dtype} like the weights, got {hidden_states.dtype}")
     if encoder.precision is not None:

@@ -21,6 +21,7 @@ from nopad.checkpoints.untrained import init_weights, untrained
 from nopad.inference.attention import set_attention
 from nopad.inference.collect import packed_output
 from nopad.inference.compile import compile_encoder
+from nopad.inference.dispatch import execution_device
 from nopad.inference.precision import check_saving, to_precision
 from nopad.inference.runner import EagerRunner, Runner
 from nopad.kernels.attention import resolve_backend
@@ -169,7 +170,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
         states: list[Tensor] | None = [] if output_hidden_states else None
         runner = self._runner_for(layout) if states is None else EagerRunner(states)
         with torch.cuda.device_of(patches):  # non-torch kernels launch on the current device
-            trunk = self.trunk(patches, layout, runner)
+            trunk = self.trunk(patches, layout, runner).to(patches.device)  # wherever its last part is
             return trunk.tokens if output == "tokens" else packed_output(self, trunk, layout, runner, states)
 
     def encode(
@@ -223,6 +224,14 @@ class PackedEncoder(ByRole, PreTrainedModel):
     def execution(self) -> str:
         """How the layers run in inference: `"eager"`, `"compiled"`, `"fused by quack"` or `"fused by torch"`."""
         return self._runner.execution(self.layers)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that patches go to, which is where the embeddings run.
+
+        Their weights may lie elsewhere between two packs: `device_map` offloads them.
+        """
+        return execution_device(self.embeddings)
 
     @property
     def attention(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
@@ -40,3 +41,8 @@ class Trunk:
 
     tokens: Tensor
     prefix_tokens: Tensor | None = None
+
+    def to(self, device: torch.device) -> Trunk:
+        """The same on `device`."""
+        prefix_tokens = None if self.prefix_tokens is None else self.prefix_tokens.to(device)
+        return Trunk(self.tokens.to(device), prefix_tokens)

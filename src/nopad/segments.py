@@ -57,6 +57,16 @@ class Segments:
         padding = [length + 1] * longer + [length] * (missing_segments - longer)
         return Segments.of([*self.lengths, *padding], self.cu_seqlens.device)
 
+    def to(self, device: torch.device | str | int) -> Segments:
+        """The same segments with offsets on `device`, copied there once; accelerate calls it for layers elsewhere."""
+        device = torch.device(device)
+        if device == self.cu_seqlens.device:
+            return self
+        copies = self.__dict__.setdefault("_copies", {})
+        if device not in copies:
+            copies[device] = Segments(self.lengths, self.cu_seqlens.to(device), self.max_seqlen)
+        return copies[device]
+
     def index(self) -> Tensor:
         """Index of each token's segment, `(T,)` int64 on the device; no host read."""
         lengths = self.cu_seqlens.diff().long()

@@ -32,6 +32,7 @@ def packed_output(
     if len(pooled) > len(layout.images):
         pooled = segment_mean(pooled, layout.frames_per_image)
     projected = runner.project(encoder, pooled)
+    projected = None if projected is None else projected.to(layout.device)
     if states and encoder.num_prefix_tokens:
         places = PrefixLayout.of(layout, encoder.num_prefix_tokens)
         states = [places.take_patches(state) for state in states]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nopad.inference.cuda_graphs import CUDAGraphLayers
+from nopad.inference.dispatch import is_dispatched
 from nopad.inference.fusion import layers as fused
 from nopad.inference.guards import ModuleGuard
 from nopad.inference.padding import pad_rows, pad_segments, poison_segments, round_up_max_seqlen
@@ -85,6 +86,9 @@ def compile_layers(encoder: PackedEncoder, capacity: int, max_segments: int, com
     `MAX_GRAPH_CAPACITY` rows are recorded as CUDA graphs, unless the attention backend reads lengths on the host.
     """
     if not compiled:
+        return EagerLayers(encoder.layers)
+    if is_dispatched(encoder.layers):
+        logger.warning("the layers run uncompiled: accelerate moves their inputs or weights for each call")
         return EagerLayers(encoder.layers)
     start = time.perf_counter()
     layers = _first_available(encoder, capacity, max_segments)

@@ -65,7 +65,7 @@ class EagerLayers(ReadyLayers):
         """See `ReadyLayers`."""
         for layer in self.layers:
             tokens = layer(tokens, segments, rope)
-        return tokens
+        return tokens.to(segments.cu_seqlens.device)  # wherever the last layer is
 
 
 class CompiledLayers(ReadyLayers):

@@ -59,7 +59,7 @@ class Runner(Protocol):
         ...
 
     def run(self, layers: nn.ModuleList, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
-        """Run all layers, `(T, D)` to `(T, D)`."""
+        """Run all layers, `(T, D)` to `(T, D)` on the device of the segments, wherever the layers are."""
         ...
 
     def pool(self, encoder: PackedEncoder, trunk: Trunk, segments: Segments) -> Tensor:
@@ -98,17 +98,19 @@ class EagerRunner:
 
     def run(self, layers: Iterable[nn.Module], tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
         """See `Runner`."""
+        device = segments.cu_seqlens.device
         for layer in layers:
             if self.hidden_states is not None:
-                self.hidden_states.append(tokens)
+                self.hidden_states.append(tokens.to(device))
             tokens = layer(tokens, segments, rope)
+        tokens = tokens.to(device)
         if self.hidden_states is not None:
             self.hidden_states.append(tokens)
         return tokens
 
     def pool(self, encoder: PackedEncoder, trunk: Trunk, segments: Segments) -> Tensor:
         """See `Runner`."""
-        return encoder.pool_segments(trunk, segments)
+        return encoder.pool_segments(trunk, segments).to(trunk.tokens.device)
 
     def project(self, encoder: PackedEncoder, pooled: Tensor) -> Tensor | None:
         """See `Runner`."""
@@ -158,6 +160,7 @@ class StaticRunner:
 
     def run(self, layers: nn.ModuleList, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
         """See `Runner`; `layers`: the encoder's current layers."""
+        tokens = tokens.to(segments.cu_seqlens.device)
         # In inference mode, everything would be compiled again.
         with self.lock, torch.inference_mode(False), torch.no_grad():
             ready = self.layers if self._is_current(layers) else EagerLayers(layers)
@@ -191,7 +194,7 @@ class StaticRunner:
         num_rows = self.capacity + num_segments
         tokens = F.pad(tokens, (0, 0, 0, num_rows - tokens.shape[0]))
         padded_segments = segments.padded(num_rows, num_segments)
-        pooled = encoder.pool_segments(Trunk(tokens, trunk.prefix_tokens), padded_segments)
+        pooled = encoder.pool_segments(Trunk(tokens, trunk.prefix_tokens), padded_segments).to(tokens.device)
         poisoned = ~finite_segments(finite, segments)
         return pooled[: len(segments)].masked_fill(poisoned[:, None], float("nan"))
 

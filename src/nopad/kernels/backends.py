@@ -53,7 +53,8 @@ def _flash_attention_4(query, key, value, segments, scale, dropout_p):
     # By keyword: in some versions the fourth positional argument is another one.
     names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
     offsets = dict(zip(names, _offsets(*segments), strict=True))
-    output = flash_attn_varlen_func(query, key, value, **offsets, softmax_scale=scale, causal=False)
+    with torch.cuda.device_of(query):  # a layer that device_map has put on another GPU than the pack
+        output = flash_attn_varlen_func(query, key, value, **offsets, softmax_scale=scale, causal=False)
     return output[0] if isinstance(output, tuple) else output
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,6 +30,16 @@ class Rope:
     def __call__(self, x: Tensor) -> Tensor:
         """`(T, H, K)` to `(T, H, K)`."""
         return self.apply(x, self.cos, self.sin)
+
+    def to(self, device: torch.device | str | int) -> Rope:
+        """The same on `device`, copied there once; accelerate calls it for layers elsewhere."""
+        device = torch.device(device)
+        if device == self.cos.device:
+            return self
+        copies = self.__dict__.setdefault("_copies", {})
+        if device not in copies:
+            copies[device] = Rope(self.apply, self.cos.to(device), self.sin.to(device))
+        return copies[device]
 
     def padded(self, num_tokens: int) -> Rope:
         """Extended to `num_tokens` tokens; those that are added are not rotated."""
