@@ -18,6 +18,7 @@ FORMATS = frozenset(
 MAX_SCANS = 100
 """Most scans of a JPEG: each costs time for the whole picture, however empty it is. libtiff has the same limit."""
 
+_MAX_STEPS = 1 << 20  # blocks and markers that are looked at, so that tiny ones without number take no time
 _SUFFIXES_OF_ADDITIONS = frozenset((".heic", ".heif", ".hif", ".avif", ".jxl"))
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # not a stuffed byte, not a restart
 _START_OF_IMAGE, _END_OF_IMAGE, _START_OF_SCAN, _TEMPORARY = 0xD8, 0xD9, 0xDA, 0x01
@@ -85,17 +86,18 @@ def image_suffixes() -> frozenset[str]:
 
 
 def count_scans(data: bytes) -> int:
-    """The scans of the first picture of a JPEG file, by its markers."""
+    """The scans of the first picture of a JPEG file, by its markers; where those have no end, their number."""
     scans = 0
     position = 0
-    while match := _JPEG_MARKER.search(data, position):
+    for _ in range(_MAX_STEPS):
+        match = _JPEG_MARKER.search(data, position)
+        if match is None or match[1][0] == _END_OF_IMAGE:
+            return scans
         marker, position = match[1][0], match.end()
-        if marker == _END_OF_IMAGE:
-            break
         scans += marker == _START_OF_SCAN
         if marker not in (_START_OF_IMAGE, _TEMPORARY):
             position += int.from_bytes(data[position : position + 2], "big")
-    return scans
+    return _MAX_STEPS
 
 
 def is_cut_short(data: bytes, format: str | None) -> bool:
@@ -105,20 +107,26 @@ def is_cut_short(data: bytes, format: str | None) -> bool:
 
 def _is_gif_cut(data: bytes) -> bool:
     """Walk over the blocks of a GIF. One that ends between two of them passes, for some writers omit the end mark."""
-    is_animation = False
+    is_animation = is_inside = False
     images = 0
     position = 13 + _gif_colours(data[10:11])
-    while position < len(data) and data[position] in b",!":  # an image, an extension
-        if data[position] == ord(","):
+    for _ in range(_MAX_STEPS):
+        if position >= len(data):
+            return (is_inside or position > len(data)) and (is_animation or images > 1)
+        if is_inside:  # the data of an image or extension, in blocks of up to 255 bytes and one of none
+            is_inside = data[position] > 0
+            position += 1 + data[position]
+        elif data[position] == ord(","):
+            is_inside = True
             images += 1
             position += 11 + _gif_colours(data[position + 9 : position + 10])
-        else:
+        elif data[position] == ord("!"):
+            is_inside = True
             is_animation = is_animation or data[position + 3 : position + 11] in (b"NETSCAPE", b"ANIMEXTS")
             position += 2
-        while position < len(data) and data[position]:
-            position += 1 + data[position]
-        position += 1
-    return position > len(data) and (is_animation or images > 1)
+        else:
+            break
+    return False
 
 
 def _gif_colours(flags: bytes) -> int:
@@ -134,15 +142,17 @@ def _is_apng_cut(data: bytes) -> bool:
         if kind == b"IEND":
             return False
         frames += kind == b"fcTL"
-        if end > len(data):
-            return expected > 0
-    return frames < expected
+        if end >= len(data):
+            return expected > 0 and (end > len(data) or frames < expected)
+    return False
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     """The kind of each chunk of a PNG, where its data begin, and where the chunk ends, maybe behind the file."""
     position = len(_PNG_MAGIC)
-    while position < len(data):
+    for _ in range(_MAX_STEPS):
+        if position >= len(data):
+            return
         start = position + 8
         position = start + int.from_bytes(data[position : position + 4], "big") + 4
         yield data[start - 4 : start], start, position
@@ -156,10 +166,11 @@ def without_metadata(data: bytes) -> bytes | None:
     if not data.startswith(_PNG_MAGIC):
         return None
     parts = [_PNG_MAGIC]
+    end = 0
     for kind, start, end in _png_chunks(data):
         is_whole_exif = (
             kind == b"eXIf" and zlib.crc32(data[start - 4 : end - 4]).to_bytes(4, "big") == data[end - 4 : end]
         )
         if kind in _PNG_PIXELS or is_whole_exif:
             parts.append(data[start - 8 : end])
-    return b"".join(parts)
+    return b"".join(parts) if end >= len(data) else None

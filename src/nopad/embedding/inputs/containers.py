@@ -15,6 +15,7 @@ from nopad.preprocessing.formats import is_cut_short
 _EBML = b"\x1a\x45\xdf\xa3"
 _ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+_MAX_STEPS = 1 << 20  # elements that are looked at, so that tiny ones without number take no time
 _AVI_SLACK = 8  # some writers count the header in
 
 
@@ -58,7 +59,9 @@ def _is_matroska_cut(file: File, size: int) -> bool:
     Sources: RFC 8794 (EBML), RFC 9559 (Matroska).
     """
     position = 0
-    while position < size:
+    for _ in range(_MAX_STEPS):
+        if position >= size:
+            break
         head = read_at(file, position, 12)
         id_length = 9 - head[0].bit_length()
         length = 9 - head[id_length].bit_length() if len(head) > id_length else 1
@@ -88,18 +91,22 @@ def _riff_ends(file: File, size: int) -> Iterator[int]:
 def _is_flv_cut(file: File, size: int) -> bool:
     """Adobe Flash Video File Format Specification 10.1, annex E.4."""
     position = int.from_bytes(read_at(file, 5, 4), "big") + 4
-    while position + 11 <= size:
+    for _ in range(_MAX_STEPS):
+        if position + 11 > size:
+            return position - 4 > size or 0 < size - position < 11
         tag = read_at(file, position, 4)
         if tag[0] & 0x1F not in (8, 9, 18):
             return False
         position += 11 + int.from_bytes(tag[1:], "big") + 4
-    return position - 4 > size or 0 < size - position < 11
+    return False
 
 
 def _is_ogg_cut(file: File, size: int) -> bool:
     """RFC 3533."""
     position = 0
-    while position < size:
+    for _ in range(_MAX_STEPS):
+        if position >= size:
+            break
         head = read_at(file, position, 27 + 255)
         if not head.startswith(b"OggS"[: len(head)]):
             return False
@@ -123,7 +130,9 @@ def _is_asf_cut(file: File, size: int) -> bool:
 def _is_program_stream_cut(file: File, size: int) -> bool:
     """ISO/IEC 13818-1, 2.5.3, and ISO/IEC 11172-1 for packs of MPEG-1."""
     position = 0
-    while position < size:
+    for _ in range(_MAX_STEPS):
+        if position >= size:
+            break
         head = read_at(file, position, 14)
         if not head.startswith(b"\0\0\1"[: len(head)]) or head[3:4] < b"\xb9":
             return False
