@@ -840,6 +840,24 @@ def test_a_row_group_that_ends_early_is_read_once(tmp_path: Path, monkeypatch: p
     assert len(opened) <= 3
 
 
+def test_a_page_that_claims_gigabytes_takes_none(tmp_path: Path):
+    cells = [picture(i) + random.Random(i).randbytes(5000) for i in range(4)]
+    path = write_parquet(tmp_path / "a.parquet", {"image": cells}, row_group_size=2, use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    assert data[4:7] == b"\x15\x00\x15"  # a data page, then its sizes, uncompressed and compressed
+    compressed = data.index(b"\x15", 7) + 1
+    data[compressed : compressed + 4] = b"\xff" * 4
+    path.write_bytes(data)
+    inputs = list_inputs([path]).inputs
+    before = pa.default_memory_pool().max_memory() or 0
+    with Reader() as source:
+        for item in inputs[:2]:
+            with pytest.raises(ImageError, match=r"row . cannot be read, damaged"):
+                source.pixels(item)
+        assert [source.pixels(item)[0, 0, 0].item() for item in inputs[2:]] == [2, 3]
+    assert (pa.default_memory_pool().max_memory() or 0) < before + (256 << 20)
+
+
 def test_a_parquet_file_that_shrinks_after_the_listing(tmp_path: Path):
     path = write_parquet(tmp_path / "a.parquet", {"image": [picture()] * 3})
     last = list_inputs([path]).inputs[2]

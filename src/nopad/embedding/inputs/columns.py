@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import bisect
+import os
 from collections import OrderedDict
 from itertools import accumulate
 from typing import Protocol
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from nopad.embedding.inputs.arrow_stream import ArrowStream
+from nopad.embedding.inputs.files import why
 from nopad.embedding.inputs.tables import ARROW_DAMAGE, open_parquet, saved_splits
 
 _BLOCK_BYTES = 32 << 20
@@ -59,10 +62,11 @@ class DatasetColumn:
 
 
 class ParquetColumn:
-    """Values of one column by row, over its last few blocks.
+    """Values of one column of a Parquet file.
 
     A block is a row group, or of a large one a part that holds about 32 MiB: files often have one row group of many
-    gigabytes. A row group is read forwards; a row before the kept blocks starts it again.
+    gigabytes. A row group is read forwards; a row before the kept blocks starts it again. Behind damage it is not tried
+    again.
     """
 
     def __init__(self, path: bytes, column: str) -> None:
@@ -71,10 +75,17 @@ class ParquetColumn:
         metadata = self._file.metadata
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
         self._starts = list(accumulate((group.num_rows for group in groups), initial=0))
+        sizes = [chunk.total_compressed_size for group in range(len(groups)) for chunk in self._chunks(group)]
+        if min(sizes, default=0) < 0 or sum(sizes) > os.path.getsize(path):
+            self.close()
+            raise ValueError(f"its column claims {sum(sizes)} bytes, the file has {os.path.getsize(path)}")
+        if max(sizes, default=0) <= _BLOCKS * _BLOCK_BYTES:
+            self.close()
+            self._file = open_parquet(path, in_pages=False)
         self._blocks: OrderedDict[int, pa.Array] = OrderedDict()
         self._batches = iter(())
         self._group, self._next = -1, 0
-        self._ends: dict[int, int] = {}  # of row groups that end before their footer says
+        self._damage: dict[int, tuple[int, str]] = {}  # by row group: the first row that cannot be read, and why
 
     def close(self) -> None:
         self._file.close(force=True)
@@ -87,8 +98,9 @@ class ParquetColumn:
         if not 0 <= row < self._starts[-1]:
             raise IndexError(f"row {row} of {self._starts[-1]}")
         group = bisect.bisect_right(self._starts, row) - 1
-        if row >= self._ends.get(group, row + 1):
-            raise ValueError(f"row group {group} ends before row {row}")
+        damaged_from, reason = self._damage.get(group, (row + 1, ""))
+        if row >= damaged_from:
+            raise ValueError(reason)
         if group != self._group or row < self._next:
             self._batches = self._file.iter_batches(
                 batch_size=self._block_rows(group), row_groups=[group], columns=[self._column], use_threads=False
@@ -96,25 +108,29 @@ class ParquetColumn:
             self._group, self._next = group, self._starts[group]
         try:
             return self._forward(row)
-        except ARROW_DAMAGE:
+        except ARROW_DAMAGE as error:
             self._group = -1
+            self._damage[group] = self._next, why(error)
             raise
 
     def _forward(self, row: int) -> pa.Scalar:
         for batch in self._batches:
-            start, self._next = self._next, self._next + len(batch)
-            if row < self._next:
+            start = self._next
+            if row < start + len(batch):
                 self._blocks[start] = batch.column(self._column)
                 if len(self._blocks) > _BLOCKS:
                     self._blocks.popitem(last=False)
+            self._next += len(batch)
+            if row < self._next:
                 return self._blocks[start][row - start]
-        self._ends[self._group] = self._next
         raise ValueError(f"row group {self._group} ends before row {row}")
 
-    def _block_rows(self, group: int) -> int:
+    def _chunks(self, group: int) -> list[pq.ColumnChunkMetaData]:
+        """The chunks of this column, several for a struct."""
         metadata = self._file.metadata.row_group(group)
-        chunks = [metadata.column(i) for i in range(metadata.num_columns)]
-        names = (self._column, f"{self._column}.")
-        own = [c for c in chunks if c.path_in_schema == names[0] or c.path_in_schema.startswith(names[1])]
-        size = sum(chunk.total_uncompressed_size for chunk in own)
-        return max(1, metadata.num_rows * _BLOCK_BYTES // max(size, _BLOCK_BYTES))
+        chunks = (metadata.column(i) for i in range(metadata.num_columns))
+        return [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(f"{self._column}.")]
+
+    def _block_rows(self, group: int) -> int:
+        size = sum(chunk.total_uncompressed_size for chunk in self._chunks(group))
+        return max(1, self._file.metadata.row_group(group).num_rows * _BLOCK_BYTES // max(size, _BLOCK_BYTES))

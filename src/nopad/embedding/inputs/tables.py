@@ -87,16 +87,20 @@ def parquet_inputs(path: str, text: str, column: str | None) -> Iterator[Input]:
         yield broken(f"damaged: {counts}; get the file again")
 
 
-def open_parquet(path: bytes) -> pq.ParquetFile:
-    """Open a Parquet file to be read in small pieces; `close(force=True)` closes it.
+def open_parquet(path: bytes, *, in_pages: bool = True) -> pq.ParquetFile:
+    """Open a Parquet file to be read column by column; `close(force=True)` closes it.
+
+    Args:
+        in_pages: read a column page by page, so that little of a large row group is held. Arrow then allocates what the
+            header of a page claims, up to 2 GiB; else what there is.
 
     Raises:
         One of `ARROW_DAMAGE`.
     """
     open_regular(path).close()
-    # Not mapped: a mapped file that is cut short while it is read would kill the process. Buffered page by page: with
-    # pre_buffer, Arrow's default, a whole row group would be held.
-    return pq.ParquetFile(pa.OSFile(path, "r"), buffer_size=1 << 20, pre_buffer=False)
+    # Not mapped: a mapped file that is cut short while it is read would kill the process. With pre_buffer, Arrow's
+    # default, whole row groups would be held.
+    return pq.ParquetFile(pa.OSFile(path, "r"), buffer_size=1 << 20 if in_pages else 0, pre_buffer=False)
 
 
 @dataclass(frozen=True, slots=True)
