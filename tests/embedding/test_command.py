@@ -1,5 +1,4 @@
 import errno
-import io
 import json
 import os
 import re
@@ -17,10 +16,7 @@ from pictures import write_photos
 
 import nopad
 from nopad.cli import main
-from nopad.embedding import progress
 from nopad.embedding.inputs.decoder import Reader
-from nopad.embedding.progress import Lines, Progress, clock, describe, display
-from nopad.pipeline.stats import Stats
 
 
 def table(folder: Path) -> dict[str, bytes]:
@@ -100,6 +96,37 @@ def test_stdout_is_for_the_summary_alone(photos, tmp_path, capsys, model, monkey
     out, err = capsys.readouterr()
     assert json.loads(out)["rows"] == 12
     assert "a library's message" in err
+
+
+def test_first_line_comes_before_anything_heavy_is_imported(photos, tmp_path, model):
+    command = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'numpy'): sys.modules[name] = None\n"
+        "from nopad.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    given = [*arguments(photos, tmp_path / "out", model), "--actors", "1"]  # without a server of decode processes
+    done = subprocess.run([sys.executable, "-c", command, *given], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[:2] == [
+        f"embedding {photos} into {tmp_path}/out by {model}; pictures of more than 4,096 patches are scaled down where "
+        f"the model has no limit of its own (--max-patches N, or none)",
+        "importing torch and transformers",
+    ]
+    assert done.stdout == ""
+
+
+def test_steps_before_the_first_input_are_shown(photos, tmp_path, capsys, model):
+    sources = [str(photos / "000.png"), str(photos / "001.png")]
+    given = arguments(photos, tmp_path / "out", model, "--max-patches", "none")
+    assert main([given[0], *sources, *given[2:]]) == 0
+    err = capsys.readouterr().err.splitlines()
+    assert err[0] == f"embedding 2 sources into {tmp_path}/out by {model}"
+    sizes = nopad.read_features(tmp_path / "out").grids.prod(axis=1)
+    assert err[2:5] == [
+        "listing 2 sources",
+        "2 inputs; loading the model",
+        f"2 images, about {sizes.mean():.0f} patches each",
+    ]
 
 
 def test_the_summary_as_json(photos, tmp_path, capsys, model):
@@ -216,66 +243,6 @@ def test_a_full_disk_is_status_2(photos, tmp_path, capsys, monkeypatch, model):
     assert table(tmp_path / "out") == {}
 
 
-# Progress
-
-
-def state(images: int, *, rows: int = 40, kept: int = 0, seconds: float = 2.0) -> Progress:
-    stats = Stats(
-        images=images, failed=min(images, 1), patches=images * 100, tokens=images * 100, capacity=images * 125
-    )
-    return Progress(rows, kept, stats, seconds)
-
-
-def test_progress_in_words():
-    assert describe(state(10)) == "5.0 images/s · 500 tokens/s · fill 80% · 1 failed · 0:00:06 left"
-    assert describe(state(0, seconds=0)) == "0.0 images/s · 0 tokens/s · fill 0% · 0 failed · ? left"
-    assert [clock(seconds) for seconds in (0.4, 59.6, 3725, 400000)] == ["0:00:00", "0:01:00", "1:02:05", "111:06:40"]
-
-
-def test_lines_come_now_and_then_and_at_the_end(monkeypatch):
-    now = 100.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    stream = io.StringIO()
-    with display(stream) as show:
-        for images in (0, 1, 2, 40, 40, 40):
-            show(state(images, kept=7))
-            now += 6.0
-    lines = stream.getvalue().splitlines()
-    assert [line.split(" · ")[0] for line in lines] == [
-        f"{images} of 40 images (and 7 from before)" for images in (0, 2, 40)
-    ]
-
-
-def test_a_log_that_cannot_be_written_ends_nothing():
-    tried = []
-
-    class Closed(io.StringIO):
-        def write(self, text):
-            tried.append(text)
-            raise BrokenPipeError
-
-    Lines(Closed())(state(1))
-    assert tried
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_a_bar_on_a_terminal(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "160")
-    stream = Terminal()
-    with display(stream) as show:
-        show(state(10, kept=20))
-        show(state(40, kept=20))
-    shown = re.sub(r"\x1b\[[\d;?]*\w", "", stream.getvalue())
-    assert "━━━" in shown
-    assert "60/60" in shown
-    assert "20.0 images/s · 2,000 tokens/s · fill 80% · 1 failed · 0:00:00 left" in shown
-
-
 # Stopping
 
 
@@ -290,6 +257,7 @@ def at(number: int, act: Callable[[], None], monkeypatch) -> None:
         return real(self, item)
 
     monkeypatch.setattr(Reader, "media", media)
+    monkeypatch.setattr("nopad.embedding.run.mean_patches", lambda *_: None)  # which reads headers
 
 
 @pytest.fixture

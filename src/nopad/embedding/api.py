@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from nopad.encoder import PackedEncoder
 from nopad.pipeline.isolation import TIMEOUT
 from nopad.preprocessing.limits import MAX_PIXELS, MaxPatches
 from nopad.preprocessing.transforms import Resize
+
+logger = logging.getLogger(__name__)
 
 
 def embed(
@@ -102,12 +105,16 @@ def embed(
         )
     if not isinstance(stop, threading.Event | None):
         raise ValueError(f"stop: expected a threading.Event, got {stop!r}")
+    logger.info("listing %s", names[0] if len(names) == 1 else f"{len(names):,} sources")
     listing = list_inputs(names, image_column=image_column, hidden=hidden)
     with FolderLock(out):
         folder.clean()
+        logger.info("%s inputs; loading the model", f"{len(listing.inputs):,}")
         worker = make_worker(settings, model if isinstance(model, PackedEncoder) else load_encoder(settings))
         job, changes = begin_or_resume(folder, settings, worker, names, listing.inputs)
         run = Run(job, worker, stop=stop, progress=progress)
+        if progress is not None and actors is None:
+            run.estimate()
         run.retry()
         if actors is None:
             run.make(run.missing)

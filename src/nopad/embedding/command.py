@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import os
 import sys
 from contextlib import redirect_stdout
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING
 
+from nopad.embedding.progress import Display, clock, display
 from nopad.embedding.settings import Settings
 from nopad.embedding.signals import stop_on_signals
 from nopad.pipeline import process_server
+from nopad.preprocessing.limits import MAX_PATCHES
 from nopad.terminal import (
     INTERRUPTED,
     complain,
@@ -55,27 +58,25 @@ def run(options: argparse.Namespace) -> int:
     for package in ("filelock", "pyarrow", "rich"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"this needs {package}: pip install 'nopad[embed]'")
-    if options.actors is None:
-        process_server.start()  # it imports torch while this process does
-    from nopad.embedding.api import embed
-    from nopad.embedding.progress import display
-
-    configure_transformers()
-    device_of(options.device)
     go_on = f"to go on: {_command(options)}"
     try:
-        with (
-            stop_on_signals(go_on) as stop,
-            display(sys.stderr) as shown,
-            redirect_stdout(sys.stderr),  # Ray prints to it when an actor dies; it is for the summary alone
-        ):
-            summary = embed(
-                options.sources,
-                options.out,
-                **{option.name: getattr(options, option.name) for option in fields(Settings)},
-                stop=stop,
-                progress=shown,
-            )
+        with stop_on_signals(go_on) as stop, display(sys.stderr) as shown, _Messages(shown):
+            shown.message(_beginning(options))  # at once: what is imported below takes seconds
+            shown.message("importing torch and transformers")
+            if options.actors is None:
+                process_server.start()  # it imports torch while this process does
+            from nopad.embedding.api import embed
+
+            configure_transformers()
+            device_of(options.device)
+            with redirect_stdout(sys.stderr):  # Ray prints to it when an actor dies; it is for the summary alone
+                summary = embed(
+                    options.sources,
+                    options.out,
+                    **{option.name: getattr(options, option.name) for option in fields(Settings)},
+                    stop=stop,
+                    progress=shown.report,
+                )
     except KeyboardInterrupt:
         complain(f"stopped, the shard in hand is lost, finished ones are kept; {go_on}")
         return INTERRUPTED
@@ -89,6 +90,41 @@ def run(options: argparse.Namespace) -> int:
     return NOTHING_EMBEDDED if summary.failed == summary.rows else DONE
 
 
+def _beginning(options: argparse.Namespace) -> str:
+    """The first line."""
+    sources = options.sources[0] if len(options.sources) == 1 else f"{len(options.sources):,} sources"
+    cap = ""
+    if options.max_patches == "auto":
+        cap = (
+            f"; pictures of more than {MAX_PATCHES:,} patches are scaled down where the model has no limit of its own "
+            f"(--max-patches N, or none)"
+        )
+    return f"embedding {sources} into {options.out} by {options.model}{cap}"
+
+
+class _Messages(logging.Handler):
+    """Shows what `nopad.embed` logs about the steps before the first input is read."""
+
+    def __init__(self, shown: Display) -> None:
+        super().__init__()
+        self.shown = shown
+        self.logger = logging.getLogger("nopad.embedding.api")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.shown.message(record.getMessage())
+
+    def __enter__(self) -> None:
+        self.before = self.logger.level, self.logger.propagate
+        self.logger.addHandler(self)
+        self.logger.setLevel(logging.INFO)
+        self.logger.propagate = False
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.removeHandler(self)
+        self.logger.setLevel(self.before[0])
+        self.logger.propagate = self.before[1]
+
+
 def _command(options: argparse.Namespace) -> str:
     """What to type to run this once more."""
     program = sys.argv[0]
@@ -100,7 +136,6 @@ def _command(options: argparse.Namespace) -> str:
 def describe(summary: Summary) -> str:
     """A summary for a terminal."""
     from nopad.embedding.inputs.names import HIDDEN
-    from nopad.embedding.progress import clock
 
     stats = summary.stats
     lines = [f"{summary.folder}: {summary.rows - summary.failed:,} embedded, {summary.failed:,} failed"]

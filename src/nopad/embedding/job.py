@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from nopad.embedding.folder import JobFolder
+from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input, InputList, as_text
+from nopad.embedding.inputs.media import MediaDecoder
 from nopad.embedding.manifest import check_same, fingerprint, record_of
 from nopad.embedding.settings import Settings
 from nopad.embedding.table.writer import Row, ShardFormat, parse_shard_name, shard_name, write_shard
@@ -87,6 +89,12 @@ def load_encoder(settings: Settings) -> PackedEncoder:
     dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": settings.attention}
     return load(settings.model, revision=settings.revision, **options)
+
+
+def make_reader(settings: Settings) -> Reader:
+    """A reader of a job's inputs."""
+    decoder = MediaDecoder(frames=settings.frames, max_pixels=settings.max_pixels)
+    return Reader(decoder, allow_outside_paths=settings.allow_outside_paths)
 
 
 def make_worker(settings: Settings, encoder: PackedEncoder) -> Worker:

@@ -1,4 +1,4 @@
-"""How far a job is: a bar where a person looks on, plain lines where a log is kept."""
+"""How far a job is: a bar on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Any, TextIO
 
 from nopad.pipeline.stats import Stats
+from nopad.terminal import message_lines
 
 LINE_EVERY = 10.0
 """Seconds between two plain lines."""
+
+ESTIMATE_FROM = 60.0
+"""Seconds of a run from which its time is estimated beforehand; the time left is always shown."""
 
 
 @dataclass(frozen=True)
@@ -24,19 +28,68 @@ class Progress:
         kept: rows that earlier runs left.
         stats: what is done.
         seconds: since the first input was read.
+        mean_patches: of an input, by the headers of a few; `None` where they do not say.
     """
 
     rows: int
     kept: int
     stats: Stats
     seconds: float
+    mean_patches: float | None = None
+
+
+class Display:
+    """Prints messages and progress to a stream: a line at the beginning, every `LINE_EVERY` seconds and at the end."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.estimate = Estimate()
+        self.next = 0.0
+        self.was_over = False
+
+    def message(self, text: str) -> None:
+        """Print a line."""
+        with suppress(OSError):  # a log that cannot be written must not end the job
+            print(message_lines(text), file=self.stream, flush=True)
+
+    def report(self, progress: Progress) -> None:
+        """Print what is new."""
+        for line in self.estimate.lines(progress):
+            self.message(line)
+        self.update(progress)
+
+    def update(self, progress: Progress) -> None:
+        """Print how far the run is, if it is time."""
+        is_over = progress.stats.images == progress.rows
+        if (is_over and not self.was_over) or (not is_over and time.monotonic() >= self.next):
+            self.next = time.monotonic() + LINE_EVERY
+            self.was_over = is_over
+            kept = f" (and {progress.kept:,} from before)" if progress.kept else ""
+            self.message(f"{progress.stats.images:,} of {progress.rows:,} images{kept} · {describe(progress)}")
+
+
+class _Bar(Display):
+    """A bar of rich, with messages above it."""
+
+    def __init__(self, stream: TextIO, bar: Any) -> None:
+        super().__init__(stream)
+        self.bar = bar
+        self.task = bar.add_task("", total=None)
+
+    def message(self, text: str) -> None:
+        with suppress(OSError):
+            self.bar.console.print(message_lines(text), markup=False, highlight=False, soft_wrap=True)
+
+    def update(self, progress: Progress) -> None:
+        total, completed = progress.rows + progress.kept, progress.stats.images + progress.kept
+        self.bar.update(self.task, total=total, completed=completed, description=describe(progress))
 
 
 @contextmanager
-def display(stream: TextIO) -> Iterator[Callable[[Progress], None]]:
-    """Something to tell progress to: it draws a bar on a terminal, elsewhere it prints a line now and then."""
+def display(stream: TextIO) -> Iterator[Display]:
+    """Where a job's messages and progress go: a bar on a terminal, with messages above it, elsewhere lines."""
     if not stream.isatty():
-        yield Lines(stream)
+        yield Display(stream)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -44,13 +97,36 @@ def display(stream: TextIO) -> Iterator[Callable[[Progress], None]]:
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False))
     with RichProgress(*columns, console=Console(file=stream)) as bar:
-        task = bar.add_task("loading", total=None)
+        yield _Bar(stream, bar)
 
-        def show(progress: Progress) -> None:
-            total, completed = progress.rows + progress.kept, progress.stats.images + progress.kept
-            bar.update(task, total=total, completed=completed, description=describe(progress))
 
-        yield show
+class Estimate:
+    """What there is to do and how long it will take, each said once: before the first pack and after a few."""
+
+    def __init__(self) -> None:
+        self.is_introduced = self.is_over = False
+        self.first: tuple[float, int, int] | None = None  # seconds, packs and work done at the first pack
+
+    def lines(self, progress: Progress) -> Iterator[str]:
+        """What can be said now and was not."""
+        mean, stats = progress.mean_patches, progress.stats
+        inputs = f"{progress.rows:,} images" + (f", about {mean:,.0f} patches each" if mean else "")
+        if not self.is_introduced:
+            self.is_introduced = True
+            yield inputs
+        if self.is_over or not stats.packs:
+            return
+        work = stats.patches if mean else stats.images
+        if self.first is None:
+            self.first = progress.seconds, stats.packs, work
+            return
+        seconds, packs = progress.seconds - self.first[0], stats.packs - self.first[1]
+        if work > self.first[2] and (packs >= 4 or seconds >= 5):
+            self.is_over = True
+            rate = (work - self.first[2]) / seconds
+            total = progress.seconds + max(0.0, progress.rows * (mean or 1.0) - work) / rate
+            if total >= ESTIMATE_FROM:
+                yield f"{inputs}: {duration(total)} at {rate:,.0f} {'patches' if mean else 'images'} per second"
 
 
 def describe(progress: Progress) -> str:
@@ -70,23 +146,12 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{whole:02}"
 
 
-class Lines:
-    """A line at the beginning, every `LINE_EVERY` seconds and when all is done."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-        self.next = 0.0
-        self.was_over = False
-
-    def __call__(self, progress: Progress) -> None:
-        is_over = progress.stats.images == progress.rows
-        if (is_over and not self.was_over) or (not is_over and time.monotonic() >= self.next):
-            self.next = time.monotonic() + LINE_EVERY
-            self.was_over = is_over
-            kept = f" (and {progress.kept:,} from before)" if progress.kept else ""
-            line = f"{progress.stats.images:,} of {progress.rows:,} images{kept} · {describe(progress)}"
-            with suppress(OSError):  # a log that cannot be written must not end the job
-                print(line, file=self.stream, flush=True)
+def duration(seconds: float) -> str:
+    """In the largest unit of which there are two: `40 s`, `12 min`, `14 h`, `3 days`."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 class Ticker:

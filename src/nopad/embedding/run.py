@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from nopad.embedding.inputs.decoder import Reader
+from nopad.embedding.estimate import mean_patches
 from nopad.embedding.inputs.listing import Input
-from nopad.embedding.inputs.media import MediaDecoder
-from nopad.embedding.job import Job
+from nopad.embedding.job import Job, make_reader
 from nopad.embedding.progress import Progress, Ticker
 from nopad.embedding.table.reader import count, failed_rows, iterate_rows
 from nopad.embedding.table.writer import MAX_TOKEN_BYTES, Row
@@ -95,6 +94,14 @@ class Run:
         self.kept = len(job.inputs) - self.to_do
         self.start = time.perf_counter()
         self.seconds = 0.0
+        self.mean_patches: float | None = None
+
+    def estimate(self) -> None:
+        """Read some headers, so that progress has the number of patches to expect."""
+        if self.to_do and not self.stop.is_set():
+            with make_reader(self.job.settings) as reader:
+                self.mean_patches = mean_patches(self.job.inputs, reader, self.worker.preparation)
+            self.start = time.perf_counter()
 
     def make(self, shards: Sequence[int]) -> None:
         """Make shards that are missing."""
@@ -116,10 +123,7 @@ class Run:
         settings = self.job.settings
         groups = (inputs_of(shard) for shard in shards)
         with (
-            Reader(
-                MediaDecoder(frames=settings.frames, max_pixels=settings.max_pixels),
-                allow_outside_paths=settings.allow_outside_paths,
-            ) as reader,
+            make_reader(settings) as reader,
             Ticker(self.report),
             closing(self.worker.run(groups, reader.media, decoder=reader.decoder, stop=self.stop)) as results,
         ):
@@ -141,7 +145,7 @@ class Run:
 
     def report(self) -> None:
         """Report how far the run is."""
-        self.progress(Progress(self.to_do, self.kept, self.stats, time.perf_counter() - self.start))
+        self.progress(Progress(self.to_do, self.kept, self.stats, time.perf_counter() - self.start, self.mean_patches))
 
     def summary(self, left_out: Mapping[str, int], changes: Sequence[str]) -> Summary:
         """What there is now."""

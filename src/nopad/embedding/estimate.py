@@ -1,0 +1,88 @@
+"""How many patches a job's inputs have, by the headers of a few of them."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nopad.embedding.inputs.decoder import Reader
+from nopad.embedding.inputs.listing import InputList
+from nopad.embedding.inputs.media import Media, MediaDecoder
+from nopad.embedding.inputs.video import frame_size
+from nopad.pipeline.isolation import DecodeProcesses
+from nopad.pipeline.memory import MemoryBudget
+from nopad.pipeline.prepare import Preparation, PreparedImage
+from nopad.preprocessing.decode import ImageError, image_size
+
+SAMPLE = 64
+"""Headers that are read at most."""
+
+SECONDS = 2.0
+"""After so many seconds no other header is read."""
+
+
+def mean_patches(inputs: InputList, reader: Reader, preparation: Preparation) -> float | None:
+    """Patches of an input on average, `None` where no header can be read.
+
+    Headers are read where pictures are decoded: in a process of its own, see `DecodeProcesses`.
+    """
+    processes = DecodeProcesses(_HeaderDecoder(reader.decoder), _GridOf(**vars(preparation)), timeout=SECONDS)
+    budget = MemoryBudget()
+    numbers = []
+    end = None
+    for index in _places(inputs):
+        if end is not None and time.monotonic() > end:
+            break
+        with suppress(ImageError):  # it will be a failed row
+            t, h, w = processes.prepare(reader.media(inputs[index]), budget.reservation()).grid
+            numbers.append(t * h * w)
+        end = end or time.monotonic() + SECONDS  # the first one may wait until processes can be started
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def _places(inputs: InputList) -> list[int]:
+    """Indices from all over the list, of tables from the first rows of each, which cost one block to read."""
+    number = min(SAMPLE, len(inputs))
+    places = [(2 * i + 1) * len(inputs) // (2 * number) for i in range(number)]
+    for i, place in enumerate(places):
+        item = inputs[place]
+        if item.kind in ("parquet", "dataset"):
+            places[i] = place - max(0, item.offset - i % 8)
+    return sorted({*places})
+
+
+@dataclass(frozen=True)
+class _HeaderDecoder:
+    """Pixels of the right shape, in no memory."""
+
+    decoder: MediaDecoder
+
+    def read(self, media: Media) -> bytes | str:
+        return self.decoder.read(media)
+
+    def measure(self, media: bytes | str) -> tuple[int, int]:
+        return 1, 1
+
+    def __call__(self, media: bytes | str) -> Tensor:
+        size = image_size(media) if isinstance(media, bytes) else frame_size(media)
+        if size is None or not 0 < size[0] * size[1] <= self.decoder.max_pixels:
+            raise ImageError("image", "no size in its header, or a size that is refused")
+        frames = 1 if isinstance(media, bytes) else self.decoder.frames
+        return torch.zeros(1, dtype=torch.uint8).expand(frames, 3, size[1], size[0])
+
+
+class _GridOf(Preparation):
+    """The grid that a preparation gives, without patches."""
+
+    def __call__(self, image: Tensor) -> PreparedImage:
+        height, width = image.shape[-2:]
+        rows, columns = self.rule.grid(height, width, self.patch_size, self.max_patches)
+        frames = image.shape[0] if image.ndim == 4 else 1
+        return PreparedImage(torch.zeros(1, dtype=self.dtype), (frames, rows, columns), width, height)
+
+    def peak_bytes(self, frames: int, pixels: int) -> int:
+        return 0
