@@ -11,6 +11,8 @@ from nopad.checkpoints.files import open_checkpoint
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.encoder import PackedEncoder
 from nopad.families import family_of, family_of_published
+from nopad.inference.attention import check_backend
+from nopad.inference.precision import check_precision
 from nopad.packing import PatchOrder
 
 
@@ -48,6 +50,9 @@ def load(
             this device's dtype or the layers' sizes.
         OSError: no such file or folder, and the Hub does not have it or cannot be reached.
     """
+    check_backend(attention)
+    if precision is not None:
+        check_precision(precision)
     name = str(checkpoint)
     options = {"dtype": dtype, "patch_order": patch_order, "positions": positions}
     if name.startswith(UNTRAINED):

@@ -54,3 +54,21 @@ def test_max_patches_that_is_no_number(capsys):
     with pytest.raises(SystemExit):
         build_parser().parse_args(["embed", "photos", "--model", "m", "--out", "o", "--max-patches", "all"])
     assert "argument --max-patches: expected a number, auto or none, got 'all'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("4GB", 4_000_000_000), ("4GiB", 4 << 30), ("1.5MiB", 3 << 19), ("1000", 1000), ("8kB", 8000)]
+)
+def test_sizes_are_read_with_their_units(text, size):
+    options = build_parser().parse_args(["embed", "p", "--model", "m", "--out", "o", "--decode-memory", text])
+    assert options.decode_memory == size
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "expected"),
+    [("--decode-memory", "4 apples", "expected bytes as 4GB"), ("--input-timeout", "soon", "expected seconds or none")],
+)
+def test_units_that_are_none(option, text, expected, capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["embed", "p", "--model", "m", "--out", "o", option, text])
+    assert f"{option}: {expected}" in capsys.readouterr().err

@@ -116,3 +116,14 @@ def test_exclusive_waits_for_the_kernels_of_the_previous_pack(monkeypatch):
         with graphs.exclusive():
             events.append("ran")
     assert events == ["ran", ("recorded", graphs.done), ("waited", graphs.done), "ran", ("recorded", graphs.done)]
+
+
+def test_graphs_of_another_generation_are_recorded_again(layers):
+    """A graph reads the addresses of the tensors that it was recorded with."""
+    graphs = CUDAGraphLayers(layers)
+    graphs.graphs = {16: None}
+    assert graphs.refresh()
+    assert 16 in graphs.graphs
+    layers.generation += 1
+    assert graphs.refresh()
+    assert graphs.graphs == {}

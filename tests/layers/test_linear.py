@@ -197,6 +197,24 @@ def test_moved_cast_copied_and_pickled_layers_lie_side_by_side():
     assert layers._one_gemm.is_current(layers)
 
 
+def test_copy_that_shares_parameters_shares_their_joint_weight():
+    layers, rows = laid_out(True, False, True), torch.randn(5, 8)
+    twin = copy.deepcopy(layers, {id(parameter): parameter for parameter in layers.parameters()})
+    assert twin.q.weight is layers.q.weight
+    assert twin._one_gemm.weight is layers._one_gemm.weight
+    assert twin._one_gemm.is_current(twin)
+    assert layers._one_gemm.is_current(layers)
+    with torch.no_grad():
+        layers.q.weight.mul_(2)
+        assert_close(twin.multiply_each(rows), layers.one_by_one(rows))
+
+
+def test_pickle_holds_each_weight_once():
+    layers, separate = laid_out(True, True, True), laid_out(True, True, True)
+    separate.__dict__.pop("_one_gemm")
+    assert len(pickle.dumps(layers)) < len(pickle.dumps(separate)) + 200
+
+
 def test_laid_out_weights_are_saved_one_by_one(tmp_path):
     layers = laid_out(True, False, True)
     state = layers.state_dict()

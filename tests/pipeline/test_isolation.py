@@ -1,19 +1,22 @@
 """Decoding in processes: what a hostile input may do there, and what becomes of the others."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
+from multiprocessing import Pipe
 
 import numpy as np
 import psutil
 import pytest
+import torch
 from pipeline.hostile_decoder import HostileDecoder
 
 from nopad.pipeline import process_server
-from nopad.pipeline.isolation import DecodeProcesses
+from nopad.pipeline.isolation import DecodeProcesses, _Process
 from nopad.pipeline.memory import MemoryBudget, available_memory
 from nopad.pipeline.prepare import Preparation
 from nopad.pipeline.process_server import ProcessServerError
@@ -123,6 +126,40 @@ threading.Event().wait()
     job.wait()
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert alive == []
+
+
+def test_server_imports_nothing_from_the_current_folder(preparation, tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("raise SystemExit")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(process_server, "_server", None)
+    assert prepare(DecodeProcesses(HostileDecoder(), preparation), "3 4").grid == (1, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [pickle.dumps({"bytes": 1})],
+        [b'{"bytes": "many"}'],
+        [b'{"bytes": 96}', b'{"shape": [1000000, 1000000], "grid": [1, 1, 1], "width": 4, "height": 4}'],
+        [b'{"bytes": 96}', b'{"shape": [1, 24], "grid": [1, 1, 1], "width": 4, "height": 4}', b"short"],
+        [b'{"bytes": 96}', b'{"shape": [1]}'],
+    ],
+)
+def test_nonsense_from_a_process_is_a_crash(preparation, monkeypatch, answers):
+    """A decoder that was taken over can answer anything."""
+
+    def fork(self):
+        mine, theirs = Pipe()
+        for answer in answers:
+            theirs.send_bytes(answer)
+        kept.append(theirs)
+        return _Process(mine, os.getpid(), torch.float32)
+
+    kept = []
+    monkeypatch.setattr(DecodeProcesses, "_fork", fork)
+    with pytest.raises(ImageError, match="its decoder crashed"):
+        prepare(DecodeProcesses(HostileDecoder(), preparation), "3 4")
+    assert len(kept) == 2
 
 
 def test_a_server_that_cannot_start_ends_the_run(encoder, monkeypatch):

@@ -157,6 +157,7 @@ class _Actors:
                 idle.append(actor)
                 if shard is None:
                     self.places[actor] = value
+                    self.deaths.pop(None, None)  # actors can start
                 else:
                     yield value
             while idle and waiting and not self.run.stop.is_set():

@@ -7,6 +7,7 @@ The arguments of `nopad embed`, the check of `nopad.embed` and the record of a j
 from __future__ import annotations
 
 import math
+import string
 from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -49,15 +50,22 @@ def _choice(default: str | None, choices: tuple[str, ...], help: str) -> Any:
     return _option(default, help, partial(_check_choice, choices), decides=True, choices=choices)
 
 
+_UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
 def _seconds(text: str) -> float | None:
-    return None if text == "none" else float(text)
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"expected seconds or none, got {text!r}") from None
 
 
 def _bytes(text: str) -> int:
-    for suffix, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if text.endswith(suffix):
-            return int(float(text.removesuffix(suffix)) * factor)
-    return int(text)
+    number = text.rstrip(string.ascii_letters)
+    try:
+        return int(float(number) * _UNITS[text.removeprefix(number)])
+    except (ValueError, KeyError):
+        raise ArgumentTypeError(f"expected bytes as 4GB, 512MiB or 1000000, got {text!r}") from None
 
 
 def _check_seconds(name: str, value: Any) -> None:

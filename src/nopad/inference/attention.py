@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
 
 
+def check_backend(backend: str) -> None:
+    """Raise `ValueError` for an unknown backend."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"attention: expected 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
 def set_attention(encoder: PackedEncoder, backend: str) -> None:
     """Select the attention backend of every layer: `"auto"` or one of `nopad.kernels.backends.BACKENDS`.
 
@@ -20,8 +26,7 @@ def set_attention(encoder: PackedEncoder, backend: str) -> None:
         ValueError: the backend is unknown, or does not support this model's device, dtype or head size.
         ImportError: the backend is not installed.
     """
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"attention: expected 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_backend(backend)
     if backend != "auto" and encoder.device.type != "meta":
         resolve_backend(backend, encoder.device, encoder.dtype, encoder._head_dim)
     encoder._backend = backend

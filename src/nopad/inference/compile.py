@@ -18,7 +18,7 @@ from nopad.inference.padding import pad_rows, pad_segments, poison_segments, rou
 from nopad.inference.ready import CompiledLayers, EagerLayers, ReadyLayers
 from nopad.inference.runner import StaticRunner
 from nopad.kernels.attention import reads_host_lengths
-from nopad.packing import CAPACITY
+from nopad.packing import CAPACITY, CAPACITY_ON_CPU
 from nopad.segments import Segments
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ UNAVAILABLE_ERRORS = (
 
 
 def compile_encoder(
-    encoder: PackedEncoder, capacity: int = CAPACITY, max_segments: int | None = None, *, compiled: bool = True
+    encoder: PackedEncoder, capacity: int | None = None, max_segments: int | None = None, *, compiled: bool = True
 ) -> None:
     """Compile the layers, one by one, for packs of a fixed shape; all warm-up is done here.
 
@@ -59,7 +59,7 @@ def compile_encoder(
 
     Args:
         encoder: the encoder.
-        capacity: tokens of a pack, prefix tokens included.
+        capacity: tokens of a pack, prefix tokens included; 16384 by default, 2048 on a CPU.
         max_segments: maximum number of segments of a pack: images, clips, or frames that do not attend to each other.
             `capacity // 64` by default.
         compiled: `False` pads packs and leaves the layers uncompiled.
@@ -68,6 +68,8 @@ def compile_encoder(
         ValueError: a capacity that is too small for one token, or `max_segments` below 1.
     """
     encoder.uncompile()
+    if capacity is None:
+        capacity = CAPACITY_ON_CPU if encoder.device.type == "cpu" else CAPACITY
     max_segments = max(1, capacity // 64) if max_segments is None else max_segments
     if capacity <= encoder.num_prefix_tokens or max_segments < 1:
         min_capacity = encoder.num_prefix_tokens + 1
@@ -144,9 +146,10 @@ def warm_up(encoder: PackedEncoder, layers: ReadyLayers, capacity: int, max_segm
     tokens = torch.randn(capacity, encoder.hidden_size, device=encoder.device).to(encoder.dtype)
     tokens, finite = pad_rows(tokens, capacity)
     poison_segments(tokens, finite, Segments.of([capacity], encoder.device))
-    lengths = sorted({round_up_max_seqlen(1 << power, capacity) for power in range(capacity.bit_length())})
+    lengths = sorted({round_up_max_seqlen(1 << power, capacity) for power in range(capacity.bit_length() + 1)})
     if isinstance(layers, fused.FusedLayers) and not ModuleGuard(encoder.layers).structure_changed():  # no user hooks
         layers.check(tokens, pad_segments(Segments.of(lengths[:1], encoder.device), capacity, None), rope)
     for length in lengths:
         segments = pad_segments(Segments.of([length], encoder.device), capacity, max_segments)
-        layers(tokens, segments, rope)
+        with layers.exclusive():
+            layers(tokens, segments, rope)

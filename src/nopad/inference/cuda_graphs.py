@@ -19,6 +19,7 @@ class CUDAGraphLayers(ReadyLayers):
     def __init__(self, layers: ReadyLayers) -> None:
         self.layers = layers
         self.fixed_memory = not layers.copies_weights
+        self.generation = layers.generation
         self.inputs: list[Tensor] = []
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.stream: torch.cuda.Stream | None = None  # torch's own capture stream is on the GPU of the first capture
@@ -31,7 +32,11 @@ class CUDAGraphLayers(ReadyLayers):
 
     def refresh(self, *, trained: bool = False) -> bool:
         """See `ReadyLayers`."""
-        return self.layers.refresh(trained=trained)
+        is_current = self.layers.refresh(trained=trained)
+        if self.generation != self.layers.generation:
+            self.generation = self.layers.generation
+            self.graphs.clear()
+        return is_current
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -40,8 +45,10 @@ class CUDAGraphLayers(ReadyLayers):
             self.done = torch.cuda.Event()
         else:
             self.done.wait()
-        yield
-        self.done.record()
+        try:
+            yield
+        finally:
+            self.done.record()
 
     def __call__(self, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
         """`(capacity, D)` to `(capacity, D)`, which the next call overwrites."""

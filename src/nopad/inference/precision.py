@@ -23,14 +23,19 @@ def to_precision(encoder: PackedEncoder, precision: str) -> None:
         ValueError: an unknown format, layers or sizes that it does not support, or a dtype other than bfloat16 on a
             GPU. The encoder is then unchanged.
     """
-    if precision != "fp8":
-        raise ValueError(f"precision: expected 'fp8', got {precision!r}")
+    check_precision(precision)
     check_dtype(encoder)
     if encoder.precision is None:
         to_float8(encoder.layers)
         encoder.requires_grad_(False)
     encoder.uncompile()
     encoder.precision = precision
+
+
+def check_precision(precision: str) -> None:
+    """Raise `ValueError` for an unknown format."""
+    if precision != "fp8":
+        raise ValueError(f"precision: expected 'fp8', got {precision!r}")
 
 
 def check_dtype(encoder: PackedEncoder) -> None:

@@ -26,6 +26,7 @@ class ReadyLayers:
         fixed_segments: whether every pack must have the same number of segments.
         copies_weights: whether GEMMs read copies of the weights, which `refresh` updates.
         fixed_memory: whether weights are read at the addresses that they had when the layers were made ready.
+        generation: increases when `refresh` replaces tensors that a CUDA graph reads.
         static_input: `(capacity, D)` tensor that tokens can be written to; `None` where they may lie anywhere.
     """
 
@@ -33,6 +34,7 @@ class ReadyLayers:
     fixed_segments = True
     copies_weights = False
     fixed_memory = False
+    generation = 0
     static_input: Tensor | None = None
 
     def __call__(self, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:

@@ -148,6 +148,8 @@ class StaticRunner:
         """Whether a pack fits and needs no gradient; others run eagerly."""
         if torch.is_grad_enabled():
             self.trained = True
+            if not self.source.training:
+                _warn_of_gradients()
             return False
         if rows <= self.capacity and segments <= self.max_segments:
             return True
@@ -210,6 +212,11 @@ class StaticRunner:
 
     def __reduce__(self) -> tuple[type[EagerRunner], tuple[()]]:
         return EagerRunner, ()
+
+
+@lru_cache
+def _warn_of_gradients() -> None:
+    logger.warning("compiled layers run without gradients alone; call the encoder under torch.inference_mode()")
 
 
 @lru_cache

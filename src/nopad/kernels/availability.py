@@ -26,6 +26,8 @@ def triton_works() -> bool:
         from nopad.kernels.triton_attention import probe
 
         probe()
+    except torch.OutOfMemoryError:
+        raise  # says nothing about Triton
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning("Triton is installed and does not work here: %s", (str(error) or repr(error)).splitlines()[0])
         return False

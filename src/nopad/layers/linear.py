@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -91,17 +92,18 @@ class OneGemm:
         with torch.cuda.device_of(first), torch.inference_mode(False), torch.no_grad():
             weight = _side_by_side(weights, first)
             bias = _side_by_side(biases, first[:, 0]) if any(bias is not None for bias in biases) else None
-        parts = (
-            (
-                name,
-                linear,
-                *(linear._parameters["weight"], _address(linear._parameters["weight"])),
-                *(linear._parameters["bias"], _address(linear._parameters["bias"])),
-                *(linear._parameters, linear.__dict__, linear._forward_hooks, linear._forward_pre_hooks),
-            )
-            for name, linear in plain.items()
-        )
-        return cls(weight, bias, tuple(parts))
+        return cls(weight, bias, tuple(_part(name, linear) for name, linear in plain.items()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OneGemm | None:
+        """For a copy that shares the parameters by `memo`, the same weight; other copies lay their own out."""
+        tensors = [tensor for part in self.parts for tensor in (part[2], part[4]) if tensor is not None]
+        if any(memo.get(id(tensor)) is not tensor for tensor in tensors):
+            return None
+        parts = (_part(name, copy.deepcopy(linear, memo)) for name, linear, *_ in self.parts)
+        return OneGemm(self.weight, self.bias, tuple(parts))
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # what is loaded lays its own weights out
 
     def is_current(self, module: nn.Module) -> bool:
         """Whether these are still the layers of `module`, with weights at the same addresses and without hooks."""
@@ -123,6 +125,12 @@ class OneGemm:
             ):
                 return False
         return True
+
+
+def _part(name: str, linear: nn.Module) -> tuple[Any, ...]:
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    changes = linear._parameters, linear.__dict__, linear._forward_hooks, linear._forward_pre_hooks
+    return (name, linear, weight, _address(weight), bias, _address(bias), *changes)
 
 
 def _side_by_side(parameters: Sequence[nn.Parameter | None], like: Tensor) -> Tensor:

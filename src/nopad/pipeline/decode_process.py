@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import array
 import gc
+import json
 import os
 import signal
 import socket
 import sys
 import traceback
 import warnings
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -24,24 +24,17 @@ from torch import Tensor
 
 from nopad.pipeline.prepare import Preparation
 from nopad.preprocessing.decode import ImageError
+from nopad.preprocessing.limits import MAX_BYTES
 
 MIN_ROOM = 1 << 30
-"""Address space in bytes that a process may add to what it begins with, before the size of an image is known."""
-
-
-@dataclass(frozen=True)
-class UnexpectedError:
-    """An error of the decoder that it does not document."""
-
-    summary: str
-    traceback: str
+"""Address space in bytes that a process may take beside what it begins with, the file and what its header asks for."""
 
 
 class Decoder(Protocol):
     """From the bytes or the name of an untrusted file to pixels; picklable."""
 
-    def read(self, source: Any, /) -> Any:
-        """Read the file, or whatever `source` names."""
+    def read(self, source: Any, /) -> bytes | str:
+        """Read the file, or whatever `source` names: bytes, or the name of a file that is decoded where it is."""
         ...
 
     def measure(self, data: Any, /) -> tuple[int, int]:
@@ -83,7 +76,7 @@ def main(descriptor: int) -> None:
 
 
 def serve(connection: Connection, decoder: Decoder, preparation: Preparation) -> None:
-    """Answer each file with its size, and once memory is granted with its patches, or with an `ImageError`."""
+    """Answer each file with the bytes that it needs, and once they are granted with its patches, or with an error."""
     start = _address_space()
     while True:
         try:
@@ -91,26 +84,33 @@ def serve(connection: Connection, decoder: Decoder, preparation: Preparation) ->
         except (EOFError, ConnectionError):
             return
         try:
-            _limit(start + MIN_ROOM)
+            _limit(start + MAX_BYTES + MIN_ROOM)
             data = decoder.read(source)
+            room = MIN_ROOM + 2 * len(data)
+            _limit(start + room)
             frames, pixels = decoder.measure(data)
-            connection.send(preparation.peak_bytes(frames, pixels))
-            _limit(start + MIN_ROOM + connection.recv())
+            _answer(connection, bytes=preparation.peak_bytes(frames, pixels))
+            _limit(start + room + connection.recv())
             image = preparation(decoder(data))
-            patches = image.patches.contiguous().view(-1).view(torch.uint8)
-            connection.send((tuple(image.patches.shape), image.grid, image.width, image.height))
-            connection.send_bytes(patches.numpy().data)
+            patches = image.patches.contiguous()
+            _answer(connection, shape=patches.shape, grid=image.grid, width=image.width, height=image.height)
+            connection.send_bytes(patches.view(-1).view(torch.uint8).numpy().data)
             del data, image, patches
         except ImageError as error:
-            connection.send(error)
-        except ConnectionError:
+            _answer(connection, error=error.reason)
+        except (EOFError, ConnectionError):
             return
         except Exception as error:
             if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's own is a RuntimeError
-                connection.send(ImageError("image", "decoding it takes more memory than its header says"))
+                _answer(connection, error="decoding it takes more memory than its header says")
             else:
-                summary = f"{type(error).__name__}: {error}"
-                connection.send(UnexpectedError(summary, traceback.format_exc()))
+                summary = f"unexpected {type(error).__name__}: {error}"
+                _answer(connection, error=summary[:1000], traceback=traceback.format_exc()[-10_000:])
+
+
+def _answer(connection: Connection, **fields: Any) -> None:
+    """Send JSON, which the pipeline reads without trust."""
+    connection.send_bytes(json.dumps(fields).encode())
 
 
 def _address_space() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from nopad.pipeline import process_server
-from nopad.pipeline.decode_process import Decoder, UnexpectedError
+from nopad.pipeline.decode_process import Decoder
 from nopad.pipeline.memory import Reservation
 from nopad.pipeline.prepare import Preparation, PreparedImage
 from nopad.preprocessing.decode import ImageError
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 TIMEOUT = 60.0
 """Default seconds for one input."""
 
+_MAX_ANSWER = 1 << 20
 _TRIES = 2  # a process may die for no fault of its input: of too little memory, say
 
 
@@ -56,6 +58,8 @@ class DecodeProcesses:
         """
         for _ in range(_TRIES):
             with self._lock:
+                if reservation.is_closed:  # checked under the lock that `interrupt` takes
+                    raise ImageError("image", "not decoded: the run has ended")
                 process = self._idle.pop() if self._idle else self._fork()
                 self._busy.add(process)
             try:
@@ -64,8 +68,11 @@ class DecodeProcesses:
                 process.kill()
                 reason = f"decoding it takes more than {self.timeout:g} s; input_timeout sets another limit"
                 raise ImageError("image", reason) from error
-            except (EOFError, ConnectionError, OSError) as error:
-                process.kill()
+            except ImageError:
+                process.kill()  # it waits for memory that will not come
+                raise
+            except (EOFError, OSError, ValueError, LookupError, TypeError) as error:
+                process.connection.close()  # it has died, and its number may be another's by now, or it ends
                 if reservation.is_closed:
                     break
                 logger.info("a decode process died: %s", error)
@@ -78,12 +85,11 @@ class DecodeProcesses:
                     self._busy.discard(process)
             with self._lock:
                 self._idle.append(process)
-            if isinstance(answer, ImageError):
-                raise answer
-            if isinstance(answer, UnexpectedError):
-                logger.error("unexpected error in a decoder:\n%s", answer.traceback)
-                raise ImageError("image", f"unexpected {answer.summary}")
-            return answer
+            if isinstance(answer, PreparedImage):
+                return answer
+            if "traceback" in answer:
+                logger.error("unexpected error in a decoder:\n%s", answer["traceback"])
+            raise ImageError("image", str(answer["error"]))
         reason = "its decoder crashed; a damaged file, or too little memory"
         raise ImageError("image", reason)
 
@@ -104,36 +110,41 @@ class _Process:
         self.pid = pid
         self.dtype = dtype
 
-    def prepare(
-        self, data: Any, reservation: Reservation, timeout: float | None
-    ) -> PreparedImage | ImageError | UnexpectedError:
-        """Send a file and receive its patches, or an error.
+    def prepare(self, data: Any, reservation: Reservation, timeout: float | None) -> PreparedImage | dict[str, Any]:
+        """Send a file and receive its patches, or the answer with an `"error"`.
 
         Raises:
             TimeoutError: no answer in time.
-            EOFError, OSError: the process died.
+            EOFError, OSError, ValueError: the process died, or answers nonsense.
             ImageError: no memory for it.
         """
         self.connection.send(data)
         start = time.monotonic()
-        size = self.receive(timeout)
-        if not isinstance(size, int):
-            return size
+        answer = self.receive(timeout)
+        if "error" in answer:
+            return answer
         spent = time.monotonic() - start
+        size = int(answer["bytes"])
         reservation.reserve(size)
         self.connection.send(size)
         answer = self.receive(None if timeout is None else timeout - spent)
-        if not isinstance(answer, tuple):
+        if "error" in answer:
             return answer
-        shape, grid, width, height = answer
-        patches = torch.empty(shape, dtype=self.dtype)
-        self.connection.recv_bytes_into(patches.view(-1).view(torch.uint8).numpy().data)
-        return PreparedImage(patches, grid, width, height)
+        rows, columns = answer["shape"]
+        if not 0 < rows * columns * self.dtype.itemsize <= size:
+            raise EOFError(f"got patches of {rows}×{columns}, expected at most {size} bytes")
+        patches = torch.empty(rows, columns, dtype=self.dtype)
+        buffer = patches.view(-1).view(torch.uint8).numpy().data
+        if self.connection.recv_bytes_into(buffer) < buffer.nbytes:
+            raise EOFError("got fewer patches than announced")
+        t, h, w = answer["grid"]
+        return PreparedImage(patches, (t, h, w), answer["width"], answer["height"])
 
-    def receive(self, timeout: float | None) -> Any:
+    def receive(self, timeout: float | None) -> dict[str, Any]:
+        """An answer as JSON: a decoder that was taken over must not reach this process, as a pickle could."""
         if not self.connection.poll(timeout if timeout is None else max(timeout, 0)):
             raise TimeoutError
-        return self.connection.recv()
+        return json.loads(self.connection.recv_bytes(_MAX_ANSWER))
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):

@@ -30,7 +30,7 @@ class ProcessServer:
         with theirs:
             command = f"from nopad.pipeline.decode_process import main; main({theirs.fileno()})"
             self._server = subprocess.Popen(
-                [sys.executable, "-c", command],
+                [sys.executable, "-P", "-c", command],  # never from the current folder, which may be of others' files
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

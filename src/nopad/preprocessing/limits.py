@@ -11,3 +11,6 @@ MAX_PIXELS = 178_956_970
 MAX_PATCHES = 4096
 """Default limit on an image's patches in bulk, for models without one: a photo of 12 megapixels would make 62,208 of
 14 × 14 pixels, whose attention costs 230 times as much as that of 4,096."""
+
+MAX_BYTES = 1 << 31
+"""Largest encoded file that is read, in bytes."""

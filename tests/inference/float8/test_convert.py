@@ -1,5 +1,8 @@
 """Conversion to float8: what is converted, what keeps its dtype, and what cannot be converted."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -87,6 +90,15 @@ def test_dead_gates_and_ups_stay_finite(tmp_path):
     encoder.to_precision("fp8")
     output = encoder(patches_of(encoder), GRIDS)
     assert torch.cosine_similarity(output, expected, dim=1).min() > 0.95
+
+
+def test_joint_weights_of_the_checkpoint_are_let_go(tmp_path):
+    encoder = nopad.load(tiny("aimv2", tmp_path / "aimv2"))
+    attention = encoder.layers[0].attention
+    joint = weakref.ref(attention._one_gemm.weight)
+    encoder.to_precision("fp8")
+    gc.collect()
+    assert joint() is None
 
 
 def test_heads_and_projections_are_not_converted(tmp_path):

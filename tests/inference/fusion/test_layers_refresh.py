@@ -52,6 +52,27 @@ def expected_of(encoder, tokens, segments, rope=None):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("replace", ["data", "assign"])
+def test_weights_that_are_replaced_are_read_and_the_old_ones_kept(encoder, replace):
+    """Where nothing is folded into a weight, fused layers read the parameter's own memory, which is not theirs."""
+    layers, (tokens, segments) = FusedLayers(encoder.layers, ReferenceGemm()), tokens_of(encoder, 9, 4)
+    old = [layer.attention.proj.weight.detach() for layer in encoder.layers]
+    values, generation = [weight.clone() for weight in old], layers.generation
+    new = [torch.randn_like(weight) / 9 for weight in old]
+    for layer, weight in zip(encoder.layers, new, strict=True):
+        if replace == "data":
+            layer.attention.proj.weight.data = weight
+        else:
+            layer.attention.proj.load_state_dict({"weight": weight}, strict=False, assign=True)
+    assert layers.refresh()
+    torch.testing.assert_close(layers(tokens.clone(), segments, None), expected_of(encoder, tokens, segments))
+    assert all(torch.equal(weight, before) for weight, before in zip(old, values, strict=True))
+    assert layers.generation == generation + 1
+    assert layers.refresh()
+    assert layers.generation == generation + 1
+
+
+@torch.no_grad()
 def test_changed_float8_weights_are_folded_again(tmp_path):
     encoder = nopad.load(tiny("aimv2", tmp_path / "aimv2"), precision="fp8")
     layers, (tokens, segments) = FusedLayers(encoder.layers, ReferenceGemm()), tokens_of(encoder, 9, 4)

@@ -9,9 +9,7 @@ import stat
 from dataclasses import dataclass
 
 from nopad.embedding.inputs.listing import as_text
-
-MAX_BYTES = 1 << 31
-"""Largest encoded picture that is read, in bytes."""
+from nopad.preprocessing.limits import MAX_BYTES
 
 
 def open_regular(path: bytes) -> io.FileIO:

@@ -57,6 +57,11 @@ class GemmWeight:
         """Weight, bias and scale."""
         return self.weight, self.bias, self.scale
 
+    @property
+    def address(self) -> int:
+        """Of the weight in memory: that of a layer's parameter where nothing had to be folded into it."""
+        return self.weight.data_ptr()
+
     def copy_(self, other: GemmWeight) -> None:
         """Copy the values of another weight with the `same_tensors`."""
         for target, source in zip(self.tensors, other.tensors, strict=True):

@@ -95,8 +95,8 @@ class FusedLayers(ReadyLayers):
         self.layers = [layer for layer in layers if isinstance(layer, Block)]
         self.gemm = gemm
         self.permutation = None if rope is None else rope_permutation(rope, self.layers[0].attention.head_dim)
-        self.blocks = [self._fold(layer) for layer in self.layers]
         self.guard = ModuleGuard(layers)
+        self._fold_all([self._fold(layer) for layer in self.layers])
         self.versions = self.guard.versions()
 
     fixed_segments = False  # kernels are launched one by one, for any number of segments
@@ -120,7 +120,8 @@ class FusedLayers(ReadyLayers):
         return gemm.finish(state)
 
     def refresh(self, *, trained: bool = False) -> bool:
-        """Fold again where weights have changed, into the same tensors, which a CUDA graph may read.
+        """Fold again where weights have changed: into the same tensors, which a CUDA graph may read, or where those
+        are the layers' own and other tensors have taken their place, into new ones, as a new `generation`.
 
         Args:
             trained: see `ReadyLayers.refresh`.
@@ -131,11 +132,19 @@ class FusedLayers(ReadyLayers):
         if trained or self.guard.versions() != self.versions:
             if not all(can_fold(layer) for layer in self.layers):
                 return False
-            for layer, block in zip(self.layers, self.blocks, strict=True):
-                weights = list(zip(block.weights, self._fold(layer).weights, strict=True))
-                if not all(weight.same_tensors(new) for weight, new in weights):
-                    return False
-                for weight, new in weights:
+            folded = [self._fold(layer) for layer in self.layers]
+            pairs = [
+                pair
+                for block, new in zip(self.blocks, folded, strict=True)
+                for pair in zip(block.weights, new.weights, strict=True)
+            ]
+            if not all(weight.same_tensors(new) for weight, new in pairs):
+                return False
+            if any(weight.address in self.borrowed and weight.address != new.address for weight, new in pairs):
+                self._fold_all(folded)
+                self.generation += 1
+            else:
+                for weight, new in pairs:
                     weight.copy_(new)
             self.versions = self.guard.versions()  # after the copies: a weight that needs no folding is the layer's own
         return True
@@ -158,6 +167,11 @@ class FusedLayers(ReadyLayers):
             raise RuntimeError(
                 f"layers fused by {self.gemm.name} differ from the eager layers (relative distance {error:.2g})"
             )
+
+    def _fold_all(self, blocks: list[FoldedBlock]) -> None:
+        self.blocks = blocks
+        addresses = {address for address, _ in self.guard.versions()}
+        self.borrowed = {weight.address for block in blocks for weight in block.weights} & addresses
 
     def _fold(self, layer: Block) -> FoldedBlock:
         return self.gemm.prepack(FoldedBlock.of(layer, self.permutation))
