@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from nopad.inference.precision import check_inference
 from nopad.layout import Layout
 from nopad.packing import Pack
+from nopad.traced import TracedLayout
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
@@ -49,7 +50,8 @@ def read_arguments(
         raise ValueError(f"hidden_states: expected {encoder.dtype} like the weights, got {hidden_states.dtype}")
     if encoder.precision is not None:
         check_inference(encoder, hidden_states)
-    return hidden_states, Layout.read(hidden_states, grid_thw, patch_positions, encoder.patch_dim)
+    read: Any = TracedLayout if torch.compiler.is_exporting() else Layout.read
+    return hidden_states, read(hidden_states, grid_thw, patch_positions, encoder.patch_dim)
 
 
 def _check_pack(encoder: PackedEncoder, pack: Pack) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -28,7 +29,7 @@ from nopad.kernels.attention import resolve_backend
 from nopad.layers.attention import Rope
 from nopad.layers.linear import lay_out
 from nopad.layers.pooling import segment_mean
-from nopad.layers.positions import example_positions
+from nopad.layers.position_table import example_positions
 from nopad.layers.roles import ByRole
 from nopad.layout import Layout
 from nopad.outputs import PackedOutput, Trunk
@@ -169,7 +170,8 @@ class PackedEncoder(ByRole, PreTrainedModel):
         patches, layout = read_arguments(self, hidden_states, grid_thw, patch_positions)
         states: list[Tensor] | None = [] if output_hidden_states else None
         runner = self._runner_for(layout) if states is None else EagerRunner(states)
-        with torch.cuda.device_of(patches):  # non-torch kernels launch on the current device
+        # Non-torch kernels launch on the current device; torch's compiler sees to that itself.
+        with torch.cuda.device_of(patches) if patches.is_cuda and not torch.compiler.is_compiling() else nullcontext():
             trunk = self.trunk(patches, layout, runner).to(patches.device)  # wherever its last part is
             return trunk.tokens if output == "tokens" else packed_output(self, trunk, layout, runner, states)
 
@@ -196,6 +198,8 @@ class PackedEncoder(ByRole, PreTrainedModel):
 
     def _runner_for(self, layout: Layout) -> Runner:
         """What runs this pack; nothing else decides whether it is filled up."""
+        if torch.compiler.is_exporting():
+            return EagerRunner()
         segments = len(self.segments_of(layout))
         rows = layout.num_patches + self.num_prefix_tokens * segments
         return self._runner if self._runner.admits(rows, segments) else EagerRunner()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nopad.kernels.availability import has_triton
-from nopad.segments import Segments
+from nopad.segments import Segments, TracedSegments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +34,16 @@ class Layout:
     patch_positions: Tensor | None = None
 
     @classmethod
+    def of_grid(cls, grid: Sequence[Sequence[int]], device: torch.device) -> Layout:
+        """A pack of full grids `[frames, rows, columns]`."""
+        frame_lengths = tuple((h * w,) * t for t, h, w in grid)
+        longest_side = max((side for row in grid for side in row[1:]), default=0)
+        return cls(tuple((t, h, w) for t, h, w in grid), frame_lengths, True, longest_side, device)
+
+    @classmethod
     def of_image(cls, rows: int, columns: int, device: torch.device) -> Layout:
         """A pack of one image."""
-        return cls(((1, rows, columns),), ((rows * columns,),), True, max(rows, columns), device)
+        return cls.of_grid([(1, rows, columns)], device)
 
     @classmethod
     def read(cls, hidden_states: Tensor, grid_thw: Tensor, patch_positions: Tensor | None, patch_dim: int) -> Layout:
@@ -51,29 +58,7 @@ class Layout:
         Raises:
             ValueError: an argument has the wrong shape, dtype or device, or the patches do not add up to the grid.
         """
-        if hidden_states.ndim != 2 or hidden_states.shape[1] != patch_dim:
-            raise ValueError(f"hidden_states: expected shape (T, {patch_dim}), got {tuple(hidden_states.shape)}")
-        if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or not _is_integer(grid_thw):
-            raise ValueError(
-                f"grid_thw: expected (N, 3) integers, got shape {tuple(grid_thw.shape)} of {grid_thw.dtype}"
-            )
-        if grid_thw.device not in (hidden_states.device, torch.device("cpu")):
-            raise ValueError(
-                f"grid_thw: expected on the CPU or on {hidden_states.device} like hidden_states, got {grid_thw.device}"
-            )
-        if patch_positions is not None:
-            if patch_positions.shape != (hidden_states.shape[0], 3):
-                raise ValueError(
-                    f"patch_positions: expected shape ({hidden_states.shape[0]}, 3), a [t, h, w] for each row of "
-                    f"hidden_states, got {tuple(patch_positions.shape)}"
-                )
-            if not _is_integer(patch_positions):
-                raise ValueError(f"patch_positions: expected integers, got {patch_positions.dtype}")
-            if patch_positions.device != hidden_states.device:
-                raise ValueError(
-                    f"patch_positions: expected on {hidden_states.device} like hidden_states, "
-                    f"got {patch_positions.device}"
-                )
+        check_arguments(hidden_states, grid_thw, patch_positions, patch_dim)
         grid = tuple((t, h, w) for t, h, w in grid_thw.tolist())
         for index, row in enumerate(grid):
             if min(row) < 1:
@@ -162,7 +147,7 @@ class Layout:
         return triton_layout.locate_patches(self.grid_thw, images.cu_seqlens, self.num_patches, images.max_seqlen)
 
 
-def locate_patches(grid: Tensor, images: Segments) -> tuple[Tensor, Tensor, Tensor]:
+def locate_patches(grid: Tensor, images: Segments | TracedSegments) -> tuple[Tensor, Tensor, Tensor]:
     """Image index and coordinates of each patch of full grids.
 
     Args:
@@ -177,6 +162,34 @@ def locate_patches(grid: Tensor, images: Segments) -> tuple[Tensor, Tensor, Tens
     index = torch.arange(images.num_tokens, device=grid.device) - images.cu_seqlens[:-1].long()[image]
     _, rows, columns = grid[image].unbind(1)
     return image, index, torch.stack((index // (rows * columns), index // columns % rows, index % columns), dim=1)
+
+
+def check_arguments(hidden_states: Tensor, grid_thw: Tensor, patch_positions: Tensor | None, patch_dim: int) -> None:
+    """Check shapes, dtypes and devices of the arguments of a forward; no host read.
+
+    Raises:
+        ValueError: one of them is wrong.
+    """
+    if hidden_states.ndim != 2 or hidden_states.shape[1] != patch_dim:
+        raise ValueError(f"hidden_states: expected shape (T, {patch_dim}), got {tuple(hidden_states.shape)}")
+    if grid_thw.ndim != 2 or grid_thw.shape[1] != 3 or not _is_integer(grid_thw):
+        raise ValueError(f"grid_thw: expected (N, 3) integers, got shape {tuple(grid_thw.shape)} of {grid_thw.dtype}")
+    if grid_thw.device not in (hidden_states.device, torch.device("cpu")):
+        raise ValueError(
+            f"grid_thw: expected on the CPU or on {hidden_states.device} like hidden_states, got {grid_thw.device}"
+        )
+    if patch_positions is not None:
+        if patch_positions.shape != (hidden_states.shape[0], 3):
+            raise ValueError(
+                f"patch_positions: expected shape ({hidden_states.shape[0]}, 3), a [t, h, w] for each row of "
+                f"hidden_states, got {tuple(patch_positions.shape)}"
+            )
+        if not _is_integer(patch_positions):
+            raise ValueError(f"patch_positions: expected integers, got {patch_positions.dtype}")
+        if patch_positions.device != hidden_states.device:
+            raise ValueError(
+                f"patch_positions: expected on {hidden_states.device} like hidden_states, got {patch_positions.device}"
+            )
 
 
 def _is_integer(tensor: Tensor) -> bool:

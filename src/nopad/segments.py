@@ -41,6 +41,19 @@ class Segments:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def num_segments(self) -> int:
+        """Number of segments."""
+        return len(self.lengths)
+
+    def lengthened(self, number: int) -> Segments:
+        """Each segment with so many more tokens."""
+        return Segments.of([length + number for length in self.lengths], self.cu_seqlens.device)
+
+    def of_one_token(self) -> Segments:
+        """As many segments of one token each."""
+        return Segments.of([1] * len(self.lengths), self.cu_seqlens.device)
+
     def padded(self, num_tokens: int, num_segments: int) -> Segments:
         """Append padding segments of nearly equal length, up to `num_tokens` tokens in `num_segments` segments.
 
@@ -71,4 +84,39 @@ class Segments:
         """Index of each token's segment, `(T,)` int64 on the device; no host read."""
         lengths = self.cu_seqlens.diff().long()
         indices = torch.arange(len(self), device=lengths.device)
+        return indices.repeat_interleave(lengths, output_size=self.num_tokens)
+
+
+class TracedSegments:
+    """`Segments` in a graph of `torch.export`, whose lengths are known on the device alone.
+
+    Attributes:
+        cu_seqlens: `(S + 1,)` int32 offsets.
+        num_tokens, num_segments: T and S.
+        max_seqlen: T, an upper bound.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, num_tokens: int) -> None:
+        self.cu_seqlens = cu_seqlens
+        self.num_segments = cu_seqlens.shape[0] - 1
+        self.num_tokens = self.max_seqlen = num_tokens
+
+    def lengthened(self, number: int) -> TracedSegments:
+        """Each segment with so many more tokens."""
+        more = number * torch.arange(self.num_segments + 1, dtype=torch.int32, device=self.cu_seqlens.device)
+        return TracedSegments(self.cu_seqlens + more, self.num_tokens + number * self.num_segments)
+
+    def of_one_token(self) -> TracedSegments:
+        """As many segments of one token each."""
+        offsets = torch.arange(self.num_segments + 1, dtype=torch.int32, device=self.cu_seqlens.device)
+        return TracedSegments(offsets, self.num_segments)
+
+    def to(self, device: torch.device) -> TracedSegments:
+        """The same, since an exported graph is on one device."""
+        return self
+
+    def index(self) -> Tensor:
+        """Index of each token's segment, `(T,)` int64."""
+        lengths = self.cu_seqlens.diff().long()
+        indices = torch.arange(self.num_segments, device=lengths.device)
         return indices.repeat_interleave(lengths, output_size=self.num_tokens)

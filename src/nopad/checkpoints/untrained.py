@@ -13,7 +13,7 @@ from nopad.checkpoints.strict import check_dtype, with_options
 from nopad.layers.block import LayerScale
 from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.pooling import MAPAttention
-from nopad.layers.positions import PositionTable
+from nopad.layers.position_table import PositionTable
 from nopad.packing import PatchOrder
 
 if TYPE_CHECKING:

@@ -25,7 +25,8 @@ from nopad.layers.block import Block
 from nopad.layers.mlp import GatedMLP
 from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.pooling import attention_pool
-from nopad.layers.positions import PositionTable, is_strict, sincos_2d
+from nopad.layers.position_table import PositionTable
+from nopad.layers.positions import is_strict, sincos_2d
 from nopad.layers.roles import ByRole
 from nopad.layout import Layout
 from nopad.outputs import Trunk

@@ -60,7 +60,7 @@ class DINOv3Embeddings(ByRole):
         """`(T, P)` to `(T + S · number, D)`."""
         tokens = runner.embed(self.proj, patches)
         prefix = torch.cat((self.cls_token, self.register_tokens), dim=1)
-        return places.join(tokens, prefix.expand(len(places.segments), -1, -1))
+        return places.join(tokens, prefix.expand(places.segments.num_segments, -1, -1))
 
 
 class DINOv3Rope(nn.Module):

@@ -28,7 +28,8 @@ from nopad.layers.block import Block
 from nopad.layers.mlp import MLP
 from nopad.layers.patch_embed import PatchEmbedding, reorder_patches
 from nopad.layers.pooling import MAPAttention, MAPHead
-from nopad.layers.positions import PositionTable, is_strict
+from nopad.layers.position_table import PositionTable
+from nopad.layers.positions import is_strict
 from nopad.layers.roles import ByRole
 from nopad.layout import Layout
 from nopad.outputs import Trunk

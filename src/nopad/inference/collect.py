@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from nopad.inference.runner import Runner
@@ -29,7 +30,7 @@ def packed_output(
         states: all rows of the pack before the first layer and after each, `None` where they are not asked for.
     """
     pooled = runner.pool(encoder, trunk, encoder.segments_of(layout))
-    if len(pooled) > len(layout.images):
+    if not encoder.frames_attend_jointly and (torch.compiler.is_exporting() or len(pooled) > len(layout.images)):
         pooled = segment_mean(pooled, layout.frames_per_image)
     projected = runner.project(encoder, pooled)
     projected = None if projected is None else projected.to(layout.device)

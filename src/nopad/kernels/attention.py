@@ -47,7 +47,7 @@ def varlen_attention(
         _check(query, key, value, query_segments, key_segments)
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     row = _select(backend, query.device, query.dtype, query.shape[-1], needs_grad, dropout_p > 0)
-    if query.shape[0] == 0:
+    if not torch.compiler.is_exporting() and query.shape[0] == 0:
         return query.clone()
     return backends.BACKEND_TABLE[row].run(query, key, value, (query_segments, key_segments), scale, dropout_p)
 

@@ -28,7 +28,7 @@ def eager(query, key, value, segments, scale, dropout_p):
 def _run(name, query, key, value, segments, scale, dropout_p):
     if not torch.compiler.is_compiling():
         return _LOOPS[name](query, key, value, (segments[0].lengths, segments[1].lengths), scale, dropout_p)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
         return _uncompiled(name, query, key, value, segments, scale, dropout_p)
     return _varlen_op(name, query, key, value, segments[0].cu_seqlens, segments[1].cu_seqlens, scale, dropout_p)
 
@@ -50,6 +50,8 @@ def _varlen_op(
     dropout_p: float,
 ) -> Tensor:
     """One operator for compiled graphs; it reads the lengths from the offsets and has no gradient."""
+    if not len(query):
+        return query.clone()
     lengths = tuple(cu_seqlens_q.diff().tolist()), tuple(cu_seqlens_k.diff().tolist())
     return _LOOPS[name](query, key, value, lengths, scale, dropout_p).contiguous()
 

@@ -26,7 +26,7 @@ def segment_mean(tokens: Tensor, segments: Segments) -> Tensor:
     Returns:
         `(S, D)` in the dtype of `tokens`.
     """
-    if not len(segments):
+    if isinstance(segments, Segments) and not len(segments):
         return tokens.new_empty(0, tokens.shape[1])
     # unsafe=True skips checks of the offsets that would read them from the device.
     offsets = segments.cu_seqlens.long()
@@ -52,9 +52,9 @@ def attention_pool(
     Raises:
         ValueError, ImportError: see `varlen_attention`.
     """
-    queries = query.view(1, num_heads, -1).expand(len(segments), -1, -1)
+    queries = query.view(1, num_heads, -1).expand(segments.num_segments, -1, -1)
     key, value = (part.unflatten(1, (num_heads, -1)) for part in (key, value))
-    query_segments = Segments.of([1] * len(segments), key.device)
+    query_segments = segments.of_one_token()
     return varlen_attention(queries, key, value, query_segments, segments, backend=backend).flatten(1)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nopad.kernels.availability import has_triton
 from nopad.layers.cached import cached_per_device
@@ -220,7 +219,7 @@ def learned_positions(
     """
     rows, columns = trained_grid
     if layout.patch_positions is not None:
-        if layout.longest_side > min(rows, columns):
+        if isinstance(layout, Layout) and layout.longest_side > min(rows, columns):
             raise ValueError(
                 f"patch_positions: expected rows and columns on the trained {rows} × {columns} grid, "
                 f"got one of {layout.longest_side - 1}"
@@ -246,61 +245,3 @@ def _log_resampling(grid: tuple[int, int], mode: str) -> None:
     logger.warning(
         "positions were learned on %d × %d patches; they are resampled (%s) for other grids", rows, columns, mode
     )
-
-
-class PositionTable(nn.Module):
-    """Positions learned on one grid, with the parameter of `torch.nn.Embedding`; resampled for other grids.
-
-    Args:
-        grid: `(rows, columns)` that the positions were learned on.
-        hidden_size: D.
-        mode, antialias: as in `resample`.
-        strict: raise on other grids.
-        native: learned for grids of any size, as in NaFlex; raises on `patch_positions` and does not log resampling.
-    """
-
-    def __init__(
-        self,
-        grid: tuple[int, int],
-        hidden_size: int,
-        *,
-        mode: str,
-        antialias: bool = True,
-        strict: bool = False,
-        native: bool = False,
-    ):
-        super().__init__()
-        self.grid, self.mode, self.antialias, self.strict, self.native = grid, mode, antialias, strict, native
-        self.weight = nn.Parameter(torch.empty(math.prod(grid), hidden_size))
-
-    def forward(self, layout: Layout) -> Tensor:
-        """Positions of every patch, `(T, D)`, computed in at least float32 and rounded to the dtype of the weights.
-
-        Under autocast that is not the dtype of the tokens: the patch embedding of a float32 model returns half
-        precision, and the sum with float32 positions is float32, as in the original.
-
-        Raises:
-            ValueError: `patch_positions` with `native`; see also `learned_positions`.
-        """
-        return self._positions(layout, self.weight.dtype).to(self.weight.dtype)
-
-    def _positions(self, layout: Layout, dtype: torch.dtype) -> Tensor:
-        if not self.native:
-            options = {"mode": self.mode, "antialias": self.antialias, "strict": self.strict, "dtype": dtype}
-            return learned_positions(layout, self.weight, self.grid, **options)
-        if layout.patch_positions is not None:
-            raise ValueError(
-                "patch_positions: expected None, since these positions are resampled to the whole grid of an image, "
-                "which patch_positions do not contain; use a fixed-size checkpoint"
-            )
-        if not layout.grid:
-            return self.weight[:0]
-        return resampled_positions(layout, self.weight, self.grid, self.mode, antialias=self.antialias, dtype=dtype)
-
-
-def example_positions(embeddings: nn.Module, device: torch.device) -> Tensor | None:
-    """Positions of one image on the grid that a table of `embeddings` was learned on; `None` where there is none."""
-    for module in embeddings.modules():
-        if isinstance(module, PositionTable):
-            return module(Layout.of_image(*module.grid, device))
-    return None

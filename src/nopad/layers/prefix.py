@@ -29,7 +29,7 @@ class PrefixLayout:
     def of(cls, layout: Layout, num_prefix_tokens: int) -> PrefixLayout:
         """Layout with `num_prefix_tokens` rows before each frame; no host read."""
         device = layout.device
-        segments = Segments.of([length + num_prefix_tokens for length in layout.frames.lengths], device)
+        segments = layout.frames.lengthened(num_prefix_tokens)
         patches = torch.arange(layout.num_patches, device=device) + num_prefix_tokens * (layout.frame_index + 1)
         prefix = segments.cu_seqlens[:-1].long()[:, None] + torch.arange(num_prefix_tokens, device=device)
         return cls(segments, patches, prefix)

@@ -41,7 +41,7 @@ def angles_3d(coordinates: Tensor, head_dim: int, theta: float) -> Tensor:
 def channel_axes(head_dim: int, device: torch.device) -> Tensor:
     """Index into `[t, h, w]` of the axis that rotates each channel of half a head, `(K / 2,)` int64."""
     shares = torch.tensor(SPLIT, device=device) * (head_dim // 2 // sum(SPLIT))
-    return torch.arange(len(SPLIT), device=device).repeat_interleave(shares)
+    return torch.arange(len(SPLIT), device=device).repeat_interleave(shares, output_size=head_dim // 2)
 
 
 @cached_per_device

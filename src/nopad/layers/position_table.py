@@ -1,0 +1,100 @@
+"""The module of positions that were learned on one grid."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from nopad.layers.positions import learned_positions, resampled_positions
+from nopad.layout import Layout
+from nopad.traced import TracedLayout
+
+
+class PositionTable(nn.Module):
+    """Positions learned on one grid, with the parameter of `torch.nn.Embedding`; resampled for other grids.
+
+    Args:
+        grid: `(rows, columns)` that the positions were learned on.
+        hidden_size: D.
+        mode, antialias: as in `resample`.
+        strict: raise on other grids.
+        native: learned for grids of any size, as in NaFlex; raises on `patch_positions` and does not log resampling.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        hidden_size: int,
+        *,
+        mode: str,
+        antialias: bool = True,
+        strict: bool = False,
+        native: bool = False,
+    ):
+        super().__init__()
+        self.grid, self.mode, self.antialias, self.strict, self.native = grid, mode, antialias, strict, native
+        self.weight = nn.Parameter(torch.empty(math.prod(grid), hidden_size))
+
+    def forward(self, layout: Layout) -> Tensor:
+        """Positions of every patch, `(T, D)`, computed in at least float32 and rounded to the dtype of the weights.
+
+        Under autocast that is not the dtype of the tokens: the patch embedding of a float32 model returns half
+        precision, and the sum with float32 positions is float32, as in the original.
+
+        Raises:
+            ValueError: `patch_positions` with `native`; see also `learned_positions`.
+        """
+        dtype = self.weight.dtype
+        if isinstance(layout, TracedLayout) and layout.patch_positions is None:
+            grid = layout.grid_thw, layout.image_index, *self.grid
+            options = self.mode, self.antialias, self.strict, self.native
+            return positions_of_grids(self.weight, *grid, *options).to(dtype)
+        return self._positions(layout, dtype).to(dtype)
+
+    def _positions(self, layout: Layout, dtype: torch.dtype) -> Tensor:
+        if not self.native:
+            options = {"mode": self.mode, "antialias": self.antialias, "strict": self.strict, "dtype": dtype}
+            return learned_positions(layout, self.weight, self.grid, **options)
+        if layout.patch_positions is not None:
+            raise ValueError(
+                "patch_positions: expected None, since these positions are resampled to the whole grid of an image, "
+                "which patch_positions do not contain; use a fixed-size checkpoint"
+            )
+        if not layout.grid:
+            return self.weight[:0]
+        return resampled_positions(layout, self.weight, self.grid, self.mode, antialias=self.antialias, dtype=dtype)
+
+
+@torch.library.custom_op("nopad::positions_of_grids", mutates_args=())
+def positions_of_grids(
+    table: Tensor,
+    grid_thw: Tensor,
+    image_index: Tensor,
+    rows: int,
+    columns: int,
+    mode: str,
+    antialias: bool,
+    strict: bool,
+    native: bool,
+) -> Tensor:
+    """Positions as one operator of an exported graph, in which the grid is not known; without a gradient."""
+    layout = Layout.of_grid(grid_thw.tolist(), table.device)
+    if native:
+        return resampled_positions(layout, table, (rows, columns), mode, antialias=antialias).contiguous()
+    return learned_positions(layout, table, (rows, columns), mode=mode, antialias=antialias, strict=strict).contiguous()
+
+
+@positions_of_grids.register_fake
+def _(table, grid_thw, image_index, rows, columns, mode, antialias, strict, native):
+    dtype = torch.promote_types(table.dtype, torch.float32)
+    return table.new_empty(image_index.shape[0], table.shape[1], dtype=dtype)
+
+
+def example_positions(embeddings: nn.Module, device: torch.device) -> Tensor | None:
+    """Positions of one image on the grid that a table of `embeddings` was learned on; `None` where there is none."""
+    for module in embeddings.modules():
+        if isinstance(module, PositionTable):
+            return module(Layout.of_image(*module.grid, device))
+    return None
