@@ -26,7 +26,7 @@ from nopad.packing import patchify
 from nopad.preprocessing import decode as images
 from nopad.preprocessing import formats
 from nopad.preprocessing.config import read_preprocessor_config
-from nopad.preprocessing.decode import MAX_PIXELS, ImageError, _warn_of_lax_pillow, load, load_image
+from nopad.preprocessing.decode import MAX_PIXELS, ImageError, _warn_of_lax_pillow, image_size, load, load_image
 from nopad.preprocessing.formats import MAX_SCANS, count_scans, image_suffixes
 from nopad.preprocessing.transforms import Preprocessing, preprocess
 
@@ -286,6 +286,8 @@ def test_metadata_that_pillow_refuses_does_not_cost_the_png(case, place):
         Image.open(io.BytesIO(odd)).load()
     assert torch.equal(load_image(odd), load_image(data))
     assert load_image(odd).shape == (3, 8, 4)  # EXIF is kept
+    assert image_size(odd) == (8, 4)
+    assert image_size(png_header(8, 4)[:20]) is None
 
 
 def test_a_wrong_checksum_of_png_metadata_does_not_cost_the_image():

@@ -159,7 +159,8 @@ def image_size(data: bytes) -> tuple[int, int] | None:
         with open_picture(data) as image:
             return image.size
     except (*_DAMAGE, *_BOMB, ImageError):
-        return None
+        pixels_alone = without_metadata(data)
+        return None if pixels_alone in (None, data) else image_size(pixels_alone)
 
 
 def _read(path: str | Path, name: str) -> bytes:

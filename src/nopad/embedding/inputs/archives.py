@@ -22,8 +22,8 @@ COMPRESSED = "a compressed tar has no random access: decompress it to a plain .t
 
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 _BLOCK = tarfile.BLOCKSIZE
-# What tarfile raises on damaged headers; RecursionError where many headers of one member follow each other.
-_DAMAGE = (tarfile.TarError, OSError, ValueError, LookupError, OverflowError, MemoryError, RecursionError)
+# What tarfile raises on damaged headers.
+_DAMAGE = (tarfile.TarError, OSError, ValueError, LookupError, OverflowError, MemoryError)
 
 
 class CompressedTarError(ValueError):
@@ -113,6 +113,8 @@ class _Members:
                 end = archive.offset
                 yield member
             self.damage = _after_end(self._file, archive.offset, self._length)
+        except RecursionError:  # tarfile calls itself for the header behind a long name
+            self.damage = f"damaged at byte {end} of {self._length}: hundreds of headers of one member"
         except _DAMAGE as error:
             self.damage = f"truncated or damaged at byte {end} of {self._length}: {why(error)}"
 
