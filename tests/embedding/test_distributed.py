@@ -18,6 +18,7 @@ from PIL import Image
 from nopad import embed
 from nopad.embedding import distributed
 from nopad.embedding.folder import JobFolder
+from nopad.embedding.lock import LostLockError
 
 SHARDS, ROWS = 8, 5
 
@@ -81,7 +82,7 @@ class Killer(threading.Thread):
             time.sleep(0.01)
             with suppress(psutil.NoSuchProcess):
                 for process in psutil.Process().children(recursive=True):
-                    if process.pid not in self.killed and process.cmdline()[:1] == ["ray::_ShardMaker.make"]:
+                    if process.pid not in self.killed and process.cmdline()[:1] == ["ray::ShardMaker.make"]:
                         process.kill()
                         self.killed.add(process.pid)
                         break
@@ -163,6 +164,16 @@ def test_ctrl_c_ends_every_process(goldens, tmp_path, signals):
     assert alive == []
 
 
+def test_actor_writes_to_no_folder_that_is_another_jobs(ray, pictures, goldens, tmp_path):
+    def begin_anew(_: object) -> None:
+        owner = tmp_path / ".nopad" / "owner.json"
+        owner.write_text(owner.read_text().replace('"token": "', '"token": "another'))
+
+    with pytest.raises(LostLockError, match="removed or begun anew while this job ran"):
+        embed(pictures, tmp_path, model=goldens / "aimv2-apple-native", shard_size=ROWS, actors=1, progress=begin_anew)
+    assert shards(tmp_path) == {}
+
+
 def test_what_a_killed_actor_leaves_is_removed(tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'nopad[ray]'")
     folder = JobFolder(tmp_path)
@@ -175,7 +186,7 @@ def test_what_a_killed_actor_leaves_is_removed(tmp_path, monkeypatch):
 
     actors = types.SimpleNamespace(make=lambda *_: [])
 
-    job = types.SimpleNamespace(folder=folder)
+    job = types.SimpleNamespace(folder=folder, check_lock=lambda: None)
     worker = types.SimpleNamespace(encoder=torch.nn.Module())
     worker.encoder.device = torch.device("cpu")
     run = types.SimpleNamespace(job=job, stop=threading.Event(), start=0.0, report=lambda: None, worker=worker)
@@ -183,7 +194,7 @@ def test_what_a_killed_actor_leaves_is_removed(tmp_path, monkeypatch):
     stand_ins = {"_connected": connected, "Ticker": nullcontext, "_Actors": lambda *_, **__: nullcontext(actors)}
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(distributed, name, stand_in)
-    distributed.make_on_ray(run, [3], actors=1)
+    distributed.make_on_ray(run, [3], actors=1, token="")
     assert list(folder.own.iterdir()) == []
 
 

@@ -24,6 +24,7 @@ from nopad.embedding.inputs import listing as inputs
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input
 from nopad.embedding.inputs.video import read_frames
+from nopad.embedding.lock import LostLockError
 from nopad.embedding.progress import Progress
 from nopad.embedding.run import Summary
 from nopad.embedding.table import reader as stored
@@ -481,6 +482,77 @@ def test_shards_of_somebody_else(photos, tmp_path, model):
     (tmp_path / "out" / "shard-mine.parquet").touch()
     with pytest.raises(ValueError, match="not a shard of this job"):
         embed(photos, tmp_path / "out", model)
+
+
+def test_files_that_are_no_shards_of_the_job_are_refused(photos, tmp_path, model):
+    embed(photos, tmp_path / "out", model)
+    before = table(tmp_path / "out")
+    first, second, third = (tmp_path / "out" / name for name in sorted(before))
+    for stray in ("shard-00099-of", "shard-00003-of", "shard-000000-of"):
+        path = tmp_path / "out" / first.name.replace("shard-00000-of", stray)
+        shutil.copy(first, path)
+        with pytest.raises(ValueError, match=f"{path}: not a shard of this job; move it away or use another folder"):
+            embed(photos, tmp_path / "out", model)
+        path.unlink()
+
+    second.unlink()
+    shutil.copy(first, second)
+    refused = f"{second}: not this shard: shard 0, expected 1; move it away and run the job again"
+    with pytest.raises(ValueError, match=refused):
+        embed(photos, tmp_path / "out", model)
+    with pytest.raises(ValueError, match=f"{second}: a copy of shard 0; move it away"):
+        nopad.read_features(tmp_path / "out")
+    second.unlink()
+    assert embed(photos, tmp_path / "out", model).done == 5
+    assert table(tmp_path / "out") == before
+
+    os.rename(first, tmp_path / "away")
+    os.rename(third, first)  # of other rows, too
+    with pytest.raises(ValueError, match=f"{first}: not this shard: shard 2, expected 0"):
+        embed(photos, tmp_path / "out", model)
+    (tmp_path / "out" / ".nopad" / "job.json").unlink()  # shards that fit are kept, no others
+    with pytest.raises(ValueError, match=f"{first}: not this shard: shard 2, expected 0"):
+        embed(photos, tmp_path / "out", model)
+    assert not (tmp_path / "out" / ".nopad" / "job.json").exists()
+
+
+def test_shard_of_another_job_under_this_jobs_name_is_refused(photos, tmp_path, model):
+    embed(photos, tmp_path / "out", model)
+    embed(photos, tmp_path / "other", model, capacity=64)
+    [*_, last] = sorted((tmp_path / "out").glob("*.parquet"))
+    shutil.copy(sorted((tmp_path / "other").glob("*.parquet"))[-1], last)
+    with pytest.raises(ValueError, match=f"{last}: not this shard: capacity 64, expected 2048"):
+        embed(photos, tmp_path / "out", model)
+
+
+@pytest.mark.parametrize("when", ["before a shard", "while a shard is written"])
+def test_folder_that_is_begun_anew_gets_no_shard_of_the_first_job(photos, tmp_path, monkeypatch, model, when):
+    out = tmp_path / "out"
+    embed(photos, tmp_path / "whole", model)
+
+    def begin_anew(*arguments, **options):
+        monkeypatch.undo()
+        if when == "while a shard is written":
+            shutil.rmtree(out)
+            embed(photos, out, model)
+            for path in out.glob("*.parquet"):
+                path.unlink()
+            return real(*arguments, **options)
+        shutil.rmtree(out)
+        embed(photos, out, model)
+        return real(*arguments, **options)
+
+    if when == "before a shard":
+        real, place = job.Job.write, (job.Job, "write")
+    else:
+        real, place = job.write_shard, (job, "write_shard")
+    monkeypatch.setattr(*place, begin_anew)
+    with pytest.raises(LostLockError, match=f"{out}: removed or begun anew while this job ran"):
+        embed(photos, out, model)
+    assert table(out) == (table(tmp_path / "whole") if when == "before a shard" else {})
+    assert not list(out.rglob("*.part"))
+    embed(photos, out, model)
+    assert table(out) == table(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,19 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import filelock
 import pytest
 
-from nopad.embedding.lock import FolderLock, LockedError
+from nopad.embedding.lock import FolderLock, LockedError, LostLockError, check_owner
 
 HOLD = """
 import sys
@@ -146,3 +148,52 @@ def test_a_full_disk_leaves_the_folder_free(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="free space on its disk"):
             FolderLock(tmp_path).acquire()
     FolderLock(tmp_path).acquire().release()
+
+
+def test_lock_of_a_folder_that_was_removed_is_lost(tmp_path):
+    folder = tmp_path / "out"
+    with FolderLock(folder) as first:
+        first.check()
+        check_owner(folder, first.token)
+        shutil.rmtree(folder)
+        with pytest.raises(LostLockError, match=rf"{folder}: removed or begun anew while this job ran"):
+            first.check()
+        with pytest.raises(LostLockError, match="removed or begun anew"):
+            check_owner(folder, first.token)
+        with FolderLock(folder) as second:
+            second.check()
+            with pytest.raises(LostLockError):
+                first.check()
+            with pytest.raises(LostLockError):
+                check_owner(folder, first.token)
+            first.release()
+            check_owner(folder, second.token)  # what the second has written is left alone
+
+
+def test_lock_file_that_was_replaced_is_lost(tmp_path):
+    with FolderLock(tmp_path) as lock:
+        (tmp_path / ".nopad" / "lock").unlink()
+        (tmp_path / ".nopad" / "lock").touch()
+        with pytest.raises(LostLockError):
+            lock.check()
+
+
+@pytest.mark.parametrize("name", ["lock", "owner.json"])
+def test_links_are_not_written_through(tmp_path, name):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "out" / ".nopad").mkdir(parents=True)
+    (tmp_path / "out" / ".nopad" / name).symlink_to(tmp_path / "mine")
+    refused = pytest.raises(OSError, match=str(tmp_path / "out")) if name == "lock" else nullcontext()
+    with refused, FolderLock(tmp_path / "out"):
+        assert not (tmp_path / "out" / ".nopad" / name).is_symlink()
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_own_folder_that_is_a_link_is_refused(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.part").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".nopad").symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError, match=r"out: \.nopad in it is a link, and would be written through"):
+        FolderLock(tmp_path / "out").acquire()
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["a.part"]

@@ -240,18 +240,24 @@ def test_an_exception_from_the_rows_comes_out_as_it_is_and_changes_nothing(tmp_p
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("rows", [1, 2000])  # full at the last write, and while row groups are written
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-def test_a_full_disk(tmp_path, rows):
-    temporary = tmp_path / "part"
-    temporary.symlink_to("/dev/full")
+def test_a_full_disk(tmp_path, rows, monkeypatch):
     path = tmp_path / "features" / "shard.parquet"
     path.parent.mkdir()
     format = FORMATS["tokens"]
+    monkeypatch.setattr(shards, "open", lambda *_: Path("/dev/full").open("wb"), raising=False)  # noqa: SIM115 - write_shard closes it
     with pytest.raises(OSError, match=rf"{path.parent}: No space left on device; free space") as caught:
-        write_shard(path, (ok_row(n, format) for n in range(rows)), format, {}, temporary=temporary)
+        write_shard(path, (ok_row(n, format) for n in range(rows)), format, {}, temporary=tmp_path / "part")
     assert caught.value.errno == errno.ENOSPC
     assert list(path.parent.iterdir()) == []
-    assert not temporary.is_symlink()
     gc.collect()  # a writer that is still open would complain here
+
+
+def test_temporary_file_follows_no_link(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "part").symlink_to(tmp_path / "mine")
+    with pytest.raises(FileExistsError):
+        write_shard(tmp_path / "shard.parquet", [ok_row(0)], PLAIN, {}, temporary=tmp_path / "part")
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 # Permissions do not bind root, and a read-only file system cannot be mounted here: the system's answer is played.
@@ -327,3 +333,4 @@ def test_names():
     assert shards.parse_shard_name(name) == (7, 123, "0badcafe")
     assert shards.parse_shard_name(shards.shard_name(1_000_000, 1_000_001, "0")) == (1_000_000, 1_000_001, "0")
     assert shards.parse_shard_name("shard-00007-of-00123-0badcafe.parquet.part") is None
+    assert shards.parse_shard_name("shard-000007-of-00123-0badcafe.parquet") is None

@@ -107,11 +107,11 @@ def embed(
         raise ValueError(f"stop: expected a threading.Event, got {stop!r}")
     logger.info("listing %s", names[0] if len(names) == 1 else f"{len(names):,} sources")
     listing = list_inputs(names, image_column=image_column, hidden=hidden)
-    with FolderLock(out):
+    with FolderLock(out) as lock:
         folder.clean()
         logger.info("%s inputs; loading the model", f"{len(listing.inputs):,}")
         worker = make_worker(settings, model if isinstance(model, PackedEncoder) else load_encoder(settings))
-        job, changes = begin_or_resume(folder, settings, worker, names, listing.inputs)
+        job, changes = begin_or_resume(folder, lock.check, settings, worker, names, listing.inputs)
         run = Run(job, worker, stop=stop, progress=progress)
         if progress is not None and actors is None:
             run.estimate()
@@ -119,5 +119,5 @@ def embed(
         if actors is None:
             run.make(run.missing)
         else:
-            make_on_ray(run, run.missing, actors)
+            make_on_ray(run, run.missing, actors, lock.token)
         return run.summary(listing.left_out, changes)

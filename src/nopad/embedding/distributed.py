@@ -7,27 +7,21 @@ queues would begin shards after a Ctrl-C, and its streaming executor outlives th
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
+from contextlib import contextmanager, suppress
+from dataclasses import fields, replace
 from typing import Any
 
-from nopad.embedding.folder import JobFolder
-from nopad.embedding.job import Job, load_encoder, make_worker
-from nopad.embedding.manifest import check_same, record_of
+from nopad.embedding.actor import Order, ShardMaker
+from nopad.embedding.lock import LostLockError
 from nopad.embedding.progress import Ticker
 from nopad.embedding.run import Run
-from nopad.embedding.settings import Settings
-from nopad.embedding.table.reader import count
 from nopad.pipeline.stats import Stats
 
 logger = logging.getLogger(__name__)
@@ -47,11 +41,14 @@ _ENVIRONMENT = {
 }
 
 
-def make_on_ray(run: Run, shards: Sequence[int], actors: int) -> None:
+def make_on_ray(run: Run, shards: Sequence[int], actors: int, token: str) -> None:
     """Make shards that are missing by `actors` actors, one GPU each where the job's device is a GPU.
 
     Connects to the cluster that `RAY_ADDRESS` names (`auto`: the one that was started on this machine), else starts
     Ray for this job alone. An actor that dies is replaced and its shard made anew.
+
+    Args:
+        token: of the lock that this process holds.
 
     Raises:
         ImportError: Ray is not installed.
@@ -73,13 +70,15 @@ def make_on_ray(run: Run, shards: Sequence[int], actors: int) -> None:
         with _connected(), Ticker(run.report):
             on_gpu = run.worker.encoder.device.type == "cuda"
             cores = _cores_of_an_actor(ray.nodes(), actors, on_gpu=on_gpu)
-            with _Actors(run, cores, on_gpu=on_gpu) as pool:
+            with _Actors(run, cores, token, on_gpu=on_gpu) as pool:
                 for result in pool.make(shards, actors):
                     _add(run, result)
     except RayError as error:
         raise RuntimeError(f"Ray failed; run the job again to go on: {error}") from error
     finally:
-        run.job.folder.clean()  # no actor is left that could write there
+        with suppress(LostLockError):  # else the files there are another job's
+            run.job.check_lock()
+            run.job.folder.clean()  # no actor is left that could write there
     run.seconds = time.perf_counter() - run.start
 
 
@@ -97,13 +96,13 @@ class _Actors:
     by an actor that has nothing to do, and after a stop only shards in hand are waited for.
     """
 
-    def __init__(self, run: Run, cores: int, *, on_gpu: bool) -> None:
+    def __init__(self, run: Run, cores: int, token: str, *, on_gpu: bool) -> None:
         import ray
 
         settings = run.job.settings
         self.run = run
         self.needs: dict[str, Any] = {"num_cpus": cores, "num_gpus": int(on_gpu)}
-        self.maker: Any = ray.remote(**self.needs)(_ShardMaker)
+        self.maker: Any = ray.remote(**self.needs)(ShardMaker)
         here = replace(
             settings,
             model=os.path.abspath(settings.model) if os.path.exists(settings.model) else settings.model,
@@ -111,7 +110,7 @@ class _Actors:
             workers=settings.workers or cores,
         )
         folder = os.path.abspath(run.job.folder.path)
-        self.order = _Order(folder, settings, here)
+        self.order = Order(folder, settings, here, token)
         self.places: dict[Any, str] = {}  # of each actor that has started: its process and host
         self.loading: dict[Any, Any] = {}  # an actor by the reference to what its call will return
         self.making: dict[Any, tuple[Any, int]] = {}
@@ -132,7 +131,7 @@ class _Actors:
         self.loading[actor.place.remote()] = actor
 
     def make(self, shards: Sequence[int], actors: int) -> Iterator[dict[str, Any]]:
-        """What `_ShardMaker.make` returns for each shard, in the order in which they are done.
+        """What `ShardMaker.make` returns for each shard, in the order in which they are done.
 
         Raises:
             ChildProcessError: too many deaths.
@@ -237,62 +236,3 @@ def _connected() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-
-@dataclass(frozen=True)
-class _Order:
-    """What an actor gets; the list of inputs, which may have millions, it reads from the folder.
-
-    Attributes:
-        settings: as the job was begun with.
-        here: the same for an actor: the model's path made absolute, its device and number of decode threads.
-    """
-
-    folder: str
-    settings: Settings
-    here: Settings
-
-
-class _ShardMaker:
-    """An actor: makes one shard after another with an encoder that it loads once."""
-
-    def __init__(self, order: _Order) -> None:
-        self.order = order
-
-    def place(self) -> str:
-        """Load the encoder, and return where that is."""
-        _ = self.run
-        return f"process {os.getpid()} on {socket.gethostname()}"
-
-    def make(self, shard: int) -> dict[str, Any]:
-        """Make a shard: counts and seconds by the names of `Stats`, its `rows` and the seconds of `write`."""
-        path = self.job.path(shard)
-        if path.exists():  # its actor died after it had put the shard in its place
-            ok, failed = count(path)
-            return _result(ok + failed, 0.0, Stats(images=ok + failed, failed=failed))
-        run = self.run
-        before, written = replace(run.stats), run.write
-        run.make([shard])
-        done = {key: value - getattr(before, key) for key, value in asdict(run.stats).items()}
-        return _result(self.job.size(shard), run.write - written, Stats(**done))
-
-    @cached_property
-    def job(self) -> Job:
-        folder = JobFolder(self.order.folder)
-        return Job(self.order.settings, folder, *folder.read())
-
-    # Not in the constructor, whose errors Ray raises as a death of the actor.
-    @cached_property
-    def run(self) -> Run:
-        job = self.job
-        worker = make_worker(self.order.here, load_encoder(self.order.here))
-        record = record_of(self.order.settings, worker, json.loads(job.record["sources"]), job.inputs)
-        try:
-            check_same(job.record, record, job.folder.path)
-        except ValueError as error:
-            raise ValueError(f"{socket.gethostname()} has another checkpoint or installation: {error}") from None
-        return Run(job, worker)
-
-
-def _result(rows: int, write: float, stats: Stats) -> dict[str, Any]:
-    return {"rows": rows, "write": write, **asdict(stats)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from nopad.embedding.inputs.listing import Input, InputList, as_text
 from nopad.embedding.inputs.media import MediaDecoder
 from nopad.embedding.manifest import check_same, fingerprint, record_of
 from nopad.embedding.settings import Settings
+from nopad.embedding.table.reader import num_rows, read_metadata
 from nopad.embedding.table.writer import Row, ShardFormat, parse_shard_name, shard_name, write_shard
 from nopad.encoder import PackedEncoder
 from nopad.loading import load
@@ -28,12 +29,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Job:
-    """A job that was begun in a folder: what each shard holds, which are there, how to write the others."""
+    """A job that was begun in a folder: what each shard holds, which are there, how to write the others.
+
+    Attributes:
+        check_lock: raises `LostLockError` where the folder is no longer this job's.
+    """
 
     settings: Settings
     folder: JobFolder
     record: Mapping[str, str]
     inputs: InputList
+    check_lock: Callable[[], None]
     fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,7 +63,7 @@ class Job:
         return min(size, len(self.inputs) - shard * size)
 
     def finished(self) -> list[int]:
-        """Numbers of the shards that are there.
+        """Numbers of the shards that are there, by their names.
 
         Raises:
             ValueError: a shard of another job.
@@ -65,22 +71,46 @@ class Job:
         found = []
         for path in sorted(self.folder.path.glob("shard-*.parquet")):
             parsed = parse_shard_name(path.name)
-            if parsed is None or parsed[1:] != (len(self), self.fingerprint):
+            if parsed is None or parsed[1:] != (len(self), self.fingerprint) or parsed[0] >= len(self):
                 raise ValueError(printable(f"{path}: not a shard of this job; move it away or use another folder"))
             found.append(parsed[0])
         return found
 
-    def write(self, shard: int, rows: Sequence[Row], encoder: PackedEncoder) -> None:
-        """Put a shard in its place, whole."""
+    def check(self, shard: int) -> None:
+        """Check that a shard holds what its name says.
+
+        Raises:
+            ValueError: a copy of another shard, one of another job, or a damaged file.
+        """
         path = self.path(shard)
-        metadata = {key: value for key, value in self.record.items() if key != "sources"}
+        found, rows = read_metadata(path), num_rows(path)
+        expected = {**self.metadata(shard), "rows": str(self.size(shard))}
+        for key, value in expected.items():
+            if (has := {**found, "rows": str(rows)}.get(key, "none")) != value:
+                told = f"{key} {has}, expected {value}"
+                raise ValueError(printable(f"{path}: not this shard: {told}; move it away and run the job again"))
+
+    def metadata(self, shard: int) -> dict[str, str]:
+        """What a shard's schema says of it."""
+        return {**{key: value for key, value in self.record.items() if key != "sources"}, "shard": str(shard)}
+
+    def write(self, shard: int, rows: Sequence[Row], encoder: PackedEncoder) -> None:
+        """Put a shard in its place, whole.
+
+        Raises:
+            LostLockError: the folder is no longer this job's.
+            OSError: see `write_shard`.
+        """
+        path = self.path(shard)
         format = ShardFormat(
             dimension=encoder.embedding_size,
             embedding_dtype=self.settings.embedding_dtype,
             embedding_list=self.settings.embedding_list,
             token_dimension=encoder.hidden_size if self.settings.tokens else None,
         )
-        write_shard(path, rows, format, metadata, temporary=self.folder.temporary(path))
+        temporary = self.folder.temporary(path)
+        self.check_lock()
+        write_shard(path, rows, format, self.metadata(shard), temporary=temporary, check=self.check_lock)
 
 
 def load_encoder(settings: Settings) -> PackedEncoder:
@@ -106,13 +136,18 @@ def make_worker(settings: Settings, encoder: PackedEncoder) -> Worker:
 
 
 def begin_or_resume(
-    folder: JobFolder, settings: Settings, worker: Worker, sources: list[str], inputs: InputList
+    folder: JobFolder,
+    check_lock: Callable[[], None],
+    settings: Settings,
+    worker: Worker,
+    sources: list[str],
+    inputs: InputList,
 ) -> tuple[Job, list[str]]:
     """The job of this folder, and what has changed in its sources; a job's list is the one that it was begun with."""
     record = record_of(settings, worker, sources, inputs)
     if not folder.has_job:
-        job = Job(settings, folder, record, inputs)
-        job.finished()  # refuses shards of another job before anything is written
+        job = Job(settings, folder, record, inputs, check_lock)
+        _check_shards(job)  # before anything is written
         folder.begin(record, inputs)
         return job, []
     begun, retained = folder.read()
@@ -120,7 +155,14 @@ def begin_or_resume(
     changes = [] if begun["inputs"] == record["inputs"] else [_changes(retained, inputs, folder.path)]
     for change in changes:
         logger.warning(change)
-    return Job(settings, folder, begun, retained), changes
+    job = Job(settings, folder, begun, retained, check_lock)
+    _check_shards(job)
+    return job, changes
+
+
+def _check_shards(job: Job) -> None:
+    for shard in job.finished():
+        job.check(shard)
 
 
 def _changes(retained: InputList, listed: InputList, folder: Path) -> str:

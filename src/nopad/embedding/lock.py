@@ -7,6 +7,7 @@ import getpass
 import json
 import os
 import socket
+import uuid
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,11 +23,18 @@ class LockedError(OSError):
     """Another job writes to the folder; the message says whose it is and what to do."""
 
 
+class LostLockError(OSError):
+    """The folder is no longer the one that this job took; the message says what to do."""
+
+
 class FolderLock:
     """Lock on a features folder, held by one process at a time: `with FolderLock(folder): ...`.
 
     The system holds it on `.nopad/lock` and frees it however the process ends; the file itself stays, since whoever
     waits on a deleted file would hold a lock that nobody else sees. `.nopad/owner.json` says who holds it.
+
+    Attributes:
+        token: names this lock in `owner.json`, for `check_owner`.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -36,6 +44,8 @@ class FolderLock:
         # Not per thread: a job may end on another thread than it began on.
         self._lock = FileLock(self._path, thread_local=False)
         self._process: int | None = None
+        self._file: tuple[int, int] | None = None
+        self.token = uuid.uuid4().hex
 
     def acquire(self) -> FolderLock:
         """Take the lock without waiting; a lock already held by this object stays so.
@@ -48,7 +58,10 @@ class FolderLock:
             return self
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._path.parent.is_symlink():
+                raise OSError(errno.ELOOP, f"{OWN_FOLDER} in it is a link, and would be written through")
             self._lock.acquire(timeout=0)
+            self._file = _identity(self._path)
         except Timeout:
             raise LockedError(self._held()) from None
         except OSError as error:
@@ -69,10 +82,20 @@ class FolderLock:
         """Give the lock back. Nothing happens where it is not held, nor in a process forked from the holder."""
         if self._process != os.getpid():
             return
-        self._process = None
         with suppress(OSError):
+            self.check()  # else the owner there is another
             self._owner.unlink(missing_ok=True)
+        self._process = None
         self._lock.release()
+
+    def check(self) -> None:
+        """Check that the file at the lock's path is the one that is locked.
+
+        Raises:
+            LostLockError: it is not: the folder was removed, and begun anew perhaps.
+        """
+        if self._file is None or _identity(self._path) != self._file:
+            raise lost_lock(self._folder)
 
     def __enter__(self) -> FolderLock:
         return self.acquire()
@@ -84,7 +107,7 @@ class FolderLock:
 
     def _write_owner(self) -> None:
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "since": since}
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "since": since, "token": self.token}
         with atomic_write(self._owner) as file:
             file.write(json.dumps(owner).encode())
 
@@ -103,6 +126,37 @@ class FolderLock:
             what = "its file system has no file locks; choose a folder on another"
             return OSError(error.errno, f"{self._folder}: {error.strerror}; {what}")
         return folder_error(error, self._folder)
+
+
+def check_owner(folder: Path, token: str) -> None:
+    """Check, in another process than the holder's, on another machine perhaps, that `owner.json` names a lock.
+
+    Raises:
+        LostLockError: it does not.
+    """
+    try:
+        found = json.loads((folder / OWN_FOLDER / "owner.json").read_text(encoding="utf-8"))["token"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise lost_lock(folder) from error
+    if found != token:
+        raise lost_lock(folder)
+
+
+def lost_lock(folder: Path) -> LostLockError:
+    """The error of a job whose folder is another one now."""
+    return LostLockError(
+        errno.ESTALE,
+        f"{folder}: removed or begun anew while this job ran, by another job perhaps; this one has ended and writes "
+        f"nothing more there. If no other job is at work, run it again, else into another folder",
+    )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _user() -> str:

@@ -122,8 +122,9 @@ def read_features(folder: str | Path, *, partial: bool = False) -> Features:
             shard; the message says which and what to do.
         OSError: a shard that cannot be opened or read.
     """
-    paths = _find(Path(folder), partial)
-    schema, rows = _survey(paths)
+    numbered = _find(Path(folder), partial)
+    schema, rows = _survey(numbered)
+    paths = list(numbered.values())
     width, token_width = stored.embedding_width(schema), stored.token_width(schema)
     dtype = schema.field("embedding").type.value_type.to_pandas_dtype()
 
@@ -162,7 +163,7 @@ def read_features(folder: str | Path, *, partial: bool = False) -> Features:
         grids=grid,
         sizes=np.concatenate(sizes).astype(np.int64),
         failures=failures,
-        metadata=stored.read_metadata(paths[0]),
+        metadata={key: value for key, value in stored.metadata_of(schema).items() if key != "shard"},
         tokens=tokens,
     )
 
@@ -170,7 +171,7 @@ def read_features(folder: str | Path, *, partial: bool = False) -> Features:
 read = read_features  # an alias: the name until nopad 0.2
 
 
-def _find(folder: Path, partial: bool) -> list[Path]:
+def _find(folder: Path, partial: bool) -> dict[int, Path]:
     """The shards of the folder's one job, by number."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
@@ -195,17 +196,21 @@ def _find(folder: Path, partial: bool) -> list[Path]:
         which = ", ".join(f"{number:05}" for number in missing[:_SHOWN]) + (", …" if len(missing) > _SHOWN else "")
         what = "run `nopad embed` again to finish it, or read_features(folder, partial=True)"
         raise ValueError(f"{folder} is unfinished: {len(missing)} of {of} shards are missing ({which}); {what}")
-    return [numbered[number] for number in sorted(numbered)]
+    return {number: numbered[number] for number in sorted(numbered)}
 
 
-def _survey(paths: list[Path]) -> tuple[pa.Schema, int]:
+def _survey(numbered: dict[int, Path]) -> tuple[pa.Schema, int]:
     """The schema that all shards share and the number of their rows, from the footers."""
     schema, rows = None, 0
-    for path in paths:
+    for number, path in numbered.items():
         with stored.opened(path) as file:
             schema = schema or file.schema_arrow
             if not file.schema_arrow.equals(schema):
-                raise ValueError(f"{path}: other columns than {paths[0]}; run the job again into an empty folder")
+                first = next(iter(numbered.values()))
+                raise ValueError(f"{path}: other columns than {first}; run the job again into an empty folder")
+            held = stored.metadata_of(file.schema_arrow).get("shard", str(number))  # tables of nopad 0.1 do not say
+            if held != str(number):
+                raise ValueError(f"{path}: a copy of shard {held}; move it away and run the job again")
             rows += file.metadata.num_rows
     assert schema is not None
     return schema, rows

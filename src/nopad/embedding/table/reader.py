@@ -81,8 +81,19 @@ def iterate_rows(path: Path) -> Iterator[Row]:
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata that a shard was written with and the format's own (`format`, `embedding.width`, `tokens.…`)."""
     with opened(path) as file:
-        pairs = {key.decode(): value.decode() for key, value in file.schema_arrow.metadata.items()}
+        return metadata_of(file.schema_arrow)
+
+
+def metadata_of(schema: pa.Schema) -> dict[str, str]:
+    """What `write_shard` has put into a schema."""
+    pairs = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in schema.metadata.items()}
     return {key.removeprefix(PREFIX): value for key, value in pairs.items() if key.startswith(PREFIX)}
+
+
+def num_rows(path: Path) -> int:
+    """Rows of a shard, by its footer."""
+    with opened(path) as file:
+        return file.metadata.num_rows
 
 
 def failed_rows(path: Path) -> list[tuple[int, str, str, str]]:

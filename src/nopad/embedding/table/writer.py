@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +67,12 @@ def shard_name(number: int, of: int, fingerprint: str) -> str:
 
 
 def parse_shard_name(name: str) -> tuple[int, int, str] | None:
-    """`(number, of, fingerprint)` of a shard's file name, None for other names."""
+    """`(number, of, fingerprint)` of a shard's file name, None for other names, such as one of more digits."""
     match = _NAME.fullmatch(name)
-    return match and (int(match[1]), int(match[2]), match[3])
+    if match is None:
+        return None
+    parsed = int(match[1]), int(match[2]), match[3]
+    return parsed if shard_name(*parsed) == name else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,13 @@ class ShardFormat:
 
 
 def write_shard(
-    path: Path, rows: Iterable[Row], format: ShardFormat, metadata: Mapping[str, str], *, temporary: Path
+    path: Path,
+    rows: Iterable[Row],
+    format: ShardFormat,
+    metadata: Mapping[str, str],
+    *,
+    temporary: Path,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a shard under a temporary name and rename it to `path` once it is whole and on the disk.
 
@@ -148,7 +157,8 @@ def write_shard(
     Args:
         path: the shard's file; replaced where it exists.
         metadata: kept in the file, see `read_metadata`.
-        temporary: a file in an existing folder on the file system of `path`.
+        temporary: a new file in an existing folder on the file system of `path`.
+        check: called before the file is renamed; what it raises comes out.
 
     Raises:
         ValueError: a row that does not fit the format; the message names its id.
@@ -156,6 +166,7 @@ def write_shard(
     """
     try:
         _write(temporary, rows, format, metadata, path.parent)
+        check()
         with _writing_to(path.parent):
             os.replace(temporary, path)
     except BaseException:
@@ -170,7 +181,7 @@ def _write(
 ) -> None:
     schema = format.schema(metadata)
     with _writing_to(folder):
-        file = open(temporary, "wb")  # noqa: SIM115
+        file = open(temporary, "xb")  # noqa: SIM115 - follows no link
     try:
         with _writing_to(folder):
             writer = pq.ParquetWriter(file, schema, **_options(format))
