@@ -19,11 +19,12 @@ class HostileDecoder:
     def read(self, source: str) -> str:
         return source
 
-    def measure(self, data: str) -> tuple[int, int]:
+    def measure(self, data: str) -> tuple[int, int, int]:
         if data == "loop in the header":
             time.sleep(100)
         sizes = [int(word) for word in data.split() if word.isdigit()]
-        return 1, self.patch_size**2 * sizes[0] * sizes[1] if sizes else 0
+        pixels = self.patch_size**2 * sizes[0] * sizes[1] if sizes else 0
+        return 1, pixels, 10 * pixels
 
     def __call__(self, data: str) -> torch.Tensor:
         if data == "loop":

@@ -64,8 +64,8 @@ class _HeaderDecoder:
     def read(self, media: Media) -> bytes | str:
         return self.decoder.read(media)
 
-    def measure(self, media: bytes | str) -> tuple[int, int]:
-        return 1, 1
+    def measure(self, media: bytes | str) -> tuple[int, int, int]:
+        return 1, 1, 1
 
     def __call__(self, media: bytes | str) -> Tensor:
         size = image_size(media) if isinstance(media, bytes) else frame_size(media)
@@ -84,5 +84,5 @@ class _GridOf(Preparation):
         frames = image.shape[0] if image.ndim == 4 else 1
         return PreparedImage(torch.zeros(1, dtype=self.dtype), (frames, rows, columns), width, height)
 
-    def peak_bytes(self, frames: int, pixels: int) -> int:
+    def peak_bytes(self, frames: int, pixels: int, decode_bytes: int) -> int:
         return 0

@@ -37,8 +37,8 @@ class Decoder(Protocol):
         """Read the file, or whatever `source` names: bytes, or the name of a file that is decoded where it is."""
         ...
 
-    def measure(self, data: Any, /) -> tuple[int, int]:
-        """Frames and pixels in all that decoding will hold, by the header alone."""
+    def measure(self, data: Any, /) -> tuple[int, int, int]:
+        """By the header alone: frames, pixels of all of them, and about how many bytes decoding takes."""
         ...
 
     def __call__(self, data: Any, /) -> Tensor:
@@ -88,8 +88,7 @@ def serve(connection: Connection, decoder: Decoder, preparation: Preparation) ->
             data = decoder.read(source)
             room = MIN_ROOM + 2 * len(data)
             _limit(start + room)
-            frames, pixels = decoder.measure(data)
-            _answer(connection, bytes=preparation.peak_bytes(frames, pixels))
+            _answer(connection, bytes=preparation.peak_bytes(*decoder.measure(data)))
             _limit(start + room + connection.recv())
             image = preparation(decoder(data))
             patches = image.patches.contiguous()

@@ -79,16 +79,18 @@ class Preparation:
         height, width = image.shape[-2:]
         return PreparedImage(patches.to(self.dtype), grid, width, height)
 
-    def peak_bytes(self, frames: int, pixels: int) -> int:
-        """About how much memory decoding and preparing take at once, for so many frames and pixels in all.
+    def peak_bytes(self, frames: int, pixels: int, decode_bytes: int) -> int:
+        """About how much memory decoding and preparing take at once.
 
-        Decoded pixels stand there in Pillow's layout, as an array and resized; float pixels and patches beside them.
+        Args:
+            frames, pixels: of the image or clip, all frames together.
+            decode_bytes: what decoding takes.
         """
         limit = self.rule.limit(self.max_patches)
         size = self.rule.size**2 if self.rule.size else None if limit is None else limit * self.patch_size**2
         as_floats = pixels if size is None else frames * size
         in_float = self.rule.rescale_before_resize and self.resize == "pil"
-        return pixels * (10 + (24 if in_float else 0)) + as_floats * 3 * (4 + 4 + self.dtype.itemsize)
+        return decode_bytes + pixels * (24 if in_float else 0) + as_floats * 3 * (4 + 4 + self.dtype.itemsize)
 
     def describe(self) -> str:
         """One line for a table of features."""

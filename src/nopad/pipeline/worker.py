@@ -90,7 +90,7 @@ class Worker:
         read: Callable[[Item], Any],
         *,
         decoder: Decoder | None = None,
-        measure: Callable[[Item], tuple[int, int]] | None = None,
+        measure: Callable[[Item], tuple[int, int, int]] | None = None,
         strict: bool = False,
         stop: threading.Event | None = None,
     ) -> Generator[list[EmbeddingResult], None, None]:
@@ -101,7 +101,7 @@ class Worker:
             read: runs in the decode threads. Returns uint8 `(3, H, W)`, or `(frames, 3, H, W)` for a clip; with
                 `decoder` what that takes.
             decoder: decodes what `read` returns in processes, for files that are not trusted. The same one in each run.
-            measure: frames and pixels of an item before it is read, where there is no `decoder`; items do not count
+            measure: as `Decoder.measure`, of an item before it is read, where there is no `decoder`; items do not count
                 towards `memory` without it.
             strict: raise the error of the first image that cannot be used.
             stop: once set, the group in hand is finished and no other.

@@ -155,9 +155,20 @@ def load_taken(taken: Source | Sequence[Source] | ImageError) -> Tensor:
 
 def image_size(data: bytes) -> tuple[int, int] | None:
     """Width and height by the header of an encoded picture, `None` where it cannot be read."""
+    measured = measure_image(data)
+    return None if measured is None else measured[:2]
+
+
+def measure_image(data: bytes) -> tuple[int, int, int] | None:
+    """Width, height and the bytes that decoding takes, by the header; `None` where that cannot be read.
+
+    Measured as peak resident memory on pictures of 24 megapixels: a colour JPEG goes straight to its array; what Pillow
+    decodes stands there as Pillow's image, as RGB and as an array, for some formats beside the whole file decoded.
+    """
     try:
         with open_picture(data) as image:
-            return image.size
+            is_direct = simplejpeg is not None and image.format in ("JPEG", "MPO") and image.mode == "RGB"
+            return image.width, image.height, image.width * image.height * (10 if is_direct else 24)
     except (*_DAMAGE, *_BOMB, ImageError):
         pixels_alone = without_metadata(data)
         return None if pixels_alone in (None, data) else image_size(pixels_alone)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nopad.embedding.inputs.files import FileRange, why
 from nopad.embedding.inputs.video import frame_size, read_frames
-from nopad.preprocessing.decode import ImageError, image_size, load_image
+from nopad.preprocessing.decode import ImageError, load_image, measure_image
 from nopad.preprocessing.limits import MAX_PIXELS
 
 Media = FileRange | bytes | str
@@ -49,13 +49,16 @@ class MediaDecoder:
             raise ImageError("file", "empty: 0 bytes")
         return media
 
-    def measure(self, media: bytes | str) -> tuple[int, int]:
-        """Frames, and pixels of all of them, by the header; a file without a readable header fails when decoded."""
-        size = image_size(media) if isinstance(media, bytes) else frame_size(media)
-        frames = 1 if isinstance(media, bytes) else self.frames
-        width, height = size or (0, 0)
-        # Larger ones are refused by the decoder, whose error says more.
-        return frames, min(width * height, self.max_pixels) * frames
+    def measure(self, media: bytes | str) -> tuple[int, int, int]:
+        """See `Decoder.measure`; a file without a readable header, or of too many pixels, fails when it is decoded."""
+        if isinstance(media, bytes):
+            width, height, size = measure_image(media) or (0, 0, 0)
+            return (1, width * height, size) if width * height <= self.max_pixels else (1, 0, 0)
+        width, height = frame_size(media) or (0, 0)
+        if width * height > self.max_pixels:
+            return self.frames, 0, 0
+        # The frames and their stack as RGB, and what the codec refers to, which is at most 16 frames in H.264 and HEVC.
+        return self.frames, self.frames * width * height, (2 * self.frames + 17) * 3 * width * height
 
     def __call__(self, media: bytes | str) -> Tensor:
         """Decode to uint8 `(3, H, W)`, or `(frames, 3, H, W)` for a video, of fewer frames where it has fewer.
