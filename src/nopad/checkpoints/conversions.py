@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ def _only(values: Sequence[Tensor | None]) -> Tensor:
     return value
 
 
+def _as_grid(table: Tensor) -> Tensor:
+    side = math.isqrt(len(table))
+    return table.unflatten(0, (side, side)).unsqueeze(0)
+
+
 def _stack_rows(values: Sequence[Tensor | None]) -> Tensor:
     like = next(value for value in values if value is not None)
     return torch.cat([torch.zeros_like(like) if value is None else value for value in values])
@@ -46,6 +52,8 @@ DROP_AXIS = Reshape(lambda tensor: (tensor.squeeze(0),), lambda values: _only(va
 """`(1, …)` in the file, `(…)` in the model."""
 ADD_AXIS = Reshape(lambda tensor: (tensor.unsqueeze(0),), lambda values: _only(values).squeeze(0))
 """`(…)` in the file, `(1, …)` in the model."""
+SQUARE_GRID = Reshape(lambda tensor: (tensor.squeeze(0).flatten(0, 1),), lambda values: _as_grid(_only(values)))
+"""`(1, side, side, D)` in the file, `(side², D)` in the model."""
 
 
 class Rename:
@@ -97,10 +105,36 @@ def _fill(template: str, values: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Where a parameter's values are in a file: part `index` of what `rename` makes of the tensor `name`."""
+class Join:
+    """A line of a dialect's table: the rows of several tensors of the file are those of one parameter.
 
-    name: str
+    Attributes:
+        files: names in the file, in the order of their rows.
+        model: the name of the parameter.
+        shares: how the rows are divided: `(1, 2)` is a third and two thirds.
+    """
+
+    files: tuple[str, ...]
+    model: str
+    shares: tuple[int, ...]
+
+    def split(self, value: Tensor) -> dict[str, Tensor]:
+        """A parameter's values as the tensors of the file."""
+        rows = len(value) // sum(self.shares)
+        return dict(zip(self.files, value.split([share * rows for share in self.shares]), strict=True))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a parameter's values are in a file.
+
+    Attributes:
+        names: of the tensor, or of several whose rows follow each other.
+        rename: what becomes of the tensor.
+        index: the part of that.
+    """
+
+    names: tuple[str, ...]
     rename: Rename
     index: int
 
@@ -109,18 +143,23 @@ class NameTable:
     """All lines of a dialect; names that no line is about stay as they are.
 
     Args:
-        *renames: of which at most one is about a name, in either direction.
+        *lines: of which at most one is about a name, in either direction.
     """
 
-    def __init__(self, *renames: Rename):
-        self.renames = renames
+    def __init__(self, *lines: Rename | Join):
+        self.renames = [line for line in lines if isinstance(line, Rename)]
+        self.joins = [line for line in lines if isinstance(line, Join)]
 
     def parts(self, names: Iterable[str]) -> dict[str, Part]:
         """For each parameter that the tensors `names` of a file give, where its values are."""
-        found = {}
-        for name in names:
+        found, left = {}, dict.fromkeys(names)
+        for join in self.joins:
+            if left.keys() >= set(join.files):
+                found[join.model] = Part(join.files, Rename(join.model, join.model), 0)
+                left = {name: None for name in left if name not in join.files}
+        for name in left:
             rename, targets = self._line_of(name)
-            found |= {target: Part(name, rename, index) for index, target in enumerate(targets)}
+            found |= {target: Part((name,), rename, index) for index, target in enumerate(targets)}
         return found
 
     def _line_of(self, name: str) -> tuple[Rename, list[str]]:
@@ -131,13 +170,20 @@ class NameTable:
         return Rename(name, name), [name]
 
     def file_name(self, name: str) -> str:
-        """The tensor of the file that a parameter comes from."""
+        """The tensor of the file that a parameter comes from, the first of several."""
+        for join in self.joins:
+            if join.model == name:
+                return join.files[0]
         return next((file for rename in self.renames if (file := rename.to_file(name)) is not None), name)
 
     def to_file(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A model's tensors under the names and in the shapes of the file; of the meta device, what it must hold."""
         stored = {}
-        for file in dict.fromkeys(map(self.file_name, state)):
+        for join in self.joins:
+            if join.model in state:
+                stored |= join.split(state[join.model])
+        joined = {join.model for join in self.joins}
+        for file in dict.fromkeys(self.file_name(name) for name in state if name not in joined):
             rename, names = self._line_of(file)
             if rename.optional or all(name in state for name in names):
                 stored[file] = rename.reshape.whole([state.get(name) for name in names])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -42,6 +42,16 @@ class StoredTensor:
         except (IndexError, RuntimeError):  # misshapen, as `check_strictly` reports
             shape = self.shape
         return replace(self, shape=shape, read=lambda: parts(self.read())[part.index])
+
+
+def joined(tensors: Sequence[StoredTensor]) -> StoredTensor:
+    """Several tensors, whose rows follow each other, as one."""
+    first, *others = tensors
+    if not others:
+        return first
+    rows = sum(tensor.shape[0] if tensor.shape else 0 for tensor in tensors)
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return StoredTensor((rows, *first.shape[1:]), dtype, lambda: torch.cat([tensor.read() for tensor in tensors]))
 
 
 @dataclass(frozen=True)
@@ -215,7 +225,7 @@ class Dialect:
     def convert(self, checkpoint: Checkpoint) -> Checkpoint:
         """A selected checkpoint under the packed model's names; values are split and reshaped as they are read."""
         parts = self.table.parts(checkpoint.tensors)
-        tensors = {name: checkpoint.tensors[part.name].part(part) for name, part in parts.items()}
+        tensors = {name: joined([checkpoint.tensors[n] for n in part.names]).part(part) for name, part in parts.items()}
         return replace(checkpoint, tensors=tensors, table=self.table)
 
 

@@ -29,7 +29,8 @@ def to_memory(
     """
     names = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
     for name, part in encoder.original_dialect().table.parts(names).items():
-        state_dict[prefix + name] = state_dict.pop(prefix + part.name)
+        (stored,) = part.names  # the original's tables rename alone
+        state_dict[prefix + name] = state_dict.pop(prefix + stored)
     _check_names(encoder, names, families)
 
 
