@@ -60,8 +60,10 @@ def _check_pack(encoder: PackedEncoder, pack: Pack) -> None:
             f"pack: made with patch_size {pack.patch_size} and patch_order {pack.patch_order!r}, but this encoder "
             f"takes {encoder.patch_size} and {encoder.patch_order!r}; make it with this encoder's pack()"
         )
+    if pack.mean is None:
+        return
     own = encoder.preprocessing
-    if pack.mean is not None and (pack.mean, pack.std) != (own.mean, own.std):
+    if (pack.mean, pack.std) != (own.mean, own.std):
         raise ValueError(
             f"pack: normalised with mean {pack.mean} and std {pack.std}, but this encoder takes {own.mean} and "
             f"{own.std}; make it with this encoder's pack()"

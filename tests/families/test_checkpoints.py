@@ -26,11 +26,14 @@ SMALLEST = {
     for name in sorted(cls.published, key=lambda name: -cls.published[name]["hidden_size"])
 }.values()
 """One published name for each class of config."""
+# What else tells timm's models of a family apart: their layers, their patch embedding.
+TIMM = {"siglip2": "timm, NaFlex", "dinov3 gated": "timm, gated"}
 DIALECTS = [
     (family, dialect.name)
     for family in FAMILIES
     for dialect in encoder_class(family).dialects
     if not dialect.name.startswith("Meta")
+    and (not dialect.name.startswith("timm") or dialect.name == TIMM.get(family, "timm"))
 ]
 PREFIXES = [
     (family, dialect.name, prefix)
@@ -60,7 +63,7 @@ def checkpoint(tmp_path, family, folder, original, dialect):
     """The same checkpoint in a dialect."""
     (spoken,) = (each for each in encoder_class(family).dialects if each.name == dialect)
     state = load_file(folder / "model.safetensors")
-    state = state if spoken.is_original else spoken.table.to_file(state)
+    state = state if spoken.is_original else spoken.table.to_file(nopad.load(folder).state_dict())
     return write(tmp_path / "dialect", state, original.config.to_dict())
 
 

@@ -286,7 +286,9 @@ def test_preprocessing_is_the_checkpoints_own_else_of_its_images(tmp_path):
     assert default.rescale_before_resize
     assert default.mean == (0.485, 0.456, 0.406)
     assert default.std == (0.229, 0.224, 0.225)
-    satellite = nopad.load(save_meta(tmp_path / "dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth", meta(original)))
+    satellite = nopad.DINOv3ViTPacking.from_pretrained(
+        save_meta(tmp_path / "dinov3_vitl16.pth", meta(original)), pixel_statistics="sat493m"
+    )
     satellite.save_pretrained(tmp_path / "out")
     for loaded in (satellite, nopad.load(tmp_path / "out")):
         assert loaded.preprocessing.mean == (0.430, 0.411, 0.296)

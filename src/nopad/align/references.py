@@ -18,6 +18,7 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
 
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.encoder import PackedEncoder
+from nopad.families import siglip2_checkpoints
 from nopad.families.aimv2 import AIMv2Packing
 from nopad.families.aimv2_checkpoints import trained_grid
 from nopad.families.dinov3 import DINOv3ViTPacking
@@ -242,6 +243,11 @@ class Siglip2Reference(ReferenceModel):
     def class_of(self, packed: PackedEncoder) -> type[PreTrainedModel]:
         """The class that reads the same checkpoint."""
         return Siglip2VisionModel if is_naflex(packed.config) else SiglipVisionModel
+
+    def only_grid(self, packed: PackedEncoder) -> tuple[int, int] | None:
+        """The trained grid where other grids get positions as in timm, else any."""
+        antialias = getattr(packed.config, "positions_antialias", False)
+        return siglip2_checkpoints.trained_grid(packed.config) if antialias else None
 
     def config(self, packed: PackedEncoder) -> PreTrainedConfig:
         """The reference's config for the same architecture."""

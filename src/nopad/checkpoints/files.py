@@ -15,6 +15,7 @@ from transformers.utils.hub import cached_file
 
 from nopad.checkpoints.contents import PICKLE_SUFFIXES, SUFFIXES, check_regular, read_json, read_tensors
 from nopad.checkpoints.formats import Checkpoint, StoredTensor
+from nopad.checkpoints.timm_config import preprocessor_of
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ def _with_json(checkpoint: Checkpoint, find: Callable[[str], Path | None]) -> Ch
         raise ValueError(
             f"{path}: transformers_weights: expected {SAFETENSORS[0]}, got {named!r:.80}; name the file itself"
         )
+    if preprocessor is None:
+        preprocessor = preprocessor_of(config)
     return replace(checkpoint, config=config, preprocessor=preprocessor, folder=None if path is None else path.parent)
 
 

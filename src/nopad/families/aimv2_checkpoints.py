@@ -7,8 +7,10 @@ from typing import Any
 
 from transformers.models.aimv2.configuration_aimv2 import Aimv2VisionConfig
 
+from nopad.checkpoints.config_json import read_fields
 from nopad.checkpoints.conversions import DROP_AXIS, NameTable, Rename, split_rows
 from nopad.checkpoints.formats import Checkpoint, Dialect
+from nopad.checkpoints.timm_config import CLASSIFIER, activation, is_timms, read_model_args
 
 
 class AIMv2PackingConfig(Aimv2VisionConfig):
@@ -92,7 +94,9 @@ DIALECTS = (
         prefixes=("image_encoder.",),
         dropped=(r"^text_encoder\.", r"^text_projector\.", r"^log_logit_scale$"),
     ),
-    Dialect("timm", r"^blocks\.\d+\.mlp\.fc1_[gx]\.", _TIMM),
+    Dialect(
+        "timm", r"^blocks\.\d+\.mlp\.fc1_[gx]\.", _TIMM, excludes=(r"^cls_token$", r"\.gamma_1$"), dropped=CLASSIFIER
+    ),
 )
 
 # What config.json may say, by the names of transformers and of Apple's own flat config.
@@ -104,6 +108,15 @@ positions
 _CONFIG_NAMES = {name: name for name in _SAME_NAMES.split()} | {"use_bias": "mlp_bias"}
 
 
+_TIMM_ARCHITECTURES = r"aimv2_(large|huge|1b|3b)_patch14_(224|336|448)"
+_TIMM_HEADS = {"large": 8, "huge": 12, "1b": 16, "3b": 24}
+_TIMM_FIXED = {
+    **dict.fromkeys(("class_token", "no_embed_class", "pre_norm", "fc_norm", "dynamic_img_pad"), False),
+    **dict.fromkeys(("qk_norm", "scale_attn_norm", "scale_mlp_norm", "pool_include_prefix"), False),
+    "pos_embed": "learn",
+    "final_norm": True,
+    "drop_path_rate": 0.0,
+}
 _KERNEL, _POSITIONS = "embeddings.patch_embed.weight", "embeddings.position_embedding.weight"
 _PROJECTION, _GATE = "visual_projection.weight", "ffn.gate_proj"
 
@@ -126,7 +139,7 @@ def read_config(checkpoint: Checkpoint) -> AIMv2PackingConfig:
         "num_channels": channels,
         "patch_size": patch_size,
         "num_hidden_layers": checkpoint.count("encoder.layers."),
-        "is_native": _POSITIONS not in names,
+        "is_native": _POSITIONS not in names and not is_timms(checkpoint.config),
         "use_head": "head.cls_token" in names,
         "qkv_bias": any(name.endswith("attention.q_proj.bias") for name in names),
         "mlp_bias": any(name.endswith(f"{_GATE}.bias") for name in names),
@@ -142,7 +155,7 @@ def read_config(checkpoint: Checkpoint) -> AIMv2PackingConfig:
                 f"checkpoint {checkpoint.name!r}: {number} learned positions are no square; add config.json"
             )
         fields["image_size"] = side * patch_size
-    fields |= {_CONFIG_NAMES[name]: value for name, value in says.items() if name in _CONFIG_NAMES}
+    fields |= _told(checkpoint)
     fields |= {name: checkpoint.side(name, fields[name]) for name in ("image_size", "patch_size") if name in fields}
     # transformers may leave its defaults out of a config of its own, as SigLIP's do.
     own = AIMv2PackingConfig.model_type in (says.get("model_type"), checkpoint.config.get("model_type"))
@@ -154,6 +167,19 @@ def read_config(checkpoint: Checkpoint) -> AIMv2PackingConfig:
             )
         fields["num_attention_heads"] = hidden_size // 128
     return AIMv2PackingConfig(**fields)
+
+
+def _told(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `config.json` says, Apple's, transformers' or timm's."""
+    if not is_timms(checkpoint.config):
+        return read_fields(checkpoint, _CONFIG_NAMES, fixed={"projection_dropout": 0.0})
+    read = {"num_heads": "num_attention_heads", "attn_drop_rate": "attention_dropout", "act_layer": "hidden_act"}
+    architecture, told = read_model_args(checkpoint, _TIMM_ARCHITECTURES, read=read, fixed=_TIMM_FIXED)
+    if architecture:
+        told.setdefault("num_heads", _TIMM_HEADS[architecture.split("_")[1]])
+    if "act_layer" in told:
+        told["act_layer"] = activation(checkpoint, told["act_layer"])
+    return {read[name]: value for name, value in told.items()}
 
 
 def _published() -> dict[str, dict[str, Any]]:

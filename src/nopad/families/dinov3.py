@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,12 +14,8 @@ from transformers.activations import ACT2FN
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from nopad.encoder import PackedEncoder
-from nopad.families.dinov3_checkpoints import (
-    DIALECTS,
-    PUBLISHED,
-    DINOv3ViTPackingConfig,
-    read_config,
-)
+from nopad.families.dinov3_checkpoints import PUBLISHED, DINOv3ViTPackingConfig, read_config
+from nopad.families.dinov3_dialects import DIALECTS
 from nopad.inference.runner import Runner
 from nopad.layers.attention import PackedAttention, Rope
 from nopad.layers.block import Block
@@ -39,6 +35,16 @@ STATISTICS: dict[str, dict[str, Any]] = {
     "sat493m": {"mean": (0.430, 0.411, 0.296), "std": (0.213, 0.156, 0.143)},
 }
 """Mean and standard deviation of each colour, by `config.pixel_statistics`."""
+
+
+@lru_cache
+def _log_statistics(source: str | None) -> None:
+    logger.warning(
+        "checkpoint %r: nothing says which pixel statistics it was trained with; images get ImageNet's. For satellite "
+        "images (SAT-493M) put the model's preprocessor_config.json beside it, or give from_pretrained "
+        "pixel_statistics='sat493m'",
+        source,
+    )
 
 
 class DINOv3Embeddings(ByRole):
@@ -156,7 +162,7 @@ class DINOv3ViTPacking(PackedEncoder):
     def build(self) -> None:
         """Embeddings, rope, blocks and norms."""
         config = self.config
-        if config.pixel_statistics not in STATISTICS:
+        if config.pixel_statistics not in (None, *STATISTICS):
             raise ValueError(f"pixel_statistics: expected {' or '.join(STATISTICS)}, got {config.pixel_statistics!r}")
         self.num_prefix_tokens = 1 + config.num_register_tokens
         self.embeddings = DINOv3Embeddings(config)
@@ -194,7 +200,9 @@ class DINOv3ViTPacking(PackedEncoder):
     @property
     def default_preprocessing(self) -> Preprocessing:
         """A square of 224 pixels; the original resizes it in float."""
-        statistics = STATISTICS[self.config.pixel_statistics]
+        if self.config.pixel_statistics is None and "image_mean" not in (self.preprocessor_config or {}):
+            _log_statistics(self.source)
+        statistics = STATISTICS[self.config.pixel_statistics or "imagenet"]
         return Preprocessing(rule="square", size=224, resample="bilinear", rescale_before_resize=True, **statistics)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

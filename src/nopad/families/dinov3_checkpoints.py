@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
 
-from nopad.checkpoints.conversions import ADD_AXIS, NameTable, Rename, split_rows
-from nopad.checkpoints.formats import Checkpoint, Dialect, StoredTensor
+from nopad.checkpoints.config_json import read_fields
+from nopad.checkpoints.formats import Checkpoint
+from nopad.checkpoints.timm_config import is_timms, read_model_args
+from nopad.families.dinov3_dialects import META_GATED, META_PLAIN, PERIODS, TIMM_GATED, TIMM_PLAIN
 from nopad.layers.rope import rope_periods
 
 
@@ -22,102 +22,56 @@ class DINOv3ViTPackingConfig(DINOv3ViTConfig):
     Attributes:
         patch_order: layout inside a patch.
         untie_cls_norm: CLS and register tokens have a final norm of their own, as some of Meta's models do.
-        pixel_statistics: of the images that it was trained on, `"imagenet"` (web images) or `"sat493m"` (satellite);
-            a checkpoint's own preprocessor config wins.
+        pixel_statistics: of the images that it was trained on, `"imagenet"` (web images) or `"sat493m"` (satellite),
+            `None` where that is unknown; a checkpoint's own preprocessor config wins.
         rope_periods: the `head size / 4` periods of rope, where they are not the powers of `rope_theta`: Meta's files
             hold them rounded to bfloat16, and Meta's model computes with those.
     """
 
     patch_order: str = "hwc"
     untie_cls_norm: bool = False
-    pixel_statistics: str = "imagenet"
+    pixel_statistics: str | None = None
     rope_periods: list[float] | None = None
 
 
-_LAYER = "model.layer.*"
-_META_TABLE = (
-    Rename("cls_token", "embeddings.cls_token"),
-    Rename("storage_tokens", "embeddings.register_tokens"),
-    Rename("mask_token", "embeddings.mask_token", reshape=ADD_AXIS),
-    Rename("patch_embed.proj.*", "embeddings.patch_embeddings.*"),
-    Rename("blocks.*.norm1.*", f"{_LAYER}.norm1.*"),
-    Rename("blocks.*.norm2.*", f"{_LAYER}.norm2.*"),
-    Rename(
-        "blocks.*.attn.qkv.weight",
-        *(f"{_LAYER}.attention.{part}_proj.weight" for part in "qkv"),
-        reshape=split_rows(3),
-    ),
-    Rename(  # the bias of keys is masked with zeros where the model has none
-        "blocks.*.attn.qkv.bias",
-        *(f"{_LAYER}.attention.{part}_proj.bias" for part in "qkv"),
-        reshape=split_rows(3),
-        optional=True,
-    ),
-    Rename("blocks.*.attn.proj.*", f"{_LAYER}.attention.o_proj.*"),
-    Rename("blocks.*.ls1.gamma", f"{_LAYER}.layer_scale1.lambda1"),
-    Rename("blocks.*.ls2.gamma", f"{_LAYER}.layer_scale2.lambda1"),
-)
-_META_PLAIN = NameTable(
-    *_META_TABLE,
-    Rename("blocks.*.mlp.fc1.*", f"{_LAYER}.mlp.up_proj.*"),
-    Rename("blocks.*.mlp.fc2.*", f"{_LAYER}.mlp.down_proj.*"),
-)
-_META_GATED = NameTable(
-    *_META_TABLE,
-    Rename("blocks.*.mlp.w1.*", f"{_LAYER}.mlp.gate_proj.*"),
-    Rename("blocks.*.mlp.w2.*", f"{_LAYER}.mlp.up_proj.*"),
-    Rename("blocks.*.mlp.w3.*", f"{_LAYER}.mlp.down_proj.*"),
-)
-
-_BIAS_MASK, _PERIODS = r"^blocks\.\d+\.attn\.qkv\.bias_mask$", "rope_embed.periods"
-
-
-def _mask_biases(checkpoint: Checkpoint) -> Checkpoint:
-    """Meta's model multiplies the bias of queries, keys and values with a mask of zeros and ones."""
-
-    def masked(bias: StoredTensor, mask: StoredTensor) -> StoredTensor:
-        return replace(bias, read=lambda: bias.read() * mask.read().to(bias.dtype))
-
-    biases = {name: f"{name}_mask" for name in checkpoint.tensors if f"{name}_mask" in checkpoint.left_out}
-    products = {name: masked(checkpoint.tensors[name], checkpoint.left_out[mask]) for name, mask in biases.items()}
-    return replace(checkpoint, tensors={**checkpoint.tensors, **products})
-
-
-_META: dict[str, Any] = {
-    "signature": r"^(storage_tokens|rope_embed\.periods)$",
-    "prepare": _mask_biases,
-    # `local_cls_norm` is for the small crops of training alone; the others are read by `read_config`.
-    "dropped": (_BIAS_MASK, r"^rope_embed\.periods$", r"^local_cls_norm\."),
-}
-
-DIALECTS = (
-    # In memory, and in some files, the layers are `model.layer.i`.
-    Dialect(
-        "transformers",
-        r"^layer\.\d+\.layer_scale1\.lambda1$",
-        NameTable(Rename("layer.**", "model.layer.**")),
-        prefixes=("model.",),
-        is_original=True,
-    ),
-    Dialect("Meta", table=_META_PLAIN, excludes=(r"^blocks\.\d+\.mlp\.w1\.",), **_META),
-    Dialect("Meta, gated", table=_META_GATED, excludes=(r"^blocks\.\d+\.mlp\.fc1\.",), **_META),
-)
-
-_CONFIG_NAMES = """
+_SAME_NAMES = """
 hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size hidden_act
 attention_dropout layer_norm_eps rope_theta query_bias key_bias value_bias proj_bias mlp_bias layerscale_value
 drop_path_rate use_gated_mlp num_register_tokens pos_embed_shift pos_embed_jitter pos_embed_rescale initializer_range
 patch_order untie_cls_norm pixel_statistics rope_periods
 """
+_CONFIG_NAMES = {name: name for name in _SAME_NAMES.split()}
+_OF_BACKBONES = ("apply_layernorm", "reshape_hidden_states", "out_features", "out_indices", "stage_names")
+_TIMM_NAMES = {
+    "num_heads": "num_attention_heads",
+    "attn_drop_rate": "attention_dropout",
+    "drop_path_rate": "drop_path_rate",
+    "rope_temperature": "rope_theta",
+    "rope_shift_coords": "pos_embed_shift",
+    "rope_jitter_coords": "pos_embed_jitter",
+    "rope_rescale_coords": "pos_embed_rescale",
+}
+_TIMM_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 20, "7b": 32}
+_TIMM_ARCHITECTURES = rf"vit_({'|'.join(_TIMM_HEADS)})(_plus)?_patch16_dinov3(_qkvb)?"
+_TIMM_FIXED = {
+    **dict.fromkeys(("class_token", "use_rot_pos_emb", "rope_rotate_half", "qkv_fused"), True),
+    **dict.fromkeys(("use_abs_pos_emb", "use_post_norm", "use_pre_transformer_norm", "use_fc_norm"), False),
+    **dict.fromkeys(("qk_norm", "scale_mlp", "scale_attn_inner", "attn_only_layer_scale", "dynamic_img_pad"), False),
+    **dict.fromkeys(("num_kv_heads", "rope_mrope_section"), None),
+    "use_post_transformer_norm": True,
+    "rope_type": "dinov3",
+    "rope_grid_offset": 0.0,
+    "rope_grid_indexing": "ij",
+    "attn_type": "eva",
+}
 
 
 def read_config(checkpoint: Checkpoint) -> DINOv3ViTPackingConfig:
-    """The architecture: Meta's, which brings its rope, from the tensors alone, transformers' from `config.json` too.
+    """The architecture, from tensors and `config.json`; Meta's files bring their rope and no config.
 
     Raises:
         ValueError: a part of the architecture that neither tells, or that no encoder here has.
     """
-    meta = checkpoint.table in (_META_PLAIN, _META_GATED)
     hidden_size, channels, *sides = checkpoint.shape("embeddings.patch_embeddings.weight", 4)
     has = {re.sub(r"^model\.layer\.\d+\.", "", name) for name in checkpoint.tensors}
     gated = "mlp.gate_proj.weight" in has
@@ -132,32 +86,51 @@ def read_config(checkpoint: Checkpoint) -> DINOv3ViTPackingConfig:
         "mlp_bias": "mlp.up_proj.bias" in has,
         "use_gated_mlp": gated,
         "untie_cls_norm": "cls_norm.weight" in checkpoint.tensors,
+        **{f"{name}_bias": f"attention.{name[0]}_proj.bias" in has for name in ("query", "key", "value")},
     }
-    if "sat493m" in Path(checkpoint.name).name:
-        fields["pixel_statistics"] = "sat493m"
-    if meta:
-        fields |= _attention_of_meta(checkpoint, hidden_size)
-    else:
-        checkpoint.check_model_type("dinov3_vit")
-        fields |= {f"{name}_bias": f"attention.{name[0]}_proj.bias" in has for name in ("query", "key", "value")} | {
-            name: value for name, value in checkpoint.config.items() if name in _CONFIG_NAMES.split()
-        }
-        if "num_attention_heads" not in fields:
-            raise ValueError(
-                f"checkpoint {checkpoint.name!r}: without config.json nothing tells the number of heads; add a "
-                f"config.json with num_attention_heads"
-            )
-    if meta or not checkpoint.config:
+    if DINOv3ViTPackingConfig.model_type not in _model_types(checkpoint):
         fields["hidden_act"] = "silu" if gated else "gelu"
+    timm = checkpoint.table in (TIMM_PLAIN, TIMM_GATED)
+    fields |= _told_by_timm(checkpoint) if timm and is_timms(checkpoint.config) else _told(checkpoint)
+    if checkpoint.table in (META_PLAIN, META_GATED):
+        own = _attention_of_meta(checkpoint, hidden_size)
+        other = {name: fields[name] for name in own.keys() & checkpoint.vision_config if fields[name] != own[name]}
+        if other:
+            raise ValueError(f"checkpoint {checkpoint.name!r}: config.json says {other}, but its tensors {own}")
+        fields |= own
+    if "num_attention_heads" not in fields:
+        raise ValueError(
+            f"checkpoint {checkpoint.name!r}: without config.json nothing tells the number of heads; add a "
+            f"config.json with num_attention_heads"
+        )
     fields["patch_size"] = checkpoint.side("patch_size", fields["patch_size"])
     return DINOv3ViTPackingConfig(**fields)
 
 
+def _model_types(checkpoint: Checkpoint) -> set[Any]:
+    return {checkpoint.vision_config.get("model_type"), checkpoint.config.get("model_type")}
+
+
+def _told(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What transformers' `config.json` says."""
+    checkpoint.check_model_type("dinov3_vit")
+    return read_fields(checkpoint, _CONFIG_NAMES, unused=_OF_BACKBONES)
+
+
+def _told_by_timm(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What timm's `config.json` says, whose models have the rope of the published ones."""
+    architecture, told = read_model_args(checkpoint, _TIMM_ARCHITECTURES, read=_TIMM_NAMES, fixed=_TIMM_FIXED)
+    if not architecture:
+        raise ValueError(f"checkpoint {checkpoint.name!r}: config.json: architecture: expected {_TIMM_ARCHITECTURES}")
+    heads = {"num_attention_heads": _TIMM_HEADS[architecture.split("_")[1]], "pos_embed_rescale": None}
+    return heads | {_TIMM_NAMES[name]: value for name, value in told.items()}
+
+
 def _attention_of_meta(checkpoint: Checkpoint, hidden_size: int) -> dict[str, Any]:
     """Heads, biases and rope, from the tensors that a Meta checkpoint has for them."""
-    if _PERIODS not in checkpoint.left_out:
-        raise ValueError(f"checkpoint {checkpoint.name!r}: tensor {_PERIODS!r} is missing; heads and rope follow it")
-    periods = checkpoint.left_out[_PERIODS].read()
+    if PERIODS not in checkpoint.left_out:
+        raise ValueError(f"checkpoint {checkpoint.name!r}: tensor {PERIODS!r} is missing; heads and rope follow it")
+    periods = checkpoint.left_out[PERIODS].read()
     head_dim = 4 * len(periods)
     if hidden_size % head_dim:
         raise ValueError(
@@ -193,7 +166,7 @@ def _attention_of_meta(checkpoint: Checkpoint, hidden_size: int) -> dict[str, An
 def _rope(name: str, periods: Tensor) -> dict[str, Any]:
     """The base of which `periods` are the powers; the periods themselves, too, where rounding has moved them."""
     if not (periods.isfinite() & (periods > 0)).all():
-        raise ValueError(f"checkpoint {name!r}: {_PERIODS}: expected finite numbers above 0, got {periods.tolist()}")
+        raise ValueError(f"checkpoint {name!r}: {PERIODS}: expected finite numbers above 0, got {periods.tolist()}")
     number = len(periods)
     told = float(periods[-1]) ** (number / (number - 1)) if number > 1 else 100.0
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
+from nopad.checkpoints.config_json import read_fields
 from nopad.checkpoints.conversions import NameTable, Rename, split_rows
 from nopad.checkpoints.formats import Checkpoint, Dialect
 
@@ -95,7 +96,7 @@ def read_config(checkpoint: Checkpoint) -> OneVisionPackingConfig:
         "layer_norm_type": "layer_norm" if "layernorm_pre.bias" in names else "rms_norm",
         "use_head": "head.probe" in names,
     }
-    fields |= {name: checkpoint.config[name] for name in _SAME_NAMES.split() if name in checkpoint.config}
+    fields |= read_fields(checkpoint, {name: name for name in _SAME_NAMES.split()})
     if "intermediate_size" not in fields:
         fields["intermediate_size"] = checkpoint.shape("encoder.layers.0.mlp.fc1.weight", 2)[0]
     if "num_attention_heads" not in fields:

@@ -13,7 +13,6 @@ from transformers.activations import ACT2FN
 
 from nopad.encoder import PackedEncoder
 from nopad.families.siglip2_checkpoints import (
-    DIALECTS,
     PUBLISHED,
     Siglip2PackingConfig,
     SiglipConfigs,
@@ -22,6 +21,7 @@ from nopad.families.siglip2_checkpoints import (
     read_config,
     trained_grid,
 )
+from nopad.families.siglip2_dialects import DIALECTS
 from nopad.inference.runner import Runner
 from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
@@ -60,7 +60,8 @@ class Siglip2Embeddings(ByRole):
             self.position_embedding = PositionTable(grid, size, mode="bilinear", native=True)
         else:
             self.proj = PatchEmbedding(channels, size, patch_size, self.order)
-            self.position_embedding = PositionTable(grid, size, mode="bicubic", antialias=False, strict=strict)
+            antialias = config.positions_antialias  # pyright: ignore[reportAttributeAccessIssue]
+            self.position_embedding = PositionTable(grid, size, mode="bicubic", antialias=antialias, strict=strict)
 
     def forward(self, patches: Tensor, layout: Layout, runner: Runner) -> Tensor:
         """`(T, P)` to `(T, D)`."""

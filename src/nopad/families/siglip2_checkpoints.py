@@ -8,7 +8,10 @@ from typing import Any
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
 
-from nopad.checkpoints.formats import Checkpoint, Dialect
+from nopad.checkpoints.config_json import read_fields
+from nopad.checkpoints.formats import Checkpoint
+from nopad.checkpoints.timm_config import activation, is_timms, read_model_args
+from nopad.families.siglip2_dialects import TIMM, TIMM_NAFLEX
 
 
 class Siglip2PackingConfig(Siglip2VisionConfig):
@@ -32,11 +35,13 @@ class SiglipPackingConfig(SiglipVisionConfig):
         vision_use_head: whether there is attention pooling.
         patch_order: layout inside a patch.
         positions: on another grid than the trained one, `"resample"` learned positions or refuse: `"strict"`.
+        positions_antialias: resample them as timm does, not as transformers does.
     """
 
     vision_use_head: bool = True  # not declared by transformers 5.17, which reads it
     patch_order: str = "hwc"
     positions: str = "resample"
+    positions_antialias: bool = False
 
 
 SiglipConfigs = Siglip2PackingConfig | SiglipPackingConfig
@@ -62,20 +67,37 @@ def _side(number: int, what: str) -> int:
     return side
 
 
-DIALECTS = (
-    Dialect(
-        "transformers",
-        r"^post_layernorm\.",
-        prefixes=("vision_model.",),
-        dropped=(r"^text_model\.", r"^logit_scale$", r"^logit_bias$"),
-        is_original=True,
-    ),
-)
-
 _COMMON_NAMES = """
 hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels patch_size hidden_act layer_norm_eps
 attention_dropout vision_use_head patch_order positions
 """
+_TIMM_NAMES = {"num_heads": "num_attention_heads", "attn_drop_rate": "attention_dropout", "act_layer": "hidden_act"}
+_TIMM_HEADS = {"base": 12, "large": 16, "so400m": 16, "giantopt": 16}
+_TIMM_TANH = {("base", "patch32"), ("so400m", "patch16"), ("large", "512")}
+"""Sizes, with a patch or an image, that approximate GELU; the others do so in transformers and not in timm."""
+_TIMM_FIXED = {
+    **dict.fromkeys(("class_token", "pre_norm", "fc_norm", "qk_norm", "dynamic_img_pad", "scale_mlp_norm"), False),
+    "drop_path_rate": 0.0,
+    "final_norm": True,
+}
+_TIMM_ARCHITECTURES = r"vit_(base|large|so400m|giantopt)_patch(14|16|32)_siglip(_gap)?_(\d+)"
+_TIMM_OF_SQUARES = {
+    **dict.fromkeys(("no_embed_class", "scale_attn_norm", "pool_include_prefix"), False),
+    "pos_embed": "learn",
+}
+_NAFLEX_ARCHITECTURES = r"naflexvit_(base|so400m)_patch16_siglip"
+_TIMM_OF_NAFLEX = {
+    **dict.fromkeys(("pos_embed_ar_preserving", "pos_embed_align_corners", "pos_embed_use_grid_sample"), False),
+    **dict.fromkeys(("scale_attn_inner_norm", "attn_gated", "attn_only_layer_scale", "use_key_only_attn_mask"), False),
+    **dict.fromkeys(("pos_embed_antialias", "patchify_channels_last", "qkv_fused"), True),
+    **dict.fromkeys(("input_norm_layer", "embed_norm_layer", "norm_layer", "mlp_layer", "attn_layer"), None),
+    **dict.fromkeys(("num_kv_heads", "attn_pool_num_heads", "attn_pool_mlp_ratio", "block_fn"), None),
+    "pos_embed": "learned",
+    "pos_embed_interp_mode": "bilinear",
+    "embed_proj_type": "linear",
+    "rope_type": "",
+    "attn_type": "standard",
+}
 _KERNEL, _POSITIONS = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
 _LAYERS = "encoder.layers."
 
@@ -89,23 +111,54 @@ def read_config(checkpoint: Checkpoint) -> SiglipConfigs:
         ValueError: no config and shapes that no published model has.
     """
     checkpoint.check_model_type("siglip2", "siglip2_vision_model", "siglip", "siglip_vision_model")
-    says = checkpoint.vision_config
-    ndim = len(checkpoint.shape(_KERNEL))
+    ndim = len(checkpoint.shape(_KERNEL, {TIMM: 4, TIMM_NAFLEX: 2}.get(checkpoint.table)))
     if ndim not in (2, 4):
         raise ValueError(
             f"checkpoint {checkpoint.name!r}: {_KERNEL!r} is misshapen, expected the matrix of NaFlex or the kernel "
             f"(D, C, p, p) of a fixed size, got {checkpoint.shape(_KERNEL)}"
         )
     config_class = Siglip2PackingConfig if ndim == 2 else SiglipPackingConfig
-    names = {*_COMMON_NAMES.split(), "num_patches" if ndim == 2 else "image_size"}
-    said = {name: value for name, value in says.items() if name in names}
+    told = _told_by_timm(checkpoint) if is_timms(checkpoint.config) else _told(checkpoint, ndim)
     own = {config_class.model_type, config_class.model_type.removesuffix("_vision_model")}
-    if own.isdisjoint({says.get("model_type"), checkpoint.config.get("model_type")}):
-        said = {**_told_by_tensors(checkpoint, said), **said}
-    return config_class(**said)
+    if own.isdisjoint({checkpoint.vision_config.get("model_type"), checkpoint.config.get("model_type")}):
+        told = {**_told_by_tensors(checkpoint, told), **told}
+    if checkpoint.table is TIMM:
+        if "hidden_act" not in told:
+            raise ValueError(
+                f"checkpoint {checkpoint.name!r}: without timm's config.json nothing tells the activation; add it, or "
+                f"one with hidden_act"
+            )
+        told.setdefault("positions_antialias", True)
+    return config_class(**told)
 
 
-def _told_by_tensors(checkpoint: Checkpoint, said: dict[str, Any]) -> dict[str, Any]:
+def _told(checkpoint: Checkpoint, ndim: int) -> dict[str, Any]:
+    """What transformers' `config.json` says."""
+    sizes = ("num_patches", "image_size") if ndim == 2 else ("image_size", "num_patches")
+    names = (*_COMMON_NAMES.split(), sizes[0], *(["positions_antialias"] if ndim == 4 else []))
+    return read_fields(checkpoint, {name: name for name in names}, unused=sizes[1:])
+
+
+def _told_by_timm(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What timm's `config.json` says; the activation belongs to an architecture.
+
+    Raises:
+        ValueError: no architecture; see also `read_model_args`.
+    """
+    naflex = checkpoint.table is TIMM_NAFLEX
+    architectures = _NAFLEX_ARCHITECTURES if naflex else _TIMM_ARCHITECTURES
+    fixed = _TIMM_FIXED | (_TIMM_OF_NAFLEX if naflex else _TIMM_OF_SQUARES)
+    architecture, told = read_model_args(checkpoint, architectures, read=_TIMM_NAMES, fixed=fixed)
+    if not architecture:
+        raise ValueError(f"checkpoint {checkpoint.name!r}: config.json: architecture: expected {architectures}")
+    _, size, patch, *_, image = architecture.split("_")
+    tanh = naflex or size == "giantopt" or (size, patch) in _TIMM_TANH or (size, image) in _TIMM_TANH
+    told = {"num_heads": _TIMM_HEADS[size], "act_layer": "gelu_tanh" if tanh else "gelu"} | told
+    told["act_layer"] = activation(checkpoint, told["act_layer"])
+    return {_TIMM_NAMES[name]: value for name, value in told.items()}
+
+
+def _told_by_tensors(checkpoint: Checkpoint, told: dict[str, Any]) -> dict[str, Any]:
     """What `config.json` would say."""
     kernel, positions = checkpoint.shape(_KERNEL), checkpoint.shape(_POSITIONS, 2)[0]
     side = _side(positions, f"checkpoint {checkpoint.name!r}")
@@ -127,7 +180,7 @@ def _told_by_tensors(checkpoint: Checkpoint, said: dict[str, Any]) -> dict[str, 
         fields["image_size"] = sizes.pop() if len(sizes) == 1 else side * patch_size
     else:
         fields |= {"num_channels": 3, "patch_size": math.isqrt(kernel[1] // 3), "num_patches": positions}
-    if "num_attention_heads" not in said:
+    if "num_attention_heads" not in told:
         heads = {model["hidden_size"]: model["num_attention_heads"] for model in PUBLISHED.values()}
         if kernel[0] not in heads:
             raise ValueError(

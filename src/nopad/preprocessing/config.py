@@ -38,7 +38,7 @@ rescale_factor max_num_patches
 # Steps of other processors that no rule here has.
 _OTHER_STEPS = """
 do_pad do_thumbnail do_align_long_axis do_flip_channel_order do_image_splitting do_split_image do_grayscale
-do_color_quantize crop_pct size_divisor min_pixels max_pixels
+do_color_quantize crop_pct crop_mode size_divisor min_pixels max_pixels
 """
 _SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "default_to_square")
 

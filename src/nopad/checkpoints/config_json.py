@@ -1,0 +1,66 @@
+"""What `config.json` says of an encoder: each field is read, or has the one value that is implemented, or is told."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation.configuration_utils import GenerationConfig
+
+from nopad.checkpoints.formats import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+# Of any config: what would change the arithmetic, and the one value that every encoder here has for it.
+_FIXED = {"pruned_heads": {}, "rope_scaling": None, "rope_parameters": None, "add_cross_attention": False}
+# Of any config, in any version of transformers: no part of the arithmetic of an encoder.
+_NO_ARITHMETIC_NAMES = """
+_attn_implementation _attn_implementation_autoset _commit_hash _name_or_path attn_implementation auto_map
+cross_attention_hidden_size finetuning_task fusion_config id2label initializer_factor initializer_range is_decoder
+label2id logit_scale_init_value max_logit_scale init_temperature num_labels prefix quantization_config sep_token_id
+task_specific_params text_config tf_legacy_loss tie_encoder_decoder tie_word_embeddings tokenizer_class torch_dtype
+torchscript use_bfloat16 vision_config
+"""
+
+
+def read_fields(
+    checkpoint: Checkpoint,
+    names: Mapping[str, str],
+    *,
+    fixed: Mapping[str, Any] | None = None,
+    unused: Iterable[str] = (),
+) -> dict[str, Any]:
+    """The fields of a checkpoint's `config.json` by the names of an encoder's own config.
+
+    Fields that are in none of the three lists are logged.
+
+    Args:
+        checkpoint: whose vision config is read.
+        names: of the fields that are read, to those of the encoder's config.
+        fixed: fields with the one value that is implemented; null counts as it.
+        unused: fields that the original does not compute with either.
+
+    Raises:
+        ValueError: another value of a fixed field.
+    """
+    told, fixed = checkpoint.vision_config, {**_FIXED, **(fixed or {})}
+    for name, value in fixed.items():
+        if name in told and told[name] not in (None, value):
+            raise ValueError(
+                f"checkpoint {checkpoint.name!r}: config.json: {name}: expected {value!r}, the only one that is "
+                f"implemented, got {told[name]!r:.80}"
+            )
+    general = {*_NO_ARITHMETIC_NAMES.split(), *PreTrainedConfig().to_dict(), *GenerationConfig().to_dict()}
+    unread = sorted(told.keys() - names.keys() - fixed.keys() - general - set(unused))
+    if unread:
+        shown = ", ".join(f"{name}={told[name]!r:.40}" for name in unread[:10])
+        _log_unread(checkpoint.name, shown + (", …" if len(unread) > 10 else ""))
+    return {names[name]: value for name, value in told.items() if name in names}
+
+
+@lru_cache
+def _log_unread(name: str, fields: str) -> None:
+    logger.warning("checkpoint %r: config.json says %s, which nothing here reads", name, fields)

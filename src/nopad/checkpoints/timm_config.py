@@ -1,0 +1,103 @@
+"""What timm writes into `config.json`: an architecture by its name, changes to it, and how images are made."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from nopad.checkpoints.formats import Checkpoint
+from nopad.counts import is_count
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "silu": "silu", "relu": "relu"}
+"""timm's names, to those of transformers."""
+CLASSIFIER = (r"^head\.(weight|bias)$", r"^fc_norm\.")
+"""Tensors of a classifier, which is no part of an encoder."""
+_USUAL_CROP_PCT = 0.875  # timm's DEFAULT_CROP_PCT
+_RESAMPLE = {"bilinear": 2, "bicubic": 3}
+# Arguments that tensors tell as well, that concern training or classes alone, or how timm takes images of other sizes.
+_TOLD_OTHERWISE = """
+img_size patch_size in_chans embed_dim depth mlp_ratio num_classes global_pool qkv_bias proj_bias init_values
+weight_init fix_init head_init_scale drop_rate pos_drop_rate patch_drop_rate proj_drop_rate num_reg_tokens reg_tokens
+swiglu_mlp swiglu_align_to dynamic_img_size ref_feat_shape pos_embed_grid_size enable_patch_interpolator
+"""
+
+
+def is_timms(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is one of timm's."""
+    return not config.keys().isdisjoint({"architecture", "model_args", "pretrained_cfg"})
+
+
+def read_model_args(
+    checkpoint: Checkpoint, architectures: str, *, read: Iterable[str], fixed: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """An architecture of timm, and what `model_args` change of it.
+
+    Args:
+        checkpoint: with a config of timm's.
+        architectures: a pattern that all of its name matches.
+        read: names of the arguments that the caller reads.
+        fixed: further arguments with the one value that is implemented.
+
+    Returns:
+        The architecture's name, empty where the config does not say it, and the arguments in `read` that it has.
+
+    Raises:
+        ValueError: another architecture, an argument that nothing here reads, or another value of a fixed one.
+    """
+    whose = f"checkpoint {checkpoint.name!r}: config.json"
+    architecture, arguments = checkpoint.config.get("architecture") or "", checkpoint.config.get("model_args") or {}
+    if not isinstance(architecture, str) or (architecture and not re.fullmatch(architectures, architecture)):
+        raise ValueError(f"{whose}: architecture: expected {architectures}, got {architecture!r:.80}")
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{whose}: model_args: expected a JSON object, got {arguments!r:.80}")
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    for name, value in arguments.items():
+        if name in fixed and value != fixed[name]:
+            raise ValueError(f"{whose}: model_args: {name}: expected {fixed[name]!r}, got {value!r:.80}")
+    unread = sorted(arguments.keys() - set(read) - fixed.keys() - set(_TOLD_OTHERWISE.split()))
+    if unread:
+        raise ValueError(f"{whose}: model_args: nothing here reads {', '.join(unread)}")
+    return architecture, {name: arguments[name] for name in read if name in arguments}
+
+
+def activation(checkpoint: Checkpoint, name: Any) -> str:
+    """An activation of timm by its name in transformers.
+
+    Raises:
+        ValueError: one that nothing here has.
+    """
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise ValueError(
+            f"checkpoint {checkpoint.name!r}: config.json: act_layer: expected one of {', '.join(ACTIVATIONS)}, got "
+            f"{name!r:.80}"
+        )
+    return ACTIVATIONS[name]
+
+
+def preprocessor_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How timm makes images for a model, as a preprocessor config of transformers; `None` where the config is silent.
+
+    NaFlex models make their own sizes: theirs has none.
+    """
+    told = config.get("pretrained_cfg", config)
+    if not is_timms(config) or not isinstance(told, dict):
+        return None
+    names = {"mean": "image_mean", "std": "image_std", "interpolation": "resample"}
+    found = {names[name]: told[name] for name in names if told.get(name) is not None}
+    found["resample"] = _RESAMPLE.get(found.get("resample", "bicubic"), found.get("resample"))
+    size = told.get("input_size")
+    if str(config.get("architecture")).startswith("naflexvit"):
+        return {"image_processor_type": "Siglip2ImageProcessor", **found}
+    if not isinstance(size, list) or len(size) != 3:
+        return {"image_processor_type": "CLIPImageProcessor", "size": size, **found}
+    sides = {"height": size[1], "width": size[2]}
+    mode, share = told.get("crop_mode") or "center", told.get("crop_pct") or _USUAL_CROP_PCT
+    if mode == "squash" and share == 1:
+        return {"image_processor_type": "ViTImageProcessor", "size": sides, **found}
+    if mode != "center" or not isinstance(share, int | float) or not share > 0:
+        found |= {name: told[name] for name in ("crop_mode", "crop_pct") if name in told}  # refused by these names
+    elif is_count(sides["width"]) and sides["width"] == sides["height"]:
+        found |= {"size": {"shortest_edge": math.floor(sides["width"] / share)}}
+    return {"image_processor_type": "CLIPImageProcessor", "size": sides, "crop_size": sides, **found}

@@ -1,0 +1,225 @@
+"""timm's checkpoints: tokens of timm's own models, its config read or refused, its images."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import nopad
+from nopad.align.run import align
+from nopad.preprocessing.transforms import Preprocessing
+
+CASES = {
+    "timm-aimv2": "aimv2",
+    "timm-aimv2-dynamic": "aimv2",
+    "timm-dinov3": "dinov3",
+    "timm-dinov3-gated": "dinov3",
+    "timm-siglip": "siglip2",
+    "timm-siglip-tanh": "siglip2",
+    "timm-siglip-gap": "siglip2",
+    "timm-naflexvit": "siglip2",
+}
+
+
+@pytest.fixture
+def copy(goldens, tmp_path):
+    """Takes the name of a case and changes to `model_args`; returns a folder with them."""
+
+    def made(case, **changes):
+        folder = tmp_path / case
+        shutil.copytree(goldens / case, folder, dirs_exist_ok=True)
+        config = json.loads((folder / "config.json").read_text())
+        config["model_args"] |= changes
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return made
+
+
+def tokens_of(encoder, case, order):
+    images = load_file(case / "inputs.safetensors")
+    numbers = [*range(len(images))][::order]
+    pack = nopad.Pack.of([images[f"image_{number}"][0] for number in numbers], 4, encoder.patch_order)
+    output = encoder.encode(pack)
+    return numbers, [tokens.flatten(0, 2) for tokens in pack.unpack(output.tokens)], output.pooled
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("case", CASES)
+def test_goldens_of_timms_own_models(goldens, case, order):
+    encoder = nopad.load(goldens / case)
+    assert (encoder.family, encoder.dialect.split(",")[0]) == (CASES[case], "timm")
+    expected = load_file(goldens / case / "expected.safetensors")
+    with torch.no_grad():
+        for number, tokens, pooled in zip(*tokens_of(encoder, goldens / case, order), strict=True):
+            assert torch.allclose(tokens, expected[f"tokens_{number}"], atol=2e-5, rtol=0)
+            assert torch.allclose(pooled, expected[f"pooled_{number}"], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_saved_they_load_into_transformers_models(goldens, tmp_path, case):
+    encoder = nopad.load(goldens / case)
+    encoder.save_pretrained(tmp_path)
+    again = nopad.load(tmp_path)
+    assert again.dialect == "transformers"
+    for mine, theirs in zip(
+        tokens_of(again, goldens / case, 1)[1:], tokens_of(encoder, goldens / case, 1)[1:], strict=True
+    ):
+        assert all(map(torch.equal, mine, theirs))
+    assert again.preprocessor_config == encoder.preprocessor_config
+    assert align(goldens / case).passed
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_tensor_is_needed(copy, case):
+    folder = copy(case)
+    state = load_file(folder / "model.safetensors")
+    for name in state:
+        save_file({other: tensor for other, tensor in state.items() if other != name}, folder / "model.safetensors")
+        if name == "reg_token":  # timm's models without registers have none
+            assert nopad.load(folder).num_prefix_tokens == 1
+            continue
+        with pytest.raises(ValueError, match=rf"{folder}.*{name}|unknown family"):
+            nopad.load(folder)
+    save_file({**state, "surprise": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="1 unexpected: surprise"):
+        nopad.load(folder)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_classifier_is_left_out(copy, case):
+    folder = copy(case)
+    state = load_file(folder / "model.safetensors")
+    save_file({**state, "head.weight": torch.zeros(9, 32), "head.bias": torch.zeros(9)}, folder / "model.safetensors")
+    nopad.load(folder)
+
+
+def test_heads_are_those_of_the_architecture_unless_changed(copy, goldens):
+    expected = load_file(goldens / "timm-aimv2" / "expected.safetensors")["tokens_0"]
+    folder = copy("timm-aimv2")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_args"].pop("num_heads") == 4
+    (folder / "config.json").write_text(json.dumps(config))
+    encoder = nopad.load(folder)
+    assert encoder.config.num_attention_heads == 8  # as in timm, whatever the width
+    assert not torch.allclose(tokens_of(encoder, folder, 1)[1][0], expected, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "expected"),
+    [
+        ("timm-aimv2", {"class_token": True}, "class_token: expected False, got True"),
+        ("timm-aimv2", {"norm_layer": "layernorm"}, "nothing here reads norm_layer"),
+        ("timm-aimv2", {"act_layer": "mish"}, "act_layer: expected one of gelu, gelu_tanh, silu, relu, got 'mish'"),
+        ("timm-aimv2", {"num_heads": 3}, "num_attention_heads: expected a divisor of hidden_size 32, got 3"),
+        ("timm-aimv2", {"num_heads": "4"}, "num_attention_heads"),
+        ("timm-dinov3", {"rope_type": "cat"}, "rope_type: expected 'dinov3', got 'cat'"),
+        ("timm-dinov3", {"rope_grid_offset": 0.5}, "rope_grid_offset: expected 0.0, got 0.5"),
+        ("timm-dinov3", {"qk_norm": True}, "qk_norm: expected False, got True"),
+        ("timm-siglip", {"fc_norm": True}, "fc_norm: expected False, got True"),
+        ("timm-siglip", {"mistyped": 1}, "nothing here reads mistyped"),
+        ("timm-naflexvit", {"pos_embed_interp_mode": "bicubic"}, "pos_embed_interp_mode: expected 'bilinear', got"),
+        ("timm-naflexvit", {"pos_embed_ar_preserving": True}, "pos_embed_ar_preserving: expected False, got True"),
+        ("timm-naflexvit", {"rope_type": "axial"}, "rope_type: expected '', got 'axial'"),
+    ],
+)
+def test_arguments_that_nothing_implements_are_refused(copy, case, changes, expected):
+    folder = copy(case, **changes)
+    with pytest.raises(ValueError, match=rf"{folder}.*{expected}"):
+        nopad.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "name", "value"),
+    [
+        ("timm-siglip", {"act_layer": "gelu_tanh"}, "hidden_act", "gelu_pytorch_tanh"),
+        ("timm-siglip", {}, "hidden_act", "gelu"),
+        ("timm-dinov3", {"attn_drop_rate": 0.25}, "attention_dropout", 0.25),
+        ("timm-dinov3", {"rope_temperature": 40.0}, "rope_theta", 40.0),
+        ("timm-naflexvit", {"attn_drop_rate": 0.25}, "attention_dropout", 0.25),
+    ],
+)
+def test_arguments_are_read(copy, case, changes, name, value):
+    assert getattr(nopad.load(copy(case, **changes)).config, name) == value
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("architecture", ["vit_base_patch16_224", "eva02_base_patch14_224", 5, ""])
+def test_other_architectures_are_refused(copy, case, architecture):
+    folder = copy(case)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architecture": architecture}))
+    if architecture == "" and CASES[case] == "aimv2":  # whose tensors and `model_args` say all
+        nopad.load(folder)
+        return
+    with pytest.raises(ValueError, match=rf"{folder}.*architecture: expected "):
+        nopad.load(folder)
+
+
+@pytest.mark.parametrize("case", [case for case, family in CASES.items() if family != "aimv2"])
+def test_without_a_config_they_are_refused(copy, case):
+    folder = copy(case)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match=rf"{folder}.*config.json"):
+        nopad.load(folder)
+
+
+NET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+CUBIC_HALF = {"resample": "bicubic", **HALF}
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "expected"),
+    [
+        ("timm-dinov3", {}, {"rule": "crop", "size": 256, "resample": "bicubic", **NET}),
+        ("timm-dinov3", {"crop_mode": "squash"}, {"rule": "square", "size": 256, "resample": "bicubic", **NET}),
+        ("timm-dinov3", {"interpolation": "bilinear"}, {"rule": "crop", "size": 256, "resample": "bilinear", **NET}),
+        ("timm-siglip", {}, {"rule": "crop", "size": 20, "short_side": 22, **CUBIC_HALF}),
+        ("timm-siglip", {"crop_pct": None}, {"rule": "crop", "size": 20, "short_side": 22, **CUBIC_HALF}),
+        ("timm-siglip", {"crop_pct": 1.0}, {"rule": "crop", "size": 20, **CUBIC_HALF}),
+        ("timm-naflexvit", {}, {"rule": "naflex", "max_patches": 256, **CUBIC_HALF}),
+    ],
+)  # fmt: skip
+def test_images_are_made_as_the_config_says(copy, case, changes, expected):
+    folder = copy(case)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= changes
+    older = {name: value for name, value in config.items() if name != "pretrained_cfg"} | config["pretrained_cfg"]
+    for told in (config, older):
+        (folder / "config.json").write_text(json.dumps(told))
+        assert nopad.load(folder).preprocessing == Preprocessing(**expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"crop_pct": 0.9, "crop_mode": "squash"}, "got {'crop_pct': 0.9, 'crop_mode': 'squash'}, steps that no"),
+        ({"crop_pct": 1.1}, "expected no resize"),
+        ({"crop_pct": "a"}, "got {'crop_pct': 'a', 'crop_mode': 'center'}, steps that no rule"),
+        ({"crop_pct": -1}, "got {'crop_pct': -1, 'crop_mode': 'center'}, steps that no rule"),
+        ({"crop_pct": 1.0, "crop_mode": "border"}, "got {'crop_pct': 1.0, 'crop_mode': 'border'}, steps that no rule"),
+        ({"crop_pct": 1.0, "interpolation": "random"}, "resample: expected 2"),
+        ({"crop_pct": 1.0, "input_size": [3, 20, 24]}, "size: expected pixels"),
+        ({"crop_pct": 1.0, "input_size": [3, "a", "a"]}, "size: expected pixels"),
+    ],
+)
+def test_images_that_no_rule_makes_are_refused(copy, changes, expected):
+    folder = copy("timm-siglip")
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    encoder = nopad.load(folder)
+    with pytest.raises(ValueError, match=rf"{folder}.*{expected}"):
+        encoder.pack([torch.zeros(3, 20, 20, dtype=torch.uint8)])
+
+
+def test_satellite_statistics_are_those_of_the_config(copy, caplog):
+    folder = copy("timm-dinov3")
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= {"mean": [0.430, 0.411, 0.296], "std": [0.213, 0.156, 0.143]}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert nopad.load(folder).preprocessing.mean == (0.430, 0.411, 0.296)
+    assert not caplog.messages

@@ -1,0 +1,77 @@
+"""Writes the golden cases `timm-*`: tiny models of timm with random weights, saved by timm, and what they return.
+
+pip install timm==1.0.31 torch==2.14.1 torchvision==0.29.1 safetensors
+python tests/goldens/make_timm.py tests/goldens
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 4, "patch_size": 4, "mlp_ratio": 1.5}
+GRIDS = [(5, 5), (3, 7), (1, 6), (8, 2)]
+CASES = {
+    "timm-aimv2": ("aimv2_large_patch14_224", {"img_size": 20}, GRIDS[:1]),
+    "timm-aimv2-dynamic": ("aimv2_huge_patch14_336", {"img_size": 20, "dynamic_img_size": True}, GRIDS),
+    "timm-dinov3": ("vit_small_patch16_dinov3", {"img_size": 20}, GRIDS),
+    "timm-dinov3-gated": ("vit_huge_plus_patch16_dinov3_qkvb", {"img_size": 20, "rope_temperature": 50.0}, GRIDS),
+    "timm-siglip": ("vit_base_patch16_siglip_224", {"img_size": 20}, GRIDS[:1]),
+    "timm-siglip-tanh": ("vit_so400m_patch16_siglip_256", {"img_size": 20}, GRIDS[:1]),
+    "timm-siglip-gap": ("vit_large_patch16_siglip_gap_256", {"img_size": 20, "dynamic_img_size": True}, GRIDS),
+    "timm-naflexvit": ("naflexvit_so400m_patch16_siglip", {"pos_embed_grid_size": (5, 5)}, GRIDS),
+}
+
+
+def randomize(model: torch.nn.Module) -> None:
+    """Weights far from their init, so that any two swapped tensors show, and activations show their curvature."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            scale = 1.5 * parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.2
+            parameter.copy_(noise * scale + (1.0 if parameter.ndim == 1 else 0.0))
+
+
+def run(model: torch.nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patch tokens `(h · w, D)` and the pooled vector `(D,)`; of DINOv3, the CLS token as the original pools."""
+    if hasattr(model, "embeds"):
+        patch = 4
+        rows, columns = image.shape[2] // patch, image.shape[3] // patch
+        patches = image.reshape(3, rows, patch, columns, patch).permute(1, 3, 2, 4, 0).reshape(1, rows * columns, -1)
+        coordinates = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))[None]
+        arguments = {"patches": patches, "patch_coord": coordinates, "patch_valid": torch.ones(1, rows * columns) > 0}
+        tokens = model.forward_features(**arguments)["patches"]
+        return tokens[0], model.forward_head(tokens, pre_logits=True)[0]
+    tokens = model.forward_features(image)
+    if model.num_prefix_tokens:
+        return tokens[0, model.num_prefix_tokens :], tokens[0, 0]
+    return tokens[0], model.forward_head(tokens, pre_logits=True)[0]
+
+
+def main(folder: Path) -> None:
+    """Write all cases."""
+    for name, (architecture, arguments, grids) in CASES.items():
+        model = timm.create_model(architecture, pretrained=False, num_classes=0, **SMALL, **arguments).eval()
+        randomize(model)
+        save_for_hf(model, folder / name, safe_serialization=True)
+        generator = torch.Generator().manual_seed(1)
+        images = [torch.randn(1, 3, 4 * rows, 4 * columns, generator=generator) for rows, columns in grids]
+        expected = {}
+        with torch.no_grad():
+            for number, image in enumerate(images):
+                tokens, pooled = run(model, image)
+                expected |= {f"tokens_{number}": tokens.contiguous(), f"pooled_{number}": pooled.contiguous()}
+        save_file(
+            {f"image_{number}": image for number, image in enumerate(images)}, folder / name / "inputs.safetensors"
+        )
+        save_file(expected, folder / name / "expected.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
