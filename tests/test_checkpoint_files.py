@@ -237,7 +237,7 @@ def strided(tensor, size):
         ("a", torch.zeros(1, device="meta"), "expected tensors and nothing else, got .*meta"),
         ("a", torch.zeros(2, 2).to_sparse(), "expected tensors and nothing else, got .*sparse"),
         ("a", bytearray(4), "expected tensors and nothing else, got .*bytearray"),
-        ("a", print, "expected tensors and nothing else, got .*print"),
+        ("a", len, "expected tensors and nothing else, got .*len"),
         ("a", strided(torch.zeros(1), 10**12), "expected at most twice the file's .* as values, got 4"),
     ],
 )

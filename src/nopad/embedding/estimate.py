@@ -82,7 +82,7 @@ class _GridOf(Preparation):
         height, width = image.shape[-2:]
         rows, columns = self.rule.grid(height, width, self.patch_size, self.max_patches)
         frames = image.shape[0] if image.ndim == 4 else 1
-        return PreparedImage(torch.zeros(1, dtype=self.dtype), (frames, rows, columns), width, height)
+        return PreparedImage(torch.zeros(1, 1, dtype=self.dtype), (frames, rows, columns), width, height)
 
     def peak_bytes(self, frames: int, pixels: int, decode_bytes: int) -> int:
-        return 0
+        return self.dtype.itemsize
