@@ -17,6 +17,7 @@ from nopad.embedding.progress import Progress
 from nopad.embedding.run import Run, Summary
 from nopad.embedding.settings import Settings
 from nopad.encoder import PackedEncoder
+from nopad.local_paths import check_local
 from nopad.pipeline.isolation import TIMEOUT
 from nopad.preprocessing.limits import MAX_PIXELS, MaxPatches
 from nopad.preprocessing.transforms import Resize
@@ -93,7 +94,10 @@ def embed(
         ImportError: a source or `actors` needs a package that is not installed.
     """
     arguments = locals()
-    names = [os.fspath(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
+    sources = [sources] if isinstance(sources, str | Path) else list(sources)
+    for source in sources:
+        check_local("sources", source)
+    names = [os.fspath(source) for source in sources]
     label = (model.source or type(model).__name__) if isinstance(model, PackedEncoder) else str(model)
     folder = JobFolder(out)
     label, names = folder.spelling(label, names)

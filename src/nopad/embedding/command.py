@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from nopad.embedding.progress import Display, clock, display
 from nopad.embedding.settings import Settings
 from nopad.embedding.signals import stop_on_signals
+from nopad.local_paths import check_local
 from nopad.pipeline import process_server
 from nopad.preprocessing.limits import MAX_PATCHES
 from nopad.terminal import (
@@ -58,6 +59,9 @@ def run(options: argparse.Namespace) -> int:
     for package in ("filelock", "pyarrow", "rich"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"this needs {package}: pip install 'nopad[embed]'")
+    check_local("--out", options.out)
+    for source in options.sources:
+        check_local("SOURCE", source)
     go_on = f"to go on: {_command(options)}"
     try:
         with stop_on_signals(go_on) as stop, display(sys.stderr) as shown, _Messages(shown):

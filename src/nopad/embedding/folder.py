@@ -13,6 +13,7 @@ from nopad.checkpoints.untrained import UNTRAINED
 from nopad.embedding.inputs.files import why
 from nopad.embedding.inputs.listing import InputList
 from nopad.embedding.table.writer import OWN_FOLDER, folder_error
+from nopad.local_paths import check_local
 
 
 class JobFolder:
@@ -21,6 +22,7 @@ class JobFolder:
     def __init__(self, folder: str | Path) -> None:
         if not os.fspath(folder):
             raise ValueError("out: expected a folder, got ''; '.' is the current one")
+        check_local("out", folder)
         self.path = Path(folder)
         self.own = self.path / OWN_FOLDER
 

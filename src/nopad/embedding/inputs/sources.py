@@ -17,6 +17,7 @@ from nopad.embedding.inputs.names import COMPRESSED_TARS, HIDDEN, VIDEOS, expand
 from nopad.embedding.inputs.tables import NoImageColumnError, dataset_inputs, is_dataset, parquet_inputs
 from nopad.embedding.inputs.walk import Hidden, match, walk
 from nopad.embedding.table.writer import OWN_FOLDER, parse_shard_name
+from nopad.local_paths import check_local
 from nopad.preprocessing.formats import image_suffixes
 from nopad.terminal import printable
 
@@ -62,11 +63,14 @@ def list_inputs(sources: Sequence[str | Path], *, image_column: str | None = Non
         hidden: take what is hidden, too.
 
     Raises:
-        ValueError: a source that is missing, matches nothing or has nothing to read in it; a compressed tar that is a
-            source by itself; several columns of images and no `image_column`; `image_column` where nothing has columns.
+        ValueError: a source or a line of a list file that is an address (`s3://…`); a source that is missing, matches
+            nothing or has nothing to read in it; a compressed tar that is a source by itself; several columns of images
+            and no `image_column`; `image_column` where nothing has columns.
     """
     if isinstance(sources, str | Path) or not sources:
         raise ValueError(f"sources: expected a list of paths and globs, got {sources!r}")
+    for source in sources:
+        check_local("sources", source)
     left_out: Counter[str] = Counter()
     first_broken: list[Input] = []
     nothing_in: list[str] = []
@@ -247,10 +251,11 @@ class _Lister:
         except OSError as error:
             raise ValueError(printable(f"{self.source}: cannot be read: {why(error)}")) from error
         folder = os.path.dirname(os.path.abspath(self.name))
-        for line in (data or b"").removeprefix(b"\xef\xbb\xbf").split(b"\n"):
+        for number, line in enumerate((data or b"").removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
             name = os.fsdecode(line.removesuffix(b"\r"))
             if not name.strip():
                 continue
+            check_local(printable(f"{self.source}, line {number}"), name)
             path = os.path.join(folder, name)
             if not os.path.isabs(name) and not os.path.lexists(path) and os.path.lexists(name):
                 path = os.path.abspath(name)

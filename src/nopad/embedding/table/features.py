@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from nopad.embedding.table import reader as stored
 from nopad.embedding.table import writer as shards
+from nopad.local_paths import check_local
 
 _CACHED_GROUPS = 4
 _SHOWN = 5
@@ -122,6 +123,7 @@ def read_features(folder: str | Path, *, partial: bool = False) -> Features:
             shard; the message says which and what to do.
         OSError: a shard that cannot be opened or read.
     """
+    check_local("folder", folder)
     numbered = _find(Path(folder), partial)
     schema, rows = _survey(numbered)
     paths = list(numbered.values())

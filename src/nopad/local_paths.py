@@ -1,0 +1,21 @@
+"""Paths that callers and list files give: of this machine's file systems, and no addresses of something else."""
+
+from __future__ import annotations
+
+import os
+import re
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# pathlib makes one slash of two. A single letter is a drive.
+_ADDRESS_AS_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def check_local(name: str, path: str | os.PathLike[str]) -> None:
+    """Raise `ValueError` for an address such as `s3://bucket/photos`, also as a `Path`: it would name a local file."""
+    text = os.fspath(path)
+    pattern = _ADDRESS if isinstance(path, str) else _ADDRESS_AS_PATH
+    if isinstance(text, str) and (match := pattern.match(text)):
+        raise ValueError(
+            f"{name}: expected a path of this machine, got {text!r}; nothing is read from or written to "
+            f"{match[0].rstrip('/')}//. Mount it as a folder (rclone mount, s3fs, gcsfuse, …) or copy it first"
+        )
