@@ -13,6 +13,7 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 
 from nopad.layers.positions import (
     TABLE_SIZE,
+    axis_weights,
     learned_positions,
     patch_weights,
     resample,
@@ -130,6 +131,15 @@ def test_resample_equals_antialiased_interpolation(mode, target):
     assert torch.equal(ours, expected[0].permute(1, 2, 0).reshape(-1, 5))
 
 
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("target", [(60, 1), (2, 1), (1, 60), (1, 1)])
+def test_resample_to_one_column_is_the_product_of_the_axes_weights(target, mode):
+    table = torch.randn(20, 6)
+    rows, columns = (axis_weights(side, new, mode, True) for side, new in zip((4, 5), target, strict=True))
+    expected = torch.einsum("ij,kl,jld->ikd", rows, columns, table.reshape(4, 5, 6)).flatten(0, 1)
+    torch.testing.assert_close(resample(table, (4, 5), target, mode), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_resample_by_hand():
     # Each row has one value; wider or narrower, a row keeps it.
     table = torch.tensor([1.0, 1.0, 1.0, 5.0, 5.0, 5.0])[:, None]
@@ -141,12 +151,12 @@ def test_resample_by_hand():
     torch.testing.assert_close(narrower.flatten().tolist(), [(3 * 0 + 3 * 7 + 14) / 7, (3 * 21 + 3 * 14 + 7) / 7])
 
 
-@pytest.mark.parametrize("target", [(3, 8), (2, 3), (7, 5)])
+@pytest.mark.parametrize("target", [(3, 8), (2, 3), (7, 5), (6, 1)])
 def test_bilinear_resample_equals_transformers_siglip2(target):
     table = noise(16, 5)
     shapes = torch.tensor([target])
     theirs = Siglip2VisionEmbeddings.resize_positional_embeddings(table.reshape(4, 4, 5), shapes, math.prod(target))
-    assert torch.equal(resample(table, (4, 4), target, "bilinear"), theirs[0])
+    assert torch.equal(resample(table, (4, 4), target, "bilinear", channels_last=False), theirs[0])
 
 
 @pytest.mark.parametrize("grid", [[(1, 2, 3)], [(1, 2, 3), (1, 3, 2), (1, 2, 3)], [(3, 2, 2), (1, 4, 1), (2, 2, 2)]])

@@ -64,7 +64,8 @@ class PositionTable(nn.Module):
             )
         if not layout.grid:
             return self.weight[:0]
-        return resampled_positions(layout, self.weight, self.grid, self.mode, antialias=self.antialias, dtype=dtype)
+        options = {"antialias": self.antialias, "channels_last": False, "dtype": dtype}
+        return resampled_positions(layout, self.weight, self.grid, self.mode, **options)
 
 
 @torch.library.custom_op("nopad::positions_of_grids", mutates_args=())
@@ -82,7 +83,8 @@ def positions_of_grids(
     """Positions as one operator of an exported graph, in which the grid is not known; without a gradient."""
     layout = Layout.of_grid(grid_thw.tolist(), table.device)
     if native:
-        return resampled_positions(layout, table, (rows, columns), mode, antialias=antialias).contiguous()
+        options = {"antialias": antialias, "channels_last": False}
+        return resampled_positions(layout, table, (rows, columns), mode, **options).contiguous()
     return learned_positions(layout, table, (rows, columns), mode=mode, antialias=antialias, strict=strict).contiguous()
 
 

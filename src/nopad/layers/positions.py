@@ -62,7 +62,13 @@ def sincos_table(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def resample(
-    table: Tensor, source: tuple[int, int], target: tuple[int, int], mode: str, *, antialias: bool = True
+    table: Tensor,
+    source: tuple[int, int],
+    target: tuple[int, int],
+    mode: str,
+    *,
+    antialias: bool = True,
+    channels_last: bool = True,
 ) -> Tensor:
     """Resize a learned position table to another grid.
 
@@ -73,6 +79,8 @@ def resample(
         mode: `"bicubic"` as in timm's `resample_abs_pos_embed`, `"bilinear"` as in SigLIP2's
             `resize_positional_embeddings`.
         antialias: `False` as in `interpolate_pos_encoding` of transformers' models.
+        channels_last: `False` as in transformers' SigLIP2. torch 2.13 antialiases to a grid of one column wrongly on a
+            CPU unless the table is in this memory format, as that of the other originals is.
 
     Returns:
         `(rows · columns, D)` float32 on the `target` grid, or float64 like the table.
@@ -80,7 +88,9 @@ def resample(
     table = at_least_float32(table)
     if source == target:
         return table
-    image = table.T.reshape(1, -1, *source)
+    image = table.unflatten(0, (1, *source)).permute(0, 3, 1, 2)
+    if not channels_last:
+        image = image[0].unsqueeze(0)  # with the strides of the original
     return F.interpolate(image, size=target, mode=mode, align_corners=False, antialias=antialias)[0].flatten(1).T
 
 
@@ -131,6 +141,7 @@ def resampled_positions(
     mode: str,
     *,
     antialias: bool = True,
+    channels_last: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Positions of every patch from one table, resampled to the grid of each image.
@@ -139,7 +150,7 @@ def resampled_positions(
         layout: the pack, at least one image; every frame is a full grid.
         table: `(rows · columns, D)` on the `source` grid.
         source: `(rows, columns)` of the table.
-        mode, antialias: as in `resample`.
+        mode, antialias, channels_last: as in `resample`.
         dtype: as in `tables_of_grids`.
 
     Returns:
@@ -150,7 +161,8 @@ def resampled_positions(
 
         weights, spans, index = patch_weights(layout, source, mode, antialias=antialias)
         return triton_positions.resample(table.float().contiguous(), weights, spans, index, source[1], dtype)
-    return tables_of_grids(layout, lambda grid: resample(table, source, grid, mode, antialias=antialias), dtype)
+    options = {"antialias": antialias, "channels_last": channels_last}
+    return tables_of_grids(layout, lambda grid: resample(table, source, grid, mode, **options), dtype)
 
 
 def tables_of_grids(
