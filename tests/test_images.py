@@ -620,6 +620,9 @@ PIXEL_PROCESSORS = {
     "lmms-lab-encoder/onevision-encoder-large": CLIPImageProcessorPil(
         size={"shortest_edge": 448}, crop_size=squared(448)
     ),
+    "facebook/dinov2-base": BitImageProcessorPil(
+        size={"shortest_edge": 256}, crop_size=squared(224), image_mean=list(SQUARE.mean), image_std=list(SQUARE.std)
+    ),
     "google/siglip2-base-patch16-256": SiglipImageProcessorPil(size=squared(256)),
     "google/siglip-so400m-patch14-384": SiglipImageProcessorPil(size=squared(384)),
 }

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from nopad.embedding.table.features import Features, read, read_features
     from nopad.encoder import PackedEncoder
     from nopad.families.aimv2 import AIMv2Packing
+    from nopad.families.dinov2 import DINOv2Packing
     from nopad.families.dinov3 import DINOv3ViTPacking
     from nopad.families.onevision import OneVisionEncoderPacking
     from nopad.families.siglip2 import Siglip2NaflexPacking
@@ -22,6 +23,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "AIMv2Packing",
+    "DINOv2Packing",
     "DINOv3ViTPacking",
     "Features",
     "OneVisionEncoderPacking",
@@ -40,6 +42,7 @@ __all__ = [
 # Imported when first used: `import nopad` is quick and needs neither torch nor transformers.
 _HOMES = {
     "AIMv2Packing": "nopad.families.aimv2",
+    "DINOv2Packing": "nopad.families.dinov2",
     "DINOv3ViTPacking": "nopad.families.dinov3",
     "Features": "nopad.embedding.table.features",
     "OneVisionEncoderPacking": "nopad.families.onevision",

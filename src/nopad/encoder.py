@@ -49,8 +49,9 @@ class PackedEncoder(ByRole, PreTrainedModel):
     Attributes:
         family: the family's name.
         dialects: how its checkpoints name their tensors.
-        published: the config of each published model, by its name on the Hub.
-        config_classes: of all configs that it takes, where `config_class` is not the only one.
+        published: the config of each published model, by its name on the Hub; with `model_type` where it is not one of
+            the first of `config_classes`.
+        config_classes: of all configs that it takes, where `config_class`, the first, is not the only one.
         read_config: returns the architecture of a checkpoint whose tensors have the packed model's names.
         frames_attend_jointly: a whole clip is one segment, not each of its frames.
         num_prefix_tokens: CLS and register tokens in front of each segment.
@@ -103,6 +104,8 @@ class PackedEncoder(ByRole, PreTrainedModel):
         self.build()
         whole = (self.embeddings, *self.layers, self.head)  # `device_map` keeps each on one device
         self._no_split_modules = {type(module).__name__ for module in whole if module is not None}
+        # DDP would wait for the gradient of tokens for masked training, which never comes.
+        self._ddp_params_and_buffers_to_ignore = [n for n, _ in self.named_parameters() if n.endswith("mask_token")]
         self.post_init()
         lay_out(self)
 
@@ -320,9 +323,10 @@ class PackedEncoder(ByRole, PreTrainedModel):
             ValueError: the layers are in another format, see `precision`.
             TypeError: an argument that nothing knows.
         """
-        arguments = read_saving(save_directory, *args, **kwargs)
         check_saving(self.precision)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        arguments = read_saving(save_directory, *args, **kwargs)
+        arguments["state_dict"] = state_dicts.to_file(self, arguments)
+        super().save_pretrained(**arguments)
         if arguments["is_main_process"]:
             state_dicts.save_preprocessing(self, save_directory)
 

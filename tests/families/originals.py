@@ -12,6 +12,8 @@ from onevision_original import PlainConfig, PlainOneVision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
+from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersModel
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
 
@@ -21,6 +23,8 @@ ORIGINALS = {
     "aimv2": Aimv2VisionModel,
     "siglip2": Siglip2VisionModel,
     "siglip": siglip2_checkpoints.SiglipVisionModel,
+    "dinov2": Dinov2Model,
+    "dinov2 gated": Dinov2WithRegistersModel,
     "dinov3": DINOv3ViTModel,
     "onevision": PlainOneVision,
 }
@@ -28,7 +32,7 @@ ORIGINALS = {
 
 def original_class(family: str):
     """The class of a family in `tiny_encoders.FAMILIES`."""
-    return ORIGINALS[family.split()[0]]
+    return ORIGINALS.get(family, ORIGINALS[family.split()[0]])
 
 
 def read_by_original(family: str, folder: Path):
@@ -43,8 +47,9 @@ def read_by_original(family: str, folder: Path):
 
 
 def layers_of(original) -> nn.ModuleList:
-    """Its transformer layers, which DINOv3 has in `model`."""
-    return original.encoder.layers if hasattr(original, "encoder") else original.model.layer
+    """Its transformer layers."""
+    backbone = original.encoder if hasattr(original, "encoder") else original.model
+    return backbone.layers if hasattr(backbone, "layers") else backbone.layer
 
 
 class Features(NamedTuple):
@@ -77,7 +82,7 @@ def run_original(family: str, original, pixels: Tensor) -> Features:
         return Features(*siglip2_checkpoints.run(original, pixels))
     output = original(pixels[None])
     tokens, pooled = output.last_hidden_state[0], output.pooler_output
-    number = 1 + original.config.num_register_tokens if family.startswith("dinov3") else 0
+    number = 1 + getattr(original.config, "num_register_tokens", 0) if family.startswith("dino") else 0
     prefix = tokens[None, :number] if number else None
     return Features(tokens[number:], None if pooled is None else pooled[0], prefix)
 

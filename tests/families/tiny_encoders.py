@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import aimv2_checkpoints
+import dinov2_checkpoints
 import dinov3_checkpoints
 import onevision_checkpoints
 import siglip2_checkpoints
@@ -14,7 +15,17 @@ from torch import Tensor
 from nopad import PackedEncoder, families
 
 GRIDS = torch.tensor([[1, 4, 5], [1, 7, 3], [2, 2, 2], [1, 1, 1]])
-FAMILIES = ("aimv2", "aimv2 with a head", "siglip2", "siglip", "dinov3", "dinov3 gated", "onevision")
+FAMILIES = (
+    "aimv2",
+    "aimv2 with a head",
+    "siglip2",
+    "siglip",
+    "dinov2",
+    "dinov2 gated",
+    "dinov3",
+    "dinov3 gated",
+    "onevision",
+)
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2}
 """Heads of 64 values, which every kernel of a GPU takes."""
 
@@ -27,6 +38,10 @@ def tiny(family: str, folder: Path, **changes) -> Path:
     if family.startswith("siglip"):
         kind = siglip2_checkpoints.naflex if family == "siglip2" else siglip2_checkpoints.fixed
         return siglip2_checkpoints.folder_of(folder, kind(**changes))
+    if family.startswith("dinov2"):
+        changes.pop("intermediate_size", None)  # which follows the width
+        gated = {**dinov2_checkpoints.GATED, "num_register_tokens": 2} if family == "dinov2 gated" else {}
+        return dinov2_checkpoints.save(folder, dinov2_checkpoints.tiny_original(**gated, **changes))
     if family.startswith("dinov3"):
         gated = dinov3_checkpoints.GATED if family == "dinov3 gated" else {}
         return dinov3_checkpoints.save(folder, dinov3_checkpoints.tiny_original(**gated, **changes))

@@ -12,6 +12,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
+from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersModel
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
@@ -21,6 +23,8 @@ from nopad.encoder import PackedEncoder
 from nopad.families import siglip2_checkpoints
 from nopad.families.aimv2 import AIMv2Packing
 from nopad.families.aimv2_checkpoints import trained_grid
+from nopad.families.dinov2 import DINOv2Packing
+from nopad.families.dinov2_checkpoints import DINOv2WithRegistersPackingConfig
 from nopad.families.dinov3 import DINOv3ViTPacking
 from nopad.families.onevision import OneVisionEncoderPacking
 from nopad.families.siglip2 import Siglip2NaflexPacking, is_naflex
@@ -32,9 +36,11 @@ class ReferenceModel:
 
     Attributes:
         model_class: transformers' class.
+        num_prefix_tokens: CLS and register tokens in front of the patches, of the last model loaded.
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
+    num_prefix_tokens: int = 0
 
     def of(self, checkpoint: str, *, revision: str | None, trust_remote_code: bool) -> ReferenceModel:
         """The reference of one checkpoint.
@@ -42,7 +48,7 @@ class ReferenceModel:
         Raises:
             ValueError: there is none, or none that may be run.
         """
-        return self
+        return type(self)()
 
     def describe(self, model: PreTrainedModel) -> str:
         """The reference's name in reports."""
@@ -76,6 +82,7 @@ class ReferenceModel:
         Raises:
             ValueError: a tensor too few, too many or of another shape.
         """
+        self.num_prefix_tokens = packed.num_prefix_tokens
         model_class = self.class_of(packed)
         load: Any = model_class.from_pretrained
         model, info = load(None, config=self.config(packed), state_dict=state, dtype=dtype, output_loading_info=True)
@@ -111,7 +118,7 @@ class ReferenceModel:
 
     def patch_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens of the reference, `(…, T, D)`, without prefix tokens."""
-        return tokens
+        return tokens[..., self.num_prefix_tokens :, :]
 
 
 class RemoteCodeReference(ReferenceModel):
@@ -190,15 +197,25 @@ class AIMv2Reference(ReferenceModel):
         return None if packed.config.is_native else trained_grid(packed.config)
 
 
+class DINOv2Reference(ReferenceModel):
+    """transformers' DINOv2, with and without registers."""
+
+    model_class = Dinov2Model
+
+    def class_of(self, packed: PackedEncoder) -> type[PreTrainedModel]:
+        """The class that reads the same checkpoint."""
+        with_registers = isinstance(packed.config, DINOv2WithRegistersPackingConfig)
+        return Dinov2WithRegistersModel if with_registers else Dinov2Model
+
+    def layers(self, model: Any) -> nn.ModuleList:
+        """The reference's transformer layers."""
+        return model.encoder.layer
+
+
 class DINOv3Reference(ReferenceModel):
     """transformers' DINOv3."""
 
     model_class = DINOv3ViTModel
-    num_prefix_tokens: int
-
-    def of(self, checkpoint: str, *, revision: str | None, trust_remote_code: bool) -> ReferenceModel:
-        """The reference of one checkpoint."""
-        return type(self)()
 
     def config(self, packed: PackedEncoder) -> PreTrainedConfig:
         """The reference's config for the same architecture.
@@ -219,7 +236,6 @@ class DINOv3Reference(ReferenceModel):
         Raises:
             ValueError: a tensor too few, too many or of another shape.
         """
-        self.num_prefix_tokens = packed.num_prefix_tokens
         model = super().load(packed, state, dtype)
         if packed.config.rope_periods is not None:
             with torch.no_grad():
@@ -229,10 +245,6 @@ class DINOv3Reference(ReferenceModel):
     def layers(self, model: Any) -> nn.ModuleList:
         """The reference's transformer layers, which transformers has moved from `layer` to `model.layer`."""
         return (model.model if hasattr(model, "model") else model).layer
-
-    def patch_tokens(self, tokens: Tensor) -> Tensor:
-        """Tokens of the reference, `(…, T, D)`, without CLS and register tokens."""
-        return tokens[..., self.num_prefix_tokens :, :]
 
 
 class Siglip2Reference(ReferenceModel):
@@ -283,6 +295,7 @@ class OneVisionReference(RemoteCodeReference):
 
 REFERENCES: dict[type[PackedEncoder], ReferenceModel] = {
     AIMv2Packing: AIMv2Reference(),
+    DINOv2Packing: DINOv2Reference(),
     DINOv3ViTPacking: DINOv3Reference(),
     Siglip2NaflexPacking: Siglip2Reference(),
     OneVisionEncoderPacking: OneVisionReference(),

@@ -169,6 +169,10 @@ class NameTable:
                 return rename, targets
         return Rename(name, name), [name]
 
+    def of_renames(self) -> NameTable:
+        """The lines that rename alone."""
+        return NameTable(*(rename for rename in self.renames if rename.reshape is SAME))
+
     def file_name(self, name: str) -> str:
         """The tensor of the file that a parameter comes from, the first of several."""
         for join in self.joins:

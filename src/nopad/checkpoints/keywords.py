@@ -121,16 +121,17 @@ def check_config_class(cls: type[PackedEncoder], config: Any) -> None:
 
 
 def read_saving(directory: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The arguments of `save_pretrained` by name, with transformers' own defaults.
+    """All arguments of `save_pretrained` by name, with transformers' own defaults.
 
     Raises:
         TypeError: one that transformers would not know either; those of `push_to_hub` come with `push_to_hub=True`.
     """
     signature = inspect.signature(PreTrainedModel.save_pretrained)
-    bound = signature.bind(None, directory, *args, **kwargs)
+    bound = signature.bind(..., directory, *args, **kwargs)
     bound.apply_defaults()
     arguments = dict(bound.arguments)
+    del arguments["self"]
     further = arguments.pop("kwargs", {})
     if not arguments["push_to_hub"]:
         check_known("save_pretrained", further, (), signature.parameters.keys() - {"self", "kwargs"})
-    return arguments
+    return {**arguments, **further}

@@ -80,8 +80,10 @@ def published_config(cls: type[PackedEncoder], name: str) -> Any:
     """
     if name not in cls.published:
         raise ValueError(f"published model: expected one of {', '.join(cls.published)}, got {name!r}")
-    assert cls.config_class is not None
-    return cls.config_class(**cls.published[name])
+    fields = dict(cls.published[name])
+    kinds: Any = cls.config_classes or (cls.config_class,)
+    model_type = fields.pop("model_type", kinds[0].model_type)
+    return next(kind for kind in kinds if kind.model_type == model_type)(**fields)
 
 
 def from_checkpoint(

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
+from nopad.checkpoints.conversions import NameTable
 from nopad.checkpoints.files import PICKLES, SAFETENSORS
 from nopad.checkpoints.formats import Checkpoint, Dialect, check_strictly
 
@@ -83,15 +84,16 @@ def load_quantised(
     file = Path(checkpoint.name)
     if file.is_file() and file.name not in (*SAFETENSORS, *PICKLES):
         raise ValueError(f"{whose}: expected the folder of quantised weights, whose file is {SAFETENSORS[1]}")
+    # A quantised weight is neither split nor joined: transformers saves those that its own class joins as they are.
+    dialect = replace(dialect, table=dialect.table.of_renames())
     needed = skeleton.state_dict()
     _check(checkpoint, dialect, needed)
     config = copy.deepcopy(skeleton.config)
     config.quantization_config = checkpoint.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
     if kwargs.get("dtype") is None:
         kwargs["dtype"] = checkpoint.config_dtype or "auto"
-    names = {rf"^{re.escape(prefix)}": "" for prefix in dialect.prefixes}
-    if dialect.prefixes and not any(name.startswith(dialect.prefixes) for name in checkpoint.tensors):
-        names = {}
+    prefixed = any(name.startswith(dialect.prefixes) for name in checkpoint.tensors)
+    names = {rf"^{re.escape(prefix)}": "" for prefix in dialect.prefixes if prefixed} | _key_mapping(dialect.table)
     try:
         model, info = from_pretrained(
             str(checkpoint.folder),
@@ -106,6 +108,23 @@ def load_quantised(
         raise ValueError(f"{whose}: its quantised weights cannot be read: {reason}") from error
     _check_loaded(whose, model, info, needed)
     return model, info
+
+
+def _key_mapping(table: NameTable) -> dict[str, str]:
+    """The renames of a table as transformers' loader takes them: without groups, so what changes within a name alone.
+
+    A line that puts something in front is left out; it is one of transformers' own (DINOv3's).
+    """
+    mapping = {}
+    for rename in table.renames:
+        file, model = rename.file.split("."), rename.model[0].split(".")
+        while file and model and file[-1] == model[-1]:
+            file, model = file[:-1], model[:-1]
+        while file and model and file[0] == model[0]:
+            file, model = file[1:], model[1:]
+        if file and model:
+            mapping[rf"\.{re.escape('.'.join(file))}\."] = f".{'.'.join(model)}."
+    return mapping
 
 
 def _check(checkpoint: Checkpoint, dialect: Dialect, needed: Mapping[str, Tensor]) -> None:

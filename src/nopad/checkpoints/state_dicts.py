@@ -1,9 +1,9 @@
-"""What `load_state_dict` takes, and what a saved folder has beside the weights."""
+"""State dicts: what `load_state_dict` takes, and what `save_pretrained` writes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +28,34 @@ def to_memory(
         ValueError: nopad 0.1's fused matrices, another dialect, another family.
     """
     names = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
-    for name, part in encoder.original_dialect().table.parts(names).items():
-        (stored,) = part.names  # the original's tables rename alone
-        state_dict[prefix + name] = state_dict.pop(prefix + stored)
     _check_names(encoder, names, families)
+    inputs = {name: state_dict.pop(prefix + name) for name in names}
+    for name, part in encoder.original_dialect().table.parts(names).items():
+        (stored,) = part.names  # the original's tables join nothing
+        tensor = inputs[stored]
+        if len(part.rename.model) > 1:  # of its own memory, or savers take the parts for tied parameters
+            tensor = part.rename.reshape.parts(tensor)[part.index].clone()
+        state_dict[prefix + name] = tensor
+
+
+def to_file(encoder: PackedEncoder, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The state dict that `save_pretrained` is to write: under the names of published files.
+
+    Args:
+        encoder: that is saved.
+        arguments: of `save_pretrained`, by name.
+
+    Returns:
+        As given, `None` for the one that transformers would take: where names in memory are wanted, adapters are saved
+        in place of weights, values are quantised or elsewhere, or the two kinds of names are the same.
+    """
+    state = arguments["state_dict"]
+    table = encoder.original_dialect().table
+    whole = not getattr(encoder, "is_quantized", False) and not getattr(encoder, "_hf_peft_config_loaded", False)
+    if not (table.renames and whole and arguments["save_original_format"]):
+        return state
+    needed = encoder.state_dict() if state is None else state
+    return state if any(tensor.is_meta for tensor in needed.values()) else table.to_file(needed)
 
 
 def _check_names(encoder: PackedEncoder, names: list[str], families: Iterable[type[PackedEncoder]]) -> None:

@@ -38,8 +38,7 @@ def load_strictly(
         check_dtype(dtype, f"checkpoint {checkpoint.name!r}: dtype")
     check_dtype(dtype)
     tensors = dialect.convert(checkpoint).tensors
-    names = skeleton.original_dialect().table  # transformers leads from the names of files to those in memory
-    state = {names.file_name(name): tensors[name] for name in needed}
+    state = {name: tensors[name] for name in needed}
     arguments = {"config": skeleton.config, "state_dict": state, "dtype": dtype, "output_loading_info": True, **kwargs}
     model, info = from_pretrained(None, **arguments)
     lost = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]))
@@ -49,7 +48,7 @@ def load_strictly(
 
 
 _SIDES = ("hidden_size", "intermediate_size", "num_channels", "patch_size", "num_register_tokens", "projection_dim")
-_OTHER_COUNTS = ("num_hidden_layers", "num_attention_heads", "image_size", "num_patches")
+_OTHER_COUNTS = ("mlp_ratio", "num_hidden_layers", "num_attention_heads", "image_size", "num_patches")
 _COUNTS = {**dict.fromkeys((*_SIDES, *_OTHER_COUNTS), 1), "num_register_tokens": 0}
 """The least of each; `None` where there is no such thing."""
 _NUMBERS = {

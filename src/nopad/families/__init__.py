@@ -5,12 +5,14 @@ from __future__ import annotations
 from nopad.checkpoints.formats import Checkpoint
 from nopad.encoder import PackedEncoder
 from nopad.families.aimv2 import AIMv2Packing
+from nopad.families.dinov2 import DINOv2Packing
 from nopad.families.dinov3 import DINOv3ViTPacking
 from nopad.families.onevision import OneVisionEncoderPacking
 from nopad.families.siglip2 import Siglip2NaflexPacking
 
 FAMILIES: tuple[type[PackedEncoder], ...] = (
     AIMv2Packing,
+    DINOv2Packing,
     DINOv3ViTPacking,
     Siglip2NaflexPacking,
     OneVisionEncoderPacking,

@@ -157,7 +157,6 @@ class DINOv3ViTPacking(PackedEncoder):
     published = PUBLISHED
     read_config = staticmethod(read_config)
     names: Mapping[str, str] = {"layers": "model.layer"}
-    _ddp_params_and_buffers_to_ignore = ("embeddings.mask_token",)  # DDP would wait for its gradient, which never comes
 
     def build(self) -> None:
         """Embeddings, rope, blocks and norms."""

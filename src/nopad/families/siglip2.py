@@ -17,7 +17,6 @@ from nopad.families.siglip2_checkpoints import (
     Siglip2PackingConfig,
     SiglipConfigs,
     SiglipPackingConfig,
-    config_of,
     read_config,
     trained_grid,
 )
@@ -135,16 +134,6 @@ class Siglip2NaflexPacking(PackedEncoder):
         if is_naflex(self.config):
             return Preprocessing(rule="naflex", resample="bilinear", **statistics)
         return Preprocessing(rule="square", size=self.config.image_size, resample="bicubic", **statistics)
-
-    @classmethod
-    def published_config(cls, name: str) -> SiglipConfigs:
-        """The config of a published model, of the kind that it is.
-
-        Raises:
-            ValueError: not a published name of this family.
-        """
-        super().published_config(name)  # raises for other names
-        return config_of(cls.published[name])
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

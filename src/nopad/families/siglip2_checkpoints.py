@@ -191,11 +191,6 @@ def _told_by_tensors(checkpoint: Checkpoint, told: dict[str, Any]) -> dict[str, 
     return fields
 
 
-def config_of(fields: dict[str, Any]) -> SiglipConfigs:
-    """The config of a published model: NaFlex has no image size."""
-    return SiglipPackingConfig(**fields) if "image_size" in fields else Siglip2PackingConfig(**fields)
-
-
 # Width, heads, layers, feed-forward width.
 _SIZES = {
     "base": (768, 12, 12, 3072),
@@ -233,7 +228,11 @@ def _published() -> dict[str, dict[str, Any]]:
                 "hidden_act": "gelu_pytorch_tanh",
                 "layer_norm_eps": 1e-6,
                 "vision_use_head": True,
-                **({"num_patches": 256} if variant == "naflex" else {"image_size": int(variant[:3])}),
+                **(
+                    {"num_patches": 256}
+                    if variant == "naflex"
+                    else {"image_size": int(variant[:3]), "model_type": SiglipPackingConfig.model_type}
+                ),
             }
     return models
 

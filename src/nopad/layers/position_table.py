@@ -38,34 +38,54 @@ class PositionTable(nn.Module):
         self.weight = nn.Parameter(torch.empty(math.prod(grid), hidden_size))
 
     def forward(self, layout: Layout) -> Tensor:
-        """Positions of every patch, `(T, D)`, computed in at least float32 and rounded to the dtype of the weights.
+        """Positions of every patch, `(T, D)`; see `table_positions`."""
+        options = {"mode": self.mode, "antialias": self.antialias, "strict": self.strict, "native": self.native}
+        return table_positions(layout, self.weight, self.grid, **options)
 
-        Under autocast that is not the dtype of the tokens: the patch embedding of a float32 model returns half
-        precision, and the sum with float32 positions is float32, as in the original.
 
-        Raises:
-            ValueError: `patch_positions` with `native`; see also `learned_positions`.
-        """
-        dtype = self.weight.dtype
-        if isinstance(layout, TracedLayout) and layout.patch_positions is None:
-            grid = layout.grid_thw, layout.image_index, *self.grid
-            options = self.mode, self.antialias, self.strict, self.native
-            return positions_of_grids(self.weight, *grid, *options).to(dtype)
-        return self._positions(layout, dtype).to(dtype)
+def table_positions(
+    layout: Layout,
+    table: Tensor,
+    grid: tuple[int, int],
+    *,
+    mode: str,
+    antialias: bool = True,
+    strict: bool = False,
+    native: bool = False,
+) -> Tensor:
+    """Positions of every patch, computed in at least float32 and rounded to the dtype of the table.
 
-    def _positions(self, layout: Layout, dtype: torch.dtype) -> Tensor:
-        if not self.native:
-            options = {"mode": self.mode, "antialias": self.antialias, "strict": self.strict, "dtype": dtype}
-            return learned_positions(layout, self.weight, self.grid, **options)
-        if layout.patch_positions is not None:
-            raise ValueError(
-                "patch_positions: expected None, since these positions are resampled to the whole grid of an image, "
-                "which patch_positions do not contain; use a fixed-size checkpoint"
-            )
-        if not layout.grid:
-            return self.weight[:0]
-        options = {"antialias": self.antialias, "channels_last": False, "dtype": dtype}
-        return resampled_positions(layout, self.weight, self.grid, self.mode, **options)
+    Under autocast that is not the dtype of the tokens: the patch embedding of a float32 model returns half precision,
+    and the sum with float32 positions is float32, as in the original.
+
+    Args:
+        layout: the pack.
+        table: `(rows · columns, D)` on the `grid`.
+        grid, mode, antialias, strict, native: as in `PositionTable`.
+
+    Returns:
+        `(T, D)`.
+
+    Raises:
+        ValueError: `patch_positions` with `native`; see also `learned_positions`.
+    """
+    dtype = table.dtype
+    if isinstance(layout, TracedLayout) and layout.patch_positions is None:
+        return positions_of_grids(
+            table, layout.grid_thw, layout.image_index, *grid, mode, antialias, strict, native
+        ).to(dtype)
+    if not native:
+        options = {"mode": mode, "antialias": antialias, "strict": strict, "dtype": dtype}
+        return learned_positions(layout, table, grid, **options).to(dtype)
+    if layout.patch_positions is not None:
+        raise ValueError(
+            "patch_positions: expected None, since these positions are resampled to the whole grid of an image, "
+            "which patch_positions do not contain; use a fixed-size checkpoint"
+        )
+    if not layout.grid:
+        return table[:0]
+    options = {"antialias": antialias, "channels_last": False, "dtype": dtype}
+    return resampled_positions(layout, table, grid, mode, **options).to(dtype)
 
 
 @torch.library.custom_op("nopad::positions_of_grids", mutates_args=())

@@ -1,0 +1,104 @@
+"""Tiny DINOv2 checkpoints in every dialect, written by renaming tensors of transformers' own models one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from aimv2_checkpoints import randomize, write
+from torch import Tensor
+from transformers.models.dinov2.configuration_dinov2 import Dinov2Config
+from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
+from transformers.models.dinov2_with_registers.configuration_dinov2_with_registers import Dinov2WithRegistersConfig
+from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersModel
+
+GATED = {"use_swiglu_ffn": True, "mlp_ratio": 3}
+VARIANTS = {
+    "plain": {},
+    "gated": GATED,
+    "registers": {"num_register_tokens": 3},
+    "gated, registers": {**GATED, "num_register_tokens": 2},
+    "class with no registers": {"num_register_tokens": 0},
+    "no biases of queries, keys and values": {"qkv_bias": False},
+    "no mask token": {"use_mask_token": False},
+    "tanh": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-3},
+}
+
+
+def tiny_original(**changes) -> Dinov2Model | Dinov2WithRegistersModel:
+    """Positions learned on 5 × 5 patches; with `num_register_tokens` the class that has them."""
+    fields = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "mlp_ratio": 2,
+        "image_size": 20,
+        "patch_size": 4,
+        **changes,
+    }
+    if "num_register_tokens" in fields:
+        model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**fields))
+    else:
+        model = Dinov2Model(Dinov2Config(**fields))
+    randomize(model)
+    return model.eval()
+
+
+def in_memory(original) -> dict[str, Tensor]:
+    """The names that transformers has in memory since 5.18."""
+    return dict(original.state_dict())
+
+
+def published(original) -> dict[str, Tensor]:
+    """The names of the published files."""
+    table = [
+        ("attention.q_proj", "attention.attention.query"),
+        ("attention.k_proj", "attention.attention.key"),
+        ("attention.v_proj", "attention.attention.value"),
+        ("attention.o_proj", "attention.output.dense"),
+        ("mlp.down_proj", "mlp.weights_out"),
+    ]
+    named = {}
+    state = original.state_dict()
+    for name, tensor in state.items():
+        if "up_proj" in name:
+            continue
+        if "gate_proj" in name:
+            up = state[name.replace("gate_proj", "up_proj")]
+            name, tensor = name.replace("gate_proj", "weights_in"), torch.cat((tensor, up))
+        for old, new in table:
+            name = name.replace(old, new)
+        named[name] = tensor
+    return named
+
+
+def meta(original) -> dict[str, Tensor]:
+    """Meta's names."""
+    table = [
+        ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
+        ("embeddings.position_embeddings", "pos_embed"),
+        ("embeddings.", ""),
+        ("encoder.layer.", "blocks."),
+        ("layer_scale1.lambda1", "ls1.gamma"),
+        ("layer_scale2.lambda1", "ls2.gamma"),
+        ("attention.output.dense", "attn.proj"),
+        ("mlp.weights_in", "mlp.w12"),
+        ("mlp.weights_out", "mlp.w3"),
+        ("layernorm.", "norm."),
+    ]
+    named = {}
+    state = published(original)
+    for name, tensor in state.items():
+        if ".key." in name or ".value." in name:
+            continue
+        if ".query." in name:
+            parts = [state[name.replace("query", part)] for part in ("query", "key", "value")]
+            name, tensor = name.replace("attention.attention.query", "attn.qkv"), torch.cat(parts)
+        for old, new in table:
+            name = name.replace(old, new)
+        named[name] = tensor
+    return named
+
+
+def save(folder: Path, original, dialect=published) -> Path:
+    return write(folder, dialect(original), original.config.to_dict())
