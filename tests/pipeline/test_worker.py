@@ -332,3 +332,17 @@ def test_a_pack_by_another_rule_is_taken_by_the_encoder_that_made_it(encoder):
         pooled = encoder.encode(pack).pooled
     torch.testing.assert_close(encoder.embed(images, preprocessing=rule), pooled.float())
     assert not torch.allclose(encoder.embed(images), pooled.float(), atol=1e-3)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_clips_beside_an_image_change_none_of_its_bits_once_compiled(encoder, tmp_path, caplog, joint):
+    if joint:
+        original = onevision_checkpoints.tiny_original()
+        encoder = nopad.load(onevision_checkpoints.write(tmp_path, original.state_dict(), original.config.to_dict()))
+    encoder.compile(512, 8, compiled=False)
+    image, short, long = noise(0, 28, 28), [noise(n, 8, 8) for n in range(6)], [noise(n, 8, 8) for n in range(12)]
+    (alone,), (short_alone,), (long_alone,) = (encoder.embed([each]) for each in (image, short, long))
+    before = caplog.text
+    assert ("8 segments" in before) is not joint  # the long clip, whose frames are more, goes alone
+    together = encoder.embed([image, short, image, long, short, image])
+    assert torch.equal(together, torch.stack([alone, short_alone, alone, long_alone, short_alone, alone]))
