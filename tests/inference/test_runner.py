@@ -11,6 +11,7 @@ from tiny_encoders import GRIDS, WIDE, is_batch_invariant, patches_of, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nopad
+from nopad.inference import compile
 from nopad.inference.ready import EagerLayers
 from nopad.segments import Segments
 
@@ -188,15 +189,56 @@ def test_changed_weights_are_used(encoder):
     torch.testing.assert_close(changed, encoder(patches_of(encoder), GRIDS), rtol=1e-4, atol=1e-5)
 
 
+def pickled(encoder):
+    return pickle.loads(pickle.dumps(encoder))
+
+
 @torch.no_grad()
-def test_copies_and_saved_encoders_are_not_compiled(encoder, tmp_path):
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, lambda encoder: pickled(copy.deepcopy(encoder))])
+def test_copies_are_compiled_for_the_same_packs(encoder, copied, compiled):
+    encoder.compile(CAPACITY, MAX_SEGMENTS, compiled=compiled)
+    expected = encoder(patches_of(encoder), GRIDS)
+    twin = copied(encoder)
+    assert (twin.compiled_capacity, twin.compiled_max_segments) == (CAPACITY, MAX_SEGMENTS)
+    assert torch.equal(twin(patches_of(encoder), GRIDS), expected)
+    assert twin.execution == encoder.execution == ("compiled" if compiled else "eager")
+    twin.layers[0].mlp.down.weight.zero_()
+    assert not torch.equal(twin(patches_of(encoder), GRIDS), expected)
+    assert torch.equal(encoder(patches_of(encoder), GRIDS), expected)
+    twin.uncompile()
+    assert (twin.compiled_capacity, twin.execution) == (None, "eager")
+
+
+@torch.no_grad()
+def test_a_copy_is_compiled_once_and_not_for_packs_that_run_eagerly(encoder, monkeypatch):
     encoder.compile(CAPACITY, MAX_SEGMENTS)
+    calls, make = [], compile.compile_layers
+    monkeypatch.setattr(compile, "compile_layers", lambda *arguments: calls.append(arguments) or make(*arguments))
     twin = copy.deepcopy(encoder)
-    assert twin.compiled_capacity is None
-    assert pickle.loads(pickle.dumps(encoder._runner)).execution(encoder.layers) == "eager"
+    with torch.enable_grad():
+        twin(patches_of(encoder), GRIDS)
+    twin(patches_of(encoder, GRIDS.repeat(3, 1)), GRIDS.repeat(3, 1))  # more segments than it is compiled for
+    assert not calls
+
+    @torch.no_grad()
+    def tokens(_):
+        return twin(patches_of(encoder), GRIDS)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(tokens, range(4)))
+    assert len(calls) == 1
+    assert all(torch.equal(each, encoder(patches_of(encoder), GRIDS)) for each in found)
+
+
+@torch.no_grad()
+def test_saved_encoders_are_not_compiled(encoder, tmp_path):
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
     encoder.save_pretrained(tmp_path / "saved")
     loaded = nopad.load(tmp_path / "saved")
-    assert torch.equal(loaded(patches_of(encoder), GRIDS), twin(patches_of(encoder), GRIDS))
+    assert loaded.compiled_capacity is None
+    encoder.uncompile()
+    assert torch.equal(loaded(patches_of(encoder), GRIDS), encoder(patches_of(encoder), GRIDS))
 
 
 @torch.no_grad()

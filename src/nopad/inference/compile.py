@@ -16,7 +16,7 @@ from nopad.inference.fusion import layers as fused
 from nopad.inference.guards import ModuleGuard
 from nopad.inference.padding import pad_rows, pad_segments, poison_segments, round_up_max_seqlen
 from nopad.inference.ready import CompiledLayers, EagerLayers, ReadyLayers
-from nopad.inference.runner import StaticRunner
+from nopad.inference.runner import DeferredRunner, Runner, StaticRunner
 from nopad.kernels.attention import reads_host_lengths
 from nopad.packing import CAPACITY, CAPACITY_ON_CPU
 from nopad.segments import Segments
@@ -55,7 +55,8 @@ def compile_encoder(
 
     Weights may change: copies of them are updated before the next pack. Two changes cannot be detected: a write through
     `.data`, and another `eps` of a norm. Layers with hooks, replaced parts, or dropout in training run eagerly, on
-    `capacity` rows. On a GPU, a final LayerNorm `norm` may receive zero-mean tokens; LayerNorm is invariant to that.
+    `capacity` rows. On a GPU, a final LayerNorm `norm` may receive zero-mean tokens; LayerNorm is invariant to that. A
+    copied or unpickled encoder is compiled for the same capacity when it is first used.
 
     Args:
         encoder: the encoder.
@@ -74,11 +75,25 @@ def compile_encoder(
     if capacity <= encoder.num_prefix_tokens or max_segments < 1:
         min_capacity = encoder.num_prefix_tokens + 1
         raise ValueError(f"expected capacity ≥ {min_capacity} and max_segments ≥ 1, got {capacity} and {max_segments}")
+    encoder._runner = _static_runner(encoder, capacity, max_segments, compiled)
+
+
+def ready_runner(encoder: PackedEncoder) -> Runner:
+    """The encoder's runner; that of a copy is compiled first, for the capacity of the encoder that it is a copy of."""
+    runner = encoder._runner
+    if isinstance(runner, DeferredRunner):
+        with runner.lock:
+            if encoder._runner is runner:  # no other thread has been here
+                encoder._runner = _static_runner(encoder, runner.capacity, runner.max_segments, runner.compiled)
+    return encoder._runner
+
+
+def _static_runner(encoder: PackedEncoder, capacity: int, max_segments: int, compiled: bool) -> StaticRunner:
     on_device = torch.cuda.device_of(next(encoder.parameters()))
     # Tensors made in inference mode could not be updated in place.
     with on_device, torch.inference_mode(False), torch.no_grad():
         layers = compile_layers(encoder, capacity, max_segments, compiled)
-        encoder._runner = StaticRunner(encoder, capacity, max_segments, layers)
+        return StaticRunner(encoder, capacity, max_segments, layers, compiled=compiled)
 
 
 def compile_layers(encoder: PackedEncoder, capacity: int, max_segments: int, compiled: bool) -> ReadyLayers:
@@ -143,7 +158,7 @@ def warm_up(encoder: PackedEncoder, layers: ReadyLayers, capacity: int, max_segm
     """Run the layers, and the kernels around them, for every `max_seqlen` of a static pack; check fused layers."""
     encoder.example_positions()
     rope = encoder.example_rope(capacity)
-    tokens = torch.randn(capacity, encoder.hidden_size, device=encoder.device).to(encoder.dtype)
+    tokens = torch.randn(capacity, encoder.hidden_size, dtype=torch.float32, device=encoder.device).to(encoder.dtype)
     tokens, finite = pad_rows(tokens, capacity)
     poison_segments(tokens, finite, Segments.of([capacity], encoder.device))
     lengths = sorted({round_up_max_seqlen(1 << power, capacity) for power in range(capacity.bit_length() + 1)})

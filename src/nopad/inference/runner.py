@@ -78,8 +78,8 @@ class EagerRunner:
         hidden_states: a list to append the tokens before each layer and after the last to, or `None`.
     """
 
-    capacity = None
-    max_segments = None
+    capacity: int | None = None
+    max_segments: int | None = None
 
     def __init__(self, hidden_states: list[Tensor] | None = None) -> None:
         self.hidden_states = hidden_states
@@ -127,11 +127,15 @@ class StaticRunner:
         capacity: rows of a pack, prefix tokens included.
         max_segments: maximum number of segments of a pack.
         layers: the encoder's layers, made ready.
+        compiled: whether they were to be compiled, for copies of the encoder.
     """
 
-    def __init__(self, encoder: PackedEncoder, capacity: int, max_segments: int, layers: ReadyLayers) -> None:
+    def __init__(
+        self, encoder: PackedEncoder, capacity: int, max_segments: int, layers: ReadyLayers, *, compiled: bool
+    ) -> None:
         self.capacity = capacity
         self.max_segments = max_segments
+        self.compiled = compiled
         self.dtype = encoder.dtype
         self.layers = layers
         self.source = encoder.layers
@@ -151,10 +155,7 @@ class StaticRunner:
             if not self.source.training:
                 _warn_of_gradients()
             return False
-        if rows <= self.capacity and segments <= self.max_segments:
-            return True
-        _warn_once(self.capacity, self.max_segments)
-        return False
+        return _fits(self, rows, segments)
 
     def embed(self, embedding: Callable[[Tensor], Tensor], patches: Tensor) -> Tensor:
         """See `Runner`."""
@@ -206,12 +207,38 @@ class StaticRunner:
             return None
         return encoder.projection(F.pad(pooled, (0, 0, 0, max(self.max_segments - len(pooled), 0))))[: len(pooled)]
 
-    def __deepcopy__(self, memo: object) -> EagerRunner:
-        """A copy of a compiled encoder is not compiled."""
-        return EagerRunner()
+    def __reduce__(self) -> tuple[type[DeferredRunner], tuple[int, int, bool]]:
+        # Of a copy too: compiled layers and graphs are those of this encoder's weights.
+        return DeferredRunner, (self.capacity, self.max_segments, self.compiled)
 
-    def __reduce__(self) -> tuple[type[EagerRunner], tuple[()]]:
-        return EagerRunner, ()
+
+class DeferredRunner(EagerRunner):
+    """In a copied or unpickled encoder what a `StaticRunner` is in the first one: it is compiled when it is first used.
+
+    Args:
+        capacity, max_segments, compiled: as `StaticRunner` has them.
+    """
+
+    def __init__(self, capacity: int, max_segments: int, compiled: bool) -> None:
+        super().__init__()
+        self.capacity: int = capacity  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.max_segments: int = max_segments  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.compiled = compiled
+        self.lock = threading.Lock()
+
+    def admits(self, rows: int, segments: int) -> bool:
+        """See `StaticRunner`."""
+        return not torch.is_grad_enabled() and _fits(self, rows, segments)
+
+    def __reduce__(self) -> tuple[type[DeferredRunner], tuple[int, int, bool]]:
+        return DeferredRunner, (self.capacity, self.max_segments, self.compiled)
+
+
+def _fits(runner: StaticRunner | DeferredRunner, rows: int, segments: int) -> bool:
+    if rows <= runner.capacity and segments <= runner.max_segments:
+        return True
+    _warn_once(runner.capacity, runner.max_segments)
+    return False
 
 
 @lru_cache
