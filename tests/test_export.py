@@ -57,6 +57,8 @@ def test_grid_as_an_input_of_any_size(encoder):
             assert relative(state, each) < EXACT
     with pytest.raises(RuntimeError, match="grid_thw: does not add up to the rows of hidden_states"):
         run(others, torch.tensor([[1, 2, 3], [2, 1, 2]]), **options)
+    with pytest.raises(RuntimeError, match="grid_thw: does not add up to the rows of hidden_states"):
+        run(others, torch.tensor([[2**32, 2**32, 1], [1, 1, len(others)]]), **options)
     with pytest.raises(RuntimeError, match="grid_thw: expected integers ≥ 1"):
         run(others, torch.tensor([[-2, -2, 3], [1, 0, 2]]), **options)
 

@@ -464,3 +464,25 @@ def test_unpack_refuses_other_than_a_row_per_patch(shape):
 def test_a_pack_refuses_images_of_different_channels():
     with pytest.raises(ValueError, match=r"^pixels: expected one number of channels for all, got \[3, 1\]$"):
         Pack.of([torch.zeros(3, 4, 4), torch.zeros(2, 1, 4, 4)], 2)
+
+
+@pytest.mark.parametrize(
+    "grid", [[[1, 2**16, 2**15]], [[1, 2**15, 2**15]] * 2, [[2**31, 1, 1]], [[1, 1, 2**31 - 1], [1, 1, 1]]]
+)
+def test_packs_beyond_int32_are_refused(grid):
+    total = sum(t * h * w for t, h, w in grid)
+    patches = torch.empty(1, 1).expand(total, 1)
+    with pytest.raises(ValueError, match=f"grid_thw: expected at most 2147483647 patches in a pack, got {total}"):
+        Layout.read(patches, torch.tensor(grid), None, 1)
+
+
+def test_prefix_tokens_beyond_int32_are_refused():
+    most = 2**31 - 1
+    layout = Layout.read(torch.empty(1, 1).expand(most, 1), torch.tensor([[1, 1, most]]), None, 1)
+    with pytest.raises(ValueError, match=f"segments: expected at most {most} tokens in a pack, got {most + 5}"):
+        layout.frames.lengthened(5)
+
+
+def test_grids_whose_product_overflows_int64_are_refused():
+    with pytest.raises(ValueError, match=f"add up to {2**64} patches, but hidden_states has 4 rows"):
+        Layout.read(torch.empty(4, 1), torch.tensor([[2**32, 2**32, 1]]), None, 1)

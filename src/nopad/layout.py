@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nopad.kernels.availability import has_triton
-from nopad.segments import Segments, TracedSegments
+from nopad.segments import MAX_TOKENS, Segments, TracedSegments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,18 +69,15 @@ class Layout:
                 f"grid_thw: its {len(grid)} rows add up to {total} patches, "
                 f"but hidden_states has {hidden_states.shape[0]} rows"
             )
-        if patch_positions is not None:
-            patch_positions = (
-                patch_positions.long()
-            )  # uint8 would index as a mask, and int8 overflow in the products below
-        if patch_positions is not None and total:
-            frame_lengths, frames_whole, longest_side = _read_positions(
-                patch_positions, [t * h * w for t, h, w in grid]
-            )
-        else:
-            frame_lengths, frames_whole = tuple((h * w,) * t for t, h, w in grid), True
-            longest_side = max((side for row in grid for side in row[1:]), default=0)
-        return cls(grid, frame_lengths, frames_whole, longest_side, hidden_states.device, patch_positions)
+        if total > MAX_TOKENS:
+            raise ValueError(f"grid_thw: expected at most {MAX_TOKENS} patches in a pack, got {total}; split it")
+        if patch_positions is None:
+            return cls.of_grid(grid, hidden_states.device)
+        patch_positions = patch_positions.long()  # uint8 would index as a mask, and products of int8 overflow
+        if not total:
+            return dataclasses.replace(cls.of_grid(grid, hidden_states.device), patch_positions=patch_positions)
+        of_frames = _read_positions(patch_positions, [t * h * w for t, h, w in grid])
+        return cls(grid, *of_frames, hidden_states.device, patch_positions)
 
     @cached_property
     def num_patches(self) -> int:

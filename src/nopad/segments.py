@@ -10,6 +10,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+MAX_TOKENS = 2**31 - 1
+"""Tokens of a pack: attention kernels take offsets in int32."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Segments:
@@ -29,9 +32,16 @@ class Segments:
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str) -> Segments:
-        """Segments of the given lengths, with offsets on `device`."""
-        offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        return cls(tuple(lengths), offsets.to(device, non_blocking=True), max(lengths, default=0))
+        """Segments of the given lengths, with offsets on `device`.
+
+        Raises:
+            ValueError: more tokens than an int32 offset counts.
+        """
+        offsets = [0, *accumulate(lengths)]
+        if offsets[-1] > MAX_TOKENS:
+            raise ValueError(f"segments: expected at most {MAX_TOKENS} tokens in a pack, got {offsets[-1]}")
+        cu_seqlens = torch.tensor(offsets, dtype=torch.int32).to(device, non_blocking=True)
+        return cls(tuple(lengths), cu_seqlens, max(lengths, default=0))
 
     @cached_property
     def num_tokens(self) -> int:

@@ -38,9 +38,12 @@ class TracedLayout:
         self.device = hidden_states.device
         self.num_patches = hidden_states.shape[0]
         self.grid_thw = grid_thw.to(self.device).long()
-        lengths = self.grid_thw.prod(dim=1)
+        areas = self.grid_thw[:, 1] * self.grid_thw[:, 2]
+        lengths = self.grid_thw[:, 0] * areas
         check: Any = torch._assert_async  # pyright: ignore[reportPrivateImportUsage] - torch._check reads the host
         check((self.grid_thw >= 1).all(), "grid_thw: expected integers ≥ 1")
+        largest = torch.cat((self.grid_thw.flatten(), areas)).amax()  # or int64 products of three would overflow
+        check(largest <= self.num_patches, "grid_thw: does not add up to the rows of hidden_states")
         check(lengths.sum() == self.num_patches, "grid_thw: does not add up to the rows of hidden_states")
         self.images = TracedSegments(_offsets(lengths), self.num_patches)
         self.image_index, self.index_in_image, self.coordinates = locate_patches(self.grid_thw, self.images)
