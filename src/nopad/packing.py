@@ -138,7 +138,7 @@ class Pack:
             raise ValueError(
                 f"pixels: expected one number of channels for all, got {[image.shape[-3] for image in pixels]}"
             )
-        empty = torch.empty(0, channels * patch_size**2)
+        empty = torch.empty(0, channels * patch_size**2, dtype=torch.float32)
         return cls(
             hidden_states=torch.cat([patches for patches, _ in parts]) if parts else empty,
             grid_thw=torch.tensor([grid for _, grid in parts], dtype=torch.int64).reshape(-1, 3),

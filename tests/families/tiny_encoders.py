@@ -59,7 +59,7 @@ def encoder_class(family: str) -> type[PackedEncoder]:
 def patches_of(encoder, grids: Tensor = GRIDS, seed: int = 0) -> Tensor:
     """Random patches, on the device and in the dtype of the encoder."""
     generator = torch.Generator().manual_seed(seed)
-    patches = torch.randn(int(grids.prod(dim=1).sum()), encoder.patch_dim, generator=generator)
+    patches = torch.randn(int(grids.prod(dim=1).sum()), encoder.patch_dim, dtype=torch.float32, generator=generator)
     return patches.to(encoder.device, encoder.dtype)
 
 

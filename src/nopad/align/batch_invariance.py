@@ -176,7 +176,9 @@ def _other_images(
 
 def _patches(encoder: PackedEncoder, grids: Sequence[tuple[int, int, int]], generator: torch.Generator) -> Tensor:
     number = sum(t * h * w for t, h, w in grids)
-    return torch.randn(number, encoder.patch_dim, generator=generator).to(encoder.device, encoder.dtype)
+    return torch.randn(number, encoder.patch_dim, dtype=torch.float32, generator=generator).to(
+        encoder.device, encoder.dtype
+    )
 
 
 def _features(

@@ -28,7 +28,8 @@ def noise_cases(
 
     def make(*shape: int) -> Tensor:
         *frames, rows, columns = shape
-        return torch.randn(*frames, packed.config.num_channels, rows * size, columns * size, generator=generator)
+        shape = *frames, packed.config.num_channels, rows * size, columns * size
+        return torch.randn(shape, dtype=torch.float32, generator=generator)
 
     one_size = [make(*(only_grid or (side, side))) for _ in range(batch_size)]
     if only_grid is not None:

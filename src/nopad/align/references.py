@@ -239,7 +239,7 @@ class DINOv3Reference(ReferenceModel):
         model = super().load(packed, state, dtype)
         if packed.config.rope_periods is not None:
             with torch.no_grad():
-                model.rope_embeddings.inv_freq.copy_(1 / torch.tensor(packed.config.rope_periods))
+                model.rope_embeddings.inv_freq.copy_(1 / torch.tensor(packed.config.rope_periods, dtype=torch.float32))
         return model
 
     def layers(self, model: Any) -> nn.ModuleList:

@@ -39,7 +39,7 @@ class Images:
         """Random images in the dtype and on the device of `encoder`."""
         generator = torch.Generator(encoder.device).manual_seed(seed)
         size, channels = encoder.patch_size, encoder.config.num_channels
-        options: dict[str, Any] = {"generator": generator, "device": encoder.device}
+        options: dict[str, Any] = {"generator": generator, "device": encoder.device, "dtype": torch.float32}
         shapes = ((channels, rows * size, columns * size) for rows, columns in workload.grids)
         return cls(workload, tuple(torch.randn(*shape, **options).to(encoder.dtype) for shape in shapes))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -68,7 +68,8 @@ def flops(block_parameters: int, layers: int, hidden_size: int, lengths: Sequenc
 def gemms(side: int, count: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
     """A job of `count` GEMMs of the same two `(side, side)` matrices of normal numbers."""
     generator = torch.Generator(device).manual_seed(0)
-    left, right = (torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
+    options: dict[str, Any] = {"dtype": torch.float32, "device": device, "generator": generator}
+    left, right = (torch.randn(side, side, **options).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
 
     def multiply() -> None:

@@ -131,7 +131,7 @@ def _attend(
 
 def probe() -> None:
     """Compile and launch a minimal kernel; raises Triton's error where that fails."""
-    _set_one[(1,)](torch.empty(1, device="cuda"))  # pyright: ignore[reportIndexIssue]
+    _set_one[(1,)](torch.empty(1, dtype=torch.float32, device="cuda"))  # pyright: ignore[reportIndexIssue]
 
 
 @triton.jit

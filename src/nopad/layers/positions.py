@@ -97,7 +97,9 @@ def resample(
 @lru_cache(maxsize=4096)
 def axis_weights(source: int, target: int, mode: str, antialias: bool) -> Tensor:
     """Interpolation weights of the source positions for each target position: `(target, source)` float32."""
-    identity = torch.eye(source)[None, None]  # torch 2.13's antialiasing is wrong for single columns on a CPU
+    identity = torch.eye(source, dtype=torch.float32)[
+        None, None
+    ]  # torch 2.13's antialiasing is wrong for single columns on a CPU
     return F.interpolate(identity, size=(target, source), mode=mode, align_corners=False, antialias=antialias)[0, 0]
 
 

@@ -25,7 +25,7 @@ def rope_periods(head_dim: int, base: float, device: torch.device | str) -> Tens
 @cached_per_device
 def stored_periods(periods: tuple[float, ...], device: torch.device) -> Tensor:
     """The periods that a checkpoint stores, as a `(K / 4,)` float32 tensor."""
-    return torch.tensor(periods, device=device)
+    return torch.tensor(periods, dtype=torch.float32, device=device)
 
 
 def patch_centres(layout: Layout) -> Tensor:
@@ -35,7 +35,7 @@ def patch_centres(layout: Layout) -> Tensor:
         `(T, 2)` float32.
     """
     sides = layout.grid_thw[layout.image_index, 1:]
-    return 2.0 * ((layout.coordinates[:, 1:] + 0.5) / sides) - 1.0
+    return 2.0 * ((layout.coordinates[:, 1:].float() + 0.5) / sides) - 1.0
 
 
 def axial_angles(points: Tensor, periods: Tensor) -> Tensor:

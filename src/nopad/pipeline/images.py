@@ -102,7 +102,7 @@ def embed_images(
         if result.error is not None:  # found by the encoder: features that are not finite, or too little memory
             raise ImageError(f"image {number}", result.error.reason)
     vectors = [torch.from_numpy(result.embedding) for result in results]
-    return torch.stack(vectors) if vectors else torch.empty(0, encoder.embedding_size)
+    return torch.stack(vectors) if vectors else torch.empty(0, encoder.embedding_size, dtype=torch.float32)
 
 
 def _check_several(images: Any) -> None:

@@ -201,8 +201,9 @@ def preprocess(
         reason = f"rule {preprocessing.rule!r} resizes it to {height}×{width}, expected at most {MAX_PIXELS} pixels"
         raise ImageError(f"image of {clip.shape[2]}×{clip.shape[3]} (height×width)", reason)
     if preprocessing._in_float(resize):
-        # A uint8 tensor times a Python float, in this layout: the bits of the original's torchvision processor.
-        pixels = _interpolate(clip.contiguous() * preprocessing.rescale_factor, height, width, preprocessing.resample)
+        # In float32 and in this layout: the bits of the original's torchvision processor.
+        pixels = clip.contiguous().float() * preprocessing.rescale_factor
+        pixels = _interpolate(pixels, height, width, preprocessing.resample)
     else:
         pixels = (_resize_pil if resize == "pil" else _resize_torch)(clip, height, width, preprocessing.resample)
     if preprocessing.rule == "crop" and size is not None:
@@ -212,7 +213,9 @@ def preprocess(
     pixels = pixels[:, :, : rows * patch_size, : columns * patch_size].contiguous()
     if pixels.dtype == torch.uint8:
         pixels = _rescale(pixels, preprocessing.rescale_factor)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std)
+    )
     pixels = pixels.sub_(mean).div_(std)
     return pixels if image.ndim == 4 else pixels[0]
 

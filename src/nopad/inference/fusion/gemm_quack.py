@@ -165,7 +165,7 @@ class QuackGemm:
         if needs_bias and weight.bias is None:
             n = len(weight.weight)
             if n not in self.zeros:
-                self.zeros[n] = torch.zeros(n, device=weight.weight.device)
+                self.zeros[n] = torch.zeros(n, dtype=torch.float32, device=weight.weight.device)
             operands["bias"] = self.zeros[n]
         return {name: vector for name, vector in operands.items() if vector is not None}
 

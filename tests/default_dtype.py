@@ -1,0 +1,52 @@
+"""Features of every family and rule, written by a process of one default dtype; `test_default_dtype.py` compares."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from pictures import noise
+from tiny_encoders import FAMILIES, GRIDS, patches_of
+
+import nopad
+from nopad.preprocessing.transforms import Preprocessing, preprocess
+
+STATISTICS = {"mean": (0.48, 0.45, 0.4), "std": (0.26, 0.26, 0.27)}
+RULES = (
+    Preprocessing(rule="square", size=24, resample="bilinear", rescale_before_resize=True, **STATISTICS),
+    Preprocessing(rule="crop", size=24, resample="bicubic", **STATISTICS),
+    Preprocessing(rule="native", resample="bicubic", **STATISTICS),
+    Preprocessing(rule="naflex", resample="bilinear", **STATISTICS),
+)
+
+
+@torch.no_grad()
+def features(folder: Path) -> dict[str, torch.Tensor]:
+    """What encoders and their preprocessing give."""
+    found = {}
+    image = torch.from_numpy(noise(0, 37, 50)).permute(2, 0, 1)
+    for number, rule in enumerate(RULES):
+        for resize in ("pil", "torch"):
+            found[f"{number}, {resize}"] = preprocess(image, rule, 4, resize=resize)
+    for family in FAMILIES:
+        encoder = nopad.load(folder / family)
+        patches = patches_of(encoder)
+        output = encoder.encode(patches, GRIDS)
+        encoder.compile(128, 16, compiled=False)
+        static = encoder.encode(patches, GRIDS)
+        for name in output:
+            found[f"{family}, {name}"], found[f"{family}, static {name}"] = output[name], static[name]
+        found[f"{family}, embed"] = encoder.embed([image])
+        found[f"{family}, no images"] = encoder.embed([])
+        found[f"{family}, empty pack"] = encoder.pack([]).hidden_states
+    encoder = nopad.load(folder / "aimv2", precision="fp8")
+    found["fp8"] = encoder.encode(patches_of(encoder), GRIDS).tokens
+    found["untrained"] = nopad.load("untrained:facebook/dinov3-vits16-pretrain-lvd1689m").layers[0].norm1.weight
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.set_default_dtype(getattr(torch, sys.argv[1]))
+    torch.save(features(Path(sys.argv[2])), sys.argv[3])
