@@ -17,8 +17,10 @@ from PIL import Image
 
 from nopad import embed
 from nopad.embedding import distributed
+from nopad.embedding.actor import Order, ShardMaker
 from nopad.embedding.folder import JobFolder
-from nopad.embedding.lock import LostLockError
+from nopad.embedding.lock import FolderLock, LostLockError
+from nopad.embedding.settings import Settings
 
 SHARDS, ROWS = 8, 5
 
@@ -164,14 +166,17 @@ def test_ctrl_c_ends_every_process(goldens, tmp_path, signals):
     assert alive == []
 
 
-def test_actor_writes_to_no_folder_that_is_another_jobs(ray, pictures, goldens, tmp_path):
-    def begin_anew(_: object) -> None:
-        owner = tmp_path / ".nopad" / "owner.json"
-        owner.write_text(owner.read_text().replace('"token": "', '"token": "another'))
-
-    with pytest.raises(LostLockError, match="removed or begun anew while this job ran"):
-        embed(pictures, tmp_path, model=goldens / "aimv2-apple-native", shard_size=ROWS, actors=1, progress=begin_anew)
-    assert shards(tmp_path) == {}
+def test_actor_writes_to_no_folder_that_is_another_jobs(pictures, goldens, tmp_path):
+    settings = Settings(model=str(goldens / "aimv2-apple-native"), device="cpu", shard_size=ROWS)
+    stop = threading.Event()
+    stop.set()
+    embed(pictures, tmp_path, model=settings.model, shard_size=ROWS, stop=stop)
+    with FolderLock(tmp_path) as lock:
+        with pytest.raises(LostLockError, match="removed or begun anew while this job ran"):
+            ShardMaker(Order(str(tmp_path), settings, settings, "another token")).make(0)
+        assert shards(tmp_path) == {}
+        ShardMaker(Order(str(tmp_path), settings, settings, lock.token)).make(0)
+        assert len(shards(tmp_path)) == 1
 
 
 def test_what_a_killed_actor_leaves_is_removed(tmp_path, monkeypatch):
@@ -186,7 +191,7 @@ def test_what_a_killed_actor_leaves_is_removed(tmp_path, monkeypatch):
 
     actors = types.SimpleNamespace(make=lambda *_: [])
 
-    job = types.SimpleNamespace(folder=folder, check_lock=lambda: None)
+    job = types.SimpleNamespace(folder=folder, check_lock=lambda: None, threads=None)
     worker = types.SimpleNamespace(encoder=torch.nn.Module())
     worker.encoder.device = torch.device("cpu")
     run = types.SimpleNamespace(job=job, stop=threading.Event(), start=0.0, report=lambda: None, worker=worker)

@@ -29,6 +29,7 @@ from nopad.embedding.progress import Progress
 from nopad.embedding.run import Summary
 from nopad.embedding.table import reader as stored
 from nopad.embedding.table import writer as shards
+from nopad.encoder import PackedEncoder
 
 
 def embed(sources, out: Path, model, **options) -> Summary:
@@ -289,6 +290,41 @@ def test_a_stopped_job_goes_on_to_what_an_uninterrupted_one_gives(photos, tmp_pa
     assert (summary.rows, summary.done, summary.to_go, summary.failed) == (12, 12 - 5 * number, 0, 1)
     assert table(tmp_path / "out") == table(tmp_path / "whole")
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.fixture
+def threads_of_packs(monkeypatch) -> list[int]:
+    """With how many threads each pack was computed."""
+    seen = []
+
+    def encode(self, *arguments, **options):
+        seen.append(torch.get_num_threads())
+        return real(self, *arguments, **options)
+
+    real = PackedEncoder.encode
+    monkeypatch.setattr(PackedEncoder, "encode", encode)
+    return seen
+
+
+def test_job_keeps_to_the_threads_that_it_began_with(photos, tmp_path, model, stop_after, threads_of_packs):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        embed(photos, tmp_path / "whole", model)
+        embed(photos, tmp_path / "out", model, **stop_after(1))
+        torch.set_num_threads(3)
+        summary = embed(photos, tmp_path / "out", model)
+        assert torch.get_num_threads() == 3
+        assert (summary.rows, summary.done) == (12, 7)
+        assert {*threads_of_packs} == {1}
+        assert nopad.read_features(tmp_path / "out").metadata["threads"] == "1"
+        assert table(tmp_path / "out") == table(tmp_path / "whole")
+
+        embed(photos, tmp_path / "three", model)  # a job of its own
+        assert threads_of_packs[-1] == 3
+        assert not {*table(tmp_path / "three")} & {*table(tmp_path / "out")}
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_stopped_before_the_first_shard(photos, tmp_path, model):
@@ -561,6 +597,7 @@ def test_folder_that_is_begun_anew_gets_no_shard_of_the_first_job(photos, tmp_pa
         ("job.json", b'{"version": "0.1'),
         ("job.json", b"[]"),
         ("job.json", b'{"inputs": 3}'),
+        ("job.json", b'{"inputs": "", "threads": "-1"}'),
         ("job.json", b"\xff"),
         ("inputs.parquet", b"PAR1"),
         ("inputs.parquet", None),

@@ -70,6 +70,9 @@ def make_on_ray(run: Run, shards: Sequence[int], actors: int, token: str) -> Non
         with _connected(), Ticker(run.report):
             on_gpu = run.worker.encoder.device.type == "cuda"
             cores = _cores_of_an_actor(ray.nodes(), actors, on_gpu=on_gpu)
+            if (threads := run.job.threads or 0) > cores:
+                what = "actors: this job computes with %d threads, an actor has %d cores; set OMP_NUM_THREADS=%d"
+                logger.warning(f"{what} when a job begins", threads, cores, cores)
             with _Actors(run, cores, token, on_gpu=on_gpu) as pool:
                 for result in pool.make(shards, actors):
                     _add(run, result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,6 +66,8 @@ class JobFolder:
             inputs = InputList.load(self.own / "inputs.parquet")
             if any(not isinstance(value, str) for value in record.values()):
                 raise ValueError("expected text alone in job.json")
+            if not re.fullmatch(r"[1-9]\d{0,3}|", record["threads"]):
+                raise ValueError(f"threads: expected 1 to 9999, got {record['threads']!r}")
             is_whole = record["inputs"] == inputs.digest()
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.own}: the job's files cannot be read ({why(error)}); {advice}") from error

@@ -48,6 +48,11 @@ class Job:
     def __len__(self) -> int:
         return -(-len(self.inputs) // self.settings.rows_per_shard)
 
+    @property
+    def threads(self) -> int | None:
+        """How many threads compute on a CPU: as many as when the job began."""
+        return int(self.record["threads"]) if self.record["threads"] else None
+
     def path(self, shard: int) -> Path:
         """The file of a shard."""
         return self.folder.path / shard_name(shard, len(self), self.fingerprint)

@@ -43,6 +43,7 @@ def record_of(settings: Settings, worker: Worker, sources: list[str], inputs: In
         "family": encoder.family,
         "architecture": json.dumps(architecture(encoder), sort_keys=True),
         "weights": weights_digest(encoder),
+        "threads": str(torch.get_num_threads()) if encoder.device.type == "cpu" else "",
         "layers": " ".join(filter(None, (encoder.execution, str(encoder.compiled_capacity or ""), encoder.precision))),
         "preprocessing": worker.preprocessing,
         "embedding": "pooled" if encoder.projection_dim is None else "image_embeds",
@@ -87,12 +88,12 @@ def _weights(encoder: PackedEncoder) -> dict[str, Any]:
 
 
 def check_same(old: Mapping[str, str], new: Mapping[str, str], folder: Path) -> None:
-    """Refuse to mix two jobs in one folder.
+    """Refuse to mix two jobs in one folder; inputs may have changed, and a job keeps to its number of threads.
 
     Raises:
         ValueError: what differs.
     """
-    keys = [key for key in {**old, **new} if key != "inputs" and old.get(key) != new.get(key)]
+    keys = [key for key in {**old, **new} if key not in ("inputs", "threads") and old.get(key) != new.get(key)]
     # What follows from an option that differs is not listed beside it.
     for key, options in (("weights", {"dtype"}), ("preprocessing", {"resize", "max_patches"})):
         if options & {*keys}:

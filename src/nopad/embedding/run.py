@@ -17,6 +17,7 @@ from nopad.embedding.job import Job, make_reader
 from nopad.embedding.progress import Progress, Ticker
 from nopad.embedding.table.reader import count, failed_rows, iterate_rows
 from nopad.embedding.table.writer import MAX_TOKEN_BYTES, Row
+from nopad.environment import cpu_threads
 from nopad.pipeline.pack_runner import EmbeddingResult
 from nopad.pipeline.stats import Stats
 from nopad.pipeline.worker import Worker
@@ -124,6 +125,7 @@ class Run:
         groups = (inputs_of(shard) for shard in shards)
         with (
             make_reader(settings) as reader,
+            cpu_threads(self.job.threads),
             Ticker(self.report),
             closing(self.worker.run(groups, reader.media, decoder=reader.decoder, stop=self.stop)) as results,
         ):
