@@ -103,8 +103,8 @@ def positions_of_grids(
     """Positions as one operator of an exported graph, in which the grid is not known; without a gradient."""
     layout = Layout.of_grid(grid_thw.tolist(), table.device)
     if native:
-        options = {"antialias": antialias, "channels_last": False}
-        return resampled_positions(layout, table, (rows, columns), mode, **options).contiguous()
+        positions = resampled_positions(layout, table, (rows, columns), mode, antialias=antialias, channels_last=False)
+        return positions.contiguous()
     return learned_positions(layout, table, (rows, columns), mode=mode, antialias=antialias, strict=strict).contiguous()
 
 
