@@ -171,7 +171,7 @@ def measure_image(data: bytes) -> tuple[int, int, int] | None:
             return image.width, image.height, image.width * image.height * (10 if is_direct else 24)
     except (*_DAMAGE, *_BOMB, ImageError):
         pixels_alone = without_metadata(data)
-        return None if pixels_alone in (None, data) else image_size(pixels_alone)
+        return None if pixels_alone in (None, data) else measure_image(pixels_alone)
 
 
 def _read(path: str | Path, name: str) -> bytes:
