@@ -93,7 +93,8 @@ class PackedEncoder(ByRole, PreTrainedModel):
 
     def __init__(self, config: PreTrainedConfig | str | Path, **kwargs: Any):
         if not isinstance(config, PreTrainedConfig):
-            self.__dict__ = type(self).from_pretrained(config, **kwargs).__dict__
+            loaded = type(self).from_pretrained(config, **kwargs)
+            self.__class__, self.__dict__ = type(loaded), loaded.__dict__
             return
         check_known(type(self).__name__, kwargs, ())
         check_config_class(type(self), config)
@@ -317,7 +318,8 @@ class PackedEncoder(ByRole, PreTrainedModel):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save under the original's tensor names, so that the original class loads the folder too.
 
-        Takes transformers' arguments.
+        A projection, which the original vision class does not have, lies in a file of its own. Takes transformers'
+        arguments; `state_dict` is written as it is.
 
         Raises:
             ValueError: the layers are in another format, see `precision`.
@@ -325,13 +327,17 @@ class PackedEncoder(ByRole, PreTrainedModel):
         """
         check_saving(self.precision)
         arguments = read_saving(save_directory, *args, **kwargs)
+        apart = arguments["state_dict"] is None and state_dicts.may_lie_apart(self)
+        if apart:
+            arguments["state_dict"] = state_dicts.without_projection(self)
         arguments["state_dict"] = state_dicts.to_file(self, arguments)
         super().save_pretrained(**arguments)
         if arguments["is_main_process"]:
-            state_dicts.save_preprocessing(self, save_directory)
+            state_dicts.save_beside(self, save_directory, with_projection=apart)
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        state_dicts.save_preprocessing(self, working_dir)  # `save_pretrained` uploads before it returns
+        # `save_pretrained` uploads before it returns.
+        state_dicts.save_beside(self, working_dir, with_projection=state_dicts.may_lie_apart(self))
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -105,6 +105,8 @@ class Pack:
         mean, std: the pixel statistics that the pixels were normalised with, one per channel; `None` where unknown.
         patch_positions: `(T, 3)` `[t, h, w]` of each patch where they are not the full grid, else `None`.
         preprocessing: how the pixels were made, in words that a table of features can carry; empty where unknown.
+
+    Packs are equal where all of this is, values, dtypes and devices too. `torch.save` and `torch.load` take them.
     """
 
     hidden_states: Tensor
@@ -152,11 +154,30 @@ class Pack:
     def __len__(self) -> int:
         return self.grid_thw.shape[0]
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pack:
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Pack):
+            return NotImplemented
+        pairs = [(getattr(self, field.name), getattr(other, field.name)) for field in dataclasses.fields(self)]
+        return all(_equal(mine, theirs) for mine, theirs in pairs)
+
+    def __hash__(self) -> int:
+        facts = (self.patch_size, self.patch_order, self.mean, self.std, self.preprocessing)
+        return hash((*facts, self.hidden_states.shape, self.grid_thw.shape))
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, non_blocking: bool = False
+    ) -> Pack:
         """The same pack with its patches on another device or in another dtype."""
-        positions = None if self.patch_positions is None else self.patch_positions.to(device)
-        hidden_states = self.hidden_states.to(device=device, dtype=dtype)
+        positions = self.patch_positions
+        if positions is not None:
+            positions = positions.to(device, non_blocking=non_blocking)
+        hidden_states = self.hidden_states.to(device=device, dtype=dtype, non_blocking=non_blocking)
         return dataclasses.replace(self, hidden_states=hidden_states, patch_positions=positions)
+
+    def pin_memory(self) -> Pack:
+        """The same pack with its patches in pinned memory, as `torch.utils.data.DataLoader(pin_memory=True)` asks."""
+        positions = None if self.patch_positions is None else self.patch_positions.pin_memory()
+        return dataclasses.replace(self, hidden_states=self.hidden_states.pin_memory(), patch_positions=positions)
 
     def unpack(self, tokens: Tensor) -> list[Tensor]:
         """Cut what an encoder gave for this pack into one `(frames, rows, columns, D)` view per image or clip.
@@ -172,3 +193,12 @@ class Pack:
             )
         parts = tokens.split([t * h * w for t, h, w in grid])
         return [part.reshape(t, h, w, -1) for part, (t, h, w) in zip(parts, grid, strict=True)]
+
+
+def _equal(mine: Any, theirs: Any) -> bool:
+    if not isinstance(mine, Tensor) or not isinstance(theirs, Tensor):
+        return mine is theirs or (not isinstance(mine, Tensor) and not isinstance(theirs, Tensor) and mine == theirs)
+    return (mine.device, mine.dtype) == (theirs.device, theirs.dtype) and torch.equal(mine, theirs)
+
+
+torch.serialization.add_safe_globals([Pack])  # else torch.load takes it with weights_only=False alone

@@ -210,7 +210,8 @@ def test_untrained_is_the_same_every_time(name, monkeypatch):
     torch.manual_seed(7)
     first, second = nopad.load(f"untrained:{name}"), nopad.load(f"untrained:{name}", dtype=torch.bfloat16)
     assert torch.equal(torch.rand(1), expected)  # the random state is left alone
-    assert (type(first), second.dtype) == (family, torch.bfloat16)
+    assert isinstance(first, family)
+    assert second.dtype == torch.bfloat16
     assert family.from_pretrained(f"untrained:{name}", dtype="bfloat16").dtype == torch.bfloat16
     for key, tensor in first.state_dict().items():
         assert torch.equal(second.state_dict()[key], tensor.to(torch.bfloat16))

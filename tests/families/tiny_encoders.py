@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nopad import PackedEncoder, families
+from nopad.families.siglip2 import SiglipPacking
 
 GRIDS = torch.tensor([[1, 4, 5], [1, 7, 3], [2, 2, 2], [1, 1, 1]])
 FAMILIES = (
@@ -52,6 +53,8 @@ def tiny(family: str, folder: Path, **changes) -> Path:
 
 def encoder_class(family: str) -> type[PackedEncoder]:
     """The class that packs a family of `FAMILIES`."""
+    if family == "siglip":  # whose config differs from NaFlex's
+        return SiglipPacking
     name = "siglip2" if family.startswith("siglip") else family.split()[0]
     return next(cls for cls in families.FAMILIES if cls.family == name)
 

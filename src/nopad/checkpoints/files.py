@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 META = "model.pth"
+PROJECTION, PROJECTION_FILE = "visual_projection.weight", "visual_projection.safetensors"
+"""A tensor that the original vision class does not have, and the file in which `save_pretrained` writes it."""
 
 
 def open_checkpoint(
@@ -85,7 +87,23 @@ def _with_json(checkpoint: Checkpoint, find: Callable[[str], Path | None]) -> Ch
         )
     if preprocessor is None:
         preprocessor = preprocessor_of(config)
-    return replace(checkpoint, config=config, preprocessor=preprocessor, folder=None if path is None else path.parent)
+    return replace(
+        checkpoint,
+        tensors={**checkpoint.tensors, **_projection(find(PROJECTION_FILE), checkpoint)},
+        config=config,
+        preprocessor=preprocessor,
+        folder=None if path is None else path.parent,
+    )
+
+
+def _projection(path: Path | None, checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    tensors = {} if path is None else read_tensors(path)
+    if path is not None and (tensors.keys() != {PROJECTION} or PROJECTION in checkpoint.tensors):
+        raise ValueError(
+            f"checkpoint file {str(path)!r}: expected {PROJECTION!r} alone, which no other file has, got "
+            f"{sorted(tensors)[:10]}"
+        )
+    return tensors
 
 
 def _json(path: Path | None, *objects: str) -> dict[str, Any]:

@@ -54,8 +54,9 @@ def read_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
         left["dtype"] = keywords["torch_dtype"]
     for name, reason in _REFUSED.items():
         value = keywords.get(name)
-        asks = value is False if name == "weights_only" else value is not None and value is not False and value != {}
-        if asks:
+        if isinstance(value, dict) and not any(each is not None for each in value.values()):
+            value = None  # as transformers' Auto classes pass adapter_kwargs
+        if value is False if name == "weights_only" else value is not None and value is not False:
             raise ValueError(f"from_pretrained: got {name}={value!r:.80}, but {reason}")
     return left
 

@@ -125,6 +125,7 @@ def from_checkpoint(
     else:
         model, info = load_strictly(load, part, dialect, skeleton, dtype=dtype, **kwargs)
     model.source, model.dialect = checkpoint.name, dialect.name
+    model.name_or_path = model.config.name_or_path = checkpoint.name  # which PEFT writes down, say
     model.preprocessor_config, model.checkpoint_config = checkpoint.preprocessor, checkpoint.config
     model.set_attention(attention or implementation)
     lay_out(model)

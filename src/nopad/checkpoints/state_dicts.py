@@ -7,6 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import save_file
+from torch.nn import Parameter
+
+from nopad.checkpoints.files import PROJECTION, PROJECTION_FILE
 from nopad.checkpoints.fused_names import has_fused_names
 
 if TYPE_CHECKING:
@@ -76,8 +80,26 @@ def _check_names(encoder: PackedEncoder, names: list[str], families: Iterable[ty
             raise ValueError(f"state_dict: expected {encoder.family} weights, got those of {' or '.join(others)}")
 
 
-def save_preprocessing(encoder: PackedEncoder, folder: str | Path) -> None:
-    """Write the checkpoint's own preprocessing beside the weights, where it brought one."""
+def may_lie_apart(encoder: PackedEncoder) -> bool:
+    """Whether `save_pretrained` writes the projection into a file of its own: there is one, with values of its own."""
+    weight = getattr(encoder.projection, "weight", None)
+    plain = type(weight) is Parameter and weight.device.type != "meta" and PROJECTION in encoder.state_dict()
+    return plain and getattr(encoder, "hf_quantizer", None) is None
+
+
+def without_projection(encoder: PackedEncoder) -> dict[str, Any]:
+    """The state dict that the original vision class has."""
+    return {name: tensor for name, tensor in encoder.state_dict().items() if name != PROJECTION}
+
+
+def save_beside(encoder: PackedEncoder, folder: str | Path, *, with_projection: bool) -> None:
+    """Write what a saved folder has beside the original's files: the checkpoint's own preprocessing, the projection."""
     if encoder.preprocessor_config is not None:
         text = json.dumps(encoder.preprocessor_config, indent=2) + "\n"
         (Path(folder) / "preprocessor_config.json").write_text(text, encoding="utf-8")
+    path = Path(folder) / PROJECTION_FILE
+    if with_projection:
+        weight = encoder.state_dict()[PROJECTION]
+        save_file({PROJECTION: weight.detach().cpu().contiguous()}, path, metadata={"format": "pt"})
+    else:
+        path.unlink(missing_ok=True)  # of another encoder, saved there before

@@ -45,7 +45,7 @@ def untrained(
     check_dtype(dtype or torch.float32)
     model = model.to(dtype=dtype or torch.float32).to_empty(device="cpu")
     fill(model, seed)
-    model.source = UNTRAINED + name
+    model.source = model.name_or_path = model.config.name_or_path = UNTRAINED + name
     model.set_attention(attention or "auto")
     return model.eval()
 

@@ -108,6 +108,11 @@ class Siglip2NaflexPacking(PackedEncoder):
     read_config = staticmethod(read_config)
     names: Mapping[str, str] = {"layers": "encoder.layers", "norm": "post_layernorm"}
 
+    def __new__(cls, config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Each config has a class of its own, as transformers' `AutoModel.register` expects."""
+        fixed = cls is Siglip2NaflexPacking and isinstance(config, SiglipPackingConfig)
+        return super().__new__(SiglipPacking if fixed else cls)  # pyright: ignore[reportArgumentType]
+
     def build(self) -> None:
         """Embeddings, blocks, norm, and where the checkpoint has it the head."""
         config = self.config
@@ -146,3 +151,10 @@ class Siglip2NaflexPacking(PackedEncoder):
         elif isinstance(module, MAPAttention):
             init.normal_(module.in_proj_weight, std=size**-0.5)
             init.zeros_(module.in_proj_bias)
+
+
+class SiglipPacking(Siglip2NaflexPacking):
+    """SigLIP2 and SigLIP of one fixed size; what `Siglip2NaflexPacking` makes of such a config or checkpoint."""
+
+    config_class = SiglipPackingConfig
+    config_classes = ()

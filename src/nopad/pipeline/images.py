@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from nopad.packing import Pack
+from nopad.pipeline.prepare import check_channels
 from nopad.pipeline.worker import Worker
 from nopad.preprocessing.decode import ImageError, load, load_taken, take
 from nopad.preprocessing.limits import MaxPatches
@@ -46,6 +47,7 @@ def pack_images(
         ValueError: one image where several are expected, or an option that the rule cannot follow.
     """
     _check_several(images)
+    check_channels(encoder)
     rule = preprocessing or encoder.preprocessing
     pixels = [
         preprocess(load(image), rule, encoder.patch_size, resize=resize, max_patches=max_patches) for image in images
@@ -57,7 +59,6 @@ def pack_images(
         # Of another rule the caller has said that this encoder is to take it.
         mean=rule.mean if preprocessing is None else None,
         std=rule.std if preprocessing is None else None,
-        channels=encoder.config.num_channels,
         preprocessing=rule.describe(resize, max_patches),
     )
     return pack.to(encoder.device, encoder.dtype)

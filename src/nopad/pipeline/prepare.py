@@ -54,8 +54,9 @@ class Preparation:
         """That of an encoder.
 
         Raises:
-            ValueError: settings that fit no image.
+            ValueError: settings that fit no image, or an encoder of other than 3 channels.
         """
+        check_channels(encoder)
         preparation = cls(
             rule=preprocessing or encoder.preprocessing,
             resize=resize,
@@ -95,3 +96,13 @@ class Preparation:
     def describe(self) -> str:
         """One line for a table of features."""
         return self.rule.describe(self.resize, self.max_patches)
+
+
+def check_channels(encoder: PackedEncoder) -> None:
+    """Raise `ValueError` unless an encoder takes images of three colours, which is what is decoded here."""
+    channels = encoder.config.num_channels
+    if channels != 3:
+        raise ValueError(
+            f"images: they have 3 channels, but this encoder takes {channels}; make its pixels (C, H, W) yourself, and "
+            f"the pack by Pack.of(pixels, encoder.patch_size, encoder.patch_order)"
+        )
