@@ -36,8 +36,9 @@ def test_headers_that_cannot_be_read_do_not_count(tmp_path, model):
     write_pictures(tmp_path / "a", [(40, 80), (40, 40), (2000, 2000)])  # the last is refused for its pixels
     (tmp_path / "a" / "x.png").write_bytes(b"no picture")
     (tmp_path / "a" / "y.png").touch()
+    Image.new("RGB", (40, 60)).save(tmp_path / "a" / "z.png")
     assert mean(tmp_path / "a", model) == 150
-    for path in (tmp_path / "a").glob("0*.png"):
+    for path in (*(tmp_path / "a").glob("0*.png"), tmp_path / "a" / "z.png"):
         path.unlink()
     assert mean(tmp_path / "a", model) is None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -37,9 +36,14 @@ def mean_patches(inputs: InputList, reader: Reader, preparation: Preparation) ->
     for index in _places(inputs):
         if end is not None and time.monotonic() > end:
             break
-        with suppress(ImageError):  # it will be a failed row
-            t, h, w = processes.prepare(reader.media(inputs[index]), budget.reservation()).grid
+        reservation = budget.reservation()
+        try:
+            t, h, w = processes.prepare(reader.media(inputs[index]), reservation).grid
             numbers.append(t * h * w)
+        except ImageError:  # it will be a failed row
+            pass
+        finally:
+            reservation.settle(0)
         end = end or time.monotonic() + SECONDS  # the first one may wait until processes can be started
     return sum(numbers) / len(numbers) if numbers else None
 
