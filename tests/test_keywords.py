@@ -112,7 +112,7 @@ def test_variants_are_files_of_their_own(folder):
     again = AIMv2Packing.from_pretrained(folder / "saved", variant="mine")
     assert torch.equal(again.norm.weight, encoder.norm.weight)
     with pytest.raises(
-        ValueError, match=r"expected a folder or a name on the Hub with \{'variant': 'fp16'\}, got a fi"
+        ValueError, match=r"expected a folder or a Hub name with \{'variant': 'fp16'\}, got a fi"
     ):
         AIMv2Packing.from_pretrained(folder / "model.safetensors", variant="fp16")
 

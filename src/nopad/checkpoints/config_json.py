@@ -46,19 +46,19 @@ def read_fields(
     Raises:
         ValueError: another value of a fixed field.
     """
-    told, fixed = checkpoint.vision_config, {**_FIXED, **(fixed or {})}
+    fields, fixed = checkpoint.vision_config, {**_FIXED, **(fixed or {})}
     for name, value in fixed.items():
-        if name in told and told[name] not in (None, value):
+        if name in fields and fields[name] not in (None, value):
             raise ValueError(
                 f"checkpoint {checkpoint.name!r}: config.json: {name}: expected {value!r}, the only one that is "
-                f"implemented, got {told[name]!r:.80}"
+                f"implemented, got {fields[name]!r:.80}"
             )
     general = {*_NO_ARITHMETIC_NAMES.split(), *PreTrainedConfig().to_dict(), *GenerationConfig().to_dict()}
-    unread = sorted(told.keys() - names.keys() - fixed.keys() - general - set(unused))
+    unread = sorted(fields.keys() - names.keys() - fixed.keys() - general - set(unused))
     if unread:
-        shown = ", ".join(f"{name}={told[name]!r:.40}" for name in unread[:10])
+        shown = ", ".join(f"{name}={fields[name]!r:.40}" for name in unread[:10])
         _log_unread(checkpoint.name, shown + (", …" if len(unread) > 10 else ""))
-    return {names[name]: value for name, value in told.items() if name in names}
+    return {names[name]: value for name, value in fields.items() if name in names}
 
 
 @lru_cache

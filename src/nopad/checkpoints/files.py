@@ -60,9 +60,9 @@ def open_checkpoint(
         find = partial(_in_folder, folder)
         return _with_json(Checkpoint(name, _weights(name, folder, find, None, **choice), choice=choice), find)
     if os.path.lexists(path):
-        given = {option: value for option, value in {"subfolder": subfolder, **choice}.items() if value is not None}
-        if given:
-            raise ValueError(f"checkpoint {name!r}: expected a folder or a name on the Hub with {given}, got a file")
+        requested = {option: value for option, value in {"subfolder": subfolder, **choice}.items() if value is not None}
+        if requested:
+            raise ValueError(f"checkpoint {name!r}: expected a folder or a Hub name with {requested}, got a file")
         return _with_json(Checkpoint(name, read_tensors(path)), partial(_in_folder, path.parent))
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.suffix in SUFFIXES:
         raise OSError(f"checkpoint {name!r}: neither a file nor a folder, and no name on the Hub (owner/model)")

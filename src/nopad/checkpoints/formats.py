@@ -92,10 +92,10 @@ class Checkpoint:
     @property
     def config_dtype(self) -> str | None:
         """What `config.json` says of the dtype, `None` where it does not."""
-        for says in (self.config, self.vision_config):
+        for config in (self.config, self.vision_config):
             for name in ("dtype", "torch_dtype"):
-                if says.get(name) not in (None, "auto"):
-                    return says[name]
+                if config.get(name) not in (None, "auto"):
+                    return config[name]
         return None
 
     @property

@@ -157,10 +157,10 @@ def _config_errors(checkpoint: Checkpoint) -> Iterator[None]:
     try:
         yield
     except (*_CONFIG_ERRORS, ValueError) as error:
-        reason, whose = " ".join(str(error).split()) or repr(error), f"checkpoint {checkpoint.name!r}"
+        reason, label = " ".join(str(error).split()) or repr(error), f"checkpoint {checkpoint.name!r}"
         if isinstance(error, _CONFIG_ERRORS):
             reason = f"config.json describes no encoder: {reason}"
-        raise ValueError(reason if reason.startswith(whose) else f"{whose}: {reason}") from error
+        raise ValueError(reason if reason.startswith(label) else f"{label}: {reason}") from error
 
 
 def _registered(model: nn.Module, path: str) -> str:

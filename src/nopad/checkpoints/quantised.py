@@ -75,15 +75,15 @@ def load_quantised(
         ValueError: another dialect than the original's, which nothing can convert once it is quantised; a file of
             another name than a folder's own; tensors missing, unexpected or misshapen.
     """
-    whose = f"checkpoint {checkpoint.name!r}"
+    label = f"checkpoint {checkpoint.name!r}"
     if not dialect.is_original:
         raise ValueError(
-            f"{whose}: expected the original's names for quantised weights, as "
+            f"{label}: expected the original's names for quantised weights, as "
             f"from_pretrained(quantization_config=…) and save_pretrained write them, got those of {dialect.name}"
         )
     file = Path(checkpoint.name)
     if file.is_file() and file.name not in (*SAFETENSORS, *PICKLES):
-        raise ValueError(f"{whose}: expected the folder of quantised weights, whose file is {SAFETENSORS[1]}")
+        raise ValueError(f"{label}: expected the folder of quantised weights, whose file is {SAFETENSORS[1]}")
     # A quantised weight is neither split nor joined: transformers saves those that its own class joins as they are.
     dialect = replace(dialect, table=dialect.table.of_renames())
     needed = skeleton.state_dict()
@@ -105,8 +105,8 @@ def load_quantised(
         )
     except _DAMAGE as error:
         reason = _incomplete(checkpoint) or " ".join(str(error).split()) or repr(error)
-        raise ValueError(f"{whose}: its quantised weights cannot be read: {reason}") from error
-    _check_loaded(whose, model, info, needed)
+        raise ValueError(f"{label}: its quantised weights cannot be read: {reason}") from error
+    _check_loaded(label, model, info, needed)
     return model, info
 
 
@@ -141,7 +141,7 @@ def _check(checkpoint: Checkpoint, dialect: Dialect, needed: Mapping[str, Tensor
     check_strictly(replace(part, tensors=stored), expected, dialect)
 
 
-def _check_loaded(whose: str, model: nn.Module, info: Mapping[str, Any], needed: Mapping[str, Tensor]) -> None:
+def _check_loaded(label: str, model: nn.Module, info: Mapping[str, Any], needed: Mapping[str, Tensor]) -> None:
     """Nothing missing by transformers' own account, nothing without values, every weight of its shape."""
     missing = sorted(info.get("missing_keys", ())) + [n for n, p in model.named_parameters() if p.is_meta]
     misshapen = sorted(map(str, info.get("mismatched_keys", ())))
@@ -156,4 +156,4 @@ def _check_loaded(whose: str, model: nn.Module, info: Mapping[str, Any], needed:
     found = {"missing": missing, "misshapen": misshapen}
     problems = [f"{len(names)} {kind}: {', '.join(names[:10])}" for kind, names in found.items() if names]
     if problems:
-        raise ValueError(f"{whose} does not fit the architecture of its config: {'; '.join(problems)}")
+        raise ValueError(f"{label} does not fit the architecture of its config: {'; '.join(problems)}")

@@ -58,7 +58,7 @@ _NUMBERS = {
 """The least and the most of each."""
 
 
-def check_numbers(config: PreTrainedConfig, whose: str) -> None:
+def check_numbers(config: PreTrainedConfig, label: str) -> None:
     """Refuse a config with numbers that are none.
 
     Raises:
@@ -67,21 +67,21 @@ def check_numbers(config: PreTrainedConfig, whose: str) -> None:
     """
     for name, value in config.to_dict().items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{whose}: {name}: expected a finite number, got {value}")
-    for name, least in _COUNTS.items():
+            raise ValueError(f"{label}: {name}: expected a finite number, got {value}")
+    for name, min_value in _COUNTS.items():
         value = getattr(config, name, None)
         absent = value is None and name not in ("num_attention_heads", "patch_size", "hidden_size")
-        if not absent and not is_count(value, least):
-            raise ValueError(f"{whose}: {name}: expected an integer ≥ {least}, got {value!r:.80}")
+        if not absent and not is_count(value, min_value):
+            raise ValueError(f"{label}: {name}: expected an integer ≥ {min_value}, got {value!r:.80}")
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
-            f"{whose}: num_attention_heads: expected a divisor of hidden_size {config.hidden_size}, got "
+            f"{label}: num_attention_heads: expected a divisor of hidden_size {config.hidden_size}, got "
             f"{config.num_attention_heads!r:.80}"
         )
-    for name, (least, most) in _NUMBERS.items():
-        value = getattr(config, name, least)
-        if type(value) not in (int, float) or not least <= value <= most:
-            raise ValueError(f"{whose}: {name}: expected a number from {least} to {most:g}, got {value!r:.80}")
+    for name, (min_value, max_value) in _NUMBERS.items():
+        value = getattr(config, name, min_value)
+        if type(value) not in (int, float) or not min_value <= value <= max_value:
+            raise ValueError(f"{label}: {name}: expected a number from {min_value} to {max_value:g}, got {value!r:.80}")
 
 
 def check_sizes(checkpoint: Checkpoint, fields: Mapping[str, Any], layers: str) -> None:
@@ -112,16 +112,16 @@ def with_options(config: PreTrainedConfig, **options: str | None) -> PreTrainedC
     Raises:
         ValueError: this family does not have the option.
     """
-    given = {name: value for name, value in options.items() if value is not None}
-    config = copy.deepcopy(config) if given else config
-    for name, value in given.items():
+    requested = {name: value for name, value in options.items() if value is not None}
+    config = copy.deepcopy(config) if requested else config
+    for name, value in requested.items():
         if not hasattr(config, name):
             raise ValueError(f"{name}: {config.model_type} checkpoints have no such choice, got {value!r}")
         setattr(config, name, value)
     return config
 
 
-def check_dtype(dtype: Any, whose: str = "dtype") -> None:
+def check_dtype(dtype: Any, label: str = "dtype") -> None:
     """Refuse weights of another dtype than those of `nopad.checkpoints.formats.FLOATS`.
 
     Raises:
@@ -129,4 +129,4 @@ def check_dtype(dtype: Any, whose: str = "dtype") -> None:
     """
     known = {str(each).removeprefix("torch.") for each in FLOATS}
     if str(dtype).removeprefix("torch.") not in known:
-        raise ValueError(f"{whose}: expected one of {', '.join(sorted(known))}, got {dtype}")
+        raise ValueError(f"{label}: expected one of {', '.join(sorted(known))}, got {dtype}")

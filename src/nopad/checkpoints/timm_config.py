@@ -46,19 +46,19 @@ def read_model_args(
     Raises:
         ValueError: another architecture, an argument that nothing here reads, or another value of a fixed one.
     """
-    whose = f"checkpoint {checkpoint.name!r}: config.json"
+    label = f"checkpoint {checkpoint.name!r}: config.json"
     architecture, arguments = checkpoint.config.get("architecture") or "", checkpoint.config.get("model_args") or {}
     if not isinstance(architecture, str) or (architecture and not re.fullmatch(architectures, architecture)):
-        raise ValueError(f"{whose}: architecture: expected {architectures}, got {architecture!r:.80}")
+        raise ValueError(f"{label}: architecture: expected {architectures}, got {architecture!r:.80}")
     if not isinstance(arguments, dict):
-        raise ValueError(f"{whose}: model_args: expected a JSON object, got {arguments!r:.80}")
+        raise ValueError(f"{label}: model_args: expected a JSON object, got {arguments!r:.80}")
     arguments = {name: value for name, value in arguments.items() if value is not None}
     for name, value in arguments.items():
         if name in fixed and value != fixed[name]:
-            raise ValueError(f"{whose}: model_args: {name}: expected {fixed[name]!r}, got {value!r:.80}")
+            raise ValueError(f"{label}: model_args: {name}: expected {fixed[name]!r}, got {value!r:.80}")
     unread = sorted(arguments.keys() - set(read) - fixed.keys() - set(_TOLD_OTHERWISE.split()))
     if unread:
-        raise ValueError(f"{whose}: model_args: nothing here reads {', '.join(unread)}")
+        raise ValueError(f"{label}: model_args: nothing here reads {', '.join(unread)}")
     return architecture, {name: arguments[name] for name in read if name in arguments}
 
 
@@ -81,23 +81,23 @@ def preprocessor_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
     NaFlex models make their own sizes: theirs has none.
     """
-    told = config.get("pretrained_cfg", config)
-    if not is_timms(config) or not isinstance(told, dict):
+    fields = config.get("pretrained_cfg", config)
+    if not is_timms(config) or not isinstance(fields, dict):
         return None
     names = {"mean": "image_mean", "std": "image_std", "interpolation": "resample"}
-    found = {names[name]: told[name] for name in names if told.get(name) is not None}
+    found = {names[name]: fields[name] for name in names if fields.get(name) is not None}
     found["resample"] = _RESAMPLE.get(found.get("resample", "bicubic"), found.get("resample"))
-    size = told.get("input_size")
+    size = fields.get("input_size")
     if str(config.get("architecture")).startswith("naflexvit"):
         return {"image_processor_type": "Siglip2ImageProcessor", **found}
     if not isinstance(size, list) or len(size) != 3:
         return {"image_processor_type": "CLIPImageProcessor", "size": size, **found}
     sides = {"height": size[1], "width": size[2]}
-    mode, share = told.get("crop_mode") or "center", told.get("crop_pct") or _USUAL_CROP_PCT
+    mode, share = fields.get("crop_mode") or "center", fields.get("crop_pct") or _USUAL_CROP_PCT
     if mode == "squash" and share == 1:
         return {"image_processor_type": "ViTImageProcessor", "size": sides, **found}
     if mode != "center" or not isinstance(share, int | float) or not share > 0:
-        found |= {name: told[name] for name in ("crop_mode", "crop_pct") if name in told}  # refused by these names
+        found |= {name: fields[name] for name in ("crop_mode", "crop_pct") if name in fields}  # refused by these names
     elif is_count(sides["width"]) and sides["width"] == sides["height"]:
         found |= {"size": {"shortest_edge": math.floor(sides["width"] / share)}}
     return {"image_processor_type": "CLIPImageProcessor", "size": sides, "crop_size": sides, **found}

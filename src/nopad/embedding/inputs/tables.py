@@ -37,9 +37,9 @@ def image_column(schema: pa.Schema, text: str, wanted: str | None) -> str:
             return wanted
         reason = f"--image-column {wanted} is no column of image bytes; got the columns {columns}"
         raise NoImageColumnError(f"{text}: {reason}")
-    usual = [name for name in candidates if name in IMAGE_COLUMNS]
-    if len(candidates) == 1 or len(usual) == 1:
-        return (usual if len(usual) == 1 else candidates)[0]
+    conventional = [name for name in candidates if name in IMAGE_COLUMNS]
+    if len(candidates) == 1 or len(conventional) == 1:
+        return (conventional if len(conventional) == 1 else candidates)[0]
     if not candidates:
         raise NoImageColumnError(f"{text}: no column of image bytes in {columns}")
     raise ValueError(f"{text}: {len(candidates)} columns of bytes in {columns}; choose one with --image-column")

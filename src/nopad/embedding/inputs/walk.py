@@ -47,13 +47,13 @@ def walk(folder: str, hidden: Hidden) -> Iterator[Found]:
             continue
         path = os.path.join(folder, found.path)
         try:
-            own = _identity(path)
-            entries = _entries(path) if own not in above else []
+            identity = _identity(path)
+            entries = _entries(path) if identity not in above else []
         except OSError as error:
             yield Found(found.path, True, f"folder cannot be listed: {why(error)}")
             continue
         entries = [entry for entry in entries if entry[0] != OWN_FOLDER and not hidden.leaves_out(path, *entry)]
-        within = above | {own}
+        within = above | {identity}
         todo += [(Found(os.path.join(found.path, name), is_folder), within) for name, is_folder in reversed(entries)]
 
 
@@ -73,7 +73,7 @@ def match(base: str, parts: tuple[str, ...], hidden: Hidden) -> list[Found]:
                 matches.add(Found(os.path.join(relative, part), os.path.isdir(path)))
             continue
         try:
-            own = _identity(folder)
+            identity = _identity(folder)
             entries = _entries(folder)
         except (FileNotFoundError, NotADirectoryError):
             continue
@@ -83,8 +83,8 @@ def match(base: str, parts: tuple[str, ...], hidden: Hidden) -> list[Found]:
         if part[0] != ".":  # else hidden ones are asked for
             entries = [entry for entry in entries if not (entry[1] and hidden.leaves_out(folder, *entry))]
         if part == "**":
-            if own not in above:
-                within = above | {own}
+            if identity not in above:
+                within = above | {identity}
                 todo.append((relative, rest or ("*",), above))
                 todo += [(os.path.join(relative, name), (part, *rest), within) for name in _shown(entries, "*", True)]
         elif rest:
