@@ -111,9 +111,7 @@ def test_variants_are_files_of_their_own(folder):
     assert (folder / "saved" / "model.safetensors.index.mine.json").exists()
     again = AIMv2Packing.from_pretrained(folder / "saved", variant="mine")
     assert torch.equal(again.norm.weight, encoder.norm.weight)
-    with pytest.raises(
-        ValueError, match=r"expected a folder or a Hub name with \{'variant': 'fp16'\}, got a fi"
-    ):
+    with pytest.raises(ValueError, match=r"expected a folder or a Hub name with \{'variant': 'fp16'\}, got a fi"):
         AIMv2Packing.from_pretrained(folder / "model.safetensors", variant="fp16")
 
 
