@@ -436,7 +436,7 @@ def test_models_are_found_by_text_and_family(capsys):
     assert main(["models", "no such model"]) == 2
     assert "no published name contains 'no such model'" in capsys.readouterr().err
     assert main(["models", "--family", "clip"]) == 2
-    assert "--family: expected one of aimv2, dinov3" in capsys.readouterr().err
+    assert "--family: expected one of aimv2, dinov2, dinov3" in capsys.readouterr().err
 
 
 def test_subclass_is_compared_with_its_familys_reference(native):
