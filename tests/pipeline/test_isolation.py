@@ -98,7 +98,8 @@ def test_processes_end_with_their_owner(preparation):
     prepare(processes, "3 4")
     (own,) = set(psutil.Process().children(recursive=True)) - before
     del processes
-    own.wait(20)
+    _, alive = psutil.wait_procs([own], timeout=20)
+    assert alive == []
 
 
 def test_processes_end_when_their_owner_is_killed(tmp_path):

@@ -1,4 +1,4 @@
-"""What `config.json` says of an encoder: each field is read, or has the one value that is implemented, or is told."""
+"""The fields of `config.json`: each is read, or checked against the one value implemented, or logged."""
 
 from __future__ import annotations
 

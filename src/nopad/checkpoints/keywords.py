@@ -47,7 +47,7 @@ def read_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `from_pretrained` without those that ask for what is done anyway.
 
     Raises:
-        ValueError: one that asks for something that nothing here does.
+        ValueError: an argument that has no effect here.
     """
     left = {name: value for name, value in keywords.items() if name not in ("torch_dtype", *_REFUSED)}
     if left.get("dtype") is None and keywords.get("torch_dtype") is not None:

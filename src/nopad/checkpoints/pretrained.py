@@ -37,8 +37,8 @@ def from_pretrained(cls: type[PackedEncoder], pretrained_model_name_or_path: Any
     `positions` as `nopad.load` does, and fields of the config by their names (`attention_dropout=0.1`).
 
     Raises:
-        ValueError: not this family, a tensor missing, unexpected or misshapen, or an argument that asks for something
-            that nothing here does.
+        ValueError: not this family, a tensor missing, unexpected or misshapen, or an argument that
+            has no effect here.
         TypeError: an argument that nothing knows.
     """
     if pretrained_model_name_or_path is None:

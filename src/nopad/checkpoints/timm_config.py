@@ -16,8 +16,8 @@ CLASSIFIER = (r"^head\.(weight|bias)$", r"^fc_norm\.")
 """Tensors of a classifier, which is no part of an encoder."""
 _USUAL_CROP_PCT = 0.875  # timm's DEFAULT_CROP_PCT
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}
-# Arguments that tensors tell as well, that concern training or classes alone, or how timm takes images of other sizes.
-_TOLD_OTHERWISE = """
+# Arguments that tensor shapes give as well, that concern training or classes alone, or images of other sizes.
+_NOT_NEEDED = """
 img_size patch_size in_chans embed_dim depth mlp_ratio num_classes global_pool qkv_bias proj_bias init_values
 weight_init fix_init head_init_scale drop_rate pos_drop_rate patch_drop_rate proj_drop_rate num_reg_tokens reg_tokens
 swiglu_mlp swiglu_align_to dynamic_img_size ref_feat_shape pos_embed_grid_size enable_patch_interpolator
@@ -56,7 +56,7 @@ def read_model_args(
     for name, value in arguments.items():
         if name in fixed and value != fixed[name]:
             raise ValueError(f"{label}: model_args: {name}: expected {fixed[name]!r}, got {value!r:.80}")
-    unread = sorted(arguments.keys() - set(read) - fixed.keys() - set(_TOLD_OTHERWISE.split()))
+    unread = sorted(arguments.keys() - set(read) - fixed.keys() - set(_NOT_NEEDED.split()))
     if unread:
         raise ValueError(f"{label}: model_args: nothing here reads {', '.join(unread)}")
     return architecture, {name: arguments[name] for name in read if name in arguments}

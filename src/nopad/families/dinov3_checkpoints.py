@@ -91,7 +91,7 @@ def read_config(checkpoint: Checkpoint) -> DINOv3ViTPackingConfig:
     if DINOv3ViTPackingConfig.model_type not in _model_types(checkpoint):
         fields["hidden_act"] = "silu" if gated else "gelu"
     timm = checkpoint.table in (TIMM_PLAIN, TIMM_GATED)
-    fields |= _told_by_timm(checkpoint) if timm and is_timms(checkpoint.config) else _told(checkpoint)
+    fields |= _from_timm(checkpoint) if timm and is_timms(checkpoint.config) else _from_transformers(checkpoint)
     if checkpoint.table in (META_PLAIN, META_GATED):
         own = _attention_of_meta(checkpoint, hidden_size)
         other = {name: fields[name] for name in own.keys() & checkpoint.vision_config if fields[name] != own[name]}
@@ -111,19 +111,19 @@ def _model_types(checkpoint: Checkpoint) -> set[Any]:
     return {checkpoint.vision_config.get("model_type"), checkpoint.config.get("model_type")}
 
 
-def _told(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What transformers' `config.json` says."""
+def _from_transformers(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config of transformers' `config.json`."""
     checkpoint.check_model_type("dinov3_vit")
     return read_fields(checkpoint, _CONFIG_NAMES, unused=_OF_BACKBONES)
 
 
-def _told_by_timm(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What timm's `config.json` says, whose models have the rope of the published ones."""
-    architecture, told = read_model_args(checkpoint, _TIMM_ARCHITECTURES, read=_TIMM_NAMES, fixed=_TIMM_FIXED)
+def _from_timm(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config of timm's `config.json`, whose models have the rope of the published ones."""
+    architecture, fields = read_model_args(checkpoint, _TIMM_ARCHITECTURES, read=_TIMM_NAMES, fixed=_TIMM_FIXED)
     if not architecture:
         raise ValueError(f"checkpoint {checkpoint.name!r}: config.json: architecture: expected {_TIMM_ARCHITECTURES}")
     heads = {"num_attention_heads": _TIMM_HEADS[architecture.split("_")[1]], "pos_embed_rescale": None}
-    return heads | {_TIMM_NAMES[name]: value for name, value in told.items()}
+    return heads | {_TIMM_NAMES[name]: value for name, value in fields.items()}
 
 
 def _attention_of_meta(checkpoint: Checkpoint, hidden_size: int) -> dict[str, Any]:
@@ -168,15 +168,15 @@ def _rope(name: str, periods: Tensor) -> dict[str, Any]:
     if not (periods.isfinite() & (periods > 0)).all():
         raise ValueError(f"checkpoint {name!r}: {PERIODS}: expected finite numbers above 0, got {periods.tolist()}")
     number = len(periods)
-    told = float(periods[-1]) ** (number / (number - 1)) if number > 1 else 100.0
+    base = float(periods[-1]) ** (number / (number - 1)) if number > 1 else 100.0
 
     def near(tolerance: float) -> list[float]:
-        powers = {base: rope_periods(4 * number, base, "cpu") for base in (100.0, round(told, 3), told) if base > 0}
-        return [base for base, each in powers.items() if torch.allclose(each, periods, rtol=tolerance, atol=0)]
+        powers = {theta: rope_periods(4 * number, theta, "cpu") for theta in (100.0, round(base, 3), base) if theta > 0}
+        return [theta for theta, each in powers.items() if torch.allclose(each, periods, rtol=tolerance, atol=0)]
 
-    for base in near(1e-6):
-        return {"rope_theta": base}
-    return {"rope_theta": [*near(2**-8), told][0], "rope_periods": periods.tolist()}
+    for theta in near(1e-6):
+        return {"rope_theta": theta}
+    return {"rope_theta": [*near(2**-8), base][0], "rope_periods": periods.tolist()}
 
 
 def _published() -> dict[str, dict[str, Any]]:

@@ -64,13 +64,13 @@ def read_preprocessor_config(
         raise ValueError(f"{whose}: {error}") from error
 
 
-def _read(told: dict[str, Any], default: Preprocessing) -> Preprocessing:
+def _read(fields: dict[str, Any], default: Preprocessing) -> Preprocessing:
     """The rule of a preprocessor config without nulls."""
-    processor = told.get("image_processor_type", told.get("feature_extractor_type", ""))
+    processor = fields.get("image_processor_type", fields.get("feature_extractor_type", ""))
     if not isinstance(processor, str):
         raise ValueError(f"image_processor_type: expected the name of a class, got {processor!r:.80}")
     processor = processor.replace("FeatureExtractor", "ImageProcessor")  # as transformers reads the older name
-    config = {**_usual(processor), **told}
+    config = {**_class_defaults(processor), **fields}
     for key in _SWITCHES:
         if not isinstance(config.get(key, True), bool):
             raise ValueError(f"{key}: expected true or false, got {config[key]!r:.80}")
@@ -101,7 +101,7 @@ def _read(told: dict[str, Any], default: Preprocessing) -> Preprocessing:
     )
 
 
-def _usual(processor: str) -> dict[str, Any]:
+def _class_defaults(processor: str) -> dict[str, Any]:
     """What the class of transformers that a preprocessor config names takes where the config does not say it."""
     name = processor.removesuffix("Fast").removesuffix("Pil")
     if name not in _PROCESSORS:

@@ -86,7 +86,7 @@ def load_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 
     Args:
         source: see `Source`.
-        max_pixels: refuse a file or PIL image of more pixels, told by its header before anything is decoded.
+        max_pixels: refuse a file or PIL image of more pixels, read from its header before anything is decoded.
 
     Returns:
         uint8 `(3, H, W)`, for most sources a channels-last view.
@@ -121,8 +121,8 @@ def load_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     except _BOMB as error:
         raise ImageError(name, f"{error} (max_pixels {max_pixels}, PIL.Image.MAX_IMAGE_PIXELS below it)") from error
     except _DAMAGE as error:
-        told = f"{type(error).__name__}: {error}".strip().removesuffix(":")
-        raise ImageError(name, f"truncated or damaged ({told}); get the file again") from error
+        message = f"{type(error).__name__}: {error}".strip().removesuffix(":")
+        raise ImageError(name, f"truncated or damaged ({message}); get the file again") from error
 
 
 def take(source: Source | Sequence[Source]) -> Source | Sequence[Source] | ImageError:

@@ -52,7 +52,7 @@ def read_frames(source: Video, number: int, *, max_pixels: int = MAX_PIXELS) -> 
     claim it. Frames are turned upright by the video's display matrix.
 
     Read are MP4 and MOV, Matroska and WebM, AVI, MPEG, FLV, Ogg, WMV and GIF with the usual codecs. A file that is cut
-    short is an error in all of them, where it can be told: by its structure, and by the last frame of MPEG streams.
+    short is an error in all of them, where it can be detected: by its structure, and by the last frame of MPEG streams.
 
     Args:
         source: see `Video`; the first video stream is read that is no cover picture.

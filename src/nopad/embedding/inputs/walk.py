@@ -80,7 +80,7 @@ def match(base: str, parts: tuple[str, ...], hidden: Hidden) -> list[Found]:
         except OSError as error:
             matches.add(Found(relative, True, f"folder cannot be listed: {why(error)}"))
             continue
-        if part[0] != ".":  # else hidden ones are asked for
+        if part[0] != ".":  # otherwise the pattern matches hidden names
             entries = [entry for entry in entries if not (entry[1] and hidden.leaves_out(folder, *entry))]
         if part == "**":
             if identity not in above:
