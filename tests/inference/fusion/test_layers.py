@@ -5,7 +5,7 @@ from importlib import util
 
 import pytest
 import torch
-from tiny_encoders import FAMILIES, GRIDS, WIDE, is_batch_invariant, patches_of, relative, tiny
+from tiny_encoders import GRIDS, WIDE, is_batch_invariant, patches_of, relative, tiny
 from torch import nn
 
 import nopad
@@ -27,23 +27,6 @@ from nopad.segments import Segments
 
 CAPACITY, MAX_SEGMENTS = 160, 9
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
-
-
-@pytest.fixture(params=FAMILIES)
-def folder(request, tmp_path):
-    return tiny(request.param, tmp_path / "checkpoint")
-
-
-@pytest.fixture
-def encoder(tmp_path):
-    return nopad.load(tiny("aimv2", tmp_path / "aimv2"))
-
-
-@pytest.fixture
-def reference_gemm(monkeypatch):
-    """Layers are fused with the reference GEMM backend, on a CPU and in any dtype."""
-    monkeypatch.setattr(fused, "unsupported_reason", lambda *arguments: None)
-    monkeypatch.setattr(fused, "gemm_backends_for", lambda *arguments: ([ReferenceGemm], None))
 
 
 def tokens_of(encoder, *lengths):

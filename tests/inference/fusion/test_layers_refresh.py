@@ -5,13 +5,12 @@ import contextlib
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_encoders import FAMILIES, GRIDS, patches_of, relative, tiny
+from tiny_encoders import GRIDS, patches_of, relative, tiny
 from torch import nn
 from transformers.activations import ACT2FN
 
 import nopad
 from nopad.inference.cuda_graphs import CUDAGraphLayers
-from nopad.inference.fusion import layers as fused
 from nopad.inference.fusion.folding import FoldedBlock
 from nopad.inference.fusion.gemm_reference import ReferenceGemm, subtract_mean
 from nopad.inference.fusion.layers import (
@@ -22,23 +21,6 @@ from nopad.segments import Segments
 
 CAPACITY, MAX_SEGMENTS = 160, 9
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
-
-
-@pytest.fixture(params=FAMILIES)
-def folder(request, tmp_path):
-    return tiny(request.param, tmp_path / "checkpoint")
-
-
-@pytest.fixture
-def encoder(tmp_path):
-    return nopad.load(tiny("aimv2", tmp_path / "aimv2"))
-
-
-@pytest.fixture
-def reference_gemm(monkeypatch):
-    """Layers are fused with the reference GEMM backend, on a CPU and in any dtype."""
-    monkeypatch.setattr(fused, "unsupported_reason", lambda *arguments: None)
-    monkeypatch.setattr(fused, "gemm_backends_for", lambda *arguments: ([ReferenceGemm], None))
 
 
 def tokens_of(encoder, *lengths):
