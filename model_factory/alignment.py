@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nopad.align.command import add_align_options, report_alignment
-from nopad.terminal import WRONG_USE, ArgumentParser, complain
+from nopad.command_options import WRONG_USE
+from nopad.terminal import ArgumentParser, print_error
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "images"
 
@@ -33,5 +34,5 @@ def main(description: str, default_checkpoint: str) -> int:
             image_size=options.image_size,
         )
     except (ValueError, OSError, ImportError) as error:
-        complain(f"{parser.prog}: {error}")
+        print_error(f"{parser.prog}: {error}")
         return WRONG_USE

@@ -18,19 +18,18 @@ from test_report import FP32, REPORT
 from nopad.align.command import align_table
 from nopad.align.page import align_page
 from nopad.cli import main
+from nopad.command_options import check_report, resolve_device
 from nopad.layers.mlp import GatedMLP
 from nopad.terminal import (
     MessageFormatter,
-    check_report,
     columns,
     configure_transformers,
-    device_of,
     json_text,
     message_lines,
     print_progress,
+    print_summary,
     printable,
     shell_command,
-    show,
 )
 
 HOSTILE = "\x1b[2J\r\n\x07\x9b8m\x7f\u202e\u2028\udce9"
@@ -56,10 +55,10 @@ def test_device_is_one_that_torch_sees(monkeypatch, seen, requested, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: seen > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
     if " " not in expected:
-        assert device_of(requested) == expected
+        assert resolve_device(requested) == expected
     else:
         with pytest.raises(ValueError, match=expected):
-            device_of(requested)
+            resolve_device(requested)
 
 
 def test_report_that_can_be_written_leaves_nothing_of_the_check(tmp_path, monkeypatch):
@@ -123,7 +122,7 @@ def test_lines_of_a_name_do_not_begin_a_line(capsys):
     assert columns([["", "size"], [HOSTILE, "1"]])[1] == f"{ESCAPED}     1"
     print_progress(f"loading {HOSTILE}")
     assert capsys.readouterr().err == f"· loading {ESCAPED}\n"
-    show(f"{printable(HOSTILE)}\n{HOSTILE}")
+    print_summary(f"{printable(HOSTILE)}\n{HOSTILE}")
     printed = capsys.readouterr().out
     assert printed.startswith(f"{ESCAPED}\n")
     assert is_clean(printed)

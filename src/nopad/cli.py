@@ -11,22 +11,13 @@ from typing import Any
 from nopad import __version__
 from nopad.align import command as align_command
 from nopad.bench import command as bench_command
+from nopad.command_options import INTERRUPTED, SUCCESS, WRONG_USE
 from nopad.embedding import command as embedding_command
-from nopad.terminal import (
-    INTERRUPTED,
-    PASSED,
-    WRONG_USE,
-    ArgumentParser,
-    MessageFormatter,
-    columns,
-    complain,
-    json_text,
-    show,
-)
+from nopad.terminal import ArgumentParser, MessageFormatter, columns, json_text, print_error, print_summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done or passed, 1 failed, 2 wrong use or an error, 130 stopped."""
+    """Run one command and return its exit status, one of those of `nopad.command_options`."""
     options = build_parser().parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     handler = logging.StreamHandler()
@@ -35,10 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except (ValueError, OSError, ImportError) as error:
-        complain(f"nopad {options.command}: {error}")
+        print_error(f"nopad {options.command}: {error}")
         return WRONG_USE
     except KeyboardInterrupt:
-        complain(f"nopad {options.command}: stopped")
+        print_error(f"nopad {options.command}: stopped")
         return INTERRUPTED
 
 
@@ -89,10 +80,10 @@ def run_models(options: argparse.Namespace) -> int:
     if not models:
         raise ValueError(f"TEXT: no published name contains {options.text!r}; `nopad models` lists them")
     if options.json:
-        show(json_text(models))
+        print_summary(json_text(models))
     else:
-        show("\n".join(columns([_HEADER, *map(_row, models)])))
-    return PASSED
+        print_summary("\n".join(columns([_HEADER, *map(_row, models)])))
+    return SUCCESS
 
 
 _HEADER = ("name", "family", "width", "layers", "patch", "params", "input")

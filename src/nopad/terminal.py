@@ -1,70 +1,18 @@
-"""Shared by the commands: exit statuses, device and report options, and everything that is printed."""
+"""Text for terminals: names without control characters, strict JSON, columns, messages and summaries."""
 
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import logging
 import math
 import os
 import shlex
 import sys
-import tempfile
 import unicodedata
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
-
-PASSED, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
-
-
-def device_of(requested: str | None) -> str:
-    """The device of `--device`; `None` is `cuda` if available, else `cpu`.
-
-    Raises:
-        ValueError: not a device, one without values, or one that torch does not see.
-    """
-    import torch
-
-    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if requested is None:
-        return "cuda" if seen else "cpu"
-    try:
-        device = torch.device(requested)
-    except RuntimeError:
-        device = None
-    if device is None or device.type == "meta":
-        raise ValueError(f"--device: expected cpu, cuda, cuda:1, …, got {requested!r}")
-    if device.type == "cuda" and not seen:
-        raise ValueError(f"--device: got {requested!r}, but torch sees no CUDA device; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= seen:
-        raise ValueError(f"--device: got {requested!r}, but torch sees {seen} CUDA devices: cuda:0 to cuda:{seen - 1}")
-    return requested
-
-
-def check_report(requested: str | None) -> None:
-    """Check before a long run that the file of `--report` can be written; nothing is left there.
-
-    Raises:
-        ValueError: a folder, or a path where this user cannot write.
-    """
-    if requested is None:
-        return
-    path = os.path.realpath(requested)
-    try:
-        if os.path.isdir(path):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not os.path.exists(path) or os.path.isfile(path):  # else a pipe or the like, which may not be tried
-            folder = os.path.dirname(path)
-            while not os.path.exists(folder):
-                folder = os.path.dirname(folder)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-    except OSError as error:
-        raise ValueError(
-            f"--report: expected a file that can be written, got {requested!r}: {error.strerror}"
-        ) from None
 
 
 def printable(text: str) -> str:
@@ -101,7 +49,7 @@ def _quote(argument: str) -> str:
     return f"$'{''.join(escaped)}'"
 
 
-def complain(message: str) -> None:
+def print_error(message: str) -> None:
     """Print a message to stderr, see `message_lines`."""
     print(message_lines(message), file=sys.stderr, flush=True)
 
@@ -153,7 +101,7 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def show(text: str) -> None:
+def print_summary(text: str) -> None:
     """Print a summary, each line `printable`. A closed stdout is reported and does not change the exit status."""
     try:
         print("\n".join(map(printable, text.split("\n"))), flush=True)

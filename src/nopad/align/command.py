@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from typing import Any
 
-from nopad.terminal import (
-    FAILED,
-    PASSED,
+from nopad.command_options import (
+    FAILURE,
+    SUCCESS,
+    add_checkpoint_options,
+    add_device_options,
+    add_report_options,
     check_report,
-    columns,
-    configure_transformers,
-    device_of,
-    json_text,
-    print_progress,
-    printable,
-    show,
+    print_report,
+    resolve_device,
 )
+from nopad.terminal import columns, configure_transformers, print_progress, printable
 
 DTYPES = ("float32", "bfloat16", "float16")
 LAYERS_SHOWN = 12
@@ -27,13 +25,9 @@ THRESHOLD = 0.99
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `nopad align`."""
-    parser.add_argument("checkpoint", help="Hub name, folder, weights file, or untrained:<published name>")
+    add_checkpoint_options(parser)
     parser.add_argument("--images", metavar="DIR", help="folder of photos to compare on, too")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON; null for NaN and infinity")
-    parser.add_argument("--report", metavar="FILE.html", help="write the report as one HTML page")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    trust = "run the checkpoint's own code as the reference, where transformers does not have it"
-    parser.add_argument("--trust-remote-code", action="store_true", help=trust)
+    add_report_options(parser)
     invariance = "check batch invariance instead: an image's features are bit-equal whatever it is packed with"
     parser.add_argument("--batch-invariance", action="store_true", help=invariance)
     parser.add_argument(
@@ -44,10 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_align_options(parser: argparse.ArgumentParser) -> None:
     """The options that `nopad align` and the scripts of `model_factory/` have in common."""
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, … (default: cuda if available, else cpu)")
+    add_device_options(parser)
     dtype = "of both models (default: float32; with --precision fp8 on a GPU, bfloat16)"
     parser.add_argument("--dtype", choices=DTYPES, default=None, help=dtype)
-    parser.add_argument("--attention", default="auto", help="kernel of the packed model (default: the fastest)")
     precision = "format of the packed model's layers; then the threshold alone decides"
     parser.add_argument("--precision", choices=("fp8",), default=None, help=precision)
     compiled = "compare the packed model's compiled layers, on a GPU the fused ones"
@@ -90,11 +83,8 @@ def report_alignment(options: argparse.Namespace, **arguments: Any) -> int:
         progress=print_progress,
         **arguments,
     )
-    show(json_text(report.to_dict()) if options.json else align_table(report))
-    if options.report is not None:
-        write_align_page(report, options.report)
-        print(printable(f"report: {options.report}"), file=sys.stderr if options.json else sys.stdout)
-    return PASSED if report.passed else FAILED
+    print_report(report, options, table=align_table, write_page=write_align_page)
+    return SUCCESS if report.passed else FAILURE
 
 
 def run_batch_invariance(options: argparse.Namespace) -> int:
@@ -115,8 +105,8 @@ def run_batch_invariance(options: argparse.Namespace) -> int:
         capacity=CAPACITY if options.capacity is None else options.capacity,
         progress=print_progress,
     )
-    show(json_text(report.to_dict()) if options.json else batch_invariance_table(report))
-    return PASSED if report.passed else FAILED
+    print_report(report, options, table=batch_invariance_table)
+    return SUCCESS if report.passed else FAILURE
 
 
 def _common(options: argparse.Namespace) -> dict[str, Any]:
@@ -127,7 +117,7 @@ def _common(options: argparse.Namespace) -> dict[str, Any]:
     """
     import torch
 
-    device = device_of(options.device)
+    device = resolve_device(options.device)
     default = "bfloat16" if options.precision is not None and device.startswith("cuda") else "float32"
     return {
         "device": device,

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from nopad.bench.defaults import ON_CPU, ON_GPU
 from nopad.bench.report import MIN_COSINE, BenchReport, Row, counted
-from nopad.terminal import (
+from nopad.command_options import (
+    SUCCESS,
+    add_checkpoint_options,
+    add_device_options,
+    add_report_options,
     check_report,
-    columns,
-    configure_transformers,
-    device_of,
-    json_text,
-    print_progress,
-    printable,
-    show,
+    print_report,
+    resolve_device,
 )
+from nopad.terminal import columns, configure_transformers, print_progress, printable
 
 DTYPES = ("bfloat16", "float16", "float32")
 HEADER = ("", "capacity", "ms", "min … max", "images/s", "tokens/s", "TFLOP/s", "of peak", "GiB", "cosine", "")
@@ -30,10 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         gpu, cpu = ON_GPU.describe(name), ON_CPU.describe(name)
         return f"(default: {gpu} on a GPU, {cpu} on a CPU)"
 
-    parser.add_argument("checkpoint", help="Hub name, folder, weights file, or untrained:<published name>")
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, … (default: cuda if available, else cpu)")
+    add_checkpoint_options(parser)
+    add_device_options(parser)
     parser.add_argument("--dtype", choices=DTYPES, help=f"of all candidates {default('dtype')}")
-    parser.add_argument("--attention", default="auto", help="kernel of the packed model (default: the fastest)")
     workloads = "many sizes of at most 1,024 patches, one size of 224 pixels or the model's own, or both"
     parser.add_argument("--workload", choices=("mixed", "224", "all"), default="mixed", help=workloads)
     parser.add_argument("--images", type=int, metavar="N", help=f"images of each workload {default('images')}")
@@ -47,15 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fp8", action="store_true", help=fp8)
     parser.add_argument("--runs", type=int, metavar="N", help=f"timed runs of each candidate {default('runs')}")
     parser.add_argument("--seed", type=int, default=0, help="seed of sizes and pixels (default: 0)")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    trust = "run the checkpoint's own code as the reference, where transformers does not have it"
-    parser.add_argument("--trust-remote-code", action="store_true", help=trust)
-    parser.add_argument("--json", action="store_true", help="print the report as JSON; null for NaN and infinity")
-    parser.add_argument("--report", metavar="FILE.html", help="write the report as one HTML page")
+    add_report_options(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the benchmark, print or write its report, and return the exit status 0.
+    """Run the benchmark, print or write its report, and return the exit status.
 
     Raises:
         ValueError, OSError, ImportError: wrong use; the command line prints the message.
@@ -65,12 +59,13 @@ def run(options: argparse.Namespace) -> int:
     check_report(options.report)
     import torch
 
+    from nopad.bench.page import write_bench_page
     from nopad.bench.run import bench
 
     configure_transformers()
     report = bench(
         options.checkpoint,
-        device=device_of(options.device),
+        device=resolve_device(options.device),
         dtype=None if options.dtype is None else getattr(torch, options.dtype),
         attention=options.attention,
         workload=options.workload,
@@ -85,13 +80,8 @@ def run(options: argparse.Namespace) -> int:
         trust_remote_code=options.trust_remote_code,
         progress=print_progress,
     )
-    show(json_text(report.to_dict()) if options.json else bench_table(report))
-    if options.report is not None:
-        from nopad.bench.page import write_bench_page
-
-        write_bench_page(report, options.report)
-        print(printable(f"report: {options.report}"), file=sys.stderr if options.json else sys.stdout)
-    return 0
+    print_report(report, options, table=bench_table, write_page=write_bench_page)
+    return SUCCESS
 
 
 def bench_table(report: BenchReport) -> str:

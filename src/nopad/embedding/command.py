@@ -11,27 +11,17 @@ from contextlib import redirect_stdout
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING
 
+from nopad.command_options import FAILURE, INTERRUPTED, SUCCESS, resolve_device
 from nopad.embedding.progress import Display, clock, display
 from nopad.embedding.settings import Settings
 from nopad.embedding.signals import stop_on_signals
 from nopad.local_paths import check_local
 from nopad.pipeline import process_server
 from nopad.preprocessing.limits import MAX_PATCHES
-from nopad.terminal import (
-    INTERRUPTED,
-    complain,
-    configure_transformers,
-    device_of,
-    json_text,
-    printable,
-    shell_command,
-    show,
-)
+from nopad.terminal import configure_transformers, json_text, print_error, print_summary, printable, shell_command
 
 if TYPE_CHECKING:
     from nopad.embedding.run import Summary
-
-DONE, NOTHING_EMBEDDED = 0, 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
             from nopad.embedding.api import embed
 
             configure_transformers()
-            device_of(options.device)
+            resolve_device(options.device)
             with redirect_stdout(sys.stderr):  # Ray prints to it when an actor dies; it is for the summary alone
                 summary = embed(
                     options.sources,
@@ -82,16 +72,16 @@ def run(options: argparse.Namespace) -> int:
                     progress=shown.report,
                 )
     except KeyboardInterrupt:
-        complain(f"stopped, the shard in hand is lost, finished ones are kept; {go_on}")
+        print_error(f"stopped, the shard in hand is lost, finished ones are kept; {go_on}")
         return INTERRUPTED
     if options.json:
-        show(json_text(summary.to_dict()))
+        print_summary(json_text(summary.to_dict()))
     else:
-        show(describe(summary))
+        print_summary(describe(summary))
     if summary.to_go:
-        complain(f"stopped with {summary.to_go:,} inputs to go; {go_on}")
+        print_error(f"stopped with {summary.to_go:,} inputs to go; {go_on}")
         return INTERRUPTED
-    return NOTHING_EMBEDDED if summary.failed == summary.rows else DONE
+    return FAILURE if summary.failed == summary.rows else SUCCESS
 
 
 def _beginning(options: argparse.Namespace) -> str:

@@ -11,7 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from nopad.terminal import INTERRUPTED, complain
+from nopad.command_options import INTERRUPTED
+from nopad.terminal import print_error
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -98,7 +99,7 @@ def _print(line: str) -> None:
 
     def write() -> None:
         with suppress(OSError, ValueError):  # ValueError: closed
-            complain(line)
+            print_error(line)
 
     thread = threading.Thread(target=write, daemon=True)
     thread.start()

@@ -1,0 +1,105 @@
+"""What the commands share: exit statuses, options, the checks of these, and the output of a report."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from nopad.terminal import json_text, print_summary, printable
+
+SUCCESS, FAILURE, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+"""Exit statuses: done or passed; not passed, or nothing embedded; wrong use or an error; stopped by a signal."""
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """Add the checkpoint and how it is loaded."""
+    parser.add_argument("checkpoint", help="Hub name, folder, weights file, or untrained:<published name>")
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    trust = "run the checkpoint's own code as the reference, where transformers does not have it"
+    parser.add_argument("--trust-remote-code", action="store_true", help=trust)
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`, for `resolve_device`, and `--attention`."""
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, … (default: cuda if available, else cpu)")
+    parser.add_argument("--attention", default="auto", help="kernel of the packed model (default: the fastest)")
+
+
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--json` and `--report`, for `check_report` and `print_report`."""
+    parser.add_argument("--json", action="store_true", help="print the report as JSON; null for NaN and infinity")
+    parser.add_argument("--report", metavar="FILE.html", help="write the report as one HTML page")
+
+
+def resolve_device(requested: str | None) -> str:
+    """The device of `--device`; `None` is `cuda` if available, else `cpu`.
+
+    Raises:
+        ValueError: not a device, one without values, or one that torch does not see.
+    """
+    import torch
+
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if requested is None:
+        return "cuda" if seen else "cpu"
+    try:
+        device = torch.device(requested)
+    except RuntimeError:
+        device = None
+    if device is None or device.type == "meta":
+        raise ValueError(f"--device: expected cpu, cuda, cuda:1, …, got {requested!r}")
+    if device.type == "cuda" and not seen:
+        raise ValueError(f"--device: got {requested!r}, but torch sees no CUDA device; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= seen:
+        raise ValueError(f"--device: got {requested!r}, but torch sees {seen} CUDA devices: cuda:0 to cuda:{seen - 1}")
+    return requested
+
+
+def check_report(requested: str | None) -> None:
+    """Check before a long run that the file of `--report` can be written; nothing is left there.
+
+    Raises:
+        ValueError: a folder, or a path where this user cannot write.
+    """
+    if requested is None:
+        return
+    path = os.path.realpath(requested)
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.path.exists(path) or os.path.isfile(path):  # else a pipe or the like, which may not be tried
+            folder = os.path.dirname(path)
+            while not os.path.exists(folder):
+                folder = os.path.dirname(folder)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        raise ValueError(
+            f"--report: expected a file that can be written, got {requested!r}: {error.strerror}"
+        ) from None
+
+
+def print_report(
+    report: Any,
+    options: argparse.Namespace,
+    *,
+    table: Callable[[Any], str],
+    write_page: Callable[[Any, str], None] | None = None,
+) -> None:
+    """Print a report as `options.json` says, and write the page of `options.report`.
+
+    Args:
+        report: with `to_dict`.
+        options: of `add_report_options`.
+        table: makes the report a text.
+        write_page: writes the report to a path; `None` where the report has no page.
+    """
+    print_summary(json_text(report.to_dict()) if options.json else table(report))
+    if options.report is not None and write_page is not None:
+        write_page(report, options.report)
+        print(printable(f"report: {options.report}"), file=sys.stderr if options.json else sys.stdout)
