@@ -25,7 +25,7 @@ from nopad.cli import main
 from nopad.embedding.inputs.sources import list_inputs
 from nopad.families.aimv2 import AIMv2Packing
 from nopad.inference import compile
-from nopad.inference.ready import EagerLayers
+from nopad.inference.layer_stack import EagerLayers
 from nopad.inference.runner import StaticRunner
 from nopad.layers.mlp import GatedMLP
 

@@ -12,7 +12,7 @@ from nopad.align import batch_invariance
 from nopad.align.batch_invariance import check_batch_invariance
 from nopad.cli import main
 from nopad.inference import compile, padding
-from nopad.inference.ready import EagerLayers
+from nopad.inference.layer_stack import EagerLayers
 from nopad.layers.attention import PackedAttention
 
 

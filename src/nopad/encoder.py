@@ -21,7 +21,7 @@ from nopad.checkpoints.strict import check_numbers
 from nopad.checkpoints.untrained import init_weights, untrained
 from nopad.inference.attention import set_attention
 from nopad.inference.collect import packed_output
-from nopad.inference.compile import compile_encoder, ready_runner
+from nopad.inference.compile import compile_encoder, current_runner
 from nopad.inference.dispatch import execution_device
 from nopad.inference.precision import check_saving, to_precision
 from nopad.inference.runner import EagerRunner, Runner
@@ -206,7 +206,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
             return EagerRunner()
         segments = len(self.segments_of(layout))
         rows = layout.num_patches + self.num_prefix_tokens * segments
-        return ready_runner(self) if self._runner.admits(rows, segments) else EagerRunner()
+        return current_runner(self) if self._runner.admits(rows, segments) else EagerRunner()
 
     # Ready for inference.
 
@@ -231,7 +231,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
     @property
     def execution(self) -> str:
         """How the layers run in inference: `"eager"`, `"compiled"`, `"fused by quack"` or `"fused by torch"`."""
-        return ready_runner(self).execution(self.layers)
+        return current_runner(self).execution(self.layers)
 
     @property
     def device(self) -> torch.device:

@@ -27,7 +27,7 @@ from nopad.bench.runner import checked, min_cosine
 from nopad.bench.timing import Sample
 from nopad.families.aimv2 import AIMv2Packing
 from nopad.families.dinov3 import DINOv3ViTPacking
-from nopad.inference import ready
+from nopad.inference import layer_stack
 
 OPTIONS = {"dtype": torch.float32, "images": 3, "capacities": (1024, 4096), "runs": 2}
 BASELINES = ["reference, one by one", "reference, grouped by shape"]
@@ -130,7 +130,7 @@ def test_execution_of_compiled_layers_is_reported(native, as_it_is, monkeypatch)
 def test_candidates_that_torch_runs_uncompiled_are_skipped(native, monkeypatch, setting):
     """A disabled compiler and a function beyond torch's limit run as they are, without an error."""
     torch._dynamo.reset()
-    monkeypatch.setattr(ready, "RECOMPILE_LIMIT", 0)
+    monkeypatch.setattr(layer_stack, "RECOMPILE_LIMIT", 0)
     monkeypatch.setattr(bench_run, "RECOMPILE_LIMIT", 0)
     with torch._dynamo.config.patch({setting: setting == "disable"}):
         report = bench(native, compile=True, **OPTIONS)

@@ -10,7 +10,7 @@ from nopad.embedding.estimate import mean_patches
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.media import MediaDecoder
 from nopad.embedding.inputs.sources import list_inputs
-from nopad.pipeline.prepare import Preparation
+from nopad.pipeline.image_processor import ImageProcessor
 
 
 def write_pictures(folder, sizes):
@@ -20,9 +20,9 @@ def write_pictures(folder, sizes):
 
 
 def mean(source, model, **options):
-    preparation = Preparation.of(nopad.load(model), **options)
+    image_processor = ImageProcessor.of(nopad.load(model), **options)
     with Reader(MediaDecoder(frames=4, max_pixels=100_000)) as reader:
-        return mean_patches(list_inputs([source]).inputs, reader, preparation)
+        return mean_patches(list_inputs([source]).inputs, reader, image_processor)
 
 
 def test_mean_patches_are_those_of_the_rule(tmp_path, model, clip_model):

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from nopad.inference.cuda_graphs import CUDAGraphLayers
-from nopad.inference.ready import ReadyLayers
+from nopad.inference.layer_stack import LayerStack
 from nopad.layers.attention import Rope
 from nopad.layers.rope import apply_rotary
 from nopad.segments import Segments
 
 
-class Recorder(ReadyLayers):
+class Recorder(LayerStack):
     """Layers that read all inputs, and store the inputs and output of the last call."""
 
     def __call__(self, tokens, segments, rope):

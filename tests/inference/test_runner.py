@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nopad
 from nopad.inference import compile
-from nopad.inference.ready import EagerLayers
+from nopad.inference.layer_stack import EagerLayers
 from nopad.segments import Segments
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -65,7 +65,7 @@ def test_output_of_a_pack_is_not_overwritten_by_the_next(encoder):
         def __call__(self, tokens, segments, rope):
             return memory.copy_(tokens)
 
-    encoder._runner.layers = StaticOutput(encoder.layers)
+    encoder._runner.stack = StaticOutput(encoder.layers)
     tokens = (torch.full((9, encoder.hidden_size), x) for x in (1.0, 2.0))
     first, second = [encoder._runner.run(encoder.layers, each, NINE, None) for each in tokens]
     assert (first == 1).all()
@@ -173,7 +173,7 @@ def test_moved_weights_are_not_read_at_their_old_address(encoder):
 
     encoder.compile(CAPACITY, MAX_SEGMENTS, compiled=False)
     expected = encoder(patches_of(encoder), GRIDS)
-    encoder._runner.layers = OldWeights(encoder.layers)
+    encoder._runner.stack = OldWeights(encoder.layers)
     assert not torch.equal(encoder(patches_of(encoder), GRIDS), expected)
     weight = encoder.layers[0].mlp.down.weight
     weight.data = weight.data.clone()
@@ -273,7 +273,7 @@ def test_layers_never_get_nonfinite_rows(encoder):
             seen.append(tokens.isfinite().all().item())
             return super().__call__(tokens, *rest)
 
-    encoder._runner.layers = Checking(encoder.layers)
+    encoder._runner.stack = Checking(encoder.layers)
     patches = patches_of(encoder)
     patches[3] = float("inf")
     encoder(patches, GRIDS)

@@ -16,32 +16,32 @@ import torch
 from pipeline.hostile_decoder import HostileDecoder
 
 from nopad.pipeline import process_server
+from nopad.pipeline.image_processor import ImageProcessor
 from nopad.pipeline.isolation import DecodeProcesses, _Process
 from nopad.pipeline.memory import MemoryBudget, available_memory
-from nopad.pipeline.prepare import Preparation
 from nopad.pipeline.process_server import ProcessServerError
 from nopad.pipeline.worker import Worker
 from nopad.preprocessing.decode import ImageError
 
 
 @pytest.fixture(scope="module")
-def preparation(encoder) -> Preparation:
-    return Preparation.of(encoder)
+def image_processor(encoder) -> ImageProcessor:
+    return ImageProcessor.of(encoder)
 
 
 @pytest.fixture(scope="module")
-def processes(preparation):
-    return DecodeProcesses(HostileDecoder(), preparation, timeout=2)
+def processes(image_processor):
+    return DecodeProcesses(HostileDecoder(), image_processor, timeout=2)
 
 
 def prepare(processes, data: str):
     return processes.prepare(data, MemoryBudget(1 << 30).reservation())
 
 
-def test_patches_are_those_of_this_process(processes, preparation):
+def test_patches_are_those_of_this_process(processes, image_processor):
     decoder = HostileDecoder()
     for data in ("3 4", "1 1", "7 2"):
-        image, expected = prepare(processes, data), preparation(decoder(data))
+        image, expected = prepare(processes, data), image_processor(decoder(data))
         assert (image.grid, image.width, image.height) == (expected.grid, expected.width, expected.height)
         np.testing.assert_array_equal(image.patches, expected.patches)
 
@@ -65,7 +65,7 @@ def test_hostile_input_is_a_failure_and_the_next_is_decoded(processes, data, rea
     assert prepare(processes, "3 4").grid == (1, 3, 4)
 
 
-def test_image_larger_than_the_budget_is_a_failure(processes, preparation):
+def test_image_larger_than_the_budget_is_a_failure(processes, image_processor):
     budget = MemoryBudget(10_000)
     small, large = budget.reservation(), budget.reservation()
     assert processes.prepare("1 1", small).grid == (1, 1, 1)
@@ -92,8 +92,8 @@ def test_stop_does_not_wait_for_what_was_read_ahead(encoder):
     assert time.monotonic() - start < 50  # each loop takes 60 s
 
 
-def test_processes_end_with_their_owner(preparation):
-    processes = DecodeProcesses(HostileDecoder(), preparation)
+def test_processes_end_with_their_owner(image_processor):
+    processes = DecodeProcesses(HostileDecoder(), image_processor)
     before = set(psutil.Process().children(recursive=True))
     prepare(processes, "3 4")
     (own,) = set(psutil.Process().children(recursive=True)) - before
@@ -129,11 +129,11 @@ threading.Event().wait()
     assert alive == []
 
 
-def test_server_imports_nothing_from_the_current_folder(preparation, tmp_path, monkeypatch):
+def test_server_imports_nothing_from_the_current_folder(image_processor, tmp_path, monkeypatch):
     (tmp_path / "json.py").write_text("raise SystemExit")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(process_server, "_server", None)
-    assert prepare(DecodeProcesses(HostileDecoder(), preparation), "3 4").grid == (1, 3, 4)
+    assert prepare(DecodeProcesses(HostileDecoder(), image_processor), "3 4").grid == (1, 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_server_imports_nothing_from_the_current_folder(preparation, tmp_path, m
         [b'{"bytes": 96}', b'{"shape": [1]}'],
     ],
 )
-def test_nonsense_from_a_process_is_a_crash(preparation, monkeypatch, answers):
+def test_nonsense_from_a_process_is_a_crash(image_processor, monkeypatch, answers):
     """A decoder that was taken over can answer anything."""
 
     def fork(self):
@@ -159,7 +159,7 @@ def test_nonsense_from_a_process_is_a_crash(preparation, monkeypatch, answers):
     kept = []
     monkeypatch.setattr(DecodeProcesses, "_fork", fork)
     with pytest.raises(ImageError, match="its decoder crashed"):
-        prepare(DecodeProcesses(HostileDecoder(), preparation), "3 4")
+        prepare(DecodeProcesses(HostileDecoder(), image_processor), "3 4")
     assert len(kept) == 2
 
 
@@ -212,7 +212,7 @@ def test_reservations_of_images_that_failed_before_pass_their_turn():
 def test_images_of_many_times_the_budget_are_all_embedded(encoder):
     decoder = HostileDecoder()
     images = ["40 40"] * 30
-    size = Preparation.of(encoder).peak_bytes(*decoder.measure(images[0]))
+    size = ImageProcessor.of(encoder).peak_bytes(*decoder.measure(images[0]))
     worker = Worker(encoder, threads=4, memory=int(1.5 * size))
     (results,) = worker.run([images], decoder, measure=decoder.measure)
     assert [result.error for result in results] == [None] * 30

@@ -12,9 +12,9 @@ from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import InputList
 from nopad.embedding.inputs.media import Media, MediaDecoder
 from nopad.embedding.inputs.video import frame_size
+from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.pipeline.isolation import DecodeProcesses
 from nopad.pipeline.memory import MemoryBudget
-from nopad.pipeline.prepare import Preparation, PreparedImage
 from nopad.preprocessing.decode import ImageError, image_size
 
 SAMPLE = 64
@@ -24,12 +24,12 @@ SECONDS = 2.0
 """After so many seconds no other header is read."""
 
 
-def mean_patches(inputs: InputList, reader: Reader, preparation: Preparation) -> float | None:
+def mean_patches(inputs: InputList, reader: Reader, image_processor: ImageProcessor) -> float | None:
     """Patches of an input on average, `None` where no header can be read.
 
     Headers are read where pictures are decoded: in a process of its own, see `DecodeProcesses`.
     """
-    processes = DecodeProcesses(_HeaderDecoder(reader.decoder), _GridOf(**vars(preparation)), timeout=SECONDS)
+    processes = DecodeProcesses(_HeaderDecoder(reader.decoder), _GridOf(**vars(image_processor)), timeout=SECONDS)
     budget = MemoryBudget()
     numbers = []
     end = None
@@ -79,8 +79,8 @@ class _HeaderDecoder:
         return torch.zeros(1, dtype=torch.uint8).expand(frames, 3, size[1], size[0])
 
 
-class _GridOf(Preparation):
-    """The grid that a preparation gives, without patches."""
+class _GridOf(ImageProcessor):
+    """An image processor that returns grids without patches."""
 
     def __call__(self, image: Tensor) -> PreparedImage:
         height, width = image.shape[-2:]

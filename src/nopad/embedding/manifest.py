@@ -29,7 +29,7 @@ def record_of(settings: Settings, worker: Worker, sources: list[str], inputs: In
         dtype=dtype_name(encoder.dtype),
         attention=encoder.attention,
         capacity=worker.capacity,
-        max_patches=worker.preparation.max_patches,
+        max_patches=worker.image_processor.max_patches,
         shard_size=settings.rows_per_shard,
     )
     options = {

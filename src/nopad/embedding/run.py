@@ -101,7 +101,7 @@ class Run:
         """Read some headers, so that progress has the number of patches to expect."""
         if self.to_do and not self.stop.is_set():
             with make_reader(self.job.settings) as reader:
-                self.mean_patches = mean_patches(self.job.inputs, reader, self.worker.preparation)
+                self.mean_patches = mean_patches(self.job.inputs, reader, self.worker.image_processor)
             self.start = time.perf_counter()
 
     def make(self, shards: Sequence[int]) -> None:

@@ -14,8 +14,8 @@ from nopad.inference.cuda_graphs import CUDAGraphLayers
 from nopad.inference.dispatch import is_dispatched
 from nopad.inference.fusion import layers as fused
 from nopad.inference.guards import ModuleGuard
+from nopad.inference.layer_stack import CompiledLayers, EagerLayers, LayerStack
 from nopad.inference.padding import pad_rows, pad_segments, poison_segments, round_up_max_seqlen
-from nopad.inference.ready import CompiledLayers, EagerLayers, ReadyLayers
 from nopad.inference.runner import DeferredRunner, Runner, StaticRunner
 from nopad.kernels.attention import reads_host_lengths
 from nopad.packing import CAPACITY, CAPACITY_ON_CPU
@@ -78,7 +78,7 @@ def compile_encoder(
     encoder._runner = _static_runner(encoder, capacity, max_segments, compiled)
 
 
-def ready_runner(encoder: PackedEncoder) -> Runner:
+def current_runner(encoder: PackedEncoder) -> Runner:
     """The encoder's runner; that of a copy is compiled first, for the capacity of the encoder that it is a copy of."""
     runner = encoder._runner
     if isinstance(runner, DeferredRunner):
@@ -96,8 +96,8 @@ def _static_runner(encoder: PackedEncoder, capacity: int, max_segments: int, com
         return StaticRunner(encoder, capacity, max_segments, layers, compiled=compiled)
 
 
-def compile_layers(encoder: PackedEncoder, capacity: int, max_segments: int, compiled: bool) -> ReadyLayers:
-    """The encoder's layers, made ready and warmed up for packs of this shape.
+def compile_layers(encoder: PackedEncoder, capacity: int, max_segments: int, compiled: bool) -> LayerStack:
+    """The fastest layer stack that is available here, warmed up for packs of this shape.
 
     Where layers cannot be compiled they run eagerly, and a warning gives the reason. On a GPU, packs of at most
     `MAX_GRAPH_CAPACITY` rows are recorded as CUDA graphs, unless the attention backend reads lengths on the host.
@@ -121,7 +121,7 @@ def can_record(device: torch.device, attention: str, capacity: int) -> bool:
     return device.type == "cuda" and capacity <= MAX_GRAPH_CAPACITY and not reads_host_lengths(attention)
 
 
-def _first_available(encoder: PackedEncoder, capacity: int, max_segments: int) -> ReadyLayers:
+def _first_available(encoder: PackedEncoder, capacity: int, max_segments: int) -> LayerStack:
     message = ""
     for make in _candidates(encoder):
         if message:
@@ -140,8 +140,8 @@ def _first_available(encoder: PackedEncoder, capacity: int, max_segments: int) -
     return EagerLayers(encoder.layers)
 
 
-def _candidates(encoder: PackedEncoder) -> Iterator[Callable[[], ReadyLayers]]:
-    """Constructors of ready layers, fastest first."""
+def _candidates(encoder: PackedEncoder) -> Iterator[Callable[[], LayerStack]]:
+    """Constructors of layer stacks, fastest first."""
     reason = fused.unsupported_reason(encoder, encoder.device, encoder.dtype)
     if reason is None:
         backends, reason = fused.gemm_backends_for(encoder, encoder.device, encoder.dtype)
@@ -154,7 +154,7 @@ def _candidates(encoder: PackedEncoder) -> Iterator[Callable[[], ReadyLayers]]:
 
 
 @torch.no_grad()
-def warm_up(encoder: PackedEncoder, layers: ReadyLayers, capacity: int, max_segments: int) -> None:
+def warm_up(encoder: PackedEncoder, layers: LayerStack, capacity: int, max_segments: int) -> None:
     """Run the layers, and the kernels around them, for every `max_seqlen` of a static pack; check fused layers."""
     encoder.example_positions()
     rope = encoder.example_rope(capacity)

@@ -8,15 +8,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from nopad.inference.ready import ReadyLayers
+from nopad.inference.layer_stack import LayerStack
 from nopad.layers.attention import Rope
 from nopad.segments import Segments
 
 
-class CUDAGraphLayers(ReadyLayers):
+class CUDAGraphLayers(LayerStack):
     """Layers recorded as CUDA graphs, one for each `max_seqlen`; the graphs share their static inputs."""
 
-    def __init__(self, layers: ReadyLayers) -> None:
+    def __init__(self, layers: LayerStack) -> None:
         self.layers = layers
         self.fixed_memory = not layers.copies_weights
         self.generation = layers.generation
@@ -31,7 +31,7 @@ class CUDAGraphLayers(ReadyLayers):
         return self.layers.execution
 
     def refresh(self, *, trained: bool = False) -> bool:
-        """See `ReadyLayers`."""
+        """See `LayerStack`."""
         is_current = self.layers.refresh(trained=trained)
         if self.generation != self.layers.generation:
             self.generation = self.layers.generation
@@ -40,7 +40,7 @@ class CUDAGraphLayers(ReadyLayers):
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """See `ReadyLayers`; waits for the kernels of the previous pack, on whichever stream they run."""
+        """See `LayerStack`; waits for the kernels of the previous pack, on whichever stream they run."""
         if self.done is None:
             self.done = torch.cuda.Event()
         else:

@@ -1,4 +1,4 @@
-"""Guards on the layers that `compile` made ready: whether structure or weights have changed since."""
+"""Guards on compiled layers: whether their structure or weights have changed since `compile`."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nopad.inference.guards import ModuleGuard
+from nopad.inference.layer_stack import EagerLayers, LayerStack
 from nopad.inference.padding import finite_segments, mask_nonfinite_rows, pad_rows, pad_segments, poison_segments
-from nopad.inference.ready import EagerLayers, ReadyLayers
 from nopad.layers.attention import Rope
 from nopad.outputs import Trunk
 from nopad.segments import Segments
@@ -126,18 +126,18 @@ class StaticRunner:
         encoder: the encoder that this runs; its layers are not changed.
         capacity: rows of a pack, prefix tokens included.
         max_segments: maximum number of segments of a pack.
-        layers: the encoder's layers, made ready.
+        stack: runs the encoder's layers, as `compile` chose.
         compiled: whether they were to be compiled, for copies of the encoder.
     """
 
     def __init__(
-        self, encoder: PackedEncoder, capacity: int, max_segments: int, layers: ReadyLayers, *, compiled: bool
+        self, encoder: PackedEncoder, capacity: int, max_segments: int, stack: LayerStack, *, compiled: bool
     ) -> None:
         self.capacity = capacity
         self.max_segments = max_segments
         self.compiled = compiled
         self.dtype = encoder.dtype
-        self.layers = layers
+        self.stack = stack
         self.source = encoder.layers
         self.guard = ModuleGuard(encoder.layers)
         self.dropout = any(getattr(module, "dropout_p", 0.0) for module in encoder.layers.modules())
@@ -145,8 +145,8 @@ class StaticRunner:
         self.lock = threading.RLock()  # threads share folded weights and recorded graphs
 
     def execution(self, layers: nn.ModuleList) -> str:
-        """How these layers run: as made ready, or `"eager"` where they have changed since."""
-        return self.layers.execution if self._structure_unchanged(layers) else "eager"
+        """How these layers run: as `compile` chose, or `"eager"` where they have changed since."""
+        return self.stack.execution if self._structure_unchanged(layers) else "eager"
 
     def admits(self, rows: int, segments: int) -> bool:
         """Whether a pack fits and needs no gradient; others run eagerly."""
@@ -166,26 +166,26 @@ class StaticRunner:
         tokens = tokens.to(segments.cu_seqlens.device)
         # In inference mode, everything would be compiled again.
         with self.lock, torch.inference_mode(False), torch.no_grad():
-            ready = self.layers if self._is_current(layers) else EagerLayers(layers)
-            if ready.copies_weights:  # GEMMs in the weights' dtype; tokens may be float32 under autocast
+            stack = self.stack if self._is_current(layers) else EagerLayers(layers)
+            if stack.copies_weights:  # GEMMs in the weights' dtype; tokens may be float32 under autocast
                 tokens = tokens.to(self.dtype)
-            with ready.exclusive():
-                padded_tokens, finite = pad_rows(tokens, self.capacity, ready.static_input)
+            with stack.exclusive():
+                padded_tokens, finite = pad_rows(tokens, self.capacity, stack.static_input)
                 padded_rope = None if rope is None else rope.padded(self.capacity)
-                max_segments = self.max_segments if ready.fixed_segments else None
-                output = ready(padded_tokens, pad_segments(segments, self.capacity, max_segments), padded_rope)
+                max_segments = self.max_segments if stack.fixed_segments else None
+                output = stack(padded_tokens, pad_segments(segments, self.capacity, max_segments), padded_rope)
                 return poison_segments(output[: len(tokens)], finite, segments)
 
     def _structure_unchanged(self, layers: nn.ModuleList) -> bool:
-        """Whether these are the layers that were made ready, with the same modules and without hooks."""
+        """Whether these are the compiled layers, with the same modules and without hooks."""
         unchanged = layers is self.source and not self.guard.structure_changed()
         return unchanged and not (self.dropout and layers.training)
 
     def _is_current(self, layers: nn.ModuleList) -> bool:
-        """Whether the ready layers can run, after an update of their copies of weights."""
-        if not self._structure_unchanged(layers) or (self.layers.fixed_memory and self.guard.storage_changed()):
+        """Whether the compiled layers can run; updates their copies of weights."""
+        if not self._structure_unchanged(layers) or (self.stack.fixed_memory and self.guard.storage_changed()):
             return False
-        current = self.layers.refresh(trained=self.trained)
+        current = self.stack.refresh(trained=self.trained)
         self.trained = self.trained and not current
         return current
 

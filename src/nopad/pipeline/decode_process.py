@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nopad.pipeline.prepare import Preparation
+from nopad.pipeline.image_processor import ImageProcessor
 from nopad.preprocessing.decode import ImageError
 from nopad.preprocessing.limits import MAX_BYTES
 
@@ -47,7 +47,7 @@ class Decoder(Protocol):
 
 
 def main(descriptor: int) -> None:
-    """Fork a process for each decoder, preparation and socket that come over the control socket."""
+    """Fork a process for each decoder, image processor and socket that comes over the control socket."""
     torch.set_num_threads(1)
     Image.MAX_IMAGE_PIXELS = None  # the decoder has a limit of its own
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged files, whose rows have the reason
@@ -57,10 +57,10 @@ def main(descriptor: int) -> None:
     server = os.getpid()
     while True:
         try:
-            decoder, preparation = messages.recv()
+            decoder, image_processor = messages.recv()
         except EOFError:
             return
-        preparation(torch.zeros(3, 64, 64, dtype=torch.uint8))  # imports what it needs, once for all forks
+        image_processor(torch.zeros(3, 64, 64, dtype=torch.uint8))  # imports what it needs, once for all forks
         _, ancillary, _, _ = control.recvmsg(1, socket.CMSG_SPACE(array.array("i").itemsize))
         connection = int.from_bytes(ancillary[0][2][:4], sys.byteorder)
         gc.freeze()
@@ -69,13 +69,13 @@ def main(descriptor: int) -> None:
             control.close()
             messages.close()
             _end_with(server)
-            serve(Connection(connection), decoder, preparation)
+            serve(Connection(connection), decoder, image_processor)
             os._exit(0)
         os.close(connection)
         control.sendall(pid.to_bytes(8, sys.byteorder))
 
 
-def serve(connection: Connection, decoder: Decoder, preparation: Preparation) -> None:
+def serve(connection: Connection, decoder: Decoder, image_processor: ImageProcessor) -> None:
     """Answer each file with the bytes that it needs, and once they are granted with its patches, or with an error."""
     start = _address_space()
     while True:
@@ -88,9 +88,9 @@ def serve(connection: Connection, decoder: Decoder, preparation: Preparation) ->
             data = decoder.read(source)
             room = MIN_ROOM + 2 * len(data)
             _limit(start + room)
-            _answer(connection, bytes=preparation.peak_bytes(*decoder.measure(data)))
+            _answer(connection, bytes=image_processor.peak_bytes(*decoder.measure(data)))
             _limit(start + room + connection.recv())
-            image = preparation(decoder(data))
+            image = image_processor(decoder(data))
             patches = image.patches.contiguous()
             _answer(connection, shape=patches.shape, grid=image.grid, width=image.width, height=image.height)
             connection.send_bytes(patches.view(-1).view(torch.uint8).numpy().data)

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from nopad.packing import Pack
-from nopad.pipeline.prepare import check_channels
+from nopad.pipeline.image_processor import check_channels
 from nopad.pipeline.worker import Worker
 from nopad.preprocessing.decode import ImageError, load, load_taken, take
 from nopad.preprocessing.limits import MaxPatches

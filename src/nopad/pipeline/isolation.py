@@ -16,8 +16,8 @@ import torch
 
 from nopad.pipeline import process_server
 from nopad.pipeline.decode_process import Decoder
+from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.pipeline.memory import Reservation
-from nopad.pipeline.prepare import Preparation, PreparedImage
 from nopad.preprocessing.decode import ImageError
 
 logger = logging.getLogger(__name__)
@@ -37,13 +37,13 @@ class DecodeProcesses:
 
     Args:
         decoder: from a file to pixels.
-        preparation: from pixels to patches.
+        image_processor: from pixels to patches.
         timeout: seconds for one input, `None` for no limit. Waiting for memory does not count.
     """
 
-    def __init__(self, decoder: Decoder, preparation: Preparation, *, timeout: float | None = TIMEOUT) -> None:
+    def __init__(self, decoder: Decoder, image_processor: ImageProcessor, *, timeout: float | None = TIMEOUT) -> None:
         self.timeout = timeout
-        self._setup = decoder, preparation
+        self._setup = decoder, image_processor
         self._lock = threading.Lock()
         self._idle: list[_Process] = []
         self._busy: set[_Process] = set()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nopad.pipeline.prepare import PreparedImage
+from nopad.pipeline.image_processor import PreparedImage
 from nopad.pipeline.stats import Stats
 from nopad.preprocessing.decode import ImageError
 

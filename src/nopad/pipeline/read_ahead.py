@@ -11,8 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from typing import Generic, TypeVar
 
+from nopad.pipeline.image_processor import PreparedImage
 from nopad.pipeline.memory import MemoryBudget, Reservation
-from nopad.pipeline.prepare import PreparedImage
 from nopad.pipeline.process_server import ProcessServerError
 from nopad.pipeline.stats import Stats
 from nopad.preprocessing.decode import ImageError

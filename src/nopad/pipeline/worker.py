@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from nopad.packing import CAPACITY, CAPACITY_ON_CPU
 from nopad.pipeline.decode_process import Decoder
+from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.pipeline.isolation import TIMEOUT, DecodeProcesses
 from nopad.pipeline.memory import MemoryBudget, Reservation
 from nopad.pipeline.pack_runner import EmbeddingResult, PackRunner, Results, num_segments, num_tokens
 from nopad.pipeline.packer import BestFitPacker
-from nopad.pipeline.prepare import Preparation, PreparedImage
 from nopad.pipeline.read_ahead import Outcome, ReadAhead
 from nopad.pipeline.stats import Stats
 from nopad.preprocessing.decode import ImageError
@@ -73,7 +73,7 @@ class Worker:
         self.capacity = capacity
         self.tokens = tokens
         options = {"resize": resize, "max_patches": max_patches, "preprocessing": preprocessing}
-        self.preparation = Preparation.of(encoder, **options)
+        self.image_processor = ImageProcessor.of(encoder, **options)
         self.stats = Stats()
         self.timeout = timeout
         self.memory = memory
@@ -82,7 +82,7 @@ class Worker:
     @property
     def preprocessing(self) -> str:
         """How pixels are made, in words."""
-        return self.preparation.describe()
+        return self.image_processor.describe()
 
     def run(
         self,
@@ -116,8 +116,8 @@ class Worker:
 
         def in_thread(item: Item, reservation: Reservation) -> PreparedImage:
             if measure is not None:
-                reservation.reserve(self.preparation.peak_bytes(*measure(item)))
-            return self.preparation(read(item))
+                reservation.reserve(self.image_processor.peak_bytes(*measure(item)))
+            return self.image_processor(read(item))
 
         def in_process(item: Item, reservation: Reservation) -> PreparedImage:
             return processes.prepare(read(item), reservation)
@@ -126,7 +126,7 @@ class Worker:
             prepare = in_thread
         else:
             if self._processes is None:
-                self._processes = DecodeProcesses(decoder, self.preparation, timeout=self.timeout)
+                self._processes = DecodeProcesses(decoder, self.image_processor, timeout=self.timeout)
             processes, prepare = self._processes, in_process
         budget = MemoryBudget(self.memory)
         with ReadAhead(groups, prepare, self.threads, budget, self.stats) as ahead:

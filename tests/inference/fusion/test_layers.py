@@ -19,7 +19,7 @@ from nopad.inference.fusion.layers import (
     rope_permutation,
     unsupported_reason,
 )
-from nopad.inference.ready import EagerLayers
+from nopad.inference.layer_stack import EagerLayers
 from nopad.layers.attention import Rope
 from nopad.layers.rope import apply_rotary
 from nopad.layers.rope_3d import apply_rotary_interleaved

@@ -16,7 +16,7 @@ from nopad.inference.fusion.gemm_reference import ReferenceGemm, subtract_mean
 from nopad.inference.fusion.layers import (
     FusedLayers,
 )
-from nopad.inference.ready import EagerLayers
+from nopad.inference.layer_stack import EagerLayers
 from nopad.segments import Segments
 
 CAPACITY, MAX_SEGMENTS = 160, 9
@@ -99,8 +99,8 @@ def test_changed_weights_reach_recorded_graphs(encoder, reference_gemm, monkeypa
     monkeypatch.setattr(CUDAGraphLayers, "__call__", lambda self, *arguments: self.layers(*arguments))
     monkeypatch.setattr(CUDAGraphLayers, "exclusive", lambda self: contextlib.nullcontext())
     encoder.compile(CAPACITY, MAX_SEGMENTS)
-    encoder._runner.layers = CUDAGraphLayers(encoder._runner.layers)
-    assert not encoder._runner.layers.fixed_memory  # weights are folded again into the same memory
+    encoder._runner.stack = CUDAGraphLayers(encoder._runner.stack)
+    assert not encoder._runner.stack.fixed_memory  # weights are folded again into the same memory
     assert CUDAGraphLayers(EagerLayers(encoder.layers)).fixed_memory
     assert encoder.execution == "fused by reference"
     encoder.layers[0].norm2.weight.mul_(2.0)

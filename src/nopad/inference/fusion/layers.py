@@ -19,7 +19,7 @@ from nopad.inference.fusion.folding import FoldedBlock, can_fold
 from nopad.inference.fusion.gemm import GemmBackend, InterleavedRope
 from nopad.inference.fusion.gemm_reference import subtract_mean
 from nopad.inference.guards import ModuleGuard
-from nopad.inference.ready import ReadyLayers
+from nopad.inference.layer_stack import LayerStack
 from nopad.kernels.attention import varlen_attention
 from nopad.kernels.availability import triton_works
 from nopad.layers.attention import Rope
@@ -82,7 +82,7 @@ MAX_REL_ERROR = 0.5
 distance of a tenth in untrained models."""
 
 
-class FusedLayers(ReadyLayers):
+class FusedLayers(LayerStack):
     """Runs folded blocks one after another; folds them again when their weights have changed.
 
     Args:
@@ -124,7 +124,7 @@ class FusedLayers(ReadyLayers):
         are the layers' own and other tensors have taken their place, into new ones, as a new `generation`.
 
         Args:
-            trained: see `ReadyLayers.refresh`.
+            trained: see `LayerStack.refresh`.
 
         Returns:
             `False` where a block can no longer be folded, or has got or lost a bias.

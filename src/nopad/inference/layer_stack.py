@@ -1,4 +1,4 @@
-"""Ways to run an encoder's layers on packs of a fixed shape."""
+"""Layer stacks: ways to run all layers of an encoder on packs of a fixed shape."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ RECOMPILE_LIMIT = 1 << 20
 runs uncompiled without an error."""
 
 
-class ReadyLayers:
+class LayerStack:
     """Base class: runs all layers of an encoder.
 
     Attributes:
         execution: how the layers run, for reports.
         fixed_segments: whether every pack must have the same number of segments.
         copies_weights: whether GEMMs read copies of the weights, which `refresh` updates.
-        fixed_memory: whether weights are read at the addresses that they had when the layers were made ready.
+        fixed_memory: whether weights are read at the addresses that they had at `compile`.
         generation: increases when `refresh` replaces tensors that a CUDA graph reads.
         static_input: `(capacity, D)` tensor that tokens can be written to; `None` where they may lie anywhere.
     """
@@ -57,20 +57,20 @@ class ReadyLayers:
         return nullcontext()
 
 
-class EagerLayers(ReadyLayers):
+class EagerLayers(LayerStack):
     """Runs one layer after another, uncompiled."""
 
     def __init__(self, layers: Iterable[Any]) -> None:
         self.layers = layers
 
     def __call__(self, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
-        """See `ReadyLayers`."""
+        """See `LayerStack`."""
         for layer in self.layers:
             tokens = layer(tokens, segments, rope)
         return tokens.to(segments.cu_seqlens.device)  # wherever the last layer is
 
 
-class CompiledLayers(ReadyLayers):
+class CompiledLayers(LayerStack):
     """Runs one layer after another by `torch.compile`, with each residual sum fused into the next layer's norm.
 
     The layers of an encoder share their code, so one compiled graph serves all of them; two graphs in float8.
@@ -87,7 +87,7 @@ class CompiledLayers(ReadyLayers):
         return "eager" if self.ran_uncompiled else "compiled"
 
     def __call__(self, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
-        """See `ReadyLayers`."""
+        """See `LayerStack`."""
         residual, self.ran_uncompiled = None, False
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT):
             for layer in self.layers:

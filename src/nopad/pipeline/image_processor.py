@@ -32,7 +32,7 @@ class PreparedImage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preparation:
+class ImageProcessor:
     """How an encoder wants its images; small and picklable, without weights."""
 
     rule: Preprocessing
@@ -50,14 +50,14 @@ class Preparation:
         resize: Resize = "torch",
         max_patches: int | None = None,
         preprocessing: Preprocessing | None = None,
-    ) -> Preparation:
+    ) -> ImageProcessor:
         """That of an encoder.
 
         Raises:
             ValueError: settings that fit no image, or an encoder of other than 3 channels.
         """
         check_channels(encoder)
-        preparation = cls(
+        image_processor = cls(
             rule=preprocessing or encoder.preprocessing,
             resize=resize,
             max_patches=max_patches,
@@ -65,8 +65,8 @@ class Preparation:
             patch_order=encoder.patch_order,
             dtype=encoder.dtype,
         )
-        preparation(torch.zeros(3, 64, 64, dtype=torch.uint8))
-        return preparation
+        image_processor(torch.zeros(3, 64, 64, dtype=torch.uint8))
+        return image_processor
 
     def __call__(self, image: Tensor) -> PreparedImage:
         """Resize, normalise and patchify uint8 `(3, H, W)`, or `(frames, 3, H, W)` for a clip.
