@@ -233,9 +233,10 @@ def summarise(blocks: Sequence[Block], encoder: PackedEncoder, job: BaselineJob,
     images = sum(block.images for block in blocks)
     wall = sum(block.nopad for block in blocks)
     stages: dict[str, float] = {
-        name: sum(block.summary["stats"][name] for block in blocks) for name in ("decode", "encode", "wait")
+        name: sum(block.summary["stats"][f"{name}_seconds"] for block in blocks)
+        for name in ("decode", "encode", "wait")
     }
-    stages["write"] = sum(block.summary["write"] for block in blocks)
+    stages["write"] = sum(block.summary["write_seconds"] for block in blocks)
     stages["other"] = wall - stages["encode"] - stages["wait"] - stages["write"]
     filled, capacity = (sum(block.summary["stats"][name] for block in blocks) for name in ("tokens", "capacity"))
     return {

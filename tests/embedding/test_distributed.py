@@ -17,7 +17,7 @@ from PIL import Image
 
 from nopad import embed
 from nopad.embedding import distributed
-from nopad.embedding.actor import Order, ShardMaker
+from nopad.embedding.actor import ActorConfig, ShardMaker
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.lock import FolderLock, LostLockError
 from nopad.embedding.settings import Settings
@@ -173,21 +173,21 @@ def test_actor_writes_to_no_folder_that_is_another_jobs(pictures, goldens, tmp_p
     embed(pictures, tmp_path, model=settings.model, shard_size=ROWS, stop=stop)
     with FolderLock(tmp_path) as lock:
         with pytest.raises(LostLockError, match="removed or begun anew while this job ran"):
-            ShardMaker(Order(str(tmp_path), settings, settings, "another token")).make(0)
+            ShardMaker(ActorConfig(str(tmp_path), settings, settings, "another token")).make(0)
         assert shards(tmp_path) == {}
-        ShardMaker(Order(str(tmp_path), settings, settings, lock.token)).make(0)
+        ShardMaker(ActorConfig(str(tmp_path), settings, settings, lock.token)).make(0)
         assert len(shards(tmp_path)) == 1
 
 
 def test_what_a_killed_actor_leaves_is_removed(tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'nopad[ray]'")
     folder = JobFolder(tmp_path)
-    folder.own.mkdir()
+    folder.metadata.mkdir()
 
     @contextmanager
     def connected():
         yield
-        (folder.own / "shard-3.parquet.part").touch()  # written when the others were over
+        (folder.metadata / "shard-3.parquet.part").touch()  # written when the others were over
 
     actors = types.SimpleNamespace(make=lambda *_: [])
 
@@ -200,7 +200,7 @@ def test_what_a_killed_actor_leaves_is_removed(tmp_path, monkeypatch):
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(distributed, name, stand_in)
     distributed.make_on_ray(run, [3], actors=1, token="")
-    assert list(folder.own.iterdir()) == []
+    assert list(folder.metadata.iterdir()) == []
 
 
 def node(cores: float, gpus: float = 0, alive: bool = True) -> dict:
@@ -229,7 +229,7 @@ def test_a_cluster_without_room_is_told():
 
 
 def test_shard_that_ends_its_process_too_often_is_given_up(ray, pictures, goldens, tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "ATTEMPTS", 1)  # the one that is made again: see `survivor`
+    monkeypatch.setattr(distributed, "MAX_ATTEMPTS", 1)  # the one that is made again: see `survivor`
     killer = Killer()
     killer.start()
     model = goldens / "aimv2-apple-native"

@@ -49,13 +49,13 @@ def test_video_counts_all_frames_that_are_taken(tmp_path, model):
 
 
 def test_sample_is_spread_over_the_list(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(estimate, "SAMPLE", 4)
+    monkeypatch.setattr(estimate, "MAX_HEADERS", 4)
     write_pictures(tmp_path / "a", [(4 * (number + 1), 4) for number in range(16)])
     assert mean(tmp_path / "a", model) == (3 + 7 + 11 + 15) / 4
 
 
 def test_sample_of_a_table_is_from_its_first_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(estimate, "SAMPLE", 4)
+    monkeypatch.setattr(estimate, "MAX_HEADERS", 4)
     for name in "ab":
         pq.write_table(pa.table({"image": [b"picture"] * 100}), tmp_path / f"{name}.parquet")
     assert estimate._places(list_inputs([tmp_path]).inputs) == [0, 1, 102, 103]

@@ -69,7 +69,7 @@ def test_image_larger_than_the_budget_is_a_failure(processes, image_processor):
     budget = MemoryBudget(10_000)
     small, large = budget.reservation(), budget.reservation()
     assert processes.prepare("1 1", small).grid == (1, 1, 1)
-    small.settle(0)
+    small.finish_decoding(0)
     with pytest.raises(ImageError, match=r"takes about \d+ MB of memory, expected at most 0; set decode_memory"):
         processes.prepare("90 90", large)
 
@@ -190,10 +190,10 @@ def test_reservations_are_granted_in_order_and_the_largest_alone():
     threads = [take("last", last, 10), take("large", large, 95), take("first", first, 50)]
     threads[2].join(10)
     assert order == ["first"]  # the large one does not fit beside it, and nothing overtakes
-    first.settle(50)  # decoded, but not yet in a pack: the large one is let in, or nothing would go on
+    first.finish_decoding(50)  # decoded, but not yet in a pack: the large one is let in, or nothing would go on
     threads[1].join(10)
     assert order == ["first", "large"]
-    large.settle(5)
+    large.finish_decoding(5)
     threads[0].join(10)
     assert order == ["first", "large", "last"]
     for reservation in (first, large):
@@ -204,7 +204,7 @@ def test_reservations_are_granted_in_order_and_the_largest_alone():
 def test_reservations_of_images_that_failed_before_pass_their_turn():
     budget = MemoryBudget(100)
     failed, image = budget.reservation(), budget.reservation()
-    failed.settle(0)
+    failed.finish_decoding(0)
     image.reserve(60)
     assert (budget.used, budget.decoding) == (60, 1)
 

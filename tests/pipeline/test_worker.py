@@ -213,7 +213,7 @@ def test_the_tally_counts_patches_packs_and_room(encoder):
     assert (stats.images, stats.failed, stats.packs, stats.patches) == (6, 0, 4, 96)
     assert stats.capacity == 24 + 24 + 12 + 36
     assert stats.fill == 1.0
-    assert min(stats.decode, stats.encode) > 0
+    assert min(stats.decode_seconds, stats.encode_seconds) > 0
 
 
 def test_packs_of_mixed_sizes_are_97_percent_full(encoder):

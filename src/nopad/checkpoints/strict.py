@@ -50,12 +50,12 @@ def load_strictly(
 _SIDES = ("hidden_size", "intermediate_size", "num_channels", "patch_size", "num_register_tokens", "projection_dim")
 _OTHER_COUNTS = ("mlp_ratio", "num_hidden_layers", "num_attention_heads", "image_size", "num_patches")
 _COUNTS = {**dict.fromkeys((*_SIDES, *_OTHER_COUNTS), 1), "num_register_tokens": 0}
-"""The least of each; `None` where there is no such thing."""
+"""Minimum of each count; `None` is allowed where an architecture has no such part."""
 _NUMBERS = {
     **dict.fromkeys(("layer_norm_eps", "rms_norm_eps", "rope_theta"), (0, 1e12)),
     **dict.fromkeys(("attention_dropout", "drop_path_rate"), (0, 1)),
 }
-"""The least and the most of each."""
+"""Minimum and maximum of each number."""
 
 
 def check_numbers(config: PreTrainedConfig, label: str) -> None:

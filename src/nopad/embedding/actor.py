@@ -20,26 +20,26 @@ from nopad.pipeline.stats import Stats
 
 
 @dataclass(frozen=True)
-class Order:
-    """What an actor gets; the list of inputs, which may have millions, it reads from the folder.
+class ActorConfig:
+    """Arguments of an actor. The list of inputs, which may have millions, is read from the folder.
 
     Attributes:
-        settings: as the job was begun with.
-        here: the same for an actor: the model's path made absolute, its device and number of decode threads.
+        settings: those that the job was begun with.
+        local_settings: the same on the actor: the model's path made absolute, its device and number of decode threads.
         token: see `check_owner`.
     """
 
     folder: str
     settings: Settings
-    here: Settings
+    local_settings: Settings
     token: str
 
 
 class ShardMaker:
     """An actor: makes one shard after another with an encoder that it loads once."""
 
-    def __init__(self, order: Order) -> None:
-        self.order = order
+    def __init__(self, config: ActorConfig) -> None:
+        self.config = config
 
     def place(self) -> str:
         """Load the encoder, and return where that is."""
@@ -47,28 +47,28 @@ class ShardMaker:
         return f"process {os.getpid()} on {socket.gethostname()}"
 
     def make(self, shard: int) -> dict[str, Any]:
-        """Make a shard: counts and seconds by the names of `Stats`, its `rows` and the seconds of `write`."""
+        """Make a shard: counts and seconds by the names of `Stats`, its `rows` and `write_seconds`."""
         path = self.job.path(shard)
         if path.exists():  # its actor died after it had put the shard in its place
             ok, failed = count(path)
             return _result(ok + failed, 0.0, Stats(images=ok + failed, failed=failed))
         run = self.run
-        before, written = replace(run.stats), run.write
+        stats_before, seconds_before = replace(run.stats), run.write_seconds
         run.make([shard])
-        done = {key: value - getattr(before, key) for key, value in asdict(run.stats).items()}
-        return _result(self.job.size(shard), run.write - written, Stats(**done))
+        done = {key: value - getattr(stats_before, key) for key, value in asdict(run.stats).items()}
+        return _result(self.job.size(shard), run.write_seconds - seconds_before, Stats(**done))
 
     @cached_property
     def job(self) -> Job:
-        folder = JobFolder(self.order.folder)
-        return Job(self.order.settings, folder, *folder.read(), partial(check_owner, folder.path, self.order.token))
+        folder = JobFolder(self.config.folder)
+        return Job(self.config.settings, folder, *folder.read(), partial(check_owner, folder.path, self.config.token))
 
     # Not in the constructor, whose errors Ray raises as a death of the actor.
     @cached_property
     def run(self) -> Run:
         job = self.job
-        worker = make_worker(self.order.here, load_encoder(self.order.here))
-        record = record_of(self.order.settings, worker, json.loads(job.record["sources"]), job.inputs)
+        worker = make_worker(self.config.local_settings, load_encoder(self.config.local_settings))
+        record = record_of(self.config.settings, worker, json.loads(job.record["sources"]), job.inputs)
         try:
             check_same(job.record, record, job.folder.path)
         except ValueError as error:
@@ -76,5 +76,5 @@ class ShardMaker:
         return Run(job, worker)
 
 
-def _result(rows: int, write: float, stats: Stats) -> dict[str, Any]:
-    return {"rows": rows, "write": write, **asdict(stats)}
+def _result(rows: int, write_seconds: float, stats: Stats) -> dict[str, Any]:
+    return {"rows": rows, "write_seconds": write_seconds, **asdict(stats)}

@@ -18,8 +18,7 @@ from nopad.embedding.run import Run, Summary
 from nopad.embedding.settings import Settings
 from nopad.encoder import PackedEncoder
 from nopad.local_paths import check_local
-from nopad.pipeline.isolation import TIMEOUT
-from nopad.preprocessing.limits import MAX_PIXELS, MaxPatches
+from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS, MAX_PIXELS, NUM_FRAMES, MaxPatches
 from nopad.preprocessing.transforms import Resize
 
 logger = logging.getLogger(__name__)
@@ -38,12 +37,12 @@ def embed(
     max_patches: MaxPatches = "auto",
     resize: Resize = "torch",
     capacity: int | None = None,
-    frames: int = 8,
+    frames: int = NUM_FRAMES,
     max_pixels: int = MAX_PIXELS,
     embedding_dtype: str = "float32",
     embedding_list: str = "fixed",
     shard_size: int | None = None,
-    input_timeout: float | None = TIMEOUT,
+    input_timeout: float | None = INPUT_TIMEOUT_SECONDS,
     decode_memory: int | None = None,
     image_column: str | None = None,
     hidden: bool = False,

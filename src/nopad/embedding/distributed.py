@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from typing import Any
 
-from nopad.embedding.actor import Order, ShardMaker
+from nopad.embedding.actor import ActorConfig, ShardMaker
 from nopad.embedding.lock import LostLockError
 from nopad.embedding.progress import Ticker
 from nopad.embedding.run import Run
@@ -26,14 +26,14 @@ from nopad.pipeline.stats import Stats
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 3
-"""How often a shard may end the process that makes it before the job fails."""
+MAX_ATTEMPTS = 3
+"""The job fails when this many processes have died over one shard."""
 
-PATIENCE = 30.0
-"""Seconds without any actor at work after which that is logged."""
+MAX_IDLE_SECONDS = 30.0
+"""After this time without any actor at work, a warning is logged."""
 
 # Numbers take little; Ray's own choice, 30 % of the memory, is more shared memory than most containers have.
-_OBJECT_STORE = 100 << 20
+_OBJECT_STORE_BYTES = 100 << 20
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # deaths of actors are handled and logged here
@@ -53,7 +53,7 @@ def make_on_ray(run: Run, shards: Sequence[int], actors: int, token: str) -> Non
     Raises:
         ImportError: Ray is not installed.
         ValueError: a cluster without room for one actor, or a node whose checkpoint or installation is another.
-        ChildProcessError: a shard that ended its process `ATTEMPTS` times.
+        ChildProcessError: a shard that ended its process `MAX_ATTEMPTS` times.
         ConnectionError: the cluster of `RAY_ADDRESS` cannot be reached.
         RuntimeError: Ray itself failed.
         Other errors are those of the run in one process; finished shards are kept in any case.
@@ -88,7 +88,7 @@ def make_on_ray(run: Run, shards: Sequence[int], actors: int, token: str) -> Non
 def _add(run: Run, result: Mapping[str, Any]) -> None:
     for field in fields(Stats):
         setattr(run.stats, field.name, getattr(run.stats, field.name) + result[field.name])
-    run.write += result["write"]
+    run.write_seconds += result["write_seconds"]
     run.done += result["rows"]
 
 
@@ -106,14 +106,14 @@ class _Actors:
         self.run = run
         self.needs: dict[str, Any] = {"num_cpus": cores, "num_gpus": int(on_gpu)}
         self.maker: Any = ray.remote(**self.needs)(ShardMaker)
-        here = replace(
+        local_settings = replace(
             settings,
             model=os.path.abspath(settings.model) if os.path.exists(settings.model) else settings.model,
             device=run.worker.encoder.device.type,  # Ray shows each actor its own GPU as the only one
             workers=settings.workers or cores,
         )
         folder = os.path.abspath(run.job.folder.path)
-        self.order = Order(folder, settings, here, token)
+        self.config = ActorConfig(folder, settings, local_settings, token)
         self.places: dict[Any, str] = {}  # of each actor that has started: its process and host
         self.loading: dict[Any, Any] = {}  # an actor by the reference to what its call will return
         self.making: dict[Any, tuple[Any, int]] = {}
@@ -130,7 +130,7 @@ class _Actors:
 
     def start(self) -> None:
         """Start an actor; it loads its encoder."""
-        actor = self.maker.remote(self.order)
+        actor = self.maker.remote(self.config)
         self.loading[actor.place.remote()] = actor
 
     def make(self, shards: Sequence[int], actors: int) -> Iterator[dict[str, Any]]:
@@ -167,10 +167,12 @@ class _Actors:
                 self.making[actor.make.remote(shard)] = (actor, shard)
             if self.making:
                 last = time.monotonic()
-            elif not warned and time.monotonic() - last > PATIENCE:
+            elif not warned and time.monotonic() - last > MAX_IDLE_SECONDS:
                 warned = True
                 free = ray.available_resources()
-                logger.warning("actors: none has started in %.0f s; free now: %s; each: %s", PATIENCE, free, self.needs)
+                logger.warning(
+                    "actors: none has started in %.0f s; free now: %s; each: %s", MAX_IDLE_SECONDS, free, self.needs
+                )
 
     def value(self, call: Any, actor: Any, shard: int | None) -> Any:
         """What a call returned, `None` where its actor died."""
@@ -188,34 +190,34 @@ class _Actors:
                 return None
             self.deaths[shard] += 1
             what = "an actor" if shard is None else self.run.job.path(shard).name
-            if self.deaths[shard] >= ATTEMPTS:
+            if self.deaths[shard] >= MAX_ATTEMPTS:
                 raise ChildProcessError(
-                    f"{what}: {ATTEMPTS} processes died while they made it, the last was {place}; too little memory, "
-                    f"or an input that kills its decoder? finished shards are kept"
+                    f"{what}: {MAX_ATTEMPTS} processes died while they made it, the last was {place}; too little "
+                    f"memory, or an input that kills its decoder? finished shards are kept"
                 ) from error
             logger.warning("%s: %s died while it made it; it is made again", what, place)
             return None
 
 
 def _cores_of_an_actor(nodes: Sequence[Mapping[str, Any]], actors: int, *, on_gpu: bool) -> int:
-    """The most cores that each of `actors` can have on the nodes that are there.
+    """Maximum number of cores that each of `actors` can have on the nodes of the cluster.
 
     Raises:
         ValueError: there is no room for one actor.
     """
     alive = [node["Resources"] for node in nodes if node["Alive"]]
 
-    def room(cores: int) -> int:
+    def num_fitting(cores: int) -> int:
         fit = [int(node.get("CPU", 0)) // cores for node in alive]
         return sum(min(n, int(node.get("GPU", 0))) if on_gpu else n for n, node in zip(fit, alive, strict=True))
 
     what = "a core and a GPU" if on_gpu else "a core"
-    if room(1) == 0:
+    if num_fitting(1) == 0:
         raise ValueError(f"actors: got {actors}, but no node of the Ray cluster has {what} for one: {alive}")
-    if room(1) < actors:
-        logger.warning("actors: %d wanted, there is room for %d with %s each", actors, room(1), what)
-    most = max(int(node.get("CPU", 0)) for node in alive)
-    return next((cores for cores in range(most, 1, -1) if room(cores) >= actors), 1)
+    if num_fitting(1) < actors:
+        logger.warning("actors: %d wanted, there is room for %d with %s each", actors, num_fitting(1), what)
+    max_cores = max(int(node.get("CPU", 0)) for node in alive)
+    return next((cores for cores in range(max_cores, 1, -1) if num_fitting(cores) >= actors), 1)
 
 
 @contextmanager
@@ -232,7 +234,7 @@ def _connected() -> Iterator[None]:
     else:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE, **quiet)
+        ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own there

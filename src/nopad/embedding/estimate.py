@@ -17,11 +17,11 @@ from nopad.pipeline.isolation import DecodeProcesses
 from nopad.pipeline.memory import MemoryBudget
 from nopad.preprocessing.decode import ImageError, image_size
 
-SAMPLE = 64
-"""Headers that are read at most."""
+MAX_HEADERS = 64
+"""Number of headers that are read."""
 
-SECONDS = 2.0
-"""After so many seconds no other header is read."""
+MAX_SECONDS = 2.0
+"""After this time no further header is read."""
 
 
 def mean_patches(inputs: InputList, reader: Reader, image_processor: ImageProcessor) -> float | None:
@@ -29,7 +29,7 @@ def mean_patches(inputs: InputList, reader: Reader, image_processor: ImageProces
 
     Headers are read where pictures are decoded: in a process of its own, see `DecodeProcesses`.
     """
-    processes = DecodeProcesses(_HeaderDecoder(reader.decoder), _GridOf(**vars(image_processor)), timeout=SECONDS)
+    processes = DecodeProcesses(_HeaderDecoder(reader.decoder), _GridOf(**vars(image_processor)), timeout=MAX_SECONDS)
     budget = MemoryBudget()
     numbers = []
     end = None
@@ -43,14 +43,14 @@ def mean_patches(inputs: InputList, reader: Reader, image_processor: ImageProces
         except ImageError:  # it will be a failed row
             pass
         finally:
-            reservation.settle(0)
-        end = end or time.monotonic() + SECONDS  # the first one may wait until processes can be started
+            reservation.finish_decoding(0)
+        end = end or time.monotonic() + MAX_SECONDS  # the first one may wait until processes can be started
     return sum(numbers) / len(numbers) if numbers else None
 
 
 def _places(inputs: InputList) -> list[int]:
     """Indices from all over the list, of tables from the first rows of each, which cost one block to read."""
-    number = min(SAMPLE, len(inputs))
+    number = min(MAX_HEADERS, len(inputs))
     places = [(2 * i + 1) * len(inputs) // (2 * number) for i in range(number)]
     for i, place in enumerate(places):
         item = inputs[place]

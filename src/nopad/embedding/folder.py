@@ -13,7 +13,7 @@ from nopad.atomic import atomic_write
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.embedding.inputs.files import why
 from nopad.embedding.inputs.listing import InputList
-from nopad.embedding.table.writer import OWN_FOLDER, folder_error
+from nopad.embedding.table.writer import METADATA_FOLDER, folder_error
 from nopad.local_paths import check_local
 
 
@@ -25,17 +25,17 @@ class JobFolder:
             raise ValueError("out: expected a folder, got ''; '.' is the current one")
         check_local("out", folder)
         self.path = Path(folder)
-        self.own = self.path / OWN_FOLDER
+        self.metadata = self.path / METADATA_FOLDER
 
     @property
     def has_job(self) -> bool:
         """Whether a job was begun here."""
-        return (self.own / "job.json").exists()
+        return (self.metadata / "job.json").exists()
 
     def spelling(self, model: str, sources: Sequence[str]) -> tuple[str, list[str]]:
         """Model and sources as the job that was begun here spells them, where they are the same paths."""
         try:
-            record = json.loads((self.own / "job.json").read_text(encoding="utf-8"))
+            record = json.loads((self.metadata / "job.json").read_text(encoding="utf-8"))
             there = [record["model"], *json.loads(record["sources"])]
         except (OSError, ValueError, LookupError, TypeError):  # no job yet, or one that `read` refuses
             return model, list(sources)
@@ -48,8 +48,8 @@ class JobFolder:
         """Keep a new job's list and record; it is begun once both are there."""
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         try:
-            inputs.save(self.own / "inputs.parquet")
-            with atomic_write(self.own / "job.json") as file:
+            inputs.save(self.metadata / "inputs.parquet")
+            with atomic_write(self.metadata / "job.json") as file:
                 file.write(text.encode())
         except OSError as error:
             raise folder_error(error, self.path) from error
@@ -62,26 +62,26 @@ class JobFolder:
         """
         advice = "remove job.json there and run the job again (shards that fit are kept), or use another folder"
         try:
-            record = json.loads((self.own / "job.json").read_text(encoding="utf-8"))
-            inputs = InputList.load(self.own / "inputs.parquet")
+            record = json.loads((self.metadata / "job.json").read_text(encoding="utf-8"))
+            inputs = InputList.load(self.metadata / "inputs.parquet")
             if any(not isinstance(value, str) for value in record.values()):
                 raise ValueError("expected text alone in job.json")
             if not re.fullmatch(r"[1-9]\d{0,3}|", record["threads"]):
                 raise ValueError(f"threads: expected 1 to 9999, got {record['threads']!r}")
             is_whole = record["inputs"] == inputs.digest()
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{self.own}: the job's files cannot be read ({why(error)}); {advice}") from error
+            raise ValueError(f"{self.metadata}: the job's files cannot be read ({why(error)}); {advice}") from error
         if not is_whole:
-            raise ValueError(f"{self.own}: inputs.parquet is not the list that job.json was begun with; {advice}")
+            raise ValueError(f"{self.metadata}: inputs.parquet is not the list that job.json was begun with; {advice}")
         return record, inputs
 
     def temporary(self, shard: Path) -> Path:
         """Where a shard is written before it is whole, another file each time: two actors may be at the same shard."""
-        return self.own / f"{shard.name}.{uuid.uuid4().hex}.part"
+        return self.metadata / f"{shard.name}.{uuid.uuid4().hex}.part"
 
     def clean(self) -> None:
         """Remove what a killed run left half-written."""
-        for path in self.own.glob("*.part"):
+        for path in self.metadata.glob("*.part"):
             path.unlink(missing_ok=True)
 
 

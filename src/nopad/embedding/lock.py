@@ -16,7 +16,7 @@ from types import TracebackType
 from filelock import FileLock, Timeout
 
 from nopad.atomic import atomic_write
-from nopad.embedding.table.writer import OWN_FOLDER, folder_error
+from nopad.embedding.table.writer import METADATA_FOLDER, folder_error
 
 
 class LockedError(OSError):
@@ -39,7 +39,7 @@ class FolderLock:
 
     def __init__(self, folder: str | Path) -> None:
         self._folder = Path(folder)
-        self._path = self._folder / OWN_FOLDER / "lock"
+        self._path = self._folder / METADATA_FOLDER / "lock"
         self._owner = self._path.with_name("owner.json")
         # Not per thread: a job may end on another thread than it began on.
         self._lock = FileLock(self._path, thread_local=False)
@@ -59,7 +59,7 @@ class FolderLock:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.parent.is_symlink():
-                raise OSError(errno.ELOOP, f"{OWN_FOLDER} in it is a link, and would be written through")
+                raise OSError(errno.ELOOP, f"{METADATA_FOLDER} in it is a link, and would be written through")
             self._lock.acquire(timeout=0)
             self._file = _identity(self._path)
         except Timeout:
@@ -135,7 +135,7 @@ def check_owner(folder: Path, token: str) -> None:
         LostLockError: it does not.
     """
     try:
-        found = json.loads((folder / OWN_FOLDER / "owner.json").read_text(encoding="utf-8"))["token"]
+        found = json.loads((folder / METADATA_FOLDER / "owner.json").read_text(encoding="utf-8"))["token"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise lost_lock(folder) from error
     if found != token:

@@ -1,4 +1,4 @@
-"""What decides the features of a job: its settings, their fingerprint, and the files that keep them."""
+"""The record of a job: everything that its features depend on, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nopad.pipeline.worker import Worker
 
 
 def record_of(settings: Settings, worker: Worker, sources: list[str], inputs: InputList) -> dict[str, str]:
-    """Everything that decides a job's features, in words, as it stands in the metadata of every shard."""
+    """Everything that a job's features depend on, in words, as it stands in the metadata of every shard."""
     encoder = worker.encoder
     resolved = replace(
         settings,
@@ -35,7 +35,7 @@ def record_of(settings: Settings, worker: Worker, sources: list[str], inputs: In
     options = {
         option.name: _in_words(getattr(resolved, option.name))
         for option in fields(resolved)
-        if option.metadata["decides"]
+        if option.metadata["recorded"]
     }
     return {
         "version": __version__,

@@ -12,11 +12,11 @@ from typing import Any, TextIO
 from nopad.pipeline.stats import Stats
 from nopad.terminal import message_lines
 
-LINE_EVERY = 10.0
-"""Seconds between two plain lines."""
+LINE_INTERVAL_SECONDS = 10.0
+"""Interval between two plain lines."""
 
-ESTIMATE_FROM = 60.0
-"""Seconds of a run from which its time is estimated beforehand; the time left is always shown."""
+MIN_ESTIMATE_SECONDS = 60.0
+"""Shorter runs get no estimate of their duration; the time left is always shown."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Progress:
 
 
 class Display:
-    """Prints messages and progress to a stream: a line at the beginning, every `LINE_EVERY` seconds and at the end."""
+    """Prints messages and progress to a stream: a line at the beginning, at intervals and at the end."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -62,7 +62,7 @@ class Display:
         """Print how far the run is, if it is time."""
         is_over = progress.stats.images == progress.rows
         if (is_over and not self.was_over) or (not is_over and time.monotonic() >= self.next):
-            self.next = time.monotonic() + LINE_EVERY
+            self.next = time.monotonic() + LINE_INTERVAL_SECONDS
             self.was_over = is_over
             kept = f" (and {progress.kept:,} from before)" if progress.kept else ""
             self.message(f"{progress.stats.images:,} of {progress.rows:,} images{kept} · {describe(progress)}")
@@ -125,7 +125,7 @@ class Estimate:
             self.is_over = True
             rate = (work - self.first[2]) / seconds
             total = progress.seconds + max(0.0, progress.rows * (mean or 1.0) - work) / rate
-            if total >= ESTIMATE_FROM:
+            if total >= MIN_ESTIMATE_SECONDS:
                 yield f"{inputs}: {duration(total)} at {rate:,.0f} {'patches' if mean else 'images'} per second"
 
 

@@ -36,7 +36,7 @@ class Summary:
         done: rows that this run wrote.
         seconds: from the first input read to the last shard written.
         stats: counts and seconds per stage of this run.
-        write: seconds spent writing shards.
+        write_seconds: spent writing shards.
         left_out: files in the sources that are no pictures or videos, by suffix.
         changes: inputs that are new in the sources or gone from them since the job began, in words.
         shards_with_failures: the shards that hold failed rows, by name.
@@ -50,7 +50,7 @@ class Summary:
     done: int
     seconds: float
     stats: Stats
-    write: float
+    write_seconds: float
     left_out: dict[str, int]
     changes: list[str]
     shards_with_failures: list[str]
@@ -84,7 +84,7 @@ class Run:
         self.stop = stop or threading.Event()
         self.progress = progress or (lambda _: None)
         self.stats = worker.stats
-        self.write = 0.0
+        self.write_seconds = 0.0
         self.done = 0
         finished = job.finished()
         self.missing = sorted(set(range(len(job))) - set(finished))
@@ -132,7 +132,7 @@ class Run:
             for shard, embedded in zip(shards, results, strict=False):
                 start = time.perf_counter()
                 keep(shard, rows(inputs_of(shard), embedded, settings.embedding_dtype))
-                self.write += time.perf_counter() - start
+                self.write_seconds += time.perf_counter() - start
                 self.done += len(embedded)
         self.seconds = time.perf_counter() - self.start
 
@@ -163,7 +163,7 @@ class Run:
             done=self.done,
             seconds=self.seconds,
             stats=self.stats,
-            write=self.write,
+            write_seconds=self.write_seconds,
             left_out=dict(left_out),
             changes=list(changes),
             shards_with_failures=[name for name, (_, failed) in counts.items() if failed],

@@ -15,39 +15,40 @@ from functools import partial
 from typing import Any
 
 from nopad.counts import check_count
-from nopad.preprocessing.limits import MAX_PATCHES, MAX_PIXELS, MaxPatches
+from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS, MAX_PATCHES, MAX_PIXELS, NUM_FRAMES, MaxPatches
 
 SHARD_SIZE, SHARD_SIZE_WITH_TOKENS = 2048, 512
 
 
-def _option(default: Any, help: str, check: Any, *, decides: bool, **argument: Any) -> Any:
+def _option(default: Any, help: str, check: Any, *, recorded: bool, **argument: Any) -> Any:
     """A field of `Settings`.
 
     Args:
-        default: `None` where something else decides; `None` is then not checked.
+        default: `None` where something else gives the value; `None` is then not checked.
         help: of the command line, which adds a default that is not `None`.
         check: a function of name and value that raises ValueError.
-        decides: whether features depend on it: then it stands in the record, and a job cannot go on with another.
+        recorded: whether it is part of the job's record: features depend on it, and a job cannot go on with another
+            value.
         argument: more keyword arguments of `add_argument`.
     """
-    metadata = {"help": help, "check": check, "decides": decides, "argument": argument}
+    metadata = {"help": help, "check": check, "recorded": recorded, "argument": argument}
     return field(default=default, metadata=metadata)
 
 
-def _text(default: Any, help: str, *, decides: bool = True, metavar: str | None = None) -> Any:
-    return _option(default, help, _check_text, decides=decides, metavar=metavar)
+def _text(default: Any, help: str, *, recorded: bool = True, metavar: str | None = None) -> Any:
+    return _option(default, help, _check_text, recorded=recorded, metavar=metavar)
 
 
-def _flag(help: str, *, decides: bool = True) -> Any:
-    return _option(False, help, _check_flag, decides=decides, action="store_true")
+def _flag(help: str, *, recorded: bool = True) -> Any:
+    return _option(False, help, _check_flag, recorded=recorded, action="store_true")
 
 
-def _count(default: int | None, help: str, *, decides: bool = True) -> Any:
-    return _option(default, help, check_count, decides=decides, type=int, metavar="N")
+def _count(default: int | None, help: str, *, recorded: bool = True) -> Any:
+    return _option(default, help, check_count, recorded=recorded, type=int, metavar="N")
 
 
 def _choice(default: str | None, choices: tuple[str, ...], help: str) -> Any:
-    return _option(default, help, partial(_check_choice, choices), decides=True, choices=choices)
+    return _option(default, help, partial(_check_choice, choices), recorded=True, choices=choices)
 
 
 _UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -132,27 +133,27 @@ class Settings:
         "most patches of a picture, aspect ratio kept; not for models of one fixed size; none is no limit but the "
         f"model's own, auto is {MAX_PATCHES} where it has none",
         _check_max_patches,
-        decides=True,
+        recorded=True,
         type=_parse_max_patches,
         metavar="N",
     )
     device: str | None = _option(
-        None, "cpu, cuda, cuda:1, …; cuda where there is one, unless given", _check_device, decides=True
+        None, "cpu, cuda, cuda:1, …; cuda where there is one, unless given", _check_device, recorded=True
     )
     dtype: str | None = _choice(
         None, ("float32", "bfloat16", "float16"), "of the model (default: the checkpoint's own)"
     )
     attention: str = _text("auto", "kernel of the attention")
-    workers: int | None = _count(None, "threads that decode (default: one per core)", decides=False)
+    workers: int | None = _count(None, "threads that decode (default: one per core)", recorded=False)
     capacity: int | None = _count(None, "tokens per pack (default: 16384, on a CPU 2048)")
     resize: str = _choice("torch", ("torch", "pil"), "torch is fast, pil bit-exact with transformers' processors")
-    frames: int = _count(8, "frames of a video, spread evenly over it")
+    frames: int = _count(NUM_FRAMES, "frames of a video, spread evenly over it")
     max_pixels: int = _count(MAX_PIXELS, "pictures of more pixels are failures")
     input_timeout: float | None = _option(
-        60.0,
+        INPUT_TIMEOUT_SECONDS,
         "seconds that decoding one input may take, none for no limit",
         _check_seconds,
-        decides=False,
+        recorded=False,
         type=_seconds,
         metavar="S",
     )
@@ -160,22 +161,22 @@ class Settings:
         None,
         "memory for pictures that are decoded and read ahead, as 4GB or in bytes (default: half of what is free)",
         check_count,
-        decides=False,
+        recorded=False,
         type=_bytes,
         metavar="SIZE",
     )
     image_column: str | None = _text(
         None,
         "column of image bytes in Parquet files and datasets, where it is not clear",
-        decides=False,  # the list of inputs holds it
+        recorded=False,  # the list of inputs holds it
         metavar="NAME",
     )
     hidden: bool = _flag(
         "take what is hidden or left by systems, too (._*, .thumbnails, @eaDir, …)",
-        decides=False,  # the list of inputs holds it
+        recorded=False,  # the list of inputs holds it
     )
     allow_outside_paths: bool = _flag(
-        "read files that a table names by path wherever they are, not below its folder alone", decides=False
+        "read files that a table names by path wherever they are, not below its folder alone", recorded=False
     )
     embedding_dtype: str = _choice("float32", ("float32", "float16"), "of the embedding in the table")
     embedding_list: str = _choice(
@@ -186,8 +187,8 @@ class Settings:
     shard_size: int | None = _count(
         None, f"rows of a shard (default: {SHARD_SIZE}, with tokens {SHARD_SIZE_WITH_TOKENS})"
     )
-    retry_failed: bool = _flag("try failed rows of finished shards again", decides=False)
-    actors: int | None = _count(None, "run on Ray with N actors", decides=False)
+    retry_failed: bool = _flag("try failed rows of finished shards again", recorded=False)
+    actors: int | None = _count(None, "run on Ray with N actors", recorded=False)
 
     def __post_init__(self) -> None:
         for option in fields(self):

@@ -26,7 +26,7 @@ from nopad.pipeline.image_processor import ImageProcessor
 from nopad.preprocessing.decode import ImageError
 from nopad.preprocessing.limits import MAX_BYTES
 
-MIN_ROOM = 1 << 30
+HEADROOM_BYTES = 1 << 30
 """Address space in bytes that a process may take beside what it begins with, the file and what its header asks for."""
 
 
@@ -84,9 +84,9 @@ def serve(connection: Connection, decoder: Decoder, image_processor: ImageProces
         except (EOFError, ConnectionError):
             return
         try:
-            _limit(start + MAX_BYTES + MIN_ROOM)
+            _limit(start + MAX_BYTES + HEADROOM_BYTES)
             data = decoder.read(source)
-            room = MIN_ROOM + 2 * len(data)
+            room = HEADROOM_BYTES + 2 * len(data)
             _limit(start + room)
             _answer(connection, bytes=image_processor.peak_bytes(*decoder.measure(data)))
             _limit(start + room + connection.recv())

@@ -14,7 +14,7 @@ from torch import Tensor
 from nopad.packing import Pack
 from nopad.pipeline.image_processor import check_channels
 from nopad.pipeline.worker import Worker
-from nopad.preprocessing.decode import ImageError, load, load_taken, take
+from nopad.preprocessing.decode import ImageError, load, load_snapshot, snapshot
 from nopad.preprocessing.limits import MaxPatches
 from nopad.preprocessing.transforms import Preprocessing, Resize, preprocess
 
@@ -98,7 +98,7 @@ def embed_images(
     options: dict[str, Any] = {"resize": resize, "max_patches": limit, "preprocessing": preprocessing}
     _check_several(images)
     worker = Worker(encoder, capacity=capacity, threads=threads, **options)
-    (results,) = worker.run([map(take, images)], load_taken, strict=True)
+    (results,) = worker.run([map(snapshot, images)], load_snapshot, strict=True)
     for number, result in enumerate(results):
         if result.error is not None:  # found by the encoder: features that are not finite, or too little memory
             raise ImageError(f"image {number}", result.error.reason)

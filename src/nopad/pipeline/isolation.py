@@ -19,14 +19,12 @@ from nopad.pipeline.decode_process import Decoder
 from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.pipeline.memory import Reservation
 from nopad.preprocessing.decode import ImageError
+from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = 60.0
-"""Default seconds for one input."""
-
-_MAX_ANSWER = 1 << 20
-_TRIES = 2  # a process may die for no fault of its input: of too little memory, say
+_MAX_ANSWER_BYTES = 1 << 20
+_MAX_ATTEMPTS = 2  # a process may die for no fault of its input: of too little memory, say
 
 
 class DecodeProcesses:
@@ -41,7 +39,9 @@ class DecodeProcesses:
         timeout: seconds for one input, `None` for no limit. Waiting for memory does not count.
     """
 
-    def __init__(self, decoder: Decoder, image_processor: ImageProcessor, *, timeout: float | None = TIMEOUT) -> None:
+    def __init__(
+        self, decoder: Decoder, image_processor: ImageProcessor, *, timeout: float | None = INPUT_TIMEOUT_SECONDS
+    ) -> None:
         self.timeout = timeout
         self._setup = decoder, image_processor
         self._lock = threading.Lock()
@@ -56,7 +56,7 @@ class DecodeProcesses:
             ImageError: what the decoder raised, too much time or memory, or a process that died of it.
             ProcessServerError: no process can be started.
         """
-        for _ in range(_TRIES):
+        for _ in range(_MAX_ATTEMPTS):
             with self._lock:
                 if reservation.is_closed:  # checked under the lock that `interrupt` takes
                     raise ImageError("image", "not decoded: the run has ended")
@@ -144,7 +144,7 @@ class _Process:
         """An answer as JSON: a decoder that was taken over must not reach this process, as a pickle could."""
         if not self.connection.poll(timeout if timeout is None else max(timeout, 0)):
             raise TimeoutError
-        return json.loads(self.connection.recv_bytes(_MAX_ANSWER))
+        return json.loads(self.connection.recv_bytes(_MAX_ANSWER_BYTES))
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):

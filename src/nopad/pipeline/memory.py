@@ -1,4 +1,4 @@
-"""Bytes that images take between their file and their pack: a bound on them, and how much memory there is."""
+"""A bound on the bytes of images between file and pack, and the memory that is free."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from nopad.preprocessing.decode import ImageError
 
-SHARE = 0.5
-"""Of the memory that is free when a worker starts: the default bound."""
+MEMORY_FRACTION = 0.5
+"""Default bound, as a fraction of the memory that is free when a worker starts."""
 
 _CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -43,31 +43,31 @@ class MemoryBudget:
     are decoded alone.
 
     Args:
-        limit: bytes; `SHARE` of what is free by default.
+        limit: bytes; `MEMORY_FRACTION` of what is free by default.
 
     Raises:
         ValueError: a limit below 1.
     """
 
     def __init__(self, limit: int | None = None) -> None:
-        self.limit = int(available_memory() * SHARE) if limit is None else limit
+        self.limit = int(available_memory() * MEMORY_FRACTION) if limit is None else limit
         if self.limit < 1:
             raise ValueError(f"memory: expected bytes ≥ 1, got {self.limit}")
         self.changed = threading.Condition()
         self.used = 0
         self.decoding = 0
-        self.turn = 0
+        self.next_ticket = 0
         self.closed = False
-        self.passed: set[int] = set()
+        self.served: set[int] = set()  # tickets behind `next_ticket`, out of order
         self._tickets = 0
 
     def reservation(self) -> Reservation:
-        """The next in the order."""
+        """A new reservation, granted after all earlier ones."""
         self._tickets += 1
         return Reservation(self, self._tickets - 1)
 
     def close(self) -> None:
-        """Refuse what still waits."""
+        """Refuse all reservations that are not granted yet."""
         with self.changed:
             self.closed = True
             self.changed.notify_all()
@@ -83,7 +83,7 @@ class Reservation:
         self._held = 0
 
     def reserve(self, size: int) -> None:
-        """Wait until there is room for the peak of decoding.
+        """Wait until `size` bytes, the peak of decoding, are free.
 
         Raises:
             ImageError: more than the whole budget, or the budget was closed.
@@ -104,13 +104,13 @@ class Reservation:
             budget.used += size
             budget.decoding += 1
             self._granted, self._held = True, size
-            self._pass()
+            self._serve_next()
 
-    def settle(self, size: int) -> None:
-        """Decoding is over, and its result takes `size` bytes."""
+    def finish_decoding(self, size: int) -> None:
+        """Reduce the reservation to the `size` bytes of the result."""
         with self._budget.changed:
             if not self._granted:
-                self._pass()
+                self._serve_next()
                 return
             self._budget.decoding -= 1
             self._budget.used += size - self._held
@@ -118,7 +118,7 @@ class Reservation:
             self._budget.changed.notify_all()
 
     def release(self) -> None:
-        """The result has gone into a pack."""
+        """Give the bytes back; the result is in a pack."""
         with self._budget.changed:
             self._budget.used -= self._held
             self._held = 0
@@ -131,13 +131,13 @@ class Reservation:
 
     def _is_next(self, size: int) -> bool:
         budget = self._budget
-        return budget.turn == self._ticket and (budget.decoding == 0 or budget.used + size <= budget.limit)
+        return budget.next_ticket == self._ticket and (budget.decoding == 0 or budget.used + size <= budget.limit)
 
-    def _pass(self) -> None:
-        """Let the next reservation have its turn, now or, where this one was not yet next, later."""
+    def _serve_next(self) -> None:
+        """Mark this reservation as served, and advance to the first that is not."""
         budget = self._budget
-        budget.passed.add(self._ticket)
-        while budget.turn in budget.passed:
-            budget.passed.remove(budget.turn)
-            budget.turn += 1
+        budget.served.add(self._ticket)
+        while budget.next_ticket in budget.served:
+            budget.served.remove(budget.next_ticket)
+            budget.next_ticket += 1
         budget.changed.notify_all()

@@ -72,7 +72,7 @@ class PackRunner:
         self.room = max(self.capacity - held, 0)
         while len(self.running) > 1:
             results.update(self.running.popleft()())
-        self.stats.encode += time.perf_counter() - start
+        self.stats.encode_seconds += time.perf_counter() - start
         return results
 
     def finish(self) -> Results:
@@ -81,7 +81,7 @@ class PackRunner:
         results = self._fetch_all()
         if not self.encoder.compiled_capacity:
             self.stats.capacity -= self.room
-        self.stats.encode += time.perf_counter() - start
+        self.stats.encode_seconds += time.perf_counter() - start
         return results
 
     def run(self, pack: Sequence[tuple[int, PreparedImage]]) -> Results:

@@ -31,7 +31,7 @@ class ReadAhead(Generic[Item]):
         prepare: runs in the threads; reserves memory once it knows how much.
         threads: number of threads.
         budget: of the memory.
-        stats: `decode` and `wait` are added up here.
+        stats: `decode_seconds` and `wait_seconds` are added up here.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ReadAhead(Generic[Item]):
             future, reservation = entry
             start = time.perf_counter()
             outcome = future.result()
-            self._stats.wait += time.perf_counter() - start
+            self._stats.wait_seconds += time.perf_counter() - start
             reservation.release()
             yield outcome
         self._submit()
@@ -107,6 +107,6 @@ class ReadAhead(Generic[Item]):
             logger.exception("unexpected error with %r", item)
             return ImageError(repr(item), f"unexpected {type(error).__name__}: {error}")
         finally:
-            reservation.settle(size)
+            reservation.finish_decoding(size)
             with self._lock:
-                self._stats.decode += time.perf_counter() - start
+                self._stats.decode_seconds += time.perf_counter() - start

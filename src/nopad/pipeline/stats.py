@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Stats:
-    """What a worker has done so far. Seconds are wall time; `decode` is summed over the decode threads.
+    """What a worker has done so far. Seconds are wall time; `decode_seconds` is summed over the decode threads.
 
     Attributes:
         images, failed: images done, and those of them without features.
@@ -15,7 +15,8 @@ class Stats:
         tokens, capacity: patches and their prefix tokens, and how many their packs could have held. The last pack of a
             group counts as what it holds, unless the encoder fills it up.
         packs: number of packs.
-        decode, encode, wait: seconds in reading and preprocessing, in the encoder, and of the encoder for images.
+        decode_seconds, encode_seconds, wait_seconds: in reading and preprocessing, in the encoder, and of the encoder
+            for images.
     """
 
     images: int = 0
@@ -24,9 +25,9 @@ class Stats:
     tokens: int = 0
     capacity: int = 0
     packs: int = 0
-    decode: float = 0.0
-    encode: float = 0.0
-    wait: float = 0.0
+    decode_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    wait_seconds: float = 0.0
 
     @property
     def fill(self) -> float:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from nopad.packing import CAPACITY, CAPACITY_ON_CPU
 from nopad.pipeline.decode_process import Decoder
 from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
-from nopad.pipeline.isolation import TIMEOUT, DecodeProcesses
+from nopad.pipeline.isolation import DecodeProcesses
 from nopad.pipeline.memory import MemoryBudget, Reservation
 from nopad.pipeline.pack_runner import EmbeddingResult, PackRunner, Results, num_segments, num_tokens
 from nopad.pipeline.packer import BestFitPacker
 from nopad.pipeline.read_ahead import Outcome, ReadAhead
 from nopad.pipeline.stats import Stats
 from nopad.preprocessing.decode import ImageError
+from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 from nopad.preprocessing.transforms import Preprocessing, Resize
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Worker:
         preprocessing: Preprocessing | None = None,
         tokens: bool = False,
         threads: int | None = None,
-        timeout: float | None = TIMEOUT,
+        timeout: float | None = INPUT_TIMEOUT_SECONDS,
         memory: int | None = None,
     ) -> None:
         self.threads = num_cores() if threads is None else threads

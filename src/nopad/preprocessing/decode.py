@@ -125,11 +125,11 @@ def load_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         raise ImageError(name, f"truncated or damaged ({message}); get the file again") from error
 
 
-def take(source: Source | Sequence[Source]) -> Source | Sequence[Source] | ImageError:
-    """What `load` takes, safe from what its owner does next: pixels for an object, names and bytes as they are.
+def snapshot(source: Source | Sequence[Source]) -> Source | Sequence[Source] | ImageError:
+    """A copy of a source that later changes do not affect: pixels of an object; names and bytes as they are.
 
     PIL images, arrays and tensors may change once they have been handed over, and a PIL image must not be loaded by two
-    threads. An object that cannot be loaded gives its error, for `load_taken` to raise.
+    threads. For an object that cannot be loaded, its error is returned, and `load_snapshot` raises it.
     """
     if isinstance(source, str | Path | bytes):
         return source
@@ -142,15 +142,15 @@ def take(source: Source | Sequence[Source]) -> Source | Sequence[Source] | Image
     return pixels.clone() if pixels is source else pixels
 
 
-def load_taken(taken: Source | Sequence[Source] | ImageError) -> Tensor:
-    """`load` for what `take` gave.
+def load_snapshot(source: Source | Sequence[Source] | ImageError) -> Tensor:
+    """Decode what `snapshot` returned.
 
     Raises:
         ImageError: as `load`.
     """
-    if isinstance(taken, ImageError):
-        raise taken
-    return load(taken)
+    if isinstance(source, ImageError):
+        raise source
+    return load(source)
 
 
 def image_size(data: bytes) -> tuple[int, int] | None:

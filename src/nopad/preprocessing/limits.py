@@ -1,4 +1,4 @@
-"""Limits of what is decoded and encoded; nothing heavy is imported here."""
+"""Limits and defaults of decoding that several packages share; nothing heavy is imported here."""
 
 from typing import Literal
 
@@ -14,3 +14,9 @@ MAX_PATCHES = 4096
 
 MAX_BYTES = 1 << 31
 """Largest encoded file that is read, in bytes."""
+
+INPUT_TIMEOUT_SECONDS = 60.0
+"""Default time limit for decoding one input."""
+
+NUM_FRAMES = 8
+"""Default number of frames that are taken of a video."""

@@ -22,8 +22,8 @@ Resize = Literal["pil", "torch"]
 
 RESCALE_FACTOR = 1 / 255
 NAFLEX_MAX_PATCHES = 256
-LARGEST = 1e9
-"""Of all numbers that pixels are made by."""
+MAX_ABS_VALUE = 1e9
+"""Limit on mean, std and rescale factor."""
 
 _PILLOW_CHOOSES_ORDER = int(PIL.__version__.split(".")[0]) >= 13
 _PIL_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -77,7 +77,7 @@ class Preprocessing:
         if len(self.mean) != 3 or len(self.std) != 3 or 0 in self.std:
             raise ValueError(f"mean, std: expected 3 numbers each and no std of 0, got {self.mean} and {self.std}")
         for number in (*self.mean, *self.std, self.rescale_factor):
-            if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) <= LARGEST:
+            if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) <= MAX_ABS_VALUE:
                 raise ValueError(
                     f"mean, std, rescale_factor: expected finite numbers, got {self.mean}, {self.std} and "
                     f"{self.rescale_factor!r}"

@@ -14,7 +14,7 @@ from nopad.embedding.inputs.listing import Input, as_text
 from nopad.embedding.inputs.names import HIDDEN, is_in_hidden, suffix_of
 from nopad.preprocessing.formats import image_suffixes
 
-MAX_HEADER = 1 << 24
+MAX_HEADER_BYTES = 1 << 24
 """Largest header of a tar's member, in bytes, long names and attributes among it."""
 
 COMPRESSED = "a compressed tar has no random access: decompress it to a plain .tar (gunzip, unxz, zstd -d)"
@@ -127,7 +127,7 @@ class _Headers:
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int) -> bytes:
-        if size > MAX_HEADER:
+        if size > MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {size} bytes")
         return self._file.read(size)
 

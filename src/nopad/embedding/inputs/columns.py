@@ -16,7 +16,7 @@ from nopad.embedding.inputs.files import why
 from nopad.embedding.inputs.tables import ARROW_DAMAGE, open_parquet, saved_splits
 
 _BLOCK_BYTES = 32 << 20
-_BLOCKS = 3
+_MAX_BLOCKS = 3
 
 
 class Column(Protocol):
@@ -79,7 +79,7 @@ class ParquetColumn:
         if min(sizes, default=0) < 0 or sum(sizes) > os.path.getsize(path):
             self.close()
             raise ValueError(f"its column claims {sum(sizes)} bytes, the file has {os.path.getsize(path)}")
-        if max(sizes, default=0) <= _BLOCKS * _BLOCK_BYTES:
+        if max(sizes, default=0) <= _MAX_BLOCKS * _BLOCK_BYTES:
             self.close()
             self._file = open_parquet(path, in_pages=False)
         self._blocks: OrderedDict[int, pa.Array] = OrderedDict()
@@ -118,7 +118,7 @@ class ParquetColumn:
             start = self._next
             if row < start + len(batch):
                 self._blocks[start] = batch.column(self._column)
-                if len(self._blocks) > _BLOCKS:
+                if len(self._blocks) > _MAX_BLOCKS:
                     self._blocks.popitem(last=False)
             self._next += len(batch)
             if row < self._next:

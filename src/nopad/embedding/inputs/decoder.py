@@ -17,7 +17,7 @@ from nopad.embedding.inputs.media import Media, MediaDecoder
 from nopad.embedding.inputs.tables import ARROW_DAMAGE
 from nopad.preprocessing.decode import ImageError
 
-_FILES = 3
+_MAX_OPEN_TABLES = 3
 
 
 class Reader:
@@ -112,7 +112,7 @@ class Reader:
         with self._lock:
             if key not in self._columns:
                 self._columns[key] = _open_column(item)
-                if len(self._columns) > _FILES:
+                if len(self._columns) > _MAX_OPEN_TABLES:
                     self._columns.popitem(last=False)[1].close()
             self._columns.move_to_end(key)
             return self._columns[key].scalar(item.offset)

@@ -9,7 +9,7 @@ from torch import Tensor
 from nopad.embedding.inputs.files import FileRange, why
 from nopad.embedding.inputs.video import frame_size, read_frames
 from nopad.preprocessing.decode import ImageError, load_image, measure_image
-from nopad.preprocessing.limits import MAX_PIXELS
+from nopad.preprocessing.limits import MAX_PIXELS, NUM_FRAMES
 
 Media = FileRange | bytes | str
 """Where an encoded picture stands, its bytes, or the name of a video."""
@@ -27,7 +27,7 @@ class MediaDecoder:
         ValueError: `frames` or `max_pixels` below 1.
     """
 
-    frames: int = 8
+    frames: int = NUM_FRAMES
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:

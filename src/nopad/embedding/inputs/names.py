@@ -18,7 +18,7 @@ _SYSTEM_FOLDERS = frozenset(
         *("system volume information", "__macosx", "lost+found"),
     )
 )
-_MAX_BRACES = 100_000
+_MAX_NAMES = 100_000
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 
 
@@ -49,8 +49,8 @@ def expand_braces(pattern: str) -> Iterator[str]:
     """
     words = _expand(pattern)
     for number, word in enumerate(words):
-        if number == _MAX_BRACES:
-            raise ValueError(f"{pattern}: its braces make more than {_MAX_BRACES} names")
+        if number == _MAX_NAMES:
+            raise ValueError(f"{pattern}: its braces make more than {_MAX_NAMES} names")
         yield word
 
 

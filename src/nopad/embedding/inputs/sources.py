@@ -16,7 +16,7 @@ from nopad.embedding.inputs.listing import Input, InputList, as_text
 from nopad.embedding.inputs.names import COMPRESSED_TARS, HIDDEN, VIDEOS, expand_braces, suffix_of
 from nopad.embedding.inputs.tables import NoImageColumnError, dataset_inputs, is_dataset, parquet_inputs
 from nopad.embedding.inputs.walk import Hidden, match, walk
-from nopad.embedding.table.writer import OWN_FOLDER, parse_shard_name
+from nopad.embedding.table.writer import METADATA_FOLDER, parse_shard_name
 from nopad.local_paths import check_local
 from nopad.preprocessing.formats import image_suffixes
 from nopad.terminal import printable
@@ -265,4 +265,4 @@ class _Lister:
 def _is_shard(path: str) -> bool:
     """Whether a file was written by a job, this one perhaps: tables may lie in the folders that they are made from."""
     folder, name = os.path.split(path)
-    return parse_shard_name(name) is not None and os.path.isdir(os.path.join(folder, OWN_FOLDER))
+    return parse_shard_name(name) is not None and os.path.isdir(os.path.join(folder, METADATA_FOLDER))

@@ -40,8 +40,7 @@ _VIDEO_DECODERS = (
 _SOUND_DECODERS = ("aac", "mp3float", "mp3", "mp2", "ac3", "opus", "vorbis", "flac")
 # The end of such files is no part of their structure: where they are cut, their last frame is not whole.
 _WITHOUT_END = ("mpeg", "mpegts", "mpegvideo")
-_LONGEST_TAIL = 1000
-_PACKET_SLACK = 64 << 20
+_MAX_TAIL_PACKETS = 1000
 
 
 def read_frames(source: Video, number: int, *, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -192,7 +191,7 @@ def _scan(container: InputContainer, stream: VideoStream, size: int) -> _Index:
     count = total = 0
     is_cut = False
     has_end = container.format.name not in _WITHOUT_END
-    tail: deque[Packet] = deque(maxlen=_LONGEST_TAIL)
+    tail: deque[Packet] = deque(maxlen=_MAX_TAIL_PACKETS)
     for packet in container.demux():
         total += packet.size
         if total > 4 * size:

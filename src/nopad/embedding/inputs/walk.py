@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from nopad.embedding.inputs.files import why
 from nopad.embedding.inputs.names import is_hidden
-from nopad.embedding.table.writer import OWN_FOLDER
+from nopad.embedding.table.writer import METADATA_FOLDER
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def walk(folder: str, hidden: Hidden) -> Iterator[Found]:
         except OSError as error:
             yield Found(found.path, True, f"folder cannot be listed: {why(error)}")
             continue
-        entries = [entry for entry in entries if entry[0] != OWN_FOLDER and not hidden.leaves_out(path, *entry)]
+        entries = [entry for entry in entries if entry[0] != METADATA_FOLDER and not hidden.leaves_out(path, *entry)]
         within = above | {identity}
         todo += [(Found(os.path.join(found.path, name), is_folder), within) for name, is_folder in reversed(entries)]
 

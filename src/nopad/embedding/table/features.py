@@ -184,7 +184,7 @@ def _find(folder: Path, partial: bool) -> dict[int, Path]:
             number, of, fingerprint = name
             jobs.setdefault((of, fingerprint), {})[number] = path
     if not jobs:
-        begun = (folder / shards.OWN_FOLDER).is_dir()
+        begun = (folder / shards.METADATA_FOLDER).is_dir()
         why = "no shard of its job is finished; run `nopad embed` again" if begun else "expected shard-….parquet files"
         raise ValueError(f"{folder} has no shards: {why}")
     if len(jobs) > 1:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from nopad.atomic import sync_folder
 
-OWN_FOLDER = ".nopad"
+METADATA_FOLDER = ".nopad"
 """What a job keeps beside its shards lies in this folder."""
 
 PREFIX = "nopad."
