@@ -268,6 +268,23 @@ def test_a_compressed_pickle_is_not_inflated(folder, pickled, tmp_path):
     refused(folder, "expected tensors and nothing else, got compressed entries")
 
 
+@pytest.mark.parametrize("opcode", [b"\x8d", b"\x8e", b"\x96", b"\x8b", b"T"])
+def test_a_length_that_a_pickle_claims_is_not_allocated(folder, pickled, opcode, capsys):
+    (folder / "model.pth").write_bytes(b"\x80\x04" + opcode + b"\xff\xff\xff\x7f" + b"\0" * 8)
+    before = peak()
+    refused(folder, r"model\.pth': expected tensors and nothing else, got", capsys)
+    assert peak() - before < 1 << 28
+
+
+def test_a_line_of_a_pickle_is_not_read_whole(folder, pickled):
+    with (folder / "model.pth").open("wb") as file:
+        file.write(b"V")
+        file.truncate(3 << 30)
+    before = peak()
+    refused(folder, "expected tensors and nothing else, got")
+    assert peak() - before < 1 << 28
+
+
 def test_a_pickle_of_another_protocol_or_damaged(folder, pickled, capsys):
     for content in (pickle.dumps({"a": 1}), pickle.dumps([1] * 100)[:-20], b"\x80", b"PK\x03\x04junk", b"("):
         (folder / "model.pth").write_bytes(content)

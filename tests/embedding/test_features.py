@@ -1,3 +1,4 @@
+import os
 import pickle
 import warnings
 from pathlib import Path
@@ -5,6 +6,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pandas
+import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
@@ -258,3 +260,101 @@ def test_a_shard_replaced_since_it_was_read(folder):
     write_shard(path, rows, FORMATS["tokens"], {}, temporary=folder / ".nopad" / "part")
     with pytest.raises(ValueError, match=f"{path}: changed since it was read .* read the folder again"):
         features.tokens[-1]
+
+
+# Shards that no job writes
+
+
+def rewritten(folder: Path, change, shard: int = 1) -> Path:
+    path = folder / shard_name(shard, 5, "abc")
+    pq.write_table(change(pq.ParquetFile(path).read()), path)
+    return path
+
+
+def with_column(name: str, values, type: pa.DataType):
+    return lambda table: table.set_column(table.column_names.index(name), name, pa.array(values, type))
+
+
+def with_metadata(key: str, value: str | None):
+    def change(table: pa.Table) -> pa.Table:
+        metadata = {k: v for k, v in table.schema.metadata.items() if k.decode() != f"nopad.{key}"}
+        return table.replace_schema_metadata(metadata if value is None else {**metadata, f"nopad.{key}": value})
+
+    return change
+
+
+OK = 21
+EMBEDDING = pa.list_(pa.float32(), D)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda table: table.drop_columns(["source"]),
+            "not a shard .*: the columns id string, status",
+        ),
+        (lambda table: table.append_column("id", table["id"]), "not a shard .*: the columns id"),
+        (lambda table: table.append_column("note", table["id"]), "not a shard .*: the columns id"),
+        (lambda table: table.select(table.column_names[::-1]), "not a shard .*: the columns tokens"),
+        (lambda table: table.replace_schema_metadata(None), "nopad.format none, expected 1"),
+        (with_column("width", [1.0] * OK, pa.float64()), "the columns .*width double"),
+        (with_column("id", list(range(OK)), pa.int64()), "the columns id int64"),
+        (with_column("embedding", [b"1"] * OK, pa.binary()), "the columns .*embedding binary"),
+        (with_column("embedding", [[1.0] * 3] * OK, pa.list_(pa.float32(), 3)), "the columns .*fixed_size_list"),
+        (with_column("tokens", ["t"] * OK, pa.string()), "the columns .*tokens string"),
+        (with_metadata("embedding.width", None), r"nopad\.embedding\.width none, expected a number ≥ 1"),
+        (with_metadata("embedding.width", "4.0"), r"nopad\.embedding\.width 4\.0, expected a number ≥ 1"),
+        (with_metadata("tokens.width", "-3"), r"nopad\.tokens\.width -3, expected a number ≥ 1"),
+        (with_metadata("model", "huge"), "of another job: model huge, tiny in .*shard-00000-of-00005-abc"),
+        (with_metadata("shard", "3"), "a copy of shard 3"),
+        (with_column("status", ["fine"] * OK, pa.string()), "status 'fine', expected ok or failed"),
+        (with_column("status", [None] * OK, pa.string()), "status 'None', expected ok or failed"),
+        (with_column("status", ["failed"] * OK, pa.string()), "an embedding in row 0, which failed"),
+        (with_column("id", [*"abc", None, *"a" * (OK - 4)], pa.string()), "id missing in row 3, which is ok"),
+        (with_column("grid_h", [None] * OK, pa.int32()), "grid_h missing in row 0, which is ok"),
+        (with_column("grid_t", [1] * (OK - 1) + [0], pa.int32()), "grid_t 0, expected at least 1"),
+        (with_column("embedding", [None] * OK, EMBEDDING), "embedding missing in row 0, which is ok"),
+        (with_column("embedding", [[1.0, None, 2.0, 3.0]] * OK, EMBEDDING), "damaged"),
+    ],
+)
+def test_shard_that_no_job_writes_is_named(folder, change, message):
+    path = rewritten(folder, change)
+    with pytest.raises(ValueError, match=f"^{path}: .*{message}"):
+        read_features(folder)
+
+
+def test_shards_of_two_formats_are_told(folder):
+    rewritten(folder, lambda table: table.drop_columns(["tokens"]))
+    with pytest.raises(ValueError, match=r"00001-of-00005-abc\.parquet: other columns than .*00000-of-00005"):
+        read_features(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "width", "message"),
+    [([1.0] * 3, "4", "another length than 4"), ([1.0] * 4, "999999999", "more than it can hold")],
+)
+def test_variable_embeddings_of_another_length(tmp_path, values, width, message):
+    folder = write_folder(tmp_path / "features", FORMATS["variable"])
+    change = with_column("embedding", [values, values * 5] + [[1.0] * 4] * (OK - 2), pa.list_(pa.float32()))
+    for shard in range(5):
+        path = rewritten(folder, with_metadata("embedding.width", width), shard)
+    path = rewritten(folder, change)
+    with pytest.raises(ValueError, match=message if width != "4" else f"{path}: damaged .*{message}"):
+        read_features(folder)
+
+
+def test_text_that_is_no_utf8_is_damage(folder):
+    path = folder / shard_name(1, 5, "abc")
+    binary = pa.array([b"\xff"] * OK, pa.binary()).view(pa.string())
+    rewritten(folder, lambda table: table.set_column(0, "id", binary))
+    with pytest.raises(ValueError, match=f"{path}: damaged"):
+        read_features(folder)
+
+
+def test_pipe_for_a_shard_is_not_waited_for(folder):
+    path = folder / shard_name(4, 5, "abc")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=f"{path}: expected a shard, found no regular file"):
+        read_features(folder)

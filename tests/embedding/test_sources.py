@@ -993,6 +993,25 @@ def test_a_dataset_names_no_files_elsewhere(saved: Path, name: str):
     assert "expected the name of a file or folder in it" in reason(listing.inputs[1])
 
 
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (b"[" * 100_000, "expected JSON, got maximum recursion depth"),
+        (b"{" + b" " * (16 << 20), "expected at most 16777216 bytes of JSON"),
+        (b'{"_data_files": [{"filename": "a.arrow"}, {"filename": "a.arrow"}]}', "2 names, of which 1 differ"),
+        (b'{"_data_files": [5]}', "not subscriptable"),
+        (b'{"_data_files": null}', "not iterable"),
+        (b"{}", "_data_files"),
+    ],
+)
+def test_a_dataset_whose_list_of_files_is_hostile(saved: Path, state: bytes, message: str):
+    (saved.parent / "state.json").write_bytes(state)
+    fill(saved.parent.parent, "a.png")
+    listing = list_inputs([saved.parent.parent / "a.png", saved.parent])
+    assert kinds(listing) == ["image", "broken"]
+    assert message in reason(listing.inputs[1])
+
+
 def test_a_video_gives_its_frames_and_its_errors(tmp_path: Path):
     av = pytest.importorskip("av")
     name = os.path.join(os.fsencode(tmp_path), b"\xff.mkv")

@@ -173,9 +173,25 @@ def _globals(path: Path, zipped: bool) -> Iterator[str]:
                     yield from _globals_of_pickle(file)
 
 
+class _ShortReads:
+    """A file as pickletools reads it, which would allocate whatever a length in it claims."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.tell = file.tell
+
+    def read(self, size: int) -> bytes:
+        if size > MAX_HEADER_BYTES:
+            raise ValueError(f"a pickle of more than {MAX_HEADER_BYTES} bytes")
+        return self._file.read(size)
+
+    def readline(self) -> bytes:
+        return self._file.readline(MAX_HEADER_BYTES)
+
+
 def _globals_of_pickle(file: IO[bytes]) -> Iterator[str]:
     start = file.tell()
-    for opcode, argument, position in pickletools.genops(file):
+    for opcode, argument, position in pickletools.genops(_ShortReads(file)):  # pyright: ignore[reportArgumentType]
         if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
             yield str(argument)
         if (position or 0) - start > MAX_HEADER_BYTES:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nopad.atomic import atomic_write
+from nopad.checkpoints.contents import read_json
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.embedding.inputs.files import why
 from nopad.embedding.inputs.listing import InputList
@@ -35,9 +36,11 @@ class JobFolder:
     def spelling(self, model: str, sources: Sequence[str]) -> tuple[str, list[str]]:
         """Model and sources as the job that was begun here spells them, where they are the same paths."""
         try:
-            record = json.loads((self.metadata / "job.json").read_text(encoding="utf-8"))
+            record = read_json(self.metadata / "job.json")
             there = [record["model"], *json.loads(record["sources"])]
-        except (OSError, ValueError, LookupError, TypeError):  # no job yet, or one that `read` refuses
+            if not all(isinstance(name, str) for name in there):
+                return model, list(sources)
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):  # no job yet, or one that `read` refuses
             return model, list(sources)
         here = [model, *sources]
         if len(here) == len(there):
@@ -62,14 +65,14 @@ class JobFolder:
         """
         advice = "remove job.json there and run the job again (shards that fit are kept), or use another folder"
         try:
-            record = json.loads((self.metadata / "job.json").read_text(encoding="utf-8"))
+            record = read_json(self.metadata / "job.json")
             inputs = InputList.load(self.metadata / "inputs.parquet")
             if any(not isinstance(value, str) for value in record.values()):
                 raise ValueError("expected text alone in job.json")
             if not re.fullmatch(r"[1-9]\d{0,3}|", record["threads"]):
                 raise ValueError(f"threads: expected 1 to 9999, got {record['threads']!r}")
             is_whole = record["inputs"] == inputs.digest()
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{self.metadata}: the job's files cannot be read ({why(error)}); {advice}") from error
         if not is_whole:
             raise ValueError(f"{self.metadata}: inputs.parquet is not the list that job.json was begun with; {advice}")

@@ -16,6 +16,7 @@ from types import TracebackType
 from filelock import FileLock, Timeout
 
 from nopad.atomic import atomic_write
+from nopad.checkpoints.contents import read_json
 from nopad.embedding.table.writer import METADATA_FOLDER, folder_error
 
 
@@ -113,7 +114,7 @@ class FolderLock:
 
     def _held(self) -> str:
         try:
-            owner = json.loads(self._owner.read_text(encoding="utf-8"))
+            owner = read_json(self._owner)
             who = f"process {owner['pid']} of {owner['user']} on {owner['host']}, since {owner['since']}"
         except (OSError, ValueError, LookupError, TypeError):
             who = f"a process that {self._owner} does not tell"
@@ -135,7 +136,7 @@ def check_owner(folder: Path, token: str) -> None:
         LostLockError: it does not.
     """
     try:
-        found = json.loads((folder / METADATA_FOLDER / "owner.json").read_text(encoding="utf-8"))["token"]
+        found = read_json(folder / METADATA_FOLDER / "owner.json")["token"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise lost_lock(folder) from error
     if found != token:

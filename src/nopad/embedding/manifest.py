@@ -107,8 +107,16 @@ def check_same(old: Mapping[str, str], new: Mapping[str, str], folder: Path) -> 
 
 
 def _difference(key: str, old: str, new: str) -> list[str]:
-    if key == "architecture" and old.startswith("{") and new.startswith("{"):
-        before, now = json.loads(old), json.loads(new)
+    before, now = (_object(text) for text in (old, new))
+    if key == "architecture" and before and now:
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         return [f"  {key}: {name} {before.get(name)} there, {now.get(name)} now" for name in names]
     return [f"  {key}: {old or 'none'} there, {new or 'none'} now"]
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

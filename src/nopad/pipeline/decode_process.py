@@ -69,6 +69,7 @@ def main(descriptor: int) -> None:
             control.close()
             messages.close()
             _end_with(server)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries say of damaged files; rows have the reason
             serve(Connection(connection), decoder, image_processor)
             os._exit(0)
         os.close(connection)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nopad.checkpoints.contents import read_json
 from nopad.embedding.inputs.arrow_stream import MAX_ROWS, ArrowStream
 from nopad.embedding.inputs.files import open_regular, why
 from nopad.embedding.inputs.listing import Input, as_text
@@ -126,26 +127,26 @@ def saved_splits(folder: bytes) -> list[SavedSplit]:
     whole = os.path.join(folder, b"dataset_dict.json")
     if not os.path.isfile(whole):
         return [SavedSplit("", _data_files(folder))]
-    names = [_plain(name) for name in _json(whole)["splits"]]
+    names = _plain(read_json(Path(os.fsdecode(whole)))["splits"])
     return [SavedSplit(name, _data_files(os.path.join(folder, os.fsencode(name)))) for name in names]
 
 
 def _data_files(folder: bytes) -> tuple[bytes, ...]:
-    state = _json(os.path.join(folder, b"state.json"))
+    state = read_json(Path(os.fsdecode(folder), "state.json"))
     if state.get("_indices_data_files"):
         raise ValueError("it was saved by an old version of datasets; load and save it again")
-    return tuple(os.path.join(folder, os.fsencode(_plain(file["filename"]))) for file in state["_data_files"])
+    names = _plain([file["filename"] for file in state["_data_files"]])
+    return tuple(os.path.join(folder, os.fsencode(name)) for name in names)
 
 
-def _json(path: bytes) -> dict:
-    with open_regular(path) as file:
-        return json.loads(file.read())
-
-
-def _plain(name: str) -> str:
-    if os.path.basename(name) != name or name in ("", ".", ".."):
-        raise ValueError(f"expected the name of a file or folder in it, got {name!r}")
-    return name
+def _plain(names: list[str]) -> list[str]:
+    """Names of files or folders beside the one that lists them, each once."""
+    for name in names:
+        if os.path.basename(name) != name or name in ("", ".", ".."):
+            raise ValueError(f"expected the name of a file or folder in it, got {name!r}")
+    if len({*names}) < len(names):
+        raise ValueError(f"{len(names)} names, of which {len({*names})} differ; expected each once")
+    return names
 
 
 def dataset_inputs(folder: str, text: str, column: str | None) -> Iterator[Input]:

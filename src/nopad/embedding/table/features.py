@@ -16,6 +16,7 @@ from nopad.embedding.table import writer as shards
 from nopad.local_paths import check_local
 
 _CACHED_GROUPS = 4
+_MAX_RATIO = 1000  # of values to bytes; other programs may have compressed the file
 _SHOWN = 5
 
 
@@ -119,8 +120,8 @@ def read_features(folder: str | Path, *, partial: bool = False) -> Features:
         partial: take the shards of an unfinished job as they are.
 
     Raises:
-        ValueError: no such folder, no shards, shards missing (unless `partial`), shards of different jobs, a damaged
-            shard; the message says which and what to do.
+        ValueError: no such folder, no shards, shards missing (unless `partial`), shards of different jobs, a shard that
+            is damaged or has other columns, types or rows than a job writes; the message says which and what to do.
         OSError: a shard that cannot be opened or read.
     """
     check_local("folder", folder)
@@ -138,20 +139,18 @@ def read_features(folder: str | Path, *, partial: bool = False) -> Features:
     for number, path in enumerate(paths):
         with stored.opened(path) as file:
             groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            table = file.read([name for name in schema.names if name != "tokens"])
+            table = file.read(list(shards.COLUMNS))
+            ok = stored.ok_rows(path, table)
+            filled = len(ids)
+            for block in stored.embedding_blocks(table["embedding"], width):
+                embeddings[filled : filled + len(block)] = block
+                filled += len(block)
+            small = table.drop_columns(["embedding"])
+            good, bad = small.filter(pa.array(ok)), small.filter(pa.array(~ok))
+            ids += good["id"].to_pylist()
+            sources += good["source"].to_pylist()
+            failures += [Failure(row["id"], row["source"], row["error"] or "") for row in bad.to_pylist()]
         starts.append(np.cumsum([0, *groups])[:-1])
-        ok = np.array([status == "ok" for status in table["status"].to_pylist()], dtype=bool)
-        filled = len(ids)
-        for block in stored.embedding_blocks(table["embedding"], width):
-            embeddings[filled : filled + len(block)] = block
-            filled += len(block)
-        small = table.drop_columns(["embedding"])
-        good, bad = small.filter(pa.array(ok)), small.filter(pa.array(~ok))
-        ids += good["id"].to_pylist()
-        sources += good["source"].to_pylist()
-        if filled != len(ids):
-            raise ValueError(f"{path}: damaged ({len(good)} ok rows, other embeddings); delete it, run the job again")
-        failures += [Failure(row["id"], row["source"], row["error"] or "") for row in bad.to_pylist()]
         places.append(np.stack([np.full(len(good), number), np.flatnonzero(ok)], axis=1))
         grids.append(np.stack([good[name].to_numpy() for name in ("grid_t", "grid_h", "grid_w")], axis=1))
         sizes.append(np.stack([good[name].to_numpy() for name in ("height", "width")], axis=1))
@@ -202,17 +201,25 @@ def _find(folder: Path, partial: bool) -> dict[int, Path]:
 
 
 def _survey(numbered: dict[int, Path]) -> tuple[pa.Schema, int]:
-    """The schema that all shards share and the number of their rows, from the footers."""
+    """The schema that all shards share, and how many of their rows are ok."""
     schema, rows = None, 0
+    first = next(iter(numbered.values()))
     for number, path in numbered.items():
         with stored.opened(path) as file:
             schema = schema or file.schema_arrow
             if not file.schema_arrow.equals(schema):
-                first = next(iter(numbered.values()))
                 raise ValueError(f"{path}: other columns than {first}; run the job again into an empty folder")
-            held = stored.metadata_of(file.schema_arrow).get("shard", str(number))  # tables of nopad 0.1 do not say
-            if held != str(number):
-                raise ValueError(f"{path}: a copy of shard {held}; move it away and run the job again")
-            rows += file.metadata.num_rows
+            expected = {**stored.metadata_of(schema), "shard": str(number)}
+            found = {"shard": str(number), **stored.metadata_of(file.schema_arrow)}  # nopad 0.1 did not write it
+            if found["shard"] != str(number):
+                raise ValueError(f"{path}: a copy of shard {found['shard']}; move it away and run the job again")
+            if others := [key for key in {**expected, **found} if expected.get(key) != found.get(key)]:
+                told = f"{others[0]} {found.get(others[0], 'none')}, {expected.get(others[0], 'none')} in {first}"
+                raise ValueError(f"{path}: of another job: {told}; move it away and run the job again")
+            ok = int(stored.ok_rows(path, file.read(["status"])).sum())
+            width = stored.embedding_width(schema)
+            if ok * width > _MAX_RATIO * path.stat().st_size:
+                raise stored.damaged(path, f"{ok} rows of {width} values, more than it can hold")
+            rows += ok
     assert schema is not None
     return schema, rows

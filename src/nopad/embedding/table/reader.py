@@ -3,39 +3,95 @@
 from __future__ import annotations
 
 import os
+import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nopad.embedding.table.writer import COLUMNS, FORMAT, PREFIX, Row
+from nopad.embedding.table.writer import COLUMNS, DTYPES, FORMAT, LISTS, NUMBERS, PREFIX, TOKENS, Row, ShardFormat
+
+_OF_OK_ROWS = ("id", "source", *NUMBERS, "embedding")
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[pq.ParquetFile]:
-    """Open a shard and check its format and, as its pages are read, their checksums.
+    """Open a shard and check its columns, their types and, as its pages are read, their checksums.
 
     Raises:
         ValueError: a file that is damaged or no shard of this format; the message names it.
         OSError: a file that cannot be opened or read.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+            raise ValueError(f"{path}: expected a shard, found no regular file; move it away and run the job again")
         with (
             pa.OSFile(os.fsencode(path)) as source,  # Arrow opens no str that is not UTF-8
             pq.ParquetFile(source, page_checksum_verification=True) as file,
         ):
-            found = (file.schema_arrow.metadata or {}).get(f"{PREFIX}format".encode(), b"none").decode()
-            if found != FORMAT or tuple(file.schema_arrow.names[: len(COLUMNS)]) != COLUMNS:
-                expected = f"expected {FORMAT} with the columns {', '.join(COLUMNS)}"
-                raise ValueError(f"{path}: not a shard that this version reads: nopad.format {found}, {expected}")
+            if problem := _problem(file.schema_arrow):
+                raise ValueError(f"{path}: not a shard that this version reads: {problem}")
             yield file
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ValueError(f"{path}: damaged ({error}); delete it and run the job again, which makes it anew") from error
+
+
+def _problem(schema: pa.Schema) -> str:
+    """Say what no shard of this format has, empty for nothing."""
+    metadata = metadata_of(schema)
+    if (found := metadata.get("format", "none")) != FORMAT:
+        return f"nopad.format {found}, expected {FORMAT}"
+    has_tokens = TOKENS in schema.names
+    for key in ("embedding.width", "tokens.width")[: 1 + has_tokens]:
+        if not re.fullmatch(r"[1-9]\d{0,8}", found := metadata.get(key, "none"), re.ASCII):
+            return f"nopad.{key} {found:.80}, expected a number ≥ 1"
+    tokens = int(metadata["tokens.width"]) if has_tokens else None
+    options = {"dimension": int(metadata["embedding.width"]), "token_dimension": tokens}
+    formats = [
+        ShardFormat(embedding_dtype=dtype, embedding_list=list, **options) for dtype, list in product(DTYPES, LISTS)
+    ]
+    if any(format.schema({}).equals(schema) for format in formats):
+        return ""
+    columns = ", ".join(f"{field.name} {field.type}" for field in schema)
+    expected = ", ".join(f"{field.name} {field.type}" for field in formats[0].schema({}))
+    return f"the columns {columns}; expected {expected}, or embeddings of another kind"
+
+
+def ok_rows(path: Path, table: pa.Table) -> np.ndarray:
+    """Which rows of a shard are ok, `(N,)` bool, by the columns of `table`, which have what an ok row needs.
+
+    Raises:
+        ValueError: rows that `write_shard` refuses to write.
+    """
+    statuses = table["status"].to_pylist()
+    ok = np.array([status == "ok" for status in statuses], dtype=bool)
+    if others := {*statuses} - {"ok", "failed"}:
+        raise damaged(path, f"status {min(map(str, others))!r}, expected ok or failed")
+    for name in _OF_OK_ROWS:
+        if name not in table.column_names:
+            continue
+        column = table[name]
+        has = column.is_valid().to_numpy()
+        if not has[ok].all():
+            raise damaged(path, f"{name} missing in row {np.flatnonzero(ok & ~has)[0]}, which is ok")
+        if name == "embedding" and has[~ok].any():
+            raise damaged(path, f"an embedding in row {np.flatnonzero(~ok & has)[0]}, which failed")
+        if name in NUMBERS and ok.any() and (least := column.filter(pa.array(ok)).to_numpy().min()) < 1:
+            raise damaged(path, f"{name} {least}, expected at least 1")
+    return ok
+
+
+def damaged(path: Path, what: str) -> ValueError:
+    """The error of a shard whose rows cannot be right."""
+    return ValueError(f"{path}: damaged ({what}); delete it and run the job again, which makes it anew")
 
 
 def embedding_width(schema: pa.Schema) -> int:
@@ -50,8 +106,14 @@ def token_width(schema: pa.Schema) -> int | None:
 
 
 def embedding_blocks(column: pa.ChunkedArray, width: int) -> list[np.ndarray]:
-    """The embeddings that are not null as matrices `(n, width)`, one per chunk; views where none is null."""
+    """The embeddings that are not null as matrices `(n, width)`, one per chunk; views where none is null.
+
+    Raises:
+        pa.ArrowInvalid: embeddings of another length, or with nulls in them.
+    """
     chunks = [chunk.drop_null() if chunk.null_count else chunk for chunk in column.chunks]
+    if any((pc.call_function("list_value_length", [chunk]).to_numpy() != width).any() for chunk in chunks):
+        raise pa.ArrowInvalid(f"embeddings of another length than {width}")
     return [chunk.flatten().to_numpy().reshape(-1, width) for chunk in chunks]
 
 
@@ -65,6 +127,7 @@ def iterate_rows(path: Path) -> Iterator[Row]:
         width = embedding_width(file.schema_arrow)
         for number in range(file.num_row_groups):
             table = file.read_row_group(number)
+            ok_rows(path, table)
             embeddings = (vector for block in embedding_blocks(table["embedding"], width) for vector in block)
             tokens = table["tokens"].to_pylist() if "tokens" in table.column_names else [None] * len(table)
             small = table.select(COLUMNS[:-1]).to_pylist()
@@ -86,7 +149,8 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def metadata_of(schema: pa.Schema) -> dict[str, str]:
     """What `write_shard` has put into a schema."""
-    pairs = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in schema.metadata.items()}
+    items = (schema.metadata or {}).items()
+    pairs = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in items}
     return {key.removeprefix(PREFIX): value for key, value in pairs.items() if key.startswith(PREFIX)}
 
 
@@ -110,5 +174,5 @@ def failed_rows(path: Path) -> list[tuple[int, str, str, str]]:
 def count(path: Path) -> tuple[int, int]:
     """How many rows are ok and how many failed; reads only the status column."""
     with opened(path) as file:
-        statuses = file.read(["status"])["status"].to_pylist()
-    return statuses.count("ok"), statuses.count("failed")
+        ok = ok_rows(path, file.read(["status"]))
+    return int(ok.sum()), int((~ok).sum())

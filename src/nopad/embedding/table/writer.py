@@ -23,8 +23,10 @@ METADATA_FOLDER = ".nopad"
 PREFIX = "nopad."
 FORMAT = "1"
 _TEXT = ("id", "source", "status", "error")
-_NUMBERS = ("width", "height", "grid_t", "grid_h", "grid_w")
-COLUMNS = (*_TEXT, *_NUMBERS, "embedding")
+NUMBERS = ("width", "height", "grid_t", "grid_h", "grid_w")
+COLUMNS = (*_TEXT, *NUMBERS, "embedding")
+TOKENS = "tokens"
+DTYPES, LISTS = ("float32", "float16"), ("fixed", "variable")
 _OWN_KEYS = ("format", "embedding.width", "tokens.dtype", "tokens.width")
 
 _ROWS_PER_GROUP = 1024
@@ -114,9 +116,9 @@ class ShardFormat:
     def __post_init__(self) -> None:
         if self.dimension < 1:
             raise ValueError(f"dimension {self.dimension}, expected at least 1")
-        if self.embedding_dtype not in ("float32", "float16"):
+        if self.embedding_dtype not in DTYPES:
             raise ValueError(f"embedding_dtype {self.embedding_dtype!r}, expected 'float32' or 'float16'")
-        if self.embedding_list not in ("fixed", "variable"):
+        if self.embedding_list not in LISTS:
             raise ValueError(f"embedding_list {self.embedding_list!r}, expected 'fixed' or 'variable'")
         if self.token_dimension is not None and self.token_dimension < 1:
             raise ValueError(f"token_dimension {self.token_dimension}, expected at least 1, or None for no tokens")
@@ -128,10 +130,10 @@ class ShardFormat:
             own |= {"tokens.dtype": "float16", "tokens.width": str(self.token_dimension)}
         kept = {key: value for key, value in metadata.items() if key not in _OWN_KEYS}
         fields = [pa.field(name, pa.string()) for name in _TEXT]
-        fields += [pa.field(name, pa.int32()) for name in _NUMBERS]
+        fields += [pa.field(name, pa.int32()) for name in NUMBERS]
         fields += [pa.field("embedding", self._embedding_type())]
         if self.token_dimension is not None:
-            fields += [pa.field("tokens", pa.large_binary())]
+            fields += [pa.field(TOKENS, pa.large_binary())]
         return pa.schema(fields, {PREFIX + key: value for key, value in sorted((kept | own).items())})
 
     def _embedding_type(self) -> pa.DataType:
@@ -209,9 +211,9 @@ def _options(format: ShardFormat) -> dict[str, Any]:
         "version": "2.6",
         "data_page_version": "1.0",
         # Floats lie plain and uncompressed: zstd takes 7 % off them and twice the time to write.
-        "compression": dict.fromkeys((*_TEXT, *_NUMBERS), "zstd"),
-        "use_dictionary": ["source", "status", "error", *_NUMBERS],
-        "write_statistics": [*_TEXT, *_NUMBERS],
+        "compression": dict.fromkeys((*_TEXT, *NUMBERS), "zstd"),
+        "use_dictionary": ["source", "status", "error", *NUMBERS],
+        "write_statistics": [*_TEXT, *NUMBERS],
         "write_page_checksum": True,
         # Page sizes are looked at after each batch of values, and a page must stay below 2 GB.
         "write_batch_size": _ROWS_PER_GROUP if format.token_dimension is None else 1,
