@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo bench-embed test test-quantised lint types format install clean
+.PHONY: demo bench-embed test test-quantised fuzz lint types format install clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -27,6 +27,11 @@ test-quantised: $(QUANTISE)/.installed
 $(QUANTISE)/.installed: $(STAMP)
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $(QUANTISE) torchao==0.18.0 bitsandbytes==0.50.2
 	@touch $@
+
+# Hostile files without end; seeds are printed, and make fuzz CASE=tars:1234 runs one case again.
+MINUTES := 60
+fuzz: $(STAMP)
+	@$(BIN)/python -m fuzz --minutes $(MINUTES) $(if $(TARGET),--target $(TARGET)) $(if $(SEED),--seed $(SEED)) $(if $(CASE),--case $(CASE))
 
 lint: $(STAMP)
 	@$(BIN)/python -m ruff check .
