@@ -33,7 +33,7 @@ from nopad.bench.candidates import Baseline
 from nopad.embedding.api import embed
 from nopad.encoder import PackedEncoder
 from nopad.environment import dtype_name
-from nopad.preprocessing.transforms import Preprocessing
+from nopad.preprocessing.rules import Preprocessing
 from nopad.terminal import columns, json_text
 
 PHOTOS = Path(__file__).parent.parent / "examples/images"

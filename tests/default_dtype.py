@@ -10,7 +10,8 @@ from pictures import noise
 from tiny_encoders import FAMILIES, GRIDS, patches_of
 
 import nopad
-from nopad.preprocessing.transforms import Preprocessing, preprocess
+from nopad.preprocessing.rules import Preprocessing
+from nopad.preprocessing.transforms import preprocess
 
 STATISTICS = {"mean": (0.48, 0.45, 0.4), "std": (0.26, 0.26, 0.27)}
 RULES = (

@@ -28,7 +28,8 @@ from nopad.preprocessing import formats
 from nopad.preprocessing.config import read_preprocessor_config
 from nopad.preprocessing.decode import MAX_PIXELS, ImageError, _warn_of_lax_pillow, image_size, load, load_image
 from nopad.preprocessing.formats import MAX_SCANS, count_scans, image_suffixes
-from nopad.preprocessing.transforms import Preprocessing, preprocess
+from nopad.preprocessing.rules import Preprocessing
+from nopad.preprocessing.transforms import preprocess
 
 PHOTOS = sorted(path for path in (Path(__file__).parent.parent / "examples/images").iterdir() if path.suffix != ".md")
 COFFEE = PHOTOS[0].parent / "coffee.jpg"
@@ -589,8 +590,9 @@ def test_crop_of_a_longer_short_side_equals_the_processor_bit_for_bit(shape):
 def test_naflex_equals_siglip2_bit_for_bit(shape, max_patches):
     image = noise(*shape)
     processor = Siglip2ImageProcessorPil(max_num_patches=max_patches or 256)
+    rule = dataclasses.replace(NAFLEX, max_patches=max_patches)
     expected = processor(image.permute(1, 2, 0).numpy(), input_data_format="channels_last", return_tensors="pt")
-    patches, (_, rows, columns) = patchify(preprocess(image, NAFLEX, 16, resize="pil", max_patches=max_patches), 16)
+    patches, (_, rows, columns) = patchify(preprocess(image, rule, 16, resize="pil"), 16)
     assert [rows, columns] == expected["spatial_shapes"][0].tolist()
     assert torch.equal(patches, expected["pixel_values"][0, : rows * columns])
 
@@ -776,7 +778,7 @@ def test_native_enlarges_what_is_smaller_than_a_patch(shape, expected, resize):
     ],
 )
 def test_native_is_scaled_down_to_max_patches(shape, max_patches, expected):
-    pixels = preprocess(noise(*shape), NATIVE, 14, max_patches=max_patches)
+    pixels = preprocess(noise(*shape), NATIVE.with_size(max_patches=max_patches), 14)
     assert (pixels.shape[1] // 14, pixels.shape[2] // 14) == expected
 
 
@@ -784,18 +786,21 @@ def test_native_is_scaled_down_to_max_patches(shape, max_patches, expected):
 @pytest.mark.parametrize("shape", [(300, 200), (9, 1200), (280, 280)])
 def test_grid_is_that_of_preprocessed_pixels(rule, shape):
     pixels = preprocess(noise(*shape), rule, 14)
-    assert rule.grid(*shape, 14) == (pixels.shape[1] // 14, pixels.shape[2] // 14)
+    place = rule.place(*shape, 14)
+    assert (place.rows, place.columns) == (pixels.shape[1] // 14, pixels.shape[2] // 14)
 
 
 def test_automatic_cap_is_for_rules_without_a_limit():
     own = dataclasses.replace(NATIVE, max_patches=9000)
-    assert [rule.cap("auto") for rule in (NATIVE, own, CROP, NAFLEX, SQUARE)] == [4096, None, None, None, None]
-    assert [NATIVE.cap(limit) for limit in (None, 5, 9000)] == [None, 5, 9000]
+    assert [rule.capped("auto") for rule in (NATIVE, own, CROP, NAFLEX, SQUARE)] == [4096, None, None, None, None]
+    assert [NATIVE.with_size(size).capped("auto") for size in (500, (500, 500))] == [4096, None]
+    assert NATIVE.with_size(min_patches=5000).capped("auto") == 5000
+    assert [NATIVE.capped(limit) for limit in (None, 5, 9000)] == [None, 5, 9000]
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 2000), st.sampled_from([14, 16]))
 def test_native_never_exceeds_max_patches_nor_loses_the_image(height, width, max_patches, patch_size):
-    resized = NATIVE._resized(height, width, patch_size, max_patches)
+    resized = NATIVE.with_size(max_patches=max_patches)._resized(height, width, patch_size)
     rows, columns = (side // patch_size for side in resized)
     assert 1 <= rows * columns <= max_patches
     if min(height, width) >= patch_size and (height // patch_size) * (width // patch_size) <= max_patches:
@@ -819,9 +824,7 @@ def test_extreme_aspect_ratio_is_refused_before_it_takes_memory():
         ({"image": torch.zeros(28, 28, 3, dtype=torch.uint8)}, "image: expected uint8"),
         ({"image": torch.zeros(3, 0, 28, dtype=torch.uint8)}, "image: expected uint8"),
         ({"resize": "opencv"}, "resize: expected one of"),
-        ({"max_patches": 0}, "max_patches: expected ≥ 1, got 0"),
-        ({"preprocessing": CROP, "max_patches": 100}, "size 224 with patch_size 14 gives 256 patches"),
-        ({"preprocessing": SQUARE, "patch_size": 225}, "gives 0 patches"),
+        ({"preprocessing": SQUARE, "patch_size": 225}, "'square' makes 224 × 224 pixels, expected at least 225 × 225"),
     ],
 )
 def test_wrong_arguments_are_named(change, match):
@@ -838,7 +841,16 @@ def test_wrong_arguments_are_named(change, match):
         ({"size": 224}, "size: expected None for 'native', got 224"),
         ({"rule": "crop"}, "size: expected pixels ≥ 1 for 'crop', got None"),
         ({"rule": "square", "size": 224, "max_patches": 4}, "max_patches: expected None for 'square'"),
-        ({"max_patches": 0}, "max_patches: expected ≥ 1"),
+        ({"max_patches": 0}, "max_patches: expected an integer ≥ 1"),
+        ({"max_patches": 3, "multiple_of": 2}, "max_patches: expected an integer ≥ 4 for 'native', got 3"),
+        ({"min_patches": 5, "max_patches": 4}, "min_patches: expected at most max_patches 4, got 5"),
+        ({"rule": "naflex", "min_patches": 5}, "min_patches: expected None for 'naflex', which fills up"),
+        ({"multiple_of": 0}, "multiple_of: expected an integer ≥ 1, got 0"),
+        (
+            {"rule": "height_width", "size": 5},
+            "pixels ≥ 1 for 'height_width', got 5",
+        ),
+        ({"rule": "shortest_edge", "size": (5, 5)}, r"size: expected pixels ≥ 1 for 'shortest_edge', got \(5, 5\)"),
         ({"short_side": 256}, "short_side: expected None for 'native', got 256"),
         ({"rule": "crop", "size": 224, "short_side": 223}, "short_side: expected pixels ≥ 224 for 'crop', got 223"),
         ({"std": (1.0, 0.0, 1.0)}, "mean, std"),
@@ -945,6 +957,6 @@ def test_describe_says_which_resize_was_used():
     assert "(torch uint8)" in CROP.describe()
     assert dataclasses.replace(CROP, short_side=256).describe().startswith("crop 224 of short side 256; bicubic")
     assert NAFLEX.describe().startswith("naflex at most 256 patches; ")
-    assert NATIVE.describe(max_patches=100).startswith("native at most 100 patches; ")
+    assert NATIVE.with_size(max_patches=100).describe().startswith("native at most 100 patches; ")
     assert "(torch float); rescale 1/255 before resize" in SQUARE.describe("pil")
     assert "(torch uint8); rescale 1/255 after resize" in SQUARE.describe("torch")

@@ -36,7 +36,7 @@ from nopad.outputs import PackedOutput, Trunk
 from nopad.packing import Pack, PatchOrder, check_patch_order
 from nopad.pipeline.images import embed_images, pack_images
 from nopad.preprocessing.config import read_preprocessor_config
-from nopad.preprocessing.transforms import Preprocessing
+from nopad.preprocessing.rules import Preprocessing
 from nopad.segments import Segments
 
 
@@ -88,6 +88,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
     preprocessor_config: dict[str, Any] | None = None
     checkpoint_config: Mapping[str, Any] = MappingProxyType({})
     precision: str | None = None
+    _preprocessing: Preprocessing | None = None
     _backend: str = "auto"
     _runner: Runner = EagerRunner()
 
@@ -261,7 +262,16 @@ class PackedEncoder(ByRole, PreTrainedModel):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How pixels are made: by the checkpoint's own preprocessor config, else by the family's rule."""
+        """How pixels are made: `model_preprocessing`, unless another rule is assigned, as `nopad.load(size=…)` does."""
+        return self._preprocessing or self.model_preprocessing
+
+    @preprocessing.setter
+    def preprocessing(self, rule: Preprocessing) -> None:
+        self._preprocessing = rule
+
+    @property
+    def model_preprocessing(self) -> Preprocessing:
+        """The rule of the checkpoint's own preprocessor config, else the family's."""
         if self.preprocessor_config is None:
             return self.default_preprocessing
         whose = f"checkpoint {self.source!r}: preprocessor config"

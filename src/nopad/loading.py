@@ -14,6 +14,7 @@ from nopad.families import family_of, family_of_published
 from nopad.inference.attention import check_backend
 from nopad.inference.precision import check_precision
 from nopad.packing import PatchOrder
+from nopad.preprocessing.rules import Size, check_size
 
 
 def load(
@@ -26,6 +27,10 @@ def load(
     patch_order: PatchOrder | None = None,
     positions: Literal["resample", "strict"] | None = None,
     precision: Literal["fp8"] | None = None,
+    size: Size = "model",
+    min_patches: int | None = None,
+    max_patches: int | None = None,
+    multiple_of: int | None = None,
 ) -> PackedEncoder:
     """Load a pretrained vision encoder for packs.
 
@@ -41,18 +46,21 @@ def load(
         precision: `"fp8"` makes the layers' linear maps float8 products, weights scaled by row once and their input by
             row as it comes, but for those behind the attention and values of the first half of the layers; for
             inference alone. What it does to the features `nopad align --precision fp8` tells.
+        size, min_patches, max_patches, multiple_of: of images, as `PackedEncoder.pack` takes them; what `pack` and
+            `embed` of this encoder do unless told otherwise.
 
     Returns:
         The encoder, in evaluation mode.
 
     Raises:
-        ValueError: an unknown family, a tensor missing, unexpected or misshapen, or a `precision` that does not take
-            this device's dtype or the layers' sizes.
+        ValueError: an unknown family, a tensor missing, unexpected or misshapen, a `precision` that does not take
+            this device's dtype or the layers' sizes, or a limit on patches that the size does not leave room for.
         OSError: no such file or folder, and the Hub does not have it or cannot be reached.
     """
     check_backend(attention)
     if precision is not None:
         check_precision(precision)
+    check_size(size)
     name = str(checkpoint)
     options = {"dtype": dtype, "patch_order": patch_order, "positions": positions}
     if name.startswith(UNTRAINED):
@@ -63,6 +71,9 @@ def load(
     else:
         opened = open_checkpoint(name, revision=revision)
         encoder = family_of(opened).from_checkpoint(opened, **options)
+    limits = {"min_patches": min_patches, "max_patches": max_patches, "multiple_of": multiple_of}
+    if size != "model" or any(limit is not None for limit in limits.values()):
+        encoder.preprocessing = encoder.preprocessing.with_size(size, **limits)
     if device is not None:
         try:
             encoder = encoder.to(device=device)

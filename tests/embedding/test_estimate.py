@@ -20,7 +20,7 @@ def write_pictures(folder, sizes):
 
 
 def mean(source, model, **options):
-    image_processor = ImageProcessor.of(nopad.load(model), **options)
+    image_processor = ImageProcessor.of(nopad.load(model, **options))
     with Reader(MediaDecoder(frames=4, max_pixels=100_000)) as reader:
         return mean_patches(list_inputs([source]).inputs, reader, image_processor)
 

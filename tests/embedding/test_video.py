@@ -2,6 +2,7 @@ import io
 import os
 import struct
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -24,6 +25,7 @@ def film(
     rotation: int = 0,
     options: dict[str, str] | None = None,
     noise: bool = False,
+    pixel_ratio: Fraction | None = None,
 ) -> bytes:
     """Grey frames whose level tells their number, with a dark top left quarter."""
     buffer = io.BytesIO()
@@ -33,6 +35,8 @@ def film(
         stream.width, stream.height = 64, 32
         stream.pix_fmt = {"gif": "rgb8", "apng": "rgb24", "zmbv": "bgr0"}.get(codec, "yuv420p")
         stream.codec_context.gop_size = gop
+        if pixel_ratio:
+            stream.codec_context.sample_aspect_ratio = pixel_ratio
         if rotation:
             stream.set_display_rotation(rotation)
         for i in range(count):
@@ -102,6 +106,33 @@ def test_a_turned_video_comes_upright(rotation: int, dark: tuple[int, int]):
     assert frames.shape[2:] == ((64, 32) if abs(rotation) == 90 else (32, 64))
     quarters = frames[0].float().mean(0).unflatten(0, (2, -1)).unflatten(2, (2, -1)).mean((1, 3))
     assert divmod(int(quarters.argmin()), 2) == dark
+
+
+@pytest.mark.parametrize(("format", "codec"), [("mp4", "libx264"), ("matroska", "libx264"), ("avi", "mpeg4")])
+@pytest.mark.parametrize(
+    ("ratio", "rotation", "expected"),
+    [
+        (Fraction(3, 2), 0, (32, 96)),
+        (Fraction(1, 2), 0, (64, 64)),
+        (Fraction(3, 2), 90, (96, 32)),
+        (Fraction(1), 0, (32, 64)),
+    ],
+)
+def test_pixels_that_are_not_square_become_square(format, codec, ratio, rotation, expected):
+    if rotation and format != "mp4":
+        pytest.skip("no display matrix in this container")
+    data = film(20, format, codec, pixel_ratio=ratio, rotation=rotation)
+    frames = read_frames(data, 2)
+    assert frames.shape == (2, 3, *expected)
+    assert numbers(frames) == pytest.approx([5, 15], abs=1)  # FFmpeg's resize is 2 grey levels off
+    quarters = frames[0].float().mean(0).unflatten(0, (2, -1)).unflatten(2, (2, -1)).mean((1, 3))
+    assert divmod(int(quarters.argmin()), 2) == ((1, 0) if rotation else (0, 0))
+    assert video.frame_size(data) == (expected if rotation else expected[::-1])
+
+
+def test_the_limit_is_of_square_pixels():
+    with pytest.raises(ImageError, match="frames of 96×32 are 3072 pixels, expected at most 3071"):
+        read_frames(film(2, pixel_ratio=Fraction(3, 2)), 2, max_pixels=3071)
 
 
 def test_reading_is_deterministic_and_the_same_from_a_path(tmp_path: Path):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import nopad
 from nopad.align.run import align
-from nopad.preprocessing.transforms import Preprocessing
+from nopad.preprocessing.rules import Preprocessing
 
 CASES = {
     "timm-aimv2": "aimv2",

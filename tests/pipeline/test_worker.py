@@ -229,11 +229,6 @@ def test_wrong_numbers(encoder, options):
         Worker(encoder, **options)
 
 
-def test_a_limit_that_fits_no_picture_is_told_at_once(encoder):
-    with pytest.raises(ValueError, match="max_patches: expected ≥ 1, got 0"):
-        Worker(encoder, max_patches=0)
-
-
 # encoder.embed
 
 

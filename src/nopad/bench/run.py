@@ -83,7 +83,8 @@ def bench(
     progress(f"loading {checkpoint}")
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "attention": attention}
     encoder = load(checkpoint, revision=revision, device=device, **options)
-    squares = fixed(settings.images, encoder.default_preprocessing.size or 224, encoder.patch_size)
+    size = encoder.default_preprocessing.size
+    squares = fixed(settings.images, size if isinstance(size, int) else 224, encoder.patch_size)
     workloads = [mixed(settings.images, seed)] * (workload != "224") + [squares] * (workload != "mixed")
     _check_capacities(settings.capacities, workloads, encoder.num_prefix_tokens)
     baseline = None

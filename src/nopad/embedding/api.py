@@ -19,7 +19,7 @@ from nopad.embedding.settings import Settings
 from nopad.encoder import PackedEncoder
 from nopad.local_paths import check_local
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS, MAX_PIXELS, NUM_FRAMES, MaxPatches
-from nopad.preprocessing.transforms import Resize
+from nopad.preprocessing.rules import Resize, Size
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,10 @@ def embed(
     dtype: str | None = None,
     attention: str = "auto",
     tokens: bool = False,
+    size: Size | None = None,
+    min_patches: int | None = None,
     max_patches: MaxPatches = "auto",
+    multiple_of: int | None = None,
     resize: Resize = "torch",
     capacity: int | None = None,
     frames: int = NUM_FRAMES,
@@ -66,8 +69,9 @@ def embed(
         device: `"cuda"` where there is one, unless given.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; the checkpoint's own unless given.
         tokens: store each picture's tokens, too, in float16.
-        max_patches: most patches of a picture, its aspect ratio kept: `"auto"` is 4,096 where the model's own rule has
-            no limit, so that one photo does not hold up a job; `None` is no limit but the rule's own.
+        size, min_patches, multiple_of: as `PackedEncoder.pack` takes them, of pictures and of a video's frames.
+        max_patches: most patches of a picture, its aspect ratio kept: `"auto"` is 4,096 where the rule has no limit, so
+            that one photo does not hold up a job; `None` is no limit but the rule's own.
         resize: as `PackedEncoder.pack` takes it.
         capacity: tokens of a pack, 16384 unless given, on a CPU 2048.
         frames: frames of a video, spread evenly over it.

@@ -84,9 +84,9 @@ class _GridOf(ImageProcessor):
 
     def __call__(self, image: Tensor) -> PreparedImage:
         height, width = image.shape[-2:]
-        rows, columns = self.rule.grid(height, width, self.patch_size, self.max_patches)
-        frames = image.shape[0] if image.ndim == 4 else 1
-        return PreparedImage(torch.zeros(1, 1, dtype=self.dtype), (frames, rows, columns), width, height)
+        place = self.rule.place(height, width, self.patch_size)
+        grid = (image.shape[0] if image.ndim == 4 else 1, place.rows, place.columns)
+        return PreparedImage(torch.zeros(1, 1, dtype=self.dtype), grid, width, height)
 
     def peak_bytes(self, frames: int, pixels: int, decode_bytes: int) -> int:
         return self.dtype.itemsize

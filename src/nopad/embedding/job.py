@@ -21,6 +21,7 @@ from nopad.embedding.table.reader import num_rows, read_metadata
 from nopad.embedding.table.writer import Row, ShardFormat, parse_shard_name, shard_name, write_shard
 from nopad.encoder import PackedEncoder
 from nopad.loading import load
+from nopad.pipeline.image_processor import rule_for
 from nopad.pipeline.worker import Worker
 from nopad.terminal import printable
 
@@ -134,8 +135,14 @@ def make_reader(settings: Settings) -> Reader:
 
 def make_worker(settings: Settings, encoder: PackedEncoder) -> Worker:
     """A worker that embeds by the settings of a job."""
-    limit = encoder.preprocessing.cap(settings.max_patches)
-    options: dict[str, Any] = {"resize": settings.resize, "max_patches": limit, "tokens": settings.tokens}
+    rule = rule_for(
+        encoder,
+        settings.size,
+        min_patches=settings.min_patches,
+        max_patches=settings.max_patches,
+        multiple_of=settings.multiple_of,
+    )
+    options: dict[str, Any] = {"resize": settings.resize, "preprocessing": rule, "tokens": settings.tokens}
     limits: dict[str, Any] = {"timeout": settings.input_timeout, "memory": settings.decode_memory}
     return Worker(encoder, capacity=settings.capacity, threads=settings.workers, **options, **limits)
 

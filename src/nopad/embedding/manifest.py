@@ -18,18 +18,28 @@ from nopad.embedding.settings import Settings
 from nopad.encoder import PackedEncoder
 from nopad.environment import dtype_name
 from nopad.pipeline.worker import Worker
+from nopad.preprocessing.rules import Preprocessing, Size
+
+_FOLLOWS = {
+    "weights": {"dtype"},
+    "preprocessing": {"resize", "size", "min_patches", "max_patches", "multiple_of"},
+}
+"""What follows from options of a job."""
 
 
 def record_of(settings: Settings, worker: Worker, sources: list[str], inputs: InputList) -> dict[str, str]:
     """Everything that a job's features depend on, in words, as it stands in the metadata of every shard."""
-    encoder = worker.encoder
+    encoder, rule = worker.encoder, worker.image_processor.rule
     resolved = replace(
         settings,
         device=encoder.device.type,
         dtype=dtype_name(encoder.dtype),
         attention=encoder.attention,
         capacity=worker.capacity,
-        max_patches=worker.image_processor.max_patches,
+        size=_size_of(rule),
+        min_patches=rule.min_patches,
+        max_patches=rule.max_patches,
+        multiple_of=rule.multiple_of,
         shard_size=settings.rows_per_shard,
     )
     options = {
@@ -52,9 +62,18 @@ def record_of(settings: Settings, worker: Worker, sources: list[str], inputs: In
     }
 
 
-def _in_words(value: str | int | bool | None) -> str:
+def _size_of(rule: Preprocessing) -> Size:
+    """The size that a rule makes, however it was asked for."""
+    if rule.rule == "native":
+        return "native"
+    return rule.size if rule.rule in ("shortest_edge", "height_width") and rule.size else "model"
+
+
+def _in_words(value: str | int | bool | tuple[int, int] | None) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
     return "" if value is None else as_text(str(value))
 
 
@@ -95,7 +114,7 @@ def check_same(old: Mapping[str, str], new: Mapping[str, str], folder: Path) -> 
     """
     keys = [key for key in {**old, **new} if key not in ("inputs", "threads") and old.get(key) != new.get(key)]
     # What follows from an option that differs is not listed beside it.
-    for key, options in (("weights", {"dtype"}), ("preprocessing", {"resize", "max_patches"})):
+    for key, options in _FOLLOWS.items():
         if options & {*keys}:
             keys = [other for other in keys if other != key]
     if keys:

@@ -16,6 +16,7 @@ from typing import Any
 
 from nopad.counts import check_count
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS, MAX_PATCHES, MAX_PIXELS, NUM_FRAMES, MaxPatches
+from nopad.preprocessing.rules import Size, check_size, parse_size
 
 SHARD_SIZE, SHARD_SIZE_WITH_TOKENS = 2048, 512
 
@@ -100,6 +101,17 @@ def _parse_max_patches(text: str) -> int | str | None:
         raise ArgumentTypeError(f"expected a number, auto or none, got {text!r}") from None
 
 
+def _check_size(name: str, value: Any) -> None:
+    check_size(value)
+
+
+def _parse_size(text: str) -> Size:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error).removeprefix("size: ")) from None
+
+
 def _check_choice(choices: tuple[str, ...], name: str, value: Any) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
@@ -128,9 +140,22 @@ class Settings:
     model: str = _text(MISSING, "Hub name, folder, weights file, or untrained:<published name>")
     revision: str | None = _text(None, "branch, tag or commit on the Hub")
     tokens: bool = _flag("store each picture's tokens, too, in float16")
+    size: Size | None = _option(  # noqa: RUF009 - a field
+        None,
+        "of pictures: model (its own rule, the default), native (as they are), pixels of the short side with the "
+        "aspect ratio kept, or HEIGHTxWIDTH",
+        _check_size,
+        recorded=True,
+        type=_parse_size,
+        metavar="SIZE",
+    )
+    min_patches: int | None = _count(
+        None, "least patches of a picture, which is scaled up in its aspect ratio; for --size native or pixels"
+    )
+    multiple_of: int | None = _count(None, "rows and columns of patches are multiples of this")
     max_patches: MaxPatches = _option(  # noqa: RUF009 - a field
         "auto",
-        "most patches of a picture, aspect ratio kept; not for models of one fixed size; none is no limit but the "
+        "most patches of a picture, aspect ratio kept; not for pictures of one fixed size; none is no limit but the "
         f"model's own, auto is {MAX_PATCHES} where it has none",
         _check_max_patches,
         recorded=True,

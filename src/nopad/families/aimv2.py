@@ -30,7 +30,7 @@ from nopad.layers.positions import is_strict, sincos_2d
 from nopad.layers.roles import ByRole
 from nopad.layout import Layout
 from nopad.outputs import Trunk
-from nopad.preprocessing.transforms import Preprocessing
+from nopad.preprocessing.rules import Preprocessing
 from nopad.segments import Segments
 
 ATTENTION_NAMES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "out_proj"}

@@ -33,7 +33,7 @@ from nopad.layers.prefix import PrefixLayout
 from nopad.layers.roles import ByRole
 from nopad.layout import Layout
 from nopad.outputs import Trunk
-from nopad.preprocessing.transforms import Preprocessing
+from nopad.preprocessing.rules import Preprocessing
 
 
 class DINOv2Embeddings(ByRole):

@@ -26,7 +26,7 @@ from nopad.layers.roles import ByRole
 from nopad.layers.rope import apply_rotary, axial_angles, patch_centres, rope_periods, stored_periods
 from nopad.layout import Layout
 from nopad.outputs import Trunk
-from nopad.preprocessing.transforms import Preprocessing
+from nopad.preprocessing.rules import Preprocessing
 
 logger = logging.getLogger(__name__)
 

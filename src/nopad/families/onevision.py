@@ -21,7 +21,7 @@ from nopad.layers.roles import ByRole
 from nopad.layers.rope_3d import check_head_dim, rope_3d
 from nopad.layout import Layout
 from nopad.outputs import Trunk
-from nopad.preprocessing.transforms import Preprocessing
+from nopad.preprocessing.rules import Preprocessing
 
 _NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
 

@@ -32,7 +32,7 @@ from nopad.layers.positions import is_strict
 from nopad.layers.roles import ByRole
 from nopad.layout import Layout
 from nopad.outputs import Trunk
-from nopad.preprocessing.transforms import Preprocessing
+from nopad.preprocessing.rules import Preprocessing
 
 
 def is_naflex(config: SiglipConfigs) -> bool:

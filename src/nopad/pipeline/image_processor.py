@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from nopad.packing import PatchOrder, patchify
-from nopad.preprocessing.transforms import Preprocessing, Resize, preprocess
+from nopad.preprocessing.limits import MaxPatches
+from nopad.preprocessing.rules import Preprocessing, Resize, Size
+from nopad.preprocessing.transforms import preprocess
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
@@ -37,7 +39,6 @@ class ImageProcessor:
 
     rule: Preprocessing
     resize: Resize
-    max_patches: int | None
     patch_size: int
     patch_order: PatchOrder
     dtype: torch.dtype
@@ -48,7 +49,6 @@ class ImageProcessor:
         encoder: PackedEncoder,
         *,
         resize: Resize = "torch",
-        max_patches: int | None = None,
         preprocessing: Preprocessing | None = None,
     ) -> ImageProcessor:
         """That of an encoder.
@@ -60,7 +60,6 @@ class ImageProcessor:
         image_processor = cls(
             rule=preprocessing or encoder.preprocessing,
             resize=resize,
-            max_patches=max_patches,
             patch_size=encoder.patch_size,
             patch_order=encoder.patch_order,
             dtype=encoder.dtype,
@@ -74,8 +73,7 @@ class ImageProcessor:
         Raises:
             ImageError: an aspect ratio that the rule cannot follow.
         """
-        options = {"resize": self.resize, "max_patches": self.max_patches}
-        pixels = preprocess(image, self.rule, self.patch_size, **options)
+        pixels = preprocess(image, self.rule, self.patch_size, resize=self.resize)
         patches, grid = patchify(pixels, self.patch_size, self.patch_order)
         height, width = image.shape[-2:]
         return PreparedImage(patches.to(self.dtype), grid, width, height)
@@ -87,15 +85,39 @@ class ImageProcessor:
             frames, pixels: of the image or clip, all frames together.
             decode_bytes: what decoding takes.
         """
-        limit = self.rule.limit(self.max_patches)
-        size = self.rule.size**2 if self.rule.size else None if limit is None else limit * self.patch_size**2
-        as_floats = pixels if size is None else frames * size
-        in_float = self.rule.rescale_before_resize and self.resize == "pil"
+        limit = self.rule.max_pixels(self.patch_size)
+        as_floats = pixels if limit is None else frames * limit
+        in_float = self.rule.is_resized_in_float(self.resize)
         return decode_bytes + pixels * (24 if in_float else 0) + as_floats * 3 * (4 + 4 + self.dtype.itemsize)
 
     def describe(self) -> str:
         """One line for a table of features."""
-        return self.rule.describe(self.resize, self.max_patches)
+        return self.rule.describe(self.resize)
+
+
+def rule_for(
+    encoder: PackedEncoder,
+    size: Size | None = None,
+    *,
+    min_patches: int | None = None,
+    max_patches: MaxPatches = None,
+    multiple_of: int | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> Preprocessing:
+    """How an encoder's images are made, with the size that a caller has given.
+
+    Args:
+        size: `None` for the encoder's own rule, `"model"` for that of its checkpoint.
+        max_patches: `"auto"` for a limit where the rule has none, see `Preprocessing.capped`.
+        min_patches, multiple_of: see `Preprocessing`.
+        preprocessing: another rule than the encoder's.
+
+    Raises:
+        ValueError: see `Preprocessing.with_size`.
+    """
+    own = encoder.model_preprocessing if size == "model" else encoder.preprocessing
+    rule = (preprocessing or own).with_size(size, min_patches=min_patches, multiple_of=multiple_of)
+    return rule.with_size(max_patches=rule.capped(max_patches))
 
 
 def check_channels(encoder: PackedEncoder) -> None:

@@ -12,11 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from nopad.packing import Pack
-from nopad.pipeline.image_processor import check_channels
+from nopad.pipeline.image_processor import check_channels, rule_for
 from nopad.pipeline.worker import Worker
 from nopad.preprocessing.decode import ImageError, load, load_snapshot, snapshot
 from nopad.preprocessing.limits import MaxPatches
-from nopad.preprocessing.transforms import Preprocessing, Resize, preprocess
+from nopad.preprocessing.rules import Preprocessing, Resize, Size
+from nopad.preprocessing.transforms import preprocess
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
@@ -26,17 +27,25 @@ def pack_images(
     encoder: PackedEncoder,
     images: Sequence[Any],
     *,
-    resize: Resize = "torch",
+    size: Size | None = None,
+    min_patches: int | None = None,
     max_patches: int | None = None,
+    multiple_of: int | None = None,
+    resize: Resize = "torch",
     preprocessing: Preprocessing | None = None,
 ) -> Pack:
-    """Decode, resize by the model's own rule, normalise and patchify.
+    """Decode, resize, normalise and patchify.
 
     Args:
         images: paths, encoded bytes, PIL images, uint8 arrays `(H, W, 3)`, or clips `(frames, H, W, 3)`.
+        size: `"model"` by the model's own rule, `"native"` as the images are, an integer for the pixels of the short
+            side, aspect ratio kept and nothing cropped, `(height, width)` for both sides; as the encoder was loaded,
+            unless given.
+        min_patches, max_patches: least and most patches of an image, which is scaled in its aspect ratio; for sizes
+            that leave room for them.
+        multiple_of: rows and columns of patches are multiples of this.
         resize: `"pil"` is bit-exact with the original's processor, `"torch"` is faster and has nearly all
             values equal, the others within 2 grey levels.
-        max_patches: a cap on the patches of an image, its aspect ratio kept; for rules without a fixed size.
         preprocessing: another rule than the model's own.
 
     Returns:
@@ -48,10 +57,9 @@ def pack_images(
     """
     _check_several(images)
     check_channels(encoder)
-    rule = preprocessing or encoder.preprocessing
-    pixels = [
-        preprocess(load(image), rule, encoder.patch_size, resize=resize, max_patches=max_patches) for image in images
-    ]
+    limits: dict[str, Any] = {"min_patches": min_patches, "max_patches": max_patches, "multiple_of": multiple_of}
+    rule = rule_for(encoder, size, preprocessing=preprocessing, **limits)
+    pixels = [preprocess(load(image), rule, encoder.patch_size, resize=resize) for image in images]
     pack = Pack.of(
         pixels,
         encoder.patch_size,
@@ -59,7 +67,7 @@ def pack_images(
         # Of another rule the caller has said that this encoder is to take it.
         mean=rule.mean if preprocessing is None else None,
         std=rule.std if preprocessing is None else None,
-        preprocessing=rule.describe(resize, max_patches),
+        preprocessing=rule.describe(resize),
     )
     return pack.to(encoder.device, encoder.dtype)
 
@@ -68,9 +76,12 @@ def embed_images(
     encoder: PackedEncoder,
     images: Iterable[Any],
     *,
+    size: Size | None = None,
+    min_patches: int | None = None,
+    max_patches: MaxPatches = "auto",
+    multiple_of: int | None = None,
     capacity: int | None = None,
     resize: Resize = "torch",
-    max_patches: MaxPatches = "auto",
     preprocessing: Preprocessing | None = None,
     threads: int | None = None,
 ) -> Tensor:
@@ -81,10 +92,10 @@ def embed_images(
 
     Args:
         images: as `pack` takes them.
+        size, min_patches, multiple_of, resize, preprocessing: as `pack` takes them.
+        max_patches: most patches of an image, its aspect ratio kept: `"auto"` is 4,096 where the rule has no limit, so
+            that one photo does not hold up all others; `None` is no limit but the rule's own.
         capacity: tokens per pack; a larger image gets a pack of its own. 16384 unless given, on a CPU 2048.
-        resize, preprocessing: as `pack` takes them.
-        max_patches: a cap on the patches of an image, its aspect ratio kept: `"auto"` is 4,096 where the model's own
-            rule has no limit, so that one photo does not hold up all others; `None` is no cap but the rule's own.
         threads: that decode; one per core unless given.
 
     Returns:
@@ -94,10 +105,10 @@ def embed_images(
         ImageError: the first image that cannot be used.
         ValueError: one image where several are expected.
     """
-    limit = (preprocessing or encoder.preprocessing).cap(max_patches)
-    options: dict[str, Any] = {"resize": resize, "max_patches": limit, "preprocessing": preprocessing}
+    limits: dict[str, Any] = {"min_patches": min_patches, "max_patches": max_patches, "multiple_of": multiple_of}
+    rule = rule_for(encoder, size, preprocessing=preprocessing, **limits)
     _check_several(images)
-    worker = Worker(encoder, capacity=capacity, threads=threads, **options)
+    worker = Worker(encoder, capacity=capacity, threads=threads, resize=resize, preprocessing=rule)
     (results,) = worker.run([map(snapshot, images)], load_snapshot, strict=True)
     for number, result in enumerate(results):
         if result.error is not None:  # found by the encoder: features that are not finite, or too little memory

@@ -18,7 +18,7 @@ from nopad.pipeline.read_ahead import Outcome, ReadAhead
 from nopad.pipeline.stats import Stats
 from nopad.preprocessing.decode import ImageError
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
-from nopad.preprocessing.transforms import Preprocessing, Resize
+from nopad.preprocessing.rules import Preprocessing, Resize
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
@@ -36,7 +36,8 @@ class Worker:
         encoder: runs on its own device and in its own dtype.
         capacity: tokens of a pack, prefix tokens among them; a larger image goes alone. By default what the encoder is
             compiled for, else `CAPACITY`, or `CAPACITY_ON_CPU` there.
-        resize, max_patches, preprocessing: as `PackedEncoder.pack` takes them.
+        resize: as `PackedEncoder.pack` takes it.
+        preprocessing: how images are made; the rule of the encoder by default.
         tokens: return each image's tokens as well.
         threads: that read and preprocess; one per core by default.
         timeout: seconds for one input that is decoded in a process of its own, `None` for no limit.
@@ -52,7 +53,6 @@ class Worker:
         *,
         capacity: int | None = None,
         resize: Resize = "torch",
-        max_patches: int | None = None,
         preprocessing: Preprocessing | None = None,
         tokens: bool = False,
         threads: int | None = None,
@@ -73,8 +73,7 @@ class Worker:
         self.encoder = encoder
         self.capacity = capacity
         self.tokens = tokens
-        options = {"resize": resize, "max_patches": max_patches, "preprocessing": preprocessing}
-        self.image_processor = ImageProcessor.of(encoder, **options)
+        self.image_processor = ImageProcessor.of(encoder, resize=resize, preprocessing=preprocessing)
         self.stats = Stats()
         self.timeout = timeout
         self.memory = memory

@@ -12,7 +12,7 @@ from transformers.models.auto.image_processing_auto import (
 )
 
 from nopad.counts import is_count
-from nopad.preprocessing.transforms import Preprocessing, Resample, Rule
+from nopad.preprocessing.rules import Preprocessing, Resample, Rule
 
 logger = logging.getLogger(__name__)
 

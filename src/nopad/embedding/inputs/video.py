@@ -48,7 +48,8 @@ def read_frames(source: Video, number: int, *, max_pixels: int = MAX_PIXELS) -> 
 
     The video's `F` frames are cut into `number` equal spans and the middle of each is taken: frame
     `(2i + 1) · F // (2 · number)`, or every frame where there are no more than that. `F` is counted, since headers only
-    claim it. Frames are turned upright by the video's display matrix.
+    claim it. Frames are turned upright by the video's display matrix. Pixels that are not square become square: the
+    shorter side of a pixel is stretched (bicubic), so that frames have the shape in which a player shows them.
 
     Read are MP4 and MOV, Matroska and WebM, AVI, MPEG, FLV, Ogg, WMV and GIF with the usual codecs. A file that is cut
     short is an error in all of them, where it can be detected: by its structure, and by the last frame of MPEG streams.
@@ -87,12 +88,12 @@ def read_frames(source: Video, number: int, *, max_pixels: int = MAX_PIXELS) -> 
 
 
 def frame_size(source: Video) -> tuple[int, int] | None:
-    """Width and height by the header of a video, `None` where it cannot be read."""
+    """Width and height in square pixels by the header of a video, `None` where it cannot be read."""
     try:
         _check_container(source)
         with _open(source, MAX_PIXELS) as container:
-            context = _stream(container, MAX_PIXELS).codec_context
-            return context.width, context.height
+            stream = _stream(container, MAX_PIXELS)
+            return _shown_size(stream.codec_context.width, stream.codec_context.height, stream)
     except (ImportError, _UnusableError, OSError, ValueError, LookupError, RuntimeError):
         return None
 
@@ -174,10 +175,18 @@ def _stream(container: InputContainer, max_pixels: int) -> VideoStream:
     if decoder not in _VIDEO_DECODERS:
         convert = "convert it: ffmpeg -i IN -c:v libx264 OUT.mp4"
         raise _UnusableError(f"its codec is {decoder}, which is not read; {convert}")
-    _check_size(context.width, context.height, max_pixels)
+    _check_size(*_shown_size(context.width, context.height, stream), max_pixels)
     context.thread_count = 1  # the caller decodes many files at a time
     context.options = {"max_pixels": str(max_pixels)}  # of each frame, whatever the header says
     return stream
+
+
+def _shown_size(width: int, height: int, stream: VideoStream) -> tuple[int, int]:
+    """The size of a frame in square pixels, none of which is lost."""
+    ratio = stream.sample_aspect_ratio  # of a pixel's width to its height; None or 0 where nothing says it
+    if not ratio or ratio == 1:
+        return width, height
+    return (round(width * ratio), height) if ratio > 1 else (width, round(height / ratio))
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -255,7 +264,7 @@ def _seek(
         if frame is None or frame.pts != time or frame.is_corrupt:
             return None
         position = time
-        pictures.append(_upright(frame, max_pixels))
+        pictures.append(_upright(frame, stream, max_pixels))
     return pictures
 
 
@@ -265,15 +274,21 @@ def _decode(source: Video, total: int, number: int, max_pixels: int) -> tuple[li
     count = 0
     wanted = set(_middles(total, number))
     with _open(source, max_pixels) as container:
-        for frame in container.decode(_stream(container, max_pixels)):
+        stream = _stream(container, max_pixels)
+        for frame in container.decode(stream):
             if count in wanted:
                 if frame.is_corrupt:
                     raise _UnusableError(f"frame {count} is damaged; get the file again")
-                pictures.append(_upright(frame, max_pixels))
+                pictures.append(_upright(frame, stream, max_pixels))
             count += 1
     return pictures, count
 
 
-def _upright(frame: VideoFrame, max_pixels: int) -> np.ndarray:
-    _check_size(frame.width, frame.height, max_pixels)
-    return np.rot90(frame.to_ndarray(format="rgb24"), math.floor(frame.rotation / 90 + 0.5))
+def _upright(frame: VideoFrame, stream: VideoStream, max_pixels: int) -> np.ndarray:
+    width, height = _shown_size(frame.width, frame.height, stream)
+    _check_size(width, height, max_pixels)
+    if (width, height) == (frame.width, frame.height):
+        pixels = frame.to_ndarray(format="rgb24")
+    else:
+        pixels = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
+    return np.rot90(pixels, math.floor(frame.rotation / 90 + 0.5))
