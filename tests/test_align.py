@@ -24,10 +24,12 @@ from nopad.align.run import align
 from nopad.cli import main
 from nopad.embedding.inputs.sources import list_inputs
 from nopad.families.aimv2 import AIMv2Packing
+from nopad.families.published import describe_published
 from nopad.inference import compile
 from nopad.inference.layer_stack import EagerLayers
 from nopad.inference.runner import StaticRunner
 from nopad.layers.mlp import GatedMLP
+from nopad.published import published_models
 
 ROOT = Path(__file__).parent.parent
 
@@ -382,6 +384,18 @@ def test_models_are_listed(capsys):
     assert models["apple/aimv2-large-patch14-224"]["parameters"] == 309_197_824
     assert main(["models"]) == 0
     assert "309 M" in capsys.readouterr().out
+
+
+def test_the_list_of_models_is_what_the_families_define():
+    described = list(describe_published())
+    assert published_models() == described, "run `python -m nopad.families.published`"
+
+
+def test_models_are_listed_without_torch():
+    heavy = ("torch", "transformers", "numpy", "nopad.families")
+    code = f"import sys; from nopad.cli import main; main(['models']); print(set({heavy}) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess:

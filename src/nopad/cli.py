@@ -13,6 +13,7 @@ from nopad.align import command as align_command
 from nopad.bench import command as bench_command
 from nopad.command_options import INTERRUPTED, SUCCESS, WRONG_USE
 from nopad.embedding import command as embedding_command
+from nopad.published import published_models
 from nopad.terminal import ArgumentParser, MessageFormatter, columns, json_text, print_error, print_summary
 
 
@@ -61,22 +62,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_models(options: argparse.Namespace) -> int:
     """`nopad models`."""
-    import torch
-
-    from nopad.families import FAMILIES
-
-    families = [family for family in FAMILIES if options.family in (None, family.family)]
-    if not families:
-        known = ", ".join(family.family for family in FAMILIES)
-        raise ValueError(f"--family: expected one of {known}, got {options.family!r}")
-    models = []
-    for family in families:
-        for name in family.published:
-            if options.text.lower() not in name.lower():
-                continue
-            with torch.device("meta"):
-                model = family(family.published_config(name))
-            models.append(_model(name, model))
+    models = published_models()
+    families = list(dict.fromkeys(model["family"] for model in models))
+    if options.family not in (None, *families):
+        raise ValueError(f"--family: expected one of {', '.join(families)}, got {options.family!r}")
+    models = [
+        model
+        for model in models
+        if options.family in (None, model["family"]) and options.text.lower() in model["name"].lower()
+    ]
     if not models:
         raise ValueError(f"TEXT: no published name contains {options.text!r}; `nopad models` lists them")
     if options.json:
@@ -87,20 +81,6 @@ def run_models(options: argparse.Namespace) -> int:
 
 
 _HEADER = ("name", "family", "width", "layers", "patch", "params", "input")
-
-
-def _model(name: str, model: Any) -> dict[str, Any]:
-    config = model.config
-    return {
-        "name": name,
-        "family": model.family,
-        "hidden_size": config.hidden_size,
-        "layers": config.num_hidden_layers,
-        "heads": config.num_attention_heads,
-        "patch_size": config.patch_size,
-        "parameters": model.num_parameters(),
-        "input": model.default_preprocessing.describe().split(";")[0],
-    }
 
 
 def _row(model: dict[str, Any]) -> tuple[str, ...]:
