@@ -15,6 +15,9 @@ from tiny_encoders import tiny
 
 import nopad
 from nopad import cli
+from nopad.checkpoints.contents import read_tensors
+from nopad.checkpoints.files import open_checkpoint
+from nopad.families.aimv2 import AIMv2Packing
 
 
 @pytest.fixture
@@ -205,6 +208,43 @@ def test_a_large_file_that_is_damaged_is_not_read_whole(folder):
     os.truncate(folder / "model.safetensors", 3 << 30)
     refused(folder, "expected safetensors, got")
     assert peak() - before < 1 << 30
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.bool, torch.float8_e4m3fn)
+
+
+def test_a_copy_has_the_bits_of_the_mapped_file(tmp_path):
+    values = {str(dtype): torch.randn(3, 5).to(dtype) for dtype in DTYPES}
+    values |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4)}
+    save_file(values, tmp_path / "a.safetensors")
+    for name, tensor in read_tensors(tmp_path / "a.safetensors").items():
+        assert (tensor.shape, tensor.dtype) == (tuple(values[name].shape), values[name].dtype)
+        for copy in (tensor[...], tensor.read()):
+            assert copy.view(-1).view(torch.uint8).equal(values[name].view(-1).view(torch.uint8))
+        assert not tensor.shape or tensor[1:].equal(values[name][1:])
+
+
+def test_a_copy_is_of_the_file_that_was_opened(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(4)}, path)
+    opened = read_tensors(path)["a"]
+    save_file({"a": torch.zeros(4)}, tmp_path / "b.safetensors")
+    os.replace(tmp_path / "b.safetensors", path)
+    assert opened[...].equal(torch.ones(4))
+
+
+def test_a_file_that_is_cut_off_while_it_is_read(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(4096)}, path)
+    opened = read_tensors(path)["a"]
+    os.truncate(path, 8192)
+    with pytest.raises(ValueError, match="the file has been cut off"):
+        opened[...]
+
+
+def test_whole_tensors_are_read_past_the_mapped_file(folder):
+    part = AIMv2Packing.original_dialect().convert(open_checkpoint(str(folder)))
+    assert all(tensor.copy is not None for tensor in part.tensors.values())
 
 
 @pytest.fixture

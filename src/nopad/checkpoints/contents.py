@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import pickletools
 import stat
+import weakref
 import zipfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -115,20 +118,51 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
 def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
     with path.open("rb") as file:
         start = file.read(64)
-    if start.startswith(b"version https://git-lfs"):
-        raise ValueError("expected safetensors, got a pointer of Git LFS; fetch the file itself with `git lfs pull`")
-    header_bytes = int.from_bytes(start[:8], "little")
-    if header_bytes > MAX_HEADER_BYTES:
-        raise ValueError(f"expected safetensors with a header of at most {MAX_HEADER_BYTES} bytes, got {header_bytes}")
+        if start.startswith(b"version https://git-lfs"):
+            raise ValueError(
+                "expected safetensors, got a pointer of Git LFS; fetch the file itself with `git lfs pull`"
+            )
+        end = 8 + int.from_bytes(start[:8], "little")
+        if end - 8 > MAX_HEADER_BYTES:
+            raise ValueError(f"expected safetensors with a header of at most {MAX_HEADER_BYTES} bytes, got {end - 8}")
+        header = (start + file.read(max(0, end - len(start))))[8:end]
     tensors = {}
     try:
-        handle = safe_open(str(path), framework="pt")
+        handle = safe_open(str(path), framework="pt")  # checks the header
+        stored = json.loads(header)
+        opened = _OpenFile(path) if hasattr(os, "preadv") else None  # Windows has none
         for name in handle.keys():  # noqa: SIM118 - the handle is no dict
             shape, dtype = tuple(handle.get_slice(name).get_shape()), handle.get_tensor(name).dtype
-            tensors[name] = StoredTensor(shape, dtype, lambda name=name: handle.get_tensor(name))
+            copy = opened and partial(opened.copy, end + stored[name]["data_offsets"][0], shape, dtype)
+            tensors[name] = StoredTensor(shape, dtype, lambda name=name: handle.get_tensor(name), copy)
     except SafetensorError as error:
         raise ValueError(f"expected safetensors, got {error}") from error
     return tensors
+
+
+class _OpenFile:
+    """A file that stays open as long as its tensors may be read: another may take its name meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+
+    def copy(self, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor whose values begin at byte `start`, read into memory of its own.
+
+        A copy from the mapped file would need the file's pages in memory besides.
+
+        Raises:
+            ValueError: the file has been cut off since it was opened.
+        """
+        values = torch.empty(shape, dtype=dtype)
+        rest = memoryview(values.view(-1).view(torch.uint8).numpy().data)
+        while rest:
+            count = os.preadv(self.descriptor, [rest], start)
+            if not count:
+                raise ValueError(f"expected {len(rest)} bytes more, from byte {start} on; the file has been cut off")
+            start, rest = start + count, rest[count:]
+        return values
 
 
 def _read_pickle(path: Path) -> dict[str, StoredTensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from nopad.checkpoints.conversions import NameTable, Part
+from nopad.checkpoints.conversions import SAME, NameTable, Part
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What weights may be."""
@@ -21,27 +21,38 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: its shape and dtype at once, its values by `read`, which may lie in the mapped file."""
+    """A tensor in a file.
+
+    Attributes:
+        shape, dtype: known before a value is read.
+        read: returns the values, which may lie in the mapped file.
+        copy: reads the whole tensor into memory of its own, `None` where the file offers no more than `read`.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    copy: Callable[[], Tensor] | None = None
 
     def __getitem__(self, index: Any) -> Tensor:
         """A copy of the values, as transformers' loader takes them from a safetensors slice.
 
         Not the mapped file itself, or saving over it would change the weights in use.
         """
+        if self.copy is not None and index is ...:
+            return self.copy()
         return self.read()[index].clone()
 
     def part(self, part: Part) -> StoredTensor:
         """What one parameter takes of it."""
+        if part.rename.reshape is SAME:
+            return self
         parts = part.rename.reshape.parts
         try:
             shape = tuple(parts(torch.empty(self.shape, device="meta"))[part.index].shape)
         except (IndexError, RuntimeError):  # misshapen, as `check_strictly` reports
             shape = self.shape
-        return replace(self, shape=shape, read=lambda: parts(self.read())[part.index])
+        return replace(self, shape=shape, read=lambda: parts(self.read())[part.index], copy=None)
 
 
 def joined(tensors: Sequence[StoredTensor]) -> StoredTensor:

@@ -140,10 +140,12 @@ def _side_by_side(parameters: Sequence[nn.Parameter | None], like: Tensor) -> Te
     only the first.
     """
     rows = len(like)
-    joint = like.new_zeros(len(parameters) * rows, *like.shape[1:])
+    joint = like.new_empty(len(parameters) * rows, *like.shape[1:])
     for number, parameter in enumerate(parameters):
-        if parameter is not None:
-            view = joint[number * rows : (number + 1) * rows]
+        view = joint[number * rows : (number + 1) * rows]
+        if parameter is None:
+            view.zero_()
+        else:
             view.copy_(parameter)
             parameter.data = torch.from_dlpack(view)
     return joint
