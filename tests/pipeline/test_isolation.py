@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -153,6 +154,8 @@ def test_nonsense_from_a_process_is_a_crash(image_processor, monkeypatch, answer
         mine, theirs = Pipe()
         for answer in answers:
             theirs.send_bytes(answer)
+        with socket.socket(fileno=os.dup(theirs.fileno())) as end:
+            end.shutdown(socket.SHUT_WR)
         kept.append(theirs)
         return _Process(mine, os.getpid(), torch.float32)
 

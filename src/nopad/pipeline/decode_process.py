@@ -94,7 +94,7 @@ def serve(connection: Connection, decoder: Decoder, image_processor: ImageProces
             image = image_processor(decoder(data))
             patches = image.patches.contiguous()
             _answer(connection, shape=patches.shape, grid=image.grid, width=image.width, height=image.height)
-            connection.send_bytes(patches.view(-1).view(torch.uint8).numpy().data)
+            _send(connection, patches.view(-1).view(torch.uint8).numpy().data)
             del data, image, patches
         except ImageError as error:
             _answer(connection, error=error.reason)
@@ -111,6 +111,12 @@ def serve(connection: Connection, decoder: Decoder, image_processor: ImageProces
 def _answer(connection: Connection, **fields: Any) -> None:
     """Send JSON, which the pipeline reads without trust."""
     connection.send_bytes(json.dumps(fields).encode())
+
+
+def _send(connection: Connection, data: memoryview) -> None:
+    """Send plain bytes, as many as were announced."""
+    while data.nbytes:
+        data = data[os.write(connection.fileno(), data) :]
 
 
 def _address_space() -> int:

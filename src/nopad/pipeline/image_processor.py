@@ -11,7 +11,7 @@ from torch import Tensor
 from nopad.packing import PatchOrder, patchify
 from nopad.preprocessing.limits import MaxPatches
 from nopad.preprocessing.rules import Preprocessing, Resize, Size
-from nopad.preprocessing.transforms import preprocess
+from nopad.preprocessing.transforms import normalize, resize_image
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PreparedImage:
-    """One image or clip as the encoder takes it.
+    """One image or clip as it waits for its pack.
 
     Attributes:
-        patches: `(frames · rows · columns, P)` on the CPU, in the encoder's dtype.
+        patches: `(frames · rows · columns, P)` on the CPU: grey levels as uint8, which `Normalizer` makes the encoder's
+            values of, or these values where the rule resizes in float.
         grid: `(frames, rows, columns)`.
         width, height: pixels of the upright image.
     """
@@ -35,7 +36,11 @@ class PreparedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageProcessor:
-    """How an encoder wants its images; small and picklable, without weights."""
+    """How an encoder wants its images; small and picklable, without weights.
+
+    Attributes:
+        dtype: of the patches that it makes: uint8, or the encoder's own where the rule resizes in float.
+    """
 
     rule: Preprocessing
     resize: Resize
@@ -57,23 +62,26 @@ class ImageProcessor:
             ValueError: settings that fit no image, or an encoder of other than 3 channels.
         """
         check_channels(encoder)
+        rule = preprocessing or encoder.preprocessing
         image_processor = cls(
-            rule=preprocessing or encoder.preprocessing,
+            rule=rule,
             resize=resize,
             patch_size=encoder.patch_size,
             patch_order=encoder.patch_order,
-            dtype=encoder.dtype,
+            dtype=encoder.dtype if rule.is_resized_in_float(resize) else torch.uint8,
         )
         image_processor(torch.zeros(3, 64, 64, dtype=torch.uint8))
         return image_processor
 
     def __call__(self, image: Tensor) -> PreparedImage:
-        """Resize, normalise and patchify uint8 `(3, H, W)`, or `(frames, 3, H, W)` for a clip.
+        """Resize and patchify uint8 `(3, H, W)`, or `(frames, 3, H, W)` for a clip; normalise it if it is float then.
 
         Raises:
             ImageError: an aspect ratio that the rule cannot follow.
         """
-        pixels = preprocess(image, self.rule, self.patch_size, resize=self.resize)
+        pixels = resize_image(image, self.rule, self.patch_size, resize=self.resize)
+        if self.dtype != torch.uint8:
+            pixels = normalize(pixels, self.rule)
         patches, grid = patchify(pixels, self.patch_size, self.patch_order)
         height, width = image.shape[-2:]
         return PreparedImage(patches.to(self.dtype), grid, width, height)
@@ -86,9 +94,10 @@ class ImageProcessor:
             decode_bytes: what decoding takes.
         """
         limit = self.rule.max_pixels(self.patch_size)
-        as_floats = pixels if limit is None else frames * limit
-        in_float = self.rule.is_resized_in_float(self.resize)
-        return decode_bytes + pixels * (24 if in_float else 0) + as_floats * 3 * (4 + 4 + self.dtype.itemsize)
+        resized = pixels if limit is None else frames * limit
+        if self.dtype == torch.uint8:  # after the first pass of the resize, after the second, in patches
+            return decode_bytes + resized * 3 * 3
+        return decode_bytes + pixels * 24 + resized * 3 * (4 + 4 + self.dtype.itemsize)
 
     def describe(self) -> str:
         """One line for a table of features."""

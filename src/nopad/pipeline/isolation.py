@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import signal
 import threading
 import time
@@ -109,6 +110,8 @@ class _Process:
         self.connection = connection
         self.pid = pid
         self.dtype = dtype
+        self.events = select.poll()  # `Connection.poll` makes one for each call
+        self.events.register(connection.fileno(), select.POLLIN)
 
     def prepare(self, data: Any, reservation: Reservation, timeout: float | None) -> PreparedImage | dict[str, Any]:
         """Send a file and receive its patches, or the answer with an `"error"`.
@@ -123,28 +126,44 @@ class _Process:
         answer = self.receive(timeout)
         if "error" in answer:
             return answer
-        spent = time.monotonic() - start
+        left = None if timeout is None else timeout - (time.monotonic() - start)
         size = int(answer["bytes"])
         reservation.reserve(size)
         self.connection.send(size)
-        answer = self.receive(None if timeout is None else timeout - spent)
+        answer = self.receive(left)
         if "error" in answer:
             return answer
         rows, columns = answer["shape"]
         if not 0 < rows * columns * self.dtype.itemsize <= size:
             raise EOFError(f"got patches of {rows}×{columns}, expected at most {size} bytes")
         patches = torch.empty(rows, columns, dtype=self.dtype)
-        buffer = patches.view(-1).view(torch.uint8).numpy().data
-        if self.connection.recv_bytes_into(buffer) < buffer.nbytes:
-            raise EOFError("got fewer patches than announced")
+        self.receive_into(patches.view(-1).view(torch.uint8).numpy().data, timeout)
         t, h, w = answer["grid"]
         return PreparedImage(patches, (t, h, w), answer["width"], answer["height"])
 
     def receive(self, timeout: float | None) -> dict[str, Any]:
         """An answer as JSON: a decoder that was taken over must not reach this process, as a pickle could."""
-        if not self.connection.poll(timeout if timeout is None else max(timeout, 0)):
-            raise TimeoutError
+        self.wait(timeout)
         return json.loads(self.connection.recv_bytes(_MAX_ANSWER_BYTES))
+
+    def receive_into(self, buffer: memoryview, timeout: float | None) -> None:
+        """Fill a buffer with plain bytes, without the copy in between that `Connection.recv_bytes_into` makes."""
+        done = 0
+        while done < buffer.nbytes:
+            self.wait(timeout)
+            received = os.readv(self.connection.fileno(), [buffer[done:]])
+            if not received:
+                raise EOFError("got fewer patches than announced")
+            done += received
+
+    def wait(self, timeout: float | None) -> None:
+        """Wait until there is something to receive, or the process has ended.
+
+        Raises:
+            TimeoutError: nothing in so many seconds.
+        """
+        if not self.events.poll(None if timeout is None else max(timeout, 0) * 1000):
+            raise TimeoutError
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from nopad.pipeline.image_processor import PreparedImage
+from nopad.pipeline.normalize import Normalizer
 from nopad.pipeline.stats import Stats
+from nopad.pipeline.upload import Uploader
 from nopad.preprocessing.decode import ImageError
 
 if TYPE_CHECKING:
@@ -50,12 +52,17 @@ class PackRunner:
     """Runs the packs of one group of images; on a GPU one is computed while the host fetches the one before.
 
     Args:
+        normalizer: of the patches.
         capacity: tokens of a full pack, for `stats`.
         tokens: return each image's tokens as well.
     """
 
-    def __init__(self, encoder: PackedEncoder, capacity: int, stats: Stats, *, tokens: bool) -> None:
+    def __init__(
+        self, encoder: PackedEncoder, normalizer: Normalizer, capacity: int, stats: Stats, *, tokens: bool
+    ) -> None:
         self.encoder = encoder
+        self.normalizer = normalizer
+        self.uploader = Uploader(encoder.device)
         self.capacity = capacity
         self.stats = stats
         self.tokens = tokens
@@ -109,7 +116,7 @@ class PackRunner:
     def encode(self, pack: Sequence[tuple[int, PreparedImage]]) -> Callable[[], Results]:
         """Start a pack; the function that is returned waits for it and returns its results."""
         encoder = self.encoder
-        patches = torch.cat([image.patches for _, image in pack]).to(encoder.device, non_blocking=True)
+        patches = self.normalizer(self.uploader([image.patches for _, image in pack]))
         with torch.autocast(encoder.device.type, enabled=False):  # features are of the encoder's dtype, wherever called
             output = encoder.encode(patches, torch.tensor([image.grid for _, image in pack]))
         vectors = (output.pooled if output.image_embeds is None else output.image_embeds).float()

@@ -12,6 +12,7 @@ from nopad.pipeline.decode_process import Decoder
 from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.pipeline.isolation import DecodeProcesses
 from nopad.pipeline.memory import MemoryBudget, Reservation
+from nopad.pipeline.normalize import Normalizer
 from nopad.pipeline.pack_runner import EmbeddingResult, PackRunner, Results, num_segments, num_tokens
 from nopad.pipeline.packer import BestFitPacker
 from nopad.pipeline.read_ahead import Outcome, ReadAhead
@@ -74,6 +75,7 @@ class Worker:
         self.capacity = capacity
         self.tokens = tokens
         self.image_processor = ImageProcessor.of(encoder, resize=resize, preprocessing=preprocessing)
+        self.normalizer = Normalizer(self.image_processor.rule, encoder.patch_order, encoder.device, encoder.dtype)
         self.stats = Stats()
         self.timeout = timeout
         self.memory = memory

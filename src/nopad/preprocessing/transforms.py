@@ -38,6 +38,16 @@ def preprocess(image: Tensor, preprocessing: Preprocessing, patch_size: int, *, 
         ImageError: an aspect ratio so extreme that the resize would make more than `MAX_PIXELS`.
         ValueError: an argument of another shape or dtype, or a size that is smaller than a patch.
     """
+    return normalize(resize_image(image, preprocessing, patch_size, resize=resize), preprocessing)
+
+
+def resize_image(image: Tensor, preprocessing: Preprocessing, patch_size: int, *, resize: Resize = "torch") -> Tensor:
+    """The first half of `preprocess`, with its arguments and errors: resize and crop.
+
+    Returns:
+        `(3, rows * patch_size, columns * patch_size)`, with `frames` in front for a clip: uint8, or rescaled float32
+        where `preprocessing.is_resized_in_float(resize)`.
+    """
     if image.dtype != torch.uint8 or image.ndim not in (3, 4) or image.shape[-3] != 3 or 0 in image.shape:
         raise ValueError(
             f"image: expected uint8 (3, H, W) or (frames, 3, H, W), got {image.dtype} {tuple(image.shape)}"
@@ -57,14 +67,33 @@ def preprocess(image: Tensor, preprocessing: Preprocessing, patch_size: int, *, 
         resized = _resize_pil if resize == "pil" else _resize_torch
         pixels = resized(clip, place.height, place.width, preprocessing.resample)
     bottom, right = place.top + place.rows * patch_size, place.left + place.columns * patch_size
-    pixels = pixels[:, :, place.top : bottom, place.left : right].contiguous()
+    pixels = pixels[:, :, place.top : bottom, place.left : right]
+    return pixels if image.ndim == 4 else pixels[0]
+
+
+def normalize(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """The second half of `preprocess`: rescale grey levels and apply the statistics.
+
+    Args:
+        pixels: `(…, 3, H, W)` as `resize_image` returns them.
+        preprocessing: the model's rule and statistics.
+
+    Returns:
+        float32 of the same shape.
+    """
+    pixels = pixels.contiguous()
     if pixels.dtype == torch.uint8:
         pixels = _rescale(pixels, preprocessing.rescale_factor)
     mean, std = (
         torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std)
     )
-    pixels = pixels.sub_(mean).div_(std)
-    return pixels if image.ndim == 4 else pixels[0]
+    return pixels.sub(mean).div_(std)
+
+
+def level_values(preprocessing: Preprocessing) -> Tensor:
+    """What `normalize` makes of each grey level: float32 `(3, 256)`, a row for each colour."""
+    levels = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
+    return normalize(levels, preprocessing)[:, 0]
 
 
 def _resize_pil(clip: Tensor, height: int, width: int, resample: Resample) -> Tensor:
