@@ -146,7 +146,7 @@ class Worker:
         encoder, results = self.encoder, dict[int, EmbeddingResult]()
         packer: BestFitPacker[tuple[int, PreparedImage]]
         packer = BestFitPacker(self.capacity, max_segments=encoder.compiled_max_segments)
-        runner = PackRunner(encoder, self.capacity, self.stats, tokens=self.tokens)
+        runner = PackRunner(encoder, self.normalizer, self.capacity, self.stats, tokens=self.tokens)
 
         def store(more: Results) -> None:
             results.update(more)
