@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nopad.embedding.api import embed
-    from nopad.embedding.table.features import Features, read, read_features
     from nopad.encoder import PackedEncoder
     from nopad.families.aimv2 import AIMv2Packing
     from nopad.families.dinov2 import DINOv2Packing
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
     from nopad.loading import load
     from nopad.outputs import PackedOutput
     from nopad.packing import Pack, patchify, unpatchify
+    from nopad.search.features import Features
+    from nopad.search.reading import read, read_features
 
 __version__ = "0.2.0"
 
@@ -44,7 +45,7 @@ _HOMES = {
     "AIMv2Packing": "nopad.families.aimv2",
     "DINOv2Packing": "nopad.families.dinov2",
     "DINOv3ViTPacking": "nopad.families.dinov3",
-    "Features": "nopad.embedding.table.features",
+    "Features": "nopad.search.features",
     "OneVisionEncoderPacking": "nopad.families.onevision",
     "Pack": "nopad.packing",
     "PackedEncoder": "nopad.encoder",
@@ -53,8 +54,8 @@ _HOMES = {
     "embed": "nopad.embedding.api",
     "load": "nopad.loading",
     "patchify": "nopad.packing",
-    "read": "nopad.embedding.table.features",
-    "read_features": "nopad.embedding.table.features",
+    "read": "nopad.search.reading",
+    "read_features": "nopad.search.reading",
     "unpatchify": "nopad.packing",
 }
 

@@ -15,6 +15,7 @@ import torch
 from nopad import __version__
 from nopad.embedding.inputs.listing import InputList, as_text
 from nopad.embedding.settings import Settings
+from nopad.embedding.table.writer import OWN_FOLDER
 from nopad.encoder import PackedEncoder
 from nopad.environment import dtype_name
 from nopad.pipeline.worker import Worker
@@ -25,6 +26,9 @@ _FOLLOWS = {
     "preprocessing": {"resize", "size", "min_patches", "max_patches", "multiple_of"},
 }
 """What follows from options of a job."""
+
+UPDATES = "updates"
+"""The folder, in the job's own, of the jobs that have added to its table."""
 
 
 def record_of(settings: Settings, worker: Worker, sources: list[str], inputs: InputList) -> dict[str, str]:
@@ -80,6 +84,20 @@ def _in_words(value: str | int | bool | tuple[int, int] | None) -> str:
 def fingerprint(record: Mapping[str, str]) -> str:
     """A short name for a record."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def job_folders(folder: Path) -> dict[str, Path]:
+    """Where the list of inputs of each job of a table is, by the fingerprint in its shards' names; what is damaged is
+    left out."""
+    found = {}
+    own = folder / OWN_FOLDER
+    for each in (own, *sorted((own / UPDATES).glob("[0-9]*"))):
+        try:
+            record = json.loads((each / "job.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        found[fingerprint(record)] = each
+    return found
 
 
 def architecture(encoder: PackedEncoder) -> dict[str, Any]:

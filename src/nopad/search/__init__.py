@@ -1,0 +1,1 @@
+"""A finished table in use: search, duplicates, clusters, an index."""

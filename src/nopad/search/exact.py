@@ -1,0 +1,72 @@
+"""Exact cosine search in blocks: memory is that of a block, however many rows a table has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 256 << 20
+PAIR_ROWS = 2048
+ROUNDING = 1e-6
+"""Cosines of equal vectors differ from 1 by this much, at most."""
+
+
+def default_device() -> torch.device:
+    """The first GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def unit(rows: np.ndarray, device: torch.device) -> Tensor:
+    """Rows `(n, D)` of length one, float32, on a device; rows of zeros stay zeros."""
+    return torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(rows, np.float32)).to(device), dim=1)
+
+
+def blocks(embeddings: np.ndarray, rows: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    """`(start, rows)`, one block after the other."""
+    rows = rows or max(1, BLOCK_BYTES // (4 * embeddings.shape[1]))
+    for start in range(0, len(embeddings), rows):
+        yield start, embeddings[start : start + rows]
+
+
+def top_k(embeddings: np.ndarray, queries: np.ndarray, k: int, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` rows of the highest cosine for each query; of equal ones the first.
+
+    Args:
+        embeddings: `(N, D)`.
+        queries: `(Q, D)`.
+        k: at least 1.
+
+    Returns:
+        Cosines and rows, both `(Q, min(k, N))`, best first.
+    """
+    wanted = unit(queries, device)
+    best = torch.empty(len(queries), 0, device=device)
+    rows = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
+    for start, block in blocks(embeddings):
+        cosines = torch.cat((best, wanted @ unit(block, device).T), dim=1)
+        numbers = torch.arange(start, start + len(block), device=device).expand(len(queries), -1)
+        best, order = cosines.sort(dim=1, descending=True, stable=True)
+        best, order = best[:, :k], order[:, :k]
+        rows = torch.cat((rows, numbers), dim=1).gather(1, order)
+    return best.cpu().numpy(), rows.cpu().numpy()
+
+
+def similar_pairs(
+    embeddings: np.ndarray, threshold: float, device: torch.device
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All pairs of rows whose cosine is at least `threshold`, some at a time.
+
+    Yields:
+        Rows `a < b` of at most `PAIR_ROWS²` pairs.
+    """
+    for start, block in blocks(embeddings, PAIR_ROWS):
+        left = unit(block, device)
+        for other in range(start, len(embeddings), PAIR_ROWS):
+            right = left if other == start else unit(embeddings[other : other + PAIR_ROWS], device)
+            near = left @ right.T >= threshold - ROUNDING
+            a, b = (near.triu(1) if other == start else near).nonzero(as_tuple=True)
+            if len(a):
+                yield a.cpu().numpy() + start, b.cpu().numpy() + other

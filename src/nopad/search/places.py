@@ -1,0 +1,79 @@
+"""Where the pictures of a table's rows are: its lists of inputs, read when first used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from nopad.embedding.inputs.decoder import Reader
+from nopad.embedding.inputs.listing import Input, InputList
+from nopad.embedding.manifest import job_folders
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard's file: of which table's folder and job, and its number in that."""
+
+    folder: Path
+    path: Path
+    fingerprint: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Places:
+    """Shards, and for each ok row the shard and the row in it.
+
+    Attributes:
+        shards: of all tables.
+        rows: `(N, 2)`: index into `shards`, row in the shard.
+        shard_size: rows of every shard but a job's last; `None` where tables differ or do not say.
+    """
+
+    shards: list[Shard]
+    rows: np.ndarray
+    shard_size: int | None
+    _lists: dict[tuple[Path, str], InputList] = field(default_factory=dict, repr=False, compare=False)
+
+    def input(self, index: int) -> Input:
+        """The input that a row is of.
+
+        Raises:
+            ValueError: the table's list of inputs is not beside it.
+        """
+        number, row = map(int, self.rows[index])
+        shard = self.shards[number]
+        key = shard.folder, shard.fingerprint
+        if key not in self._lists:
+            self._lists[key] = _list_of(shard)
+        size = self.shard_size
+        if size is None:
+            raise ValueError(f"{shard.folder}: its shards do not say how many rows each has, so places are not known")
+        return self._lists[key][shard.number * size + row]
+
+    def read(self, index: int) -> bytes:
+        """The encoded picture of a row.
+
+        Raises:
+            ImageError: it cannot be read.
+            ValueError: see `input`; or a video.
+        """
+        item = self.input(index)
+        if item.kind == "video":
+            raise ValueError(f"{item.id}: a video, expected a picture")
+        with Reader() as reader:
+            data = reader.decoder.read(reader.media(item))
+        assert isinstance(data, bytes)
+        return data
+
+
+def _list_of(shard: Shard) -> InputList:
+    lists = job_folders(shard.folder)
+    if shard.fingerprint not in lists:
+        raise ValueError(
+            f"{shard.folder}: where its pictures are is not known: the list of inputs, which `nopad embed` keeps in "
+            f".nopad there, is missing or another one; copy .nopad with the shards"
+        )
+    return InputList.load(lists[shard.fingerprint] / "inputs.parquet")

@@ -1,0 +1,147 @@
+"""From a text, a picture, a vector or an id to the rows that are most similar."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from nopad.embedding.manifest import weights_digest
+from nopad.encoder import PackedEncoder
+from nopad.loading import load
+from nopad.search.exact import default_device, top_k
+from nopad.search.index import Index
+
+if TYPE_CHECKING:
+    from nopad.search.features import Features
+
+_KINDS = "text, image, vector, id"
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A row that a search found.
+
+    Attributes:
+        row: index into the table.
+        id, source: of its input.
+        score: its cosine to the query.
+    """
+
+    row: int
+    id: str
+    source: str
+    score: float
+
+
+def search(
+    features: Features, given: Mapping[str, Any], k: int, encoder: PackedEncoder | None, index: Index | None
+) -> list[Match]:
+    """See `Features.search`."""
+    queries = {kind: value for kind, value in given.items() if value is not None}
+    if len(queries) != 1:
+        found = ", ".join(queries) or "none"
+        raise ValueError(f"search: expected exactly one of {_KINDS}, got {found}")
+    [(kind, value)] = queries.items()
+    excluded = _row_of(features, value) if kind == "id" else None
+    if excluded is not None:
+        vector = np.asarray(features.embeddings[excluded], np.float32)
+    elif kind == "vector":
+        vector = _checked(value, features.embeddings.shape[1])
+    else:
+        vector = _encoded(features, kind, value, encoder)
+    wanted = k + (excluded is not None)
+    if index is None:
+        (scores,), (rows,) = top_k(features.embeddings, vector[None], wanted, default_device())
+    else:
+        scores, rows = index.search(vector, features.embeddings, wanted)
+    found = [(float(score), int(row)) for score, row in zip(scores, rows, strict=True) if row != excluded]
+    return [Match(row, features.ids[row], features.sources[row], score) for score, row in found[:k]]
+
+
+def _row_of(features: Features, id: Any) -> int:
+    rows = [row for row, own in enumerate(features.ids) if own == id]
+    if not rows:
+        raise ValueError(f"id: no row of this table is called {id!r:.200}; features.ids lists them")
+    if len({features.sources[row] for row in rows}) > 1:
+        sources = ", ".join(sorted({features.sources[row] for row in rows})[:5])
+        raise ValueError(
+            f"id: {id!r:.200} is there in {len(rows)} rows, of {sources}; search by vector=features.embeddings[row]"
+        )
+    return rows[0]
+
+
+def _checked(value: Any, width: int) -> np.ndarray:
+    """A vector as float32 `(D,)`."""
+    array = value.detach().float().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    if array.shape != (width,) or array.dtype.kind not in "fiu":
+        raise ValueError(f"vector: expected ({width},) numbers, got {array.dtype} {array.shape}")
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all() or not array.any():
+        raise ValueError("vector: expected finite values that are not all 0")
+    return array
+
+
+def _encoded(features: Features, kind: str, value: Any, encoder: PackedEncoder | None) -> np.ndarray:
+    """The vector of a text or a picture."""
+    if kind == "text" and (not isinstance(value, str) or not value.strip()):
+        raise ValueError(f"text: expected words, got {value!r:.80}")
+    if encoder is None:
+        encoder = features.encoder
+    else:
+        check_same_weights(encoder, features.metadata)
+    if kind == "text":
+        return encoder.embed_text([value])[0].numpy()
+    limit = features.metadata.get("max_patches", "")
+    options: dict[str, Any] = {"resize": features.metadata.get("resize", "torch")}
+    return encoder.embed([value], max_patches=int(limit) if limit.isdigit() else None, **options)[0].numpy()
+
+
+def load_encoder(metadata: Mapping[str, str], *, model: str | None = None) -> PackedEncoder:
+    """The encoder that made a table.
+
+    Args:
+        metadata: of the table.
+        model: where it is now, if not where it was.
+
+    Raises:
+        ValueError, OSError: see `nopad.load`; or other weights under the same name.
+    """
+    if "model" not in metadata:
+        raise ValueError("the table does not say which model made it, or is several of different models' names")
+    device = default_device()
+    precision: Any = "fp8" if metadata.get("layers", "").split()[-1:] == ["fp8"] else None
+    options: dict[str, Any] = {"device": device, "dtype": getattr(torch, metadata.get("dtype", ""), None)}
+    if model is None and metadata.get("revision"):
+        options["revision"] = metadata["revision"]
+    try:
+        encoder = load(model or metadata["model"], precision=precision, **options)
+    except OSError as error:
+        advice = "give the encoder, or on the command line --model, where it is now"
+        raise OSError(f"the model that made the table cannot be loaded: {error}; {advice}") from error
+    check_same_weights(encoder, metadata)
+    return encoder
+
+
+def check_same_weights(encoder: PackedEncoder, metadata: Mapping[str, str]) -> None:
+    """Refuse an encoder whose vectors cannot be compared with a table's.
+
+    Raises:
+        ValueError: what differs.
+    """
+    found = {
+        "family": encoder.family,
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "weights": weights_digest(encoder),
+    }
+    for key, value in found.items():
+        expected = metadata.get(key, value)
+        if value != expected:
+            raise ValueError(
+                f"the table was made by {metadata.get('model', 'another model')!r}: expected {key} {expected:.64}, got "
+                f"{value:.64} of {encoder.source!r}; their vectors cannot be compared"
+            )
+

@@ -1,0 +1,206 @@
+"""From a folder of shards to arrays: `nopad.read_features`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from nopad.embedding.table import reader as stored
+from nopad.embedding.table import writer as shards
+from nopad.local_paths import check_local
+from nopad.search.features import Failure, Features
+from nopad.search.places import Places, Shard
+from nopad.search.tokens import Tokens
+
+_SHOWN = 5
+SAME_SPACE = ("family", "architecture", "weights", "embedding")
+"""What tables that are read together must agree in: else their vectors cannot be compared."""
+
+
+def read_features(folder: str | Path | Sequence[str | Path], *, partial: bool = False) -> Features:
+    """Read what `nopad embed --out folder` wrote; embeddings come into memory, tokens stay on disk until indexed.
+
+    Args:
+        folder: of one table, or a list of several, whose rows come one table after the other. They must be of the same
+            model.
+        partial: take the shards of an unfinished job as they are.
+
+    Raises:
+        ValueError: no such folder, no shards, shards missing (unless `partial`), shards of different jobs, a damaged
+            shard, tables of different models; the message says which and what to do.
+        OSError: a shard that cannot be opened or read.
+    """
+    folders = [folder] if isinstance(folder, str | os.PathLike) else list(folder)
+    if not folders:
+        raise ValueError("folder: expected a folder or a list of them, got none")
+    for each in folders:
+        check_local("folder", each)
+    found = [shard for each in folders for shard in _find(Path(each), partial)]
+    survey = _survey(found)
+    return _read(found, survey)
+
+
+read = read_features  # an alias: the name until nopad 0.2
+
+
+def _find(folder: Path, partial: bool) -> list[Shard]:
+    """The shards of a folder's table in order: those of its first job, then those of its updates."""
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"{folder} {what}, expected the folder given to `nopad embed --out`")
+    jobs: dict[tuple[int, str], dict[int, Path]] = {}
+    for path in folder.iterdir():
+        if name := shards.parse_shard_name(path.name):
+            number, of, fingerprint = name
+            jobs.setdefault((of, fingerprint), {})[number] = path
+    if not jobs:
+        begun = (folder / shards.OWN_FOLDER).is_dir()
+        why = "no shard of its job is finished; run `nopad embed` again" if begun else "expected shard-….parquet files"
+        raise ValueError(f"{folder} has no shards: {why}")
+    ordered = list(jobs) if len(jobs) == 1 else _with_updates(folder, jobs)
+    return [shard for key in ordered for shard in _complete(folder, *key, jobs[key], partial)]
+
+
+def _with_updates(folder: Path, jobs: Mapping[tuple[int, str], Mapping[int, Path]]) -> list[tuple[int, str]]:
+    """The jobs of one table in order, by what their shards say."""
+    said = {key: stored.read_metadata(next(iter(paths.values()))) for key, paths in jobs.items()}
+    ordered = sorted(jobs, key=lambda key: int(said[key].get("update", "0")))
+    first = ordered[0]
+    numbers = [said[key].get("update", "0") for key in ordered]
+    same = all(said[key].get("table") == first[1] for key in ordered[1:])
+    if not same or numbers != [str(number) for number in range(len(ordered))]:
+        found = ", ".join(f"{len(jobs[key])} of {key[0]} with fingerprint {key[1]}" for key in sorted(jobs))
+        raise ValueError(f"{folder} has shards of {len(jobs)} jobs: {found}; keep one job's shards in a folder")
+    return ordered
+
+
+def _complete(folder: Path, of: int, fingerprint: str, numbered: Mapping[int, Path], partial: bool) -> list[Shard]:
+    """The shards of one job in order."""
+    if beyond := sorted(number for number in numbered if number >= of):
+        raise ValueError(f"{numbered[beyond[0]]}: shard {beyond[0]} of {of}, expected 0 to {of - 1}")
+    missing = [number for number in range(of) if number not in numbered]
+    if missing and not partial:
+        which = ", ".join(f"{number:05}" for number in missing[:_SHOWN]) + (", …" if len(missing) > _SHOWN else "")
+        what = "run `nopad embed` again to finish it, or read_features(folder, partial=True)"
+        raise ValueError(f"{folder} is unfinished: {len(missing)} of {of} shards are missing ({which}); {what}")
+    return [Shard(folder, numbered[number], fingerprint, number) for number in sorted(numbered)]
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What the footers say: the schema of each shard, the number of rows, and metadata that all shards share."""
+
+    schemas: list[pa.Schema]
+    rows: int
+    metadata: dict[str, str]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """That holds the embeddings of all tables."""
+        return np.result_type(*{_value_type(schema) for schema in self.schemas})
+
+
+def _value_type(schema: pa.Schema) -> np.dtype:
+    return np.dtype(schema.field("embedding").type.value_type.to_pandas_dtype())
+
+
+def _survey(found: Sequence[Shard]) -> _Survey:
+    schemas: list[pa.Schema] = []
+    firsts: dict[Path, tuple[Shard, pa.Schema]] = {}
+    rows = 0
+    for shard in found:
+        with stored.opened(shard.path) as file:
+            schema = file.schema_arrow
+            first, expected = firsts.setdefault(shard.folder, (shard, schema))
+            if not schema.equals(expected):
+                raise ValueError(f"{shard.path}: other columns than {first.path}; run the job again into an empty folder")
+            held = stored.metadata_of(schema).get("shard", str(shard.number))  # tables of nopad 0.1 do not say
+            if held != str(shard.number):
+                raise ValueError(f"{shard.path}: a copy of shard {held}; move it away and run the job again")
+            rows += file.metadata.num_rows
+            schemas.append(schema)
+    said = [stored.metadata_of(schema) for _, schema in firsts.values()]
+    for folder, metadata, (_, schema) in zip(firsts, said, firsts.values(), strict=True):
+        for key in SAME_SPACE:
+            if metadata.get(key) != said[0].get(key):
+                values = f"{key} {metadata.get(key, 'unset'):.60}, {said[0].get(key, 'unset'):.60} in {next(iter(firsts))}"
+                raise ValueError(f"{folder}: a table of another model, whose vectors cannot be compared: {values}")
+        if stored.embedding_width(schema) != stored.embedding_width(schemas[0]):
+            raise ValueError(f"{folder}: embeddings of another width than in {next(iter(firsts))}")
+    shared = {key: value for key, value in said[0].items() if all(other.get(key) == value for other in said)}
+    for key in ("shard", "table", "update"):
+        shared.pop(key, None)
+    return _Survey(schemas, rows, shared)
+
+
+def _read(found: Sequence[Shard], survey: _Survey) -> Features:
+    width = stored.embedding_width(survey.schemas[0])
+    embeddings = np.empty((survey.rows, width), survey.dtype)  # cut to the ok rows below
+    ids: list[str] = []
+    sources: list[str] = []
+    failures: list[Failure] = []
+    starts, rows, grids, sizes, kept = [], [], [], [], []
+    for shard, table, groups in _tables(found):
+        starts.append(np.cumsum([0, *groups])[:-1])
+        statuses = table["status"].to_pylist()
+        ok = np.array([status == "ok" for status in statuses], dtype=bool)
+        failed = np.array([status == "failed" for status in statuses], dtype=bool)
+        filled = len(ids)
+        for block in stored.embedding_blocks(table["embedding"], width):
+            embeddings[filled : filled + len(block)] = block
+            filled += len(block)
+        small = table.drop_columns(["embedding"])
+        good, bad = small.filter(pa.array(ok)), small.filter(pa.array(failed))
+        ids += good["id"].to_pylist()
+        sources += good["source"].to_pylist()
+        if filled != len(ids):
+            advice = "delete it, run the job again"
+            raise ValueError(f"{shard.path}: damaged ({len(good)} ok rows, other embeddings); {advice}")
+        failures += [Failure(row["id"], row["source"], row["error"] or "") for row in bad.to_pylist()]
+        rows.append(np.flatnonzero(ok))
+        grids.append(np.stack([good[name].to_numpy() for name in ("grid_t", "grid_h", "grid_w")], axis=1))
+        sizes.append(np.stack([good[name].to_numpy() for name in ("height", "width")], axis=1))
+        kept.append(good.drop_columns([name for name in shards.COLUMNS if name in good.column_names]))
+
+    places = Places(list(found), _numbered(rows), _shard_size(survey.metadata))
+    grid = np.concatenate(grids).astype(np.int64)
+    widths = {stored.token_width(schema) for schema in survey.schemas}
+    tokens = None
+    if None not in widths and len(widths) == 1:
+        paths = [shard.path for shard in found]
+        tokens = Tokens(paths, starts, places.rows, grid, widths.pop())  # pyright: ignore[reportArgumentType]
+    return Features(
+        ids=ids,
+        sources=sources,
+        embeddings=embeddings[: len(ids)],
+        grids=grid,
+        sizes=np.concatenate(sizes).astype(np.int64),
+        failures=failures,
+        metadata=survey.metadata,
+        tokens=tokens,
+        columns=pa.concat_tables([table.replace_schema_metadata() for table in kept], promote_options="default"),
+        places=places,
+    )
+
+
+def _tables(found: Sequence[Shard]) -> Iterator[tuple[Shard, pa.Table, list[int]]]:
+    """Each shard with its columns but the tokens, and the number of rows of its row groups."""
+    for shard in found:
+        with stored.opened(shard.path) as file:
+            groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            yield shard, file.read([name for name in file.schema_arrow.names if name != "tokens"]), groups
+
+
+def _numbered(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """`(N, 2)`: shard and row in it."""
+    return np.concatenate([np.stack([np.full(len(own), number), own], axis=1) for number, own in enumerate(rows)])
+
+
+def _shard_size(metadata: Mapping[str, str]) -> int | None:
+    size = metadata.get("shard_size", "")
+    return int(size) if size.isdigit() else None
