@@ -1,4 +1,4 @@
-"""The command line: `nopad align`, `nopad embed`, `nopad bench`, `nopad models`."""
+"""The command line: one function for each command of `nopad`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from nopad.bench import command as bench_command
 from nopad.command_options import INTERRUPTED, SUCCESS, WRONG_USE
 from nopad.embedding import command as embedding_command
 from nopad.published import published_models
+from nopad.search import command as search_command
 from nopad.terminal import ArgumentParser, MessageFormatter, columns, json_text, print_error, print_summary
 
 
@@ -47,6 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     embed = commands.add_parser("embed", help="embed folders of images into a table of features")
     embedding_command.add_arguments(embed)
     embed.set_defaults(run=embedding_command.run)
+
+    search_command.add_commands(commands)
 
     bench = commands.add_parser("bench", help="measure throughput beside the original model's")
     bench_command.add_arguments(bench)

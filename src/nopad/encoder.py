@@ -38,6 +38,9 @@ from nopad.pipeline.images import embed_images, pack_images
 from nopad.preprocessing.config import read_preprocessor_config
 from nopad.preprocessing.rules import Preprocessing
 from nopad.segments import Segments
+from nopad.text.rules import TextRules
+from nopad.text.similarity import classify, embed_text, similarity
+from nopad.text.whole import save_whole
 
 
 class PackedEncoder(ByRole, PreTrainedModel):
@@ -61,6 +64,8 @@ class PackedEncoder(ByRole, PreTrainedModel):
         projection: pooled vectors to the image-text space, `None` where the checkpoint has no projection.
         source: the checkpoint that this encoder was loaded from, as it was named.
         dialect: the dialect of its tensor names.
+        opened_with: how it was opened, see `Checkpoint`.
+        text_rules: how the family's text towers take texts, `None` where it has none.
         preprocessor_config: its `preprocessor_config.json`, or that part of its `processor_config.json`.
         checkpoint_config: its `config.json`, `{}` where it has none.
         precision: `"fp8"` where the layers are in that format, for inference alone; else `None`.
@@ -78,6 +83,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
     config_classes: ClassVar[tuple[type[PreTrainedConfig], ...]] = ()
     read_config: ClassVar[Callable[[Checkpoint], PreTrainedConfig]]
     frames_attend_jointly: ClassVar[bool] = False
+    text_rules: ClassVar[TextRules | None] = None
     num_prefix_tokens: int = 0
     embeddings: Any
     layers: nn.ModuleList
@@ -85,6 +91,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
     projection: nn.Linear | None
     source: str | None = None
     dialect: str | None = None
+    opened_with: Mapping[str, Any] = MappingProxyType({})
     preprocessor_config: dict[str, Any] | None = None
     checkpoint_config: Mapping[str, Any] = MappingProxyType({})
     precision: str | None = None
@@ -260,6 +267,12 @@ class PackedEncoder(ByRole, PreTrainedModel):
     pack = pack_images
     embed = embed_images
 
+    # Texts, where the checkpoint has both towers.
+
+    embed_text = embed_text
+    similarity = similarity
+    classify = classify
+
     @property
     def preprocessing(self) -> Preprocessing:
         """How pixels are made: `model_preprocessing`, unless another rule is assigned, as `nopad.load(size=…)` does."""
@@ -325,18 +338,25 @@ class PackedEncoder(ByRole, PreTrainedModel):
         """`False`: transformers names tensors in files as for its own class, DINOv3's layers `layer.i`."""
         return False
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, whole: bool = False, **kwargs: Any) -> None:
         """Save under the original's tensor names, so that the original class loads the folder too.
 
         A projection, which the original vision class does not have, lies in a file of its own. Takes transformers'
         arguments; `state_dict` is written as it is.
 
+        Args:
+            whole: write both towers, the tokenizer too, as the original class of both loads them (`SiglipModel`, …).
+
         Raises:
-            ValueError: the layers are in another format, see `precision`.
+            ValueError: the layers are in another format, see `precision`; `whole` without a text tower.
             TypeError: an argument that nothing knows.
         """
         check_saving(self.precision)
         arguments = read_saving(save_directory, *args, **kwargs)
+        if whole:
+            save_whole(self, arguments)
+            state_dicts.save_beside(self, save_directory, with_projection=False)
+            return
         apart = arguments["state_dict"] is None and state_dicts.may_lie_apart(self)
         if apart:
             arguments["state_dict"] = state_dicts.without_projection(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape as escape_html
@@ -50,6 +51,10 @@ line.limit { stroke: var(--bad); stroke-dasharray: 4 } .legend { margin-top: .5r
 .idle, .idle ul { color: var(--muted) }
 .legend { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: .3rem 2rem }
 .legend li { display: grid; grid-template-columns: 1.5rem 1fr auto; gap: .6rem; align-items: center }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1.25rem 1rem }
+figure { display: grid; gap: .35rem; align-content: start } figcaption { font-size: .75rem; line-height: 1.35 }
+figure img, figure div { width: 100%; aspect-ratio: 1; object-fit: cover; background: var(--rule); border-radius: 3px }
+figcaption span { display: block; color: var(--muted) }
 </style></head><body><main>
 $body</main></body></html>
 """)
@@ -118,6 +123,20 @@ def table(caption: str, header: Sequence[str], rows: Iterable[tuple[Sequence[str
             notes = "".join(element("li", remark) for remark in remarks)
             lines.append(f'<tr class="note {kind}"><td colspan="{len(header)}"><ul>{notes}</ul></td></tr>')
     return _scroll(caption, "<table>" + "\n".join(lines) + "</tbody></table>")
+
+
+def gallery(pictures: Iterable[tuple[bytes, str, Sequence[str]]]) -> str:
+    """Pictures beside each other, each a JPEG (`b""` for none), a name and lines below it."""
+    return '<div class="gallery">' + "\n".join(map(_figure, pictures)) + "</div>"
+
+
+def _figure(picture: tuple[bytes, str, Sequence[str]]) -> str:
+    data, name, lines = picture
+    notes = "".join(element("span", line) for line in lines)
+    caption = f"<figcaption>{escape(name)}{notes}</figcaption>"
+    source = f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
+    image = f'<img src="{source}" alt="{escape(name)}" loading="lazy">' if data else "<div></div>"
+    return f"<figure>{image}{caption}</figure>"
 
 
 def histogram(label: str, bins: Sequence[tuple[float, float, int]], x_label: str, limit: float = 0.0) -> str:

@@ -42,17 +42,18 @@ def tiny_original(**changes) -> Aimv2VisionModel:
     return model
 
 
-def tiny_composite(**changes) -> Aimv2Model:
+def tiny_composite(text: dict | None = None, **changes) -> Aimv2Model:
     vision = tiny_config(use_head=True, is_native=False, **changes)
-    text = Aimv2TextConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        vocab_size=30,
-        max_position_embeddings=8,
-    )
-    config = Aimv2Config(vision_config=vision.to_dict(), text_config=text.to_dict(), projection_dim=12)
+    fields = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 30,
+        "max_position_embeddings": 8,
+    }
+    text_config = Aimv2TextConfig(**{**fields, **(text or {})})
+    config = Aimv2Config(vision_config=vision.to_dict(), text_config=text_config.to_dict(), projection_dim=12)
     model = Aimv2Model(config).eval()
     randomize(model)
     return model

@@ -39,13 +39,13 @@ def fixed(**changes) -> SiglipVisionModel:
     return _random(SiglipVisionModel(SiglipVisionConfig(**{**FIELDS, "image_size": 22, **changes})))
 
 
-def naflex_composite() -> Siglip2Model:
-    vision, text = naflex().config.to_dict(), Siglip2TextConfig(**TEXT).to_dict()
+def naflex_composite(**text_changes) -> Siglip2Model:
+    vision, text = naflex().config.to_dict(), Siglip2TextConfig(**{**TEXT, **text_changes}).to_dict()
     return _random(Siglip2Model(Siglip2Config(vision_config=vision, text_config=text)))
 
 
-def fixed_composite() -> SiglipModel:
-    vision, text = fixed().config.to_dict(), SiglipTextConfig(**TEXT).to_dict()
+def fixed_composite(**text_changes) -> SiglipModel:
+    vision, text = fixed().config.to_dict(), SiglipTextConfig(**{**TEXT, **text_changes}).to_dict()
     return _random(SiglipModel(SiglipConfig(vision_config=vision, text_config=text)))
 
 

@@ -51,6 +51,20 @@ def open_checkpoint(
         OSError: neither a file nor a folder, and the Hub does not have it or cannot be reached.
     """
     name = str(name)
+    options = {"revision": revision, "subfolder": subfolder, "variant": variant, "use_safetensors": use_safetensors}
+    again = {key: value for key, value in {**options, **hub}.items() if value is not None and key != "token"}
+    return replace(_open(name, **options, **hub), opened_with=again)
+
+
+def _open(
+    name: str,
+    *,
+    revision: str | None,
+    subfolder: str | None,
+    variant: str | None,
+    use_safetensors: bool | None,
+    **hub: Any,
+) -> Checkpoint:
     path = Path(name).expanduser()
     if revision is not None and path.exists():
         raise ValueError(f"revision: {name!r} is on this machine and has no revisions, got {revision!r}")

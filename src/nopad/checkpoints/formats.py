@@ -79,6 +79,7 @@ class Checkpoint:
         table: leads from the names of the file to those of `tensors`.
         folder: where `config.json` was found, on this machine; `None` where there is none.
         choice: `variant` and `use_safetensors`, where the files were chosen by them.
+        opened_with: all arguments of `open_checkpoint` beside the name that open it again; no token.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Checkpoint:
     table: NameTable = field(default_factory=NameTable)
     folder: Path | None = None
     choice: Mapping[str, Any] = field(default_factory=dict)
+    opened_with: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def quantization_config(self) -> dict[str, Any] | None:
@@ -192,6 +194,8 @@ class Dialect:
         requires: further patterns, each of which some name must match, where no one name tells dialects apart.
         excludes: patterns that no name may match, where a dialect's names are all found in another's.
         prepare: what makes of the selected tensors those that the table is about.
+        text_table: leads from the dropped tensors to the text half of the original class of both towers
+            (`text_model.…`, `text_projection.weight`, `logit_scale`); `None` where that half is not read.
     """
 
     name: str
@@ -203,6 +207,7 @@ class Dialect:
     requires: tuple[str, ...] = ()
     excludes: tuple[str, ...] = ()
     prepare: Callable[[Checkpoint], Checkpoint] = lambda checkpoint: checkpoint
+    text_table: NameTable | None = None
 
     def matches(self, names: Iterable[str]) -> bool:
         """Whether tensor names speak this dialect."""

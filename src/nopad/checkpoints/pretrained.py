@@ -124,7 +124,7 @@ def from_checkpoint(
         model, info = load_quantised(load, checkpoint, dialect, skeleton, dtype=dtype, **kwargs)
     else:
         model, info = load_strictly(load, part, dialect, skeleton, dtype=dtype, **kwargs)
-    model.source, model.dialect = checkpoint.name, dialect.name
+    model.source, model.dialect, model.opened_with = checkpoint.name, dialect.name, checkpoint.opened_with
     model.name_or_path = model.config.name_or_path = checkpoint.name  # which PEFT writes down, say
     model.preprocessor_config, model.checkpoint_config = checkpoint.preprocessor, checkpoint.config
     model.set_attention(attention or implementation)

@@ -15,6 +15,7 @@ from nopad.encoder import PackedEncoder
 from nopad.families.aimv2_checkpoints import (
     DIALECTS,
     PUBLISHED,
+    TEXT_RULES,
     AIMv2PackingConfig,
     read_config,
     trained_grid,
@@ -131,6 +132,7 @@ class AIMv2Packing(PackedEncoder):
     dialects = DIALECTS
     published = PUBLISHED
     read_config = staticmethod(read_config)
+    text_rules = TEXT_RULES
     names: Mapping[str, str] = {"layers": "encoder.layers", "norm": "rms_norm", "projection": "visual_projection"}
 
     def build(self) -> None:

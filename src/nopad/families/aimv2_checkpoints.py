@@ -11,6 +11,7 @@ from nopad.checkpoints.config_json import read_fields
 from nopad.checkpoints.conversions import DROP_AXIS, NameTable, Rename, split_rows
 from nopad.checkpoints.formats import Checkpoint, Dialect
 from nopad.checkpoints.timm_config import CLASSIFIER, activation, is_timms, read_model_args
+from nopad.text.rules import TextRules
 
 
 class AIMv2PackingConfig(Aimv2VisionConfig):
@@ -84,6 +85,7 @@ DIALECTS = (
         "transformers",
         r"^encoder\.layers\.\d+\.ffn\.(gate|up|down)_proj\.",
         is_original=True,
+        text_table=NameTable(),
         **_TOWER,
     ),
     Dialect("early transformers", r"^encoder\.layers\.\d+\.ffn\.fc\d\.", _EARLY_TRANSFORMERS, **_TOWER),
@@ -209,3 +211,16 @@ def _published() -> dict[str, dict[str, Any]]:
 
 
 PUBLISHED = _published()
+
+
+def _published_text(name: str) -> dict[str, Any]:
+    return {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "max_position_embeddings": 77,
+    }
+
+
+TEXT_RULES = TextRules(padding="longest", published=_published_text, has_bos=True)

@@ -21,6 +21,7 @@ from nopad.families.siglip2_checkpoints import (
     trained_grid,
 )
 from nopad.families.siglip2_dialects import DIALECTS
+from nopad.families.siglip2_text import TEXT_RULES
 from nopad.inference.runner import Runner
 from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
@@ -106,6 +107,7 @@ class Siglip2NaflexPacking(PackedEncoder):
     dialects = DIALECTS
     published = PUBLISHED
     read_config = staticmethod(read_config)
+    text_rules = TEXT_RULES
     names: Mapping[str, str] = {"layers": "encoder.layers", "norm": "post_layernorm"}
 
     def __new__(cls, config: Any = None, *args: Any, **kwargs: Any) -> Any:

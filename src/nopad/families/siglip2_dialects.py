@@ -39,6 +39,7 @@ DIALECTS = (
         prefixes=("vision_model.",),
         dropped=(r"^text_model\.", r"^logit_scale$", r"^logit_bias$"),
         is_original=True,
+        text_table=NameTable(),
     ),
     Dialect(
         "timm",

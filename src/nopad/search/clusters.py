@@ -36,6 +36,7 @@ def centroids(embeddings: np.ndarray, k: int, *, seed: int) -> np.ndarray:
     sample = np.sort(rng.choice(len(embeddings), number, replace=False))
     points = unit(embeddings[sample], torch.device("cpu")).numpy()
     means = faiss.Kmeans(points.shape[1], k, spherical=True, seed=seed, niter=25, min_points_per_centroid=1)
+    means.cp.init_method = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS
     means.train(points)
     return means.centroids
 

@@ -216,13 +216,14 @@ def _measure(ivf: Any, embeddings: np.ndarray, recall: float) -> tuple[int, floa
     rng = np.random.default_rng(1)
     rows = np.sort(rng.choice(len(embeddings), min(len(embeddings), _NUM_QUERIES), replace=False))
     queries = unit(embeddings[rows], _CPU).numpy()
-    k = min(_RECALL_AT, len(embeddings))
-    expected = top_k(embeddings, queries, k, default_device())[1]
+    k = _RECALL_AT + 1
+    nearest = top_k(embeddings, queries, k, default_device())[1]
+    expected = [set(found.tolist()) - {row} for found, row in zip(nearest, rows.tolist(), strict=True)]
     num_probes = 1
     while True:
         found = _candidates(ivf, queries, k, num_probes)
-        hits = [len(np.intersect1d(a, b)) for a, b in zip(found, expected, strict=True)]
-        measured = sum(hits) / expected.size
+        hits = sum(len(near.intersection(those.tolist())) for near, those in zip(expected, found, strict=True))
+        measured = hits / max(1, sum(map(len, expected)))
         if measured >= recall or num_probes >= ivf.nlist:
             return num_probes, measured
         num_probes = min(2 * num_probes, ivf.nlist)

@@ -29,12 +29,12 @@ class Places:
     Attributes:
         shards: of all tables.
         rows: `(N, 2)`: index into `shards`, row in the shard.
-        shard_size: rows of every shard but a job's last; `None` where tables differ or do not say.
+        sizes: for each shard the rows of its job's shards, but for the last; `None` where it does not say.
     """
 
     shards: list[Shard]
     rows: np.ndarray
-    shard_size: int | None
+    sizes: list[int | None]
     _lists: dict[tuple[Path, str], InputList] = field(default_factory=dict, repr=False, compare=False)
 
     def input(self, index: int) -> Input:
@@ -48,7 +48,7 @@ class Places:
         key = shard.folder, shard.fingerprint
         if key not in self._lists:
             self._lists[key] = _list_of(shard)
-        size = self.shard_size
+        size = self.sizes[number]
         if size is None:
             raise ValueError(f"{shard.folder}: its shards do not say how many rows each has, so places are not known")
         return self._lists[key][shard.number * size + row]

@@ -144,4 +144,3 @@ def check_same_weights(encoder: PackedEncoder, metadata: Mapping[str, str]) -> N
                 f"the table was made by {metadata.get('model', 'another model')!r}: expected {key} {expected:.64}, got "
                 f"{value:.64} of {encoder.source!r}; their vectors cannot be compared"
             )
-

@@ -18,7 +18,7 @@ from nopad.search.places import Places, Shard
 from nopad.search.tokens import Tokens
 
 _SHOWN = 5
-SAME_SPACE = ("family", "architecture", "weights", "embedding")
+SAME_SPACE = ("family", "architecture", "weights", "embedding", "embedding.width")
 """What tables that are read together must agree in: else their vectors cannot be compared."""
 
 
@@ -118,24 +118,31 @@ def _survey(found: Sequence[Shard]) -> _Survey:
             schema = file.schema_arrow
             first, expected = firsts.setdefault(shard.folder, (shard, schema))
             if not schema.equals(expected):
-                raise ValueError(f"{shard.path}: other columns than {first.path}; run the job again into an empty folder")
+                advice = "run the job again into an empty folder"
+                raise ValueError(f"{shard.path}: other columns than {first.path}; {advice}")
             held = stored.metadata_of(schema).get("shard", str(shard.number))  # tables of nopad 0.1 do not say
             if held != str(shard.number):
                 raise ValueError(f"{shard.path}: a copy of shard {held}; move it away and run the job again")
             rows += file.metadata.num_rows
             schemas.append(schema)
-    said = [stored.metadata_of(schema) for _, schema in firsts.values()]
-    for folder, metadata, (_, schema) in zip(firsts, said, firsts.values(), strict=True):
-        for key in SAME_SPACE:
-            if metadata.get(key) != said[0].get(key):
-                values = f"{key} {metadata.get(key, 'unset'):.60}, {said[0].get(key, 'unset'):.60} in {next(iter(firsts))}"
-                raise ValueError(f"{folder}: a table of another model, whose vectors cannot be compared: {values}")
-        if stored.embedding_width(schema) != stored.embedding_width(schemas[0]):
-            raise ValueError(f"{folder}: embeddings of another width than in {next(iter(firsts))}")
-    shared = {key: value for key, value in said[0].items() if all(other.get(key) == value for other in said)}
+    said = {folder: stored.metadata_of(schema) for folder, (_, schema) in firsts.items()}
+    _check_same_space(said)
+    first, *others = said.values()
+    shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     for key in ("shard", "table", "update"):
         shared.pop(key, None)
     return _Survey(schemas, rows, shared)
+
+
+def _check_same_space(said: Mapping[Path, Mapping[str, str]]) -> None:
+    """Refuse tables whose vectors cannot be compared."""
+    first, *others = said
+    for folder in others:
+        for key in SAME_SPACE:
+            here, there = said[folder].get(key, "unset"), said[first].get(key, "unset")
+            if here != there:
+                values = f"{key} {here:.64}, {there:.64} in {first}"
+                raise ValueError(f"{folder}: a table of another model, whose vectors cannot be compared: {values}")
 
 
 def _read(found: Sequence[Shard], survey: _Survey) -> Features:
@@ -167,7 +174,7 @@ def _read(found: Sequence[Shard], survey: _Survey) -> Features:
         sizes.append(np.stack([good[name].to_numpy() for name in ("height", "width")], axis=1))
         kept.append(good.drop_columns([name for name in shards.COLUMNS if name in good.column_names]))
 
-    places = Places(list(found), _numbered(rows), _shard_size(survey.metadata))
+    places = Places(list(found), _numbered(rows), list(map(_shard_size, survey.schemas)))
     grid = np.concatenate(grids).astype(np.int64)
     widths = {stored.token_width(schema) for schema in survey.schemas}
     tokens = None
@@ -201,6 +208,6 @@ def _numbered(rows: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.stack([np.full(len(own), number), own], axis=1) for number, own in enumerate(rows)])
 
 
-def _shard_size(metadata: Mapping[str, str]) -> int | None:
-    size = metadata.get("shard_size", "")
+def _shard_size(schema: pa.Schema) -> int | None:
+    size = stored.metadata_of(schema).get("shard_size", "")
     return int(size) if size.isdigit() else None

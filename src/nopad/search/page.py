@@ -1,0 +1,44 @@
+"""The pages of `nopad search`, `nopad duplicates` and `nopad clusters`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from nopad import html
+from nopad.search.features import Features, Group
+from nopad.search.query import Match
+from nopad.search.thumbnails import thumbnail_of
+
+MAX_GROUPS, MAX_ROWS = 200, 24
+
+
+def matches_page(features: Features, query: str, matches: Sequence[Match]) -> str:
+    """Pictures with their cosines, best first."""
+    pictures = (_picture(features, match.row, f"{match.score:.3f}") for match in matches)
+    return html.page(query, [html.element("h1", query), _of(features), html.gallery(pictures)])
+
+
+def groups_page(features: Features, title: str, kind: str, groups: Sequence[Group]) -> str:
+    """A section for each group."""
+    left_out = f", the first {MAX_GROUPS} shown" if len(groups) > MAX_GROUPS else ""
+    parts = [html.element("h1", f"{title}{left_out}"), _of(features), *_sections(features, kind, groups)]
+    return html.page(title, parts)
+
+
+def _sections(features: Features, kind: str, groups: Sequence[Group]) -> Iterator[str]:
+    for number, group in enumerate(islice(groups, MAX_GROUPS), 1):
+        shown = f", {MAX_ROWS} shown" if len(group) > MAX_ROWS else ""
+        pictures = (_picture(features, int(row)) for row in group.rows[:MAX_ROWS])
+        yield html.section(f"{kind} {number}: {len(group):,} pictures{shown}", html.gallery(pictures))
+
+
+def _of(features: Features) -> str:
+    return html.element("p", f"{len(features):,} pictures by {features.metadata.get('model', 'an unknown model')}")
+
+
+def _picture(features: Features, row: int, *notes: str) -> tuple[bytes, str, Sequence[str]]:
+    """What `html.gallery` takes: a thumbnail, the name, and lines below it."""
+    data, reason = thumbnail_of(features, row)
+    height, width = features.sizes[row]
+    return data, features.ids[row], [*notes, f"{width} × {height}", *([reason] if reason else [])]

@@ -1,0 +1,1 @@
+"""The text half of image-text checkpoints: towers, tokenizers, similarity."""

@@ -1,0 +1,31 @@
+"""What a family says about its text towers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+def _as_it_is(tokenizer: Any, text: str) -> str:
+    return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRules:
+    """How the text half of a family's checkpoints takes its input.
+
+    Its architecture is transformers' own: of the `text_model`, `text_projection`, `logit_scale` and `logit_bias` of the
+    class that holds both towers.
+
+    Attributes:
+        padding: as transformers' tokenizers take it; `"max_length"` pads to the positions that were learned.
+        published: from a published name to the fields of its text config, but for the vocabulary, for `untrained:`.
+        has_bos: whether texts begin with a token of their own.
+        normalize: of tokenizer and text, what is done to a text before it.
+    """
+
+    padding: Literal["max_length", "longest"]
+    published: Callable[[str], Mapping[str, Any]]
+    has_bos: bool
+    normalize: Callable[[Any, str], str] = _as_it_is

@@ -1,0 +1,174 @@
+"""The text tower of an image-text checkpoint: transformers' own text class, loaded when first used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+from nopad.checkpoints.files import open_checkpoint
+from nopad.checkpoints.formats import Checkpoint, check_strictly
+from nopad.checkpoints.untrained import UNTRAINED, fill
+from nopad.text.tokenizer import byte_tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from nopad.encoder import PackedEncoder
+    from nopad.text.rules import TextRules
+
+_VISION = "_vision_model"
+BATCH = 256
+
+
+class TextTower(nn.Module):
+    """The text half of transformers' class of both towers, its parameters under that class's names.
+
+    Attributes:
+        text_model: transformers' own.
+        text_projection: to the image-text space, `None` where the class has none.
+        logit_scale, logit_bias: of the similarity; `logit_bias` is `None` where the class has none.
+        whole_config: of the class of both towers.
+        tokenizer: of the checkpoint.
+    """
+
+    def __init__(self, whole_config: Any, rules: TextRules, tokenizer: Any):
+        super().__init__()
+        with torch.device("meta"):
+            whole: Any = AutoModel.from_config(whole_config)
+        self.text_model = whole.text_model
+        self.text_projection = getattr(whole, "text_projection", None)
+        self.logit_scale = whole.logit_scale
+        self.register_parameter("logit_bias", getattr(whole, "logit_bias", None))
+        self.whole_config = whole_config
+        self.rules = rules
+        self.tokenizer = tokenizer
+
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        """Texts to `(N, E)` in the dtype of the weights, as the original's `get_text_features`."""
+        config = self.text_model.config
+        inputs = self.tokenizer(
+            [self.rules.normalize(self.tokenizer, text) for text in texts],
+            padding=self.rules.padding,
+            truncation=True,
+            max_length=config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(self.logit_scale.device)
+        pooled = self.text_model(**inputs).pooler_output
+        return pooled if self.text_projection is None else self.text_projection(pooled)
+
+    def logits(self, image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+        """`(N, L)` of `(N, E)` and `(L, E)`, as the original's `logits_per_image`."""
+        cosines = nn.functional.normalize(image_embeds, dim=1) @ nn.functional.normalize(text_embeds, dim=1).T
+        scale = self.logit_scale.to(cosines)
+        if hasattr(self.whole_config, "max_logit_scale"):
+            scale = scale.clamp(0.0, math.log(self.whole_config.max_logit_scale))
+        logits = cosines * scale.exp()
+        return logits if self.logit_bias is None else logits + self.logit_bias.to(logits)
+
+
+def text_tower(encoder: PackedEncoder) -> TextTower:
+    """The text tower of an encoder's checkpoint, on the encoder's device and in its dtype.
+
+    Raises:
+        ValueError: the checkpoint or its family has none, or a tensor of it is missing, unexpected or misshapen.
+        ImportError: its tokenizer needs a package that is not installed.
+    """
+    tower = encoder.__dict__.get("_text_tower")
+    if tower is None:
+        tower = encoder.__dict__["_text_tower"] = _load(encoder)  # no submodule: the state dict stays the original's
+    return tower.to(encoder.device, encoder.dtype)
+
+
+def _load(encoder: PackedEncoder) -> TextTower:
+    rules, source = encoder.text_rules, encoder.source
+    if rules is None:
+        raise ValueError(f"{encoder.family} checkpoints have no text tower; image-text models are SigLIP2, SigLIP, …")
+    if source is None:
+        raise ValueError("the encoder was not loaded from a checkpoint, so there is no text tower to load")
+    if source.startswith(UNTRAINED):
+        return _untrained(encoder, rules, source.removeprefix(UNTRAINED))
+    checkpoint = open_checkpoint(source, **encoder.opened_with)
+    dialect = next(dialect for dialect in encoder.dialects if dialect.name == encoder.dialect)
+    left_out = dialect.select(checkpoint).left_out
+    tensors = {name: tensor for name, tensor in left_out.items() if not name.endswith(".position_ids")}
+    if not tensors:
+        raise ValueError(
+            f"checkpoint {source!r} has no text tower: its tensors are the vision encoder's alone; load one of both "
+            f"towers, or save it by save_pretrained(…, whole=True)"
+        )
+    if dialect.text_table is None:
+        raise ValueError(
+            f"checkpoint {source!r}: its text tower has {dialect.name} names, which are not read; load the checkpoint "
+            f"in transformers' layout"
+        )
+    texts = replace(dialect, table=dialect.text_table).convert(replace(checkpoint, tensors=tensors))
+    tower = TextTower(whole_config(encoder, checkpoint), rules, load_tokenizer(source, encoder.opened_with))
+    needed = tower.state_dict()
+    check_strictly(texts, needed, dialect)
+    if len(tower.tokenizer) > (size := tower.text_model.config.vocab_size):
+        raise ValueError(
+            f"checkpoint {source!r}: its tokenizer has {len(tower.tokenizer)} words, its text tower {size}; they do "
+            f"not belong together"
+        )
+    return _filled(tower, {name: texts.tensors[name].read() for name in needed}, encoder.dtype)
+
+
+def _filled(tower: TextTower, state: dict[str, Tensor], dtype: torch.dtype) -> TextTower:
+    """A tower of the meta device with values, by transformers' loader, which also makes buffers that no file has."""
+    prefix = "text_model."
+    of_model = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    options: dict[str, Any] = {"config": tower.text_model.config, "dtype": dtype, "output_loading_info": True}
+    model, info = type(tower.text_model).from_pretrained(None, state_dict=of_model, **options)
+    lost = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]))
+    if lost:
+        raise ValueError(f"text tower: transformers has not loaded {len(lost)}: {lost[:10]}")
+    del tower.text_model
+    others = {name: tensor.to(dtype, copy=True) for name, tensor in state.items() if not name.startswith(prefix)}
+    tower.load_state_dict(others, assign=True)
+    tower.text_model = model
+    return tower.eval().requires_grad_(False)
+
+
+def _untrained(encoder: PackedEncoder, rules: TextRules, name: str) -> TextTower:
+    fields = dict(rules.published(name))
+    tokenizer = byte_tokenizer(has_bos=rules.has_bos, length=fields["max_position_embeddings"])
+    special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
+    config = whole_config(encoder, None, {**fields, **special, "vocab_size": len(tokenizer)})
+    random = TextTower(config, rules, tokenizer).to_empty(device="cpu")
+    fill(random, 0)
+    return _filled(TextTower(config, rules, tokenizer), random.state_dict(), encoder.dtype)
+
+
+def whole_config(
+    encoder: PackedEncoder, checkpoint: Checkpoint | None, text_fields: dict[str, Any] | None = None
+) -> Any:
+    """The config of the class of both towers, its vision part the encoder's own.
+
+    Raises:
+        ValueError: transformers has no such class.
+    """
+    said = {} if checkpoint is None else dict(checkpoint.config)
+    model_type = str(encoder.config.model_type).removesuffix(_VISION)
+    if said.get("model_type") in CONFIG_MAPPING and not said["model_type"].endswith(_VISION):
+        model_type = said["model_type"]
+    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_MAPPING:
+        raise ValueError(
+            f"checkpoint {encoder.source!r}: transformers has no model of both towers called {model_type!r}"
+        )
+    if text_fields is not None:
+        said["text_config"] = text_fields
+    if encoder.projection_dim is not None:
+        said["projection_dim"] = encoder.projection_dim
+    said.pop("model_type", None)
+    config: Any = AutoConfig.for_model(model_type, **said)
+    own = encoder.config.to_dict()
+    for name in config.vision_config.to_dict():
+        if name in own and name not in ("model_type", "architectures", "transformers_version"):
+            setattr(config.vision_config, name, own[name])
+    return config

@@ -1,0 +1,98 @@
+"""`nopad search`, `duplicates`, `clusters` and `index`."""
+
+import json
+import shutil
+
+import pytest
+
+import nopad
+from nopad.cli import main
+
+
+def test_search_prints_pictures_best_first(table, photos, capsys):
+    assert main(["search", str(table), "--id", "000.png", "-k", "2"]) == 0
+    header, best, _second = capsys.readouterr().out.splitlines()
+    assert header.split() == ["cosine", "picture"]
+    assert best.split() == ["1.000", str(photos / "copy.png")]
+
+
+def test_a_query_that_is_a_file_is_a_picture(table, photos, capsys, tmp_path):
+    page = tmp_path / "page.html"
+    assert main(["search", str(table), str(photos / "004.png"), "-k", "3", "--json", "--html", str(page)]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["query"] == {"image": str(photos / "004.png")}
+    assert [match.keys() for match in content["matches"]] == [{"id", "source", "score", "path"}] * 3
+    assert content["matches"][0]["id"] == "004.png"
+    assert page.read_text().count("data:image/jpeg;base64,") == 3
+
+
+def test_the_model_may_have_moved(table, photos, model, capsys, tmp_path):
+    shutil.copytree(model, tmp_path / "moved")
+    assert main(["search", str(table), str(photos / "004.png"), "--model", str(tmp_path / "moved")]) == 0
+    assert "004.png" in capsys.readouterr().out.splitlines()[1]
+
+
+def test_duplicates_and_clusters(table, photos, capsys, tmp_path):
+    page = tmp_path / "page.html"
+    assert main(["duplicates", str(table), "--threshold", "0.99999", "--html", str(page)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "1 groups of nearly the same picture, 1 pictures more than one of each"
+    assert sorted(out[3:]) == [f"  {photos}/000.png", f"  {photos}/copy.png"]
+    assert page.read_text().count("data:image/jpeg") == 2
+    assert main(["clusters", str(table), "-k", "3", "--json", "--html", str(page)]) == 0
+    clusters = json.loads(capsys.readouterr().out)["clusters"]
+    assert sum(map(len, clusters)) == 13
+    assert page.read_text().count("data:image/jpeg") == 13
+
+
+def test_index(table, capsys, tmp_path):
+    shutil.copytree(table, tmp_path / "table")
+    assert main(["index", str(tmp_path / "table"), "--recall", "1"]) == 0
+    assert capsys.readouterr().out.endswith("an index of 13 rows, recall at 10 1.000, looks into 1 of 1 lists\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "QUERY: expected words, the path of a picture, or one of --text, --image, --id, got none"),
+        (["dog", "--id", "a"], "got 2: query, id"),
+        ([" "], "QUERY: expected words or the path of a picture, got ' '"),
+        (["dog", "-k", "0"], "k: expected ≥ 1, got 0"),
+        (["--image", "gone.jpg"], "gone.jpg"),
+        (["--id", "gone.jpg"], "no row of this table is called 'gone.jpg'"),
+        (["--image", "s3://bucket/a.jpg"], "expected a path of this machine"),
+        (["dog", "--html", "/proc/page.html"], "--report: expected a file that can be written"),
+    ],
+)
+def test_wrong_use_is_told_in_one_line(table, arguments, message, capsys):
+    assert main(["search", str(table), *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_folder_that_is_no_table(tmp_path, capsys):
+    assert main(["search", str(tmp_path), "dog"]) == 2
+    assert "has no shards: expected shard-….parquet files" in capsys.readouterr().err
+    assert main(["duplicates", str(tmp_path / "gone")]) == 2
+    assert "does not exist, expected the folder given to `nopad embed --out`" in capsys.readouterr().err
+
+
+def test_names_are_escaped_on_pages_and_terminals(photos, model, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    names = ["<script>alert(1)</script>.png".replace("/", "∕"), "\x1b[31mred\x1b[0m\nline.png", '" onerror="x.png']
+    for name in names:
+        shutil.copy(photos / "000.png", folder / name)
+    nopad.embed(folder, tmp_path / "table", model=model, workers=1)
+    page = tmp_path / "page.html"
+    for command in (["duplicates"], ["clusters", "-k", "1"], ["search", "--id", names[0]]):
+        command[1:1] = [str(tmp_path / "table")]
+        assert main([*command, "--html", str(page)]) == 0
+        out, html = capsys.readouterr().out, page.read_text()
+        assert "\x1b" not in out + html
+        assert "\\x1b[31mred" in out
+        assert "\\x1b[31mred" in html
+        assert "<script" not in html
+        assert '" onerror' not in html

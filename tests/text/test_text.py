@@ -1,0 +1,211 @@
+"""The text half of image-text checkpoints, beside the original."""
+
+import copy
+import json
+import pickle
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+import text_checkpoints
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import nopad
+
+TEXTS = ["a Dog on a beach", "two cats", "A text of far more tokens than the model has learned positions for"]
+IMAGES = ["examples/images/cat.jpg", "examples/images/coffee.jpg", "examples/images/rocket_tall.jpg"]
+UNTRAINED = "untrained:google/siglip2-base-patch16-224"
+
+
+def tokens(kind: str, texts: list[str]) -> dict[str, Tensor]:
+    """As the original's documentation says; the tokens are bytes here."""
+    if kind != "aimv2-lit":
+        texts = [text.lower() for text in texts]
+    has_bos = kind == "aimv2-lit"
+    rows = [list(text.encode())[: 24 - 1 - has_bos] for text in texts]
+    rows = [[*([2] if has_bos else []), *(4 if byte == 32 else 5 + byte for byte in row), 3] for row in rows]
+    length = max(map(len, rows)) if has_bos else 24
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    return {"input_ids": torch.tensor([row + [0] * (length - len(row)) for row in rows]), "attention_mask": mask}
+
+
+def original_logits(kind: str, original: Any, encoder: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """`logits_per_image` of the original, one image at a time."""
+    pack = encoder.pack(IMAGES)
+    rows = []
+    for pixels in pack.hidden_states.split(pack.grid_thw.prod(dim=1).tolist()):
+        if kind == "siglip2 naflex":
+            grid = pack.grid_thw[len(rows), 1:][None]
+            mask = torch.ones(1, len(pixels), dtype=torch.int32)
+            vision = {"pixel_values": pixels[None], "pixel_attention_mask": mask, "spatial_shapes": grid}
+        else:
+            image = nopad.unpatchify(pixels, tuple(pack.grid_thw[len(rows)].tolist()), 4, encoder.patch_order)
+            image = torch.nn.functional.pad(image, (0, 2, 0, 2)) if kind == "siglip" else image
+            vision = {"pixel_values": image[None]}
+        rows.append(original(**inputs, **vision).logits_per_image)
+    return torch.cat(rows)
+
+
+def test_features_are_the_originals(both):
+    kind, folder, original = both
+    encoder = nopad.load(folder)
+    vectors = encoder.embed_text(TEXTS)
+    assert (vectors.dtype, vectors.shape) == (torch.float32, (3, encoder.embedding_size))
+    with torch.no_grad():
+        expected = original.get_text_features(**tokens(kind, TEXTS)).pooler_output
+    torch.testing.assert_close(vectors, expected, rtol=0, atol=1e-6)
+
+
+def test_similarity_is_the_originals(both):
+    kind, folder, original = both
+    encoder = nopad.load(folder)
+    with torch.no_grad():
+        expected = original_logits(kind, original, encoder, tokens(kind, TEXTS))
+    torch.testing.assert_close(encoder.similarity(IMAGES, TEXTS), expected, rtol=1e-5, atol=1e-4)
+    by_vectors = encoder.similarity(encoder.embed(IMAGES).numpy(), encoder.embed_text(TEXTS))
+    torch.testing.assert_close(by_vectors, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_classify(both):
+    kind, folder, _ = both
+    encoder = nopad.load(folder)
+    got = encoder.classify(IMAGES, ["cat", "cup"], template="{}!")
+    logits = encoder.similarity(IMAGES, ["cat!", "cup!"])
+    expected = logits.softmax(dim=1) if kind == "aimv2-lit" else logits.sigmoid()
+    assert torch.equal(got, expected)
+
+
+def test_saved_whole_the_original_class_loads_it_with_nothing_missing(both, tmp_path):
+    _, folder, original = both
+    encoder = nopad.load(folder)
+    with torch.no_grad():
+        encoder.layers[0].norm1.weight += 1  # as training would
+    encoder.save_pretrained(tmp_path, whole=True, max_shard_size="40KB")
+    loaded, info = type(original).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    states = original.state_dict(), loaded.state_dict()
+    assert [name for name, tensor in states[0].items() if not torch.equal(tensor, states[1][name])] == [
+        name
+        for name in states[0]
+        if name.endswith(("layers.0.layer_norm1.weight", "layers.0.rms_norm1.weight"))
+        if name.startswith("vision_model")
+    ]
+    again = nopad.load(tmp_path)
+    assert torch.equal(again.embed_text(TEXTS), encoder.embed_text(TEXTS))
+    assert torch.equal(again.embed(IMAGES), encoder.embed(IMAGES))
+    assert type(loaded.config) is type(original.config)
+
+
+def test_the_encoder_stays_the_vision_encoder(both):
+    _, folder, _ = both
+    encoder = nopad.load(folder)
+    before = list(encoder.state_dict())
+    encoder.embed_text(["a"])
+    assert list(encoder.state_dict()) == before
+    assert not [name for name, _ in encoder.named_modules() if "text" in name]
+    for other in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+        assert torch.equal(other.embed_text(TEXTS), encoder.embed_text(TEXTS))
+
+
+def test_the_tower_follows_the_encoder(both):
+    _, folder, _ = both
+    encoder = nopad.load(folder)
+    full = encoder.embed_text(TEXTS)
+    encoder.bfloat16()
+    half = encoder.embed_text(TEXTS)
+    assert half.dtype == torch.float32
+    assert torch.equal(half, half.bfloat16().float())
+    torch.testing.assert_close(half, full, rtol=0.1, atol=0.1)
+    assert torch.equal(half, nopad.load(folder, dtype=torch.bfloat16).embed_text(TEXTS))
+
+
+@pytest.mark.parametrize("tensor", ["text_model.encoder.layers.0.mlp.fc1.bias", "logit_bias"])
+def test_loading_is_strict(tmp_path, tensor):
+    text_checkpoints.write(tmp_path, "siglip")
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    less = {name: value for name, value in whole.items() if name != tensor}
+    save_file(less, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"1 missing: {tensor}"):
+        nopad.load(tmp_path).embed_text(["a"])
+    save_file({**less, tensor: torch.zeros(7)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"1 misshapen: {tensor} \(got \(7,\)"):
+        nopad.load(tmp_path).embed_text(["a"])
+    save_file({**whole, "text_model.more": torch.zeros(7)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 unexpected: text_model.more"):
+        nopad.load(tmp_path).embed_text(["a"])
+
+
+def test_checkpoints_without_a_text_tower(tmp_path):
+    text_checkpoints.write(tmp_path / "both", "siglip")
+    nopad.load(tmp_path / "both").save_pretrained(tmp_path / "vision")
+    with pytest.raises(ValueError, match=r"has no text tower: its tensors are the vision encoder's alone"):
+        nopad.load(tmp_path / "vision").embed_text(["a"])
+    with pytest.raises(ValueError, match="has no text tower"):
+        nopad.load(tmp_path / "vision").save_pretrained(tmp_path / "whole", whole=True)
+    with pytest.raises(ValueError, match="dinov3 checkpoints have no text tower"):
+        nopad.load("untrained:facebook/dinov3-vits16-pretrain-lvd1689m").embed_text(["a"])
+    encoder = nopad.load(tmp_path / "vision")
+    with pytest.raises(ValueError, match="not loaded from a checkpoint"):
+        type(encoder)(encoder.config).embed_text(["a"])
+
+
+def test_a_tokenizer_that_is_missing_or_of_another_model(tmp_path):
+    text_checkpoints.write(tmp_path / "both", "siglip2 naflex")
+    shutil.copytree(tmp_path / "both", tmp_path / "none")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "none" / name).unlink()
+    with pytest.raises(ValueError, match="no tokenizer can be read beside its weights"):
+        nopad.load(tmp_path / "none").embed_text(["a"])
+    tokenizer = json.loads((tmp_path / "both" / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {f"word{number}": 261 + number for number in range(60)}
+    (tmp_path / "both" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="its tokenizer has 321 words, its text tower 300"):
+        nopad.load(tmp_path / "both").embed_text(["a"])
+
+
+@pytest.mark.parametrize("text", ["a", b"a"])
+def test_one_text_is_refused(both, text):
+    with pytest.raises(ValueError, match="texts: expected several, got one"):
+        nopad.load(both[1]).embed_text(text)
+
+
+def test_what_is_no_text(both):
+    encoder = nopad.load(both[1])
+    assert encoder.embed_text([]).shape == (0, encoder.embedding_size)
+    with pytest.raises(ValueError, match="texts: expected str, got int: 3"):
+        encoder.embed_text(["a", 3])
+    with pytest.raises(ValueError, match=r"images: expected vectors \(N, \d+\), got \(2, 3\)"):
+        encoder.similarity(np.zeros((2, 3), np.float32), ["a"])
+    for labels in ([], "cat", [""], [3]):
+        with pytest.raises(ValueError, match="labels: expected a list of words"):
+            encoder.classify(IMAGES, labels)
+    with pytest.raises(ValueError, match=r"template: expected a text with \{\} where the label goes"):
+        encoder.classify(IMAGES, ["cat"], template="a photo")
+
+
+@pytest.mark.parametrize("name", ["google/siglip2-base-patch16-naflex", "apple/aimv2-large-patch14-224-lit"])
+def test_untrained_towers_have_the_published_sizes(name, monkeypatch):
+    seen = []
+    monkeypatch.setattr("nopad.text.tower._filled", lambda tower, state, dtype: seen.append(tower) or tower)
+    with torch.device("meta"):
+        family = nopad.families.family_of_published(name)
+        encoder = family(family.published_config(name))
+    encoder.source = f"untrained:{name}"
+    nopad.text.tower._load(encoder)
+    [tower] = seen
+    assert tower.text_model.config.vocab_size == 261
+    parameters = sum(p.numel() for n, p in tower.named_parameters() if ".layers." in n)
+    assert parameters == {"google": 12 * 7_087_872, "apple": 12 * 7_079_424}[name.split("/")[0]]
+
+
+def test_untrained_runs_offline_and_the_same_each_time():
+    encoder = nopad.load(UNTRAINED)
+    vectors = encoder.embed_text(["a Dog", "a dog", "a cat"])
+    assert vectors.shape == (3, 768)
+    assert torch.equal(vectors[0], vectors[1])
+    assert not torch.equal(vectors[0], vectors[2])
+    assert torch.equal(nopad.load(UNTRAINED).embed_text(["a cat"]), encoder.embed_text(["a cat"]))
