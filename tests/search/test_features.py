@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pandas
 import pytest
+import text_checkpoints
 import torch
 
 import nopad
@@ -191,3 +192,36 @@ def test_tables_of_different_models_are_not_mixed(table, tmp_path, photos):
         nopad.read([table, tmp_path / "other"])
     with pytest.raises(ValueError, match="folder: expected a folder or a list of them, got none"):
         nopad.read([])
+
+
+# Words
+
+
+@pytest.fixture(scope="module")
+def described(photos, tmp_path_factory):
+    """A table by a model of both towers, its encoder, and the model's folder."""
+    folder = tmp_path_factory.mktemp("text")
+    text_checkpoints.write(folder / "model", "siglip2 naflex")
+    nopad.embed(photos, folder / "features", model=folder / "model", workers=1)
+    return nopad.read(folder / "features"), folder / "model"
+
+
+def test_search_by_words_is_by_the_models_own_text_tower(described):
+    features, model = described
+    encoder = nopad.load(model)
+    expected = encoder.similarity(features.embeddings, ["a dog on a beach"])[:, 0]
+    found = features.search("a dog on a beach", k=5)
+    assert [match.row for match in found] == expected.argsort(descending=True)[:5].tolist()
+    scale, bias = encoder.__dict__["_text_tower"].logit_scale.exp(), encoder.__dict__["_text_tower"].logit_bias
+    scores = torch.tensor([match.score for match in found])
+    torch.testing.assert_close(scores * scale + bias, expected.sort(descending=True)[0][:5], atol=1e-4, rtol=1e-4)
+
+
+def test_a_table_whose_model_has_no_text_tower(features):
+    with pytest.raises(ValueError, match=r"has no text tower: its tensors are the vision encoder's alone"):
+        features.search("a dog")
+
+
+def test_a_table_of_another_model_than_the_words(features, described):
+    with pytest.raises(ValueError, match="the table was made by .*: expected family aimv2, got siglip2"):
+        features.search("a dog", encoder=described[0].encoder)

@@ -15,7 +15,7 @@ import torch
 from nopad import __version__
 from nopad.embedding.inputs.listing import InputList, as_text
 from nopad.embedding.settings import Settings
-from nopad.embedding.table.writer import OWN_FOLDER
+from nopad.embedding.table.writer import METADATA_FOLDER
 from nopad.encoder import PackedEncoder
 from nopad.environment import dtype_name
 from nopad.pipeline.worker import Worker
@@ -90,7 +90,7 @@ def job_folders(folder: Path) -> dict[str, Path]:
     """Where the list of inputs of each job of a table is, by the fingerprint in its shards' names; what is damaged is
     left out."""
     found = {}
-    own = folder / OWN_FOLDER
+    own = folder / METADATA_FOLDER
     for each in (own, *sorted((own / UPDATES).glob("[0-9]*"))):
         try:
             record = json.loads((each / "job.json").read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from nopad.atomic import atomic_write
-from nopad.embedding.table.writer import OWN_FOLDER
+from nopad.embedding.table.writer import METADATA_FOLDER
 from nopad.search.clusters import import_faiss
 from nopad.search.exact import blocks, default_device, top_k, unit
 from nopad.search.places import Shard
@@ -135,7 +135,7 @@ def open_index(shards: Sequence[Shard], rows: np.ndarray) -> Index | None:
 
 def _folder(shards: Sequence[Shard]) -> Path | None:
     folders = {shard.folder for shard in shards}
-    own = folders.pop() / OWN_FOLDER
+    own = folders.pop() / METADATA_FOLDER
     return own / _FOLDER if not folders and own.is_dir() else None
 
 

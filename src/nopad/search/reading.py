@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from nopad.embedding.table import reader as stored
 from nopad.embedding.table import writer as shards
@@ -17,6 +18,7 @@ from nopad.search.features import Failure, Features
 from nopad.search.places import Places, Shard
 from nopad.search.tokens import Tokens
 
+_MAX_RATIO = 1000  # of values to bytes; other programs may have compressed the file
 _SHOWN = 5
 SAME_SPACE = ("family", "architecture", "weights", "embedding", "embedding.width")
 """What tables that are read together must agree in: else their vectors cannot be compared."""
@@ -31,8 +33,9 @@ def read_features(folder: str | Path | Sequence[str | Path], *, partial: bool = 
         partial: take the shards of an unfinished job as they are.
 
     Raises:
-        ValueError: no such folder, no shards, shards missing (unless `partial`), shards of different jobs, a damaged
-            shard, tables of different models; the message says which and what to do.
+        ValueError: no such folder, no shards, shards missing (unless `partial`), shards of different jobs, a shard that
+            is damaged or has other columns, types or rows than a job writes, tables of different models; the message
+            says which and what to do.
         OSError: a shard that cannot be opened or read.
     """
     folders = [folder] if isinstance(folder, str | os.PathLike) else list(folder)
@@ -59,7 +62,7 @@ def _find(folder: Path, partial: bool) -> list[Shard]:
             number, of, fingerprint = name
             jobs.setdefault((of, fingerprint), {})[number] = path
     if not jobs:
-        begun = (folder / shards.OWN_FOLDER).is_dir()
+        begun = (folder / shards.METADATA_FOLDER).is_dir()
         why = "no shard of its job is finished; run `nopad embed` again" if begun else "expected shard-….parquet files"
         raise ValueError(f"{folder} has no shards: {why}")
     ordered = list(jobs) if len(jobs) == 1 else _with_updates(folder, jobs)
@@ -93,7 +96,7 @@ def _complete(folder: Path, of: int, fingerprint: str, numbered: Mapping[int, Pa
 
 @dataclass(frozen=True)
 class _Survey:
-    """What the footers say: the schema of each shard, the number of rows, and metadata that all shards share."""
+    """What the footers say: the schema of each shard, how many rows are ok, and metadata that all shards share."""
 
     schemas: list[pa.Schema]
     rows: int
@@ -111,27 +114,42 @@ def _value_type(schema: pa.Schema) -> np.dtype:
 
 def _survey(found: Sequence[Shard]) -> _Survey:
     schemas: list[pa.Schema] = []
-    firsts: dict[Path, tuple[Shard, pa.Schema]] = {}
+    of_folder: dict[Path, tuple[Shard, pa.Schema]] = {}
+    of_job: dict[tuple[Path, str], tuple[Shard, pa.Schema]] = {}
     rows = 0
     for shard in found:
         with stored.opened(shard.path) as file:
             schema = file.schema_arrow
-            first, expected = firsts.setdefault(shard.folder, (shard, schema))
+            first, expected = of_folder.setdefault(shard.folder, (shard, schema))
             if not schema.equals(expected):
                 advice = "run the job again into an empty folder"
                 raise ValueError(f"{shard.path}: other columns than {first.path}; {advice}")
-            held = stored.metadata_of(schema).get("shard", str(shard.number))  # tables of nopad 0.1 do not say
-            if held != str(shard.number):
-                raise ValueError(f"{shard.path}: a copy of shard {held}; move it away and run the job again")
-            rows += file.metadata.num_rows
+            _check_job(shard, schema, *of_job.setdefault((shard.folder, shard.fingerprint), (shard, schema)))
+            ok = int(stored.ok_rows(shard.path, file.read(["status"])).sum())
+            width = stored.embedding_width(schema)
+            if ok * width > _MAX_RATIO * shard.path.stat().st_size:
+                raise stored.damaged(shard.path, f"{ok} rows of {width} values, more than it can hold")
+            rows += ok
             schemas.append(schema)
-    said = {folder: stored.metadata_of(schema) for folder, (_, schema) in firsts.items()}
+    said = {folder: stored.metadata_of(schema) for folder, (_, schema) in of_folder.items()}
     _check_same_space(said)
     first, *others = said.values()
     shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     for key in ("shard", "table", "update"):
         shared.pop(key, None)
     return _Survey(schemas, rows, shared)
+
+
+def _check_job(shard: Shard, schema: pa.Schema, first: Shard, of_first: pa.Schema) -> None:
+    """Refuse a shard that says of itself what the first of its job does not."""
+    number = str(shard.number)
+    expected = {**stored.metadata_of(of_first), "shard": number}
+    found = {"shard": number, **stored.metadata_of(schema)}  # nopad 0.1 did not write it
+    if found["shard"] != number:
+        raise ValueError(f"{shard.path}: a copy of shard {found['shard']}; move it away and run the job again")
+    if others := [key for key in {**expected, **found} if expected.get(key) != found.get(key)]:
+        told = f"{others[0]} {found.get(others[0], 'none')}, {expected.get(others[0], 'none')} in {first.path}"
+        raise ValueError(f"{shard.path}: of another job: {told}; move it away and run the job again")
 
 
 def _check_same_space(said: Mapping[Path, Mapping[str, str]]) -> None:
@@ -152,23 +170,22 @@ def _read(found: Sequence[Shard], survey: _Survey) -> Features:
     sources: list[str] = []
     failures: list[Failure] = []
     starts, rows, grids, sizes, kept = [], [], [], [], []
-    for shard, table, groups in _tables(found):
+    for shard, schema in zip(found, survey.schemas, strict=True):
+        with stored.opened(shard.path) as file:
+            groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            table = file.read([name for name in schema.names if name != shards.TOKENS])
+            ok = stored.ok_rows(shard.path, table)
+            filled = len(ids)
+            for block in stored.embedding_blocks(table["embedding"], width):
+                embeddings[filled : filled + len(block)] = block
+                filled += len(block)
+            small = table.drop_columns(["embedding"])
+            good = small.filter(pa.array(ok))
+            bad = small.filter(pc.call_function("equal", [table["status"], "failed"]))
+            ids += good["id"].to_pylist()
+            sources += good["source"].to_pylist()
+            failures += [Failure(row["id"], row["source"], row["error"] or "") for row in bad.to_pylist()]
         starts.append(np.cumsum([0, *groups])[:-1])
-        statuses = table["status"].to_pylist()
-        ok = np.array([status == "ok" for status in statuses], dtype=bool)
-        failed = np.array([status == "failed" for status in statuses], dtype=bool)
-        filled = len(ids)
-        for block in stored.embedding_blocks(table["embedding"], width):
-            embeddings[filled : filled + len(block)] = block
-            filled += len(block)
-        small = table.drop_columns(["embedding"])
-        good, bad = small.filter(pa.array(ok)), small.filter(pa.array(failed))
-        ids += good["id"].to_pylist()
-        sources += good["source"].to_pylist()
-        if filled != len(ids):
-            advice = "delete it, run the job again"
-            raise ValueError(f"{shard.path}: damaged ({len(good)} ok rows, other embeddings); {advice}")
-        failures += [Failure(row["id"], row["source"], row["error"] or "") for row in bad.to_pylist()]
         rows.append(np.flatnonzero(ok))
         grids.append(np.stack([good[name].to_numpy() for name in ("grid_t", "grid_h", "grid_w")], axis=1))
         sizes.append(np.stack([good[name].to_numpy() for name in ("height", "width")], axis=1))
@@ -193,14 +210,6 @@ def _read(found: Sequence[Shard], survey: _Survey) -> Features:
         columns=pa.concat_tables([table.replace_schema_metadata() for table in kept], promote_options="default"),
         places=places,
     )
-
-
-def _tables(found: Sequence[Shard]) -> Iterator[tuple[Shard, pa.Table, list[int]]]:
-    """Each shard with its columns but the tokens, and the number of rows of its row groups."""
-    for shard in found:
-        with stored.opened(shard.path) as file:
-            groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            yield shard, file.read([name for name in file.schema_arrow.names if name != "tokens"]), groups
 
 
 def _numbered(rows: Sequence[np.ndarray]) -> np.ndarray:

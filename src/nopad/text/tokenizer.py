@@ -41,7 +41,7 @@ def load_tokenizer(name: str, opened: Mapping[str, Any]) -> Any:
     ) as error:  # as transformers fails without files
         raise ValueError(f"checkpoint {name!r}: no tokenizer can be read beside its weights: {error}") from error
     # Without a file some classes of transformers make a tokenizer that has no words.
-    if len(tokenizer) <= len(tokenizer.all_special_tokens) or tokenizer.pad_token_id is None:
+    if tokenizer.vocab_size <= len(tokenizer.all_special_tokens) or tokenizer.pad_token_id is None:
         raise ValueError(f"checkpoint {name!r}: no tokenizer can be read beside its weights: tokenizer.json is missing")
     return tokenizer
 

@@ -111,9 +111,9 @@ def _load(encoder: PackedEncoder) -> TextTower:
     tower = TextTower(whole_config(encoder, checkpoint), rules, load_tokenizer(source, encoder.opened_with))
     needed = tower.state_dict()
     check_strictly(texts, needed, dialect)
-    if len(tower.tokenizer) > (size := tower.text_model.config.vocab_size):
+    if (words := tower.tokenizer.vocab_size) > (size := tower.text_model.config.vocab_size):
         raise ValueError(
-            f"checkpoint {source!r}: its tokenizer has {len(tower.tokenizer)} words, its text tower {size}; they do "
+            f"checkpoint {source!r}: its tokenizer has {words} words, its text tower {size}; they do "
             f"not belong together"
         )
     return _filled(tower, {name: texts.tensors[name].read() for name in needed}, encoder.dtype)
