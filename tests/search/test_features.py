@@ -223,5 +223,5 @@ def test_a_table_whose_model_has_no_text_tower(features):
 
 
 def test_a_table_of_another_model_than_the_words(features, described):
-    with pytest.raises(ValueError, match="the table was made by .*: expected family aimv2, got siglip2"):
+    with pytest.raises(ValueError, match=r"the table was made by .*: expected family aimv2, got siglip2"):
         features.search("a dog", encoder=described[0].encoder)
