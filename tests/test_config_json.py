@@ -33,7 +33,7 @@ def test_fields_that_nothing_reads_are_told_once(tmp_path, family, caplog):
     nopad.load(folder)
     nopad.load(folder)
     (told,) = caplog.messages
-    assert told == f"checkpoint {str(folder)!r}: config.json says surprise=0.5, which nothing here reads"
+    assert told == f"checkpoint {str(folder)!r}: fields of config.json that are not read: surprise=0.5"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

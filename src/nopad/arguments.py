@@ -1,4 +1,4 @@
-"""The arguments of a forward: everything about them that can be wrong is found here."""
+"""Checks of the arguments of a forward."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def read_arguments(
         hidden_states, grid_thw, patch_positions = pack.hidden_states, pack.grid_thw, pack.patch_positions
     if grid_thw is None:
         raise ValueError("grid_thw: expected (N, 3) integers beside hidden_states, got None")
-    given = {"hidden_states": hidden_states, "grid_thw": grid_thw, "patch_positions": patch_positions}
-    for name, tensor in given.items():
+    tensors = {"hidden_states": hidden_states, "grid_thw": grid_thw, "patch_positions": patch_positions}
+    for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and (name, tensor) != ("patch_positions", None):
             raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if encoder.device.type != "meta" and hidden_states.device != encoder.device:
@@ -62,9 +62,9 @@ def _check_pack(encoder: PackedEncoder, pack: Pack) -> None:
         )
     if pack.mean is None:
         return
-    own = encoder.preprocessing
-    if (pack.mean, pack.std) != (own.mean, own.std):
+    expected = encoder.preprocessing
+    if (pack.mean, pack.std) != (expected.mean, expected.std):
         raise ValueError(
-            f"pack: normalised with mean {pack.mean} and std {pack.std}, but this encoder takes {own.mean} and "
-            f"{own.std}; make it with this encoder's pack()"
+            f"pack: normalised with mean {pack.mean} and std {pack.std}, but this encoder takes {expected.mean} and "
+            f"{expected.std}; make it with this encoder's pack()"
         )

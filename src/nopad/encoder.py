@@ -1,4 +1,4 @@
-"""The contract of an encoder: what a family brings, and what all encoders do with it."""
+"""`PackedEncoder`: the base class of all families."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
         self.post_init()
         lay_out(self)
 
-    # What a family brings.
+    # Defined by a family.
 
     def build(self) -> None:
         """Make the modules that `self.config` describes."""
@@ -209,7 +209,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
         return layout.images if self.frames_attend_jointly else layout.frames
 
     def _runner_for(self, layout: Layout) -> Runner:
-        """What runs this pack; nothing else decides whether it is filled up."""
+        """The runner of this pack, which alone determines whether it is padded."""
         if torch.compiler.is_exporting():
             return EagerRunner()
         segments = len(self.segments_of(layout))
@@ -228,7 +228,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
 
     @property
     def compiled_capacity(self) -> int | None:
-        """Tokens that every pack is filled up to, `None` unless compiled."""
+        """Tokens that every pack is padded to, `None` unless compiled."""
         return self._runner.capacity
 
     @property
@@ -349,7 +349,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
 
         Raises:
             ValueError: the layers are in another format, see `precision`; `whole` without a text tower.
-            TypeError: an argument that nothing knows.
+            TypeError: an unknown argument.
         """
         check_saving(self.precision)
         arguments = read_saving(save_directory, *args, **kwargs)

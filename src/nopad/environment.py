@@ -33,7 +33,7 @@ def device_name(device: torch.device | str) -> str:
 
 
 @contextmanager
-def cpu_threads(number: int | None) -> Iterator[None]:
+def cpu_threads(num_threads: int | None) -> Iterator[None]:
     """Let torch compute with so many threads on a CPU, `None` for as many as it does; afterwards as before.
 
     BLAS adds in another order with another number of threads, so that sums may differ in their last bits.
@@ -42,8 +42,8 @@ def cpu_threads(number: int | None) -> Iterator[None]:
 
     before = torch.get_num_threads()
     try:
-        if number is not None:
-            torch.set_num_threads(number)
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
         yield
     finally:
         torch.set_num_threads(before)

@@ -45,9 +45,9 @@ def load(
         positions: on another grid than the trained one, `"resample"` learned positions or `"strict"`ly refuse.
         precision: `"fp8"` makes the layers' linear maps float8 products, weights scaled by row once and their input by
             row as it comes, but for those behind the attention and values of the first half of the layers; for
-            inference alone. What it does to the features `nopad align --precision fp8` tells.
-        size, min_patches, max_patches, multiple_of: of images, as `PackedEncoder.pack` takes them; what `pack` and
-            `embed` of this encoder do unless told otherwise.
+            inference alone. `nopad align --precision fp8` measures its effect on the features.
+        size, min_patches, max_patches, multiple_of: of images, as `PackedEncoder.pack` takes them; the defaults of
+            its `pack` and `embed`.
 
     Returns:
         The encoder, in evaluation mode.

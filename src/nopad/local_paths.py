@@ -1,4 +1,4 @@
-"""Paths that callers and list files give: of this machine's file systems, and no addresses of something else."""
+"""A check that paths are of this machine's file systems, not addresses."""
 
 from __future__ import annotations
 

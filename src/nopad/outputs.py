@@ -19,7 +19,7 @@ class PackedOutput(ModelOutput):
         tokens: `(T, D)` patch tokens after the final norm, in the order of the patches.
         pooled: `(N, D)` one vector per image or clip.
         image_embeds: `(N, E)` `pooled` in the image-text space, `None` where the checkpoint has no projection.
-        prefix_tokens: `(S, number, D)` CLS and register tokens after the final norm, `None` where there are none.
+        prefix_tokens: `(S, num_prefix_tokens, D)` CLS and register tokens after the final norm, `None` without them.
         hidden_states: on request the `(T, D)` tokens before the first layer and after each, without the final norm.
     """
 
@@ -36,7 +36,7 @@ class Trunk:
 
     Attributes:
         tokens: `(T, D)` normed patch tokens.
-        prefix_tokens: `(S, number, D)` normed prefix tokens, `None` where there are none.
+        prefix_tokens: `(S, num_prefix_tokens, D)` normed prefix tokens, `None` without them.
     """
 
     tokens: Tensor

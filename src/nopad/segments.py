@@ -56,9 +56,9 @@ class Segments:
         """Number of segments."""
         return len(self.lengths)
 
-    def lengthened(self, number: int) -> Segments:
+    def lengthened(self, num_added: int) -> Segments:
         """Each segment with so many more tokens."""
-        return Segments.of([length + number for length in self.lengths], self.cu_seqlens.device)
+        return Segments.of([length + num_added for length in self.lengths], self.cu_seqlens.device)
 
     def of_one_token(self) -> Segments:
         """As many segments of one token each."""
@@ -111,10 +111,10 @@ class TracedSegments:
         self.num_segments = cu_seqlens.shape[0] - 1
         self.num_tokens = self.max_seqlen = num_tokens
 
-    def lengthened(self, number: int) -> TracedSegments:
+    def lengthened(self, num_added: int) -> TracedSegments:
         """Each segment with so many more tokens."""
-        more = number * torch.arange(self.num_segments + 1, dtype=torch.int32, device=self.cu_seqlens.device)
-        return TracedSegments(self.cu_seqlens + more, self.num_tokens + number * self.num_segments)
+        more = num_added * torch.arange(self.num_segments + 1, dtype=torch.int32, device=self.cu_seqlens.device)
+        return TracedSegments(self.cu_seqlens + more, self.num_tokens + num_added * self.num_segments)
 
     def of_one_token(self) -> TracedSegments:
         """As many segments of one token each."""

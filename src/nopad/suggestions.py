@@ -1,4 +1,4 @@
-"""What somebody may have meant by a name that nothing knows."""
+"""Suggestions for misspelt names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'a' or 'b'?"`, for the end of a message; empty where nothing is like it."""
+    """`"; did you mean 'a' or 'b'?"`, for the end of a message; empty without a similar name."""
     lower = {each.lower(): each for each in known}
     close = [lower[match] for match in get_close_matches(name.lower()[:200], lower, n=3, cutoff=0.7)]
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -154,7 +154,7 @@ TABLE: dict[bytes, tuple[bytes, np.ndarray | str]] = {
 MADE = {
     "dangling.png": "cannot be read: No such file or directory",
     "loop.png": "cannot be read: Too many levels of symbolic links",
-    "pipe.png": "cannot be read: expected a regular file, found a named pipe",
+    "pipe.png": "cannot be read: expected a regular file, got a named pipe",
     "locked": "folder cannot be listed: Permission denied",
 }
 TAR = {"../evil.png": RGB, "/absolute.png": RGB, "a/../../b.png": RGB, "plain.png": "empty: 0 bytes"}

@@ -103,7 +103,7 @@ def test_an_owner_file_that_tells_nothing(tmp_path, owner):
     with FolderLock(tmp_path):
         path = tmp_path / ".nopad" / "owner.json"
         path.unlink() if owner is None else path.write_bytes(owner)
-        with pytest.raises(LockedError, match=r"a process that .*owner\.json does not tell"):
+        with pytest.raises(LockedError, match=r"a process that is not in .*owner\.json"):
             FolderLock(tmp_path).acquire()
 
 

@@ -475,10 +475,10 @@ def make_socket(path: Path) -> None:
         (make_nothing, "No such file or directory"),
         (lambda path: path.symlink_to("nowhere"), "No such file or directory"),
         (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
-        (Path.mkdir, "expected a regular file, found a folder"),
-        (os.mkfifo, "expected a regular file, found a named pipe"),
-        (make_socket, "expected a regular file, found a socket"),
-        (lambda path: path.symlink_to("/dev/zero"), "expected a regular file, found a device"),
+        (Path.mkdir, "expected a regular file, got a folder"),
+        (os.mkfifo, "expected a regular file, got a named pipe"),
+        (make_socket, "expected a regular file, got a socket"),
+        (lambda path: path.symlink_to("/dev/zero"), "expected a regular file, got a device"),
     ],
 )
 @pytest.mark.parametrize("kind", ["image", "video", "tar", "parquet"])

@@ -129,7 +129,7 @@ def test_bare_file_of_unknown_sizes_says_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match=r"64 wide.*width is 32; add a config\.json with num_attention_heads"):
         nopad.load(path)
     write(tmp_path, {**state, "embeddings.position_embeddings": torch.zeros(1, 25, 32)}, None)
-    with pytest.raises(ValueError, match=r"square number of learned positions .* got 24 \+ 1"):
+    with pytest.raises(ValueError, match="expected a square number of learned positions, got 24"):
         nopad.load(path)
     write(tmp_path, {**state, "encoder.layer.0.mlp.fc1.weight": torch.zeros(40, 32)}, None)
     with pytest.raises(ValueError, match="whole number of times the width 32, got 40"):

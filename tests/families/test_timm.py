@@ -114,7 +114,7 @@ def test_heads_are_those_of_the_architecture_unless_changed(copy, goldens):
     ("case", "changes", "expected"),
     [
         ("timm-aimv2", {"class_token": True}, "class_token: expected False, got True"),
-        ("timm-aimv2", {"norm_layer": "layernorm"}, "nothing here reads norm_layer"),
+        ("timm-aimv2", {"norm_layer": "layernorm"}, "not implemented: norm_layer"),
         ("timm-aimv2", {"act_layer": "mish"}, "act_layer: expected one of gelu, gelu_tanh, silu, relu, got 'mish'"),
         ("timm-aimv2", {"num_heads": 3}, "num_attention_heads: expected a divisor of hidden_size 32, got 3"),
         ("timm-aimv2", {"num_heads": "4"}, "num_attention_heads"),
@@ -122,7 +122,7 @@ def test_heads_are_those_of_the_architecture_unless_changed(copy, goldens):
         ("timm-dinov3", {"rope_grid_offset": 0.5}, "rope_grid_offset: expected 0.0, got 0.5"),
         ("timm-dinov3", {"qk_norm": True}, "qk_norm: expected False, got True"),
         ("timm-siglip", {"fc_norm": True}, "fc_norm: expected False, got True"),
-        ("timm-siglip", {"mistyped": 1}, "nothing here reads mistyped"),
+        ("timm-siglip", {"mistyped": 1}, "not implemented: mistyped"),
         ("timm-naflexvit", {"pos_embed_interp_mode": "bicubic"}, "pos_embed_interp_mode: expected 'bilinear', got"),
         ("timm-naflexvit", {"pos_embed_ar_preserving": True}, "pos_embed_ar_preserving: expected False, got True"),
         ("timm-naflexvit", {"rope_type": "axial"}, "rope_type: expected '', got 'axial'"),

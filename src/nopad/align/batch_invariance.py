@@ -165,8 +165,8 @@ def _other_images(
 
     prefix = encoder.num_prefix_tokens
     rows_left = prefix + draw(capacity - _rows(encoder, grid) - prefix)
-    number, images = draw(capacity // TOKENS_PER_IMAGE - grid[0]), []
-    while len(images) < number and rows_left > prefix:
+    num_images, images = draw(capacity // TOKENS_PER_IMAGE - grid[0]), []
+    while len(images) < num_images and rows_left > prefix:
         rows = draw(min(24, rows_left - prefix))
         columns = draw(min(24, (rows_left - prefix) // rows))
         images.append((1, rows, columns))
@@ -175,8 +175,8 @@ def _other_images(
 
 
 def _patches(encoder: PackedEncoder, grids: Sequence[tuple[int, int, int]], generator: torch.Generator) -> Tensor:
-    number = sum(t * h * w for t, h, w in grids)
-    return torch.randn(number, encoder.patch_dim, dtype=torch.float32, generator=generator).to(
+    num_patches = sum(t * h * w for t, h, w in grids)
+    return torch.randn(num_patches, encoder.patch_dim, dtype=torch.float32, generator=generator).to(
         encoder.device, encoder.dtype
     )
 

@@ -148,10 +148,10 @@ def _compile(packed: PackedEncoder, cases: list[list[Tensor]]) -> None:
     rows, segments = 1, 1
     for pixels in cases:
         frames = [len(image) if image.ndim == 4 else 1 for image in pixels]
-        number = len(pixels) if packed.frames_attend_jointly else sum(frames)
+        num_segments = len(pixels) if packed.frames_attend_jointly else sum(frames)
         area = packed.patch_size**2
         patches = sum(f * image.shape[-2] * image.shape[-1] for f, image in zip(frames, pixels, strict=True)) // area
-        rows, segments = max(rows, patches + number * packed.num_prefix_tokens), max(segments, number)
+        rows, segments = max(rows, patches + num_segments * packed.num_prefix_tokens), max(segments, num_segments)
     packed.compile(1 << (rows - 1).bit_length(), segments)
 
 

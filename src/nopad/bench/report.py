@@ -10,9 +10,9 @@ MIN_COSINE = 0.99
 """A candidate's features are right where every cosine to the packed encoder's on that image alone is above this."""
 
 
-def counted(number: int, noun: str) -> str:
+def counted(count: int, noun: str) -> str:
     """`"1 run"`, `"2 runs"`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 @dataclass(frozen=True)

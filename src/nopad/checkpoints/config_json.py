@@ -63,4 +63,4 @@ def read_fields(
 
 @lru_cache
 def _log_unread(name: str, fields: str) -> None:
-    logger.warning("checkpoint %r: config.json says %s, which nothing here reads", name, fields)
+    logger.warning("checkpoint %r: fields of config.json that are not read: %s", name, fields)

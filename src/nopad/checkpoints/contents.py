@@ -1,4 +1,4 @@
-"""What lies in one file of a checkpoint: tensors or JSON, and nothing that costs more than the file holds."""
+"""Reads one file of a checkpoint, tensors or JSON; its headers cannot make reading cost more than its size warrants."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from nopad.checkpoints.formats import StoredTensor
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
 SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 MAX_HEADER_BYTES = 16 << 20
-"""Of JSON, of the header of a safetensors file, and of the pickle in a `.pth` file: the parts that are parsed whole.
-An index of 100,000 tensors has about 10 MB."""
+"""Limit on the parts of a file that are parsed whole: JSON, the header of a safetensors file, the pickle in a `.pth`
+file. An index of 100,000 tensors has about 10 MB."""
 MAX_JSON_DEPTH = 50
 
-# All that a pickled dict of tensors calls or refers to.
+# Globals that a pickled dict of tensors refers to.
 _TENSOR_GLOBALS = {
     "collections OrderedDict",
     *(f"torch._utils _rebuild_{what}" for what in ("tensor", "tensor_v2", "parameter")),
@@ -39,7 +39,7 @@ _LEGACY_PICKLES = 5  # magic number, protocol, system, the tensors, and the keys
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is there but no file, before it is opened: a FIFO would wait, a device never end.
+    """Check that a path is a regular file before it is opened: reading a FIFO would block, a device never end.
 
     A symbolic link counts as what it leads to, as in the Hub's cache, whose files are links.
 
@@ -49,19 +49,19 @@ def check_regular(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        found = "a link that leads nowhere"
+        kind = "a link that leads nowhere"
     except OSError as error:  # links in a circle, no permission
-        found = str(error)
+        kind = str(error)
     else:
         if stat.S_ISREG(mode):
             return
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
-        found = kinds.get(stat.S_IFMT(mode), "a device")
-    raise ValueError(f"checkpoint file {str(path)!r}: expected a file, got {found}")
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+    raise ValueError(f"checkpoint file {str(path)!r}: expected a file, got {kind}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's JSON object.
+    """Read a JSON object from a file.
 
     Raises:
         ValueError: no file, too large, no JSON or no object, nested too deeply, or a key twice with different values.
@@ -99,7 +99,7 @@ def _check_depth(content: Any) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a weights file, by their stored names.
+    """Read the header of a weights file: its tensors, by their stored names.
 
     Raises:
         ValueError: no file, of another kind, damaged, or with values that the file does not hold.
@@ -182,15 +182,15 @@ def _read_pickle(path: Path) -> dict[str, StoredTensor]:
     if not all(isinstance(name, str) for name in content):
         raise ValueError(f"expected strings as names, got {[n for n in content if not isinstance(n, str)][:10]!r:.200}")
     values, size = sum(value.numel() * value.element_size() for value in content.values()), path.stat().st_size
-    if values > 2 * size:  # a tensor may have another's values, and repeat its own
+    if values > 2 * size:  # tensors may share values, or repeat them by a stride of 0
         raise ValueError(f"expected at most twice the file's {size} bytes as values, got {values}")
     return {name: StoredTensor(tuple(value.shape), value.dtype, lambda v=value: v) for name, value in content.items()}
 
 
 def _globals(path: Path, zipped: bool) -> Iterator[str]:
-    """What the pickle of a file refers to, without unpickling it.
+    """Globals that the pickle of a file refers to, found without unpickling it.
 
-    torch's unpickler refuses most of what is harmful, but calls `bytearray` with any size, for one.
+    torch's unpickler refuses most harmful globals, but for example calls `bytearray` with any size.
     """
     if not zipped:
         with path.open("rb") as file:

@@ -42,9 +42,9 @@ def _stack_rows(values: Sequence[Tensor | None]) -> Tensor:
     return torch.cat([torch.zeros_like(like) if value is None else value for value in values])
 
 
-def split_rows(number: int) -> Reshape:
+def split_rows(num_parts: int) -> Reshape:
     """Equally many rows for each of several parameters, zeros where the model does not have one."""
-    return Reshape(lambda tensor: tensor.chunk(number), _stack_rows)
+    return Reshape(lambda tensor: tensor.chunk(num_parts), _stack_rows)
 
 
 SAME = Reshape(lambda tensor: (tensor,), _only)
@@ -74,15 +74,15 @@ class Rename:
 
     def to_model(self, name: str) -> list[str] | None:
         """The parameters that a tensor of the file becomes; `None` where the line is not about it."""
-        found = self._file_pattern.fullmatch(name)
-        return None if found is None else [_fill(template, found.groups()) for template in self.model]
+        match = self._file_pattern.fullmatch(name)
+        return None if match is None else [_fill(template, match.groups()) for template in self.model]
 
     def to_file(self, name: str) -> str | None:
         """The tensor of the file that a parameter comes from; `None` where the line is not about it."""
         for pattern in self._model_patterns:
-            found = pattern.fullmatch(name)
-            if found is not None:
-                return _fill(self.file, found.groups())
+            match = pattern.fullmatch(name)
+            if match is not None:
+                return _fill(self.file, match.groups())
         return None
 
     @cached_property
@@ -152,15 +152,15 @@ class NameTable:
 
     def parts(self, names: Iterable[str]) -> dict[str, Part]:
         """For each parameter that the tensors `names` of a file give, where its values are."""
-        found, left = {}, dict.fromkeys(names)
+        parts, left = {}, dict.fromkeys(names)
         for join in self.joins:
             if left.keys() >= set(join.files):
-                found[join.model] = Part(join.files, Rename(join.model, join.model), 0)
+                parts[join.model] = Part(join.files, Rename(join.model, join.model), 0)
                 left = {name: None for name in left if name not in join.files}
         for name in left:
             rename, targets = self._line_of(name)
-            found |= {target: Part((name,), rename, index) for index, target in enumerate(targets)}
-        return found
+            parts |= {target: Part((name,), rename, index) for index, target in enumerate(targets)}
+        return parts
 
     def _line_of(self, name: str) -> tuple[Rename, list[str]]:
         for rename in self.renames:

@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are, in a folder or on the Hub, and what lies in them."""
+"""`open_checkpoint`: finds the files of a checkpoint, in a folder or on the Hub, and reads their headers."""
 
 from __future__ import annotations
 
@@ -80,15 +80,15 @@ def _open(
         return _with_json(Checkpoint(name, read_tensors(path)), partial(_in_folder, path.parent))
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.suffix in SUFFIXES:
         raise OSError(f"checkpoint {name!r}: neither a file nor a folder, and no name on the Hub (owner/model)")
-    unasked = _why_unasked(name, **hub)
-    if unasked is not None:
+    offline_reason = _why_offline(name, **hub)
+    if offline_reason is not None:
         hub["local_files_only"] = True
     find = partial(_on_hub, name, revision=revision, subfolder=subfolder or "", **hub)
-    return _with_json(Checkpoint(name, _weights(name, None, find, unasked, **choice), choice=choice), find)
+    return _with_json(Checkpoint(name, _weights(name, None, find, offline_reason, **choice), choice=choice), find)
 
 
 def _with_json(checkpoint: Checkpoint, find: Callable[[str], Path | None]) -> Checkpoint:
-    """What stands beside the weights; of two files about pixels the one counts that transformers takes."""
+    """Add the JSON files beside the weights; of two preprocessor configs, the one that transformers reads."""
     preprocessor = _json(find("processor_config.json"), "image_processor").get("image_processor")
     if preprocessor is None:
         preprocessor = _json(find("preprocessor_config.json")) or None
@@ -121,7 +121,7 @@ def _projection(path: Path | None, checkpoint: Checkpoint) -> dict[str, StoredTe
 
 
 def _json(path: Path | None, *objects: str) -> dict[str, Any]:
-    """What a file says, nothing where there is none; each of `objects` is an object, or is left out."""
+    """The JSON object in a file, `{}` without one; the fields `objects` are objects or absent."""
     content = {} if path is None else read_json(path)
     content = {key: value for key, value in content.items() if value is not None or key not in objects}
     for key in objects:
@@ -139,17 +139,17 @@ def _in_folder(folder: Path, filename: str) -> Path | None:
 
 
 def _on_hub(name: str, filename: str, **hub: Any) -> Path | None:
-    found = cached_file(name, filename, _raise_exceptions_for_missing_entries=False, **hub)
-    return None if found is None else Path(found)
+    path = cached_file(name, filename, _raise_exceptions_for_missing_entries=False, **hub)
+    return None if path is None else Path(path)
 
 
-def _why_unasked(name: str, *, local_files_only: bool = False, **hub: Any) -> str | None:
-    """Why the Hub is not to be asked for files, `None` where it answers, whatever that is.
+def _why_offline(name: str, *, local_files_only: bool = False, **hub: Any) -> str | None:
+    """Why only the Hub's cache is read, `None` where the Hub can be reached.
 
-    Where it cannot be reached huggingface_hub would ask again and again for each file, half a minute long.
+    Otherwise huggingface_hub would retry every file for half a minute.
     """
     if local_files_only or constants.HF_HUB_OFFLINE:
-        return "as local_files_only or HF_HUB_OFFLINE says"
+        return "as local_files_only or HF_HUB_OFFLINE requires"
     try:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # of a client that is another one in each version of huggingface_hub
@@ -163,7 +163,7 @@ def _weights(
     name: str,
     folder: Path | None,
     find: Callable[[str], Path | None],
-    unasked: str | None,
+    offline_reason: str | None,
     *,
     variant: str | None,
     use_safetensors: bool | None,
@@ -189,7 +189,7 @@ def _weights(
             "" if variant is not None else f", or one {' or '.join(f'*{Path(kind[0]).suffix}' for kind in kinds)} file"
         )
         raise ValueError(f"checkpoint {name!r}: no weights there; expected one of {names}{others}")
-    where = "on the Hub" if unasked is None else f"in the Hub's cache, without the Hub, {unasked}"
+    where = "on the Hub" if offline_reason is None else f"in the Hub's cache, without the Hub, {offline_reason}"
     raise OSError(
         f"checkpoint {name!r}: neither a file nor a folder, and no weights of that name {where}; expected one of "
         f"{names}. 'untrained:{name}' gives a published architecture with random weights"
@@ -215,7 +215,7 @@ def _indexed(index: Path, suffix: str, find: Callable[[str], Path | None]) -> di
     """The tensors of the files that an index names, each in the file that `weight_map` gives for it and in no other.
 
     Raises:
-        ValueError: no map of tensors to files beside the index, or files that hold something else than it says.
+        ValueError: no map of tensors to files beside the index, or files with other tensors than it lists.
     """
     weight_map = read_json(index).get("weight_map")
     if not weight_map or not isinstance(weight_map, dict) or {type(file) for file in weight_map.values()} != {str}:
@@ -224,18 +224,20 @@ def _indexed(index: Path, suffix: str, find: Callable[[str], Path | None]) -> di
     elsewhere = [file for file in shards if Path(file).suffix != suffix or set(file) & set("/\\\0")]
     if elsewhere:
         raise ValueError(f"{index}: expected names of {suffix} files beside it, got {elsewhere[:10]!r:.200}")
-    found = {file: find(file) for file in shards}
-    missing = [file for file, path in found.items() if path is None]
+    paths = {file: find(file) for file in shards}
+    missing = [file for file, path in paths.items() if path is None]
     if missing:
         raise ValueError(f"{index} names {len(missing)} files that are missing: {missing[:10]}")
     tensors: dict[str, StoredTensor] = {}
-    for file, path in found.items():
+    for file, path in paths.items():
         assert path is not None
-        held, named = read_tensors(path), {name for name, shard in weight_map.items() if shard == file}
-        if named - held.keys():
-            raise ValueError(f"{index}: {file} lacks {len(named - held.keys())}: {sorted(named - held.keys())[:10]}")
-        if held.keys() - named:
-            others = {name: weight_map.get(name) for name in sorted(held.keys() - named)[:10]}
+        stored, indexed = read_tensors(path), {name for name, shard in weight_map.items() if shard == file}
+        if indexed - stored.keys():
+            raise ValueError(
+                f"{index}: {file} lacks {len(indexed - stored.keys())}: {sorted(indexed - stored.keys())[:10]}"
+            )
+        if stored.keys() - indexed:
+            others = {name: weight_map.get(name) for name in sorted(stored.keys() - indexed)[:10]}
             raise ValueError(f"{index}: {file} holds tensors that the index has in another file or in none: {others}")
-        tensors |= held
+        tensors |= stored
     return tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -65,6 +66,18 @@ def joined(tensors: Sequence[StoredTensor]) -> StoredTensor:
     return StoredTensor((rows, *first.shape[1:]), dtype, lambda: torch.cat([tensor.read() for tensor in tensors]))
 
 
+def grid_side(num_positions: int, label: str) -> int:
+    """Side of the square grid of learned positions, one per patch.
+
+    Raises:
+        ValueError: their number is not a square.
+    """
+    side = math.isqrt(max(num_positions, 0))
+    if side**2 != num_positions:
+        raise ValueError(f"{label}: expected a square number of learned positions, got {num_positions}")
+    return side
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What lies in a checkpoint, before anything of it is loaded.
@@ -75,7 +88,7 @@ class Checkpoint:
         config: `config.json`, `{}` where there is none.
         preprocessor: `image_processor` of `processor_config.json` or `preprocessor_config.json`, `None` where there is
             neither.
-        left_out: tensors that the dialect drops; some of them still tell about the architecture.
+        left_out: tensors that the dialect drops; the architecture may depend on some of them.
         table: leads from the names of the file to those of `tensors`.
         folder: where `config.json` was found, on this machine; `None` where there is none.
         choice: `variant` and `use_safetensors`, where the files were chosen by them.
@@ -94,17 +107,17 @@ class Checkpoint:
 
     @property
     def quantization_config(self) -> dict[str, Any] | None:
-        """What `config.json` says of quantised weights, `None` where they are not."""
+        """`quantization_config` of `config.json`, `None` without it."""
         return self.config.get("quantization_config")
 
     @property
     def vision_config(self) -> dict[str, Any]:
-        """What `config.json` says of the vision encoder, in a part of its own where there are others."""
+        """`vision_config` of `config.json`, or all of it where it has no such part."""
         return dict(self.config.get("vision_config", self.config))
 
     @property
     def config_dtype(self) -> str | None:
-        """What `config.json` says of the dtype, `None` where it does not."""
+        """The dtype in `config.json`, `None` without it."""
         for config in (self.config, self.vision_config):
             for name in ("dtype", "torch_dtype"):
                 if config.get(name) not in (None, "auto"):
@@ -113,26 +126,26 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype | str:
-        """As transformers' `"auto"`: what `config.json` says, else the dtype that holds all weights."""
+        """As transformers' `"auto"`: the dtype in `config.json`, else the one that holds all weights."""
         if self.config_dtype is not None:
             return self.config_dtype
         return reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors.values()))
 
-    def check_model_type(self, *own: str) -> None:
+    def check_model_type(self, *expected: str) -> None:
         """Refuse the config of another architecture: some name their tensors as the one that they derive from does.
 
         Raises:
-            ValueError: a `model_type` that transformers knows, and not one of `own`.
+            ValueError: a `model_type` that transformers implements and that is not one of `expected`.
         """
         model_type = self.vision_config.get("model_type", self.config.get("model_type"))
-        if model_type in CONFIG_MAPPING and model_type not in own:
+        if model_type in CONFIG_MAPPING and model_type not in expected:
             raise ValueError(
-                f"checkpoint {self.name!r}: expected model_type {' or '.join(own)} in its config.json, got "
+                f"checkpoint {self.name!r}: expected model_type {' or '.join(expected)} in its config.json, got "
                 f"{model_type!r}, another architecture whose tensors have the same names"
             )
 
     def side(self, name: str, value: Any) -> Any:
-        """The one side of a square of which a config may tell both.
+        """Side of a square given as one number or two equal ones.
 
         Raises:
             ValueError: they differ.
@@ -164,6 +177,19 @@ class Checkpoint:
             raise ValueError(f"checkpoint {self.name!r}: {stored!r} is misshapen: expected {ndim} sides, got {shape}")
         return shape
 
+    def num_heads(self, hidden_size: int, head_dim: int) -> int:
+        """Number of attention heads by the head size that all published models of a family have.
+
+        Raises:
+            ValueError: heads of this size do not fill the width.
+        """
+        if hidden_size % head_dim:
+            raise ValueError(
+                f"checkpoint {self.name!r}: without config.json heads are {head_dim} wide as in the published models, "
+                f"but its width is {hidden_size}; add a config.json with num_attention_heads"
+            )
+        return hidden_size // head_dim
+
     def count(self, prefix: str) -> int:
         """How many numbered modules stand under `prefix`, 0 where there is none.
 
@@ -193,7 +219,7 @@ class Dialect:
         is_original: whether the original class reads these names as they are.
         requires: further patterns, each of which some name must match, where no one name tells dialects apart.
         excludes: patterns that no name may match, where a dialect's names are all found in another's.
-        prepare: what makes of the selected tensors those that the table is about.
+        prepare: hook applied to the selected tensors before `table`.
         text_table: leads from the dropped tensors to the text half of the original class of both towers
             (`text_model.…`, `text_projection.weight`, `logit_scale`); `None` where that half is not read.
     """
@@ -210,10 +236,10 @@ class Dialect:
     text_table: NameTable | None = None
 
     def matches(self, names: Iterable[str]) -> bool:
-        """Whether tensor names speak this dialect."""
+        """Whether these are tensor names of this dialect."""
         stripped = [self.strip(name) for name in names]
-        found = [any(re.search(p, name) for name in stripped) for p in (self.signature, *self.requires)]
-        return all(found) and not any(re.search(p, name) for p in self.excludes for name in stripped)
+        required = [any(re.search(p, name) for name in stripped) for p in (self.signature, *self.requires)]
+        return all(required) and not any(re.search(p, name) for p in self.excludes for name in stripped)
 
     def strip(self, name: str) -> str:
         """A tensor name without the tower's prefix."""
@@ -270,10 +296,10 @@ def check_strictly(checkpoint: Checkpoint, expected: Mapping[str, Tensor], diale
         dtypes = ", ".join(sorted({str(dtype) for dtype in numbers.values()}))
         problems.append(
             f"{len(numbers)} of {dtypes}, expected floating-point numbers of 16 bits or more: "
-            f"{', '.join(sorted(numbers)[:10])}; a quantised checkpoint has scales that nothing here reads"
+            f"{', '.join(sorted(numbers)[:10])}; scales of a quantised checkpoint are not read"
         )
     if problems:
         raise ValueError(
-            f"checkpoint {checkpoint.name!r} ({dialect.name} names) does not fit the architecture that its config and "
-            f"tensors tell: {'; '.join(problems)}"
+            f"checkpoint {checkpoint.name!r} ({dialect.name} names) does not fit the architecture of its config and "
+            f"tensors: {'; '.join(problems)}"
         )

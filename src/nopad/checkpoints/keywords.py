@@ -1,4 +1,4 @@
-"""The keyword arguments of `from_pretrained` and `save_pretrained`: each has its effect, or is refused by name."""
+"""Keyword arguments of `from_pretrained` and `save_pretrained`: each is applied, or refused by name."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ distributed_config device_mesh tp_plan tp_size use_kernels kernel_config allow_a
 trust_remote_code low_cpu_mem_usage offload_state_dict mirror _fast_init _from_auto _from_pipeline _commit_hash
 """
 HUB = frozenset(_HUB_NAMES.split())
-"""Of `open_checkpoint`."""
+"""Arguments of `open_checkpoint`."""
 LOADER = frozenset(_LOADER_NAMES.split())
-"""Of transformers' loader."""
+"""Arguments of transformers' loader."""
 _ENCODER = frozenset(("config", "attention", "patch_order", "positions", "dtype"))
 _REFUSED = {
     "ignore_mismatched_sizes": "loading is strict",
@@ -44,28 +44,28 @@ _REFUSED = {
 
 
 def read_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `from_pretrained` without those that ask for what is done anyway.
+    """The arguments of `from_pretrained` without those whose value is the default behaviour.
 
     Raises:
         ValueError: an argument that has no effect here.
     """
-    left = {name: value for name, value in keywords.items() if name not in ("torch_dtype", *_REFUSED)}
-    if left.get("dtype") is None and keywords.get("torch_dtype") is not None:
-        left["dtype"] = keywords["torch_dtype"]
+    remaining = {name: value for name, value in keywords.items() if name not in ("torch_dtype", *_REFUSED)}
+    if remaining.get("dtype") is None and keywords.get("torch_dtype") is not None:
+        remaining["dtype"] = keywords["torch_dtype"]
     for name, reason in _REFUSED.items():
         value = keywords.get(name)
         if isinstance(value, dict) and not any(each is not None for each in value.values()):
             value = None  # as transformers' Auto classes pass adapter_kwargs
         if value is False if name == "weights_only" else value is not None and value is not False:
             raise ValueError(f"from_pretrained: got {name}={value!r:.80}, but {reason}")
-    return left
+    return remaining
 
 
 def take_changes(keywords: dict[str, Any], config: PreTrainedConfig | None) -> dict[str, Any]:
-    """Take those that change the config out of further arguments, as transformers' `from_pretrained` does.
+    """Remove from `keywords` the arguments that change the config, and return them, as transformers' loader does.
 
     Raises:
-        TypeError: there are some beside a whole config.
+        TypeError: such an argument beside a whole config.
     """
     changes = {name: keywords.pop(name) for name in sorted(keywords.keys() - LOADER)}
     if changes and config is not None:
@@ -74,25 +74,25 @@ def take_changes(keywords: dict[str, Any], config: PreTrainedConfig | None) -> d
 
 
 def with_changes(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
-    """The same config with other values.
+    """A copy of the config with the `changes`.
 
     Raises:
-        TypeError: a field that it does not have.
+        TypeError: a field that the config does not have.
     """
-    check_known("from_pretrained", changes, own_fields(config), LOADER | _ENCODER | HUB | {"torch_dtype"})
+    check_known("from_pretrained", changes, encoder_fields(config), LOADER | _ENCODER | HUB | {"torch_dtype"})
     config = copy.deepcopy(config) if changes else config
     for name, value in changes.items():
         setattr(config, name, value)
     return config
 
 
-def own_fields(config: PreTrainedConfig) -> set[str]:
+def encoder_fields(config: PreTrainedConfig) -> set[str]:
     """The fields of a config that describe its encoder, without those that every config of transformers has."""
     return config.to_dict().keys() - PreTrainedConfig().to_dict().keys()
 
 
 def check_known(caller: str, names: Iterable[str], known: Iterable[str], others: Iterable[str] = ()) -> None:
-    """Refuse names of arguments that nothing knows.
+    """Raise for unknown arguments.
 
     Args:
         caller: for the message.
@@ -101,7 +101,7 @@ def check_known(caller: str, names: Iterable[str], known: Iterable[str], others:
         others: further names that may have been meant.
 
     Raises:
-        TypeError: one is not known.
+        TypeError: an unknown argument; the message suggests similar names.
     """
     for name in names:
         if name not in known:
@@ -109,10 +109,10 @@ def check_known(caller: str, names: Iterable[str], known: Iterable[str], others:
 
 
 def check_config_class(cls: type[PackedEncoder], config: Any) -> None:
-    """Refuse a config that is not one of an encoder's own.
+    """Check that a config is of a class that the encoder takes.
 
     Raises:
-        TypeError: another class, transformers' own among them, which does not say what packing adds.
+        TypeError: another class; transformers' config classes lack the fields that packing adds.
     """
     classes: tuple[Any, ...] = cls.config_classes or (cls.config_class,)
     if not isinstance(config, classes):
@@ -122,10 +122,10 @@ def check_config_class(cls: type[PackedEncoder], config: Any) -> None:
 
 
 def read_saving(directory: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """All arguments of `save_pretrained` by name, with transformers' own defaults.
+    """All arguments of `save_pretrained` by name, with transformers' defaults.
 
     Raises:
-        TypeError: one that transformers would not know either; those of `push_to_hub` come with `push_to_hub=True`.
+        TypeError: an argument that transformers does not have either; those of `push_to_hub` need `push_to_hub=True`.
     """
     signature = inspect.signature(PreTrainedModel.save_pretrained)
     bound = signature.bind(..., directory, *args, **kwargs)

@@ -39,7 +39,7 @@ def from_pretrained(cls: type[PackedEncoder], pretrained_model_name_or_path: Any
     Raises:
         ValueError: not this family, a tensor missing, unexpected or misshapen, or an argument that
             has no effect here.
-        TypeError: an argument that nothing knows.
+        TypeError: an unknown argument.
     """
     if pretrained_model_name_or_path is None:
         return _of_transformers(cls)(None, *args, **kwargs)
@@ -61,7 +61,7 @@ def _of_transformers(cls: type[PackedEncoder]) -> Callable[..., Any]:
 
 
 def dialect_of(cls: type[PackedEncoder], checkpoint: Checkpoint) -> Dialect | None:
-    """The dialect that a checkpoint's tensor names speak, `None` if they are not of this family.
+    """The dialect of a checkpoint's tensor names, `None` if they are not of this family.
 
     Raises:
         ValueError: names of several dialects.
@@ -125,7 +125,7 @@ def from_checkpoint(
     else:
         model, info = load_strictly(load, part, dialect, skeleton, dtype=dtype, **kwargs)
     model.source, model.dialect, model.opened_with = checkpoint.name, dialect.name, checkpoint.opened_with
-    model.name_or_path = model.config.name_or_path = checkpoint.name  # which PEFT writes down, say
+    model.name_or_path = model.config.name_or_path = checkpoint.name  # PEFT writes it into an adapter's config
     model.preprocessor_config, model.checkpoint_config = checkpoint.preprocessor, checkpoint.config
     model.set_attention(attention or implementation)
     lay_out(model)

@@ -42,8 +42,8 @@ def parts_of_weights(checkpoint: Checkpoint) -> dict[str, set[str]]:
     parts: dict[str, set[str]] = {}
     for name in checkpoint.tensors:
         for pattern, weight in _COMPANIONS:
-            if found := pattern.search(name):
-                parts.setdefault(pattern.sub(weight, name), set()).add(found[0])
+            if match := pattern.search(name):
+                parts.setdefault(pattern.sub(weight, name), set()).add(match[0])
     return parts
 
 
@@ -51,7 +51,11 @@ def _incomplete(checkpoint: Checkpoint) -> str:
     """The quantised weights that lack a value which others have, in words; empty where none does."""
     parts = parts_of_weights(checkpoint)
     every = set().union(*parts.values())
-    lacking = [f"{name} lacks {', '.join(sorted(every - own))}" for name, own in sorted(parts.items()) if own < every]
+    lacking = [
+        f"{name} lacks {', '.join(sorted(every - present))}"
+        for name, present in sorted(parts.items())
+        if present < every
+    ]
     return "; ".join(lacking[:10])
 
 
@@ -67,12 +71,12 @@ def load_quantised(
     Args:
         from_pretrained: of `PreTrainedModel`, bound to the encoder's class.
         checkpoint: as it was opened, with a `quantization_config`.
-        dialect: that its names speak.
+        dialect: of its names.
         skeleton: the encoder on the meta device.
         kwargs: further arguments of `from_pretrained`.
 
     Raises:
-        ValueError: another dialect than the original's, which nothing can convert once it is quantised; a file of
+        ValueError: another dialect than the original's, which cannot be converted once it is quantised; a file of
             another name than a folder's own; tensors missing, unexpected or misshapen.
     """
     label = f"checkpoint {checkpoint.name!r}"
@@ -142,7 +146,7 @@ def _check(checkpoint: Checkpoint, dialect: Dialect, needed: Mapping[str, Tensor
 
 
 def _check_loaded(label: str, model: nn.Module, info: Mapping[str, Any], needed: Mapping[str, Tensor]) -> None:
-    """Nothing missing by transformers' own account, nothing without values, every weight of its shape."""
+    """Check that nothing is missing by transformers' report, all weights have values, and each has its shape."""
     missing = sorted(info.get("missing_keys", ())) + [n for n, p in model.named_parameters() if p.is_meta]
     misshapen = sorted(map(str, info.get("mismatched_keys", ())))
     for name, parameter in model.named_parameters():
@@ -153,7 +157,7 @@ def _check_loaded(label: str, model: nn.Module, info: Mapping[str, Any], needed:
         incomplete = state is not None and 2 * parameter.nbytes != needed[name].numel()
         if incomplete or shape != tuple(needed[name].shape):
             misshapen.append(f"{name} (got {shape}, expected {tuple(needed[name].shape)})")
-    found = {"missing": missing, "misshapen": misshapen}
-    problems = [f"{len(names)} {kind}: {', '.join(names[:10])}" for kind, names in found.items() if names]
+    lists = {"missing": missing, "misshapen": misshapen}
+    problems = [f"{len(names)} {kind}: {', '.join(names[:10])}" for kind, names in lists.items() if names]
     if problems:
         raise ValueError(f"{label} does not fit the architecture of its config: {'; '.join(problems)}")

@@ -1,4 +1,4 @@
-"""Strict loading: what a config may say, and every tensor checked before one is read and after all are loaded."""
+"""Strict loading: checks of the numbers in a config, and of every tensor before reading and after loading."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def load_strictly(
     arguments = {"config": skeleton.config, "state_dict": state, "dtype": dtype, "output_loading_info": True, **kwargs}
     model, info = from_pretrained(None, **arguments)
     lost = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]))
-    if lost:  # by conversions that something else in this process has registered for this class, say
+    if lost:  # for example by conversions that other code has registered for this class
         raise ValueError(f"checkpoint {checkpoint.name!r}: transformers has not loaded {len(lost)}: {lost[:10]}")
     return model, info
 
@@ -59,7 +59,7 @@ _NUMBERS = {
 
 
 def check_numbers(config: PreTrainedConfig, label: str) -> None:
-    """Refuse a config with numbers that are none.
+    """Check the numbers of a config.
 
     Raises:
         ValueError: NaN or infinity, a count that is no integer or below 1, heads that do not fill the width, an eps or
@@ -107,7 +107,7 @@ def check_sizes(checkpoint: Checkpoint, fields: Mapping[str, Any], layers: str) 
 
 
 def with_options(config: PreTrainedConfig, **options: str | None) -> PreTrainedConfig:
-    """The same with the loading options that were given.
+    """A copy of the config with the loading options that are not `None`.
 
     Raises:
         ValueError: this family does not have the option.
@@ -122,7 +122,7 @@ def with_options(config: PreTrainedConfig, **options: str | None) -> PreTrainedC
 
 
 def check_dtype(dtype: Any, label: str = "dtype") -> None:
-    """Refuse weights of another dtype than those of `nopad.checkpoints.formats.FLOATS`.
+    """Check that a dtype is one of `nopad.checkpoints.formats.FLOATS`.
 
     Raises:
         ValueError: integers, float8, or no dtype.

@@ -41,10 +41,10 @@ def read_model_args(
         fixed: further arguments with the one value that is implemented.
 
     Returns:
-        The architecture's name, empty where the config does not say it, and the arguments in `read` that it has.
+        The architecture's name, empty where the config does not have it, and the arguments in `read` that it has.
 
     Raises:
-        ValueError: another architecture, an argument that nothing here reads, or another value of a fixed one.
+        ValueError: another architecture, an argument that is not implemented, or another value of a fixed one.
     """
     label = f"checkpoint {checkpoint.name!r}: config.json"
     architecture, arguments = checkpoint.config.get("architecture") or "", checkpoint.config.get("model_args") or {}
@@ -58,7 +58,7 @@ def read_model_args(
             raise ValueError(f"{label}: model_args: {name}: expected {fixed[name]!r}, got {value!r:.80}")
     unread = sorted(arguments.keys() - set(read) - fixed.keys() - set(_NOT_NEEDED.split()))
     if unread:
-        raise ValueError(f"{label}: model_args: nothing here reads {', '.join(unread)}")
+        raise ValueError(f"{label}: model_args: not implemented: {', '.join(unread)}")
     return architecture, {name: arguments[name] for name in read if name in arguments}
 
 
@@ -66,7 +66,7 @@ def activation(checkpoint: Checkpoint, name: Any) -> str:
     """An activation of timm by its name in transformers.
 
     Raises:
-        ValueError: one that nothing here has.
+        ValueError: an activation that is not implemented.
     """
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(
@@ -85,19 +85,22 @@ def preprocessor_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if not is_timms(config) or not isinstance(fields, dict):
         return None
     names = {"mean": "image_mean", "std": "image_std", "interpolation": "resample"}
-    found = {names[name]: fields[name] for name in names if fields.get(name) is not None}
-    found["resample"] = _RESAMPLE.get(found.get("resample", "bicubic"), found.get("resample"))
+    preprocessor = {names[name]: fields[name] for name in names if fields.get(name) is not None}
+    interpolation = preprocessor.get("resample", "bicubic")
+    preprocessor["resample"] = _RESAMPLE.get(interpolation, interpolation)
     size = fields.get("input_size")
     if str(config.get("architecture")).startswith("naflexvit"):
-        return {"image_processor_type": "Siglip2ImageProcessor", **found}
+        return {"image_processor_type": "Siglip2ImageProcessor", **preprocessor}
     if not isinstance(size, list) or len(size) != 3:
-        return {"image_processor_type": "CLIPImageProcessor", "size": size, **found}
+        return {"image_processor_type": "CLIPImageProcessor", "size": size, **preprocessor}
     sides = {"height": size[1], "width": size[2]}
     mode, share = fields.get("crop_mode") or "center", fields.get("crop_pct") or _USUAL_CROP_PCT
     if mode == "squash" and share == 1:
-        return {"image_processor_type": "ViTImageProcessor", "size": sides, **found}
+        return {"image_processor_type": "ViTImageProcessor", "size": sides, **preprocessor}
     if mode != "center" or not isinstance(share, int | float) or not share > 0:
-        found |= {name: fields[name] for name in ("crop_mode", "crop_pct") if name in fields}  # refused by these names
+        preprocessor |= {
+            name: fields[name] for name in ("crop_mode", "crop_pct") if name in fields
+        }  # refused by these names
     elif is_count(sides["width"]) and sides["width"] == sides["height"]:
-        found |= {"size": {"shortest_edge": math.floor(sides["width"] / share)}}
-    return {"image_processor_type": "CLIPImageProcessor", "size": sides, "crop_size": sides, **found}
+        preprocessor |= {"size": {"shortest_edge": math.floor(sides["width"] / share)}}
+    return {"image_processor_type": "CLIPImageProcessor", "size": sides, "crop_size": sides, **preprocessor}

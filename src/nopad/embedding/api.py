@@ -73,7 +73,7 @@ def embed(
         max_patches: most patches of a picture, its aspect ratio kept: `"auto"` is 4,096 where the rule has no limit, so
             that one photo does not hold up a job; `None` is no limit but the rule's own.
         resize: as `PackedEncoder.pack` takes it.
-        capacity: tokens of a pack, 16384 unless given, on a CPU 2048.
+        capacity: tokens of a pack; by default 16384, on a CPU 2048.
         frames: frames of a video, spread evenly over it.
         max_pixels: pictures of more are failures.
         embedding_dtype: `"float32"` or `"float16"`, in the table.

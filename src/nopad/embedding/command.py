@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Embed, say what there is now, and return the exit status.
+    """Embed, print the summary, and return the exit status.
 
     0: every input has its row; 1: not one could be embedded; 130: stopped, and the same command goes on.
 
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _beginning(options: argparse.Namespace) -> str:
-    """The first line."""
+    """The first line of output."""
     sources = options.sources[0] if len(options.sources) == 1 else f"{len(options.sources):,} sources"
     cap = ""
     if options.max_patches == "auto":
@@ -120,7 +120,7 @@ class _Messages(logging.Handler):
 
 
 def _command(options: argparse.Namespace) -> str:
-    """What to type to run this once more."""
+    """The command line that runs this again."""
     program = sys.argv[0]
     if os.path.basename(program) == "__main__.py":
         return shell_command([sys.executable, "-m", "nopad", *options.arguments])
@@ -141,7 +141,7 @@ def describe(summary: Summary) -> str:
     elif not summary.to_go:
         lines.append("this run: nothing to do, every input has its row")
     if summary.left_out:
-        counts = ", ".join(f"{number:,} {suffix or 'without suffix'}" for suffix, number in summary.left_out.items())
+        counts = ", ".join(f"{count:,} {suffix or 'without suffix'}" for suffix, count in summary.left_out.items())
         hint = ", --hidden takes what is hidden" if HIDDEN in summary.left_out else ""
         lines.append(f"left out as no pictures or videos: {counts}; name them in a list file to take them{hint}")
     lines += summary.changes

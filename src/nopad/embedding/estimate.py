@@ -31,7 +31,7 @@ def mean_patches(inputs: InputList, reader: Reader, image_processor: ImageProces
     """
     processes = DecodeProcesses(_HeaderDecoder(reader.decoder), _GridOf(**vars(image_processor)), timeout=MAX_SECONDS)
     budget = MemoryBudget()
-    numbers = []
+    num_patches = []
     end = None
     for index in _places(inputs):
         if end is not None and time.monotonic() > end:
@@ -39,19 +39,19 @@ def mean_patches(inputs: InputList, reader: Reader, image_processor: ImageProces
         reservation = budget.reservation()
         try:
             t, h, w = processes.prepare(reader.media(inputs[index]), reservation).grid
-            numbers.append(t * h * w)
+            num_patches.append(t * h * w)
         except ImageError:  # it will be a failed row
             pass
         finally:
             reservation.finish_decoding(0)
         end = end or time.monotonic() + MAX_SECONDS  # the first one may wait until processes can be started
-    return sum(numbers) / len(numbers) if numbers else None
+    return sum(num_patches) / len(num_patches) if num_patches else None
 
 
 def _places(inputs: InputList) -> list[int]:
     """Indices from all over the list, of tables from the first rows of each, which cost one block to read."""
-    number = min(MAX_HEADERS, len(inputs))
-    places = [(2 * i + 1) * len(inputs) // (2 * number) for i in range(number)]
+    num_samples = min(MAX_HEADERS, len(inputs))
+    places = [(2 * i + 1) * len(inputs) // (2 * num_samples) for i in range(num_samples)]
     for i, place in enumerate(places):
         item = inputs[place]
         if item.kind in ("parquet", "dataset"):

@@ -74,30 +74,30 @@ class Job:
         Raises:
             ValueError: a shard of another job.
         """
-        found = []
+        shards = []
         for path in sorted(self.folder.path.glob("shard-*.parquet")):
             parsed = parse_shard_name(path.name)
             if parsed is None or parsed[1:] != (len(self), self.fingerprint) or parsed[0] >= len(self):
                 raise ValueError(printable(f"{path}: not a shard of this job; move it away or use another folder"))
-            found.append(parsed[0])
-        return found
+            shards.append(parsed[0])
+        return shards
 
     def check(self, shard: int) -> None:
-        """Check that a shard holds what its name says.
+        """Check that a shard is the one that its name states.
 
         Raises:
             ValueError: a copy of another shard, one of another job, or a damaged file.
         """
         path = self.path(shard)
-        found, rows = read_metadata(path), num_rows(path)
+        actual = {**read_metadata(path), "rows": str(num_rows(path))}
         expected = {**self.metadata(shard), "rows": str(self.size(shard))}
         for key, value in expected.items():
-            if (has := {**found, "rows": str(rows)}.get(key, "none")) != value:
-                told = f"{key} {has}, expected {value}"
-                raise ValueError(printable(f"{path}: not this shard: {told}; move it away and run the job again"))
+            if (got := actual.get(key, "none")) != value:
+                difference = f"{key} {got}, expected {value}"
+                raise ValueError(printable(f"{path}: not this shard: {difference}; move it away and run the job again"))
 
     def metadata(self, shard: int) -> dict[str, str]:
-        """What a shard's schema says of it."""
+        """The metadata in a shard's schema."""
         return {**{key: value for key, value in self.record.items() if key != "sources"}, "shard": str(shard)}
 
     def write(self, shard: int, rows: Sequence[Row], encoder: PackedEncoder) -> None:

@@ -21,18 +21,18 @@ from nopad.embedding.table.writer import METADATA_FOLDER, folder_error
 
 
 class LockedError(OSError):
-    """Another job writes to the folder; the message says whose it is and what to do."""
+    """Another job writes to the folder; the message has its owner and advice."""
 
 
 class LostLockError(OSError):
-    """The folder is no longer the one that this job took; the message says what to do."""
+    """The folder is no longer the one that this job locked."""
 
 
 class FolderLock:
     """Lock on a features folder, held by one process at a time: `with FolderLock(folder): ...`.
 
-    The system holds it on `.nopad/lock` and frees it however the process ends; the file itself stays, since whoever
-    waits on a deleted file would hold a lock that nobody else sees. `.nopad/owner.json` says who holds it.
+    The system holds it on `.nopad/lock` and frees it however the process ends; the file itself stays, since a
+    lock on a deleted file would exclude no other process. `.nopad/owner.json` names the holder.
 
     Attributes:
         token: names this lock in `owner.json`, for `check_owner`.
@@ -117,7 +117,7 @@ class FolderLock:
             owner = read_json(self._owner)
             who = f"process {owner['pid']} of {owner['user']} on {owner['host']}, since {owner['since']}"
         except (OSError, ValueError, LookupError, TypeError):
-            who = f"a process that {self._owner} does not tell"
+            who = f"a process that is not in {self._owner}"
         what = "wait for it, stop it, or choose another folder"
         gone = f"if that process is gone, one that it started still holds the lock (`fuser {self._path}` on its host)"
         return f"{self._folder} is being written by another job: {who}; {what}; {gone}"
@@ -136,10 +136,10 @@ def check_owner(folder: Path, token: str) -> None:
         LostLockError: it does not.
     """
     try:
-        found = read_json(folder / METADATA_FOLDER / "owner.json")["token"]
+        owner_token = read_json(folder / METADATA_FOLDER / "owner.json")["token"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise lost_lock(folder) from error
-    if found != token:
+    if owner_token != token:
         raise lost_lock(folder)
 
 

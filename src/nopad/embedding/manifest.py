@@ -101,7 +101,7 @@ def job_folders(folder: Path) -> dict[str, Path]:
 
 
 def architecture(encoder: PackedEncoder) -> dict[str, Any]:
-    """What its config says beside the weights: heads, epsilons, patch order and the like."""
+    """The config that features depend on beside the weights: heads, epsilons, patch order and the like."""
     config = encoder.config.to_diff_dict()
     return {
         key: value for key, value in config.items() if key not in ("transformers_version", "architectures", "dtype")

@@ -25,10 +25,10 @@ class Progress:
 
     Attributes:
         rows: inputs that this run has to do.
-        kept: rows that earlier runs left.
+        kept: rows of earlier runs.
         stats: what is done.
         seconds: since the first input was read.
-        mean_patches: of an input, by the headers of a few; `None` where they do not say.
+        mean_patches: patches of an input on average, by the headers of a few; `None` if unknown.
     """
 
     rows: int
@@ -101,14 +101,14 @@ def display(stream: TextIO) -> Iterator[Display]:
 
 
 class Estimate:
-    """What there is to do and how long it will take, each said once: before the first pack and after a few."""
+    """Lines with the size and the estimated duration of a run: one before the first pack, one after a few."""
 
     def __init__(self) -> None:
         self.is_introduced = self.is_over = False
         self.first: tuple[float, int, int] | None = None  # seconds, packs and work done at the first pack
 
     def lines(self, progress: Progress) -> Iterator[str]:
-        """What can be said now and was not."""
+        """The lines that can be printed now and were not before."""
         mean, stats = progress.mean_patches, progress.stats
         inputs = f"{progress.rows:,} images" + (f", about {mean:,.0f} patches each" if mean else "")
         if not self.is_introduced:

@@ -89,7 +89,7 @@ class Run:
         finished = job.finished()
         self.missing = sorted(set(range(len(job))) - set(finished))
         failed = {shard: count(job.path(shard))[1] for shard in finished} if job.settings.retry_failed else {}
-        self.again = {shard: number for shard, number in failed.items() if number}
+        self.again = {shard: num_failed for shard, num_failed in failed.items() if num_failed}
         self.to_retry = sum(self.again.values())
         self.to_do = self.to_retry + sum(job.size(shard) for shard in self.missing)
         self.kept = len(job.inputs) - self.to_do

@@ -95,7 +95,7 @@ class _Stopper:
 
 
 def _print(line: str) -> None:
-    """Print to stderr, but do not wait for one that nobody reads."""
+    """Print to stderr, but do not block on a pipe that is not read."""
 
     def write() -> None:
         with suppress(OSError, ValueError):  # ValueError: closed
@@ -124,7 +124,7 @@ def _descendants(process: int) -> list[int]:
         with suppress(OSError):
             parent = int(path.read_bytes().rpartition(b")")[2].split()[1])  # a name may hold anything, also ")"
             children.setdefault(parent, []).append(int(path.parent.name))
-    found = [process]
-    for one in found:
-        found += children.get(one, [])
-    return found[1:]
+    descendants = [process]
+    for parent in descendants:
+        descendants += children.get(parent, [])
+    return descendants[1:]

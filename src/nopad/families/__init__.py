@@ -20,19 +20,21 @@ FAMILIES: tuple[type[PackedEncoder], ...] = (
 
 
 def family_of(checkpoint: Checkpoint) -> type[PackedEncoder]:
-    """The family whose dialect a checkpoint's tensor names speak.
+    """The family that a checkpoint belongs to, by its tensor names.
 
     Raises:
         ValueError: none does, or several do.
     """
-    found = [family for family in FAMILIES if family.dialect_of(checkpoint) is not None]
-    if len(found) != 1:
+    matches = [family for family in FAMILIES if family.dialect_of(checkpoint) is not None]
+    if len(matches) != 1:
         known = "; ".join(f"{f.family} ({', '.join(d.name for d in f.dialects)})" for f in FAMILIES)
-        problem = f"the tensors of {' and '.join(f.family for f in found)}" if found else "tensors of an unknown family"
+        problem = (
+            f"the tensors of {' and '.join(f.family for f in matches)}" if matches else "tensors of an unknown family"
+        )
         raise ValueError(
             f"checkpoint {checkpoint.name!r}: {problem}, such as {sorted(checkpoint.tensors)[:10]}; known are {known}"
         )
-    return found[0]
+    return matches[0]
 
 
 def family_of_published(name: str) -> type[PackedEncoder]:

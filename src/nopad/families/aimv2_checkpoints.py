@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from transformers.models.aimv2.configuration_aimv2 import Aimv2VisionConfig
 
 from nopad.checkpoints.config_json import read_fields
 from nopad.checkpoints.conversions import DROP_AXIS, NameTable, Rename, split_rows
-from nopad.checkpoints.formats import Checkpoint, Dialect
+from nopad.checkpoints.formats import Checkpoint, Dialect, grid_side
 from nopad.checkpoints.timm_config import CLASSIFIER, activation, is_timms, read_model_args
 from nopad.text.rules import TextRules
+
+HEAD_DIM = 128
+"""Head size of every published model, for files without a config."""
 
 
 class AIMv2PackingConfig(Aimv2VisionConfig):
@@ -135,7 +137,7 @@ def read_config(checkpoint: Checkpoint) -> AIMv2PackingConfig:
     names = checkpoint.tensors
     hidden_size, channels, patch_size, _ = checkpoint.shape(_KERNEL, 4)
     checkpoint.check_model_type("aimv2", "aimv2_vision_model")
-    says = checkpoint.vision_config
+    config_fields = checkpoint.vision_config
     fields: dict[str, Any] = {
         "hidden_size": hidden_size,
         "num_channels": channels,
@@ -147,41 +149,34 @@ def read_config(checkpoint: Checkpoint) -> AIMv2PackingConfig:
         "mlp_bias": any(name.endswith(f"{_GATE}.bias") for name in names),
         "projection_dim": checkpoint.shape(_PROJECTION, 2)[0] if _PROJECTION in names else None,
     }
-    if "intermediate_size" not in says:
+    if "intermediate_size" not in config_fields:
         fields["intermediate_size"] = checkpoint.shape(f"encoder.layers.0.{_GATE}.weight", 2)[0]
-    if _POSITIONS in names and "image_size" not in says:
-        number = checkpoint.shape(_POSITIONS, 2)[0]
-        side = math.isqrt(number)
-        if side**2 != number:
-            raise ValueError(
-                f"checkpoint {checkpoint.name!r}: {number} learned positions are no square; add config.json"
-            )
-        fields["image_size"] = side * patch_size
-    fields |= _told(checkpoint)
+    if _POSITIONS in names and "image_size" not in config_fields:
+        num_positions = checkpoint.shape(_POSITIONS, 2)[0]
+        fields["image_size"] = grid_side(num_positions, f"checkpoint {checkpoint.name!r}") * patch_size
+    fields |= _read_config_json(checkpoint)
     fields |= {name: checkpoint.side(name, fields[name]) for name in ("image_size", "patch_size") if name in fields}
     # transformers may leave its defaults out of a config of its own, as SigLIP's do.
-    own = AIMv2PackingConfig.model_type in (says.get("model_type"), checkpoint.config.get("model_type"))
-    if "num_attention_heads" not in fields and not own:
-        if hidden_size % 128:
-            raise ValueError(
-                f"checkpoint {checkpoint.name!r}: where config.json does not tell num_attention_heads, heads are 128 "
-                f"wide as in every published AIMv2, but its width is {hidden_size}; add it to config.json"
-            )
-        fields["num_attention_heads"] = hidden_size // 128
+    omits_defaults = AIMv2PackingConfig.model_type in (
+        config_fields.get("model_type"),
+        checkpoint.config.get("model_type"),
+    )
+    if "num_attention_heads" not in fields and not omits_defaults:
+        fields["num_attention_heads"] = checkpoint.num_heads(hidden_size, HEAD_DIM)
     return AIMv2PackingConfig(**fields)
 
 
-def _told(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `config.json` says, Apple's, transformers' or timm's."""
+def _read_config_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The fields of `config.json`: Apple's, transformers' or timm's."""
     if not is_timms(checkpoint.config):
         return read_fields(checkpoint, _CONFIG_NAMES, fixed={"projection_dropout": 0.0})
     read = {"num_heads": "num_attention_heads", "attn_drop_rate": "attention_dropout", "act_layer": "hidden_act"}
-    architecture, told = read_model_args(checkpoint, _TIMM_ARCHITECTURES, read=read, fixed=_TIMM_FIXED)
+    architecture, model_args = read_model_args(checkpoint, _TIMM_ARCHITECTURES, read=read, fixed=_TIMM_FIXED)
     if architecture:
-        told.setdefault("num_heads", _TIMM_HEADS[architecture.split("_")[1]])
-    if "act_layer" in told:
-        told["act_layer"] = activation(checkpoint, told["act_layer"])
-    return {read[name]: value for name, value in told.items()}
+        model_args.setdefault("num_heads", _TIMM_HEADS[architecture.split("_")[1]])
+    if "act_layer" in model_args:
+        model_args["act_layer"] = activation(checkpoint, model_args["act_layer"])
+    return {read[name]: value for name, value in model_args.items()}
 
 
 def _published() -> dict[str, dict[str, Any]]:

@@ -63,7 +63,7 @@ class DINOv2Embeddings(ByRole):
             self.register_tokens = nn.Parameter(torch.empty(1, config.num_register_tokens, size))
 
     def forward(self, patches: Tensor, layout: Layout, places: PrefixLayout, runner: Runner) -> Tensor:
-        """`(T, P)` to `(T + S · number, D)`."""
+        """`(T, P)` to `(T + S · num_prefix_tokens, D)`."""
         tokens = runner.embed(self.proj, patches) + self.positions(layout)
         prefix = self.cls_token + self.position_embeddings[:, :1]
         if self.register_tokens is not None:

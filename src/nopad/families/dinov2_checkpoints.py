@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from transformers.models.dinov2.configuration_dinov2 import Dinov2Config
@@ -10,10 +9,10 @@ from transformers.models.dinov2_with_registers.configuration_dinov2_with_registe
 
 from nopad.checkpoints.config_json import read_fields
 from nopad.checkpoints.conversions import NameTable, Rename, split_rows
-from nopad.checkpoints.formats import Checkpoint, Dialect
+from nopad.checkpoints.formats import Checkpoint, Dialect, grid_side
 
 HEAD_DIM = 64
-"""Of every published model; for files without config."""
+"""Head size of every published model, for files without a config."""
 
 
 class DINOv2PackingConfig(Dinov2Config):
@@ -121,40 +120,35 @@ def read_config(checkpoint: Checkpoint) -> DINOv2Configs:
     Raises:
         ValueError: no `config.json`, and shapes that no published model has.
     """
-    own = {kind.model_type: kind for kind in (DINOv2PackingConfig, DINOv2WithRegistersPackingConfig)}
-    checkpoint.check_model_type(*own)
-    config_class = own.get(checkpoint.vision_config.get("model_type", ""))
+    config_classes = {kind.model_type: kind for kind in (DINOv2PackingConfig, DINOv2WithRegistersPackingConfig)}
+    checkpoint.check_model_type(*config_classes)
+    config_class = config_classes.get(checkpoint.vision_config.get("model_type", ""))
     names = (*_COMMON_NAMES.split(), "num_register_tokens")
-    said = read_fields(checkpoint, {name: name for name in names}, unused=_OF_BACKBONES)
+    fields = read_fields(checkpoint, {name: name for name in names}, unused=_OF_BACKBONES)
     if config_class is None:
         with_registers = _REGISTERS in checkpoint.tensors
         config_class = DINOv2WithRegistersPackingConfig if with_registers else DINOv2PackingConfig
-        said = {**_told_by_tensors(checkpoint, said), **said}
+        fields = {**_infer_from_tensors(checkpoint, fields), **fields}
     if config_class is DINOv2PackingConfig:
-        said.pop("num_register_tokens", None)
-    said |= {name: checkpoint.side(name, said[name]) for name in ("image_size", "patch_size") if name in said}
-    return config_class(**said)
+        fields.pop("num_register_tokens", None)
+    fields |= {name: checkpoint.side(name, fields[name]) for name in ("image_size", "patch_size") if name in fields}
+    return config_class(**fields)
 
 
-def _told_by_tensors(checkpoint: Checkpoint, said: dict[str, Any]) -> dict[str, Any]:
-    """What `config.json` would say."""
+def _infer_from_tensors(checkpoint: Checkpoint, config_fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config from the shapes of the tensors; `config_fields` are those that `config.json` has."""
     hidden_size, channels, patch_size, _ = checkpoint.shape(_KERNEL, ndim=4)
     gated = f"{_FIRST}.mlp.gate_proj.weight" in checkpoint.tensors
     mlp_size = checkpoint.shape(f"{_FIRST}.mlp.{'gate_proj' if gated else 'fc1'}.weight")[0]
     mlp_sizes = {ratio: hidden_size * ratio for ratio in range(1, 2 + 2 * mlp_size // hidden_size)}
     ratios = [ratio for ratio, size in mlp_sizes.items() if mlp_size == (swiglu_size(size) if gated else size)]
-    if not ratios and "mlp_ratio" not in said:
+    if not ratios and "mlp_ratio" not in config_fields:
         raise ValueError(
             f"checkpoint {checkpoint.name!r}: expected a feed-forward layer of a whole number of times the width "
             f"{hidden_size}{', of which a gated one has two thirds' if gated else ''}, got {mlp_size}"
         )
-    number = checkpoint.shape(_POSITIONS, ndim=3)[1] - 1
-    side = math.isqrt(max(number, 0))
-    if side**2 != number:
-        raise ValueError(
-            f"checkpoint {checkpoint.name!r}: expected a square number of learned positions and one of CLS, got "
-            f"{number} + 1; add a config.json with image_size"
-        )
+    num_positions = checkpoint.shape(_POSITIONS, ndim=3)[1] - 1  # without that of CLS
+    side = grid_side(num_positions, f"checkpoint {checkpoint.name!r}")
     fields: dict[str, Any] = {
         "hidden_size": hidden_size,
         "num_channels": channels,
@@ -167,13 +161,8 @@ def _told_by_tensors(checkpoint: Checkpoint, said: dict[str, Any]) -> dict[str, 
         "num_register_tokens": checkpoint.shape(_REGISTERS, ndim=3)[1] if _REGISTERS in checkpoint.tensors else 0,
         **({"mlp_ratio": ratios[0]} if ratios else {}),
     }
-    if "num_attention_heads" not in said:
-        if hidden_size % HEAD_DIM:
-            raise ValueError(
-                f"checkpoint {checkpoint.name!r}: without config.json heads are {HEAD_DIM} wide as in every published "
-                f"DINOv2, but its width is {hidden_size}; add a config.json with num_attention_heads"
-            )
-        fields["num_attention_heads"] = hidden_size // HEAD_DIM
+    if "num_attention_heads" not in config_fields:
+        fields["num_attention_heads"] = checkpoint.num_heads(hidden_size, HEAD_DIM)
     return fields
 
 

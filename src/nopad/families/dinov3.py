@@ -63,7 +63,7 @@ class DINOv3Embeddings(ByRole):
         self.mask_token = nn.Parameter(torch.empty(1, 1, size))
 
     def forward(self, patches: Tensor, places: PrefixLayout, runner: Runner) -> Tensor:
-        """`(T, P)` to `(T + S · number, D)`."""
+        """`(T, P)` to `(T + S · num_prefix_tokens, D)`."""
         tokens = runner.embed(self.proj, patches)
         prefix = torch.cat((self.cls_token, self.register_tokens), dim=1)
         return places.join(tokens, prefix.expand(places.segments.num_segments, -1, -1))
@@ -72,8 +72,8 @@ class DINOv3Embeddings(ByRole):
 class DINOv3Rope(nn.Module):
     """Rotary embedding of each patch by the position of its centre in the image; prefix tokens are not rotated.
 
-    In training the coordinates are shifted, stretched and rescaled at random as the config says, each image and frame
-    on its own (transformers' `augment_patches_center_coordinates`).
+    In training the coordinates are shifted, stretched and rescaled at random by the config, each image and frame
+    separately (transformers' `augment_patches_center_coordinates`).
     """
 
     def __init__(self, config: DINOv3ViTPackingConfig):
@@ -83,12 +83,12 @@ class DINOv3Rope(nn.Module):
             raise ValueError(f"head size: expected a multiple of 4 for rope over two axes, got {self.head_dim}")
         self.base = config.rope_theta
         self.periods = None if config.rope_periods is None else tuple(config.rope_periods)
-        number = self.head_dim // 4
+        num_periods = self.head_dim // 4
         for period in self.periods or ():
             if type(period) not in (int, float) or not 0 < period < math.inf:
                 raise ValueError(f"rope_periods: expected numbers above 0, got {config.rope_periods!r:.80}")
-        if self.periods is not None and len(self.periods) != number:
-            raise ValueError(f"rope_periods: expected {number} numbers, got {len(self.periods)}")
+        if self.periods is not None and len(self.periods) != num_periods:
+            raise ValueError(f"rope_periods: expected {num_periods} numbers, got {len(self.periods)}")
         self.shift = config.pos_embed_shift
         self.jitter = config.pos_embed_jitter
         self.rescale = config.pos_embed_rescale
@@ -205,7 +205,7 @@ class DINOv3ViTPacking(PackedEncoder):
         return Preprocessing(rule="square", size=224, resample="bilinear", rescale_before_resize=True, **statistics)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As `PackedEncoder.save_pretrained`; tells of rope periods that transformers' model will not read."""
+        """As `PackedEncoder.save_pretrained`; warns of rope periods that transformers' model does not read."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.config.rope_periods is not None:
             logger.warning(

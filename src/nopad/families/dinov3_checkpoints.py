@@ -70,7 +70,7 @@ def read_config(checkpoint: Checkpoint) -> DINOv3ViTPackingConfig:
     """The architecture, from tensors and `config.json`; Meta's files bring their rope and no config.
 
     Raises:
-        ValueError: a part of the architecture that neither tells, or that no encoder here has.
+        ValueError: a part of the architecture that neither contains, or that is not implemented.
     """
     hidden_size, channels, *sides = checkpoint.shape("embeddings.patch_embeddings.weight", 4)
     has = {re.sub(r"^model\.layer\.\d+\.", "", name) for name in checkpoint.tensors}
@@ -93,14 +93,17 @@ def read_config(checkpoint: Checkpoint) -> DINOv3ViTPackingConfig:
     timm = checkpoint.table in (TIMM_PLAIN, TIMM_GATED)
     fields |= _from_timm(checkpoint) if timm and is_timms(checkpoint.config) else _from_transformers(checkpoint)
     if checkpoint.table in (META_PLAIN, META_GATED):
-        own = _attention_of_meta(checkpoint, hidden_size)
-        other = {name: fields[name] for name in own.keys() & checkpoint.vision_config if fields[name] != own[name]}
-        if other:
-            raise ValueError(f"checkpoint {checkpoint.name!r}: config.json says {other}, but its tensors {own}")
-        fields |= own
+        inferred = _attention_of_meta(checkpoint, hidden_size)
+        shared = inferred.keys() & checkpoint.vision_config
+        different = {name: fields[name] for name in shared if fields[name] != inferred[name]}
+        if different:
+            raise ValueError(
+                f"checkpoint {checkpoint.name!r}: config.json says {different}, but its tensors {inferred}"
+            )
+        fields |= inferred
     if "num_attention_heads" not in fields:
         raise ValueError(
-            f"checkpoint {checkpoint.name!r}: without config.json nothing tells the number of heads; add a "
+            f"checkpoint {checkpoint.name!r}: the number of heads is known from config.json alone; add a "
             f"config.json with num_attention_heads"
         )
     fields["patch_size"] = checkpoint.side("patch_size", fields["patch_size"])
@@ -167,11 +170,13 @@ def _rope(name: str, periods: Tensor) -> dict[str, Any]:
     """The base of which `periods` are the powers; the periods themselves, too, where rounding has moved them."""
     if not (periods.isfinite() & (periods > 0)).all():
         raise ValueError(f"checkpoint {name!r}: {PERIODS}: expected finite numbers above 0, got {periods.tolist()}")
-    number = len(periods)
-    base = float(periods[-1]) ** (number / (number - 1)) if number > 1 else 100.0
+    num_periods = len(periods)
+    base = float(periods[-1]) ** (num_periods / (num_periods - 1)) if num_periods > 1 else 100.0
 
     def near(tolerance: float) -> list[float]:
-        powers = {theta: rope_periods(4 * number, theta, "cpu") for theta in (100.0, round(base, 3), base) if theta > 0}
+        powers = {
+            theta: rope_periods(4 * num_periods, theta, "cpu") for theta in (100.0, round(base, 3), base) if theta > 0
+        }
         return [theta for theta, each in powers.items() if torch.allclose(each, periods, rtol=tolerance, atol=0)]
 
     for theta in near(1e-6):

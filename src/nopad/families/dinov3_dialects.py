@@ -90,8 +90,8 @@ def _add_tokens(checkpoint: Checkpoint) -> Checkpoint:
     if cls_token is None:
         return checkpoint
 
-    def zeros(number: int) -> StoredTensor:
-        shape = (1, number, cls_token.shape[-1] if cls_token.shape else 0)
+    def zeros(num_rows: int) -> StoredTensor:
+        shape = (1, num_rows, cls_token.shape[-1] if cls_token.shape else 0)
         return StoredTensor(shape, cls_token.dtype, lambda: torch.zeros(shape, dtype=cls_token.dtype))
 
     added = {"embeddings.mask_token": zeros(1), "reg_token": zeros(0)}

@@ -11,7 +11,7 @@ from nopad.checkpoints.conversions import NameTable, Rename, split_rows
 from nopad.checkpoints.formats import Checkpoint, Dialect
 
 HEAD_DIM = 64
-"""Of every published model; for a bare file, which does not tell."""
+"""Head size of every published model, for files without a config."""
 
 
 class OneVisionPackingConfig(PreTrainedConfig):
@@ -19,7 +19,7 @@ class OneVisionPackingConfig(PreTrainedConfig):
 
     Attributes:
         layer_norm_type: `"layer_norm"` or `"rms_norm"`.
-        rope_temporal_size: frames of the grid that the original counts `visible_indices` on; kept for it alone.
+        rope_temporal_size: frames of the grid that the original counts `visible_indices` on; not used here.
         use_head: final norm and attention pooling, which the original has both or neither of.
         patch_order: layout inside a patch.
     """
@@ -100,12 +100,7 @@ def read_config(checkpoint: Checkpoint) -> OneVisionPackingConfig:
     if "intermediate_size" not in fields:
         fields["intermediate_size"] = checkpoint.shape("encoder.layers.0.mlp.fc1.weight", 2)[0]
     if "num_attention_heads" not in fields:
-        if hidden_size % HEAD_DIM:
-            raise ValueError(
-                f"checkpoint {checkpoint.name!r}: without config.json heads are {HEAD_DIM} wide as in the published "
-                f"OneVision-Encoder, but its width is {hidden_size}; add a config.json with num_attention_heads"
-            )
-        fields["num_attention_heads"] = hidden_size // HEAD_DIM
+        fields["num_attention_heads"] = checkpoint.num_heads(hidden_size, HEAD_DIM)
     return OneVisionPackingConfig(**fields)
 
 

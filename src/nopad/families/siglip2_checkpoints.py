@@ -9,7 +9,7 @@ from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
 
 from nopad.checkpoints.config_json import read_fields
-from nopad.checkpoints.formats import Checkpoint
+from nopad.checkpoints.formats import Checkpoint, grid_side
 from nopad.checkpoints.timm_config import activation, is_timms, read_model_args
 from nopad.families.siglip2_dialects import TIMM, TIMM_NAFLEX
 
@@ -56,15 +56,8 @@ def trained_grid(config: SiglipConfigs) -> tuple[int, int]:
     if isinstance(config, SiglipPackingConfig):
         side: int = config.image_size // config.patch_size  # pyright: ignore[reportOperatorIssue]
     else:
-        side = _side(config.num_patches, "num_patches")
+        side = grid_side(config.num_patches, "num_patches")
     return side, side
-
-
-def _side(number: int, what: str) -> int:
-    side = math.isqrt(number)
-    if side**2 != number:
-        raise ValueError(f"{what}: expected a square number of learned positions, got {number}")
-    return side
 
 
 _COMMON_NAMES = """
@@ -103,9 +96,9 @@ _LAYERS = "encoder.layers."
 
 
 def read_config(checkpoint: Checkpoint) -> SiglipConfigs:
-    """The architecture: of which kind from the patch embedding, the rest from `config.json`, else from the tensors.
+    """The architecture: its kind from the patch embedding, the rest from `config.json`, else from the tensors.
 
-    transformers leaves its defaults out of `config.json`, so that what one of its own does not say is a default.
+    transformers leaves defaults out of `config.json`, so a field that is missing in a config of its own is a default.
 
     Raises:
         ValueError: no config and shapes that no published model has.
@@ -118,29 +111,29 @@ def read_config(checkpoint: Checkpoint) -> SiglipConfigs:
             f"(D, C, p, p) of a fixed size, got {checkpoint.shape(_KERNEL)}"
         )
     config_class = Siglip2PackingConfig if ndim == 2 else SiglipPackingConfig
-    told = _told_by_timm(checkpoint) if is_timms(checkpoint.config) else _told(checkpoint, ndim)
-    own = {config_class.model_type, config_class.model_type.removesuffix("_vision_model")}
-    if own.isdisjoint({checkpoint.vision_config.get("model_type"), checkpoint.config.get("model_type")}):
-        told = {**_told_by_tensors(checkpoint, told), **told}
+    fields = _read_timm_config(checkpoint) if is_timms(checkpoint.config) else _read_config_json(checkpoint, ndim)
+    own_types = {config_class.model_type, config_class.model_type.removesuffix("_vision_model")}
+    if own_types.isdisjoint({checkpoint.vision_config.get("model_type"), checkpoint.config.get("model_type")}):
+        fields = {**_infer_from_tensors(checkpoint, fields), **fields}
     if checkpoint.table is TIMM:
-        if "hidden_act" not in told:
+        if "hidden_act" not in fields:
             raise ValueError(
-                f"checkpoint {checkpoint.name!r}: without timm's config.json nothing tells the activation; add it, or "
+                f"checkpoint {checkpoint.name!r}: the activation is known from timm's config.json alone; add it, or "
                 f"one with hidden_act"
             )
-        told.setdefault("positions_antialias", True)
-    return config_class(**told)
+        fields.setdefault("positions_antialias", True)
+    return config_class(**fields)
 
 
-def _told(checkpoint: Checkpoint, ndim: int) -> dict[str, Any]:
-    """What transformers' `config.json` says."""
+def _read_config_json(checkpoint: Checkpoint, ndim: int) -> dict[str, Any]:
+    """The fields of transformers' `config.json`."""
     sizes = ("num_patches", "image_size") if ndim == 2 else ("image_size", "num_patches")
     names = (*_COMMON_NAMES.split(), sizes[0], *(["positions_antialias"] if ndim == 4 else []))
     return read_fields(checkpoint, {name: name for name in names}, unused=sizes[1:])
 
 
-def _told_by_timm(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What timm's `config.json` says; the activation belongs to an architecture.
+def _read_timm_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The fields of timm's `config.json`; the activation follows from the architecture.
 
     Raises:
         ValueError: no architecture; see also `read_model_args`.
@@ -148,20 +141,20 @@ def _told_by_timm(checkpoint: Checkpoint) -> dict[str, Any]:
     naflex = checkpoint.table is TIMM_NAFLEX
     architectures = _NAFLEX_ARCHITECTURES if naflex else _TIMM_ARCHITECTURES
     fixed = _TIMM_FIXED | (_TIMM_OF_NAFLEX if naflex else _TIMM_OF_SQUARES)
-    architecture, told = read_model_args(checkpoint, architectures, read=_TIMM_NAMES, fixed=fixed)
+    architecture, model_args = read_model_args(checkpoint, architectures, read=_TIMM_NAMES, fixed=fixed)
     if not architecture:
         raise ValueError(f"checkpoint {checkpoint.name!r}: config.json: architecture: expected {architectures}")
     _, size, patch, *_, image = architecture.split("_")
     tanh = naflex or size == "giantopt" or (size, patch) in _TIMM_TANH or (size, image) in _TIMM_TANH
-    told = {"num_heads": _TIMM_HEADS[size], "act_layer": "gelu_tanh" if tanh else "gelu"} | told
-    told["act_layer"] = activation(checkpoint, told["act_layer"])
-    return {_TIMM_NAMES[name]: value for name, value in told.items()}
+    model_args = {"num_heads": _TIMM_HEADS[size], "act_layer": "gelu_tanh" if tanh else "gelu"} | model_args
+    model_args["act_layer"] = activation(checkpoint, model_args["act_layer"])
+    return {_TIMM_NAMES[name]: value for name, value in model_args.items()}
 
 
-def _told_by_tensors(checkpoint: Checkpoint, told: dict[str, Any]) -> dict[str, Any]:
-    """What `config.json` would say."""
+def _infer_from_tensors(checkpoint: Checkpoint, config_fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config from the shapes of the tensors; `config_fields` are those that `config.json` has."""
     kernel, positions = checkpoint.shape(_KERNEL), checkpoint.shape(_POSITIONS, 2)[0]
-    side = _side(positions, f"checkpoint {checkpoint.name!r}")
+    side = grid_side(positions, f"checkpoint {checkpoint.name!r}")
     fields: dict[str, Any] = {
         "hidden_size": kernel[0],
         "intermediate_size": checkpoint.shape(f"{_LAYERS}0.mlp.fc1.bias", 1)[0],
@@ -180,7 +173,7 @@ def _told_by_tensors(checkpoint: Checkpoint, told: dict[str, Any]) -> dict[str, 
         fields["image_size"] = sizes.pop() if len(sizes) == 1 else side * patch_size
     else:
         fields |= {"num_channels": 3, "patch_size": math.isqrt(kernel[1] // 3), "num_patches": positions}
-    if "num_attention_heads" not in told:
+    if "num_attention_heads" not in config_fields:
         heads = {model["hidden_size"]: model["num_attention_heads"] for model in PUBLISHED.values()}
         if kernel[0] not in heads:
             raise ValueError(

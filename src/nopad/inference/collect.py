@@ -27,7 +27,7 @@ def packed_output(
         trunk: what the layers returned.
         layout: of the pack.
         runner: that of the pack.
-        states: all rows of the pack before the first layer and after each, `None` where they are not asked for.
+        states: all rows of the pack before the first layer and after each, `None` unless requested.
     """
     pooled = runner.pool(encoder, trunk, encoder.segments_of(layout))
     if not encoder.frames_attend_jointly and (torch.compiler.is_exporting() or len(pooled) > len(layout.images)):

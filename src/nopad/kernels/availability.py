@@ -27,7 +27,7 @@ def triton_works() -> bool:
 
         probe()
     except torch.OutOfMemoryError:
-        raise  # says nothing about Triton
+        raise  # not an error of Triton
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning("Triton is installed and does not work here: %s", (str(error) or repr(error)).splitlines()[0])
         return False

@@ -27,7 +27,7 @@ from nopad.preprocessing.decode import ImageError
 from nopad.preprocessing.limits import MAX_BYTES
 
 HEADROOM_BYTES = 1 << 30
-"""Address space in bytes that a process may take beside what it begins with, the file and what its header asks for."""
+"""Address space that a process may take beyond what it starts with, the file, and what its header announces."""
 
 
 class Decoder(Protocol):
@@ -87,10 +87,10 @@ def serve(connection: Connection, decoder: Decoder, image_processor: ImageProces
         try:
             _limit(start + MAX_BYTES + HEADROOM_BYTES)
             data = decoder.read(source)
-            room = HEADROOM_BYTES + 2 * len(data)
-            _limit(start + room)
+            headroom = HEADROOM_BYTES + 2 * len(data)
+            _limit(start + headroom)
             _answer(connection, bytes=image_processor.peak_bytes(*decoder.measure(data)))
-            _limit(start + room + connection.recv())
+            _limit(start + headroom + connection.recv())
             image = image_processor(decoder(data))
             patches = image.patches.contiguous()
             _answer(connection, shape=patches.shape, grid=image.grid, width=image.width, height=image.height)

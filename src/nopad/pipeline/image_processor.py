@@ -1,4 +1,4 @@
-"""From pixels to the patches of one image: the part of the pipeline that runs many times at once."""
+"""From the pixels of one image to its patches; runs in the decode threads or processes."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class PreparedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageProcessor:
-    """How an encoder wants its images; small and picklable, without weights.
+    """Turns pixels into an encoder's patches; small and picklable, without weights.
 
     Attributes:
-        dtype: of the patches that it makes: uint8, or the encoder's own where the rule resizes in float.
+        dtype: of the patches: uint8, or the encoder's where the rule resizes in float.
     """
 
     rule: Preprocessing
@@ -56,7 +56,7 @@ class ImageProcessor:
         resize: Resize = "torch",
         preprocessing: Preprocessing | None = None,
     ) -> ImageProcessor:
-        """That of an encoder.
+        """The image processor of an encoder.
 
         Raises:
             ValueError: settings that fit no image, or an encoder of other than 3 channels.
@@ -91,7 +91,7 @@ class ImageProcessor:
 
         Args:
             frames, pixels: of the image or clip, all frames together.
-            decode_bytes: what decoding takes.
+            decode_bytes: bytes that decoding takes.
         """
         limit = self.rule.max_pixels(self.patch_size)
         resized = pixels if limit is None else frames * limit

@@ -64,7 +64,7 @@ def pack_images(
         pixels,
         encoder.patch_size,
         encoder.patch_order,
-        # Of another rule the caller has said that this encoder is to take it.
+        # With another rule, the caller vouches for its statistics.
         mean=rule.mean if preprocessing is None else None,
         std=rule.std if preprocessing is None else None,
         preprocessing=rule.describe(resize),
@@ -110,14 +110,14 @@ def embed_images(
     _check_several(images)
     worker = Worker(encoder, capacity=capacity, threads=threads, resize=resize, preprocessing=rule)
     (results,) = worker.run([map(snapshot, images)], load_snapshot, strict=True)
-    for number, result in enumerate(results):
-        if result.error is not None:  # found by the encoder: features that are not finite, or too little memory
-            raise ImageError(f"image {number}", result.error.reason)
+    for index, result in enumerate(results):
+        if result.error is not None:  # features that are not finite, or too little memory
+            raise ImageError(f"image {index}", result.error.reason)
     vectors = [torch.from_numpy(result.embedding) for result in results]
     return torch.stack(vectors) if vectors else torch.empty(0, encoder.embedding_size, dtype=torch.float32)
 
 
 def _check_several(images: Any) -> None:
-    one = isinstance(images, np.ndarray | Tensor) and images.ndim < 4  # its rows would be taken for images
-    if one or isinstance(images, str | bytes | Path | Image.Image):
+    is_image = isinstance(images, np.ndarray | Tensor) and images.ndim < 4  # its rows would be taken for images
+    if is_image or isinstance(images, str | bytes | Path | Image.Image):
         raise ValueError("images: expected several, got one; give it in a list")

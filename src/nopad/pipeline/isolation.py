@@ -25,7 +25,7 @@ from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 logger = logging.getLogger(__name__)
 
 _MAX_ANSWER_BYTES = 1 << 20
-_MAX_ATTEMPTS = 2  # a process may die for no fault of its input: of too little memory, say
+_MAX_ATTEMPTS = 2  # a process may die without a fault of its input, for example of too little memory
 
 
 class DecodeProcesses:
@@ -95,7 +95,7 @@ class DecodeProcesses:
         raise ImageError("image", reason)
 
     def interrupt(self) -> None:
-        """End the processes that are decoding: nobody waits for their results."""
+        """End the processes that are decoding; their results are not needed."""
         with self._lock:
             for process in self._busy:
                 process.kill()

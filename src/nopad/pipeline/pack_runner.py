@@ -67,7 +67,7 @@ class PackRunner:
         self.stats = stats
         self.tokens = tokens
         self.running: deque[Callable[[], Results]] = deque()
-        self.room = 0  # of the last pack, in tokens
+        self.unfilled = 0  # of the last pack, in tokens
 
     def submit(self, pack: Sequence[tuple[int, PreparedImage]]) -> Results:
         """Start a pack of `(index, image)`, and return the results that earlier packs have by now."""
@@ -76,7 +76,7 @@ class PackRunner:
         held = sum(num_tokens(self.encoder, image) for _, image in pack)
         self.stats.tokens += held
         self.stats.capacity += max(self.capacity, held)
-        self.room = max(self.capacity - held, 0)
+        self.unfilled = max(self.capacity - held, 0)
         while len(self.running) > 1:
             results.update(self.running.popleft()())
         self.stats.encode_seconds += time.perf_counter() - start
@@ -87,7 +87,7 @@ class PackRunner:
         start = time.perf_counter()
         results = self._fetch_all()
         if not self.encoder.compiled_capacity:
-            self.stats.capacity -= self.room
+            self.stats.capacity -= self.unfilled
         self.stats.encode_seconds += time.perf_counter() - start
         return results
 

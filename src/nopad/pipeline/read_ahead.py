@@ -24,7 +24,7 @@ Outcome = PreparedImage | ImageError
 
 
 class ReadAhead(Generic[Item]):
-    """Prepares the images of groups in threads, a bounded number and a bounded size ahead of who takes them.
+    """Prepares the images of groups in threads, a bounded number and a bounded size ahead of the consumer.
 
     Args:
         groups: taken one after another, as they are needed.

@@ -169,5 +169,5 @@ class Worker:
 
 
 def num_cores() -> int:
-    """Cores that this process may use; where the system does not say, all."""
+    """Number of cores that this process may use; all where the system has no such limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""What a checkpoint's `preprocessor_config.json` asks for, as a rule of `nopad.preprocessing.transforms`."""
+"""Reads a checkpoint's `preprocessor_config.json` as a rule of `nopad.preprocessing.transforms`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OF_TRANSFORMERS = {
     for class_name in (names.values() if isinstance(names, dict) else names)
     if isinstance(class_name, str)
 } - {"DINOv3ViTImageProcessor"}
-_USUAL = """
+_CLASS_KEYS = """
 size crop_size resample image_mean image_std do_resize do_center_crop do_rescale do_normalize default_to_square
 rescale_factor max_num_patches
 """
@@ -46,12 +46,12 @@ _SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "defau
 def read_preprocessor_config(
     config: Mapping[str, Any], default: Preprocessing, whose: str = "preprocessor config"
 ) -> Preprocessing:
-    """Read a checkpoint's `preprocessor_config.json`, which wins over the family's `default` where it speaks.
+    """Read a checkpoint's `preprocessor_config.json`, whose keys override the family's `default`.
 
-    A key that is absent or null says what is usual for the processor that the config names, else nothing.
+    A key that is absent or null has the default of the processor class that the config names, if it names one.
 
     Args:
-        config: what the file says.
+        config: the JSON object of the file.
         default: the family's rule.
         whose: for messages.
 
@@ -79,7 +79,7 @@ def _read(fields: dict[str, Any], default: Preprocessing) -> Preprocessing:
         raise ValueError(f"got {steps!r:.200}, steps that no rule here has; give pack and embed a preprocessing=")
     rule, size, short_side = _rule_and_size(config, processor, default)
     if rule != default.rule:
-        logger.info("the checkpoint's preprocessor config asks for rule %r, not %r", rule, default.rule)
+        logger.info("the checkpoint's preprocessor config has rule %r, not %r", rule, default.rule)
     max_patches = default.max_patches if rule == default.rule else None
     resample = default.resample
     if "resample" in config and rule != "native":
@@ -102,7 +102,7 @@ def _read(fields: dict[str, Any], default: Preprocessing) -> Preprocessing:
 
 
 def _class_defaults(processor: str) -> dict[str, Any]:
-    """What the class of transformers that a preprocessor config names takes where the config does not say it."""
+    """Defaults of the processor class of transformers that a preprocessor config names."""
     name = processor.removesuffix("Fast").removesuffix("Pil")
     if name not in _PROCESSORS:
         if name in _OF_TRANSFORMERS:
@@ -114,14 +114,14 @@ def _class_defaults(processor: str) -> dict[str, Any]:
     module = importlib.import_module(
         f"transformers.models.{_PROCESSORS[name]}.image_processing_pil_{_PROCESSORS[name]}"
     )
-    found = {key: getattr(getattr(module, f"{name}Pil"), key, None) for key in _USUAL.split()}
-    return {"do_center_crop": False} | {key: value for key, value in found.items() if value is not None}
+    defaults = {key: getattr(getattr(module, f"{name}Pil"), key, None) for key in _CLASS_KEYS.split()}
+    return {"do_center_crop": False} | {key: value for key, value in defaults.items() if value is not None}
 
 
 def _rule_and_size(
     config: dict[str, Any], processor: str, default: Preprocessing
 ) -> tuple[Rule, int | None, int | None]:
-    """The rule that a preprocessor config without nulls asks for, its size, and the short side before a crop."""
+    """The rule of a preprocessor config without nulls, its size, and the short side before a crop."""
     sized = "size" in config or "crop_size" in config
     naflex = "max_num_patches" in config or processor.startswith("Siglip2") or (default.rule == "naflex" and not sized)
     short = {"shortest_edge": default.short_side or default.size}

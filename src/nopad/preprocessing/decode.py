@@ -45,7 +45,12 @@ _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 class ImageError(ValueError):
-    """An image that cannot be used: `.source` says which, `.reason` says why and what to do."""
+    """An image that cannot be used.
+
+    Attributes:
+        source: which image.
+        reason: why, and what to do.
+    """
 
     def __init__(self, source: str, reason: str) -> None:
         super().__init__(source, reason)
@@ -71,8 +76,8 @@ def load(source: Source | Sequence[Source], *, max_pixels: int = MAX_PIXELS) -> 
     frames = [load_image(frame, max_pixels=max_pixels) for frame in cast(Sequence[Source], source)]
     sizes = sorted({(frame.shape[1], frame.shape[2]) for frame in frames})
     if len(sizes) != 1:
-        found = f"got (height, width) {', '.join(map(str, sizes))}" if sizes else "got none"
-        raise ImageError(f"clip of {len(frames)} frames", f"expected frames of one size, {found}")
+        got = f"got (height, width) {', '.join(map(str, sizes))}" if sizes else "got none"
+        raise ImageError(f"clip of {len(frames)} frames", f"expected frames of one size, {got}")
     return torch.stack(frames)
 
 

@@ -35,7 +35,7 @@ def open_picture(data: bytes) -> Image.Image:
     """Open a picture of one of `FORMATS`; nothing is decoded yet.
 
     Raises:
-        UnidentifiedImageError: none of them, or one that this installation does not read; says what to install.
+        UnidentifiedImageError: another format, or one that this installation does not read.
         Other errors of Pillow's readers: a damaged file.
     """
     file = io.BytesIO(data)

@@ -1,4 +1,4 @@
-"""From 8-bit pixels to a model's own, by its rule."""
+"""Resize, crop and normalise 8-bit pixels by a model's own rule."""
 
 from __future__ import annotations
 

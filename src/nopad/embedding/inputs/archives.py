@@ -87,7 +87,7 @@ def _kind(member: tarfile.TarInfo) -> str:
 
 
 class _Members:
-    """The members of a tar whose data are whole; after them `damage` says what is wrong with it, if anything."""
+    """The members of a tar whose data are whole; after them `damage` describes what is wrong with it, if anything."""
 
     def __init__(self, file: io.FileIO) -> None:
         self._file = file

@@ -37,7 +37,7 @@ class _Message:
 
 
 class ArrowStream:
-    """The batches of a stream that are whole; `damage` says what is wrong with the file, if anything."""
+    """The batches of a stream that are whole; `damage` describes what is wrong with the file, if anything."""
 
     def __init__(self, path: bytes) -> None:
         self._path = path

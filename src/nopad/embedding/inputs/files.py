@@ -1,4 +1,4 @@
-"""Files that are opened without ever waiting, and what the system says where they cannot be."""
+"""Regular files, opened without blocking, and short reasons for errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def open_regular(path: bytes) -> io.FileIO:
     """Open a file to read without a buffer, never waiting for a pipe or a device.
 
     Raises:
-        OSError: what the system says, or that it is no regular file.
+        OSError: as the system raises it, or not a regular file.
         ValueError: a null byte in the path.
     """
     _check_regular(os.stat(path))
@@ -33,7 +33,7 @@ def _check_regular(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
         kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
-        raise OSError(errno.EINVAL, f"expected a regular file, found {kind}")
+        raise OSError(errno.EINVAL, f"expected a regular file, got {kind}")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class FileRange:
         """The bytes.
 
         Raises:
-            OSError: what the system says, or that it is no regular file.
+            OSError: as the system raises it, or not a regular file.
             ValueError: more than `MAX_BYTES`, or a file that ends before the range does.
         """
         with open_regular(self.path) as file:

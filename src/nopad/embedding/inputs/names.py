@@ -1,4 +1,4 @@
-"""What names of files and sources say: suffixes, what systems leave behind, braces as in a shell."""
+"""Names of files and sources: suffixes, hidden and system files, braces as in a shell."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def expand_braces(pattern: str) -> Iterator[str]:
         ValueError: more than 100,000 words.
     """
     words = _expand(pattern)
-    for number, word in enumerate(words):
-        if number == _MAX_NAMES:
+    for index, word in enumerate(words):
+        if index == _MAX_NAMES:
             raise ValueError(f"{pattern}: its braces make more than {_MAX_NAMES} names")
         yield word
 

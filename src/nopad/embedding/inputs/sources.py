@@ -136,8 +136,8 @@ class _Lister:
         self.refusals: list[str] = []
         """Why tables were left out that may have been meant."""
         self.is_archive = suffix_of(name) in _ARCHIVES
-        self._takes_hidden = hidden
-        self._hidden = Hidden(taken=hidden)
+        self._include_hidden = hidden
+        self._hidden = Hidden(included=hidden)
         self._may_be_missing = may_be_missing
 
     def inputs(self) -> Iterator[Input]:
@@ -179,7 +179,7 @@ class _Lister:
         is_empty = True
         try:
             if suffix_of(path) == ".tar":
-                inputs = tar_inputs(path, as_text(path), self.left_out, hidden=self._takes_hidden)
+                inputs = tar_inputs(path, as_text(path), self.left_out, hidden=self._include_hidden)
             else:
                 inputs = parquet_inputs(path, as_text(path), self.column)
             for item in inputs:

@@ -43,12 +43,12 @@ _WITHOUT_END = ("mpeg", "mpegts", "mpegvideo")
 _MAX_TAIL_PACKETS = 1000
 
 
-def read_frames(source: Video, number: int, *, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Decode `number` frames, spread evenly over the video in the order in which they are shown.
+def read_frames(source: Video, num_frames: int, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Decode `num_frames` frames, spread evenly over the video in the order in which they are shown.
 
-    The video's `F` frames are cut into `number` equal spans and the middle of each is taken: frame
-    `(2i + 1) · F // (2 · number)`, or every frame where there are no more than that. `F` is counted, since headers only
-    claim it. Frames are turned upright by the video's display matrix. Pixels that are not square become square: the
+    The video's `F` frames are cut into `num_frames` equal spans and the middle of each is taken: frame
+    `(2i + 1) · F // (2 · num_frames)`, or every frame where there are no more than that. `F` is counted: headers may be
+    wrong. Frames are turned upright by the video's display matrix. Pixels that are not square become square: the
     shorter side of a pixel is stretched (bicubic), so that frames have the shape in which a player shows them.
 
     Read are MP4 and MOV, Matroska and WebM, AVI, MPEG, FLV, Ogg, WMV and GIF with the usual codecs. A file that is cut
@@ -56,26 +56,26 @@ def read_frames(source: Video, number: int, *, max_pixels: int = MAX_PIXELS) -> 
 
     Args:
         source: see `Video`; the first video stream is read that is no cover picture.
-        number: frames wanted, at least 1.
-        max_pixels: refuse larger frames, told by the header before anything is decoded.
+        num_frames: at least 1.
+        max_pixels: refuse larger frames, by the header, before anything is decoded.
 
     Returns:
-        uint8 `(min(number, F), 3, H, W)`, a channels-last view.
+        uint8 `(min(num_frames, F), 3, H, W)`, a channels-last view.
 
     Raises:
         ImageError: no video, no frame in it, another container or codec, cut short or damaged, an index of more
             samples than the file can hold, too large, frames of different sizes, no PyAV.
-        ValueError: `number` below 1.
+        ValueError: `num_frames` below 1.
     """
-    if number < 1:
-        raise ValueError(f"number: expected frames ≥ 1, got {number}")
+    if num_frames < 1:
+        raise ValueError(f"num_frames: expected ≥ 1, got {num_frames}")
     name = f"{len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
     try:
         import av.error
     except ImportError as error:
         raise ImageError(name, "reading a video needs PyAV: pip install 'nopad[video]'") from error
     try:
-        pictures = _pictures(source, number, max_pixels)
+        pictures = _pictures(source, num_frames, max_pixels)
     except _UnusableError as error:
         raise ImageError(name, str(error)) from error
     except (av.error.FFmpegError, OSError, ValueError, LookupError, RuntimeError) as error:
@@ -104,27 +104,29 @@ class _UnusableError(Exception):
 
 @dataclass(frozen=True)
 class _Index:
-    """What the packets tell without decoding; `times` in the order shown, `keys` where decoding can start."""
+    """Metadata of the packets, without decoding; `times` in the order shown, `keys` where decoding can start."""
 
     count: int
     times: list[int] | None
     keys: list[int]
 
 
-def _pictures(source: Video, number: int, max_pixels: int) -> list[np.ndarray]:
+def _pictures(source: Video, num_frames: int, max_pixels: int) -> list[np.ndarray]:
     size = _check_container(source)
     with _open(source, max_pixels) as container:
         stream = _stream(container, max_pixels)
         index = _scan(container, stream, size)
     if index.times is not None:
-        wanted = [index.times[i] for i in _middles(index.count, number)]
+        wanted = [index.times[i] for i in _middles(index.count, num_frames)]
         with _open(source, max_pixels) as container:
             pictures = _seek(container, _stream(container, max_pixels), wanted, index, max_pixels)
         if pictures is not None:
             return pictures
-    pictures, found = _decode(source, index.count, number, max_pixels)
-    if found != index.count:  # a packet is a frame in most codecs; where it is not, the decoded frames are what counts
-        pictures, _ = _decode(source, found, number, max_pixels)
+    pictures, num_decoded = _decode(source, index.count, num_frames, max_pixels)
+    if (
+        num_decoded != index.count
+    ):  # a packet is a frame in most codecs; where it is not, the decoded frames are what counts
+        pictures, _ = _decode(source, num_decoded, num_frames, max_pixels)
     if not pictures:
         raise _UnusableError("no frame in its video stream")
     return pictures
@@ -143,9 +145,9 @@ def _check_container(source: Video) -> int:
     return size
 
 
-def _middles(count: int, number: int) -> list[int]:
-    number = min(number, count)
-    return [(2 * i + 1) * count // (2 * number) for i in range(number)]
+def _middles(count: int, num_frames: int) -> list[int]:
+    num_frames = min(num_frames, count)
+    return [(2 * i + 1) * count // (2 * num_frames) for i in range(num_frames)]
 
 
 def _open(source: Video, max_pixels: int) -> InputContainer:
@@ -268,11 +270,11 @@ def _seek(
     return pictures
 
 
-def _decode(source: Video, total: int, number: int, max_pixels: int) -> tuple[list[np.ndarray], int]:
+def _decode(source: Video, total: int, num_frames: int, max_pixels: int) -> tuple[list[np.ndarray], int]:
     """The frames wanted of `total`, and how many frames there are; decodes all."""
     pictures = []
     count = 0
-    wanted = set(_middles(total, number))
+    wanted = set(_middles(total, num_frames))
     with _open(source, max_pixels) as container:
         stream = _stream(container, max_pixels)
         for frame in container.decode(stream):

@@ -23,15 +23,15 @@ class Found:
 
 
 class Hidden:
-    """What is left out as hidden, by path, so that what is met twice counts once; nothing where it is `taken`."""
+    """What is left out as hidden, by path, so that what is met twice counts once; nothing if `included`."""
 
-    def __init__(self, *, taken: bool) -> None:
-        self._taken = taken
+    def __init__(self, *, included: bool) -> None:
+        self._included = included
         self.left_out: set[str] = set()
 
     def leaves_out(self, folder: str, name: str, is_folder: bool) -> bool:
         """Whether to leave a name in a folder out."""
-        if self._taken or not is_hidden(name, is_folder=is_folder):
+        if self._included or not is_hidden(name, is_folder=is_folder):
             return False
         self.left_out.add(os.path.join(folder, name))
         return True
@@ -109,12 +109,12 @@ def _identity(folder: str) -> tuple[int, int]:
 def _entries(folder: str) -> list[tuple[str, bool]]:
     """Names and whether they are folders, so that walking them gives full paths in the order of their bytes."""
     with os.scandir(folder or ".") as entries:
-        found = [(entry.name, _is_folder(entry)) for entry in entries]
-    return sorted(found, key=lambda entry: os.fsencode(f"{entry[0]}/" if entry[1] else entry[0]))
+        named = [(entry.name, _is_folder(entry)) for entry in entries]
+    return sorted(named, key=lambda entry: os.fsencode(f"{entry[0]}/" if entry[1] else entry[0]))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself, say: a file whose reading will fail
+    except OSError:  # for example a link that leads to itself: a file whose reading will fail
         return False

@@ -1,4 +1,4 @@
-"""What stands in a shard: its rows, or only what was asked for."""
+"""Reads shards of a features table: rows, counts, metadata."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from nopad.atomic import sync_folder
 
 METADATA_FOLDER = ".nopad"
-"""What a job keeps beside its shards lies in this folder."""
+"""Folder within the table of what a job writes beside its shards."""
 
 PREFIX = "nopad."
 FORMAT = "1"
@@ -27,7 +27,7 @@ NUMBERS = ("width", "height", "grid_t", "grid_h", "grid_w")
 COLUMNS = (*_TEXT, *NUMBERS, "embedding")
 TOKENS = "tokens"
 DTYPES, LISTS = ("float32", "float16"), ("fixed", "variable")
-_OWN_KEYS = ("format", "embedding.width", "tokens.dtype", "tokens.width")
+_FORMAT_KEYS = ("format", "embedding.width", "tokens.dtype", "tokens.width")
 
 _ROWS_PER_GROUP = 1024
 _ROWS_PER_GROUP_WITH_TOKENS = 16
@@ -50,7 +50,7 @@ _ADVICE = {
 
 
 def folder_error(error: OSError, folder: Path) -> OSError:
-    """The same error, of the same errno and class, with a message that names the folder and says what to do."""
+    """The same error, of the same errno and class, with the folder and advice in its message."""
     advice = _ADVICE.get(error.errno or 0, "see to the disk and run the job again; finished shards are kept")
     return OSError(error.errno, f"{folder}: {error.strerror or error}; {advice}")
 
@@ -125,16 +125,17 @@ class ShardFormat:
 
     def schema(self, metadata: Mapping[str, str]) -> pa.Schema:
         """The columns, and `metadata` with the format's own keys, under the prefix `nopad.` and in sorted order."""
-        own = {"format": FORMAT, "embedding.width": str(self.dimension)}
+        format_metadata = {"format": FORMAT, "embedding.width": str(self.dimension)}
         if self.token_dimension is not None:
-            own |= {"tokens.dtype": "float16", "tokens.width": str(self.token_dimension)}
-        kept = {key: value for key, value in metadata.items() if key not in _OWN_KEYS}
+            format_metadata |= {"tokens.dtype": "float16", "tokens.width": str(self.token_dimension)}
+        job_metadata = {key: value for key, value in metadata.items() if key not in _FORMAT_KEYS}
         fields = [pa.field(name, pa.string()) for name in _TEXT]
         fields += [pa.field(name, pa.int32()) for name in NUMBERS]
         fields += [pa.field("embedding", self._embedding_type())]
         if self.token_dimension is not None:
             fields += [pa.field(TOKENS, pa.large_binary())]
-        return pa.schema(fields, {PREFIX + key: value for key, value in sorted((kept | own).items())})
+        all_metadata = sorted((job_metadata | format_metadata).items())
+        return pa.schema(fields, {PREFIX + key: value for key, value in all_metadata})
 
     def _embedding_type(self) -> pa.DataType:
         value = pa.from_numpy_dtype(np.dtype(self.embedding_dtype))
@@ -158,7 +159,7 @@ def write_shard(
 
     Args:
         path: the shard's file; replaced where it exists.
-        metadata: kept in the file, see `read_metadata`.
+        metadata: written into the file, see `read_metadata`.
         temporary: a new file in an existing folder on the file system of `path`.
         check: called before the file is renamed; what it raises comes out.
 
