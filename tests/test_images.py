@@ -622,6 +622,8 @@ PIXEL_PROCESSORS = {
     "lmms-lab-encoder/onevision-encoder-large": CLIPImageProcessorPil(
         size={"shortest_edge": 448}, crop_size=squared(448)
     ),
+    "openai/clip-vit-base-patch32": CLIPImageProcessorPil(),
+    "apple/DFN5B-CLIP-ViT-H-14-378": CLIPImageProcessorPil(size={"shortest_edge": 378}, crop_size=squared(378)),
     "facebook/dinov2-base": BitImageProcessorPil(
         size={"shortest_edge": 256}, crop_size=squared(224), image_mean=list(SQUARE.mean), image_std=list(SQUARE.std)
     ),

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from nopad.embedding.api import embed
     from nopad.encoder import PackedEncoder
     from nopad.families.aimv2 import AIMv2Packing
+    from nopad.families.clip import CLIPPacking
     from nopad.families.dinov2 import DINOv2Packing
     from nopad.families.dinov3 import DINOv3ViTPacking
     from nopad.families.onevision import OneVisionEncoderPacking
@@ -24,6 +25,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "AIMv2Packing",
+    "CLIPPacking",
     "DINOv2Packing",
     "DINOv3ViTPacking",
     "Features",
@@ -43,6 +45,7 @@ __all__ = [
 # Imported when first used: `import nopad` is quick and needs neither torch nor transformers.
 _HOMES = {
     "AIMv2Packing": "nopad.families.aimv2",
+    "CLIPPacking": "nopad.families.clip",
     "DINOv2Packing": "nopad.families.dinov2",
     "DINOv3ViTPacking": "nopad.families.dinov3",
     "Features": "nopad.search.features",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import clip_checkpoints
 import onevision_checkpoints
 import siglip2_checkpoints
 import torch
@@ -12,9 +13,11 @@ from onevision_original import PlainConfig, PlainOneVision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
+from transformers.models.clip.modeling_clip import CLIPVisionModel
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersModel
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
+from transformers.models.metaclip_2.modeling_metaclip_2 import MetaClip2VisionModel
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
 
 import nopad
@@ -23,6 +26,8 @@ ORIGINALS = {
     "aimv2": Aimv2VisionModel,
     "siglip2": Siglip2VisionModel,
     "siglip": siglip2_checkpoints.SiglipVisionModel,
+    "clip": CLIPVisionModel,
+    "metaclip2": MetaClip2VisionModel,
     "dinov2": Dinov2Model,
     "dinov2 gated": Dinov2WithRegistersModel,
     "dinov3": DINOv3ViTModel,
@@ -80,6 +85,8 @@ def run_original(family: str, original, pixels: Tensor) -> Features:
         )
     if family.startswith("siglip"):
         return Features(*siglip2_checkpoints.run(original, pixels))
+    if family in ("clip", "metaclip2"):
+        return Features(*clip_checkpoints.run(original, pixels))
     output = original(pixels[None])
     tokens, pooled = output.last_hidden_state[0], output.pooler_output
     number = 1 + getattr(original.config, "num_register_tokens", 0) if family.startswith("dino") else 0

@@ -110,7 +110,7 @@ def test_every_tensor_is_needed(family, tmp_path):
 @pytest.mark.parametrize("damage", ["missing", "unexpected", "misshapen"])
 def test_damaged_tensor_is_named(checkpoint, original, damage):
     state = load_file(checkpoint / "model.safetensors")
-    name = next(name for name in state if re.search(r"1\..*(fc2|down_proj|weights_out|w3)\.weight$", name))
+    name = next(name for name in state if re.search(r"1\..*(fc2|down_proj|weights_out|w3|c_proj)\.weight$", name))
     if damage == "missing":
         del state[name]
     elif damage == "unexpected":

@@ -19,6 +19,7 @@ CASES = {
     "timm-siglip": "siglip2",
     "timm-siglip-tanh": "siglip2",
     "timm-siglip-gap": "siglip2",
+    "timm-clip": "clip",
     "timm-naflexvit": "siglip2",
 }
 
@@ -115,7 +116,11 @@ def test_heads_are_those_of_the_architecture_unless_changed(copy, goldens):
     [
         ("timm-aimv2", {"class_token": True}, "class_token: expected False, got True"),
         ("timm-aimv2", {"norm_layer": "layernorm"}, "not implemented: norm_layer"),
-        ("timm-aimv2", {"act_layer": "mish"}, "act_layer: expected one of gelu, gelu_tanh, silu, relu, got 'mish'"),
+        (
+            "timm-aimv2",
+            {"act_layer": "mish"},
+            "act_layer: expected one of gelu, gelu_tanh, quick_gelu, .* got 'mish'",
+        ),
         ("timm-aimv2", {"num_heads": 3}, "num_attention_heads: expected a divisor of hidden_size 32, got 3"),
         ("timm-aimv2", {"num_heads": "4"}, "num_attention_heads"),
         ("timm-dinov3", {"rope_type": "cat"}, "rope_type: expected 'dinov3', got 'cat'"),
@@ -123,6 +128,8 @@ def test_heads_are_those_of_the_architecture_unless_changed(copy, goldens):
         ("timm-dinov3", {"qk_norm": True}, "qk_norm: expected False, got True"),
         ("timm-siglip", {"fc_norm": True}, "fc_norm: expected False, got True"),
         ("timm-siglip", {"mistyped": 1}, "not implemented: mistyped"),
+        ("timm-clip", {"pre_norm": False}, "pre_norm: expected True, got False"),
+        ("timm-clip", {"mistyped": 1}, "not implemented: mistyped"),
         ("timm-naflexvit", {"pos_embed_interp_mode": "bicubic"}, "pos_embed_interp_mode: expected 'bilinear', got"),
         ("timm-naflexvit", {"pos_embed_ar_preserving": True}, "pos_embed_ar_preserving: expected False, got True"),
         ("timm-naflexvit", {"rope_type": "axial"}, "rope_type: expected '', got 'axial'"),
@@ -139,6 +146,8 @@ def test_arguments_that_nothing_implements_are_refused(copy, case, changes, expe
     [
         ("timm-siglip", {"act_layer": "gelu_tanh"}, "hidden_act", "gelu_pytorch_tanh"),
         ("timm-siglip", {}, "hidden_act", "gelu"),
+        ("timm-clip", {}, "hidden_act", "gelu"),
+        ("timm-clip", {"act_layer": "quick_gelu"}, "hidden_act", "quick_gelu"),
         ("timm-dinov3", {"attn_drop_rate": 0.25}, "attention_dropout", 0.25),
         ("timm-dinov3", {"rope_temperature": 40.0}, "rope_theta", 40.0),
         ("timm-naflexvit", {"attn_drop_rate": 0.25}, "attention_dropout", 0.25),

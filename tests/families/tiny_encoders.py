@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import aimv2_checkpoints
+import clip_checkpoints
 import dinov2_checkpoints
 import dinov3_checkpoints
 import onevision_checkpoints
@@ -21,6 +22,8 @@ FAMILIES = (
     "aimv2 with a head",
     "siglip2",
     "siglip",
+    "clip",
+    "metaclip2",
     "dinov2",
     "dinov2 gated",
     "dinov3",
@@ -39,6 +42,8 @@ def tiny(family: str, folder: Path, **changes) -> Path:
     if family.startswith("siglip"):
         kind = siglip2_checkpoints.naflex if family == "siglip2" else siglip2_checkpoints.fixed
         return siglip2_checkpoints.folder_of(folder, kind(**changes))
+    if family in ("clip", "metaclip2"):
+        return clip_checkpoints.save(folder, clip_checkpoints.tiny_original(family, **changes))
     if family.startswith("dinov2"):
         changes.pop("intermediate_size", None)  # which follows the width
         gated = {**dinov2_checkpoints.GATED, "num_register_tokens": 2} if family == "dinov2 gated" else {}
@@ -55,7 +60,7 @@ def encoder_class(family: str) -> type[PackedEncoder]:
     """The class that packs a family of `FAMILIES`."""
     if family == "siglip":  # whose config differs from NaFlex's
         return SiglipPacking
-    name = "siglip2" if family.startswith("siglip") else family.split()[0]
+    name = {"siglip": "siglip2", "metaclip2": "clip"}.get(family, family.split()[0])
     return next(cls for cls in families.FAMILIES if cls.family == name)
 
 

@@ -24,6 +24,8 @@ CASES = {
     "timm-siglip": ("vit_base_patch16_siglip_224", {"img_size": 20}, GRIDS[:1]),
     "timm-siglip-tanh": ("vit_so400m_patch16_siglip_256", {"img_size": 20}, GRIDS[:1]),
     "timm-siglip-gap": ("vit_large_patch16_siglip_gap_256", {"img_size": 20, "dynamic_img_size": True}, GRIDS),
+    "timm-clip": ("vit_large_patch14_clip_224", {"img_size": 20, "dynamic_img_size": True}, GRIDS),
+    "timm-clip-projection": ("vit_base_patch32_clip_quickgelu_224.openai", {"img_size": 20}, GRIDS[:1]),
     "timm-naflexvit": ("naflexvit_so400m_patch16_siglip", {"pos_embed_grid_size": (5, 5)}, GRIDS),
 }
 
@@ -54,11 +56,15 @@ def run(model: torch.nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, torc
     return tokens[0], model.forward_head(tokens, pre_logits=True)[0]
 
 
-def main(folder: Path) -> None:
-    """Write all cases."""
-    for name, (architecture, arguments, grids) in CASES.items():
-        model = timm.create_model(architecture, pretrained=False, num_classes=0, **SMALL, **arguments).eval()
+def main(folder: Path, *names: str) -> None:
+    """Write all cases, or those that are named."""
+    for name in names or CASES:
+        architecture, arguments, grids = CASES[name]
+        projection = 24 if name.endswith("projection") else 0  # of CLIP, which timm keeps as a classifier without bias
+        model = timm.create_model(architecture, pretrained=False, num_classes=projection, **SMALL, **arguments).eval()
         randomize(model)
+        if projection:
+            torch.nn.init.zeros_(model.head.bias)
         save_for_hf(model, folder / name, safe_serialization=True)
         generator = torch.Generator().manual_seed(1)
         images = [torch.randn(1, 3, 4 * rows, 4 * columns, generator=generator) for rows, columns in grids]
@@ -67,6 +73,8 @@ def main(folder: Path) -> None:
             for number, image in enumerate(images):
                 tokens, pooled = run(model, image)
                 expected |= {f"tokens_{number}": tokens.contiguous(), f"pooled_{number}": pooled.contiguous()}
+                if projection:
+                    expected[f"image_embed_{number}"] = model(image)[0].contiguous()
         save_file(
             {f"image_{number}": image for number, image in enumerate(images)}, folder / name / "inputs.safetensors"
         )
@@ -74,4 +82,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

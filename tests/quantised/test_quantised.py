@@ -16,9 +16,11 @@ from tiny_encoders import FAMILIES, GRIDS, WIDE, patches_of, relative, tiny
 from torch import nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
+from transformers.models.clip.modeling_clip import CLIPVisionModel
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersModel
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
+from transformers.models.metaclip_2.modeling_metaclip_2 import MetaClip2VisionModel
 
 import nopad
 from nopad.families.siglip2 import Siglip2NaflexPacking
@@ -48,6 +50,8 @@ ORIGINALS = {
     "aimv2": Aimv2VisionModel,
     "siglip2": siglip2_checkpoints.Siglip2VisionModel,
     "siglip": siglip2_checkpoints.SiglipVisionModel,
+    "clip": CLIPVisionModel,
+    "metaclip2": MetaClip2VisionModel,
     "dinov2": Dinov2Model,
     "dinov2 gated": Dinov2WithRegistersModel,
     "dinov3": DINOv3ViTModel,

@@ -12,17 +12,21 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
+from transformers.models.clip.modeling_clip import CLIPVisionModel
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersModel
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
+from transformers.models.metaclip_2.modeling_metaclip_2 import MetaClip2VisionModel
 from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
 
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.encoder import PackedEncoder
-from nopad.families import siglip2_checkpoints
+from nopad.families import clip_checkpoints, siglip2_checkpoints
 from nopad.families.aimv2 import AIMv2Packing
 from nopad.families.aimv2_checkpoints import trained_grid
+from nopad.families.clip import CLIPPacking
+from nopad.families.clip_checkpoints import MetaCLIP2PackingConfig
 from nopad.families.dinov2 import DINOv2Packing
 from nopad.families.dinov2_checkpoints import DINOv2WithRegistersPackingConfig
 from nopad.families.dinov3 import DINOv3ViTPacking
@@ -197,6 +201,26 @@ class AIMv2Reference(ReferenceModel):
         return None if packed.config.is_native else trained_grid(packed.config)
 
 
+class CLIPReference(ReferenceModel):
+    """transformers' CLIP and MetaCLIP 2, whose tokens are normed here, as those of OpenCLIP and timm are."""
+
+    model_class = CLIPVisionModel
+
+    def class_of(self, packed: PackedEncoder) -> type[PreTrainedModel]:
+        """The class that reads the same checkpoint."""
+        return MetaClip2VisionModel if isinstance(packed.config, MetaCLIP2PackingConfig) else CLIPVisionModel
+
+    def only_grid(self, packed: PackedEncoder) -> tuple[int, int] | None:
+        """The trained grid where other grids get positions as in OpenCLIP and timm, else any."""
+        return clip_checkpoints.trained_grid(packed.config) if packed.config.positions_antialias else None
+
+    def forward(self, model: Any, pixels: Tensor) -> Any:
+        """Images of one size `(B, C, H, W)` to the reference's output."""
+        output = model(pixel_values=pixels, interpolate_pos_encoding=True)
+        output.last_hidden_state = model.post_layernorm(output.last_hidden_state)
+        return output
+
+
 class DINOv2Reference(ReferenceModel):
     """transformers' DINOv2, with and without registers."""
 
@@ -295,6 +319,7 @@ class OneVisionReference(RemoteCodeReference):
 
 REFERENCES: dict[type[PackedEncoder], ReferenceModel] = {
     AIMv2Packing: AIMv2Reference(),
+    CLIPPacking: CLIPReference(),
     DINOv2Packing: DINOv2Reference(),
     DINOv3ViTPacking: DINOv3Reference(),
     Siglip2NaflexPacking: Siglip2Reference(),

@@ -52,6 +52,10 @@ DROP_AXIS = Reshape(lambda tensor: (tensor.squeeze(0),), lambda values: _only(va
 """`(1, …)` in the file, `(…)` in the model."""
 ADD_AXIS = Reshape(lambda tensor: (tensor.unsqueeze(0),), lambda values: _only(values).squeeze(0))
 """`(…)` in the file, `(1, …)` in the model."""
+DROP_AXES = Reshape(lambda tensor: (tensor.squeeze(0).squeeze(0),), lambda values: _only(values)[None, None])
+"""`(1, 1, …)` in the file, `(…)` in the model."""
+TRANSPOSED = Reshape(lambda tensor: (tensor.T.contiguous(),), lambda values: _only(values).T.contiguous())
+"""A matrix of which file and model have each other's transpose."""
 SQUARE_GRID = Reshape(lambda tensor: (tensor.squeeze(0).flatten(0, 1),), lambda values: _as_grid(_only(values)))
 """`(1, side, side, D)` in the file, `(side², D)` in the model."""
 

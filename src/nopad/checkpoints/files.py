@@ -13,9 +13,9 @@ from typing import Any
 from huggingface_hub import constants, get_session
 from transformers.utils.hub import cached_file
 
+from nopad.checkpoints import open_clip_config, timm_config
 from nopad.checkpoints.contents import PICKLE_SUFFIXES, SUFFIXES, check_regular, read_json, read_tensors
 from nopad.checkpoints.formats import Checkpoint, StoredTensor
-from nopad.checkpoints.timm_config import preprocessor_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,8 @@ def _with_json(checkpoint: Checkpoint, find: Callable[[str], Path | None]) -> Ch
     if preprocessor is None:
         preprocessor = _json(find("preprocessor_config.json")) or None
     path = find("config.json")
+    if path is None or open_clip_config.is_open_clips(checkpoint.tensors):  # others may lie there in two layouts
+        path = find(open_clip_config.OPEN_CLIP_CONFIG) or path
     config = _json(path, "vision_config", "quantization_config")
     if config.get("transformers_weights") not in (None, SAFETENSORS[0]):
         named = config["transformers_weights"]
@@ -100,7 +102,7 @@ def _with_json(checkpoint: Checkpoint, find: Callable[[str], Path | None]) -> Ch
             f"{path}: transformers_weights: expected {SAFETENSORS[0]}, got {named!r:.80}; name the file itself"
         )
     if preprocessor is None:
-        preprocessor = preprocessor_of(config)
+        preprocessor = timm_config.preprocessor_of(config) or open_clip_config.preprocessor_of(config)
     return replace(
         checkpoint,
         tensors={**checkpoint.tensors, **_projection(find(PROJECTION_FILE), checkpoint)},
@@ -177,8 +179,10 @@ def _weights(
         if (path := find(index)) is not None:
             return _indexed(path, Path(single).suffix, find)
     if variant is None:
-        if PICKLES in kinds and (path := find(META)) is not None:
-            return read_tensors(path)
+        named = [META, *open_clip_config.OPEN_CLIP_WEIGHTS]
+        for file in named if PICKLES in kinds else named[1:2]:
+            if (path := find(file)) is not None:
+                return read_tensors(path)
         for kind in kinds:
             path = _only_file(name, folder, PICKLE_SUFFIXES if kind is PICKLES else (".safetensors",))
             if path is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 
+from nopad.checkpoints.files import PROJECTION
 from nopad.checkpoints.formats import FLOATS, Checkpoint, Dialect, check_strictly
 from nopad.counts import is_count
 
@@ -98,6 +99,8 @@ def check_sizes(checkpoint: Checkpoint, fields: Mapping[str, Any], layers: str) 
     """
     longest = max((max(t.shape) for t in checkpoint.tensors.values() if t.shape and 0 not in t.shape), default=0)
     limits = dict.fromkeys(_SIDES, longest) | {"num_hidden_layers": 2 * checkpoint.count(layers)}
+    if PROJECTION not in checkpoint.tensors:  # CLIP's configs give a width to every projection that there might be
+        del limits["projection_dim"]
     for name, limit in limits.items():
         value: Any = fields.get(name)
         if is_count(value) and value > limit:

@@ -10,7 +10,11 @@ from typing import Any
 from nopad.checkpoints.formats import Checkpoint
 from nopad.counts import is_count
 
-ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "silu": "silu", "relu": "relu"}
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    **{name: name for name in ("quick_gelu", "silu", "relu")},
+}
 """timm's names, to those of transformers."""
 CLASSIFIER = (r"^head\.(weight|bias)$", r"^fc_norm\.")
 """Tensors of a classifier, which is no part of an encoder."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from nopad.checkpoints.formats import Checkpoint
 from nopad.encoder import PackedEncoder
 from nopad.families.aimv2 import AIMv2Packing
+from nopad.families.clip import CLIPPacking
 from nopad.families.dinov2 import DINOv2Packing
 from nopad.families.dinov3 import DINOv3ViTPacking
 from nopad.families.onevision import OneVisionEncoderPacking
@@ -16,6 +17,7 @@ FAMILIES: tuple[type[PackedEncoder], ...] = (
     DINOv3ViTPacking,
     Siglip2NaflexPacking,
     OneVisionEncoderPacking,
+    CLIPPacking,
 )
 
 

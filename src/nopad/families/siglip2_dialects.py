@@ -37,6 +37,7 @@ DIALECTS = (
         "transformers",
         r"^post_layernorm\.",
         prefixes=("vision_model.",),
+        excludes=(r"^pre_layrnorm\.",),  # CLIP
         dropped=(r"^text_model\.", r"^logit_scale$", r"^logit_bias$"),
         is_original=True,
         text_table=NameTable(),

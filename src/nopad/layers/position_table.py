@@ -21,6 +21,7 @@ class PositionTable(nn.Module):
         mode, antialias: as in `resample`.
         strict: raise on other grids.
         native: learned for grids of any size, as in NaFlex; raises on `patch_positions` and does not log resampling.
+        num_prefix_tokens: tokens in front of the patches whose positions are the first rows.
     """
 
     def __init__(
@@ -32,15 +33,22 @@ class PositionTable(nn.Module):
         antialias: bool = True,
         strict: bool = False,
         native: bool = False,
+        num_prefix_tokens: int = 0,
     ):
         super().__init__()
         self.grid, self.mode, self.antialias, self.strict, self.native = grid, mode, antialias, strict, native
-        self.weight = nn.Parameter(torch.empty(math.prod(grid), hidden_size))
+        self.num_prefix_tokens = num_prefix_tokens
+        self.weight = nn.Parameter(torch.empty(num_prefix_tokens + math.prod(grid), hidden_size))
 
     def forward(self, layout: Layout) -> Tensor:
         """Positions of every patch, `(T, D)`; see `table_positions`."""
         options = {"mode": self.mode, "antialias": self.antialias, "strict": self.strict, "native": self.native}
-        return table_positions(layout, self.weight, self.grid, **options)
+        return table_positions(layout, self.weight[self.num_prefix_tokens :], self.grid, **options)
+
+    @property
+    def prefix(self) -> Tensor:
+        """Positions of the prefix tokens, `(num_prefix_tokens, D)`."""
+        return self.weight[: self.num_prefix_tokens]
 
 
 def table_positions(

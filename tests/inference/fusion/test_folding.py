@@ -109,8 +109,8 @@ def test_gemm_weight_in_another_order():
 
 
 def test_activation_names():
-    names = [activation_name(ACT2FN[name]) for name in ("silu", "gelu", "gelu_pytorch_tanh", "relu", "quick_gelu")]
-    assert names == ["silu", "gelu", "gelu_tanh", None, None]
+    names = [activation_name(ACT2FN[name]) for name in ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu")]
+    assert names == ["silu", "gelu", "gelu_tanh", "quick_gelu", None]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -136,6 +136,7 @@ def test_biases_can_be_folded(tmp_path):
         lambda layer: setattr(layer, "norm1", nn.Identity()),
         lambda layer: setattr(layer.norm1, "eps", 1e-3),
         lambda layer: setattr(layer.mlp, "activation", ACT2FN["gelu"]),
+        lambda layer: setattr(layer.mlp, "activation", ACT2FN["quick_gelu"]),  # of a gate
         lambda layer: setattr(layer.attention, "proj", nn.Identity()),
         lambda layer: setattr(layer.attention.k, "weight", nn.Parameter(torch.ones(32, 32).char(), False)),
         lambda layer: setattr(layer, "mlp", nn.Identity()),

@@ -2,6 +2,8 @@
 
 - The weight of a norm goes into the linear layer after it, `W · diag(weight)`; its bias becomes a bias of that layer.
 - A layer scale goes into the linear layer before it.
+- Quick GELU, `x · sigmoid(1.702 x)`, is `silu(1.702 x) / 1.702`: the factor goes into the linear layer before it, its
+  inverse into the one after it.
 - LayerNorm subtracts the mean of each row. If every term of the residual sum has zero mean, so do all rows, and
   LayerNorm becomes RMSNorm: the weights that add to the residual stream are centred along their outputs (Ashkboos et
   al., arXiv:2401.15024, section 3.2).
@@ -18,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
+from transformers.activations import GELUActivation, GELUTanh, QuickGELUActivation, SiLUActivation
 
 from nopad.inference.float8.format import FP8
 from nopad.inference.float8.modules import Float8GatedMLP, Float8Linear, Float8QKV, is_plain_linear
@@ -26,6 +28,9 @@ from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block, LayerScale
 from nopad.layers.linear import joined
 from nopad.layers.mlp import MLP, GatedMLP
+
+QUICK_GELU = 1.702
+"""Factor in `QuickGELUActivation`."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +114,11 @@ class FoldedBlock:
         attention, mlp = block.attention, block.mlp
         assert isinstance(mlp, MLP | GatedMLP | Float8GatedMLP)
         gated, norm = not isinstance(mlp, MLP), block.norm1
-        up = fold_norm(_first_linear(mlp), block.norm2)
+        activation, factor = activation_name(mlp.activation), 1.0
+        if activation == "quick_gelu":
+            activation, factor = "silu", QUICK_GELU
+        up = fold_norm(_first_linear(mlp), block.norm2, factor)
         zero_mean = isinstance(norm, nn.LayerNorm)
-        activation = activation_name(mlp.activation)
         assert isinstance(norm, nn.RMSNorm | nn.LayerNorm)
         assert norm.eps is not None
         assert activation is not None
@@ -124,7 +131,7 @@ class FoldedBlock:
             qkv=fold_norm(qkv, norm)[head_order],
             proj=fold_layer_scale(attention.proj, block.layer_scale1, zero_mean),
             up=up[interleave_gate_up(len(up.weight) // 2)] if gated else up,
-            down=fold_layer_scale(mlp.down, block.layer_scale2, zero_mean),
+            down=fold_layer_scale(mlp.down, block.layer_scale2, zero_mean, factor),
             activation=activation,
             gated=gated,
             eps=norm.eps,
@@ -176,7 +183,7 @@ def can_fold(block: nn.Module) -> bool:
         return absorbed and unscaled and known and all(linear.bias is None for linear in float8 + plain)
     if type(mlp) not in (MLP, GatedMLP) or norm1.weight is None or norm2.weight is None or attention.qkv is not None:
         return False
-    supported = ("silu",) if isinstance(mlp, GatedMLP) else ("silu", "gelu", "gelu_tanh")
+    supported = ("silu",) if isinstance(mlp, GatedMLP) else ("silu", "quick_gelu", "gelu", "gelu_tanh")
     known = activation_name(mlp.activation) in supported
     scaled = type(parts.layer_scale1) is type(parts.layer_scale2) is LayerScale
     up = (mlp.gate, mlp.up) if isinstance(mlp, GatedMLP) else (mlp.up,)
@@ -191,9 +198,11 @@ def _first_linear(mlp: MLP | GatedMLP | Float8GatedMLP) -> Any:
 
 
 def activation_name(activation: Any) -> str | None:
-    """`"silu"`, `"gelu"`, `"gelu_tanh"`, or `None` for another activation."""
+    """`"silu"`, `"quick_gelu"`, `"gelu"`, `"gelu_tanh"`, or `None` for another activation."""
     if isinstance(activation, nn.SiLU | SiLUActivation):
         return "silu"
+    if isinstance(activation, QuickGELUActivation):
+        return "quick_gelu"
     if isinstance(activation, GELUActivation):
         return "gelu"
     return "gelu_tanh" if isinstance(activation, GELUTanh) else None
@@ -204,8 +213,8 @@ def _weight_and_bias(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
     return linear.weight.detach().float(), None if linear.bias is None else linear.bias.detach().float()
 
 
-def fold_norm(linear: nn.Linear | Float8Linear, norm: nn.Module) -> GemmWeight:
-    """A linear layer with the weight and bias of the norm before it folded in, rounded once."""
+def fold_norm(linear: nn.Linear | Float8Linear, norm: nn.Module, factor: float = 1.0) -> GemmWeight:
+    """A linear layer with the weight and bias of the norm before it folded in, times `factor`, rounded once."""
     if isinstance(linear, Float8Linear):  # `absorb_norms` has folded the norm
         return GemmWeight(linear.weight, linear.bias, linear.scale[:, 0])
     weight, bias = _weight_and_bias(linear)
@@ -217,16 +226,24 @@ def fold_norm(linear: nn.Linear | Float8Linear, norm: nn.Module) -> GemmWeight:
         weight = weight - weight.mean(dim=1, keepdim=True)  # removes what rounding leaves of a row's mean
     elif isinstance(norm, nn.RMSNorm) and norm.weight is not None:
         weight = weight * norm.weight.detach().float()
+    if factor != 1:
+        weight, bias = weight * factor, None if bias is None else bias * factor
     return GemmWeight(weight.to(linear.weight.dtype), bias)
 
 
-def fold_layer_scale(linear: nn.Linear | Float8Linear, layer_scale: LayerScale | None, zero_mean: bool) -> GemmWeight:
-    """A linear layer that adds to the residual stream, with layer scale and centring folded in, rounded once."""
+def fold_layer_scale(
+    linear: nn.Linear | Float8Linear, layer_scale: LayerScale | None, zero_mean: bool, divisor: float = 1.0
+) -> GemmWeight:
+    """A linear layer that adds to the residual stream, with layer scale and centring folded in, rounded once.
+
+    Its input is divided by `divisor`.
+    """
     if isinstance(linear, Float8Linear):
         return GemmWeight(linear.weight, linear.bias, linear.scale[:, 0])
     weight, bias = _weight_and_bias(linear)
-    if layer_scale is None and not zero_mean:
+    if layer_scale is None and not zero_mean and divisor == 1:
         return GemmWeight(linear.weight.detach(), bias)  # the weight itself, no copy
+    weight = weight / divisor if divisor != 1 else weight
     if layer_scale is not None:
         factor = layer_scale.lambda1.detach().float()
         weight, bias = weight * factor[:, None], None if bias is None else bias * factor

@@ -1,0 +1,150 @@
+"""CLIP (Radford et al., arXiv:2103.00020), OpenCLIP, MetaCLIP 1 and 2, DFN: the image towers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from nopad.encoder import PackedEncoder
+from nopad.families.clip_checkpoints import (
+    PUBLISHED,
+    CLIPConfigs,
+    CLIPPackingConfig,
+    MetaCLIP2PackingConfig,
+    read_config,
+    trained_grid,
+)
+from nopad.families.clip_dialects import DIALECTS
+from nopad.inference.runner import Runner
+from nopad.layers.attention import PackedAttention
+from nopad.layers.block import Block
+from nopad.layers.mlp import MLP
+from nopad.layers.patch_embed import PatchEmbedding
+from nopad.layers.position_table import PositionTable
+from nopad.layers.positions import is_strict
+from nopad.layers.prefix import PrefixLayout
+from nopad.layers.roles import ByRole
+from nopad.layout import Layout
+from nopad.outputs import Trunk
+from nopad.preprocessing.transforms import Preprocessing
+
+
+class CLIPEmbeddings(ByRole):
+    """Patches to tokens with learned positions, and in front of each segment the CLS token with a position of its own.
+
+    Other grids get the table resampled as `interpolate_pos_encoding` of transformers' model does.
+    """
+
+    names: Mapping[str, str] = {"proj": "patch_embedding"}
+
+    def __init__(self, config: CLIPConfigs):
+        super().__init__()
+        size = config.hidden_size
+        patch_size: int = config.patch_size  # pyright: ignore[reportAssignmentType] - a number in every checkpoint
+        self.class_embedding = nn.Parameter(torch.empty(size))
+        self.proj = PatchEmbedding(config.num_channels, size, patch_size, config.patch_order, bias=False)
+        antialias, strict = config.positions_antialias, is_strict(config.positions)
+        self.position_embedding = PositionTable(
+            trained_grid(config), size, mode="bicubic", antialias=antialias, strict=strict, num_prefix_tokens=1
+        )
+
+    def forward(self, patches: Tensor, layout: Layout, places: PrefixLayout, runner: Runner) -> Tensor:
+        """`(T, P)` to `(T + S, D)`."""
+        tokens = runner.embed(self.proj, patches) + self.position_embedding(layout)
+        cls_token = self.class_embedding + self.position_embedding.prefix
+        return places.join(tokens, cls_token.expand(places.segments.num_segments, -1, -1))
+
+
+def clip_block(config: CLIPConfigs) -> Block:
+    """One transformer block of the family."""
+    norm = partial(nn.LayerNorm, config.hidden_size, eps=config.layer_norm_eps)
+    attention = PackedAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        qkv_bias=True,
+        proj_bias=True,
+        dropout_p=config.attention_dropout or 0.0,
+        names={"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "out_proj"},
+    )
+    activation, names = ACT2FN[config.hidden_act], {"up": "fc1", "down": "fc2"}
+    mlp = MLP(config.hidden_size, config.intermediate_size, activation, bias=True, names=names)
+    return Block(
+        norm(),
+        attention,
+        norm(),
+        mlp,
+        names={"norm1": "layer_norm1", "norm2": "layer_norm2", "attention": "self_attn"},
+    )
+
+
+class CLIPPacking(PackedEncoder):
+    """CLIP's image tower over packs; a clip's frames are separate segments, each with a CLS token of its own.
+
+    Tokens are normed by `post_layernorm`, as OpenCLIP and timm return them. transformers norms the CLS token alone, so
+    that its `last_hidden_state` is the last of `hidden_states` here.
+
+    Raises:
+        ValueError: see `PackedEncoder.forward` and `from_pretrained`.
+    """
+
+    config_class = CLIPPackingConfig
+    config_classes = (CLIPPackingConfig, MetaCLIP2PackingConfig)
+    family = "clip"
+    dialects = DIALECTS
+    published = PUBLISHED
+    read_config = staticmethod(read_config)
+    names: Mapping[str, str] = {
+        "norm_pre": "pre_layrnorm",
+        "layers": "encoder.layers",
+        "norm": "post_layernorm",
+        "projection": "visual_projection",
+    }
+    num_prefix_tokens = 1
+
+    def build(self) -> None:
+        """Embeddings, a norm, blocks, a norm, and where the checkpoint has it the projection."""
+        config = self.config
+        self.embeddings = CLIPEmbeddings(config)
+        self.norm_pre = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.encoder = nn.Module()
+        self.layers = nn.ModuleList(clip_block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if config.with_projection:
+            self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+
+    def trunk(self, patches: Tensor, layout: Layout, runner: Runner) -> Trunk:
+        """Patches to normed tokens."""
+        places = PrefixLayout.of(layout, self.num_prefix_tokens)
+        tokens = self.norm_pre(self.embeddings(patches, layout, places, runner))
+        tokens = self.norm(runner.run(self.layers, tokens, places.segments, None))
+        return Trunk(places.take_patches(tokens), places.take_prefix(tokens))
+
+    @property
+    def default_preprocessing(self) -> Preprocessing:
+        """The short side to the trained size, and a square crop of it."""
+        statistics: dict[str, Any] = {"mean": tuple(OPENAI_CLIP_MEAN), "std": tuple(OPENAI_CLIP_STD)}
+        return Preprocessing(rule="crop", size=self.config.image_size, resample="bicubic", **statistics)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        size, factor = self.config.hidden_size, self.config.initializer_factor
+        residual_std = size**-0.5 * (2 * self.config.num_hidden_layers) ** -0.5 * factor
+        if isinstance(module, CLIPEmbeddings):
+            init.normal_(module.class_embedding, std=size**-0.5 * factor)
+        elif isinstance(module, PackedAttention):
+            for linear in (module.q, module.k, module.v):
+                init.normal_(linear.weight, std=residual_std)
+            init.normal_(module.proj.weight, std=size**-0.5 * factor)
+        elif isinstance(module, MLP):
+            init.normal_(module.up.weight, std=(2 * size) ** -0.5 * factor)
+            init.normal_(module.down.weight, std=residual_std)
+        elif self.projection is not None and module is self.projection:
+            init.normal_(self.projection.weight, std=size**-0.5 * factor)

@@ -1,0 +1,107 @@
+"""CLIP's dialects: how transformers, OpenCLIP and timm name its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from nopad.checkpoints.conversions import DROP_AXES, DROP_AXIS, TRANSPOSED, NameTable, Rename, split_rows
+from nopad.checkpoints.formats import Checkpoint, Dialect
+
+_LAYER, _ATTENTION = "encoder.layers.*", "encoder.layers.*.self_attn"
+_BLOCK = "visual.transformer.resblocks.*"
+OPEN_CLIP = NameTable(
+    Rename("visual.class_embedding", "embeddings.class_embedding"),
+    Rename("visual.positional_embedding", "embeddings.position_embedding.weight"),
+    Rename("visual.conv1.weight", "embeddings.patch_embedding.weight"),
+    Rename("visual.ln_pre.*", "pre_layrnorm.*"),
+    Rename(f"{_BLOCK}.ln_1.*", f"{_LAYER}.layer_norm1.*"),
+    *(
+        Rename(
+            f"{_BLOCK}.attn.in_proj_{kind}",
+            *(f"{_ATTENTION}.{part}_proj.{kind}" for part in "qkv"),
+            reshape=split_rows(3),
+        )
+        for kind in ("weight", "bias")
+    ),
+    Rename(f"{_BLOCK}.attn.out_proj.*", f"{_ATTENTION}.out_proj.*"),
+    Rename(f"{_BLOCK}.ln_2.*", f"{_LAYER}.layer_norm2.*"),
+    Rename(f"{_BLOCK}.mlp.c_fc.*", f"{_LAYER}.mlp.fc1.*"),
+    Rename(f"{_BLOCK}.mlp.c_proj.*", f"{_LAYER}.mlp.fc2.*"),
+    Rename("visual.ln_post.*", "post_layernorm.*"),
+    Rename("visual.proj", "visual_projection.weight", reshape=TRANSPOSED),
+)
+TIMM = NameTable(
+    Rename("cls_token", "embeddings.class_embedding", reshape=DROP_AXES),
+    Rename("pos_embed", "embeddings.position_embedding.weight", reshape=DROP_AXIS),
+    Rename("patch_embed.proj.weight", "embeddings.patch_embedding.weight"),
+    Rename("norm_pre.*", "pre_layrnorm.*"),
+    Rename("blocks.*.norm1.*", f"{_LAYER}.layer_norm1.*"),
+    Rename("blocks.*.attn.qkv.*", *(f"{_ATTENTION}.{part}_proj.*" for part in "qkv"), reshape=split_rows(3)),
+    Rename("blocks.*.attn.proj.*", f"{_ATTENTION}.out_proj.*"),
+    Rename("blocks.*.norm2.*", f"{_LAYER}.layer_norm2.*"),
+    Rename("blocks.*.mlp.**", f"{_LAYER}.mlp.**"),
+    Rename("norm.*", "post_layernorm.*"),
+    Rename("head.weight", "visual_projection.weight"),
+)
+
+
+def timm_head_projects(config: Mapping[str, Any]) -> bool:
+    """Whether the head of timm's model is CLIP's projection, and not the classifier of tuned weights (`_ft_`)."""
+    pretrained = config.get("pretrained_cfg")
+    tag = pretrained.get("tag") if isinstance(pretrained, dict) else None
+    return bool(config.get("num_classes")) and isinstance(tag, str) and tag != "" and "ft" not in tag.split("_")
+
+
+def _prepare_timm(checkpoint: Checkpoint) -> Checkpoint:
+    """Without the classifier, and without the bias of a projection, which is zero.
+
+    Raises:
+        ValueError: a projection with another bias.
+    """
+    tensors = dict(checkpoint.tensors)
+    head = {name: tensors.pop(name) for name in ("head.weight", "head.bias") if name in tensors}
+    if timm_head_projects(checkpoint.config) and "head.weight" in head:
+        if "head.bias" in head and head["head.bias"].read().any():
+            raise ValueError(
+                f"checkpoint {checkpoint.name!r}: head.bias: expected zeros, since CLIP's projection has no bias and "
+                f"config.json names CLIP's own weights, got other values"
+            )
+        tensors["head.weight"] = head.pop("head.weight")
+    return replace(checkpoint, tensors=tensors, left_out={**checkpoint.left_out, **head})
+
+
+DIALECTS = (
+    Dialect(
+        "transformers",
+        r"^pre_layrnorm\.",
+        prefixes=("vision_model.",),
+        dropped=(
+            r"^text_(model|projection)\.",
+            r"^logit_scale$",
+            r"^classifier\.",
+            r"^(vision_model\.)?embeddings\.position_ids$",  # 0, 1, 2, … in files of transformers < 4.31
+        ),
+        is_original=True,
+    ),
+    Dialect(
+        "OpenCLIP",
+        r"^visual\.transformer\.resblocks\.\d+\.attn\.in_proj_weight$",
+        OPEN_CLIP,
+        dropped=(
+            r"^(text|token_embedding|transformer|ln_final)\.",
+            r"^(positional_embedding|text_projection|logit_scale|logit_bias|attn_mask)$",
+            r"^(input_resolution|context_length|vocab_size)$",  # OpenAI's
+        ),
+    ),
+    Dialect(
+        "timm",
+        r"^norm_pre\.",
+        TIMM,
+        requires=(r"^cls_token$", r"^blocks\.\d+\.attn\.qkv\.bias$"),
+        excludes=(r"\.gamma_[12]$", r"\.ls[12]\.", r"\.(q|k)_norm\.", r"^reg_token$"),
+        dropped=(r"^fc_norm\.",),
+        prepare=_prepare_timm,
+    ),
+)

@@ -1,0 +1,56 @@
+"""Writes the golden cases `open-clip*`: tiny models of OpenCLIP with random weights, and what they return.
+
+pip install open_clip_torch==3.3.0 timm==1.0.31 torch==2.13.0 torchvision==0.28.0 safetensors
+python tests/goldens/make_open_clip.py tests/goldens
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from make_timm import randomize
+from open_clip.model import CLIP
+from open_clip.push_to_hf_hub import save_config_for_hf
+from safetensors.torch import save_file
+
+VISION = {"image_size": 20, "layers": 2, "width": 32, "head_width": 8, "patch_size": 4}
+CASES = {
+    "open-clip": {"mlp_ratio": 1.5},
+    "open-clip-quickgelu": {"mlp_ratio": 4.9231, "quick_gelu": True},  # the ratio of bigG, which is rounded down
+}
+TEXT = {"context_length": 8, "vocab_size": 30, "width": 16, "heads": 2, "layers": 1}
+
+
+def main(folder: Path) -> None:
+    """Write all cases."""
+    for name, changes in CASES.items():
+        ratio = changes["mlp_ratio"]
+        model_cfg = {"embed_dim": 24, "vision_cfg": {**VISION, "mlp_ratio": ratio}, "text_cfg": TEXT}
+        if "quick_gelu" in changes:
+            model_cfg["quick_gelu"] = True
+        model = CLIP(**model_cfg).eval()
+        model.visual.output_tokens = True
+        randomize(model)
+        model.visual.image_mean, model.visual.image_std = (0.48, 0.45, 0.4), (0.26, 0.26, 0.27)
+        model.visual.preprocess_cfg = {"interpolation": "bicubic", "resize_mode": "shortest"}
+        case = folder / name
+        case.mkdir(exist_ok=True)
+        save_config_for_hf(model, case / "open_clip_config.json", model_cfg)
+        torch.save(model.state_dict(), case / "open_clip_pytorch_model.bin")
+        generator = torch.Generator().manual_seed(1)
+        images = [torch.randn(1, 3, 20, 20, generator=generator) for _ in range(2)]
+        inputs, expected = {}, {}
+        with torch.no_grad():
+            for number, image in enumerate(images):
+                inputs[f"image_{number}"] = image
+                embed, tokens = model.visual(image)
+                expected[f"tokens_{number}"] = tokens[0].contiguous()
+                expected[f"image_embed_{number}"] = embed[0].contiguous()
+        save_file(inputs, case / "inputs.safetensors")
+        save_file(expected, case / "expected.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
