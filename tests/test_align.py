@@ -449,7 +449,7 @@ def test_models_are_found_by_text_and_family(capsys):
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
     assert main(["models", "no such model"]) == 2
     assert "no published name contains 'no such model'" in capsys.readouterr().err
-    assert main(["models", "--family", "clip"]) == 2
+    assert main(["models", "--family", "resnet"]) == 2
     assert "--family: expected one of aimv2, dinov2, dinov3" in capsys.readouterr().err
 
 
