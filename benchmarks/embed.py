@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from embed_gpu import CASES, run
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -45,18 +46,31 @@ SHORTEST, LONGEST = 640, 4000
 def main() -> None:
     """Make the pictures, run both jobs, print what was measured."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=2000, metavar="N", help="(default: 2000)")
+    gpu = "cuda: the table of benchmarks/embed_gpu.py, with the options marked *"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=gpu)
+    parser.add_argument("--cases", default=",".join(CASES), metavar="A,B", help="* of all (default: %(default)s)")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="* of nopad embed (default: 3)")
+    parser.add_argument("--no-peers", action="store_true", help="* leave out the job one writes today")
+    parser.add_argument("--start", action="store_true", help="* when the command prints what, and its first row comes")
+    parser.add_argument("--images", type=int, default=2000, metavar="N", help="* (default: 2000)")
     parser.add_argument("--blocks", type=int, default=10, metavar="N", help="each is run by both (default: 10)")
     parser.add_argument("--model", default=MODEL, help=f"as nopad embed takes it (default: {MODEL})")
     parser.add_argument("--capacity", type=int, metavar="N", help="tokens per pack (default: nopad's own)")
     parser.add_argument("--workers", type=int, metavar="N", help="threads that decode (default: one per core)")
     parser.add_argument("--resize", choices=("torch", "pil"), default="torch", help="of nopad (default: torch)")
-    parser.add_argument("--folder", default="demo/bench-embed", help="keeps the pictures (default: demo/bench-embed)")
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_argument("--folder", default="demo/bench-embed", help="* keeps the pictures (default: demo/bench-embed)")
+    parser.add_argument("--json", action="store_true", help="* print the numbers as JSON")
     options = parser.parse_args()
     if not 1 <= options.blocks <= options.images:
         parser.error(f"--blocks: expected 1 … {options.images}, the number of images, got {options.blocks}")
     transformers_logging.disable_progress_bar()
+    if options.device == "cuda":
+        cases = options.cases.split(",")
+        if unknown := {*cases} - {*CASES}:
+            parser.error(f"--cases: expected some of {', '.join(CASES)}, got {', '.join(unknown)}")
+        what: dict[str, Any] = {"images": options.images, "runs": options.runs, "folder": Path(options.folder)}
+        run(cases, **what, peers=not options.no_peers, start=options.start, as_json=options.json)
+        return
     paths = pictures(Path(options.folder) / "images", options.images)
     settings = {"capacity": options.capacity, "workers": options.workers, "resize": options.resize}
     encoder = nopad.load(options.model)

@@ -15,9 +15,6 @@ from torch import Tensor
 
 PatchOrder = Literal["hwc", "chw"]
 """Layout inside a patch: `"hwc"` is `(ph, pw, C)`, `"chw"` is `(C, ph, pw)`."""
-CAPACITY, CAPACITY_ON_CPU = 16384, 2048
-"""Tokens of a pack, unless told otherwise. What a layer makes of 2048 stays in a CPU's cache and off its allocator's
-slow path: from 32 MiB on glibc maps fresh pages for every tensor."""
 
 
 def check_patch_order(order: str) -> None:

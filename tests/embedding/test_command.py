@@ -17,6 +17,7 @@ from pictures import write_photos
 import nopad
 from nopad.cli import main
 from nopad.embedding.inputs.decoder import Reader
+from nopad.environment import device_name
 
 
 def table(folder: Path) -> dict[str, bytes]:
@@ -108,8 +109,9 @@ def test_first_line_comes_before_anything_heavy_is_imported(photos, tmp_path, mo
     given = [*arguments(photos, tmp_path / "out", model), "--actors", "1"]  # without a server of decode processes
     done = subprocess.run([sys.executable, "-c", command, *given], capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[:2] == [
-        f"embedding {photos} into {tmp_path}/out by {model}; pictures of more than 4,096 patches are scaled down where "
-        f"the model has no limit of its own (--max-patches N, or none)",
+        f"embedding {photos} into {tmp_path}/out by {model} in bfloat16 on a GPU that has it, else float32 (--dtype); "
+        "pictures of more than 4,096 patches are scaled down where the model has no limit of its own (--max-patches N, "
+        "or none)",
         "importing torch and transformers",
     ]
     assert done.stdout == ""
@@ -117,14 +119,15 @@ def test_first_line_comes_before_anything_heavy_is_imported(photos, tmp_path, mo
 
 def test_steps_before_the_first_input_are_shown(photos, tmp_path, capsys, model):
     sources = [str(photos / "000.png"), str(photos / "001.png")]
-    given = arguments(photos, tmp_path / "out", model, "--max-patches", "none")
+    given = arguments(photos, tmp_path / "out", model, "--max-patches", "none", "--dtype", "float32")
     assert main([given[0], *sources, *given[2:]]) == 0
     err = capsys.readouterr().err.splitlines()
     assert err[0] == f"embedding 2 sources into {tmp_path}/out by {model}"
     sizes = nopad.read_features(tmp_path / "out").grids.prod(axis=1)
-    assert err[2:5] == [
+    assert err[2:6] == [
         "listing 2 sources",
         "2 inputs; loading the model",
+        f"aimv2 in float32 on {device_name('cpu')}, not compiled, packs of 2,048 tokens",
         f"2 images, about {sizes.mean():.0f} patches each",
     ]
 
@@ -386,6 +389,7 @@ KILLS = """
 import glob, os, random, signal, sys, time
 import torch
 from nopad.cli import main
+from nopad.environment import device_name
 from nopad.embedding import job
 torch.set_num_threads(1)
 random.seed(0)

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import nopad
-from nopad.embedding import api, job, manifest, run
+from nopad.embedding import api, job, manifest, run, workers
 from nopad.embedding.inputs import listing as inputs
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input
@@ -173,7 +173,7 @@ def test_layers_in_fp8_are_another_job_of_the_same_weights(photos, tmp_path, mod
     assert not {*table(tmp_path / "plain")} & {*table(tmp_path / "fp8")}
     vectors = encoder.embed(sorted(photos.iterdir()), capacity=64)
     np.testing.assert_allclose(nopad.read_features(tmp_path / "fp8").embeddings, vectors.numpy(), rtol=0.05, atol=0.05)
-    with pytest.raises(ValueError, match="layers: eager there, eager fp8 now"):
+    with pytest.raises(ValueError, match="precision: none there, fp8 now"):
         embed(photos, tmp_path / "plain", encoder)
 
 
@@ -269,6 +269,79 @@ def test_videos(tmp_path, model, clip_model):
         np.testing.assert_array_equal(features.embeddings, encoder.embed([frames]).numpy())
         one_by_one = encoder.embed(list(frames)).mean(0).numpy()
         assert np.allclose(features.embeddings[0], one_by_one, atol=1e-5) == (checkpoint == model)
+
+
+# How the encoder runs
+
+
+@pytest.fixture
+def compiled_capacities(monkeypatch) -> list[int]:
+    """The capacities that encoders are compiled for; without a compiler, and of at most 1100 tokens."""
+    capacities = []
+
+    def compile(self, capacity=None, max_segments=None):
+        capacities.append(capacity)
+        if capacity > 1100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(self, capacity, max_segments, compiled=False)
+
+    real = PackedEncoder.compile
+    monkeypatch.setattr(PackedEncoder, "compile", compile)
+    return capacities
+
+
+@pytest.mark.parametrize("capacity", [None, 4200])
+def test_capacity_that_does_not_fit_is_halved_and_stays_halved(
+    photos, tmp_path, model, compiled_capacities, stop_after, capacity, caplog
+):
+    options = {"compile": True, "capacity": capacity}
+    embed(photos, tmp_path / "out", model, **options, **stop_after(1))
+    asked = capacity or 2048
+    tried = [asked >> power for power in range(3) if power == 0 or asked >> (power - 1) > 1100]
+    assert compiled_capacities == tried
+    assert f"packs of {asked:,} tokens do not fit into the memory of cpu (CUDA out of memory); trying" in caplog.text
+    assert stored.read_metadata(next((tmp_path / "out").glob("*.parquet")))["capacity"] == str(tried[-1])
+    assert embed(photos, tmp_path / "out", model, **options).done == 7
+    assert compiled_capacities == [*tried, tried[-1]]  # not tried again: there may be more memory now
+    embed(photos, tmp_path / "whole", model, compile=True, capacity=tried[-1])
+    assert [*table(tmp_path / "out").values()] == [*table(tmp_path / "whole").values()]
+
+
+def test_resumed_job_does_not_halve_its_capacity(photos, tmp_path, model, compiled_capacities, stop_after):
+    embed(photos, tmp_path / "out", model, compile=True, capacity=1050, **stop_after(1))
+    record = tmp_path / "out" / ".nopad" / "job.json"
+    record.write_text(record.read_text().replace('"1050"', '"2100"'))
+    with pytest.raises(ValueError, match="capacity: packs of 2,100 tokens do not fit"):
+        embed(photos, tmp_path / "out", model, compile=True, capacity=2100)
+
+
+def test_compiled_or_not_is_another_job(photos, tmp_path, model, compiled_capacities):
+    embed(photos, tmp_path / "out", model, compile=True, capacity=1024)
+    metadata = nopad.read_features(tmp_path / "out").metadata
+    assert {key: metadata[key] for key in ("compile", "capacity", "max_segments", "precision", "dtype")} == {
+        "compile": "yes",
+        "capacity": "1024",
+        "max_segments": "16",
+        "precision": "",
+        "dtype": "float32",
+    }
+    with pytest.raises(ValueError, match="compile: yes there, no now"):
+        embed(photos, tmp_path / "out", model, capacity=1024)
+
+
+def test_features_in_fp8_are_those_of_an_encoder_in_fp8(photos, tmp_path, model):
+    embed(photos, tmp_path / "out", model, precision="fp8")
+    expected = nopad.load(model, precision="fp8").embed(sorted(photos.iterdir())[:5])
+    np.testing.assert_array_equal(nopad.read_features(tmp_path / "out").embeddings[:5], expected.numpy())
+    assert nopad.read_features(tmp_path / "out").metadata["precision"] == "fp8"
+
+
+def test_dtype_is_that_of_the_device_not_of_the_checkpoint(photos, tmp_path, model):
+    half = tmp_path / "half"
+    nopad.load(model, dtype=torch.bfloat16).save_pretrained(half)
+    assert nopad.load(half).dtype == torch.bfloat16
+    embed(photos, tmp_path / "out", half)
+    assert nopad.read_features(tmp_path / "out").metadata["dtype"] == "float32"
 
 
 # Going on
@@ -461,7 +534,7 @@ def test_a_revision_is_the_hubs_and_part_of_the_record(begun, tmp_path, monkeypa
         asked.append(revision)
         return nopad.load(name, **options)
 
-    monkeypatch.setattr(job, "load", load)
+    monkeypatch.setattr(workers, "load", load)
     embed(begun[0], tmp_path / "out", model, revision="v1")
     assert nopad.read_features(tmp_path / "out").metadata["revision"] == "v1"
     with pytest.raises(ValueError, match="revision: v1 there, v2 now"):
@@ -668,7 +741,9 @@ def test_a_damaged_shard(photos, tmp_path, model):
         ({"actors": True}, "actors: expected an integer ≥ 1, got True"),
         ({"tokens": "no"}, "tokens: expected True or False, got 'no'"),
         ({"stop": True}, r"stop: expected a threading\.Event, got True"),
-        ({"dtype": "int8"}, "dtype: expected one of float32, bfloat16, float16, got 'int8'"),
+        ({"dtype": "int8"}, "dtype: expected one of auto, float32, bfloat16, float16, got 'int8'"),
+        ({"precision": "fp4"}, "precision: expected one of fp8, got 'fp4'"),
+        ({"compile": 1}, "compile: expected True or False, got 1"),
         ({"device": "abacus"}, "device: got 'abacus'"),
         ({"device": "meta"}, "device: expected one with values, such as cpu or cuda, got 'meta'"),
         ({"resize": "lanczos"}, "resize: expected one of torch, pil, got 'lanczos'"),
@@ -685,10 +760,21 @@ def test_a_wrong_argument_begins_no_job(photos, tmp_path, model, options, messag
 
 
 @pytest.mark.parametrize(
-    "options", [{"dtype": "float32"}, {"device": "cpu"}, {"revision": "a"}, {"attention": "sdpa"}, {"actors": 1}]
+    "options",
+    [
+        {"dtype": "float32"},
+        {"device": "cpu"},
+        {"precision": "fp8"},
+        {"compile": False},
+        {"revision": "a"},
+        {"attention": "sdpa"},
+        {"actors": 1},
+    ],
 )
 def test_an_encoder_brings_its_own(photos, tmp_path, model, options):
-    with pytest.raises(ValueError, match="model: an encoder brings its own device, dtype, revision and attention"):
+    with pytest.raises(
+        ValueError, match="model: an encoder brings its own device, dtype, precision, revision and attention"
+    ):
         embed(photos, tmp_path / "out", nopad.load(model), **options)
     assert not (tmp_path / "out").exists()
 

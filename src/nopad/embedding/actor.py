@@ -10,12 +10,13 @@ from functools import cached_property, partial
 from typing import Any
 
 from nopad.embedding.folder import JobFolder
-from nopad.embedding.job import Job, load_encoder, make_worker
+from nopad.embedding.job import Job
 from nopad.embedding.lock import check_owner
 from nopad.embedding.manifest import check_same, record_of
 from nopad.embedding.run import Run
 from nopad.embedding.settings import Settings
 from nopad.embedding.table.reader import count
+from nopad.embedding.workers import load_encoder, make_worker
 from nopad.pipeline.stats import Stats
 
 
@@ -67,7 +68,9 @@ class ShardMaker:
     @cached_property
     def run(self) -> Run:
         job = self.job
-        worker = make_worker(self.config.local_settings, load_encoder(self.config.local_settings))
+        worker = make_worker(
+            self.config.local_settings, load_encoder(self.config.local_settings), job.record["capacity"]
+        )
         record = record_of(self.config.settings, worker, json.loads(job.record["sources"]), job.inputs)
         try:
             check_same(job.record, record, job.folder.path)

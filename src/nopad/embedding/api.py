@@ -11,11 +11,12 @@ from pathlib import Path
 from nopad.embedding.distributed import make_on_ray
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.sources import list_inputs
-from nopad.embedding.job import begin_or_resume, load_encoder, make_worker
+from nopad.embedding.job import begin_or_resume
 from nopad.embedding.lock import FolderLock
 from nopad.embedding.progress import Progress
 from nopad.embedding.run import Run, Summary
 from nopad.embedding.settings import Settings
+from nopad.embedding.workers import describe_execution, load_encoder, make_worker
 from nopad.encoder import PackedEncoder
 from nopad.local_paths import check_local
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS, MAX_PIXELS, NUM_FRAMES, MaxPatches
@@ -31,7 +32,9 @@ def embed(
     model: str | Path | PackedEncoder,
     revision: str | None = None,
     device: str | None = None,
-    dtype: str | None = None,
+    dtype: str = "auto",
+    compile: bool | None = None,
+    precision: str | None = None,
     attention: str = "auto",
     tokens: bool = False,
     size: Size | None = None,
@@ -67,13 +70,17 @@ def embed(
         model: as `nopad.load` takes it, or an encoder.
         revision, attention: as `nopad.load` takes them.
         device: `"cuda"` where there is one, unless given.
-        dtype: `"float32"`, `"bfloat16"` or `"float16"`; the checkpoint's own unless given.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: bfloat16 on a GPU that has it, else float32, and the
+            checkpoint's own where its weights are quantised.
+        compile: compile the model for full packs; on a GPU unless given.
+        precision: `"fp8"` as `nopad.load` takes it, or the checkpoint's own.
         tokens: store each picture's tokens, too, in float16.
         size, min_patches, multiple_of: as `PackedEncoder.pack` takes them, of pictures and of a video's frames.
         max_patches: most patches of a picture, its aspect ratio kept: `"auto"` is 4,096 where the rule has no limit, so
             that one photo does not hold up a job; `None` is no limit but the rule's own.
         resize: as `PackedEncoder.pack` takes it.
-        capacity: tokens of a pack; by default 16384, on a CPU 2048.
+        capacity: tokens of a pack; by the device unless given, 16,896 on an H100, 2,048 on a CPU. One that does not fit
+            into a GPU's memory is halved until it does, which the job's record has.
         frames: frames of a video, spread evenly over it.
         max_pixels: pictures of more are failures.
         embedding_dtype: `"float32"` or `"float16"`, in the table.
@@ -105,10 +112,11 @@ def embed(
     folder = JobFolder(out)
     label, names = folder.spelling(label, names)
     settings = Settings.of({**arguments, "model": label})
-    if isinstance(model, PackedEncoder) and (dtype or device or revision or attention != "auto" or actors):
+    own = (device, revision, precision, actors, *(option for option in (dtype, attention) if option != "auto"))
+    if isinstance(model, PackedEncoder) and (any(own) or compile is not None):
         raise ValueError(
-            "model: an encoder brings its own device, dtype, revision and attention, and cannot be sent to actors; "
-            "give its name or path instead"
+            "model: an encoder brings its own device, dtype, precision, revision and attention, is compiled already or "
+            "not, and cannot be sent to actors; give its name or path instead"
         )
     if not isinstance(stop, threading.Event | None):
         raise ValueError(f"stop: expected a threading.Event, got {stop!r}")
@@ -117,7 +125,10 @@ def embed(
     with FolderLock(out) as lock:
         folder.clean()
         logger.info("%s inputs; loading the model", f"{len(listing.inputs):,}")
-        worker = make_worker(settings, model if isinstance(model, PackedEncoder) else load_encoder(settings))
+        is_loaded = not isinstance(model, PackedEncoder)
+        encoder = model if isinstance(model, PackedEncoder) else load_encoder(settings)
+        worker = make_worker(settings, encoder, folder.recorded("capacity"), is_loaded=is_loaded)
+        logger.info(describe_execution(worker))
         job, changes = begin_or_resume(folder, lock.check, settings, worker, names, listing.inputs)
         run = Run(job, worker, stop=stop, progress=progress)
         if progress is not None and actors is None:

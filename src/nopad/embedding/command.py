@@ -93,7 +93,8 @@ def _beginning(options: argparse.Namespace) -> str:
             f"; pictures of more than {MAX_PATCHES:,} patches are scaled down where the model has no limit of its own "
             f"(--max-patches N, or none)"
         )
-    return f"embedding {sources} into {options.out} by {options.model}{cap}"
+    dtype = " in bfloat16 on a GPU that has it, else float32 (--dtype)" if options.dtype == "auto" else ""
+    return f"embedding {sources} into {options.out} by {options.model}{dtype}{cap}"
 
 
 class _Messages(logging.Handler):

@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
+
 from nopad.embedding.actor import ActorConfig, ShardMaker
 from nopad.embedding.lock import LostLockError
 from nopad.embedding.progress import Ticker
@@ -73,6 +75,9 @@ def make_on_ray(run: Run, shards: Sequence[int], actors: int, token: str) -> Non
             if (threads := run.job.threads or 0) > cores:
                 what = "actors: this job computes with %d threads, an actor has %d cores; set OMP_NUM_THREADS=%d"
                 logger.warning(f"{what} when a job begins", threads, cores, cores)
+            run.worker.encoder.uncompile()  # the actors have their own, one of them maybe on this GPU
+            if on_gpu:
+                torch.cuda.empty_cache()
             with _Actors(run, cores, token, on_gpu=on_gpu) as pool:
                 for result in pool.make(shards, actors):
                     _add(run, result)

@@ -47,6 +47,14 @@ class JobFolder:
             here = [old if _same_path(old, new) else new for old, new in zip(there, here, strict=True)]
         return here[0], here[1:]
 
+    def recorded(self, option: str) -> str | None:
+        """An option of the job that was begun here; `None` where there is none, or one that `read` refuses."""
+        try:
+            value = read_json(self.metadata / "job.json")[option]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return None
+        return value if isinstance(value, str) else None
+
     def begin(self, record: Mapping[str, str], inputs: InputList) -> None:
         """Keep a new job's list and record; it is begun once both are there."""
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"

@@ -7,9 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.decoder import Reader
@@ -20,8 +17,6 @@ from nopad.embedding.settings import Settings
 from nopad.embedding.table.reader import num_rows, read_metadata
 from nopad.embedding.table.writer import Row, ShardFormat, parse_shard_name, shard_name, write_shard
 from nopad.encoder import PackedEncoder
-from nopad.loading import load
-from nopad.pipeline.image_processor import rule_for
 from nopad.pipeline.worker import Worker
 from nopad.terminal import printable
 
@@ -119,32 +114,10 @@ class Job:
         write_shard(path, rows, format, self.metadata(shard), temporary=temporary, check=self.check_lock)
 
 
-def load_encoder(settings: Settings) -> PackedEncoder:
-    """The encoder of a job, on its device."""
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "attention": settings.attention}
-    return load(settings.model, revision=settings.revision, **options)
-
-
 def make_reader(settings: Settings) -> Reader:
     """A reader of a job's inputs."""
     decoder = MediaDecoder(frames=settings.frames, max_pixels=settings.max_pixels)
     return Reader(decoder, allow_outside_paths=settings.allow_outside_paths)
-
-
-def make_worker(settings: Settings, encoder: PackedEncoder) -> Worker:
-    """A worker that embeds by the settings of a job."""
-    rule = rule_for(
-        encoder,
-        settings.size,
-        min_patches=settings.min_patches,
-        max_patches=settings.max_patches,
-        multiple_of=settings.multiple_of,
-    )
-    options: dict[str, Any] = {"resize": settings.resize, "preprocessing": rule, "tokens": settings.tokens}
-    limits: dict[str, Any] = {"timeout": settings.input_timeout, "memory": settings.decode_memory}
-    return Worker(encoder, capacity=settings.capacity, threads=settings.workers, **options, **limits)
 
 
 def begin_or_resume(

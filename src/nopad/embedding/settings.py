@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import string
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, BooleanOptionalAction
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
@@ -165,12 +165,22 @@ class Settings:
     device: str | None = _option(
         None, "cpu, cuda, cuda:1, …; cuda where there is one, unless given", _check_device, recorded=True
     )
-    dtype: str | None = _choice(
-        None, ("float32", "bfloat16", "float16"), "of the model (default: the checkpoint's own)"
+    dtype: str = _choice(
+        "auto",
+        ("auto", "float32", "bfloat16", "float16"),
+        "of the model; auto is bfloat16 on a GPU that has it, else float32, and as it is where weights are quantised",
     )
+    compile: bool | None = _option(
+        None,
+        "compile the model for full packs (default: on a GPU)",
+        _check_flag,
+        recorded=True,
+        action=BooleanOptionalAction,
+    )
+    precision: str | None = _choice(None, ("fp8",), "of the layers' weights and GEMMs: fp8 for GPUs that have it")
     attention: str = _text("auto", "kernel of the attention")
     workers: int | None = _count(None, "threads that decode (default: one per core)", recorded=False)
-    capacity: int | None = _count(None, "tokens per pack (default: 16384, on a CPU 2048)")
+    capacity: int | None = _count(None, "tokens per pack (default: by the device, 16896 on an H100, 2048 on a CPU)")
     resize: str = _choice("torch", ("torch", "pil"), "torch is fast, pil bit-exact with transformers' processors")
     frames: int = _count(NUM_FRAMES, "frames of a video, spread evenly over it")
     max_pixels: int = _count(MAX_PIXELS, "pictures of more pixels are failures")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nopad.inference.cuda_graphs import CUDAGraphLayers
+from nopad.inference.defaults import default_capacity
 from nopad.inference.dispatch import is_dispatched
 from nopad.inference.fusion import layers as fused
 from nopad.inference.guards import ModuleGuard
@@ -18,7 +19,6 @@ from nopad.inference.layer_stack import CompiledLayers, EagerLayers, LayerStack
 from nopad.inference.padding import pad_rows, pad_segments, poison_segments, round_up_max_seqlen
 from nopad.inference.runner import DeferredRunner, Runner, StaticRunner
 from nopad.kernels.attention import reads_host_lengths
-from nopad.packing import CAPACITY, CAPACITY_ON_CPU
 from nopad.segments import Segments
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def compile_encoder(
 
     Args:
         encoder: the encoder.
-        capacity: tokens of a pack, prefix tokens included; 16384 by default, 2048 on a CPU.
+        capacity: tokens of a pack, prefix tokens included; see `default_capacity`: 16,896 on an H100, 2,048 on a CPU.
         max_segments: maximum number of segments of a pack: images, clips, or frames that do not attend to each other.
             `capacity // 64` by default.
         compiled: `False` pads packs and leaves the layers uncompiled.
@@ -70,7 +70,7 @@ def compile_encoder(
     """
     encoder.uncompile()
     if capacity is None:
-        capacity = CAPACITY_ON_CPU if encoder.device.type == "cpu" else CAPACITY
+        capacity = default_capacity(encoder.device)
     max_segments = max(1, capacity // 64) if max_segments is None else max_segments
     if capacity <= encoder.num_prefix_tokens or max_segments < 1:
         min_capacity = encoder.num_prefix_tokens + 1

@@ -95,7 +95,8 @@ def embed_images(
         size, min_patches, multiple_of, resize, preprocessing: as `pack` takes them.
         max_patches: most patches of an image, its aspect ratio kept: `"auto"` is 4,096 where the rule has no limit, so
             that one photo does not hold up all others; `None` is no limit but the rule's own.
-        capacity: tokens per pack; a larger image gets a pack of its own. 16384 unless given, on a CPU 2048.
+        capacity: tokens per pack; a larger image gets a pack of its own. What the encoder is
+            compiled for unless given, else 2,048 on a CPU, 16,896 on an H100.
         threads: that decode; one per core unless given.
 
     Returns:

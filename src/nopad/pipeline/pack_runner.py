@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_RUNNING = 2
+"""Packs that are on the device at once."""
+
 Results = dict[int, "EmbeddingResult"]
 """Results by the index of their image."""
 
@@ -77,7 +80,7 @@ class PackRunner:
         self.stats.tokens += held
         self.stats.capacity += max(self.capacity, held)
         self.unfilled = max(self.capacity - held, 0)
-        while len(self.running) > 1:
+        while len(self.running) >= MAX_RUNNING:
             results.update(self.running.popleft()())
         self.stats.encode_seconds += time.perf_counter() - start
         return results

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Generator, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nopad.packing import CAPACITY, CAPACITY_ON_CPU
+import torch
+
+from nopad.inference.defaults import default_capacity
 from nopad.pipeline.decode_process import Decoder
 from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.pipeline.isolation import DecodeProcesses
 from nopad.pipeline.memory import MemoryBudget, Reservation
 from nopad.pipeline.normalize import Normalizer
-from nopad.pipeline.pack_runner import EmbeddingResult, PackRunner, Results, num_segments, num_tokens
+from nopad.pipeline.pack_runner import MAX_RUNNING, EmbeddingResult, PackRunner, Results, num_segments, num_tokens
 from nopad.pipeline.packer import BestFitPacker
 from nopad.pipeline.read_ahead import Outcome, ReadAhead
 from nopad.pipeline.stats import Stats
@@ -36,7 +39,7 @@ class Worker:
     Args:
         encoder: runs on its own device and in its own dtype.
         capacity: tokens of a pack, prefix tokens among them; a larger image goes alone. By default what the encoder is
-            compiled for, else `CAPACITY`, or `CAPACITY_ON_CPU` there.
+            compiled for, else `default_capacity`.
         resize: as `PackedEncoder.pack` takes it.
         preprocessing: how images are made; the rule of the encoder by default.
         tokens: return each image's tokens as well.
@@ -62,8 +65,7 @@ class Worker:
     ) -> None:
         self.threads = num_cores() if threads is None else threads
         if capacity is None:
-            default = CAPACITY_ON_CPU if encoder.device.type == "cpu" else CAPACITY
-            capacity = encoder.compiled_capacity or default
+            capacity = encoder.compiled_capacity or default_capacity(encoder.device)
         if capacity < 1 or self.threads < 1:
             raise ValueError(f"expected capacity ≥ 1 and threads ≥ 1, got {capacity} and {self.threads}")
         if encoder.training:
@@ -85,6 +87,20 @@ class Worker:
     def preprocessing(self) -> str:
         """How pixels are made, in words."""
         return self.image_processor.describe()
+
+    def rehearse(self) -> None:
+        """Run as many full packs of large images as are ever on the device at once.
+
+        Raises:
+            torch.OutOfMemoryError: they do not fit.
+        """
+        side = math.isqrt(max(1, self.capacity - self.encoder.num_prefix_tokens)) * self.encoder.patch_size
+        image = self.image_processor(torch.zeros(3, side, side, dtype=torch.uint8))
+        number = max(1, self.capacity // num_tokens(self.encoder, image))
+        pack = [(index, image) for index in range(min(number, self.encoder.compiled_max_segments or number))]
+        runner = PackRunner(self.encoder, self.normalizer, self.capacity, Stats(), tokens=self.tokens)
+        for fetch in [runner.encode(pack) for _ in range(MAX_RUNNING)]:
+            fetch()
 
     def run(
         self,

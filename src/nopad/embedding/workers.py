@@ -1,0 +1,94 @@
+"""The encoder and the worker of a job, made by its settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nopad.checkpoints.files import open_checkpoint
+from nopad.checkpoints.untrained import UNTRAINED
+from nopad.embedding.settings import Settings
+from nopad.encoder import PackedEncoder
+from nopad.environment import device_name, dtype_name
+from nopad.inference.defaults import compiles_by_default, default_dtype
+from nopad.loading import load
+from nopad.pipeline.fit import fit_packs
+from nopad.pipeline.image_processor import rule_for
+from nopad.pipeline.worker import Worker
+
+# Time per pack of 16,896 tokens on an H200, AIMv2-L: `nopad bench untrained:apple/aimv2-large-patch14-native --capacity
+# 16896`, eager, without and with quack.
+_COMPILED_OVER_EAGER, _QUACK_OVER_TORCH = 0.7, 0.9
+
+
+def load_encoder(settings: Settings) -> PackedEncoder:
+    """The encoder of a job, on its device.
+
+    Raises:
+        ValueError: see `nopad.load`.
+    """
+    device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    options: dict[str, Any] = {"attention": settings.attention, "precision": settings.precision}
+    return load(settings.model, revision=settings.revision, device=device, dtype=_dtype(settings, device), **options)
+
+
+def _dtype(settings: Settings, device: torch.device) -> torch.dtype | None:
+    if settings.dtype != "auto":
+        return getattr(torch, settings.dtype)
+    if not settings.model.startswith(UNTRAINED):
+        checkpoint = open_checkpoint(settings.model, revision=settings.revision)
+        if checkpoint.quantization_config is not None:
+            return None
+    return default_dtype(device)
+
+
+def make_worker(
+    settings: Settings, encoder: PackedEncoder, recorded: str | None = None, *, is_loaded: bool = True
+) -> Worker:
+    """A worker that embeds by the settings of a job, its encoder compiled if it is to be.
+
+    Args:
+        recorded: the capacity that the job was begun with. The one that was asked for may have been halved then, and is
+            the same now.
+        is_loaded: the encoder was loaded for this job. One that was given is compiled or not, as it is.
+
+    Raises:
+        ValueError: full packs do not fit into the memory of the device.
+    """
+    rule = rule_for(
+        encoder,
+        settings.size,
+        min_patches=settings.min_patches,
+        max_patches=settings.max_patches,
+        multiple_of=settings.multiple_of,
+    )
+    options: dict[str, Any] = {"resize": settings.resize, "preprocessing": rule, "tokens": settings.tokens}
+    limits: dict[str, Any] = {"timeout": settings.input_timeout, "memory": settings.decode_memory}
+    worker = Worker(encoder, capacity=settings.capacity, threads=settings.workers, **options, **limits)
+    compiled = is_loaded and (compiles_by_default(encoder.device) if settings.compile is None else settings.compile)
+    halvings = {str(worker.capacity >> power) for power in range(worker.capacity.bit_length())}
+    if recorded is not None and recorded in halvings:
+        worker.capacity = int(recorded)
+    if not encoder.compiled_capacity:
+        fit_packs(worker, compiled=compiled, may_halve=recorded is None)
+    return worker
+
+
+def describe_execution(worker: Worker) -> str:
+    """How a job's encoder runs, and what would be faster."""
+    encoder = worker.encoder
+    how = encoder.execution if encoder.compiled_capacity else "not compiled"
+    precision = f" and {encoder.precision}" if encoder.precision else ""
+    line = (
+        f"{encoder.family} in {dtype_name(encoder.dtype)}{precision} on {device_name(encoder.device)}, {how}, packs of "
+        f"{worker.capacity:,} tokens"
+    )
+    if encoder.device.type != "cuda":
+        return line
+    if how in ("not compiled", "eager"):
+        return f"{line}; compiled, a pack takes {_COMPILED_OVER_EAGER} times as long on an H200"
+    is_hopper = torch.cuda.get_device_capability(encoder.device)[0] == 9
+    if how == "fused by torch" and is_hopper and encoder.dtype != torch.float32:
+        return f"{line}; with quack, a pack takes {_QUACK_OVER_TORCH} times as long: pip install 'nopad[hopper]'"
+    return line

@@ -1,0 +1,36 @@
+"""What runs fastest on a device, where the caller does not say."""
+
+from __future__ import annotations
+
+import torch
+
+CAPACITY, CAPACITY_ON_CPU = 16384, 2048
+"""Tokens of a pack. What a layer makes of 2048 stays in a CPU's cache and off its allocator's slow path: from 32 MiB on
+glibc maps fresh pages for every tensor. On a GPU of NVIDIA's: see `default_capacity`."""
+MIN_CAPACITY_ON_GPU = 8192
+ROWS_PER_PROCESSOR = 128
+"""Rows of a GEMM that one multiprocessor computes at a time."""
+
+
+def default_capacity(device: torch.device) -> int:
+    """Tokens of a pack: on a GPU as many as its multiprocessors compute at a time, 16,896 on the 132 of an H100.
+
+    One row more would cost as much as another `ROWS_PER_PROCESSOR` for each of them. Small GPUs get a multiple, so that
+    images of `MAX_PATCHES` fit.
+    """
+    if device.type != "cuda":
+        return CAPACITY_ON_CPU if device.type == "cpu" else CAPACITY
+    wave = ROWS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    return wave * -(-MIN_CAPACITY_ON_GPU // wave)
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU that computes in it, else float32."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return torch.bfloat16
+    return torch.float32
+
+
+def compiles_by_default(device: torch.device) -> bool:
+    """Whether a job of many packs compiles its encoder."""
+    return device.type == "cuda"
