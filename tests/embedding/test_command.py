@@ -389,7 +389,6 @@ KILLS = """
 import glob, os, random, signal, sys, time
 import torch
 from nopad.cli import main
-from nopad.environment import device_name
 from nopad.embedding import job
 torch.set_num_threads(1)
 random.seed(0)

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import nopad
+from nopad.checkpoints.files import open_checkpoint
 from nopad.embedding import api, job, manifest, run, workers
 from nopad.embedding.inputs import listing as inputs
 from nopad.embedding.inputs.decoder import Reader
@@ -535,6 +536,7 @@ def test_a_revision_is_the_hubs_and_part_of_the_record(begun, tmp_path, monkeypa
         return nopad.load(name, **options)
 
     monkeypatch.setattr(workers, "load", load)
+    monkeypatch.setattr(workers, "open_checkpoint", lambda name, *, revision: open_checkpoint(name))
     embed(begun[0], tmp_path / "out", model, revision="v1")
     assert nopad.read_features(tmp_path / "out").metadata["revision"] == "v1"
     with pytest.raises(ValueError, match="revision: v1 there, v2 now"):
