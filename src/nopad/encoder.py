@@ -16,6 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 from nopad.arguments import read_arguments
 from nopad.checkpoints import pretrained, state_dicts
 from nopad.checkpoints.formats import Checkpoint, Dialect
+from nopad.checkpoints.insert import save_into
 from nopad.checkpoints.keywords import check_config_class, check_known, read_saving
 from nopad.checkpoints.strict import check_numbers
 from nopad.checkpoints.untrained import init_weights, untrained
@@ -66,6 +67,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
         dialect: the dialect of its tensor names.
         opened_with: how it was opened, see `Checkpoint`.
         text_rules: how the family's text towers take texts, `None` where it has none.
+        tower_prefix: what they begin with in the checkpoint of a larger model, empty in one of an encoder alone.
         preprocessor_config: its `preprocessor_config.json`, or that part of its `processor_config.json`.
         checkpoint_config: its `config.json`, `{}` where it has none.
         precision: `"fp8"` where the layers are in that format, for inference alone; else `None`.
@@ -92,6 +94,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
     source: str | None = None
     dialect: str | None = None
     opened_with: Mapping[str, Any] = MappingProxyType({})
+    tower_prefix: str = ""
     preprocessor_config: dict[str, Any] | None = None
     checkpoint_config: Mapping[str, Any] = MappingProxyType({})
     precision: str | None = None
@@ -364,6 +367,24 @@ class PackedEncoder(ByRole, PreTrainedModel):
         super().save_pretrained(**arguments)
         if arguments["is_main_process"]:
             state_dicts.save_beside(self, save_directory, with_projection=apart)
+
+    def save_into(self, source: str | Path, target: str | Path, prefix: str | None = None) -> None:
+        """Write a copy of the checkpoint of a larger model with this encoder's weights as its vision tower.
+
+        Every other tensor and file is copied byte for byte, and `target` is there as a whole or not at all.
+
+        Args:
+            source: a folder of safetensors, on this machine, with a tower of the same architecture.
+            target: a folder that does not exist yet.
+            prefix: of the tower's tensors; that of the checkpoint that this encoder is from, else searched.
+
+        Raises:
+            ValueError: a tower of another architecture, other files than safetensors, weights in another format, or a
+                target that exists.
+            OSError: as the system raises it.
+        """
+        check_saving(self.precision)
+        save_into(self, Path(source), Path(target), self.tower_prefix or None if prefix is None else prefix)
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         # `save_pretrained` uploads before it returns.

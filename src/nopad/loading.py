@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 
-from nopad.checkpoints.files import open_checkpoint
+from nopad.checkpoints.towers import open_tower
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.encoder import PackedEncoder
-from nopad.families import family_of, family_of_published
+from nopad.families import FAMILIES, family_of, family_of_published
 from nopad.inference.attention import check_backend
 from nopad.inference.precision import check_precision
 from nopad.packing import PatchOrder
@@ -31,6 +31,7 @@ def load(
     min_patches: int | None = None,
     max_patches: int | None = None,
     multiple_of: int | None = None,
+    prefix: str | None = None,
 ) -> PackedEncoder:
     """Load a pretrained vision encoder for packs.
 
@@ -48,13 +49,16 @@ def load(
             inference alone. `nopad align --precision fp8` measures its effect on the features.
         size, min_patches, max_patches, multiple_of: of images, as `PackedEncoder.pack` takes them; the defaults of
             its `pack` and `embed`.
+        prefix: of the vision tower's tensors in the checkpoint of a larger model, such as `"vision_tower"`; searched
+            unless given.
 
     Returns:
         The encoder, in evaluation mode.
 
     Raises:
-        ValueError: an unknown family, a tensor missing, unexpected or misshapen, a `precision` that does not take
-            this device's dtype or the layers' sizes, or a limit on patches that the size does not leave room for.
+        ValueError: an unknown family, several vision towers, a tensor missing, unexpected or misshapen, a `precision`
+            that does not take this device's dtype or the layers' sizes, or a limit on patches that the size does not
+            leave room for.
         OSError: no such file or folder, and the Hub does not have it or cannot be reached.
     """
     check_backend(attention)
@@ -66,10 +70,12 @@ def load(
     if name.startswith(UNTRAINED):
         if revision is not None:
             raise ValueError(f"revision: {name!r} has random weights and no revisions, got {revision!r}")
+        if prefix is not None:
+            raise ValueError(f"prefix: {name!r} is an encoder and no part of a larger model, got {prefix!r}")
         published = name.removeprefix(UNTRAINED)
         encoder = family_of_published(published).untrained(published, **options)
     else:
-        opened = open_checkpoint(name, revision=revision)
+        opened = open_tower(name, FAMILIES, prefix, revision=revision)
         encoder = family_of(opened).from_checkpoint(opened, **options)
     limits = {"min_patches": min_patches, "max_patches": max_patches, "multiple_of": multiple_of}
     if size != "model" or any(limit is not None for limit in limits.values()):

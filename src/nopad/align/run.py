@@ -14,7 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 from nopad.align.cases import check_image_size, noise_cases, photo_case, photos_in
 from nopad.align.metrics import AlignReport, ModelOutput, compare
 from nopad.align.references import ReferenceModel, reference_of
-from nopad.checkpoints.files import open_checkpoint
+from nopad.checkpoints.towers import open_tower
 from nopad.encoder import PackedEncoder
 from nopad.environment import device_name, dtype_name, versions
 from nopad.loading import load
@@ -134,7 +134,7 @@ def _reference_weights(
     dialect = next((other for other in packed.dialects if other.name == packed.dialect), None)
     if dialect is not None and dialect.is_original:
         # The tensors of the file, without nopad's conversion.
-        part = dialect.select(open_checkpoint(checkpoint, revision=revision))
+        part = dialect.select(open_tower(checkpoint, [type(packed)], packed.tower_prefix, revision=revision))
         state = {name: tensor[...] for name, tensor in dialect.convert(part).tensors.items() if name in names}
         return state, f"read from the checkpoint as it is ({dialect.name} names)"
     origin = "seeded random"

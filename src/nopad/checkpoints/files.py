@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ def open_checkpoint(
     subfolder: str | None = None,
     variant: str | None = None,
     use_safetensors: bool | None = None,
+    prefix_of: Callable[[Iterable[str], dict[str, Any]], str] | None = None,
     **hub: Any,
 ) -> Checkpoint:
     """Open a checkpoint without loading it.
@@ -44,6 +45,8 @@ def open_checkpoint(
         subfolder: of the folder or of the repository.
         variant: part of the file's name, as in `model.fp16.safetensors`.
         use_safetensors: `True` for safetensors alone, `False` for pickles alone.
+        prefix_of: returns the prefix of the tensors that are read, from the names in an index and `config.json`; of
+            several files those without such tensors are not opened.
         hub: `cache_dir`, `token`, `local_files_only`, `force_download`, `proxies`, as transformers takes them.
 
     Raises:
@@ -53,11 +56,12 @@ def open_checkpoint(
     name = str(name)
     options = {"revision": revision, "subfolder": subfolder, "variant": variant, "use_safetensors": use_safetensors}
     again = {key: value for key, value in {**options, **hub}.items() if value is not None and key != "token"}
-    return replace(_open(name, **options, **hub), opened_with=again)
+    return replace(_open(name, prefix_of, **options, **hub), opened_with=again)
 
 
 def _open(
     name: str,
+    prefix_of: Callable[[Iterable[str], dict[str, Any]], str] | None,
     *,
     revision: str | None,
     subfolder: str | None,
@@ -72,7 +76,8 @@ def _open(
     if path.is_dir():
         folder = path / (subfolder or "")
         find = partial(_in_folder, folder)
-        return _with_json(Checkpoint(name, _weights(name, folder, find, None, **choice), choice=choice), find)
+        tensors = _weights(name, folder, find, None, prefix_of, **choice)
+        return _with_json(Checkpoint(name, tensors, choice=choice), find)
     if os.path.lexists(path):
         requested = {option: value for option, value in {"subfolder": subfolder, **choice}.items() if value is not None}
         if requested:
@@ -84,7 +89,8 @@ def _open(
     if offline_reason is not None:
         hub["local_files_only"] = True
     find = partial(_on_hub, name, revision=revision, subfolder=subfolder or "", **hub)
-    return _with_json(Checkpoint(name, _weights(name, None, find, offline_reason, **choice), choice=choice), find)
+    tensors = _weights(name, None, find, offline_reason, prefix_of, **choice)
+    return _with_json(Checkpoint(name, tensors, choice=choice), find)
 
 
 def _with_json(checkpoint: Checkpoint, find: Callable[[str], Path | None]) -> Checkpoint:
@@ -166,6 +172,7 @@ def _weights(
     folder: Path | None,
     find: Callable[[str], Path | None],
     offline_reason: str | None,
+    prefix_of: Callable[[Iterable[str], dict[str, Any]], str] | None,
     *,
     variant: str | None,
     use_safetensors: bool | None,
@@ -177,7 +184,7 @@ def _weights(
         if (path := find(single)) is not None:
             return read_tensors(path)
         if (path := find(index)) is not None:
-            return _indexed(path, Path(single).suffix, find)
+            return _indexed(path, Path(single).suffix, find, prefix_of)
     if variant is None:
         named = [META, *open_clip_config.OPEN_CLIP_WEIGHTS]
         for file in named if PICKLES in kinds else named[1:2]:
@@ -215,7 +222,12 @@ def _only_file(name: str, folder: Path | None, suffixes: tuple[str, ...]) -> Pat
     return files[0] if files else None
 
 
-def _indexed(index: Path, suffix: str, find: Callable[[str], Path | None]) -> dict[str, StoredTensor]:
+def _indexed(
+    index: Path,
+    suffix: str,
+    find: Callable[[str], Path | None],
+    prefix_of: Callable[[Iterable[str], dict[str, Any]], str] | None,
+) -> dict[str, StoredTensor]:
     """The tensors of the files that an index names, each in the file that `weight_map` gives for it and in no other.
 
     Raises:
@@ -224,7 +236,8 @@ def _indexed(index: Path, suffix: str, find: Callable[[str], Path | None]) -> di
     weight_map = read_json(index).get("weight_map")
     if not weight_map or not isinstance(weight_map, dict) or {type(file) for file in weight_map.values()} != {str}:
         raise ValueError(f"{index}: expected a weight_map of tensors and files, got {weight_map!r:.80}")
-    shards = sorted(set(weight_map.values()))
+    prefix = "" if prefix_of is None else prefix_of(weight_map, _json(find("config.json")))
+    shards = sorted({file for name, file in weight_map.items() if name.startswith(prefix)})
     elsewhere = [file for file in shards if Path(file).suffix != suffix or set(file) & set("/\\\0")]
     if elsewhere:
         raise ValueError(f"{index}: expected names of {suffix} files beside it, got {elsewhere[:10]!r:.200}")

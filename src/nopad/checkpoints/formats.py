@@ -93,6 +93,7 @@ class Checkpoint:
         folder: where `config.json` was found, on this machine; `None` where there is none.
         choice: `variant` and `use_safetensors`, where the files were chosen by them.
         opened_with: all arguments of `open_checkpoint` beside the name that open it again; no token.
+        prefix: of the tensors in the file, where they are a tower's in a larger model.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Checkpoint:
     folder: Path | None = None
     choice: Mapping[str, Any] = field(default_factory=dict)
     opened_with: Mapping[str, Any] = field(default_factory=dict)
+    prefix: str = ""
 
     @property
     def quantization_config(self) -> dict[str, Any] | None:

@@ -13,11 +13,11 @@ from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from nopad.checkpoints.files import open_checkpoint
 from nopad.checkpoints.formats import Checkpoint, Dialect
 from nopad.checkpoints.keywords import HUB, check_config_class, read_keywords, take_changes, with_changes
 from nopad.checkpoints.quantised import load_quantised, with_weight_names
 from nopad.checkpoints.strict import check_numbers, check_sizes, load_strictly, with_options
+from nopad.checkpoints.towers import open_tower
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.layers.linear import lay_out
 from nopad.layers.roles import registered_path
@@ -33,8 +33,8 @@ _CONFIG_ERRORS = (TypeError, ArithmeticError, AttributeError, LookupError, Runti
 def from_pretrained(cls: type[PackedEncoder], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
     """Load a published checkpoint, strictly; see `nopad.load` for what it may be.
 
-    Takes transformers' arguments (`dtype`, `device_map`, `revision`, `variant`, …), `attention`, `patch_order` and
-    `positions` as `nopad.load` does, and fields of the config by their names (`attention_dropout=0.1`).
+    Takes transformers' arguments (`dtype`, `device_map`, `revision`, `variant`, …), `attention`, `patch_order`,
+    `positions` and `prefix` as `nopad.load` does, and fields of the config by their names (`attention_dropout=0.1`).
 
     Raises:
         ValueError: not this family, a tensor missing, unexpected or misshapen, or an argument that
@@ -52,8 +52,9 @@ def from_pretrained(cls: type[PackedEncoder], pretrained_model_name_or_path: Any
         if others:
             raise ValueError(f"{', '.join(others)}: {name!r} has random weights and takes no such argument")
         return cls.untrained(name.removeprefix(UNTRAINED), **keywords)
+    prefix = keywords.pop("prefix", None)
     hub = {argument: keywords.pop(argument) for argument in HUB & keywords.keys()}
-    return cls.from_checkpoint(open_checkpoint(name, **hub), **keywords)
+    return cls.from_checkpoint(open_tower(name, (cls,), prefix, **hub), **keywords)
 
 
 def _of_transformers(cls: type[PackedEncoder]) -> Callable[..., Any]:
@@ -126,6 +127,7 @@ def from_checkpoint(
         model, info = load_strictly(load, part, dialect, skeleton, dtype=dtype, **kwargs)
     model.source, model.dialect, model.opened_with = checkpoint.name, dialect.name, checkpoint.opened_with
     model.name_or_path = model.config.name_or_path = checkpoint.name  # PEFT writes it into an adapter's config
+    model.tower_prefix = checkpoint.prefix
     model.preprocessor_config, model.checkpoint_config = checkpoint.preprocessor, checkpoint.config
     model.set_attention(attention or implementation)
     lay_out(model)

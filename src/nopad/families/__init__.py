@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nopad.checkpoints.formats import Checkpoint
+from nopad.checkpoints.towers import describe
 from nopad.encoder import PackedEncoder
 from nopad.families.aimv2 import AIMv2Packing
 from nopad.families.clip import CLIPPacking
@@ -35,6 +36,7 @@ def family_of(checkpoint: Checkpoint) -> type[PackedEncoder]:
         )
         raise ValueError(
             f"checkpoint {checkpoint.name!r}: {problem}, such as {sorted(checkpoint.tensors)[:10]}; known are {known}"
+            + describe(checkpoint)
         )
     return matches[0]
 

@@ -62,6 +62,7 @@ _APPLE = NameTable(
     Rename("head.linear.*", "head.output_proj.*"),
     Rename("image_projector.*", "visual_projection.*"),
 )
+_OVIS2 = NameTable(Rename("embeddings.patch_embedding.*", "embeddings.patch_embed.*"))
 _TIMM = NameTable(
     Rename("patch_embed.proj.*", "embeddings.patch_embed.*"),
     Rename("patch_embed.norm.*", "embeddings.rms_norm.*"),
@@ -86,9 +87,18 @@ DIALECTS = (
     Dialect(
         "transformers",
         r"^encoder\.layers\.\d+\.ffn\.(gate|up|down)_proj\.",
+        excludes=(r"^embeddings\.patch_embedding\.",),
         is_original=True,
         text_table=NameTable(),
         **_TOWER,
+    ),
+    Dialect(
+        "transformers' Ovis2",
+        r"^embeddings\.patch_embedding\.weight$",
+        _OVIS2,
+        requires=(r"^encoder\.layers\.\d+\.ffn\.(gate|up|down)_proj\.",),
+        prefixes=("transformer.",),
+        dropped=(r"^head_(linear|norm)\.",),  # to tokens of the language model
     ),
     Dialect("early transformers", r"^encoder\.layers\.\d+\.ffn\.fc\d\.", _EARLY_TRANSFORMERS, **_TOWER),
     Dialect(
@@ -112,6 +122,7 @@ positions
 _CONFIG_NAMES = {name: name for name in _SAME_NAMES.split()} | {"use_bias": "mlp_bias"}
 
 
+_OF_OVIS2 = ("vocab_size", "hidden_stride", "num_visual_indicator_tokens", "tokenize_function")  # behind the tower
 _TIMM_ARCHITECTURES = r"aimv2_(large|huge|1b|3b)_patch14_(224|336|448)"
 _TIMM_HEADS = {"large": 8, "huge": 12, "1b": 16, "3b": 24}
 _TIMM_FIXED = {
@@ -136,7 +147,7 @@ def read_config(checkpoint: Checkpoint) -> AIMv2PackingConfig:
     """
     names = checkpoint.tensors
     hidden_size, channels, patch_size, _ = checkpoint.shape(_KERNEL, 4)
-    checkpoint.check_model_type("aimv2", "aimv2_vision_model")
+    checkpoint.check_model_type("aimv2", "aimv2_vision_model", "ovis2_vision")
     config_fields = checkpoint.vision_config
     fields: dict[str, Any] = {
         "hidden_size": hidden_size,
@@ -169,7 +180,7 @@ def read_config(checkpoint: Checkpoint) -> AIMv2PackingConfig:
 def _read_config_json(checkpoint: Checkpoint) -> dict[str, Any]:
     """The fields of `config.json`: Apple's, transformers' or timm's."""
     if not is_timms(checkpoint.config):
-        return read_fields(checkpoint, _CONFIG_NAMES, fixed={"projection_dropout": 0.0})
+        return read_fields(checkpoint, _CONFIG_NAMES, fixed={"projection_dropout": 0.0}, unused=_OF_OVIS2)
     read = {"num_heads": "num_attention_heads", "attn_drop_rate": "attention_dropout", "act_layer": "hidden_act"}
     architecture, model_args = read_model_args(checkpoint, _TIMM_ARCHITECTURES, read=read, fixed=_TIMM_FIXED)
     if architecture:

@@ -1,0 +1,189 @@
+"""Vision towers inside checkpoints of larger models: where they are, and what of the config is theirs."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nopad.checkpoints.files import open_checkpoint
+from nopad.checkpoints.formats import Checkpoint, Dialect
+
+if TYPE_CHECKING:
+    from nopad.encoder import PackedEncoder
+
+logger = logging.getLogger(__name__)
+
+_SIGLIP, _SIGLIP2, _CLIP, _AIMV2 = "siglip_vision_model", "siglip2_vision_model", "clip_vision_model", "ovis2_vision"
+TOWERS = {
+    **dict.fromkeys(("gemma3", "paligemma", "shieldgemma2", "aya_vision", "cohere2_vision"), _SIGLIP),
+    **dict.fromkeys(("llava_onevision", "deepseek_vl"), _SIGLIP),
+    "lfm2_vl": _SIGLIP2,
+    **dict.fromkeys(("llava", "llava_next", "llava_next_video", "vipllava"), _CLIP),
+    "ovis2": _AIMV2,
+}
+"""`model_type` of models around a tower, and that of the tower where their `vision_config` does not say it."""
+MAX_DEPTH = 4
+"""Parts of a prefix that is searched."""
+_OF_THE_WHOLE = ("dtype", "torch_dtype", "transformers_version")
+_ABOUT_PIXELS = ("image_mean", "image_std", "resample", "rescale_factor", "do_rescale", "do_normalize")
+# Processors that make one image of each, as a processor that `nopad.preprocessing.config` reads.
+_SAME_PROCESSORS = {"Gemma3ImageProcessor": "SiglipImageProcessor"}
+_PLAIN_PROCESSORS = ("CLIP", "Siglip", "Siglip2", "ViT", "Bit", "DINOv3ViT")
+
+
+def prefix_of(
+    names: Iterable[str],
+    config: dict[str, Any],
+    families: Iterable[type[PackedEncoder]],
+    label: str,
+    prefix: str | None = None,
+) -> str:
+    """The prefix of the one vision tower among tensor names; empty where the names are those of an encoder as a whole.
+
+    Args:
+        names: of all tensors.
+        config: the checkpoint's `config.json`.
+        families: whose dialects are searched.
+        label: the checkpoint, for messages.
+        prefix: the one to take, with or without its last dot; searched unless given.
+
+    Raises:
+        ValueError: several towers, no tensors under `prefix`, or none of these families under any.
+    """
+    patterns = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "0", name) for name in names))
+    if prefix is not None:
+        prefix = f"{prefix.rstrip('.')}." if prefix else ""
+        if not any(name.startswith(prefix) for name in patterns):
+            raise ValueError(f"{label}: prefix {prefix!r}: expected one of {_listed(patterns)}")
+        return prefix
+    spoken: dict[str, str] = {}
+    for each in _prefixes(patterns):
+        if any(each.startswith(outer) for outer in spoken):
+            continue  # the same tower, of which the dialect takes the rest of the prefix
+        inside = [name.removeprefix(each) for name in patterns if name.startswith(each)]
+        matching = {family.family: [d for d in family.dialects if d.matches(inside)] for family in families}
+        if each == "":
+            if any(matching.values()) and config.get("model_type") not in TOWERS:
+                return ""
+            continue
+        found = [
+            family for family, dialects in matching.items() if any(_is_all(dialect, inside) for dialect in dialects)
+        ]
+        if found:
+            spoken[each] = " and ".join(found)
+    if len(spoken) > 1:
+        towers = ", ".join(f"{each!r} ({family})" for each, family in spoken.items())
+        raise ValueError(f"{label}: expected one vision tower, got {towers}; choose one by prefix=")
+    if not spoken:
+        return ""  # the caller says what is known of whole checkpoints
+    return next(iter(spoken))
+
+
+def _is_all(dialect: Dialect, names: Iterable[str]) -> bool:
+    """Whether names are those of a tower alone: where some have the dialect's own prefix, all have it."""
+    kept = [name for name in names if not any(re.search(pattern, name) for pattern in dialect.dropped)]
+    stripped = sum(dialect.strip(name) != name for name in kept)
+    return stripped in (0, len(kept))
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """All that names have in front of a dot, outer ones first, up to the number of a layer."""
+    found = {"": None}
+    for name in names:
+        parts = name.split(".")[:-1]
+        for depth in range(1, min(len(parts), MAX_DEPTH) + 1):
+            if parts[depth - 1].isdigit():
+                break
+            found[".".join(parts[:depth]) + "."] = None
+    return sorted(found, key=lambda prefix: prefix.count("."))
+
+
+def _listed(names: Iterable[str]) -> str:
+    found = [prefix for prefix in _prefixes(names) if 0 < prefix.count(".") <= 2]
+    return ", ".join(map(repr, found[:20])) + (", …" if len(found) > 20 else "")
+
+
+def describe(checkpoint: Checkpoint) -> str:
+    """The prefixes in a checkpoint, for messages; empty where there are none."""
+    listed = _listed(checkpoint.tensors)
+    return f"; its prefixes are {listed}, and prefix= reads below one of them alone" if listed else ""
+
+
+def narrowed(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
+    """The part of a checkpoint below a prefix, with the config and the preprocessing that are its own.
+
+    Raises:
+        ValueError: quantised weights.
+    """
+    if not prefix:
+        return checkpoint
+    if checkpoint.quantization_config is not None:
+        raise ValueError(
+            f"checkpoint {checkpoint.name!r}: its weights are quantised; the tower of a larger model is read only "
+            f"where they are not"
+        )
+    tensors = {
+        name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)
+    }
+    outer, config = checkpoint.config, {}
+    own_type = TOWERS.get(outer.get("model_type", ""), outer.get("model_type"))
+    if "vision_config" in outer or outer.get("model_type") in TOWERS:
+        config = {name: outer[name] for name in _OF_THE_WHOLE if name in outer}
+        config |= {"model_type": own_type, **outer.get("vision_config", {})}
+    preprocessor = _own_preprocessor(checkpoint)
+    return replace(checkpoint, tensors=tensors, config=config, preprocessor=preprocessor, prefix=prefix)
+
+
+def _own_preprocessor(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The preprocessor config of a larger model, as far as it is about one image; not how images are cut into tiles."""
+    config = checkpoint.preprocessor
+    processor = None if config is None else config.get("image_processor_type")
+    if config is None or not isinstance(processor, str):
+        return config
+    name = processor.removesuffix("Fast").removesuffix("Pil")
+    if name in _SAME_PROCESSORS:
+        return {key: value for key, value in config.items() if not key.startswith(("do_pan", "pan_and"))} | {
+            "image_processor_type": _SAME_PROCESSORS[name]
+        }
+    if name.removesuffix("ImageProcessor") in _PLAIN_PROCESSORS:
+        return config
+    _log_processor(checkpoint.name, processor)
+    return {key: config[key] for key in _ABOUT_PIXELS if key in config}
+
+
+@lru_cache
+def _log_processor(name: str, processor: str) -> None:
+    logger.warning(
+        "checkpoint %r: images are taken whole, by the rule of the tower's family and with the statistics of %s, which "
+        "may cut them into tiles",
+        name,
+        processor,
+    )
+
+
+def open_tower(
+    name: str | Path, families: Iterable[type[PackedEncoder]], prefix: str | None = None, **options: Any
+) -> Checkpoint:
+    """Open a checkpoint, or of one of a larger model the vision tower; files without a tensor of it are not read.
+
+    Args:
+        name: as `open_checkpoint` takes it.
+        families: whose towers are searched.
+        prefix: of the tower's tensors; searched unless given.
+        options: further arguments of `open_checkpoint`.
+
+    Raises:
+        ValueError, OSError: see `open_checkpoint`, `prefix_of` and `narrowed`.
+    """
+    families, label = tuple(families), f"checkpoint {str(name)!r}"
+
+    def find(names: Iterable[str], config: dict[str, Any]) -> str:
+        return prefix_of(names, config, families, label, prefix)
+
+    checkpoint = open_checkpoint(name, prefix_of=find, **options)
+    return narrowed(checkpoint, find(checkpoint.tensors, checkpoint.config))
