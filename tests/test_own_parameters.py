@@ -100,10 +100,12 @@ def features(encoder):
 
 
 def spoken_by(encoder):
-    """The dialects that there are of an architecture."""
+    """The dialects that there are of an architecture; timm's of DINOv2 have no mask token."""
     gated = getattr(encoder.config, "use_gated_mlp", False)
-    other = "Meta" if gated else "Meta, gated"
-    return [dialect for dialect in encoder.dialects if dialect.name != other]
+    others = {"Meta" if gated else "Meta, gated"}
+    if encoder.family == "dinov2":
+        others |= {"timm", "timm, registers"}
+    return [dialect for dialect in encoder.dialects if dialect.name not in others]
 
 
 @every_family

@@ -26,8 +26,8 @@ SMALLEST = {
     for name in sorted(cls.published, key=lambda name: -cls.published[name]["hidden_size"])
 }.values()
 """One published name for each class of config."""
-# What else tells timm's models of a family apart: their layers, their patch embedding.
-TIMM = {"siglip2": "timm, NaFlex", "dinov3 gated": "timm, gated"}
+# What else tells timm's models of a family apart: their layers, their patch embedding. DINOv2's have no mask token.
+TIMM = {"dinov2": "", "dinov2 gated": "", "siglip2": "timm, NaFlex", "dinov3 gated": "timm, gated"}
 DIALECTS = [
     (family, dialect.name)
     for family in FAMILIES

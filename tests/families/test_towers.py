@@ -168,6 +168,16 @@ def test_targets_and_sources_that_do_not_fit_are_refused(tmp_path):
     assert not (tmp_path / "changed").exists()
 
 
+def test_layouts_that_are_prepared_are_not_written_back(goldens, tmp_path):
+    encoder = nopad.load(goldens / "timm-dinov2-gated")
+    with pytest.raises(ValueError, match=r"under timm names cannot be written back"):
+        encoder.save_into(goldens / "timm-dinov2-gated", tmp_path / "changed")
+    clip = nopad.load(goldens / "timm-clip-projection")
+    clip.save_into(goldens / "timm-clip-projection", tmp_path / "same")
+    name = "model.safetensors"
+    assert (tmp_path / "same" / name).read_bytes() == (goldens / "timm-clip-projection" / name).read_bytes()
+
+
 def test_two_towers_are_named(tmp_path):
     save(tmp_path, "gemma3")
     state = load_file(tmp_path / "model.safetensors")

@@ -19,6 +19,13 @@ GRIDS = [(5, 5), (3, 7), (1, 6), (8, 2)]
 CASES = {
     "timm-aimv2": ("aimv2_large_patch14_224", {"img_size": 20}, GRIDS[:1]),
     "timm-aimv2-dynamic": ("aimv2_huge_patch14_336", {"img_size": 20, "dynamic_img_size": True}, GRIDS),
+    "timm-dinov2": ("vit_base_patch14_dinov2", {"img_size": 20, "dynamic_img_size": True, "mlp_ratio": 2.0}, GRIDS),
+    "timm-dinov2-gated": ("vit_giant_patch14_dinov2", {"img_size": 20, "mlp_ratio": 3.0}, GRIDS[:1]),
+    "timm-dinov2-registers": (
+        "vit_small_patch14_reg4_dinov2",
+        {"img_size": 20, "dynamic_img_size": True, "mlp_ratio": 2.0},
+        GRIDS,
+    ),
     "timm-dinov3": ("vit_small_patch16_dinov3", {"img_size": 20}, GRIDS),
     "timm-dinov3-gated": ("vit_huge_plus_patch16_dinov3_qkvb", {"img_size": 20, "rope_temperature": 50.0}, GRIDS),
     "timm-siglip": ("vit_base_patch16_siglip_224", {"img_size": 20}, GRIDS[:1]),
@@ -61,7 +68,8 @@ def main(folder: Path, *names: str) -> None:
     for name in names or CASES:
         architecture, arguments, grids = CASES[name]
         projection = 24 if name.endswith("projection") else 0  # of CLIP, which timm keeps as a classifier without bias
-        model = timm.create_model(architecture, pretrained=False, num_classes=projection, **SMALL, **arguments).eval()
+        arguments = {"num_classes": projection, **SMALL, **arguments}
+        model = timm.create_model(architecture, pretrained=False, **arguments).eval()
         randomize(model)
         if projection:
             torch.nn.init.zeros_(model.head.bias)

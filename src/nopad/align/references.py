@@ -22,7 +22,7 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
 
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.encoder import PackedEncoder
-from nopad.families import clip_checkpoints, siglip2_checkpoints
+from nopad.families import clip_checkpoints, dinov2_checkpoints, siglip2_checkpoints
 from nopad.families.aimv2 import AIMv2Packing
 from nopad.families.aimv2_checkpoints import trained_grid
 from nopad.families.clip import CLIPPacking
@@ -230,6 +230,11 @@ class DINOv2Reference(ReferenceModel):
         """The class that reads the same checkpoint."""
         with_registers = isinstance(packed.config, DINOv2WithRegistersPackingConfig)
         return Dinov2WithRegistersModel if with_registers else Dinov2Model
+
+    def only_grid(self, packed: PackedEncoder) -> tuple[int, int] | None:
+        """The trained grid where timm resamples positions otherwise than transformers does, else any."""
+        as_transformers = packed.config.positions_antialias == type(packed.config).positions_antialias
+        return None if as_transformers else dinov2_checkpoints.trained_grid(packed.config)
 
     def layers(self, model: Any) -> nn.ModuleList:
         """The reference's transformer layers."""

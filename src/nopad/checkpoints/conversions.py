@@ -54,6 +54,10 @@ ADD_AXIS = Reshape(lambda tensor: (tensor.unsqueeze(0),), lambda values: _only(v
 """`(…)` in the file, `(1, …)` in the model."""
 DROP_AXES = Reshape(lambda tensor: (tensor.squeeze(0).squeeze(0),), lambda values: _only(values)[None, None])
 """`(1, 1, …)` in the file, `(…)` in the model."""
+WITHOUT_FIRST = Reshape(
+    lambda tensor: (torch.nn.functional.pad(tensor, (0, 0, 1, 0)),), lambda values: _only(values)[:, 1:]
+)
+"""`(1, N, D)` in the file; in the model `(1, 1 + N, D)`, of which the first row is zero."""
 TRANSPOSED = Reshape(lambda tensor: (tensor.T.contiguous(),), lambda values: _only(values).T.contiguous())
 """A matrix of which file and model have each other's transpose."""
 SQUARE_GRID = Reshape(lambda tensor: (tensor.squeeze(0).flatten(0, 1),), lambda values: _as_grid(_only(values)))

@@ -60,6 +60,8 @@ def _stored(encoder: PackedEncoder, source: Path, prefix: str | None) -> dict[st
     part, state = dialect.select(checkpoint), dialect.table.to_file(encoder.state_dict())
     check_strictly(part, state, dialect)
     names = {dialect.strip(name): name for name in checkpoint.tensors}
+    if state.keys() - names.keys():  # which the dialect has prepared
+        raise ValueError(f"source {str(source)!r}: weights under {dialect.name} names cannot be written back there")
     return {checkpoint.prefix + names[name]: tensor.to(part.tensors[name].dtype) for name, tensor in state.items()}
 
 

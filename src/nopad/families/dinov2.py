@@ -13,7 +13,6 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 
 from nopad.encoder import PackedEncoder
 from nopad.families.dinov2_checkpoints import (
-    DIALECTS,
     PUBLISHED,
     DINOv2Configs,
     DINOv2PackingConfig,
@@ -22,6 +21,7 @@ from nopad.families.dinov2_checkpoints import (
     swiglu_size,
     trained_grid,
 )
+from nopad.families.dinov2_dialects import DIALECTS
 from nopad.inference.runner import Runner
 from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
@@ -40,7 +40,8 @@ class DINOv2Embeddings(ByRole):
     """Patches to tokens with learned positions, and each segment's CLS and register tokens in front of them.
 
     CLS has a position of its own, the first row of the table, and registers have none. Other grids get the table
-    resampled as `interpolate_pos_encoding` of transformers' models does, which antialiases with registers alone. Meta's
+    resampled as `interpolate_pos_encoding` of transformers' models does, which antialiases with registers alone; those
+    in timm's layout are antialiased always, as timm does. Meta's
     own code computes the scale of models without registers from a side that is 0.1 patches longer.
     """
 
@@ -56,6 +57,7 @@ class DINOv2Embeddings(ByRole):
         # For masked training alone; kept so that a saved checkpoint is complete.
         self.mask_token = nn.Parameter(torch.empty(1, size)) if config.use_mask_token else None
         self.grid, self.strict = trained_grid(config), is_strict(config.positions)
+        self.antialias = config.positions_antialias
         rows, columns = self.grid
         self.position_embeddings = nn.Parameter(torch.empty(1, 1 + rows * columns, size))
         self.register_tokens = None
@@ -76,9 +78,8 @@ class DINOv2Embeddings(ByRole):
         Raises:
             ValueError: see `table_positions`.
         """
-        antialias = self.register_tokens is not None
         table = self.position_embeddings[0, 1:]
-        return table_positions(layout, table, self.grid, mode="bicubic", antialias=antialias, strict=self.strict)
+        return table_positions(layout, table, self.grid, mode="bicubic", antialias=self.antialias, strict=self.strict)
 
 
 def dinov2_block(config: DINOv2Configs) -> Block:

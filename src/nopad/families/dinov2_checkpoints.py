@@ -8,8 +8,9 @@ from transformers.models.dinov2.configuration_dinov2 import Dinov2Config
 from transformers.models.dinov2_with_registers.configuration_dinov2_with_registers import Dinov2WithRegistersConfig
 
 from nopad.checkpoints.config_json import read_fields
-from nopad.checkpoints.conversions import NameTable, Rename, split_rows
-from nopad.checkpoints.formats import Checkpoint, Dialect, grid_side
+from nopad.checkpoints.formats import Checkpoint, grid_side
+from nopad.checkpoints.timm_config import activation, is_timms, read_model_args
+from nopad.families.dinov2_dialects import TIMM_REGISTERS
 
 HEAD_DIM = 64
 """Head size of every published model, for files without a config."""
@@ -21,10 +22,12 @@ class DINOv2PackingConfig(Dinov2Config):
     Attributes:
         patch_order: layout inside a patch.
         positions: on another grid than the trained one, `"resample"` learned positions or refuse: `"strict"`.
+        positions_antialias: resample them as timm does, not as transformers does.
     """
 
     patch_order: str = "hwc"
     positions: str = "resample"
+    positions_antialias: bool = False
 
 
 class DINOv2WithRegistersPackingConfig(Dinov2WithRegistersConfig):
@@ -34,11 +37,13 @@ class DINOv2WithRegistersPackingConfig(Dinov2WithRegistersConfig):
         use_mask_token: always; this config of transformers does not have it.
         patch_order: layout inside a patch.
         positions: on another grid than the trained one, `"resample"` learned positions or refuse: `"strict"`.
+        positions_antialias: antialias them, as transformers and timm do.
     """
 
     use_mask_token: bool = True
     patch_order: str = "hwc"
     positions: str = "resample"
+    positions_antialias: bool = True
 
 
 DINOv2Configs = DINOv2PackingConfig | DINOv2WithRegistersPackingConfig
@@ -55,60 +60,25 @@ def swiglu_size(mlp_size: int) -> int:
     return (int(mlp_size * 2 / 3) + 7) // 8 * 8
 
 
-_LAYER, _ATTENTION = "encoder.layer.*", "encoder.layer.*.attention"
-_GATE_UP = [f"{_LAYER}.mlp.{part}_proj.*" for part in ("gate", "up")]
-
-# transformers has had names of its own in memory since 5.18; its files have kept these.
-_PUBLISHED_NAMES = NameTable(
-    Rename(f"{_ATTENTION}.attention.query.**", f"{_ATTENTION}.q_proj.**"),
-    Rename(f"{_ATTENTION}.attention.key.**", f"{_ATTENTION}.k_proj.**"),
-    Rename(f"{_ATTENTION}.attention.value.**", f"{_ATTENTION}.v_proj.**"),
-    Rename(f"{_ATTENTION}.output.dense.**", f"{_ATTENTION}.o_proj.**"),
-    Rename(f"{_LAYER}.mlp.weights_in.*", *_GATE_UP, reshape=split_rows(2)),
-    Rename(f"{_LAYER}.mlp.weights_out.**", f"{_LAYER}.mlp.down_proj.**"),
-)
-_META = NameTable(
-    Rename("cls_token", "embeddings.cls_token"),
-    Rename("register_tokens", "embeddings.register_tokens"),
-    Rename("mask_token", "embeddings.mask_token"),
-    Rename("pos_embed", "embeddings.position_embeddings"),
-    Rename("patch_embed.proj.*", "embeddings.patch_embeddings.projection.*"),
-    Rename("blocks.*.norm1.*", f"{_LAYER}.norm1.*"),
-    Rename("blocks.*.attn.qkv.*", *(f"{_ATTENTION}.{part}_proj.*" for part in "qkv"), reshape=split_rows(3)),
-    Rename("blocks.*.attn.proj.*", f"{_ATTENTION}.o_proj.*"),
-    Rename("blocks.*.ls1.gamma", f"{_LAYER}.layer_scale1.lambda1"),
-    Rename("blocks.*.norm2.*", f"{_LAYER}.norm2.*"),
-    Rename("blocks.*.mlp.fc1.*", f"{_LAYER}.mlp.fc1.*"),
-    Rename("blocks.*.mlp.fc2.*", f"{_LAYER}.mlp.fc2.*"),
-    Rename("blocks.*.mlp.w12.*", *_GATE_UP, reshape=split_rows(2)),
-    Rename("blocks.*.mlp.w3.*", f"{_LAYER}.mlp.down_proj.*"),
-    Rename("blocks.*.ls2.gamma", f"{_LAYER}.layer_scale2.lambda1"),
-    Rename("norm.*", "layernorm.*"),
-)
-
-_TRANSFORMERS: dict[str, Any] = {
-    "requires": (r"^encoder\.layer\.\d+\.layer_scale1\.lambda1$",),
-    "prefixes": ("dinov2.", "dinov2_with_registers."),
-    "dropped": (r"^classifier\.",),
-    "is_original": True,
-}
-
-DIALECTS = (
-    Dialect("transformers", r"^encoder\.layer\.\d+\.attention\.attention\.query\.", _PUBLISHED_NAMES, **_TRANSFORMERS),
-    Dialect("transformers, in memory", r"^encoder\.layer\.\d+\.attention\.q_proj\.", **_TRANSFORMERS),
-    Dialect(
-        "Meta",
-        r"^blocks\.\d+\.ls1\.gamma$",
-        _META,
-        requires=(r"^pos_embed$", r"^mask_token$"),  # which timm's files do not have
-    ),
-)
-
 _COMMON_NAMES = """
 hidden_size num_hidden_layers num_attention_heads mlp_ratio hidden_act hidden_dropout_prob attention_probs_dropout_prob
 initializer_range layer_norm_eps image_size patch_size num_channels qkv_bias layerscale_value drop_path_rate
-use_swiglu_ffn use_mask_token patch_order positions
+use_swiglu_ffn use_mask_token patch_order positions positions_antialias
 """
+_TIMM_NAMES = {
+    "num_heads": "num_attention_heads",
+    "attn_drop_rate": "attention_probs_dropout_prob",
+    "act_layer": "hidden_act",
+}
+_TIMM_ARCHITECTURES = r"vit_(small|base|large|giant)_patch14(_reg4)?_dinov2"
+_TIMM_HEADS = {"small": 6, "base": 12, "large": 16, "giant": 24}
+_TIMM_FIXED = {
+    **dict.fromkeys(("pre_norm", "fc_norm", "qk_norm", "dynamic_img_pad", "scale_attn_norm", "scale_mlp_norm"), False),
+    **dict.fromkeys(("class_token", "final_norm"), True),
+    "pool_include_prefix": False,
+    "drop_path_rate": 0.0,
+    "pos_embed": "learn",
+}
 _OF_BACKBONES = ("apply_layernorm", "reshape_hidden_states", "out_features", "out_indices", "stage_names")
 _KERNEL, _POSITIONS = "embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings"
 _REGISTERS, _FIRST = "embeddings.register_tokens", "encoder.layer.0"
@@ -124,7 +94,10 @@ def read_config(checkpoint: Checkpoint) -> DINOv2Configs:
     checkpoint.check_model_type(*config_classes)
     config_class = config_classes.get(checkpoint.vision_config.get("model_type", ""))
     names = (*_COMMON_NAMES.split(), "num_register_tokens")
-    fields = read_fields(checkpoint, {name: name for name in names}, unused=_OF_BACKBONES)
+    if is_timms(checkpoint.config):
+        fields = _read_timm(checkpoint)
+    else:
+        fields = read_fields(checkpoint, {name: name for name in names}, unused=_OF_BACKBONES)
     if config_class is None:
         with_registers = _REGISTERS in checkpoint.tensors
         config_class = DINOv2WithRegistersPackingConfig if with_registers else DINOv2PackingConfig
@@ -133,6 +106,28 @@ def read_config(checkpoint: Checkpoint) -> DINOv2Configs:
         fields.pop("num_register_tokens", None)
     fields |= {name: checkpoint.side(name, fields[name]) for name in ("image_size", "patch_size") if name in fields}
     return config_class(**fields)
+
+
+def _read_timm(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The fields that timm's `config.json` has.
+
+    Raises:
+        ValueError: no architecture; see also `read_model_args`.
+    """
+    fixed = {**_TIMM_FIXED, "no_embed_class": checkpoint.table is TIMM_REGISTERS}
+    architecture, args = read_model_args(checkpoint, _TIMM_ARCHITECTURES, read=_TIMM_NAMES, fixed=fixed)
+    if not architecture:
+        raise ValueError(f"checkpoint {checkpoint.name!r}: config.json: architecture: expected {_TIMM_ARCHITECTURES}")
+    with_registers = checkpoint.table is TIMM_REGISTERS
+    if with_registers != ("_reg4" in architecture):
+        raise ValueError(
+            f"checkpoint {checkpoint.name!r}: tensor 'reg_token' is {'unexpected' if with_registers else 'missing'}, "
+            f"since the architecture in config.json is {architecture!r}"
+        )
+    args = {"num_heads": _TIMM_HEADS[architecture.split("_")[1]], **args}
+    if "act_layer" in args:
+        args["act_layer"] = activation(checkpoint, args["act_layer"])
+    return {_TIMM_NAMES[name]: value for name, value in args.items()} | {"positions_antialias": True}
 
 
 def _infer_from_tensors(checkpoint: Checkpoint, config_fields: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +150,7 @@ def _infer_from_tensors(checkpoint: Checkpoint, config_fields: dict[str, Any]) -
         "patch_size": patch_size,
         "image_size": side * patch_size,
         "num_hidden_layers": checkpoint.count("encoder.layer."),
-        "qkv_bias": f"{_FIRST}.attention.q_proj.bias" in checkpoint.tensors,
+        "qkv_bias": any(name.endswith(".attention.q_proj.bias") for name in checkpoint.tensors),
         "use_swiglu_ffn": gated,
         "use_mask_token": "embeddings.mask_token" in checkpoint.tensors,
         "num_register_tokens": checkpoint.shape(_REGISTERS, ndim=3)[1] if _REGISTERS in checkpoint.tensors else 0,
