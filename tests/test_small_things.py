@@ -1,5 +1,6 @@
 """What an encoder and a pack are to the rest of torch and transformers."""
 
+import copy
 import json
 
 import pytest
@@ -14,6 +15,8 @@ import nopad
 from nopad import cli
 from nopad.families.aimv2 import AIMv2Packing
 from nopad.families.aimv2_checkpoints import AIMv2PackingConfig
+from nopad.families.clip import CLIPPacking
+from nopad.families.dinov2 import DINOv2Packing
 from nopad.families.siglip2 import Siglip2NaflexPacking
 
 NAME = "untrained:facebook/dinov3-vits16-pretrain-lvd1689m"
@@ -44,8 +47,7 @@ def test_peft_writes_the_checkpoint_as_base_model(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_encoder_registers_with_auto_model(tmp_path, family):
     encoder = nopad.load(tiny(family, tmp_path))
-    if type(encoder).config_class is not type(encoder.config):
-        pytest.skip("its config has no class of its own yet, and AutoModel takes one config a class")
+    assert type(encoder).config_class is type(encoder.config)
     AutoModel.register(type(encoder.config), type(encoder), exist_ok=True)
     again = AutoModel.from_config(encoder.config)
     assert type(again) is type(encoder)
@@ -55,16 +57,27 @@ def test_every_encoder_registers_with_auto_model(tmp_path, family):
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in encoder.state_dict().items())
 
 
-def test_a_config_of_siglip_has_a_class_of_its_own(tmp_path):
-    folder = tiny("siglip", tmp_path)
-    for encoder in (nopad.load(folder), Siglip2NaflexPacking(folder), Siglip2NaflexPacking.from_pretrained(folder)):
-        assert isinstance(encoder, Siglip2NaflexPacking)
+@pytest.mark.parametrize(
+    ("first", "second", "cls"),
+    [
+        ("siglip2", "siglip", Siglip2NaflexPacking),
+        ("dinov2", "dinov2 gated", DINOv2Packing),
+        ("clip", "metaclip2", CLIPPacking),
+    ],
+)
+def test_each_config_of_a_family_has_a_class_of_its_own(tmp_path, first, second, cls):
+    folder = tiny(second, tmp_path)
+    for encoder in (nopad.load(folder), cls(folder), cls.from_pretrained(folder), cls(nopad.load(folder).config)):
+        assert isinstance(encoder, cls)
         assert type(encoder).config_class is type(encoder.config)
-    mine = type("Mine", (Siglip2NaflexPacking,), {})
+        assert type(copy.deepcopy(encoder)) is type(encoder)
+    mine = type("Mine", (cls,), {"__module__": cls.__module__ + ".mine"})
     assert type(mine(encoder.config)) is mine
-    naflex = nopad.load(tiny("siglip2", tmp_path / "naflex"))
-    with pytest.raises(TypeError, match="config: expected SiglipPackingConfig, got Siglip2PackingConfig"):
-        type(encoder)(naflex.config)
+    other = nopad.load(tiny(first, tmp_path / "first"))
+    assert type(other) is cls
+    names = f"{type(encoder.config).__name__}, got {type(other.config).__name__}"
+    with pytest.raises(TypeError, match=f"config: expected {names}"):
+        type(encoder)(other.config)
 
 
 def composite(folder):

@@ -55,7 +55,8 @@ class PackedEncoder(ByRole, PreTrainedModel):
         dialects: how its checkpoints name their tensors.
         published: the config of each published model, by its name on the Hub; with `model_type` where it is not one of
             the first of `config_classes`.
-        config_classes: of all configs that it takes, where `config_class`, the first, is not the only one.
+        config_classes: of all configs that it takes, where `config_class`, the first, is not the only one. Each of the
+            others has a subclass in the same module.
         read_config: returns the architecture of a checkpoint whose tensors have the packed model's names.
         frames_attend_jointly: a whole clip is one segment, not each of its frames.
         num_prefix_tokens: CLS and register tokens in front of each segment.
@@ -101,6 +102,10 @@ class PackedEncoder(ByRole, PreTrainedModel):
     _preprocessing: Preprocessing | None = None
     _backend: str = "auto"
     _runner: Runner = EagerRunner()
+
+    def __new__(cls, config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Each config has a class of its own, as transformers' `AutoModel.register` expects."""
+        return super().__new__(_class_for(cls, config))
 
     def __init__(self, config: PreTrainedConfig | str | Path, **kwargs: Any):
         if not isinstance(config, PreTrainedConfig):
@@ -413,3 +418,11 @@ class PackedEncoder(ByRole, PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """The patch embedding."""
         return self.embeddings.proj
+
+
+def _class_for(cls: type[PackedEncoder], config: Any) -> type[PackedEncoder]:
+    """The subclass of a family for a config that is not its `config_class`; subclasses of others stay themselves."""
+    if "config_classes" not in vars(cls) or isinstance(config, cls.config_class):
+        return cls
+    own = [each for each in cls.__subclasses__() if each.__module__ == cls.__module__]
+    return next((each for each in own if isinstance(config, each.config_class)), cls)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from nopad import PackedEncoder, families
+from nopad.families.clip import MetaCLIP2Packing
+from nopad.families.dinov2 import DINOv2WithRegistersPacking
 from nopad.families.siglip2 import SiglipPacking
 
 GRIDS = torch.tensor([[1, 4, 5], [1, 7, 3], [2, 2, 2], [1, 1, 1]])
@@ -58,9 +60,10 @@ def tiny(family: str, folder: Path, **changes) -> Path:
 
 def encoder_class(family: str) -> type[PackedEncoder]:
     """The class that packs a family of `FAMILIES`."""
-    if family == "siglip":  # whose config differs from NaFlex's
-        return SiglipPacking
-    name = {"siglip": "siglip2", "metaclip2": "clip"}.get(family, family.split()[0])
+    variants = {"siglip": SiglipPacking, "dinov2 gated": DINOv2WithRegistersPacking, "metaclip2": MetaCLIP2Packing}
+    if family in variants:
+        return variants[family]
+    name = family.split()[0]
     return next(cls for cls in families.FAMILIES if cls.family == name)
 
 

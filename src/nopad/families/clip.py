@@ -148,3 +148,10 @@ class CLIPPacking(PackedEncoder):
             init.normal_(module.down.weight, std=residual_std)
         elif self.projection is not None and module is self.projection:
             init.normal_(self.projection.weight, std=size**-0.5 * factor)
+
+
+class MetaCLIP2Packing(CLIPPacking):
+    """MetaCLIP 2; what `CLIPPacking` makes of such a config or checkpoint."""
+
+    config_class = MetaCLIP2PackingConfig
+    config_classes = ()

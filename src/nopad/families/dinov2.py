@@ -151,3 +151,10 @@ class DINOv2Packing(PackedEncoder):
         """The short side to 256 pixels and a crop of 224, whatever size the positions were learned on."""
         statistics: dict[str, Any] = {"mean": tuple(IMAGENET_DEFAULT_MEAN), "std": tuple(IMAGENET_DEFAULT_STD)}
         return Preprocessing(rule="crop", size=224, short_side=256, resample="bicubic", **statistics)
+
+
+class DINOv2WithRegistersPacking(DINOv2Packing):
+    """DINOv2 with registers; what `DINOv2Packing` makes of such a config or checkpoint."""
+
+    config_class = DINOv2WithRegistersPackingConfig
+    config_classes = ()

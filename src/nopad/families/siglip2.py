@@ -110,11 +110,6 @@ class Siglip2NaflexPacking(PackedEncoder):
     text_rules = TEXT_RULES
     names: Mapping[str, str] = {"layers": "encoder.layers", "norm": "post_layernorm"}
 
-    def __new__(cls, config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Each config has a class of its own, as transformers' `AutoModel.register` expects."""
-        fixed = cls is Siglip2NaflexPacking and isinstance(config, SiglipPackingConfig)
-        return super().__new__(SiglipPacking if fixed else cls)  # pyright: ignore[reportArgumentType]
-
     def build(self) -> None:
         """Embeddings, blocks, norm, and where the checkpoint has it the head."""
         config = self.config
