@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tiny_encoders
 import torch
 from aimv2_checkpoints import tiny_config
 from originals import pixels_of
+from PIL import Image
 
 import nopad
 from nopad.families import aimv2
@@ -14,7 +16,7 @@ from nopad.families import aimv2
 BAD_CALLS = {
     "hidden_states: expected shape": lambda p, g: (p[:, :-1], g),
     r"expected torch\.float32 like the weights": lambda p, g: (p.half(), g),
-    r"add up to 40 patches, but hidden_states has 39": lambda p, g: (p[:-1], g),
+    r"expected 39 patches in all, one per row of hidden_states, got 40 in 2 rows": lambda p, g: (p[:-1], g),
     r"expected \(N, 3\) integers, got shape \(2, 2\)": lambda p, g: (p, g[:, :2]),
     r"got shape \(2, 3\) of torch\.float32": lambda p, g: (p, g.float()),
     r"integers ≥ 1, got \[0, 3, 8\] in row 0": lambda p, g: (p, g * torch.tensor([[0, 1, 1], [1, 1, 1]])),
@@ -23,6 +25,18 @@ BAD_CALLS = {
     r"patch_positions: expected shape \(40, 3\)": lambda p, g: (p, g, torch.zeros(40, 2, dtype=torch.int64)),
     r"patch_positions: expected integers": lambda p, g: (p, g, torch.zeros(40, 3)),
     r"grid_thw: .*got None": lambda p, g: (p,),
+    r"got list of Image; images go through encoder\.pack\(images\).*encoder\.embed\(images\)": lambda p, g: (
+        [Image.new("RGB", (8, 8))],
+    ),
+    r"got list of str; images go through": lambda p, g: (["cat.jpg", "dog.jpg"],),
+    r"got str; images go through": lambda p, g: ("cat.jpg",),
+    r"got ndarray; images go through": lambda p, g: (np.zeros((1, 8, 8, 3), np.uint8), g),
+    r"got shape \(2, 3, 8, 8\); images go through .* normalised pixels through nopad\.Pack\.of": lambda p, g: (
+        torch.zeros(2, 3, 8, 8),
+    ),
+    r"got shape \(3, 8, 8\); images go through": lambda p, g: (torch.zeros(3, 8, 8, dtype=torch.uint8), g),
+    r"expected patches \(T, 48\) or a Pack, got None": lambda p, g: (None, g),
+    r"got dict; images go through": lambda p, g: ({"pixel_values": p},),
 }
 
 

@@ -312,13 +312,13 @@ BACK = tensor_of([(0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0)])
             torch.zeros(5, P),
             tensor_of([(1, 2, 2), (2, 1, 1)]),
             None,
-            "grid_thw: its 2 rows add up to 6 patches, but hidden_states has 5 rows",
+            "grid_thw: expected 5 patches in all, one per row of hidden_states, got 6 in 2 rows",
         ),
         (
             torch.zeros(4, P),
             torch.empty(0, 3, dtype=torch.int64),
             None,
-            "grid_thw: its 0 rows add up to 0 patches, but hidden_states has 4 rows",
+            "grid_thw: expected 4 patches in all, one per row of hidden_states, got 0 in 0 rows",
         ),
         (torch.zeros(4, P), ONE.to("meta"), None, "grid_thw: expected on the CPU or on cpu .*, got meta"),
         (torch.zeros(4, P), ONE, BACK[:3], r"patch_positions: expected shape \(4, 3\), .* got \(3, 3\)"),
@@ -484,5 +484,5 @@ def test_prefix_tokens_beyond_int32_are_refused():
 
 
 def test_grids_whose_product_overflows_int64_are_refused():
-    with pytest.raises(ValueError, match=f"add up to {2**64} patches, but hidden_states has 4 rows"):
+    with pytest.raises(ValueError, match=f"expected 4 patches in all, .* got {2**64} in 1 row$"):
         Layout.read(torch.empty(4, 1), torch.tensor([[2**32, 2**32, 1]]), None, 1)

@@ -36,10 +36,15 @@ def read_arguments(
         _check_pack(encoder, hidden_states)
         pack = hidden_states
         hidden_states, grid_thw, patch_positions = pack.hidden_states, pack.grid_thw, pack.patch_positions
+    elif not isinstance(hidden_states, Tensor) or hidden_states.ndim > 2:
+        given = f"shape {tuple(hidden_states.shape)}" if isinstance(hidden_states, Tensor) else _kind(hidden_states)
+        raise ValueError(
+            f"hidden_states: expected patches (T, {encoder.patch_dim}) or a Pack, got {given}; images go through "
+            f"encoder.pack(images), normalised pixels through nopad.Pack.of; encoder.embed(images) returns vectors"
+        )
     if grid_thw is None:
         raise ValueError("grid_thw: expected (N, 3) integers beside hidden_states, got None")
-    tensors = {"hidden_states": hidden_states, "grid_thw": grid_thw, "patch_positions": patch_positions}
-    for name, tensor in tensors.items():
+    for name, tensor in {"grid_thw": grid_thw, "patch_positions": patch_positions}.items():
         if not isinstance(tensor, Tensor) and (name, tensor) != ("patch_positions", None):
             raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if encoder.device.type != "meta" and hidden_states.device != encoder.device:
@@ -52,6 +57,12 @@ def read_arguments(
         check_inference(encoder, hidden_states)
     read: Any = TracedLayout if torch.compiler.is_exporting() else Layout.read
     return hidden_states, read(hidden_states, grid_thw, patch_positions, encoder.patch_dim)
+
+
+def _kind(value: object) -> str:
+    """`"list of JpegImageFile"`."""
+    of = f" of {type(value[0]).__name__}" if isinstance(value, list | tuple) and value else ""
+    return f"{type(value).__name__}{of}"
 
 
 def _check_pack(encoder: PackedEncoder, pack: Pack) -> None:

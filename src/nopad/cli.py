@@ -15,7 +15,8 @@ from nopad.command_options import INTERRUPTED, SUCCESS, WRONG_USE
 from nopad.embedding import command as embedding_command
 from nopad.published import published_models
 from nopad.search import command as search_command
-from nopad.terminal import ArgumentParser, MessageFormatter, columns, json_text, print_error, print_summary
+from nopad.suggestions import did_you_mean
+from nopad.terminal import ArgumentParser, MessageFormatter, OnceFilter, columns, json_text, print_error, print_summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     handler = logging.StreamHandler()
     handler.setFormatter(MessageFormatter("%(name)s: %(message)s"))
+    handler.addFilter(OnceFilter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         return options.run(options)
@@ -75,7 +77,8 @@ def run_models(options: argparse.Namespace) -> int:
         if options.family in (None, model["family"]) and options.text.lower() in model["name"].lower()
     ]
     if not models:
-        raise ValueError(f"TEXT: no published name contains {options.text!r}; `nopad models` lists them")
+        meant = did_you_mean(options.text, [model["name"] for model in published_models()])
+        raise ValueError(f"TEXT: no published name contains {options.text!r}{meant or '; `nopad models` lists them'}")
     if options.json:
         print_summary(json_text(models))
     else:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from nopad.counts import counted
 from nopad.terminal import json_text, print_summary, printable
 
 SUCCESS, FAILURE, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
@@ -56,7 +57,8 @@ def resolve_device(requested: str | None) -> str:
     if device.type == "cuda" and not seen:
         raise ValueError(f"--device: got {requested!r}, but torch sees no CUDA device; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= seen:
-        raise ValueError(f"--device: got {requested!r}, but torch sees {seen} CUDA devices: cuda:0 to cuda:{seen - 1}")
+        last = f" to cuda:{seen - 1}" if seen > 1 else ""
+        raise ValueError(f"--device: got {requested!r}, but torch sees {counted(seen, 'CUDA device')}: cuda:0{last}")
     return requested
 
 

@@ -1,4 +1,4 @@
-"""Checks of counts: integers, neither booleans nor floats that look like them."""
+"""Counts: checks, integers are neither booleans nor floats that look like them; and counts in words."""
 
 from __future__ import annotations
 
@@ -16,3 +16,13 @@ def check_count(name: str, value: Any, minimum: int = 1) -> None:
     if not is_count(value, minimum):
         kind = "" if isinstance(value, Integral) and not isinstance(value, bool) else "an integer "
         raise ValueError(f"{name}: expected {kind}≥ {minimum}, got {value!r:.80}")
+
+
+def counted(number: int, noun: str) -> str:
+    """`"1 run"`, `"2 runs"`."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('ch') else 's'}"
+
+
+def are(number: int) -> str:
+    """The verb behind `counted`."""
+    return "is" if number == 1 else "are"

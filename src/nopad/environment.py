@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from nopad import __version__
+from nopad.counts import counted
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ def device_name(device: torch.device | str) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"cpu, {threads} thread{'' if threads == 1 else 's'}" if device.type == "cpu" else str(device)
+    return f"cpu, {counted(threads, 'thread')}" if device.type == "cpu" else str(device)
 
 
 @contextmanager

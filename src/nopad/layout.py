@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from nopad.counts import counted
 from nopad.kernels.availability import has_triton
 from nopad.segments import MAX_TOKENS, Segments, TracedSegments
 
@@ -66,8 +67,8 @@ class Layout:
         total = sum(t * h * w for t, h, w in grid)
         if total != hidden_states.shape[0]:
             raise ValueError(
-                f"grid_thw: its {len(grid)} rows add up to {total} patches, "
-                f"but hidden_states has {hidden_states.shape[0]} rows"
+                f"grid_thw: expected {counted(len(hidden_states), 'patch')} in all, one per row of hidden_states, "
+                f"got {total} in {counted(len(grid), 'row')}"
             )
         if total > MAX_TOKENS:
             raise ValueError(f"grid_thw: expected at most {MAX_TOKENS} patches in a pack, got {total}; split it")

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from nopad.checkpoints.files import checkpoint_name
 from nopad.checkpoints.towers import open_tower
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.encoder import PackedEncoder
@@ -65,7 +66,7 @@ def load(
     if precision is not None:
         check_precision(precision)
     check_size(size)
-    name = str(checkpoint)
+    name = checkpoint_name(checkpoint)
     options = {"dtype": dtype, "patch_order": patch_order, "positions": positions}
     if name.startswith(UNTRAINED):
         if revision is not None:

@@ -62,14 +62,30 @@ class MessageFormatter(logging.Formatter):
         return message_lines(super().format(record))
 
 
+class OnceFilter(logging.Filter):
+    """Passes each message of a logger once: what holds for a whole command may be found in several of its steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, str]] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether this record says something new."""
+        key = record.name, record.getMessage()
+        is_new = key not in self.seen
+        self.seen.add(key)
+        return is_new
+
+
 def configure_transformers() -> None:
-    """Turn off transformers' progress bars and print its log records as `message_lines`."""
+    """Turn off transformers' progress bars and print its log records as `message_lines`, each once."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.get_logger("transformers")  # sets up its handlers
     for handler in logging.getLogger("transformers").handlers:
         handler.setFormatter(MessageFormatter())
+        handler.addFilter(OnceFilter())
 
 
 class ArgumentParser(argparse.ArgumentParser):

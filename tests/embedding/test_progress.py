@@ -75,7 +75,7 @@ def test_estimate_comes_once_after_a_few_packs():
         for images, seconds, packs in ((0, 0, 0), (10, 8, 1), (20, 10, 2), (60, 18, 5), (70, 19, 6))
     ]
     # 5,000 patches in 10 s, and 62,000,000 in all
-    estimated = "200,000 images, about 310 patches each: 34 h at 500 patches per second"
+    estimated = "200,000 images, about 310 patches each: 34 h at 500 patches/s"
     assert said == [["200,000 images, about 310 patches each"], [], [], [estimated], []]
 
 
@@ -85,7 +85,7 @@ def test_estimate_by_images_where_headers_do_not_say():
         list(estimate.lines(state(images, rows=5000, seconds=seconds, packs=packs)))
         for images, seconds, packs in ((0, 0, 0), (10, 8, 1), (20, 10, 2), (60, 18, 5))
     ]
-    assert said == [["5,000 images"], [], [], ["5,000 images: 17 min at 5 images per second"]]
+    assert said == [["5,000 images"], [], [], ["5,000 images: 17 min at 5.0 images/s"]]
 
 
 def test_short_run_is_not_estimated():

@@ -216,7 +216,7 @@ def test_untrained_is_the_same_every_time(name, monkeypatch):
     for key, tensor in first.state_dict().items():
         assert torch.equal(second.state_dict()[key], tensor.to(torch.bfloat16))
         assert tensor.std() > 0
-    with pytest.raises(ValueError, match=rf"expected one of .*{re.escape(name)}"):
+    with pytest.raises(ValueError, match=rf"expected the name of a published .*{re.escape(name)}"):
         family.published_config("nobody/nothing")
     if not isinstance(reference_of(first), RemoteCodeReference):
         report = align(f"untrained:{name}")
@@ -225,5 +225,7 @@ def test_untrained_is_the_same_every_time(name, monkeypatch):
 
 
 def test_unknown_published_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match="expected a published name, one of apple/aimv2"):
-        nopad.load("untrained:apple/aimv3")
+    with pytest.raises(ValueError, match=r"expected the name of a published aimv2 model, one of apple/aimv2"):
+        nopad.AIMv2Packing.from_pretrained("untrained:someone/else")
+    with pytest.raises(ValueError, match="expected the name of a published model; `nopad models` lists them"):
+        nopad.load("untrained:someone/else")

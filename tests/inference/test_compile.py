@@ -1,14 +1,16 @@
 """`compile`: arguments, warm-up, fallbacks, and how often torch compiles."""
 
 import logging
+from contextlib import contextmanager
 
 import pytest
 import torch
 from siglip2_checkpoints import folder_of, naflex
 from tiny_encoders import GRIDS, patches_of, tiny
+from torch._inductor.utils import fresh_cache
 
 import nopad
-from nopad.inference import compile
+from nopad.inference import compile, ready
 from nopad.inference.compile import can_record
 
 CAPACITY, MAX_SEGMENTS = 160, 9
@@ -46,16 +48,59 @@ def test_every_encoder_and_capacity_of_a_process_is_compiled(tmp_path, quick_com
             assert encoder.execution == "compiled"
 
 
+@contextmanager
+def without_a_compiler(monkeypatch):
+    """As with CXX=/nonexistent, and nothing in the cache of compiled code."""
+    with torch._inductor.config.patch({"cpp.cxx": ("/nonexistent",)}), fresh_cache():
+        yield
+
+
+@contextmanager
+def beyond_the_recompile_limit(monkeypatch):
+    """As after so many graphs of the function that torch makes no more."""
+    monkeypatch.setattr(ready, "RECOMPILE_LIMIT", 0)
+    yield
+
+
+OBSTACLES = {
+    "TORCHDYNAMO_DISABLE": lambda monkeypatch: torch._dynamo.config.patch(disable=True),  # what the variable sets
+    "force_eager": lambda monkeypatch: torch.compiler.set_stance("force_eager"),
+    "no C++ compiler": without_a_compiler,
+    "recompile limit": beyond_the_recompile_limit,
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
 @torch.no_grad()
-def test_execution_is_eager_where_torch_compiles_nothing(encoder, caplog):
-    torch.compiler.set_stance("force_eager")
-    try:
+def test_nothing_is_compiled_that_torch_runs_as_it_is(goldens, monkeypatch, caplog, obstacle):
+    torch._dynamo.reset()
+    encoder = nopad.load(goldens / "aimv2-apple-lit")
+    expected = encoder.encode(patches_of(encoder), GRIDS)
+    with OBSTACLES[obstacle](monkeypatch):
         encoder.compile(CAPACITY, MAX_SEGMENTS)
-    finally:
-        torch.compiler.set_stance("default")
-    assert encoder.execution == "eager"
-    assert "run uncompiled" in caplog.text
-    assert encoder.compiled_capacity == CAPACITY
+        assert (encoder.execution, encoder.compiled_capacity) == ("eager", CAPACITY)
+        with torch.profiler.profile() as profile:
+            output = encoder.encode(patches_of(encoder), GRIDS)
+        assert not any("Torch-Compiled Region" in event.name for event in profile.events())
+        assert encoder.execution == "eager"
+    torch.testing.assert_close(output.tokens, expected.tokens, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output.image_embeds, expected.image_embeds, rtol=1e-5, atol=1e-6)
+    assert caplog.text.count("the layers run uncompiled") == 1
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_execution_follows_what_torch_does_after_compile(goldens, quick_compile):
+    torch._dynamo.reset()
+    encoder = nopad.load(goldens / "aimv2-apple-lit")
+    expected = encoder(patches_of(encoder), GRIDS)
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
+    assert encoder.execution == "compiled"
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(encoder(patches_of(encoder), GRIDS), expected, rtol=1e-5, atol=1e-6)
+        assert encoder.execution == "eager"
+    encoder(patches_of(encoder), GRIDS)
+    assert encoder.execution == "compiled"
 
 
 def test_wrong_arguments_of_compile_raise(encoder):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nopad.counts import counted
 from nopad.encoder import PackedEncoder
 from nopad.environment import device_name, dtype_name
 
@@ -99,7 +100,7 @@ def check_batch_invariance(
         encoder.compile(capacity, capacity // TOKENS_PER_IMAGE, compiled=compiled)
         try:
             for grid in grids:
-                progress(f"{encoder.execution}: {' × '.join(map(str, grid))} patches in {packs} packs")
+                progress(f"{encoder.execution}: {' × '.join(map(str, grid))} patches in {counted(packs, 'pack')}")
                 cases.append(_case(encoder, grid, capacity, packs, generator))
             if encoder.execution == "eager":
                 break  # where nothing compiles, the same layers would run again

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nopad.counts import counted
 from nopad.encoder import PackedEncoder
 from nopad.packing import unpatchify
 from nopad.preprocessing.formats import image_suffixes
@@ -67,7 +68,7 @@ def photo_case(packed: PackedEncoder, photos: Sequence[Any], image_size: int | N
     pixels = [
         unpatchify(part, grid, packed.patch_size, pack.patch_order) for part, grid in zip(parts, grids, strict=True)
     ]
-    return f"{len(photos)} photo{'s' if len(photos) > 1 else ''} in one pack", pixels
+    return f"{counted(len(photos), 'photo')} in one pack", pixels
 
 
 def photos_in(images: str | Path | Sequence[Any]) -> Sequence[Any]:

@@ -16,6 +16,7 @@ from nopad.command_options import (
     print_report,
     resolve_device,
 )
+from nopad.counts import counted
 from nopad.terminal import columns, configure_transformers, print_progress, printable
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -158,7 +159,7 @@ def align_table(report: Any) -> str:
         "",
     ]
     good = sum(case.passed for case in report.cases)
-    verdict = f"{'PASSED' if report.passed else 'FAILED'}: {good} of {len(report.cases)} cases"
+    verdict = f"{'PASSED' if report.passed else 'FAILED'}: {good} of {counted(len(report.cases), 'case')}"
     if report.precision is None:
         return "\n".join(map(printable, [*lines, f"{verdict} equal the reference"]))
     rule = f"in {report.precision} the threshold alone decides"
@@ -193,7 +194,7 @@ def batch_invariance_table(report: Any) -> str:
         "",
         *columns(rows),
         "",
-        f"{verdict}: {good} of {len(report.cases)} images have the same features in every pack",
+        f"{verdict}: {good} of {counted(len(report.cases), 'image')} with the same features in every pack",
     ]
     return "\n".join(map(printable, lines))
 

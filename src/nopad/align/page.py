@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nopad.counts import counted
 from nopad.html import (
     element,
     histogram,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 def align_page(report: AlignReport) -> str:
     """The page of an alignment: the verdict, the setting, every case, and the distribution of differences."""
     failed = sum(not case.passed for case in report.cases)
-    verdict = f"Failed: {failed} of {len(report.cases)} cases" if failed else "Failed: no case was compared"
+    verdict = f"Failed: {failed} of {counted(len(report.cases), 'case')}" if failed else "Failed: no case was compared"
     if report.passed and report.precision is None:
         verdict = "Passed: the packed features equal the reference's"
     elif report.passed:

@@ -21,6 +21,7 @@ from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
 
 from nopad.checkpoints.untrained import UNTRAINED
+from nopad.counts import counted
 from nopad.encoder import PackedEncoder
 from nopad.families import clip_checkpoints, dinov2_checkpoints, siglip2_checkpoints
 from nopad.families.aimv2 import AIMv2Packing
@@ -177,8 +178,8 @@ class RemoteCodeReference(ReferenceModel):
         problems = sorted(name for name in shapes.keys() | inputs.keys() if shapes.get(name) != inputs.get(name))
         if problems:
             raise ValueError(
-                f"{type(model).__name__} does not load the same weights strictly: {len(problems)} tensors are missing, "
-                f"unexpected or misshapen: {problems[:10]}"
+                f"{type(model).__name__} does not load the same weights strictly: missing, unexpected or misshapen "
+                f"are {counted(len(problems), 'tensor')}: {problems[:10]}"
             )
         model.load_state_dict(state)
         return model.eval()

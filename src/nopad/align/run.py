@@ -15,6 +15,7 @@ from nopad.align.cases import check_image_size, noise_cases, photo_case, photos_
 from nopad.align.metrics import AlignReport, ModelOutput, compare
 from nopad.align.references import ReferenceModel, reference_of
 from nopad.checkpoints.towers import open_tower
+from nopad.counts import counted
 from nopad.encoder import PackedEncoder
 from nopad.environment import device_name, dtype_name, versions
 from nopad.loading import load
@@ -103,7 +104,7 @@ def align(
             progress("compiling")
             _compile(packed, [pixels for _, pixels in cases])
         for name, pixels in cases:
-            progress(f"{name}: {len(pixels)} image{'s' if len(pixels) > 1 else ''}")
+            progress(f"{name}: {counted(len(pixels), 'image')}")
             ours = _run_packed(packed, pixels)
             expected = [reference_output(model, image) for image in pixels]
             expected_fp32 = None if model is model_fp32 else [reference_output(model_fp32, image) for image in pixels]

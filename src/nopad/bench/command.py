@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from nopad.bench.defaults import ON_CPU, ON_GPU
-from nopad.bench.report import MIN_COSINE, BenchReport, Row, counted
+from nopad.bench.report import MIN_COSINE, BenchReport, Row
 from nopad.command_options import (
     SUCCESS,
     add_checkpoint_options,
@@ -16,6 +16,7 @@ from nopad.command_options import (
     print_report,
     resolve_device,
 )
+from nopad.counts import counted
 from nopad.terminal import columns, configure_transformers, print_progress, printable
 
 DTYPES = ("bfloat16", "float16", "float32")

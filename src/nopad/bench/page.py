@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nopad.bench.report import counted
+from nopad.counts import counted
 from nopad.html import bars, element, near_one, page, pairs, section, share_chart, table, write
 
 if TYPE_CHECKING:

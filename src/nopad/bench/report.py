@@ -6,13 +6,10 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nopad.counts import counted
+
 MIN_COSINE = 0.99
 """A candidate's features are right where every cosine to the packed encoder's on that image alone is above this."""
-
-
-def counted(count: int, noun: str) -> str:
-    """`"1 run"`, `"2 runs"`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ from transformers.utils.hub import cached_file
 from nopad.checkpoints import open_clip_config, timm_config
 from nopad.checkpoints.contents import PICKLE_SUFFIXES, SUFFIXES, check_regular, read_json, read_tensors
 from nopad.checkpoints.formats import Checkpoint, StoredTensor
+from nopad.counts import are, counted
+from nopad.published import published_models
+from nopad.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +27,17 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 META = "model.pth"
 PROJECTION, PROJECTION_FILE = "visual_projection.weight", "visual_projection.safetensors"
 """A tensor that the original vision class does not have, and the file in which `save_pretrained` writes it."""
+
+
+def checkpoint_name(checkpoint: object) -> str:
+    """A checkpoint's name or path as text.
+
+    Raises:
+        ValueError: something else, such as a model in memory.
+    """
+    if not isinstance(checkpoint, str | os.PathLike):
+        raise ValueError(f"checkpoint: expected a name or a path, got {type(checkpoint).__name__}")
+    return str(checkpoint)
 
 
 def open_checkpoint(
@@ -53,7 +67,7 @@ def open_checkpoint(
         ValueError: no weights there, or files that hold something else.
         OSError: neither a file nor a folder, and the Hub does not have it or cannot be reached.
     """
-    name = str(name)
+    name = checkpoint_name(name)
     options = {"revision": revision, "subfolder": subfolder, "variant": variant, "use_safetensors": use_safetensors}
     again = {key: value for key, value in {**options, **hub}.items() if value is not None and key != "token"}
     return replace(_open(name, prefix_of, **options, **hub), opened_with=again)
@@ -84,7 +98,10 @@ def _open(
             raise ValueError(f"checkpoint {name!r}: expected a folder or a Hub name with {requested}, got a file")
         return _with_json(Checkpoint(name, read_tensors(path)), partial(_in_folder, path.parent))
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.suffix in SUFFIXES:
-        raise OSError(f"checkpoint {name!r}: neither a file nor a folder, and no name on the Hub (owner/model)")
+        raise OSError(
+            f"checkpoint {name!r}: neither a file nor a folder, and no name on the Hub (owner/model)"
+            f"{did_you_mean(name, _published_names())}"
+        )
     offline_reason = _why_offline(name, **hub)
     if offline_reason is not None:
         hub["local_files_only"] = True
@@ -203,8 +220,20 @@ def _weights(
     where = "on the Hub" if offline_reason is None else f"in the Hub's cache, without the Hub, {offline_reason}"
     raise OSError(
         f"checkpoint {name!r}: neither a file nor a folder, and no weights of that name {where}; expected one of "
-        f"{names}. 'untrained:{name}' gives a published architecture with random weights"
+        f"{names}{_advice(name)}"
     )
+
+
+def _advice(name: str) -> str:
+    """What to do about a name that the Hub does not have."""
+    known = _published_names()
+    if name in known:
+        return f". 'untrained:{name}' gives its architecture with random weights"
+    return did_you_mean(name, known) or "; `nopad models` lists published names"
+
+
+def _published_names() -> list[str]:
+    return [model["name"] for model in published_models()]
 
 
 def _of_variant(file: str, variant: str | None) -> str:
@@ -244,7 +273,9 @@ def _indexed(
     paths = {file: find(file) for file in shards}
     missing = [file for file, path in paths.items() if path is None]
     if missing:
-        raise ValueError(f"{index} names {len(missing)} files that are missing: {missing[:10]}")
+        raise ValueError(
+            f"{index}: {counted(len(missing), 'file')} that it names {are(len(missing))} missing: {missing[:10]}"
+        )
     tensors: dict[str, StoredTensor] = {}
     for file, path in paths.items():
         assert path is not None

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from nopad.checkpoints.files import checkpoint_name
 from nopad.checkpoints.formats import Checkpoint, Dialect
 from nopad.checkpoints.keywords import HUB, check_config_class, read_keywords, take_changes, with_changes
 from nopad.checkpoints.quantised import load_quantised, with_weight_names
@@ -22,6 +23,7 @@ from nopad.checkpoints.untrained import UNTRAINED
 from nopad.layers.linear import lay_out
 from nopad.layers.roles import registered_path
 from nopad.packing import PatchOrder
+from nopad.suggestions import did_you_mean
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
@@ -46,7 +48,7 @@ def from_pretrained(cls: type[PackedEncoder], pretrained_model_name_or_path: Any
     if args:
         raise ValueError(f"from_pretrained: expected a checkpoint and named arguments, got {args!r:.200} besides")
     keywords = read_keywords(kwargs)
-    name = str(pretrained_model_name_or_path)
+    name = checkpoint_name(pretrained_model_name_or_path)
     if name.startswith(UNTRAINED):
         others = sorted(keywords.keys() - {"attention", "patch_order", "positions", "dtype", "seed"})
         if others:
@@ -80,7 +82,8 @@ def published_config(cls: type[PackedEncoder], name: str) -> Any:
         ValueError: not a published name of this family.
     """
     if name not in cls.published:
-        raise ValueError(f"published model: expected one of {', '.join(cls.published)}, got {name!r}")
+        hint = did_you_mean(name, cls.published) or f", one of {', '.join(cls.published)}"
+        raise ValueError(f"checkpoint 'untrained:{name}': expected the name of a published {cls.family} model{hint}")
     fields = dict(cls.published[name])
     kinds: Any = cls.config_classes or (cls.config_class,)
     model_type = fields.pop("model_type", kinds[0].model_type)

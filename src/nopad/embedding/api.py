@@ -8,6 +8,9 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torch import nn
+
+from nopad.counts import counted
 from nopad.embedding.distributed import make_on_ray
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.sources import list_inputs
@@ -106,9 +109,12 @@ def embed(
     arguments = locals()
     sources = [sources] if isinstance(sources, str | Path) else list(sources)
     for source in sources:
+        if not isinstance(source, str | os.PathLike):
+            what = f"expected paths, got {type(source).__name__}"
+            raise ValueError(f"sources: {what}; images in memory go through nopad.load(model).embed(images)")
         check_local("sources", source)
     names = [os.fspath(source) for source in sources]
-    label = (model.source or type(model).__name__) if isinstance(model, PackedEncoder) else str(model)
+    label = _label(model)
     folder = JobFolder(out)
     label, names = folder.spelling(label, names)
     settings = Settings.of({**arguments, "model": label})
@@ -124,7 +130,7 @@ def embed(
     listing = list_inputs(names, image_column=image_column, hidden=hidden)
     with FolderLock(out) as lock:
         folder.clean()
-        logger.info("%s inputs; loading the model", f"{len(listing.inputs):,}")
+        logger.info("%s; loading the model", counted(len(listing.inputs), "input"))
         is_loaded = not isinstance(model, PackedEncoder)
         encoder = model if isinstance(model, PackedEncoder) else load_encoder(settings)
         worker = make_worker(settings, encoder, folder.recorded("capacity"), is_loaded=is_loaded)
@@ -139,3 +145,19 @@ def embed(
         else:
             make_on_ray(run, run.missing, actors, lock.token)
         return run.summary(listing.left_out, changes)
+
+
+def _label(model: object) -> str:
+    """A model's name, for the record of the job.
+
+    Raises:
+        ValueError: neither an encoder nor a name.
+    """
+    if isinstance(model, PackedEncoder):
+        return model.source or type(model).__name__
+    if isinstance(model, str | os.PathLike):
+        return str(model)
+    advice = ""
+    if isinstance(model, nn.Module) and any(isinstance(module, PackedEncoder) for module in model.modules()):
+        advice = "; give the encoder that it holds, of a PEFT model what merge_and_unload() returns"
+    raise ValueError(f"model: expected an encoder of nopad, a name or a path, got {type(model).__name__}{advice}")

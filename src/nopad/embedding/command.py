@@ -12,6 +12,7 @@ from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING
 
 from nopad.command_options import FAILURE, INTERRUPTED, SUCCESS, resolve_device
+from nopad.counts import counted
 from nopad.embedding.progress import Display, clock, display
 from nopad.embedding.settings import Settings
 from nopad.embedding.signals import stop_on_signals
@@ -79,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         print_summary(describe(summary))
     if summary.to_go:
-        print_error(f"stopped with {summary.to_go:,} inputs to go; {go_on}")
+        print_error(f"stopped with {counted(summary.to_go, 'input')} to go; {go_on}")
         return INTERRUPTED
     return FAILURE if summary.failed == summary.rows else SUCCESS
 
@@ -145,12 +146,11 @@ def describe(summary: Summary) -> str:
         counts = ", ".join(f"{count:,} {suffix or 'without suffix'}" for suffix, count in summary.left_out.items())
         hint = ", --hidden takes what is hidden" if HIDDEN in summary.left_out else ""
         lines.append(f"left out as no pictures or videos: {counts}; name them in a list file to take them{hint}")
-    lines += summary.changes
     if summary.failed:
         shards = summary.shards_with_failures
         lines.append(
             f"failures are rows with status 'failed' and the reason in 'error': "
-            f"nopad.read_features({summary.folder!r}).failures, in {len(shards)} shard{'s' if len(shards) > 1 else ''} "
+            f"nopad.read_features({summary.folder!r}).failures, in {counted(len(shards), 'shard')} "
             f"({shards[0]}{', …' if len(shards) > 1 else ''}); --retry-failed tries them again, but for "
             f"what could not be listed, which takes another folder"
         )

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from nopad.counts import counted
 from nopad.embedding.actor import ActorConfig, ShardMaker
 from nopad.embedding.lock import LostLockError
 from nopad.embedding.progress import Ticker
@@ -73,8 +74,8 @@ def make_on_ray(run: Run, shards: Sequence[int], actors: int, token: str) -> Non
             on_gpu = run.worker.encoder.device.type == "cuda"
             cores = _cores_of_an_actor(ray.nodes(), actors, on_gpu=on_gpu)
             if (threads := run.job.threads or 0) > cores:
-                what = "actors: this job computes with %d threads, an actor has %d cores; set OMP_NUM_THREADS=%d"
-                logger.warning(f"{what} when a job begins", threads, cores, cores)
+                what = "actors: this job computes with %s, an actor has %s; set OMP_NUM_THREADS=%d when a job begins"
+                logger.warning(what, counted(threads, "thread"), counted(cores, "core"), cores)
             run.worker.encoder.uncompile()  # the actors have their own, one of them maybe on this GPU
             if on_gpu:
                 torch.cuda.empty_cache()

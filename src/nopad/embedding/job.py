@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nopad.counts import are, counted
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input, InputList, as_text
@@ -163,12 +164,14 @@ def _changes(retained: InputList, listed: InputList, folder: Path) -> str:
     if moved:
         old, item = moved[0]
         message = (
-            f"{folder} holds a job of which {len(moved):,} inputs are elsewhere now; the first is {item.id} of "
-            f"{item.source}: {_place(old)} there, {_place(item)} now; put them back, or use another folder"
+            f"{folder} holds a job of which {counted(len(moved), 'input')} {are(len(moved))} elsewhere now; the first "
+            f"is {item.id} of {item.source}: {_place(old)} there, {_place(item)} now; put them back, or use another "
+            f"folder"
         )
         raise ValueError(printable(message))
     return (
-        f"since this job began, its sources have {new.total():,} new inputs and {gone.total():,} are gone"
+        f"since this job began, its sources have {counted(new.total(), 'new input')} and {gone.total():,} "
+        f"{are(gone.total())} gone"
         f"{'' if new or gone else ', but they come in another order'}; it keeps to the list that it began with: "
         f"embed what is new into another folder"
     )

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from nopad.counts import counted
 from nopad.pipeline.stats import Stats
 from nopad.terminal import message_lines
 
@@ -65,7 +66,7 @@ class Display:
             self.next = time.monotonic() + LINE_INTERVAL_SECONDS
             self.was_over = is_over
             kept = f" (and {progress.kept:,} from before)" if progress.kept else ""
-            self.message(f"{progress.stats.images:,} of {progress.rows:,} images{kept} · {describe(progress)}")
+            self.message(f"{progress.stats.images:,} of {counted(progress.rows, 'image')}{kept} · {describe(progress)}")
 
 
 class _Bar(Display):
@@ -110,7 +111,7 @@ class Estimate:
     def lines(self, progress: Progress) -> Iterator[str]:
         """The lines that can be printed now and were not before."""
         mean, stats = progress.mean_patches, progress.stats
-        inputs = f"{progress.rows:,} images" + (f", about {mean:,.0f} patches each" if mean else "")
+        inputs = counted(progress.rows, "image") + (f", about {mean:,.0f} patches each" if mean else "")
         if not self.is_introduced:
             self.is_introduced = True
             yield inputs
@@ -126,7 +127,8 @@ class Estimate:
             rate = (work - self.first[2]) / seconds
             total = progress.seconds + max(0.0, progress.rows * (mean or 1.0) - work) / rate
             if total >= MIN_ESTIMATE_SECONDS:
-                yield f"{inputs}: {duration(total)} at {rate:,.0f} {'patches' if mean else 'images'} per second"
+                speed = f"{rate:,.0f} patches/s" if mean else f"{rate:,.1f} images/s"
+                yield f"{inputs}: {duration(total)} at {speed}"
 
 
 def describe(progress: Progress) -> str:

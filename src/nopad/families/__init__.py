@@ -11,6 +11,7 @@ from nopad.families.dinov2 import DINOv2Packing
 from nopad.families.dinov3 import DINOv3ViTPacking
 from nopad.families.onevision import OneVisionEncoderPacking
 from nopad.families.siglip2 import Siglip2NaflexPacking
+from nopad.suggestions import did_you_mean
 
 FAMILIES: tuple[type[PackedEncoder], ...] = (
     AIMv2Packing,
@@ -51,4 +52,5 @@ def family_of_published(name: str) -> type[PackedEncoder]:
         if name in family.published:
             return family
     known = [published for family in FAMILIES for published in family.published]
-    raise ValueError(f"checkpoint 'untrained:{name}': expected a published name, one of {', '.join(known)}")
+    hint = did_you_mean(name, known) or "; `nopad models` lists them"
+    raise ValueError(f"checkpoint 'untrained:{name}': expected the name of a published model{hint}")

@@ -137,7 +137,7 @@ def _attention_of_meta(checkpoint: Checkpoint, hidden_size: int) -> dict[str, An
     head_dim = 4 * len(periods)
     if hidden_size % head_dim:
         raise ValueError(
-            f"checkpoint {checkpoint.name!r}: {len(periods)} rope periods make heads {head_dim} wide, "
+            f"checkpoint {checkpoint.name!r}: rope_periods of length {len(periods)} make heads {head_dim} wide, "
             f"which do not fill a width of {hidden_size}"
         )
     masks = {name: tensor for name, tensor in checkpoint.left_out.items() if name.endswith("bias_mask")}

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nopad.counts import counted
 from nopad.inference.guards import ModuleGuard
 from nopad.inference.layer_stack import EagerLayers, LayerStack
 from nopad.inference.padding import finite_segments, mask_nonfinite_rows, pad_rows, pad_segments, poison_segments
@@ -249,5 +250,7 @@ def _warn_of_gradients() -> None:
 @lru_cache
 def _warn_once(capacity: int, max_segments: int) -> None:
     logger.warning(
-        "a pack exceeds the compiled capacity of %d tokens and %d segments; it runs eagerly", capacity, max_segments
+        "a pack exceeds the compiled capacity of %s and %s; it runs eagerly",
+        counted(capacity, "token"),
+        counted(max_segments, "segment"),
     )

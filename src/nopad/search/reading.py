@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from nopad.counts import are, counted
 from nopad.embedding.table import reader as stored
 from nopad.embedding.table import writer as shards
 from nopad.local_paths import check_local
@@ -90,7 +91,8 @@ def _complete(folder: Path, of: int, fingerprint: str, numbered: Mapping[int, Pa
     if missing and not partial:
         which = ", ".join(f"{number:05}" for number in missing[:_SHOWN]) + (", …" if len(missing) > _SHOWN else "")
         what = "run `nopad embed` again to finish it, or read_features(folder, partial=True)"
-        raise ValueError(f"{folder} is unfinished: {len(missing)} of {of} shards are missing ({which}); {what}")
+        gone = f"{len(missing)} of {counted(of, 'shard')} {are(len(missing))}"
+        raise ValueError(f"{folder} is unfinished: {gone} missing ({which}); {what}")
     return [Shard(folder, numbered[number], fingerprint, number) for number in sorted(numbered)]
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from nopad.counts import counted
 from nopad.embedding.inputs.files import open_regular, why
 
 MAX_BATCH_BYTES = 1 << 31
@@ -82,7 +83,7 @@ class ArrowStream:
                     self._starts.append(self._starts[-1] + message.rows)
                     if len(self) > max(MAX_ROWS, size):
                         claimed, self._starts = len(self), [0]
-                        raise ValueError(f"it claims {claimed} rows in {size} bytes")
+                        raise ValueError(f"it claims {counted(claimed, 'row')} in {counted(size, 'byte')}")
                     continue
                 self._head.append(message)
                 if message.kind == _SCHEMA:

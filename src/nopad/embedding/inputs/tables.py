@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nopad.checkpoints.contents import read_json
+from nopad.counts import counted
 from nopad.embedding.inputs.arrow_stream import MAX_ROWS, ArrowStream
 from nopad.embedding.inputs.files import open_regular, why
 from nopad.embedding.inputs.listing import Input, as_text
@@ -79,12 +80,13 @@ def parquet_inputs(path: str, text: str, column: str | None) -> Iterator[Input]:
         return
     note = image_column(schema, text, column)
     if any(rows < 0 for rows in groups) or sum(groups) > max(MAX_ROWS, size):
-        yield broken(f"damaged: its row groups claim {sum(groups)} rows in {size} bytes; get the file again")
+        claim = f"its row groups claim {counted(sum(groups), 'row')} in {counted(size, 'byte')}"
+        yield broken(f"damaged: {claim}; get the file again")
         return
     for row in range(sum(groups)):
         yield Input(str(row), text, "parquet", location, row, 0, note)
     if metadata.num_rows != sum(groups):
-        counts = f"its footer says {metadata.num_rows} rows, its row groups {sum(groups)}, which are read"
+        counts = f"its footer says {counted(metadata.num_rows, 'row')}, its row groups {sum(groups)}, which are read"
         yield broken(f"damaged: {counts}; get the file again")
 
 

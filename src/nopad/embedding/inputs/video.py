@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nopad.counts import counted
 from nopad.embedding.inputs import containers
 from nopad.embedding.inputs.files import open_regular, why
 from nopad.preprocessing.decode import ImageError
@@ -223,7 +224,7 @@ def _scan(container: InputContainer, stream: VideoStream, size: int) -> _Index:
         if not has_end:
             tail.append(packet)
     if is_cut or (tail and _is_last_frame_damaged(tail, stream)):
-        raise _UnusableError(f"truncated: the last of {count} frames is not whole; get the file again")
+        raise _UnusableError(f"truncated: the last of {counted(count, 'frame')} is not whole; get the file again")
     known = np.unique(np.frombuffer(times, np.int64))
     return _Index(count, known.tolist() if len(known) == count > 0 else None, sorted(keys))
 
