@@ -294,13 +294,19 @@ def test_image_size_that_the_reference_does_not_take_raises(learned, photos, noi
     assert align(learned, images=photos, image_size=56, noise=noise).passed
 
 
-def test_photos_of_a_folder_have_the_suffixes_that_nopad_embed_takes(photos, tmp_path):
+def test_photos_of_a_folder_are_the_pictures_that_nopad_embed_takes(photos):
     (photos / "0.png").rename(photos / "0.JFIF")
     (photos / "1.png").rename(photos / "1.ppm")
-    (photos / "notes.txt").touch()
+    odd = ("2.HEIC", ".3.png", "a b.jpg", "no.png.txt", "4.png~", "png", "5.", "notes.txt", "6.svg", "._0.JFIF")
+    for name in (*odd, "below.png/7.webp", "below.png/._7.webp", ".thumbnails/0.png", "@eaDir/8.jpg", ".nopad/9.png"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).touch()
+    (photos / "gone.gif").symlink_to("nowhere")
+    (photos / "below.png" / "loop").symlink_to(photos)
     listed = [os.fsdecode(item.path) for item in list_inputs([photos]).inputs]
     assert [str(path) for path in photos_in(photos)] == listed
-    assert len(listed) == 3
+    names = [os.path.relpath(path, photos) for path in listed]
+    assert names == [".3.png", "0.JFIF", "1.ppm", "2.HEIC", "2.png", "a b.jpg", "below.png/7.webp", "gone.gif"]
 
 
 def test_case_of_one_photo_is_singular(native, photos):

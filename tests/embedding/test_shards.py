@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nopad.embedding.table import writer as shards
+from nopad.embedding.table.names import parse_shard_name, shard_name
 from nopad.embedding.table.reader import count, failed_rows, iterate_rows, read_metadata
 from nopad.embedding.table.writer import Row, ShardFormat, write_shard
 
@@ -328,9 +329,9 @@ def test_a_missing_file_is_not_damage(tmp_path):
 
 
 def test_names():
-    name = shards.shard_name(7, 123, "0badcafe")
+    name = shard_name(7, 123, "0badcafe")
     assert name == "shard-00007-of-00123-0badcafe.parquet"
-    assert shards.parse_shard_name(name) == (7, 123, "0badcafe")
-    assert shards.parse_shard_name(shards.shard_name(1_000_000, 1_000_001, "0")) == (1_000_000, 1_000_001, "0")
-    assert shards.parse_shard_name("shard-00007-of-00123-0badcafe.parquet.part") is None
-    assert shards.parse_shard_name("shard-000007-of-00123-0badcafe.parquet") is None
+    assert parse_shard_name(name) == (7, 123, "0badcafe")
+    assert parse_shard_name(shard_name(1_000_000, 1_000_001, "0")) == (1_000_000, 1_000_001, "0")
+    assert parse_shard_name("shard-00007-of-00123-0badcafe.parquet.part") is None
+    assert parse_shard_name("shard-000007-of-00123-0badcafe.parquet") is None

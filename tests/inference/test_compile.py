@@ -10,7 +10,7 @@ from tiny_encoders import GRIDS, patches_of, tiny
 from torch._inductor.utils import fresh_cache
 
 import nopad
-from nopad.inference import compile, ready
+from nopad.inference import compile, layer_stack
 from nopad.inference.compile import can_record
 
 CAPACITY, MAX_SEGMENTS = 160, 9
@@ -58,7 +58,7 @@ def without_a_compiler(monkeypatch):
 @contextmanager
 def beyond_the_recompile_limit(monkeypatch):
     """As after so many graphs of the function that torch makes no more."""
-    monkeypatch.setattr(ready, "RECOMPILE_LIMIT", 0)
+    monkeypatch.setattr(layer_stack, "RECOMPILE_LIMIT", 0)
     yield
 
 

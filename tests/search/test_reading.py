@@ -13,7 +13,8 @@ import pytest
 from datasets import load_dataset
 
 from nopad.embedding.table import reader as stored
-from nopad.embedding.table.writer import Row, ShardFormat, shard_name, write_shard
+from nopad.embedding.table.names import shard_name
+from nopad.embedding.table.writer import Row, ShardFormat, write_shard
 from nopad.search.features import Failure
 from nopad.search.reading import read_features
 

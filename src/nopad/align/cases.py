@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from nopad.counts import counted
+from nopad.embedding.inputs.names import suffix_of
+from nopad.embedding.inputs.walk import Hidden, walk
 from nopad.encoder import PackedEncoder
 from nopad.packing import unpatchify
 from nopad.preprocessing.formats import image_suffixes
@@ -72,16 +75,19 @@ def photo_case(packed: PackedEncoder, photos: Sequence[Any], image_size: int | N
 
 
 def photos_in(images: str | Path | Sequence[Any]) -> Sequence[Any]:
-    """The photos of a folder, by the suffixes that `nopad embed` takes; photos are returned as they are.
+    """The photos below a folder, those that `nopad embed` takes and in its order; photos are returned as they are.
 
     Raises:
-        ValueError: none.
+        ValueError: none, or a folder below it that cannot be listed.
     """
     if not isinstance(images, str | Path):
         if not len(images):
             raise ValueError("images: expected at least one, got an empty list; give photos, or a folder of them")
         return images
-    photos = sorted(path for path in Path(images).iterdir() if path.suffix.lower() in image_suffixes())
+    found = list(walk(os.fspath(images), Hidden(taken=False)))
+    if broken := next((each for each in found if each.reason), None):
+        raise ValueError(f"images: {Path(images, broken.path)}: {broken.reason}")
+    photos = [Path(images, each.path) for each in found if suffix_of(each.path) in image_suffixes()]
     if not photos:
         raise ValueError(f"images: expected photos (.jpg, .png, .webp, .heic, …) in {str(images)!r}, got none")
     return photos

@@ -14,7 +14,8 @@ from nopad.checkpoints.contents import read_json
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.embedding.inputs.files import why
 from nopad.embedding.inputs.listing import InputList
-from nopad.embedding.table.writer import METADATA_FOLDER, folder_error
+from nopad.embedding.table.names import METADATA_FOLDER
+from nopad.embedding.table.writer import folder_error
 from nopad.local_paths import check_local
 
 

@@ -11,12 +11,14 @@ from pathlib import Path
 from nopad.counts import are, counted
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.decoder import Reader
-from nopad.embedding.inputs.listing import Input, InputList, as_text
+from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.media import MediaDecoder
+from nopad.embedding.inputs.names import as_text
 from nopad.embedding.manifest import check_same, fingerprint, record_of
 from nopad.embedding.settings import Settings
+from nopad.embedding.table.names import parse_shard_name, shard_name
 from nopad.embedding.table.reader import num_rows, read_metadata
-from nopad.embedding.table.writer import Row, ShardFormat, parse_shard_name, shard_name, write_shard
+from nopad.embedding.table.writer import Row, ShardFormat, write_shard
 from nopad.encoder import PackedEncoder
 from nopad.pipeline.worker import Worker
 from nopad.terminal import printable

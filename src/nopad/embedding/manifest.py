@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from nopad import __version__
-from nopad.embedding.inputs.listing import InputList, as_text
+from nopad.embedding.inputs.listing import InputList
+from nopad.embedding.inputs.names import as_text
 from nopad.embedding.settings import Settings
-from nopad.embedding.table.writer import METADATA_FOLDER
+from nopad.embedding.table.names import METADATA_FOLDER
 from nopad.encoder import PackedEncoder
 from nopad.environment import dtype_name
 from nopad.pipeline.worker import Worker

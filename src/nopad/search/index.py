@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from nopad.atomic import atomic_write
-from nopad.embedding.table.writer import METADATA_FOLDER
+from nopad.embedding.table.names import METADATA_FOLDER
 from nopad.search.clusters import import_faiss
 from nopad.search.exact import blocks, default_device, top_k, unit
 from nopad.search.places import Shard

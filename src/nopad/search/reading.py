@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from nopad.counts import are, counted
 from nopad.embedding.table import reader as stored
 from nopad.embedding.table import writer as shards
+from nopad.embedding.table.names import METADATA_FOLDER, parse_shard_name
 from nopad.local_paths import check_local
 from nopad.search.features import Failure, Features
 from nopad.search.places import Places, Shard
@@ -59,11 +60,11 @@ def _find(folder: Path, partial: bool) -> list[Shard]:
         raise ValueError(f"{folder} {what}, expected the folder given to `nopad embed --out`")
     jobs: dict[tuple[int, str], dict[int, Path]] = {}
     for path in folder.iterdir():
-        if name := shards.parse_shard_name(path.name):
+        if name := parse_shard_name(path.name):
             number, of, fingerprint = name
             jobs.setdefault((of, fingerprint), {})[number] = path
     if not jobs:
-        begun = (folder / shards.METADATA_FOLDER).is_dir()
+        begun = (folder / METADATA_FOLDER).is_dir()
         why = "no shard of its job is finished; run `nopad embed` again" if begun else "expected shard-….parquet files"
         raise ValueError(f"{folder} has no shards: {why}")
     ordered = list(jobs) if len(jobs) == 1 else _with_updates(folder, jobs)

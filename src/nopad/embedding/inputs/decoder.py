@@ -12,8 +12,9 @@ from torch import Tensor
 
 from nopad.embedding.inputs.columns import Column, DatasetColumn, ParquetColumn
 from nopad.embedding.inputs.files import FileRange, why
-from nopad.embedding.inputs.listing import Input, as_text
+from nopad.embedding.inputs.listing import Input
 from nopad.embedding.inputs.media import Media, MediaDecoder
+from nopad.embedding.inputs.names import as_text
 from nopad.embedding.inputs.tables import ARROW_DAMAGE
 from nopad.preprocessing.decode import ImageError
 

@@ -8,7 +8,7 @@ import os
 import stat
 from dataclasses import dataclass
 
-from nopad.embedding.inputs.listing import as_text
+from nopad.embedding.inputs.names import as_text
 from nopad.preprocessing.limits import MAX_BYTES
 
 

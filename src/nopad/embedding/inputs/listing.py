@@ -127,8 +127,3 @@ class InputList:
         # Not through a Python file: Arrow's threads let go of what they read when Python may have ended already.
         with pa.OSFile(os.fsencode(path)) as file:
             return cls(pq.ParquetFile(file).read())
-
-
-def as_text(name: str | bytes) -> str:
-    """A file name as valid UTF-8, other bytes written `\\xff`."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")

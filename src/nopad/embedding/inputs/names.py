@@ -22,6 +22,11 @@ _MAX_NAMES = 100_000
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 
 
+def as_text(name: str | bytes) -> str:
+    """A file name as valid UTF-8, other bytes written `\\xff`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def suffix_of(name: str) -> str:
     """The last suffix in lower case, both of a compressed tar's, empty for none."""
     name = name.lower()

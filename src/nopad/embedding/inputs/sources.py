@@ -12,11 +12,11 @@ from pathlib import Path
 
 from nopad.embedding.inputs.archives import COMPRESSED, CompressedTarError, tar_inputs
 from nopad.embedding.inputs.files import open_regular, why
-from nopad.embedding.inputs.listing import Input, InputList, as_text
-from nopad.embedding.inputs.names import COMPRESSED_TARS, HIDDEN, VIDEOS, expand_braces, suffix_of
+from nopad.embedding.inputs.listing import Input, InputList
+from nopad.embedding.inputs.names import COMPRESSED_TARS, HIDDEN, VIDEOS, as_text, expand_braces, suffix_of
 from nopad.embedding.inputs.tables import NoImageColumnError, dataset_inputs, is_dataset, parquet_inputs
 from nopad.embedding.inputs.walk import Hidden, match, walk
-from nopad.embedding.table.writer import METADATA_FOLDER, parse_shard_name
+from nopad.embedding.table.names import METADATA_FOLDER, parse_shard_name
 from nopad.local_paths import check_local
 from nopad.preprocessing.formats import image_suffixes
 from nopad.terminal import printable

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from nopad.embedding.inputs.files import why
 from nopad.embedding.inputs.names import is_hidden
-from nopad.embedding.table.writer import METADATA_FOLDER
+from nopad.embedding.table.names import METADATA_FOLDER
 
 
 @dataclass(frozen=True, slots=True)

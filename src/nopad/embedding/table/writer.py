@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,9 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nopad.atomic import sync_folder
-
-METADATA_FOLDER = ".nopad"
-"""Folder within the table of what a job writes beside its shards."""
 
 PREFIX = "nopad."
 FORMAT = "1"
@@ -35,8 +31,6 @@ _ROWS_PER_GROUP_WITH_TOKENS = 16
 _TOKEN_BYTES_PER_GROUP = 64 << 20
 # Parquet counts a value's bytes in an int32.
 MAX_TOKEN_BYTES = 2**31 - 1
-
-_NAME = re.compile(r"shard-(\d{5,})-of-(\d{5,})-(.+)\.parquet")
 
 _ADVICE = {
     errno.ENOSPC: "free space on its disk and run the job again; finished shards are kept",
@@ -61,20 +55,6 @@ def _writing_to(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise folder_error(error, folder) from error
-
-
-def shard_name(number: int, of: int, fingerprint: str) -> str:
-    """File name of shard `number`, counted from 0, of `of` shards."""
-    return f"shard-{number:05}-of-{of:05}-{fingerprint}.parquet"
-
-
-def parse_shard_name(name: str) -> tuple[int, int, str] | None:
-    """`(number, of, fingerprint)` of a shard's file name, None for other names, such as one of more digits."""
-    match = _NAME.fullmatch(name)
-    if match is None:
-        return None
-    parsed = int(match[1]), int(match[2]), match[3]
-    return parsed if shard_name(*parsed) == name else None
 
 
 @dataclass(frozen=True, slots=True)
