@@ -22,7 +22,7 @@ class Layout:
         grid: `(frames, rows, columns)` of each image or clip.
         frame_lengths: for each image or clip, the number of patches of each frame, in order.
         frames_whole: whether the patches of each frame are consecutive.
-        longest_side: upper bound of all rows and columns, exclusive.
+        extent: exclusive upper bounds of the rows and of the columns.
         device: device of the tokens.
         patch_positions: `(T, 3)` `[t, h, w]` of each patch, where they do not follow from the grid.
     """
@@ -30,7 +30,7 @@ class Layout:
     grid: tuple[tuple[int, int, int], ...]
     frame_lengths: tuple[tuple[int, ...], ...]
     frames_whole: bool
-    longest_side: int
+    extent: tuple[int, int]
     device: torch.device
     patch_positions: Tensor | None = None
 
@@ -38,8 +38,8 @@ class Layout:
     def of_grid(cls, grid: Sequence[Sequence[int]], device: torch.device) -> Layout:
         """A pack of full grids `[frames, rows, columns]`."""
         frame_lengths = tuple((h * w,) * t for t, h, w in grid)
-        longest_side = max((side for row in grid for side in row[1:]), default=0)
-        return cls(tuple((t, h, w) for t, h, w in grid), frame_lengths, True, longest_side, device)
+        extent = max((h for _, h, _ in grid), default=0), max((w for *_, w in grid), default=0)
+        return cls(tuple((t, h, w) for t, h, w in grid), frame_lengths, True, extent, device)
 
     @classmethod
     def of_image(cls, rows: int, columns: int, device: torch.device) -> Layout:
@@ -79,6 +79,11 @@ class Layout:
             return dataclasses.replace(cls.of_grid(grid, hidden_states.device), patch_positions=patch_positions)
         of_frames = _read_positions(patch_positions, [t * h * w for t, h, w in grid])
         return cls(grid, *of_frames, hidden_states.device, patch_positions)
+
+    @property
+    def longest_side(self) -> int:
+        """Exclusive upper bound of all rows and columns."""
+        return max(self.extent)
 
     @cached_property
     def num_patches(self) -> int:
@@ -194,8 +199,10 @@ def _is_integer(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
-def _read_positions(patch_positions: Tensor, lengths: Sequence[int]) -> tuple[tuple[tuple[int, ...], ...], bool, int]:
-    """`frame_lengths`, `frames_whole` and `longest_side` of `Layout`, read from `patch_positions` on the host.
+def _read_positions(
+    patch_positions: Tensor, lengths: Sequence[int]
+) -> tuple[tuple[tuple[int, ...], ...], bool, tuple[int, int]]:
+    """`frame_lengths`, `frames_whole` and `extent` of `Layout`, read from `patch_positions` on the host.
 
     Raises:
         ValueError: a negative position.
@@ -213,4 +220,4 @@ def _read_positions(patch_positions: Tensor, lengths: Sequence[int]) -> tuple[tu
     for number, _, count in runs:
         frame_lengths[number].append(count)
     frames = {(number, frame) for number, frame, _ in runs}
-    return tuple(map(tuple, frame_lengths)), len(frames) == len(runs), max(maxima[1:]) + 1
+    return tuple(map(tuple, frame_lengths)), len(frames) == len(runs), (maxima[1] + 1, maxima[2] + 1)

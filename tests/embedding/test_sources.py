@@ -810,7 +810,7 @@ def test_the_row_groups_of_a_parquet_file_count(tmp_path: Path, claimed: int):
     footer_with(path, NUM_ROWS + varint(5) + LIST, NUM_ROWS + varint(claimed) + LIST)
     inputs = list_inputs([path]).inputs
     assert [level(item) for item in inputs[:5]] == [0, 1, 2, 3, 4]
-    expected = f"damaged: its footer says {claimed} rows, its row groups 5, which are read; get the file again"
+    expected = f"damaged: its footer says {claimed:,} rows, its row groups 5, which are read; get the file again"
     assert [reason(item) for item in inputs[5:]] == [expected]
 
 
@@ -820,7 +820,7 @@ def test_row_groups_that_claim_more_than_the_file_can_hold(tmp_path: Path):
     footer_with(path, end, end.replace(varint(77), varint(10**15)))
     listing = list_inputs([path, fill(tmp_path / "d", "a.png")])
     assert kinds(listing) == ["broken", "image"]
-    assert "its row groups claim 1000000000000000 rows in" in reason(listing.inputs[0])
+    assert "its row groups claim 1,000,000,000,000,000 rows in" in reason(listing.inputs[0])
 
 
 def test_a_row_group_that_ends_early_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

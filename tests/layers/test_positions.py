@@ -259,6 +259,20 @@ def test_patch_positions_may_be_any_integers(dtype):
         assert torch.equal(torch.as_tensor(ours), torch.as_tensor(expected))
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(2, 5), (5, 2)])
+def test_patch_positions_are_checked_by_row_and_column(rows, columns):
+    table = torch.arange(10.0)[:, None]
+
+    def positions(*last):
+        layout = layout_of([(1, 1, 2)], torch.tensor([[0, *last], [0, 0, 0]]))
+        return learned_positions(layout, table, (rows, columns), mode="bicubic", strict=False)
+
+    assert positions(rows - 1, columns - 1).flatten().tolist() == [9, 0]
+    for beyond in ((rows, 0), (0, columns)):
+        with pytest.raises(ValueError, match=f"got rows up to {beyond[0]} and columns up to {beyond[1]}"):
+            positions(*beyond)
+
+
 def test_frames_of_positions_far_apart():
     last = torch.iinfo(torch.int64).max
     positions = torch.tensor([[last, 0, 0], [last, 0, 1], [0, 0, 0], [last, 1, 1], [7, 0, 0], [last, 2, 2]])

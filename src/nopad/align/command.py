@@ -73,6 +73,7 @@ def run(options: argparse.Namespace) -> int:
 def report_alignment(options: argparse.Namespace, **arguments: Any) -> int:
     """Align with the common options, print or write the report, and return the exit status."""
     check_report(options.report)
+    print_progress("importing torch and transformers")
     from nopad.align.page import write_align_page
     from nopad.align.run import align
 
@@ -90,15 +91,16 @@ def report_alignment(options: argparse.Namespace, **arguments: Any) -> int:
 
 def run_batch_invariance(options: argparse.Namespace) -> int:
     """`nopad align --batch-invariance`."""
-    from nopad.align.batch_invariance import CAPACITY, check_batch_invariance
-    from nopad.loading import load
-
     if options.images or options.report:
         raise ValueError("--images, --report: not with --batch-invariance, which takes random patches and has no page")
     if options.threshold is not None or options.trust_remote_code:
         raise ValueError("--threshold, --trust-remote-code: not with --batch-invariance, which runs no reference")
     if options.compile:
         raise ValueError("--compile: not with --batch-invariance, which runs compiled and eager layers")
+    print_progress("importing torch and transformers")
+    from nopad.align.batch_invariance import CAPACITY, check_batch_invariance
+    from nopad.loading import load
+
     configure_transformers()
     encoder = load(options.checkpoint, revision=options.revision, **_common(options))
     report = check_batch_invariance(

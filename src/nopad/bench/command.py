@@ -58,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
     if options.fp8 and options.compile is False:
         raise ValueError("--fp8: runs the packed model in float8 compiled, got --no-compile too; give one of them")
     check_report(options.report)
+    print_progress("importing torch and transformers")
     import torch
 
     from nopad.bench.page import write_bench_page
