@@ -85,7 +85,9 @@ def configure_transformers() -> None:
     transformers_logging.get_logger("transformers")  # sets up its handlers
     for handler in logging.getLogger("transformers").handlers:
         handler.setFormatter(MessageFormatter())
-        handler.addFilter(OnceFilter())
+        if type(handler) is logging.StreamHandler:  # transformers' own, with the filter of this command alone
+            handler.filters = [each for each in handler.filters if not isinstance(each, OnceFilter)]
+            handler.addFilter(OnceFilter())
 
 
 class ArgumentParser(argparse.ArgumentParser):

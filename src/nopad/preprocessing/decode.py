@@ -15,7 +15,6 @@ import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
-from nopad.counts import counted
 from nopad.preprocessing.formats import MAX_SCANS, count_scans, is_cut_short, open_picture, without_metadata
 from nopad.preprocessing.limits import MAX_PIXELS
 
@@ -191,7 +190,7 @@ def _name(source: Any) -> str:
     if isinstance(source, str | Path):
         return str(source)
     if isinstance(source, bytes):
-        return counted(len(source), "byte")
+        return f"{len(source)} bytes"
     if isinstance(source, Image.Image):
         return f"PIL image {source.mode} {source.width}×{source.height}"
     return f"{source.dtype} array {source.shape}" if isinstance(source, np.ndarray) else type(source).__name__
