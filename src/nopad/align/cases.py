@@ -84,7 +84,7 @@ def photos_in(images: str | Path | Sequence[Any]) -> Sequence[Any]:
         if not len(images):
             raise ValueError("images: expected at least one, got an empty list; give photos, or a folder of them")
         return images
-    found = list(walk(os.fspath(images), Hidden(taken=False)))
+    found = list(walk(os.fspath(images), Hidden(included=False)))
     if broken := next((each for each in found if each.reason), None):
         raise ValueError(f"images: {Path(images, broken.path)}: {broken.reason}")
     photos = [Path(images, each.path) for each in found if suffix_of(each.path) in image_suffixes()]
