@@ -19,13 +19,13 @@ from torch import Tensor
 
 from nopad.bench.timing import interleave, timer
 from nopad.bench.workloads import mixed
-from nopad.inference.float8.format import FP8
 from nopad.inference.fusion.folding import GemmWeight
 from nopad.inference.fusion.gemm_quack import run
 from nopad.inference.fusion.quack_epilogues import epilogues
 from nopad.inference.fusion.quack_ops import pack_cos_sin
 from nopad.inference.fusion.tile_config import TileConfig
 from nopad.kernels.attention import available_backends, varlen_attention
+from nopad.kernels.gemm_formats import FP8
 from nopad.kernels.triton_pointwise import silu_mul
 from nopad.kernels.triton_swiglu import swiglu_gemm
 from nopad.pipeline.packer import best_fit

@@ -8,7 +8,7 @@ from tiny_encoders import GRIDS, WIDE, patches_of, tiny
 from torch import nn
 
 import nopad
-from nopad.inference.float8.format import FP8
+from nopad.kernels.gemm_formats import FP8
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nopad.layers.linear import SharedInput, is_plain, joined
+from nopad.layers.linear import SharedInput, is_plain_linear, joined
 
 
 class Layers(SharedInput):
@@ -175,7 +175,7 @@ def test_layers_of_other_sizes_or_devices_are_not_moved(layers):
 
 
 def test_other_modules_are_not_plain():
-    assert not is_plain(nn.Identity())
+    assert not is_plain_linear(nn.Identity())
 
 
 def test_layout_made_in_inference_mode_can_be_trained():

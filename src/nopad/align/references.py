@@ -20,12 +20,12 @@ from transformers.models.metaclip_2.modeling_metaclip_2 import MetaClip2VisionMo
 from transformers.models.siglip.modeling_siglip import SiglipVisionModel
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
 
+from nopad.checkpoints.formats import trained_grid
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.counts import counted
 from nopad.encoder import PackedEncoder
-from nopad.families import clip_checkpoints, dinov2_checkpoints, siglip2_checkpoints
+from nopad.families import clip_checkpoints
 from nopad.families.aimv2 import AIMv2Packing
-from nopad.families.aimv2_checkpoints import trained_grid
 from nopad.families.clip import CLIPPacking
 from nopad.families.clip_checkpoints import MetaCLIP2PackingConfig
 from nopad.families.dinov2 import DINOv2Packing
@@ -235,7 +235,7 @@ class DINOv2Reference(ReferenceModel):
     def only_grid(self, packed: PackedEncoder) -> tuple[int, int] | None:
         """The trained grid where timm resamples positions otherwise than transformers does, else any."""
         as_transformers = packed.config.positions_antialias == type(packed.config).positions_antialias
-        return None if as_transformers else dinov2_checkpoints.trained_grid(packed.config)
+        return None if as_transformers else trained_grid(packed.config)
 
     def layers(self, model: Any) -> nn.ModuleList:
         """The reference's transformer layers."""
@@ -289,7 +289,7 @@ class Siglip2Reference(ReferenceModel):
     def only_grid(self, packed: PackedEncoder) -> tuple[int, int] | None:
         """The trained grid where other grids get positions as in timm, else any."""
         antialias = getattr(packed.config, "positions_antialias", False)
-        return siglip2_checkpoints.trained_grid(packed.config) if antialias else None
+        return trained_grid(packed.config) if antialias else None
 
     def config(self, packed: PackedEncoder) -> PreTrainedConfig:
         """The reference's config for the same architecture."""

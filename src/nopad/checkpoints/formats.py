@@ -78,6 +78,12 @@ def grid_side(num_positions: int, label: str) -> int:
     return side
 
 
+def trained_grid(config: Any) -> tuple[int, int]:
+    """`(rows, columns)` of the patches of an image of `config.image_size`, on which positions were learned."""
+    side = config.image_size // config.patch_size
+    return side, side
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What lies in a checkpoint, before anything of it is loaded.
@@ -271,37 +277,3 @@ class Dialect:
         parts = self.table.parts(checkpoint.tensors)
         tensors = {name: joined([checkpoint.tensors[n] for n in part.names]).part(part) for name, part in parts.items()}
         return replace(checkpoint, tensors=tensors, table=self.table)
-
-
-def check_strictly(checkpoint: Checkpoint, expected: Mapping[str, Tensor], dialect: Dialect) -> None:
-    """Compare what a checkpoint holds with what the architecture needs, name by name and shape by shape.
-
-    Raises:
-        ValueError: lists the missing, unexpected and misshapen tensors, ten of each and their count, and those that are
-            not floating-point.
-    """
-    tensors = checkpoint.tensors
-    missing = sorted(expected.keys() - tensors.keys())
-    unexpected = sorted(tensors.keys() - expected.keys())
-    misshapen = [
-        f"{name} (got {tensors[name].shape}, expected {tuple(expected[name].shape)})"
-        for name in sorted(expected.keys() & tensors.keys())
-        if tensors[name].shape != tuple(expected[name].shape)
-    ]
-    problems = [
-        f"{len(names)} {kind}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-        if names
-    ]
-    numbers = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype not in FLOATS}
-    if numbers:
-        dtypes = ", ".join(sorted({str(dtype) for dtype in numbers.values()}))
-        problems.append(
-            f"{len(numbers)} of {dtypes}, expected floating-point numbers of 16 bits or more: "
-            f"{', '.join(sorted(numbers)[:10])}; scales of a quantised checkpoint are not read"
-        )
-    if problems:
-        raise ValueError(
-            f"checkpoint {checkpoint.name!r} ({dialect.name} names) does not fit the architecture of its config and "
-            f"tensors: {'; '.join(problems)}"
-        )

@@ -14,7 +14,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from nopad.checkpoints.conversions import NameTable
 from nopad.checkpoints.files import PICKLES, SAFETENSORS
-from nopad.checkpoints.formats import Checkpoint, Dialect, check_strictly
+from nopad.checkpoints.formats import Checkpoint, Dialect
+from nopad.checkpoints.strict import check_strictly
 
 # Values that stand beside a quantised weight, as the end of its name, and the name of the weight.
 _COMPANIONS = (

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
 from nopad.checkpoints.files import PROJECTION
-from nopad.checkpoints.formats import FLOATS, Checkpoint, Dialect, check_strictly
+from nopad.checkpoints.formats import FLOATS, Checkpoint, Dialect
 from nopad.counts import is_count
 
 if TYPE_CHECKING:
@@ -46,6 +47,40 @@ def load_strictly(
     if lost:  # for example by conversions that other code has registered for this class
         raise ValueError(f"checkpoint {checkpoint.name!r}: transformers has not loaded {len(lost)}: {lost[:10]}")
     return model, info
+
+
+def check_strictly(checkpoint: Checkpoint, expected: Mapping[str, Tensor], dialect: Dialect) -> None:
+    """Compare what a checkpoint holds with what the architecture needs, name by name and shape by shape.
+
+    Raises:
+        ValueError: lists the missing, unexpected and misshapen tensors, ten of each and their count, and those that are
+            not floating-point.
+    """
+    tensors = checkpoint.tensors
+    missing = sorted(expected.keys() - tensors.keys())
+    unexpected = sorted(tensors.keys() - expected.keys())
+    misshapen = [
+        f"{name} (got {tensors[name].shape}, expected {tuple(expected[name].shape)})"
+        for name in sorted(expected.keys() & tensors.keys())
+        if tensors[name].shape != tuple(expected[name].shape)
+    ]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        if names
+    ]
+    numbers = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype not in FLOATS}
+    if numbers:
+        dtypes = ", ".join(sorted({str(dtype) for dtype in numbers.values()}))
+        problems.append(
+            f"{len(numbers)} of {dtypes}, expected floating-point numbers of 16 bits or more: "
+            f"{', '.join(sorted(numbers)[:10])}; scales of a quantised checkpoint are not read"
+        )
+    if problems:
+        raise ValueError(
+            f"checkpoint {checkpoint.name!r} ({dialect.name} names) does not fit the architecture of its config and "
+            f"tensors: {'; '.join(problems)}"
+        )
 
 
 _SIDES = ("hidden_size", "intermediate_size", "num_channels", "patch_size", "num_register_tokens", "projection_dim")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from nopad.checkpoints.formats import trained_grid
 from nopad.encoder import PackedEncoder
 from nopad.families.aimv2_checkpoints import (
     DIALECTS,
@@ -18,7 +19,6 @@ from nopad.families.aimv2_checkpoints import (
     TEXT_RULES,
     AIMv2PackingConfig,
     read_config,
-    trained_grid,
 )
 from nopad.inference.runner import Runner
 from nopad.layers.attention import PackedAttention

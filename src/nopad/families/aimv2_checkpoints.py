@@ -30,12 +30,6 @@ class AIMv2PackingConfig(Aimv2VisionConfig):
     positions: str = "resample"
 
 
-def trained_grid(config: Aimv2VisionConfig) -> tuple[int, int]:
-    """`(rows, columns)` of the grid that positions were learned on."""
-    side: int = config.image_size // config.patch_size  # pyright: ignore[reportOperatorIssue]
-    return side, side
-
-
 _LAYER = "encoder.layers.*"
 _QKV = [f"{_LAYER}.attention.{part}_proj.*" for part in "qkv"]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from nopad.checkpoints.formats import trained_grid
 from nopad.encoder import PackedEncoder
 from nopad.families.dinov2_checkpoints import (
     PUBLISHED,
@@ -19,7 +20,6 @@ from nopad.families.dinov2_checkpoints import (
     DINOv2WithRegistersPackingConfig,
     read_config,
     swiglu_size,
-    trained_grid,
 )
 from nopad.families.dinov2_dialects import DIALECTS
 from nopad.inference.runner import Runner

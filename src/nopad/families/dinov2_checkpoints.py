@@ -49,12 +49,6 @@ class DINOv2WithRegistersPackingConfig(Dinov2WithRegistersConfig):
 DINOv2Configs = DINOv2PackingConfig | DINOv2WithRegistersPackingConfig
 
 
-def trained_grid(config: DINOv2Configs) -> tuple[int, int]:
-    """`(rows, columns)` of the grid that positions were learned on."""
-    side: int = config.image_size // config.patch_size  # pyright: ignore[reportOperatorIssue]
-    return side, side
-
-
 def swiglu_size(mlp_size: int) -> int:
     """Width of a gated feed-forward layer in place of a plain one: two thirds, rounded up to a multiple of 8."""
     return (int(mlp_size * 2 / 3) + 7) // 8 * 8

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from nopad.encoder import PackedEncoder
 from nopad.families.onevision_checkpoints import DIALECTS, PUBLISHED, OneVisionPackingConfig, read_config
+from nopad.families.siglip_layers import siglip_block, siglip_mlp
 from nopad.inference.runner import Runner
-from nopad.layers.attention import PackedAttention, Rope
-from nopad.layers.block import Block
-from nopad.layers.mlp import MLP
+from nopad.layers.attention import Rope
 from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.pooling import MAPHead
 from nopad.layers.roles import ByRole
@@ -35,26 +34,6 @@ def onevision_norm(config: OneVisionPackingConfig) -> nn.Module:
     if config.layer_norm_type not in _NORMS:
         raise ValueError(f"layer_norm_type: expected one of {', '.join(_NORMS)}, got {config.layer_norm_type!r}")
     return _NORMS[config.layer_norm_type](config.hidden_size, eps=config.layer_norm_eps)
-
-
-def onevision_mlp(config: OneVisionPackingConfig) -> MLP:
-    """The feed-forward layer of blocks and head."""
-    activation, names = ACT2FN[config.hidden_act], {"up": "fc1", "down": "fc2"}
-    return MLP(config.hidden_size, config.intermediate_size, activation, bias=True, names=names)
-
-
-def onevision_block(config: OneVisionPackingConfig) -> Block:
-    """One transformer block of the family."""
-    attention = PackedAttention(
-        config.hidden_size,
-        config.num_attention_heads,
-        qkv_bias=True,
-        proj_bias=True,
-        dropout_p=config.attention_dropout,
-        names={"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "out_proj"},
-    )
-    names = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attention": "self_attn"}
-    return Block(onevision_norm(config), attention, onevision_norm(config), onevision_mlp(config), names=names)
 
 
 class OneVisionEmbeddings(ByRole):
@@ -97,12 +76,14 @@ class OneVisionEncoderPacking(PackedEncoder):
         self.embeddings = OneVisionEmbeddings(config)
         self.layernorm_pre = onevision_norm(config)
         self.encoder = nn.Module()
-        self.layers = nn.ModuleList(onevision_block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            siglip_block(config, partial(onevision_norm, config)) for _ in range(config.num_hidden_layers)
+        )
         self.norm = None
         if config.use_head:
             self.norm = onevision_norm(config)
             norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
-            self.head = MAPHead(config.hidden_size, config.num_attention_heads, norm, onevision_mlp(config), names={})
+            self.head = MAPHead(config.hidden_size, config.num_attention_heads, norm, siglip_mlp(config), names={})
 
     def trunk(self, patches: Tensor, layout: Layout, runner: Runner) -> Trunk:
         """Patches to tokens, normed where the checkpoint has the final norm."""

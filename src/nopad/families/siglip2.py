@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 
+from nopad.checkpoints.formats import grid_side, trained_grid
 from nopad.encoder import PackedEncoder
 from nopad.families.siglip2_checkpoints import (
     PUBLISHED,
@@ -18,14 +18,11 @@ from nopad.families.siglip2_checkpoints import (
     SiglipConfigs,
     SiglipPackingConfig,
     read_config,
-    trained_grid,
 )
 from nopad.families.siglip2_dialects import DIALECTS
 from nopad.families.siglip2_text import TEXT_RULES
+from nopad.families.siglip_layers import siglip_block, siglip_mlp
 from nopad.inference.runner import Runner
-from nopad.layers.attention import PackedAttention
-from nopad.layers.block import Block
-from nopad.layers.mlp import MLP
 from nopad.layers.patch_embed import PatchEmbedding, reorder_patches
 from nopad.layers.pooling import MAPAttention, MAPHead
 from nopad.layers.position_table import PositionTable
@@ -53,14 +50,16 @@ class Siglip2Embeddings(ByRole):
         super().__init__()
         patch_size: int = config.patch_size  # pyright: ignore[reportAssignmentType] - a number in every checkpoint
         self.patch_size, self.order = patch_size, config.patch_order
-        self.naflex, grid = is_naflex(config), trained_grid(config)
+        self.naflex = is_naflex(config)
         channels, size, strict = config.num_channels, config.hidden_size, is_strict(config.positions)
         if self.naflex:
             self.proj = nn.Linear(patch_size**2 * channels, size)
-            self.position_embedding = PositionTable(grid, size, mode="bilinear", native=True)
+            side = grid_side(config.num_patches, "num_patches")  # pyright: ignore[reportAttributeAccessIssue]
+            self.position_embedding = PositionTable((side, side), size, mode="bilinear", native=True)
         else:
             self.proj = PatchEmbedding(channels, size, patch_size, self.order)
             antialias = config.positions_antialias  # pyright: ignore[reportAttributeAccessIssue]
+            grid = trained_grid(config)
             self.position_embedding = PositionTable(grid, size, mode="bicubic", antialias=antialias, strict=strict)
 
     def forward(self, patches: Tensor, layout: Layout, runner: Runner) -> Tensor:
@@ -69,27 +68,6 @@ class Siglip2Embeddings(ByRole):
             patches = reorder_patches(patches, self.patch_size, self.order, "hwc")
         tokens = runner.embed(self.proj, patches)
         return tokens + self.position_embedding(layout)
-
-
-def siglip2_mlp(config: SiglipConfigs) -> MLP:
-    """The feed-forward layer of a block and of the head."""
-    activation, names = ACT2FN[config.hidden_act], {"up": "fc1", "down": "fc2"}
-    return MLP(config.hidden_size, config.intermediate_size, activation, bias=True, names=names)
-
-
-def siglip2_block(config: SiglipConfigs) -> Block:
-    """One transformer block of the family."""
-    norm = partial(nn.LayerNorm, config.hidden_size, eps=config.layer_norm_eps)
-    attention = PackedAttention(
-        config.hidden_size,
-        config.num_attention_heads,
-        qkv_bias=True,
-        proj_bias=True,
-        dropout_p=config.attention_dropout,
-        names={"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "out_proj"},
-    )
-    names = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attention": "self_attn"}
-    return Block(norm(), attention, norm(), siglip2_mlp(config), names=names)
 
 
 class Siglip2NaflexPacking(PackedEncoder):
@@ -118,10 +96,10 @@ class Siglip2NaflexPacking(PackedEncoder):
         norm = partial(nn.LayerNorm, config.hidden_size, eps=config.layer_norm_eps)
         self.embeddings = Siglip2Embeddings(config)
         self.encoder = nn.Module()
-        self.layers = nn.ModuleList(siglip2_block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(siglip_block(config, norm) for _ in range(config.num_hidden_layers))
         self.norm = norm()
         if config.vision_use_head:
-            mlp, names = siglip2_mlp(config), {"norm": "layernorm"}
+            mlp, names = siglip_mlp(config), {"norm": "layernorm"}
             self.head = MAPHead(config.hidden_size, config.num_attention_heads, norm(), mlp, names=names)
 
     def trunk(self, patches: Tensor, layout: Layout, runner: Runner) -> Trunk:

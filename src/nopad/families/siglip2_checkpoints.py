@@ -47,19 +47,6 @@ class SiglipPackingConfig(SiglipVisionConfig):
 SiglipConfigs = Siglip2PackingConfig | SiglipPackingConfig
 
 
-def trained_grid(config: SiglipConfigs) -> tuple[int, int]:
-    """`(rows, columns)` of the grid that positions were learned on.
-
-    Raises:
-        ValueError: a number of positions that is no square.
-    """
-    if isinstance(config, SiglipPackingConfig):
-        side: int = config.image_size // config.patch_size  # pyright: ignore[reportOperatorIssue]
-    else:
-        side = grid_side(config.num_patches, "num_patches")
-    return side, side
-
-
 _COMMON_NAMES = """
 hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels patch_size hidden_act layer_norm_eps
 attention_dropout vision_use_head patch_order positions

@@ -10,8 +10,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-FP8 = torch.float8_e4m3fn
-FP8_MAX = torch.finfo(FP8).max
+from nopad.kernels.gemm_formats import FP8, FP8_MAX
 
 
 @torch.library.custom_op("nopad::silu_mul_quantize", mutates_args=())

@@ -13,17 +13,19 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor  # pyright: ignore[reportMissingImports]
 
+from nopad.kernels.gemm_formats import HALF_ALIGNMENT
+
 TILE_M, TILE_N, TILE_K = 128, 128, 64
 """Tile sizes: the fastest of those measured on an H100."""
 GROUP_M = 8
 """Tiles along M that one column of weight tiles is multiplied with in sequence, while it is in the cache."""
-ALIGNMENT = 8
-"""Half-precision values in 16 bytes, the alignment that TMA needs for rows."""
 
 
 def supports(size: int, hidden_size: int, device: torch.device) -> bool:
     """Whether `swiglu_gemm` runs on this device for `size` gates and inputs of `hidden_size`."""
-    return torch.cuda.get_device_capability(device)[0] == 9 and size % ALIGNMENT == 0 and hidden_size % ALIGNMENT == 0
+    return (
+        torch.cuda.get_device_capability(device)[0] == 9 and size % HALF_ALIGNMENT == hidden_size % HALF_ALIGNMENT == 0
+    )
 
 
 def swiglu_gemm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -31,7 +33,7 @@ def swiglu_gemm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Args:
         x: `(T, D)` in half precision.
-        weight: `(2 · I, D)`, interleaved rows of gate and up; D and I are multiples of `ALIGNMENT`.
+        weight: `(2 · I, D)`, interleaved rows of gate and up; D and I are multiples of `HALF_ALIGNMENT`.
         bias: `(2 · I,)` float32 or `None`.
 
     Returns:

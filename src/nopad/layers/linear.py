@@ -77,7 +77,11 @@ class OneGemm:
 
         Returns `None` where that is not possible.
         """
-        plain = {name: linear for name, linear in linears.items() if linear is not None and is_plain(linear)}
+        plain = {
+            name: linear
+            for name, linear in linears.items()
+            if linear is not None and is_plain_linear(linear) and not is_hooked(linear)
+        }
         if len(plain) < len(linears):
             return None
         parameters: list[Any] = [linear._parameters for linear in plain.values()]
@@ -155,12 +159,19 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """Whether a module is an `nn.Linear` without subclass, hooks, overridden forward or special weight."""
-    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is an `nn.Linear`, no subclass, with plain floating-point parameters."""
+    if type(module) is not nn.Linear:
         return False
-    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-    return type(weight) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    if type(weight) is not nn.Parameter or type(bias) not in (nn.Parameter, type(None)):
+        return False
+    return weight.is_floating_point()
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module has forward hooks or an overridden forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def joined(linears: Sequence[nn.Linear]) -> nn.Linear:

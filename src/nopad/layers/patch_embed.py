@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ALIGNMENT = 8
-"""Half-precision values in 16 bytes."""
+from nopad.kernels.gemm_formats import HALF_ALIGNMENT
 
 
 class PatchEmbedding(nn.Module):
@@ -33,7 +32,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """`(T, P)` to `(T, D)`."""
-        padding = -patches.shape[1] % ALIGNMENT if patches.is_cuda and patches.dtype != torch.float32 else 0
+        padding = -patches.shape[1] % HALF_ALIGNMENT if patches.is_cuda and patches.dtype != torch.float32 else 0
         if padding:
             patches = F.pad(patches, (0, padding))
         return F.linear(patches, self.matrix(patches.shape[1]), self.bias)

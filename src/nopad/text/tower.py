@@ -14,7 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from nopad.checkpoints.files import open_checkpoint
-from nopad.checkpoints.formats import Checkpoint, check_strictly
+from nopad.checkpoints.formats import Checkpoint
+from nopad.checkpoints.strict import check_strictly
 from nopad.checkpoints.untrained import UNTRAINED, fill
 from nopad.text.tokenizer import byte_tokenizer, load_tokenizer
 

@@ -7,8 +7,9 @@ from tiny_encoders import relative
 from torch import nn
 
 from nopad.inference.float8 import format as fp8
-from nopad.inference.float8.format import FP8, MIN_AMAX, quantize_rows, round_weight, scaled_mm, silu_mul_quantize
+from nopad.inference.float8.format import MIN_AMAX, quantize_rows, round_weight, scaled_mm, silu_mul_quantize
 from nopad.inference.float8.modules import Float8Linear
+from nopad.kernels.gemm_formats import FP8
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

@@ -7,8 +7,8 @@ from tiny_encoders import GRIDS, patches_of, relative, tiny
 from torch import nn
 
 import nopad
-from nopad.inference.float8.format import FP8
 from nopad.inference.float8.modules import Float8Linear, Float8QKV
+from nopad.kernels.gemm_formats import FP8
 from nopad.layers.linear import joined
 
 

@@ -7,7 +7,6 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 import nopad
-from nopad.inference.float8.format import FP8
 from nopad.inference.float8.modules import Float8Linear
 from nopad.inference.fusion.folding import (
     FoldedBlock,
@@ -19,6 +18,7 @@ from nopad.inference.fusion.folding import (
     interleave_gate_up,
     qkv_head_permutation,
 )
+from nopad.kernels.gemm_formats import FP8
 from nopad.layers.block import Block, LayerScale
 
 

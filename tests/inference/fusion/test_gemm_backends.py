@@ -10,10 +10,11 @@ from tiny_encoders import FAMILIES, GRIDS, WIDE, patches_of, relative, tiny
 
 import nopad
 from nopad.inference.compile import MAX_GRAPH_CAPACITY
-from nopad.inference.float8.format import FP8, quantize_rows
+from nopad.inference.float8.format import quantize_rows
 from nopad.inference.fusion.folding import FoldedBlock, GemmWeight
 from nopad.inference.fusion.gemm import InterleavedRope
 from nopad.inference.fusion.gemm_reference import ReferenceGemm
+from nopad.kernels.gemm_formats import FP8
 from nopad.segments import Segments
 
 BF16 = torch.bfloat16

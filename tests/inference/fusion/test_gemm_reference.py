@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 from tiny_encoders import relative
 
-from nopad.inference.float8.format import FP8, quantize_rows
+from nopad.inference.float8.format import quantize_rows
 from nopad.inference.fusion.folding import FoldedBlock, GemmWeight
 from nopad.inference.fusion.gemm import FP8_ROW_RMS
 from nopad.inference.fusion.gemm_reference import ReferenceGemm, norm_factor, round_to
+from nopad.kernels.gemm_formats import FP8
 
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
 

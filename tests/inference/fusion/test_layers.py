@@ -11,7 +11,8 @@ from torch import nn
 import nopad
 from nopad.inference import compile
 from nopad.inference.fusion import layers as fused
-from nopad.inference.fusion.gemm_reference import ReferenceGemm, subtract_mean
+from nopad.inference.fusion.gemm import subtract_mean
+from nopad.inference.fusion.gemm_reference import ReferenceGemm
 from nopad.inference.fusion.layers import (
     FusedLayers,
     gemm_backends_for,

@@ -12,7 +12,8 @@ from transformers.activations import ACT2FN
 import nopad
 from nopad.inference.cuda_graphs import CUDAGraphLayers
 from nopad.inference.fusion.folding import FoldedBlock
-from nopad.inference.fusion.gemm_reference import ReferenceGemm, subtract_mean
+from nopad.inference.fusion.gemm import subtract_mean
+from nopad.inference.fusion.gemm_reference import ReferenceGemm
 from nopad.inference.fusion.layers import (
     FusedLayers,
 )

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
-from nopad.inference.float8.format import FP8_MAX
 from nopad.inference.float8.modules import (
     Float8GatedMLP,
     Float8Linear,
@@ -20,6 +19,7 @@ from nopad.inference.float8.modules import (
     check_linear,
     check_plain_linear,
 )
+from nopad.kernels.gemm_formats import FP8_MAX
 from nopad.layers.linear import joined
 from nopad.layers.mlp import GatedMLP
 

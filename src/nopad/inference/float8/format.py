@@ -11,14 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nopad.kernels.gemm_formats import FP8, FP8_MAX
 from nopad.kernels.sdpa import without_autocast
 
-FP8 = torch.float8_e4m3fn
-FP8_MAX = torch.finfo(FP8).max
 MIN_AMAX = 1e-12
 """Lower bound of a row's largest absolute value, against division by zero; no activation of a model is so small."""
-FP8_ALIGNMENT = 16
-"""The GPU's float8 GEMM needs sizes that are multiples of this."""
 NUM_SCALES = 16
 """Number of scales that `round_weight` tries for each row, up to twice the smallest."""
 CPU_BLOCK = 64

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nopad.inference.float8.format import FP8, FP8_ALIGNMENT, quantize_rows, round_weight, scaled_mm, silu_mul_quantize
+from nopad.inference.float8.format import quantize_rows, round_weight, scaled_mm, silu_mul_quantize
+from nopad.kernels.gemm_formats import FP8, FP8_ALIGNMENT
+from nopad.layers.linear import is_plain_linear
 from nopad.layers.mlp import Activation
 
 SAME_SIZE_INTEGER = {FP8: torch.uint8, torch.float32: torch.int32}
@@ -105,12 +107,6 @@ def slice_rows(linear: nn.Linear, start: int, end: int) -> nn.Linear:
     if linear.bias is not None:
         part.bias = nn.Parameter(linear.bias.detach()[start:end].clone(), requires_grad=False)
     return part
-
-
-def is_plain_linear(linear: Any) -> bool:
-    """Whether a module is an `nn.Linear`, no subclass, with a parameter of a floating-point dtype."""
-    plain = type(linear) is nn.Linear and type(linear.weight) is nn.Parameter
-    return plain and linear.weight.is_floating_point()
 
 
 def check_linear(linear: Any) -> None:

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, QuickGELUActivation, SiLUActivation
 
-from nopad.inference.float8.format import FP8
-from nopad.inference.float8.modules import Float8GatedMLP, Float8Linear, Float8QKV, is_plain_linear
+from nopad.inference.float8.modules import Float8GatedMLP, Float8Linear, Float8QKV
+from nopad.kernels.gemm_formats import FP8
 from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block, LayerScale
-from nopad.layers.linear import joined
+from nopad.layers.linear import is_plain_linear, joined
 from nopad.layers.mlp import MLP, GatedMLP
 
 QUICK_GELU = 1.702

@@ -92,3 +92,8 @@ def split_qkv(qkv: Tensor, value: Tensor | None, block: FoldedBlock) -> QKV:
         return query, key, value
     query, key = qkv.unflatten(1, (num_heads, 2, -1)).unbind(2)
     return query, key, value.unflatten(1, (num_heads, -1))
+
+
+def subtract_mean(values: Tensor) -> Tensor:
+    """Each row minus its mean."""
+    return values - values.mean(dim=1, keepdim=True)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nopad.inference.float8.format import FP8
 from nopad.inference.fusion.folding import FoldedBlock, GemmWeight
 from nopad.inference.fusion.gemm import FP8_ROW_RMS, QKV, InterleavedRope, split_qkv
 from nopad.inference.fusion.quack_epilogues import Epilogues, epilogues
 from nopad.inference.fusion.quack_ops import GATE_UP_PERMUTATION, ROPE_COLUMNS, EpilogueTile, pack_cos_sin
 from nopad.inference.fusion.tile_config import DEFAULT_EPI_N, TileConfig, fastest, tile_configs
 from nopad.kernels import triton_pointwise
+from nopad.kernels.gemm_formats import FP8
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nopad.inference.float8.format import FP8, FP8_MAX
 from nopad.inference.fusion.folding import FoldedBlock, GemmWeight
-from nopad.inference.fusion.gemm import ACTIVATIONS, FP8_ROW_RMS, QKV, InterleavedRope, split_qkv
+from nopad.inference.fusion.gemm import ACTIVATIONS, FP8_ROW_RMS, QKV, InterleavedRope, split_qkv, subtract_mean
+from nopad.kernels.gemm_formats import FP8, FP8_MAX
 from nopad.layers.rope_3d import apply_rotary_interleaved
 
 
@@ -126,8 +126,3 @@ def gemm(x: Tensor, weight: GemmWeight) -> Tensor:
 def round_to(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Round to `dtype`; float8 saturates, as a GPU's conversion does."""
     return (values.clamp(-FP8_MAX, FP8_MAX) if dtype == FP8 else values).to(dtype)
-
-
-def subtract_mean(values: Tensor) -> Tensor:
-    """Each row minus its mean."""
-    return values - values.mean(dim=1, keepdim=True)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from nopad.inference.float8.modules import Float8Linear
 from nopad.inference.fusion.folding import FoldedBlock, can_fold
-from nopad.inference.fusion.gemm import GemmBackend, InterleavedRope
-from nopad.inference.fusion.gemm_reference import subtract_mean
+from nopad.inference.fusion.gemm import GemmBackend, InterleavedRope, subtract_mean
 from nopad.inference.guards import ModuleGuard
 from nopad.inference.layer_stack import LayerStack
 from nopad.kernels.attention import varlen_attention
