@@ -270,7 +270,7 @@ def test_exception_is_raised(native, monkeypatch):
 def test_wrong_arguments(native, tmp_path):
     with pytest.raises(ValueError, match="threshold"):
         align(native, threshold=2)
-    with pytest.raises(ValueError, match="device: expected one with values, such as cpu or cuda, got 'meta'"):
+    with pytest.raises(ValueError, match="device: expected cpu, cuda, cuda:1, …, got 'meta'"):
         align(native, device="meta")
     with pytest.raises(ValueError, match="got none"):
         align(native, images=tmp_path / "native")

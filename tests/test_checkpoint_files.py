@@ -111,7 +111,7 @@ def test_one_file_goes_before_an_index_as_in_transformers(folder):
 
 NO_FILES = {
     "a folder": lambda path: path.mkdir(),
-    "a FIFO": os.mkfifo,
+    "a named pipe": os.mkfifo,
     "a device": lambda path: path.symlink_to("/dev/zero"),
     "a link that leads nowhere": lambda path: path.symlink_to("nowhere"),
     "a link to itself": lambda path: path.symlink_to(path.name),

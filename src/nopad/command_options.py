@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nopad.counts import counted
+from nopad.environment import check_device
 from nopad.terminal import json_text, print_summary, printable
 
 SUCCESS, FAILURE, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
@@ -48,12 +49,7 @@ def resolve_device(requested: str | None) -> str:
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if requested is None:
         return "cuda" if seen else "cpu"
-    try:
-        device = torch.device(requested)
-    except RuntimeError:
-        device = None
-    if device is None or device.type == "meta":
-        raise ValueError(f"--device: expected cpu, cuda, cuda:1, …, got {requested!r}")
+    device = check_device("--device", requested)
     if device.type == "cuda" and not seen:
         raise ValueError(f"--device: got {requested!r}, but torch sees no CUDA device; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= seen:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 from nopad import __version__
 from nopad.counts import counted
@@ -20,6 +20,24 @@ def versions(device: torch.device | str = "cpu") -> dict[str, str]:
 
     names = {"nopad": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     return {**names, "cuda": str(torch.version.cuda)} if torch.device(device).type == "cuda" else names
+
+
+def check_device(name: str, device: Any) -> torch.device:
+    """The device that a name such as `"cuda:1"` stands for.
+
+    Args:
+        name: of the argument or option, for the message.
+        device: as `torch.device` takes it.
+
+    Raises:
+        ValueError: not a device, or one without values.
+    """
+    import torch
+
+    with suppress(RuntimeError, TypeError):
+        if torch.device(device).type != "meta":
+            return torch.device(device)
+    raise ValueError(f"{name}: expected cpu, cuda, cuda:1, …, got {str(device)!r}")
 
 
 def device_name(device: torch.device | str) -> str:

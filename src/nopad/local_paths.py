@@ -1,9 +1,10 @@
-"""A check that paths are of this machine's file systems, not addresses."""
+"""Checks of paths: of this machine's file systems, no addresses; regular files, no pipes or devices."""
 
 from __future__ import annotations
 
 import os
 import re
+import stat
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # pathlib makes one slash of two. A single letter is a drive.
@@ -19,3 +20,11 @@ def check_local(name: str, path: str | os.PathLike[str]) -> None:
             f"{name}: expected a path of this machine, got {text!r}; nothing is read from or written to "
             f"{match[0].rstrip('/')}//. Mount it as a folder (rclone mount, s3fs, gcsfuse, …) or copy it first"
         )
+
+
+def irregular_kind(mode: int) -> str | None:
+    """What a file of this `st_mode` is instead of a regular file, which can be read to its end; `None` for those."""
+    if stat.S_ISREG(mode):
+        return None
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")

@@ -17,7 +17,7 @@ from nopad.align.references import ReferenceModel, reference_of
 from nopad.checkpoints.towers import open_tower
 from nopad.counts import counted
 from nopad.encoder import PackedEncoder
-from nopad.environment import device_name, dtype_name, versions
+from nopad.environment import check_device, device_name, dtype_name, versions
 from nopad.loading import load
 from nopad.packing import Pack
 
@@ -68,8 +68,7 @@ def align(
     """
     if not -1 <= threshold <= 1 or batch_size < 1:
         raise ValueError(f"expected a threshold in [-1, 1] and a batch_size ≥ 1, got {threshold} and {batch_size}")
-    if torch.device(device).type == "meta":
-        raise ValueError(f"device: expected one with values, such as cpu or cuda, got {str(device)!r}")
+    check_device("device", device)
     photos = None if images is None else photos_in(images)
     progress(f"loading {checkpoint}")
     packed: Any = load(checkpoint, revision=revision, dtype=torch.float32)

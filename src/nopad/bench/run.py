@@ -16,7 +16,7 @@ from nopad.bench.report import BenchReport, Row, WorkloadStats
 from nopad.bench.runner import block_parameters, run_candidates
 from nopad.bench.timing import timer
 from nopad.bench.workloads import Workload, fixed, mixed
-from nopad.environment import device_name, dtype_name, versions
+from nopad.environment import check_device, device_name, dtype_name, versions
 from nopad.loading import load
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def bench(
     """
     if float8 and compile is False:
         raise ValueError("float8: runs the packed encoder compiled, got compile=False too; give one of them")
-    device = torch.device(device)
+    device = check_device("device", device)
     default = defaults_on(device.type)
     settings = Defaults(
         default.dtype if dtype is None else dtype_name(dtype),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickletools
-import stat
 import weakref
 import zipfile
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nopad.checkpoints.formats import StoredTensor
+from nopad.local_paths import irregular_kind
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
 SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
@@ -39,25 +39,21 @@ _LEGACY_PICKLES = 5  # magic number, protocol, system, the tensors, and the keys
 
 
 def check_regular(path: Path) -> None:
-    """Check that a path is a regular file before it is opened: reading a FIFO would block, a device never end.
+    """Check that a path is a regular file before it is opened: reading a pipe would block, a device never end.
 
     A symbolic link counts as what it leads to, as in the Hub's cache, whose files are links.
 
     Raises:
-        ValueError: a folder, a FIFO, a device, a socket, or a link that leads nowhere.
+        ValueError: a folder, a named pipe, a device, a socket, or a link that leads nowhere.
     """
     try:
-        mode = path.stat().st_mode
+        kind = irregular_kind(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         kind = "a link that leads nowhere"
     except OSError as error:  # links in a circle, no permission
         kind = str(error)
-    else:
-        if stat.S_ISREG(mode):
-            return
-        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
-        kind = kinds.get(stat.S_IFMT(mode), "a device")
-    raise ValueError(f"checkpoint file {str(path)!r}: expected a file, got {kind}")
+    if kind is not None:
+        raise ValueError(f"checkpoint file {str(path)!r}: expected a file, got {kind}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

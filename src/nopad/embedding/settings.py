@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from nopad.counts import check_count
+from nopad.environment import check_device
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS, MAX_PATCHES, MAX_PIXELS, NUM_FRAMES, MaxPatches
 from nopad.preprocessing.rules import Size, check_size, parse_size
 
@@ -118,15 +119,8 @@ def _check_choice(choices: tuple[str, ...], name: str, value: Any) -> None:
 
 
 def _check_device(name: str, value: Any) -> None:
-    import torch
-
     _check_text(name, value)
-    try:
-        device = torch.device(value)
-    except RuntimeError as error:
-        raise ValueError(f"{name}: got {value!r}: {error}") from error
-    if device.type == "meta":
-        raise ValueError(f"{name}: expected one with values, such as cpu or cuda, got {value!r}")
+    check_device(name, value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import io
 import os
-import stat
 from dataclasses import dataclass
 
 from nopad.embedding.inputs.names import as_text
+from nopad.local_paths import irregular_kind
 from nopad.preprocessing.limits import MAX_BYTES
 
 
@@ -30,9 +30,7 @@ def open_regular(path: bytes) -> io.FileIO:
 
 
 def _check_regular(status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
-        kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
+    if kind := irregular_kind(status.st_mode):
         raise OSError(errno.EINVAL, f"expected a regular file, got {kind}")
 
 
