@@ -24,7 +24,6 @@ from nopad.checkpoints.formats import trained_grid
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.counts import counted
 from nopad.encoder import PackedEncoder
-from nopad.families import clip_checkpoints
 from nopad.families.aimv2 import AIMv2Packing
 from nopad.families.clip import CLIPPacking
 from nopad.families.clip_checkpoints import MetaCLIP2PackingConfig
@@ -213,7 +212,7 @@ class CLIPReference(ReferenceModel):
 
     def only_grid(self, packed: PackedEncoder) -> tuple[int, int] | None:
         """The trained grid where other grids get positions as in OpenCLIP and timm, else any."""
-        return clip_checkpoints.trained_grid(packed.config) if packed.config.positions_antialias else None
+        return trained_grid(packed.config) if packed.config.positions_antialias else None
 
     def forward(self, model: Any, pixels: Tensor) -> Any:
         """Images of one size `(B, C, H, W)` to the reference's output."""

@@ -9,22 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from nopad.checkpoints.formats import trained_grid
 from nopad.encoder import PackedEncoder
+from nopad.families.clip_blocks import clip_block
 from nopad.families.clip_checkpoints import (
     PUBLISHED,
     CLIPConfigs,
     CLIPPackingConfig,
     MetaCLIP2PackingConfig,
     read_config,
-    trained_grid,
 )
 from nopad.families.clip_dialects import DIALECTS
 from nopad.inference.runner import Runner
 from nopad.layers.attention import PackedAttention
-from nopad.layers.block import Block
 from nopad.layers.mlp import MLP
 from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.position_table import PositionTable
@@ -62,28 +61,6 @@ class CLIPEmbeddings(ByRole):
         return places.join(tokens, cls_token.expand(places.segments.num_segments, -1, -1))
 
 
-def clip_block(config: CLIPConfigs) -> Block:
-    """One transformer block of the family."""
-    norm = partial(nn.LayerNorm, config.hidden_size, eps=config.layer_norm_eps)
-    attention = PackedAttention(
-        config.hidden_size,
-        config.num_attention_heads,
-        qkv_bias=True,
-        proj_bias=True,
-        dropout_p=config.attention_dropout or 0.0,
-        names={"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "out_proj"},
-    )
-    activation, names = ACT2FN[config.hidden_act], {"up": "fc1", "down": "fc2"}
-    mlp = MLP(config.hidden_size, config.intermediate_size, activation, bias=True, names=names)
-    return Block(
-        norm(),
-        attention,
-        norm(),
-        mlp,
-        names={"norm1": "layer_norm1", "norm2": "layer_norm2", "attention": "self_attn"},
-    )
-
-
 class CLIPPacking(PackedEncoder):
     """CLIP's image tower over packs; a clip's frames are separate segments, each with a CLS token of its own.
 
@@ -112,10 +89,11 @@ class CLIPPacking(PackedEncoder):
         """Embeddings, a norm, blocks, a norm, and where the checkpoint has it the projection."""
         config = self.config
         self.embeddings = CLIPEmbeddings(config)
-        self.norm_pre = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        norm = partial(nn.LayerNorm, config.hidden_size, eps=config.layer_norm_eps)
+        self.norm_pre = norm()
         self.encoder = nn.Module()
-        self.layers = nn.ModuleList(clip_block(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(clip_block(config, norm) for _ in range(config.num_hidden_layers))
+        self.norm = norm()
         if config.with_projection:
             self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 

@@ -43,12 +43,6 @@ class MetaCLIP2PackingConfig(MetaClip2VisionConfig):
 CLIPConfigs = CLIPPackingConfig | MetaCLIP2PackingConfig
 
 
-def trained_grid(config: CLIPConfigs) -> tuple[int, int]:
-    """`(rows, columns)` of the grid that positions were learned on."""
-    side: int = config.image_size // config.patch_size  # pyright: ignore[reportOperatorIssue]
-    return side, side
-
-
 _COMPOSITE = {"clip": CLIPPackingConfig, "metaclip_2": MetaCLIP2PackingConfig}
 _OWN = {kind.model_type: kind for kind in _COMPOSITE.values()}
 _PROJECTING = ("CLIPModel", "CLIPVisionModelWithProjection", "MetaClip2Model", "MetaClip2VisionModelWithProjection")

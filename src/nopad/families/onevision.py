@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from nopad.encoder import PackedEncoder
+from nopad.families.clip_blocks import clip_block, clip_mlp
 from nopad.families.onevision_checkpoints import DIALECTS, PUBLISHED, OneVisionPackingConfig, read_config
-from nopad.families.siglip_layers import siglip_block, siglip_mlp
 from nopad.inference.runner import Runner
 from nopad.layers.attention import Rope
 from nopad.layers.patch_embed import PatchEmbedding
@@ -77,13 +77,13 @@ class OneVisionEncoderPacking(PackedEncoder):
         self.layernorm_pre = onevision_norm(config)
         self.encoder = nn.Module()
         self.layers = nn.ModuleList(
-            siglip_block(config, partial(onevision_norm, config)) for _ in range(config.num_hidden_layers)
+            clip_block(config, partial(onevision_norm, config)) for _ in range(config.num_hidden_layers)
         )
         self.norm = None
         if config.use_head:
             self.norm = onevision_norm(config)
             norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
-            self.head = MAPHead(config.hidden_size, config.num_attention_heads, norm, siglip_mlp(config), names={})
+            self.head = MAPHead(config.hidden_size, config.num_attention_heads, norm, clip_mlp(config), names={})
 
     def trunk(self, patches: Tensor, layout: Layout, runner: Runner) -> Trunk:
         """Patches to tokens, normed where the checkpoint has the final norm."""

@@ -12,6 +12,7 @@ from transformers import initialization as init
 
 from nopad.checkpoints.formats import grid_side, trained_grid
 from nopad.encoder import PackedEncoder
+from nopad.families.clip_blocks import clip_block, clip_mlp
 from nopad.families.siglip2_checkpoints import (
     PUBLISHED,
     Siglip2PackingConfig,
@@ -21,7 +22,6 @@ from nopad.families.siglip2_checkpoints import (
 )
 from nopad.families.siglip2_dialects import DIALECTS
 from nopad.families.siglip2_text import TEXT_RULES
-from nopad.families.siglip_layers import siglip_block, siglip_mlp
 from nopad.inference.runner import Runner
 from nopad.layers.patch_embed import PatchEmbedding, reorder_patches
 from nopad.layers.pooling import MAPAttention, MAPHead
@@ -96,10 +96,10 @@ class Siglip2NaflexPacking(PackedEncoder):
         norm = partial(nn.LayerNorm, config.hidden_size, eps=config.layer_norm_eps)
         self.embeddings = Siglip2Embeddings(config)
         self.encoder = nn.Module()
-        self.layers = nn.ModuleList(siglip_block(config, norm) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(clip_block(config, norm) for _ in range(config.num_hidden_layers))
         self.norm = norm()
         if config.vision_use_head:
-            mlp, names = siglip_mlp(config), {"norm": "layernorm"}
+            mlp, names = clip_mlp(config), {"norm": "layernorm"}
             self.head = MAPHead(config.hidden_size, config.num_attention_heads, norm(), mlp, names=names)
 
     def trunk(self, patches: Tensor, layout: Layout, runner: Runner) -> Trunk:
