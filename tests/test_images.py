@@ -27,7 +27,8 @@ from nopad.preprocessing import decode as images
 from nopad.preprocessing import formats
 from nopad.preprocessing.config import read_preprocessor_config
 from nopad.preprocessing.decode import MAX_PIXELS, ImageError, _warn_of_lax_pillow, image_size, load, load_image
-from nopad.preprocessing.formats import MAX_SCANS, count_scans, image_suffixes
+from nopad.preprocessing.file_structure import MAX_SCANS, count_scans
+from nopad.preprocessing.formats import image_suffixes
 from nopad.preprocessing.rules import Preprocessing
 from nopad.preprocessing.transforms import preprocess
 

@@ -20,14 +20,15 @@ from safetensors.torch import load_file, save_file
 
 import nopad
 from nopad.checkpoints.files import open_checkpoint
-from nopad.embedding import api, job, manifest, run, workers
+from nopad.embedding import api, job, manifest, workers
+from nopad.embedding import rows as table_rows
 from nopad.embedding.inputs import listing as inputs
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input
 from nopad.embedding.inputs.video import read_frames
 from nopad.embedding.lock import LostLockError
 from nopad.embedding.progress import Progress
-from nopad.embedding.run import Summary
+from nopad.embedding.summary import Summary
 from nopad.embedding.table import reader as stored
 from nopad.embedding.table import writer as shards
 from nopad.encoder import PackedEncoder
@@ -236,7 +237,7 @@ def test_what_the_table_cannot_hold_is_a_failure(photos, tmp_path, monkeypatch, 
     assert reason.startswith("its embedding goes up to ")
     assert reason.endswith(", which float16 cannot hold; store it as float32")
 
-    monkeypatch.setattr(run, "MAX_TOKEN_BYTES", 10 * 32 * 2)
+    monkeypatch.setattr(table_rows, "MAX_TOKEN_BYTES", 10 * 32 * 2)
     embed(photos, tmp_path / "tokens", model, tokens=True)
     sizes = {row["id"]: (row["height"] or 0) // 4 * ((row["width"] or 0) // 4) for row in rows(tmp_path / "tokens")}
     assert max(sizes.values()) <= 10

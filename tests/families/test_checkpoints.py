@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from tiny_encoders import FAMILIES, GRIDS, encoder_class, patches_of, tiny
 
 import nopad
-from nopad.align.references import RemoteCodeReference, reference_of
+from nopad.align.reference_model import RemoteCodeReference
+from nopad.align.references import reference_of
 from nopad.align.run import align
 from nopad.families import FAMILIES as CLASSES
 from nopad.families import family_of_published

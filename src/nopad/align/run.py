@@ -13,7 +13,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from nopad.align.cases import check_image_size, noise_cases, photo_case, photos_in
 from nopad.align.metrics import AlignReport, ModelOutput, compare
-from nopad.align.references import ReferenceModel, reference_of
+from nopad.align.reference_model import ReferenceModel
+from nopad.align.references import reference_of
 from nopad.checkpoints.towers import open_tower
 from nopad.counts import counted
 from nopad.encoder import PackedEncoder

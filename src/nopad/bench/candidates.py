@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nopad.align.references import ReferenceModel, reference_of
+from nopad.align.reference_model import ReferenceModel
+from nopad.align.references import reference_of
 from nopad.bench.timing import Skipped
 from nopad.bench.workloads import Workload
 from nopad.encoder import PackedEncoder

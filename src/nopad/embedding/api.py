@@ -17,8 +17,9 @@ from nopad.embedding.inputs.sources import list_inputs
 from nopad.embedding.job import begin_or_resume
 from nopad.embedding.lock import FolderLock
 from nopad.embedding.progress import Progress
-from nopad.embedding.run import Run, Summary
+from nopad.embedding.run import Run
 from nopad.embedding.settings import Settings
+from nopad.embedding.summary import Summary
 from nopad.embedding.workers import describe_execution, load_encoder, make_worker
 from nopad.encoder import PackedEncoder
 from nopad.local_paths import check_local

@@ -22,7 +22,7 @@ from nopad.preprocessing.limits import MAX_PATCHES
 from nopad.terminal import configure_transformers, json_text, print_error, print_summary, printable, shell_command
 
 if TYPE_CHECKING:
-    from nopad.embedding.run import Summary
+    from nopad.embedding.summary import Summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""One call of `embed` at work on a job."""
+"""A run of a job: makes the shards that are missing, in this process."""
 
 from __future__ import annotations
 
@@ -6,60 +6,17 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
-from typing import Any
-
-import numpy as np
 
 from nopad.embedding.estimate import mean_patches
 from nopad.embedding.inputs.listing import Input
 from nopad.embedding.job import Job, make_reader
 from nopad.embedding.progress import Progress, Ticker
+from nopad.embedding.rows import table_rows
+from nopad.embedding.summary import Summary
 from nopad.embedding.table.reader import count, failed_rows, iterate_rows
-from nopad.embedding.table.writer import MAX_TOKEN_BYTES, Row
+from nopad.embedding.table.writer import Row
 from nopad.environment import cpu_threads
-from nopad.pipeline.pack_runner import EmbeddingResult
-from nopad.pipeline.stats import Stats
 from nopad.pipeline.worker import Worker
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a job's folder holds when a run ends, and what the run did.
-
-    Attributes:
-        folder: where the table is.
-        rows, failed: of the whole table so far, and those without features.
-        missing: inputs that no shard holds yet, 0 unless the run was stopped.
-        to_go: inputs that the run was to do and did not, 0 unless it was stopped: `missing` and the failed rows that
-            it did not come to try again.
-        done: rows that this run wrote.
-        seconds: from the first input read to the last shard written.
-        stats: counts and seconds per stage of this run.
-        write_seconds: spent writing shards.
-        left_out: files in the sources that are no pictures or videos, by suffix.
-        changes: inputs that are new in the sources or gone from them since the job began, in words.
-        shards_with_failures: the shards that hold failed rows, by name.
-    """
-
-    folder: str
-    rows: int
-    failed: int
-    missing: int
-    to_go: int
-    done: int
-    seconds: float
-    stats: Stats
-    write_seconds: float
-    left_out: dict[str, int]
-    changes: list[str]
-    shards_with_failures: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
-        seconds = self.seconds or 1.0  # where there was nothing to do, nothing was done per second
-        per_second = {"images": self.stats.images / seconds, "patches": self.stats.patches / seconds}
-        return {**asdict(self), "fill": self.stats.fill, "per_second": per_second}
 
 
 class Run:
@@ -131,7 +88,7 @@ class Run:
         ):
             for shard, embedded in zip(shards, results, strict=False):
                 start = time.perf_counter()
-                keep(shard, rows(inputs_of(shard), embedded, settings.embedding_dtype))
+                keep(shard, table_rows(inputs_of(shard), embedded, settings.embedding_dtype))
                 self.write_seconds += time.perf_counter() - start
                 self.done += len(embedded)
         self.seconds = time.perf_counter() - self.start
@@ -150,7 +107,7 @@ class Run:
         self.progress(Progress(self.to_do, self.kept, self.stats, time.perf_counter() - self.start, self.mean_patches))
 
     def summary(self, left_out: Mapping[str, int], changes: Sequence[str]) -> Summary:
-        """What there is now."""
+        """Counts of the table as it is now, and of this run."""
         counts = {self.job.path(shard).name: count(self.job.path(shard)) for shard in self.job.finished()}
         rows = sum(ok + failed for ok, failed in counts.values())
         missing = len(self.job.inputs) - rows
@@ -168,28 +125,3 @@ class Run:
             changes=list(changes),
             shards_with_failures=[name for name, (_, failed) in counts.items() if failed],
         )
-
-
-def rows(inputs: Sequence[Input], results: Sequence[EmbeddingResult], embedding_dtype: str) -> list[Row]:
-    """The rows of inputs and what became of them."""
-    return [_row(item, result, np.dtype(embedding_dtype)) for item, result in zip(inputs, results, strict=True)]
-
-
-def _row(item: Input, result: EmbeddingResult, dtype: np.dtype) -> Row:
-    if result.error is not None or result.embedding is None:
-        return Row(item.id, item.source, "failed", result.error.reason if result.error is not None else "no features")
-    if (largest := np.abs(result.embedding).max()) > np.finfo(dtype).max:
-        reason = f"its embedding goes up to {largest:g}, which {dtype} cannot hold; store it as float32"
-        return Row(item.id, item.source, "failed", reason)
-    if result.tokens is not None and result.tokens.nbytes > MAX_TOKEN_BYTES:
-        reason = f"its tokens are {result.tokens.nbytes} bytes, a table takes {MAX_TOKEN_BYTES}; set max_patches"
-        return Row(item.id, item.source, "failed", reason)
-    return Row(
-        id=item.id,
-        source=item.source,
-        width=result.width,
-        height=result.height,
-        grid=result.grid,
-        embedding=result.embedding.astype(dtype),
-        tokens=result.tokens,
-    )

@@ -15,7 +15,8 @@ import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
-from nopad.preprocessing.formats import MAX_SCANS, count_scans, is_cut_short, open_picture, without_metadata
+from nopad.preprocessing.file_structure import MAX_SCANS, count_scans, is_cut_short, without_metadata
+from nopad.preprocessing.formats import open_picture
 from nopad.preprocessing.limits import MAX_PIXELS
 
 try:  # libjpeg-turbo, twice as fast as Pillow's way from a JPEG to an array, the same bits

@@ -1,0 +1,36 @@
+"""From the results of the pipeline to the rows of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from nopad.embedding.inputs.listing import Input
+from nopad.embedding.table.writer import MAX_TOKEN_BYTES, Row
+from nopad.pipeline.pack_runner import EmbeddingResult
+
+
+def table_rows(inputs: Sequence[Input], results: Sequence[EmbeddingResult], embedding_dtype: str) -> list[Row]:
+    """The rows of a table for inputs and their results; what a table cannot hold becomes a failed row."""
+    return [_row(item, result, np.dtype(embedding_dtype)) for item, result in zip(inputs, results, strict=True)]
+
+
+def _row(item: Input, result: EmbeddingResult, dtype: np.dtype) -> Row:
+    if result.error is not None or result.embedding is None:
+        return Row(item.id, item.source, "failed", result.error.reason if result.error is not None else "no features")
+    if (largest := np.abs(result.embedding).max()) > np.finfo(dtype).max:
+        reason = f"its embedding goes up to {largest:g}, which {dtype} cannot hold; store it as float32"
+        return Row(item.id, item.source, "failed", reason)
+    if result.tokens is not None and result.tokens.nbytes > MAX_TOKEN_BYTES:
+        reason = f"its tokens are {result.tokens.nbytes} bytes, a table takes {MAX_TOKEN_BYTES}; set max_patches"
+        return Row(item.id, item.source, "failed", reason)
+    return Row(
+        id=item.id,
+        source=item.source,
+        width=result.width,
+        height=result.height,
+        grid=result.grid,
+        embedding=result.embedding.astype(dtype),
+        tokens=result.tokens,
+    )
