@@ -15,7 +15,7 @@ from torch import Tensor
 from nopad.atomic import sync_folder
 from nopad.checkpoints.contents import check_regular, read_json
 from nopad.checkpoints.files import SAFETENSORS
-from nopad.checkpoints.formats import check_strictly
+from nopad.checkpoints.strict import check_strictly
 from nopad.checkpoints.towers import open_tower
 
 if TYPE_CHECKING:
