@@ -6,15 +6,30 @@ from pathlib import Path
 from typing import Any
 
 from aimv2_checkpoints import randomize
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.models.colpali.modeling_colpali import ColPaliForRetrieval
+from transformers.models.modernvbert.modeling_modernvbert import ModernVBertModel
 from transformers.models.ovis2.modeling_ovis2 import Ovis2ForConditionalGeneration
 from transformers.models.shieldgemma2.modeling_shieldgemma2 import ShieldGemma2ForImageClassification
+from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2ForConditionalGeneration
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4}
 SIGLIP = {**SIZES, "model_type": "siglip_vision_model", "image_size": 20, "vision_use_head": False}
 SIGLIP2 = {**SIZES, "model_type": "siglip2_vision_model", "num_patches": 25, "vision_use_head": False}
 CLIP = {**SIZES, "model_type": "clip_vision_model", "image_size": 20, "projection_dim": 16}
 OVIS = {**SIZES, "model_type": "ovis2_vision", "image_size": 16, "vocab_size": 40, "hidden_stride": 2}
+SAM = {
+    "model_type": "sam_vision_model",
+    "hidden_size": 16,
+    "output_channels": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+    "mlp_dim": 16,
+    "window_size": 2,
+    "global_attn_indexes": [0],
+}
 TEXT = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -23,7 +38,7 @@ TEXT = {
     "num_key_value_heads": 1,
     "vocab_size": 40,
     "head_dim": 8,
-    "pad_token_id": 0,
+    **{f"{name}_token_id": number for number, name in enumerate(("pad", "bos", "eos", "cls", "sep"))},
 }
 # The tower, the text model, the path of the tower in the model, further fields.
 KINDS: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
@@ -34,6 +49,10 @@ KINDS: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
     "cohere2_vision": (SIGLIP, "cohere2", "model.vision_tower", {}),
     "llava_onevision": (SIGLIP, "qwen2", "model.vision_tower", {}),
     "deepseek_vl": (SIGLIP, "llama", "model.vision_model", {}),
+    "deepseek_vl_hybrid": (SIGLIP, "llama", "model.vision_model", {"high_res_vision_config": SAM}),
+    "modernvbert": (SIGLIP, "modernbert", "vision_model", {}),
+    "colpali": (SIGLIP, "gemma", "vlm.vision_tower", {}),
+    "t5gemma2": (SIGLIP, "", "model.encoder.vision_tower", {}),
     "lfm2_vl": (SIGLIP2, "lfm2", "model.vision_tower", {}),
     "llava": (CLIP, "llama", "model.vision_tower", {}),
     "llava_next": (CLIP, "llama", "model.vision_tower", {}),
@@ -46,15 +65,29 @@ KINDS: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
         {"vocab_size": 40, "hidden_size": 16, "visual_indicator_token_ids": [1, 2, 3, 4, 5]},
     ),
 }
-CLASSES = {"shieldgemma2": ShieldGemma2ForImageClassification, "ovis2": Ovis2ForConditionalGeneration}
+CLASSES = {
+    "shieldgemma2": ShieldGemma2ForImageClassification,
+    "ovis2": Ovis2ForConditionalGeneration,
+    "modernvbert": ModernVBertModel,
+    "colpali": ColPaliForRetrieval,
+    "t5gemma2": T5Gemma2ForConditionalGeneration,
+}
+
+
+def config_of(model_type: str, vision: dict[str, Any]):
+    """A config of the model around a tower."""
+    tower, text, _, more = KINDS[model_type]
+    tower = {**tower, **vision}
+    if model_type == "t5gemma2":
+        return AutoConfig.for_model(model_type, encoder={"vision_config": tower, "text_config": TEXT}, decoder=TEXT)
+    if model_type == "colpali":
+        return AutoConfig.for_model(model_type, vlm_config=config_of("paligemma", vision), embedding_dim=8)
+    return AutoConfig.for_model(model_type, vision_config=tower, text_config={**TEXT, "model_type": text}, **more)
 
 
 def tiny_vlm(model_type: str, **vision: Any):
     """The model with random weights far from their init."""
-    tower, text, _, more = KINDS[model_type]
-    config = AutoConfig.for_model(
-        model_type, vision_config={**tower, **vision}, text_config={**TEXT, "model_type": text}, **more
-    )
+    config = config_of(model_type, vision)
     model = CLASSES[model_type](config) if model_type in CLASSES else AutoModelForImageTextToText.from_config(config)
     randomize(model)
     return model.eval()
@@ -62,6 +95,8 @@ def tiny_vlm(model_type: str, **vision: Any):
 
 def tower_of(model, model_type: str):
     """The vision tower of a model."""
+    if model_type == "colpali":  # whose part is PaliGemma with its head in some versions of transformers
+        model.vlm = getattr(model.vlm, "model", model.vlm)
     return model.get_submodule(KINDS[model_type][2])
 
 
@@ -69,12 +104,4 @@ def save(folder: Path, model_type: str, max_shard_size: str = "5GB", **vision: A
     """The model, saved by transformers."""
     model = tiny_vlm(model_type, **vision)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    return model
-
-
-def with_a_head(folder: Path):
-    """A SigLIP tower as transformers' own model, for comparison."""
-    model = AutoModel.from_config(AutoConfig.for_model(**SIGLIP))
-    randomize(model)
-    model.eval().save_pretrained(folder)
     return model

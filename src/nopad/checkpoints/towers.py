@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 _SIGLIP, _SIGLIP2, _CLIP, _AIMV2 = "siglip_vision_model", "siglip2_vision_model", "clip_vision_model", "ovis2_vision"
 TOWERS = {
     **dict.fromkeys(("gemma3", "paligemma", "shieldgemma2", "aya_vision", "cohere2_vision"), _SIGLIP),
-    **dict.fromkeys(("llava_onevision", "deepseek_vl"), _SIGLIP),
+    **dict.fromkeys(("llava_onevision", "deepseek_vl", "deepseek_vl_hybrid", "modernvbert", "t5gemma2"), _SIGLIP),
+    "colpali": _SIGLIP,
     "lfm2_vl": _SIGLIP2,
     **dict.fromkeys(("llava", "llava_next", "llava_next_video", "vipllava"), _CLIP),
     "ovis2": _AIMV2,
@@ -130,13 +131,21 @@ def narrowed(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
     tensors = {
         name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)
     }
-    outer, config = checkpoint.config, {}
+    outer, config = _around_vision_config(checkpoint.config), {}
     own_type = TOWERS.get(outer.get("model_type", ""), outer.get("model_type"))
     if "vision_config" in outer or outer.get("model_type") in TOWERS:
-        config = {name: outer[name] for name in _OF_THE_WHOLE if name in outer}
+        config = {name: checkpoint.config[name] for name in _OF_THE_WHOLE if name in checkpoint.config}
         config |= {"model_type": own_type, **outer.get("vision_config", {})}
     preprocessor = _own_preprocessor(checkpoint)
     return replace(checkpoint, tensors=tensors, config=config, preprocessor=preprocessor, prefix=prefix)
+
+
+def _around_vision_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that has a `vision_config`: all of it, or one object in it (ColPali, T5Gemma 2)."""
+    if "vision_config" in config:
+        return config
+    parts = [part for part in config.values() if isinstance(part, dict) and isinstance(part.get("vision_config"), dict)]
+    return parts[0] if len(parts) == 1 else config
 
 
 def _own_preprocessor(checkpoint: Checkpoint) -> dict[str, Any] | None:
