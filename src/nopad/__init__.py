@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nopad.families.dinov3 import DINOv3ViTPacking
     from nopad.families.onevision import OneVisionEncoderPacking
     from nopad.families.siglip2 import Siglip2NaflexPacking
-    from nopad.loading import load
+    from nopad.loading import load, processor
     from nopad.outputs import PackedOutput
     from nopad.packing import Pack, patchify, unpatchify
     from nopad.search.features import Features
@@ -37,6 +37,7 @@ __all__ = [
     "embed",
     "load",
     "patchify",
+    "processor",
     "read",
     "read_features",
     "unpatchify",
@@ -57,6 +58,7 @@ _HOMES = {
     "embed": "nopad.embedding.api",
     "load": "nopad.loading",
     "patchify": "nopad.packing",
+    "processor": "nopad.loading",
     "read": "nopad.search.reading",
     "read_features": "nopad.search.reading",
     "unpatchify": "nopad.packing",

@@ -26,6 +26,8 @@ from nopad.inference.compile import compile_encoder, current_runner
 from nopad.inference.dispatch import execution_device
 from nopad.inference.precision import check_saving, to_precision
 from nopad.inference.runner import EagerRunner, Runner
+from nopad.inspection.attention import attention_maps
+from nopad.inspection.layers import layer_features
 from nopad.kernels.attention import resolve_backend
 from nopad.layers.attention import Rope
 from nopad.layers.linear import lay_out
@@ -36,6 +38,7 @@ from nopad.layout import Layout
 from nopad.outputs import PackedOutput, Trunk
 from nopad.packing import Pack, PatchOrder, check_patch_order
 from nopad.pipeline.images import embed_images, pack_images
+from nopad.pipeline.pack_processor import PackProcessor
 from nopad.preprocessing.config import read_preprocessor_config
 from nopad.preprocessing.rules import Preprocessing
 from nopad.segments import Segments
@@ -137,8 +140,8 @@ class PackedEncoder(ByRole, PreTrainedModel):
         """Patches `(T, P)` to normed tokens; embeds and runs `self.layers` by the `runner`."""
         raise NotImplementedError
 
-    @property
-    def default_preprocessing(self) -> Preprocessing:
+    @staticmethod
+    def published_preprocessing(config: Any) -> Preprocessing:
         """The family's published rule, where a checkpoint does not bring its own."""
         raise NotImplementedError
 
@@ -147,6 +150,13 @@ class PackedEncoder(ByRole, PreTrainedModel):
         if self.head is not None:
             return self.head(trunk.tokens, segments)
         return segment_mean(trunk.tokens, segments) if trunk.prefix_tokens is None else trunk.prefix_tokens[:, 0]
+
+    def norm_trunk(self, trunk: Trunk) -> Trunk:
+        """The final norm, of tokens that are not normed yet; as they are where the model has none."""
+        norm: Any = self.norm
+        if norm is None:
+            return trunk
+        return Trunk(norm(trunk.tokens), None if trunk.prefix_tokens is None else norm(trunk.prefix_tokens))
 
     def example_rope(self, rows: int) -> Rope | None:
         """Rotary embedding as `trunk` makes it for `rows` rows; `None` where the model has none."""
@@ -271,10 +281,12 @@ class PackedEncoder(ByRole, PreTrainedModel):
         self.uncompile()  # what is moved or cast has to be compiled for its new place
         return super()._apply(fn, recurse)
 
-    # Images.
+    # Images, and what the layers make of them.
 
     pack = pack_images
     embed = embed_images
+    features = layer_features
+    attention_maps = attention_maps
 
     # Texts, where the checkpoint has both towers.
 
@@ -294,10 +306,36 @@ class PackedEncoder(ByRole, PreTrainedModel):
     @property
     def model_preprocessing(self) -> Preprocessing:
         """The rule of the checkpoint's own preprocessor config, else the family's."""
-        if self.preprocessor_config is None:
-            return self.default_preprocessing
-        whose = f"checkpoint {self.source!r}: preprocessor config"
-        return read_preprocessor_config(self.preprocessor_config, self.default_preprocessing, whose)
+        return self.read_preprocessing(self.config, self.preprocessor_config, self.source)
+
+    @property
+    def default_preprocessing(self) -> Preprocessing:
+        """The family's published rule."""
+        return self.published_preprocessing(self.config)
+
+    @classmethod
+    def read_preprocessing(
+        cls, config: Any, preprocessor_config: Mapping[str, Any] | None, source: str | None
+    ) -> Preprocessing:
+        """How pixels are made by a config, a preprocessor config and the family's rule, without an encoder.
+
+        Args:
+            config: of the encoder.
+            preprocessor_config: of the checkpoint, `None` where it has none.
+            source: the checkpoint, for messages.
+
+        Raises:
+            ValueError: a preprocessor config that no rule here reproduces.
+        """
+        default = cls.published_preprocessing(config)
+        if preprocessor_config is None:
+            return default
+        return read_preprocessor_config(preprocessor_config, default, f"checkpoint {source!r}: preprocessor config")
+
+    @property
+    def processor(self) -> PackProcessor:
+        """Makes the packs of `pack`, on the CPU and without this encoder: for the workers of a DataLoader."""
+        return PackProcessor.of(self)
 
     @property
     def patch_size(self) -> int:

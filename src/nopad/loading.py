@@ -1,13 +1,15 @@
-"""`nopad.load`: from a checkpoint's name to an encoder."""
+"""`nopad.load` and `nopad.processor`: from a checkpoint's name to an encoder, or to what makes its packs."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from nopad.checkpoints.files import checkpoint_name
+from nopad.checkpoints.pretrained import read_architecture, select_part
+from nopad.checkpoints.strict import check_dtype, with_options
 from nopad.checkpoints.towers import open_tower
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.encoder import PackedEncoder
@@ -15,7 +17,9 @@ from nopad.families import FAMILIES, family_of, family_of_published
 from nopad.inference.attention import check_backend
 from nopad.inference.precision import check_precision
 from nopad.packing import PatchOrder
-from nopad.preprocessing.rules import Size, check_size
+from nopad.pipeline.image_processor import check_channels
+from nopad.pipeline.pack_processor import PackProcessor
+from nopad.preprocessing.rules import Resize, Size, check_size
 
 
 def load(
@@ -92,3 +96,62 @@ def load(
         encoder.to_precision(precision)
     encoder.set_attention(attention)  # once it is where it runs: a GPU's kernels cannot be had on the CPU
     return encoder
+
+
+def processor(
+    checkpoint: str | Path,
+    *,
+    revision: str | None = None,
+    size: Size = "model",
+    min_patches: int | None = None,
+    max_patches: int | None = None,
+    multiple_of: int | None = None,
+    resize: Resize = "torch",
+    dtype: torch.dtype | None = None,
+    patch_order: PatchOrder | None = None,
+    prefix: str | None = None,
+) -> PackProcessor:
+    """What makes the packs of a checkpoint's encoder, without the encoder: small, picklable, on the CPU.
+
+    `processor(images)` is bit for bit what `pack(images)` of the encoder is, loaded with the same arguments. It can be
+    the `collate_fn` of a DataLoader. Of the weights only names, shapes and dtypes are read, and where the architecture
+    is not in `config.json` the few values that tell it.
+
+    Args:
+        checkpoint, revision, dtype, patch_order, prefix: as `load` takes them.
+        size, min_patches, max_patches, multiple_of, resize: as `PackedEncoder.pack` takes them.
+
+    Raises:
+        ValueError: an unknown family, a config that describes no encoder, or a limit on patches that the size does not
+            leave room for.
+        OSError: no such file or folder, and the Hub does not have it or cannot be reached.
+    """
+    check_size(size)
+    name = checkpoint_name(checkpoint)
+    config: Any
+    if name.startswith(UNTRAINED):
+        if revision is not None:
+            raise ValueError(f"revision: {name!r} has random weights and no revisions, got {revision!r}")
+        if prefix is not None:
+            raise ValueError(f"prefix: {name!r} is an encoder and no part of a larger model, got {prefix!r}")
+        published = name.removeprefix(UNTRAINED)
+        family = family_of_published(published)
+        config = with_options(family.published_config(published), patch_order=patch_order)
+        preprocessor, stored = None, torch.float32
+    else:
+        opened = open_tower(name, FAMILIES, prefix, revision=revision)
+        family = family_of(opened)
+        dialect, part = select_part(family, opened)
+        config = read_architecture(family, dialect.convert(part), None, {}, {"patch_order": patch_order})
+        preprocessor, stored = opened.preprocessor, part.dtype
+    check_channels(config)
+    dtype = dtype or (getattr(torch, stored, None) if isinstance(stored, str) else stored)
+    check_dtype(dtype, f"checkpoint {name!r}: dtype")
+    rule = family.read_preprocessing(config, preprocessor, name)
+    return PackProcessor(
+        rule=rule.with_size(size, min_patches=min_patches, max_patches=max_patches, multiple_of=multiple_of),
+        resize=resize,
+        patch_size=config.patch_size,
+        patch_order=config.patch_order,
+        dtype=dtype,  # pyright: ignore[reportArgumentType] - checked
+    )

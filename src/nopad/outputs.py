@@ -31,6 +31,22 @@ class PackedOutput(ModelOutput):
 
 
 @dataclass(frozen=True)
+class LayerFeatures:
+    """Tokens of chosen layers for one image or clip.
+
+    Attributes:
+        layers: indices of the layers, from 0.
+        tokens: `(layers, t, h, w, D)`, or `(layers, t, D, h, w)` on request.
+        prefix_tokens: `(layers, segments, number, D)` CLS and register tokens of each segment, an image or a frame;
+            `None` where there are none.
+    """
+
+    layers: tuple[int, ...]
+    tokens: Tensor
+    prefix_tokens: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Trunk:
     """Backbone output before pooling.
 

@@ -7,7 +7,9 @@ Shape letters, here and everywhere: `T` patches or tokens in the pack, `N` image
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+import operator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -102,8 +104,13 @@ class Pack:
         mean, std: the pixel statistics that the pixels were normalised with, one per channel; `None` where unknown.
         patch_positions: `(T, 3)` `[t, h, w]` of each patch where they are not the full grid, else `None`.
         preprocessing: how the pixels were made, in words that a table of features can carry; empty where unknown.
+        boxes: `(N, 4)` float32 `[x0, y0, x1, y1]`, the rectangle that an image's grid covers, in pixels of the upright
+            original; `None` where unknown.
+        sizes: `(N, 2)` int64 `[height, width]` of the upright original; `None` where unknown.
 
-    Packs are equal where all of this is, values, dtypes and devices too. `torch.save` and `torch.load` take them.
+    A pack is a sequence of its images: `len`, iteration, and indexing by an integer, a slice or a sequence of integers,
+    each giving a pack; the patches of an integer and of a slice without a step are views. Packs are equal where all
+    attributes are, values, dtypes and devices too. `torch.save` and `torch.load` take them.
     """
 
     hidden_states: Tensor
@@ -114,6 +121,8 @@ class Pack:
     std: tuple[float, ...] | None = None
     patch_positions: Tensor | None = None
     preprocessing: str = ""
+    boxes: Tensor | None = None
+    sizes: Tensor | None = None
 
     @classmethod
     def of(
@@ -148,8 +157,63 @@ class Pack:
             preprocessing=preprocessing,
         )
 
+    @classmethod
+    def cat(cls, packs: Sequence[Pack]) -> Pack:
+        """The images of several packs in one, in their order.
+
+        Raises:
+            ValueError: no pack, or packs that do not go through one encoder together: of different patch sizes, orders,
+                statistics, dtypes or devices, or with `patch_positions` in some of them.
+        """
+        if not packs:
+            raise ValueError("packs: expected at least one, got none")
+        expected = _traits(packs[0])
+        for index, pack in enumerate(packs):
+            for name, value in _traits(pack).items():
+                if value != expected[name]:
+                    got = f"{expected[name]} and, in pack {index}, {value}"
+                    raise ValueError(f"packs: expected one {name} for all, got {got}")
+        joined = {name: _cat([getattr(pack, name) for pack in packs]) for name in _TENSORS}
+        made = " | ".join(dict.fromkeys(pack.preprocessing for pack in packs if pack.preprocessing))
+        return dataclasses.replace(packs[0], **joined, preprocessing=made)
+
     def __len__(self) -> int:
         return self.grid_thw.shape[0]
+
+    def __iter__(self) -> Iterator[Pack]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Pack:
+        numbers = list(range(*index.indices(len(self)))) if isinstance(index, slice) else _numbers(index)
+        for number in numbers:
+            if not -len(self) <= number < len(self):
+                raise IndexError(f"pack: expected an image from {-len(self)} to {len(self) - 1}, got {number}")
+        numbers = [number % len(self) for number in numbers]
+        lengths = self.grid_thw.prod(1).tolist()
+        starts = [0, *itertools.accumulate(lengths)]
+
+        def take(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            if numbers == list(range(numbers[0], numbers[0] + len(numbers)) if numbers else []):
+                first, last = (numbers[0], numbers[-1] + 1) if numbers else (0, 0)
+                return tensor[starts[first] : starts[last]]
+            return torch.cat([tensor[starts[number] : starts[number + 1]] for number in numbers])
+
+        per_image = {name: getattr(self, name) for name in ("grid_thw", "boxes", "sizes")}
+        changes: dict[str, Any] = {
+            name: None if tensor is None else tensor[numbers] for name, tensor in per_image.items()
+        }
+        changes |= {name: take(getattr(self, name)) for name in ("hidden_states", "patch_positions")}
+        return dataclasses.replace(self, **changes)
+
+    def __repr__(self) -> str:
+        clips = int((self.grid_thw[:, 0] > 1).sum())
+        counts = [(len(self) - clips, "image"), (clips, "clip")] if clips else [(len(self), "image")]
+        parts = [f"{number:,} {noun}{'' if number == 1 else 's'}" for number, noun in counts if number or not clips]
+        number, size = self.hidden_states.shape[0], self.hidden_states.nbytes / 1e6
+        parts += [f"{number:,} patch{'' if number == 1 else 'es'} of {self.patch_size} px"]
+        return f"Pack({', '.join(parts)}, {size:,.1f} MB on {self.hidden_states.device})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Pack):
@@ -190,6 +254,39 @@ class Pack:
             )
         parts = tokens.split([t * h * w for t, h, w in grid])
         return [part.reshape(t, h, w, -1) for part, (t, h, w) in zip(parts, grid, strict=True)]
+
+
+_TENSORS = ("hidden_states", "grid_thw", "patch_positions", "boxes", "sizes")
+
+
+def _traits(pack: Pack) -> dict[str, Any]:
+    """What packs have in common that go through one encoder together."""
+    names = ("patch_size", "patch_order", "mean", "std")
+    traits = {name: getattr(pack, name) for name in names}
+    traits |= {"dtype": pack.hidden_states.dtype, "device": pack.hidden_states.device}
+    return traits | {"kind of patch_positions": "none" if pack.patch_positions is None else "some"}
+
+
+def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """All of them in one; `None` where one is missing."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(present) if len(present) == len(tensors) else None
+
+
+def _numbers(index: Any) -> list[int]:
+    """The images that an index other than a slice names.
+
+    Raises:
+        TypeError: no integer and no sequence of integers.
+    """
+    numbers = index.tolist() if isinstance(index, Tensor) else index
+    try:
+        numbers = list(numbers) if isinstance(numbers, Sequence) and not isinstance(numbers, str) else [numbers]
+        if any(isinstance(number, bool) for number in numbers):
+            raise TypeError
+        return [operator.index(number) for number in numbers]
+    except TypeError:
+        raise TypeError(f"pack: expected an integer, a slice or integers as index, got {index!r:.80}") from None
 
 
 def _equal(mine: Any, theirs: Any) -> bool:

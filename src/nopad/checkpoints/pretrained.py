@@ -109,14 +109,8 @@ def from_checkpoint(
     changes = take_changes(kwargs, config)
     if config is not None:
         check_config_class(cls, config)
-    dialect = cls.dialect_of(checkpoint)
-    if dialect is None:
-        raise ValueError(
-            f"checkpoint {checkpoint.name!r}: expected {cls.family} tensor names "
-            f"({', '.join(d.name for d in cls.dialects)}), got {sorted(checkpoint.tensors)[:10]}"
-        )
+    dialect, part = select_part(cls, checkpoint)
     quantised = checkpoint.quantization_config is not None
-    part = dialect.select(with_weight_names(checkpoint) if quantised else checkpoint)
     options = {"patch_order": patch_order, "positions": positions}
     skeleton = _skeleton(cls, dialect.convert(part), config, changes, options)
     if isinstance(kwargs.get("device_map"), Mapping):
@@ -137,6 +131,22 @@ def from_checkpoint(
     return (model, info) if output_loading_info else model
 
 
+def select_part(cls: type[PackedEncoder], checkpoint: Checkpoint) -> tuple[Dialect, Checkpoint]:
+    """The dialect of a checkpoint, and its tensors without those that are no part of the vision encoder.
+
+    Raises:
+        ValueError: not of this family.
+    """
+    dialect = cls.dialect_of(checkpoint)
+    if dialect is None:
+        raise ValueError(
+            f"checkpoint {checkpoint.name!r}: expected {cls.family} tensor names "
+            f"({', '.join(d.name for d in cls.dialects)}), got {sorted(checkpoint.tensors)[:10]}"
+        )
+    quantised = checkpoint.quantization_config is not None
+    return dialect, dialect.select(with_weight_names(checkpoint) if quantised else checkpoint)
+
+
 def _skeleton(
     cls: type[PackedEncoder],
     checkpoint: Checkpoint,
@@ -145,15 +155,33 @@ def _skeleton(
     options: dict[str, str | None],
 ) -> PackedEncoder:
     """The encoder that a checkpoint under the packed model's names describes, on the meta device."""
+    config = read_architecture(cls, checkpoint, config, changes, options)
+    with _config_errors(checkpoint), torch.device("meta"):
+        return cls(config)
+
+
+def read_architecture(
+    cls: type[PackedEncoder],
+    checkpoint: Checkpoint,
+    config: PreTrainedConfig | None,
+    changes: dict[str, Any],
+    options: dict[str, str | None],
+) -> PreTrainedConfig:
+    """The config of a checkpoint under the packed model's names, with the caller's changes.
+
+    Raises:
+        ValueError: a config that describes no encoder, or sizes that the tensors do not have.
+        TypeError: a change of a field that there is not.
+    """
     layers = f"{cls.names.get('layers', 'layers')}."
     check_sizes(checkpoint, checkpoint.vision_config, layers)  # transformers' configs make a list of all layers
     with _config_errors(checkpoint):
         config = config or cls.read_config(checkpoint)
     config = with_changes(config, changes)
-    with _config_errors(checkpoint), torch.device("meta"):
+    with _config_errors(checkpoint):
         check_numbers(config, f"checkpoint {checkpoint.name!r}")
         check_sizes(checkpoint, config.to_dict(), layers)
-        return cls(with_options(config, **options))
+        return with_options(config, **options)
 
 
 @contextmanager

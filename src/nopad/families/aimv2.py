@@ -99,9 +99,13 @@ class AIMv2Head(ByRole):
 
     def forward(self, tokens: Tensor, segments: Segments) -> Tensor:
         """`(T, D)` to `(S, D)`."""
-        key, value = self.k(tokens), self.v(tokens)
-        query = self.cls_token.to(key.dtype)
-        return self.proj(attention_pool(query, key, value, segments, self.num_heads, self.backend))
+        query, key = self.query_and_keys(tokens)
+        return self.proj(attention_pool(query, key, self.v(tokens), segments, self.num_heads, self.backend))
+
+    def query_and_keys(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The query, D values, and the keys `(T, D)`."""
+        key = self.k(tokens)
+        return self.cls_token.to(key.dtype), key
 
 
 def aimv2_block(config: AIMv2PackingConfig) -> Block:
@@ -152,14 +156,14 @@ class AIMv2Packing(PackedEncoder):
         tokens = self.embeddings(patches, layout, runner)
         return Trunk(self.norm(runner.run(self.layers, tokens, layout.frames, None)))
 
-    @property
-    def default_preprocessing(self) -> Preprocessing:
+    @staticmethod
+    def published_preprocessing(config: AIMv2PackingConfig) -> Preprocessing:
         """Native: as it is; fixed size: CLIP's resize and crop to the trained size."""
         statistics: dict[str, Any] = {
             "resample": "bicubic",
             "mean": tuple(OPENAI_CLIP_MEAN),
             "std": tuple(OPENAI_CLIP_STD),
         }
-        if self.config.is_native:
+        if config.is_native:
             return Preprocessing(rule="native", **statistics)
-        return Preprocessing(rule="crop", size=self.config.image_size, **statistics)
+        return Preprocessing(rule="crop", size=config.image_size, **statistics)

@@ -104,11 +104,11 @@ class CLIPPacking(PackedEncoder):
         tokens = self.norm(runner.run(self.layers, tokens, places.segments, None))
         return Trunk(places.take_patches(tokens), places.take_prefix(tokens))
 
-    @property
-    def default_preprocessing(self) -> Preprocessing:
+    @staticmethod
+    def published_preprocessing(config: CLIPConfigs) -> Preprocessing:
         """The short side to the trained size, and a square crop of it."""
         statistics: dict[str, Any] = {"mean": tuple(OPENAI_CLIP_MEAN), "std": tuple(OPENAI_CLIP_STD)}
-        return Preprocessing(rule="crop", size=self.config.image_size, resample="bicubic", **statistics)
+        return Preprocessing(rule="crop", size=config.image_size, resample="bicubic", **statistics)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -146,8 +146,8 @@ class DINOv2Packing(PackedEncoder):
         rows, columns = self.embeddings.grid
         return self.embeddings.positions(Layout.of_image(rows, columns, self.device))
 
-    @property
-    def default_preprocessing(self) -> Preprocessing:
+    @staticmethod
+    def published_preprocessing(config: DINOv2Configs) -> Preprocessing:
         """The short side to 256 pixels and a crop of 224, whatever size the positions were learned on."""
         statistics: dict[str, Any] = {"mean": tuple(IMAGENET_DEFAULT_MEAN), "std": tuple(IMAGENET_DEFAULT_STD)}
         return Preprocessing(rule="crop", size=224, short_side=256, resample="bicubic", **statistics)

@@ -188,21 +188,32 @@ class DINOv3ViTPacking(PackedEncoder):
         places = PrefixLayout.of(layout, self.num_prefix_tokens)
         tokens = self.embeddings(patches, places, runner)
         tokens = runner.run(self.layers, tokens, places.segments, self.rope(layout, places))
+        return self.norm_trunk(Trunk(places.take_patches(tokens), places.take_prefix(tokens)))
+
+    def norm_trunk(self, trunk: Trunk) -> Trunk:
+        """The final norm, and that of CLS and register tokens where it is another."""
         norm_prefix = self.norm if self.cls_norm is None else self.cls_norm
-        return Trunk(self.norm(places.take_patches(tokens)), norm_prefix(places.take_prefix(tokens)))
+        return Trunk(self.norm(trunk.tokens), norm_prefix(trunk.prefix_tokens))
 
     def example_rope(self, rows: int) -> Rope:
         """Rotary embedding of one row of patches and its prefix tokens."""
         layout = Layout.of_image(1, rows - self.num_prefix_tokens, self.device)
         return self.rope(layout, PrefixLayout.of(layout, self.num_prefix_tokens))
 
-    @property
-    def default_preprocessing(self) -> Preprocessing:
+    @staticmethod
+    def published_preprocessing(config: DINOv3ViTPackingConfig) -> Preprocessing:
         """A square of 224 pixels; the original resizes it in float."""
-        if self.config.pixel_statistics is None and "image_mean" not in (self.preprocessor_config or {}):
-            _log_statistics(self.source)
-        statistics = STATISTICS[self.config.pixel_statistics or "imagenet"]
+        statistics = STATISTICS[config.pixel_statistics or "imagenet"]
         return Preprocessing(rule="square", size=224, resample="bilinear", rescale_before_resize=True, **statistics)
+
+    @classmethod
+    def read_preprocessing(
+        cls, config: DINOv3ViTPackingConfig, preprocessor_config: Mapping[str, Any] | None, source: str | None
+    ) -> Preprocessing:
+        """As `PackedEncoder.read_preprocessing`; logs where nothing says which pixel statistics there are."""
+        if config.pixel_statistics is None and "image_mean" not in (preprocessor_config or {}):
+            _log_statistics(source)
+        return super().read_preprocessing(config, preprocessor_config, source)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As `PackedEncoder.save_pretrained`; warns of rope periods that transformers' model does not read."""

@@ -99,8 +99,8 @@ class OneVisionEncoderPacking(PackedEncoder):
         """Rotary embedding of `rows` patches in a row."""
         return self.rope(Layout.of_image(1, rows, self.device))
 
-    @property
-    def default_preprocessing(self) -> Preprocessing:
+    @staticmethod
+    def published_preprocessing(config: OneVisionPackingConfig) -> Preprocessing:
         """CLIP's resize and crop."""
         statistics: dict[str, Any] = {"mean": tuple(OPENAI_CLIP_MEAN), "std": tuple(OPENAI_CLIP_STD)}
-        return Preprocessing(rule="crop", size=self.config.image_size, resample="bicubic", **statistics)
+        return Preprocessing(rule="crop", size=config.image_size, resample="bicubic", **statistics)

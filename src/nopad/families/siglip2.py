@@ -107,13 +107,13 @@ class Siglip2NaflexPacking(PackedEncoder):
         tokens = self.embeddings(patches, layout, runner)
         return Trunk(self.norm(runner.run(self.layers, tokens, layout.frames, None)))
 
-    @property
-    def default_preprocessing(self) -> Preprocessing:
+    @staticmethod
+    def published_preprocessing(config: SiglipConfigs) -> Preprocessing:
         """NaFlex: at most 256 patches in the image's aspect ratio; fixed size: resized to the trained square."""
         statistics: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-        if is_naflex(self.config):
+        if is_naflex(config):
             return Preprocessing(rule="naflex", resample="bilinear", **statistics)
-        return Preprocessing(rule="square", size=self.config.image_size, resample="bicubic", **statistics)
+        return Preprocessing(rule="square", size=config.image_size, resample="bicubic", **statistics)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

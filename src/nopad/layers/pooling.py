@@ -95,3 +95,10 @@ class MAPHead(ByRole):
         """`(T, D)` to `(S, D)`."""
         pooled = self.attention(self.probe.view(1, -1), tokens, segments)
         return pooled + self.mlp(self.norm(pooled))
+
+    def query_and_keys(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The query `(1, D)` and the keys `(T, D)` of the attention."""
+        size = tokens.shape[1]
+        weight, bias = self.attention.in_proj_weight, self.attention.in_proj_bias
+        query = F.linear(self.probe.view(1, -1), weight[:size], bias[:size])
+        return query, F.linear(tokens, weight[size : 2 * size], bias[size : 2 * size])

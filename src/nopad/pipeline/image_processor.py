@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class ImageProcessor:
         Raises:
             ValueError: settings that fit no image, or an encoder of other than 3 channels.
         """
-        check_channels(encoder)
+        check_channels(encoder.config)
         rule = preprocessing or encoder.preprocessing
         image_processor = cls(
             rule=rule,
@@ -129,9 +129,9 @@ def rule_for(
     return rule.with_size(max_patches=rule.capped(max_patches))
 
 
-def check_channels(encoder: PackedEncoder) -> None:
-    """Raise `ValueError` unless an encoder takes images of three colours, which is what is decoded here."""
-    channels = encoder.config.num_channels
+def check_channels(config: Any) -> None:
+    """Raise `ValueError` unless an encoder's config takes images of three colours, which is what is decoded here."""
+    channels = config.num_channels
     if channels != 3:
         raise ValueError(
             f"images: they have 3 channels, but this encoder takes {channels}; make its pixels (C, H, W) yourself, and "

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from nopad.packing import Pack
-from nopad.pipeline.image_processor import check_channels, rule_for
+from nopad.pipeline.image_processor import rule_for
+from nopad.pipeline.pack_processor import PackProcessor, check_several
 from nopad.pipeline.worker import Worker
-from nopad.preprocessing.decode import ImageError, load, load_snapshot, snapshot
+from nopad.preprocessing.decode import ImageError, load_snapshot, snapshot
 from nopad.preprocessing.limits import MaxPatches
 from nopad.preprocessing.rules import Preprocessing, Resize, Size
-from nopad.preprocessing.transforms import preprocess
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
@@ -55,21 +53,12 @@ def pack_images(
         ImageError: an image that cannot be used, by name and with the reason.
         ValueError: one image where several are expected, or an option that the rule cannot follow.
     """
-    _check_several(images)
-    check_channels(encoder)
     limits: dict[str, Any] = {"min_patches": min_patches, "max_patches": max_patches, "multiple_of": multiple_of}
     rule = rule_for(encoder, size, preprocessing=preprocessing, **limits)
-    pixels = [preprocess(load(image), rule, encoder.patch_size, resize=resize) for image in images]
-    pack = Pack.of(
-        pixels,
-        encoder.patch_size,
-        encoder.patch_order,
-        # With another rule, the caller vouches for its statistics.
-        mean=rule.mean if preprocessing is None else None,
-        std=rule.std if preprocessing is None else None,
-        preprocessing=rule.describe(resize),
-    )
-    return pack.to(encoder.device, encoder.dtype)
+    pack = PackProcessor.of(encoder, resize=resize, preprocessing=rule)(images)
+    if preprocessing is not None:  # with another rule, the caller vouches for its statistics
+        pack = dataclasses.replace(pack, mean=None, std=None)
+    return pack.to(encoder.device)
 
 
 def embed_images(
@@ -108,7 +97,7 @@ def embed_images(
     """
     limits: dict[str, Any] = {"min_patches": min_patches, "max_patches": max_patches, "multiple_of": multiple_of}
     rule = rule_for(encoder, size, preprocessing=preprocessing, **limits)
-    _check_several(images)
+    check_several(images)
     worker = Worker(encoder, capacity=capacity, threads=threads, resize=resize, preprocessing=rule)
     (results,) = worker.run([map(snapshot, images)], load_snapshot, strict=True)
     for index, result in enumerate(results):
@@ -116,9 +105,3 @@ def embed_images(
             raise ImageError(f"image {index}", result.error.reason)
     vectors = [torch.from_numpy(result.embedding) for result in results]
     return torch.stack(vectors) if vectors else torch.empty(0, encoder.embedding_size, dtype=torch.float32)
-
-
-def _check_several(images: Any) -> None:
-    is_image = isinstance(images, np.ndarray | Tensor) and images.ndim < 4  # its rows would be taken for images
-    if is_image or isinstance(images, str | bytes | Path | Image.Image):
-        raise ValueError("images: expected several, got one; give it in a list")

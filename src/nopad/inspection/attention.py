@@ -1,0 +1,168 @@
+"""Attention maps, from queries and keys, whatever kernel the encoder runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nopad.arguments import read_arguments
+from nopad.inspection.layers import LayerRunner, check_layers, on_device
+from nopad.layers.attention import PackedAttention
+from nopad.layout import Layout
+from nopad.packing import Pack
+from nopad.segments import Segments
+
+if TYPE_CHECKING:
+    from nopad.encoder import PackedEncoder
+
+Queries = str | Sequence[int]
+"""`"cls"`, `"pooled"`, or indices of patches."""
+
+
+def attention_maps(
+    encoder: PackedEncoder, images: Pack | Sequence[Any], layers: int | Sequence[int] = -1, *, queries: Queries = "cls"
+) -> list[Tensor]:
+    """How much each patch counts for some queries: the softmax of a layer's attention, for each head.
+
+    It is computed in float32 from the layer's queries and keys, whatever kernel runs, and is what the original returns
+    as `attentions` in eager mode. The softmax is over all keys of the segment, so maps sum to 1 where there are no CLS
+    and register tokens, whose share is not returned.
+
+    Args:
+        images: a pack on the encoder's device, or images as `PackedEncoder.pack` takes them.
+        layers: one, or several, from 0; negative ones from the end.
+        queries: `"cls"` for the CLS token, of each frame its own; `"pooled"` for the query of the head, which reads the
+            tokens after the last layer; or indices of patches `frame * rows * columns + row * columns + column`, the
+            same for every image, which do not see other frames where the model does not.
+
+    Returns:
+        For each image float32 `(heads, t, h, w)`; for indices `(queries, heads, t, h, w)`; for several layers
+        `(layers, …)`.
+
+    Raises:
+        ValueError: a layer or a patch that there is not, a query that the model lacks, or layers for the head.
+    """
+    chosen = check_layers(encoder, [layers] if isinstance(layers, int) else layers)
+    _check_queries(encoder, queries, last=layers == -1)
+    pack = images if isinstance(images, Pack) else encoder.pack(images)
+    patches, layout = read_arguments(encoder, pack, None, None)
+    _check_patches(queries, layout)
+    with on_device(patches):
+        if queries == "pooled":
+            return _of_head(encoder, patches, layout)
+        maps = _of_layers(encoder, patches, layout, chosen, queries)
+    if isinstance(layers, int):
+        return maps[0]
+    return [torch.stack(of_image) for of_image in zip(*maps, strict=True)]
+
+
+def _of_layers(
+    encoder: PackedEncoder, patches: Tensor, layout: Layout, layers: Sequence[int], queries: Queries
+) -> list[list[Tensor]]:
+    """For each layer the maps of all images."""
+    found: dict[int, list[Tensor]] = {}
+    thread = threading.get_ident()
+
+    def look(index: int) -> Callable[..., None]:
+        def hook(attention: PackedAttention, arguments: tuple[Any, ...]) -> None:
+            if threading.get_ident() != thread or index in found:  # another caller's forward
+                return
+            hidden_states, segments, rope = arguments
+            query, key, _ = attention._project(hidden_states)
+            if rope is not None:
+                query, key = rope(query), rope(key)
+            found[index] = _maps(encoder, query, key, segments, layout, queries)
+
+        return hook
+
+    with ExitStack() as stack:
+        for index in {*layers}:
+            handle = encoder.layers[index].attention.register_forward_pre_hook(look(index))
+            stack.callback(handle.remove)
+        encoder.trunk(patches, layout, LayerRunner({max(layers): lambda _: None}))
+    return [found[index] for index in layers]
+
+
+def _maps(
+    encoder: PackedEncoder, query: Tensor, key: Tensor, segments: Segments, layout: Layout, queries: Queries
+) -> list[Tensor]:
+    """The maps of all images in one layer, from `(rows, H, K)` queries and keys."""
+    number = encoder.num_prefix_tokens
+    rows = list(segments.lengths)
+    pairs = zip(query.split(rows), key.split(rows), strict=True)
+    maps = []
+    for grid, lengths in zip(layout.grid, _lengths_per_image(encoder, layout), strict=True):
+        frames = [next(pairs) for _ in lengths]
+        if queries == "cls":
+            weights = [_weights(q[:1], k)[0, :, number:] for q, k in frames]
+            maps.append(torch.cat(weights, dim=1).unflatten(1, grid))
+            continue
+        of_patches = []
+        for patch in queries:
+            start = 0
+            parts = []
+            for (q, k), length in zip(frames, lengths, strict=True):
+                if start <= patch < start + length:  # pyright: ignore[reportOperatorIssue] - indices, as checked
+                    parts.append(_weights(q[number + patch - start, None], k)[0, :, number:])
+                else:
+                    parts.append(query.new_zeros(query.shape[1], length, dtype=torch.float32))
+                start += length
+            of_patches.append(torch.cat(parts, dim=1).unflatten(1, grid))
+        maps.append(torch.stack(of_patches))
+    return maps
+
+
+def _lengths_per_image(encoder: PackedEncoder, layout: Layout) -> list[tuple[int, ...]]:
+    """Patches of each segment, image by image."""
+    if not encoder.frames_attend_jointly:
+        return list(layout.frame_lengths)
+    return [(sum(lengths),) for lengths in layout.frame_lengths]
+
+
+def _weights(query: Tensor, key: Tensor) -> Tensor:
+    """Attention of queries `(Q, H, K)` over keys `(n, H, K)`: `(Q, H, n)` float32."""
+    scores = torch.einsum("qhk,nhk->qhn", query.float(), key.float()) * query.shape[-1] ** -0.5
+    return scores.softmax(dim=-1)
+
+
+def _of_head(encoder: PackedEncoder, patches: Tensor, layout: Layout) -> list[Tensor]:
+    """The maps of all images in the head's attention, which reads the normed tokens."""
+    tokens = encoder.trunk(patches, layout, LayerRunner({}, whole=True)).tokens
+    head: Any = encoder.head
+    query, key = head.query_and_keys(tokens)
+    heads = encoder.config.num_attention_heads
+    query, key = query.view(1, heads, -1), key.unflatten(1, (heads, -1))
+    segments = encoder.segments_of(layout)
+    weights = iter([_weights(query, part)[0] for part in key.split(list(segments.lengths))])
+    lengths = _lengths_per_image(encoder, layout)
+    parts = [torch.cat([next(weights) for _ in of_image], dim=1) for of_image in lengths]
+    return [part.unflatten(1, grid) for part, grid in zip(parts, layout.grid, strict=True)]
+
+
+def _check_queries(encoder: PackedEncoder, queries: Any, *, last: bool) -> None:
+    has_cls, has_head = encoder.num_prefix_tokens > 0, encoder.head is not None
+    known = [*["'cls'"] * has_cls, *["'pooled'"] * has_head, "indices of patches"]
+    if isinstance(queries, str):
+        if f"{queries!r}" not in known:
+            lacks = {"cls": ", which has no CLS token", "pooled": ", which has no head"}.get(queries, "")
+            raise ValueError(f"queries: expected {' or '.join(known)} for this model{lacks}, got {queries!r:.80}")
+        if queries == "pooled" and not last:
+            raise ValueError("layers: the head reads the tokens after the last layer; leave layers out for 'pooled'")
+        return
+    if not isinstance(queries, Sequence) or not queries or any(type(patch) is not int for patch in queries):
+        raise ValueError(f"queries: expected {' or '.join(known)}, got {queries!r:.80}")
+
+
+def _check_patches(queries: Queries, layout: Layout) -> None:
+    if isinstance(queries, str):
+        return
+    for image, (t, h, w) in enumerate(layout.grid):
+        for patch in queries:
+            if not 0 <= patch < t * h * w:
+                grid = f"image {image} of grid {(t, h, w)}"
+                raise ValueError(f"queries: expected patches from 0 to {t * h * w - 1} in {grid}, got {patch}")
