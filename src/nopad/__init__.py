@@ -7,6 +7,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nopad import maps
     from nopad.embedding.api import embed
     from nopad.encoder import PackedEncoder
     from nopad.families.aimv2 import AIMv2Packing
@@ -36,6 +37,7 @@ __all__ = [
     "Siglip2NaflexPacking",
     "embed",
     "load",
+    "maps",
     "patchify",
     "processor",
     "read",
@@ -57,6 +59,7 @@ _HOMES = {
     "Siglip2NaflexPacking": "nopad.families.siglip2",
     "embed": "nopad.embedding.api",
     "load": "nopad.loading",
+    "maps": "nopad.maps",
     "patchify": "nopad.packing",
     "processor": "nopad.loading",
     "read": "nopad.search.reading",
@@ -79,7 +82,8 @@ def __getattr__(name: str) -> Any:
     for package in _EXTRAS.get(name, ()):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"nopad.{name} needs {package}: pip install 'nopad[embed]'", name=package)
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    home = importlib.import_module(_HOMES[name])
+    return home if _HOMES[name] == f"nopad.{name}" else getattr(home, name)
 
 
 def __dir__() -> list[str]:

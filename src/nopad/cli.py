@@ -17,6 +17,7 @@ from nopad.published import published_models
 from nopad.search import command as search_command
 from nopad.suggestions import did_you_mean
 from nopad.terminal import ArgumentParser, MessageFormatter, OnceFilter, columns, json_text, print_error, print_summary
+from nopad.view import command as view_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,6 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
     embed.set_defaults(run=embedding_command.run)
 
     search_command.add_commands(commands)
+
+    view = commands.add_parser("view", help="show what models see in pictures: components, similarity, attention")
+    view_command.add_arguments(view)
+    view.set_defaults(run=view_command.run)
 
     bench = commands.add_parser("bench", help="measure throughput beside the original model's")
     bench_command.add_arguments(bench)

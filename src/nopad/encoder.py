@@ -27,7 +27,7 @@ from nopad.inference.dispatch import execution_device
 from nopad.inference.precision import check_saving, to_precision
 from nopad.inference.runner import EagerRunner, Runner
 from nopad.inspection.attention import attention_maps
-from nopad.inspection.layers import layer_features
+from nopad.inspection.layers import check_layers, features_and_output, layer_features
 from nopad.kernels.attention import resolve_backend
 from nopad.layers.attention import Rope
 from nopad.layers.linear import lay_out
@@ -287,6 +287,8 @@ class PackedEncoder(ByRole, PreTrainedModel):
     embed = embed_images
     features = layer_features
     attention_maps = attention_maps
+    features_and_output = features_and_output
+    layer_indices = check_layers
 
     # Texts, where the checkpoint has both towers.
 

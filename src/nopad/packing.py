@@ -279,7 +279,7 @@ def _numbers(index: Any) -> list[int]:
     Raises:
         TypeError: no integer and no sequence of integers.
     """
-    numbers = index.tolist() if isinstance(index, Tensor) else index
+    numbers: Any = index.tolist() if isinstance(index, Tensor) else index
     try:
         numbers = list(numbers) if isinstance(numbers, Sequence) and not isinstance(numbers, str) else [numbers]
         if any(isinstance(number, bool) for number in numbers):

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import sys
 import unicodedata
@@ -90,8 +91,21 @@ def configure_transformers() -> None:
             handler.addFilter(OnceFilter())
 
 
+_NUMBERS = re.compile(r"-\d+(,-?\d+)+")
+
+
 class ArgumentParser(argparse.ArgumentParser):
-    """An `argparse.ArgumentParser` whose errors are `printable`."""
+    """An `argparse.ArgumentParser` whose errors are `printable`, and that takes `--layers -4,-1`."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As argparse, which takes several numbers of which the first is negative for an option."""
+        joined: list[str] = []
+        for word in sys.argv[1:] if args is None else args:
+            if _NUMBERS.fullmatch(word) and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+                joined[-1] += f"={word}"
+            else:
+                joined.append(word)
+        return super().parse_known_args(joined, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print usage and message to stderr and exit with status 2."""

@@ -17,6 +17,7 @@ import torch
 from pictures import write_photos, write_video
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_encoders import tiny
 
 import nopad
 from nopad.checkpoints.files import open_checkpoint
@@ -1033,3 +1034,44 @@ def test_retries_and_missing_shards_are_counted_together(photos, tmp_path, model
     assert {(progress.rows, progress.kept) for progress in told} == {(8, 4)}
     assert (summary.done, summary.stats.images) == (8, 8)
     assert told[-1].stats.images == 8
+
+
+# Layers
+
+
+def test_tokens_of_layers_in_a_table(photos, tmp_path):
+    model = tiny("dinov3", tmp_path / "dinov3")
+    options = {"tokens": True, "layers": [0, -1], "pool": "cls+mean", "tokens_pool": 2}
+    embed(photos, tmp_path / "out", model, **options)
+    features = nopad.read_features(tmp_path / "out")
+    encoder = nopad.load(model)
+    assert features.embeddings.shape[1] == 4 * encoder.hidden_size
+    for index in (0, len(features) - 1):
+        t, h, w = features.grids[index]
+        assert features.tokens[index].shape == (2, t, -(-h // 2), -(-w // 2), encoder.hidden_size)
+    assert (features.tokens.layers, features.tokens.pool) == ((0, 2), 2)
+    expected = {"layers": "0,2", "pool": "cls+mean", "tokens_pool": "2", "embedding": "cls+mean of layers 0,2"}
+    assert {key: features.metadata[key] for key in expected} == expected
+    images = [photos / name for name in features.ids]
+    np.testing.assert_array_equal(encoder.embed(images, layers=[0, -1], pool="cls+mean"), features.embeddings)
+    match = features.search(image=images[3], k=1, encoder=encoder)[0]
+    assert (match.id, match.score) == (features.ids[3], pytest.approx(1))
+    embed(photos, tmp_path / "out", model, **{**options, "layers": (0, 2)}, retry_failed=True)  # the same layers
+    with pytest.raises(ValueError, match=r"layers: 0,2 there, 0 now"):
+        embed(photos, tmp_path / "out", model, **{**options, "layers": [0]})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": [3], "tokens": True}, "layers: expected -3 to 2, got 3; there are 3 layers"),
+        ({"layers": "0", "tokens": True}, "layers: expected a tuple of one integer or more, got '0'"),
+        ({"layers": [0]}, "layers: the model's own vector is of the last one"),
+        ({"pool": "max"}, r"pool: expected one of model, cls, mean, cls\+mean, got 'max'"),
+        ({"pool": "cls"}, "pool: expected model or mean, since this model has no CLS token, got cls"),
+        ({"tokens_pool": 2}, "tokens_pool: goes with tokens"),
+    ],
+)
+def test_layers_that_there_are_not(photos, tmp_path, model, options, message):
+    with pytest.raises(ValueError, match=message):
+        embed(photos, tmp_path / "out", model, **options)

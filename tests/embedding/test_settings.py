@@ -50,6 +50,19 @@ def test_max_patches_of_the_command(text, value):
     assert options.max_patches == value
 
 
+@pytest.mark.parametrize(("text", "value"), [("-4,-1", (-4, -1)), ("-1", (-1,)), ("0,3", (0, 3))])
+@pytest.mark.parametrize("separator", [" ", "="])
+def test_layers_of_the_command(text, value, separator):
+    words = f"embed photos --model m --out o --layers{separator}{text} --tokens".split(" ")
+    assert build_parser().parse_args(words).layers == value
+
+
+def test_layers_that_are_no_numbers(capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["embed", "photos", "--model", "m", "--out", "o", "--layers", "last"])
+    assert "argument --layers: expected numbers as -4,-1, got 'last'" in capsys.readouterr().err
+
+
 def test_max_patches_that_is_no_number(capsys):
     with pytest.raises(SystemExit):
         build_parser().parse_args(["embed", "photos", "--model", "m", "--out", "o", "--max-patches", "all"])

@@ -17,6 +17,7 @@ from PIL import Image, ImageSequence
 import nopad
 from nopad.encoder import PackedEncoder
 from nopad.pipeline.pack_runner import EmbeddingResult
+from nopad.pipeline.selection import Selection
 from nopad.pipeline.worker import Worker
 from nopad.preprocessing.decode import ImageError, load
 
@@ -45,7 +46,7 @@ def bits(results: list[EmbeddingResult]) -> list[bytes]:
 
 def test_results_stand_where_their_pictures_stand(encoder):
     images = mixed(30)
-    (results,) = run(Worker(encoder, capacity=40, threads=3, tokens=True), [images])
+    (results,) = run(Worker(encoder, capacity=40, threads=3, selection=Selection(tokens=True)), [images])
     for image, result in zip(images, results, strict=True):
         rows, columns = image.shape[1] // 4, image.shape[2] // 4
         assert (result.error, result.grid) == (None, (1, rows, columns))
@@ -196,7 +197,7 @@ def test_float16_gets_a_hint(tmp_path):
 
 def test_tokens_that_float16_cannot_hold_are_failures(encoder, monkeypatch):
     output_of(encoder, monkeypatch, tokens=1e5)
-    (results,) = run(Worker(encoder, tokens=True), [[picture(0), picture(1)]])
+    (results,) = run(Worker(encoder, selection=Selection(tokens=True)), [[picture(0), picture(1)]])
     assert results[0].error is None
     assert results[1].error.reason == "its tokens are not finite in float16, in which they are stored"
     (results,) = run(Worker(encoder), [[picture(0), picture(1)]])

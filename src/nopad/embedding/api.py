@@ -41,6 +41,9 @@ def embed(
     precision: str | None = None,
     attention: str = "auto",
     tokens: bool = False,
+    layers: Sequence[int] | None = None,
+    pool: str = "model",
+    tokens_pool: int = 1,
     size: Size | None = None,
     min_patches: int | None = None,
     max_patches: MaxPatches = "auto",
@@ -79,6 +82,11 @@ def embed(
         compile: compile the model for full packs; on a GPU unless given.
         precision: `"fp8"` as `nopad.load` takes it, or the checkpoint's own.
         tokens: store each picture's tokens, too, in float16.
+        layers: whose tokens are stored, and by which `pool` makes embeddings, from 0 or from the end; the last one
+            unless given. The final norm is applied to all.
+        pool: what an embedding is: `"model"` the model's own vector, whatever the layers; `"cls"` the CLS token,
+            `"mean"` the mean of the patches, `"cls+mean"` both, of each layer, one behind the other.
+        tokens_pool: store the mean of each square of so many by so many tokens.
         size, min_patches, multiple_of: as `PackedEncoder.pack` takes them, of pictures and of a video's frames.
         max_patches: most patches of a picture, its aspect ratio kept: `"auto"` is 4,096 where the rule has no limit, so
             that one photo does not hold up a job; `None` is no limit but the rule's own.
@@ -118,7 +126,8 @@ def embed(
     label = _label(model)
     folder = JobFolder(out)
     label, names = folder.spelling(label, names)
-    settings = Settings.of({**arguments, "model": label})
+    layers = tuple(layers) if isinstance(layers, list | range) else layers
+    settings = Settings.of({**arguments, "model": label, "layers": layers})
     own = (device, revision, precision, actors, *(option for option in (dtype, attention) if option != "auto"))
     if isinstance(model, PackedEncoder) and (any(own) or compile is not None):
         raise ValueError(

@@ -105,12 +105,14 @@ class Job:
             LostLockError: the folder is no longer this job's.
             OSError: see `write_shard`.
         """
-        path = self.path(shard)
+        path, selection = self.path(shard), self.settings.selection
         format = ShardFormat(
-            dimension=encoder.embedding_size,
+            dimension=selection.embedding_size(encoder),
             embedding_dtype=self.settings.embedding_dtype,
             embedding_list=self.settings.embedding_list,
-            token_dimension=encoder.hidden_size if self.settings.tokens else None,
+            token_dimension=encoder.hidden_size if selection.tokens else None,
+            token_layers=selection.layers and encoder.layer_indices(selection.layers),
+            tokens_pool=selection.tokens_pool,
         )
         temporary = self.folder.temporary(path)
         self.check_lock()

@@ -47,10 +47,11 @@ def record_of(settings: Settings, worker: Worker, sources: list[str], inputs: In
         min_patches=rule.min_patches,
         max_patches=rule.max_patches,
         multiple_of=rule.multiple_of,
+        layers=None if settings.layers is None else encoder.layer_indices(settings.layers),
         shard_size=settings.rows_per_shard,
     )
     options = {
-        option.name: _in_words(getattr(resolved, option.name))
+        option.name: _in_words(getattr(resolved, option.name), "," if option.name == "layers" else "x")
         for option in fields(resolved)
         if option.metadata["recorded"]
     }
@@ -61,10 +62,10 @@ def record_of(settings: Settings, worker: Worker, sources: list[str], inputs: In
         "architecture": json.dumps(architecture(encoder), sort_keys=True),
         "weights": weights_digest(encoder),
         "threads": str(torch.get_num_threads()) if encoder.device.type == "cpu" else "",
-        "layers": encoder.execution,
+        "execution": encoder.execution,
         "max_segments": str(encoder.compiled_max_segments or ""),
         "preprocessing": worker.preprocessing,
-        "embedding": "pooled" if encoder.projection_dim is None else "image_embeds",
+        "embedding": worker.selection.describe(encoder),
         "sources": json.dumps(sources),
         "inputs": inputs.digest(),
     }
@@ -77,11 +78,11 @@ def _size_of(rule: Preprocessing) -> Size:
     return rule.size if rule.rule in ("shortest_edge", "height_width") and rule.size else "model"
 
 
-def _in_words(value: str | int | bool | tuple[int, int] | None) -> str:
+def _in_words(value: str | int | bool | tuple[int, ...] | None, separator: str) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, tuple):
-        return "x".join(map(str, value))
+        return separator.join(map(str, value))
     return "" if value is None else as_text(str(value))
 
 

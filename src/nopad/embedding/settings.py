@@ -12,12 +12,15 @@ from argparse import ArgumentTypeError, BooleanOptionalAction
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nopad.counts import check_count
 from nopad.environment import check_device
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS, MAX_PATCHES, MAX_PIXELS, NUM_FRAMES, MaxPatches
 from nopad.preprocessing.rules import Size, check_size, parse_size
+
+if TYPE_CHECKING:
+    from nopad.pipeline.selection import Selection
 
 SHARD_SIZE, SHARD_SIZE_WITH_TOKENS = 2048, 512
 
@@ -102,6 +105,18 @@ def _parse_max_patches(text: str) -> int | str | None:
         raise ArgumentTypeError(f"expected a number, auto or none, got {text!r}") from None
 
 
+def _check_layers(name: str, value: Any) -> None:
+    if not isinstance(value, tuple) or not value or any(type(layer) is not int for layer in value):
+        raise ValueError(f"{name}: expected a tuple of one integer or more, got {value!r:.80}")
+
+
+def _parse_layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(layer) for layer in text.split(","))
+    except ValueError:
+        raise ArgumentTypeError(f"expected numbers as -4,-1, got {text!r:.80}") from None
+
+
 def _check_size(name: str, value: Any) -> None:
     check_size(value)
 
@@ -134,6 +149,21 @@ class Settings:
     model: str = _text(MISSING, "Hub name, folder, weights file, or untrained:<published name>")
     revision: str | None = _text(None, "branch, tag or commit on the Hub")
     tokens: bool = _flag("store each picture's tokens, too, in float16")
+    layers: tuple[int, ...] | None = _option(
+        None,
+        "whose tokens are stored, and of which --pool makes embeddings, as -4,-1: from 0, or from the end (default: "
+        "the last one)",
+        _check_layers,
+        recorded=True,
+        type=_parse_layers,
+        metavar="N,…",
+    )
+    pool: str = _choice(
+        "model",
+        ("model", "cls", "mean", "cls+mean"),
+        "what an embedding is: the model's own vector, the CLS token, the mean of the patches, or both of these",
+    )
+    tokens_pool: int = _count(1, "store the mean of each square of N × N tokens")
     size: Size | None = _option(  # noqa: RUF009 - a field
         None,
         "of pictures: model (its own rule, the default), native (as they are), pixels of the short side with the "
@@ -229,6 +259,14 @@ class Settings:
     def of(cls, arguments: Mapping[str, Any]) -> Settings:
         """The options among the arguments of a function."""
         return cls(**{option.name: arguments[option.name] for option in fields(cls)})
+
+    @property
+    def selection(self) -> Selection:
+        """The features that the job keeps."""
+        from nopad.pipeline.selection import Selection  # imports torch
+
+        names = ("tokens", "layers", "pool", "tokens_pool")
+        return Selection(**{name: getattr(self, name) for name in names})
 
     @property
     def rows_per_shard(self) -> int:

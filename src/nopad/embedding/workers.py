@@ -63,10 +63,16 @@ def make_worker(
         max_patches=settings.max_patches,
         multiple_of=settings.multiple_of,
     )
-    options: dict[str, Any] = {"resize": settings.resize, "preprocessing": rule, "tokens": settings.tokens}
+    options: dict[str, Any] = {"resize": settings.resize, "preprocessing": rule, "selection": settings.selection}
     limits: dict[str, Any] = {"timeout": settings.input_timeout, "memory": settings.decode_memory}
     worker = Worker(encoder, capacity=settings.capacity, threads=settings.workers, **options, **limits)
-    compiled = is_loaded and (compiles_by_default(encoder.device) if settings.compile is None else settings.compile)
+    if settings.compile and settings.layers is not None:
+        raise ValueError("compile: layers run one by one where --layers are stored or pooled; leave one of them out")
+    compiled = (
+        is_loaded
+        and settings.layers is None
+        and (compiles_by_default(encoder.device) if settings.compile is None else settings.compile)
+    )
     halvings = {str(worker.capacity >> power) for power in range(worker.capacity.bit_length())}
     if recorded is not None and recorded in halvings:
         worker.capacity = int(recorded)

@@ -82,7 +82,8 @@ def _of_layers(
 
     with ExitStack() as stack:
         for index in {*layers}:
-            handle = encoder.layers[index].attention.register_forward_pre_hook(look(index))
+            attention: Any = encoder.layers[index].attention
+            handle = attention.register_forward_pre_hook(look(index))
             stack.callback(handle.remove)
         encoder.trunk(patches, layout, LayerRunner({max(layers): lambda _: None}))
     return [found[index] for index in layers]
@@ -101,20 +102,24 @@ def _maps(
         if queries == "cls":
             weights = [_weights(q[:1], k)[0, :, number:] for q, k in frames]
             maps.append(torch.cat(weights, dim=1).unflatten(1, grid))
-            continue
-        of_patches = []
-        for patch in queries:
-            start = 0
-            parts = []
-            for (q, k), length in zip(frames, lengths, strict=True):
-                if start <= patch < start + length:  # pyright: ignore[reportOperatorIssue] - indices, as checked
-                    parts.append(_weights(q[number + patch - start, None], k)[0, :, number:])
-                else:
-                    parts.append(query.new_zeros(query.shape[1], length, dtype=torch.float32))
-                start += length
-            of_patches.append(torch.cat(parts, dim=1).unflatten(1, grid))
-        maps.append(torch.stack(of_patches))
+        else:
+            of_patches = [_of_patch(int(patch), frames, lengths, number) for patch in queries]
+            maps.append(torch.stack(of_patches).unflatten(2, grid))
     return maps
+
+
+def _of_patch(
+    patch: int, frames: Sequence[tuple[Tensor, Tensor]], lengths: Sequence[int], num_prefix_tokens: int
+) -> Tensor:
+    """The map `(H, t · h · w)` of one patch: nothing in other frames than its own."""
+    parts = []
+    for (query, key), length in zip(frames, lengths, strict=True):
+        if 0 <= patch < length:
+            parts.append(_weights(query[num_prefix_tokens + patch, None], key)[0, :, num_prefix_tokens:])
+        else:
+            parts.append(query.new_zeros(query.shape[1], length, dtype=torch.float32))
+        patch -= length
+    return torch.cat(parts, dim=1)
 
 
 def _lengths_per_image(encoder: PackedEncoder, layout: Layout) -> list[tuple[int, ...]]:

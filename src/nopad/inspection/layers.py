@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from nopad.arguments import read_arguments
+from nopad.inference.collect import packed_output
 from nopad.inference.runner import EagerRunner
 from nopad.layers.attention import Rope
 from nopad.layers.prefix import PrefixLayout
 from nopad.layout import Layout
-from nopad.outputs import LayerFeatures, Trunk
+from nopad.outputs import LayerFeatures, PackedOutput, Trunk
 from nopad.packing import Pack
 from nopad.segments import Segments
 
@@ -74,8 +76,40 @@ def layer_features(
     chosen = check_layers(encoder, layers)
     if format not in ("thwc", "chw"):
         raise ValueError(f"format: expected 'thwc' or 'chw', got {format!r:.80}")
-    states: dict[int, Trunk] = {}
     pack = images if isinstance(images, Pack) else encoder.pack(images)
+    patches, layout = read_arguments(encoder, pack, None, None)
+    visits, states = _keep(encoder, layout, chosen, norm=norm)
+    with on_device(patches):
+        encoder.trunk(patches, layout, LayerRunner(visits))
+    features = _per_image(encoder, layout, chosen, states)
+    if format == "chw":
+        features = [dataclasses.replace(each, tokens=each.tokens.permute(0, 1, 4, 2, 3)) for each in features]
+    return features if prefix else [dataclasses.replace(each, prefix_tokens=None) for each in features]
+
+
+def features_and_output(
+    encoder: PackedEncoder, pack: Pack, layers: Sequence[int]
+) -> tuple[list[LayerFeatures], PackedOutput]:
+    """Normed tokens of chosen layers as `layer_features` returns them, and what `encode` returns, by one forward.
+
+    Raises:
+        ValueError: a layer that there is not.
+    """
+    chosen = check_layers(encoder, layers)
+    patches, layout = read_arguments(encoder, pack, None, None)
+    visits, states = _keep(encoder, layout, chosen, norm=True)
+    runner = LayerRunner(visits, whole=True)
+    with on_device(patches):
+        trunk = encoder.trunk(patches, layout, runner).to(patches.device)
+        output = packed_output(encoder, trunk, layout, runner, None)
+    return _per_image(encoder, layout, chosen, states), output
+
+
+def _keep(
+    encoder: PackedEncoder, layout: Layout, layers: Sequence[int], *, norm: bool
+) -> tuple[dict[int, Callable[[Tensor], None]], dict[int, Trunk]]:
+    """Visits for a `LayerRunner`, and where they put the tokens of each layer."""
+    states: dict[int, Trunk] = {}
 
     def keep(index: int) -> Callable[[Tensor], None]:
         def visit(rows: Tensor) -> None:
@@ -84,21 +118,18 @@ def layer_features(
 
         return visit
 
-    patches, layout = read_arguments(encoder, pack, None, None)
-    with on_device(patches):
-        encoder.trunk(patches, layout, LayerRunner({index: keep(index) for index in chosen}))
-    images_per_layer = [_split(states[index], layout, joint=encoder.frames_attend_jointly) for index in chosen]
+    return {index: keep(index) for index in layers}, states
+
+
+def _per_image(
+    encoder: PackedEncoder, layout: Layout, layers: tuple[int, ...], states: Mapping[int, Trunk]
+) -> list[LayerFeatures]:
+    per_layer = [_split(states[index], layout, joint=encoder.frames_attend_jointly) for index in layers]
     features = []
-    for parts in zip(*images_per_layer, strict=True):
-        tokens = torch.stack([tokens for tokens, _ in parts])
+    for parts in zip(*per_layer, strict=True):
         prefixes = [prefix_tokens for _, prefix_tokens in parts if prefix_tokens is not None]
-        features.append(
-            LayerFeatures(
-                layers=chosen,
-                tokens=tokens if format == "thwc" else tokens.permute(0, 1, 4, 2, 3),
-                prefix_tokens=torch.stack(prefixes) if prefixes and prefix else None,
-            )
-        )
+        tokens = torch.stack([tokens for tokens, _ in parts])
+        features.append(LayerFeatures(layers, tokens, torch.stack(prefixes) if prefixes else None))
     return features
 
 

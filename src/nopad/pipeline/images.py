@@ -12,6 +12,7 @@ from torch import Tensor
 from nopad.packing import Pack
 from nopad.pipeline.image_processor import rule_for
 from nopad.pipeline.pack_processor import PackProcessor, check_several
+from nopad.pipeline.selection import Pool, Selection
 from nopad.pipeline.worker import Worker
 from nopad.preprocessing.decode import ImageError, load_snapshot, snapshot
 from nopad.preprocessing.limits import MaxPatches
@@ -73,8 +74,10 @@ def embed_images(
     resize: Resize = "torch",
     preprocessing: Preprocessing | None = None,
     threads: int | None = None,
+    layers: Sequence[int] | None = None,
+    pool: Pool = "model",
 ) -> Tensor:
-    """One vector per image: `image_embeds` where the checkpoint has a projection, else `pooled`.
+    """One vector per image: the model's own, `image_embeds` where the checkpoint has a projection, else `pooled`.
 
     Files are decoded in threads and packed as they come, so any number of them goes in. Objects (PIL images, arrays)
     are taken when `images` yields them, and may change afterwards; files named by a path must stay as they are.
@@ -87,9 +90,13 @@ def embed_images(
         capacity: tokens per pack; a larger image gets a pack of its own. What the encoder is
             compiled for unless given, else 2,048 on a CPU, 16,896 on an H100.
         threads: that decode; one per core unless given.
+        pool: `"model"` for the model's own vector, `"cls"` for the CLS token, `"mean"` for the mean of the patches,
+            `"cls+mean"` for both.
+        layers: of which `pool` takes the normed tokens, from 0 or from the end, one vector behind the other; the last
+            one unless given.
 
     Returns:
-        `(N, E)` or `(N, D)` float32, on the CPU.
+        `(N, E)` or `(N, D)` float32, on the CPU; with layers and `"cls+mean"` that many times D.
 
     Raises:
         ImageError: the first image that cannot be used.
@@ -98,10 +105,12 @@ def embed_images(
     limits: dict[str, Any] = {"min_patches": min_patches, "max_patches": max_patches, "multiple_of": multiple_of}
     rule = rule_for(encoder, size, preprocessing=preprocessing, **limits)
     check_several(images)
-    worker = Worker(encoder, capacity=capacity, threads=threads, resize=resize, preprocessing=rule)
+    selection = Selection(layers=None if layers is None else tuple(layers), pool=pool)
+    options: dict[str, Any] = {"threads": threads, "resize": resize, "preprocessing": rule, "selection": selection}
+    worker = Worker(encoder, capacity=capacity, **options)
     (results,) = worker.run([map(snapshot, images)], load_snapshot, strict=True)
     for index, result in enumerate(results):
         if result.error is not None:  # features that are not finite, or too little memory
             raise ImageError(f"image {index}", result.error.reason)
     vectors = [torch.from_numpy(result.embedding) for result in results]
-    return torch.stack(vectors) if vectors else torch.empty(0, encoder.embedding_size, dtype=torch.float32)
+    return torch.stack(vectors) if vectors else torch.empty(0, selection.embedding_size(encoder), dtype=torch.float32)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nopad.pipeline.image_processor import PreparedImage
 from nopad.pipeline.normalize import Normalizer
+from nopad.pipeline.selection import Selection
 from nopad.pipeline.stats import Stats
 from nopad.pipeline.upload import Uploader
 from nopad.preprocessing.decode import ImageError
@@ -40,7 +41,7 @@ class EmbeddingResult:
         width, height: pixels of the upright image.
         grid: `(frames, rows, columns)` of patches.
         embedding: `(E,)` or `(D,)` float32: `image_embeds` where the checkpoint has a projection, else `pooled`.
-        tokens: `(frames · rows · columns, D)` float16.
+        tokens: `(layers · frames · rows · columns, D)` float16, see `Selection`.
     """
 
     error: ImageError | None = None
@@ -57,18 +58,18 @@ class PackRunner:
     Args:
         normalizer: of the patches.
         capacity: tokens of a full pack, for `stats`.
-        tokens: return each image's tokens as well.
+        selection: the features to return.
     """
 
     def __init__(
-        self, encoder: PackedEncoder, normalizer: Normalizer, capacity: int, stats: Stats, *, tokens: bool
+        self, encoder: PackedEncoder, normalizer: Normalizer, capacity: int, stats: Stats, selection: Selection
     ) -> None:
         self.encoder = encoder
         self.normalizer = normalizer
         self.uploader = Uploader(encoder.device)
         self.capacity = capacity
         self.stats = stats
-        self.tokens = tokens
+        self.selection = selection
         self.running: deque[Callable[[], Results]] = deque()
         self.unfilled = 0  # of the last pack, in tokens
 
@@ -121,10 +122,10 @@ class PackRunner:
         encoder = self.encoder
         patches = self.normalizer(self.uploader([image.patches for _, image in pack]))
         with torch.autocast(encoder.device.type, enabled=False):  # features are of the encoder's dtype, wherever called
-            output = encoder.encode(patches, torch.tensor([image.grid for _, image in pack]))
-        vectors = (output.pooled if output.image_embeds is None else output.image_embeds).float()
+            vectors, tokens = self.selection.run(encoder, patches, torch.tensor([image.grid for _, image in pack]))
         vectors = vectors.to("cpu", non_blocking=True)  # pinned by torch: the copy does not hold up the next pack
-        tokens = output.tokens.half().to("cpu", non_blocking=True) if self.tokens else None
+        lengths = None if tokens is None else [len(of_image) for of_image in tokens]
+        fetched = None if tokens is None else torch.cat(tokens).half().to("cpu", non_blocking=True)
         done = None
         if patches.is_cuda:
             done = torch.cuda.Event()
@@ -136,8 +137,8 @@ class PackRunner:
             if done is not None:
                 done.synchronize()
             parts = [None] * len(pack)
-            if tokens is not None:
-                parts = tokens.split([len(image.patches) for _, image in pack])
+            if fetched is not None and lengths is not None:
+                parts = fetched.split(lengths)
             return {
                 index: _result(image, vector, part, encoder.dtype)
                 for (index, image), vector, part in zip(pack, vectors, parts, strict=True)

@@ -19,6 +19,7 @@ from nopad.pipeline.normalize import Normalizer
 from nopad.pipeline.pack_runner import MAX_RUNNING, EmbeddingResult, PackRunner, Results, num_segments, num_tokens
 from nopad.pipeline.packer import BestFitPacker
 from nopad.pipeline.read_ahead import Outcome, ReadAhead
+from nopad.pipeline.selection import Selection
 from nopad.pipeline.stats import Stats
 from nopad.preprocessing.decode import ImageError
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
@@ -42,7 +43,7 @@ class Worker:
             compiled for, else `default_capacity`.
         resize: as `PackedEncoder.pack` takes it.
         preprocessing: how images are made; the rule of the encoder by default.
-        tokens: return each image's tokens as well.
+        selection: the features to return; vectors alone by default.
         threads: that read and preprocess; one per core by default.
         timeout: seconds for one input that is decoded in a process of its own, `None` for no limit.
         memory: bytes that images may take between file and pack; by default half of what is free.
@@ -58,7 +59,7 @@ class Worker:
         capacity: int | None = None,
         resize: Resize = "torch",
         preprocessing: Preprocessing | None = None,
-        tokens: bool = False,
+        selection: Selection | None = None,
         threads: int | None = None,
         timeout: float | None = INPUT_TIMEOUT_SECONDS,
         memory: int | None = None,
@@ -75,7 +76,8 @@ class Worker:
             )
         self.encoder = encoder
         self.capacity = capacity
-        self.tokens = tokens
+        self.selection = selection or Selection()
+        self.selection.check(encoder)
         self.image_processor = ImageProcessor.of(encoder, resize=resize, preprocessing=preprocessing)
         self.normalizer = Normalizer(self.image_processor.rule, encoder.patch_order, encoder.device, encoder.dtype)
         self.stats = Stats()
@@ -98,7 +100,7 @@ class Worker:
         image = self.image_processor(torch.zeros(3, side, side, dtype=torch.uint8))
         number = max(1, self.capacity // num_tokens(self.encoder, image))
         pack = [(index, image) for index in range(min(number, self.encoder.compiled_max_segments or number))]
-        runner = PackRunner(self.encoder, self.normalizer, self.capacity, Stats(), tokens=self.tokens)
+        runner = PackRunner(self.encoder, self.normalizer, self.capacity, Stats(), self.selection)
         for fetch in [runner.encode(pack) for _ in range(MAX_RUNNING)]:
             fetch()
 
@@ -162,7 +164,7 @@ class Worker:
         encoder, results = self.encoder, dict[int, EmbeddingResult]()
         packer: BestFitPacker[tuple[int, PreparedImage]]
         packer = BestFitPacker(self.capacity, max_segments=encoder.compiled_max_segments)
-        runner = PackRunner(encoder, self.normalizer, self.capacity, self.stats, tokens=self.tokens)
+        runner = PackRunner(encoder, self.normalizer, self.capacity, self.stats, self.selection)
 
         def store(more: Results) -> None:
             results.update(more)

@@ -12,6 +12,7 @@ import torch
 from nopad.embedding.manifest import weights_digest
 from nopad.encoder import PackedEncoder
 from nopad.loading import load
+from nopad.preprocessing.rules import parse_size
 from nopad.search.exact import default_device, top_k
 from nopad.search.index import Index
 
@@ -93,11 +94,25 @@ def _encoded(features: Features, kind: str, value: Any, encoder: PackedEncoder |
         encoder = features.encoder
     else:
         check_same_weights(encoder, features.metadata)
+    pool = features.metadata.get("pool", "model")
+    if kind == "text" and pool != "model":
+        raise ValueError(f"text: the table's vectors are {features.metadata.get('embedding')}, which no text has")
     if kind == "text":
         return encoder.embed_text([value])[0].numpy()
-    limit = features.metadata.get("max_patches", "")
-    options: dict[str, Any] = {"resize": features.metadata.get("resize", "torch")}
-    return encoder.embed([value], max_patches=int(limit) if limit.isdigit() else None, **options)[0].numpy()
+    return encoder.embed([value], **_options(features.metadata))[0].numpy()
+
+
+def _options(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The options of `PackedEncoder.embed` that make the vectors of a table."""
+    options: dict[str, Any] = {"resize": metadata.get("resize", "torch"), "max_patches": None}
+    for name in ("min_patches", "max_patches", "multiple_of"):
+        if metadata.get(name, "").isdigit():
+            options[name] = int(metadata[name])
+    if metadata.get("size"):
+        options["size"] = parse_size(metadata["size"])
+    if metadata.get("layers") and "execution" in metadata:
+        options["layers"] = [int(layer) for layer in metadata["layers"].split(",")]
+    return {**options, "pool": metadata.get("pool", "model")}
 
 
 def load_encoder(metadata: Mapping[str, str], *, model: str | None = None) -> PackedEncoder:
@@ -113,7 +128,8 @@ def load_encoder(metadata: Mapping[str, str], *, model: str | None = None) -> Pa
     if "model" not in metadata:
         raise ValueError("the table does not say which model made it, or is several of different models' names")
     device = default_device()
-    precision: Any = "fp8" if metadata.get("layers", "").split()[-1:] == ["fp8"] else None
+    of_nopad_0_1 = metadata.get("layers", "").split()[-1:] == ["fp8"]
+    precision: Any = "fp8" if metadata.get("precision") == "fp8" or of_nopad_0_1 else None
     options: dict[str, Any] = {"device": device, "dtype": getattr(torch, metadata.get("dtype", ""), None)}
     if model is None and metadata.get("revision"):
         options["revision"] = metadata["revision"]

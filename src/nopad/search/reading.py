@@ -196,11 +196,12 @@ def _read(found: Sequence[Shard], survey: _Survey) -> Features:
 
     places = Places(list(found), _numbered(rows), list(map(_shard_size, survey.schemas)))
     grid = np.concatenate(grids).astype(np.int64)
-    widths = {stored.token_width(schema) for schema in survey.schemas}
+    kinds = {(stored.token_width(each), stored.token_layers(each), stored.tokens_pool(each)) for each in survey.schemas}
+    width_of_tokens, layers, pool = min(kinds, key=str)
     tokens = None
-    if None not in widths and len(widths) == 1:
+    if width_of_tokens is not None and len(kinds) == 1:
         paths = [shard.path for shard in found]
-        tokens = Tokens(paths, starts, places.rows, grid, widths.pop())  # pyright: ignore[reportArgumentType]
+        tokens = Tokens(paths, starts, places.rows, grid, width_of_tokens, layers, pool)
     return Features(
         ids=ids,
         sources=sources,

@@ -53,6 +53,12 @@ def _problem(schema: pa.Schema) -> str:
     for key in ("embedding.width", "tokens.width")[: 1 + has_tokens]:
         if not re.fullmatch(r"[1-9]\d{0,8}", found := metadata.get(key, "none"), re.ASCII):
             return f"nopad.{key} {found:.80}, expected a number ≥ 1"
+    for key, pattern, expected in (
+        ("tokens.layers", r"\d{1,9}(,\d{1,9})*", "layers as 8,11"),
+        ("tokens.pool", r"[1-9]\d{0,8}", "a number ≥ 1"),
+    ):
+        if key in metadata and not re.fullmatch(pattern, metadata[key], re.ASCII):
+            return f"nopad.{key} {metadata[key]:.80}, expected {expected}"
     tokens = int(metadata["tokens.width"]) if has_tokens else None
     options = {"dimension": int(metadata["embedding.width"]), "token_dimension": tokens}
     formats = [
@@ -105,6 +111,17 @@ def token_width(schema: pa.Schema) -> int | None:
     return None if width is None else int(width)
 
 
+def token_layers(schema: pa.Schema) -> tuple[int, ...] | None:
+    """The layers of which a shard has tokens, None where it has those of the model alone."""
+    layers = schema.metadata.get(f"{PREFIX}tokens.layers".encode())
+    return None if layers is None else tuple(map(int, layers.decode().split(",")))
+
+
+def tokens_pool(schema: pa.Schema) -> int:
+    """Side of the squares of tokens of which a shard has the mean."""
+    return int(schema.metadata.get(f"{PREFIX}tokens.pool".encode(), b"1"))
+
+
 def embedding_blocks(column: pa.ChunkedArray, width: int) -> list[np.ndarray]:
     """The embeddings that are not null as matrices `(n, width)`, one per chunk; views where none is null.
 
@@ -124,7 +141,8 @@ def iterate_rows(path: Path) -> Iterator[Row]:
         ValueError, OSError: see `opened`.
     """
     with opened(path) as file:
-        width = embedding_width(file.schema_arrow)
+        schema = file.schema_arrow
+        width = embedding_width(schema)
         for number in range(file.num_row_groups):
             table = file.read_row_group(number)
             ok_rows(path, table)
@@ -137,7 +155,7 @@ def iterate_rows(path: Path) -> Iterator[Row]:
                     **values,
                     grid=None if t is None else (t, h, w),
                     embedding=next(embeddings) if values["status"] == "ok" else None,
-                    tokens=None if raw is None else np.frombuffer(raw, "<f2").reshape(t * h * w, -1),
+                    tokens=None if raw is None else np.frombuffer(raw, "<f2").reshape(-1, token_width(schema) or 1),
                 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,7 +24,7 @@ NUMBERS = ("width", "height", "grid_t", "grid_h", "grid_w")
 COLUMNS = (*_TEXT, *NUMBERS, "embedding")
 TOKENS = "tokens"
 DTYPES, LISTS = ("float32", "float16"), ("fixed", "variable")
-_FORMAT_KEYS = ("format", "embedding.width", "tokens.dtype", "tokens.width")
+_FORMAT_KEYS = ("format", "embedding.width", "tokens.dtype", "tokens.width", "tokens.layers", "tokens.pool")
 
 _ROWS_PER_GROUP = 1024
 _ROWS_PER_GROUP_WITH_TOKENS = 16
@@ -86,12 +87,17 @@ class ShardFormat:
         embedding_dtype: "float32" or "float16".
         embedding_list: "fixed" for a FixedSizeList, "variable" for a plain list: some databases cannot read the fixed.
         token_dimension: the hidden size where tokens are stored, else None.
+        token_layers: the layers of which tokens are stored; None for those of the model alone, without an axis of
+            layers.
+        tokens_pool: side of the squares of tokens of which the mean is stored.
     """
 
     dimension: int
     embedding_dtype: str = "float32"
     embedding_list: str = "fixed"
     token_dimension: int | None = None
+    token_layers: tuple[int, ...] | None = None
+    tokens_pool: int = 1
 
     def __post_init__(self) -> None:
         if self.dimension < 1:
@@ -108,6 +114,10 @@ class ShardFormat:
         format_metadata = {"format": FORMAT, "embedding.width": str(self.dimension)}
         if self.token_dimension is not None:
             format_metadata |= {"tokens.dtype": "float16", "tokens.width": str(self.token_dimension)}
+            if self.token_layers is not None:
+                format_metadata["tokens.layers"] = ",".join(map(str, self.token_layers))
+            if self.tokens_pool > 1:
+                format_metadata["tokens.pool"] = str(self.tokens_pool)
         job_metadata = {key: value for key, value in metadata.items() if key not in _FORMAT_KEYS}
         fields = [pa.field(name, pa.string()) for name in _TEXT]
         fields += [pa.field(name, pa.int32()) for name in NUMBERS]
@@ -120,6 +130,18 @@ class ShardFormat:
     def _embedding_type(self) -> pa.DataType:
         value = pa.from_numpy_dtype(np.dtype(self.embedding_dtype))
         return pa.list_(value, self.dimension) if self.embedding_list == "fixed" else pa.list_(value)
+
+
+def token_shape(grid: tuple[int, int, int], layers: tuple[int, ...] | None = None, pool: int = 1) -> tuple[int, ...]:
+    """The shape of a row's stored tokens without their width: `(t, h, w)`, with an axis of layers where there is one.
+
+    Args:
+        grid: of the patches.
+        layers, pool: as `ShardFormat` has them.
+    """
+    t, h, w = grid
+    shape = t, -(-h // pool), -(-w // pool)
+    return shape if layers is None else (len(layers), *shape)
 
 
 def write_shard(
@@ -235,7 +257,8 @@ def _check(row: Row, format: ShardFormat) -> None:
         raise ValueError(f"row {row.id!r}: tokens missing on an ok row, expected for token_dimension")
     assert row.grid is not None
     t, h, w = row.grid
-    _check_array(row, "tokens", row.tokens, "float16", (t * h * w, format.token_dimension))
+    number = math.prod(token_shape((t, h, w), format.token_layers, format.tokens_pool))
+    _check_array(row, "tokens", row.tokens, "float16", (number, format.token_dimension))
     if row.tokens.nbytes > MAX_TOKEN_BYTES:
         raise ValueError(f"row {row.id!r}: tokens of {row.tokens.nbytes} bytes, Parquet takes {MAX_TOKEN_BYTES}")
 

@@ -1,0 +1,209 @@
+"""From pictures and models to the maps that a page or a sheet shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nopad import maps
+from nopad.encoder import PackedEncoder
+from nopad.loading import load
+from nopad.packing import Pack
+from nopad.preprocessing.decode import load_image
+from nopad.preprocessing.rules import Size
+
+KINDS = ("pca", "similarity", "norms", "attention")
+
+
+@dataclass(frozen=True)
+class LayerMaps:
+    """Maps of one layer over one picture.
+
+    Attributes:
+        layer: index, from 0.
+        tokens: `(h, w, D)` float32, normed.
+        pca: `(h, w, 3)` from 0 to 1; one basis for all pictures.
+        norms: `(h, w)`.
+        attention: `(h, w)`, the mean of all heads; `None` where it was not asked for.
+    """
+
+    layer: int
+    tokens: Tensor
+    pca: Tensor
+    norms: Tensor
+    attention: Tensor | None
+
+
+@dataclass(frozen=True)
+class ModelMaps:
+    """What one model sees in one picture.
+
+    Attributes:
+        model: as it was named.
+        query: whose attention is shown: `"cls"` or `"pooled"`, `None` where none is.
+        box: `[x0, y0, x1, y1]` in pixels of the picture that the patches cover.
+        layers: see `LayerMaps`.
+    """
+
+    model: str
+    query: str | None
+    box: tuple[float, float, float, float]
+    layers: tuple[LayerMaps, ...]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and what each model sees in it."""
+
+    name: str
+    image: Image.Image
+    models: tuple[ModelMaps, ...]
+
+
+def view_pictures(
+    images: Sequence[str | Path],
+    models: Sequence[str | PackedEncoder],
+    *,
+    kinds: Sequence[str] | None = None,
+    layers: Sequence[int] = (-1,),
+    size: Size = "native",
+    max_patches: int | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+    **options: Any,
+) -> list[Picture]:
+    """Run the models on the pictures, one model after another.
+
+    Args:
+        images: files.
+        models: encoders, or names as `nopad.load` takes them.
+        kinds: of `KINDS`; all that the models have unless given.
+        layers: from 0 or from the end.
+        size, max_patches: as `PackedEncoder.pack` takes them.
+        progress: called with what is being done.
+        options: of `nopad.load`.
+
+    Raises:
+        ImageError: a picture that cannot be used.
+        ValueError: an unknown kind, a layer that there is not, attention of a model that has no query for it.
+        OSError: a model that is not there.
+    """
+    check_kinds(kinds)
+    if not images or not models:
+        raise ValueError(f"expected a picture and a model or more, got {len(images)} and {len(models)}")
+    pixels = [load_image(image) for image in images]
+    seen: list[list[ModelMaps]] = [[] for _ in images]
+    for model in models:
+        if not isinstance(model, PackedEncoder):
+            progress(f"loading {model}")
+        encoder = model if isinstance(model, PackedEncoder) else load(model, **options)
+        name = (encoder.source or type(encoder).__name__) if isinstance(model, PackedEncoder) else model
+        progress(f"running {name}")
+        pack = encoder.pack(pixels, size=size, max_patches=max_patches)
+        for of_picture, found in zip(seen, _maps(name, encoder, pack, kinds, layers), strict=True):
+            of_picture.append(found)
+    pictures = [Image.fromarray(each.permute(1, 2, 0).contiguous().numpy()) for each in pixels]
+    parts = zip(images, pictures, seen, strict=True)
+    return [Picture(Path(image).name, picture, tuple(found)) for image, picture, found in parts]
+
+
+def check_kinds(kinds: Sequence[str] | None) -> None:
+    """Raise `ValueError` unless all are known."""
+    for kind in kinds or ():
+        if kind not in KINDS:
+            raise ValueError(f"kind: expected one or more of {', '.join(KINDS)}, got {kind!r:.80}")
+
+
+@torch.inference_mode()
+def _maps(
+    name: str, encoder: PackedEncoder, pack: Pack, kinds: Sequence[str] | None, layers: Sequence[int]
+) -> list[ModelMaps]:
+    query = _query(name, encoder, kinds)
+    features = encoder.features(pack, layers, prefix=False)
+    chosen = encoder.layer_indices(layers)
+    attention: list[Tensor | None] = [None] * len(pack)
+    if query == "cls":
+        attention = [each.mean(1).cpu() for each in encoder.attention_maps(pack, layers)]
+    elif query == "pooled":
+        attention = [each.mean(0)[None].cpu() for each in encoder.attention_maps(pack, queries="pooled")]
+    tokens = [each.tokens[:, 0].float().cpu() for each in features]
+    per_layer = [maps.pca([of_picture[place] for of_picture in tokens]) for place in range(len(chosen))]
+    assert pack.boxes is not None
+    found = []
+    for index, (of_picture, box) in enumerate(zip(tokens, pack.boxes.tolist(), strict=True)):
+        of_layers = []
+        for place, layer in enumerate(chosen):
+            weights = attention[index]
+            if weights is not None:
+                # The head reads the last layer alone.
+                of_layer = place if query == "cls" else 0 if layer == len(encoder.layers) - 1 else None
+                weights = None if of_layer is None else weights[of_layer, 0]
+            one = of_picture[place]
+            of_layers.append(LayerMaps(layer, one, per_layer[place][index], maps.norms([one])[0], weights))
+        found.append(ModelMaps(name, query, tuple(box), tuple(of_layers)))
+    return found
+
+
+def _query(name: str, encoder: PackedEncoder, kinds: Sequence[str] | None) -> str | None:
+    """Whose attention is shown."""
+    if kinds is not None and "attention" not in kinds:
+        return None
+    query = "cls" if encoder.num_prefix_tokens else "pooled" if encoder.head is not None else None
+    if query is None and kinds is not None:
+        raise ValueError(f"kind: {name} has no attention to show, neither of a CLS token nor of a pooling head")
+    return query
+
+
+def shown_kinds(pictures: Sequence[Picture], kinds: Sequence[str] | None) -> list[str]:
+    """The kinds to show: those asked for, else all that there are."""
+    if kinds is not None:
+        return list(dict.fromkeys(kinds))
+    has = any(layer.attention is not None for picture in pictures for model in picture.models for layer in model.layers)
+    return [kind for kind in KINDS if kind != "attention" or has]
+
+
+def sheet(pictures: Sequence[Picture], kinds: Sequence[str], side: int = 320) -> Image.Image:
+    """One image: a row for each picture, a column for it and for each kind of each model, of the last layer shown.
+
+    Similarity is to the patch in the middle, which is marked.
+    """
+    rows = [[("", picture.image), *_columns(picture, kinds)] for picture in pictures]
+    gap, label = 8, 18
+    width, height = max(map(len, rows)) * (side + gap) - gap, len(rows) * (side + label + gap) - gap
+    result = Image.new("RGB", (width, height), "white")
+    from PIL import ImageDraw
+
+    draw = ImageDraw.Draw(result)
+    for row, cells in enumerate(rows):
+        for column, (text, image) in enumerate(cells):
+            left, top = column * (side + gap), row * (side + label + gap)
+            image = image.copy()
+            image.thumbnail((side, side), Image.Resampling.BICUBIC)
+            draw.text((left, top + 2), text or pictures[row].name, fill="black")
+            result.paste(image, (left, top + label))
+    return result
+
+
+def _columns(picture: Picture, kinds: Sequence[str]) -> list[tuple[str, Image.Image]]:
+    cells = []
+    for model in picture.models:
+        layer, short = model.layers[-1], model.model.rsplit("/", 1)[-1]
+        for kind in kinds:
+            values: Any = None
+            if kind == "similarity":
+                h, w = layer.tokens.shape[:2]
+                values = np.array(maps.colours(maps.similarity([layer.tokens], layer.tokens[h // 2, w // 2])[0]))
+                values[h // 2, w // 2] = 255
+            elif kind == "attention":
+                values = layer.attention
+            else:
+                values = getattr(layer, kind)
+            if values is not None:
+                cells.append((f"{short}: {kind}", maps.overlay(picture.image, values, model.box)))
+    return cells
