@@ -1,6 +1,7 @@
 """The examples of docs/api.md run and print what they say."""
 
 import contextlib
+import importlib.util
 import io
 import re
 from pathlib import Path
@@ -35,3 +36,12 @@ def test_examples_of_the_api_print_what_they_say(tmp_path, monkeypatch, quick_co
 @pytest.mark.parametrize("name", sorted(set(nopad.__all__)))
 def test_api_page_names_every_public_name(name):
     assert re.search(rf"\b{name}\b", PAGE.read_text(encoding="utf-8"))
+
+
+def test_the_example_of_features_runs(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("features", ROOT / "examples" / "features.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.main("untrained:facebook/dinov3-vits16-pretrain-lvd1689m", str(tmp_path))
+    assert "cat.jpg tokens (2, 1, 18, 28, 384) of the pixels [0.0, 0.0, 448.0, 288.0]" in capsys.readouterr().out
+    assert len(list(tmp_path.glob("*-components.png"))) == 4

@@ -159,6 +159,7 @@ class AIMv2Packing(PackedEncoder):
     @staticmethod
     def published_preprocessing(config: AIMv2PackingConfig) -> Preprocessing:
         """Native: as it is; fixed size: CLIP's resize and crop to the trained size."""
+        size: Any = config.image_size
         statistics: dict[str, Any] = {
             "resample": "bicubic",
             "mean": tuple(OPENAI_CLIP_MEAN),
@@ -166,4 +167,4 @@ class AIMv2Packing(PackedEncoder):
         }
         if config.is_native:
             return Preprocessing(rule="native", **statistics)
-        return Preprocessing(rule="crop", size=config.image_size, **statistics)
+        return Preprocessing(rule="crop", size=size, **statistics)

@@ -107,8 +107,9 @@ class CLIPPacking(PackedEncoder):
     @staticmethod
     def published_preprocessing(config: CLIPConfigs) -> Preprocessing:
         """The short side to the trained size, and a square crop of it."""
+        size: Any = config.image_size
         statistics: dict[str, Any] = {"mean": tuple(OPENAI_CLIP_MEAN), "std": tuple(OPENAI_CLIP_STD)}
-        return Preprocessing(rule="crop", size=config.image_size, resample="bicubic", **statistics)
+        return Preprocessing(rule="crop", size=size, resample="bicubic", **statistics)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -113,7 +113,8 @@ class Siglip2NaflexPacking(PackedEncoder):
         statistics: dict[str, Any] = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
         if is_naflex(config):
             return Preprocessing(rule="naflex", resample="bilinear", **statistics)
-        return Preprocessing(rule="square", size=config.image_size, resample="bicubic", **statistics)
+        size: Any = config.image_size  # pyright: ignore[reportAttributeAccessIssue] - a fixed size
+        return Preprocessing(rule="square", size=size, resample="bicubic", **statistics)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
