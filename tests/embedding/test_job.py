@@ -702,7 +702,7 @@ def test_layers_that_run_otherwise_are_told(photos, tmp_path, model):
     encoder = nopad.load(model)
     nopad.embed(photos, tmp_path / "out", model=encoder, capacity=2048)
     encoder.compile(2048, compiled=False)
-    with pytest.raises(ValueError, match="layers: eager there, eager 2048 now"):
+    with pytest.raises(ValueError, match="compile: no there, yes now"):
         nopad.embed(photos, tmp_path / "out", model=encoder, capacity=2048)
 
 
