@@ -28,12 +28,14 @@ class ActorConfig:
         settings: those that the job was begun with.
         local_settings: the same on the actor: the model's path made absolute, its device and number of decode threads.
         token: see `check_owner`.
+        update: see `JobFolder`.
     """
 
     folder: str
     settings: Settings
     local_settings: Settings
     token: str
+    update: int = 0
 
 
 class ShardMaker:
@@ -61,7 +63,7 @@ class ShardMaker:
 
     @cached_property
     def job(self) -> Job:
-        folder = JobFolder(self.config.folder)
+        folder = JobFolder(self.config.folder, self.config.update)
         return Job(self.config.settings, folder, *folder.read(), partial(check_owner, folder.path, self.config.token))
 
     # Not in the constructor, whose errors Ray raises as a death of the actor.
@@ -72,6 +74,7 @@ class ShardMaker:
             self.config.local_settings, load_encoder(self.config.local_settings), job.record["capacity"]
         )
         record = record_of(self.config.settings, worker, json.loads(job.record["sources"]), job.inputs)
+        record |= {key: job.record[key] for key in ("table", "update") if key in job.record}
         try:
             check_same(job.record, record, job.folder.path)
         except ValueError as error:

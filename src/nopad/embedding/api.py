@@ -14,12 +14,14 @@ from nopad.counts import counted
 from nopad.embedding.distributed import make_on_ray
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.sources import list_inputs
-from nopad.embedding.job import begin_or_resume
+from nopad.embedding.job import Job, begin_or_resume, changes_of
 from nopad.embedding.lock import FolderLock
+from nopad.embedding.manifest import record_of
 from nopad.embedding.progress import Progress
 from nopad.embedding.run import Run
 from nopad.embedding.settings import Settings
-from nopad.embedding.summary import Summary
+from nopad.embedding.summary import Summary, summary_of
+from nopad.embedding.updates import begin_update, compare, mark
 from nopad.embedding.workers import describe_execution, load_encoder, make_worker
 from nopad.encoder import PackedEncoder
 from nopad.local_paths import check_local
@@ -61,6 +63,8 @@ def embed(
     hidden: bool = False,
     allow_outside_paths: bool = False,
     workers: int | None = None,
+    update: bool = False,
+    content_hash: bool = False,
     retry_failed: bool = False,
     actors: int | None = None,
     stop: threading.Event | None = None,
@@ -105,6 +109,10 @@ def embed(
         hidden: take what is hidden or left by systems (`._*`, `.thumbnails`, `@eaDir`, …), too.
         allow_outside_paths: read files that a table names by path wherever they are, not below its folder alone.
         workers: decode threads, one per core unless given.
+        update: take into the table what is new in the sources, and mark what is gone or has changed; rows that are not
+            concerned stay as they are. `sources` may be others than the table's own.
+        content_hash: read every input once more, so that `update` recognises it by its contents; by default size and
+            time decide.
         retry_failed: try failed rows of finished shards again.
         actors: run on Ray with so many actors; in this process unless given.
         stop: once set, the shard in hand is finished and no other.
@@ -145,16 +153,32 @@ def embed(
         encoder = model if isinstance(model, PackedEncoder) else load_encoder(settings)
         worker = make_worker(settings, encoder, folder.recorded("capacity"), is_loaded=is_loaded)
         logger.info(describe_execution(worker))
-        job, changes = begin_or_resume(folder, lock.check, settings, worker, names, listing.inputs)
-        run = Run(job, worker, stop=stop, progress=progress)
-        if progress is not None and actors is None:
-            run.estimate()
-        run.retry()
-        if actors is None:
-            run.make(run.missing)
-        else:
-            make_on_ray(run, run.missing, actors, lock.token)
-        return run.summary(listing.left_out, changes)
+        record = record_of(settings, worker, names, listing.inputs)
+        jobs = begin_or_resume(folder, lock.check, settings, record, listing.inputs)
+        changes = []
+        if not update and jobs[0].record["inputs"] != record["inputs"] and len(jobs) == 1:
+            changes = [changes_of(jobs[0].inputs, listing.inputs, folder.path)]
+            logger.warning(changes[0])
+
+        def run(job: Job) -> Run:
+            made = Run(job, worker, stop=stop, progress=progress)
+            if progress is not None and actors is None:
+                made.estimate()
+            made.retry()
+            if actors is None:
+                made.make(made.missing)
+            elif made.missing:
+                make_on_ray(made, made.missing, actors, lock.token)
+            return made
+
+        runs = list(map(run, jobs))
+        if update and all(len(job.finished()) == len(job) for job in jobs):
+            difference = compare(jobs, listing.inputs, names, contents=content_hash)
+            changes = difference.describe()
+            mark(jobs, difference.marks, worker.encoder)
+            if difference.new:
+                runs.append(run(begin_update(folder, jobs, record, difference)))
+        return summary_of([each.summary(listing.left_out, changes) for each in runs])
 
 
 def _label(model: object) -> str:

@@ -119,7 +119,7 @@ class _Actors:
             workers=settings.workers or cores,
         )
         folder = os.path.abspath(run.job.folder.path)
-        self.config = ActorConfig(folder, settings, local_settings, token)
+        self.config = ActorConfig(folder, settings, local_settings, token, run.job.folder.update)
         self.places: dict[Any, str] = {}  # of each actor that has started: its process and host
         self.loading: dict[Any, Any] = {}  # an actor by the reference to what its call will return
         self.making: dict[Any, tuple[Any, int]] = {}

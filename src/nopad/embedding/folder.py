@@ -14,20 +14,31 @@ from nopad.checkpoints.contents import read_json
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.embedding.inputs.files import why
 from nopad.embedding.inputs.listing import InputList
+from nopad.embedding.inputs.stamps import Stamp, save_stamps
 from nopad.embedding.table.names import METADATA_FOLDER
 from nopad.embedding.table.writer import folder_error
 from nopad.local_paths import check_local
 
+UPDATES = "updates"
+"""The folder, in `.nopad`, of the jobs that have added to a table."""
+
 
 class JobFolder:
-    """The files of a job: shards in the folder itself, all else in its `.nopad`."""
+    """The files of a job: shards in the folder itself, all else in its `.nopad`, of an update in a folder there.
 
-    def __init__(self, folder: str | Path) -> None:
+    Args:
+        folder: of the table.
+        update: 0 for the table's first job, else the number of an update.
+    """
+
+    def __init__(self, folder: str | Path, update: int = 0) -> None:
         if not os.fspath(folder):
             raise ValueError("out: expected a folder, got ''; '.' is the current one")
         check_local("out", folder)
         self.path = Path(folder)
-        self.metadata = self.path / METADATA_FOLDER
+        self.update = update
+        own = self.path / METADATA_FOLDER
+        self.metadata = own / UPDATES / f"{update:05}" if update else own
 
     @property
     def has_job(self) -> bool:
@@ -56,10 +67,18 @@ class JobFolder:
             return None
         return value if isinstance(value, str) else None
 
-    def begin(self, record: Mapping[str, str], inputs: InputList) -> None:
-        """Keep a new job's list and record; it is begun once both are there."""
+    def all(self) -> list[JobFolder]:
+        """The files of the table's first job and of its updates, as far as they were begun."""
+        numbers = (path.name for path in (self.path / METADATA_FOLDER / UPDATES).glob("[0-9]" * 5))
+        folders = (JobFolder(self.path, number) for number in (0, *sorted(map(int, numbers))))
+        return [folder for folder in folders if folder.has_job]
+
+    def begin(self, record: Mapping[str, str], inputs: InputList, stamps: list[Stamp]) -> None:
+        """Keep a new job's list, its stamps and record; it is begun once all are there."""
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         try:
+            self.metadata.mkdir(parents=True, exist_ok=True)
+            save_stamps(stamps, self.metadata / "stamps.parquet")
             inputs.save(self.metadata / "inputs.parquet")
             with atomic_write(self.metadata / "job.json") as file:
                 file.write(text.encode())
@@ -93,7 +112,7 @@ class JobFolder:
 
     def clean(self) -> None:
         """Remove what a killed run left half-written."""
-        for path in self.metadata.glob("*.part"):
+        for path in self.metadata.rglob("*.part"):  # of updates, too
             path.unlink(missing_ok=True)
 
 

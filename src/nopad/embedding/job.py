@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,16 +13,14 @@ from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.media import MediaDecoder
 from nopad.embedding.inputs.names import as_text
-from nopad.embedding.manifest import check_same, fingerprint, record_of
+from nopad.embedding.inputs.stamps import take_stamps
+from nopad.embedding.manifest import check_same, fingerprint, job_folders
 from nopad.embedding.settings import Settings
 from nopad.embedding.table.names import parse_shard_name, shard_name
 from nopad.embedding.table.reader import num_rows, read_metadata
 from nopad.embedding.table.writer import Row, ShardFormat, write_shard
 from nopad.encoder import PackedEncoder
-from nopad.pipeline.worker import Worker
 from nopad.terminal import printable
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -73,8 +70,11 @@ class Job:
             ValueError: a shard of another job.
         """
         shards = []
+        others = job_folders(self.folder.path).keys() - {self.fingerprint}
         for path in sorted(self.folder.path.glob("shard-*.parquet")):
             parsed = parse_shard_name(path.name)
+            if parsed is not None and parsed[2] in others:  # of the table's first job, or of an update
+                continue
             if parsed is None or parsed[1:] != (len(self), self.fingerprint) or parsed[0] >= len(self):
                 raise ValueError(printable(f"{path}: not a shard of this job; move it away or use another folder"))
             shards.append(parsed[0])
@@ -129,25 +129,44 @@ def begin_or_resume(
     folder: JobFolder,
     check_lock: Callable[[], None],
     settings: Settings,
-    worker: Worker,
-    sources: list[str],
+    record: Mapping[str, str],
     inputs: InputList,
-) -> tuple[Job, list[str]]:
-    """The job of this folder, and what has changed in its sources; a job's list is the one that it was begun with."""
-    record = record_of(settings, worker, sources, inputs)
+) -> list[Job]:
+    """The jobs of this folder: the table's first one, which is begun where there is none, and those of its updates.
+
+    A job's list is the one that it was begun with.
+
+    Args:
+        record: of `settings`, see `record_of`.
+        inputs: what is listed now.
+
+    Raises:
+        ValueError: a job with other settings, damaged files, shards of another job; with `settings.update` the sources
+            may be others, and the version of jobs that are whole.
+    """
     if not folder.has_job:
         job = Job(settings, folder, record, inputs, check_lock)
         _check_shards(job)  # before anything is written
-        folder.begin(record, inputs)
-        return job, []
-    begun, retained = folder.read()
-    check_same(begun, record, folder.path)
-    changes = [] if begun["inputs"] == record["inputs"] else [_changes(retained, inputs, folder.path)]
-    for change in changes:
-        logger.warning(change)
-    job = Job(settings, folder, begun, retained, check_lock)
-    _check_shards(job)
-    return job, changes
+        folder.begin(record, inputs, take_stamps(inputs, contents=settings.content_hash))
+        return [job]
+    jobs = []
+    for each in folder.all():
+        begun, retained = each.read()
+        job = Job(settings, each, begun, retained, check_lock)
+        check_same(begun, {**record, **_may_differ(job)}, folder.path)
+        _check_shards(job)
+        jobs.append(job)
+    return jobs
+
+
+def _may_differ(job: Job) -> dict[str, str]:
+    """What of a job's record the command may have otherwise."""
+    keys = {"table", "update"}
+    if job.settings.update or job.folder.update:
+        keys |= {"sources"}
+        if len(job.finished()) == len(job):
+            keys |= {"version"}
+    return {key: job.record[key] for key in keys & job.record.keys()}
 
 
 def _check_shards(job: Job) -> None:
@@ -155,7 +174,7 @@ def _check_shards(job: Job) -> None:
         job.check(shard)
 
 
-def _changes(retained: InputList, listed: InputList, folder: Path) -> str:
+def changes_of(retained: InputList, listed: InputList, folder: Path) -> str:
     """How the sources have changed since the job began.
 
     Raises:
@@ -177,7 +196,7 @@ def _changes(retained: InputList, listed: InputList, folder: Path) -> str:
         f"since this job began, its sources have {counted(new.total(), 'new input')} and {gone.total():,} "
         f"{are(gone.total())} gone"
         f"{'' if new or gone else ', but they come in another order'}; it keeps to the list that it began with: "
-        f"embed what is new into another folder"
+        f"--update takes what is new into the table"
     )
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from nopad import __version__
+from nopad.checkpoints.contents import read_json
+from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.listing import InputList
 from nopad.embedding.inputs.names import as_text
 from nopad.embedding.settings import Settings
-from nopad.embedding.table.names import METADATA_FOLDER
 from nopad.encoder import PackedEncoder
 from nopad.environment import dtype_name
 from nopad.pipeline.worker import Worker
@@ -27,9 +28,6 @@ _FOLLOWS = {
     "preprocessing": {"resize", "size", "min_patches", "max_patches", "multiple_of"},
 }
 """What follows from options of a job."""
-
-UPDATES = "updates"
-"""The folder, in the job's own, of the jobs that have added to its table."""
 
 
 def record_of(settings: Settings, worker: Worker, sources: list[str], inputs: InputList) -> dict[str, str]:
@@ -95,13 +93,12 @@ def job_folders(folder: Path) -> dict[str, Path]:
     """Where the list of inputs of each job of a table is, by the fingerprint in its shards' names; what is damaged is
     left out."""
     found = {}
-    own = folder / METADATA_FOLDER
-    for each in (own, *sorted((own / UPDATES).glob("[0-9]*"))):
+    for each in JobFolder(folder).all():
         try:
-            record = json.loads((each / "job.json").read_text(encoding="utf-8"))
+            record = read_json(each.metadata / "job.json")
         except (OSError, ValueError):
             continue
-        found[fingerprint(record)] = each
+        found[fingerprint(record)] = each.metadata
     return found
 
 

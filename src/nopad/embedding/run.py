@@ -108,9 +108,10 @@ class Run:
 
     def summary(self, left_out: Mapping[str, int], changes: Sequence[str]) -> Summary:
         """Counts of the table as it is now, and of this run."""
-        counts = {self.job.path(shard).name: count(self.job.path(shard)) for shard in self.job.finished()}
+        finished = self.job.finished()
+        counts = {self.job.path(shard).name: count(self.job.path(shard)) for shard in finished}
         rows = sum(ok + failed for ok, failed in counts.values())
-        missing = len(self.job.inputs) - rows
+        missing = len(self.job.inputs) - sum(map(self.job.size, finished))
         return Summary(
             folder=str(self.job.folder.path),
             rows=rows,

@@ -246,6 +246,13 @@ class Settings:
     shard_size: int | None = _count(
         None, f"rows of a shard (default: {SHARD_SIZE}, with tokens {SHARD_SIZE_WITH_TOKENS})"
     )
+    update: bool = _flag(
+        "take into a finished table what is new in the sources, and mark what is gone or has changed", recorded=False
+    )
+    content_hash: bool = _flag(
+        "read every input once more, so that --update recognises it by its contents, not by size and time",
+        recorded=False,
+    )
     retry_failed: bool = _flag("try failed rows of finished shards again", recorded=False)
     actors: int | None = _count(None, "run on Ray with N actors", recorded=False)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nopad.pipeline.stats import Stats
@@ -45,3 +46,14 @@ class Summary:
         seconds = self.seconds or 1.0  # where there was nothing to do, nothing was done per second
         per_second = {"images": self.stats.images / seconds, "patches": self.stats.patches / seconds}
         return {**asdict(self), "fill": self.stats.fill, "per_second": per_second}
+
+
+def summary_of(summaries: Sequence[Summary]) -> Summary:
+    """One summary of the jobs of a table, whose worker was the same."""
+
+    def total(name: str) -> Any:
+        return sum(getattr(summary, name) for summary in summaries)
+
+    counts = {name: total(name) for name in ("rows", "failed", "missing", "to_go", "done", "seconds", "write_seconds")}
+    shards = [name for summary in summaries for name in summary.shards_with_failures]
+    return replace(summaries[-1], **counts, shards_with_failures=shards)

@@ -15,7 +15,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nopad.embedding.table.writer import COLUMNS, DTYPES, FORMAT, LISTS, NUMBERS, PREFIX, TOKENS, Row, ShardFormat
+from nopad.embedding.table.writer import (
+    COLUMNS,
+    DTYPES,
+    FAILED,
+    FORMAT,
+    LISTS,
+    NUMBERS,
+    OK,
+    PREFIX,
+    STATUSES,
+    TOKENS,
+    Row,
+    ShardFormat,
+)
 
 _OF_OK_ROWS = ("id", "source", *NUMBERS, "embedding")
 
@@ -77,10 +90,10 @@ def ok_rows(path: Path, table: pa.Table) -> np.ndarray:
     Raises:
         ValueError: rows that `write_shard` refuses to write.
     """
-    statuses = table["status"].to_pylist()
-    ok = np.array([status == "ok" for status in statuses], dtype=bool)
-    if others := {*statuses} - {"ok", "failed"}:
-        raise damaged(path, f"status {min(map(str, others))!r}, expected ok or failed")
+    said = table["status"].to_pylist()
+    ok = np.array([status == OK for status in said], dtype=bool)
+    if others := {*said} - {*STATUSES}:
+        raise damaged(path, f"status {min(map(str, others))!r}, expected one of {', '.join(STATUSES)}")
     for name in _OF_OK_ROWS:
         if name not in table.column_names:
             continue
@@ -89,7 +102,7 @@ def ok_rows(path: Path, table: pa.Table) -> np.ndarray:
         if not has[ok].all():
             raise damaged(path, f"{name} missing in row {np.flatnonzero(ok & ~has)[0]}, which is ok")
         if name == "embedding" and has[~ok].any():
-            raise damaged(path, f"an embedding in row {np.flatnonzero(~ok & has)[0]}, which failed")
+            raise damaged(path, f"an embedding in row {(row := np.flatnonzero(~ok & has)[0])}, which is {said[row]}")
         if name in NUMBERS and ok.any() and (least := column.filter(pa.array(ok)).to_numpy().min()) < 1:
             raise damaged(path, f"{name} {least}, expected at least 1")
     return ok
@@ -154,7 +167,7 @@ def iterate_rows(path: Path) -> Iterator[Row]:
                 yield Row(
                     **values,
                     grid=None if t is None else (t, h, w),
-                    embedding=next(embeddings) if values["status"] == "ok" else None,
+                    embedding=next(embeddings) if values["status"] == OK else None,
                     tokens=None if raw is None else np.frombuffer(raw, "<f2").reshape(-1, token_width(schema) or 1),
                 )
 
@@ -185,12 +198,19 @@ def failed_rows(path: Path) -> list[tuple[int, str, str, str]]:
     return [
         (number, row["source"], row["id"], row["error"] or "")
         for number, row in enumerate(rows)
-        if row["status"] == "failed"
+        if row["status"] == FAILED
     ]
+
+
+def statuses(path: Path) -> list[str]:
+    """The status of each row; reads only this column."""
+    with opened(path) as file:
+        table = file.read(["status"])
+        ok_rows(path, table)
+        return table["status"].to_pylist()
 
 
 def count(path: Path) -> tuple[int, int]:
     """How many rows are ok and how many failed; reads only the status column."""
-    with opened(path) as file:
-        ok = ok_rows(path, file.read(["status"]))
-    return int(ok.sum()), int((~ok).sum())
+    said = statuses(path)
+    return said.count(OK), said.count(FAILED)

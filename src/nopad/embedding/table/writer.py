@@ -23,6 +23,10 @@ _TEXT = ("id", "source", "status", "error")
 NUMBERS = ("width", "height", "grid_t", "grid_h", "grid_w")
 COLUMNS = (*_TEXT, *NUMBERS, "embedding")
 TOKENS = "tokens"
+OK, FAILED, GONE, CHANGED = "ok", "failed", "gone", "changed"
+STATUSES = (OK, FAILED, GONE, CHANGED)
+"""Of a row: with features; without, for the reason in `error`; marked by an update, its input gone from the sources or
+changed, and then in another row."""
 DTYPES, LISTS = ("float32", "float16"), ("fixed", "variable")
 _FORMAT_KEYS = ("format", "embedding.width", "tokens.dtype", "tokens.width", "tokens.layers", "tokens.pool")
 
@@ -239,11 +243,11 @@ def _groups(rows: Iterable[Row], format: ShardFormat) -> Iterator[list[Row]]:
 
 
 def _check(row: Row, format: ShardFormat) -> None:
-    if row.status not in ("ok", "failed"):
-        raise ValueError(f"row {row.id!r}: status {row.status!r}, expected 'ok' or 'failed'")
-    if row.status == "failed":
+    if row.status not in STATUSES:
+        raise ValueError(f"row {row.id!r}: status {row.status!r}, expected one of {', '.join(STATUSES)}")
+    if row.status != OK:
         if row.embedding is not None or row.tokens is not None:
-            raise ValueError(f"row {row.id!r}: features on a failed row, expected none")
+            raise ValueError(f"row {row.id!r}: features on a {row.status} row, expected none")
         return
     for name in ("width", "height", "grid", "embedding"):
         if getattr(row, name) is None:

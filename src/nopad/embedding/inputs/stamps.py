@@ -1,0 +1,115 @@
+"""By what a file is recognised as changed: its size and time, on request its contents."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nopad.atomic import atomic_write
+from nopad.embedding.inputs.decoder import Reader
+from nopad.embedding.inputs.files import FileRange
+from nopad.embedding.inputs.listing import Input, InputList
+from nopad.preprocessing.decode import ImageError
+
+_SCHEMA = pa.schema({"size": pa.int64(), "mtime_ns": pa.int64(), "sha256": pa.string()})
+_BLOCK = 1 << 16
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What is known of an input's file: -1 where it could not be looked at, `""` where its contents were not read."""
+
+    size: int
+    mtime_ns: int
+    sha256: str = ""
+
+    def differs(self, other: Stamp) -> bool:
+        """Whether the file is another one: by its contents where both are known, else by size and time."""
+        if self.sha256 and other.sha256:
+            return self.sha256 != other.sha256
+        return (self.size, self.mtime_ns) != (other.size, other.mtime_ns)
+
+
+def take_stamps(inputs: InputList, *, contents: bool) -> list[Stamp]:
+    """The stamp of each input; of a tar or a table that of the whole file.
+
+    Args:
+        inputs: of a job.
+        contents: read every input and take its SHA-256.
+    """
+    return list(_stamps(inputs, contents))
+
+
+def _stamps(inputs: InputList, contents: bool) -> Iterator[Stamp]:
+    path, stat = b"", (-1, -1)
+    with Reader(allow_outside_paths=True) as reader:
+        for item in inputs:
+            if item.path != path:  # rows of one file follow each other
+                path, stat = item.path, _stat(item)
+            yield Stamp(*stat, _sha256(item, reader) if contents else "")
+
+
+def _stat(item: Input) -> tuple[int, int]:
+    if item.kind == "broken":
+        return -1, -1
+    try:
+        found = os.stat(item.path)
+    except (OSError, ValueError):
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def _sha256(item: Input, reader: Reader) -> str:
+    if item.kind == "broken":
+        return ""
+    try:
+        media = FileRange(item.path) if item.kind == "video" else reader.media(item)
+        if isinstance(media, FileRange):
+            return _sha256_of(media)
+        return hashlib.sha256(media if isinstance(media, bytes) else media.encode()).hexdigest()
+    except (ImageError, OSError, ValueError):
+        return ""
+
+
+def _sha256_of(media: FileRange) -> str:
+    digest = hashlib.sha256()
+    with open(media.path, "rb") as file:
+        file.seek(media.offset)
+        left = media.size if media.size is not None else os.fstat(file.fileno()).st_size
+        while left > 0 and (data := file.read(min(_CHUNK, left))):
+            digest.update(data)
+            left -= len(data)
+    return digest.hexdigest()
+
+
+def save_stamps(stamps: list[Stamp], path: Path) -> None:
+    """Write stamps as a Parquet file, all of it or nothing."""
+    columns = [[getattr(stamp, name) for stamp in stamps] for name in _SCHEMA.names]
+    table = pa.table([pa.array(values, field.type) for values, field in zip(columns, _SCHEMA, strict=True)], _SCHEMA)
+    with atomic_write(path) as file:
+        pq.write_table(table, file, compression="zstd", row_group_size=_BLOCK)
+
+
+def load_stamps(path: Path, number: int) -> list[Stamp] | None:
+    """The stamps of `number` inputs, `None` where there are none.
+
+    Raises:
+        ValueError: a file that is damaged or of another list.
+    """
+    if not path.exists():
+        return None
+    try:
+        with pa.OSFile(os.fsencode(path)) as file:
+            table = pq.ParquetFile(file).read()
+        if table.schema.remove_metadata() != _SCHEMA or len(table) != number:
+            raise ValueError(f"expected {number} rows of {', '.join(_SCHEMA.names)}")
+        return [Stamp(*row) for row in zip(*(column.to_pylist() for column in table.columns), strict=True)]
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"{path}: damaged ({error}); remove it, and changed files are not found") from error

@@ -1,0 +1,134 @@
+"""A table that grows: what is new in the sources becomes a job beside the first, what is gone or changed is marked."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from nopad.embedding.folder import JobFolder
+from nopad.embedding.inputs.listing import Input, InputList
+from nopad.embedding.inputs.stamps import Stamp, load_stamps, take_stamps
+from nopad.embedding.job import Job
+from nopad.embedding.table.reader import iterate_rows, statuses
+from nopad.embedding.table.writer import CHANGED, GONE, Row
+from nopad.encoder import PackedEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A row of a table: of which job, in which shard, and where in it."""
+
+    job: int
+    shard: int
+    row: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What has changed between a table and its sources.
+
+    Attributes:
+        new: inputs to embed, those that have changed among them, and their stamps.
+        marks: rows whose input is gone or has changed.
+    """
+
+    new: list[tuple[Input, Stamp]]
+    marks: dict[Place, str]
+
+    def describe(self) -> list[str]:
+        """It in words, for a summary."""
+        counts = Counter(self.marks.values())
+        new = len(self.new) - counts[CHANGED]
+        if not self.new and not self.marks:
+            return ["nothing has changed in the sources"]
+        return [f"in the sources {new:,} are new, {counts[CHANGED]:,} have changed, {counts[GONE]:,} are gone"]
+
+
+def compare(jobs: Sequence[Job], listed: InputList, names: Collection[str], *, contents: bool) -> Difference:
+    """What has changed between a table, all of whose shards are there, and its sources.
+
+    Inputs are the same if their source and name are, their place in it, and their file: by size and time or, where both
+    are known, by its contents. Of sources that are not among `names` nothing is gone.
+    """
+    stamps = take_stamps(listed, contents=contents)
+    current, known = _current(jobs)
+    new, marks = [], {}
+    for item, stamp in zip(listed, stamps, strict=True):
+        places = current.get((item.source, item.id))
+        if not places:
+            new.append((item, stamp))
+            continue
+        place, before = places.pop(0)
+        old = known[place]
+        if before != item or (old is not None and old.differs(stamp)):
+            marks[place] = CHANGED
+            new.append((item, stamp))
+    sources = {item.source for item in listed}
+    whole = {number for number, job in enumerate(jobs) if {*json.loads(job.record["sources"])} <= {*names}}
+    for (source, _), places in current.items():
+        for place, _ in places:
+            if place.job in whole or source in sources or any(_is_below(source, name) for name in names):
+                marks[place] = GONE
+    return Difference(new, marks)
+
+
+def _is_below(source: str, name: str) -> bool:
+    return source == name or source.startswith(name.rstrip("/") + "/")
+
+
+def _current(
+    jobs: Sequence[Job],
+) -> tuple[dict[tuple[str, str], list[tuple[Place, Input]]], dict[Place, Stamp | None]]:
+    """The rows that are not marked by source and name, and their stamps."""
+    rows: dict[tuple[str, str], list[tuple[Place, Input]]] = defaultdict(list)
+    known: dict[Place, Stamp | None] = {}
+    for number, job in enumerate(jobs):
+        stamps = load_stamps(job.folder.metadata / "stamps.parquet", len(job.inputs))
+        size = job.settings.rows_per_shard
+        for shard in range(len(job)):
+            said = statuses(job.path(shard))
+            for row, (item, status) in enumerate(zip(job.of(shard), said, strict=True)):
+                if status in (GONE, CHANGED):
+                    continue
+                place = Place(number, shard, row)
+                rows[item.source, item.id].append((place, item))
+                known[place] = None if stamps is None else stamps[shard * size + row]
+    return rows, known
+
+
+def begin_update(folder: JobFolder, jobs: Sequence[Job], record: Mapping[str, str], difference: Difference) -> Job:
+    """Begin the job of what is new, after `mark`: where that was interrupted, what is not marked yet is found again.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    first = jobs[0]
+    number = 1 + max(each.update for each in folder.all())
+    inputs = InputList.of(item for item, _ in difference.new)
+    own = {**record, "inputs": inputs.digest(), "table": first.fingerprint, "update": str(number)}
+    part = JobFolder(folder.path, number)
+    part.begin(own, inputs, [stamp for _, stamp in difference.new])
+    return Job(first.settings, part, own, inputs, first.check_lock)
+
+
+def mark(jobs: Sequence[Job], marks: Mapping[Place, str], encoder: PackedEncoder) -> None:
+    """Put marks into the shards that need them, each replaced as a whole; a marked row has no features.
+
+    Raises:
+        LostLockError, OSError: see `Job.write`.
+    """
+    by_shard: dict[tuple[int, int], dict[int, str]] = defaultdict(dict)
+    for place, status in marks.items():
+        by_shard[place.job, place.shard][place.row] = status
+    for (number, shard), marked in by_shard.items():
+        job = jobs[number]
+        rows = [_marked(row, marked.get(at)) for at, row in enumerate(iterate_rows(job.path(shard)))]
+        job.write(shard, rows, encoder)
+
+
+def _marked(row: Row, status: str | None) -> Row:
+    if status is None:
+        return row
+    return Row(row.id, row.source, status)
