@@ -74,7 +74,7 @@ class ShardMaker:
             self.config.local_settings, load_encoder(self.config.local_settings), job.record["capacity"]
         )
         record = record_of(self.config.settings, worker, json.loads(job.record["sources"]), job.inputs)
-        record |= {key: job.record[key] for key in ("table", "update") if key in job.record}
+        record |= {key: job.record[key] for key in ("table", "update", "columns") if key in job.record}
         try:
             check_same(job.record, record, job.folder.path)
         except ValueError as error:

@@ -60,6 +60,8 @@ def embed(
     input_timeout: float | None = INPUT_TIMEOUT_SECONDS,
     decode_memory: int | None = None,
     image_column: str | None = None,
+    id_column: str | None = None,
+    keep: str | None = None,
     hidden: bool = False,
     allow_outside_paths: bool = False,
     workers: int | None = None,
@@ -106,6 +108,9 @@ def embed(
         decode_memory: bytes for pictures that are decoded and read ahead; half of what is free unless given. One that
             needs more is a failure.
         image_column: the column of image bytes in Parquet files and datasets, where it is not clear.
+        id_column: the column of names for the rows of Parquet files and datasets; by default their numbers.
+        keep: columns of Parquet files and datasets to keep in the table, names with commas between or `"all"`; of
+            WebDataset samples fields of their JSON, or `txt`, `json` and `cls` as a whole.
         hidden: take what is hidden or left by systems (`._*`, `.thumbnails`, `@eaDir`, …), too.
         allow_outside_paths: read files that a table names by path wherever they are, not below its folder alone.
         workers: decode threads, one per core unless given.
@@ -145,7 +150,7 @@ def embed(
     if not isinstance(stop, threading.Event | None):
         raise ValueError(f"stop: expected a threading.Event, got {stop!r}")
     logger.info("listing %s", names[0] if len(names) == 1 else f"{len(names):,} sources")
-    listing = list_inputs(names, image_column=image_column, hidden=hidden)
+    listing = list_inputs(names, image_column=image_column, id_column=id_column, hidden=hidden)
     with FolderLock(out) as lock:
         folder.clean()
         logger.info("%s; loading the model", counted(len(listing.inputs), "input"))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from nopad.counts import are, counted
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.decoder import Reader
+from nopad.embedding.inputs.kept import Kept
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.media import MediaDecoder
 from nopad.embedding.inputs.names import as_text
@@ -18,7 +20,7 @@ from nopad.embedding.manifest import check_same, fingerprint, job_folders
 from nopad.embedding.settings import Settings
 from nopad.embedding.table.names import parse_shard_name, shard_name
 from nopad.embedding.table.reader import num_rows, read_metadata
-from nopad.embedding.table.writer import Row, ShardFormat, write_shard
+from nopad.embedding.table.writer import COLUMNS, TOKENS, Row, ShardFormat, write_shard
 from nopad.encoder import PackedEncoder
 from nopad.terminal import printable
 
@@ -48,6 +50,11 @@ class Job:
     def threads(self) -> int | None:
         """How many threads compute on a CPU: as many as when the job began."""
         return int(self.record["threads"]) if self.record["threads"] else None
+
+    @cached_property
+    def kept(self) -> Kept | None:
+        """What is kept of the inputs' own columns."""
+        return Kept.from_text(self.record["columns"]) if self.record.get("columns") else None
 
     def path(self, shard: int) -> Path:
         """The file of a shard."""
@@ -113,6 +120,7 @@ class Job:
             token_dimension=encoder.hidden_size if selection.tokens else None,
             token_layers=selection.layers and encoder.layer_indices(selection.layers),
             tokens_pool=selection.tokens_pool,
+            kept=None if self.kept is None else self.kept.schema,
         )
         temporary = self.folder.temporary(path)
         self.check_lock()
@@ -145,6 +153,8 @@ def begin_or_resume(
             may be others, and the version of jobs that are whole.
     """
     if not folder.has_job:
+        if settings.keep is not None:
+            record = {**record, "columns": Kept.of(inputs, settings.keep, (*COLUMNS, TOKENS)).to_text()}
         job = Job(settings, folder, record, inputs, check_lock)
         _check_shards(job)  # before anything is written
         folder.begin(record, inputs, take_stamps(inputs, contents=settings.content_hash))
@@ -161,7 +171,7 @@ def begin_or_resume(
 
 def _may_differ(job: Job) -> dict[str, str]:
     """What of a job's record the command may have otherwise."""
-    keys = {"table", "update"}
+    keys = {"table", "update", "columns"}
     if job.settings.update or job.folder.update:
         keys |= {"sources"}
         if len(job.finished()) == len(job):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -11,9 +13,19 @@ from nopad.embedding.table.writer import MAX_TOKEN_BYTES, Row
 from nopad.pipeline.pack_runner import EmbeddingResult
 
 
-def table_rows(inputs: Sequence[Input], results: Sequence[EmbeddingResult], embedding_dtype: str) -> list[Row]:
-    """The rows of a table for inputs and their results; what a table cannot hold becomes a failed row."""
-    return [_row(item, result, np.dtype(embedding_dtype)) for item, result in zip(inputs, results, strict=True)]
+def table_rows(
+    inputs: Sequence[Input],
+    results: Sequence[EmbeddingResult],
+    embedding_dtype: str,
+    kept: Sequence[tuple[Any, ...]],
+) -> list[Row]:
+    """The rows of a table for inputs, their results, and what is kept of their own columns.
+
+    What a table cannot hold becomes a failed row.
+    """
+    dtype = np.dtype(embedding_dtype)
+    every = zip(inputs, results, kept, strict=True)
+    return [replace(_row(item, result, dtype), kept=values) for item, result, values in every]
 
 
 def _row(item: Input, result: EmbeddingResult, dtype: np.dtype) -> Row:

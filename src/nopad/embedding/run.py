@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from typing import Any
 
 from nopad.embedding.estimate import mean_patches
 from nopad.embedding.inputs.listing import Input
@@ -88,10 +89,14 @@ class Run:
         ):
             for shard, embedded in zip(shards, results, strict=False):
                 start = time.perf_counter()
-                keep(shard, table_rows(inputs_of(shard), embedded, settings.embedding_dtype))
+                items = inputs_of(shard)
+                keep(shard, table_rows(items, embedded, settings.embedding_dtype, self._kept(items)))
                 self.write_seconds += time.perf_counter() - start
                 self.done += len(embedded)
         self.seconds = time.perf_counter() - self.start
+
+    def _kept(self, items: Sequence[Input]) -> list[tuple[Any, ...]]:
+        return [()] * len(items) if self.job.kept is None else self.job.kept.values(items)
 
     def _keep(self, shard: int, rows: list[Row]) -> None:
         self.job.write(shard, rows, self.worker.encoder)

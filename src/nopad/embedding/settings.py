@@ -230,6 +230,17 @@ class Settings:
         recorded=False,  # the list of inputs holds it
         metavar="NAME",
     )
+    id_column: str | None = _text(
+        None,
+        "column of names for the rows of Parquet files and datasets (default: their numbers)",
+        recorded=False,  # the list of inputs holds it
+        metavar="NAME",
+    )
+    keep: str | None = _text(
+        None,
+        "columns of Parquet files and datasets, fields of WebDataset samples' JSON, to keep: label,caption or all",
+        metavar="NAMES",
+    )
     hidden: bool = _flag(
         "take what is hidden or left by systems, too (._*, .thumbnails, @eaDir, …)",
         recorded=False,  # the list of inputs holds it

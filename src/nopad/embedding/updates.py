@@ -108,6 +108,8 @@ def begin_update(folder: JobFolder, jobs: Sequence[Job], record: Mapping[str, st
     number = 1 + max(each.update for each in folder.all())
     inputs = InputList.of(item for item, _ in difference.new)
     own = {**record, "inputs": inputs.digest(), "table": first.fingerprint, "update": str(number)}
+    if "columns" in first.record:
+        own["columns"] = first.record["columns"]
     part = JobFolder(folder.path, number)
     part.begin(own, inputs, [stamp for _, stamp in difference.new])
     return Job(first.settings, part, own, inputs, first.check_lock)
@@ -131,4 +133,4 @@ def mark(jobs: Sequence[Job], marks: Mapping[Place, str], encoder: PackedEncoder
 def _marked(row: Row, status: str | None) -> Row:
     if status is None:
         return row
-    return Row(row.id, row.source, status)
+    return Row(row.id, row.source, status, kept=row.kept)

@@ -80,6 +80,18 @@ def tar_inputs(path: str, text: str, left_out: Counter[str], *, hidden: bool = F
             yield broken(members.damage)
 
 
+def members_of(path: bytes) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of the regular members of a tar, as far as it is whole; of one that cannot be read none."""
+    try:
+        file = open_regular(path)
+    except (OSError, ValueError):
+        return
+    with file:
+        for member in _Members(file):
+            if member.isreg() and not member.issparse():
+                yield as_text(member.name), member.offset_data, member.size
+
+
 def _kind(member: tarfile.TarInfo) -> str:
     if member.isdir():
         return "folder"

@@ -33,7 +33,13 @@ class Listing:
     left_out: dict[str, int]
 
 
-def list_inputs(sources: Sequence[str | Path], *, image_column: str | None = None, hidden: bool = False) -> Listing:
+def list_inputs(
+    sources: Sequence[str | Path],
+    *,
+    image_column: str | None = None,
+    id_column: str | None = None,
+    hidden: bool = False,
+) -> Listing:
     """List the pictures and videos of each source, in the order given; nothing is decoded.
 
     A path that exists is taken as such, any other as a glob or, with braces (`{00000..00099}.tar`, `{a,b}/*.jpg`), as
@@ -60,6 +66,7 @@ def list_inputs(sources: Sequence[str | Path], *, image_column: str | None = Non
         sources: paths and globs.
         image_column: the column of image bytes in Parquet files and datasets; by default the only one, or the only one
             with a usual name.
+        id_column: the column of names for the rows of Parquet files and datasets; by default their numbers.
         hidden: take what is hidden, too.
 
     Raises:
@@ -80,7 +87,7 @@ def list_inputs(sources: Sequence[str | Path], *, image_column: str | None = Non
     def every() -> Iterator[Input]:
         nonlocal is_any_whole
         for name, is_expanded in _names(sources):
-            lister = _Lister(name, image_column, hidden=hidden, may_be_missing=is_expanded)
+            lister = _Lister(name, image_column, id_column, hidden=hidden, may_be_missing=is_expanded)
             is_empty = True
             for item in lister.inputs():
                 is_empty = False
@@ -103,8 +110,9 @@ def list_inputs(sources: Sequence[str | Path], *, image_column: str | None = Non
             raise ValueError(printable(nothing_in[0]))
         item = first_broken[0]
         raise ValueError(printable(f"nothing that can be read in the sources; {item.source}, {item.id}: {item.note}"))
-    if image_column is not None and kinds.isdisjoint({"parquet", "dataset"}):
-        raise ValueError(f"image_column: no source has columns, as Parquet files and datasets do, got {image_column!r}")
+    for option, column in {"image_column": image_column, "id_column": id_column}.items():
+        if column is not None and kinds.isdisjoint({"parquet", "dataset"}):
+            raise ValueError(f"{option}: no source has columns, as Parquet files and datasets do, got {column!r}")
     return Listing(inputs, dict(left_out))
 
 
@@ -128,10 +136,13 @@ def _summary(left_out: Counter[str]) -> str:
 class _Lister:
     """The inputs of one source. Paths are str with surrogates for what is not UTF-8, as in `os.fsdecode`."""
 
-    def __init__(self, name: str, column: str | None, *, hidden: bool, may_be_missing: bool) -> None:
+    def __init__(
+        self, name: str, column: str | None, id_column: str | None, *, hidden: bool, may_be_missing: bool
+    ) -> None:
         self.name = name
         self.source = as_text(name)
         self.column = column
+        self.id_column = id_column
         self.left_out: Counter[str] = Counter()
         self.refusals: list[str] = []
         """Why tables were left out that may have been meant."""
@@ -181,7 +192,7 @@ class _Lister:
             if suffix_of(path) == ".tar":
                 inputs = tar_inputs(path, as_text(path), self.left_out, hidden=self._include_hidden)
             else:
-                inputs = parquet_inputs(path, as_text(path), self.column)
+                inputs = parquet_inputs(path, as_text(path), self.column, self.id_column)
             for item in inputs:
                 is_empty = False
                 yield item
@@ -197,7 +208,7 @@ class _Lister:
 
     def _folder(self, folder: str, prefix: str) -> Iterator[Input]:
         if is_dataset(folder):
-            yield from dataset_inputs(folder, as_text(folder), self.column)
+            yield from dataset_inputs(folder, as_text(folder), self.column, self.id_column)
             return
         archives = []
         has_pictures = False

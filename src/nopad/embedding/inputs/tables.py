@@ -59,11 +59,11 @@ def _is_binary(type: pa.DataType) -> bool:
     return pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_binary_view(type)
 
 
-def parquet_inputs(path: str, text: str, column: str | None) -> Iterator[Input]:
+def parquet_inputs(path: str, text: str, column: str | None, id_column: str | None = None) -> Iterator[Input]:
     """The rows of a Parquet file; one `"broken"` input where its footer cannot be read or contradicts itself.
 
     Raises:
-        NoImageColumnError, ValueError: see `image_column`.
+        NoImageColumnError, ValueError: see `image_column`; or no column `id_column`.
     """
     location = os.fsencode(os.path.abspath(path))
 
@@ -84,11 +84,41 @@ def parquet_inputs(path: str, text: str, column: str | None) -> Iterator[Input]:
         claim = f"its row groups claim {counted(sum(groups), 'row')} in {counted(size, 'byte')}"
         yield broken(f"damaged: {claim}; get the file again")
         return
+    names = _parquet_names(location, schema, text, id_column)
     for row in range(sum(groups)):
-        yield Input(str(row), text, "parquet", location, row, 0, note)
+        yield Input(next(names, None) or str(row), text, "parquet", location, row, 0, note)
     if metadata.num_rows != sum(groups):
         counts = f"its footer says {counted(metadata.num_rows, 'row')}, its row groups {sum(groups)}, which are read"
         yield broken(f"damaged: {counts}; get the file again")
+
+
+def _check_id_column(schema: pa.Schema, text: str, id_column: str) -> None:
+    if id_column not in schema.names:
+        raise ValueError(f"{text}: --id-column {id_column} is no column; got the columns {', '.join(schema.names)}")
+    if pa.types.is_nested(schema.field(id_column).type):
+        raise ValueError(
+            f"{text}: --id-column {id_column} is {schema.field(id_column).type}, expected names or numbers"
+        )
+
+
+def _parquet_names(path: bytes, schema: pa.Schema, text: str, id_column: str | None) -> Iterator[str]:
+    """The names of rows; fewer where the column is damaged."""
+    if id_column is None:
+        return
+    _check_id_column(schema, text, id_column)
+    try:
+        file = open_parquet(path, in_pages=False)
+        for batch in file.iter_batches(columns=[id_column]):
+            yield from _names(batch.column(0))
+        file.close(force=True)
+    except ARROW_DAMAGE:
+        return
+
+
+def _names(column: pa.Array) -> Iterator[str]:
+    """Values as text, empty for null."""
+    for value in column.to_pylist():
+        yield "" if value is None else as_text(value) if isinstance(value, str | bytes) else str(value)
 
 
 def open_parquet(path: bytes, *, in_pages: bool = True) -> pq.ParquetFile:
@@ -152,7 +182,24 @@ def _plain(names: list[str]) -> list[str]:
     return names
 
 
-def dataset_inputs(folder: str, text: str, column: str | None) -> Iterator[Input]:
+def _dataset_names(stream: ArrowStream, text: str, id_column: str | None) -> Iterator[str]:
+    """The names of the rows of a file; fewer where it is damaged."""
+    if id_column is None or stream.schema is None:
+        return
+    _check_id_column(stream.schema, text, id_column)
+    row = 0
+    try:
+        while row < len(stream):
+            start, batch = stream.batch_of(row)
+            column = batch.column(id_column)
+            column.validate(full=True)  # Arrow trusts the offsets in a batch
+            yield from _names(column)
+            row = start + len(batch)
+    except ARROW_DAMAGE:
+        return
+
+
+def dataset_inputs(folder: str, text: str, column: str | None, id_column: str | None = None) -> Iterator[Input]:
     """The rows of a saved Hugging Face dataset, of all its splits; a `"broken"` input for what cannot be read.
 
     Raises:
@@ -171,8 +218,10 @@ def dataset_inputs(folder: str, text: str, column: str | None) -> Iterator[Input
             stream = ArrowStream(path)
             if stream.schema is not None:
                 chosen = image_column(stream.schema, f"{text} {split.name}".rstrip(), column)
+                names = _dataset_names(stream, f"{text} {split.name}".rstrip(), id_column)
                 for row in range(start, start + len(stream)):
-                    id = f"{split.name}/{row}" if split.name else str(row)
+                    name = next(names, None) or str(row)
+                    id = f"{split.name}/{name}" if split.name else name
                     yield Input(id, text, "dataset", location, row, 0, f"{split.name}/{chosen}")
             if stream.damage:
                 name = os.path.relpath(os.fsdecode(path), os.fsdecode(location))

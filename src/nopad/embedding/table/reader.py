@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -20,6 +21,7 @@ from nopad.embedding.table.writer import (
     DTYPES,
     FAILED,
     FORMAT,
+    KEPT,
     LISTS,
     NUMBERS,
     OK,
@@ -73,7 +75,10 @@ def _problem(schema: pa.Schema) -> str:
         if key in metadata and not re.fullmatch(pattern, metadata[key], re.ASCII):
             return f"nopad.{key} {metadata[key]:.80}, expected {expected}"
     tokens = int(metadata["tokens.width"]) if has_tokens else None
-    options = {"dimension": int(metadata["embedding.width"]), "token_dimension": tokens}
+    kept = _kept(schema, metadata)
+    if isinstance(kept, str):
+        return kept
+    options = {"dimension": int(metadata["embedding.width"]), "token_dimension": tokens, "kept": kept}
     formats = [
         ShardFormat(embedding_dtype=dtype, embedding_list=list, **options) for dtype, list in product(DTYPES, LISTS)
     ]
@@ -82,6 +87,21 @@ def _problem(schema: pa.Schema) -> str:
     columns = ", ".join(f"{field.name} {field.type}" for field in schema)
     expected = ", ".join(f"{field.name} {field.type}" for field in formats[0].schema({}))
     return f"the columns {columns}; expected {expected}, or embeddings of another kind"
+
+
+def _kept(schema: pa.Schema, metadata: dict[str, str]) -> pa.Schema | str | None:
+    """The further columns that a shard declares, or what is wrong with them."""
+    if KEPT not in metadata:
+        return None
+    try:
+        names = json.loads(metadata[KEPT])
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or any(schema.names.count(name) != 1 for name in names):
+        return f"nopad.{KEPT} {metadata[KEPT]:.200}, expected names of its columns"
+    if taken := {*names} & {*COLUMNS, TOKENS}:
+        return f"nopad.{KEPT} {metadata[KEPT]:.200}, {min(taken)} is no further column"
+    return pa.schema([schema.field(name) for name in names])
 
 
 def ok_rows(path: Path, table: pa.Table) -> np.ndarray:
@@ -162,6 +182,8 @@ def iterate_rows(path: Path) -> Iterator[Row]:
             embeddings = (vector for block in embedding_blocks(table["embedding"], width) for vector in block)
             tokens = table["tokens"].to_pylist() if "tokens" in table.column_names else [None] * len(table)
             small = table.select(COLUMNS[:-1]).to_pylist()
+            further = [table[name] for name in json.loads(metadata_of(file.schema_arrow).get(KEPT, "[]"))]
+            kept = zip(*([_value(value) for value in column] for column in further), strict=True)
             for values, raw in zip(small, tokens, strict=True):
                 t, h, w = values.pop("grid_t"), values.pop("grid_h"), values.pop("grid_w")
                 yield Row(
@@ -169,7 +191,12 @@ def iterate_rows(path: Path) -> Iterator[Row]:
                     grid=None if t is None else (t, h, w),
                     embedding=next(embeddings) if values["status"] == OK else None,
                     tokens=None if raw is None else np.frombuffer(raw, "<f2").reshape(-1, token_width(schema) or 1),
+                    kept=next(kept, ()),
                 )
+
+
+def _value(value: pa.Scalar) -> pa.Scalar | None:
+    return value if value.is_valid else None
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,7 +29,8 @@ STATUSES = (OK, FAILED, GONE, CHANGED)
 """Of a row: with features; without, for the reason in `error`; marked by an update, its input gone from the sources or
 changed, and then in another row."""
 DTYPES, LISTS = ("float32", "float16"), ("fixed", "variable")
-_FORMAT_KEYS = ("format", "embedding.width", "tokens.dtype", "tokens.width", "tokens.layers", "tokens.pool")
+KEPT = "kept"
+_FORMAT_KEYS = ("format", "embedding.width", "tokens.dtype", "tokens.width", "tokens.layers", "tokens.pool", KEPT)
 
 _ROWS_PER_GROUP = 1024
 _ROWS_PER_GROUP_WITH_TOKENS = 16
@@ -68,7 +70,7 @@ class Row:
 
     `width` and `height` are the pixels of the upright picture, `grid` its `(t, h, w)` patches; `embedding` is `(D,)`,
     `tokens` is `(t * h * w, D)` float16. An ok row has all of them (tokens where the format stores them), a failed row
-    no features.
+    no features. `kept` has the values of the format's further columns, as Python's or Arrow's, or is empty for null.
     """
 
     id: str
@@ -80,6 +82,7 @@ class Row:
     grid: tuple[int, int, int] | None = None
     embedding: np.ndarray | None = None
     tokens: np.ndarray | None = None
+    kept: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,7 @@ class ShardFormat:
         token_layers: the layers of which tokens are stored; None for those of the model alone, without an axis of
             layers.
         tokens_pool: side of the squares of tokens of which the mean is stored.
+        kept: further columns, of other names than those of the table.
     """
 
     dimension: int
@@ -102,6 +106,7 @@ class ShardFormat:
     token_dimension: int | None = None
     token_layers: tuple[int, ...] | None = None
     tokens_pool: int = 1
+    kept: pa.Schema | None = None
 
     def __post_init__(self) -> None:
         if self.dimension < 1:
@@ -112,6 +117,13 @@ class ShardFormat:
             raise ValueError(f"embedding_list {self.embedding_list!r}, expected 'fixed' or 'variable'")
         if self.token_dimension is not None and self.token_dimension < 1:
             raise ValueError(f"token_dimension {self.token_dimension}, expected at least 1, or None for no tokens")
+        if taken := {*self.kept_names} & {*COLUMNS, TOKENS}:
+            raise ValueError(f"kept: the table has columns {', '.join(sorted(taken))} of its own")
+
+    @property
+    def kept_names(self) -> list[str]:
+        """Names of the further columns."""
+        return [] if self.kept is None else self.kept.names
 
     def schema(self, metadata: Mapping[str, str]) -> pa.Schema:
         """The columns, and `metadata` with the format's own keys, under the prefix `nopad.` and in sorted order."""
@@ -128,6 +140,9 @@ class ShardFormat:
         fields += [pa.field("embedding", self._embedding_type())]
         if self.token_dimension is not None:
             fields += [pa.field(TOKENS, pa.large_binary())]
+        if self.kept is not None:
+            fields += list(self.kept)
+            format_metadata |= {KEPT: json.dumps(self.kept_names)}
         all_metadata = sorted((job_metadata | format_metadata).items())
         return pa.schema(fields, {PREFIX + key: value for key, value in all_metadata})
 
@@ -218,13 +233,18 @@ def _options(format: ShardFormat) -> dict[str, Any]:
         "version": "2.6",
         "data_page_version": "1.0",
         # Floats lie plain and uncompressed: zstd takes 7 % off them and twice the time to write.
-        "compression": dict.fromkeys((*_TEXT, *NUMBERS), "zstd"),
+        "compression": dict.fromkeys((*_TEXT, *NUMBERS, *_leaves(format)), "zstd"),
         "use_dictionary": ["source", "status", "error", *NUMBERS],
         "write_statistics": [*_TEXT, *NUMBERS],
         "write_page_checksum": True,
         # Page sizes are looked at after each batch of values, and a page must stay below 2 GB.
         "write_batch_size": _ROWS_PER_GROUP if format.token_dimension is None else 1,
     }
+
+
+def _leaves(format: ShardFormat) -> list[str]:
+    """The further columns that have one kind of value; Parquet names the parts of nested ones."""
+    return [field.name for field in format.kept or () if not pa.types.is_nested(field.type)]
 
 
 def _groups(rows: Iterable[Row], format: ShardFormat) -> Iterator[list[Row]]:
@@ -284,6 +304,8 @@ def _batch(rows: list[Row], format: ShardFormat, schema: pa.Schema) -> pa.Record
     if format.token_dimension is not None:
         values = [None if row.tokens is None else row.tokens.astype("<f2", copy=False).data.cast("B") for row in rows]
         columns += [pa.array(values, pa.large_binary())]
+    for number, field in enumerate(format.kept or ()):
+        columns += [pa.array([row.kept[number] if row.kept else None for row in rows], field.type)]
     return pa.record_batch(columns, schema=schema)
 
 

@@ -1,0 +1,207 @@
+"""Columns that come with the data and stay with it: of Parquet files, saved datasets, and WebDataset samples."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import posixpath
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from typing import Any
+
+import pyarrow as pa
+
+from nopad.embedding.inputs.archives import members_of
+from nopad.embedding.inputs.arrow_stream import ArrowStream
+from nopad.embedding.inputs.columns import Column, DatasetColumn, ParquetColumn
+from nopad.embedding.inputs.files import FileRange
+from nopad.embedding.inputs.listing import Input, InputList
+from nopad.embedding.inputs.tables import ARROW_DAMAGE, open_parquet, saved_splits
+
+ALL = "all"
+MAX_TEXT = 1 << 20
+"""Bytes of a sample's JSON or text."""
+
+_TEXTS = ("txt", "json", "cls")
+_TABLES = ("parquet", "dataset")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of the inputs' own columns.
+
+    Attributes:
+        names: of the inputs' columns, by the names that they have in the table.
+        schema: the table's columns.
+    """
+
+    names: dict[str, str]
+    schema: pa.Schema
+
+    @classmethod
+    def of(cls, inputs: InputList, keep: str, taken: Sequence[str]) -> Kept:
+        """Choose columns by `keep`: names separated by commas, or `all`.
+
+        A column of a name that the table itself has is kept as `kept_` and its name.
+
+        Args:
+            inputs: of the job.
+            keep: of the settings.
+            taken: names of the table's own columns.
+
+        Raises:
+            ValueError: a column that no input has, one of several types, or inputs without columns.
+        """
+        types: dict[str, pa.DataType] = {}
+        wanted = None if keep == ALL else [name.strip() for name in keep.split(",") if name.strip()]
+        for schema in _schemas(inputs, wanted):
+            for field in schema:
+                if wanted is not None and field.name not in wanted:
+                    continue
+                if not types.setdefault(field.name, field.type).equals(field.type):
+                    raise ValueError(
+                        f"keep: column {field.name!r} is {types[field.name]} in one source, {field.type} in another; "
+                        f"make them the same, or leave it out"
+                    )
+        missing = [name for name in wanted or () if name not in types]
+        if missing or not types:
+            which = f"no source has a column {', '.join(map(repr, missing))}" if missing else "no source has columns"
+            raise ValueError(f"keep: {which}; Parquet files, saved datasets and WebDataset tars have them")
+        names = {f"kept_{name}" if name in taken else name: name for name in wanted or types}
+        return cls(names, pa.schema([pa.field(name, types[own]) for name, own in names.items()]))
+
+    def to_text(self) -> str:
+        """For the record of a job."""
+        schema = base64.b64encode(self.schema.serialize().to_pybytes()).decode()
+        return json.dumps({"names": self.names, "schema": schema})
+
+    @classmethod
+    def from_text(cls, text: str) -> Kept:
+        """What `to_text` has written.
+
+        Raises:
+            ValueError: a text that is damaged.
+        """
+        try:
+            content = json.loads(text)
+            schema = pa.ipc.read_schema(pa.BufferReader(base64.b64decode(content["schema"])))
+            names = {str(name): str(own) for name, own in content["names"].items()}
+            if list(names) != schema.names:
+                raise ValueError(f"names {list(names)}, columns {schema.names}")
+        except (pa.ArrowException, ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+            raise ValueError(f"job.json: columns: damaged ({error})") from error
+        return cls(names, schema)
+
+    def values(self, items: Sequence[Input]) -> list[tuple[Any, ...]]:
+        """For each input its values, None for what it does not have or what is damaged."""
+        return [values for group in _by_file(items) for values in self._of_file(group)]
+
+    def _of_file(self, items: Sequence[Input]) -> Iterator[tuple[Any, ...]]:
+        if items[0].kind in _TABLES:
+            columns = [_open_column(items[0], name) for name in self.names.values()]
+            yield from (tuple(_scalar(column, item.offset) for column in columns) for item in items)
+            for column in columns:
+                if column is not None:
+                    column.close()
+        elif items[0].kind == "tar":
+            samples = _samples(items[0].path)
+            yield from (self._of_sample(item, samples.get(_key(item.id), {})) for item in items)
+        else:
+            yield from ((None,) * len(self.names) for _ in items)
+
+    def _of_sample(self, item: Input, texts: dict[str, FileRange]) -> tuple[Any, ...]:
+        read = {suffix: _text(place) for suffix, place in texts.items()}
+        try:
+            fields = json.loads(read.get("json") or "{}")
+        except (ValueError, RecursionError):
+            fields = {}
+        values = []
+        for name, own in self.names.items():
+            value = fields.get(own) if isinstance(fields, dict) and own in fields else read.get(own)
+            values.append(value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+            if values[-1] is not None and not pa.types.is_string(self.schema.field(name).type):
+                values[-1] = None
+        return tuple(values)
+
+
+def _by_file(items: Iterable[Input]) -> Iterator[list[Input]]:
+    for _, group in groupby(items, key=lambda item: (item.kind, item.path, item.note)):
+        yield list(group)
+
+
+def _schemas(inputs: InputList, wanted: Sequence[str] | None) -> Iterator[pa.Schema]:
+    """The columns of each file among the inputs, without those of the pictures."""
+    seen = set()
+    for item in inputs:
+        key = item.kind, item.path, item.note
+        if key in seen or item.kind not in (*_TABLES, "tar"):
+            continue
+        seen.add(key)
+        if item.kind == "tar":
+            if ("tar",) not in seen:
+                seen.add(("tar",))
+                yield pa.schema([pa.field(name, pa.string()) for name in (_TEXTS if wanted is None else wanted)])
+            continue
+        image = item.note.split("/", 1)[-1] if item.kind == "dataset" else item.note
+        yield pa.schema([field for field in _schema_of(item) if field.name != image])
+
+
+def _schema_of(item: Input) -> pa.Schema:
+    try:
+        if item.kind == "parquet":
+            file = open_parquet(item.path)
+            schema = file.schema_arrow
+            file.close(force=True)
+            return schema.remove_metadata()
+        split = item.note.split("/", 1)[0]
+        files = next(saved.files for saved in saved_splits(item.path) if saved.name == split)
+        return (ArrowStream(files[0]).schema or pa.schema([])).remove_metadata()
+    except (*ARROW_DAMAGE, StopIteration) as error:
+        raise ValueError(f"keep: {item.source}: its columns cannot be read: {error}") from error
+
+
+def _open_column(item: Input, name: str) -> Column | None:
+    try:
+        if item.kind == "parquet":
+            return ParquetColumn(item.path, name)
+        return DatasetColumn(item.path, item.note.split("/", 1)[0], name)
+    except (*ARROW_DAMAGE, StopIteration):
+        return None
+
+
+def _scalar(column: Column | None, row: int) -> Any:
+    if column is None:
+        return None
+    try:
+        value = column.scalar(row)
+    except ARROW_DAMAGE:
+        return None
+    return value if value.is_valid else None
+
+
+def _key(name: str) -> str:
+    """What the members of a WebDataset sample share: the path up to the first dot of the file's name."""
+    folder, base = posixpath.split(name)
+    return posixpath.join(folder, base.split(".", 1)[0])
+
+
+@lru_cache(2)  # the samples of a shard are of one tar, or of two
+def _samples(path: bytes) -> dict[str, dict[str, FileRange]]:
+    """Where the texts of each sample of a tar are, by suffix."""
+    samples: dict[str, dict[str, FileRange]] = {}
+    for name, offset, size in members_of(path):
+        suffix = os.path.basename(name).partition(".")[2]
+        if suffix and size <= MAX_TEXT and ("/" not in suffix):
+            last = suffix.rsplit(".", 1)[-1]
+            samples.setdefault(_key(name), {}).setdefault(last, FileRange(path, offset, size))
+    return samples
+
+
+def _text(place: FileRange) -> str | None:
+    try:
+        return place.read().decode("utf-8", "replace")
+    except (OSError, ValueError):
+        return None
