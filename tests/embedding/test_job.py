@@ -26,13 +26,13 @@ from nopad.embedding import rows as table_rows
 from nopad.embedding.inputs import listing as inputs
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input
-from nopad.embedding.inputs.video import read_frames
 from nopad.embedding.lock import LostLockError
 from nopad.embedding.progress import Progress
 from nopad.embedding.summary import Summary
 from nopad.embedding.table import reader as stored
 from nopad.embedding.table import writer as shards
 from nopad.encoder import PackedEncoder
+from nopad.preprocessing.video import read_frames
 
 
 def embed(sources, out: Path, model, **options) -> Summary:

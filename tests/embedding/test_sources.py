@@ -22,13 +22,14 @@ import pytest
 import torch
 from PIL import Image
 
-from nopad.embedding.inputs import archives, columns, files
+from nopad.embedding.inputs import archives, columns
 from nopad.embedding.inputs import listing as inputs
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.media import MediaDecoder
 from nopad.embedding.inputs.names import expand_braces
 from nopad.embedding.inputs.sources import Listing, list_inputs
+from nopad.preprocessing import files
 from nopad.preprocessing.decode import ImageError
 
 

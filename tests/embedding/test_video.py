@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nopad.embedding.inputs import containers, video
-from nopad.embedding.inputs.video import read_frames
+from nopad.preprocessing import containers, video
 from nopad.preprocessing.decode import ImageError
+from nopad.preprocessing.video import read_frames
 
 
 def film(

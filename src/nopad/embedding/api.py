@@ -14,6 +14,7 @@ from nopad.counts import counted
 from nopad.embedding.distributed import make_on_ray
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.sources import list_inputs
+from nopad.embedding.inputs.spans import Spans
 from nopad.embedding.job import Job, begin_or_resume, changes_of
 from nopad.embedding.lock import FolderLock
 from nopad.embedding.manifest import record_of
@@ -53,6 +54,8 @@ def embed(
     resize: Resize = "torch",
     capacity: int | None = None,
     frames: int = NUM_FRAMES,
+    fps: float | None = None,
+    every: float | None = None,
     max_pixels: int = MAX_PIXELS,
     embedding_dtype: str = "float32",
     embedding_list: str = "fixed",
@@ -100,6 +103,8 @@ def embed(
         capacity: tokens of a pack; by the device unless given, 16,896 on an H100, 2,048 on a CPU. One that does not fit
             into a GPU's memory is halved until it does, which the job's record has.
         frames: frames of a video, spread evenly over it.
+        fps: rows of a video for each second, each of the frame that is shown then; a video is one row unless given.
+        every: seconds of a video for each row, with `frames` frames of them.
         max_pixels: pictures of more are failures.
         embedding_dtype: `"float32"` or `"float16"`, in the table.
         embedding_list: `"fixed"`, or `"variable"` for databases that cannot read lists of fixed size.
@@ -150,7 +155,8 @@ def embed(
     if not isinstance(stop, threading.Event | None):
         raise ValueError(f"stop: expected a threading.Event, got {stop!r}")
     logger.info("listing %s", names[0] if len(names) == 1 else f"{len(names):,} sources")
-    listing = list_inputs(names, image_column=image_column, id_column=id_column, hidden=hidden)
+    spans = Spans(1 / fps, whole=False) if fps else Spans(every, whole=True) if every else None
+    listing = list_inputs(names, image_column=image_column, id_column=id_column, hidden=hidden, spans=spans)
     with FolderLock(out) as lock:
         folder.clean()
         logger.info("%s; loading the model", counted(len(listing.inputs), "input"))

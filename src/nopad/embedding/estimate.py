@@ -11,11 +11,11 @@ from torch import Tensor
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import InputList
 from nopad.embedding.inputs.media import Media, MediaDecoder
-from nopad.embedding.inputs.video import frame_size
 from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.pipeline.isolation import DecodeProcesses
 from nopad.pipeline.memory import MemoryBudget
 from nopad.preprocessing.decode import ImageError, image_size
+from nopad.preprocessing.video import frame_size
 
 MAX_HEADERS = 64
 """Number of headers that are read."""

@@ -12,12 +12,12 @@ from pathlib import Path
 from nopad.atomic import atomic_write
 from nopad.checkpoints.contents import read_json
 from nopad.checkpoints.untrained import UNTRAINED
-from nopad.embedding.inputs.files import why
 from nopad.embedding.inputs.listing import InputList
 from nopad.embedding.inputs.stamps import Stamp, save_stamps
 from nopad.embedding.table.names import METADATA_FOLDER
 from nopad.embedding.table.writer import folder_error
 from nopad.local_paths import check_local
+from nopad.preprocessing.files import why
 
 UPDATES = "updates"
 """The folder, in `.nopad`, of the jobs that have added to a table."""

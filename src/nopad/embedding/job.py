@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import pyarrow as pa
+
 from nopad.counts import are, counted
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.decoder import Reader
-from nopad.embedding.inputs.kept import Kept
+from nopad.embedding.inputs.kept import TIME, Kept
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.media import MediaDecoder
 from nopad.embedding.inputs.names import as_text
@@ -153,8 +155,8 @@ def begin_or_resume(
             may be others, and the version of jobs that are whole.
     """
     if not folder.has_job:
-        if settings.keep is not None:
-            record = {**record, "columns": Kept.of(inputs, settings.keep, (*COLUMNS, TOKENS)).to_text()}
+        if (kept := _kept(settings, inputs)) is not None:
+            record = {**record, "columns": kept.to_text()}
         job = Job(settings, folder, record, inputs, check_lock)
         _check_shards(job)  # before anything is written
         folder.begin(record, inputs, take_stamps(inputs, contents=settings.content_hash))
@@ -167,6 +169,13 @@ def begin_or_resume(
         _check_shards(job)
         jobs.append(job)
     return jobs
+
+
+def _kept(settings: Settings, inputs: InputList) -> Kept | None:
+    """What a new job keeps of its inputs' own columns, times of films among it."""
+    kept = None if settings.keep is None else Kept.of(inputs, settings.keep, (*COLUMNS, TOKENS, TIME))
+    is_of_films = settings.fps is not None or settings.every is not None
+    return (kept or Kept({}, pa.schema([]))).with_times() if is_of_films else kept
 
 
 def _may_differ(job: Job) -> dict[str, str]:

@@ -66,6 +66,14 @@ def _seconds(text: str) -> float | None:
         raise ArgumentTypeError(f"expected seconds or none, got {text!r}") from None
 
 
+def _duration(text: str) -> float:
+    number = text.rstrip(string.ascii_letters)
+    try:
+        return float(number) * {"": 1, "s": 1, "ms": 1e-3, "m": 60, "h": 3600}[text.removeprefix(number)]
+    except (ValueError, KeyError):
+        raise ArgumentTypeError(f"expected a time as 2s, 500ms or 1m, got {text!r}") from None
+
+
 def _bytes(text: str) -> int:
     number = text.rstrip(string.ascii_letters)
     try:
@@ -79,6 +87,11 @@ def _check_seconds(name: str, value: Any) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{name}: expected seconds > 0 or None, got {value!r}")
+
+
+def _check_rate(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a number per second > 0, got {value!r}")
 
 
 def _check_text(name: str, value: Any) -> None:
@@ -207,6 +220,22 @@ class Settings:
     capacity: int | None = _count(None, "tokens per pack (default: by the device, 16896 on an H100, 2048 on a CPU)")
     resize: str = _choice("torch", ("torch", "pil"), "torch is fast, pil bit-exact with transformers' processors")
     frames: int = _count(NUM_FRAMES, "frames of a video, spread evenly over it")
+    fps: float | None = _option(
+        None,
+        "rows of a video for each second, each of one frame; a video is one row unless given",
+        _check_rate,
+        recorded=True,
+        type=float,
+        metavar="N",
+    )
+    every: float | None = _option(
+        None,
+        "seconds of a video for each row, as 2s, 500ms or 1m, with --frames frames of them",
+        _check_seconds,
+        recorded=True,
+        type=_duration,
+        metavar="TIME",
+    )
     max_pixels: int = _count(MAX_PIXELS, "pictures of more pixels are failures")
     input_timeout: float | None = _option(
         INPUT_TIMEOUT_SECONDS,
@@ -272,6 +301,8 @@ class Settings:
             value = getattr(self, option.name)
             if value is not None or option.default is not None:
                 option.metadata["check"](option.name, value)
+        if self.fps is not None and self.every is not None:
+            raise ValueError(f"fps, every: expected one of them, got {self.fps} and {self.every}")
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Settings:

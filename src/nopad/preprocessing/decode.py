@@ -16,8 +16,8 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from nopad.preprocessing.file_structure import MAX_SCANS, count_scans, is_cut_short, without_metadata
-from nopad.preprocessing.formats import open_picture
-from nopad.preprocessing.limits import MAX_PIXELS
+from nopad.preprocessing.formats import VIDEO_SUFFIXES, open_picture
+from nopad.preprocessing.limits import MAX_PIXELS, NUM_FRAMES
 
 try:  # libjpeg-turbo, twice as fast as Pillow's way from a JPEG to an array, the same bits
     import simplejpeg
@@ -65,12 +65,18 @@ class ImageError(ValueError):
 def load(source: Source | Sequence[Source], *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode an image, or a clip: a list of frames, a uint8 array `(frames, H, W, 3)` or tensor `(frames, 3, H, W)`.
 
+    A path with the suffix of a video gives a clip of `NUM_FRAMES` frames, spread evenly over it.
+
     Returns:
         uint8 `(3, H, W)` for an image, `(frames, 3, H, W)` for a clip, of one frame too.
 
     Raises:
         ImageError: see `load_image`; also no frames, or frames of different sizes.
     """
+    if isinstance(source, str | Path) and Path(source).suffix.lower() in VIDEO_SUFFIXES:
+        from nopad.preprocessing.video import read_frames  # which needs this module
+
+        return read_frames(source, NUM_FRAMES, max_pixels=max_pixels)
     is_clip = source.ndim == 4 if isinstance(source, np.ndarray | Tensor) else isinstance(source, list | tuple)
     if not is_clip:
         return load_image(cast(Source, source), max_pixels=max_pixels)

@@ -65,6 +65,9 @@ def readable_formats() -> tuple[str, ...]:
     return tuple(sorted(FORMATS & Image.OPEN.keys()))
 
 
+VIDEO_SUFFIXES = frozenset((".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg"))
+
+
 @cache
 def image_suffixes() -> frozenset[str]:
     """The suffixes of `FORMATS`, also where this Pillow lacks one, so that such files fail one by one and are seen."""

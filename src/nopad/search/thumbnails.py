@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from nopad.embedding.inputs.video import read_frames
 from nopad.preprocessing.decode import load_image
+from nopad.preprocessing.video import read_frames
 
 if TYPE_CHECKING:
     from nopad.search.features import Features

@@ -9,9 +9,9 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 
-from nopad.embedding.inputs.files import open_regular, why
 from nopad.embedding.inputs.listing import Input
 from nopad.embedding.inputs.names import HIDDEN, as_text, is_in_hidden, suffix_of
+from nopad.preprocessing.files import open_regular, why
 from nopad.preprocessing.formats import image_suffixes
 
 MAX_HEADER_BYTES = 1 << 24

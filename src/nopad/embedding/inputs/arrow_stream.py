@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from nopad.counts import counted
-from nopad.embedding.inputs.files import open_regular, why
+from nopad.preprocessing.files import open_regular, why
 
 MAX_BATCH_BYTES = 1 << 31
 """Largest record batch that is read."""

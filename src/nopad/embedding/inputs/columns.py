@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nopad.embedding.inputs.arrow_stream import ArrowStream
-from nopad.embedding.inputs.files import why
 from nopad.embedding.inputs.tables import ARROW_DAMAGE, open_parquet, saved_splits
+from nopad.preprocessing.files import why
 
 _BLOCK_BYTES = 32 << 20
 _MAX_BLOCKS = 3

@@ -11,12 +11,13 @@ import pyarrow as pa
 from torch import Tensor
 
 from nopad.embedding.inputs.columns import Column, DatasetColumn, ParquetColumn
-from nopad.embedding.inputs.files import FileRange, why
 from nopad.embedding.inputs.listing import Input
-from nopad.embedding.inputs.media import Media, MediaDecoder
+from nopad.embedding.inputs.media import Media, MediaDecoder, VideoPart
 from nopad.embedding.inputs.names import as_text
+from nopad.embedding.inputs.spans import span_of
 from nopad.embedding.inputs.tables import ARROW_DAMAGE
 from nopad.preprocessing.decode import ImageError
+from nopad.preprocessing.files import FileRange, why
 
 _MAX_OPEN_TABLES = 3
 
@@ -58,7 +59,7 @@ class Reader:
             if item.kind == "broken":
                 raise ImageError(item.id, item.note)
             if item.kind == "video":
-                return os.fsdecode(item.path)
+                return VideoPart.of(os.fsdecode(item.path), span_of(item))
             if item.kind == "image":
                 return FileRange(item.path)
             if item.kind == "tar":

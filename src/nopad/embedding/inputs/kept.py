@@ -17,11 +17,12 @@ import pyarrow as pa
 from nopad.embedding.inputs.archives import members_of
 from nopad.embedding.inputs.arrow_stream import ArrowStream
 from nopad.embedding.inputs.columns import Column, DatasetColumn, ParquetColumn
-from nopad.embedding.inputs.files import FileRange
 from nopad.embedding.inputs.listing import Input, InputList
+from nopad.embedding.inputs.spans import time_of
 from nopad.embedding.inputs.tables import ARROW_DAMAGE, open_parquet, saved_splits
+from nopad.preprocessing.files import FileRange
 
-ALL = "all"
+ALL, TIME = "all", "time"
 MAX_TEXT = 1 << 20
 """Bytes of a sample's JSON or text."""
 
@@ -36,10 +37,12 @@ class Kept:
     Attributes:
         names: of the inputs' columns, by the names that they have in the table.
         schema: the table's columns.
+        times: whether the first of them is where in its video a row begins, in seconds.
     """
 
     names: dict[str, str]
     schema: pa.Schema
+    times: bool = False
 
     @classmethod
     def of(cls, inputs: InputList, keep: str, taken: Sequence[str]) -> Kept:
@@ -76,7 +79,7 @@ class Kept:
     def to_text(self) -> str:
         """For the record of a job."""
         schema = base64.b64encode(self.schema.serialize().to_pybytes()).decode()
-        return json.dumps({"names": self.names, "schema": schema})
+        return json.dumps({"names": self.names, "schema": schema, "times": self.times})
 
     @classmethod
     def from_text(cls, text: str) -> Kept:
@@ -89,15 +92,21 @@ class Kept:
             content = json.loads(text)
             schema = pa.ipc.read_schema(pa.BufferReader(base64.b64decode(content["schema"])))
             names = {str(name): str(own) for name, own in content["names"].items()}
-            if list(names) != schema.names:
+            times = content["times"] is True
+            if [*[TIME] * times, *names] != schema.names:
                 raise ValueError(f"names {list(names)}, columns {schema.names}")
         except (pa.ArrowException, ValueError, LookupError, TypeError, AttributeError, OSError) as error:
             raise ValueError(f"job.json: columns: damaged ({error})") from error
-        return cls(names, schema)
+        return cls(names, schema, times)
+
+    def with_times(self) -> Kept:
+        """The same behind a column of times."""
+        return Kept(self.names, pa.schema([pa.field(TIME, pa.float64()), *self.schema]), times=True)
 
     def values(self, items: Sequence[Input]) -> list[tuple[Any, ...]]:
         """For each input its values, None for what it does not have or what is damaged."""
-        return [values for group in _by_file(items) for values in self._of_file(group)]
+        own = [values for group in _by_file(items) for values in self._of_file(group)]
+        return [(time_of(item), *values) for item, values in zip(items, own, strict=True)] if self.times else own
 
     def _of_file(self, items: Sequence[Input]) -> Iterator[tuple[Any, ...]]:
         if items[0].kind in _TABLES:

@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from nopad.embedding.inputs.files import FileRange, why
-from nopad.embedding.inputs.video import frame_size, read_frames
 from nopad.preprocessing.decode import ImageError, load_image, measure_image
+from nopad.preprocessing.files import FileRange, why
 from nopad.preprocessing.limits import MAX_PIXELS, NUM_FRAMES
+from nopad.preprocessing.video import frame_size, read_frames
 
 Media = FileRange | bytes | str
 """Where an encoded picture stands, its bytes, or the name of a video."""
+
+
+class VideoPart(str):
+    """The name of a video of which a part is read: `start` to `stop` in seconds, one frame where these are equal."""
+
+    __slots__ = ("start", "stop")
+    start: float
+    stop: float
+
+    @classmethod
+    def of(cls, path: str, span: tuple[float, float] | None) -> str:
+        """A part, or the name itself for the whole."""
+        if span is None:
+            return path
+        part = cls(path)
+        part.start, part.stop = span
+        return part
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return VideoPart.of, (str(self), (self.start, self.stop))
 
 
 @dataclass(frozen=True)
@@ -20,7 +41,7 @@ class MediaDecoder:
     """Decodes pictures, as `bytes`, and videos, by name.
 
     Args:
-        frames: frames of a video, see `nopad.embedding.inputs.video.read_frames`.
+        frames: frames of a video, see `nopad.preprocessing.video.read_frames`.
         max_pixels: refuse larger pictures and frames.
 
     Raises:
@@ -55,10 +76,11 @@ class MediaDecoder:
             width, height, size = measure_image(media) or (0, 0, 0)
             return (1, width * height, size) if width * height <= self.max_pixels else (1, 0, 0)
         width, height = frame_size(media) or (0, 0)
+        frames = 1 if isinstance(media, VideoPart) and media.start == media.stop else self.frames
         if width * height > self.max_pixels:
-            return self.frames, 0, 0
+            return frames, 0, 0
         # The frames and their stack as RGB, and what the codec refers to, which is at most 16 frames in H.264 and HEVC.
-        return self.frames, self.frames * width * height, (2 * self.frames + 17) * 3 * width * height
+        return frames, frames * width * height, (2 * frames + 17) * 3 * width * height
 
     def __call__(self, media: bytes | str) -> Tensor:
         """Decode to uint8 `(3, H, W)`, or `(frames, 3, H, W)` for a video, of fewer frames where it has fewer.
@@ -68,4 +90,7 @@ class MediaDecoder:
         """
         if isinstance(media, bytes):
             return load_image(media, max_pixels=self.max_pixels)
-        return read_frames(media, self.frames, max_pixels=self.max_pixels)
+        if not isinstance(media, VideoPart):
+            return read_frames(media, self.frames, max_pixels=self.max_pixels)
+        frames = read_frames(str(media), self.frames, span=(media.start, media.stop), max_pixels=self.max_pixels)
+        return frames[0] if media.start == media.stop else frames

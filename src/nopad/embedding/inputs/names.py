@@ -6,7 +6,10 @@ import os
 import re
 from collections.abc import Iterator
 
-VIDEOS = frozenset((".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg"))
+from nopad.preprocessing.files import as_text
+
+__all__ = ["COMPRESSED_TARS", "HIDDEN", "as_text", "expand_braces", "is_hidden", "is_in_hidden", "suffix_of"]
+
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 HIDDEN = "hidden"
 """The key under which a listing counts what `is_hidden` leaves out."""
@@ -20,11 +23,6 @@ _SYSTEM_FOLDERS = frozenset(
 )
 _MAX_NAMES = 100_000
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
-
-
-def as_text(name: str | bytes) -> str:
-    """A file name as valid UTF-8, other bytes written `\\xff`."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def suffix_of(name: str) -> str:

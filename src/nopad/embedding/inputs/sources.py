@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nopad.embedding.inputs.archives import COMPRESSED, CompressedTarError, tar_inputs
-from nopad.embedding.inputs.files import open_regular, why
 from nopad.embedding.inputs.listing import Input, InputList
-from nopad.embedding.inputs.names import COMPRESSED_TARS, HIDDEN, VIDEOS, as_text, expand_braces, suffix_of
+from nopad.embedding.inputs.names import COMPRESSED_TARS, HIDDEN, as_text, expand_braces, suffix_of
+from nopad.embedding.inputs.spans import Spans
 from nopad.embedding.inputs.tables import NoImageColumnError, dataset_inputs, is_dataset, parquet_inputs
 from nopad.embedding.inputs.walk import Hidden, match, walk
 from nopad.embedding.table.names import METADATA_FOLDER, parse_shard_name
 from nopad.local_paths import check_local
-from nopad.preprocessing.formats import image_suffixes
+from nopad.preprocessing.files import open_regular, why
+from nopad.preprocessing.formats import VIDEO_SUFFIXES, image_suffixes
 from nopad.terminal import printable
 
 _LISTS = (".txt", ".lst")
@@ -39,6 +40,7 @@ def list_inputs(
     image_column: str | None = None,
     id_column: str | None = None,
     hidden: bool = False,
+    spans: Spans | None = None,
 ) -> Listing:
     """List the pictures and videos of each source, in the order given; nothing is decoded.
 
@@ -68,6 +70,7 @@ def list_inputs(
             with a usual name.
         id_column: the column of names for the rows of Parquet files and datasets; by default their numbers.
         hidden: take what is hidden, too.
+        spans: the rows that a video gives; one unless given.
 
     Raises:
         ValueError: a source or a line of a list file that is an address (`s3://…`); a source that is missing, matches
@@ -87,7 +90,7 @@ def list_inputs(
     def every() -> Iterator[Input]:
         nonlocal is_any_whole
         for name, is_expanded in _names(sources):
-            lister = _Lister(name, image_column, id_column, hidden=hidden, may_be_missing=is_expanded)
+            lister = _Lister(name, image_column, id_column, spans, hidden=hidden, may_be_missing=is_expanded)
             is_empty = True
             for item in lister.inputs():
                 is_empty = False
@@ -137,12 +140,20 @@ class _Lister:
     """The inputs of one source. Paths are str with surrogates for what is not UTF-8, as in `os.fsdecode`."""
 
     def __init__(
-        self, name: str, column: str | None, id_column: str | None, *, hidden: bool, may_be_missing: bool
+        self,
+        name: str,
+        column: str | None,
+        id_column: str | None,
+        spans: Spans | None,
+        *,
+        hidden: bool,
+        may_be_missing: bool,
     ) -> None:
         self.name = name
         self.source = as_text(name)
         self.column = column
         self.id_column = id_column
+        self.spans = spans
         self.left_out: Counter[str] = Counter()
         self.refusals: list[str] = []
         """Why tables were left out that may have been meant."""
@@ -181,8 +192,9 @@ class _Lister:
         elif suffix in _ARCHIVES:
             yield from self._archive(path)
         else:
-            kind = "video" if suffix in VIDEOS else "image"
-            yield Input(as_text(id), self.source, kind, os.fsencode(os.path.abspath(path)))
+            kind = "video" if suffix in VIDEO_SUFFIXES else "image"
+            item = Input(as_text(id), self.source, kind, os.fsencode(os.path.abspath(path)))
+            yield from [item] if kind == "image" or self.spans is None else self.spans.of(item)
 
     def _archive(self, path: str) -> Iterator[Input]:
         """What is in a tar or a Parquet file; one that holds no pictures is left out."""
@@ -218,7 +230,7 @@ class _Lister:
                 yield self._broken(path, id, found.reason)
             elif _is_shard(path):
                 continue
-            elif suffix in VIDEOS or suffix in image_suffixes():
+            elif suffix in VIDEO_SUFFIXES or suffix in image_suffixes():
                 has_pictures = True
                 yield from self._file(path, id)
             elif suffix in _ARCHIVES:

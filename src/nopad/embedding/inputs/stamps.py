@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from nopad.atomic import atomic_write
 from nopad.embedding.inputs.decoder import Reader
-from nopad.embedding.inputs.files import FileRange
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.preprocessing.decode import ImageError
+from nopad.preprocessing.files import FileRange
 
 _SCHEMA = pa.schema({"size": pa.int64(), "mtime_ns": pa.int64(), "sha256": pa.string()})
 _BLOCK = 1 << 16

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 from nopad.checkpoints.contents import read_json
 from nopad.counts import counted
 from nopad.embedding.inputs.arrow_stream import MAX_ROWS, ArrowStream
-from nopad.embedding.inputs.files import open_regular, why
 from nopad.embedding.inputs.listing import Input
 from nopad.embedding.inputs.names import as_text
+from nopad.preprocessing.files import open_regular, why
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "bytes", "image_bytes")
 # What Arrow raises on damaged files.

@@ -8,9 +8,9 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from nopad.embedding.inputs.files import why
 from nopad.embedding.inputs.names import is_hidden
 from nopad.embedding.table.names import METADATA_FOLDER
+from nopad.preprocessing.files import why
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ import io
 import os
 from dataclasses import dataclass
 
-from nopad.embedding.inputs.names import as_text
 from nopad.local_paths import irregular_kind
 from nopad.preprocessing.limits import MAX_BYTES
 
@@ -66,6 +65,11 @@ class FileRange:
             if done < size:
                 raise ValueError(f"cut short while it was read: {done} of {size} bytes")
             return b"".join(parts)
+
+
+def as_text(name: str | bytes) -> str:
+    """A file name as valid UTF-8, other bytes written `\\xff`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def why(error: BaseException) -> str:

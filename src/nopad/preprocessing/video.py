@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from nopad.counts import counted
-from nopad.embedding.inputs import containers
-from nopad.embedding.inputs.files import open_regular, why
+from nopad.preprocessing import containers
 from nopad.preprocessing.decode import ImageError
+from nopad.preprocessing.files import open_regular, why
 from nopad.preprocessing.limits import MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ _WITHOUT_END = ("mpeg", "mpegts", "mpegvideo")
 _MAX_TAIL_PACKETS = 1000
 
 
-def read_frames(source: Video, num_frames: int, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+def read_frames(
+    source: Video, num_frames: int, *, span: tuple[float, float] | None = None, max_pixels: int = MAX_PIXELS
+) -> Tensor:
     """Decode `num_frames` frames, spread evenly over the video in the order in which they are shown.
 
     The video's `F` frames are cut into `num_frames` equal spans and the middle of each is taken: frame
@@ -58,6 +60,8 @@ def read_frames(source: Video, num_frames: int, *, max_pixels: int = MAX_PIXELS)
     Args:
         source: see `Video`; the first video stream is read that is no cover picture.
         num_frames: at least 1.
+        span: seconds from the first frame, beginning and end: the frames are spread over those that begin in between.
+            Where the two are equal it is the one frame that is shown at that time.
         max_pixels: refuse larger frames, by the header, before anything is decoded.
 
     Returns:
@@ -76,7 +80,7 @@ def read_frames(source: Video, num_frames: int, *, max_pixels: int = MAX_PIXELS)
     except ImportError as error:
         raise ImageError(name, "reading a video needs PyAV: pip install 'nopad[video]'") from error
     try:
-        pictures = _pictures(source, num_frames, max_pixels)
+        pictures = _pictures(source, num_frames, span, max_pixels)
     except _UnusableError as error:
         raise ImageError(name, str(error)) from error
     except (av.error.FFmpegError, OSError, ValueError, LookupError, RuntimeError) as error:
@@ -112,17 +116,38 @@ class _Index:
     keys: list[int]
 
 
-def _pictures(source: Video, num_frames: int, max_pixels: int) -> list[np.ndarray]:
+def duration_seconds(source: Video) -> float | None:
+    """How long a video is by its header, `None` where that does not say it or cannot be read."""
+    try:
+        _check_container(source)
+        with _open(source, MAX_PIXELS) as container:
+            stream = _stream(container, MAX_PIXELS)
+            if stream.duration and stream.time_base:
+                seconds = float(stream.duration * stream.time_base)
+            else:
+                seconds = (container.duration or 0) / 1_000_000  # FFmpeg's own unit
+    except (ImportError, _UnusableError, OSError, ValueError, LookupError, RuntimeError):
+        return None
+    return seconds if 0 < seconds < math.inf else None
+
+
+def _pictures(source: Video, num_frames: int, span: tuple[float, float] | None, max_pixels: int) -> list[np.ndarray]:
     size = _check_container(source)
     with _open(source, max_pixels) as container:
         stream = _stream(container, max_pixels)
         index = _scan(container, stream, size)
+        unit = float(stream.time_base or 0)
+    if span is not None and not (index.times and unit):
+        raise _UnusableError("its frames have no times, by which a part of it could be found")
     if index.times is not None:
-        wanted = [index.times[i] for i in _middles(index.count, num_frames)]
+        times = index.times if span is None else _within(index.times, unit, span)
+        wanted = [times[i] for i in _middles(len(times), num_frames)]
         with _open(source, max_pixels) as container:
             pictures = _seek(container, _stream(container, max_pixels), wanted, index, max_pixels)
         if pictures is not None:
             return pictures
+        if span is not None:
+            raise _UnusableError(f"no frame can be decoded at {span[0]:g} s, damaged?")
     pictures, num_decoded = _decode(source, index.count, num_frames, max_pixels)
     if (
         num_decoded != index.count
@@ -131,6 +156,22 @@ def _pictures(source: Video, num_frames: int, max_pixels: int) -> list[np.ndarra
     if not pictures:
         raise _UnusableError("no frame in its video stream")
     return pictures
+
+
+def _within(times: list[int], unit: float, span: tuple[float, float]) -> list[int]:
+    """The times of a span's frames; of a moment that of the frame that is shown then."""
+    start, stop = (times[0] + edge / unit for edge in span)
+    slack = 0.5  # of a unit: what seconds lose by rounding
+    first = bisect.bisect_left(times, start - slack)
+    if span[0] == span[1]:
+        shown = bisect.bisect_right(times, start + slack) - 1
+        if start > times[-1] + (times[-1] - times[0]) / max(1, len(times) - 1) + slack:
+            raise _UnusableError(f"its last frame begins at {(times[-1] - times[0]) * unit:g} s, none at {span[0]:g} s")
+        return [times[shown]]
+    last = bisect.bisect_left(times, stop - slack)
+    if first == last:
+        raise _UnusableError(f"no frame begins from {span[0]:g} to {span[1]:g} s")
+    return times[first:last]
 
 
 def _check_container(source: Video) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-from nopad.embedding.inputs.mp4 import File, Mp4, looks_like_mp4
 from nopad.preprocessing.file_structure import is_cut_short
+from nopad.preprocessing.mp4 import File, Mp4, looks_like_mp4
 
 _EBML = b"\x1a\x45\xdf\xa3"
 _ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
