@@ -380,7 +380,12 @@ def test_killed_stopped_and_gone_on_with(tmp_path, capfd, model):
 
     subprocess.run(go_on, shell=True, check=True, env=ENVIRONMENT, capture_output=True)
     assert table(out) == table(tmp_path / "whole")
-    assert sorted(path.name for path in (out / ".nopad").iterdir()) == ["inputs.parquet", "job.json", "lock"]
+    assert sorted(path.name for path in (out / ".nopad").iterdir()) == [
+        "inputs.parquet",
+        "job.json",
+        "lock",
+        "stamps.parquet",
+    ]
     assert [failure.id for failure in nopad.read_features(out).failures] == ["017.png"]
 
 

@@ -110,7 +110,7 @@ def test_shards_are_those_of_a_run_in_one_process_though_an_actor_died(survivor,
     assert len(killed) == 1
     assert len(shards(local)) == SHARDS
     assert shards(folder) == shards(local)
-    assert left(folder) == ["inputs.parquet", "job.json", "lock"]
+    assert left(folder) == ["inputs.parquet", "job.json", "lock", "stamps.parquet"]
 
 
 def test_finished_shards_are_kept(survivor):
@@ -160,7 +160,7 @@ def test_ctrl_c_ends_every_process(goldens, tmp_path, signals):
     assert "to go on: " in errors
     assert 0 < len(shards(tmp_path / "out")) < 100
     if signals == 1:  # the shards in hand were finished
-        assert left(tmp_path / "out") == ["inputs.parquet", "job.json", "lock"]
+        assert left(tmp_path / "out") == ["inputs.parquet", "job.json", "lock", "stamps.parquet"]
     gone, alive = psutil.wait_procs(processes, timeout=30)
     assert len(gone) > 2
     assert alive == []

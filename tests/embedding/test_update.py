@@ -183,7 +183,7 @@ def test_the_command(made, model, capsys):
     command = ["embed", str(photos), "--model", str(model), "--out", str(out), "--shard-size", "5", "--workers", "1"]
     assert main(command) == 0
     assert (
-        "have 1 new inputs and 0 are gone; it keeps to the list that it began with: --update takes"
+        "have 1 new input and 0 are gone; it keeps to the list that it began with: --update takes"
         in capsys.readouterr().out
     )
     assert main([*command, "--update"]) == 0
