@@ -186,6 +186,7 @@ def embed(
         if update and all(len(job.finished()) == len(job) for job in jobs):
             difference = compare(jobs, listing.inputs, names, contents=content_hash)
             changes = difference.describe()
+            logger.info(changes[0])
             mark(jobs, difference.marks, worker.encoder)
             if difference.new:
                 runs.append(run(begin_update(folder, jobs, record, difference)))
