@@ -36,11 +36,7 @@ from nopad.embedding.run import Summary
 from nopad.embedding.settings import Settings
 from nopad.embedding.workers import load_encoder, make_worker
 from nopad.environment import device_name, versions
-from nopad.pipeline.isolation import DecodeProcesses
-from nopad.pipeline.memory import MemoryBudget
 from nopad.pipeline.packer import best_fit
-from nopad.pipeline.read_ahead import ReadAhead
-from nopad.pipeline.stats import Stats
 from nopad.pipeline.worker import Worker
 from nopad.terminal import columns, json_text
 
@@ -152,17 +148,9 @@ def decoded(worker: Worker, paths: Sequence[Path]) -> tuple[list[tuple[int, int,
     with TemporaryDirectory() as out, Reader() as reader:
         inputs = list_inputs([str(listing(paths, Path(out)))]).inputs
         items = [inputs[index] for index in range(len(inputs))]
-        processes = DecodeProcesses(reader.decoder, worker.image_processor)
 
         def run_all() -> list[tuple[int, int, int]]:
-            ahead = ReadAhead(
-                [items],
-                lambda item, reservation: processes.prepare(reader.media(item), reservation),
-                worker.threads,
-                MemoryBudget(),
-                Stats(),
-            )
-            with ahead:
+            with worker.read_ahead([items], reader.media, decoder=reader.decoder) as ahead:
                 return [image.grid for group in ahead.groups() for image in group]  # pyright: ignore
 
         run_all()  # starts the processes

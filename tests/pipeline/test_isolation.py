@@ -17,8 +17,9 @@ import torch
 from pipeline.hostile_decoder import HostileDecoder
 
 from nopad.pipeline import process_server
+from nopad.pipeline.decode_channel import DecodeChannel
 from nopad.pipeline.image_processor import ImageProcessor
-from nopad.pipeline.isolation import DecodeProcesses, _Process
+from nopad.pipeline.isolation import DecodeProcesses
 from nopad.pipeline.memory import MemoryBudget, available_memory
 from nopad.pipeline.process_server import ProcessServerError
 from nopad.pipeline.worker import Worker
@@ -157,7 +158,7 @@ def test_nonsense_from_a_process_is_a_crash(image_processor, monkeypatch, answer
         with socket.socket(fileno=os.dup(theirs.fileno())) as end:
             end.shutdown(socket.SHUT_WR)
         kept.append(theirs)
-        return _Process(mine, os.getpid(), torch.float32)
+        return DecodeChannel(mine, os.getpid(), torch.float32)
 
     kept = []
     monkeypatch.setattr(DecodeProcesses, "_fork", fork)

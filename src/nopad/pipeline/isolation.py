@@ -1,21 +1,26 @@
-"""Decoding in processes that can be ended: the side of the pipeline."""
+"""Decoding in processes that can be ended: the side of the pipeline.
+
+One thread serves all processes and never waits for one of them. A thread for each would be simpler, but dozens of
+threads that wake up for every message take turns at the interpreter's lock with the one that feeds the encoder.
+"""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import select
-import signal
+import selectors
 import threading
 import time
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from contextlib import suppress
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
+from multiprocessing import Pipe
 from typing import Any
 
-import torch
-
 from nopad.pipeline import process_server
+from nopad.pipeline.decode_channel import MEMORY, Answer, DecodeChannel
 from nopad.pipeline.decode_process import Decoder
 from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.pipeline.memory import Reservation
@@ -24,12 +29,32 @@ from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 
 logger = logging.getLogger(__name__)
 
-_MAX_ANSWER_BYTES = 1 << 20
 _MAX_ATTEMPTS = 2  # a process may die without a fault of its input, for example of too little memory
+
+Done = Callable[[PreparedImage | Exception, float], None]
+"""Takes what became of an input, and for how many seconds a process worked on it."""
+
+
+@dataclass(eq=False, slots=True)
+class _Task:
+    data: Any
+    reservation: Reservation
+    done: Done
+    attempts: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class _Busy:
+    """A process at work: `steps` is what it does for `task`, `events` what it waits for."""
+
+    process: DecodeChannel
+    task: _Task
+    steps: Generator[int, None, Answer]
+    events: int = 0
 
 
 class DecodeProcesses:
-    """Processes that decode and prepare one file at a time; used by many threads, a process each.
+    """Processes that decode and prepare one file at a time.
 
     A process that takes too long or dies is replaced, and its input fails. Idle ones end with this object, all with
     this process, however it ends. Ctrl-C does not reach them.
@@ -37,62 +62,62 @@ class DecodeProcesses:
     Args:
         decoder: from a file to pixels.
         image_processor: from pixels to patches.
+        max_processes: so many at once.
         timeout: seconds for one input, `None` for no limit. Waiting for memory does not count.
     """
 
     def __init__(
-        self, decoder: Decoder, image_processor: ImageProcessor, *, timeout: float | None = INPUT_TIMEOUT_SECONDS
+        self,
+        decoder: Decoder,
+        image_processor: ImageProcessor,
+        *,
+        max_processes: int = 1,
+        timeout: float | None = INPUT_TIMEOUT_SECONDS,
     ) -> None:
         self.timeout = timeout
+        self.max_processes = max_processes
         self._setup = decoder, image_processor
         self._lock = threading.Lock()
-        self._idle: list[_Process] = []
-        self._busy: set[_Process] = set()
+        self._queue: deque[_Task] = deque()
+        self._idle: list[DecodeChannel] = []
+        self._busy: dict[DecodeChannel, _Busy] = {}
+        self._is_served = False
+        self._selector = selectors.DefaultSelector()
+        self._alarm, self._bell = Pipe(duplex=False)
+        for end in (self._alarm, self._bell):
+            os.set_blocking(end.fileno(), False)
+        self._selector.register(self._alarm, selectors.EVENT_READ)
         process_server.start()
 
-    def prepare(self, data: Any, reservation: Reservation) -> PreparedImage:
+    def submit(self, data: Any, reservation: Reservation, done: Done) -> None:
         """Decode and prepare a file in one of the processes.
 
-        Raises:
-            ImageError: what the decoder raised, too much time or memory, or a process that died of it.
-            ProcessServerError: no process can be started.
+        `done` is called from another thread: with the image; with an `ImageError`, which is what the decoder raised,
+        too much time or memory, or a process that died of it; or with `ProcessServerError`, no process can be started.
         """
-        for _ in range(_MAX_ATTEMPTS):
-            with self._lock:
-                if reservation.is_closed:  # checked under the lock that `interrupt` takes
-                    raise ImageError("image", "not decoded: the run has ended")
-                process = self._idle.pop() if self._idle else self._fork()
-                self._busy.add(process)
-            try:
-                answer = process.prepare(data, reservation, self.timeout)
-            except TimeoutError as error:
-                process.kill()
-                reason = f"decoding it takes more than {self.timeout:g} s; input_timeout sets another limit"
-                raise ImageError("image", reason) from error
-            except ImageError:
-                process.kill()  # it waits for memory that will not come
-                raise
-            except (EOFError, OSError, ValueError, LookupError, TypeError) as error:
-                process.connection.close()  # it has died, and its number may be another's by now, or it ends
-                if reservation.is_closed:
-                    break
-                logger.info("a decode process died: %s", error)
-                continue
-            except BaseException:
-                process.kill()  # it waits for an answer that will not come
-                raise
-            finally:
-                with self._lock:
-                    self._busy.discard(process)
-            with self._lock:
-                self._idle.append(process)
-            if isinstance(answer, PreparedImage):
-                return answer
-            if "traceback" in answer:
-                logger.error("unexpected error in a decoder:\n%s", answer["traceback"])
-            raise ImageError("image", str(answer["error"]))
-        reason = "its decoder crashed; a damaged file, or too little memory"
-        raise ImageError("image", reason)
+        with self._lock:
+            self._queue.append(_Task(data, reservation, done))
+            if not self._is_served:
+                self._is_served = True
+                threading.Thread(target=self._serve, name="nopad-decode", daemon=True).start()
+        self._ring()
+
+    def prepare(self, data: Any, reservation: Reservation) -> PreparedImage:
+        """Decode and prepare a file, and wait for it.
+
+        Raises:
+            ImageError, ProcessServerError: see `submit`.
+        """
+        future: Future[PreparedImage] = Future()
+
+        def done(outcome: PreparedImage | Exception, _: float) -> None:
+            if isinstance(outcome, Exception):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
+        self.submit(data, reservation, done)
+        return future.result()
 
     def interrupt(self) -> None:
         """End the processes that are decoding; their results are not needed."""
@@ -100,71 +125,149 @@ class DecodeProcesses:
             for process in self._busy:
                 process.kill()
 
-    def _fork(self) -> _Process:
+    # All below runs in the thread that serves the processes.
+
+    def _serve(self) -> None:
+        try:
+            while self._start():
+                self._turn()
+        except BaseException as error:  # nobody may wait for ever
+            with self._lock:
+                tasks = [*self._queue, *(busy.task for busy in self._busy.values())]
+                self._queue.clear()
+                self._is_served = False
+            for task in tasks:
+                task.done(error if isinstance(error, Exception) else RuntimeError(repr(error)), 0.0)
+            raise
+
+    def _start(self) -> bool:
+        """Give waiting files to idle processes, and start at most one process; whether there is something to do."""
+        while True:
+            with self._lock:
+                if not self._queue:
+                    self._is_served = bool(self._busy)
+                    return self._is_served
+                is_full = len(self._busy) >= self.max_processes
+                if is_full:
+                    return True
+                task = self._queue.popleft()
+                is_closed = task.reservation.is_closed  # checked under the lock that `interrupt` takes
+                process = self._idle.pop() if self._idle else None
+                if process is not None and not is_closed:
+                    self._begin(process, task)
+            if is_closed:
+                if process is not None:
+                    self._idle.append(process)
+                task.done(ImageError("image", "not decoded: the run has ended"), 0.0)
+            elif process is None:
+                self._start_in_new_process(task)
+                return True
+            else:
+                self._advance(self._busy[process])
+
+    def _start_in_new_process(self, task: _Task) -> None:
+        try:
+            process = self._fork()
+        except Exception as error:
+            task.done(error, 0.0)
+            return
+        with self._lock:
+            self._begin(process, task)
+            if task.reservation.is_closed:
+                process.kill()
+        self._advance(self._busy[process])
+
+    def _begin(self, process: DecodeChannel, task: _Task) -> None:
+        task.attempts += 1
+        self._busy[process] = _Busy(
+            process, task, process.prepare(task.data, task.reservation, self.timeout, self._ring)
+        )
+
+    def _turn(self) -> None:
+        """Wait until a process can go on, and let all that can."""
+        for key, _ in self._selector.select(self._patience()):
+            if key.data is not None:
+                self._advance(key.data)
+            else:
+                with suppress(BlockingIOError):
+                    os.read(self._alarm.fileno(), 1 << 12)
+        now = time.monotonic()
+        for busy in list(self._busy.values()):
+            if busy.events == MEMORY:
+                self._advance(busy)
+            elif now >= busy.process.deadline:
+                reason = f"decoding it takes more than {self.timeout:g} s; input_timeout sets another limit"
+                self._end(busy, ImageError("image", reason), kill=True)
+
+    def _patience(self) -> float | None:
+        if self._queue and len(self._busy) < self.max_processes:
+            return 0  # the next process is started
+        times = [busy.process.deadline for busy in self._busy.values() if busy.events != MEMORY]
+        first = min(times, default=float("inf"))
+        return None if first == float("inf") else max(0.0, first - time.monotonic())
+
+    def _advance(self, busy: _Busy) -> None:
+        """Let a process go on until it has to wait or its input is done."""
+        try:
+            self._wait_for(busy, next(busy.steps))
+        except StopIteration as end:
+            answer: Answer = end.value
+            if isinstance(answer, PreparedImage):
+                self._end(busy, answer)
+                return
+            if "traceback" in answer:
+                logger.error("unexpected error in a decoder:\n%s", answer["traceback"])
+            self._end(busy, ImageError("image", str(answer["error"])))
+        except ImageError as error:
+            self._end(busy, error, kill=True)  # it waits for memory that will not come
+        except (EOFError, OSError, ValueError, LookupError, TypeError) as error:
+            self._died(busy, error)
+        except Exception as error:
+            self._end(busy, error, kill=True)  # it waits for an answer that will not come
+
+    def _wait_for(self, busy: _Busy, events: int) -> None:
+        if events == busy.events:
+            return
+        if busy.events != MEMORY:
+            self._selector.unregister(busy.process)
+        if events != MEMORY:
+            self._selector.register(busy.process, events, busy)
+        busy.events = events
+
+    def _died(self, busy: _Busy, error: Exception) -> None:
+        """The process has died, and its number may be another's by now, or it ends as its connection is closed."""
+        task = busy.task
+        if task.attempts < _MAX_ATTEMPTS and not task.reservation.is_closed:
+            logger.info("a decode process died: %s", error)
+            self._let_go(busy)
+            busy.process.close()
+            with self._lock:
+                self._queue.appendleft(task)
+            return
+        reason = "its decoder crashed; a damaged file, or too little memory"
+        self._end(busy, ImageError("image", reason), close=True)
+
+    def _end(self, busy: _Busy, outcome: PreparedImage | Exception, *, kill: bool = False, close: bool = False) -> None:
+        process = busy.process
+        self._let_go(busy)
+        if kill:
+            process.kill()
+        if kill or close:
+            process.close()
+        else:
+            self._idle.append(process)
+        busy.task.done(outcome, process.seconds())
+
+    def _let_go(self, busy: _Busy) -> None:
+        busy.steps.close()
+        self._wait_for(busy, MEMORY)
+        with self._lock:
+            del self._busy[busy.process]
+
+    def _fork(self) -> DecodeChannel:
         connection, pid = process_server.start().fork(self._setup)
-        return _Process(connection, pid, self._setup[1].dtype)
+        return DecodeChannel(connection, pid, self._setup[1].dtype)
 
-
-class _Process:
-    def __init__(self, connection: Connection, pid: int, dtype: torch.dtype) -> None:
-        self.connection = connection
-        self.pid = pid
-        self.dtype = dtype
-        self.events = select.poll()  # `Connection.poll` makes one for each call
-        self.events.register(connection.fileno(), select.POLLIN)
-
-    def prepare(self, data: Any, reservation: Reservation, timeout: float | None) -> PreparedImage | dict[str, Any]:
-        """Send a file and receive its patches, or the answer with an `"error"`.
-
-        Raises:
-            TimeoutError: no answer in time.
-            EOFError, OSError, ValueError: the process died, or answers nonsense.
-            ImageError: no memory for it.
-        """
-        self.connection.send(data)
-        start = time.monotonic()
-        answer = self.receive(timeout)
-        if "error" in answer:
-            return answer
-        left = None if timeout is None else timeout - (time.monotonic() - start)
-        size = int(answer["bytes"])
-        reservation.reserve(size)
-        self.connection.send(size)
-        answer = self.receive(left)
-        if "error" in answer:
-            return answer
-        rows, columns = answer["shape"]
-        if not 0 < rows * columns * self.dtype.itemsize <= size:
-            raise EOFError(f"got patches of {rows}×{columns}, expected at most {size} bytes")
-        patches = torch.empty(rows, columns, dtype=self.dtype)
-        self.receive_into(patches.view(-1).view(torch.uint8).numpy().data, timeout)
-        t, h, w = answer["grid"]
-        return PreparedImage(patches, (t, h, w), answer["width"], answer["height"])
-
-    def receive(self, timeout: float | None) -> dict[str, Any]:
-        """An answer as JSON: a decoder that was taken over must not reach this process, as a pickle could."""
-        self.wait(timeout)
-        return json.loads(self.connection.recv_bytes(_MAX_ANSWER_BYTES))
-
-    def receive_into(self, buffer: memoryview, timeout: float | None) -> None:
-        """Fill a buffer with plain bytes, without the copy in between that `Connection.recv_bytes_into` makes."""
-        done = 0
-        while done < buffer.nbytes:
-            self.wait(timeout)
-            received = os.readv(self.connection.fileno(), [buffer[done:]])
-            if not received:
-                raise EOFError("got fewer patches than announced")
-            done += received
-
-    def wait(self, timeout: float | None) -> None:
-        """Wait until there is something to receive, or the process has ended.
-
-        Raises:
-            TimeoutError: nothing in so many seconds.
-        """
-        if not self.events.poll(None if timeout is None else max(timeout, 0) * 1000):
-            raise TimeoutError
-
-    def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+    def _ring(self) -> None:
+        with suppress(BlockingIOError):  # full: it rings already
+            os.write(self._bell.fileno(), b"!")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -60,6 +61,7 @@ class MemoryBudget:
         self.closed = False
         self.served: set[int] = set()  # tickets behind `next_ticket`, out of order
         self._tickets = 0
+        self._listeners: set[Callable[[], None]] = set()
 
     def reservation(self) -> Reservation:
         """A new reservation, granted after all earlier ones."""
@@ -70,7 +72,17 @@ class MemoryBudget:
         """Refuse all reservations that are not granted yet."""
         with self.changed:
             self.closed = True
-            self.changed.notify_all()
+            self.notify()
+
+    def listen(self, notify: Callable[[], None]) -> None:
+        """Call `notify` at the next change; under the lock of `changed`."""
+        self._listeners.add(notify)
+
+    def notify(self) -> None:
+        """Wake who waits for a change; under the lock of `changed`."""
+        self.changed.notify_all()
+        while self._listeners:
+            self._listeners.pop()()
 
 
 class Reservation:
@@ -88,23 +100,46 @@ class Reservation:
         Raises:
             ImageError: more than the whole budget, or the budget was closed.
         """
-        budget = self._budget
         if self._granted:
             return
+        self._check(size)
+        with self._budget.changed:
+            self._budget.changed.wait_for(lambda: self._can_take(size))
+            self._take(size)
+
+    def try_reserve(self, size: int, notify: Callable[[], None]) -> bool:
+        """Reserve as `reserve` does where `size` bytes are free; where not, `notify` is called when some may be.
+
+        Raises:
+            ImageError: see `reserve`.
+        """
+        if self._granted:
+            return True
+        self._check(size)
+        with self._budget.changed:
+            if not self._can_take(size):
+                self._budget.listen(notify)
+                return False
+            self._take(size)
+            return True
+
+    def _check(self, size: int) -> None:
+        budget = self._budget
         if size > budget.limit:
             raise ImageError(
                 "image",
                 f"decoding it takes about {size / 1e6:,.0f} MB of memory, expected at most {budget.limit / 1e6:,.0f}; "
                 f"set decode_memory to more",
             )
-        with budget.changed:
-            budget.changed.wait_for(lambda: budget.closed or self._is_next(size))
-            if budget.closed:
-                raise ImageError("image", "not decoded: the run has ended")
-            budget.used += size
-            budget.decoding += 1
-            self._granted, self._held = True, size
-            self._serve_next()
+
+    def _take(self, size: int) -> None:
+        budget = self._budget
+        if budget.closed:
+            raise ImageError("image", "not decoded: the run has ended")
+        budget.used += size
+        budget.decoding += 1
+        self._granted, self._held = True, size
+        self._serve_next()
 
     def finish_decoding(self, size: int) -> None:
         """Reduce the reservation to the `size` bytes of the result."""
@@ -115,22 +150,25 @@ class Reservation:
             self._budget.decoding -= 1
             self._budget.used += size - self._held
             self._held = size
-            self._budget.changed.notify_all()
+            self._budget.notify()
 
     def release(self) -> None:
         """Give the bytes back; the result is in a pack."""
         with self._budget.changed:
             self._budget.used -= self._held
             self._held = 0
-            self._budget.changed.notify_all()
+            self._budget.notify()
 
     @property
     def is_closed(self) -> bool:
         """Whether the run that it belongs to has ended."""
         return self._budget.closed
 
-    def _is_next(self, size: int) -> bool:
+    def _can_take(self, size: int) -> bool:
+        """Whether it is granted or refused now."""
         budget = self._budget
+        if budget.closed:
+            return True
         return budget.next_ticket == self._ticket and (budget.decoding == 0 or budget.used + size <= budget.limit)
 
     def _serve_next(self) -> None:
@@ -140,4 +178,4 @@ class Reservation:
         while budget.next_ticket in budget.served:
             budget.served.remove(budget.next_ticket)
             budget.next_ticket += 1
-        budget.changed.notify_all()
+        budget.notify()

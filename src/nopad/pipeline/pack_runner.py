@@ -136,13 +136,10 @@ class PackRunner:
         def fetch() -> Results:
             if done is not None:
                 done.synchronize()
-            parts = [None] * len(pack)
+            parts: list[np.ndarray | None] = [None] * len(pack)
             if fetched is not None and lengths is not None:
-                parts = fetched.split(lengths)
-            return {
-                index: _result(image, vector, part, encoder.dtype)
-                for (index, image), vector, part in zip(pack, vectors, parts, strict=True)
-            }
+                parts = [part.numpy().copy() for part in fetched.split(lengths)]
+            return _results(pack, vectors, parts, encoder.dtype)
 
         return fetch
 
@@ -163,17 +160,24 @@ def num_tokens(encoder: PackedEncoder, image: PreparedImage) -> int:
     return len(image.patches) + num_segments(encoder, image) * encoder.num_prefix_tokens
 
 
-def _result(image: PreparedImage, vector: Tensor, tokens: Tensor | None, dtype: torch.dtype) -> EmbeddingResult:
-    if not vector.isfinite().all():
+def _results(
+    pack: Sequence[tuple[int, PreparedImage]], vectors: Tensor, tokens: Sequence[np.ndarray | None], dtype: torch.dtype
+) -> Results:
+    finite = vectors.isfinite().flatten(1).all(1).tolist()
+    copies = vectors.numpy().copy()  # the buffer that the GPU has written to is another pack's next
+    return {
+        index: _result(image, vector, part, dtype, is_finite=is_finite)
+        for (index, image), vector, part, is_finite in zip(pack, copies, tokens, finite, strict=True)
+    }
+
+
+def _result(
+    image: PreparedImage, vector: np.ndarray, tokens: np.ndarray | None, dtype: torch.dtype, *, is_finite: bool
+) -> EmbeddingResult:
+    if not is_finite:
         hint = "; float16 may overflow, bfloat16 and float32 do not" if dtype == torch.float16 else ""
         return EmbeddingResult(error=ImageError("image", f"its features are not finite in {dtype}{hint}"))
-    if tokens is not None and not tokens.isfinite().all():
+    if tokens is not None and not np.isfinite(tokens).all():
         reason = "its tokens are not finite in float16, in which they are stored"
         return EmbeddingResult(error=ImageError("image", reason))
-    return EmbeddingResult(
-        width=image.width,
-        height=image.height,
-        grid=image.grid,
-        embedding=vector.numpy().copy(),
-        tokens=None if tokens is None else tokens.numpy().copy(),
-    )
+    return EmbeddingResult(width=image.width, height=image.height, grid=image.grid, embedding=vector, tokens=tokens)

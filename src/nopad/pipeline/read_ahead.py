@@ -1,4 +1,4 @@
-"""Images prepared in threads ahead of the encoder, in order, within a bound of memory."""
+"""Images prepared ahead of the encoder, in order, within a bound of memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from nopad.pipeline.image_processor import PreparedImage
+from nopad.pipeline.isolation import DecodeProcesses, Done
 from nopad.pipeline.memory import MemoryBudget, Reservation
 from nopad.pipeline.process_server import ProcessServerError
 from nopad.pipeline.stats import Stats
@@ -20,44 +21,120 @@ from nopad.preprocessing.decode import ImageError
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
+_Input = TypeVar("_Input", contravariant=True)
 Outcome = PreparedImage | ImageError
 
 
+class Preparer(Protocol[_Input]):
+    """Prepares images elsewhere than in the caller's thread; used as a context manager, which ends its threads."""
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *_: object) -> None: ...
+    def submit(self, item: _Input, reservation: Reservation, done: Done) -> None:
+        """Prepare an item and call `done`, from any thread."""
+        ...
+
+
+class InThreads(Generic[Item]):
+    """Prepares images in threads of this process.
+
+    Args:
+        prepare: reserves memory once it knows how much.
+        threads: number of threads.
+    """
+
+    def __init__(self, prepare: Callable[[Item, Reservation], PreparedImage], threads: int) -> None:
+        self._prepare = prepare
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="nopad-decode")
+
+    def __enter__(self) -> InThreads[Item]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, item: Item, reservation: Reservation, done: Done) -> None:
+        """See `Preparer`."""
+        self._pool.submit(self._run, item, reservation, done)
+
+    def _run(self, item: Item, reservation: Reservation, done: Done) -> None:
+        start = time.perf_counter()
+        try:
+            outcome = self._prepare(item, reservation)
+        except Exception as error:
+            outcome = error
+        done(outcome, time.perf_counter() - start)
+
+
+class InProcesses(Generic[Item]):
+    """Reads items in one thread, a few ahead of the processes that decode them.
+
+    Args:
+        read: from an item to what the decoder takes.
+    """
+
+    def __init__(self, read: Callable[[Item], Any], processes: DecodeProcesses) -> None:
+        self._read = read
+        self._processes = processes
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="nopad-read")
+        self._room = threading.Semaphore(processes.max_processes + max(2, processes.max_processes // 4))
+
+    def __enter__(self) -> InProcesses[Item]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._processes.interrupt()  # of what was read ahead nothing is needed any more
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, item: Item, reservation: Reservation, done: Done) -> None:
+        """See `Preparer`."""
+        self._pool.submit(self._run, item, reservation, done)
+
+    def _run(self, item: Item, reservation: Reservation, done: Done) -> None:
+        def leave(outcome: PreparedImage | Exception, seconds: float) -> None:
+            self._room.release()
+            done(outcome, seconds)
+
+        self._room.acquire()
+        try:
+            data = self._read(item)
+        except Exception as error:
+            leave(error, 0.0)
+        else:
+            self._processes.submit(data, reservation, leave)
+
+
 class ReadAhead(Generic[Item]):
-    """Prepares the images of groups in threads, a bounded number and a bounded size ahead of the consumer.
+    """Prepares the images of groups, a bounded number and a bounded size ahead of the consumer.
 
     Args:
         groups: taken one after another, as they are needed.
-        prepare: runs in the threads; reserves memory once it knows how much.
-        threads: number of threads.
-        budget: of the memory.
+        preparer: prepares them.
+        ahead: how many at most.
+        budget: of the memory; closed at the end.
         stats: `decode_seconds` and `wait_seconds` are added up here.
     """
 
     def __init__(
-        self,
-        groups: Iterable[Iterable[Item]],
-        prepare: Callable[[Item, Reservation], PreparedImage],
-        threads: int,
-        budget: MemoryBudget,
-        stats: Stats,
+        self, groups: Iterable[Iterable[Item]], preparer: Preparer[Item], ahead: int, budget: MemoryBudget, stats: Stats
     ) -> None:
         self._items: Iterator[tuple[Item] | None] = chain.from_iterable(  # `None` ends a group
             chain(((item,) for item in group), (None,)) for group in groups
         )
-        self._prepare = prepare
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="nopad-decode")
-        self._max_waiting = max(16, 2 * threads)
+        self._preparer = preparer
+        self._max_waiting = ahead
         self._waiting: deque[tuple[Future[Outcome], Reservation] | None] = deque()
         self._budget = budget
         self._stats = stats
         self._lock = threading.Lock()
 
     def __enter__(self) -> ReadAhead[Item]:
+        self._preparer.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._budget.close()
+        self._preparer.__exit__()
 
     def groups(self) -> Iterator[Iterator[Outcome]]:
         """Group after group; each must be exhausted before the next.
@@ -73,9 +150,12 @@ class ReadAhead(Generic[Item]):
         while (entry := self._waiting.popleft()) is not None:
             self._submit()
             future, reservation = entry
-            start = time.perf_counter()
-            outcome = future.result()
-            self._stats.wait_seconds += time.perf_counter() - start
+            if future.done():
+                outcome = future.result()
+            else:
+                start = time.perf_counter()
+                outcome = future.result()
+                self._stats.wait_seconds += time.perf_counter() - start
             reservation.release()
             yield outcome
         self._submit()
@@ -89,24 +169,22 @@ class ReadAhead(Generic[Item]):
             if entry is None:
                 self._waiting.append(None)
                 continue
-            reservation = self._budget.reservation()
-            self._waiting.append((self._pool.submit(self._run, entry[0], reservation), reservation))
+            reservation, future = self._budget.reservation(), Future[Outcome]()
+            self._waiting.append((future, reservation))
+            self._preparer.submit(entry[0], reservation, self._done(entry[0], reservation, future))
 
-    def _run(self, item: Item, reservation: Reservation) -> Outcome:
-        start = time.perf_counter()
-        size = 0
-        try:
-            image = self._prepare(item, reservation)
-            size = image.patches.nbytes
-            return image
-        except ImageError as error:
-            return error
-        except ProcessServerError:
-            raise
-        except Exception as error:  # one image must not end a job of a million; its row has the error
-            logger.exception("unexpected error with %r", item)
-            return ImageError(repr(item), f"unexpected {type(error).__name__}: {error}")
-        finally:
-            reservation.finish_decoding(size)
+    def _done(self, item: Item, reservation: Reservation, future: Future[Outcome]) -> Done:
+        def done(outcome: PreparedImage | Exception, seconds: float) -> None:
+            reservation.finish_decoding(outcome.patches.nbytes if isinstance(outcome, PreparedImage) else 0)
             with self._lock:
-                self._stats.decode_seconds += time.perf_counter() - start
+                self._stats.decode_seconds += seconds
+            if isinstance(outcome, PreparedImage | ImageError):
+                future.set_result(outcome)
+            elif isinstance(outcome, ProcessServerError):
+                future.set_exception(outcome)
+            else:  # one image must not end a job of a million; its row has the error
+                logger.error("unexpected error with %r", item, exc_info=outcome)
+                error = ImageError(repr(item), f"unexpected {type(outcome).__name__}: {outcome}")
+                future.set_result(error)
+
+        return done

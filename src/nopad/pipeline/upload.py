@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nopad.environment import cpu_threads
+
 
 class Uploader:
     """Lays the patches of a pack end to end and copies them to a device.
@@ -28,7 +30,8 @@ class Uploader:
             return torch.cat(list(parts)).to(self.device)
         rows = sum(len(part) for part in parts)
         pinned = torch.empty(rows, parts[0].shape[1], dtype=parts[0].dtype, pin_memory=True)
-        torch.cat(list(parts), out=pinned)
+        with cpu_threads(1):  # all cores decode: many threads would wait for the slowest to get one
+            torch.cat(list(parts), out=pinned)
         with torch.cuda.stream(self.stream):
             patches = pinned.to(self.device, non_blocking=True)
         current = torch.cuda.current_stream(self.device)

@@ -18,7 +18,7 @@ from nopad.pipeline.memory import MemoryBudget, Reservation
 from nopad.pipeline.normalize import Normalizer
 from nopad.pipeline.pack_runner import MAX_RUNNING, EmbeddingResult, PackRunner, Results, num_segments, num_tokens
 from nopad.pipeline.packer import BestFitPacker
-from nopad.pipeline.read_ahead import Outcome, ReadAhead
+from nopad.pipeline.read_ahead import InProcesses, InThreads, Outcome, ReadAhead
 from nopad.pipeline.selection import Selection
 from nopad.pipeline.stats import Stats
 from nopad.preprocessing.decode import ImageError
@@ -118,8 +118,8 @@ class Worker:
 
         Args:
             groups: taken one after another.
-            read: runs in the decode threads. Returns uint8 `(3, H, W)`, or `(frames, 3, H, W)` for a clip; with
-                `decoder` what that takes.
+            read: runs in the decode threads, or with `decoder` in one thread that reads. Returns uint8 `(3, H, W)`, or
+                `(frames, 3, H, W)` for a clip; with `decoder` what that takes.
             decoder: decodes what `read` returns in processes, for files that are not trusted. The same one in each run.
             measure: as `Decoder.measure`, of an item before it is read, where there is no `decoder`; items do not count
                 towards `memory` without it.
@@ -133,32 +133,36 @@ class Worker:
             ImageError: with `strict`.
             ProcessServerError: no process can be started.
         """
+        with self.read_ahead(groups, read, decoder=decoder, measure=measure) as ahead:
+            for outcomes in ahead.groups():
+                yield self._embed(outcomes, strict=strict)
+                if stop is not None and stop.is_set():
+                    return
+
+    def read_ahead(
+        self,
+        groups: Iterable[Iterable[Item]],
+        read: Callable[[Item], Any],
+        *,
+        decoder: Decoder | None = None,
+        measure: Callable[[Item], tuple[int, int, int]] | None = None,
+    ) -> ReadAhead[Item]:
+        """The images of groups as `run` has them, prepared ahead."""
 
         def in_thread(item: Item, reservation: Reservation) -> PreparedImage:
             if measure is not None:
                 reservation.reserve(self.image_processor.peak_bytes(*measure(item)))
             return self.image_processor(read(item))
 
-        def in_process(item: Item, reservation: Reservation) -> PreparedImage:
-            return processes.prepare(read(item), reservation)
-
+        budget = MemoryBudget(self.memory)
         if decoder is None:
-            prepare = in_thread
+            preparer = InThreads(in_thread, self.threads)
         else:
             if self._processes is None:
-                self._processes = DecodeProcesses(decoder, self.image_processor, timeout=self.timeout)
-            processes, prepare = self._processes, in_process
-        budget = MemoryBudget(self.memory)
-        with ReadAhead(groups, prepare, self.threads, budget, self.stats) as ahead:
-            try:
-                for outcomes in ahead.groups():
-                    yield self._embed(outcomes, strict=strict)
-                    if stop is not None and stop.is_set():
-                        return
-            finally:  # of what was read ahead nothing is needed any more
-                budget.close()
-                if self._processes is not None:
-                    self._processes.interrupt()
+                options: dict[str, Any] = {"max_processes": self.threads, "timeout": self.timeout}
+                self._processes = DecodeProcesses(decoder, self.image_processor, **options)
+            preparer = InProcesses(read, self._processes)
+        return ReadAhead(groups, preparer, max(16, 3 * self.threads), budget, self.stats)
 
     def _embed(self, outcomes: Iterable[Outcome], *, strict: bool) -> list[EmbeddingResult]:
         encoder, results = self.encoder, dict[int, EmbeddingResult]()
