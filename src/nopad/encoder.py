@@ -45,6 +45,7 @@ from nopad.segments import Segments
 from nopad.text.rules import TextRules
 from nopad.text.similarity import classify, embed_text, similarity
 from nopad.text.whole import save_whole
+from nopad.training.compiled import compile_for_training
 
 
 class PackedEncoder(ByRole, PreTrainedModel):
@@ -240,6 +241,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
     compile = compile_encoder  # pyright: ignore[reportAssignmentType] - other arguments than `nn.Module.compile`
     set_attention = set_attention
     to_precision = to_precision
+    compile_for_training = compile_for_training
 
     def uncompile(self) -> None:
         """Undo `compile`."""

@@ -156,7 +156,7 @@ class StaticRunner:
             if not self.source.training:
                 _warn_of_gradients()
             return False
-        return _fits(self, rows, segments)
+        return fits(rows, segments, capacity=self.capacity, max_segments=self.max_segments)
 
     def embed(self, embedding: Callable[[Tensor], Tensor], patches: Tensor) -> Tensor:
         """See `Runner`."""
@@ -229,16 +229,19 @@ class DeferredRunner(EagerRunner):
 
     def admits(self, rows: int, segments: int) -> bool:
         """See `StaticRunner`."""
-        return not torch.is_grad_enabled() and _fits(self, rows, segments)
+        if torch.is_grad_enabled():
+            return False
+        return fits(rows, segments, capacity=self.capacity, max_segments=self.max_segments)
 
     def __reduce__(self) -> tuple[type[DeferredRunner], tuple[int, int, bool]]:
         return DeferredRunner, (self.capacity, self.max_segments, self.compiled)
 
 
-def _fits(runner: StaticRunner | DeferredRunner, rows: int, segments: int) -> bool:
-    if rows <= runner.capacity and segments <= runner.max_segments:
+def fits(rows: int, segments: int, *, capacity: int, max_segments: int) -> bool:
+    """Whether a pack fits into a fixed shape; if not, a warning is logged once for each shape."""
+    if rows <= capacity and segments <= max_segments:
         return True
-    _warn_once(runner.capacity, runner.max_segments)
+    _warn_once(capacity, max_segments)
     return False
 
 

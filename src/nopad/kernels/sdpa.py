@@ -28,12 +28,12 @@ def eager(query, key, value, segments, scale, dropout_p):
 def _run(name, query, key, value, segments, scale, dropout_p):
     if not torch.compiler.is_compiling():
         return _LOOPS[name](query, key, value, (segments[0].lengths, segments[1].lengths), scale, dropout_p)
-    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+    if dropout_p:
         return _uncompiled(name, query, key, value, segments, scale, dropout_p)
-    return _varlen_op(name, query, key, value, segments[0].cu_seqlens, segments[1].cu_seqlens, scale, dropout_p)
+    return _varlen_op(name, query, key, value, segments[0].cu_seqlens, segments[1].cu_seqlens, scale)
 
 
-@torch.compiler.disable(reason="the loop over lengths would be recompiled for every pack")
+@torch.compiler.disable(reason="the operator's backward would need the forward's random numbers")
 def _uncompiled(name, query, key, value, segments, scale, dropout_p):
     return _LOOPS[name](query, key, value, (segments[0].lengths, segments[1].lengths), scale, dropout_p)
 
@@ -47,18 +47,67 @@ def _varlen_op(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     scale: float | None,
-    dropout_p: float,
 ) -> Tensor:
-    """One operator for compiled graphs; it reads the lengths from the offsets and has no gradient."""
+    """One operator for compiled graphs, which would be compiled again for other lengths; it reads the offsets."""
     if not len(query):
         return query.clone()
-    lengths = tuple(cu_seqlens_q.diff().tolist()), tuple(cu_seqlens_k.diff().tolist())
-    return _LOOPS[name](query, key, value, lengths, scale, dropout_p).contiguous()
+    lengths = _lengths(cu_seqlens_q), _lengths(cu_seqlens_k)
+    return _LOOPS[name](query, key, value, lengths, scale, 0.0).contiguous()
 
 
 @_varlen_op.register_fake
-def _(name, query, key, value, cu_seqlens_q, cu_seqlens_k, scale, dropout_p):
+def _(name, query, key, value, cu_seqlens_q, cu_seqlens_k, scale):
     return query.new_empty(query.shape)
+
+
+@torch.library.custom_op("nopad::varlen_sdpa_backward", mutates_args=())
+def _varlen_backward_op(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, segment by segment in at least float32; the weights are computed again."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    lengths = _lengths(cu_seqlens_q), _lengths(cu_seqlens_k)
+    split = ((grad, lengths[0]), (query, lengths[0]), (key, lengths[1]), (value, lengths[1]))
+    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+    outputs = zip(*(x.split(sizes) for x, sizes in zip(gradients, (lengths[0], *lengths[1:] * 2), strict=True)), strict=True)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    with without_autocast(query.device):
+        segments = zip(*(tensor.to(dtype).split(sizes) for tensor, sizes in split), strict=True)
+        for (g, q, k, v), (grad_q, grad_k, grad_v) in zip(segments, outputs, strict=True):
+            weights = torch.einsum("qhd,khd->hqk", q, k).mul(scale).softmax(-1)
+            grad_weights = torch.einsum("qhd,khd->hqk", g, v)
+            grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
+            grad_q.copy_(torch.einsum("hqk,khd->qhd", grad_scores, k))
+            grad_k.copy_(torch.einsum("hqk,qhd->khd", grad_scores, q))
+            grad_v.copy_(torch.einsum("hqk,qhd->khd", weights, g))
+    return gradients
+
+
+@_varlen_backward_op.register_fake
+def _(grad, query, key, value, cu_seqlens_q, cu_seqlens_k, scale):
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save_inputs(ctx, inputs, output):
+    _, *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    return None, *_varlen_backward_op(grad, *ctx.saved_tensors, ctx.scale), None, None, None
+
+
+_varlen_op.register_autograd(_backward, setup_context=_save_inputs)
+
+
+def _lengths(cu_seqlens: Tensor) -> tuple[int, ...]:
+    return tuple(cu_seqlens.diff().tolist())
 
 
 def _sdpa(query, key, value, lengths, scale, dropout_p):
