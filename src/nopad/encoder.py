@@ -45,7 +45,7 @@ from nopad.segments import Segments
 from nopad.text.rules import TextRules
 from nopad.text.similarity import classify, embed_text, similarity
 from nopad.text.whole import save_whole
-from nopad.training.compiled import compile_for_training
+from nopad.training.compiled import checkpoint_mlps, compile_for_training
 
 
 class PackedEncoder(ByRole, PreTrainedModel):
@@ -242,6 +242,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
     set_attention = set_attention
     to_precision = to_precision
     compile_for_training = compile_for_training
+    checkpoint_mlps = checkpoint_mlps
 
     def uncompile(self) -> None:
         """Undo `compile`."""

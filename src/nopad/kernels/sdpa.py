@@ -72,13 +72,13 @@ def _varlen_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, segment by segment in at least float32; the weights are computed again."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    lengths = _lengths(cu_seqlens_q), _lengths(cu_seqlens_k)
-    split = ((grad, lengths[0]), (query, lengths[0]), (key, lengths[1]), (value, lengths[1]))
-    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
-    outputs = zip(*(x.split(sizes) for x, sizes in zip(gradients, (lengths[0], *lengths[1:] * 2), strict=True)), strict=True)
+    q_lengths, k_lengths = _lengths(cu_seqlens_q), _lengths(cu_seqlens_k)
+    inputs = (query, q_lengths), (key, k_lengths), (value, k_lengths)
+    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x, _ in inputs)
+    outputs = zip(*(x.split(sizes) for x, (_, sizes) in zip(gradients, inputs, strict=True)), strict=True)
     dtype = torch.promote_types(query.dtype, torch.float32)
     with without_autocast(query.device):
-        segments = zip(*(tensor.to(dtype).split(sizes) for tensor, sizes in split), strict=True)
+        segments = zip(*(tensor.to(dtype).split(sizes) for tensor, sizes in ((grad, q_lengths), *inputs)), strict=True)
         for (g, q, k, v), (grad_q, grad_k, grad_v) in zip(segments, outputs, strict=True):
             weights = torch.einsum("qhd,khd->hqk", q, k).mul(scale).softmax(-1)
             grad_weights = torch.einsum("qhd,khd->hqk", g, v)

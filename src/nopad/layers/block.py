@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nopad.layers.attention import PackedAttention, Rope
@@ -33,7 +34,12 @@ class Block(ByRole, GradientCheckpointingLayer):
         norm1, attention, norm2, mlp: the parts.
         layer_scale: multiply both branches by a learned factor per channel.
         names: see `ByRole`; the roles are those of the arguments, `layer_scale1` and `layer_scale2`.
+
+    Attributes:
+        recompute_mlp: keep the MLP's input for the backward instead of its activations, and compute these again.
     """
+
+    recompute_mlp = False
 
     def __init__(
         self,
@@ -78,8 +84,13 @@ class Block(ByRole, GradientCheckpointingLayer):
         if self.layer_scale1 is not None:
             hidden_states = self.layer_scale1(hidden_states)
         residual = add_residual(residual, hidden_states)
+        if self.recompute_mlp and torch.is_grad_enabled():
+            return checkpoint(self._feed_forward, residual, use_reentrant=False), residual
+        return self._feed_forward(residual), residual
+
+    def _feed_forward(self, residual: Tensor) -> Tensor:
         hidden_states = self.mlp(self.norm2(residual))
-        return hidden_states if self.layer_scale2 is None else self.layer_scale2(hidden_states), residual
+        return hidden_states if self.layer_scale2 is None else self.layer_scale2(hidden_states)
 
 
 def add_residual(residual: Tensor, hidden_states: Tensor) -> Tensor:

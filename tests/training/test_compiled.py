@@ -1,0 +1,134 @@
+"""`compile_for_training` and `checkpoint_mlps`: gradients as without them, and one graph for all packs."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from tiny_encoders import FAMILIES, GRIDS, patches_of, tiny
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import nopad
+from nopad.kernels.attention import varlen_attention
+from nopad.segments import Segments
+
+PACKS = (GRIDS, GRIDS[:2], GRIDS[1:])
+CAPACITY, MAX_SEGMENTS = 96, 8
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> CompileCounterWithBackend:
+    """Counts the graphs of forward and backward; these run as traced, without a compiler."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    return counter
+
+
+def gradients(encoder, grids) -> dict[str, torch.Tensor]:
+    encoder.zero_grad()
+    torch.manual_seed(0)  # DINOv3 draws the scale of its coordinates in training
+    output = encoder.encode(patches_of(encoder, grids), grids)
+    (output.tokens.square().mean() + output.pooled.sin().mean()).backward()
+    return {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_graph_gives_the_gradients_of_every_pack(family, tmp_path, graphs):
+    encoder = nopad.load(tiny(family, tmp_path)).train()
+    expected = [gradients(encoder, grids) for grids in PACKS]
+    encoder.compile_for_training(CAPACITY, MAX_SEGMENTS)
+    for grids, expected_gradients in zip(PACKS, expected, strict=True):
+        torch.testing.assert_close(gradients(encoder, grids), expected_gradients, rtol=1e-4, atol=1e-6)
+        assert graphs.frame_count == 1
+    assert encoder.execution == "compiled"
+
+
+def test_a_pack_without_gradients_is_compiled_too(tmp_path, graphs):
+    encoder = nopad.load(tiny("siglip2", tmp_path))
+    with torch.no_grad():
+        expected = encoder(patches_of(encoder, GRIDS), GRIDS)
+        encoder.compile_for_training(CAPACITY, MAX_SEGMENTS)
+        torch.testing.assert_close(encoder(patches_of(encoder, GRIDS), GRIDS), expected)
+    assert graphs.frame_count == 1
+
+
+def test_packs_beyond_the_capacity_run_eagerly(tmp_path, graphs, caplog):
+    encoder = nopad.load(tiny("aimv2", tmp_path)).train()
+    expected = gradients(encoder, GRIDS)
+    encoder.compile_for_training(49, MAX_SEGMENTS)
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(encoder, GRIDS).items())
+    assert graphs.frame_count == 0
+    assert "exceeds the compiled capacity of 49 tokens" in caplog.text
+
+
+def test_execution_is_eager_where_torch_compiles_nothing(tmp_path):
+    encoder = nopad.load(tiny("aimv2", tmp_path)).train()
+    encoder.compile_for_training(CAPACITY, MAX_SEGMENTS)
+    with torch.compiler.set_stance("force_eager"):
+        gradients(encoder, GRIDS)
+    assert encoder.execution == "eager"
+
+
+def test_compiling_leaves_names_and_copies_alone(tmp_path, graphs):
+    encoder = nopad.load(tiny("dinov3", tmp_path)).train()
+    names = list(encoder.state_dict())
+    encoder.compile_for_training(CAPACITY, MAX_SEGMENTS)
+    gradients(encoder, GRIDS)
+    assert list(encoder.state_dict()) == names
+    assert copy.deepcopy(encoder).execution == "eager"
+    assert encoder.compiled_capacity == CAPACITY
+    encoder.uncompile()
+    assert encoder.compiled_capacity is None
+
+
+@pytest.mark.parametrize("family", ["aimv2", "dinov2"])
+def test_checkpointed_mlps_give_the_same_gradients_from_fewer_saved_tensors(family, tmp_path, graphs):
+    encoder = nopad.load(tiny(family, tmp_path)).train()
+    saved = {}
+
+    def measure(key):
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = gradients(encoder, GRIDS)
+        saved[key] = sum(storages.values())
+        return result
+
+    expected = measure("all")
+    encoder.checkpoint_mlps()
+    for name, gradient in measure("checkpointed").items():
+        assert torch.equal(gradient, expected[name]), name
+    assert saved["checkpointed"] < saved["all"]
+    encoder.compile_for_training(CAPACITY, MAX_SEGMENTS)
+    torch.testing.assert_close(gradients(encoder, GRIDS), expected, rtol=1e-4, atol=1e-6)
+    assert graphs.frame_count == 1
+    assert encoder.execution == "compiled"
+
+
+def test_encoders_without_gradients_are_refused(tmp_path):
+    encoder = nopad.load(tiny("aimv2", tmp_path))
+    with pytest.raises(ValueError, match="capacity ≥ 1 and max_segments ≥ 1, got 0 and 1"):
+        encoder.compile_for_training(0)
+    encoder.to_precision("fp8")
+    with pytest.raises(ValueError, match="precision 'fp8': is for inference and has no gradients"):
+        encoder.compile_for_training(CAPACITY)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_attention_in_a_graph_has_the_gradients_of_eager_attention(backend, graphs):
+    query, key, value = torch.randn(3, 11, 2, 8, dtype=torch.float64, requires_grad=True).unbind()
+    segments = Segments.of([3, 0, 7, 1], "cpu")
+
+    def attend(query, key, value):
+        return varlen_attention(query, key, value, segments, scale=0.3, backend=backend)
+
+    def gradients_of(function):
+        return torch.autograd.grad(function(query, key, value).sin().sum(), (query, key, value))
+
+    torch.testing.assert_close(gradients_of(torch.compile(attend, fullgraph=True)), gradients_of(attend))
+    assert graphs.frame_count == 1
