@@ -71,18 +71,18 @@ def _varlen_backward_op(
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, segment by segment in at least float32; the weights are computed again."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     q_lengths, k_lengths = _lengths(cu_seqlens_q), _lengths(cu_seqlens_k)
     inputs = (query, q_lengths), (key, k_lengths), (value, k_lengths)
-    gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x, _ in inputs)
+    gradients = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
     outputs = zip(*(x.split(sizes) for x, (_, sizes) in zip(gradients, inputs, strict=True)), strict=True)
     dtype = torch.promote_types(query.dtype, torch.float32)
     with without_autocast(query.device):
         segments = zip(*(tensor.to(dtype).split(sizes) for tensor, sizes in ((grad, q_lengths), *inputs)), strict=True)
         for (g, q, k, v), (grad_q, grad_k, grad_v) in zip(segments, outputs, strict=True):
-            weights = torch.einsum("qhd,khd->hqk", q, k).mul(scale).softmax(-1)
+            weights = torch.einsum("qhd,khd->hqk", q, k).mul(factor).softmax(-1)
             grad_weights = torch.einsum("qhd,khd->hqk", g, v)
-            grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * scale
+            grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True)) * factor
             grad_q.copy_(torch.einsum("hqk,khd->qhd", grad_scores, k))
             grad_k.copy_(torch.einsum("hqk,qhd->khd", grad_scores, q))
             grad_v.copy_(torch.einsum("hqk,qhd->khd", weights, g))

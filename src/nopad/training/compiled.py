@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nopad.inference.defaults import default_capacity
 from nopad.inference.dispatch import is_dispatched
 from nopad.inference.layer_stack import RECOMPILE_LIMIT
 from nopad.inference.padding import pad_segments
 from nopad.inference.runner import EagerRunner, fits
 from nopad.kernels.attention import resolve_backend
 from nopad.layers.attention import Rope
-from nopad.packing import CAPACITY, CAPACITY_ON_CPU
 from nopad.segments import Segments
 
 if TYPE_CHECKING:
@@ -38,14 +39,14 @@ def compile_for_training(
 
     Args:
         encoder: the encoder.
-        capacity: tokens of a pack, prefix tokens included; 16384 by default, 2048 on a CPU.
+        capacity: tokens of a pack, prefix tokens included; `default_capacity` where it is not given.
         max_segments: maximum number of segments of a pack; `capacity // 64` by default.
 
     Raises:
         ValueError: a capacity that is too small for one token, `max_segments` below 1, layers that have no gradients,
             or an attention backend without a backward.
     """
-    capacity = (CAPACITY_ON_CPU if encoder.device.type == "cpu" else CAPACITY) if capacity is None else capacity
+    capacity = default_capacity(encoder.device) if capacity is None else capacity
     max_segments = max(1, capacity // 64) if max_segments is None else max_segments
     if capacity <= encoder.num_prefix_tokens or max_segments < 1:
         min_capacity = encoder.num_prefix_tokens + 1
@@ -62,7 +63,8 @@ def checkpoint_mlps(encoder: PackedEncoder, enabled: bool = True) -> None:
     Takes about half of the memory, for a seventh more work. `activation_checkpointing_enable`, transformers' method,
     does so for whole layers: a tenth of the memory, for a third more work. Both work eagerly and compiled.
     """
-    for layer in encoder.layers:
+    layers: Iterable[Any] = encoder.layers
+    for layer in layers:
         layer.recompute_mlp = enabled
 
 
@@ -89,7 +91,7 @@ class TrainingRunner(EagerRunner):
         """Whether a pack fits."""
         return fits(rows, segments, capacity=self.capacity, max_segments=self.max_segments)
 
-    def run(self, layers: nn.ModuleList, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
+    def run(self, layers: Iterable[nn.Module], tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
         """See `Runner`."""
         num_rows = len(tokens)
         tokens = F.pad(tokens, (0, 0, 0, self.capacity - num_rows))
