@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from aimv2_checkpoints import apple, flat_config, tiny_composite, tiny_original, write
+from pictures import noise
 from PIL import Image
+from tiny_encoders import tiny
 
 import nopad
 from nopad.align import metrics
@@ -471,3 +473,14 @@ def test_version_is_printed(capsys):
         main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"nopad {nopad.__version__}\n"
+
+
+def test_the_worst_image_is_of_the_photos(tmp_path):
+    checkpoint = tiny("dinov2", tmp_path)
+    photo = Image.fromarray(noise(0, 60, 90))
+    report = align(checkpoint, images=[photo, photo.resize((40, 40))])
+    assert report.worst is not None
+    assert report.worst.case == "2 photos in one pack"
+    assert float(report.worst.difference.max()) == pytest.approx(report.cases[-1].max_relative)
+    rows, columns = report.worst.difference.shape
+    assert report.worst.pixels.shape == (rows * 4, columns * 4, 3)

@@ -54,7 +54,8 @@ line.limit { stroke: var(--bad); stroke-dasharray: 4 } .legend { margin-top: .5r
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1.25rem 1rem }
 figure { display: grid; gap: .35rem; align-content: start } figcaption { font-size: .75rem; line-height: 1.35 }
 figure img, figure div { width: 100%; aspect-ratio: 1; object-fit: cover; background: var(--rule); border-radius: 3px }
-figcaption span { display: block; color: var(--muted) }
+.whole { grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)) }
+.whole img { aspect-ratio: auto; image-rendering: auto } figcaption span { display: block; color: var(--muted) }
 </style></head><body><main>
 $body</main></body></html>
 """)
@@ -125,9 +126,12 @@ def table(caption: str, header: Sequence[str], rows: Iterable[tuple[Sequence[str
     return _scroll(caption, "<table>" + "\n".join(lines) + "</tbody></table>")
 
 
-def gallery(pictures: Iterable[tuple[bytes, str, Sequence[str]]]) -> str:
-    """Pictures beside each other, each a JPEG (`b""` for none), a name and lines below it."""
-    return '<div class="gallery">' + "\n".join(map(_figure, pictures)) + "</div>"
+def gallery(pictures: Iterable[tuple[bytes, str, Sequence[str]]], *, whole: bool = False) -> str:
+    """Pictures beside each other, each a JPEG (`b""` for none), a name and lines below it.
+
+    They are cut to squares, unless `whole`.
+    """
+    return f'<div class="gallery{" whole" if whole else ""}">' + "\n".join(map(_figure, pictures)) + "</div>"
 
 
 def _figure(picture: tuple[bytes, str, Sequence[str]]) -> str:
@@ -137,25 +141,6 @@ def _figure(picture: tuple[bytes, str, Sequence[str]]) -> str:
     source = f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
     image = f'<img src="{source}" alt="{escape(name)}" loading="lazy">' if data else "<div></div>"
     return f"<figure>{image}{caption}</figure>"
-
-
-def histogram(label: str, bins: Sequence[tuple[float, float, int]], x_label: str, limit: float = 0.0) -> str:
-    """Bars `(low, high, count)`, `0 < low < high`, over a log axis; bars from a positive `limit` on are red."""
-    low, high = math.log10(min(b[0] for b in bins)), math.log10(max(b[1] for b in bins))
-    x, y = _scale(low, high, LEFT, RIGHT), _scale(0, max(1, *(count for *_, count in bins)), BASE, TOP)
-    marks = [_text(x(power), BASE + 20, f"1e{power}") for power in _powers(low, high, 14)]
-    if limit > 0 and low <= math.log10(limit) <= high:
-        at = x(math.log10(limit))
-        marks += [_line(at, TOP - 18, at, BASE, "limit"), _text(at - 6, TOP - 8, f"limit {limit:.3g}", "limit", "end")]
-    for start, stop, count in (b for b in bins if b[2]):
-        left, right, top = x(math.log10(start)) + 1, x(math.log10(stop)) - 1, min(y(count), BASE - 2)
-        size = f'x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{BASE - top:.1f}" rx="2"'
-        over = " over" if 0 < limit <= start * (1 + 1e-9) else ""
-        brief = f"{count:,}" if count < 10_000 else f"{count / 1e3:.3g}k" if count < 999_500 else f"{count / 1e6:.3g}M"
-        number = _text((left + right) / 2, top - 6, brief, "value")
-        hover = element("title", f"{start:.1e} to {stop:.1e}: {count:,}")
-        marks.append(f'<g>{hover}<rect class="bar{over}" {size}/>{number}</g>')
-    return _chart(label, marks, x_label)
 
 
 def line_chart(label: str, lines: Sequence[tuple[str, Sequence[float]]], x_label: str) -> str:

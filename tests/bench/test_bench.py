@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -124,6 +125,14 @@ def test_execution_of_compiled_layers_is_reported(native, as_it_is, monkeypatch)
     rows = tuple(replace(row, execution="compiled") for row in report.rows if row.execution is not None)
     printed = command.bench_table(replace(report, rows=rows))
     assert "layers of nopad, compiled: compiled (packs of 1,024 and 4,096)\n" in printed
+
+
+def test_page_of_one_capacity_has_no_chart_of_capacities(native):
+    report = bench(native, baselines=False, compile=False, **OPTIONS)
+    texts = Page(bench_page(report)).texts
+    assert "Share of the measured peak" in texts
+    one = replace(report, rows=tuple(row for row in report.rows if row.capacity == 1024))
+    assert "Share of the measured peak" not in Page(bench_page(one)).texts
 
 
 @pytest.mark.parametrize("setting", ["disable", "recompile_limit"])
@@ -551,6 +560,8 @@ def test_page_has_every_row_and_fetches_nothing(learned, tmp_path, monkeypatch):
     ):
         assert page.texts.count(name) >= 2
     assert page.texts.count("Wrong") == 1
+    assert sum(bool(re.fullmatch(r"\d+\.\d times the reference, mixed", text)) for text in page.texts) == 1
+    assert sum(text.endswith(" attention, one image at a time") for text in page.texts) == 1
     assert sum(text.startswith("Measured peak: 2 GEMMs of 64³ a run: ") for text in page.texts) == 2
     assert "1 of 14 candidates gave other features." in page.texts
     assert page.texts.count("the reference takes 4 × 4 patches and nothing else") == 2

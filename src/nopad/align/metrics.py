@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,6 +72,21 @@ class CaseResult:
     failures: tuple[str, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class WorstImage:
+    """The image that has the token with the largest relative difference.
+
+    Attributes:
+        case: it is of.
+        difference: `(rows, columns)` relative difference of each token; of a clip the frame with the largest.
+        pixels: uint8 `(H, W, 3)` as the models saw them, the values of noise shifted to grey.
+    """
+
+    case: str
+    difference: Tensor
+    pixels: np.ndarray
+
+
 @dataclass(frozen=True)
 class AlignReport:
     """The result for a checkpoint and the conditions under which it was measured.
@@ -76,6 +94,7 @@ class AlignReport:
     Attributes:
         precision: `"fp8"` where the packed model's layers are in that format; then the threshold alone decides.
         execution, capacity: how the packed model's layers ran, and the tokens that each pack was filled up to.
+        worst: where tokens differ most, of the photos where there are any; not part of `to_dict`.
     """
 
     checkpoint: str
@@ -92,6 +111,7 @@ class AlignReport:
     versions: dict[str, str]
     cases: tuple[CaseResult, ...]
     skipped: tuple[str, ...]
+    worst: WorstImage | None = None
 
     @property
     def passed(self) -> bool:
@@ -100,7 +120,9 @@ class AlignReport:
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        return {"passed": self.passed, **dataclasses.asdict(self)}
+        fields = dataclasses.asdict(dataclasses.replace(self, worst=None))
+        del fields["worst"]
+        return {"passed": self.passed, **fields}
 
 
 @dataclass(frozen=True)
@@ -120,6 +142,40 @@ class ModelOutput:
 
 def _relative(features: Tensor, reference: Tensor) -> Tensor:
     return (features - reference).norm(dim=-1) / reference.norm(dim=-1)
+
+
+def worst_image(
+    case: str,
+    pixels: Sequence[Tensor],
+    packed: Sequence[ModelOutput],
+    reference: Sequence[ModelOutput],
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> WorstImage:
+    """The image of a case with the token that differs most; NaN is more than any number.
+
+    Args:
+        case: its name.
+        pixels: normalised `(C, H, W)` or `(frames, C, H, W)`, image by image.
+        packed, reference: outputs, image by image.
+        patch_size: side of a patch in pixels.
+        mean, std: of each colour.
+    """
+    differences = [_relative(*pair).nan_to_num(math.inf) for pair in _tokens(packed, reference)]
+    index = max(range(len(pixels)), key=lambda image: float(differences[image].max()))
+    clip = pixels[index] if pixels[index].ndim == 4 else pixels[index][None]
+    rows, columns = (side // patch_size for side in clip.shape[-2:])
+    frames = differences[index].reshape(len(clip), rows, columns)
+    frame = int(frames.flatten(1).amax(1).argmax())
+    colours = clip[frame, :3] if clip.shape[1] >= 3 else clip[frame, :1].expand(3, -1, -1)
+    scale, shift = (torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (std, mean))
+    levels = (colours.float() * scale + shift).clamp(0, 1).mul(255).round().byte()
+    return WorstImage(case, frames[frame], levels.permute(1, 2, 0).contiguous().numpy())
+
+
+def _tokens(packed: Sequence[ModelOutput], reference: Sequence[ModelOutput]) -> list[tuple[Tensor, Tensor]]:
+    return [(ours.tokens, theirs.tokens) for ours, theirs in zip(packed, reference, strict=True)]
 
 
 def _cosine(features: Tensor, reference: Tensor) -> Tensor:

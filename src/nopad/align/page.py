@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import io
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nopad.counts import counted
 from nopad.html import (
     element,
-    histogram,
+    gallery,
     line_chart,
     near_one,
     page,
@@ -24,8 +26,12 @@ if TYPE_CHECKING:
     from nopad.align.run import AlignReport
 
 
+SIDE = 640
+"""Longest side of a picture on the page, in pixels."""
+
+
 def align_page(report: AlignReport) -> str:
-    """The page of an alignment: the verdict, the setting, every case, and the distribution of differences."""
+    """The page of an alignment: the verdict, where tokens differ most, the drift over the layers, and every case."""
     failed = sum(not case.passed for case in report.cases)
     verdict = f"Failed: {failed} of {counted(len(report.cases), 'case')}" if failed else "Failed: no case was compared"
     if report.passed and report.precision is None:
@@ -33,8 +39,9 @@ def align_page(report: AlignReport) -> str:
     elif report.passed:
         verdict = f"Passed: every cosine to the reference's features is more than {report.threshold:g}"
     parts = [element("p", f"nopad align · {report.checkpoint}")]
-    parts += [element("h1", verdict, "good" if report.passed else "bad"), _setting(report)]
-    parts += [_cases(report), *_charts(report)] if report.cases else []
+    parts += [element("h1", verdict, "good" if report.passed else "bad")]
+    parts += [*_worst(report), _drift(report), _cases(report)] if report.cases else []
+    parts.append(_setting(report))
     if report.skipped:
         parts.append(section("Skipped", "<ul>", *(element("li", reason) for reason in report.skipped), "</ul>"))
     return page(f"{verdict.split(':')[0]} · {report.checkpoint}", parts)
@@ -93,20 +100,62 @@ def _cases(report: AlignReport) -> str:
     return section("Cases", table(caption, header, rows))
 
 
-def _charts(report: AlignReport) -> list[str]:
-    counts: Counter[tuple[float, float]] = Counter()
-    for low, high, count in (one for case in report.cases for one in case.histogram):
-        counts[low, high] += count
-    bins = [(low, high, count) for (low, high), count in sorted(counts.items())]
-    tokens = histogram("Tokens by 1 − cosine", bins, "1 − cosine", 1 - report.threshold)
-    lead = "Tokens of all cases by 1 − cosine to the reference's. The first bar includes closer ones, the last one NaN."
-    closeness = section("How close the tokens are", element("p", lead), tokens)
-    layers = line_chart("Largest relative difference by layer", [(c.name, c.drift) for c in report.cases], "layer")
-    lead = "Largest relative difference of a token before the first layer (0) and after each; the legend has the last."
+def _worst(report: AlignReport) -> list[str]:
+    if report.worst is None:
+        return []
+    # Imported here because they import torch.
+    from PIL import Image
+
+    from nopad.align.metrics import RELATIVE_LIMIT
+    from nopad.maps import overlay
+
+    worst, picture = report.worst, Image.fromarray(report.worst.pixels)
+    largest = float(worst.difference.max())
+    place = divmod(int(worst.difference.argmax()), worst.difference.shape[1])
+    shown = worst.difference.clamp(1e-12, 1e12).log10()
+    pictures = [
+        (_jpeg(picture), "as the models saw it", [f"{picture.width} × {picture.height} pixels"]),
+        (_jpeg(overlay(picture, shown, opacity=0.8)), "difference of each token", ["bright is more, log scale"]),
+    ]
+    lead = (
+        f"{worst.case}: the token in row {place[0] + 1}, column {place[1] + 1} differs most, by {scientific(largest)} "
+        f"of the norm of the reference's"
+    )
+    lead += f"; the limit is {RELATIVE_LIMIT:.0e}." if report.dtype == "float32" and report.precision is None else "."
+    return [section("Where a token differs most", element("p", lead), gallery(pictures, whole=True))]
+
+
+def _jpeg(picture: Any) -> bytes:
+    picture.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def _drift(report: AlignReport) -> str:
+    from nopad.align.metrics import RELATIVE_LIMIT
+
+    steps = max(len(case.drift) for case in report.cases)
+    layers = [[case.drift[step] for case in report.cases if step < len(case.drift)] for step in range(steps)]
+    lines = [("largest of all cases", [_largest(values) for values in layers])]
+    if len(report.cases) > 1:
+        lines.append(("smallest of all cases", [min(values, key=_nan_last) for values in layers]))
+    lines += [(case.name, list(case.drift)) for case in report.cases if not case.passed]
+    if report.dtype == "float32" and report.precision is None:
+        lines.append(("limit", [RELATIVE_LIMIT] * steps))
+    chart = line_chart("Largest relative difference by layer", lines, "layer")
+    lead = (
+        "Largest relative difference of a token before the first layer (0) and after each, in the case where it is "
+        "largest and in the one where it is smallest; the legend has the last."
+    )
     lead += "" if report.capacity is None else " Per-layer numbers are of the uncompiled layers."
-    drift = section("Drift per layer", element("p", lead), layers)
-    # In this order: max() passes over a NaN that does not stand first.
-    distances = [(c.name, [max(1 - cosine, 0.0) for cosine in c.layer_cosines]) for c in report.cases]
-    angles = line_chart("Largest 1 − cosine by layer", distances, "layer")
-    lead = "The same for 1 − cosine: the higher a line, the lower the cosine of some token."
-    return [closeness, drift, section("Cosine per layer", element("p", lead), angles)]
+    return section("Drift per layer", element("p", lead), chart)
+
+
+def _largest(values: Sequence[float]) -> float:
+    """The largest number, NaN where there is one."""
+    return next((value for value in values if math.isnan(value)), max(values))
+
+
+def _nan_last(value: float) -> float:
+    return math.inf if math.isnan(value) else value

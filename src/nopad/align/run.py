@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from nopad.align.cases import check_image_size, noise_cases, photo_case, photos_in
-from nopad.align.metrics import AlignReport, ModelOutput, compare
+from nopad.align.metrics import AlignReport, ModelOutput, compare, worst_image
 from nopad.align.reference_model import ReferenceModel
 from nopad.align.references import reference_of
 from nopad.checkpoints.towers import open_tower
@@ -87,6 +87,7 @@ def align(
     cases, skipped = noise_cases(packed, only_grid, batch_size, image_size) if noise else ([], [])
     if photos is not None:
         cases.append(photo_case(packed, photos, image_size))
+    of_photos = None if photos is None else cases[-1][1]
     if packed.projection_dim is not None:
         skipped.append(f"image_embeds: {reference.describe(model)} ends at pooled and has no projection")
     outputs: dict[tuple[int, torch.dtype], ModelOutput] = {}
@@ -97,7 +98,7 @@ def align(
             outputs[key] = _run_reference(reference, model, pixels, packed.frames_attend_jointly)
         return outputs[key]
 
-    results = []
+    results, worst = [], None
     # Convolutions in float32 would run in TF32 by default, and only the reference has one.
     with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
         if compile:
@@ -109,6 +110,11 @@ def align(
             expected = [reference_output(model, image) for image in pixels]
             expected_fp32 = None if model is model_fp32 else [reference_output(model_fp32, image) for image in pixels]
             results.append(compare(name, ours, expected, expected_fp32, threshold, same_arithmetic=precision is None))
+            rule = packed.preprocessing
+            found = worst_image(name, pixels, ours, expected, packed.patch_size, rule.mean, rule.std)
+            # Photos come last: what is seen on them says more than noise.
+            if worst is None or pixels is of_photos or float(found.difference.max()) > float(worst.difference.max()):
+                worst = found
     return AlignReport(
         checkpoint=str(checkpoint),
         family=packed.family,
@@ -124,6 +130,7 @@ def align(
         versions=versions(device),
         cases=tuple(results),
         skipped=tuple(skipped),
+        worst=worst,
     )
 
 
