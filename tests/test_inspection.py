@@ -186,7 +186,7 @@ def attentions(family, original, image):
             }
         else:
             arguments = {"pixel_values": frame[None]}
-            arguments |= {"interpolate_pos_encoding": True} if family == "siglip" else {}
+            arguments |= {"interpolate_pos_encoding": True} if family in ("siglip", "clip", "metaclip2") else {}
         found.append([layer[0] for layer in original(**arguments, output_attentions=True).attentions])
     return found
 

@@ -47,7 +47,7 @@ def test_a_processor_of_a_published_name():
     assert (pack.hidden_states.dtype, pack.mean, pack.patch_size) == (torch.float32, (0.5,) * 3, 16)
     with pytest.raises(ValueError, match=r"revision: .* has random weights and no revisions"):
         nopad.processor("untrained:google/siglip2-base-patch16-naflex", revision="main")
-    with pytest.raises(ValueError, match="expected a published name, one of"):
+    with pytest.raises(ValueError, match="expected the name of a published model"):
         nopad.processor("untrained:siglip")
 
 

@@ -406,7 +406,7 @@ def test_min_cosine_is_nan_where_features_cannot_be_compared():
         ({"images": 0}, "images ≥ 1"),
         ({"runs": 0}, "runs ≥ 1"),
         ({"workload": "large"}, "'mixed', '224' or 'all', got 'large'"),
-        ({"device": "meta"}, "expected cpu or cuda"),
+        ({"device": "meta"}, "expected cpu, cuda, cuda:1"),
     ],
 )
 def test_arguments_out_of_range_raise(native, changes, message):
