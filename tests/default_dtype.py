@@ -1,7 +1,8 @@
-"""Features of every family and rule, written by a process of one default dtype; `test_default_dtype.py` compares."""
+"""Features of every family and rule, written by one process per default dtype; `test_default_dtype.py` compares."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -47,7 +48,18 @@ def features(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-if __name__ == "__main__":
+def main(folder: Path, dtypes: list[str]) -> None:
+    """Fork a process for each dtype, since some tensors are cached; the imports are shared."""
     torch.set_num_threads(1)
-    torch.set_default_dtype(getattr(torch, sys.argv[1]))
-    torch.save(features(Path(sys.argv[2])), sys.argv[3])
+    for dtype in dtypes:
+        child = os.fork()
+        if not child:
+            torch.set_default_dtype(getattr(torch, dtype))
+            torch.save(features(folder), folder / dtype)
+            os._exit(0)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            raise ChildProcessError(dtype)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,8 +1,9 @@
-"""One of two processes that train encoders in parallel on gloo; `tests/test_parallel.py` starts them."""
+"""Two processes that train encoders in parallel on gloo; `tests/test_parallel.py` starts them."""
 
 from __future__ import annotations
 
 import datetime
+import os
 import sys
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def by_fsdp(encoder, arguments):
     return train(encoder, lambda: [loss_of(encoder.encode(*arguments, output_hidden_states=True))])
 
 
-def main(rank: int, out: Path, folders: list[Path]) -> None:
+def run_rank(rank: int, out: Path, folders: list[Path]) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(out / "store"), WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=60))
@@ -71,5 +72,18 @@ def main(rank: int, out: Path, folders: list[Path]) -> None:
     dist.destroy_process_group()
 
 
+def main(out: Path, folders: list[Path]) -> None:
+    """Fork the ranks, which share the imports."""
+    children = []
+    for rank in range(WORLD):
+        children.append(os.fork())
+        if not children[-1]:
+            run_rank(rank, out, folders)
+            os._exit(0)
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    if any(statuses):
+        raise ChildProcessError("a rank failed")
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), [Path(folder) for folder in sys.argv[3:]])
+    main(Path(sys.argv[1]), [Path(folder) for folder in sys.argv[2:]])

@@ -13,23 +13,21 @@ from tiny_encoders import FAMILIES, tiny
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def features(tmp_path_factory):
     """The features by each default dtype: by a process of its own, since some tensors are cached."""
     folder = tmp_path_factory.mktemp("checkpoints")
     for family in FAMILIES:
         tiny(family, folder / family)
-    environment, results = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, {}
-    for dtype in ("float32", "float64", "bfloat16"):
-        command = [sys.executable, default_dtype.__file__, dtype, str(folder), str(folder / dtype)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        results[dtype] = torch.load(folder / dtype)
-    return results
+    environment, dtypes = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, ("float32", "float64", "bfloat16")
+    command = [sys.executable, default_dtype.__file__, str(folder), *dtypes]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {dtype: torch.load(folder / dtype) for dtype in dtypes}
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_features_have_the_same_bits(found, dtype):
-    assert found[dtype].keys() == found["float32"].keys()
-    for name, expected in found["float32"].items():
-        assert found[dtype][name].dtype == expected.dtype, name
-        assert torch.equal(found[dtype][name], expected), name
+def test_features_have_the_same_bits(features, dtype):
+    assert features[dtype].keys() == features["float32"].keys()
+    for name, expected in features["float32"].items():
+        assert features[dtype][name].dtype == expected.dtype, name
+        assert torch.equal(features[dtype][name], expected), name
