@@ -146,8 +146,8 @@ def embed(
     label, names = folder.spelling(label, names)
     layers = tuple(layers) if isinstance(layers, list | range) else layers
     settings = Settings.of({**arguments, "model": label, "layers": layers})
-    own = (device, revision, precision, actors, *(option for option in (dtype, attention) if option != "auto"))
-    if isinstance(model, PackedEncoder) and (any(own) or compile is not None):
+    of_encoder = (device, revision, precision, actors, *(option for option in (dtype, attention) if option != "auto"))
+    if isinstance(model, PackedEncoder) and (any(of_encoder) or compile is not None):
         raise ValueError(
             "model: an encoder brings its own device, dtype, precision, revision and attention, is compiled already or "
             "not, and cannot be sent to actors; give its name or path instead"

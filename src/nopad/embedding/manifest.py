@@ -70,7 +70,7 @@ def record_of(settings: Settings, worker: Worker, sources: list[str], inputs: In
 
 
 def _size_of(rule: Preprocessing) -> Size:
-    """The size that a rule makes, however it was asked for."""
+    """The size that a rule makes, however it was given."""
     if rule.rule == "native":
         return "native"
     return rule.size if rule.rule in ("shortest_edge", "height_width") and rule.size else "model"

@@ -44,7 +44,7 @@ CLIPConfigs = CLIPPackingConfig | MetaCLIP2PackingConfig
 
 
 _COMPOSITE = {"clip": CLIPPackingConfig, "metaclip_2": MetaCLIP2PackingConfig}
-_OWN = {kind.model_type: kind for kind in _COMPOSITE.values()}
+_CONFIG_CLASSES = {kind.model_type: kind for kind in _COMPOSITE.values()}
 _PROJECTING = ("CLIPModel", "CLIPVisionModelWithProjection", "MetaClip2Model", "MetaClip2VisionModelWithProjection")
 _NAMES = """
 hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size hidden_act
@@ -69,15 +69,15 @@ def read_config(checkpoint: Checkpoint) -> CLIPConfigs:
     from theirs and the tensors.
 
     Raises:
-        ValueError: no config, which alone says the activation, or one that contradicts the tensors.
+        ValueError: no config, from which alone the activation is known, or one that contradicts the tensors.
     """
-    checkpoint.check_model_type(*_COMPOSITE, *_OWN)
+    checkpoint.check_model_type(*_COMPOSITE, *_CONFIG_CLASSES)
     outer, inner = checkpoint.config.get("model_type"), checkpoint.vision_config.get("model_type")
-    config_class = _OWN.get(inner) or _COMPOSITE.get(outer)  # pyright: ignore[reportArgumentType]
-    fields = _said(checkpoint)
+    config_class = _CONFIG_CLASSES.get(inner) or _COMPOSITE.get(outer)  # pyright: ignore[reportArgumentType]
+    fields = _read_config_json(checkpoint)
     if config_class is None:
         config_class = CLIPPackingConfig
-        fields = {**_told_by_tensors(checkpoint, fields), **fields}
+        fields = {**_infer_from_tensors(checkpoint, fields), **fields}
     elif outer in _COMPOSITE and "vision_config" in checkpoint.config:  # whose projection is the whole model's
         fields.pop("projection_dim", None)
         if "projection_dim" in checkpoint.config:
@@ -91,31 +91,34 @@ def read_config(checkpoint: Checkpoint) -> CLIPConfigs:
     return config_class(**fields, with_projection=with_projection)
 
 
-def _said(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the config says, transformers', OpenCLIP's or timm's."""
+def _read_config_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The fields of `config.json`: transformers', OpenCLIP's or timm's."""
     if "model_cfg" in checkpoint.config:
         return read_vision_cfg(checkpoint)
     if not is_timms(checkpoint.config):
         names = {name: name for name in _NAMES.split()}
         return read_fields(checkpoint, names, fixed={"dropout": 0.0}, unused=("with_projection",))
-    architecture, told = read_model_args(checkpoint, _TIMM_ARCHITECTURES, read=_TIMM_NAMES, fixed=_TIMM_FIXED)
+    architecture, model_args = read_model_args(checkpoint, _TIMM_ARCHITECTURES, read=_TIMM_NAMES, fixed=_TIMM_FIXED)
     if not architecture:
         raise ValueError(f"checkpoint {checkpoint.name!r}: config.json: architecture: expected {_TIMM_ARCHITECTURES}")
     heads = (14 if "_plus" in architecture else 12) if "_base_" in architecture else 16
-    told = {"act_layer": "quick_gelu" if "_quickgelu" in architecture else "gelu", "num_heads": heads} | told
-    told["act_layer"] = activation(checkpoint, told["act_layer"])
-    return {_TIMM_NAMES[name]: value for name, value in told.items()}
+    model_args = {
+        "act_layer": "quick_gelu" if "_quickgelu" in architecture else "gelu",
+        "num_heads": heads,
+    } | model_args
+    model_args["act_layer"] = activation(checkpoint, model_args["act_layer"])
+    return {_TIMM_NAMES[name]: value for name, value in model_args.items()}
 
 
-def _told_by_tensors(checkpoint: Checkpoint, said: dict[str, Any]) -> dict[str, Any]:
-    """What transformers' `config.json` would say."""
+def _infer_from_tensors(checkpoint: Checkpoint, config_fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config from the shapes of the tensors; `config_fields` are those that `config.json` has."""
     hidden_size, channels, patch_size, _ = checkpoint.shape(_KERNEL, 4)
     number = checkpoint.shape(_POSITIONS, 2)[0] - 1
     side = math.isqrt(max(number, 0))
     label = f"checkpoint {checkpoint.name!r}"
     if side**2 != number or not side:
         raise ValueError(f"{label}: expected a square number of learned positions and one of CLS, got {number} + 1")
-    if "hidden_act" not in said:
+    if "hidden_act" not in config_fields:
         raise ValueError(
             f"{label}: no config says the activation, quick_gelu or gelu, which tensors do not tell; add the "
             f"checkpoint's config.json or open_clip_config.json, or one with hidden_act"
@@ -130,7 +133,7 @@ def _told_by_tensors(checkpoint: Checkpoint, said: dict[str, Any]) -> dict[str, 
     }
     if _PROJECTION in checkpoint.tensors:
         fields["projection_dim"] = checkpoint.shape(_PROJECTION, 2)[0]
-    if "num_attention_heads" not in said:
+    if "num_attention_heads" not in config_fields:
         heads = {width: heads for width, heads, *_ in _SIZES.values()}
         if hidden_size not in heads:
             raise ValueError(

@@ -124,8 +124,8 @@ def rule_for(
     Raises:
         ValueError: see `Preprocessing.with_size`.
     """
-    own = encoder.model_preprocessing if size == "model" else encoder.preprocessing
-    rule = (preprocessing or own).with_size(size, min_patches=min_patches, multiple_of=multiple_of)
+    rule = encoder.model_preprocessing if size == "model" else encoder.preprocessing
+    rule = (preprocessing or rule).with_size(size, min_patches=min_patches, multiple_of=multiple_of)
     return rule.with_size(max_patches=rule.capped(max_patches))
 
 

@@ -135,8 +135,8 @@ def open_index(shards: Sequence[Shard], rows: np.ndarray) -> Index | None:
 
 def _folder(shards: Sequence[Shard]) -> Path | None:
     folders = {shard.folder for shard in shards}
-    own = folders.pop() / METADATA_FOLDER
-    return own / _FOLDER if not folders and own.is_dir() else None
+    metadata_folder = folders.pop() / METADATA_FOLDER
+    return metadata_folder / _FOLDER if not folders and metadata_folder.is_dir() else None
 
 
 def _parts(shards: Sequence[Shard], counts: np.ndarray) -> Iterator[tuple[str, int, int]]:

@@ -64,7 +64,7 @@ def search(
 
 
 def _row_of(features: Features, id: Any) -> int:
-    rows = [row for row, own in enumerate(features.ids) if own == id]
+    rows = [row for row, row_id in enumerate(features.ids) if row_id == id]
     if not rows:
         raise ValueError(f"id: no row of this table is called {id!r:.200}; features.ids lists them")
     if len({features.sources[row] for row in rows}) > 1:

@@ -73,11 +73,11 @@ def _find(folder: Path, partial: bool) -> list[Shard]:
 
 def _with_updates(folder: Path, jobs: Mapping[tuple[int, str], Mapping[int, Path]]) -> list[tuple[int, str]]:
     """The jobs of one table in order, by what their shards say."""
-    said = {key: stored.read_metadata(next(iter(paths.values()))) for key, paths in jobs.items()}
-    ordered = sorted(jobs, key=lambda key: int(said[key].get("update", "0")))
+    metadata = {key: stored.read_metadata(next(iter(paths.values()))) for key, paths in jobs.items()}
+    ordered = sorted(jobs, key=lambda key: int(metadata[key].get("update", "0")))
     first = ordered[0]
-    numbers = [said[key].get("update", "0") for key in ordered]
-    same = all(said[key].get("table") == first[1] for key in ordered[1:])
+    numbers = [metadata[key].get("update", "0") for key in ordered]
+    same = all(metadata[key].get("table") == first[1] for key in ordered[1:])
     if not same or numbers != [str(number) for number in range(len(ordered))]:
         found = ", ".join(f"{len(jobs[key])} of {key[0]} with fingerprint {key[1]}" for key in sorted(jobs))
         raise ValueError(f"{folder} has shards of {len(jobs)} jobs: {found}; keep one job's shards in a folder")
@@ -134,9 +134,9 @@ def _survey(found: Sequence[Shard]) -> _Survey:
                 raise stored.damaged(shard.path, f"{ok} rows of {width} values, more than it can hold")
             rows += ok
             schemas.append(schema)
-    said = {folder: stored.metadata_of(schema) for folder, (_, schema) in of_folder.items()}
-    _check_same_space(said)
-    first, *others = said.values()
+    metadata = {folder: stored.metadata_of(schema) for folder, (_, schema) in of_folder.items()}
+    _check_same_space(metadata)
+    first, *others = metadata.values()
     shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     for key in ("shard", "table", "update"):
         shared.pop(key, None)
@@ -151,16 +151,16 @@ def _check_job(shard: Shard, schema: pa.Schema, first: Shard, of_first: pa.Schem
     if found["shard"] != number:
         raise ValueError(f"{shard.path}: a copy of shard {found['shard']}; move it away and run the job again")
     if others := [key for key in {**expected, **found} if expected.get(key) != found.get(key)]:
-        told = f"{others[0]} {found.get(others[0], 'none')}, {expected.get(others[0], 'none')} in {first.path}"
-        raise ValueError(f"{shard.path}: of another job: {told}; move it away and run the job again")
+        difference = f"{others[0]} {found.get(others[0], 'none')}, {expected.get(others[0], 'none')} in {first.path}"
+        raise ValueError(f"{shard.path}: of another job: {difference}; move it away and run the job again")
 
 
-def _check_same_space(said: Mapping[Path, Mapping[str, str]]) -> None:
+def _check_same_space(metadata: Mapping[Path, Mapping[str, str]]) -> None:
     """Refuse tables whose vectors cannot be compared."""
-    first, *others = said
+    first, *others = metadata
     for folder in others:
         for key in SAME_SPACE:
-            here, there = said[folder].get(key, "unset"), said[first].get(key, "unset")
+            here, there = metadata[folder].get(key, "unset"), metadata[first].get(key, "unset")
             if here != there:
                 values = f"{key} {here:.64}, {there:.64} in {first}"
                 raise ValueError(f"{folder}: a table of another model, whose vectors cannot be compared: {values}")

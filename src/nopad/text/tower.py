@@ -154,22 +154,22 @@ def whole_config(
     Raises:
         ValueError: transformers has no such class.
     """
-    said = {} if checkpoint is None else dict(checkpoint.config)
+    config_fields = {} if checkpoint is None else dict(checkpoint.config)
     model_type = str(encoder.config.model_type).removesuffix(_VISION)
-    if said.get("model_type") in CONFIG_MAPPING and not said["model_type"].endswith(_VISION):
-        model_type = said["model_type"]
+    if config_fields.get("model_type") in CONFIG_MAPPING and not config_fields["model_type"].endswith(_VISION):
+        model_type = config_fields["model_type"]
     if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_MAPPING:
         raise ValueError(
             f"checkpoint {encoder.source!r}: transformers has no model of both towers called {model_type!r}"
         )
     if text_fields is not None:
-        said["text_config"] = text_fields
+        config_fields["text_config"] = text_fields
     if encoder.projection_dim is not None:
-        said["projection_dim"] = encoder.projection_dim
-    said.pop("model_type", None)
-    config: Any = AutoConfig.for_model(model_type, **said)
-    own = encoder.config.to_dict()
+        config_fields["projection_dim"] = encoder.projection_dim
+    config_fields.pop("model_type", None)
+    config: Any = AutoConfig.for_model(model_type, **config_fields)
+    encoder_fields = encoder.config.to_dict()
     for name in config.vision_config.to_dict():
-        if name in own and name not in ("model_type", "architectures", "transformers_version"):
-            setattr(config.vision_config, name, own[name])
+        if name in encoder_fields and name not in ("model_type", "architectures", "transformers_version"):
+            setattr(config.vision_config, name, encoder_fields[name])
     return config

@@ -25,8 +25,8 @@ def whole_model(encoder: PackedEncoder) -> Any:
     tower = text_tower(encoder)
     with torch.device("meta"):
         whole: Any = AutoModel.from_config(tower.whole_config)
-    own = encoder.state_dict()
-    state = {name if name == PROJECTION else f"vision_model.{name}": tensor for name, tensor in own.items()}
+    encoder_state = encoder.state_dict()
+    state = {name if name == PROJECTION else f"vision_model.{name}": tensor for name, tensor in encoder_state.items()}
     state |= tower.state_dict()
     expected = whole.state_dict()
     problems = sorted(
@@ -50,7 +50,7 @@ def save_whole(encoder: PackedEncoder, arguments: Mapping[str, Any]) -> None:
         arguments: of `save_pretrained`, by name.
 
     Raises:
-        ValueError: see `whole_model`; or a `state_dict`, of which only the encoder's part could be told.
+        ValueError: see `whole_model`; or a `state_dict`, which has the encoder's part alone.
     """
     if arguments["state_dict"] is not None or arguments["push_to_hub"]:
         raise ValueError(
