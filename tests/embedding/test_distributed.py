@@ -193,7 +193,7 @@ def test_what_a_killed_actor_leaves_is_removed(tmp_path, monkeypatch):
 
     job = types.SimpleNamespace(folder=folder, check_lock=lambda: None, threads=None)
     worker = types.SimpleNamespace(encoder=torch.nn.Module())
-    worker.encoder.device = torch.device("cpu")
+    worker.encoder.device, worker.encoder.uncompile = torch.device("cpu"), lambda: None
     run = types.SimpleNamespace(job=job, stop=threading.Event(), start=0.0, report=lambda: None, worker=worker)
     monkeypatch.setattr("ray.nodes", lambda: [node(2)])
     stand_ins = {"_connected": connected, "Ticker": nullcontext, "_Actors": lambda *_, **__: nullcontext(actors)}
