@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 
 @contextmanager
-def atomic_write(path: str | Path, *, folder: str | Path | None = None) -> Iterator[BinaryIO]:
+def atomic_write(
+    path: str | Path, *, folder: str | Path | None = None, check: Callable[[], None] = lambda: None
+) -> Iterator[BinaryIO]:
     """A file to write to, which becomes `path` when the block ends without an exception.
 
     It lies under a name of its own, `….part`, until it is flushed to the disk; then it is renamed. Whatever is raised
@@ -20,6 +22,7 @@ def atomic_write(path: str | Path, *, folder: str | Path | None = None) -> Itera
     Args:
         path: replaced where it exists.
         folder: of the temporary file, on the file system of `path`; that of `path` unless given.
+        check: called before the file is renamed; what it raises comes out.
 
     Raises:
         OSError: as the system raises it.
@@ -35,6 +38,7 @@ def atomic_write(path: str | Path, *, folder: str | Path | None = None) -> Itera
         finally:
             with suppress(OSError):
                 file.close()
+        check()
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):

@@ -642,7 +642,7 @@ def test_shard_of_another_job_under_this_jobs_name_is_refused(photos, tmp_path, 
         embed(photos, tmp_path / "out", model)
 
 
-@pytest.mark.parametrize("when", ["before a shard", "while a shard is written"])
+@pytest.mark.parametrize("when", ["before it is begun", "before a shard", "while a shard is written"])
 def test_folder_that_is_begun_anew_gets_no_shard_of_the_first_job(photos, tmp_path, monkeypatch, model, when):
     out = tmp_path / "out"
     embed(photos, tmp_path / "whole", model)
@@ -659,14 +659,16 @@ def test_folder_that_is_begun_anew_gets_no_shard_of_the_first_job(photos, tmp_pa
         embed(photos, out, model)
         return real(*arguments, **options)
 
-    if when == "before a shard":
+    if when == "before it is begun":
+        real, place = job.JobFolder.begin, (job.JobFolder, "begin")
+    elif when == "before a shard":
         real, place = job.Job.write, (job.Job, "write")
     else:
         real, place = job.write_shard, (job, "write_shard")
     monkeypatch.setattr(*place, begin_anew)
     with pytest.raises(LostLockError, match=f"{out}: removed or begun anew while this job ran"):
         embed(photos, out, model)
-    assert table(out) == (table(tmp_path / "whole") if when == "before a shard" else {})
+    assert table(out) == ({} if when == "while a shard is written" else table(tmp_path / "whole"))
     assert not list(out.rglob("*.part"))
     embed(photos, out, model)
     assert table(out) == table(tmp_path / "whole")
@@ -852,6 +854,32 @@ def test_out_is_a_file(photos, tmp_path, model):
     (tmp_path / "out").touch()
     with pytest.raises(OSError, match=f"{tmp_path / 'out'}: "):
         embed(photos, tmp_path / "out", model)
+
+
+@pytest.mark.parametrize("leads", ["to a file", "nowhere"])
+def test_links_at_the_places_of_a_jobs_files_are_not_written_through(photos, tmp_path, model, leads):
+    embed(photos, tmp_path / "whole", model)
+    victim = tmp_path / "victim"
+    if leads == "to a file":
+        victim.write_text("{}")
+    own = tmp_path / "out" / ".nopad"
+    own.mkdir(parents=True)
+    names = [
+        "owner.json",
+        "inputs.parquet",
+        *([] if leads == "to a file" else ["job.json", *table(tmp_path / "whole")]),
+    ]
+    for name in names:
+        ((own.parent if name.startswith("shard") else own) / name).symlink_to(victim)
+    if leads == "nowhere":
+        with pytest.raises(OSError, match="No such file"):  # a shard that is there by its name
+            embed(photos, tmp_path / "out", model)
+        for name in table(tmp_path / "whole"):
+            (own.parent / name).unlink()
+    embed(photos, tmp_path / "out", model)
+    assert table(tmp_path / "out") == table(tmp_path / "whole")
+    assert victim.exists() == (leads == "to a file")
+    assert leads == "nowhere" or victim.read_text() == "{}"
 
 
 # Sources that change

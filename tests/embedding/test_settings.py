@@ -79,7 +79,13 @@ def test_sizes_are_read_with_their_units(text, size):
 
 @pytest.mark.parametrize(
     ("option", "text", "expected"),
-    [("--decode-memory", "4 apples", "expected bytes as 4GB"), ("--input-timeout", "soon", "expected seconds or none")],
+    [
+        ("--decode-memory", "4 apples", "expected bytes as 4GB"),
+        ("--decode-memory", "1e999GB", "expected bytes as 4GB"),
+        ("--input-timeout", "soon", "expected seconds or none"),
+        ("--frames", "1.5", "invalid int value"),
+        ("--max-patches", "nan", "expected a number, auto or none"),
+    ],
 )
 def test_units_that_are_none(option, text, expected, capsys):
     with pytest.raises(SystemExit):

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from nopad.atomic import atomic_write
@@ -14,6 +14,7 @@ from nopad.checkpoints.contents import read_json
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.embedding.inputs.listing import InputList
 from nopad.embedding.inputs.stamps import Stamp, save_stamps
+from nopad.embedding.lock import LostLockError
 from nopad.embedding.table.names import METADATA_FOLDER
 from nopad.embedding.table.writer import folder_error
 from nopad.local_paths import check_local
@@ -73,15 +74,24 @@ class JobFolder:
         folders = (JobFolder(self.path, number) for number in (0, *sorted(map(int, numbers))))
         return [folder for folder in folders if folder.has_job]
 
-    def begin(self, record: Mapping[str, str], inputs: InputList, stamps: list[Stamp]) -> None:
-        """Keep a new job's list, its stamps and record; it is begun once all are there."""
+    def begin(
+        self, record: Mapping[str, str], inputs: InputList, stamps: list[Stamp], check_lock: Callable[[], None]
+    ) -> None:
+        """Keep a new job's list, its stamps and record; it is begun once all are there.
+
+        Raises:
+            LostLockError: by `check_lock`, before anything is put in its place.
+            OSError: the folder cannot be written.
+        """
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         try:
             self.metadata.mkdir(parents=True, exist_ok=True)
-            save_stamps(stamps, self.metadata / "stamps.parquet")
-            inputs.save(self.metadata / "inputs.parquet")
-            with atomic_write(self.metadata / "job.json") as file:
+            save_stamps(stamps, self.metadata / "stamps.parquet", check=check_lock)
+            inputs.save(self.metadata / "inputs.parquet", check=check_lock)
+            with atomic_write(self.metadata / "job.json", check=check_lock) as file:
                 file.write(text.encode())
+        except LostLockError:
+            raise
         except OSError as error:
             raise folder_error(error, self.path) from error
 

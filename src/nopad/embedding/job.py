@@ -159,7 +159,7 @@ def begin_or_resume(
             record = {**record, "columns": kept.to_text()}
         job = Job(settings, folder, record, inputs, check_lock)
         _check_shards(job)  # before anything is written
-        folder.begin(record, inputs, take_stamps(inputs, contents=settings.content_hash))
+        folder.begin(record, inputs, take_stamps(inputs, contents=settings.content_hash), check_lock)
         return [job]
     jobs = []
     for each in folder.all():

@@ -78,7 +78,7 @@ def _bytes(text: str) -> int:
     number = text.rstrip(string.ascii_letters)
     try:
         return int(float(number) * _UNITS[text.removeprefix(number)])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise ArgumentTypeError(f"expected bytes as 4GB, 512MiB or 1000000, got {text!r}") from None
 
 

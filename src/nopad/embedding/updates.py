@@ -111,7 +111,7 @@ def begin_update(folder: JobFolder, jobs: Sequence[Job], record: Mapping[str, st
     if "columns" in first.record:
         own["columns"] = first.record["columns"]
     part = JobFolder(folder.path, number)
-    part.begin(own, inputs, [stamp for _, stamp in difference.new])
+    part.begin(own, inputs, [stamp for _, stamp in difference.new], first.check_lock)
     return Job(first.settings, part, own, inputs, first.check_lock)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -112,9 +112,9 @@ class InputList:
                     sha.update(b"".join(data.to_pylist()))
         return sha.hexdigest()
 
-    def save(self, path: str | Path) -> None:
-        """Write the list as a Parquet file, all of it or nothing."""
-        with atomic_write(path) as file:  # Arrow itself opens no path that is not UTF-8
+    def save(self, path: str | Path, *, check: Callable[[], None] = lambda: None) -> None:
+        """Write the list as a Parquet file, all of it or nothing; `check` as in `atomic_write`."""
+        with atomic_write(path, check=check) as file:  # Arrow itself opens no path that is not UTF-8
             pq.write_table(self._table, file, compression="zstd", row_group_size=_BLOCK)
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,11 +89,11 @@ def _sha256_of(media: FileRange) -> str:
     return digest.hexdigest()
 
 
-def save_stamps(stamps: list[Stamp], path: Path) -> None:
-    """Write stamps as a Parquet file, all of it or nothing."""
+def save_stamps(stamps: list[Stamp], path: Path, *, check: Callable[[], None] = lambda: None) -> None:
+    """Write stamps as a Parquet file, all of it or nothing; `check` as in `atomic_write`."""
     columns = [[getattr(stamp, name) for stamp in stamps] for name in _SCHEMA.names]
     table = pa.table([pa.array(values, field.type) for values, field in zip(columns, _SCHEMA, strict=True)], _SCHEMA)
-    with atomic_write(path) as file:
+    with atomic_write(path, check=check) as file:
         pq.write_table(table, file, compression="zstd", row_group_size=_BLOCK)
 
 
