@@ -484,3 +484,17 @@ def test_the_worst_image_is_of_the_photos(tmp_path):
     assert float(report.worst.difference.max()) == pytest.approx(report.cases[-1].max_relative)
     rows, columns = report.worst.difference.shape
     assert report.worst.pixels.shape == (rows * 4, columns * 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 1.5}, r"batch_size: expected an integer ≥ 1, got 1\.5"),
+        ({"image_size": True}, "image_size: expected an integer ≥ 1, got True"),
+        ({"threshold": "0.9"}, r"threshold: expected a number in \[-1, 1\], got '0.9'"),
+        ({"threshold": float("nan")}, r"threshold: expected a number in \[-1, 1\], got nan"),
+    ],
+)
+def test_numbers_of_other_types_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        align("nothing", **options)

@@ -121,9 +121,9 @@ def test_patchify_refuses_sides_that_patches_do_not_fill(shape):
         patchify(torch.zeros(shape), 2)
 
 
-@pytest.mark.parametrize("patch_size", [0, -2])
+@pytest.mark.parametrize("patch_size", [0, -2, 2.0, 1.5, True, "2", float("nan")])
 def test_patchify_refuses_a_patch_size_below_one(patch_size):
-    with pytest.raises(ValueError, match=f"patch_size {patch_size}"):
+    with pytest.raises(ValueError, match=f"patch_size: expected .*≥ 1, got {patch_size!r}"):
         patchify(torch.zeros(3, 4, 4), patch_size)
     with pytest.raises(ValueError, match=f"patch_size {patch_size}"):
         unpatchify(torch.zeros(4, P), (1, 2, 2), patch_size)

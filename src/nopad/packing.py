@@ -15,6 +15,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from nopad.counts import check_count, is_count
+
 PatchOrder = Literal["hwc", "chw"]
 """Layout inside a patch: `"hwc"` is `(ph, pw, C)`, `"chw"` is `(C, ph, pw)`."""
 
@@ -40,11 +42,12 @@ def patchify(pixels: Tensor, patch_size: int, order: PatchOrder = "hwc") -> tupl
         ValueError: wrong number of dimensions, an empty side, or a side that `patch_size` does not divide.
     """
     check_patch_order(order)
+    check_count("patch_size", patch_size)
     if pixels.ndim not in (3, 4):
         raise ValueError(f"pixels: expected (C, H, W) or (frames, C, H, W), got shape {tuple(pixels.shape)}")
     clip = pixels if pixels.ndim == 4 else pixels.unsqueeze(0)
     frames, channels, height, width = clip.shape
-    if patch_size < 1 or min(clip.shape) < 1 or height % patch_size or width % patch_size:
+    if min(clip.shape) < 1 or height % patch_size or width % patch_size:
         raise ValueError(
             f"pixels: expected height and width to be positive multiples of patch_size {patch_size}, "
             f"got shape {tuple(pixels.shape)}; resize or crop first"
@@ -72,7 +75,7 @@ def unpatchify(patches: Tensor, grid: tuple[int, int, int], patch_size: int, ord
             `patch_size²`.
     """
     check_patch_order(order)
-    if len(grid) != 3 or min(grid) < 1 or patch_size < 1:
+    if len(grid) != 3 or not all(map(is_count, (*grid, patch_size))):
         raise ValueError(
             f"grid: expected (frames, rows, columns) ≥ 1 of patches of patch_size ≥ 1, "
             f"got {tuple(grid)} and patch_size {patch_size}"

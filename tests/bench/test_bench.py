@@ -485,7 +485,7 @@ def test_command_prints_json_and_nothing_else(native, monkeypatch, capsys):
     [
         (("--capacity", "2048,many"), "expected integers separated by commas, such as 4096,16384, got"),
         (("--workload", "large"), "invalid choice: 'large'"),
-        (("--images", "0"), "expected images ≥ 1"),
+        (("--images", "0"), "images: expected ≥ 1, got 0"),
         (("--capacity", "512"), "capacities: expected at least"),
         (("--device", "cuda:99"), "--device: got 'cuda:99'"),
         (("--device", "xyz"), "--device: expected cpu"),

@@ -104,9 +104,12 @@ def test_execution_follows_what_torch_does_after_compile(goldens, quick_compile)
 
 
 def test_wrong_arguments_of_compile_raise(encoder):
-    with pytest.raises(ValueError, match="max_segments ≥ 1"):
-        encoder.compile(100, 0)
-    with pytest.raises(ValueError, match="expected capacity"):
+    for number in (0, 1.5, True, "3", float("nan")):
+        with pytest.raises(ValueError, match=f"max_segments: expected .*≥ 1, got {number!r}"):
+            encoder.compile(100, number)
+        with pytest.raises(ValueError, match=f"capacity: expected .*≥ {encoder.num_prefix_tokens + 1}, got {number!r}"):
+            encoder.compile(number)
+    with pytest.raises(ValueError, match="capacity: expected"):
         encoder.compile(encoder.num_prefix_tokens, 1)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nopad.counts import counted
+from nopad.counts import check_count, counted
 from nopad.encoder import PackedEncoder
 from nopad.environment import device_name, dtype_name
 
@@ -91,8 +91,8 @@ def check_batch_invariance(
     Raises:
         ValueError: a capacity that does not hold an image and another beside it, or `packs` below 1.
     """
-    if packs < 1:
-        raise ValueError(f"packs: expected ≥ 1, got {packs}")
+    check_count("packs", packs)
+    check_count("capacity", capacity)
     generator = torch.Generator().manual_seed(seed)
     grids = _grids(encoder, capacity)
     cases = []

@@ -16,7 +16,7 @@ from nopad.align.metrics import AlignReport, ModelOutput, compare, worst_image
 from nopad.align.reference_model import ReferenceModel
 from nopad.align.references import reference_of
 from nopad.checkpoints.towers import open_tower
-from nopad.counts import counted
+from nopad.counts import check_count, counted
 from nopad.encoder import PackedEncoder
 from nopad.environment import check_device, device_name, dtype_name, versions
 from nopad.loading import load
@@ -67,8 +67,11 @@ def align(
         ValueError: an argument out of its range, no photo in the folder, a checkpoint that does not load, or no
             reference.
     """
-    if not -1 <= threshold <= 1 or batch_size < 1:
-        raise ValueError(f"expected a threshold in [-1, 1] and a batch_size ≥ 1, got {threshold} and {batch_size}")
+    check_count("batch_size", batch_size)
+    if image_size is not None:
+        check_count("image_size", image_size)
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not -1 <= threshold <= 1:
+        raise ValueError(f"threshold: expected a number in [-1, 1], got {threshold!r}")
     check_device("device", device)
     photos = None if images is None else photos_in(images)
     progress(f"loading {checkpoint}")

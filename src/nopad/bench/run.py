@@ -16,6 +16,7 @@ from nopad.bench.report import BenchReport, Row, WorkloadStats
 from nopad.bench.runner import block_parameters, run_candidates
 from nopad.bench.timing import timer
 from nopad.bench.workloads import Workload, fixed, mixed
+from nopad.counts import check_count
 from nopad.environment import check_device, device_name, dtype_name, versions
 from nopad.loading import load
 
@@ -139,11 +140,12 @@ def _check(device: torch.device, workload: str, settings: Defaults) -> None:
         raise ValueError(f"device: expected cpu or cuda, which this can time, got {str(device)!r}")
     if workload not in ("mixed", "224", "all"):
         raise ValueError(f"workload: expected 'mixed', '224' or 'all', got {workload!r}")
-    if settings.images < 1 or settings.runs < 1 or not settings.capacities:
-        raise ValueError(
-            f"expected images ≥ 1, runs ≥ 1 and at least one capacity, got {settings.images}, {settings.runs} and "
-            f"{list(settings.capacities)}"
-        )
+    check_count("images", settings.images)
+    check_count("runs", settings.runs)
+    for capacity in settings.capacities:
+        check_count("capacities", capacity)
+    if not settings.capacities:
+        raise ValueError("capacities: expected at least one, got []")
 
 
 def _check_capacities(capacities: Sequence[int], workloads: Sequence[Workload], prefix: int) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nopad.counts import check_count
 from nopad.inference.cuda_graphs import CUDAGraphLayers
 from nopad.inference.defaults import default_capacity
 from nopad.inference.dispatch import is_dispatched
@@ -71,10 +72,9 @@ def compile_encoder(
     encoder.uncompile()
     if capacity is None:
         capacity = default_capacity(encoder.device)
+    check_count("capacity", capacity, encoder.num_prefix_tokens + 1)
     max_segments = max(1, capacity // 64) if max_segments is None else max_segments
-    if capacity <= encoder.num_prefix_tokens or max_segments < 1:
-        min_capacity = encoder.num_prefix_tokens + 1
-        raise ValueError(f"expected capacity ≥ {min_capacity} and max_segments ≥ 1, got {capacity} and {max_segments}")
+    check_count("max_segments", max_segments)
     encoder._runner = _static_runner(encoder, capacity, max_segments, compiled)
 
 
