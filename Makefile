@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo bench-embed test test-quantised fuzz lint types format install clean
+.PHONY: demo bench-embed test test-quantised fuzz torture lint types format install clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -32,6 +32,11 @@ $(QUANTISE)/.installed: $(STAMP)
 MINUTES := 60
 fuzz: $(STAMP)
 	@$(BIN)/python -m fuzz --minutes $(MINUTES) $(if $(TARGET),--target $(TARGET)) $(if $(SEED),--seed $(SEED)) $(if $(CASE),--case $(CASE))
+
+# Jobs that are killed, stopped and robbed of their disk or folder, then gone on with; about ten seconds a run.
+RUNS := 90
+torture: $(STAMP)
+	@$(BIN)/python -m torture --runs $(RUNS) $(if $(SEED),--seed $(SEED))
 
 lint: $(STAMP)
 	@$(BIN)/python -m ruff check .

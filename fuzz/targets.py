@@ -215,7 +215,8 @@ def _other_table(table: pa.Table, random: Random) -> pa.Table:
     if change == 2:
         return table.append_column(name, table[name])
     if change == 3:
-        return table.take([random.randrange(len(table)) for _ in range(random.randint(0, 6))]) if len(table) else table
+        rows = [random.randrange(len(table)) for _ in range(random.randint(0, 6) if len(table) else 0)]
+        return table.take(pa.array(rows, pa.int64()))
     if change == 4:
         return table.set_column(index, table.schema.field(name), pa.nulls(len(table), table.schema.field(name).type))
     if change == 5:

@@ -142,6 +142,8 @@ def test_what_is_named_like_a_file_and_is_none(folder, name, kind, capsys):
     [
         (b"", "Expecting value"),
         (b"[1]", "a JSON object, got list"),
+        (b"5", "a JSON object, got int"),
+        (b"null", "a JSON object, got NoneType"),
         (b'{"a": "\xff"}', "codec can't decode"),
         (b'\xef\xbb\xbf{"a": 1}', "BOM"),
         (b'{"a": 1, "a": 2}', r"different values of one key: \['a'\]"),

@@ -85,8 +85,8 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_depth(content: Any) -> None:
-    level = [content]
-    for _ in range(MAX_JSON_DEPTH):
+    level: list[Any] = [[content]]
+    for _ in range(MAX_JSON_DEPTH + 1):
         inside = [each.values() if isinstance(each, dict) else each for each in level]
         level = [value for values in inside for value in values if isinstance(value, dict | list)]
         if not level:

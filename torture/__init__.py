@@ -1,0 +1,1 @@
+"""`make torture`: jobs that are killed, stopped, robbed of their disk or their folder, and gone on with."""
