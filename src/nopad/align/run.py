@@ -68,8 +68,8 @@ def align(
             reference.
     """
     check_count("batch_size", batch_size)
-    if image_size is not None:
-        check_count("image_size", image_size)
+    if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int)):
+        check_count("image_size", image_size)  # of integers, `check_image_size` says more
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not -1 <= threshold <= 1:
         raise ValueError(f"threshold: expected a number in [-1, 1], got {threshold!r}")
     check_device("device", device)
