@@ -32,5 +32,11 @@ def _seeded() -> None:
 
 @pytest.fixture
 def quick_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile without a compiler: functions are traced, and what was traced is run as it is."""
+    """torch.compile without a compiler: functions are traced, and what was traced is run as it is.
+
+    Layers are compiled by torch.compile on a CPU too, where others are faster.
+    """
+    from nopad.inference.fusion import blocked
+
+    monkeypatch.setattr(blocked, "unsupported_reason", lambda *arguments: "a test of torch.compile")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

@@ -128,7 +128,7 @@ def test_one_compilation_serves_all_layers_and_packs(goldens):
 
 
 @torch.no_grad()
-def test_layers_run_eagerly_without_a_compiler(goldens, monkeypatch, caplog):
+def test_layers_run_eagerly_without_a_compiler(goldens, quick_compile, monkeypatch, caplog):
     def broken(function):
         def fail(*arguments):
             raise torch._dynamo.exc.TorchDynamoException("Cannot find a working triton installation.")

@@ -14,6 +14,7 @@ from nopad.counts import check_count
 from nopad.inference.cuda_graphs import CUDAGraphLayers
 from nopad.inference.defaults import default_capacity
 from nopad.inference.dispatch import is_dispatched
+from nopad.inference.fusion import blocked
 from nopad.inference.fusion import layers as fused
 from nopad.inference.guards import ModuleGuard
 from nopad.inference.layer_stack import CompiledLayers, EagerLayers, LayerStack
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 MAX_GRAPH_CAPACITY = 49152
 """Largest capacity that is recorded as CUDA graphs; larger packs are not launch-bound (docs/tuning.md)."""
+MEAN_SEGMENT, MEAN_SEGMENT_ON_CPU = 64, 16
+"""Tokens per segment of a full pack of the default `max_segments`. On a CPU only pooling depends on their number."""
 UNAVAILABLE_ERRORS = (
     RuntimeError,  # of torch's compilers and Triton, for example without a C++ compiler
     ValueError,  # sizes that a GEMM does not support
@@ -63,7 +66,7 @@ def compile_encoder(
         encoder: the encoder.
         capacity: tokens of a pack, prefix tokens included; see `default_capacity`: 16,896 on an H100, 2,048 on a CPU.
         max_segments: maximum number of segments of a pack: images, clips, or frames that do not attend to each other.
-            `capacity // 64` by default.
+            `capacity // 64` by default, `capacity // 16` on a CPU.
         compiled: `False` pads packs and leaves the layers uncompiled.
 
     Raises:
@@ -73,7 +76,8 @@ def compile_encoder(
     if capacity is None:
         capacity = default_capacity(encoder.device)
     check_count("capacity", capacity, encoder.num_prefix_tokens + 1)
-    max_segments = max(1, capacity // 64) if max_segments is None else max_segments
+    if max_segments is None:
+        max_segments = max(1, capacity // (MEAN_SEGMENT_ON_CPU if encoder.device.type == "cpu" else MEAN_SEGMENT))
     check_count("max_segments", max_segments)
     encoder._runner = _static_runner(encoder, capacity, max_segments, compiled)
 
@@ -148,6 +152,10 @@ def _candidates(encoder: PackedEncoder) -> Iterator[Callable[[], LayerStack]]:
         rope = encoder.example_rope(encoder.num_prefix_tokens + 1)
         for make in backends:
             yield lambda make=make: fused.FusedLayers(encoder.layers, make(), rope)
+    if encoder.device.type == "cpu" and reason is not None:
+        reason = blocked.unsupported_reason(encoder, encoder.device, encoder.dtype)
+        if reason is None:
+            yield lambda: blocked.BlockedLayers(encoder.layers)
     if reason is not None:
         logger.info("layers are not compiled in the fastest way: %s", reason)
     yield lambda: CompiledLayers(encoder.layers)
@@ -155,14 +163,19 @@ def _candidates(encoder: PackedEncoder) -> Iterator[Callable[[], LayerStack]]:
 
 @torch.no_grad()
 def warm_up(encoder: PackedEncoder, layers: LayerStack, capacity: int, max_segments: int) -> None:
-    """Run the layers, and the kernels around them, for every `max_seqlen` of a static pack; check fused layers."""
+    """Run the layers, and the kernels around them, for every `max_seqlen` of a static pack; check fused layers.
+
+    Layers in blocks run one block alone: their kernels depend on nothing else.
+    """
+    capacity = layers.padded_rows(1, capacity)
     encoder.example_positions()
     rope = encoder.example_rope(capacity)
     tokens = torch.randn(capacity, encoder.hidden_size, dtype=torch.float32, device=encoder.device).to(encoder.dtype)
     tokens, finite = pad_rows(tokens, capacity)
     poison_segments(tokens, finite, Segments.of([capacity], encoder.device))
     lengths = sorted({round_up_max_seqlen(1 << power, capacity) for power in range(capacity.bit_length() + 1)})
-    if isinstance(layers, fused.FusedLayers) and not ModuleGuard(encoder.layers).structure_changed():  # no user hooks
+    foldable = isinstance(layers, fused.FusedLayers | blocked.BlockedLayers)
+    if foldable and not ModuleGuard(encoder.layers).structure_changed():  # no user hooks
         layers.check(tokens, pad_segments(Segments.of(lengths[:1], encoder.device), capacity, None), rope)
     for length in lengths:
         segments = pad_segments(Segments.of([length], encoder.device), capacity, max_segments)

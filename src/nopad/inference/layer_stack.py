@@ -28,6 +28,7 @@ class LayerStack:
         fixed_memory: whether weights are read at the addresses that they had at `compile`.
         generation: increases when `refresh` replaces tensors that a CUDA graph reads.
         static_input: `(capacity, D)` tensor that tokens can be written to; `None` where they may lie anywhere.
+        block_rows: rows of every GEMM, `None` for those of a whole pack.
     """
 
     execution = "eager"
@@ -36,6 +37,7 @@ class LayerStack:
     fixed_memory = False
     generation = 0
     static_input: Tensor | None = None
+    block_rows: int | None = None
 
     def __call__(self, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
         """`(T, D)` to `(T, D)`."""
@@ -51,6 +53,10 @@ class LayerStack:
             `False` where the layers have changed so much that they cannot run this way.
         """
         return True
+
+    def padded_rows(self, num_rows: int, capacity: int) -> int:
+        """Rows that a pack of `num_rows` is padded to."""
+        return capacity
 
     def exclusive(self) -> AbstractContextManager[None]:
         """A context in which one pack has the memory that all packs share."""

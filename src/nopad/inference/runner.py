@@ -160,7 +160,10 @@ class StaticRunner:
 
     def embed(self, embedding: Callable[[Tensor], Tensor], patches: Tensor) -> Tensor:
         """See `Runner`."""
-        return embedding(F.pad(patches, (0, 0, 0, self.capacity - len(patches))))[: len(patches)]
+        rows = self.stack.block_rows or self.capacity
+        blocks = F.pad(patches, (0, 0, 0, -len(patches) % rows)).split(rows)
+        tokens = [embedding(block) for block in blocks]
+        return (tokens[0] if len(tokens) == 1 else torch.cat(tokens))[: len(patches)]
 
     def run(self, layers: nn.ModuleList, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
         """See `Runner`; `layers`: the encoder's current layers."""
@@ -171,10 +174,11 @@ class StaticRunner:
             if stack.copies_weights:  # GEMMs in the weights' dtype; tokens may be float32 under autocast
                 tokens = tokens.to(self.dtype)
             with stack.exclusive():
-                padded_tokens, finite = pad_rows(tokens, self.capacity, stack.static_input)
-                padded_rope = None if rope is None else rope.padded(self.capacity)
+                rows = stack.padded_rows(len(tokens), self.capacity)
+                padded_tokens, finite = pad_rows(tokens, rows, stack.static_input)
+                padded_rope = None if rope is None else rope.padded(rows)
                 max_segments = self.max_segments if stack.fixed_segments else None
-                output = stack(padded_tokens, pad_segments(segments, self.capacity, max_segments), padded_rope)
+                output = stack(padded_tokens, pad_segments(segments, rows, max_segments), padded_rope)
                 return poison_segments(output[: len(tokens)], finite, segments)
 
     def _structure_unchanged(self, layers: nn.ModuleList) -> bool:

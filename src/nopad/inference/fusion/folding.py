@@ -104,12 +104,13 @@ class FoldedBlock:
     value: GemmWeight | None = None
 
     @classmethod
-    def of(cls, block: Block, rope_permutation: Tensor | None = None) -> FoldedBlock:
+    def of(cls, block: Block, rope_permutation: Tensor | None = None, *, centre: bool = True) -> FoldedBlock:
         """Fold a block that `can_fold` accepts; its weights are not changed.
 
         Args:
             block: in the dtype of the GEMMs.
             rope_permutation: `(K,)` order of the channels of queries and keys, `None` for the order of the block.
+            centre: give rows of the residual stream zero mean, so that LayerNorm becomes RMSNorm.
         """
         attention, mlp = block.attention, block.mlp
         assert isinstance(mlp, MLP | GatedMLP | Float8GatedMLP)
@@ -118,7 +119,7 @@ class FoldedBlock:
         if activation == "quick_gelu":
             activation, factor = "silu", QUICK_GELU
         up = fold_norm(_first_linear(mlp), block.norm2, factor)
-        zero_mean = isinstance(norm, nn.LayerNorm)
+        zero_mean = centre and isinstance(norm, nn.LayerNorm)
         assert isinstance(norm, nn.RMSNorm | nn.LayerNorm)
         assert norm.eps is not None
         assert activation is not None

@@ -7,7 +7,7 @@ needs a kernel for each norm and activation, and on Hopper none for SwiGLU. Both
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import util
 from typing import Any
 
@@ -149,23 +149,8 @@ class FusedLayers(LayerStack):
         return True
 
     def check(self, tokens: Tensor, segments: Segments, rope: Rope | None) -> None:
-        """Compare with the eager layers on the first segment, once, before the fused layers are used.
-
-        Raises:
-            RuntimeError: they differ, for example because of another version of quack or an unsupported device.
-        """
-        rows = segments.lengths[0]
-        first_rope = None if rope is None else Rope(rope.apply, rope.cos[:rows], rope.sin[:rows])
-        expected, first_segment = tokens[:rows], Segments.of([rows], tokens.device)
-        for layer in self.layers:
-            expected = layer(expected, first_segment, first_rope)
-        output = self(tokens.clone(), segments, rope)[:rows].float()
-        expected = subtract_mean(expected.float()) if self.blocks[0].zero_mean else expected.float()
-        error = float((output - expected).norm() / expected.norm())
-        if expected.isfinite().all() and not error <= MAX_REL_ERROR:
-            raise RuntimeError(
-                f"layers fused by {self.gemm.name} differ from the eager layers (relative distance {error:.2g})"
-            )
+        """Compare with the eager layers; see `check_equal`."""
+        check_equal(self, self.layers, tokens, segments, rope, zero_mean=self.blocks[0].zero_mean)
 
     def _fold_all(self, blocks: list[FoldedBlock]) -> None:
         self.blocks = blocks
@@ -174,6 +159,32 @@ class FusedLayers(LayerStack):
 
     def _fold(self, layer: Block) -> FoldedBlock:
         return self.gemm.prepack(FoldedBlock.of(layer, self.permutation))
+
+
+def check_equal(
+    stack: LayerStack, layers: Sequence[Any], tokens: Tensor, segments: Segments, rope: Rope | None, *, zero_mean: bool
+) -> None:
+    """Compare a stack with the eager layers on the first segment, once, before it is used.
+
+    Args:
+        stack: takes the tokens.
+        layers: the eager layers.
+        tokens, segments, rope: of a pack.
+        zero_mean: whether the stack's tokens lack the mean of each row.
+
+    Raises:
+        RuntimeError: they differ, for example because of another version of quack or an unsupported device.
+    """
+    rows = segments.lengths[0]
+    first_rope = None if rope is None else Rope(rope.apply, rope.cos[:rows], rope.sin[:rows])
+    expected, first_segment = tokens[:rows], Segments.of([rows], tokens.device)
+    for layer in layers:
+        expected = layer(expected, first_segment, first_rope)
+    output = stack(tokens.clone(), segments, rope)[:rows].float()
+    expected = subtract_mean(expected.float()) if zero_mean else expected.float()
+    error = float((output - expected).norm() / expected.norm())
+    if expected.isfinite().all() and not error <= MAX_REL_ERROR:
+        raise RuntimeError(f"layers {stack.execution} differ from the eager layers (relative distance {error:.2g})")
 
 
 def rope_permutation(rope: Rope, head_dim: int) -> Tensor | None:
