@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 import nopad
 
@@ -19,7 +18,7 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
-def test_examples_of_the_api_print_what_they_say(tmp_path, monkeypatch, quick_compile):
+def test_examples_of_the_api_print_what_they_say(tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
@@ -30,7 +29,6 @@ def test_examples_of_the_api_print_what_they_say(tmp_path, monkeypatch, quick_co
         with contextlib.redirect_stdout(printed):
             exec(compile(block, str(PAGE), "exec"), names)
         assert printed.getvalue().splitlines() == expected, block
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", sorted(set(nopad.__all__)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nopad.bench.workloads import fixed, mixed
+from nopad.bench.workloads import fixed, mixed, small
 
 
 def test_mixed_workload_follows_from_its_seed_alone():
@@ -36,3 +36,10 @@ def test_fixed_workload_rounds_down_to_whole_patches():
     assert workload.tokens == 2187
     with pytest.raises(ValueError, match="at least patch_size 14 pixels, got 13"):
         fixed(1, 13, 14)
+
+
+def test_small_workload_follows_from_its_seed_and_has_16_to_100_patches():
+    workload = small(500, seed=1)
+    assert workload == small(500, seed=1) != small(500, seed=2)
+    assert (workload.name, workload.grids[:8]) == ("small", small(8, seed=1).grids)
+    assert (min(workload.lengths), max(workload.lengths)) == (16, 100)

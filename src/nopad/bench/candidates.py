@@ -15,6 +15,7 @@ from nopad.align.references import reference_of
 from nopad.bench.timing import Skipped
 from nopad.bench.workloads import Workload
 from nopad.encoder import PackedEncoder
+from nopad.inference.compile import needs_compiler
 from nopad.packing import Pack
 from nopad.pipeline.packer import best_fit
 
@@ -143,7 +144,8 @@ def packed(encoder: PackedEncoder, images: Images, capacity: int, *, compiled: b
         return run, model.execution if compiled else None
 
     name = "nopad, float8" if float8 else "nopad, compiled" if compiled else "nopad, eager"
-    return Candidate(name, images, len(groups), _bytes(encoder), prepare, capacity, compiled)
+    compiler = compiled and (float8 or needs_compiler(encoder))
+    return Candidate(name, images, len(groups), _bytes(encoder), prepare, capacity, compiler)
 
 
 def one_by_one(encoder: PackedEncoder, baseline: Baseline, images: Images) -> Candidate:

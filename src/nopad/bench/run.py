@@ -15,7 +15,7 @@ from nopad.bench.defaults import Defaults, defaults_on
 from nopad.bench.report import BenchReport, Row, WorkloadStats
 from nopad.bench.runner import block_parameters, run_candidates
 from nopad.bench.timing import timer
-from nopad.bench.workloads import Workload, fixed, mixed
+from nopad.bench.workloads import Workload, fixed, mixed, small
 from nopad.counts import check_count
 from nopad.environment import check_device, device_name, dtype_name, versions
 from nopad.loading import load
@@ -32,7 +32,7 @@ def bench(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     attention: str = "auto",
-    workload: Literal["mixed", "224", "all"] = "mixed",
+    workload: Literal["mixed", "small", "224", "all"] = "mixed",
     images: int | None = None,
     capacities: Sequence[int] | None = None,
     baselines: bool = True,
@@ -52,11 +52,12 @@ def bench(
 
     Args:
         checkpoint, device, dtype, attention, revision: as `nopad.load` takes them.
-        workload: `"mixed"` sizes, `"224"` pixels (or the model's own fixed size), or `"all"` of them.
+        workload: `"mixed"` sizes, `"small"` images of 16 to 100 patches, `"224"` pixels (or the model's own fixed
+            size), or `"all"` of them.
         images: of each workload.
         capacities: tokens per pack; duplicates run once.
         baselines: run the reference, too.
-        compile: run compiled candidates, too.
+        compile: run candidates that need a compiler, too; on a CPU `encoder.compile` mostly needs none.
         float8: run the packed encoder with `precision="fp8"`, too; implies `compile`.
         runs: timed runs of each candidate.
         seed: of sizes and pixels.
@@ -86,7 +87,8 @@ def bench(
     encoder = load(checkpoint, revision=revision, device=device, **options)
     size = encoder.default_preprocessing.size
     squares = fixed(settings.images, size if isinstance(size, int) else 224, encoder.patch_size)
-    workloads = [mixed(settings.images, seed)] * (workload != "224") + [squares] * (workload != "mixed")
+    named = {"mixed": mixed(settings.images, seed), "small": small(settings.images, seed), "224": squares}
+    workloads = list(named.values()) if workload == "all" else [named[workload]]
     _check_capacities(settings.capacities, workloads, encoder.num_prefix_tokens)
     baseline = None
     if baselines:
@@ -138,8 +140,8 @@ def bench(
 def _check(device: torch.device, workload: str, settings: Defaults) -> None:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, which this can time, got {str(device)!r}")
-    if workload not in ("mixed", "224", "all"):
-        raise ValueError(f"workload: expected 'mixed', '224' or 'all', got {workload!r}")
+    if workload not in ("mixed", "small", "224", "all"):
+        raise ValueError(f"workload: expected 'mixed', 'small', '224' or 'all', got {workload!r}")
     check_count("images", settings.images)
     check_count("runs", settings.runs)
     for capacity in settings.capacities:

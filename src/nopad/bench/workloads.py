@@ -13,6 +13,10 @@ MAX_ASPECT = 3.0
 """Longer side over shorter side of an image of the mixed workload, before both are rounded."""
 
 
+MIN_SIDE, MAX_SIDE = 4, 10
+"""Patches along a side of an image of the small workload."""
+
+
 @dataclass(frozen=True)
 class Workload:
     """Images by their sizes.
@@ -50,6 +54,16 @@ def mixed(images: int, seed: int) -> Workload:
         rows = round(math.sqrt(patches / aspect))
         grids.append((rows, int(patches / rows)))
     return Workload("mixed", tuple(grids))
+
+
+def small(images: int, seed: int) -> Workload:
+    """Thumbnails and crops: sides are uniform in `MIN_SIDE` … `MAX_SIDE` patches, 49 patches in the mean."""
+    draw = random.Random(seed)
+
+    def side() -> int:
+        return draw.randint(MIN_SIDE, MAX_SIDE)
+
+    return Workload("small", tuple((side(), side()) for _ in range(images)))
 
 
 def fixed(images: int, side: int, patch_size: int) -> Workload:

@@ -57,6 +57,9 @@ def compile_encoder(
     packs are padded as well, and a warning says that the layers are not compiled. Threads and CUDA streams may share
     the encoder; its layers run one pack at a time.
 
+    On a CPU, in float32 and bfloat16, nothing is compiled: layers run in blocks of rows over a copy of their weights,
+    and packs are padded to the next block alone.
+
     Weights may change: copies of them are updated before the next pack. Two changes cannot be detected: a write through
     `.data`, and another `eps` of a norm. Layers with hooks, replaced parts, or dropout in training run eagerly, on
     `capacity` rows. On a GPU, a final LayerNorm `norm` may receive zero-mean tokens; LayerNorm is invariant to that. A
@@ -80,6 +83,17 @@ def compile_encoder(
         max_segments = max(1, capacity // (MEAN_SEGMENT_ON_CPU if encoder.device.type == "cpu" else MEAN_SEGMENT))
     check_count("max_segments", max_segments)
     encoder._runner = _static_runner(encoder, capacity, max_segments, compiled)
+
+
+def needs_compiler(encoder: PackedEncoder) -> bool:
+    """Whether `compile` uses a compiler, which not every machine has: on a CPU mostly not."""
+    return blocked.unsupported_reason(encoder, encoder.device, encoder.dtype) is not None
+
+
+def fills_capacity(encoder: PackedEncoder) -> bool:
+    """Whether every pack costs as much as one of `compiled_capacity` tokens."""
+    runner = current_runner(encoder)
+    return isinstance(runner, StaticRunner) and runner.stack.block_rows is None
 
 
 def current_runner(encoder: PackedEncoder) -> Runner:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nopad.inference.compile import fills_capacity
 from nopad.pipeline.image_processor import PreparedImage
 from nopad.pipeline.normalize import Normalizer
 from nopad.pipeline.selection import Selection
@@ -90,7 +91,7 @@ class PackRunner:
         """Wait for all packs, and return their results."""
         start = time.perf_counter()
         results = self._fetch_all()
-        if not self.encoder.compiled_capacity:
+        if not fills_capacity(self.encoder):
             self.stats.capacity -= self.unfilled
         self.stats.encode_seconds += time.perf_counter() - start
         return results
