@@ -31,12 +31,14 @@ def _seeded() -> None:
 
 
 @pytest.fixture
-def quick_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile without a compiler: functions are traced, and what was traced is run as it is.
-
-    Layers are compiled by torch.compile on a CPU too, where others are faster.
-    """
+def torch_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`encoder.compile` uses torch.compile on a CPU too, where layers in blocks are faster."""
     from nopad.inference.fusion import blocked
 
     monkeypatch.setattr(blocked, "unsupported_reason", lambda *arguments: "a test of torch.compile")
+
+
+@pytest.fixture
+def quick_compile(monkeypatch: pytest.MonkeyPatch, torch_compiles: None) -> None:
+    """torch.compile without a compiler: functions are traced, and what was traced is run as it is."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))

@@ -29,6 +29,7 @@ from nopad.bench.timing import Sample
 from nopad.families.aimv2 import AIMv2Packing
 from nopad.families.dinov3 import DINOv3ViTPacking
 from nopad.inference import layer_stack
+from nopad.inference.fusion import blocked
 
 OPTIONS = {"dtype": torch.float32, "images": 3, "capacities": (1024, 4096), "runs": 2}
 BASELINES = ["reference, one by one", "reference, grouped by shape"]
@@ -141,6 +142,7 @@ def test_candidates_that_torch_runs_uncompiled_are_skipped(native, monkeypatch, 
     torch._dynamo.reset()
     monkeypatch.setattr(layer_stack, "RECOMPILE_LIMIT", 0)
     monkeypatch.setattr(bench_run, "RECOMPILE_LIMIT", 0)
+    monkeypatch.setattr(blocked, "unsupported_reason", lambda *arguments: "a test of torch.compile")
     with torch._dynamo.config.patch({setting: setting == "disable"}):
         report = bench(native, compile=True, **OPTIONS)
     reason = "torch.compile is disabled or does not work here"
@@ -246,7 +248,7 @@ def test_reference_of_a_fixed_grid_skips_other_sizes(learned, as_it_is):
 def test_siglip_baselines_agree_one_by_one_and_in_batches(tmp_path, kind):
     folder = folder_of(tmp_path / kind, KINDS[kind]())
     for workload in ("mixed", "224"):
-        report = bench(folder, workload=workload, **{**OPTIONS, "capacities": (4096,)})
+        report = bench(folder, workload=workload, compile=False, **{**OPTIONS, "capacities": (4096,)})
         assert [row.name for row in report.rows if row.agrees] == ["nopad, eager", *BASELINES]
 
 
@@ -295,6 +297,14 @@ def test_candidates_not_requested_are_skipped(native):
     first = command.bench_table(report).splitlines()[0]
     assert first == f"{native}: packed aimv2, without a reference: not requested"
     assert "none: not requested" in Page(bench_page(report)).texts
+
+
+def test_layers_that_need_no_compiler_are_run_by_default(native):
+    report = bench(native, **OPTIONS)
+    reasons = {row.name: row.skipped for row in report.rows if "compiled" in row.name}
+    assert reasons == {"nopad, compiled": None, "reference, 224px, compiled": "compiling was not requested"}
+    assert all(row.agrees for row in report.rows if row.skipped is None)
+    assert [stats.name for stats in bench(native, workload="small", compile=False, **OPTIONS).workloads] == ["small"]
 
 
 def test_machine_without_a_compiler_skips_compiled_candidates(native, as_it_is, monkeypatch):

@@ -72,7 +72,7 @@ OBSTACLES = {
 
 @pytest.mark.parametrize("obstacle", OBSTACLES)
 @torch.no_grad()
-def test_nothing_is_compiled_that_torch_runs_as_it_is(goldens, monkeypatch, caplog, obstacle):
+def test_nothing_is_compiled_that_torch_runs_as_it_is(goldens, monkeypatch, caplog, obstacle, torch_compiles):
     torch._dynamo.reset()
     encoder = nopad.load(goldens / "aimv2-apple-lit")
     expected = encoder.encode(patches_of(encoder), GRIDS)
@@ -114,7 +114,7 @@ def test_wrong_arguments_of_compile_raise(encoder):
 
 
 @torch.no_grad()
-def test_one_compilation_serves_all_layers_and_packs(goldens):
+def test_one_compilation_serves_all_layers_and_packs(goldens, torch_compiles):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     encoder = nopad.load(goldens / "onevision-encoder")

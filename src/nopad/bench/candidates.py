@@ -62,7 +62,8 @@ class Candidate:
         prepare: does all that is not timed. Returns what is timed, and the `execution` of a compiled encoder, `None`
             of others. Raises `Skipped`.
         capacity: tokens per pack, `None` where there are no packs.
-        compiled: whether it needs a compiler, which not every machine has.
+        compiled: whether it is compiled.
+        no_compiler: whether it is, and without a compiler, which not every machine has.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Candidate:
     prepare: Callable[[], tuple[Run, str | None]]
     capacity: int | None = None
     compiled: bool = False
+    no_compiler: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,8 @@ def packed(encoder: PackedEncoder, images: Images, capacity: int, *, compiled: b
         return run, model.execution if compiled else None
 
     name = "nopad, float8" if float8 else "nopad, compiled" if compiled else "nopad, eager"
-    compiler = compiled and (float8 or needs_compiler(encoder))
-    return Candidate(name, images, len(groups), _bytes(encoder), prepare, capacity, compiler)
+    no_compiler = compiled and not float8 and not needs_compiler(encoder)
+    return Candidate(name, images, len(groups), _bytes(encoder), prepare, capacity, compiled, no_compiler)
 
 
 def one_by_one(encoder: PackedEncoder, baseline: Baseline, images: Images) -> Candidate:

@@ -34,16 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_device_options(parser)
     parser.add_argument("--dtype", choices=DTYPES, help=f"of all candidates {default('dtype')}")
     workloads = (
-        "many sizes of at most 1,024 patches, small images of 16 to 100, one size of 224 pixels or the model's own, or "
-        "all of them"
+        "many sizes of at most 1,024 patches, one size of 224 pixels or the model's own, all of these, or small images "
+        "of 16 to 100 patches"
     )
-    parser.add_argument("--workload", choices=("mixed", "small", "224", "all"), default="mixed", help=workloads)
+    parser.add_argument("--workload", choices=("mixed", "224", "all", "small"), default="mixed", help=workloads)
     parser.add_argument("--images", type=int, metavar="N", help=f"images of each workload {default('images')}")
     capacities = f"tokens per pack; each is measured {default('capacities')}"
     parser.add_argument("--capacity", type=_integers, metavar="N,N,…", help=capacities)
     either = argparse.BooleanOptionalAction
     parser.add_argument("--baselines", action=either, default=True, help="run the reference model, too")
-    compiled = f"run candidates that need a compiler, too {default('compile')}"
+    compiled = "run compiled candidates, too (default: yes on a GPU, on a CPU those that need no compiler)"
     parser.add_argument("--compile", action=either, default=None, help=compiled)
     fp8 = "run the packed model in float8, too; implies --compile"
     parser.add_argument("--fp8", action="store_true", help=fp8)

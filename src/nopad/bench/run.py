@@ -52,12 +52,12 @@ def bench(
 
     Args:
         checkpoint, device, dtype, attention, revision: as `nopad.load` takes them.
-        workload: `"mixed"` sizes, `"small"` images of 16 to 100 patches, `"224"` pixels (or the model's own fixed
-            size), or `"all"` of them.
+        workload: `"mixed"` sizes, `"224"` pixels (or the model's own fixed size), `"all"` of these, or `"small"`
+            images of 16 to 100 patches.
         images: of each workload.
         capacities: tokens per pack; duplicates run once.
         baselines: run the reference, too.
-        compile: run candidates that need a compiler, too; on a CPU `encoder.compile` mostly needs none.
+        compile: run compiled candidates, too; on a CPU, by default, those that need no compiler.
         float8: run the packed encoder with `precision="fp8"`, too; implies `compile`.
         runs: timed runs of each candidate.
         seed: of sizes and pixels.
@@ -88,7 +88,7 @@ def bench(
     size = encoder.default_preprocessing.size
     squares = fixed(settings.images, size if isinstance(size, int) else 224, encoder.patch_size)
     named = {"mixed": mixed(settings.images, seed), "small": small(settings.images, seed), "224": squares}
-    workloads = list(named.values()) if workload == "all" else [named[workload]]
+    workloads = [named["mixed"], squares] if workload == "all" else [named[workload]]
     _check_capacities(settings.capacities, workloads, encoder.num_prefix_tokens)
     baseline = None
     if baselines:
@@ -112,7 +112,7 @@ def bench(
                 encoder,
                 candidates(encoder, baseline, inputs, square_images, settings.capacities, float8),
                 workload=each.name,
-                compile=settings.compile,
+                compile=settings.compile or compile,
                 runs=settings.runs,
                 timer=timer(device),
                 progress=progress,

@@ -27,14 +27,14 @@ def run_candidates(
     candidates: Sequence[Candidate],
     *,
     workload: str,
-    compile: bool,
+    compile: bool | None,
     runs: int,
     timer: Timer,
     progress: Callable[[str], None],
 ) -> tuple[list[Row], MeasuredPeak]:
     """A row for each candidate, in their order, and the peak in the dtype and on the device of `encoder`.
 
-    Compiled candidates are skipped unless `compile`.
+    Compiled candidates are skipped unless `compile`; where that is `None`, those that need a compiler.
     """
     side, count = PEAK_GEMMS[encoder.device.type]
     peak = gemms(side, count, encoder.device, encoder.dtype)
@@ -46,7 +46,7 @@ def run_candidates(
         row = _empty_row(encoder, workload, candidate)
         images = candidate.images
         try:
-            if candidate.compiled and not compile:
+            if candidate.compiled and not (candidate.no_compiler if compile is None else compile):
                 raise Skipped("compiling was not requested")
             if id(images) not in expected:
                 progress(f"{workload}: features to compare with")
