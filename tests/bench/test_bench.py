@@ -252,7 +252,7 @@ def test_siglip_baselines_agree_one_by_one_and_in_batches(tmp_path, kind):
         assert [row.name for row in report.rows if row.agrees] == ["nopad, eager", *BASELINES]
 
 
-def test_prefix_tokens_are_counted_and_cut_off(tmp_path):
+def test_prefix_tokens_are_counted_and_cut_off(tmp_path, torch_compiles):
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = DINOv3ViTPacking.config_class(
         **{**DINOv3ViTPacking.published["facebook/dinov3-vits16-pretrain-lvd1689m"], **small}
@@ -411,11 +411,11 @@ def test_min_cosine_is_nan_where_features_cannot_be_compared():
     ("changes", "message"),
     [
         ({"capacities": (512, 4096)}, "at least 880 tokens, the largest image's, got 512"),
-        ({"capacities": ()}, "at least one capacity"),
+        ({"capacities": ()}, "capacities: expected at least one"),
         ({"float8": True, "compile": False}, "float8: runs the packed encoder compiled, got compile=False too"),
-        ({"images": 0}, "images ≥ 1"),
-        ({"runs": 0}, "runs ≥ 1"),
-        ({"workload": "large"}, "'mixed', '224' or 'all', got 'large'"),
+        ({"images": 0}, "images: expected ≥ 1, got 0"),
+        ({"runs": 0}, "runs: expected ≥ 1, got 0"),
+        ({"workload": "large"}, "'mixed', 'small', '224' or 'all', got 'large'"),
         ({"device": "meta"}, "expected cpu, cuda, cuda:1"),
     ],
 )
@@ -436,7 +436,7 @@ def main(monkeypatch, *arguments) -> int:
 SMALL = ("--device", "cpu", "--dtype", "float32", "--images", "2", "--runs", "1", "--capacity", "1024,2048")
 
 
-def test_command_prints_a_table_with_every_row(native, monkeypatch, capsys):
+def test_command_prints_a_table_with_every_row(native, monkeypatch, capsys, torch_compiles):
     assert main(monkeypatch, native, *SMALL, "--workload", "all") == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
@@ -454,7 +454,7 @@ def test_command_prints_a_table_with_every_row(native, monkeypatch, capsys):
     assert "· mixed: run 1 of 1, 2 of 4: nopad, eager, packs of 2,048" in printed.err
 
 
-def test_command_prints_json_and_nothing_else(native, monkeypatch, capsys):
+def test_command_prints_json_and_nothing_else(native, monkeypatch, capsys, torch_compiles):
     assert main(monkeypatch, native, *SMALL, "--json") == 0
 
     def refuse(constant):
@@ -551,7 +551,7 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-def test_page_has_every_row_and_fetches_nothing(learned, tmp_path, monkeypatch):
+def test_page_has_every_row_and_fetches_nothing(learned, tmp_path, monkeypatch, torch_compiles):
     right = AIMv2Reference.run_batch
     monkeypatch.setattr(AIMv2Reference, "run_batch", lambda *args: -right(*args))
     path = tmp_path / "pages" / "bench.html"
@@ -570,7 +570,7 @@ def test_page_has_every_row_and_fetches_nothing(learned, tmp_path, monkeypatch):
     ):
         assert page.texts.count(name) >= 2
     assert page.texts.count("Wrong") == 1
-    assert sum(bool(re.fullmatch(r"\d+\.\d times the reference, mixed", text)) for text in page.texts) == 1
+    assert sum(bool(re.fullmatch(r"\d+\.\d times the reference, 56px", text)) for text in page.texts) == 1
     assert sum(text.endswith(" attention, one image at a time") for text in page.texts) == 1
     assert sum(text.startswith("Measured peak: 2 GEMMs of 64³ a run: ") for text in page.texts) == 2
     assert "1 of 14 candidates gave other features." in page.texts

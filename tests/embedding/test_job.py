@@ -324,7 +324,7 @@ def test_compiled_or_not_is_another_job(photos, tmp_path, model, compiled_capaci
     assert {key: metadata[key] for key in ("compile", "capacity", "max_segments", "precision", "dtype")} == {
         "compile": "yes",
         "capacity": "1024",
-        "max_segments": "16",
+        "max_segments": "64",
         "precision": "",
         "dtype": "float32",
     }

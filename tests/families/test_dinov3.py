@@ -117,7 +117,7 @@ def test_rope_periods_are_numbers_above_zero(tmp_path):
         with pytest.raises(ValueError, match=r"rope_embed\.periods: expected finite numbers above 0"):
             nopad.load(path)
     path = save_meta(tmp_path / "wrong.pth", state | {"rope_embed.periods": torch.ones(3)})
-    with pytest.raises(ValueError, match="3 rope periods make heads 12 wide"):
+    with pytest.raises(ValueError, match="rope_periods of length 3 make heads 12 wide"):
         nopad.load(path)
     with pytest.raises(ValueError, match="rope_periods: expected 2 numbers, got 3"):
         dinov3.DINOv3ViTPacking(nopad.load(save(tmp_path, tiny_original(rope_periods=[1.0, 2.0, 3.0]))).config)

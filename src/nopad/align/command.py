@@ -189,14 +189,14 @@ def batch_invariance_table(report: Any) -> str:
         grid = " × ".join(map(str, case.grid))
         rows.append((case.name, grid, *map(str, counts), "ok" if case.passed else "FAILED"))
     good = sum(case.passed for case in report.cases)
-    verdict = "PASSED" if report.passed else "FAILED"
+    verdict, have = "PASSED" if report.passed else "FAILED", "has" if good == 1 else "have"
     lines = [
         f"{report.checkpoint}: packs of {report.capacity:,} tokens",
         f"{_arithmetic(report)} on {report.device}, attention {report.attention}",
         "",
         *columns(rows),
         "",
-        f"{verdict}: {good} of {counted(len(report.cases), 'image')} with the same features in every pack",
+        f"{verdict}: {good} of {counted(len(report.cases), 'image')} {have} the same features in every pack",
     ]
     return "\n".join(map(printable, lines))
 

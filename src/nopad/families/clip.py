@@ -57,7 +57,7 @@ class CLIPEmbeddings(ByRole):
     def forward(self, patches: Tensor, layout: Layout, places: PrefixLayout, runner: Runner) -> Tensor:
         """`(T, P)` to `(T + S, D)`."""
         tokens = runner.embed(self.proj, patches) + self.position_embedding(layout)
-        cls_token = self.class_embedding + self.position_embedding.prefix
+        cls_token = self.class_embedding + self.position_embedding(None)
         return places.join(tokens, cls_token.expand(places.segments.num_segments, -1, -1))
 
 

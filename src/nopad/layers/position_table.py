@@ -40,15 +40,12 @@ class PositionTable(nn.Module):
         self.num_prefix_tokens = num_prefix_tokens
         self.weight = nn.Parameter(torch.empty(num_prefix_tokens + math.prod(grid), hidden_size))
 
-    def forward(self, layout: Layout) -> Tensor:
-        """Positions of every patch, `(T, D)`; see `table_positions`."""
+    def forward(self, layout: Layout | None) -> Tensor:
+        """Positions of every patch, `(T, D)`, see `table_positions`; of the prefix tokens for `None`, one row each."""
+        if layout is None:
+            return self.weight[: self.num_prefix_tokens]
         options = {"mode": self.mode, "antialias": self.antialias, "strict": self.strict, "native": self.native}
         return table_positions(layout, self.weight[self.num_prefix_tokens :], self.grid, **options)
-
-    @property
-    def prefix(self) -> Tensor:
-        """Positions of the prefix tokens, `(num_prefix_tokens, D)`."""
-        return self.weight[: self.num_prefix_tokens]
 
 
 def table_positions(
