@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 
+import clip_checkpoints
 import onevision_original
 import pytest
 import siglip2_checkpoints
@@ -152,6 +153,8 @@ def assert_same_tokens(family, encoder, original):
     image = image.to(encoder.dtype)
     if family.startswith("siglip"):
         expected = siglip2_checkpoints.run(original, image)[0]
+    elif family in clip_checkpoints.CLASSES:
+        expected = clip_checkpoints.run(original, image)[0]
     else:
         expected = original(image[None]).last_hidden_state[0][encoder.num_prefix_tokens :]
     assert relative(encoder(pack), expected) < (0.02 if encoder.dtype == torch.bfloat16 else 0.005)
