@@ -1,7 +1,7 @@
 """The eager forward of two versions of nopad on the same packs, each in a process of its own, timed in turns.
 
-    git worktree add /tmp/before v0.1
-    python benchmarks/versions.py /tmp/before/src src --model apple/aimv2-large-patch14-native --tokens 2048,16896
+    git worktree add ../before 46509fd
+    python benchmarks/versions.py ../before/src src --model apple/aimv2-large-patch14-native --tokens 2048,16896
 
 On a GPU a turn is 20 forwards in bfloat16 by the clock; on a CPU it is one in float32, by the seconds of the processor,
 so that other work on the machine counts less. Random weights, random patches; medians over all turns but the first.
