@@ -111,11 +111,11 @@ def processor(
     patch_order: PatchOrder | None = None,
     prefix: str | None = None,
 ) -> PackProcessor:
-    """What makes the packs of a checkpoint's encoder, without the encoder: small, picklable, on the CPU.
+    """Return what makes the packs of a checkpoint's encoder, without the encoder: small, picklable, on the CPU.
 
     `processor(images)` is bit for bit what `pack(images)` of the encoder is, loaded with the same arguments. It can be
     the `collate_fn` of a DataLoader. Of the weights only names, shapes and dtypes are read, and where the architecture
-    is not in `config.json` the few values that tell it.
+    is not in `config.json` the few values that determine it.
 
     Args:
         checkpoint, revision, dtype, patch_order, prefix: as `load` takes them.

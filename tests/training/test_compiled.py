@@ -110,6 +110,18 @@ def test_checkpointed_mlps_give_the_same_gradients_from_fewer_saved_tensors(fami
     assert encoder.execution == "compiled"
 
 
+def test_hooks_run_and_whole_layers_are_checkpointed_in_compiled_layers(tmp_path, graphs):
+    encoder = nopad.load(tiny("aimv2", tmp_path)).train()
+    expected = gradients(encoder, GRIDS)
+    shapes = []
+    encoder.layers[0].mlp.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
+    encoder.gradient_checkpointing_enable()
+    encoder.compile_for_training(CAPACITY, MAX_SEGMENTS)
+    torch.testing.assert_close(gradients(encoder, GRIDS), expected, rtol=1e-4, atol=1e-6)
+    assert (CAPACITY, encoder.hidden_size) in shapes
+    assert encoder.execution == "compiled"
+
+
 def test_encoders_without_gradients_are_refused(tmp_path):
     encoder = nopad.load(tiny("aimv2", tmp_path))
     with pytest.raises(ValueError, match="capacity ≥ 1 and max_segments ≥ 1, got 0 and 1"):

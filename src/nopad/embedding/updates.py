@@ -88,8 +88,8 @@ def _current(
         stamps = load_stamps(job.folder.metadata / "stamps.parquet", len(job.inputs))
         size = job.settings.rows_per_shard
         for shard in range(len(job)):
-            said = statuses(job.path(shard))
-            for row, (item, status) in enumerate(zip(job.of(shard), said, strict=True)):
+            row_statuses = statuses(job.path(shard))
+            for row, (item, status) in enumerate(zip(job.of(shard), row_statuses, strict=True)):
                 if status in (GONE, CHANGED):
                     continue
                 place = Place(number, shard, row)

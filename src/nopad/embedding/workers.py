@@ -49,7 +49,7 @@ def make_worker(
     """A worker that embeds by the settings of a job, its encoder compiled if it is to be.
 
     Args:
-        recorded: the capacity that the job was begun with. The one that was asked for may have been halved then, and is
+        recorded: the capacity that the job was begun with. The requested one may have been halved then, and is
             the same now.
         is_loaded: the encoder was loaded for this job. One that was given is compiled or not, as it is.
 

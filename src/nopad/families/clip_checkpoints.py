@@ -120,7 +120,7 @@ def _infer_from_tensors(checkpoint: Checkpoint, config_fields: dict[str, Any]) -
         raise ValueError(f"{label}: expected a square number of learned positions and one of CLS, got {number} + 1")
     if "hidden_act" not in config_fields:
         raise ValueError(
-            f"{label}: no config says the activation, quick_gelu or gelu, which tensors do not tell; add the "
+            f"{label}: no config says the activation, quick_gelu or gelu, which tensors do not show; add the "
             f"checkpoint's config.json or open_clip_config.json, or one with hidden_act"
         )
     fields: dict[str, Any] = {

@@ -181,7 +181,7 @@ class DINOv3ViTPacking(PackedEncoder):
         if layout.patch_positions is not None:
             raise ValueError(
                 "patch_positions: DINOv3's rope places a patch within the rows and columns of its image, which "
-                "patch_positions do not tell; give whole images or frames and their (t, h, w) in grid_thw"
+                "patch_positions do not contain; give whole images or frames and their (t, h, w) in grid_thw"
             )
         if self.training and self.config.drop_path_rate:
             raise ValueError(f"drop_path_rate: expected 0 in training, got {self.config.drop_path_rate}")

@@ -131,7 +131,7 @@ class DecodeProcesses:
         try:
             while self._start():
                 self._turn()
-        except BaseException as error:  # nobody may wait for ever
+        except BaseException as error:  # every waiting task must end
             with self._lock:
                 tasks = [*self._queue, *(busy.task for busy in self._busy.values())]
                 self._queue.clear()

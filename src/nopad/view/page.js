@@ -105,10 +105,10 @@ class Panel {
       context.strokeRect(place[0] + column * stepX, place[1] + row * stepY, stepX, stepY);
     }
     this.output.textContent = `row ${row + 1} of ${rows}, column ${column + 1} of ${columns}: ` +
-      this.told(layer, values, cosines, chosen);
+      this.describe(layer, values, cosines, chosen);
   }
 
-  told(layer, values, cosines, chosen) {
+  describe(layer, values, cosines, chosen) {
     const [low, high] = layer.range;
     const norm = `norm ${(low + (layer.norms[chosen] / 255) * (high - low)).toPrecision(3)}`;
     if (cosines) {

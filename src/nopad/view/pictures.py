@@ -31,7 +31,7 @@ class LayerMaps:
         tokens: `(h, w, D)` float32, normed.
         pca: `(h, w, 3)` from 0 to 1; one basis for all pictures.
         norms: `(h, w)`.
-        attention: `(h, w)`, the mean of all heads; `None` where it was not asked for.
+        attention: `(h, w)`, the mean of all heads; `None` where it was not requested.
     """
 
     layer: int
@@ -161,7 +161,7 @@ def _query(name: str, encoder: PackedEncoder, kinds: Sequence[str] | None) -> st
 
 
 def shown_kinds(pictures: Sequence[Picture], kinds: Sequence[str] | None) -> list[str]:
-    """The kinds to show: those asked for, else all that there are."""
+    """The kinds to show: those requested, else all that there are."""
     if kinds is not None:
         return list(dict.fromkeys(kinds))
     has = any(layer.attention is not None for picture in pictures for model in picture.models for layer in model.layers)

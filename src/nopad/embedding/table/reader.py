@@ -110,9 +110,9 @@ def ok_rows(path: Path, table: pa.Table) -> np.ndarray:
     Raises:
         ValueError: rows that `write_shard` refuses to write.
     """
-    said = table["status"].to_pylist()
-    ok = np.array([status == OK for status in said], dtype=bool)
-    if others := {*said} - {*STATUSES}:
+    row_statuses = table["status"].to_pylist()
+    ok = np.array([status == OK for status in row_statuses], dtype=bool)
+    if others := {*row_statuses} - {*STATUSES}:
         raise damaged(path, f"status {min(map(str, others))!r}, expected one of {', '.join(STATUSES)}")
     for name in _OF_OK_ROWS:
         if name not in table.column_names:
@@ -122,7 +122,9 @@ def ok_rows(path: Path, table: pa.Table) -> np.ndarray:
         if not has[ok].all():
             raise damaged(path, f"{name} missing in row {np.flatnonzero(ok & ~has)[0]}, which is ok")
         if name == "embedding" and has[~ok].any():
-            raise damaged(path, f"an embedding in row {(row := np.flatnonzero(~ok & has)[0])}, which is {said[row]}")
+            raise damaged(
+                path, f"an embedding in row {(row := np.flatnonzero(~ok & has)[0])}, which is {row_statuses[row]}"
+            )
         if name in NUMBERS and ok.any() and (least := column.filter(pa.array(ok)).to_numpy().min()) < 1:
             raise damaged(path, f"{name} {least}, expected at least 1")
     return ok
@@ -239,5 +241,5 @@ def statuses(path: Path) -> list[str]:
 
 def count(path: Path) -> tuple[int, int]:
     """How many rows are ok and how many failed; reads only the status column."""
-    said = statuses(path)
-    return said.count(OK), said.count(FAILED)
+    row_statuses = statuses(path)
+    return row_statuses.count(OK), row_statuses.count(FAILED)
