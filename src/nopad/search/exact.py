@@ -43,15 +43,20 @@ def top_k(embeddings: np.ndarray, queries: np.ndarray, k: int, device: torch.dev
         Cosines and rows, both `(Q, min(k, N))`, best first.
     """
     wanted = unit(queries, device)
-    best = torch.empty(len(queries), 0, device=device)
-    rows = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
+    best = [(torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)) for _ in wanted]
     for start, block in blocks(embeddings):
-        cosines = torch.cat((best, wanted @ unit(block, device).T), dim=1)
-        numbers = torch.arange(start, start + len(block), device=device).expand(len(queries), -1)
-        best, order = cosines.sort(dim=1, descending=True, stable=True)
-        best, order = best[:, :k], order[:, :k]
-        rows = torch.cat((rows, numbers), dim=1).gather(1, order)
-    return best.cpu().numpy(), rows.cpu().numpy()
+        candidates = unit(block, device)
+        cosines = wanted @ candidates.T
+        lowest = cosines.topk(min(k, len(block)), dim=1).values[:, -1:] - 2 * ROUNDING
+        for number, near in enumerate(cosines >= lowest):
+            rows = near.nonzero().flatten()
+            # Row by row: a GEMM rounds by the place of a row, so that equal rows would not be equal.
+            exact = (candidates[rows] * wanted[number]).sum(dim=1)
+            scores = torch.cat((best[number][0], exact))
+            scores, order = scores.sort(descending=True, stable=True)
+            best[number] = scores[:k], torch.cat((best[number][1], rows + start))[order[:k]]
+    scores, rows = (torch.stack(parts) for parts in zip(*best, strict=True))
+    return scores.cpu().numpy(), rows.cpu().numpy()
 
 
 def similar_pairs(
