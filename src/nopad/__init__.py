@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nopad.families.onevision import OneVisionEncoderPacking
     from nopad.families.siglip2 import Siglip2NaflexPacking
     from nopad.loading import load, processor
+    from nopad.merging import merge
     from nopad.outputs import PackedOutput
     from nopad.packing import Pack, patchify, unpatchify
     from nopad.search.features import Features
@@ -38,6 +39,7 @@ __all__ = [
     "embed",
     "load",
     "maps",
+    "merge",
     "patchify",
     "processor",
     "read",
@@ -60,6 +62,7 @@ _HOMES = {
     "embed": "nopad.embedding.api",
     "load": "nopad.loading",
     "maps": "nopad.maps",
+    "merge": "nopad.merging",
     "patchify": "nopad.packing",
     "processor": "nopad.loading",
     "read": "nopad.search.reading",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nopad.counts import check_count, is_count
+from nopad.merging import merged_lengths
 
 PatchOrder = Literal["hwc", "chw"]
 """Layout inside a patch: `"hwc"` is `(ph, pw, C)`, `"chw"` is `(C, ph, pw)`."""
@@ -242,6 +243,14 @@ class Pack:
         """The same pack with its patches in pinned memory, as `torch.utils.data.DataLoader(pin_memory=True)` asks."""
         positions = None if self.patch_positions is None else self.patch_positions.pin_memory()
         return dataclasses.replace(self, hidden_states=self.hidden_states.pin_memory(), patch_positions=positions)
+
+    def lengths(self, merge: int = 1) -> list[int]:
+        """Tokens of each image or clip, after `nopad.merge` by `merge`: how often a text repeats its placeholder.
+
+        Raises:
+            ValueError: see `nopad.merge`.
+        """
+        return merged_lengths(self.grid_thw, merge, self.patch_positions)
 
     def unpack(self, tokens: Tensor) -> list[Tensor]:
         """Cut what an encoder gave for this pack into one `(frames, rows, columns, D)` view per image or clip.
