@@ -12,7 +12,8 @@ from nopad.cli import main
 from nopad.embedding.inputs import spans as module
 from nopad.embedding.inputs.media import VideoPart
 from nopad.preprocessing.decode import ImageError
-from nopad.preprocessing.video import duration_seconds, read_frames
+from nopad.preprocessing.video import read_frames
+from nopad.preprocessing.video_file import duration_seconds
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nopad.preprocessing import containers, video
+from nopad.preprocessing import containers, video, video_file
 from nopad.preprocessing.decode import ImageError
 from nopad.preprocessing.video import read_frames
 
@@ -127,7 +127,7 @@ def test_pixels_that_are_not_square_become_square(format, codec, ratio, rotation
     assert numbers(frames) == pytest.approx([5, 15], abs=1)  # FFmpeg's resize is 2 grey levels off
     quarters = frames[0].float().mean(0).unflatten(0, (2, -1)).unflatten(2, (2, -1)).mean((1, 3))
     assert divmod(int(quarters.argmin()), 2) == ((1, 0) if rotation else (0, 0))
-    assert video.frame_size(data) == (expected if rotation else expected[::-1])
+    assert video_file.frame_size(data) == (expected if rotation else expected[::-1])
 
 
 def test_the_limit_is_of_square_pixels():

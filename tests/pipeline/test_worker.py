@@ -19,7 +19,8 @@ from nopad.encoder import PackedEncoder
 from nopad.pipeline.pack_runner import EmbeddingResult
 from nopad.pipeline.selection import Selection
 from nopad.pipeline.worker import Worker
-from nopad.preprocessing.decode import ImageError, load
+from nopad.preprocessing.decode import ImageError
+from nopad.preprocessing.load import load
 
 
 def picture(seed: int, rows: int = 3, columns: int = 4) -> torch.Tensor:

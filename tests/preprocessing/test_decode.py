@@ -15,7 +15,8 @@ from image_samples import CROP, NAFLEX, NATIVE, PHOTO, SQUARE, encoded, half, no
 from PIL import Image, ImageFile
 
 from nopad.preprocessing import decode as images
-from nopad.preprocessing.decode import ImageError, _warn_of_lax_pillow, image_size, load, load_image
+from nopad.preprocessing.decode import ImageError, _warn_of_lax_pillow, image_size, load_image
+from nopad.preprocessing.load import load
 from nopad.preprocessing.transforms import preprocess
 
 # Colours

@@ -15,7 +15,7 @@ from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.pipeline.isolation import DecodeProcesses
 from nopad.pipeline.memory import MemoryBudget
 from nopad.preprocessing.decode import ImageError, image_size
-from nopad.preprocessing.video import frame_size
+from nopad.preprocessing.video_file import frame_size
 
 MAX_HEADERS = 64
 """Number of headers that are read."""

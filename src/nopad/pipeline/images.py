@@ -14,8 +14,9 @@ from nopad.pipeline.image_processor import rule_for
 from nopad.pipeline.pack_processor import PackProcessor, check_several
 from nopad.pipeline.selection import Pool, Selection
 from nopad.pipeline.worker import Worker
-from nopad.preprocessing.decode import ImageError, load_snapshot, snapshot
+from nopad.preprocessing.decode import ImageError
 from nopad.preprocessing.limits import MaxPatches
+from nopad.preprocessing.load import load_snapshot, snapshot
 from nopad.preprocessing.rules import Preprocessing, Resize, Size
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nopad.packing import Pack, PatchOrder, patchify
 from nopad.pipeline.image_processor import check_channels
-from nopad.preprocessing.decode import load
+from nopad.preprocessing.load import load
 from nopad.preprocessing.rules import Preprocessing, Resize, check_resize
 from nopad.preprocessing.transforms import preprocess
 

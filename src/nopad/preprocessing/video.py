@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import io
 import math
 import os
 from array import array
@@ -17,28 +16,22 @@ import torch
 from torch import Tensor
 
 from nopad.counts import counted
-from nopad.preprocessing import containers
 from nopad.preprocessing.decode import ImageError
-from nopad.preprocessing.files import open_regular, why
 from nopad.preprocessing.limits import MAX_PIXELS
+from nopad.preprocessing.video_file import (
+    UnusableVideoError,
+    Video,
+    check_container,
+    check_frame_size,
+    open_video,
+    shown_size,
+    video_stream,
+)
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame, VideoStream
     from av.container import InputContainer
 
-Video = str | os.PathLike[str] | bytes
-"""A path, or a file's bytes."""
-
-# FFmpeg's names. None of these containers names other files to read, as playlists and scripts do (concat, hls, dash).
-_CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf,gif,apng"
-_VIDEO_DECODERS = (
-    *("h264", "hevc", "vvc", "av1", "libdav1d", "vp8", "libvpx", "vp9", "libvpx-vp9", "vp3", "vp6", "vp6f", "theora"),
-    *("mpeg1video", "mpeg2video", "mpegvideo", "mpeg4", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "h263", "flv", "wmv1"),
-    *("wmv2", "wmv3", "vc1", "mjpeg", "prores", "dnxhd", "dvvideo", "ffv1", "huffyuv", "ffvhuff"),
-    *("utvideo", "rawvideo", "qtrle", "png", "gif", "apng", "cinepak", "svq3"),
-)
-# FFmpeg opens decoders to find out what is in a file, those of sound, too.
-_SOUND_DECODERS = ("aac", "mp3float", "mp3", "mp2", "ac3", "opus", "vorbis", "flac")
 # The end of such files is no part of their structure: where they are cut, their last frame is not whole.
 _WITHOUT_END = ("mpeg", "mpegts", "mpegvideo")
 _MAX_TAIL_PACKETS = 1000
@@ -81,7 +74,7 @@ def read_frames(
         raise ImageError(name, "reading a video needs PyAV: pip install 'nopad[video]'") from error
     try:
         pictures = _pictures(source, num_frames, span, max_pixels)
-    except _UnusableError as error:
+    except UnusableVideoError as error:
         raise ImageError(name, str(error)) from error
     except (av.error.FFmpegError, OSError, ValueError, LookupError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -90,21 +83,6 @@ def read_frames(
     if len(sizes) != 1:
         raise ImageError(name, f"expected frames of one size, got (height, width) {', '.join(map(str, sizes))}")
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-
-
-def frame_size(source: Video) -> tuple[int, int] | None:
-    """Width and height in square pixels by the header of a video, `None` where it cannot be read."""
-    try:
-        _check_container(source)
-        with _open(source, MAX_PIXELS) as container:
-            stream = _stream(container, MAX_PIXELS)
-            return _shown_size(stream.codec_context.width, stream.codec_context.height, stream)
-    except (ImportError, _UnusableError, OSError, ValueError, LookupError, RuntimeError):
-        return None
-
-
-class _UnusableError(Exception):
-    pass
 
 
 @dataclass(frozen=True)
@@ -116,45 +94,29 @@ class _Index:
     keys: list[int]
 
 
-def duration_seconds(source: Video) -> float | None:
-    """How long a video is by its header, `None` where that does not say it or cannot be read."""
-    try:
-        _check_container(source)
-        with _open(source, MAX_PIXELS) as container:
-            stream = _stream(container, MAX_PIXELS)
-            if stream.duration and stream.time_base:
-                seconds = float(stream.duration * stream.time_base)
-            else:
-                seconds = (container.duration or 0) / 1_000_000  # FFmpeg's own unit
-    except (ImportError, _UnusableError, OSError, ValueError, LookupError, RuntimeError):
-        return None
-    return seconds if 0 < seconds < math.inf else None
-
-
 def _pictures(source: Video, num_frames: int, span: tuple[float, float] | None, max_pixels: int) -> list[np.ndarray]:
-    size = _check_container(source)
-    with _open(source, max_pixels) as container:
-        stream = _stream(container, max_pixels)
+    size = check_container(source)
+    with open_video(source, max_pixels) as container:
+        stream = video_stream(container, max_pixels)
         index = _scan(container, stream, size)
         unit = float(stream.time_base or 0)
     if span is not None and not (index.times and unit):
-        raise _UnusableError("its frames have no times, by which a part of it could be found")
+        raise UnusableVideoError("its frames have no times, by which a part of it could be found")
     if index.times is not None:
         times = index.times if span is None else _within(index.times, unit, span)
         wanted = [times[i] for i in _middles(len(times), num_frames)]
-        with _open(source, max_pixels) as container:
-            pictures = _seek(container, _stream(container, max_pixels), wanted, index, max_pixels)
+        with open_video(source, max_pixels) as container:
+            pictures = _seek(container, video_stream(container, max_pixels), wanted, index, max_pixels)
         if pictures is not None:
             return pictures
         if span is not None:
-            raise _UnusableError(f"no frame can be decoded at {span[0]:g} s, damaged?")
+            raise UnusableVideoError(f"no frame can be decoded at {span[0]:g} s, damaged?")
     pictures, num_decoded = _decode(source, index.count, num_frames, max_pixels)
-    if (
-        num_decoded != index.count
-    ):  # a packet is a frame in most codecs; where it is not, the decoded frames are what counts
+    # A packet is a frame in most codecs; where it is not, the decoded frames are what counts.
+    if num_decoded != index.count:
         pictures, _ = _decode(source, num_decoded, num_frames, max_pixels)
     if not pictures:
-        raise _UnusableError("no frame in its video stream")
+        raise UnusableVideoError("no frame in its video stream")
     return pictures
 
 
@@ -166,76 +128,19 @@ def _within(times: list[int], unit: float, span: tuple[float, float]) -> list[in
     if span[0] == span[1]:
         shown = bisect.bisect_right(times, start + slack) - 1
         if start > times[-1] + (times[-1] - times[0]) / max(1, len(times) - 1) + slack:
-            raise _UnusableError(f"its last frame begins at {(times[-1] - times[0]) * unit:g} s, none at {span[0]:g} s")
+            raise UnusableVideoError(
+                f"its last frame begins at {(times[-1] - times[0]) * unit:g} s, none at {span[0]:g} s"
+            )
         return [times[shown]]
     last = bisect.bisect_left(times, stop - slack)
     if first == last:
-        raise _UnusableError(f"no frame begins from {span[0]:g} to {span[1]:g} s")
+        raise UnusableVideoError(f"no frame begins from {span[0]:g} to {span[1]:g} s")
     return times[first:last]
-
-
-def _check_container(source: Video) -> int:
-    """Refuse what FFmpeg must not open, and return the size of the file in bytes."""
-    try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else open_regular(os.fsencode(source))
-    except (OSError, ValueError) as error:
-        raise _UnusableError(f"cannot be read: {why(error)}") from error
-    with file:
-        size = file.seek(0, os.SEEK_END)
-        if problem := containers.problem(file):
-            raise _UnusableError(problem)
-    return size
 
 
 def _middles(count: int, num_frames: int) -> list[int]:
     num_frames = min(num_frames, count)
     return [(2 * i + 1) * count // (2 * num_frames) for i in range(num_frames)]
-
-
-def _open(source: Video, max_pixels: int) -> InputContainer:
-    import av
-
-    options = {
-        "format_whitelist": _CONTAINERS,
-        "codec_whitelist": ",".join(_VIDEO_DECODERS + _SOUND_DECODERS),
-        "protocol_whitelist": "file",
-        # Of frames that FFmpeg decodes to find out their size, which is checked afterwards.
-        "max_pixels": str(max(max_pixels, MAX_PIXELS)),
-    }
-    # An absolute path is never read as a protocol.
-    file = io.BytesIO(source) if isinstance(source, bytes) else os.path.abspath(source)
-    return av.open(file, "r", metadata_errors="replace", options=options)
-
-
-def _stream(container: InputContainer, max_pixels: int) -> VideoStream:
-    from av.stream import Disposition
-
-    videos = (stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic)
-    stream = next(videos, None)
-    if stream is None:
-        raise _UnusableError("no video stream in it")
-    context = stream.codec_context
-    decoder = "unknown to FFmpeg" if context is None else context.name
-    if decoder not in _VIDEO_DECODERS:
-        convert = "convert it: ffmpeg -i IN -c:v libx264 OUT.mp4"
-        raise _UnusableError(f"its codec is {decoder}, which is not read; {convert}")
-    _check_size(*_shown_size(context.width, context.height, stream), max_pixels)
-    context.thread_count = 1  # the caller decodes many files at a time
-    context.options = {"max_pixels": str(max_pixels)}  # of each frame, whatever the header says
-    return stream
-
-
-def _shown_size(width: int, height: int, stream: VideoStream) -> tuple[int, int]:
-    """The size of a frame in square pixels, none of which is lost."""
-    ratio = stream.sample_aspect_ratio  # of a pixel's width to its height; None or 0 where nothing says it
-    if not ratio or ratio == 1:
-        return width, height
-    return (round(width * ratio), height) if ratio > 1 else (width, round(height / ratio))
-
-
-def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise _UnusableError(f"frames of {width}×{height} are {width * height} pixels, expected at most {max_pixels}")
 
 
 def _scan(container: InputContainer, stream: VideoStream, size: int) -> _Index:
@@ -248,7 +153,7 @@ def _scan(container: InputContainer, stream: VideoStream, size: int) -> _Index:
     for packet in container.demux():
         total += packet.size
         if total > 4 * size:
-            raise _UnusableError(
+            raise UnusableVideoError(
                 f"its packets are more than four times the {size} bytes of the file; get the file again"
             )
         if not packet.size or packet.stream_index != stream.index:
@@ -265,7 +170,7 @@ def _scan(container: InputContainer, stream: VideoStream, size: int) -> _Index:
         if not has_end:
             tail.append(packet)
     if is_cut or (tail and _is_last_frame_damaged(tail, stream)):
-        raise _UnusableError(f"truncated: the last of {counted(count, 'frame')} is not whole; get the file again")
+        raise UnusableVideoError(f"truncated: the last of {counted(count, 'frame')} is not whole; get the file again")
     known = np.unique(np.frombuffer(times, np.int64))
     return _Index(count, known.tolist() if len(known) == count > 0 else None, sorted(keys))
 
@@ -317,20 +222,20 @@ def _decode(source: Video, total: int, num_frames: int, max_pixels: int) -> tupl
     pictures = []
     count = 0
     wanted = set(_middles(total, num_frames))
-    with _open(source, max_pixels) as container:
-        stream = _stream(container, max_pixels)
+    with open_video(source, max_pixels) as container:
+        stream = video_stream(container, max_pixels)
         for frame in container.decode(stream):
             if count in wanted:
                 if frame.is_corrupt:
-                    raise _UnusableError(f"frame {count} is damaged; get the file again")
+                    raise UnusableVideoError(f"frame {count} is damaged; get the file again")
                 pictures.append(_upright(frame, stream, max_pixels))
             count += 1
     return pictures, count
 
 
 def _upright(frame: VideoFrame, stream: VideoStream, max_pixels: int) -> np.ndarray:
-    width, height = _shown_size(frame.width, frame.height, stream)
-    _check_size(width, height, max_pixels)
+    width, height = shown_size(frame.width, frame.height, stream)
+    check_frame_size(width, height, max_pixels)
     if (width, height) == (frame.width, frame.height):
         pixels = frame.to_ndarray(format="rgb24")
     else:

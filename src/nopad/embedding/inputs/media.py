@@ -10,7 +10,8 @@ from torch import Tensor
 from nopad.preprocessing.decode import ImageError, load_image, measure_image
 from nopad.preprocessing.files import FileRange, why
 from nopad.preprocessing.limits import MAX_PIXELS, NUM_FRAMES
-from nopad.preprocessing.video import frame_size, read_frames
+from nopad.preprocessing.video import read_frames
+from nopad.preprocessing.video_file import frame_size
 
 Media = FileRange | bytes | str
 """Where an encoded picture stands, its bytes, or the name of a video."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from nopad.embedding.inputs.listing import Input
-from nopad.preprocessing.video import duration_seconds
+from nopad.preprocessing.video_file import duration_seconds
 
 FRAME, WINDOW = "frame", "window"
 """Notes of inputs that are part of a video; their offset is where they begin, their size how long they are, in µs."""

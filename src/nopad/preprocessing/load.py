@@ -1,0 +1,68 @@
+"""Pixels of an image or a clip, however it is given: a file, a video, bytes, an object, a list of frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nopad.preprocessing.decode import ImageError, Source, load_image
+from nopad.preprocessing.formats import VIDEO_SUFFIXES
+from nopad.preprocessing.limits import MAX_PIXELS, NUM_FRAMES
+from nopad.preprocessing.video import read_frames
+
+
+def load(source: Source | Sequence[Source], *, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Decode an image, or a clip: a list of frames, a uint8 array `(frames, H, W, 3)` or tensor `(frames, 3, H, W)`.
+
+    A path with the suffix of a video gives a clip of `NUM_FRAMES` frames, spread evenly over it.
+
+    Returns:
+        uint8 `(3, H, W)` for an image, `(frames, 3, H, W)` for a clip, of one frame too.
+
+    Raises:
+        ImageError: see `load_image`; also no frames, or frames of different sizes.
+    """
+    if isinstance(source, str | Path) and Path(source).suffix.lower() in VIDEO_SUFFIXES:
+        return read_frames(source, NUM_FRAMES, max_pixels=max_pixels)
+    is_clip = source.ndim == 4 if isinstance(source, np.ndarray | Tensor) else isinstance(source, list | tuple)
+    if not is_clip:
+        return load_image(cast(Source, source), max_pixels=max_pixels)
+    frames = [load_image(frame, max_pixels=max_pixels) for frame in cast(Sequence[Source], source)]
+    sizes = sorted({(frame.shape[1], frame.shape[2]) for frame in frames})
+    if len(sizes) != 1:
+        got = f"got (height, width) {', '.join(map(str, sizes))}" if sizes else "got none"
+        raise ImageError(f"clip of {len(frames)} frames", f"expected frames of one size, {got}")
+    return torch.stack(frames)
+
+
+def snapshot(source: Source | Sequence[Source]) -> Source | Sequence[Source] | ImageError:
+    """A copy of a source that later changes do not affect: pixels of an object; names and bytes as they are.
+
+    PIL images, arrays and tensors may change once they have been handed over, and a PIL image must not be loaded by two
+    threads. For an object that cannot be loaded, its error is returned, and `load_snapshot` raises it.
+    """
+    if isinstance(source, str | Path | bytes):
+        return source
+    if isinstance(source, list | tuple) and source and all(isinstance(frame, str | Path | bytes) for frame in source):
+        return tuple(source)
+    try:
+        pixels = load(source)
+    except ImageError as error:
+        return error
+    return pixels.clone() if pixels is source else pixels
+
+
+def load_snapshot(source: Source | Sequence[Source] | ImageError) -> Tensor:
+    """Decode what `snapshot` returned.
+
+    Raises:
+        ImageError: as `load`.
+    """
+    if isinstance(source, ImageError):
+        raise source
+    return load(source)
