@@ -54,8 +54,12 @@ def patchify(pixels: Tensor, patch_size: int, order: PatchOrder = "hwc") -> tupl
             f"got shape {tuple(pixels.shape)}; resize or crop first"
         )
     rows, columns = height // patch_size, width // patch_size
-    cut = clip.reshape(frames, channels, rows, patch_size, columns, patch_size)
-    cut = cut.permute(0, 2, 4, 3, 5, 1) if order == "hwc" else cut.permute(0, 2, 4, 1, 3, 5)
+    if order == "hwc" and clip.stride(1) == 1:  # decoded pixels: whole rows of a patch are copied
+        lines = clip.permute(0, 2, 3, 1).reshape(frames, rows, patch_size, columns, patch_size * channels)
+        cut = lines.transpose(2, 3)
+    else:
+        cut = clip.reshape(frames, channels, rows, patch_size, columns, patch_size)
+        cut = cut.permute(0, 2, 4, 3, 5, 1) if order == "hwc" else cut.permute(0, 2, 4, 1, 3, 5)
     return cut.reshape(frames * rows * columns, channels * patch_size**2), (frames, rows, columns)
 
 

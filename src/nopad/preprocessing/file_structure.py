@@ -8,10 +8,12 @@ from collections.abc import Iterator
 
 MAX_SCANS = 100
 """Most scans of a JPEG: each costs time for the whole picture, however empty it is. libtiff has the same limit."""
+START_OF_SCAN = b"\xff\xda"
+"""The marker that begins each scan of a JPEG."""
 
 _MAX_STEPS = 1 << 20  # blocks and markers that are looked at, so that tiny ones without number take no time
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # not a stuffed byte, not a restart
-_START_OF_IMAGE, _END_OF_IMAGE, _START_OF_SCAN, _TEMPORARY = 0xD8, 0xD9, 0xDA, 0x01
+_START_OF_IMAGE, _END_OF_IMAGE, _TEMPORARY = 0xD8, 0xD9, 0x01
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
@@ -25,7 +27,7 @@ def count_scans(data: bytes) -> int:
         if match is None or match[1][0] == _END_OF_IMAGE:
             return scans
         marker, position = match[1][0], match.end()
-        scans += marker == _START_OF_SCAN
+        scans += marker == START_OF_SCAN[1]
         if marker not in (_START_OF_IMAGE, _TEMPORARY):
             position += int.from_bytes(data[position : position + 2], "big")
     return _MAX_STEPS

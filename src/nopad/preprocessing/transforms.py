@@ -53,7 +53,7 @@ def resize_image(image: Tensor, preprocessing: Preprocessing, patch_size: int, *
             f"image: expected uint8 (3, H, W) or (frames, 3, H, W), got {image.dtype} {tuple(image.shape)}"
         )
     check_resize(resize)
-    clip = image if image.ndim == 4 else image.unsqueeze(0)
+    clip = image if image.ndim == 4 else _as_clip(image)
     place = preprocessing.place(clip.shape[2], clip.shape[3], patch_size)
     if place.height * place.width > MAX_PIXELS:
         size = f"{place.height}×{place.width}"
@@ -94,6 +94,11 @@ def level_values(preprocessing: Preprocessing) -> Tensor:
     """What `normalize` makes of each grey level: float32 `(3, 256)`, a row for each colour."""
     levels = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
     return normalize(levels, preprocessing)[:, 0]
+
+
+def _as_clip(image: Tensor) -> Tensor:
+    """One frame, `(1, 3, H, W)`: channels last where the image is, also to torch, which looks at the first stride."""
+    return image.permute(1, 2, 0).unsqueeze(0).permute(0, 3, 1, 2) if image.stride(0) == 1 else image.unsqueeze(0)
 
 
 def _resize_pil(clip: Tensor, height: int, width: int, resample: Resample) -> Tensor:
