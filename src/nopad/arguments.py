@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nopad.inference.dispatch import is_dispatched
 from nopad.inference.precision import check_inference
 from nopad.layout import Layout
 from nopad.packing import Pack
@@ -47,6 +48,10 @@ def read_arguments(
     for name, tensor in {"grid_thw": grid_thw, "patch_positions": patch_positions}.items():
         if not isinstance(tensor, Tensor) and (name, tensor) != ("patch_positions", None):
             raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if hidden_states.device != encoder.device and hidden_states.device.type != "meta" and is_dispatched(encoder):
+        # accelerate has moved all arguments to one of its devices, which need not be that of the patch embedding.
+        hidden_states, grid_thw = hidden_states.to(encoder.device), grid_thw.cpu()
+        patch_positions = None if patch_positions is None else patch_positions.to(encoder.device)
     if encoder.device.type != "meta" and hidden_states.device != encoder.device:
         raise ValueError(
             f"hidden_states: expected on {encoder.device} like the patch embedding, got {hidden_states.device}"

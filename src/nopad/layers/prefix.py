@@ -45,9 +45,9 @@ class PrefixLayout:
         return rows.index_copy_(0, self.prefix.flatten(), prefix.flatten(0, 1).to(dtype))
 
     def take_patches(self, rows: Tensor) -> Tensor:
-        """The rows of the patches, `(T, D)`."""
-        return rows.index_select(0, self.patches)
+        """The rows of the patches, `(T, D)`, on the layout's device wherever the last layer has run."""
+        return rows.to(self.patches.device).index_select(0, self.patches)
 
     def take_prefix(self, rows: Tensor) -> Tensor:
-        """The rows of each segment's prefix tokens, `(S, num_prefix_tokens, D)`."""
-        return rows.index_select(0, self.prefix.flatten()).unflatten(0, self.prefix.shape)
+        """The rows of each segment's prefix tokens, `(S, num_prefix_tokens, D)`, on the layout's device."""
+        return rows.to(self.prefix.device).index_select(0, self.prefix.flatten()).unflatten(0, self.prefix.shape)
