@@ -15,7 +15,8 @@ from PIL import Image
 
 import nopad
 from nopad.embedding.inputs.sources import list_inputs
-from nopad.embedding.table.writer import Row, ShardFormat, write_shard
+from nopad.embedding.table.format import Row, ShardFormat
+from nopad.embedding.table.writer import write_shard
 from nopad.search.reading import read_features
 
 LABELS = [3, None, 7, 1, 4]

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nopad.embedding.table import writer as shards
+from nopad.embedding.table.format import Row, ShardFormat
 from nopad.embedding.table.names import parse_shard_name, shard_name
 from nopad.embedding.table.reader import count, failed_rows, iterate_rows, read_metadata
-from nopad.embedding.table.writer import Row, ShardFormat, write_shard
+from nopad.embedding.table.writer import write_shard
 
 PLAIN = ShardFormat(dimension=3)
 FORMATS = {
@@ -69,7 +70,8 @@ def test_bytes_are_the_same_in_another_process_and_for_metadata_in_another_order
     code = f"""
 import numpy as np
 from pathlib import Path
-from nopad.embedding.table.writer import Row, ShardFormat, write_shard
+from nopad.embedding.table.format import Row, ShardFormat
+from nopad.embedding.table.writer import write_shard
 rows = [Row("a", "s", "ok", None, 2, 2, (1, 1, 1), np.arange(3, dtype=np.float32)), {FAILED!r}]
 folder = Path({str(tmp_path)!r})
 write_shard(folder / "there.parquet", rows, ShardFormat(dimension=3), dict(b="2", a="1"), temporary=folder / "part")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import nopad
+from nopad.embedding.table.format import Row, ShardFormat
 from nopad.embedding.table.names import shard_name
-from nopad.embedding.table.writer import Row, ShardFormat, write_shard
+from nopad.embedding.table.writer import write_shard
 from nopad.search import index as module
 
 D, SHARD = 8, 200

@@ -13,8 +13,9 @@ import pytest
 from datasets import load_dataset
 
 from nopad.embedding.table import reader as stored
+from nopad.embedding.table.format import Row, ShardFormat
 from nopad.embedding.table.names import shard_name
-from nopad.embedding.table.writer import Row, ShardFormat, write_shard
+from nopad.embedding.table.writer import write_shard
 from nopad.search.features import Failure
 from nopad.search.reading import read_features
 

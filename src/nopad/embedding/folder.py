@@ -15,8 +15,8 @@ from nopad.checkpoints.untrained import UNTRAINED
 from nopad.embedding.inputs.listing import InputList
 from nopad.embedding.inputs.stamps import Stamp, save_stamps
 from nopad.embedding.lock import LostLockError
+from nopad.embedding.table.errors import folder_error
 from nopad.embedding.table.names import METADATA_FOLDER
-from nopad.embedding.table.writer import folder_error
 from nopad.local_paths import check_local
 from nopad.preprocessing.files import why
 

@@ -20,9 +20,10 @@ from nopad.embedding.inputs.names import as_text
 from nopad.embedding.inputs.stamps import take_stamps
 from nopad.embedding.manifest import check_same, fingerprint, job_folders
 from nopad.embedding.settings import Settings
+from nopad.embedding.table.format import COLUMNS, TOKENS, Row, ShardFormat
 from nopad.embedding.table.names import parse_shard_name, shard_name
 from nopad.embedding.table.reader import num_rows, read_metadata
-from nopad.embedding.table.writer import COLUMNS, TOKENS, Row, ShardFormat, write_shard
+from nopad.embedding.table.writer import write_shard
 from nopad.encoder import PackedEncoder
 from nopad.terminal import printable
 

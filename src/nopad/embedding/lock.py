@@ -17,8 +17,8 @@ from filelock import FileLock, Timeout
 
 from nopad.atomic import atomic_write
 from nopad.checkpoints.contents import read_json
+from nopad.embedding.table.errors import folder_error
 from nopad.embedding.table.names import METADATA_FOLDER
-from nopad.embedding.table.writer import folder_error
 
 
 class LockedError(OSError):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nopad.embedding.inputs.listing import Input
-from nopad.embedding.table.writer import MAX_TOKEN_BYTES, Row
+from nopad.embedding.table.format import MAX_TOKEN_BYTES, Row
 from nopad.pipeline.pack_runner import EmbeddingResult
 
 

@@ -14,8 +14,8 @@ from nopad.embedding.job import Job, make_reader
 from nopad.embedding.progress import Progress, Ticker
 from nopad.embedding.rows import table_rows
 from nopad.embedding.summary import Summary
+from nopad.embedding.table.format import Row
 from nopad.embedding.table.reader import count, failed_rows, iterate_rows
-from nopad.embedding.table.writer import Row
 from nopad.environment import cpu_threads
 from nopad.pipeline.worker import Worker
 

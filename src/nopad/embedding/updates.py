@@ -11,8 +11,8 @@ from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.stamps import Stamp, load_stamps, take_stamps
 from nopad.embedding.job import Job
+from nopad.embedding.table.format import CHANGED, GONE, Row
 from nopad.embedding.table.reader import iterate_rows, statuses
-from nopad.embedding.table.writer import CHANGED, GONE, Row
 from nopad.encoder import PackedEncoder
 
 

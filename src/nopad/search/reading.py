@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from nopad.counts import are, counted
 from nopad.embedding.table import reader as stored
-from nopad.embedding.table import writer as shards
+from nopad.embedding.table.format import COLUMNS, TOKENS
 from nopad.embedding.table.names import METADATA_FOLDER, parse_shard_name
 from nopad.local_paths import check_local
 from nopad.search.features import Failure, Features
@@ -176,7 +176,7 @@ def _read(found: Sequence[Shard], survey: _Survey) -> Features:
     for shard, schema in zip(found, survey.schemas, strict=True):
         with stored.opened(shard.path) as file:
             groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            table = file.read([name for name in schema.names if name != shards.TOKENS])
+            table = file.read([name for name in schema.names if name != TOKENS])
             ok = stored.ok_rows(shard.path, table)
             filled = len(ids)
             for block in stored.embedding_blocks(table["embedding"], width):
@@ -192,7 +192,7 @@ def _read(found: Sequence[Shard], survey: _Survey) -> Features:
         rows.append(np.flatnonzero(ok))
         grids.append(np.stack([good[name].to_numpy() for name in ("grid_t", "grid_h", "grid_w")], axis=1))
         sizes.append(np.stack([good[name].to_numpy() for name in ("height", "width")], axis=1))
-        kept.append(good.drop_columns([name for name in shards.COLUMNS if name in good.column_names]))
+        kept.append(good.drop_columns([name for name in COLUMNS if name in good.column_names]))
 
     places = Places(list(found), _numbered(rows), list(map(_shard_size, survey.schemas)))
     grid = np.concatenate(grids).astype(np.int64)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from nopad.embedding.table import reader as stored
-from nopad.embedding.table.writer import token_shape
+from nopad.embedding.table.format import token_shape
 
 _CACHED_GROUPS = 4
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nopad.embedding.table.writer import (
+from nopad.embedding.table.format import (
     COLUMNS,
     DTYPES,
     FAILED,

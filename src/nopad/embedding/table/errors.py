@@ -1,0 +1,33 @@
+"""Errors of writing to a table's folder, with advice."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_ADVICE = {
+    errno.ENOSPC: "free space on its disk and run the job again; finished shards are kept",
+    errno.EDQUOT: "the disk quota is used up: free some of it and run the job again; finished shards are kept",
+    errno.EROFS: "it lies on a read-only file system; choose a folder that can be written",
+    errno.EACCES: "it may not be written by this user; change its permissions or choose another folder",
+    errno.EPERM: "it may not be written by this user; change its permissions or choose another folder",
+    errno.ENOENT: "it must exist while the job runs; make it and run the job again",
+    errno.EXDEV: "temporary and finished shards must lie on one file system",
+}
+
+
+def folder_error(error: OSError, folder: Path) -> OSError:
+    """The same error, of the same errno and class, with the folder and advice in its message."""
+    advice = _ADVICE.get(error.errno or 0, "see to the disk and run the job again; finished shards are kept")
+    return OSError(error.errno, f"{folder}: {error.strerror or error}; {advice}")
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Raise an `OSError` within the block as its `folder_error`."""
+    try:
+        yield
+    except OSError as error:
+        raise folder_error(error, folder) from error
