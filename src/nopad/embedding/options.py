@@ -1,0 +1,193 @@
+"""Kinds of options of a job: how one is typed on the command line, and the check of its value.
+
+Nothing heavy is imported here, see `nopad.embedding.settings`.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from argparse import ArgumentTypeError
+from collections.abc import Mapping
+from dataclasses import field
+from functools import partial
+from typing import Any
+
+from nopad.counts import check_count
+from nopad.environment import check_device
+from nopad.preprocessing.rules import Size, check_size, parse_size
+
+_BYTES = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_SECONDS = {"": 1, "s": 1, "ms": 1e-3, "m": 60, "h": 3600}
+
+
+def option(default: Any, help: str, check: Any, *, recorded: bool, **argument: Any) -> Any:
+    """A field of `Settings`.
+
+    Args:
+        default: `None` where something else gives the value; `None` is then not checked.
+        help: of the command line, which adds a default that is not `None`.
+        check: a function of name and value that raises ValueError.
+        recorded: whether it is part of the job's record: features depend on it, and a job cannot go on with another
+            value.
+        argument: more keyword arguments of `add_argument`.
+    """
+    metadata = {"help": help, "check": check, "recorded": recorded, "argument": argument}
+    return field(default=default, metadata=metadata)
+
+
+def text(default: Any, help: str, *, recorded: bool = True, metavar: str | None = None) -> Any:
+    """An option that is any text."""
+    return option(default, help, _check_text, recorded=recorded, metavar=metavar)
+
+
+def flag(help: str, *, recorded: bool = True) -> Any:
+    """An option that is off unless it is named."""
+    return option(False, help, check_flag, recorded=recorded, action="store_true")
+
+
+def count(default: int | None, help: str, *, recorded: bool = True) -> Any:
+    """An option that is an integer ≥ 1."""
+    return option(default, help, check_count, recorded=recorded, type=int, metavar="N")
+
+
+def choice(default: str | None, choices: tuple[str, ...], help: str) -> Any:
+    """An option that is one of several words."""
+    return option(default, help, partial(_check_choice, choices), recorded=True, choices=choices)
+
+
+def duration(help: str) -> Any:
+    """An option that is a time above 0, typed with a unit; none by default."""
+    return option(None, help, check_seconds, recorded=True, type=_parse_duration, metavar="TIME")
+
+
+def rate(help: str) -> Any:
+    """An option that is a number per second above 0; none by default."""
+    check = partial(_check_above_zero, "a number per second > 0")
+    return option(None, help, check, recorded=True, type=float, metavar="N")
+
+
+def time_limit(default: float, help: str) -> Any:
+    """An option that is a number of seconds above 0, or none."""
+    return option(default, help, check_seconds, recorded=False, type=_parse_time_limit, metavar="S")
+
+
+def memory(help: str) -> Any:
+    """An option that is a number of bytes, typed with a unit; none by default."""
+    return option(None, help, check_count, recorded=False, type=_parse_bytes, metavar="SIZE")
+
+
+def layers(help: str) -> Any:
+    """An option that is one layer or several; none by default."""
+    return option(None, help, _check_layers, recorded=True, type=_parse_layers, metavar="N,…")
+
+
+def size(help: str) -> Any:
+    """An option that is a `Size`; none by default."""
+    return option(None, help, _check_size, recorded=True, type=_parse_size, metavar="SIZE")
+
+
+def max_patches(help: str) -> Any:
+    """An option that is a `MaxPatches`; `"auto"` by default."""
+    return option("auto", help, _check_max_patches, recorded=True, type=_parse_max_patches, metavar="N")
+
+
+def device(help: str) -> Any:
+    """An option that is a device; none by default."""
+    return option(None, help, _check_device, recorded=True)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise `ValueError` unless a value is a boolean."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+
+
+def check_seconds(name: str, value: Any) -> None:
+    """Raise `ValueError` unless a value is a time above 0, or `None`."""
+    if value is not None:
+        _check_above_zero("seconds > 0 or None", name, value)
+
+
+def _check_above_zero(expected: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: expected text, got {value!r}")
+
+
+def _check_choice(choices: tuple[str, ...], name: str, value: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_device(name: str, value: Any) -> None:
+    _check_text(name, value)
+    check_device(name, value)
+
+
+def _check_layers(name: str, value: Any) -> None:
+    if not isinstance(value, tuple) or not value or any(type(layer) is not int for layer in value):
+        raise ValueError(f"{name}: expected a tuple of one integer or more, got {value!r:.80}")
+
+
+def _check_max_patches(name: str, value: Any) -> None:
+    if value is not None and value != "auto":
+        check_count(name, value)
+
+
+def _check_size(name: str, value: Any) -> None:
+    check_size(value)
+
+
+def _parse_amount(text: str, units: Mapping[str, float], expected: str) -> float:
+    """A number with one of the `units` behind it."""
+    number = text.rstrip(string.ascii_letters)
+    try:
+        amount = float(number) * units[text.removeprefix(number)]
+    except (ValueError, KeyError):
+        amount = math.nan
+    if not math.isfinite(amount):
+        raise ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return amount
+
+
+def _parse_duration(text: str) -> float:
+    return _parse_amount(text, _SECONDS, "a time as 2s, 500ms or 1m")
+
+
+def _parse_bytes(text: str) -> int:
+    return int(_parse_amount(text, _BYTES, "bytes as 4GB, 512MiB or 1000000"))
+
+
+def _parse_time_limit(text: str) -> float | None:
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"expected seconds or none, got {text!r}") from None
+
+
+def _parse_layers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(layer) for layer in text.split(","))
+    except ValueError:
+        raise ArgumentTypeError(f"expected numbers as -4,-1, got {text!r:.80}") from None
+
+
+def _parse_size(text: str) -> Size:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error).removeprefix("size: ")) from None
+
+
+def _parse_max_patches(text: str) -> int | str | None:
+    if text in ("auto", "none"):
+        return None if text == "none" else text
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"expected a number, auto or none, got {text!r}") from None
