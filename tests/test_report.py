@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from nopad.align.metrics import AlignReport, CaseResult, WorstImage
 from nopad.align.page import align_page, write_align_page
+from nopad.align.report import AlignReport, CaseResult, WorstImage
 from nopad.html import line_chart, near_one, scientific
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}

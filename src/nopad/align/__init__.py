@@ -6,13 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nopad.align.metrics import AlignReport
+    from nopad.align.report import AlignReport
     from nopad.align.run import align
 
 __all__ = ["AlignReport", "align"]
 
 # Imported when first used: the command line reads this package's options, which need no torch.
-_HOMES = {"AlignReport": "nopad.align.metrics", "align": "nopad.align.run"}
+_HOMES = {"AlignReport": "nopad.align.report", "align": "nopad.align.run"}
 
 
 def __getattr__(name: str) -> Any:

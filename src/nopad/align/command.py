@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from nopad.align.report import AlignReport
 from nopad.command_options import (
     FAILURE,
     SUCCESS,
@@ -18,6 +19,9 @@ from nopad.command_options import (
 )
 from nopad.counts import counted
 from nopad.terminal import columns, configure_transformers, print_progress, printable
+
+if TYPE_CHECKING:
+    from nopad.align.batch_invariance import BatchInvarianceReport
 
 DTYPES = ("float32", "bfloat16", "float16")
 LAYERS_SHOWN = 12
@@ -130,7 +134,7 @@ def _common(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def align_table(report: Any) -> str:
+def align_table(report: AlignReport) -> str:
     """An alignment report for a terminal."""
     pools = any(case.max_pooled_relative is not None for case in report.cases)
     header = ("case", "tokens", "min cosine", "mean cosine", "max abs", "max relative")
@@ -169,7 +173,7 @@ def align_table(report: Any) -> str:
     return "\n".join(map(printable, lines))
 
 
-def _layer_rows(report: Any) -> list[tuple[str, ...]]:
+def _layer_rows(report: AlignReport) -> list[tuple[str, ...]]:
     """Cosines layer by layer, of some layers where there are many; layer 0 is the input of the first."""
     last = len(report.cases[0].layer_cosines) - 1
     layers = [*range(0, last, max(1, math.ceil(last / LAYERS_SHOWN))), last]
@@ -179,7 +183,7 @@ def _layer_rows(report: Any) -> list[tuple[str, ...]]:
     return rows
 
 
-def batch_invariance_table(report: Any) -> str:
+def batch_invariance_table(report: BatchInvarianceReport) -> str:
     """The report on batch invariance for a terminal."""
     rows: list[tuple[str, ...]] = [
         ("layers", "patches of the image", "packs", "same bits", "beside NaN", "beside infinity", "")
@@ -201,5 +205,5 @@ def batch_invariance_table(report: Any) -> str:
     return "\n".join(map(printable, lines))
 
 
-def _arithmetic(report: Any) -> str:
+def _arithmetic(report: AlignReport | BatchInvarianceReport) -> str:
     return report.dtype if report.precision is None else f"{report.dtype}, layers in {report.precision},"

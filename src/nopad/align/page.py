@@ -6,8 +6,9 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nopad.align.report import DISTANCE_LIMIT, POOLED_LIMIT, RELATIVE_LIMIT, AlignReport
 from nopad.counts import counted
 from nopad.html import (
     element,
@@ -21,10 +22,6 @@ from nopad.html import (
     table,
     write,
 )
-
-if TYPE_CHECKING:
-    from nopad.align.run import AlignReport
-
 
 SIDE = 640
 """Longest side of a picture on the page, in pixels."""
@@ -53,9 +50,6 @@ def write_align_page(report: AlignReport, path: str | Path) -> None:
 
 
 def _setting(report: AlignReport) -> str:
-    # Imported here because it imports torch.
-    from nopad.align.metrics import DISTANCE_LIMIT, POOLED_LIMIT, RELATIVE_LIMIT
-
     limit = f"relative difference of a token or a pooled vector at most {RELATIVE_LIMIT:.0e}"
     if report.dtype != "float32":
         limit = (
@@ -106,7 +100,6 @@ def _worst(report: AlignReport) -> list[str]:
     # Imported here because they import torch.
     from PIL import Image
 
-    from nopad.align.metrics import RELATIVE_LIMIT
     from nopad.maps import overlay
 
     worst, picture = report.worst, Image.fromarray(report.worst.pixels)
@@ -133,8 +126,6 @@ def _jpeg(picture: Any) -> bytes:
 
 
 def _drift(report: AlignReport) -> str:
-    from nopad.align.metrics import RELATIVE_LIMIT
-
     steps = max(len(case.drift) for case in report.cases)
     layers = [[case.drift[step] for case in report.cases if step < len(case.drift)] for step in range(steps)]
     lines = [("largest of all cases", [_largest(values) for values in layers])]

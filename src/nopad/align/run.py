@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from nopad.align.cases import check_image_size, noise_cases, photo_case, photos_in
-from nopad.align.metrics import AlignReport, ModelOutput, compare, worst_image
+from nopad.align.metrics import ModelOutput, compare, worst_image
 from nopad.align.reference_model import ReferenceModel
 from nopad.align.references import reference_of
+from nopad.align.report import AlignReport
 from nopad.checkpoints.towers import open_tower
 from nopad.counts import check_count, counted
 from nopad.encoder import PackedEncoder
