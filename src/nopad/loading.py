@@ -1,4 +1,4 @@
-"""`nopad.load` and `nopad.processor`: from a checkpoint's name to an encoder, or to what makes its packs."""
+"""`nopad.load` and `nopad.processor`: from a checkpoint's name to an encoder, or to the processor of its packs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from nopad.families import FAMILIES, family_of, family_of_published
 from nopad.inference.attention import check_backend
 from nopad.inference.precision import check_precision
 from nopad.packing import PatchOrder
-from nopad.pipeline.image_processor import check_channels
 from nopad.pipeline.pack_processor import PackProcessor
+from nopad.pipeline.processor import check_channels
 from nopad.preprocessing.rules import Resize, Size, check_size
 
 
@@ -73,11 +73,7 @@ def load(
     name = checkpoint_name(checkpoint)
     options = {"dtype": dtype, "patch_order": patch_order, "positions": positions}
     if name.startswith(UNTRAINED):
-        if revision is not None:
-            raise ValueError(f"revision: {name!r} has random weights and no revisions, got {revision!r}")
-        if prefix is not None:
-            raise ValueError(f"prefix: {name!r} is an encoder and no part of a larger model, got {prefix!r}")
-        published = name.removeprefix(UNTRAINED)
+        published = _published_name(name, revision, prefix)
         encoder = family_of_published(published).untrained(published, **options)
     else:
         opened = open_tower(name, FAMILIES, prefix, revision=revision)
@@ -111,7 +107,7 @@ def processor(
     patch_order: PatchOrder | None = None,
     prefix: str | None = None,
 ) -> PackProcessor:
-    """Return what makes the packs of a checkpoint's encoder, without the encoder: small, picklable, on the CPU.
+    """The processor that makes the packs of a checkpoint's encoder, without the encoder: small, picklable, on the CPU.
 
     `processor(images)` is bit for bit what `pack(images)` of the encoder is, loaded with the same arguments. It can be
     the `collate_fn` of a DataLoader. Of the weights only names, shapes and dtypes are read, and where the architecture
@@ -130,11 +126,7 @@ def processor(
     name = checkpoint_name(checkpoint)
     config: Any
     if name.startswith(UNTRAINED):
-        if revision is not None:
-            raise ValueError(f"revision: {name!r} has random weights and no revisions, got {revision!r}")
-        if prefix is not None:
-            raise ValueError(f"prefix: {name!r} is an encoder and no part of a larger model, got {prefix!r}")
-        published = name.removeprefix(UNTRAINED)
+        published = _published_name(name, revision, prefix)
         family = family_of_published(published)
         config = with_options(family.published_config(published), patch_order=patch_order)
         preprocessor, stored = None, torch.float32
@@ -155,3 +147,16 @@ def processor(
         patch_order=config.patch_order,
         dtype=dtype,  # pyright: ignore[reportArgumentType] - checked
     )
+
+
+def _published_name(name: str, revision: str | None, prefix: str | None) -> str:
+    """The published name behind `untrained:`.
+
+    Raises:
+        ValueError: a revision or a prefix, which random weights do not have.
+    """
+    if revision is not None:
+        raise ValueError(f"revision: {name!r} has random weights and no revisions, got {revision!r}")
+    if prefix is not None:
+        raise ValueError(f"prefix: {name!r} is an encoder and no part of a larger model, got {prefix!r}")
+    return name.removeprefix(UNTRAINED)

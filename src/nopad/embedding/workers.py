@@ -14,7 +14,7 @@ from nopad.environment import device_name, dtype_name
 from nopad.inference.defaults import compiles_by_default, default_dtype
 from nopad.loading import load
 from nopad.pipeline.fit import fit_packs
-from nopad.pipeline.image_processor import rule_for
+from nopad.pipeline.processor import rule_for
 from nopad.pipeline.worker import Worker
 
 # Time per pack of 16,896 tokens on an H200, AIMv2-L: `nopad bench untrained:apple/aimv2-large-patch14-native --capacity

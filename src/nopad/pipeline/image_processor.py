@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from nopad.packing import PatchOrder, patchify
-from nopad.preprocessing.limits import MaxPatches
-from nopad.preprocessing.rules import Preprocessing, Resize, Size
+from nopad.packing import patchify
+from nopad.pipeline.processor import Processor
+from nopad.preprocessing.rules import Preprocessing, Resize
 from nopad.preprocessing.transforms import normalize, resize_image
 
 if TYPE_CHECKING:
@@ -35,43 +35,23 @@ class PreparedImage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageProcessor:
-    """Turns pixels into an encoder's patches; small and picklable, without weights.
+class ImageProcessor(Processor):
+    """Turns the pixels of one image into patches.
 
     Attributes:
         dtype: of the patches: uint8, or the encoder's where the rule resizes in float.
     """
 
-    rule: Preprocessing
-    resize: Resize
-    patch_size: int
-    patch_order: PatchOrder
-    dtype: torch.dtype
-
     @classmethod
     def of(
-        cls,
-        encoder: PackedEncoder,
-        *,
-        resize: Resize = "torch",
-        preprocessing: Preprocessing | None = None,
+        cls, encoder: PackedEncoder, *, resize: Resize = "torch", preprocessing: Preprocessing | None = None
     ) -> ImageProcessor:
-        """The image processor of an encoder.
-
-        Raises:
-            ValueError: settings that fit no image, or an encoder of other than 3 channels.
-        """
-        check_channels(encoder.config)
-        rule = preprocessing or encoder.preprocessing
-        image_processor = cls(
-            rule=rule,
-            resize=resize,
-            patch_size=encoder.patch_size,
-            patch_order=encoder.patch_order,
-            dtype=encoder.dtype if rule.is_resized_in_float(resize) else torch.uint8,
-        )
-        image_processor(torch.zeros(3, 64, 64, dtype=torch.uint8))
-        return image_processor
+        """See `Processor.of`."""
+        processor = super().of(encoder, resize=resize, preprocessing=preprocessing)
+        if not processor.rule.is_resized_in_float(resize):
+            processor = replace(processor, dtype=torch.uint8)
+        processor(torch.zeros(3, 64, 64, dtype=torch.uint8))  # raises for settings that fit no image
+        return processor
 
     def __call__(self, image: Tensor) -> PreparedImage:
         """Resize and patchify uint8 `(3, H, W)`, or `(frames, 3, H, W)` for a clip; normalise it if it is float then.
@@ -98,42 +78,3 @@ class ImageProcessor:
         if self.dtype == torch.uint8:  # after the first pass of the resize, after the second, in patches
             return decode_bytes + resized * 3 * 3
         return decode_bytes + pixels * 24 + resized * 3 * (4 + 4 + self.dtype.itemsize)
-
-    def describe(self) -> str:
-        """One line for a table of features."""
-        return self.rule.describe(self.resize)
-
-
-def rule_for(
-    encoder: PackedEncoder,
-    size: Size | None = None,
-    *,
-    min_patches: int | None = None,
-    max_patches: MaxPatches = None,
-    multiple_of: int | None = None,
-    preprocessing: Preprocessing | None = None,
-) -> Preprocessing:
-    """How an encoder's images are made, with the size that a caller has given.
-
-    Args:
-        size: `None` for the encoder's own rule, `"model"` for that of its checkpoint.
-        max_patches: `"auto"` for a limit where the rule has none, see `Preprocessing.capped`.
-        min_patches, multiple_of: see `Preprocessing`.
-        preprocessing: another rule than the encoder's.
-
-    Raises:
-        ValueError: see `Preprocessing.with_size`.
-    """
-    rule = encoder.model_preprocessing if size == "model" else encoder.preprocessing
-    rule = (preprocessing or rule).with_size(size, min_patches=min_patches, multiple_of=multiple_of)
-    return rule.with_size(max_patches=rule.capped(max_patches))
-
-
-def check_channels(config: Any) -> None:
-    """Raise `ValueError` unless an encoder's config takes images of three colours, which is what is decoded here."""
-    channels = config.num_channels
-    if channels != 3:
-        raise ValueError(
-            f"images: they have 3 channels, but this encoder takes {channels}; make its pixels (C, H, W) yourself, and "
-            f"the pack by Pack.of(pixels, encoder.patch_size, encoder.patch_order)"
-        )

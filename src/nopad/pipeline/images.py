@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nopad.packing import Pack
-from nopad.pipeline.image_processor import rule_for
 from nopad.pipeline.pack_processor import PackProcessor, check_several
+from nopad.pipeline.processor import rule_for
 from nopad.pipeline.selection import Pool, Selection
 from nopad.pipeline.worker import Worker
 from nopad.preprocessing.decode import ImageError

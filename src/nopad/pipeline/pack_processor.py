@@ -5,66 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from nopad.packing import Pack, PatchOrder, patchify
-from nopad.pipeline.image_processor import check_channels
+from nopad.packing import Pack, patchify
+from nopad.pipeline.processor import Processor
 from nopad.preprocessing.load import load
-from nopad.preprocessing.rules import Preprocessing, Resize, check_resize
 from nopad.preprocessing.transforms import preprocess
-
-if TYPE_CHECKING:
-    from nopad.encoder import PackedEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackProcessor:
-    """Makes packs of images as an encoder wants them; small and picklable, without weights.
+class PackProcessor(Processor):
+    """Makes packs of images as an encoder takes them; see `Processor` for its attributes.
 
     It can be the `collate_fn` of a DataLoader, in forked and spawned workers.
-
-    Attributes:
-        rule: sizes and statistics.
-        resize: as `PackedEncoder.pack` takes it.
-        patch_size, patch_order: of a patch.
-        dtype: of the patches.
-
-    Raises:
-        ValueError: an unknown `resize`, or a rule by which images are smaller than a patch.
     """
-
-    rule: Preprocessing
-    resize: Resize
-    patch_size: int
-    patch_order: PatchOrder
-    dtype: torch.dtype
-
-    @classmethod
-    def of(
-        cls, encoder: PackedEncoder, *, resize: Resize = "torch", preprocessing: Preprocessing | None = None
-    ) -> PackProcessor:
-        """That of an encoder.
-
-        Raises:
-            ValueError: settings that fit no image, or an encoder of other than 3 channels.
-        """
-        check_channels(encoder.config)
-        return cls(
-            rule=preprocessing or encoder.preprocessing,
-            resize=resize,
-            patch_size=encoder.patch_size,
-            patch_order=encoder.patch_order,
-            dtype=encoder.dtype,
-        )
-
-    def __post_init__(self) -> None:
-        check_resize(self.resize)
-        self.rule.place(64, 64, self.patch_size)  # raises where no image has a patch
 
     def __call__(self, images: Sequence[Any]) -> Pack:
         """Decode, resize, normalise and patchify, as `PackedEncoder.pack` does.
@@ -98,7 +57,7 @@ class PackProcessor:
             patch_order=self.patch_order,
             mean=tuple(self.rule.mean),
             std=tuple(self.rule.std),
-            preprocessing=self.rule.describe(self.resize),
+            preprocessing=self.describe(),
             boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
             sizes=torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2),
         )

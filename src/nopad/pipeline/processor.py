@@ -1,0 +1,100 @@
+"""What all processors of images have in common, and the rule by which an encoder's images are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from nopad.packing import PatchOrder
+from nopad.preprocessing.limits import MaxPatches
+from nopad.preprocessing.rules import Preprocessing, Resize, Size, check_resize
+
+if TYPE_CHECKING:
+    from nopad.encoder import PackedEncoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processor:
+    """How images become patches; small and picklable, without weights.
+
+    Attributes:
+        rule: sizes and statistics.
+        resize: as `PackedEncoder.pack` takes it.
+        patch_size, patch_order: of a patch.
+        dtype: of the patches.
+
+    Raises:
+        ValueError: an unknown `resize`, or a rule by which images are smaller than a patch.
+    """
+
+    rule: Preprocessing
+    resize: Resize
+    patch_size: int
+    patch_order: PatchOrder
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        check_resize(self.resize)
+        self.rule.place(64, 64, self.patch_size)  # raises where no image has a patch
+
+    @classmethod
+    def of(
+        cls, encoder: PackedEncoder, *, resize: Resize = "torch", preprocessing: Preprocessing | None = None
+    ) -> Self:
+        """The processor of an encoder.
+
+        Args:
+            preprocessing: another rule than the encoder's.
+
+        Raises:
+            ValueError: settings that fit no image, or an encoder of other than 3 channels.
+        """
+        check_channels(encoder.config)
+        return cls(
+            rule=preprocessing or encoder.preprocessing,
+            resize=resize,
+            patch_size=encoder.patch_size,
+            patch_order=encoder.patch_order,
+            dtype=encoder.dtype,
+        )
+
+    def describe(self) -> str:
+        """One line for a table of features: what is done to every image."""
+        return self.rule.describe(self.resize)
+
+
+def rule_for(
+    encoder: PackedEncoder,
+    size: Size | None = None,
+    *,
+    min_patches: int | None = None,
+    max_patches: MaxPatches = None,
+    multiple_of: int | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> Preprocessing:
+    """How an encoder's images are made, with the size that a caller has given.
+
+    Args:
+        size: `None` for the encoder's own rule, `"model"` for that of its checkpoint.
+        max_patches: `"auto"` for a limit where the rule has none, see `Preprocessing.capped`.
+        min_patches, multiple_of: see `Preprocessing`.
+        preprocessing: another rule than the encoder's.
+
+    Raises:
+        ValueError: see `Preprocessing.with_size`.
+    """
+    rule = encoder.model_preprocessing if size == "model" else encoder.preprocessing
+    rule = (preprocessing or rule).with_size(size, min_patches=min_patches, multiple_of=multiple_of)
+    return rule.with_size(max_patches=rule.capped(max_patches))
+
+
+def check_channels(config: Any) -> None:
+    """Raise `ValueError` unless an encoder's config takes images of three colours, which is what is decoded here."""
+    channels = config.num_channels
+    if channels != 3:
+        raise ValueError(
+            f"images: they have 3 channels, but this encoder takes {channels}; make its pixels (C, H, W) yourself, and "
+            f"the pack by Pack.of(pixels, encoder.patch_size, encoder.patch_order)"
+        )
