@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from aimv2_checkpoints import randomize, write
 from torch import Tensor
-from transformers.models.clip.configuration_clip import CLIPConfig, CLIPVisionConfig
+from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 from transformers.models.metaclip_2.configuration_metaclip_2 import MetaClip2Config, MetaClip2VisionConfig
 from transformers.models.metaclip_2.modeling_metaclip_2 import (
@@ -48,10 +48,11 @@ def tiny_original(kind: str = "clip", *, with_projection: bool = False, **change
     return _random((projecting if with_projection else plain)(config_class(**{**FIELDS, **changes})))
 
 
-def composite(kind: str = "clip", **changes):
+def composite(kind: str = "clip", *, text: dict | None = None, **changes):
     """The whole model of both towers."""
     config_class, model_class = COMPOSITES[kind]
-    config = config_class(vision_config={**FIELDS, **changes}, text_config=TEXT, projection_dim=24)
+    text_config = {**TEXT, **(text or {})}
+    config = config_class(vision_config={**FIELDS, **changes}, text_config=text_config, projection_dim=24)
     return _random(model_class(config))
 
 
@@ -61,30 +62,34 @@ def _random(model):
 
 
 def open_clip(original) -> dict[str, Tensor]:
-    """OpenCLIP's names, of a model with a projection or of both towers; the text tower by two of its tensors."""
+    """OpenCLIP's names, of a model with a projection or of both towers."""
     table = [
         ("visual_projection.weight", "visual.proj"),
-        ("embeddings.class_embedding", "visual.class_embedding"),
-        ("embeddings.position_embedding.weight", "visual.positional_embedding"),
-        ("embeddings.patch_embedding", "visual.conv1"),
-        ("pre_layrnorm", "visual.ln_pre"),
-        ("post_layernorm", "visual.ln_post"),
-        ("encoder.layers", "visual.transformer.resblocks"),
+        ("text_projection.weight", "text_projection"),
+        ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+        ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+        ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+        ("text_model.embeddings.token_embedding", "token_embedding"),
+        ("vision_model.embeddings.patch_embedding", "visual.conv1"),
+        ("vision_model.pre_layrnorm", "visual.ln_pre"),
+        ("vision_model.post_layernorm", "visual.ln_post"),
+        ("text_model.final_layer_norm", "ln_final"),
+        ("vision_model.encoder.layers", "visual.transformer.resblocks"),
+        ("text_model.encoder.layers", "transformer.resblocks"),
         ("layer_norm", "ln_"),
         ("self_attn.out_proj", "attn.out_proj"),
         ("mlp.fc1", "mlp.c_fc"),
         ("mlp.fc2", "mlp.c_proj"),
     ]
-    state = {name.removeprefix("vision_model."): tensor for name, tensor in original.state_dict().items()}
-    named = {"token_embedding.weight": torch.zeros(30, 8), "transformer.resblocks.0.ln_1.bias": torch.zeros(8)}
-    named |= {"positional_embedding": torch.zeros(8, 8), "logit_scale": torch.tensor(1.0)}
+    named: dict[str, Tensor] = {"logit_scale": torch.tensor(1.0)}
+    state = original.state_dict()
     for name, tensor in state.items():
-        if re.search(r"text_|logit_|\.[kv]_proj", name):
+        if re.search(r"\.[kv]_proj", name):
             continue
         if "q_proj" in name:
             tensor = torch.cat([state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
             name = name.replace("self_attn.q_proj.", "attn.in_proj_")
-        if name == "visual_projection.weight":
+        if name.endswith("_projection.weight"):
             tensor = tensor.T.contiguous()
         for old, new in table:
             name = name.replace(old, new)
@@ -94,7 +99,8 @@ def open_clip(original) -> dict[str, Tensor]:
 
 def open_clip_config(original) -> dict:
     """What OpenCLIP's `open_clip_config.json` says of the same model."""
-    config = original.config
+    config = getattr(original.config, "vision_config", original.config)
+    text = getattr(original.config, "text_config", CLIPTextConfig(**TEXT))
     vision_cfg = {
         "image_size": config.image_size,
         "layers": config.num_hidden_layers,
@@ -105,10 +111,17 @@ def open_clip_config(original) -> dict:
     }
     return {
         "model_cfg": {
-            "embed_dim": config.projection_dim,
+            "embed_dim": original.config.projection_dim,
             "quick_gelu": config.hidden_act == "quick_gelu",
             "vision_cfg": vision_cfg,
-            "text_cfg": {"context_length": 8, "vocab_size": 30, "width": 8, "heads": 2, "layers": 1},
+            "text_cfg": {
+                "context_length": text.max_position_embeddings,
+                "vocab_size": text.vocab_size,
+                "width": text.hidden_size,
+                "heads": text.num_attention_heads,
+                "layers": text.num_hidden_layers,
+                "mlp_ratio": text.intermediate_size / text.hidden_size,
+            },
         },
         "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.3], "interpolation": "bicubic"},
     }

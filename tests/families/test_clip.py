@@ -37,7 +37,7 @@ def save_open_clip(folder, original, config="open_clip_config.json", weights="op
 def test_goldens_of_the_original_code(goldens, folder, dialect, activation, backwards):
     inputs = load_file(goldens / folder / "inputs.safetensors")
     expected = load_file(goldens / folder / "expected.safetensors")
-    numbers = sorted((name.removeprefix("image_") for name in inputs), reverse=backwards)
+    numbers = sorted((name.removeprefix("image_") for name in inputs if name != "input_ids"), reverse=backwards)
     encoder = nopad.load(goldens / folder)
     assert (encoder.family, encoder.dialect) == ("clip", dialect)
     assert (encoder.config.hidden_act, encoder.projection_dim) == (activation, 24)

@@ -21,6 +21,8 @@ CASES = {
     "open-clip-quickgelu": {"mlp_ratio": 4.9231, "quick_gelu": True},  # the ratio of bigG, which is rounded down
 }
 TEXT = {"context_length": 8, "vocab_size": 30, "width": 16, "heads": 2, "layers": 1}
+IDS = [[28, 0, 1, 16, 3, 18, 29, 0], [28, 27, 29, 0, 0, 0, 0, 0], [28, 0, 1, 2, 3, 4, 5, 29]]
+"""Of `abc de`, `n` and `abcdefghijklmn`, cut, by a tokenizer of the letters a to n."""
 
 
 def main(folder: Path) -> None:
@@ -41,13 +43,16 @@ def main(folder: Path) -> None:
         torch.save(model.state_dict(), case / "open_clip_pytorch_model.bin")
         generator = torch.Generator().manual_seed(1)
         images = [torch.randn(1, 3, 20, 20, generator=generator) for _ in range(2)]
-        inputs, expected = {}, {}
+        inputs, expected = {"input_ids": torch.tensor(IDS)}, {}
         with torch.no_grad():
+            expected["text_embeds"] = model.encode_text(inputs["input_ids"])
             for number, image in enumerate(images):
                 inputs[f"image_{number}"] = image
                 embed, tokens = model.visual(image)
                 expected[f"tokens_{number}"] = tokens[0].contiguous()
                 expected[f"image_embed_{number}"] = embed[0].contiguous()
+            model.visual.output_tokens = False
+            expected["logits_per_image"] = model.get_logits(torch.cat(images), inputs["input_ids"])[0]
         save_file(inputs, case / "inputs.safetensors")
         save_file(expected, case / "expected.safetensors")
 

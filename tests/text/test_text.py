@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import nopad
+from nopad.families import clip_checkpoints, clip_text, siglip2_checkpoints, siglip2_text
 
 TEXTS = ["a Dog on a beach", "two cats", "A text of far more tokens than the model has learned positions for"]
 IMAGES = ["examples/images/cat.jpg", "examples/images/coffee.jpg", "examples/images/rocket_tall.jpg"]
@@ -21,15 +22,25 @@ UNTRAINED = "untrained:google/siglip2-base-patch16-224"
 
 
 def tokens(kind: str, texts: list[str]) -> dict[str, Tensor]:
-    """As the original's documentation says; the tokens are bytes here."""
-    if kind != "aimv2-lit":
-        texts = [text.lower() for text in texts]
-    has_bos = kind == "aimv2-lit"
-    rows = [list(text.encode())[: 24 - 1 - has_bos] for text in texts]
-    rows = [[*([2] if has_bos else []), *(4 if byte == 32 else 5 + byte for byte in row), 3] for row in rows]
-    length = max(map(len, rows)) if has_bos else 24
+    """As the original's documentation says; the tokens are bytes here, those of CLIP characters."""
+    if kind == "clip":
+        rows = [
+            [
+                256 * (place == len(word) - 1) + ord(letter) - 33
+                for word in text.lower().split()
+                for place, letter in enumerate(word)
+            ]
+            for text in texts
+        ]
+        begin, end, pad = [512], 513, 513
+    else:
+        texts = [text.lower() for text in texts] if kind.startswith("siglip") else texts
+        rows = [[4 if byte == 32 else 5 + byte for byte in text.encode()] for text in texts]
+        begin, end, pad = [] if kind.startswith("siglip") else [2], 3, 0
+    rows = [[*begin, *row[: 24 - 1 - len(begin)], end] for row in rows]
+    length = 24 if kind.startswith("siglip") else max(map(len, rows))
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-    return {"input_ids": torch.tensor([row + [0] * (length - len(row)) for row in rows]), "attention_mask": mask}
+    return {"input_ids": torch.tensor([row + [pad] * (length - len(row)) for row in rows]), "attention_mask": mask}
 
 
 def original_logits(kind: str, original: Any, encoder: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -43,7 +54,7 @@ def original_logits(kind: str, original: Any, encoder: Any, inputs: dict[str, Te
             vision = {"pixel_values": pixels[None], "pixel_attention_mask": mask, "spatial_shapes": grid}
         else:
             image = nopad.unpatchify(pixels, tuple(pack.grid_thw[len(rows)].tolist()), 4, encoder.patch_order)
-            image = torch.nn.functional.pad(image, (0, 2, 0, 2)) if kind == "siglip" else image
+            image = torch.nn.functional.pad(image, (0, 2, 0, 2)) if kind in ("siglip", "clip", "metaclip2") else image
             vision = {"pixel_values": image[None]}
         rows.append(original(**inputs, **vision).logits_per_image)
     return torch.cat(rows)
@@ -74,7 +85,7 @@ def test_classify(both):
     encoder = nopad.load(folder)
     got = encoder.classify(IMAGES, ["cat", "cup"], template="{}!")
     logits = encoder.similarity(IMAGES, ["cat!", "cup!"])
-    expected = logits.softmax(dim=1) if kind == "aimv2-lit" else logits.sigmoid()
+    expected = logits.sigmoid() if kind.startswith("siglip") else logits.softmax(dim=1)
     assert torch.equal(got, expected)
 
 
@@ -187,10 +198,20 @@ def test_what_is_no_text(both):
         encoder.classify(IMAGES, ["cat"], template="a photo")
 
 
-@pytest.mark.parametrize("name", ["google/siglip2-base-patch16-naflex", "apple/aimv2-large-patch14-224-lit"])
-def test_untrained_towers_have_the_published_sizes(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("google/siglip2-base-patch16-naflex", 12 * 7_087_872),
+        ("apple/aimv2-large-patch14-224-lit", 12 * 7_079_424),
+        ("openai/clip-vit-base-patch32", 12 * 3_152_384),
+        ("laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", 32 * 19_677_440),
+        ("facebook/metaclip-2-worldwide-giant", 32 * 19_677_440),
+    ],
+)
+def test_untrained_towers_have_the_published_sizes(name, layers, monkeypatch):
     seen = []
     monkeypatch.setattr("nopad.text.tower._filled", lambda tower, state, dtype: seen.append(tower) or tower)
+    monkeypatch.setattr("nopad.text.tower.fill", lambda model, seed: None)
     with torch.device("meta"):
         family = nopad.families.family_of_published(name)
         encoder = family(family.published_config(name))
@@ -199,13 +220,20 @@ def test_untrained_towers_have_the_published_sizes(name, monkeypatch):
     [tower] = seen
     assert tower.text_model.config.vocab_size == 261
     parameters = sum(p.numel() for n, p in tower.named_parameters() if ".layers." in n)
-    assert parameters == {"google": 12 * 7_087_872, "apple": 12 * 7_079_424}[name.split("/")[0]]
+    assert parameters == layers
 
 
-def test_untrained_runs_offline_and_the_same_each_time():
-    encoder = nopad.load(UNTRAINED)
-    vectors = encoder.embed_text(["a Dog", "a dog", "a cat"])
-    assert vectors.shape == (3, 768)
-    assert torch.equal(vectors[0], vectors[1])
-    assert not torch.equal(vectors[0], vectors[2])
-    assert torch.equal(nopad.load(UNTRAINED).embed_text(["a cat"]), encoder.embed_text(["a cat"]))
+@pytest.mark.parametrize(("name", "width"), [(UNTRAINED, 768), ("untrained:openai/clip-vit-base-patch32", 512)])
+def test_untrained_runs_offline_and_the_same_each_time(name, width, monkeypatch):
+    for published in (clip_checkpoints.PUBLISHED, siglip2_checkpoints.PUBLISHED):
+        if (model := published.get(name.removeprefix("untrained:"))) is not None:
+            monkeypatch.setitem(model, "num_hidden_layers", 1)  # of 12, to be quick
+    monkeypatch.setitem(clip_text._SIZES, 512, (512, 8, 1))
+    monkeypatch.setitem(siglip2_text._SIZES, "base", (768, 12, 1, 3072))
+    encoder = nopad.load(name)
+    vectors = encoder.embed_text(["a dog", "a cat", "a dog"])
+    assert vectors.shape == (3, width)
+    assert torch.equal(vectors[0], vectors[2])
+    assert not torch.equal(vectors[0], vectors[1])
+    assert torch.equal(nopad.load(name).embed_text(["a cat"]), encoder.embed_text(["a cat"]))
+    assert torch.equal(encoder.embed_text(["a Dog"]), encoder.embed_text(["a dog"])) == (name == UNTRAINED)

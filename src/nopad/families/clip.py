@@ -22,6 +22,7 @@ from nopad.families.clip_checkpoints import (
     read_config,
 )
 from nopad.families.clip_dialects import DIALECTS
+from nopad.families.clip_text import TEXT_RULES
 from nopad.inference.runner import Runner
 from nopad.layers.attention import PackedAttention
 from nopad.layers.mlp import MLP
@@ -84,6 +85,7 @@ class CLIPPacking(PackedEncoder):
         "projection": "visual_projection",
     }
     num_prefix_tokens = 1
+    text_rules = TEXT_RULES
 
     def build(self) -> None:
         """Embeddings, a norm, blocks, a norm, and where the checkpoint has it the projection."""

@@ -43,8 +43,8 @@ class MetaCLIP2PackingConfig(MetaClip2VisionConfig):
 CLIPConfigs = CLIPPackingConfig | MetaCLIP2PackingConfig
 
 
-_COMPOSITE = {"clip": CLIPPackingConfig, "metaclip_2": MetaCLIP2PackingConfig}
-_CONFIG_CLASSES = {kind.model_type: kind for kind in _COMPOSITE.values()}
+COMPOSITE = {"clip": CLIPPackingConfig, "metaclip_2": MetaCLIP2PackingConfig}
+_CONFIG_CLASSES = {kind.model_type: kind for kind in COMPOSITE.values()}
 _PROJECTING = ("CLIPModel", "CLIPVisionModelWithProjection", "MetaClip2Model", "MetaClip2VisionModelWithProjection")
 _NAMES = """
 hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size hidden_act
@@ -71,14 +71,14 @@ def read_config(checkpoint: Checkpoint) -> CLIPConfigs:
     Raises:
         ValueError: no config, from which alone the activation is known, or one that contradicts the tensors.
     """
-    checkpoint.check_model_type(*_COMPOSITE, *_CONFIG_CLASSES)
+    checkpoint.check_model_type(*COMPOSITE, *_CONFIG_CLASSES)
     outer, inner = checkpoint.config.get("model_type"), checkpoint.vision_config.get("model_type")
-    config_class = _CONFIG_CLASSES.get(inner) or _COMPOSITE.get(outer)  # pyright: ignore[reportArgumentType]
+    config_class = _CONFIG_CLASSES.get(inner) or COMPOSITE.get(outer)  # pyright: ignore[reportArgumentType]
     fields = _read_config_json(checkpoint)
     if config_class is None:
         config_class = CLIPPackingConfig
         fields = {**_infer_from_tensors(checkpoint, fields), **fields}
-    elif outer in _COMPOSITE and "vision_config" in checkpoint.config:  # whose projection is the whole model's
+    elif outer in COMPOSITE and "vision_config" in checkpoint.config:  # whose projection is the whole model's
         fields.pop("projection_dim", None)
         if "projection_dim" in checkpoint.config:
             fields["projection_dim"] = checkpoint.config["projection_dim"]

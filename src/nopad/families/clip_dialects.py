@@ -10,27 +10,40 @@ from nopad.checkpoints.conversions import DROP_AXES, DROP_AXIS, TRANSPOSED, Name
 from nopad.checkpoints.formats import Checkpoint, Dialect
 
 _LAYER, _ATTENTION = "encoder.layers.*", "encoder.layers.*.self_attn"
-_BLOCK = "visual.transformer.resblocks.*"
+
+
+def _open_clip_blocks(file: str, model: str) -> list[Rename]:
+    """The blocks of one tower, below a prefix in the file and one in the model."""
+    block, layer = f"{file}transformer.resblocks.*", f"{model}{_LAYER}"
+    qkv = [f"{model}{_ATTENTION}.{part}_proj" for part in "qkv"]
+    return [
+        Rename(f"{block}.ln_1.*", f"{layer}.layer_norm1.*"),
+        *(
+            Rename(f"{block}.attn.in_proj_{kind}", *(f"{part}.{kind}" for part in qkv), reshape=split_rows(3))
+            for kind in ("weight", "bias")
+        ),
+        Rename(f"{block}.attn.out_proj.*", f"{model}{_ATTENTION}.out_proj.*"),
+        Rename(f"{block}.ln_2.*", f"{layer}.layer_norm2.*"),
+        Rename(f"{block}.mlp.c_fc.*", f"{layer}.mlp.fc1.*"),
+        Rename(f"{block}.mlp.c_proj.*", f"{layer}.mlp.fc2.*"),
+    ]
+
+
 OPEN_CLIP = NameTable(
     Rename("visual.class_embedding", "embeddings.class_embedding"),
     Rename("visual.positional_embedding", "embeddings.position_embedding.weight"),
     Rename("visual.conv1.weight", "embeddings.patch_embedding.weight"),
     Rename("visual.ln_pre.*", "pre_layrnorm.*"),
-    Rename(f"{_BLOCK}.ln_1.*", f"{_LAYER}.layer_norm1.*"),
-    *(
-        Rename(
-            f"{_BLOCK}.attn.in_proj_{kind}",
-            *(f"{_ATTENTION}.{part}_proj.{kind}" for part in "qkv"),
-            reshape=split_rows(3),
-        )
-        for kind in ("weight", "bias")
-    ),
-    Rename(f"{_BLOCK}.attn.out_proj.*", f"{_ATTENTION}.out_proj.*"),
-    Rename(f"{_BLOCK}.ln_2.*", f"{_LAYER}.layer_norm2.*"),
-    Rename(f"{_BLOCK}.mlp.c_fc.*", f"{_LAYER}.mlp.fc1.*"),
-    Rename(f"{_BLOCK}.mlp.c_proj.*", f"{_LAYER}.mlp.fc2.*"),
+    *_open_clip_blocks("visual.", ""),
     Rename("visual.ln_post.*", "post_layernorm.*"),
     Rename("visual.proj", "visual_projection.weight", reshape=TRANSPOSED),
+)
+OPEN_CLIP_TEXT = NameTable(
+    Rename("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
+    Rename("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    *_open_clip_blocks("", "text_model."),
+    Rename("ln_final.*", "text_model.final_layer_norm.*"),
+    Rename("text_projection", "text_projection.weight", reshape=TRANSPOSED),
 )
 TIMM = NameTable(
     Rename("cls_token", "embeddings.class_embedding", reshape=DROP_AXES),
@@ -84,6 +97,7 @@ DIALECTS = (
             r"^(vision_model\.)?embeddings\.position_ids$",  # 0, 1, 2, … in files of transformers < 4.31
         ),
         is_original=True,
+        text_table=NameTable(),
     ),
     Dialect(
         "OpenCLIP",
@@ -94,6 +108,7 @@ DIALECTS = (
             r"^(positional_embedding|text_projection|logit_scale|logit_bias|attn_mask)$",
             r"^(input_resolution|context_length|vocab_size)$",  # OpenAI's
         ),
+        text_table=OPEN_CLIP_TEXT,
     ),
     Dialect(
         "timm",

@@ -6,9 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nopad.checkpoints.formats import Checkpoint
 
-def _as_it_is(tokenizer: Any, text: str) -> str:
+
+def _unchanged(tokenizer: Any, text: str) -> str:
     return text
+
+
+def _config_json(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    return checkpoint.config
+
+
+def _any_tokenizer(text_config: Any, tokenizer: Any) -> None:
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +33,13 @@ class TextRules:
         published: from a published name to the fields of its text config, but for the vocabulary, for `untrained:`.
         has_bos: whether texts begin with a token of their own.
         normalize: of tokenizer and text, what is done to a text before it.
+        config_fields: from a checkpoint to the fields of the config of both towers.
+        check_tokenizer: of text config and tokenizer, raises `ValueError` where they do not belong together.
     """
 
     padding: Literal["max_length", "longest"]
     published: Callable[[str], Mapping[str, Any]]
     has_bos: bool
-    normalize: Callable[[Any, str], str] = _as_it_is
+    normalize: Callable[[Any, str], str] = _unchanged
+    config_fields: Callable[[Checkpoint], Mapping[str, Any]] = _config_json
+    check_tokenizer: Callable[[Any, Any], None] = _any_tokenizer

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,9 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+from nopad.checkpoints.conversions import NameTable
 from nopad.checkpoints.files import open_checkpoint
-from nopad.checkpoints.formats import Checkpoint
-from nopad.checkpoints.strict import check_strictly
+from nopad.checkpoints.strict import check_sizes, check_strictly
 from nopad.checkpoints.untrained import UNTRAINED, fill
 from nopad.text.tokenizer import byte_tokenizer, load_tokenizer
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
     from nopad.text.rules import TextRules
 
-_VISION = "_vision_model"
+_VISION, _TEXT = "_vision_model", "text_model."
+_NO_WEIGHTS = re.compile(r"(^|\.)(position_ids|attn_mask|input_resolution|context_length|vocab_size)$")
+"""Buffers of transformers' and OpenCLIP's models, and OpenAI's sizes, in older files."""
 BATCH = 256
 
 
@@ -89,7 +92,9 @@ def text_tower(encoder: PackedEncoder) -> TextTower:
 def _load(encoder: PackedEncoder) -> TextTower:
     rules, source = encoder.text_rules, encoder.source
     if rules is None:
-        raise ValueError(f"{encoder.family} checkpoints have no text tower; image-text models are SigLIP2, SigLIP, …")
+        raise ValueError(
+            f"{encoder.family} checkpoints have no text tower; image-text models are CLIP, SigLIP2, SigLIP, …"
+        )
     if source is None:
         raise ValueError("the encoder was not loaded from a checkpoint, so there is no text tower to load")
     if source.startswith(UNTRAINED):
@@ -97,8 +102,9 @@ def _load(encoder: PackedEncoder) -> TextTower:
     checkpoint = open_checkpoint(source, **encoder.opened_with)
     dialect = next(dialect for dialect in encoder.dialects if dialect.name == encoder.dialect)
     left_out = dialect.select(checkpoint).left_out
-    tensors = {name: tensor for name, tensor in left_out.items() if not name.endswith(".position_ids")}
-    if not tensors:
+    stored = {name: tensor for name, tensor in left_out.items() if not _NO_WEIGHTS.search(name)}
+    texts = replace(dialect, table=dialect.text_table or NameTable()).convert(replace(checkpoint, tensors=stored))
+    if not any(name.startswith(_TEXT) or dialect.text_table is None for name in texts.tensors):
         raise ValueError(
             f"checkpoint {source!r} has no text tower: its tensors are the vision encoder's alone; load one of both "
             f"towers, or save it by save_pretrained(…, whole=True)"
@@ -108,29 +114,35 @@ def _load(encoder: PackedEncoder) -> TextTower:
             f"checkpoint {source!r}: its text tower has {dialect.name} names, which are not read; load the checkpoint "
             f"in transformers' layout"
         )
-    texts = replace(dialect, table=dialect.text_table).convert(replace(checkpoint, tensors=tensors))
-    tower = TextTower(whole_config(encoder, checkpoint), rules, load_tokenizer(source, encoder.opened_with))
+    config = whole_config(encoder, rules.config_fields(checkpoint))
+    check_sizes(texts, config.text_config.to_dict(), f"{_TEXT}encoder.layers.")
+    tower = TextTower(config, rules, load_tokenizer(source, encoder.opened_with))
     needed = tower.state_dict()
     check_strictly(texts, needed, dialect)
-    if (words := tower.tokenizer.vocab_size) > (size := tower.text_model.config.vocab_size):
-        raise ValueError(
-            f"checkpoint {source!r}: its tokenizer has {words} words, its text tower {size}; they do "
-            f"not belong together"
-        )
+    try:
+        _check_tokenizer(tower)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {source!r}: {error}; they do not belong together") from None
     return _filled(tower, {name: texts.tensors[name].read() for name in needed}, encoder.dtype)
+
+
+def _check_tokenizer(tower: TextTower) -> None:
+    words, size = tower.tokenizer.vocab_size, tower.text_model.config.vocab_size
+    if words > size:
+        raise ValueError(f"its tokenizer has {words} words, its text tower {size}")
+    tower.rules.check_tokenizer(tower.text_model.config, tower.tokenizer)
 
 
 def _filled(tower: TextTower, state: dict[str, Tensor], dtype: torch.dtype) -> TextTower:
     """A tower of the meta device with values, by transformers' loader, which also makes buffers that no file has."""
-    prefix = "text_model."
-    of_model = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    of_model = {name.removeprefix(_TEXT): tensor for name, tensor in state.items() if name.startswith(_TEXT)}
     options: dict[str, Any] = {"config": tower.text_model.config, "dtype": dtype, "output_loading_info": True}
     model, info = type(tower.text_model).from_pretrained(None, state_dict=of_model, **options)
     lost = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]))
     if lost:
         raise ValueError(f"text tower: transformers has not loaded {len(lost)}: {lost[:10]}")
     del tower.text_model
-    others = {name: tensor.to(dtype, copy=True) for name, tensor in state.items() if not name.startswith(prefix)}
+    others = {name: tensor.to(dtype, copy=True) for name, tensor in state.items() if not name.startswith(_TEXT)}
     tower.load_state_dict(others, assign=True)
     tower.text_model = model
     return tower.eval().requires_grad_(False)
@@ -140,36 +152,38 @@ def _untrained(encoder: PackedEncoder, rules: TextRules, name: str) -> TextTower
     fields = dict(rules.published(name))
     tokenizer = byte_tokenizer(has_bos=rules.has_bos, length=fields["max_position_embeddings"])
     special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
-    config = whole_config(encoder, None, {**fields, **special, "vocab_size": len(tokenizer)})
+    config = whole_config(encoder, {"text_config": {**fields, **special, "vocab_size": len(tokenizer)}})
     random = TextTower(config, rules, tokenizer).to_empty(device="cpu")
     fill(random, 0)
     return _filled(TextTower(config, rules, tokenizer), random.state_dict(), encoder.dtype)
 
 
-def whole_config(
-    encoder: PackedEncoder, checkpoint: Checkpoint | None, text_fields: dict[str, Any] | None = None
-) -> Any:
+def whole_config(encoder: PackedEncoder, config_fields: Mapping[str, Any]) -> Any:
     """The config of the class of both towers, its vision part the encoder's own.
+
+    Args:
+        encoder: of the vision tower.
+        config_fields: of that config; without `model_type`, the class is the one that the encoder's belongs to.
 
     Raises:
         ValueError: transformers has no such class.
     """
-    config_fields = {} if checkpoint is None else dict(checkpoint.config)
+    config_fields = dict(config_fields)
     model_type = str(encoder.config.model_type).removesuffix(_VISION)
-    if config_fields.get("model_type") in CONFIG_MAPPING and not config_fields["model_type"].endswith(_VISION):
-        model_type = config_fields["model_type"]
+    given = config_fields.pop("model_type", None)
+    if given in CONFIG_MAPPING and not given.endswith(_VISION):
+        model_type = given
     if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_MAPPING:
         raise ValueError(
             f"checkpoint {encoder.source!r}: transformers has no model of both towers called {model_type!r}"
         )
-    if text_fields is not None:
-        config_fields["text_config"] = text_fields
     if encoder.projection_dim is not None:
         config_fields["projection_dim"] = encoder.projection_dim
-    config_fields.pop("model_type", None)
     config: Any = AutoConfig.for_model(model_type, **config_fields)
     encoder_fields = encoder.config.to_dict()
     for name in config.vision_config.to_dict():
         if name in encoder_fields and name not in ("model_type", "architectures", "transformers_version"):
             setattr(config.vision_config, name, encoder_fields[name])
+    if getattr(encoder.config, "positions_antialias", False):  # no field of transformers', but one that nopad reads
+        config.vision_config.positions_antialias = True
     return config
