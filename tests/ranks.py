@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import itertools
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import tiny_encoders
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -21,6 +26,10 @@ import nopad
 WORLD, STEPS = 2, 2
 GRIDS = (torch.tensor([[1, 5, 5], [1, 5, 5]]), torch.tensor([[1, 5, 5], [2, 5, 5], [1, 5, 5]]))
 """The pack of each rank: they are not alike."""
+HEADLESS = ("aimv2 with a head", "siglip")
+"""Families that are trained by their tokens, too."""
+RESUMED = ("aimv2", "siglip2", "dinov2 gated", "dinov3")
+"""Families that are resumed, too: gates, a head, registers, other names in memory."""
 
 
 def loss_of(output: nopad.PackedOutput) -> Tensor:
@@ -29,15 +38,22 @@ def loss_of(output: nopad.PackedOutput) -> Tensor:
     return sum((part.square().mean() for part in parts if part is not None), torch.zeros(()))
 
 
-def train(encoder, losses_of) -> tuple[list[float], dict[str, Tensor]]:
+def adamw(encoder) -> torch.optim.Optimizer:
+    """An optimizer with a state; by its epsilon, weights whose gradient is rounding alone do not move."""
+    return torch.optim.AdamW(encoder.parameters(), lr=1e-3, eps=1e-3)
+
+
+def train(encoder, losses_of, optimizer=None, steps: int = STEPS) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of a few steps, and the weights after them.
 
     Args:
         encoder: whose parameters are trained.
         losses_of: runs the packs of this process.
+        optimizer: plain SGD unless given.
+        steps: how many.
     """
-    optimizer, losses = torch.optim.SGD(encoder.parameters(), lr=1e-2), []
-    for _ in range(STEPS):
+    optimizer, losses = optimizer or torch.optim.SGD(encoder.parameters(), lr=1e-2), []
+    for _ in range(steps):
         loss = torch.stack(losses_of()).mean()
         loss.backward()
         optimizer.step()
@@ -52,11 +68,49 @@ def by_ddp(encoder, arguments):
     return train(encoder, lambda: [loss_of(model(*arguments, output="all", output_hidden_states=True))])
 
 
+def by_ddp_of_tokens(encoder, arguments):
+    model = DistributedDataParallel(encoder)
+    return train(encoder, lambda: [model(*arguments).square().mean()])
+
+
 def by_fsdp(encoder, arguments):
-    for layer in encoder.layers:
+    shard(encoder)
+    return train(encoder, lambda: [loss_of(encoder.encode(*arguments, output_hidden_states=True))])
+
+
+def shard(encoder) -> None:
+    """FSDP2 by layers, each fetching the next, as docs/training.md says."""
+    layers: Any = encoder.layers
+    for layer in layers:
         fully_shard(layer)
     fully_shard(encoder)
-    return train(encoder, lambda: [loss_of(encoder.encode(*arguments, output_hidden_states=True))])
+    for layer, following in itertools.pairwise(layers):
+        layer.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([layer])
+
+
+def save(encoder, optimizer, folder: Path) -> None:
+    """A distributed checkpoint, as docs/training.md says."""
+    model, state = get_state_dict(encoder, optimizer)
+    dcp.save({"model": model, "optimizer": state}, checkpoint_id=folder)
+
+
+def resume(encoder, optimizer, folder: Path) -> None:
+    """Load one, whatever number of ranks has saved it."""
+    model, state = get_state_dict(encoder, optimizer)
+    states = {"model": model, "optimizer": state}
+    dcp.load(states, checkpoint_id=folder)
+    set_state_dict(encoder, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+
+
+def resumed(encoder, arguments, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
+    """Go on from a checkpoint of one process in `folder / "one"`, and leave one of all ranks in `folder / "all"`."""
+    shard(encoder)
+    optimizer = adamw(encoder)
+    resume(encoder, optimizer, folder / "one")
+    result = train(encoder, lambda: [loss_of(encoder.encode(*arguments))], optimizer)
+    save(encoder, optimizer, folder / "all")
+    return result
 
 
 def run_rank(rank: int, out: Path, folders: list[Path]) -> None:
@@ -65,10 +119,14 @@ def run_rank(rank: int, out: Path, folders: list[Path]) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=60))
     init_device_mesh("cpu", (WORLD,))
     for folder in folders:
-        for way in (by_ddp, by_fsdp):
-            encoder = nopad.load(folder)
+        ways: list[Any] = [by_ddp, by_fsdp]
+        ways += [by_ddp_of_tokens] * (folder.name in HEADLESS)
+        ways += [functools.partial(resumed, folder=folder)] * (folder.name in RESUMED)
+        for way in ways:
+            encoder = nopad.load(folder, head=way is not by_ddp_of_tokens)
             arguments = tiny_encoders.patches_of(encoder, GRIDS[rank], seed=rank), GRIDS[rank]
-            torch.save(way(encoder, arguments), out / f"{folder.name}-{way.__name__}-{rank}.pt")
+            name = "resumed" if isinstance(way, functools.partial) else way.__name__
+            torch.save(way(encoder, arguments), out / f"{folder.name}-{name}-{rank}.pt")
     dist.destroy_process_group()
 
 

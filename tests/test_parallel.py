@@ -21,30 +21,66 @@ def trained(tmp_path_factory):
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("this torch has no gloo")
     root = tmp_path_factory.mktemp("ranks")
-    folders = [str(tiny(family, root / family)) for family in FAMILIES]
+    folders = [tiny(family, root / family) for family in FAMILIES]
+    for folder in [root / family for family in ranks.RESUMED]:
+        encoder = nopad.load(folder)
+        optimizer = ranks.adamw(encoder)
+        ranks.train(encoder, losses_of(encoder, ranks.loss_of), optimizer, steps=1)
+        ranks.save(encoder, optimizer, folder / "one")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, ranks.__file__, str(root), *folders]
+    command = [sys.executable, ranks.__file__, str(root), *map(str, folders)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return root
 
 
-def in_one_process(folder: Path):
-    encoder = nopad.load(folder)
+def losses_of(encoder, loss, **options):
+    """Losses of the packs of all ranks."""
     packs = [(patches_of(encoder, grids, seed=rank), grids) for rank, grids in enumerate(ranks.GRIDS)]
-    return ranks.train(
-        encoder, lambda: [ranks.loss_of(encoder.encode(*pack, output_hidden_states=True)) for pack in packs]
-    )
+    return lambda: [loss(encoder.encode(*pack, **options)) for pack in packs]
+
+
+def assert_trained_alike(folder: Path, way: str, losses, weights) -> None:
+    parts = [torch.load(folder.parent / f"{folder.name}-{way}-{rank}.pt") for rank in range(ranks.WORLD)]
+    of_ranks = torch.tensor([part[0] for part in parts])
+    torch.testing.assert_close(of_ranks.mean(dim=0), torch.tensor(losses), rtol=1e-5, atol=0)
+    for _, found in parts:
+        assert_same_weights(found, weights)
+
+
+def assert_same_weights(found, weights) -> None:
+    assert found.keys() == weights.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("way", ["by_ddp", "by_fsdp"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_processes_train_as_one(trained, family, way):
-    losses, weights = in_one_process(trained / family)
-    parts = [torch.load(trained / f"{family}-{way}-{rank}.pt") for rank in range(ranks.WORLD)]
-    of_ranks = torch.tensor([part[0] for part in parts])
-    torch.testing.assert_close(of_ranks.mean(dim=0), torch.tensor(losses), rtol=1e-5, atol=0)
-    for _, found in parts:
-        assert found.keys() == weights.keys()
-        for name, weight in weights.items():
-            torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    encoder = nopad.load(trained / family)
+    expected = ranks.train(encoder, losses_of(encoder, ranks.loss_of, output_hidden_states=True))
+    assert_trained_alike(trained / family, way, *expected)
+
+
+@pytest.mark.parametrize("family", ranks.HEADLESS)
+def test_two_processes_train_tokens_alone(trained, family):
+    encoder = nopad.load(trained / family, head=False)
+    expected = ranks.train(encoder, losses_of(encoder, lambda output: output.tokens.square().mean()))
+    assert_trained_alike(trained / family, "by_ddp_of_tokens", *expected)
+
+
+@pytest.mark.parametrize("family", ranks.RESUMED)
+def test_checkpoint_resumes_on_another_number_of_processes(trained, family):
+    """One process, then two, then one again; expected is one all the way."""
+    encoder = nopad.load(trained / family)
+    optimizer, losses = ranks.adamw(encoder), losses_of(encoder, ranks.loss_of)
+    ranks.train(encoder, losses, optimizer, steps=1)
+    expected = ranks.train(encoder, losses, optimizer)
+    assert_trained_alike(trained / family, "resumed", *expected)
+    expected = ranks.train(encoder, losses, optimizer)
+    again = nopad.load(trained / family)
+    optimizer = ranks.adamw(again)
+    ranks.resume(again, optimizer, trained / family / "all")
+    found = ranks.train(again, losses_of(again, ranks.loss_of), optimizer)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
+    assert_same_weights(found[1], expected[1])

@@ -46,6 +46,7 @@ from nopad.text.rules import TextRules
 from nopad.text.similarity import classify, embed_text, similarity
 from nopad.text.whole import save_whole
 from nopad.training.compiled import checkpoint_mlps, compile_for_training
+from nopad.training.frozen import freeze_mask_tokens
 
 
 class PackedEncoder(ByRole, PreTrainedModel):
@@ -63,6 +64,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
             others has a subclass in the same module.
         read_config: returns the architecture of a checkpoint whose tensors have the packed model's names.
         frames_attend_jointly: a whole clip is one segment, not each of its frames.
+        headless: the config's fields without head and projection, `None` where the original has no such config.
         num_prefix_tokens: CLS and register tokens in front of each segment.
         embeddings: patches to tokens; its `proj` is the patches' GEMM.
         layers: the transformer blocks.
@@ -90,6 +92,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
     config_classes: ClassVar[tuple[type[PreTrainedConfig], ...]] = ()
     read_config: ClassVar[Callable[[Checkpoint], PreTrainedConfig]]
     frames_attend_jointly: ClassVar[bool] = False
+    headless: ClassVar[Mapping[str, Any] | None] = MappingProxyType({})
     text_rules: ClassVar[TextRules | None] = None
     num_prefix_tokens: int = 0
     embeddings: Any
@@ -126,9 +129,8 @@ class PackedEncoder(ByRole, PreTrainedModel):
         self.build()
         whole = (self.embeddings, *self.layers, self.head)  # `device_map` keeps each on one device
         self._no_split_modules = {type(module).__name__ for module in whole if module is not None}
-        # DDP would wait for the gradient of tokens for masked training, which never comes.
-        self._ddp_params_and_buffers_to_ignore = [n for n, _ in self.named_parameters() if n.endswith("mask_token")]
         self.post_init()
+        freeze_mask_tokens(self)
         lay_out(self)
 
     # Defined by a family.

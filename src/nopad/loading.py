@@ -37,6 +37,7 @@ def load(
     max_patches: int | None = None,
     multiple_of: int | None = None,
     prefix: str | None = None,
+    head: bool = True,
 ) -> PackedEncoder:
     """Load a pretrained vision encoder for packs.
 
@@ -56,14 +57,16 @@ def load(
             its `pack` and `embed`.
         prefix: of the vision tower's tensors in the checkpoint of a larger model, such as `"vision_tower"`; searched
             unless given.
+        head: `False` leaves out head and projection, for towers whose tokens alone are used: every parameter then takes
+            part in the forward. `pooled` is the CLS token or the mean, and a saved folder has no head either.
 
     Returns:
         The encoder, in evaluation mode.
 
     Raises:
         ValueError: an unknown family, several vision towers, a tensor missing, unexpected or misshapen, a `precision`
-            that does not take this device's dtype or the layers' sizes, or a limit on patches that the size does not
-            leave room for.
+            that does not take this device's dtype or the layers' sizes, a limit on patches that the size does not
+            leave room for, or `head=False` for OneVision-Encoder, whose tokens need the norm that comes with the head.
         OSError: no such file or folder, and the Hub does not have it or cannot be reached.
     """
     check_backend(attention)
@@ -71,7 +74,7 @@ def load(
         check_precision(precision)
     check_size(size)
     name = checkpoint_name(checkpoint)
-    options = {"dtype": dtype, "patch_order": patch_order, "positions": positions}
+    options: dict[str, Any] = {"dtype": dtype, "patch_order": patch_order, "positions": positions, "head": head}
     if name.startswith(UNTRAINED):
         published = _published_name(name, revision, prefix)
         encoder = family_of_published(published).untrained(published, **options)

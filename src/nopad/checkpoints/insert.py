@@ -15,6 +15,7 @@ from torch import Tensor
 from nopad.atomic import sync_folder
 from nopad.checkpoints.contents import check_regular, read_json
 from nopad.checkpoints.files import SAFETENSORS
+from nopad.checkpoints.headless import without_head
 from nopad.checkpoints.strict import check_strictly
 from nopad.checkpoints.towers import open_tower
 
@@ -58,6 +59,8 @@ def _stored(encoder: PackedEncoder, source: Path, prefix: str | None) -> dict[st
             + f", got {sorted(checkpoint.tensors)[:10]}"
         )
     part, state = dialect.select(checkpoint), dialect.table.to_file(encoder.state_dict())
+    if encoder.head is None and encoder.projection is None:  # those of the source stay as they are
+        part = without_head(type(encoder), part, dialect)
     check_strictly(part, state, dialect)
     names = {dialect.strip(name): name for name in checkpoint.tensors}
     if state.keys() - names.keys():  # which the dialect has prepared

@@ -28,7 +28,7 @@ HUB = frozenset(_HUB_NAMES.split())
 """Arguments of `open_checkpoint`."""
 LOADER = frozenset(_LOADER_NAMES.split())
 """Arguments of transformers' loader."""
-_ENCODER = frozenset(("config", "attention", "patch_order", "positions", "prefix", "dtype"))
+_ENCODER = frozenset(("config", "attention", "patch_order", "positions", "prefix", "dtype", "head"))
 _REFUSED = {
     "ignore_mismatched_sizes": "loading is strict",
     "key_mapping": "loading is strict; rename the tensors of the file",

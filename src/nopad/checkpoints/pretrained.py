@@ -15,6 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from nopad.checkpoints.files import checkpoint_name
 from nopad.checkpoints.formats import Checkpoint, Dialect
+from nopad.checkpoints.headless import headless_config, without_head
 from nopad.checkpoints.keywords import HUB, check_config_class, read_keywords, take_changes, with_changes
 from nopad.checkpoints.quantised import load_quantised, with_weight_names
 from nopad.checkpoints.strict import check_numbers, check_sizes, load_strictly, with_options
@@ -24,6 +25,7 @@ from nopad.layers.linear import lay_out
 from nopad.layers.roles import registered_path
 from nopad.packing import PatchOrder
 from nopad.suggestions import did_you_mean
+from nopad.training.frozen import freeze_mask_tokens
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
@@ -36,7 +38,8 @@ def from_pretrained(cls: type[PackedEncoder], pretrained_model_name_or_path: Any
     """Load a published checkpoint, strictly; see `nopad.load` for what it may be.
 
     Takes transformers' arguments (`dtype`, `device_map`, `revision`, `variant`, …), `attention`, `patch_order`,
-    `positions` and `prefix` as `nopad.load` does, and fields of the config by their names (`attention_dropout=0.1`).
+    `positions`, `prefix` and `head` as `nopad.load` does, and fields of the config by their names
+    (`attention_dropout=0.1`).
 
     Raises:
         ValueError: not this family, a tensor missing, unexpected or misshapen, or an argument that
@@ -50,7 +53,7 @@ def from_pretrained(cls: type[PackedEncoder], pretrained_model_name_or_path: Any
     keywords = read_keywords(kwargs)
     name = checkpoint_name(pretrained_model_name_or_path)
     if name.startswith(UNTRAINED):
-        others = sorted(keywords.keys() - {"attention", "patch_order", "positions", "dtype", "seed"})
+        others = sorted(keywords.keys() - {"attention", "patch_order", "positions", "dtype", "head", "seed"})
         if others:
             raise ValueError(f"{', '.join(others)}: {name!r} has random weights and takes no such argument")
         return cls.untrained(name.removeprefix(UNTRAINED), **keywords)
@@ -99,6 +102,7 @@ def from_checkpoint(
     patch_order: PatchOrder | None = None,
     positions: str | None = None,
     dtype: torch.dtype | str | None = None,
+    head: bool = True,
     **kwargs: Any,
 ) -> Any:
     """Load an opened checkpoint: dialect, architecture, strict check, weights.
@@ -112,7 +116,8 @@ def from_checkpoint(
     dialect, part = select_part(cls, checkpoint)
     quantised = checkpoint.quantization_config is not None
     options = {"patch_order": patch_order, "positions": positions}
-    skeleton = _skeleton(cls, dialect.convert(part), config, changes, options)
+    skeleton = _skeleton(cls, dialect.convert(part), config, changes, options, head=head)
+    part = part if head else without_head(cls, part, dialect)
     if isinstance(kwargs.get("device_map"), Mapping):
         kwargs["device_map"] = {_registered(skeleton, part): to for part, to in kwargs["device_map"].items()}
     implementation = kwargs.pop("attn_implementation", None) or "auto"
@@ -127,6 +132,7 @@ def from_checkpoint(
     model.tower_prefix = checkpoint.prefix
     model.preprocessor_config, model.checkpoint_config = checkpoint.preprocessor, checkpoint.config
     model.set_attention(attention or implementation)
+    freeze_mask_tokens(model)  # transformers' loader makes new parameters
     lay_out(model)
     return (model, info) if output_loading_info else model
 
@@ -153,9 +159,12 @@ def _skeleton(
     config: PreTrainedConfig | None,
     changes: dict[str, Any],
     options: dict[str, str | None],
+    *,
+    head: bool,
 ) -> PackedEncoder:
     """The encoder that a checkpoint under the packed model's names describes, on the meta device."""
     config = read_architecture(cls, checkpoint, config, changes, options)
+    config = config if head else headless_config(cls, config)
     with _config_errors(checkpoint), torch.device("meta"):
         return cls(config)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from nopad.checkpoints.headless import headless_config
 from nopad.checkpoints.strict import check_dtype, with_options
 from nopad.layers.block import LayerScale
 from nopad.layers.patch_embed import PatchEmbedding
@@ -30,6 +31,7 @@ def untrained(
     patch_order: PatchOrder | None = None,
     positions: str | None = None,
     dtype: torch.dtype | str | None = None,
+    head: bool = True,
     seed: int = 0,
 ) -> Any:
     """A published architecture with seeded random weights, the same on every machine.
@@ -38,6 +40,7 @@ def untrained(
         ValueError: not a published name of this family.
     """
     config = with_options(cls.published_config(name), patch_order=patch_order, positions=positions)
+    config = config if head else headless_config(cls, config)
     with torch.device("meta"):
         model: Any = cls(config)
     if isinstance(dtype, str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -137,6 +138,7 @@ class AIMv2Packing(PackedEncoder):
     published = PUBLISHED
     read_config = staticmethod(read_config)
     text_rules = TEXT_RULES
+    headless = MappingProxyType({"use_head": False, "projection_dim": None})
     names: Mapping[str, str] = {"layers": "encoder.layers", "norm": "rms_norm", "projection": "visual_projection"}
 
     def build(self) -> None:

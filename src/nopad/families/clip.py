@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ class CLIPPacking(PackedEncoder):
     dialects = DIALECTS
     published = PUBLISHED
     read_config = staticmethod(read_config)
+    headless = MappingProxyType({"with_projection": False})
     names: Mapping[str, str] = {
         "norm_pre": "pre_layrnorm",
         "layers": "encoder.layers",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -86,6 +87,7 @@ class Siglip2NaflexPacking(PackedEncoder):
     published = PUBLISHED
     read_config = staticmethod(read_config)
     text_rules = TEXT_RULES
+    headless = MappingProxyType({"vision_use_head": False})
     names: Mapping[str, str] = {"layers": "encoder.layers", "norm": "post_layernorm"}
 
     def build(self) -> None:

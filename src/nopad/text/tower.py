@@ -109,6 +109,11 @@ def _load(encoder: PackedEncoder) -> TextTower:
             f"checkpoint {source!r} has no text tower: its tensors are the vision encoder's alone; load one of both "
             f"towers, or save it by save_pretrained(…, whole=True)"
         )
+    if encoder.head is None and encoder.projection is None:
+        raise ValueError(
+            f"checkpoint {source!r}: texts are compared with what head or projection give, and this encoder "
+            f"has neither; load the checkpoint without head=False"
+        )
     if dialect.text_table is None:
         raise ValueError(
             f"checkpoint {source!r}: its text tower has {dialect.name} names, which are not read; load the checkpoint "

@@ -1,0 +1,47 @@
+"""Encoders without head and projection: their config, and checkpoints without these tensors."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from nopad.checkpoints.formats import Checkpoint, Dialect
+
+if TYPE_CHECKING:
+    from nopad.encoder import PackedEncoder
+
+
+def headless_config(cls: type[PackedEncoder], config: Any) -> Any:
+    """A copy of a family's config without head and projection, as the original class has them without.
+
+    Raises:
+        ValueError: a family whose original has no such config.
+    """
+    if cls.headless is None:
+        raise ValueError(
+            f"head: {cls.family} has its final norm only with the head, and its tokens are normed; load it with the "
+            f"head, and in training leave that out by encoder.head.requires_grad_(False)"
+        )
+    config = copy.deepcopy(config)
+    for name, value in cls.headless.items():
+        setattr(config, name, value)
+    return config
+
+
+def without_head(cls: type[PackedEncoder], checkpoint: Checkpoint, dialect: Dialect) -> Checkpoint:
+    """A selected checkpoint without the tensors of head and projection.
+
+    Raises:
+        ValueError: quantised weights, which are loaded as they are.
+    """
+    if checkpoint.quantization_config is not None:
+        raise ValueError(f"head: checkpoint {checkpoint.name!r} is quantised, and loaded as it is; load it whole")
+    parts = dialect.table.parts(checkpoint.tensors)
+    dropped = {stored for name, part in parts.items() if is_of_head(cls, name) for stored in part.names}
+    return replace(checkpoint, tensors={n: tensor for n, tensor in checkpoint.tensors.items() if n not in dropped})
+
+
+def is_of_head(cls: type[PackedEncoder], name: str) -> bool:
+    """Whether a parameter of this registered name is one of the head's or of the projection's."""
+    return name.startswith(tuple(f"{cls.names.get(role, role)}." for role in ("head", "projection")))
