@@ -20,7 +20,7 @@ def check_count(name: str, value: Any, minimum: int = 1) -> None:
 
 def counted(number: int, noun: str) -> str:
     """`"1 run"`, `"2 runs"`."""
-    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('ch') else 's'}"
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith(('ch', 'ss')) else 's'}"
 
 
 def are(number: int) -> str:

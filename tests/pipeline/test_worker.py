@@ -16,7 +16,8 @@ from PIL import Image, ImageSequence
 
 import nopad
 from nopad.encoder import PackedEncoder
-from nopad.pipeline.pack_runner import EmbeddingResult
+from nopad.pipeline.pack_runner import EmbeddingResult, PackRunner
+from nopad.pipeline.read_ahead import ReadAhead
 from nopad.pipeline.selection import Selection
 from nopad.pipeline.worker import Worker
 from nopad.preprocessing.decode import ImageError
@@ -116,6 +117,69 @@ def test_strict_raises_the_first_and_ends_its_threads(encoder):
     with pytest.raises(ImageError, match="0: truncated"):
         run(Worker(encoder, threads=4), [range(100)], read, strict=True)
     assert threading.active_count() == before
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Packs whose results are fetched later."""
+    begin = PackRunner.__init__
+
+    def begin_overlapped(self, *arguments):
+        begin(self, *arguments)
+        self.max_running = 2
+
+    monkeypatch.setattr(PackRunner, "__init__", begin_overlapped)
+
+
+def test_groups_follow_each_other_without_a_pause(encoder, as_on_a_gpu, monkeypatch):
+    images = mixed(30)
+    bounds = [(0, 10), (10, 10), (10, 17), (17, 18), (18, 30)]
+    groups = [images[start:stop] for start, stop in bounds]
+    expected = [bits(run(Worker(encoder, capacity=64), [group])[0]) for group in groups]
+    waits = []
+    finish = PackRunner.finish
+    monkeypatch.setattr(PackRunner, "finish", lambda self: waits.append(len(self.running)) or finish(self))
+    monkeypatch.setattr(ReadAhead, "is_ready", True)
+    assert [bits(results) for results in run(Worker(encoder, capacity=64), groups)] == expected
+    assert len(waits) == 1
+
+
+def test_a_group_is_not_held_back_while_the_next_is_read(encoder, as_on_a_gpu):
+    may_read = threading.Event()
+
+    def read(number: int) -> torch.Tensor:
+        if number:
+            assert may_read.wait(60)
+        return picture(number)
+
+    results = Worker(encoder, threads=1).run([[0], [1]], read)
+    assert len(next(results)) == 1  # although the other group cannot be begun
+    may_read.set()
+    assert len(next(results)) == 1
+
+
+def test_stop_finishes_what_was_begun(encoder, as_on_a_gpu):
+    stop = threading.Event()
+    sizes = []
+    for results in Worker(encoder).run(([picture(n)] * (n + 1) for n in range(50)), load, stop=stop):
+        sizes.append(len(results))
+        stop.set()
+    assert sizes in ([1], [1, 2])
+
+
+def test_a_pack_for_which_memory_comes_free_is_run_whole(encoder, monkeypatch):
+    whole, sizes = encoder.encode, []
+
+    def encode(patches, grid):
+        sizes.append(len(grid))
+        if len(sizes) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(patches, grid)
+
+    monkeypatch.setattr(encoder, "encode", encode)
+    (results,) = run(Worker(encoder), [[picture(0), picture(1)]])
+    assert all(result.error is None for result in results)
+    assert sizes == [2, 2]
 
 
 def test_stop_finishes_the_group_in_hand(encoder):

@@ -140,6 +140,7 @@ def describe(summary: Summary) -> str:
             f"this run: {summary.done:,} in {clock(summary.seconds)}, {stats.images / summary.seconds:,.1f} images/s, "
             f"{stats.patches / summary.seconds:,.0f} tokens/s, fill {stats.fill:.1%}"
         )
+        lines.append(str(summary.limit))
     elif not summary.to_go:
         lines.append("this run: nothing to do, every input has its row")
     if summary.left_out:

@@ -79,6 +79,8 @@ def make_on_ray(run: Run, shards: Sequence[int], actors: int, token: str) -> Non
             run.worker.encoder.uncompile()  # the actors have their own, one of them maybe on this GPU
             if on_gpu:
                 torch.cuda.empty_cache()
+            run.encoders = min(actors, len(shards))
+            run.decode_processes = run.encoders * (run.job.settings.workers or cores)
             with _Actors(run, cores, token, on_gpu=on_gpu) as pool:
                 for result in pool.make(shards, actors):
                     _add(run, result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
 
@@ -17,6 +18,7 @@ from nopad.embedding.summary import Summary
 from nopad.embedding.table.format import Row
 from nopad.embedding.table.reader import count, failed_rows, iterate_rows
 from nopad.environment import cpu_threads
+from nopad.pipeline.pack_runner import EmbeddingResult
 from nopad.pipeline.worker import Worker
 
 
@@ -43,6 +45,7 @@ class Run:
         self.progress = progress or (lambda _: None)
         self.stats = worker.stats
         self.write_seconds = 0.0
+        self.encoders, self.decode_processes = 1, worker.threads  # actors have others
         self.done = 0
         finished = job.finished()
         self.missing = sorted(set(range(len(job))) - set(finished))
@@ -85,15 +88,26 @@ class Run:
             make_reader(settings) as reader,
             cpu_threads(self.job.threads),
             Ticker(self.report),
+            ThreadPoolExecutor(1, thread_name_prefix="nopad-write") as writer,
             closing(self.worker.run(groups, reader.media, decoder=reader.decoder, stop=self.stop)) as results,
         ):
+            writing = None
             for shard, embedded in zip(shards, results, strict=False):
-                start = time.perf_counter()
-                items = inputs_of(shard)
-                keep(shard, table_rows(items, embedded, settings.embedding_dtype, self._kept(items)))
-                self.write_seconds += time.perf_counter() - start
-                self.done += len(embedded)
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(self._put, shard, inputs_of(shard), embedded, keep)
+            if writing is not None:
+                writing.result()
         self.seconds = time.perf_counter() - self.start
+
+    def _put(
+        self, shard: int, items: list[Input], results: list[EmbeddingResult], keep: Callable[[int, list[Row]], None]
+    ) -> None:
+        """Write a shard; in a thread, beside the encoder."""
+        start = time.perf_counter()
+        keep(shard, table_rows(items, results, self.job.settings.embedding_dtype, self._kept(items)))
+        self.write_seconds += time.perf_counter() - start
+        self.done += len(results)
 
     def _kept(self, items: Sequence[Input]) -> list[tuple[Any, ...]]:
         return [()] * len(items) if self.job.kept is None else self.job.kept.values(items)
@@ -127,6 +141,9 @@ class Run:
             seconds=self.seconds,
             stats=self.stats,
             write_seconds=self.write_seconds,
+            device="GPU" if self.worker.encoder.device.type == "cuda" else self.worker.encoder.device.type.upper(),
+            encoders=self.encoders,
+            decode_processes=self.decode_processes,
             left_out=dict(left_out),
             changes=list(changes),
             shards_with_failures=[name for name, (_, failed) in counts.items() if failed],

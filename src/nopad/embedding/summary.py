@@ -6,7 +6,26 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from nopad.counts import counted
 from nopad.pipeline.stats import Stats
+
+MIN_BUSY = 0.5
+"""A stage that works for less of the time does not limit a run."""
+
+
+@dataclass(frozen=True)
+class Busy:
+    """For which part of a run, 0 … 1, its stages were at work.
+
+    Attributes:
+        decode: the processes that read and decode, on average.
+        encode: the encoder's device.
+        write: the thread that writes shards.
+    """
+
+    decode: float
+    encode: float
+    write: float
 
 
 @dataclass(frozen=True)
@@ -22,7 +41,9 @@ class Summary:
         done: rows that this run wrote.
         seconds: from the first input read to the last shard written.
         stats: counts and seconds per stage of this run.
-        write_seconds: spent writing shards.
+        write_seconds: spent writing shards, beside the encoder.
+        device: what the encoder ran on, `"GPU"` or `"CPU"`.
+        encoders, decode_processes: how many worked at the same time.
         left_out: files in the sources that are no pictures or videos, by suffix.
         changes: inputs that are new in the sources or gone from them since the job began, in words.
         shards_with_failures: the shards that hold failed rows, by name.
@@ -37,6 +58,9 @@ class Summary:
     seconds: float
     stats: Stats
     write_seconds: float
+    device: str
+    encoders: int
+    decode_processes: int
     left_out: dict[str, int]
     changes: list[str]
     shards_with_failures: list[str]
@@ -45,7 +69,32 @@ class Summary:
         """For `--json`."""
         seconds = self.seconds or 1.0  # where there was nothing to do, nothing was done per second
         per_second = {"images": self.stats.images / seconds, "patches": self.stats.patches / seconds}
-        return {**asdict(self), "fill": self.stats.fill, "per_second": per_second}
+        busy = None if self.busy is None else asdict(self.busy)
+        more = {"fill": self.stats.fill, "per_second": per_second, "busy": busy, "limit": self.limit}
+        return {**asdict(self), **more}
+
+    @property
+    def busy(self) -> Busy | None:
+        """How busy the stages were, `None` where there was nothing to do."""
+        if not self.done or not self.seconds:
+            return None
+        return Busy(
+            decode=self.stats.decode_seconds / self.seconds / self.decode_processes,
+            encode=self.stats.device_seconds / self.seconds / self.encoders,
+            write=self.write_seconds / self.seconds / self.encoders,
+        )
+
+    @property
+    def limit(self) -> str | None:
+        """The stage that a run waited for, and how busy each was, in words."""
+        if (busy := self.busy) is None:
+            return None
+        stages = {"decoding": busy.decode, "the encoder": busy.encode, "writing": busy.write}
+        stage = max(stages, key=stages.__getitem__)
+        limit = f"limited by {stage}" if stages[stage] >= MIN_BUSY else "limited by starting, listing and reading"
+        processes = counted(self.decode_processes, "decode process")
+        device = self.device if self.encoders == 1 else f"{self.encoders} {self.device}s"
+        return f"{limit}: {processes} {busy.decode:.0%} busy, {device} {busy.encode:.0%}, writing {busy.write:.0%}"
 
 
 def summary_of(summaries: Sequence[Summary]) -> Summary:

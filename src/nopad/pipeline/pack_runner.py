@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from nopad.inference.compile import fills_capacity
 from nopad.pipeline.image_processor import PreparedImage
 from nopad.pipeline.normalize import Normalizer
 from nopad.pipeline.selection import Selection
-from nopad.pipeline.stats import Stats
+from nopad.pipeline.stats import DeviceTimer, Stats
 from nopad.pipeline.upload import Uploader
 from nopad.preprocessing.decode import ImageError
 
@@ -27,10 +27,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_RUNNING = 2
-"""Packs that are on the device at once."""
+"""Packs that are on a GPU at once."""
 
-Results = dict[int, "EmbeddingResult"]
-"""Results by the index of their image."""
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +52,8 @@ class EmbeddingResult:
     tokens: np.ndarray | None = None
 
 
-class PackRunner:
-    """Runs the packs of one group of images; on a GPU one is computed while the host fetches the one before.
+class PackRunner(Generic[Key]):
+    """Runs packs of images, each with a key for its result; on a GPU one is computed while the one before is fetched.
 
     Args:
         normalizer: of the patches.
@@ -71,72 +70,80 @@ class PackRunner:
         self.capacity = capacity
         self.stats = stats
         self.selection = selection
-        self.running: deque[Callable[[], Results]] = deque()
-        self.unfilled = 0  # of the last pack, in tokens
+        self.max_running = MAX_RUNNING if encoder.device.type == "cuda" else 0
+        self.running: deque[Callable[[], dict[Key, EmbeddingResult]]] = deque()
 
-    def submit(self, pack: Sequence[tuple[int, PreparedImage]]) -> Results:
-        """Start a pack of `(index, image)`, and return the results that earlier packs have by now."""
+    def submit(self, pack: Sequence[tuple[Key, PreparedImage]], *, is_last: bool = False) -> dict[Key, EmbeddingResult]:
+        """Start a pack, and return the results that there are by now, mostly of earlier packs.
+
+        Args:
+            pack: keys and images.
+            is_last: of its group; in `stats` it counts as what it holds, unless the encoder fills it up.
+        """
         start = time.perf_counter()
         results = self.run(pack)
         held = sum(num_tokens(self.encoder, image) for _, image in pack)
         self.stats.tokens += held
-        self.stats.capacity += max(self.capacity, held)
-        self.unfilled = max(self.capacity - held, 0)
-        while len(self.running) >= MAX_RUNNING:
-            results.update(self.running.popleft()())
+        self.stats.capacity += held if is_last and not fills_capacity(self.encoder) else max(self.capacity, held)
+        results.update(self._fetch(leave=max(self.max_running - 1, 0)))
         self.stats.encode_seconds += time.perf_counter() - start
         return results
 
-    def finish(self) -> Results:
+    def finish(self) -> dict[Key, EmbeddingResult]:
         """Wait for all packs, and return their results."""
         start = time.perf_counter()
-        results = self._fetch_all()
-        if not fills_capacity(self.encoder):
-            self.stats.capacity -= self.unfilled
+        results = self._fetch(leave=0)
         self.stats.encode_seconds += time.perf_counter() - start
         return results
 
-    def run(self, pack: Sequence[tuple[int, PreparedImage]]) -> Results:
+    def run(self, pack: Sequence[tuple[Key, PreparedImage]]) -> dict[Key, EmbeddingResult]:
         """Start a pack, or where it does not fit into memory each of its images alone; return what is done already."""
-        try:
-            self.running.append(self.encode(pack))
+        reason = self._start(pack)
+        if reason is None:
             return {}
-        except RuntimeError as error:
-            # The CPU's allocator raises no class of its own.
-            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-                raise
-            reason = str(error)
         # Here the error no longer holds on to what the pack has allocated.
-        results = self._fetch_all()
+        results = self._fetch(leave=0)
+        if self.encoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self._start(pack) is None:  # other packs or another process had the memory
+            return {**results, **self._fetch(leave=max(self.max_running - 1, 0))}
         if len(pack) > 1:
             logger.warning("a pack of %d images does not fit into memory, each goes alone", len(pack))
             for single in pack:
                 results.update(self.run([single]))
             return results
-        index, image = pack[0]
+        key, image = pack[0]
         reason = f"its {len(image.patches)} patches do not fit into memory ({reason}); set a limit: max_patches"
-        return {**results, index: EmbeddingResult(error=ImageError("image", reason))}
+        return {**results, key: EmbeddingResult(error=ImageError("image", reason))}
+
+    def _start(self, pack: Sequence[tuple[Key, PreparedImage]]) -> str | None:
+        """Start a pack; what the allocator says where it does not fit into memory."""
+        try:
+            self.running.append(self.encode(pack))
+        except RuntimeError as error:
+            # The CPU's allocator raises no class of its own.
+            if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            return str(error)
+        return None
 
     @torch.inference_mode()
-    def encode(self, pack: Sequence[tuple[int, PreparedImage]]) -> Callable[[], Results]:
+    def encode(self, pack: Sequence[tuple[Key, PreparedImage]]) -> Callable[[], dict[Key, EmbeddingResult]]:
         """Start a pack; the function that is returned waits for it and returns its results."""
         encoder = self.encoder
+        timer = DeviceTimer(encoder.device, self.stats)
         patches = self.normalizer(self.uploader([image.patches for _, image in pack]))
         with torch.autocast(encoder.device.type, enabled=False):  # features are of the encoder's dtype, wherever called
             vectors, tokens = self.selection.run(encoder, patches, torch.tensor([image.grid for _, image in pack]))
         vectors = vectors.to("cpu", non_blocking=True)  # pinned by torch: the copy does not hold up the next pack
         lengths = None if tokens is None else [len(of_image) for of_image in tokens]
         fetched = None if tokens is None else torch.cat(tokens).half().to("cpu", non_blocking=True)
-        done = None
-        if patches.is_cuda:
-            done = torch.cuda.Event()
-            done.record()
+        timer.mark()
         self.stats.packs += 1
         self.stats.patches += len(patches)
 
-        def fetch() -> Results:
-            if done is not None:
-                done.synchronize()
+        def fetch() -> dict[Key, EmbeddingResult]:
+            timer.stop()
             parts: list[np.ndarray | None] = [None] * len(pack)
             if fetched is not None and lengths is not None:
                 parts = [part.numpy().copy() for part in fetched.split(lengths)]
@@ -144,9 +151,9 @@ class PackRunner:
 
         return fetch
 
-    def _fetch_all(self) -> Results:
-        results: Results = {}
-        while self.running:
+    def _fetch(self, leave: int) -> dict[Key, EmbeddingResult]:
+        results: dict[Key, EmbeddingResult] = {}
+        while len(self.running) > leave:
             results.update(self.running.popleft()())
         return results
 
@@ -162,13 +169,13 @@ def num_tokens(encoder: PackedEncoder, image: PreparedImage) -> int:
 
 
 def _results(
-    pack: Sequence[tuple[int, PreparedImage]], vectors: Tensor, tokens: Sequence[np.ndarray | None], dtype: torch.dtype
-) -> Results:
+    pack: Sequence[tuple[Key, PreparedImage]], vectors: Tensor, tokens: Sequence[np.ndarray | None], dtype: torch.dtype
+) -> dict[Key, EmbeddingResult]:
     finite = vectors.isfinite().flatten(1).all(1).tolist()
     copies = vectors.numpy().copy()  # the buffer that the GPU has written to is another pack's next
     return {
-        index: _result(image, vector, part, dtype, is_finite=is_finite)
-        for (index, image), vector, part, is_finite in zip(pack, copies, tokens, finite, strict=True)
+        key: _result(image, vector, part, dtype, is_finite=is_finite)
+        for (key, image), vector, part, is_finite in zip(pack, copies, tokens, finite, strict=True)
     }
 
 

@@ -136,6 +136,11 @@ class ReadAhead(Generic[Item]):
         self._budget.close()
         self._preparer.__exit__()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the next image is prepared, or the next group has none."""
+        return bool(self._waiting) and (self._waiting[0] is None or self._waiting[0][0].done())
+
     def groups(self) -> Iterator[Iterator[Outcome]]:
         """Group after group; each must be exhausted before the next.
 

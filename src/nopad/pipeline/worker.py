@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,7 +18,7 @@ from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.pipeline.isolation import DecodeProcesses
 from nopad.pipeline.memory import MemoryBudget, Reservation
 from nopad.pipeline.normalize import Normalizer
-from nopad.pipeline.pack_runner import MAX_RUNNING, EmbeddingResult, PackRunner, Results, num_segments, num_tokens
+from nopad.pipeline.pack_runner import MAX_RUNNING, EmbeddingResult, PackRunner, num_segments, num_tokens
 from nopad.pipeline.packer import BestFitPacker
 from nopad.pipeline.read_ahead import InProcesses, InThreads, Outcome, ReadAhead
 from nopad.pipeline.selection import Selection
@@ -100,7 +102,7 @@ class Worker:
         image = self.image_processor(torch.zeros(3, side, side, dtype=torch.uint8))
         number = max(1, self.capacity // num_tokens(self.encoder, image))
         pack = [(index, image) for index in range(min(number, self.encoder.compiled_max_segments or number))]
-        runner = PackRunner(self.encoder, self.normalizer, self.capacity, Stats(), self.selection)
+        runner = PackRunner[int](self.encoder, self.normalizer, self.capacity, Stats(), self.selection)
         for fetch in [runner.encode(pack) for _ in range(MAX_RUNNING)]:
             fetch()
 
@@ -114,7 +116,7 @@ class Worker:
         strict: bool = False,
         stop: threading.Event | None = None,
     ) -> Generator[list[EmbeddingResult], None, None]:
-        """Embed group after group; while one is encoded the next is already read.
+        """Embed group after group; while one is encoded the next is already read, and on a GPU begun.
 
         Args:
             groups: taken one after another.
@@ -134,10 +136,7 @@ class Worker:
             ProcessServerError: no process can be started.
         """
         with self.read_ahead(groups, read, decoder=decoder, measure=measure) as ahead:
-            for outcomes in ahead.groups():
-                yield self._embed(outcomes, strict=strict)
-                if stop is not None and stop.is_set():
-                    return
+            yield from self._embed(ahead, strict=strict, stop=stop or threading.Event())
 
     def read_ahead(
         self,
@@ -164,30 +163,66 @@ class Worker:
             preparer = InProcesses(read, self._processes)
         return ReadAhead(groups, preparer, max(16, 3 * self.threads), budget, self.stats)
 
-    def _embed(self, outcomes: Iterable[Outcome], *, strict: bool) -> list[EmbeddingResult]:
-        encoder, results = self.encoder, dict[int, EmbeddingResult]()
-        packer: BestFitPacker[tuple[int, PreparedImage]]
-        packer = BestFitPacker(self.capacity, max_segments=encoder.compiled_max_segments)
-        runner = PackRunner(encoder, self.normalizer, self.capacity, self.stats, self.selection)
+    def _embed(
+        self, ahead: ReadAhead[Any], *, strict: bool, stop: threading.Event
+    ) -> Generator[list[EmbeddingResult], None, None]:
+        """Packs of one group follow those of another without a pause; a group is yielded once its last is fetched."""
+        encoder, groups = self.encoder, deque[_Group]()
+        runner = PackRunner[tuple[_Group, int]](encoder, self.normalizer, self.capacity, self.stats, self.selection)
+        for outcomes in ahead.groups():
+            group = _Group()
+            groups.append(group)
+            packer: BestFitPacker[tuple[tuple[_Group, int], PreparedImage]]
+            packer = BestFitPacker(self.capacity, max_segments=encoder.compiled_max_segments)
+            for index, image in enumerate(outcomes):
+                group.size += 1
+                if isinstance(image, ImageError):
+                    if strict:
+                        raise image
+                    self._store({(group, index): EmbeddingResult(error=image)})
+                    continue
+                tokens, segments = num_tokens(encoder, image), num_segments(encoder, image)
+                for pack in packer.add(tokens, ((group, index), image), segments=segments):
+                    self._store(runner.submit(pack))
+                    yield from _finished(groups)
+            group.is_whole = True
+            packs = list(packer.finish())
+            for pack in packs:
+                self._store(runner.submit(pack, is_last=pack is packs[-1]))
+            if stop.is_set() or not ahead.is_ready:
+                self._store(runner.finish())
+            yield from _finished(groups)
+            if stop.is_set():
+                return
+        self._store(runner.finish())
+        yield from _finished(groups)
 
-        def store(more: Results) -> None:
-            results.update(more)
-            self.stats.images += len(more)
-            self.stats.failed += sum(result.error is not None for result in more.values())
+    def _store(self, results: Mapping[tuple[_Group, int], EmbeddingResult]) -> None:
+        for (group, index), result in results.items():
+            group.results[index] = result
+        self.stats.images += len(results)
+        self.stats.failed += sum(result.error is not None for result in results.values())
 
-        for index, image in enumerate(outcomes):
-            if isinstance(image, ImageError):
-                if strict:
-                    raise image
-                store({index: EmbeddingResult(error=image)})
-                continue
-            tokens, segments = num_tokens(encoder, image), num_segments(encoder, image)
-            for pack in packer.add(tokens, (index, image), segments=segments):
-                store(runner.submit(pack))
-        for pack in packer.finish():
-            store(runner.submit(pack))
-        store(runner.finish())
-        return [results[index] for index in range(len(results))]
+
+@dataclass(eq=False)
+class _Group:
+    """The results of a group so far.
+
+    Attributes:
+        size: how many images it has, as far as they are read.
+        is_whole: all of them are.
+    """
+
+    results: dict[int, EmbeddingResult] = field(default_factory=dict)
+    size: int = 0
+    is_whole: bool = False
+
+
+def _finished(groups: deque[_Group]) -> Iterator[list[EmbeddingResult]]:
+    """Take the groups from the front that have all results, and yield these in the order of their images."""
+    while groups and groups[0].is_whole and len(groups[0].results) == groups[0].size:
+        group = groups.popleft()
+        yield [group.results[index] for index in range(group.size)]
 
 
 def num_cores() -> int:
