@@ -42,10 +42,12 @@ def test_a_job_ends_with_a_summary(photos, tmp_path, capsys, model):
     number = r"[\d,]+\.\d"
     rates = rf"this run: 12 in 0:00:0\d, {number} images/s, [\d,]+ tokens/s, fill 100\.0%"
     assert re.fullmatch(rates, lines[1])
-    assert lines[2] == (
+    busy = r"\d+ decode process(es)? \d+% busy, CPU \d+%, writing \d+%"
+    assert re.fullmatch(rf"limited by [a-z, ]+: {busy}", lines[2])
+    assert lines[3] == (
         "left out as no pictures or videos: 1 without suffix, 1 .md; name them in a list file to take them"
     )
-    assert len(lines) == 3
+    assert len(lines) == 4
     last = err.splitlines()[-1]
     assert re.fullmatch(rf"12 of 12 images · {number} images/s · .* · fill 100% · 0 failed · 0:00:00 left", last)
 
@@ -301,14 +303,30 @@ def test_a_second_signal_loses_the_shard_in_hand(photos, tmp_path, capsys, monke
         signal.raise_signal(second)
 
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "nopad.embedding.table.writer.os.fsync", lambda descriptor: twice() if shard(descriptor) else None
-        )
+        patch.setattr("nopad.pipeline.pack_runner.PackRunner.encode", lambda *_: twice())
         assert main(arguments(photos, tmp_path / "out", model)) == 130
     err = capsys.readouterr().err
     assert "stopped, the shard in hand is lost, finished ones are kept; to go on: " in err
     assert "Traceback" not in err
     assert table(tmp_path / "out") == {}
+    assert not list((tmp_path / "out").rglob("*.part"))
+    assert main(arguments(photos, tmp_path / "out", model)) == 0
+    assert table(tmp_path / "out") == whole
+
+
+def test_a_shard_that_is_being_written_is_whole_or_not_there(photos, tmp_path, capsys, monkeypatch, model, whole):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "nopad.embedding.table.writer.os.fsync", lambda descriptor: twice() if shard(descriptor) else None
+        )
+        assert main(arguments(photos, tmp_path / "out", model)) == 130
+    assert "Traceback" not in capsys.readouterr().err
+    made = table(tmp_path / "out")
+    assert made == {name: whole[name] for name in made}
     assert not list((tmp_path / "out").rglob("*.part"))
     assert main(arguments(photos, tmp_path / "out", model)) == 0
     assert table(tmp_path / "out") == whole

@@ -6,6 +6,7 @@ import shutil
 import tarfile
 import threading
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import duckdb
@@ -32,6 +33,7 @@ from nopad.embedding.summary import Summary
 from nopad.embedding.table import reader as stored
 from nopad.embedding.table import writer as shards
 from nopad.encoder import PackedEncoder
+from nopad.pipeline.worker import Worker
 from nopad.preprocessing.video import read_frames
 
 
@@ -54,22 +56,22 @@ def errors(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def stop_after(monkeypatch) -> Callable[[int], dict]:
-    """Gives options that stop a run once it has written so many shards."""
+    """Gives options that stop a run once it has so many shards; these are written, and no other is begun."""
 
     def options(number: int) -> dict:
         stop = threading.Event()
-        written = []
+        shards = count(1)
 
-        def write(self, *arguments):
-            real(self, *arguments)
-            written.append(arguments)
-            if len(written) == number:
-                stop.set()
+        def run(self, *arguments, **options):
+            for results in real(self, *arguments, **options):
+                if next(shards) == number:
+                    stop.set()
+                yield results
 
-        monkeypatch.setattr(job.Job, "write", write)
+        monkeypatch.setattr(Worker, "run", run)
         return {"stop": stop}
 
-    real = job.Job.write
+    real = Worker.run
     return options
 
 

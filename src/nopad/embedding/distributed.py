@@ -79,8 +79,6 @@ def make_on_ray(run: Run, shards: Sequence[int], actors: int, token: str) -> Non
             run.worker.encoder.uncompile()  # the actors have their own, one of them maybe on this GPU
             if on_gpu:
                 torch.cuda.empty_cache()
-            run.encoders = min(actors, len(shards))
-            run.decode_processes = run.encoders * (run.job.settings.workers or cores)
             with _Actors(run, cores, token, on_gpu=on_gpu) as pool:
                 for result in pool.make(shards, actors):
                     _add(run, result)
@@ -151,7 +149,9 @@ class _Actors:
         import ray
 
         waiting, idle = deque(shards), []
-        for _ in range(min(actors, len(shards))):
+        self.run.encoders = min(actors, len(shards))
+        self.run.decode_processes = self.run.encoders * (self.config.local_settings.workers or 1)
+        for _ in range(self.run.encoders):
             self.start()
         last, warned = time.monotonic(), False
         while self.making or (waiting and not self.run.stop.is_set()):

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from nopad.inference.compile import fills_capacity
+from nopad.pipeline.device_timer import DeviceTimer
 from nopad.pipeline.image_processor import PreparedImage
 from nopad.pipeline.normalize import Normalizer
 from nopad.pipeline.selection import Selection
-from nopad.pipeline.stats import DeviceTimer, Stats
+from nopad.pipeline.stats import Stats
 from nopad.pipeline.upload import Uploader
 from nopad.preprocessing.decode import ImageError
 

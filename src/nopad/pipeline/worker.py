@@ -20,7 +20,7 @@ from nopad.pipeline.memory import MemoryBudget, Reservation
 from nopad.pipeline.normalize import Normalizer
 from nopad.pipeline.pack_runner import MAX_RUNNING, EmbeddingResult, PackRunner, num_segments, num_tokens
 from nopad.pipeline.packer import BestFitPacker
-from nopad.pipeline.read_ahead import InProcesses, InThreads, Outcome, ReadAhead
+from nopad.pipeline.read_ahead import InProcesses, InThreads, ReadAhead
 from nopad.pipeline.selection import Selection
 from nopad.pipeline.stats import Stats
 from nopad.preprocessing.decode import ImageError
