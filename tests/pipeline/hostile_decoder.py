@@ -12,11 +12,19 @@ from nopad.preprocessing.decode import ImageError
 
 @dataclass(frozen=True)
 class HostileDecoder:
-    """Does what its input says: "loop", "crash", "allocate", "bug", "damaged", or "rows columns"."""
+    """Does what its input says: "loop", "crash", "allocate", "bug", "damaged", "slow rows columns", or "rows columns".
+
+    "of N bytes" is a file of that size, which loops when it is read.
+    """
 
     patch_size: int = 4
 
+    def size(self, source: str) -> int:
+        return int(source.split()[1]) if source.startswith("of") else 0
+
     def read(self, source: str) -> str:
+        if source.startswith("of"):
+            time.sleep(100)
         return source
 
     def measure(self, data: str) -> tuple[int, int, int]:
@@ -37,5 +45,7 @@ class HostileDecoder:
             raise KeyError("a bug")
         if data == "damaged":
             raise ImageError("image", "truncated")
-        rows, columns = map(int, data.split())
+        if data.startswith("slow"):
+            time.sleep(0.3)
+        rows, columns = map(int, data.removeprefix("slow").split())
         return torch.full((3, self.patch_size * rows, self.patch_size * columns), rows, dtype=torch.uint8)

@@ -13,15 +13,14 @@ from multiprocessing import Pipe
 import numpy as np
 import psutil
 import pytest
-import torch
 from pipeline.hostile_decoder import HostileDecoder
 
 from nopad.pipeline import process_server
-from nopad.pipeline.decode_channel import DecodeChannel
+from nopad.pipeline.decode_process import DecodeProgram
 from nopad.pipeline.image_processor import ImageProcessor
 from nopad.pipeline.isolation import DecodeProcesses
 from nopad.pipeline.memory import MemoryBudget, available_memory
-from nopad.pipeline.process_server import ProcessServerError
+from nopad.pipeline.process_server import Process, ProcessServerError
 from nopad.pipeline.worker import Worker
 from nopad.preprocessing.decode import ImageError
 
@@ -94,6 +93,104 @@ def test_stop_does_not_wait_for_what_was_read_ahead(encoder):
     assert time.monotonic() - start < 50  # each loop takes 60 s
 
 
+@pytest.fixture
+def own_server(monkeypatch):
+    """A server for this test alone."""
+    monkeypatch.setattr(process_server, "_server", None)
+    server = process_server.start()
+    yield psutil.Process(server._server.pid)
+    process_server.start()._control.close()
+
+
+def test_a_server_that_is_killed_while_nothing_is_decoded_is_started_again(image_processor, own_server):
+    processes = DecodeProcesses(HostileDecoder(), image_processor, max_processes=3, timeout=20)
+    futures = [threading.Thread(target=prepare, args=(processes, "slow 3 4")) for _ in range(3)]
+    for thread in futures:
+        thread.start()
+    for thread in futures:
+        thread.join()
+    assert len(own_server.children()) == 3  # all idle
+    own_server.kill()
+    assert prepare(processes, "3 4").grid == (1, 3, 4)
+
+
+def test_a_server_that_is_killed_while_it_starts_is_started_again(image_processor, own_server):
+    own_server.kill()
+    assert prepare(DecodeProcesses(HostileDecoder(), image_processor), "3 4").grid == (1, 3, 4)
+
+
+def test_killed_servers_cost_no_image(encoder, own_server):
+    """Each time images are being decoded, the same ones perhaps."""
+    images = [f"slow {n % 5 + 1} 2" for n in range(12)]
+    worker = Worker(encoder, threads=3)
+    results = worker.run([["2 2"], images], str, decoder=HostileDecoder())
+    next(results)
+
+    def kill() -> None:
+        for _ in range(2):
+            server = psutil.Process(process_server.start()._server.pid)
+            while server.is_running() and not server.children():
+                time.sleep(0.01)
+            server.kill()
+            server.wait()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    (embedded,) = results
+    killer.join()
+    assert [result.error for result in embedded] == [None] * len(images)
+    (expected,) = Worker(encoder, threads=3).run([images], HostileDecoder())
+    assert [result.embedding.tobytes() for result in embedded] == [result.embedding.tobytes() for result in expected]
+
+
+def test_a_server_that_is_killed_whenever_it_starts_ends_the_run(encoder, monkeypatch, tmp_path):
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr(process_server, "_server", None)
+    monkeypatch.setattr(process_server.sys, "executable", str(killed))
+    with pytest.raises(ProcessServerError, match="their server was killed 3 times; too little memory"):
+        list(Worker(encoder).run([["2 2"]], str, decoder=HostileDecoder()))
+
+
+def test_no_other_process_of_the_same_number_is_killed(image_processor):
+    process = process_server.fork(DecodeProgram(HostileDecoder(), image_processor))
+    process.kill()
+    assert process.connection.poll(20)
+    with pytest.raises(EOFError):
+        process.connection.recv_bytes()
+    other = subprocess.Popen(["sleep", "100"])
+    process._pid = other.pid
+    process.kill()
+    process.close()
+    with pytest.raises(subprocess.TimeoutExpired):
+        other.wait(0.2)
+    other.kill()
+    other.wait()
+
+
+def test_processes_are_the_first_to_end_where_memory_runs_out(processes):
+    prepare(processes, "3 4")
+    process = processes._idle[0]._process
+    with open(f"/proc/{process._pid}/oom_score_adj") as file:
+        assert file.read() == "1000\n"
+
+
+@pytest.mark.parametrize(
+    "timeout",
+    [1e7, 1e12, float("inf"), 10**400],
+    ids=lambda timeout: f"{timeout:.4}" if isinstance(timeout, float) else "huge",
+)
+def test_timeouts_of_any_size(image_processor, timeout):
+    assert prepare(DecodeProcesses(HostileDecoder(), image_processor, timeout=timeout), "slow 3 4").grid == (1, 3, 4)
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, float("nan")])
+def test_timeouts_that_are_none(image_processor, timeout):
+    with pytest.raises(ValueError, match="timeout: expected seconds > 0 or None"):
+        DecodeProcesses(HostileDecoder(), image_processor, timeout=timeout)
+
+
 def test_processes_end_with_their_owner(image_processor):
     processes = DecodeProcesses(HostileDecoder(), image_processor)
     before = set(psutil.Process().children(recursive=True))
@@ -145,23 +242,28 @@ def test_server_imports_nothing_from_the_current_folder(image_processor, tmp_pat
         [b'{"bytes": "many"}'],
         [b'{"bytes": 96}', b'{"shape": [1000000, 1000000], "grid": [1, 1, 1], "width": 4, "height": 4}'],
         [b'{"bytes": 96}', b'{"shape": [1, 24], "grid": [1, 1, 1], "width": 4, "height": 4}', b"short"],
+        [b'{"bytes": 96}', b'{"shape": [1, 24], "grid": [1, 1, 2], "width": 4, "height": 4}', bytes(92)],
+        [b'{"bytes": 96}', b'{"shape": [1, 24], "grid": [1, 1, 1], "width": "4", "height": 4}', bytes(92)],
         [b'{"bytes": 96}', b'{"shape": [1]}'],
+        [b'{"bytes": -1}'],
+        [b'{"reading": -1}'],
+        [b"[]"],
     ],
 )
 def test_nonsense_from_a_process_is_a_crash(image_processor, monkeypatch, answers):
     """A decoder that was taken over can answer anything."""
 
-    def fork(self):
+    def fork(program):
         mine, theirs = Pipe()
         for answer in answers:
             theirs.send_bytes(answer)
         with socket.socket(fileno=os.dup(theirs.fileno())) as end:
             end.shutdown(socket.SHUT_WR)
         kept.append(theirs)
-        return DecodeChannel(mine, os.getpid(), torch.float32)
+        return Process(mine, os.getpid(), None, process_server.start())
 
     kept = []
-    monkeypatch.setattr(DecodeProcesses, "_fork", fork)
+    monkeypatch.setattr(process_server, "fork", fork)
     with pytest.raises(ImageError, match="its decoder crashed"):
         prepare(DecodeProcesses(HostileDecoder(), image_processor), "3 4")
     assert len(kept) == 2
@@ -175,6 +277,30 @@ def test_a_server_that_cannot_start_ends_the_run(encoder, monkeypatch):
 
 
 # Memory
+
+
+def test_a_large_file_is_not_read_before_there_is_memory(processes):
+    """The decoder would loop."""
+    with pytest.raises(ImageError, match="takes about 134 MB of memory, expected at most 100; set decode_memory"):
+        processes.prepare(f"of {1 << 27} bytes", MemoryBudget(100_000_000).reservation())
+
+
+def test_of_large_files_one_is_read_at_a_time():
+    budget = MemoryBudget(100)
+    first, second = budget.reservation(), budget.reservation()
+    notified = []
+    first.hold(60)
+    assert not second.try_hold(30, lambda: notified.append("read"))
+    first.reserve(90)  # with the file, which is no longer counted by itself
+    assert (budget.used, budget.decoding, notified) == (90, 1, ["read"])
+    assert not second.try_hold(30, lambda: notified.append("decoded"))
+    first.finish_decoding(40)
+    assert notified == ["read", "decoded"]
+    assert second.try_hold(30, notified.clear)
+    assert budget.used == 70
+    second.finish_decoding(0)  # damaged
+    first.release()
+    assert (budget.used, budget.decoding, budget.next_ticket) == (0, 0, 2)
 
 
 def test_reservations_are_granted_in_order_and_the_largest_alone():

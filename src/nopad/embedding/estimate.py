@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.pipeline.isolation import DecodeProcesses
 from nopad.pipeline.memory import MemoryBudget
 from nopad.preprocessing.decode import ImageError, image_size
+from nopad.preprocessing.limits import MAX_PIXELS
 from nopad.preprocessing.video_file import frame_size
 
 MAX_HEADERS = 64
@@ -29,7 +31,7 @@ def mean_patches(inputs: InputList, reader: Reader, image_processor: ImageProces
 
     Headers are read where pictures are decoded: in a process of its own, see `DecodeProcesses`.
     """
-    processes = DecodeProcesses(_HeaderDecoder(reader.decoder), _GridOf(**vars(image_processor)), timeout=MAX_SECONDS)
+    processes = DecodeProcesses(_HeaderDecoder(reader.decoder), _GridOf.by(image_processor), timeout=MAX_SECONDS)
     budget = MemoryBudget()
     num_patches = []
     end = None
@@ -65,6 +67,9 @@ class _HeaderDecoder:
 
     decoder: MediaDecoder
 
+    def size(self, media: Media) -> int:
+        return self.decoder.size(media)
+
     def read(self, media: Media) -> bytes | str:
         return self.decoder.read(media)
 
@@ -80,13 +85,17 @@ class _HeaderDecoder:
 
 
 class _GridOf(ImageProcessor):
-    """An image processor that returns grids without patches."""
+    """An image processor that returns grids, and a byte for each patch."""
+
+    @classmethod
+    def by(cls, image_processor: ImageProcessor) -> _GridOf:
+        return cls(**{**vars(image_processor), "dtype": torch.uint8})
 
     def __call__(self, image: Tensor) -> PreparedImage:
         height, width = image.shape[-2:]
         place = self.rule.place(height, width, self.patch_size)
         grid = (image.shape[0] if image.ndim == 4 else 1, place.rows, place.columns)
-        return PreparedImage(torch.zeros(1, 1, dtype=self.dtype), grid, width, height)
+        return PreparedImage(torch.zeros(math.prod(grid), 1, dtype=self.dtype), grid, width, height)
 
     def peak_bytes(self, frames: int, pixels: int, decode_bytes: int) -> int:
-        return self.dtype.itemsize
+        return MAX_PIXELS

@@ -1,23 +1,18 @@
-"""The connection to one decode process: what is sent and received, without waiting."""
+"""The connection to one decode process."""
 
 from __future__ import annotations
 
-import json
-import os
-import selectors
-import signal
-import struct
 import time
 from collections.abc import Callable, Generator
-from contextlib import suppress
-from multiprocessing.connection import Connection
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 
+from nopad.counts import is_count
+from nopad.pipeline.channel import Channel, count_in
 from nopad.pipeline.image_processor import PreparedImage
 from nopad.pipeline.memory import Reservation
+from nopad.pipeline.process_server import Process
 
 MEMORY = 0
 """Beside `selectors.EVENT_READ` and `EVENT_WRITE`: waits for memory."""
@@ -25,32 +20,20 @@ MEMORY = 0
 Answer = PreparedImage | dict[str, Any]
 """An image, or what went wrong, as the `"error"` and perhaps the `"traceback"`."""
 
-_MAX_ANSWER_BYTES = 1 << 20
-_CHUNK_BYTES = 1 << 16
-_MAX_INT = 2**31 - 1
 
-
-class DecodeChannel:
+class DecodeChannel(Channel):
     """One process, which decodes one file after another.
 
     Args:
-        connection: to the process, which reads it with `Connection.recv`.
-        pid: its number.
+        process: runs `DecodeProgram`.
         dtype: of the patches that it sends.
     """
 
-    def __init__(self, connection: Connection, pid: int, dtype: torch.dtype) -> None:
-        self.connection = connection
-        self.pid = pid
+    def __init__(self, process: Process, dtype: torch.dtype) -> None:
+        super().__init__(process)
         self.dtype = dtype
         self.deadline = float("inf")  # by the monotonic clock
-        self._received = b""
         self._start = self._waited = 0.0
-        os.set_blocking(connection.fileno(), False)
-
-    def fileno(self) -> int:
-        """For selectors."""
-        return self.connection.fileno()
 
     def prepare(
         self, data: Any, reservation: Reservation, timeout: float | None, notify: Callable[[], None]
@@ -60,7 +43,7 @@ class DecodeChannel:
         Args:
             data: the file, as the decoder takes it.
             reservation: of the memory that it takes.
-            timeout: seconds until `deadline`, which starts anew once there is memory and once patches come.
+            timeout: seconds until `deadline`, which starts anew once patches come.
             notify: called when there may be memory.
 
         Raises:
@@ -69,95 +52,48 @@ class DecodeChannel:
         """
         self._start, self._waited = time.monotonic(), 0.0
         self._allow(timeout)
-        yield from self._send(data)
-        answer = yield from self._receive()
+        yield from self.send(data)
+        answer = yield from self.receive()
+        if "reading" in answer:
+            size = count_in(answer, "reading")
+            yield from self._wait(lambda: reservation.try_hold(size, notify))
+            yield from self.send(size)
+            answer = yield from self.receive()
         if "error" in answer:
             return answer
-        size = int(answer["bytes"])
-        yield from self._reserve(size, reservation, notify)
-        yield from self._send(size)
-        answer = yield from self._receive()
+        size = count_in(answer, "bytes")
+        total = size + (len(data) if isinstance(data, bytes) else 0)  # which this process holds, too
+        yield from self._wait(lambda: reservation.try_reserve(total, notify))
+        yield from self.send(size)
+        answer = yield from self.receive()
         if "error" in answer:
             return answer
-        rows, columns = answer["shape"]
-        if not 0 < rows * columns * self.dtype.itemsize <= size:
-            raise EOFError(f"got patches of {rows}×{columns}, expected at most {size} bytes")
-        patches = torch.empty(rows, columns, dtype=self.dtype)
+        image = self._empty_image(answer, size)
         self._allow(timeout)
-        yield from self._fill(patches.view(-1).view(torch.uint8).numpy().data)
+        yield from self.fill(image.patches.view(-1).view(torch.uint8).numpy().data)
+        return image
+
+    def _empty_image(self, answer: dict[str, Any], size: int) -> PreparedImage:
+        rows, columns = answer["shape"]
         t, h, w = answer["grid"]
-        return PreparedImage(patches, (t, h, w), answer["width"], answer["height"])
+        width, height = answer["width"], answer["height"]
+        if not all(is_count(number) for number in (rows, columns, t, h, w, width, height)) or t * h * w != rows:
+            raise ValueError(f"got patches of {rows}×{columns} in a grid of {t}×{h}×{w} for {width}×{height} pixels")
+        if rows * columns * self.dtype.itemsize > size:
+            raise ValueError(f"got patches of {rows}×{columns}, expected at most {size} bytes")
+        return PreparedImage(torch.empty(rows, columns, dtype=self.dtype), (t, h, w), width, height)
 
     def seconds(self) -> float:
         """For how long the process has worked on its file until now, without waiting for memory."""
         return time.monotonic() - self._start - self._waited
 
-    def kill(self) -> None:
-        """End the process; its connection stays open, so that this is seen as its end."""
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
-
-    def close(self) -> None:
-        """Close the connection, with which the process ends if it has not yet."""
-        self.connection.close()
-
     def _allow(self, seconds: float | None) -> None:
         self.deadline = float("inf") if seconds is None else time.monotonic() + seconds
 
-    def _reserve(self, size: int, reservation: Reservation, notify: Callable[[], None]) -> Generator[int, None, None]:
+    def _wait(self, is_granted: Callable[[], bool]) -> Generator[int, None, None]:
         start = time.monotonic()
-        while not reservation.try_reserve(size, notify):
+        while not is_granted():
             yield MEMORY
-        self._waited = time.monotonic() - start
-        self.deadline += self._waited
-
-    def _send(self, message: Any) -> Generator[int, None, None]:
-        """Send a pickle as `Connection.recv` expects it."""
-        payload = ForkingPickler.dumps(message)
-        size = len(payload)
-        header = struct.pack("!i", size) if size <= _MAX_INT else struct.pack("!iQ", -1, size)
-        parts = [b"".join((header, payload))] if size < _CHUNK_BYTES else [header, payload]
-        for part in map(memoryview, parts):
-            while part.nbytes:
-                try:
-                    part = part[os.write(self.fileno(), part) :]
-                except BlockingIOError:
-                    yield selectors.EVENT_WRITE
-
-    def _receive(self) -> Generator[int, None, dict[str, Any]]:
-        """An answer as JSON: a decoder that was taken over must not reach this process, as a pickle could."""
-        while (answer := self._take_answer()) is None:
-            yield selectors.EVENT_READ
-            with suppress(BlockingIOError):
-                received = os.read(self.fileno(), _CHUNK_BYTES)
-                if not received:
-                    raise EOFError("got no answer")
-                self._received += received
-        return json.loads(answer)
-
-    def _take_answer(self) -> bytes | None:
-        if len(self._received) < 4:
-            return None
-        (size,) = struct.unpack_from("!i", self._received)
-        if not 0 <= size <= _MAX_ANSWER_BYTES:
-            raise ValueError(f"got an answer of {size} bytes, expected at most {_MAX_ANSWER_BYTES}")
-        end = 4 + size
-        if len(self._received) < end:
-            return None
-        answer, self._received = self._received[4:end], self._received[end:]
-        return answer
-
-    def _fill(self, buffer: memoryview) -> Generator[int, None, None]:
-        """Fill a buffer with plain bytes, the first of which may have come with the answer before."""
-        done = min(len(self._received), buffer.nbytes)
-        buffer[:done] = self._received[:done]
-        if len(self._received) > done:
-            raise ValueError("got more patches than announced")
-        self._received = b""
-        while done < buffer.nbytes:
-            yield selectors.EVENT_READ
-            with suppress(BlockingIOError):
-                received = os.readv(self.fileno(), [buffer[done:]])
-                if not received:
-                    raise EOFError("got fewer patches than announced")
-                done += received
+        waited = time.monotonic() - start
+        self._waited += waited
+        self.deadline += waited

@@ -21,7 +21,7 @@ from typing import Any
 
 from nopad.pipeline import process_server
 from nopad.pipeline.decode_channel import MEMORY, Answer, DecodeChannel
-from nopad.pipeline.decode_process import Decoder
+from nopad.pipeline.decode_process import DecodeProgram, Decoder
 from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.pipeline.memory import Reservation
 from nopad.preprocessing.decode import ImageError
@@ -30,6 +30,9 @@ from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 logger = logging.getLogger(__name__)
 
 _MAX_ATTEMPTS = 2  # a process may die without a fault of its input, for example of too little memory
+_MAX_LOST_SERVERS = 5  # of one input: a server may be killed, but one input must not have it killed for ever
+_MAX_PATIENCE = 3600.0  # seconds; the system takes no more than about 2**31 milliseconds
+_FOR_EVER = 1e9  # seconds
 
 Done = Callable[[PreparedImage | Exception, float], None]
 """Takes what became of an input, and for how many seconds a process worked on it."""
@@ -41,6 +44,7 @@ class _Task:
     reservation: Reservation
     done: Done
     attempts: int = 0
+    lost_servers: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -64,6 +68,9 @@ class DecodeProcesses:
         image_processor: from pixels to patches.
         max_processes: so many at once.
         timeout: seconds for one input, `None` for no limit. Waiting for memory does not count.
+
+    Raises:
+        ValueError: a timeout that is no positive number.
     """
 
     def __init__(
@@ -74,9 +81,11 @@ class DecodeProcesses:
         max_processes: int = 1,
         timeout: float | None = INPUT_TIMEOUT_SECONDS,
     ) -> None:
-        self.timeout = timeout
+        if timeout is not None and not timeout > 0:
+            raise ValueError(f"timeout: expected seconds > 0 or None, got {timeout}")
+        self.timeout = None if timeout is None or timeout > _FOR_EVER else timeout
         self.max_processes = max_processes
-        self._setup = decoder, image_processor
+        self._program = DecodeProgram(decoder, image_processor)
         self._lock = threading.Lock()
         self._queue: deque[_Task] = deque()
         self._idle: list[DecodeChannel] = []
@@ -152,7 +161,7 @@ class DecodeProcesses:
                     return True
                 task = self._queue.popleft()
                 is_closed = task.reservation.is_closed  # checked under the lock that `interrupt` takes
-                process = self._idle.pop() if self._idle else None
+                process = self._take_idle()
                 if process is not None and not is_closed:
                     self._begin(process, task)
             if is_closed:
@@ -164,6 +173,14 @@ class DecodeProcesses:
                 return True
             else:
                 self._advance(self._busy[process])
+
+    def _take_idle(self) -> DecodeChannel | None:
+        while self._idle:
+            process = self._idle.pop()
+            if process.is_idle():
+                return process
+            process.close()
+        return None
 
     def _start_in_new_process(self, task: _Task) -> None:
         try:
@@ -204,7 +221,7 @@ class DecodeProcesses:
             return 0  # the next process is started
         times = [busy.process.deadline for busy in self._busy.values() if busy.events != MEMORY]
         first = min(times, default=float("inf"))
-        return None if first == float("inf") else max(0.0, first - time.monotonic())
+        return None if first == float("inf") else min(max(0.0, first - time.monotonic()), _MAX_PATIENCE)
 
     def _advance(self, busy: _Busy) -> None:
         """Let a process go on until it has to wait or its input is done."""
@@ -235,9 +252,12 @@ class DecodeProcesses:
         busy.events = events
 
     def _died(self, busy: _Busy, error: Exception) -> None:
-        """The process has died, and its number may be another's by now, or it ends as its connection is closed."""
+        """The process has died, of its file or with its server, or it ends as its connection is closed."""
         task = busy.task
-        if task.attempts < _MAX_ATTEMPTS and not task.reservation.is_closed:
+        if busy.process.has_lost_server:
+            task.attempts -= 1  # by no fault of the file
+            task.lost_servers += 1
+        if task.attempts < _MAX_ATTEMPTS and task.lost_servers < _MAX_LOST_SERVERS and not task.reservation.is_closed:
             logger.info("a decode process died: %s", error)
             self._let_go(busy)
             busy.process.close()
@@ -265,8 +285,7 @@ class DecodeProcesses:
             del self._busy[busy.process]
 
     def _fork(self) -> DecodeChannel:
-        connection, pid = process_server.start().fork(self._setup)
-        return DecodeChannel(connection, pid, self._setup[1].dtype)
+        return DecodeChannel(process_server.fork(self._program), self._program.image_processor.dtype)
 
     def _ring(self) -> None:
         with suppress(BlockingIOError):  # full: it rings already

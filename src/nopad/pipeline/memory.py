@@ -86,7 +86,7 @@ class MemoryBudget:
 
 
 class Reservation:
-    """The bytes of one image."""
+    """The bytes of one image: of its file where that is large, then of decoding it, then of the result."""
 
     def __init__(self, budget: MemoryBudget, ticket: int) -> None:
         self._budget = budget
@@ -94,18 +94,29 @@ class Reservation:
         self._granted = False
         self._held = 0
 
-    def reserve(self, size: int) -> None:
-        """Wait until `size` bytes, the peak of decoding, are free.
+    def hold(self, size: int) -> None:
+        """Wait until `size` bytes, those of the file, are free. Until `reserve` all later images wait.
 
         Raises:
             ImageError: more than the whole budget, or the budget was closed.
         """
-        if self._granted:
-            return
-        self._check(size)
-        with self._budget.changed:
-            self._budget.changed.wait_for(lambda: self._can_take(size))
-            self._take(size)
+        self._wait(size, decoding=False)
+
+    def reserve(self, size: int) -> None:
+        """Wait until `size` bytes, the peak of decoding with the file, are free.
+
+        Raises:
+            ImageError: more than the whole budget, or the budget was closed.
+        """
+        self._wait(size, decoding=True)
+
+    def try_hold(self, size: int, notify: Callable[[], None]) -> bool:
+        """Hold as `hold` does where `size` bytes are free; where not, `notify` is called when some may be.
+
+        Raises:
+            ImageError: see `hold`.
+        """
+        return self._try(size, notify, decoding=False)
 
     def try_reserve(self, size: int, notify: Callable[[], None]) -> bool:
         """Reserve as `reserve` does where `size` bytes are free; where not, `notify` is called when some may be.
@@ -113,14 +124,25 @@ class Reservation:
         Raises:
             ImageError: see `reserve`.
         """
+        return self._try(size, notify, decoding=True)
+
+    def _wait(self, size: int, *, decoding: bool) -> None:
+        self._check(size)
+        if self._granted:
+            return
+        with self._budget.changed:
+            self._budget.changed.wait_for(lambda: self._can_take(size))
+            self._take(size, decoding=decoding)
+
+    def _try(self, size: int, notify: Callable[[], None], *, decoding: bool) -> bool:
+        self._check(size)
         if self._granted:
             return True
-        self._check(size)
         with self._budget.changed:
             if not self._can_take(size):
                 self._budget.listen(notify)
                 return False
-            self._take(size)
+            self._take(size, decoding=decoding)
             return True
 
     def _check(self, size: int) -> None:
@@ -132,25 +154,29 @@ class Reservation:
                 f"set decode_memory to more",
             )
 
-    def _take(self, size: int) -> None:
+    def _take(self, size: int, *, decoding: bool) -> None:
         budget = self._budget
         if budget.closed:
             raise ImageError("image", "not decoded: the run has ended")
-        budget.used += size
-        budget.decoding += 1
-        self._granted, self._held = True, size
-        self._serve_next()
+        budget.used += size - self._held
+        self._held = size
+        if decoding:
+            budget.decoding += 1
+            self._granted = True
+            self._serve_next()
 
     def finish_decoding(self, size: int) -> None:
         """Reduce the reservation to the `size` bytes of the result."""
         with self._budget.changed:
             if not self._granted:
-                self._serve_next()
-                return
-            self._budget.decoding -= 1
+                size = 0
             self._budget.used += size - self._held
             self._held = size
-            self._budget.notify()
+            if self._granted:
+                self._budget.decoding -= 1
+                self._budget.notify()
+            else:
+                self._serve_next()
 
     def release(self) -> None:
         """Give the bytes back; the result is in a pack."""
@@ -169,7 +195,8 @@ class Reservation:
         budget = self._budget
         if budget.closed:
             return True
-        return budget.next_ticket == self._ticket and (budget.decoding == 0 or budget.used + size <= budget.limit)
+        used = budget.used - self._held
+        return budget.next_ticket == self._ticket and (budget.decoding == 0 or used + size <= budget.limit)
 
     def _serve_next(self) -> None:
         """Mark this reservation as served, and advance to the first that is not."""

@@ -41,6 +41,15 @@ class FileRange:
     offset: int = 0
     size: int | None = None
 
+    def num_bytes(self) -> int:
+        """How many bytes `read` gives.
+
+        Raises:
+            OSError, ValueError: see `read`.
+        """
+        with open_regular(self.path) as file:
+            return self._size_in(file)
+
     def read(self) -> bytes:
         """The bytes.
 
@@ -49,14 +58,7 @@ class FileRange:
             ValueError: more than `MAX_BYTES`, or a file that ends before the range does.
         """
         with open_regular(self.path) as file:
-            length = os.fstat(file.fileno()).st_size
-            size = length if self.size is None else self.size
-            if size > MAX_BYTES:
-                raise ValueError(f"{size} bytes, expected at most {MAX_BYTES}")
-            if self.offset + size > length:
-                raise ValueError(
-                    f"truncated: expected bytes {self.offset} to {self.offset + size}, the file ends at {length}"
-                )
+            size = self._size_in(file)
             parts = []
             done = 0
             while done < size and (part := os.pread(file.fileno(), size - done, self.offset + done)):
@@ -65,6 +67,17 @@ class FileRange:
             if done < size:
                 raise ValueError(f"cut short while it was read: {done} of {size} bytes")
             return b"".join(parts)
+
+    def _size_in(self, file: io.FileIO) -> int:
+        length = os.fstat(file.fileno()).st_size
+        size = length if self.size is None else self.size
+        if size > MAX_BYTES:
+            raise ValueError(f"{size} bytes, expected at most {MAX_BYTES}")
+        if self.offset + size > length:
+            raise ValueError(
+                f"truncated: expected bytes {self.offset} to {self.offset + size}, the file ends at {length}"
+            )
+        return size
 
 
 def as_text(name: str | bytes) -> str:

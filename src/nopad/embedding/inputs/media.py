@@ -56,6 +56,13 @@ class MediaDecoder:
         if self.frames < 1 or self.max_pixels < 1:
             raise ValueError(f"frames, max_pixels: expected ≥ 1, got {self.frames} and {self.max_pixels}")
 
+    def size(self, media: Media) -> int:
+        """The bytes that `read` takes into memory; 0 where they are there, are not read, or cannot be."""
+        try:
+            return media.num_bytes() if isinstance(media, FileRange) else 0
+        except (OSError, ValueError):
+            return 0
+
     def read(self, media: Media) -> bytes | str:
         """The bytes of a picture; a video is left where it is.
 

@@ -1,0 +1,60 @@
+"""What the processes share that read untrusted files: their limit of memory, and how they answer.
+
+They answer with JSON and plain bytes, which the process that asked reads without trust; never with pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+HEADROOM_BYTES = 1 << 30
+"""Address space that a process may take beyond what it starts with and what its input is known to need."""
+
+
+class Program(Protocol):
+    """What a process does; picklable."""
+
+    def prepare(self) -> None:
+        """Import what it needs, in the server, once for all processes."""
+        ...
+
+    def serve(self, connection: Connection, /) -> None:
+        """Answer requests until there are no more."""
+        ...
+
+
+def answer(connection: Connection, **fields: Any) -> None:
+    """Send JSON."""
+    connection.send_bytes(json.dumps(fields).encode())
+
+
+def send_bytes(connection: Connection, data: memoryview) -> None:
+    """Send plain bytes, as many as were announced."""
+    while data.nbytes:
+        data = data[os.write(connection.fileno(), data) :]
+
+
+def address_space() -> int:
+    """Bytes of address space that this process has now, 0 where the system does not say."""
+    with suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def limit_address_space(size: int) -> None:
+    """Let this process have so many bytes of address space and no more (Linux; elsewhere nothing)."""
+    import resource
+
+    if sys.platform == "linux":
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (size if most == resource.RLIM_INFINITY else min(size, most), most))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it is what Python, Arrow or torch raise where the limit is reached."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)  # torch's own is a RuntimeError
