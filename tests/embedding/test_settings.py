@@ -1,4 +1,5 @@
 import inspect
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -91,3 +92,29 @@ def test_units_that_are_none(option, text, expected, capsys):
     with pytest.raises(SystemExit):
         build_parser().parse_args(["embed", "p", "--model", "m", "--out", "o", option, text])
     assert f"{option}: {expected}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", [1e-3, 60, 1e12, 1e300])
+def test_any_time_limit_is_taken(seconds):
+    assert Settings(model="m", input_timeout=seconds).input_timeout == seconds
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("input_timeout", float("inf"), "seconds > 0 or None, got inf"),
+        ("input_timeout", float("nan"), "seconds > 0 or None, got nan"),
+        ("input_timeout", 0, "seconds > 0 or None, got 0"),
+        ("every", float("inf"), "seconds, 1e-06 to 1e+08, got inf"),
+        ("every", 1e300, "seconds, 1e-06 to 1e+08, got 1e+300"),
+        ("every", 1e-300, "seconds, 1e-06 to 1e+08, got 1e-300"),
+        ("every", 10**400, "seconds, 1e-06 to 1e+08, got 1000"),
+        ("fps", float("nan"), "a number per second, 1e-08 to 1e+06, got nan"),
+        ("fps", 1e300, "a number per second, 1e-08 to 1e+06, got 1e+300"),
+        ("fps", 5e-324, "a number per second, 1e-08 to 1e+06, got 5e-324"),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_times_that_cannot_be_counted_in_microseconds_are_refused(option, value, expected):
+    with pytest.raises(ValueError, match=re.escape(f"{option}: expected {expected}")):
+        Settings(**{"model": "m", option: value})

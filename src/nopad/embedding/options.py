@@ -18,6 +18,7 @@ from nopad.environment import check_device
 from nopad.preprocessing.rules import Size, check_size, parse_size
 
 _BYTES = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_MIN_STEP, _MAX_STEP = 1e-6, 1e8  # seconds from one part of a video to the next: times are kept in microseconds
 _SECONDS = {"": 1, "s": 1, "ms": 1e-3, "m": 60, "h": 3600}
 
 
@@ -57,13 +58,14 @@ def choice(default: str | None, choices: tuple[str, ...], help: str) -> Any:
 
 
 def duration(help: str) -> Any:
-    """An option that is a time above 0, typed with a unit; none by default."""
-    return option(None, help, check_seconds, recorded=True, type=_parse_duration, metavar="TIME")
+    """An option that is a time, typed with a unit; none by default."""
+    check = partial(_check_between, "seconds", _MIN_STEP, _MAX_STEP)
+    return option(None, help, check, recorded=True, type=_parse_duration, metavar="TIME")
 
 
 def rate(help: str) -> Any:
-    """An option that is a number per second above 0; none by default."""
-    check = partial(_check_above_zero, "a number per second > 0")
+    """An option that is a number per second; none by default."""
+    check = partial(_check_between, "a number per second", 1 / _MAX_STEP, 1 / _MIN_STEP)
     return option(None, help, check, recorded=True, type=float, metavar="N")
 
 
@@ -105,13 +107,17 @@ def check_flag(name: str, value: Any) -> None:
 
 def check_seconds(name: str, value: Any) -> None:
     """Raise `ValueError` unless a value is a time above 0, or `None`."""
-    if value is not None:
-        _check_above_zero("seconds > 0 or None", name, value)
+    if value is not None and not (_is_number(value) and 0 < value < math.inf):
+        raise ValueError(f"{name}: expected seconds > 0 or None, got {value!r:.80}")
 
 
-def _check_above_zero(expected: str, name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+def _check_between(unit: str, least: float, most: float, name: str, value: Any) -> None:
+    if not (_is_number(value) and least <= value <= most):
+        raise ValueError(f"{name}: expected {unit}, {least:g} to {most:g}, got {value!r:.80}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_text(name: str, value: Any) -> None:
