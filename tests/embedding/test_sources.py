@@ -639,7 +639,7 @@ def three_in_a_tar(tmp_path: Path) -> tuple[Path, bytes]:
         (
             lambda data: data[:1024] + long_name(1 << 30) + data[1024:],
             1,
-            "truncated or damaged .*: a header of 1073741824",
+            "truncated or damaged at byte 1024 .*: headers of more than 1048576 bytes",
         ),
     ],
 )

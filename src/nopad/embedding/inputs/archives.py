@@ -5,23 +5,30 @@ from __future__ import annotations
 import io
 import os
 import posixpath
+import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from nopad.embedding.inputs.listing import Input
 from nopad.embedding.inputs.names import HIDDEN, as_text, is_in_hidden, suffix_of
 from nopad.preprocessing.files import open_regular, why
 from nopad.preprocessing.formats import image_suffixes
 
-MAX_HEADER_BYTES = 1 << 24
-"""Largest header of a tar's member, in bytes, long names and attributes among it."""
+MAX_HEADER_BYTES = 1 << 20
+"""Most bytes of a member's headers, all that stand before its data: long names, attributes, maps of sparse files."""
+
+MAX_GLOBAL_BYTES = 1 << 16
+"""Most bytes of a tar's global attributes, which apply to every member behind them."""
 
 COMPRESSED = "a compressed tar has no random access: decompress it to a plain .tar (gunzip, unxz, zstd -d)"
 """Why a compressed tar is not read, and what to do."""
 
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 _BLOCK = tarfile.BLOCKSIZE
+_GLOBAL, _ATTRIBUTES, _NAMES = b"g", (b"x", b"X", b"g"), (b"L", b"K")  # types of headers that something follows
+_ATTRIBUTE_BYTES = 64  # of memory, beside its name and value
+_LONG_NUMBER = re.compile(rb"(?<!\d)\d{256}")
 # What tarfile raises on damaged headers.
 _DAMAGE = (tarfile.TarError, OSError, ValueError, LookupError, OverflowError, MemoryError)
 
@@ -110,9 +117,12 @@ class _Members:
         end = 0
         try:
             self._file.seek(0)
-            archive = tarfile.open(fileobj=_Headers(self._file), mode="r:")  # noqa: SIM115  # pyright: ignore[reportCallIssue, reportArgumentType]
+            headers = _Headers(self._file)
+            archive = tarfile.open(fileobj=headers, mode="r:")  # noqa: SIM115  # pyright: ignore[reportCallIssue, reportArgumentType]
             while (member := archive.next()) is not None:
                 archive.members.clear()  # else about 1 kB stays for each  # pyright: ignore[reportAttributeAccessIssue]
+                if headers.begin_member():
+                    _check_global(archive.pax_headers)
                 has_data = member.isreg() and not member.issparse()
                 data_end = member.offset_data + member.size if has_data else archive.offset
                 if data_end > self._length:
@@ -132,16 +142,57 @@ class _Members:
 
 
 class _Headers:
-    """A tar's file as tarfile reads it: nothing but headers, so that a large read is of a header that is damaged."""
+    """A tar's file as tarfile reads it: nothing but headers, so many bytes for each member.
+
+    tarfile takes time and memory that grow with the square of what attributes hold, unless they are well-formed.
+    """
 
     def __init__(self, file: io.FileIO) -> None:
         self._file = file
         self.seek, self.tell = file.seek, file.tell
+        self._left = MAX_HEADER_BYTES
+        self._kind = b""  # of the header that was read last, where something follows it
+        self._has_global = False
+
+    def begin_member(self) -> bool:
+        """Allow for the headers of the next member; whether there were global attributes since the last call."""
+        self._left, self._kind = MAX_HEADER_BYTES, b""
+        had_global, self._has_global = self._has_global, False
+        return had_global
 
     def read(self, size: int) -> bytes:
-        if size > MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return self._file.read(size)
+        if size > self._left:
+            raise tarfile.ReadError(f"headers of more than {MAX_HEADER_BYTES} bytes")
+        self._left -= size
+        data = self._file.read(size)
+        if self._kind:
+            if self._kind in _ATTRIBUTES:
+                _check_attributes(data)
+            self._kind = b""
+        elif size == _BLOCK:
+            kind = data[156:157]
+            self._kind = kind if kind in (*_ATTRIBUTES, *_NAMES) else b""
+            self._has_global = self._has_global or kind == _GLOBAL
+        return data
+
+
+def _check_attributes(data: bytes) -> None:
+    """Refuse attributes that are no records of `"%d %s=%s\\n"`, whose number is their length (POSIX, pax)."""
+    position = 0
+    while position < len(data) and data[position]:
+        space = data.find(b" ", position, position + 8)
+        number = data[position:space]
+        end = position + int(number) if space >= 0 and number.isdigit() else position
+        if data.find(b"=", space, end) < 0 or data[end - 1 : end] != b"\n":
+            raise tarfile.ReadError("attributes that are damaged")
+        position = end
+    if _LONG_NUMBER.search(data):
+        raise tarfile.ReadError("attributes with a number of hundreds of digits")
+
+
+def _check_global(attributes: Mapping[str, str]) -> None:
+    if sum(_ATTRIBUTE_BYTES + len(name) + len(value) for name, value in attributes.items()) > MAX_GLOBAL_BYTES:
+        raise tarfile.ReadError(f"its global attributes take more than {MAX_GLOBAL_BYTES} bytes")
 
 
 def _linked_data(file: io.FileIO) -> dict[int, tuple[int, int]]:
