@@ -1,0 +1,70 @@
+"""The list of inputs: what it holds, its file and its digest."""
+
+import io
+import threading
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from input_samples import write_parquet
+
+from nopad.embedding.inputs import listing as inputs
+from nopad.embedding.inputs.listing import Input, InputList
+
+
+def rows(count: int) -> list[Input]:
+    return [Input(f"{i}\n", "s", "image", b"/\xff%d" % i, i, 2 * i, "é" * (i % 3)) for i in range(count)]
+
+
+def test_an_input_list_gives_what_it_was_made_of():
+    items = rows(10)
+    inputs = InputList.of(items)
+    assert (list(inputs), inputs[3], inputs[-1]) == (items, items[3], items[-1])
+    assert (inputs[2:5], inputs[8:99], inputs[5:2], inputs[::-3]) == (items[2:5], items[8:], [], items[::-3])
+    with pytest.raises(IndexError, match="input 10 of 10"):
+        inputs[10]
+
+
+def test_an_input_list_survives_its_file(tmp_path: Path):
+    for items in ([], rows(10)):
+        inputs = InputList.of(items)
+        inputs.save(tmp_path / "inputs")
+        assert list(InputList.load(tmp_path / "inputs")) == items
+        assert InputList.load(tmp_path / "inputs").digest() == inputs.digest()
+    write_parquet(tmp_path / "other", {"a": [1]})
+    with pytest.raises(ValueError, match="expected the columns"):
+        InputList.load(tmp_path / "other")
+
+
+def test_no_thread_of_arrow_holds_what_python_read(tmp_path, monkeypatch):
+    # It lets go of it in its own time, and ends a Python that is at its end with SIGABRT.
+    InputList.of([Input("a", "b", "image", b"/a")]).save(tmp_path / "inputs")
+    readers = set()
+
+    class Watched(io.FileIO):
+        def read(self, *arguments):
+            readers.add(threading.get_ident())
+            return super().read(*arguments)
+
+    monkeypatch.setattr(inputs, "open", Watched, raising=False)
+    assert len(InputList.load(tmp_path / "inputs")) == 1
+    assert readers <= {threading.get_ident()}
+
+
+def test_a_digest_tells_content_and_order_but_not_chunks():
+    items = rows(10)
+    inputs = InputList.of(items)
+    table = inputs._table
+    assert InputList(pa.concat_tables([table[:3], table[3:4], table[4:]])).digest() == inputs.digest()
+    one = items[0]
+    others = [
+        [*items[1:], one],
+        items[:-1],
+        [Input(one.id, one.source, one.kind, b"/other", one.offset, one.size, one.note), *items[1:]],
+        [Input(one.id, one.source, one.kind, one.path, 9, one.size, one.note), *items[1:]],
+    ]
+    digests = {inputs.digest(), *(InputList.of(other).digest() for other in others)}
+    assert len(digests) == 5
+    pair = Input("ab", "s", "image", b""), Input("c", "s", "image", b"")
+    moved = Input("a", "s", "image", b""), Input("bc", "s", "image", b"")
+    assert InputList.of(pair).digest() != InputList.of(moved).digest()
