@@ -1,9 +1,14 @@
+import threading
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import aimv2_checkpoints
 import onevision_checkpoints
 import pytest
 from pictures import write_photos
+
+from nopad.pipeline.worker import Worker
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +31,24 @@ def clip_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photos(tmp_path: Path) -> Path:
     """A folder of twelve pictures of different sizes."""
     return write_photos(tmp_path / "photos", 12)
+
+
+@pytest.fixture
+def stop_after(monkeypatch) -> Callable[[int], dict]:
+    """Gives options that stop a run once it has so many shards; these are written, and no other is begun."""
+
+    def options(number: int) -> dict:
+        stop = threading.Event()
+        shards = count(1)
+
+        def run(self, *arguments, **options):
+            for results in real(self, *arguments, **options):
+                if next(shards) == number:
+                    stop.set()
+                yield results
+
+        monkeypatch.setattr(Worker, "run", run)
+        return {"stop": stop}
+
+    real = Worker.run
+    return options

@@ -1,0 +1,87 @@
+"""Disks that are full or read-only, and links at the places of a job's files."""
+
+import errno
+import os
+
+import pyarrow.parquet as pq
+import pytest
+from jobs import embed, table
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("where", ["list", "shard", "rename"])
+def test_a_disk_that_refuses_leaves_nothing_half_written(photos, tmp_path, monkeypatch, model, number, where):
+    out = tmp_path / "out"
+    embed(photos, tmp_path / "whole", model)
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    def fsync(descriptor):
+        if "shard" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            refuse()
+
+    def replace(source, target):
+        refuse() if "shard-00001" in str(target) else real(source, target)
+
+    real = os.replace
+    with monkeypatch.context() as patch:
+        if where == "list":
+            patch.setattr(pq, "write_table", refuse)
+        else:
+            patch.setattr(os, *{"shard": ("fsync", fsync), "rename": ("replace", replace)}[where])
+        with pytest.raises(OSError, match=f"{out}: {os.strerror(number)}; ") as caught:
+            embed(photos, out, model)
+    assert caught.value.errno == number
+    assert not list(out.rglob("*.part"))
+    assert len(table(out)) == (where == "rename")
+    assert (out / ".nopad" / "job.json").exists() == (where != "list")
+    embed(photos, out, model)
+    assert table(out) == table(tmp_path / "whole")
+
+
+def test_a_disk_that_is_really_full(photos, tmp_path, model):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))  # the system's answer to every byte beyond
+    try:
+        with pytest.raises(OSError, match=f"{tmp_path / 'out'}: File too large; see to the disk") as caught:
+            embed(photos, tmp_path / "out", model, tokens=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG
+    assert not list((tmp_path / "out").rglob("*.part"))
+    assert table(tmp_path / "out") == {}
+    assert embed(photos, tmp_path / "out", model, tokens=True).rows == 12
+
+
+def test_out_is_a_file(photos, tmp_path, model):
+    (tmp_path / "out").touch()
+    with pytest.raises(OSError, match=f"{tmp_path / 'out'}: "):
+        embed(photos, tmp_path / "out", model)
+
+
+@pytest.mark.parametrize("leads", ["to a file", "nowhere"])
+def test_links_at_the_places_of_a_jobs_files_are_not_written_through(photos, tmp_path, model, leads):
+    embed(photos, tmp_path / "whole", model)
+    victim = tmp_path / "victim"
+    if leads == "to a file":
+        victim.write_text("{}")
+    own = tmp_path / "out" / ".nopad"
+    own.mkdir(parents=True)
+    names = [
+        "owner.json",
+        "inputs.parquet",
+        *([] if leads == "to a file" else ["job.json", *table(tmp_path / "whole")]),
+    ]
+    for name in names:
+        ((own.parent if name.startswith("shard") else own) / name).symlink_to(victim)
+    if leads == "nowhere":
+        with pytest.raises(OSError, match="No such file"):  # a shard that is there by its name
+            embed(photos, tmp_path / "out", model)
+        for name in table(tmp_path / "whole"):
+            (own.parent / name).unlink()
+    embed(photos, tmp_path / "out", model)
+    assert table(tmp_path / "out") == table(tmp_path / "whole")
+    assert victim.exists() == (leads == "to a file")
+    assert leads == "nowhere" or victim.read_text() == "{}"

@@ -1,0 +1,80 @@
+"""How the encoder of a job runs: compiled or not, in which packs and dtype."""
+
+import numpy as np
+import pytest
+import torch
+from jobs import embed, table
+
+import nopad
+from nopad.embedding.table import reader as stored
+from nopad.encoder import PackedEncoder
+
+
+@pytest.fixture
+def compiled_capacities(monkeypatch) -> list[int]:
+    """The capacities that encoders are compiled for; without a compiler, and of at most 1100 tokens."""
+    capacities = []
+
+    def compile(self, capacity=None, max_segments=None):
+        capacities.append(capacity)
+        if capacity > 1100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(self, capacity, max_segments, compiled=False)
+
+    real = PackedEncoder.compile
+    monkeypatch.setattr(PackedEncoder, "compile", compile)
+    return capacities
+
+
+@pytest.mark.parametrize("capacity", [None, 4200])
+def test_capacity_that_does_not_fit_is_halved_and_stays_halved(
+    photos, tmp_path, model, compiled_capacities, stop_after, capacity, caplog
+):
+    options = {"compile": True, "capacity": capacity}
+    embed(photos, tmp_path / "out", model, **options, **stop_after(1))
+    asked = capacity or 2048
+    tried = [asked >> power for power in range(3) if power == 0 or asked >> (power - 1) > 1100]
+    assert compiled_capacities == tried
+    assert f"packs of {asked:,} tokens do not fit into the memory of cpu (CUDA out of memory); trying" in caplog.text
+    assert stored.read_metadata(next((tmp_path / "out").glob("*.parquet")))["capacity"] == str(tried[-1])
+    assert embed(photos, tmp_path / "out", model, **options).done == 7
+    assert compiled_capacities == [*tried, tried[-1]]  # not tried again: there may be more memory now
+    embed(photos, tmp_path / "whole", model, compile=True, capacity=tried[-1])
+    assert [*table(tmp_path / "out").values()] == [*table(tmp_path / "whole").values()]
+
+
+def test_resumed_job_does_not_halve_its_capacity(photos, tmp_path, model, compiled_capacities, stop_after):
+    embed(photos, tmp_path / "out", model, compile=True, capacity=1050, **stop_after(1))
+    record = tmp_path / "out" / ".nopad" / "job.json"
+    record.write_text(record.read_text().replace('"1050"', '"2100"'))
+    with pytest.raises(ValueError, match="capacity: packs of 2,100 tokens do not fit"):
+        embed(photos, tmp_path / "out", model, compile=True, capacity=2100)
+
+
+def test_compiled_or_not_is_another_job(photos, tmp_path, model, compiled_capacities):
+    embed(photos, tmp_path / "out", model, compile=True, capacity=1024)
+    metadata = nopad.read_features(tmp_path / "out").metadata
+    assert {key: metadata[key] for key in ("compile", "capacity", "max_segments", "precision", "dtype")} == {
+        "compile": "yes",
+        "capacity": "1024",
+        "max_segments": "64",
+        "precision": "",
+        "dtype": "float32",
+    }
+    with pytest.raises(ValueError, match="compile: yes there, no now"):
+        embed(photos, tmp_path / "out", model, capacity=1024)
+
+
+def test_features_in_fp8_are_those_of_an_encoder_in_fp8(photos, tmp_path, model):
+    embed(photos, tmp_path / "out", model, precision="fp8")
+    expected = nopad.load(model, precision="fp8").embed(sorted(photos.iterdir())[:5])
+    np.testing.assert_array_equal(nopad.read_features(tmp_path / "out").embeddings[:5], expected.numpy())
+    assert nopad.read_features(tmp_path / "out").metadata["precision"] == "fp8"
+
+
+def test_dtype_is_that_of_the_device_not_of_the_checkpoint(photos, tmp_path, model):
+    half = tmp_path / "half"
+    nopad.load(model, dtype=torch.bfloat16).save_pretrained(half)
+    assert nopad.load(half).dtype == torch.bfloat16
+    embed(photos, tmp_path / "out", half)
+    assert nopad.read_features(tmp_path / "out").metadata["dtype"] == "float32"
