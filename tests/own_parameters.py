@@ -1,0 +1,64 @@
+"""Families by what their encoders have, and what weights and features are compared by."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_encoders import FAMILIES, GRIDS, patches_of
+
+from nopad.checkpoints.formats import Checkpoint, StoredTensor
+
+WITH_A_HEAD = [family for family in FAMILIES if family in ("aimv2 with a head", "siglip2", "siglip", "onevision")]
+
+OTHERS = {
+    "aimv2": "siglip2",
+    "siglip2": "dinov3",
+    "siglip": "onevision",
+    "clip": "siglip2",
+    "metaclip2": "dinov2",
+    "dinov2": "dinov3",
+    "dinov3": "aimv2",
+    "onevision": "siglip2",
+}
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+every_head = pytest.mark.parametrize("family", WITH_A_HEAD)
+
+
+def same(state, other):
+    return state.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in state.items())
+
+
+def copied(state):
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def blank(encoder):
+    """The same architecture with other weights."""
+    other = type(encoder)(copy.deepcopy(encoder.config)).eval()
+    assert not same(other.state_dict(), encoder.state_dict())
+    return other
+
+
+@torch.no_grad()
+def features(encoder):
+    """Tokens and pooled vectors of one pack."""
+    output = encoder.encode(patches_of(encoder), GRIDS)
+    return torch.cat((output.tokens, output.pooled))
+
+
+def spoken_by(encoder):
+    """The dialects that there are of an architecture; timm's of DINOv2 have no mask token."""
+    gated = getattr(encoder.config, "use_gated_mlp", False)
+    others = {"Meta" if gated else "Meta, gated"}
+    if encoder.family == "dinov2":
+        others |= {"timm", "timm, registers"}
+    return [dialect for dialect in encoder.dialects if dialect.name not in others]
+
+
+def stored(state):
+    tensors = {name: StoredTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in state.items()}
+    return Checkpoint("stored", tensors)
