@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
+MIN_AHEAD, AHEAD_PER_THREAD = 32, 16
+"""Images that are prepared ahead of the packer at most, `memory` permitting: while the encoder's thread waits for a GPU,
+it takes none, and the decode threads must have enough to do for the time of a pack."""
+
 
 class Worker:
     """Embeds groups of images with one encoder.
@@ -161,7 +165,7 @@ class Worker:
                 options: dict[str, Any] = {"max_processes": self.threads, "timeout": self.timeout}
                 self._processes = DecodeProcesses(decoder, self.image_processor, **options)
             preparer = InProcesses(read, self._processes)
-        return ReadAhead(groups, preparer, max(16, 3 * self.threads), budget, self.stats)
+        return ReadAhead(groups, preparer, MIN_AHEAD + AHEAD_PER_THREAD * self.threads, budget, self.stats)
 
     def _embed(
         self, ahead: ReadAhead[Any], *, strict: bool, stop: threading.Event
