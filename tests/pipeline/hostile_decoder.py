@@ -49,3 +49,6 @@ class HostileDecoder:
             time.sleep(0.3)
         rows, columns = map(int, data.removeprefix("slow").split())
         return torch.full((3, self.patch_size * rows, self.patch_size * columns), rows, dtype=torch.uint8)
+
+    def extras(self, data: str, pixels: torch.Tensor) -> dict[str, object]:
+        return {"extra": data}

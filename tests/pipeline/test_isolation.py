@@ -228,6 +228,13 @@ threading.Event().wait()
     assert alive == []
 
 
+def test_what_is_found_beside_the_pixels_comes_along(image_processor, encoder):
+    decoder = HostileDecoder()
+    assert prepare(DecodeProcesses(decoder, image_processor), "3 4").extras == {"extra": "3 4"}
+    [[good, bad]] = Worker(encoder).run([["2 2", "damaged"]], str, decoder=decoder)
+    assert (good.extras, bad.extras) == ({"extra": "2 2"}, None)
+
+
 def test_server_imports_nothing_from_the_current_folder(image_processor, tmp_path, monkeypatch):
     (tmp_path / "json.py").write_text("raise SystemExit")
     monkeypatch.chdir(tmp_path)
@@ -244,6 +251,7 @@ def test_server_imports_nothing_from_the_current_folder(image_processor, tmp_pat
         [b'{"bytes": 96}', b'{"shape": [1, 24], "grid": [1, 1, 1], "width": 4, "height": 4}', b"short"],
         [b'{"bytes": 96}', b'{"shape": [1, 24], "grid": [1, 1, 2], "width": 4, "height": 4}', bytes(92)],
         [b'{"bytes": 96}', b'{"shape": [1, 24], "grid": [1, 1, 1], "width": "4", "height": 4}', bytes(92)],
+        [b'{"bytes": 1}', b'{"shape": [1, 1], "grid": [1, 1, 1], "width": 4, "height": 4, "extras": [3]}', b"1234"],
         [b'{"bytes": 96}', b'{"shape": [1]}'],
         [b'{"bytes": -1}'],
         [b'{"reading": -1}'],

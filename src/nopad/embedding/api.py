@@ -65,6 +65,8 @@ def embed(
     image_column: str | None = None,
     id_column: str | None = None,
     keep: str | None = None,
+    thumbnails: int | None = None,
+    exif: bool = False,
     hidden: bool = False,
     allow_outside_paths: bool = False,
     workers: int | None = None,
@@ -116,6 +118,10 @@ def embed(
         id_column: the column of names for the rows of Parquet files and datasets; by default their numbers.
         keep: columns of Parquet files and datasets to keep in the table, names with commas between or `"all"`; of
             WebDataset samples fields of their JSON, or `txt`, `json` and `cls` as a whole.
+        thumbnails: store a JPEG of each picture, of at most so many pixels a side, 16 to 512; of a video that of the
+            frame in the middle.
+        exif: store when and where photos were taken, by their EXIF: columns `taken`, by the camera's clock, `latitude`
+            and `longitude`.
         hidden: take what is hidden or left by systems (`._*`, `.thumbnails`, `@eaDir`, …), too.
         allow_outside_paths: read files that a table names by path wherever they are, not below its folder alone.
         workers: decode threads, one per core unless given.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,6 +83,9 @@ class _HeaderDecoder:
             raise ImageError("image", "no size in its header, or a size that is refused")
         frames = 1 if isinstance(media, bytes) else self.decoder.frames
         return torch.zeros(1, dtype=torch.uint8).expand(frames, 3, size[1], size[0])
+
+    def extras(self, media: bytes | str, pixels: Tensor) -> dict[str, Any]:
+        return {}
 
 
 class _GridOf(ImageProcessor):

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from nopad.counts import are, counted
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.decoder import Reader
+from nopad.embedding.inputs.extras import EXIF, THUMBNAIL
 from nopad.embedding.inputs.kept import TIME, Kept
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.media import MediaDecoder
@@ -132,7 +134,8 @@ class Job:
 
 def make_reader(settings: Settings) -> Reader:
     """A reader of a job's inputs."""
-    decoder = MediaDecoder(frames=settings.frames, max_pixels=settings.max_pixels)
+    extras: dict[str, Any] = {"thumbnails": settings.thumbnails, "exif": settings.exif}
+    decoder = MediaDecoder(frames=settings.frames, max_pixels=settings.max_pixels, **extras)
     return Reader(decoder, allow_outside_paths=settings.allow_outside_paths)
 
 
@@ -173,10 +176,13 @@ def begin_or_resume(
 
 
 def _kept(settings: Settings, inputs: InputList) -> Kept | None:
-    """What a new job keeps of its inputs' own columns, times of films among it."""
-    kept = None if settings.keep is None else Kept.of(inputs, settings.keep, (*COLUMNS, TOKENS, TIME))
-    is_of_films = settings.fps is not None or settings.every is not None
-    return (kept or Kept({}, pa.schema([]))).with_times() if is_of_films else kept
+    """What a new job keeps of its inputs' own columns, of times of films and of what it finds in files."""
+    extras = (*(EXIF if settings.exif else ()), *([THUMBNAIL] if settings.thumbnails else ()))
+    kept = None if settings.keep is None else Kept.of(inputs, settings.keep, (*COLUMNS, TOKENS, TIME, *extras))
+    nothing = Kept({}, pa.schema([]))
+    if settings.fps is not None or settings.every is not None:
+        kept = (kept or nothing).with_times()
+    return (kept or nothing).with_extras(extras) if extras else kept
 
 
 def _may_differ(job: Job) -> dict[str, str]:

@@ -132,7 +132,9 @@ def check_same(old: Mapping[str, str], new: Mapping[str, str], folder: Path) -> 
     Raises:
         ValueError: what differs.
     """
-    keys = [key for key in {**old, **new} if key not in ("inputs", "threads") and old.get(key) != new.get(key)]
+    keys = [
+        key for key in {**old, **new} if key not in ("inputs", "threads") and not _is_same(old.get(key), new.get(key))
+    ]
     # What follows from an option that differs is not listed beside it.
     for key, options in _FOLLOWS.items():
         if options & {*keys}:
@@ -143,6 +145,11 @@ def check_same(old: Mapping[str, str], new: Mapping[str, str], folder: Path) -> 
             f"{folder} holds a job with other settings:\n" + "\n".join(lines) + "\n"
             "use the settings that it was begun with, or another folder"
         )
+
+
+def _is_same(old: str | None, new: str | None) -> bool:
+    """Whether an option has one value; a record of before there was the option does as if it is off."""
+    return old == new or (old is None and new in ("", "no"))
 
 
 def _difference(key: str, old: str, new: str) -> list[str]:

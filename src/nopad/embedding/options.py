@@ -15,6 +15,7 @@ from typing import Any
 
 from nopad.counts import check_count
 from nopad.environment import check_device
+from nopad.preprocessing.limits import THUMBNAIL_SIDES
 from nopad.preprocessing.rules import Size, check_size, parse_size
 
 _BYTES = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -77,6 +78,11 @@ def time_limit(default: float, help: str) -> Any:
 def memory(help: str) -> Any:
     """An option that is a number of bytes, typed with a unit; none by default."""
     return option(None, help, check_count, recorded=False, type=_parse_bytes, metavar="SIZE")
+
+
+def thumbnails(help: str) -> Any:
+    """An option that is a side of thumbnails in pixels; none by default."""
+    return option(None, help, _check_thumbnails, recorded=True, type=int, metavar="N")
 
 
 def layers(help: str) -> Any:
@@ -143,6 +149,12 @@ def _check_layers(name: str, value: Any) -> None:
 def _check_max_patches(name: str, value: Any) -> None:
     if value is not None and value != "auto":
         check_count(name, value)
+
+
+def _check_thumbnails(name: str, value: Any) -> None:
+    min_, max_ = THUMBNAIL_SIDES
+    if type(value) is not int or not min_ <= value <= max_:
+        raise ValueError(f"{name}: expected pixels from {min_} to {max_}, got {value!r:.80}")
 
 
 def _check_size(name: str, value: Any) -> None:

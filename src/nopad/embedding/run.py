@@ -105,12 +105,14 @@ class Run:
     ) -> None:
         """Write a shard; in a thread, beside the encoder."""
         start = time.perf_counter()
-        keep(shard, table_rows(items, results, self.job.settings.embedding_dtype, self._kept(items)))
+        keep(shard, table_rows(items, results, self.job.settings.embedding_dtype, self._kept(items, results)))
         self.write_seconds += time.perf_counter() - start
         self.done += len(results)
 
-    def _kept(self, items: Sequence[Input]) -> list[tuple[Any, ...]]:
-        return [()] * len(items) if self.job.kept is None else self.job.kept.values(items)
+    def _kept(self, items: Sequence[Input], results: Sequence[EmbeddingResult]) -> list[tuple[Any, ...]]:
+        if self.job.kept is None:
+            return [()] * len(items)
+        return self.job.kept.values(items, [result.extras for result in results])
 
     def _keep(self, shard: int, rows: list[Row]) -> None:
         self.job.write(shard, rows, self.worker.encoder)

@@ -12,7 +12,14 @@ from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from nopad.embedding import options
-from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS, MAX_PATCHES, MAX_PIXELS, NUM_FRAMES, MaxPatches
+from nopad.preprocessing.limits import (
+    INPUT_TIMEOUT_SECONDS,
+    MAX_PATCHES,
+    MAX_PIXELS,
+    NUM_FRAMES,
+    THUMBNAIL_SIDES,
+    MaxPatches,
+)
 from nopad.preprocessing.rules import Size
 
 if TYPE_CHECKING:
@@ -108,6 +115,12 @@ class Settings:
         None,
         "columns of Parquet files and datasets, fields of WebDataset samples' JSON, to keep: label,caption or all",
         metavar="NAMES",
+    )
+    thumbnails: int | None = options.thumbnails(
+        "store a JPEG of each picture, of at most N pixels a side, {} to {}".format(*THUMBNAIL_SIDES)
+    )
+    exif: bool = options.flag(
+        "store when and where photos were taken, by their EXIF: columns taken, latitude, longitude"
     )
     hidden: bool = options.flag(
         "take what is hidden or left by systems, too (._*, .thumbnails, @eaDir, …)",

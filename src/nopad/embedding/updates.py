@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from nopad.embedding.folder import JobFolder
+from nopad.embedding.inputs.kept import Kept
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.stamps import Stamp, load_stamps, take_stamps
 from nopad.embedding.job import Job
@@ -116,7 +117,8 @@ def begin_update(folder: JobFolder, jobs: Sequence[Job], record: Mapping[str, st
 
 
 def mark(jobs: Sequence[Job], marks: Mapping[Place, str], encoder: PackedEncoder) -> None:
-    """Put marks into the shards that need them, each replaced as a whole; a marked row has no features.
+    """Put marks into the shards that need them, each replaced as a whole; a marked row has neither features nor what
+    was found in its file.
 
     Raises:
         LostLockError, OSError: see `Job.write`.
@@ -126,11 +128,11 @@ def mark(jobs: Sequence[Job], marks: Mapping[Place, str], encoder: PackedEncoder
         by_shard[place.job, place.shard][place.row] = status
     for (number, shard), marked in by_shard.items():
         job = jobs[number]
-        rows = [_marked(row, marked.get(at)) for at, row in enumerate(iterate_rows(job.path(shard)))]
+        rows = [_marked(row, marked.get(at), job.kept) for at, row in enumerate(iterate_rows(job.path(shard)))]
         job.write(shard, rows, encoder)
 
 
-def _marked(row: Row, status: str | None) -> Row:
+def _marked(row: Row, status: str | None, kept: Kept | None) -> Row:
     if status is None:
         return row
-    return Row(row.id, row.source, status, kept=row.kept)
+    return Row(row.id, row.source, status, kept=row.kept if kept is None else kept.without_extras(row.kept))

@@ -81,7 +81,9 @@ class DecodeChannel(Channel):
             raise ValueError(f"got patches of {rows}×{columns} in a grid of {t}×{h}×{w} for {width}×{height} pixels")
         if rows * columns * self.dtype.itemsize > size:
             raise ValueError(f"got patches of {rows}×{columns}, expected at most {size} bytes")
-        return PreparedImage(torch.empty(rows, columns, dtype=self.dtype), (t, h, w), width, height)
+        if not isinstance(extras := answer["extras"], dict):
+            raise ValueError(f"got extras {type(extras).__name__}, expected an object")
+        return PreparedImage(torch.empty(rows, columns, dtype=self.dtype), (t, h, w), width, height, extras)
 
     def seconds(self) -> float:
         """For how long the process has worked on its file until now, without waiting for memory."""

@@ -45,6 +45,10 @@ class Decoder(Protocol):
         """Decode to uint8 `(3, H, W)` or `(frames, 3, H, W)`."""
         ...
 
+    def extras(self, data: Any, pixels: Tensor, /) -> dict[str, Any]:
+        """What else is kept of a file beside its patches, as JSON of less than a megabyte."""
+        ...
+
 
 @dataclass(frozen=True)
 class DecodeProgram:
@@ -90,7 +94,8 @@ class DecodeProgram:
         limit_address_space(limit)
         answer(connection, bytes=len(data) + self.image_processor.peak_bytes(*self.decoder.measure(data)))
         limit_address_space(limit + connection.recv())
-        image = self.image_processor(self.decoder(data))
-        patches = image.patches.contiguous()
-        answer(connection, shape=patches.shape, grid=image.grid, width=image.width, height=image.height)
+        pixels = self.decoder(data)
+        image, extras = self.image_processor(pixels), self.decoder.extras(data, pixels)
+        patches, sides = image.patches.contiguous(), {"width": image.width, "height": image.height}
+        answer(connection, shape=patches.shape, grid=image.grid, extras=extras, **sides)
         send_bytes(connection, patches.view(-1).view(torch.uint8).numpy().data)

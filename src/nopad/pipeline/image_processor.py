@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,12 +27,14 @@ class PreparedImage:
             values of, or these values where the rule resizes in float.
         grid: `(frames, rows, columns)`.
         width, height: pixels of the upright image.
+        extras: see `Decoder.extras`; of another process, and not trusted.
     """
 
     patches: Tensor
     grid: tuple[int, int, int]
     width: int
     height: int
+    extras: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ class EmbeddingResult:
         grid: `(frames, rows, columns)` of patches.
         embedding: `(E,)` or `(D,)` float32: `image_embeds` where the checkpoint has a projection, else `pooled`.
         tokens: `(layers · frames · rows · columns, D)` float16, see `Selection`.
+        extras: of the image, see `PreparedImage`.
     """
 
     error: ImageError | None = None
@@ -51,6 +52,7 @@ class EmbeddingResult:
     grid: tuple[int, int, int] | None = None
     embedding: np.ndarray | None = None
     tokens: np.ndarray | None = None
+    extras: Mapping[str, Any] | None = None
 
 
 class PackRunner(Generic[Key]):
@@ -189,4 +191,11 @@ def _result(
     if tokens is not None and not np.isfinite(tokens).all():
         reason = "its tokens are not finite in float16, in which they are stored"
         return EmbeddingResult(error=ImageError("image", reason))
-    return EmbeddingResult(width=image.width, height=image.height, grid=image.grid, embedding=vector, tokens=tokens)
+    return EmbeddingResult(
+        width=image.width,
+        height=image.height,
+        grid=image.grid,
+        embedding=vector,
+        tokens=tokens,
+        extras=image.extras,
+    )

@@ -39,8 +39,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 # What Pillow's readers raise on damaged files.
-_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError)
-_DAMAGE += (RuntimeError, AssertionError, struct.error, zlib.error)
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError)
+DAMAGE += (RuntimeError, AssertionError, struct.error, zlib.error)
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
@@ -105,7 +105,7 @@ def load_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         raise ImageError(name, str(error)) from error
     except _BOMB as error:
         raise ImageError(name, f"{error} (max_pixels {max_pixels}, PIL.Image.MAX_IMAGE_PIXELS below it)") from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         message = f"{type(error).__name__}: {error}".strip().removesuffix(":")
         raise ImageError(name, f"truncated or damaged ({message}); get the file again") from error
 
@@ -126,7 +126,7 @@ def measure_image(data: bytes) -> tuple[int, int, int] | None:
         with open_picture(data) as image:
             is_direct = simplejpeg is not None and image.format in ("JPEG", "MPO") and image.mode == "RGB"
             return image.width, image.height, image.width * image.height * (10 if is_direct else 24)
-    except (*_DAMAGE, *_BOMB, ImageError):
+    except (*DAMAGE, *_BOMB, ImageError):
         pixels_alone = without_metadata(data)
         return None if pixels_alone in (None, data) else measure_image(pixels_alone)
 
@@ -158,7 +158,7 @@ def _decode_file(data: bytes, name: str, max_pixels: int) -> Tensor:
         return _decode_once(data, name, max_pixels)
     except ImageError:
         raise
-    except _DAMAGE:
+    except DAMAGE:
         pixels_alone = without_metadata(data)
         if pixels_alone is None:
             raise
@@ -216,7 +216,7 @@ def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 where the EXIF is damaged: it is no reason to lose the pixels."""
     try:
         return image.getexif().get(0x0112, 1)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         logger.debug("EXIF that cannot be read is ignored: %s", error)
         return 1
 

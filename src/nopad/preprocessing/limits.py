@@ -20,3 +20,6 @@ INPUT_TIMEOUT_SECONDS = 60.0
 
 NUM_FRAMES = 8
 """Default number of frames that are taken of a video."""
+
+THUMBNAIL_SIDES = (16, 512)
+"""Least and most pixels of the longer side of thumbnails in a table."""

@@ -18,6 +18,7 @@ from nopad.search.duplicates import check_threshold, duplicate_groups
 from nopad.search.exact import default_device, unit
 from nopad.search.index import Index, build, open_index
 from nopad.search.places import Places
+from nopad.search.thumbnails import Thumbnails
 from nopad.search.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Features:
         failures: the inputs without features.
         metadata: what the job recorded: model, revision, preprocessing and so on; of several tables, what all share.
         tokens: see `Tokens`; None where the job did not store them.
+        thumbnails: a JPEG of each picture, read from disk when indexed; None where the job did not store them.
         columns: what the job kept of the inputs' own columns.
         places: where the pictures are.
     """
@@ -75,6 +77,7 @@ class Features:
     failures: list[Failure]
     metadata: dict[str, str]
     tokens: Tokens | None
+    thumbnails: Thumbnails | None
     columns: pa.Table
     places: Places
 

@@ -12,12 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nopad.counts import are, counted
+from nopad.embedding.inputs.extras import THUMBNAIL
 from nopad.embedding.table import reader as stored
 from nopad.embedding.table.format import COLUMNS, TOKENS
 from nopad.embedding.table.names import METADATA_FOLDER, parse_shard_name
 from nopad.local_paths import check_local
 from nopad.search.features import Failure, Features
 from nopad.search.places import Places, Shard
+from nopad.search.stored_column import StoredColumn
+from nopad.search.thumbnails import Thumbnails
 from nopad.search.tokens import Tokens
 
 _MAX_RATIO = 1000  # of values to bytes; other programs may have compressed the file
@@ -176,7 +179,7 @@ def _read(found: Sequence[Shard], survey: _Survey) -> Features:
     for shard, schema in zip(found, survey.schemas, strict=True):
         with stored.opened(shard.path) as file:
             groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            table = file.read([name for name in schema.names if name != TOKENS])
+            table = file.read([name for name in schema.names if name not in _on_disk(schema)])
             ok = stored.ok_rows(shard.path, table)
             filled = len(ids)
             for block in stored.embedding_blocks(table["embedding"], width):
@@ -198,10 +201,14 @@ def _read(found: Sequence[Shard], survey: _Survey) -> Features:
     grid = np.concatenate(grids).astype(np.int64)
     kinds = {(stored.token_width(each), stored.token_layers(each), stored.tokens_pool(each)) for each in survey.schemas}
     width_of_tokens, layers, pool = min(kinds, key=str)
+    on_disk = {
+        name: StoredColumn(name, paths, starts, places.rows)
+        for name in (TOKENS, THUMBNAIL)
+        if any(paths := _paths_with(name, found, survey.schemas))
+    }
     tokens = None
     if width_of_tokens is not None and len(kinds) == 1:
-        paths = [shard.path for shard in found]
-        tokens = Tokens(paths, starts, places.rows, grid, width_of_tokens, layers, pool)
+        tokens = Tokens(on_disk[TOKENS], grid, width_of_tokens, layers, pool)
     return Features(
         ids=ids,
         sources=sources,
@@ -211,9 +218,21 @@ def _read(found: Sequence[Shard], survey: _Survey) -> Features:
         failures=failures,
         metadata=survey.metadata,
         tokens=tokens,
+        thumbnails=Thumbnails(on_disk[THUMBNAIL]) if THUMBNAIL in on_disk else None,
         columns=pa.concat_tables([table.replace_schema_metadata() for table in kept], promote_options="default"),
         places=places,
     )
+
+
+def _on_disk(schema: pa.Schema) -> list[str]:
+    """The columns that are not read into memory."""
+    has_thumbnails = stored.metadata_of(schema).get("thumbnails", "") != ""
+    return [name for name in (TOKENS, *([THUMBNAIL] if has_thumbnails else ())) if name in schema.names]
+
+
+def _paths_with(name: str, found: Sequence[Shard], schemas: Sequence[pa.Schema]) -> list[Path | None]:
+    """The shards' files, `None` for those without a column on the disk."""
+    return [shard.path if name in _on_disk(schema) else None for shard, schema in zip(found, schemas, strict=True)]
 
 
 def _numbered(rows: Sequence[np.ndarray]) -> np.ndarray:

@@ -1,41 +1,52 @@
-"""Small JPEGs of a table's pictures, for pages."""
+"""Small JPEGs of a table's pictures: those that it has, and for pages others made of the pictures."""
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, overload
 
-from PIL import Image
-
-from nopad.preprocessing.decode import load_image
-from nopad.preprocessing.video import read_frames
+from nopad.embedding.inputs.decoder import Reader
+from nopad.embedding.inputs.media import MediaDecoder
+from nopad.preprocessing.thumbnails import is_thumbnail, thumbnail
+from nopad.search.stored_column import StoredColumn
 
 if TYPE_CHECKING:
     from nopad.search.features import Features
 
-SIZE = 192
+SIDE = 192
 
 
-def thumbnail_of(features: Features, row: int, size: int = SIZE) -> tuple[bytes, str]:
-    """A row's picture as a JPEG of at most `size` pixels a side, or none (`b""`), and why not."""
-    if "thumbnail" in features.columns.column_names:
-        stored = features.columns["thumbnail"][row].as_py()
-        if stored is not None:
-            return stored, ""
+class Thumbnails(Sequence[bytes | None]):
+    """The JPEG of every ok row, read from disk when indexed; None for a row without one, or with one that is none."""
+
+    def __init__(self, column: StoredColumn) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes | None: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes | None]: ...
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes | None] | None:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        scalar = self._column[index]
+        value = None if scalar is None else scalar.as_py()
+        return value if is_thumbnail(value) else None
+
+    def __repr__(self) -> str:
+        return f"Thumbnails({len(self)})"
+
+
+def thumbnail_of(features: Features, row: int, side: int = SIDE) -> tuple[bytes, str]:
+    """The table's own thumbnail of a row, else one of at most `side` pixels a side, or none (`b""`), and why not."""
+    stored = None if features.thumbnails is None else features.thumbnails[row]
+    if stored is not None:
+        return stored, ""
     try:
-        item = features.places.input(row)
-        if item.kind == "video":
-            pixels = read_frames(item.path, 1)[0]
-        else:
-            pixels = load_image(features.read(row))
+        with Reader(MediaDecoder(frames=1)) as reader:
+            return thumbnail(reader.pixels(features.places.input(row)), side), ""
     except (ValueError, OSError) as error:
         return b"", getattr(error, "reason", None) or str(error)
-    return encode(Image.fromarray(pixels.permute(1, 2, 0).numpy()), size), ""
-
-
-def encode(image: Image.Image, size: int) -> bytes:
-    """An RGB image as a JPEG of at most `size` pixels a side."""
-    image.thumbnail((size, size))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=80)
-    return file.getvalue()

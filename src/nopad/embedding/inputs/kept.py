@@ -1,4 +1,4 @@
-"""Columns that come with the data and stay with it: of Parquet files, saved datasets, and WebDataset samples."""
+"""Columns that come with the data and stay with it: of Parquet files, saved datasets, WebDataset samples, and files."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import base64
 import json
 import os
 import posixpath
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
 
+from nopad.embedding.inputs import extras as extra_columns
 from nopad.embedding.inputs.archives import members_of
 from nopad.embedding.inputs.arrow_stream import ArrowStream
 from nopad.embedding.inputs.columns import Column, DatasetColumn, ParquetColumn
@@ -38,11 +39,13 @@ class Kept:
         names: of the inputs' columns, by the names that they have in the table.
         schema: the table's columns.
         times: whether the first of them is where in its video a row begins, in seconds.
+        extras: the last of them, which are found in the file itself, see `nopad.embedding.inputs.extras`.
     """
 
     names: dict[str, str]
     schema: pa.Schema
     times: bool = False
+    extras: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, inputs: InputList, keep: str, taken: Sequence[str]) -> Kept:
@@ -79,7 +82,7 @@ class Kept:
     def to_text(self) -> str:
         """For the record of a job."""
         schema = base64.b64encode(self.schema.serialize().to_pybytes()).decode()
-        return json.dumps({"names": self.names, "schema": schema, "times": self.times})
+        return json.dumps({"names": self.names, "schema": schema, "times": self.times, "extras": self.extras})
 
     @classmethod
     def from_text(cls, text: str) -> Kept:
@@ -93,20 +96,41 @@ class Kept:
             schema = pa.ipc.read_schema(pa.BufferReader(base64.b64decode(content["schema"])))
             names = {str(name): str(own) for name, own in content["names"].items()}
             times = content["times"] is True
-            if [*[TIME] * times, *names] != schema.names:
+            extras = tuple(name for name in extra_columns.TYPES if name in content.get("extras", ()))
+            if [*[TIME] * times, *names, *extras] != schema.names:
                 raise ValueError(f"names {list(names)}, columns {schema.names}")
         except (pa.ArrowException, ValueError, LookupError, TypeError, AttributeError, OSError) as error:
             raise ValueError(f"job.json: columns: damaged ({error})") from error
-        return cls(names, schema, times)
+        return cls(names, schema, times, extras)
 
     def with_times(self) -> Kept:
         """The same behind a column of times."""
-        return Kept(self.names, pa.schema([pa.field(TIME, pa.float64()), *self.schema]), times=True)
+        return replace(self, schema=pa.schema([pa.field(TIME, pa.float64()), *self.schema]), times=True)
 
-    def values(self, items: Sequence[Input]) -> list[tuple[Any, ...]]:
-        """For each input its values, None for what it does not have or what is damaged."""
+    def with_extras(self, names: Sequence[str]) -> Kept:
+        """The same with columns behind it that are found in the files."""
+        fields = [pa.field(name, extra_columns.TYPES[name]) for name in names]
+        return replace(self, schema=pa.schema([*self.schema, *fields]), extras=tuple(names))
+
+    def values(self, items: Sequence[Input], extras: Sequence[Mapping[str, Any] | None]) -> list[tuple[Any, ...]]:
+        """For each input its values, None for what it does not have or what is damaged.
+
+        Args:
+            items: the inputs.
+            extras: what was found in each one's file.
+        """
         own = [values for group in _by_file(items) for values in self._of_file(group)]
-        return [(time_of(item), *values) for item, values in zip(items, own, strict=True)] if self.times else own
+        if self.times:
+            own = [(time_of(item), *values) for item, values in zip(items, own, strict=True)]
+        if self.extras:
+            found = (extra_columns.values_of(each, self.extras) for each in extras)
+            own = [(*values, *more) for values, more in zip(own, found, strict=True)]
+        return own
+
+    def without_extras(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The values of a row whose file is gone or another one."""
+        number = len(values) - len(self.extras)
+        return (*values[:number], *[None] * len(values[number:]))
 
     def _of_file(self, items: Sequence[Input]) -> Iterator[tuple[Any, ...]]:
         if items[0].kind in _TABLES:

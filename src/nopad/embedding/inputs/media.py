@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from nopad.embedding.inputs.extras import THUMBNAIL
 from nopad.preprocessing.decode import ImageError, load_image, measure_image
+from nopad.preprocessing.exif import read_exif
 from nopad.preprocessing.files import FileRange, why
 from nopad.preprocessing.limits import MAX_PIXELS, NUM_FRAMES
+from nopad.preprocessing.thumbnails import thumbnail
 from nopad.preprocessing.video import read_frames
 from nopad.preprocessing.video_file import frame_size
 
@@ -44,6 +48,8 @@ class MediaDecoder:
     Args:
         frames: frames of a video, see `nopad.preprocessing.video.read_frames`.
         max_pixels: refuse larger pictures and frames.
+        thumbnails: pixels of a side of thumbnails, `None` for none.
+        exif: read when and where photos were taken.
 
     Raises:
         ValueError: `frames` or `max_pixels` below 1.
@@ -51,6 +57,8 @@ class MediaDecoder:
 
     frames: int = NUM_FRAMES
     max_pixels: int = MAX_PIXELS
+    thumbnails: int | None = None
+    exif: bool = False
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.max_pixels < 1:
@@ -102,3 +110,10 @@ class MediaDecoder:
             return read_frames(media, self.frames, max_pixels=self.max_pixels)
         frames = read_frames(str(media), self.frames, span=(media.start, media.stop), max_pixels=self.max_pixels)
         return frames[0] if media.start == media.stop else frames
+
+    def extras(self, media: bytes | str, pixels: Tensor) -> dict[str, Any]:
+        """See `Decoder.extras`: the columns of `nopad.embedding.inputs.extras` that were requested."""
+        found: dict[str, Any] = read_exif(media) if self.exif and isinstance(media, bytes) else {}
+        if self.thumbnails is not None:
+            found[THUMBNAIL] = base64.b64encode(thumbnail(pixels, self.thumbnails)).decode()
+        return found
