@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nopad import embed
+from nopad import embed, read_features
 from nopad.embedding import distributed
 from nopad.embedding.actor import ActorConfig, ShardMaker
 from nopad.embedding.folder import JobFolder
@@ -255,3 +255,28 @@ def test_without_ray(monkeypatch, pictures, goldens, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"pip install 'nopad\[ray\]'"):
         embed(pictures, tmp_path, model=goldens / "aimv2-apple-native", actors=2)
+
+
+def test_an_update_by_actors_is_that_of_one_process(ray, pictures, goldens, tmp_path):
+    """New, changed and gone pictures: the same shards, old and new, and the update's own list of inputs."""
+    album, tables = tmp_path / "album", [tmp_path / "local", tmp_path / "actors"]
+    album.mkdir()
+    for number in range(2 * ROWS):
+        shutil.copy(pictures / f"{number:03}.jpg", album)
+    options = {"model": goldens / "aimv2-apple-native", "shard_size": ROWS, "thumbnails": 32}
+    embed(album, tables[0], **options)
+    shutil.copytree(tables[0], tables[1])
+    (album / "001.jpg").unlink()
+    shutil.copy(pictures / "020.jpg", album / "002.jpg")
+    for number in range(30, 30 + ROWS):
+        shutil.copy(pictures / f"{number:03}.jpg", album)
+    for table, actors in zip(tables, (None, 1), strict=True):
+        summary = embed(album, table, update=True, actors=actors, **options)
+        assert (summary.rows, summary.failed, summary.done) == (3 * ROWS - 1, 0, ROWS + 1)
+    assert shards(tables[1]) == shards(tables[0])
+    assert len(shards(tables[1])) == 4
+    features = read_features(tables[1])
+    assert len(features) == 3 * ROWS - 1
+    assert features.path(len(features) - 1) == str(album / f"{29 + ROWS:03}.jpg")
+    assert all(features.thumbnails)
+    assert left(tables[1]) == left(tables[0])
