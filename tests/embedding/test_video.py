@@ -26,6 +26,7 @@ def film(
     options: dict[str, str] | None = None,
     noise: bool = False,
     pixel_ratio: Fraction | None = None,
+    encoder: dict[str, str] | None = None,
 ) -> bytes:
     """Grey frames whose level tells their number, with a dark top left quarter."""
     buffer = io.BytesIO()
@@ -35,6 +36,7 @@ def film(
         stream.width, stream.height = 64, 32
         stream.pix_fmt = {"gif": "rgb8", "apng": "rgb24", "zmbv": "bgr0"}.get(codec, "yuv420p")
         stream.codec_context.gop_size = gop
+        stream.options = encoder or {}
         if pixel_ratio:
             stream.codec_context.sample_aspect_ratio = pixel_ratio
         if rotation:
@@ -291,6 +293,34 @@ def test_truncation_is_noticed_in_every_container(container: str):
         end -= end % 188 if format == "mpegts" else 0
         with pytest.raises(ImageError, match=r"truncated|damaged"):
             read_frames(data[:end], 4)
+
+
+@pytest.mark.parametrize(
+    ("codec", "encoder"),
+    [
+        ("libx265", {"x265-params": "log-level=none"}),
+        ("libx265", {"x265-params": "log-level=none:bframes=0:slices=2"}),
+        ("libx264", {}),
+        ("mpeg2video", {"bf": "2"}),
+    ],
+    ids=["h265", "h265 in slices", "h264", "mpeg2"],
+)
+def test_a_transport_stream_may_end_between_frames_and_nowhere_else(codec: str, encoder: dict[str, str]):
+    data = film(14, "mpegts", codec, encoder=encoder, noise=True)
+    packets = [data[start : start + 188] for start in range(0, len(data), 188)]
+    is_picture = [int.from_bytes(packet[1:3], "big") & 0x1FFF == 256 for packet in packets]
+    begins = [here and packet[1] & 0x40 > 0 for here, packet in zip(is_picture, packets, strict=True)]
+    outcomes = set()
+    for end in range(len(packets) - 40, len(packets) + 1):
+        following = next((number for number in range(end, len(packets)) if is_picture[number]), None)
+        is_whole = following is None or begins[following]
+        outcomes.add(is_whole)
+        if is_whole:
+            assert len(read_frames(data[: 188 * end], 2)) == 2
+        else:
+            with pytest.raises(ImageError, match=r"truncated: the last of .* is not whole"):
+                read_frames(data[: 188 * end], 2)
+    assert outcomes == {True, False}
 
 
 @pytest.mark.parametrize(("format", "slack"), [("matroska", 0), ("avi", 8), ("flv", 4), ("mpegts", 0)])

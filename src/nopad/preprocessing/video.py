@@ -6,7 +6,6 @@ import bisect
 import math
 import os
 from array import array
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from nopad.counts import counted
 from nopad.preprocessing.decode import ImageError
+from nopad.preprocessing.last_frame import LastPackets
 from nopad.preprocessing.limits import MAX_PIXELS
 from nopad.preprocessing.video_file import (
     UnusableVideoError,
@@ -29,12 +29,11 @@ from nopad.preprocessing.video_file import (
 )
 
 if TYPE_CHECKING:
-    from av import Packet, VideoFrame, VideoStream
+    from av import VideoFrame, VideoStream
     from av.container import InputContainer
 
 # The end of such files is no part of their structure: where they are cut, their last frame is not whole.
 _WITHOUT_END = ("mpeg", "mpegts", "mpegvideo")
-_MAX_TAIL_PACKETS = 1000
 
 
 def read_frames(
@@ -149,7 +148,7 @@ def _scan(container: InputContainer, stream: VideoStream, size: int) -> _Index:
     count = total = 0
     is_cut = False
     has_end = container.format.name not in _WITHOUT_END
-    tail: deque[Packet] = deque(maxlen=_MAX_TAIL_PACKETS)
+    tail = LastPackets()
     for packet in container.demux():
         total += packet.size
         if total > 4 * size:
@@ -165,30 +164,12 @@ def _scan(container: InputContainer, stream: VideoStream, size: int) -> _Index:
                 times.append(packet.pts)
         if packet.is_keyframe and packet.pts is not None:
             keys.append(packet.pts)
-        if packet.is_keyframe:
-            tail.clear()
         if not has_end:
             tail.append(packet)
-    if is_cut or (tail and _is_last_frame_damaged(tail, stream)):
+    if is_cut or tail.is_last_damaged(stream):
         raise UnusableVideoError(f"truncated: the last of {counted(count, 'frame')} is not whole; get the file again")
     known = np.unique(np.frombuffer(times, np.int64))
     return _Index(count, known.tolist() if len(known) == count > 0 else None, sorted(keys))
-
-
-def _is_last_frame_damaged(tail: Sequence[Packet], stream: VideoStream) -> bool:
-    """Decode the packets from the last key frame on."""
-    import av.error
-
-    if not tail[0].is_keyframe:
-        return False
-    last = None
-    for packet in (*tail, None):
-        try:
-            last = next(reversed(stream.codec_context.decode(packet)), last)
-        except av.error.FFmpegError:
-            if packet is tail[-1]:
-                return True
-    return last is not None and last.is_corrupt
 
 
 def _seek(
