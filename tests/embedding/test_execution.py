@@ -62,7 +62,21 @@ def test_compiled_or_not_is_another_job(photos, tmp_path, model, compiled_capaci
         "dtype": "float32",
     }
     with pytest.raises(ValueError, match="compile: yes there, no now"):
-        embed(photos, tmp_path / "out", model, capacity=1024)
+        embed(photos, tmp_path / "out", model, capacity=1024, compile=False)
+
+
+def test_large_jobs_compile_on_a_cpu_and_stay_as_they_were_begun(photos, tmp_path, model, monkeypatch, stop_after):
+    monkeypatch.setattr("nopad.inference.compile.MIN_INPUTS_ON_CPU", 12)
+    embed(photos, tmp_path / "whole", model)
+    assert nopad.read_features(tmp_path / "whole").metadata["execution"].startswith("fused by")
+    embed(photos, tmp_path / "out", model, **stop_after(1))
+    monkeypatch.setattr("nopad.inference.compile.MIN_INPUTS_ON_CPU", 13)
+    assert embed(photos, tmp_path / "out", model).done == 7
+    assert [*table(tmp_path / "out").values()] == [*table(tmp_path / "whole").values()]
+    embed(photos, tmp_path / "eager", model)
+    assert nopad.read_features(tmp_path / "eager").metadata["execution"] == "eager"
+    eager, compiled = (nopad.read_features(tmp_path / name).embeddings for name in ("eager", "whole"))
+    np.testing.assert_allclose(compiled, eager, atol=1e-5)
 
 
 def test_features_in_fp8_are_those_of_an_encoder_in_fp8(photos, tmp_path, model):

@@ -4,8 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_encoders import tiny
 
-from nopad.inference.defaults import compiles_by_default, default_capacity, default_dtype
+import nopad
+from nopad.inference.compile import compiles_by_default
+from nopad.inference.defaults import default_capacity, default_dtype
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -25,6 +28,10 @@ def test_packs_on_a_gpu_are_whole_waves_of_at_least_8192_tokens(monkeypatch, pro
     assert default_capacity(CPU) == 2048
 
 
-def test_jobs_compile_on_a_gpu():
-    assert compiles_by_default(GPU)
-    assert not compiles_by_default(CPU)
+def test_jobs_compile_on_a_gpu_and_large_ones_on_a_cpu(tmp_path, monkeypatch):
+    encoder = nopad.load(tiny("aimv2", tmp_path))
+    assert compiles_by_default(encoder, 32)
+    assert not compiles_by_default(encoder, 31)
+    monkeypatch.setattr("nopad.inference.compile.needs_compiler", lambda _: True)
+    assert not compiles_by_default(encoder, 1000)
+    assert compiles_by_default(SimpleNamespace(device=GPU), 1)

@@ -70,9 +70,8 @@ class ShardMaker:
     @cached_property
     def run(self) -> Run:
         job = self.job
-        worker = make_worker(
-            self.config.local_settings, load_encoder(self.config.local_settings), job.record["capacity"]
-        )
+        encoder = load_encoder(self.config.local_settings)
+        worker = make_worker(self.config.local_settings, encoder, len(job.inputs), job.record)
         record = record_of(self.config.settings, worker, json.loads(job.record["sources"]), job.inputs)
         record |= {key: job.record[key] for key in ("table", "update", "columns") if key in job.record}
         try:

@@ -90,7 +90,8 @@ def embed(
         device: `"cuda"` where there is one, unless given.
         dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: bfloat16 on a GPU that has it, else float32, and the
             checkpoint's own where its weights are quantised.
-        compile: compile the model for full packs; on a GPU unless given.
+        compile: compile the model for full packs; unless given on a GPU, and on a CPU for at least 32 inputs where
+            that takes no compiler.
         precision: `"fp8"` as `nopad.load` takes it, or the checkpoint's own.
         tokens: store each picture's tokens, too, in float16.
         layers: whose tokens are stored, and by which `pool` makes embeddings, from 0 or from the end; the last one
@@ -168,7 +169,7 @@ def embed(
         logger.info("%s; loading the model", counted(len(listing.inputs), "input"))
         is_loaded = not isinstance(model, PackedEncoder)
         encoder = model if isinstance(model, PackedEncoder) else load_encoder(settings)
-        worker = make_worker(settings, encoder, folder.recorded("capacity"), is_loaded=is_loaded)
+        worker = make_worker(settings, encoder, len(listing.inputs), folder.recorded(), is_loaded=is_loaded)
         logger.info(describe_execution(worker))
         record = record_of(settings, worker, names, listing.inputs)
         jobs = begin_or_resume(folder, lock.check, settings, record, listing.inputs)

@@ -60,13 +60,13 @@ class JobFolder:
             here = [old if _same_path(old, new) else new for old, new in zip(there, here, strict=True)]
         return here[0], here[1:]
 
-    def recorded(self, option: str) -> str | None:
-        """An option of the job that was begun here; `None` where there is none, or one that `read` refuses."""
+    def recorded(self) -> dict[str, str]:
+        """The record of the job that was begun here; empty where there is none, or one that `read` refuses."""
         try:
-            value = read_json(self.metadata / "job.json")[option]
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            return None
-        return value if isinstance(value, str) else None
+            record = read_json(self.metadata / "job.json")
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return {key: value for key, value in record.items() if isinstance(value, str)}
 
     def all(self) -> list[JobFolder]:
         """The files of the table's first job and of its updates, as far as they were begun."""

@@ -69,7 +69,7 @@ class Settings:
     )
     compile: bool | None = options.option(
         None,
-        "compile the model for full packs (default: on a GPU)",
+        "compile the model for full packs (default: on a GPU, and on a CPU for 32 inputs or more)",
         options.check_flag,
         recorded=True,
         action=BooleanOptionalAction,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from nopad.checkpoints.untrained import UNTRAINED
 from nopad.embedding.settings import Settings
 from nopad.encoder import PackedEncoder
 from nopad.environment import device_name, dtype_name
-from nopad.inference.defaults import compiles_by_default, default_dtype
+from nopad.inference.compile import compiles_by_default
+from nopad.inference.defaults import default_dtype
 from nopad.loading import load
 from nopad.pipeline.fit import fit_packs
 from nopad.pipeline.processor import rule_for
@@ -44,18 +46,25 @@ def _dtype(settings: Settings, device: torch.device) -> torch.dtype | None:
 
 
 def make_worker(
-    settings: Settings, encoder: PackedEncoder, recorded: str | None = None, *, is_loaded: bool = True
+    settings: Settings,
+    encoder: PackedEncoder,
+    num_inputs: int,
+    begun: Mapping[str, str] | None = None,
+    *,
+    is_loaded: bool = True,
 ) -> Worker:
     """A worker that embeds by the settings of a job, its encoder compiled if it is to be.
 
     Args:
-        recorded: the capacity that the job was begun with. The requested one may have been halved then, and is
-            the same now.
+        num_inputs: of the job; for a few on a CPU, compiling takes longer than it saves.
+        begun: the record of the job that was begun in this folder. What it was compiled for by default is the same
+            now, and so is its capacity: the requested one may have been halved then.
         is_loaded: the encoder was loaded for this job. One that was given is compiled or not, as it is.
 
     Raises:
         ValueError: full packs do not fit into the memory of the device.
     """
+    begun = begun or {}
     rule = rule_for(
         encoder,
         settings.size,
@@ -68,16 +77,15 @@ def make_worker(
     worker = Worker(encoder, capacity=settings.capacity, threads=settings.workers, **options, **limits)
     if settings.compile and settings.layers is not None:
         raise ValueError("compile: layers run one by one where --layers are stored or pooled; leave one of them out")
-    compiled = (
-        is_loaded
-        and settings.layers is None
-        and (compiles_by_default(encoder.device) if settings.compile is None else settings.compile)
-    )
+    compiled = settings.compile
+    if compiled is None:
+        default = compiles_by_default(encoder, num_inputs)
+        compiled = settings.layers is None and begun.get("compile", "yes" if default else "no") == "yes"
     halvings = {str(worker.capacity >> power) for power in range(worker.capacity.bit_length())}
-    if recorded is not None and recorded in halvings:
-        worker.capacity = int(recorded)
+    if (capacity := begun.get("capacity")) in halvings:
+        worker.capacity = int(capacity)
     if not encoder.compiled_capacity:
-        fit_packs(worker, compiled=compiled, may_halve=recorded is None)
+        fit_packs(worker, compiled=compiled and is_loaded, may_halve=capacity is None)
     return worker
 
 

@@ -32,6 +32,8 @@ MAX_GRAPH_CAPACITY = 49152
 """Largest capacity that is recorded as CUDA graphs; larger packs are not launch-bound (docs/tuning.md)."""
 MEAN_SEGMENT, MEAN_SEGMENT_ON_CPU = 64, 16
 """Tokens per segment of a full pack of the default `max_segments`. On a CPU only pooling depends on their number."""
+MIN_INPUTS_ON_CPU = 32
+"""A job of fewer inputs does not compile on a CPU: laying out the weights would take longer than it saves."""
 UNAVAILABLE_ERRORS = (
     RuntimeError,  # of torch's compilers and Triton, for example without a C++ compiler
     ValueError,  # sizes that a GEMM does not support
@@ -88,6 +90,13 @@ def compile_encoder(
 def needs_compiler(encoder: PackedEncoder) -> bool:
     """Whether `compile` uses a compiler, which not every machine has: on a CPU mostly not."""
     return blocked.unsupported_reason(encoder, encoder.device, encoder.dtype) is not None
+
+
+def compiles_by_default(encoder: PackedEncoder, num_inputs: int) -> bool:
+    """Whether a job compiles its encoder: on a GPU, and on a CPU where that takes no compiler and pays."""
+    if encoder.device.type == "cpu":
+        return num_inputs >= MIN_INPUTS_ON_CPU and not needs_compiler(encoder)
+    return encoder.device.type == "cuda"
 
 
 def fills_capacity(encoder: PackedEncoder) -> bool:

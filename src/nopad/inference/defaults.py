@@ -29,8 +29,3 @@ def default_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return torch.bfloat16
     return torch.float32
-
-
-def compiles_by_default(device: torch.device) -> bool:
-    """Whether a job of many packs compiles its encoder."""
-    return device.type == "cuda"
