@@ -249,7 +249,8 @@ def test_siglip_baselines_agree_one_by_one_and_in_batches(tmp_path, kind):
     folder = folder_of(tmp_path / kind, KINDS[kind]())
     for workload in ("mixed", "224"):
         report = bench(folder, workload=workload, compile=False, **{**OPTIONS, "capacities": (4096,)})
-        assert [row.name for row in report.rows if row.agrees] == ["nopad, eager", *BASELINES]
+        padded = ["reference, padded batches"] if "naflex" in kind else []
+        assert [row.name for row in report.rows if row.agrees] == ["nopad, eager", *BASELINES, *padded]
 
 
 def test_prefix_tokens_are_counted_and_cut_off(tmp_path, torch_compiles):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -97,6 +98,18 @@ class ReferenceModel:
     def run_batch(self, model: Any, pixels: Tensor) -> Tensor:
         """Images of one size `(B, C, H, W)` to patch tokens `(B, h · w, D)`."""
         return self.patch_tokens(self.forward(model, pixels).last_hidden_state)
+
+    def run_padded(self, model: Any, pixels: Sequence[Tensor]) -> list[Tensor]:
+        """Images `(C, H, W)` of any sizes, padded to one length and masked, to patch tokens `(h · w, D)` each.
+
+        Raises:
+            NotImplementedError: unless the model `takes_padding`.
+        """
+        raise NotImplementedError(type(self).__name__)
+
+    def takes_padding(self, packed: PackedEncoder) -> bool:
+        """Whether the reference takes padded batches and a mask."""
+        return False
 
     def forward(self, model: Any, pixels: Tensor) -> Any:
         """Images of one size `(B, C, H, W)`, or clips where `run` takes them, to the reference's output."""

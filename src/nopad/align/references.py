@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
@@ -141,11 +143,25 @@ class Siglip2Reference(ReferenceModel):
         if isinstance(model, SiglipVisionModel):
             return model(pixel_values=pixels, interpolate_pos_encoding=True)
         patches, (images, rows, columns) = patchify(pixels, model.config.patch_size)
-        return model(
-            pixel_values=patches.unflatten(0, (images, -1)),
-            pixel_attention_mask=torch.ones(images, rows * columns, dtype=torch.int32, device=pixels.device),
-            spatial_shapes=torch.tensor([[rows, columns]] * images),
-        )
+        return _naflex(model, patches.unflatten(0, (images, -1)), [(rows, columns)] * images)
+
+    def takes_padding(self, packed: PackedEncoder) -> bool:
+        """NaFlex is made for it."""
+        return is_naflex(packed.config)
+
+    def run_padded(self, model: Any, pixels: Sequence[Tensor]) -> list[Tensor]:
+        """As its processor pads a batch, but to the longest image of the batch, not to `max_num_patches`."""
+        parts, grids = zip(*(patchify(image, model.config.patch_size) for image in pixels), strict=True)
+        output = _naflex(model, pad_sequence(list(parts), batch_first=True), [grid[1:] for grid in grids])
+        return [tokens[: len(part)] for tokens, part in zip(output.last_hidden_state, parts, strict=True)]
+
+
+def _naflex(model: Any, patches: Tensor, shapes: Sequence[tuple[int, int]]) -> Any:
+    """Patches `(B, L, P)`, of each image as many as its `(rows, columns)` are, to the output of a NaFlex model."""
+    spatial_shapes = torch.tensor(shapes)
+    lengths = spatial_shapes.prod(1, keepdim=True).to(patches.device)
+    mask = torch.arange(patches.shape[1], device=patches.device) < lengths
+    return model(pixel_values=patches, pixel_attention_mask=mask.int(), spatial_shapes=spatial_shapes)
 
 
 class OneVisionReference(RemoteCodeReference):

@@ -177,6 +177,26 @@ def by_shape(encoder: PackedEncoder, baseline: Baseline, images: Images) -> Cand
     return _batched("reference, grouped by shape", encoder, baseline, images, groups, compiled=False)
 
 
+def padded(encoder: PackedEncoder, baseline: Baseline, images: Images) -> Candidate:
+    """The reference over batches of `BATCH_SIZE` images in their order, padded to the longest and masked."""
+    number = len(images.pixels)
+    groups = [range(start, min(start + BATCH_SIZE, number)) for start in range(0, number, BATCH_SIZE)]
+
+    def prepare() -> tuple[Run, None]:
+        reference, model = baseline.check(encoder, images.workload)
+
+        def run(keep: Collection[int]) -> Features:
+            features = {}
+            for indices in groups:
+                tokens = reference.run_padded(model, [images.pixels[index] for index in indices])
+                features |= _selected(indices, tokens, keep)
+            return features
+
+        return run, None
+
+    return Candidate("reference, padded batches", images, len(groups), _bytes(baseline.model), prepare)
+
+
 def fixed_size(encoder: PackedEncoder, baseline: Baseline, images: Images) -> Candidate:
     """The reference, compiled, over all images of a fixed-size workload in one batch."""
     name = f"reference, {images.workload.name}, compiled"
@@ -230,7 +250,9 @@ def candidates(
         all_candidates += [packed(encoder, images, size, compiled=True, float8=True) for size in capacities]
     if baseline is not None:
         all_candidates += [one_by_one(encoder, baseline, images), by_shape(encoder, baseline, images)]
-        all_candidates += [fixed_size(encoder, baseline, squares)]
+        if baseline.reference is not None and baseline.reference.takes_padding(encoder):
+            all_candidates.append(padded(encoder, baseline, images))
+        all_candidates.append(fixed_size(encoder, baseline, squares))
     return all_candidates
 
 
