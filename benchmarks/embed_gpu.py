@@ -120,7 +120,7 @@ def measure(name: str, paths: Sequence[Path], folder: Path, runs: int, peers: bo
     row["limit"] = row["summary"].get("limit", "")
     report_progress(f"{name}: nopad embed {rates}; encoder and decoding alone")
     settings = Settings(model=str(model), device="cuda", **case.options)
-    worker = make_worker(settings, load_encoder(settings))
+    worker = make_worker(settings, load_encoder(settings), len(paths))
     grids, row["decode"] = decoded(worker, paths)
     row["encoder"] = encoder_alone(worker, grids)
     row["execution"] = worker.encoder.execution
