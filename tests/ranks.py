@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import itertools
@@ -127,7 +128,26 @@ def run_rank(rank: int, out: Path, folders: list[Path]) -> None:
             arguments = tiny_encoders.patches_of(encoder, GRIDS[rank], seed=rank), GRIDS[rank]
             name = "resumed" if isinstance(way, functools.partial) else way.__name__
             torch.save(way(encoder, arguments), out / f"{folder.name}-{name}-{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(messages_of_loaders(rank), out / f"loaders-{rank}.pt")
+
+
+def messages_of_loaders(rank: int) -> list[str]:
+    """What `PackLoader` says where ranks differ, and where one has died; rank 1 dies at the end."""
+    images = [torch.zeros(3, 8, 4 * number, dtype=torch.uint8) for number in range(1, 9)]
+    processor = nopad.processor("untrained:apple/aimv2-large-patch14-native")
+    processor = dataclasses.replace(processor, patch_size=4)
+    messages = [str(sum(len(pack) for pack, _ in nopad.data.PackLoader(images, processor, capacity=32)))]
+    for options in ({"capacity": 32 + rank}, {"capacity": 32, "rank": 0, "world_size": WORLD}):
+        try:
+            next(iter(nopad.data.PackLoader(images, processor, **options)))
+        except ValueError as error:
+            messages.append(str(error))
+    if rank == 0:
+        try:
+            list(nopad.data.PackLoader(images, processor, capacity=32))
+        except RuntimeError as error:
+            messages.append(type(error).__name__)
+    return messages
 
 
 def main(out: Path, folders: list[Path]) -> None:

@@ -84,3 +84,17 @@ def test_checkpoint_resumes_on_another_number_of_processes(trained, family):
     found = ranks.train(again, losses_of(again, ranks.loss_of), optimizer)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
     assert_same_weights(found[1], expected[1])
+
+
+def test_loaders_share_the_images_and_notice_ranks_that_differ_or_have_died(trained):
+    first, second = (torch.load(trained / f"loaders-{rank}.pt") for rank in range(ranks.WORLD))
+    assert int(first.pop(0)) + int(second.pop(0)) == 8
+    assert (
+        first[:2]
+        == second
+        == [
+            "capacity: expected the same on all ranks, got 32 on rank 0, 33 on rank 1",
+            "rank: expected each process to have its own, got [0, 0]",
+        ]
+    )
+    assert first[2:] == ["RuntimeError"]

@@ -7,7 +7,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nopad import maps
+    from nopad import data, maps
     from nopad.embedding.api import embed
     from nopad.encoder import PackedEncoder
     from nopad.families.aimv2 import AIMv2Packing
@@ -36,6 +36,7 @@ __all__ = [
     "PackedEncoder",
     "PackedOutput",
     "Siglip2NaflexPacking",
+    "data",
     "embed",
     "load",
     "maps",
@@ -59,6 +60,7 @@ _HOMES = {
     "PackedEncoder": "nopad.encoder",
     "PackedOutput": "nopad.outputs",
     "Siglip2NaflexPacking": "nopad.families.siglip2",
+    "data": "nopad.data",
     "embed": "nopad.embedding.api",
     "load": "nopad.loading",
     "maps": "nopad.maps",

@@ -94,7 +94,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
     frames_attend_jointly: ClassVar[bool] = False
     headless: ClassVar[Mapping[str, Any] | None] = MappingProxyType({})
     text_rules: ClassVar[TextRules | None] = None
-    num_prefix_tokens: int = 0
+    num_prefix_tokens: int
     embeddings: Any
     layers: nn.ModuleList
     head: nn.Module | None
@@ -126,6 +126,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
         check_numbers(config, type(config).__name__)
         check_patch_order(config.patch_order)
         self.head = self.projection = None
+        self.num_prefix_tokens = self.count_prefix_tokens(config)
         self.build()
         whole = (self.embeddings, *self.layers, self.head)  # `device_map` keeps each on one device
         self._no_split_modules = {type(module).__name__ for module in whole if module is not None}
@@ -142,6 +143,11 @@ class PackedEncoder(ByRole, PreTrainedModel):
     def trunk(self, patches: Tensor, layout: Layout, runner: Runner) -> Trunk:
         """Patches `(T, P)` to normed tokens; embeds and runs `self.layers` by the `runner`."""
         raise NotImplementedError
+
+    @staticmethod
+    def count_prefix_tokens(config: Any) -> int:
+        """CLS and register tokens in front of each segment."""
+        return 0
 
     @staticmethod
     def published_preprocessing(config: Any) -> Preprocessing:

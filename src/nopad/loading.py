@@ -149,6 +149,8 @@ def processor(
         patch_size=config.patch_size,
         patch_order=config.patch_order,
         dtype=dtype,  # pyright: ignore[reportArgumentType] - checked
+        num_prefix_tokens=family.count_prefix_tokens(config),
+        frames_attend_jointly=family.frames_attend_jointly,
     )
 
 

@@ -86,7 +86,6 @@ class CLIPPacking(PackedEncoder):
         "norm": "post_layernorm",
         "projection": "visual_projection",
     }
-    num_prefix_tokens = 1
     text_rules = TEXT_RULES
 
     def build(self) -> None:
@@ -107,6 +106,11 @@ class CLIPPacking(PackedEncoder):
         tokens = self.norm_pre(self.embeddings(patches, layout, places, runner))
         tokens = self.norm(runner.run(self.layers, tokens, places.segments, None))
         return Trunk(places.take_patches(tokens), places.take_prefix(tokens))
+
+    @staticmethod
+    def count_prefix_tokens(config: CLIPConfigs) -> int:
+        """The CLS token."""
+        return 1
 
     @staticmethod
     def published_preprocessing(config: CLIPConfigs) -> Preprocessing:

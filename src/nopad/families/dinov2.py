@@ -121,8 +121,6 @@ class DINOv2Packing(PackedEncoder):
         """Embeddings, blocks and norm."""
         config = self.config
         self.embeddings = DINOv2Embeddings(config)
-        registers = self.embeddings.register_tokens
-        self.num_prefix_tokens = 1 if registers is None else 1 + registers.shape[1]
         self.encoder = nn.Module()
         self.layers = nn.ModuleList(dinov2_block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -145,6 +143,11 @@ class DINOv2Packing(PackedEncoder):
         """Positions on the trained grid."""
         rows, columns = self.embeddings.grid
         return self.embeddings.positions(Layout.of_image(rows, columns, self.device))
+
+    @staticmethod
+    def count_prefix_tokens(config: DINOv2Configs) -> int:
+        """The CLS token, and registers."""
+        return 1 + (config.num_register_tokens if isinstance(config, DINOv2WithRegistersPackingConfig) else 0)
 
     @staticmethod
     def published_preprocessing(config: DINOv2Configs) -> Preprocessing:

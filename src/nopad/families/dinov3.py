@@ -163,7 +163,6 @@ class DINOv3ViTPacking(PackedEncoder):
         config = self.config
         if config.pixel_statistics not in (None, *STATISTICS):
             raise ValueError(f"pixel_statistics: expected {' or '.join(STATISTICS)}, got {config.pixel_statistics!r}")
-        self.num_prefix_tokens = 1 + config.num_register_tokens
         self.embeddings = DINOv3Embeddings(config)
         self.rope = DINOv3Rope(config)
         self.model = nn.Module()
@@ -199,6 +198,11 @@ class DINOv3ViTPacking(PackedEncoder):
         """Rotary embedding of one row of patches and its prefix tokens."""
         layout = Layout.of_image(1, rows - self.num_prefix_tokens, self.device)
         return self.rope(layout, PrefixLayout.of(layout, self.num_prefix_tokens))
+
+    @staticmethod
+    def count_prefix_tokens(config: DINOv3ViTPackingConfig) -> int:
+        """The CLS token, and registers."""
+        return 1 + config.num_register_tokens
 
     @staticmethod
     def published_preprocessing(config: DINOv3ViTPackingConfig) -> Preprocessing:

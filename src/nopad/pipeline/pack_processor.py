@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -15,7 +16,11 @@ from torch import Tensor
 from nopad.packing import Pack, patchify
 from nopad.pipeline.processor import Processor
 from nopad.preprocessing.load import load
+from nopad.preprocessing.rules import Preprocessing, Resize
 from nopad.preprocessing.transforms import preprocess
+
+if TYPE_CHECKING:
+    from nopad.encoder import PackedEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +28,23 @@ class PackProcessor(Processor):
     """Makes packs of images as an encoder takes them; see `Processor` for its attributes.
 
     It can be the `collate_fn` of a DataLoader, in forked and spawned workers.
+
+    Attributes:
+        num_prefix_tokens, frames_attend_jointly: of the encoder, see `PackedEncoder`: a pack's rows are counted by
+            them.
     """
+
+    num_prefix_tokens: int = 0
+    frames_attend_jointly: bool = False
+
+    @classmethod
+    def of(
+        cls, encoder: PackedEncoder, *, resize: Resize = "torch", preprocessing: Preprocessing | None = None
+    ) -> Self:
+        """See `Processor`."""
+        processor = super().of(encoder, resize=resize, preprocessing=preprocessing)
+        prefix_tokens, jointly = encoder.num_prefix_tokens, encoder.frames_attend_jointly
+        return dataclasses.replace(processor, num_prefix_tokens=prefix_tokens, frames_attend_jointly=jointly)
 
     def __call__(self, images: Sequence[Any]) -> Pack:
         """Decode, resize, normalise and patchify, as `PackedEncoder.pack` does.
@@ -39,27 +60,38 @@ class PackProcessor(Processor):
             ValueError: one image where several are expected.
         """
         check_several(images)
-        patches, grids, sizes, boxes = [], [], [], []
-        for source in images:
-            image = load(source)
-            pixels = preprocess(image, self.rule, self.patch_size, resize=self.resize)
-            of_image, grid = patchify(pixels, self.patch_size, self.patch_order)
-            height, width = image.shape[-2:]
-            patches.append(of_image.to(self.dtype))
-            grids.append(grid)
-            sizes.append((height, width))
-            boxes.append(self.rule.place(height, width, self.patch_size).box(height, width, self.patch_size))
-        empty = torch.empty(0, 3 * self.patch_size**2, dtype=self.dtype)
+        packs = [self.pack_pixels(load(source)) for source in images]
+        return Pack.cat(packs) if packs else self.pack_pixels(torch.zeros(3, 64, 64, dtype=torch.uint8))[:0]
+
+    def pack_pixels(self, image: Tensor, max_patches: int | None = None) -> Pack:
+        """The pack of one image or clip that is decoded.
+
+        Args:
+            image: uint8 `(3, H, W)`, or `(frames, 3, H, W)` for a clip.
+            max_patches: most patches of a frame, to which an image is scaled down in its aspect ratio; no limit but the
+                rule's own unless given.
+
+        Raises:
+            ImageError, ValueError: see `preprocess`.
+        """
+        rule, (height, width) = self.rule, image.shape[-2:]
+        place = rule.place(height, width, self.patch_size)
+        if max_patches is not None and place.num_patches > max_patches:
+            rule = dataclasses.replace(rule, min_patches=None, max_patches=max_patches)
+            place = rule.place(height, width, self.patch_size)
+        patches, grid = patchify(
+            preprocess(image, rule, self.patch_size, resize=self.resize), self.patch_size, self.patch_order
+        )
         return Pack(
-            hidden_states=torch.cat(patches) if patches else empty,
-            grid_thw=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
+            hidden_states=patches.to(self.dtype),
+            grid_thw=torch.tensor([grid], dtype=torch.int64),
             patch_size=self.patch_size,
             patch_order=self.patch_order,
             mean=tuple(self.rule.mean),
             std=tuple(self.rule.std),
             preprocessing=self.describe(),
-            boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-            sizes=torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2),
+            boxes=torch.tensor([place.box(height, width, self.patch_size)], dtype=torch.float32),
+            sizes=torch.tensor([(height, width)], dtype=torch.int64),
         )
 
 

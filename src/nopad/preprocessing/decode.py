@@ -184,7 +184,7 @@ def _decode(image: Image.Image, name: str, max_pixels: int, data: bytes | None =
         image.load()
         _check_size(image, name, max_pixels)  # of an ICO the header of the picture inside counts
         rgb = _to_rgb(image, name)
-    turn = _UPRIGHT.get(_orientation(image))  # after load(), which turns some TIFFs itself
+    turn = _UPRIGHT.get(orientation(image))  # after load(), which turns some TIFFs itself
     if turn is not None:
         rgb = (Image.fromarray(rgb) if isinstance(rgb, np.ndarray) else rgb).transpose(turn)
     return as_tensor(rgb)
@@ -212,7 +212,7 @@ def _decode_jpeg(image: Image.Image, data: bytes, name: str) -> np.ndarray | Non
         return None
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 where the EXIF is damaged: it is no reason to lose the pixels."""
     try:
         return image.getexif().get(0x0112, 1)

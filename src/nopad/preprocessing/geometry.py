@@ -23,6 +23,11 @@ class Placement:
     rows: int
     columns: int
 
+    @property
+    def num_patches(self) -> int:
+        """Of the grid."""
+        return self.rows * self.columns
+
     def box(self, height: int, width: int, patch_size: int) -> tuple[float, float, float, float]:
         """The rectangle that the grid covers, `(x0, y0, x1, y1)` in pixels of an image of this `height` and `width`."""
         x, y = width / self.width, height / self.height
