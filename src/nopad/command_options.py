@@ -1,4 +1,4 @@
-"""What the commands share: exit statuses, options, the checks of these, and the output of a report."""
+"""Exit statuses, options that several commands have, their checks, and the output of a report."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def resolve_device(requested: str | None) -> str:
     """
     import torch
 
-    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if requested is None:
-        return "cuda" if seen else "cpu"
+        return "cuda" if num_gpus else "cpu"
     device = check_device("--device", requested)
-    if device.type == "cuda" and not seen:
+    if device.type == "cuda" and not num_gpus:
         raise ValueError(f"--device: got {requested!r}, but torch sees no CUDA device; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= seen:
-        last = f" to cuda:{seen - 1}" if seen > 1 else ""
-        raise ValueError(f"--device: got {requested!r}, but torch sees {counted(seen, 'CUDA device')}: cuda:0{last}")
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        names = f"cuda:0 to cuda:{num_gpus - 1}" if num_gpus > 1 else "cuda:0"
+        raise ValueError(f"--device: got {requested!r}, but torch sees {counted(num_gpus, 'CUDA device')}: {names}")
     return requested
 
 
@@ -89,7 +89,7 @@ def print_report(
     table: Callable[[Any], str],
     write_page: Callable[[Any, str], None] | None = None,
 ) -> None:
-    """Print a report as `options.json` says, and write the page of `options.report`.
+    """Print a report, as JSON by `options.json`, and write the page of `options.report`.
 
     Args:
         report: with `to_dict`.

@@ -23,7 +23,7 @@ def check_local(name: str, path: str | os.PathLike[str]) -> None:
 
 
 def irregular_kind(mode: int) -> str | None:
-    """What a file of this `st_mode` is instead of a regular file, which can be read to its end; `None` for those."""
+    """The kind of a file with this `st_mode` that is not a regular one; `None` for regular files."""
     if stat.S_ISREG(mode):
         return None
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}

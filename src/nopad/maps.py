@@ -62,7 +62,7 @@ def pca(tokens: Sequence[Tensor], components: int = 3) -> list[Tensor]:
     low, high = (torch.from_numpy(np.quantile(projected.numpy(), share, axis=0)) for share in (SHARE, 1 - SHARE))
     scaled = ((projected - low) / (high - low).clamp_min(1e-12)).clamp(0, 1).float()
     parts = scaled.split([part[..., 0].numel() for part in tokens])
-    return [part.view(*own.shape[:-1], components) for part, own in zip(parts, tokens, strict=True)]
+    return [part.view(*image.shape[:-1], components) for part, image in zip(parts, tokens, strict=True)]
 
 
 def similarity(tokens: Sequence[Tensor], query: Tensor) -> list[Tensor]:
@@ -100,7 +100,7 @@ def colours(values: Any, low: float | None = None, high: float | None = None) ->
 
     Args:
         values: `(…)` finite numbers.
-        low, high: what is darkest and brightest; the 1st and the 99th of a hundred values unless given.
+        low, high: the values of the darkest and the brightest colour; the 1st and the 99th percentile unless given.
 
     Returns:
         `(…, 3)` uint8.

@@ -1,4 +1,4 @@
-"""What an encoder returns."""
+"""Outputs of an encoder."""
 
 from __future__ import annotations
 

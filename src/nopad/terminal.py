@@ -98,7 +98,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """An `argparse.ArgumentParser` whose errors are `printable`, and that takes `--layers -4,-1`."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """As argparse, which takes several numbers of which the first is negative for an option."""
+        """Parse as argparse does, with `-4,-1` as a value; argparse alone takes it for an option."""
         joined: list[str] = []
         for word in sys.argv[1:] if args is None else args:
             if _NUMBERS.fullmatch(word) and joined and joined[-1].startswith("--") and "=" not in joined[-1]:

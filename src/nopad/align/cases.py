@@ -84,10 +84,10 @@ def photos_in(images: str | Path | Sequence[Any]) -> Sequence[Any]:
         if not len(images):
             raise ValueError("images: expected at least one, got an empty list; give photos, or a folder of them")
         return images
-    found = list(walk(os.fspath(images), Hidden(included=False)))
-    if broken := next((each for each in found if each.reason), None):
+    entries = list(walk(os.fspath(images), Hidden(included=False)))
+    if broken := next((each for each in entries if each.reason), None):
         raise ValueError(f"images: {Path(images, broken.path)}: {broken.reason}")
-    photos = [Path(images, each.path) for each in found if suffix_of(each.path) in image_suffixes()]
+    photos = [Path(images, each.path) for each in entries if suffix_of(each.path) in image_suffixes()]
     if not photos:
         raise ValueError(f"images: expected photos (.jpg, .png, .webp, .heic, …) in {str(images)!r}, got none")
     return photos

@@ -64,7 +64,7 @@ def worst_image(
 
 
 def _tokens(packed: Sequence[ModelOutput], reference: Sequence[ModelOutput]) -> list[tuple[Tensor, Tensor]]:
-    return [(ours.tokens, theirs.tokens) for ours, theirs in zip(packed, reference, strict=True)]
+    return [(output.tokens, expected.tokens) for output, expected in zip(packed, reference, strict=True)]
 
 
 def _cosine(features: Tensor, reference: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def compare(
         max_pooled_relative = float(_relative(pooled, expected_pooled).max())
     pairs = list(zip(packed, reference, strict=True))
     layers = [
-        [(ours.hidden_states[i], theirs.hidden_states[i]) for ours, theirs in pairs]
+        [(output.hidden_states[i], expected.hidden_states[i]) for output, expected in pairs]
         for i in range(len(packed[0].hidden_states))
     ]
     failures = _cosine_failures(float(cosine.min()), min_pooled_cosine, threshold)

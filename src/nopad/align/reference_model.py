@@ -1,4 +1,4 @@
-"""What a reference model has to do, and references of transformers or of a checkpoint's own code."""
+"""The interface of a reference model; references from transformers and from a checkpoint's own code."""
 
 from __future__ import annotations
 

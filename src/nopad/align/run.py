@@ -110,15 +110,15 @@ def align(
             _compile(packed, [pixels for _, pixels in cases])
         for name, pixels in cases:
             progress(f"{name}: {counted(len(pixels), 'image')}")
-            ours = _run_packed(packed, pixels)
+            actual = _run_packed(packed, pixels)
             expected = [reference_output(model, image) for image in pixels]
             expected_fp32 = None if model is model_fp32 else [reference_output(model_fp32, image) for image in pixels]
-            results.append(compare(name, ours, expected, expected_fp32, threshold, same_arithmetic=precision is None))
+            results.append(compare(name, actual, expected, expected_fp32, threshold, same_arithmetic=precision is None))
             rule = packed.preprocessing
-            found = worst_image(name, pixels, ours, expected, packed.patch_size, rule.mean, rule.std)
+            candidate = worst_image(name, pixels, actual, expected, packed.patch_size, rule.mean, rule.std)
             # Photos come last: what is seen on them says more than noise.
-            if worst is None or pixels is of_photos or float(found.difference.max()) > float(worst.difference.max()):
-                worst = found
+            if worst is None or pixels is of_photos or candidate.difference.max() > worst.difference.max():
+                worst = candidate
     return AlignReport(
         checkpoint=str(checkpoint),
         family=packed.family,

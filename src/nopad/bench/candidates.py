@@ -258,14 +258,14 @@ def candidates(
 
 def _compiled(encoder: PackedEncoder, capacity: int, max_segments: int, float8: bool) -> PackedEncoder:
     """A compiled copy of `encoder` that shares its weights; it is compiled for one capacity alone."""
-    twin = copy.deepcopy(encoder, {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())})
+    compiled = copy.deepcopy(encoder, {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())})
     if float8:
         try:
-            twin.to_precision("fp8")
+            compiled.to_precision("fp8")
         except ValueError as reason:  # sizes that float8 GEMMs do not take
             raise Skipped(str(reason)) from None
-    twin.compile(capacity=capacity, max_segments=max_segments)
-    return twin
+    compiled.compile(capacity=capacity, max_segments=max_segments)
+    return compiled
 
 
 def _check_compiled(model: PackedEncoder, compiled: bool) -> None:

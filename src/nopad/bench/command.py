@@ -118,7 +118,7 @@ def bench_table(report: BenchReport) -> str:
 
 
 def _executions(rows: Sequence[Row]) -> list[str]:
-    """How compiled layers ran, and for which packs."""
+    """The `execution` of compiled layers, and the packs that it is of."""
     capacities: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row.execution is not None:

@@ -46,7 +46,7 @@ def bench_page(report: BenchReport) -> str:
 
 
 def _verdict(report: BenchReport) -> tuple[str, str]:
-    """How many times as fast as the reference the packed encoder is, and the numbers behind it."""
+    """The packed encoder's throughput as a multiple of the reference's, and the numbers behind it."""
     one_by_one = {row.workload for row in report.rows if row.name == ONE_BY_ONE and row.agrees}
     first = next((workload for workload in report.workloads if workload.name in one_by_one), report.workloads[0])
     # Over the same images: smaller ones cost less attention.

@@ -58,12 +58,12 @@ class Row:
 
     @property
     def images_per_second(self) -> float | None:
-        """Of the median run."""
+        """Images per second of the median run."""
         return None if self.median is None else self.images / self.median
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the median run."""
+        """Tokens per second of the median run."""
         return None if self.median is None else self.tokens / self.median
 
     @property

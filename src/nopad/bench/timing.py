@@ -21,7 +21,7 @@ class Sample(NamedTuple):
 
 
 PEAK_GEMMS = {"cuda": (8192, 100), "cpu": (2048, 1)}
-"""By device type: side of the square matrices, and GEMMs per run, that measure the peak. A GPU's clock falls under
+"""Side of the square matrices, and GEMMs per run, that measure the peak, by device type. A GPU's clock falls under
 load, so one run there lasts long enough to show it."""
 
 Timer = Callable[[Callable[[], object]], Sample]

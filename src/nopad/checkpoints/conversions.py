@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Reshape:
-    """What a tensor of a file becomes.
+    """Conversion of a tensor of a file to the values of parameters, and back.
 
     Attributes:
         parts: one tensor of the file to the values of each parameter.
@@ -134,7 +134,7 @@ class Join:
 
 @dataclass(frozen=True)
 class Part:
-    """Where a parameter's values are in a file.
+    """The place of a parameter's values in a file.
 
     Attributes:
         names: of the tensor, or of several whose rows follow each other.

@@ -169,7 +169,7 @@ def _on_hub(name: str, filename: str, **hub: Any) -> Path | None:
 
 
 def _why_offline(name: str, *, local_files_only: bool = False, **hub: Any) -> str | None:
-    """Why only the Hub's cache is read, `None` where the Hub can be reached.
+    """The reason why only the Hub's cache is read; `None` where the Hub can be reached.
 
     Otherwise huggingface_hub would retry every file for half a minute.
     """
@@ -225,7 +225,7 @@ def _weights(
 
 
 def _advice(name: str) -> str:
-    """What to do about a name that the Hub does not have."""
+    """Advice for a name that the Hub does not have, for the end of a message."""
     known = _published_names()
     if name in known:
         return f". 'untrained:{name}' gives its architecture with random weights"

@@ -1,4 +1,4 @@
-"""Published checkpoints: the dialects that name their tensors, and the check of each before one is loaded."""
+"""Checkpoints before they are loaded: their tensors and config, and the dialects that name the tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from nopad.checkpoints.conversions import SAME, NameTable, Part
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""What weights may be."""
+"""Dtypes of weights."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class StoredTensor:
         return self.read()[index].clone()
 
     def part(self, part: Part) -> StoredTensor:
-        """What one parameter takes of it."""
+        """The part of this tensor that one parameter takes."""
         if part.rename.reshape is SAME:
             return self
         parts = part.rename.reshape.parts
@@ -86,7 +86,7 @@ def trained_grid(config: Any) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What lies in a checkpoint, before anything of it is loaded.
+    """A checkpoint before anything of it is loaded.
 
     Attributes:
         name: as the user named it.
@@ -134,7 +134,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype | str:
-        """As transformers' `"auto"`: the dtype in `config.json`, else the one that holds all weights."""
+        """The dtype in `config.json`, else the one that holds all weights, as transformers' `"auto"`."""
         if self.config_dtype is not None:
             return self.config_dtype
         return reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors.values()))
@@ -199,7 +199,7 @@ class Checkpoint:
         return hidden_size // head_dim
 
     def count(self, prefix: str) -> int:
-        """How many numbered modules stand under `prefix`, 0 where there is none.
+        """Number of numbered modules under `prefix`, 0 where there is none.
 
         Raises:
             ValueError: their numbers are not 0, 1, 2, …

@@ -1,4 +1,4 @@
-"""What `open_clip_config.json` says: the sizes of both towers, and how images are made."""
+"""Reads `open_clip_config.json`: the sizes of both towers, and the preprocessing."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from nopad.counts import is_count
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _VISION_DEFAULTS = {"layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224}
-"""Of OpenCLIP's `CLIPVisionCfg`."""
+"""Defaults of OpenCLIP's `CLIPVisionCfg`."""
 _TEXT_DEFAULTS = {"layers": 12, "width": 512, "heads": 8, "mlp_ratio": 4.0, "vocab_size": 49408, "context_length": 77}
-"""Of OpenCLIP's `CLIPTextCfg`."""
+"""Defaults of OpenCLIP's `CLIPTextCfg`."""
 _BLOCKS: dict[str, Any] = {
     **dict.fromkeys(("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn"), False),
     **dict.fromkeys(("ls_init_value", "act_kwargs", "norm_kwargs"), None),
@@ -122,7 +122,7 @@ def _read_part(
 
 
 def preprocessor_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How OpenCLIP makes images for a model, as a preprocessor config of transformers; `None` where it does not say.
+    """OpenCLIP's preprocessing for a model, as a preprocessor config of transformers; `None` where the config has none.
 
     Where the crop takes an odd number of pixels off, OpenCLIP's lies one pixel further than transformers' every other
     time.

@@ -72,10 +72,10 @@ def dialect_of(cls: type[PackedEncoder], checkpoint: Checkpoint) -> Dialect | No
     Raises:
         ValueError: names of several dialects.
     """
-    spoken = [dialect for dialect in cls.dialects if dialect.matches(checkpoint.tensors)]
-    if len(spoken) > 1:
-        raise ValueError(f"checkpoint {checkpoint.name!r}: its names mix {' and '.join(d.name for d in spoken)}")
-    return spoken[0] if spoken else None
+    matching = [dialect for dialect in cls.dialects if dialect.matches(checkpoint.tensors)]
+    if len(matching) > 1:
+        raise ValueError(f"checkpoint {checkpoint.name!r}: its names mix {' and '.join(d.name for d in matching)}")
+    return matching[0] if matching else None
 
 
 def published_config(cls: type[PackedEncoder], name: str) -> Any:
@@ -119,7 +119,7 @@ def from_checkpoint(
     skeleton = _skeleton(cls, dialect.convert(part), config, changes, options, head=head)
     part = part if head else without_head(cls, part, dialect)
     if isinstance(kwargs.get("device_map"), Mapping):
-        kwargs["device_map"] = {_registered(skeleton, part): to for part, to in kwargs["device_map"].items()}
+        kwargs["device_map"] = {_registered(skeleton, path): to for path, to in kwargs["device_map"].items()}
     implementation = kwargs.pop("attn_implementation", None) or "auto"
     output_loading_info = kwargs.pop("output_loading_info", False)
     load = _of_transformers(cls)

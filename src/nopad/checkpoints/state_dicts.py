@@ -68,13 +68,13 @@ def _check_names(encoder: PackedEncoder, names: list[str], families: Iterable[ty
             "state_dict: saved by nopad 0.1, whose encoders kept fused matrices; convert it by "
             "nopad.checkpoints.fused_names.from_fused_names(encoder, state_dict)"
         )
-    spoken = [dialect for dialect in encoder.dialects if dialect.matches(names)]
-    if spoken and not any(dialect.is_original for dialect in spoken):
+    matching = [dialect for dialect in encoder.dialects if dialect.matches(names)]
+    if matching and not any(dialect.is_original for dialect in matching):
         raise ValueError(
             f"state_dict: expected the tensor names of {encoder.original_dialect().name}, got those of "
-            f"{spoken[0].name}; load the checkpoint by nopad.load or from_pretrained, which read them"
+            f"{matching[0].name}; load the checkpoint by nopad.load or from_pretrained, which read them"
         )
-    if not spoken:
+    if not matching:
         others = [family.family for family in families if any(dialect.matches(names) for dialect in family.dialects)]
         if others:
             raise ValueError(f"state_dict: expected {encoder.family} weights, got those of {' or '.join(others)}")

@@ -1,4 +1,4 @@
-"""What timm writes into `config.json`: an architecture by its name, changes to it, and how images are made."""
+"""Reads timm's `config.json`: an architecture by its name, changes to it, and the preprocessing."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def activation(checkpoint: Checkpoint, name: Any) -> str:
 
 
 def preprocessor_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How timm makes images for a model, as a preprocessor config of transformers; `None` where the config is silent.
+    """timm's preprocessing for a model, as a preprocessor config of transformers; `None` where the config has none.
 
     NaFlex models make their own sizes: theirs has none.
     """

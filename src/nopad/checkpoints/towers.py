@@ -62,9 +62,9 @@ def prefix_of(
         if not any(name.startswith(prefix) for name in patterns):
             raise ValueError(f"{label}: prefix {prefix!r}: expected one of {_listed(patterns)}")
         return prefix
-    spoken: dict[str, str] = {}
+    towers: dict[str, str] = {}
     for each in _prefixes(patterns):
-        if any(each.startswith(outer) for outer in spoken):
+        if any(each.startswith(outer) for outer in towers):
             continue  # the same tower, of which the dialect takes the rest of the prefix
         inside = [name.removeprefix(each) for name in patterns if name.startswith(each)]
         matching = {family.family: [d for d in family.dialects if d.matches(inside)] for family in families}
@@ -72,41 +72,39 @@ def prefix_of(
             if any(matching.values()) and config.get("model_type") not in TOWERS:
                 return ""
             continue
-        found = [
+        whole = [
             family for family, dialects in matching.items() if any(_is_all(dialect, inside) for dialect in dialects)
         ]
-        if found:
-            spoken[each] = " and ".join(found)
-    if len(spoken) > 1:
-        towers = ", ".join(f"{each!r} ({family})" for each, family in spoken.items())
-        raise ValueError(f"{label}: expected one vision tower, got {towers}; choose one by prefix=")
-    if not spoken:
-        return ""  # the caller says what is known of whole checkpoints
-    return next(iter(spoken))
+        if whole:
+            towers[each] = " and ".join(whole)
+    if len(towers) > 1:
+        listed = ", ".join(f"{each!r} ({family})" for each, family in towers.items())
+        raise ValueError(f"{label}: expected one vision tower, got {listed}; choose one by prefix=")
+    return next(iter(towers), "")  # without one, the caller raises with the dialects of whole checkpoints
 
 
 def _is_all(dialect: Dialect, names: Iterable[str]) -> bool:
     """Whether names are those of a tower alone: where some have the dialect's own prefix, all have it."""
-    kept = [name for name in names if not any(re.search(pattern, name) for pattern in dialect.dropped)]
-    stripped = sum(dialect.strip(name) != name for name in kept)
-    return stripped in (0, len(kept))
+    retained = [name for name in names if not any(re.search(pattern, name) for pattern in dialect.dropped)]
+    stripped = sum(dialect.strip(name) != name for name in retained)
+    return stripped in (0, len(retained))
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:
     """All that names have in front of a dot, outer ones first, up to the number of a layer."""
-    found = {"": None}
+    prefixes = {"": None}
     for name in names:
         parts = name.split(".")[:-1]
         for depth in range(1, min(len(parts), MAX_DEPTH) + 1):
             if parts[depth - 1].isdigit():
                 break
-            found[".".join(parts[:depth]) + "."] = None
-    return sorted(found, key=lambda prefix: prefix.count("."))
+            prefixes[".".join(parts[:depth]) + "."] = None
+    return sorted(prefixes, key=lambda prefix: prefix.count("."))
 
 
 def _listed(names: Iterable[str]) -> str:
-    found = [prefix for prefix in _prefixes(names) if 0 < prefix.count(".") <= 2]
-    return ", ".join(map(repr, found[:20])) + (", …" if len(found) > 20 else "")
+    prefixes = [prefix for prefix in _prefixes(names) if 0 < prefix.count(".") <= 2]
+    return ", ".join(map(repr, prefixes[:20])) + (", …" if len(prefixes) > 20 else "")
 
 
 def describe(checkpoint: Checkpoint) -> str:

@@ -140,7 +140,7 @@ class _Actors:
         self.loading[actor.place.remote()] = actor
 
     def make(self, shards: Sequence[int], actors: int) -> Iterator[dict[str, Any]]:
-        """What `ShardMaker.make` returns for each shard, in the order in which they are done.
+        """The result of `ShardMaker.make` for each shard, in the order in which they are done.
 
         Raises:
             ChildProcessError: too many deaths.
@@ -183,7 +183,7 @@ class _Actors:
                 )
 
     def value(self, call: Any, actor: Any, shard: int | None) -> Any:
-        """What a call returned, `None` where its actor died."""
+        """The result of a call, `None` where its actor died."""
         import ray
         from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 

@@ -1,4 +1,4 @@
-"""How many patches a job's inputs have, by the headers of a few of them."""
+"""Estimate of the patches of a job's inputs, by the headers of a few of them."""
 
 from __future__ import annotations
 

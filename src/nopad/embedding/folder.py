@@ -117,7 +117,7 @@ class JobFolder:
         return record, inputs
 
     def temporary(self, shard: Path) -> Path:
-        """Where a shard is written before it is whole, another file each time: two actors may be at the same shard."""
+        """A temporary file for a shard, another one each time: two actors may be at the same shard."""
         return self.metadata / f"{shard.name}.{uuid.uuid4().hex}.part"
 
     def clean(self) -> None:

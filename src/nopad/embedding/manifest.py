@@ -27,7 +27,7 @@ _FOLLOWS = {
     "weights": {"dtype"},
     "preprocessing": {"resize", "size", "min_patches", "max_patches", "multiple_of"},
 }
-"""What follows from options of a job."""
+"""Entries of a record that follow from options of the job."""
 
 
 def record_of(settings: Settings, worker: Worker, sources: list[str], inputs: InputList) -> dict[str, str]:
@@ -90,16 +90,15 @@ def fingerprint(record: Mapping[str, str]) -> str:
 
 
 def job_folders(folder: Path) -> dict[str, Path]:
-    """Where the list of inputs of each job of a table is, by the fingerprint in its shards' names; what is damaged is
-    left out."""
-    found = {}
+    """The folder of each job's list of inputs, by the fingerprint in its shards' names; damaged jobs are left out."""
+    folders = {}
     for each in JobFolder(folder).all():
         try:
             record = read_json(each.metadata / "job.json")
         except (OSError, ValueError):
             continue
-        found[fingerprint(record)] = each.metadata
-    return found
+        folders[fingerprint(record)] = each.metadata
+    return folders
 
 
 def architecture(encoder: PackedEncoder) -> dict[str, Any]:

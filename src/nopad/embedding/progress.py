@@ -1,4 +1,4 @@
-"""How far a job is: a bar on a terminal, plain lines in a log."""
+"""Progress of a job: a bar on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIN_ESTIMATE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is; counts are of this run.
+    """Progress of a run; counts are of this run.
 
     Attributes:
         rows: inputs that this run has to do.
@@ -88,7 +88,7 @@ class _Bar(Display):
 
 @contextmanager
 def display(stream: TextIO) -> Iterator[Display]:
-    """Where a job's messages and progress go: a bar on a terminal, with messages above it, elsewhere lines."""
+    """A display of messages and progress: a bar on a terminal, with messages above it; lines elsewhere."""
     if not stream.isatty():
         yield Display(stream)
         return

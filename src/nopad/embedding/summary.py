@@ -1,4 +1,4 @@
-"""What `nopad.embed` returns."""
+"""The result of `nopad.embed`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Busy:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a job's folder holds when a run ends, and what the run did.
+    """Contents of a job's folder when a run ends, and the work of the run.
 
     Attributes:
         folder: where the table is.

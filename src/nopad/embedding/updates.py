@@ -28,7 +28,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Difference:
-    """What has changed between a table and its sources.
+    """The difference between a table and its sources.
 
     Attributes:
         new: inputs to embed, those that have changed among them, and their stamps.
@@ -39,7 +39,7 @@ class Difference:
     marks: dict[Place, str]
 
     def describe(self) -> list[str]:
-        """It in words, for a summary."""
+        """The changes in words, for a summary."""
         counts = Counter(self.marks.values())
         new = len(self.new) - counts[CHANGED]
         if not self.new and not self.marks:
@@ -48,7 +48,7 @@ class Difference:
 
 
 def compare(jobs: Sequence[Job], listed: InputList, names: Collection[str], *, contents: bool) -> Difference:
-    """What has changed between a table, all of whose shards are there, and its sources.
+    """The difference between a table, all of whose shards are there, and its sources.
 
     Inputs are the same if their source and name are, their place in it, and their file: by size and time or, where both
     are known, by its contents. Of sources that are not among `names` nothing is gone.
@@ -108,12 +108,12 @@ def begin_update(folder: JobFolder, jobs: Sequence[Job], record: Mapping[str, st
     first = jobs[0]
     number = 1 + max(each.update for each in folder.all())
     inputs = InputList.of(item for item, _ in difference.new)
-    own = {**record, "inputs": inputs.digest(), "table": first.fingerprint, "update": str(number)}
+    update_record = {**record, "inputs": inputs.digest(), "table": first.fingerprint, "update": str(number)}
     if "columns" in first.record:
-        own["columns"] = first.record["columns"]
+        update_record["columns"] = first.record["columns"]
     part = JobFolder(folder.path, number)
-    part.begin(own, inputs, [stamp for _, stamp in difference.new], first.check_lock)
-    return Job(first.settings, part, own, inputs, first.check_lock)
+    part.begin(update_record, inputs, [stamp for _, stamp in difference.new], first.check_lock)
+    return Job(first.settings, part, update_record, inputs, first.check_lock)
 
 
 def mark(jobs: Sequence[Job], marks: Mapping[Place, str], encoder: PackedEncoder) -> None:

@@ -73,7 +73,7 @@ TIMM_REGISTERS = NameTable(
 
 
 def _prepare_timm(checkpoint: Checkpoint) -> Checkpoint:
-    """With other names for packed SwiGLU, and with a mask token.
+    """Rename packed SwiGLU, and add a mask token.
 
     timm leaves that out. It is for masked training alone, and zeros in a fresh model.
     """

@@ -74,7 +74,7 @@ _BIAS_MASK, PERIODS = r"^blocks\.\d+\.attn\.qkv\.bias_mask$", "rope_embed.period
 
 
 def _mask_biases(checkpoint: Checkpoint) -> Checkpoint:
-    """Meta's model multiplies the bias of queries, keys and values with a mask of zeros and ones."""
+    """Multiply the biases of queries, keys and values by Meta's masks of zeros and ones, as Meta's model does."""
 
     def masked(bias: StoredTensor, mask: StoredTensor) -> StoredTensor:
         return replace(bias, read=lambda: bias.read() * mask.read().to(bias.dtype))
@@ -85,7 +85,7 @@ def _mask_biases(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _add_tokens(checkpoint: Checkpoint) -> Checkpoint:
-    """timm has no mask token, which only masked training reads, and where there are no registers no tensor for them."""
+    """Add the mask token, which only masked training reads, and registers of no rows, where timm has none."""
     cls_token = checkpoint.tensors.get("cls_token")
     if cls_token is None:
         return checkpoint

@@ -27,7 +27,7 @@ class CUDAGraphLayers(LayerStack):
 
     @property
     def execution(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """How the recorded layers ran."""
+        """The `execution` of the recorded layers."""
         return self.layers.execution
 
     def refresh(self, *, trained: bool = False) -> bool:

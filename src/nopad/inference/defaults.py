@@ -1,4 +1,4 @@
-"""What runs fastest on a device, where the caller does not say."""
+"""Defaults by device: tokens of a pack, dtype, and whether to compile."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 
 LOOKAHEAD = 4
-"""How many packs' worth of images wait at most before one is closed, by default."""
+"""Default lookahead: the tokens that wait before a pack is closed, in packs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What all processors of images have in common, and the rule by which an encoder's images are made."""
+"""The base of image processors, and the rule by which an encoder's images are made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Processor:
-    """How images become patches; small and picklable, without weights.
+    """Settings that turn images into patches; small and picklable, without weights.
 
     Attributes:
         rule: sizes and statistics.
@@ -74,7 +74,7 @@ def rule_for(
     multiple_of: int | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> Preprocessing:
-    """How an encoder's images are made, with the size that a caller has given.
+    """The rule by which an encoder's images are made, at the size that a caller requests.
 
     Args:
         size: `None` for the encoder's own rule, `"model"` for that of its checkpoint.

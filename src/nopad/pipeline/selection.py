@@ -1,4 +1,4 @@
-"""Which features of an image are kept: its vector, and its tokens."""
+"""The features of an image that are kept: its vector, and its tokens."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Selection:
         return encoder.hidden_size * len(self.pool.split("+")) * len(self.layers or (-1,))
 
     def describe(self, encoder: PackedEncoder) -> str:
-        """What a vector is, in words that tables of comparable vectors have in common."""
+        """The kind of vector, in words that are equal for vectors that can be compared."""
         if self.pool == "model":
             return "pooled" if encoder.projection_dim is None else "image_embeds"
         layers = "" if self.layers is None else f" of layers {','.join(map(str, encoder.layer_indices(self.layers)))}"
@@ -99,12 +99,12 @@ class Selection:
     def _pool(self, features: LayerFeatures) -> Tensor:
         """`(layers, t, h, w, D)` to one vector."""
         parts = []
-        for tokens in range(len(features.layers)):
+        for layer in range(len(features.layers)):
             if "cls" in self.pool:
                 assert features.prefix_tokens is not None
-                parts.append(features.prefix_tokens[tokens, :, 0].float().mean(0))
+                parts.append(features.prefix_tokens[layer, :, 0].float().mean(0))
             if "mean" in self.pool:
-                parts.append(features.tokens[tokens].float().flatten(0, 2).mean(0))
+                parts.append(features.tokens[layer].float().flatten(0, 2).mean(0))
         return torch.cat(parts)
 
     def _reduce(self, tokens: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class Selection:
 
 
 def check_pool(name: str, pool: Any) -> None:
-    """Raise `ValueError` unless it is a `Pool`."""
+    """Raise `ValueError` unless a value is a `Pool`."""
     if pool not in get_args(Pool):
         raise ValueError(f"{name}: expected one of {', '.join(get_args(Pool))}, got {pool!r:.80}")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Stats:
-    """What a worker has done so far. Seconds are wall time; `decode_seconds` is summed over the decode threads.
+    """Counts of a worker's work so far. Seconds are wall time; `decode_seconds` is summed over the decode threads.
 
     Attributes:
         images, failed: images done, and those of them without features.
@@ -33,5 +33,5 @@ class Stats:
 
     @property
     def fill(self) -> float:
-        """How full the packs were, 0 … 1."""
+        """Share of the packs' capacity that was used, 0 … 1."""
         return self.tokens / self.capacity if self.capacity else 0.0

@@ -20,7 +20,7 @@ _AVI_SLACK = 8  # some writers count the header in
 
 
 def problem(file: File) -> str:
-    """Say what is wrong with a video file, empty for nothing; unknown formats pass."""
+    """The damage of a video file in words, empty without any; unknown formats pass."""
     size = file.seek(0, 2)
     head = read_at(file, 0, 512)
     if looks_like_mp4(head):
@@ -77,7 +77,7 @@ def _is_matroska_cut(file: File, size: int) -> bool:
 
 
 def _riff_ends(file: File, size: int) -> Iterator[int]:
-    """Where each RIFF chunk of an AVI ends; one of size 0 was never finished, and says nothing."""
+    """The end of each RIFF chunk of an AVI; a chunk of size 0 was never finished and is left out."""
     position = 0
     while position + 8 <= size:
         kind, length = struct.unpack("<4sI", read_at(file, position, 8))

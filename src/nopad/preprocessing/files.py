@@ -35,7 +35,7 @@ def _check_regular(status: os.stat_result) -> None:
 
 @dataclass(frozen=True)
 class FileRange:
-    """Where encoded bytes stand; of the whole file where `size` is `None`."""
+    """A range of bytes in a file; the whole file where `size` is `None`."""
 
     path: bytes
     offset: int = 0

@@ -60,7 +60,7 @@ def _format_of_brands(data: bytes) -> str | None:
 
 @cache
 def readable_formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow reads."""
+    """The `FORMATS` that this Pillow reads."""
     Image.init()
     return tuple(sorted(FORMATS & Image.OPEN.keys()))
 

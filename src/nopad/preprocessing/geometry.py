@@ -1,4 +1,4 @@
-"""Sizes that a resize makes of an image, and where the grid of patches then lies in it."""
+"""Sizes of an image after a resize, and the position of the grid of patches in it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where the grid of patches lies in a resized image.
+    """Position of the grid of patches in a resized image.
 
     Attributes:
         height, width: pixels after the resize.

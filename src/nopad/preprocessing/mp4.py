@@ -38,7 +38,7 @@ class _Box:
 
 @dataclass(slots=True)
 class _Track:
-    """What a track's tables claim; `chunks` are runs of (first chunk, samples in each)."""
+    """Claims of a track's tables; `runs` are runs of (first chunk, samples in each)."""
 
     samples: int = 0
     edits: int = 0
@@ -75,7 +75,7 @@ class Mp4:
         self._boxes_left = MAX_BOXES
 
     def problem(self) -> str:
-        """Say why the file must not be read, empty for nothing."""
+        """The reason why the file must not be read, empty without one."""
         try:
             entries = 0
             for box in self._boxes(0, self._size):

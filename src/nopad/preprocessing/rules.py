@@ -1,4 +1,4 @@
-"""How a model wants its pixels: the rule that sizes an image, its crop, its statistics."""
+"""The rule by which a model's images are made: size, crop, statistics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KEEP_ASPECT_RATIO = ("native", "shortest_edge")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How a model wants its pixels. What does not fill a patch is dropped at the right and the bottom.
+    """The rule by which a model's images are made. Pixels that do not fill a patch are dropped at the right and bottom.
 
     Attributes:
         rule: `"native"` keeps the size, `"shortest_edge"` resizes the short side and keeps the aspect ratio,
@@ -90,8 +90,8 @@ class Preprocessing:
             raise ValueError(f"size: expected {expected} for {self.rule!r}, got {self.size!r}")
         if self.short_side is None:
             return
-        least = self.size if isinstance(self.size, int) else 1
-        if self.rule != "crop" or not is_count(self.short_side, least):
+        min_pixels = self.size if isinstance(self.size, int) else 1
+        if self.rule != "crop" or not is_count(self.short_side, min_pixels):
             expected = f"pixels ≥ {self.size}" if self.rule == "crop" else None
             raise ValueError(f"short_side: expected {expected} for {self.rule!r}, got {self.short_side!r}")
 
@@ -102,19 +102,19 @@ class Preprocessing:
             "min_patches": (self.min_patches, 1, self.rule in _KEEP_ASPECT_RATIO),
             "max_patches": (self.max_patches, self.multiple_of**2, self.rule not in _FIXED),
         }
-        for name, (value, least, is_of_use) in limits.items():
+        for name, (value, min_value, is_of_use) in limits.items():
             if value is not None and not is_of_use:
                 raise ValueError(
                     f"{name}: expected None for {self.rule!r}, which {self._makes()}, got {value!r:.80}; it goes with "
                     f"size='native' or the pixels of the short side"
                 )
-            if value is not None and not is_count(value, least):
-                raise ValueError(f"{name}: expected an integer ≥ {least} for {self.rule!r}, got {value!r:.80}")
+            if value is not None and not is_count(value, min_value):
+                raise ValueError(f"{name}: expected an integer ≥ {min_value} for {self.rule!r}, got {value!r:.80}")
         if self.min_patches is not None and self.max_patches is not None and self.min_patches > self.max_patches:
             raise ValueError(f"min_patches: expected at most max_patches {self.max_patches}, got {self.min_patches}")
 
     def _makes(self) -> str:
-        """What a rule makes of every image, for messages."""
+        """The effect of a rule on every image, for messages."""
         if self.rule == "naflex":
             return "fills up to max_patches"
         height, width = self.size if isinstance(self.size, tuple) else (self.size, self.size)
@@ -137,8 +137,8 @@ class Preprocessing:
         Raises:
             ValueError: no `Size`, or a limit that the rule cannot follow.
         """
-        given = {"min_patches": min_patches, "max_patches": max_patches, "multiple_of": multiple_of}
-        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        limits = {"min_patches": min_patches, "max_patches": max_patches, "multiple_of": multiple_of}
+        changes: dict[str, Any] = {name: value for name, value in limits.items() if value is not None}
         if size in (None, "model"):
             return dataclasses.replace(self, **changes)
         check_size(size)
@@ -197,7 +197,7 @@ class Preprocessing:
         return None if self.limit is None else self.limit * patch_size**2
 
     def place(self, height: int, width: int, patch_size: int) -> Placement:
-        """What `preprocess` makes of an image of so many pixels.
+        """Size and patches of an image after `preprocess`, from its size before.
 
         Raises:
             ValueError: the rule makes images smaller than a patch.
@@ -247,7 +247,7 @@ def check_resize(resize: str) -> None:
 
 
 def check_size(size: Any) -> None:
-    """Raise `ValueError` unless it is a `Size`."""
+    """Raise `ValueError` unless a value is a `Size`."""
     if size in ("model", "native") or is_count(size) or _is_pair(size):
         return
     expected = "'model', 'native', pixels ≥ 1 of the short side, or (height, width) in pixels ≥ 1"

@@ -91,7 +91,7 @@ def normalize(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def level_values(preprocessing: Preprocessing) -> Tensor:
-    """What `normalize` makes of each grey level: float32 `(3, 256)`, a row for each colour."""
+    """The value of each grey level by `normalize`: float32 `(3, 256)`, a row for each colour."""
     levels = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
     return normalize(levels, preprocessing)[:, 0]
 

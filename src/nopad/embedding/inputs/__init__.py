@@ -1,1 +1,1 @@
-"""What a bulk job reads: folders, archives, tables, videos."""
+"""Inputs of a bulk job: folders, archives, tables, videos."""

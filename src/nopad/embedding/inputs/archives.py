@@ -1,4 +1,4 @@
-"""What is in tars, listed without reading a picture."""
+"""Pictures in tars, listed without reading one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_GLOBAL_BYTES = 1 << 16
 """Most bytes of a tar's global attributes, which apply to every member behind them."""
 
 COMPRESSED = "a compressed tar has no random access: decompress it to a plain .tar (gunzip, unxz, zstd -d)"
-"""Why a compressed tar is not read, and what to do."""
+"""The reason why a compressed tar is not read, with advice."""
 
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 _BLOCK = tarfile.BLOCKSIZE
@@ -196,7 +196,7 @@ def _check_global(attributes: Mapping[str, str]) -> None:
 
 
 def _linked_data(file: io.FileIO) -> dict[int, tuple[int, int]]:
-    """Where the data of each hard link are, offset and size, by the offset of the link's header."""
+    """Offset and size of the data of each hard link, by the offset of the link's header."""
     targets = {_normal(member.linkname) for member in _Members(file) if member.islnk()}
     before: dict[str, tuple[int, int]] = {}
     links: dict[int, tuple[int, int]] = {}
@@ -218,7 +218,7 @@ def _normal(name: str) -> str:
 
 
 def _after_end(file: io.FileIO, offset: int, length: int) -> str:
-    """What is wrong with a tar from the byte at which tarfile found no further header; empty where it just ends.
+    """Damage of a tar from the byte at which tarfile found no further header, in words; empty where it just ends.
 
     tarfile stops without a word at a damaged header, at a missing end mark and at the end mark of the first of several
     tars that were put together with `cat`.

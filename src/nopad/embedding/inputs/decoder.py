@@ -50,7 +50,7 @@ class Reader:
                 self._columns.popitem()[1].close()
 
     def media(self, item: Input) -> Media:
-        """Where the encoded picture stands, its bytes, or the name of the video.
+        """The place of an encoded picture, its bytes, or the name of a video.
 
         Raises:
             ImageError: an input that cannot be read; its source is `item.id`.

@@ -33,7 +33,7 @@ _TABLES = ("parquet", "dataset")
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept of the inputs' own columns.
+    """Columns of the inputs that are kept in the table.
 
     Attributes:
         names: of the inputs' columns, by the names that they have in the table.
@@ -62,22 +62,22 @@ class Kept:
             ValueError: a column that no input has, one of several types, or inputs without columns.
         """
         types: dict[str, pa.DataType] = {}
-        wanted = None if keep == ALL else [name.strip() for name in keep.split(",") if name.strip()]
-        for schema in _schemas(inputs, wanted):
+        requested = None if keep == ALL else [name.strip() for name in keep.split(",") if name.strip()]
+        for schema in _schemas(inputs, requested):
             for field in schema:
-                if wanted is not None and field.name not in wanted:
+                if requested is not None and field.name not in requested:
                     continue
                 if not types.setdefault(field.name, field.type).equals(field.type):
                     raise ValueError(
                         f"keep: column {field.name!r} is {types[field.name]} in one source, {field.type} in another; "
                         f"make them the same, or leave it out"
                     )
-        missing = [name for name in wanted or () if name not in types]
+        missing = [name for name in requested or () if name not in types]
         if missing or not types:
             which = f"no source has a column {', '.join(map(repr, missing))}" if missing else "no source has columns"
             raise ValueError(f"keep: {which}; Parquet files, saved datasets and WebDataset tars have them")
-        names = {f"kept_{name}" if name in taken else name: name for name in wanted or types}
-        return cls(names, pa.schema([pa.field(name, types[own]) for name, own in names.items()]))
+        names = {f"kept_{name}" if name in taken else name: name for name in requested or types}
+        return cls(names, pa.schema([pa.field(name, types[column]) for name, column in names.items()]))
 
     def to_text(self) -> str:
         """For the record of a job."""
@@ -86,7 +86,7 @@ class Kept:
 
     @classmethod
     def from_text(cls, text: str) -> Kept:
-        """What `to_text` has written.
+        """The columns that `to_text` has written.
 
         Raises:
             ValueError: a text that is damaged.
@@ -94,7 +94,7 @@ class Kept:
         try:
             content = json.loads(text)
             schema = pa.ipc.read_schema(pa.BufferReader(base64.b64decode(content["schema"])))
-            names = {str(name): str(own) for name, own in content["names"].items()}
+            names = {str(name): str(column) for name, column in content["names"].items()}
             times = content["times"] is True
             extras = tuple(name for name in extra_columns.TYPES if name in content.get("extras", ()))
             if [*[TIME] * times, *names, *extras] != schema.names:
@@ -119,13 +119,13 @@ class Kept:
             items: the inputs.
             extras: what was found in each one's file.
         """
-        own = [values for group in _by_file(items) for values in self._of_file(group)]
+        rows = [values for group in _by_file(items) for values in self._of_file(group)]
         if self.times:
-            own = [(time_of(item), *values) for item, values in zip(items, own, strict=True)]
+            rows = [(time_of(item), *values) for item, values in zip(items, rows, strict=True)]
         if self.extras:
-            found = (extra_columns.values_of(each, self.extras) for each in extras)
-            own = [(*values, *more) for values, more in zip(own, found, strict=True)]
-        return own
+            extra_values = (extra_columns.values_of(each, self.extras) for each in extras)
+            rows = [(*values, *more) for values, more in zip(rows, extra_values, strict=True)]
+        return rows
 
     def without_extras(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
         """The values of a row whose file is gone or another one."""
@@ -152,8 +152,8 @@ class Kept:
         except (ValueError, RecursionError):
             fields = {}
         values = []
-        for name, own in self.names.items():
-            value = fields.get(own) if isinstance(fields, dict) and own in fields else read.get(own)
+        for name, column in self.names.items():
+            value = fields.get(column) if isinstance(fields, dict) and column in fields else read.get(column)
             values.append(value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False))
             if values[-1] is not None and not pa.types.is_string(self.schema.field(name).type):
                 values[-1] = None
@@ -165,7 +165,7 @@ def _by_file(items: Iterable[Input]) -> Iterator[list[Input]]:
         yield list(group)
 
 
-def _schemas(inputs: InputList, wanted: Sequence[str] | None) -> Iterator[pa.Schema]:
+def _schemas(inputs: InputList, requested: Sequence[str] | None) -> Iterator[pa.Schema]:
     """The columns of each file among the inputs, without those of the pictures."""
     seen = set()
     for item in inputs:
@@ -176,7 +176,7 @@ def _schemas(inputs: InputList, wanted: Sequence[str] | None) -> Iterator[pa.Sch
         if item.kind == "tar":
             if ("tar",) not in seen:
                 seen.add(("tar",))
-                yield pa.schema([pa.field(name, pa.string()) for name in (_TEXTS if wanted is None else wanted)])
+                yield pa.schema([pa.field(name, pa.string()) for name in (_TEXTS if requested is None else requested)])
             continue
         image = item.note.split("/", 1)[-1] if item.kind == "dataset" else item.note
         yield pa.schema([field for field in _schema_of(item) if field.name != image])
@@ -216,14 +216,14 @@ def _scalar(column: Column | None, row: int) -> Any:
 
 
 def _key(name: str) -> str:
-    """What the members of a WebDataset sample share: the path up to the first dot of the file's name."""
+    """The name of a member's WebDataset sample: the path up to the first dot of the file's name."""
     folder, base = posixpath.split(name)
     return posixpath.join(folder, base.split(".", 1)[0])
 
 
 @lru_cache(2)  # the samples of a shard are of one tar, or of two
 def _samples(path: bytes) -> dict[str, dict[str, FileRange]]:
-    """Where the texts of each sample of a tar are, by suffix."""
+    """The place of each text of a tar's samples, by sample and suffix."""
     samples: dict[str, dict[str, FileRange]] = {}
     for name, offset, size in members_of(path):
         suffix = os.path.basename(name).partition(".")[2]

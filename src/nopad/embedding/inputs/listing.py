@@ -1,4 +1,4 @@
-"""The list of what an embedding job reads, one row per picture or video."""
+"""The list of a job's inputs, one row per picture or video."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """Where one picture or video is.
+    """The place of one picture or video.
 
     Attributes:
         id: its name within `source`: relative path, name in the tar, line of the list file; the row number in Parquet

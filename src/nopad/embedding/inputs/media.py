@@ -18,7 +18,7 @@ from nopad.preprocessing.video import read_frames
 from nopad.preprocessing.video_file import frame_size
 
 Media = FileRange | bytes | str
-"""Where an encoded picture stands, its bytes, or the name of a video."""
+"""The place of an encoded picture, its bytes, or the name of a video."""
 
 
 class VideoPart(str):

@@ -72,7 +72,7 @@ def _expand(pattern: str) -> Iterator[str]:
 
 
 def _closing(pattern: str, start: int) -> int:
-    """Where the brace at `start` is closed, 0 for nowhere."""
+    """Index of the brace that closes the one at `start`, 0 without one."""
     depth = 0
     for place in range(start, len(pattern)):
         depth += {"{": 1, "}": -1}.get(pattern[place], 0)
@@ -82,7 +82,7 @@ def _closing(pattern: str, start: int) -> int:
 
 
 def _options(body: str) -> Iterator[str] | None:
-    """What stands between braces, one by one; `None` where braces are just braces."""
+    """The words that a pair of braces stands for, one by one; `None` where braces are just braces."""
     if match := _RANGE.fullmatch(body):
         return _numbers(match[1], match[2], int(match[3] or 1))
     parts, depth = [""], 0

@@ -156,7 +156,7 @@ class _Lister:
         self.spans = spans
         self.left_out: Counter[str] = Counter()
         self.refusals: list[str] = []
-        """Why tables were left out that may have been meant."""
+        """Reasons for which tables were left out that may have been meant."""
         self.is_archive = suffix_of(name) in _ARCHIVES
         self._include_hidden = hidden
         self._hidden = Hidden(included=hidden)
@@ -197,7 +197,7 @@ class _Lister:
             yield from [item] if kind == "image" or self.spans is None else self.spans.of(item)
 
     def _archive(self, path: str) -> Iterator[Input]:
-        """What is in a tar or a Parquet file; one that holds no pictures is left out."""
+        """The inputs in a tar or a Parquet file; one that holds no pictures is left out."""
         before = self.left_out.total()
         is_empty = True
         try:

@@ -14,7 +14,7 @@ FRAME, WINDOW = "frame", "window"
 """Notes of inputs that are part of a video; their offset is where they begin, their size how long they are, in µs."""
 
 MAX_SPANS = 1_000_000
-"""Of one video: more than eleven days at one a second."""
+"""Maximum number of parts of a video: more than eleven days at one a second."""
 
 _MICRO = 1_000_000
 
@@ -53,7 +53,7 @@ class Spans:
 
 
 def time_of(item: Input) -> float | None:
-    """Where in its video an input begins, in seconds; `None` for what is no part of one."""
+    """Time at which an input begins in its video, in seconds; `None` for what is no part of one."""
     return item.offset / _MICRO if item.kind == "video" and item.note else None
 
 

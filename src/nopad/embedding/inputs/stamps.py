@@ -1,4 +1,4 @@
-"""By what a file is recognised as changed: its size and time, on request its contents."""
+"""Stamps of files, by which a change is recognised: size and time, on request the contents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What is known of an input's file: -1 where it could not be looked at, `""` where its contents were not read."""
+    """Size, time and contents of an input's file: -1 where it has no status, `""` where its contents were not read."""
 
     size: int
     mtime_ns: int
@@ -60,10 +60,10 @@ def _stat(item: Input) -> tuple[int, int]:
     if item.kind == "broken":
         return -1, -1
     try:
-        found = os.stat(item.path)
+        status = os.stat(item.path)
     except (OSError, ValueError):
         return -1, -1
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def _sha256(item: Input, reader: Reader) -> str:

@@ -1,4 +1,4 @@
-"""What is in Parquet files and saved datasets, listed without reading a picture."""
+"""Pictures in Parquet files and saved datasets, listed without reading one."""
 
 from __future__ import annotations
 

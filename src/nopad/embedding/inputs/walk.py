@@ -23,7 +23,7 @@ class Found:
 
 
 class Hidden:
-    """What is left out as hidden, by path, so that what is met twice counts once; nothing if `included`."""
+    """Paths that are left out as hidden, each counted once; none if `included`."""
 
     def __init__(self, *, included: bool) -> None:
         self._included = included
@@ -58,7 +58,7 @@ def walk(folder: str, hidden: Hidden) -> Iterator[Found]:
 
 
 def match(base: str, parts: tuple[str, ...], hidden: Hidden) -> list[Found]:
-    """What a glob's parts match below a folder. As in a shell, `*` finds no name that begins with a dot."""
+    """Paths below a folder that a glob's parts match. As in a shell, `*` finds no name that begins with a dot."""
     matches = set()
     todo: list[tuple[str, tuple[str, ...], frozenset]] = [("", parts, frozenset())]
     while todo:

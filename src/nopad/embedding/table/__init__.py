@@ -1,1 +1,1 @@
-"""What a bulk job writes, and how it is read."""
+"""Tables of features: their format, writing and reading."""

@@ -19,8 +19,8 @@ COLUMNS = (*TEXTS, *NUMBERS, "embedding")
 TOKENS = "tokens"
 OK, FAILED, GONE, CHANGED = "ok", "failed", "gone", "changed"
 STATUSES = (OK, FAILED, GONE, CHANGED)
-"""Of a row: with features; without, for the reason in `error`; marked by an update, its input gone from the sources or
-changed, and then in another row."""
+"""Status of a row: with features; without, for the reason in `error`; or marked by an update, its input gone from the
+sources, or changed and now in another row."""
 DTYPES, LISTS = ("float32", "float16"), ("fixed", "variable")
 KEPT = "kept"
 _FORMAT_KEYS = ("format", "embedding.width", "tokens.dtype", "tokens.width", "tokens.layers", "tokens.pool", KEPT)
@@ -30,7 +30,7 @@ MAX_TOKEN_BYTES = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What became of one input: its features, or why there are none.
+    """The result of one input: its features, or the reason why there are none.
 
     `width` and `height` are the pixels of the upright picture, `grid` its `(t, h, w)` patches; `embedding` is `(D,)`,
     `tokens` is `(t * h * w, D)` float16. An ok row has all of them (tokens where the format stores them), a failed row
@@ -51,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFormat:
-    """How features lie in a shard.
+    """Columns of a shard and their types.
 
     Args:
         dimension: length of an embedding.

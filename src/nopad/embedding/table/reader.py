@@ -60,14 +60,14 @@ def opened(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def _problem(schema: pa.Schema) -> str:
-    """Say what no shard of this format has, empty for nothing."""
+    """The first difference from a shard of this format, in words; empty without one."""
     metadata = metadata_of(schema)
-    if (found := metadata.get("format", "none")) != FORMAT:
-        return f"nopad.format {found}, expected {FORMAT}"
+    if (actual := metadata.get("format", "none")) != FORMAT:
+        return f"nopad.format {actual}, expected {FORMAT}"
     has_tokens = TOKENS in schema.names
     for key in ("embedding.width", "tokens.width")[: 1 + has_tokens]:
-        if not re.fullmatch(r"[1-9]\d{0,8}", found := metadata.get(key, "none"), re.ASCII):
-            return f"nopad.{key} {found:.80}, expected a number ≥ 1"
+        if not re.fullmatch(r"[1-9]\d{0,8}", actual := metadata.get(key, "none"), re.ASCII):
+            return f"nopad.{key} {actual:.80}, expected a number ≥ 1"
     for key, pattern, expected in (
         ("tokens.layers", r"\d{1,9}(,\d{1,9})*", "layers as 8,11"),
         ("tokens.pool", r"[1-9]\d{0,8}", "a number ≥ 1"),
@@ -105,7 +105,7 @@ def _kept(schema: pa.Schema, metadata: dict[str, str]) -> pa.Schema | str | None
 
 
 def ok_rows(path: Path, table: pa.Table) -> np.ndarray:
-    """Which rows of a shard are ok, `(N,)` bool, by the columns of `table`, which have what an ok row needs.
+    """A mask `(N,)` of the rows of a shard that are ok; checks the columns that are in `table`.
 
     Raises:
         ValueError: rows that `write_shard` refuses to write.
@@ -125,8 +125,8 @@ def ok_rows(path: Path, table: pa.Table) -> np.ndarray:
             raise damaged(
                 path, f"an embedding in row {(row := np.flatnonzero(~ok & has)[0])}, which is {row_statuses[row]}"
             )
-        if name in NUMBERS and ok.any() and (least := column.filter(pa.array(ok)).to_numpy().min()) < 1:
-            raise damaged(path, f"{name} {least}, expected at least 1")
+        if name in NUMBERS and ok.any() and (lowest := column.filter(pa.array(ok)).to_numpy().min()) < 1:
+            raise damaged(path, f"{name} {lowest}, expected at least 1")
     return ok
 
 
@@ -208,7 +208,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def metadata_of(schema: pa.Schema) -> dict[str, str]:
-    """What `write_shard` has put into a schema."""
+    """The metadata that `write_shard` has put into a schema."""
     items = (schema.metadata or {}).items()
     pairs = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in items}
     return {key.removeprefix(PREFIX): value for key, value in pairs.items() if key.startswith(PREFIX)}
@@ -240,6 +240,6 @@ def statuses(path: Path) -> list[str]:
 
 
 def count(path: Path) -> tuple[int, int]:
-    """How many rows are ok and how many failed; reads only the status column."""
+    """Numbers of rows that are ok and that failed; reads only the status column."""
     row_statuses = statuses(path)
     return row_statuses.count(OK), row_statuses.count(FAILED)

@@ -37,7 +37,7 @@ TAIL_ROWS = 64
 
 
 def unsupported_reason(encoder: Any, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the layers of an encoder cannot run in blocks here, `None` where they can."""
+    """The reason why the layers of an encoder cannot run in blocks here, `None` where they can."""
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return f"layers in blocks are for float32 and bfloat16 on a CPU, not for {dtype} on {device}"
     layers = list(encoder.layers)

@@ -40,8 +40,8 @@ class InterleavedRope:
 class GemmBackend(Protocol[State]):
     """Runs the GEMMs of folded blocks and everything between them except attention.
 
-    A backend keeps the residual stream between two GEMMs in a state of its own, which callers only pass on: norms,
-    biases and float8 scales that are still to be applied are its own business.
+    A backend keeps the residual stream between two GEMMs in a state of its own, which callers only pass on. Norms,
+    biases and float8 scales that are still to be applied are part of that state.
 
     Attributes:
         name: for `execution` and messages.

@@ -29,7 +29,7 @@ from nopad.segments import Segments
 
 
 def unsupported_reason(encoder: Any, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the layers of an encoder cannot be fused here, `None` where they can."""
+    """The reason why the layers of an encoder cannot be fused here, `None` where they can."""
     layers = list(encoder.layers)
     if not layers or not all(can_fold(layer) for layer in layers):
         return "only blocks with norms, linear layers and activations that nopad.inference.fusion supports are fused"

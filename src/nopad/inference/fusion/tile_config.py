@@ -14,7 +14,7 @@ DEFAULT_EPI_N = 32
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How a GEMM is cut into tiles.
+    """Tiles of a GEMM.
 
     Attributes:
         tile_m, tile_n: tile size.
