@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no 
 # torch's cache of compiled code does not tell instruction sets apart: what was compiled for another corrupts memory.
 _CAPABILITY = os.environ.get("ATEN_CPU_CAPABILITY", "default")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/nopad-tests-{os.getuid()}-{_CAPABILITY}")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each run starts processes that import torch
 
 import hypothesis  # noqa: E402 - after what it and torch read when they are imported
 import pytest  # noqa: E402

@@ -6,9 +6,11 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -33,7 +35,7 @@ from nopad.inference.runner import StaticRunner
 from nopad.layers.mlp import GatedMLP
 from nopad.published import published_models
 
-ROOT = Path(__file__).parent.parent
+SCRIPT = Path(__file__).parent.parent / "model_factory" / "align_aim_v2_packing.py"
 
 
 @pytest.fixture
@@ -406,27 +408,34 @@ def test_models_are_listed_without_torch():
     assert done.stdout.splitlines()[-1] == "set()"
 
 
-def run_script(*arguments: str) -> subprocess.CompletedProcess:
-    script = ROOT / "model_factory" / "align_aim_v2_packing.py"
-    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
+def run_script(*arguments: str) -> int:
+    """The exit status of the script, run in this process, which has torch already."""
+    with mock.patch.object(sys, "argv", [str(SCRIPT), *arguments]), pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return end.value.code
 
 
-def test_script_of_the_specification(native, photos, tmp_path):
-    done = run_script("--ckpt", str(native), "--device", "cpu", "--batch_size", "3", "--image_size", "70")
+def test_script_of_the_specification(native, photos, capsys):
+    arguments = ["--ckpt", str(native), "--device", "cpu", "--batch_size", "3", "--image_size", "70"]
+    done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert re.search(r"5 × 5 patches, batched +75 ", done.stdout)
     assert "photos" not in done.stdout
     arguments = ["--ckpt", str(native), "--device", "cpu", "--use_real_images", "--image_dir", str(photos)]
-    done = run_script(*arguments)
-    assert done.returncode == 0, done.stderr
-    assert "3 photos in one pack" in done.stdout
-    assert "batched" not in done.stdout
-    assert run_script(*arguments, "--threshold", "1.0").returncode == 1
-    assert run_script(*arguments, "--image_size", "28").stdout.count(" 12 ") == 1
-    assert run_script("--ckpt", str(native), "--image_dir", str(photos)).returncode == 2
-    refused = run_script(*arguments, "--image_size", "64")
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr.endswith(
+    assert run_script(*arguments) == 0
+    out = capsys.readouterr().out
+    assert "3 photos in one pack" in out
+    assert "batched" not in out
+    assert run_script(*arguments, "--threshold", "1.0") == 1
+    capsys.readouterr()
+    run_script(*arguments, "--image_size", "28")
+    assert capsys.readouterr().out.count(" 12 ") == 1
+    assert run_script("--ckpt", str(native), "--image_dir", str(photos)) == 2
+    capsys.readouterr()
+    assert run_script(*arguments, "--image_size", "64") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith(
         "align_aim_v2_packing.py: image_size: expected a multiple of patch_size 14, got 64; give one, such as 70\n"
     )
 

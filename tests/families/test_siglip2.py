@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -172,13 +172,14 @@ def test_alignment_fails_a_wrong_head(tmp_path, kind, monkeypatch):
     assert max(case.max_relative for case in report.cases) < 1e-4
 
 
-def test_the_specifications_script(tmp_path):
+def test_the_specifications_script(tmp_path, monkeypatch, capsys):
     folder = folder_of(tmp_path, naflex(num_hidden_layers=1))
-    script = ROOT / "model_factory" / "align_siglip2_packing.py"
-    arguments = [sys.executable, script, "--ckpt", str(folder), "--device", "cpu", "--batch_size", "3"]
-    done = subprocess.run([*arguments, "--image_size", "24"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert re.search("6 × 6 patches, batched +108 .* ok", done.stdout)
+    script = str(ROOT / "model_factory" / "align_siglip2_packing.py")
+    options = ["--ckpt", str(folder), "--device", "cpu", "--batch_size", "3", "--image_size", "24"]
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_path(script, run_name="__main__")
+    assert re.search("6 × 6 patches, batched +108 .* ok", capsys.readouterr().out)
 
 
 PARAMETERS = {

@@ -186,7 +186,7 @@ TALL, WIDE, ENLARGED = (1600, 600), (700, 1000), (150, 100)
 
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("shape", [TALL, WIDE, ENLARGED, (500, 333), (320, 90), (1000, 224)])
-@pytest.mark.parametrize("draw", [page, black_and_white], ids=name_of)
+@pytest.mark.parametrize("draw", [page, black_and_white])
 def test_torch_resize_of_hard_edges_is_within_two_grey_levels_of_pillow(draw, shape, resample):
     """Passes in another order than Pillow's are up to 30 levels away: each clips what the filter overshoots."""
     grey = Preprocessing(rule="square", size=224, resample=resample, mean=(0, 0, 0), std=(1, 1, 1), rescale_factor=1.0)
