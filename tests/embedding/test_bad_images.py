@@ -220,7 +220,17 @@ def done(request, tmp_path_factory, model, clip_model):
     folder = tmp_path_factory.mktemp("bad")
     sources = write_sources(folder)
     arguments = ["embed", *sources, "--model", str(checkpoint), "--out", str(folder / "out"), "--json"]
-    arguments += ["--max-pixels", str(MAX_PIXELS), "--shard-size", "20", "--capacity", "1", "--workers", "2"]
+    arguments += [
+        "--max-pixels",
+        str(MAX_PIXELS),
+        "--shard-size",
+        "20",
+        "--capacity",
+        "1",
+        "--workers",
+        "2",
+        "--no-compile",
+    ]
     arguments += ["--max-patches", str(limit)] if limit else []
     with a_hostile_system(folder), contextlib.redirect_stdout(io.StringIO()) as stdout:
         assert main(arguments) == 0
