@@ -26,6 +26,16 @@ def goldens() -> Path:
     return Path(__file__).parent / "goldens"
 
 
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny native AIMv2: patches of 4 pixels, 32 values."""
+    import aimv2_checkpoints
+
+    original = aimv2_checkpoints.tiny_original()
+    folder = tmp_path_factory.mktemp("models") / "aimv2"
+    return aimv2_checkpoints.write(folder, original.state_dict(), original.config.to_dict())
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

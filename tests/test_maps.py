@@ -14,7 +14,8 @@ from tiny_encoders import tiny
 import nopad
 from nopad import maps
 from nopad.cli import main
-from nopad.view.page import MAX_BYTES, strongest_directions
+from nopad.view.page import MAX_BYTES
+from nopad.view.projection import Projection, in_8_bits
 
 TOKENS = [torch.randn(2, h, w, 6, generator=torch.Generator().manual_seed(h)) for h, w in [(3, 5), (4, 2), (1, 1)]]
 
@@ -89,7 +90,7 @@ def test_a_map_lies_where_its_box_is():
 
 def test_cosines_from_the_strongest_directions():
     tokens = TOKENS[0][0]
-    directions = strongest_directions(tokens, 6).astype(np.float32)
+    directions = in_8_bits(Projection.of(tokens.flatten(0, 1).numpy()).strongest(6)).astype(np.float32)
     unit = directions / np.linalg.norm(directions, axis=1, keepdims=True)
     expected = torch.nn.functional.normalize(tokens.flatten(0, 1), dim=1)
     np.testing.assert_allclose(unit @ unit.T, expected @ expected.T, atol=0.03)
@@ -199,7 +200,7 @@ def test_a_page_in_a_browser(pictures, models, tmp_path):
         for width, scheme in ((360, "light"), (1440, "dark")):
             page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
             page.on("console", lambda message: errors.append(message.text))
-            page.on("pageerror", errors.append)
+            page.on("pageerror", lambda error: errors.append(error))
             page.on("request", lambda request: request.url[:5] in ("file:", "data:") or errors.append(request.url))
             page.goto(out.as_uri())
             page.wait_for_selector("body[data-ready=yes]")

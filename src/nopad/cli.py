@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     search_command.add_commands(commands)
 
-    view = commands.add_parser("view", help="show what models see in pictures: components, similarity, attention")
+    view = commands.add_parser("view", help="show a table as a map to explore, or what models see in pictures")
     view_command.add_arguments(view)
     view.set_defaults(run=view_command.run)
 

@@ -26,7 +26,7 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help=trust)
 
 
-def add_device_options(parser: argparse.ArgumentParser) -> None:
+def add_device_options(parser: argparse._ActionsContainer) -> None:
     """Add `--device`, for `resolve_device`, and `--attention`."""
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, … (default: cuda if available, else cpu)")
     parser.add_argument("--attention", default="auto", help="kernel of the packed model (default: the fastest)")

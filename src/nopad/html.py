@@ -1,13 +1,16 @@
-"""Parts of a page: no scripts, nothing fetched, light and dark. Every text is escaped here, see `escape`."""
+"""Parts of a page: nothing fetched, light and dark. Every text is escaped here, see `escape` and `data`."""
 
 from __future__ import annotations
 
 import base64
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape as escape_html
+from importlib import resources
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from nopad.atomic import atomic_write
 from nopad.terminal import printable
@@ -15,8 +18,11 @@ from nopad.terminal import printable
 LEFT, RIGHT, TOP, BASE = 60, 946, 22, 232  # the plot within a chart of 960 × 280
 COLOURS, DASHES = 4, 3
 
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'"
+"""Content-Security-Policy: a browser fetches nothing for a page, whatever it holds."""
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="$policy">
 <title>$title</title><style>
 :root { color-scheme: light dark; --paper: #fcfcfa; --ink: #1d1f22; --muted: #5f646c; --rule: #e3e3de; --good: #1b7a49;
   --bad: #b3261e; --bar: #5d83ad; --c0: #2f6db5; --c1: #bd6227; --c2: #35855a; --c3: #8a56a8 }
@@ -68,7 +74,18 @@ def escape(text: str) -> str:
 
 def page(title: str, parts: Iterable[str]) -> str:
     """The page around parts that are HTML already."""
-    return PAGE.substitute(title=escape(title), body="\n".join(parts))
+    return PAGE.substitute(title=escape(title), body="\n".join(parts), policy=_POLICY)
+
+
+def data(value: Any) -> str:
+    """A value as JSON that scripts read; no text in it ends its element."""
+    text = json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
+    return f'<script id="data" type="application/json">{text}</script>'
+
+
+def script(package: str, name: str) -> str:
+    """A script of this project's own, which stands behind the data that it reads."""
+    return f"<script>{resources.files(package).joinpath(name).read_text(encoding='utf-8')}</script>"
 
 
 def write(html: str, path: str | Path) -> None:

@@ -3,20 +3,11 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
-import aimv2_checkpoints
 import onevision_checkpoints
 import pytest
 from pictures import write_photos
 
 from nopad.pipeline.worker import Worker
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny native AIMv2: patches of 4 pixels, 32 values."""
-    original = aimv2_checkpoints.tiny_original()
-    folder = tmp_path_factory.mktemp("models") / "aimv2"
-    return aimv2_checkpoints.write(folder, original.state_dict(), original.config.to_dict())
 
 
 @pytest.fixture(scope="session")

@@ -2,19 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import aimv2_checkpoints
 import pytest
 from pictures import write_photos
 
 import nopad
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny native AIMv2: patches of 4 pixels, 32 values."""
-    original = aimv2_checkpoints.tiny_original()
-    folder = tmp_path_factory.mktemp("models") / "aimv2"
-    return aimv2_checkpoints.write(folder, original.state_dict(), original.config.to_dict())
 
 
 @pytest.fixture(scope="session")

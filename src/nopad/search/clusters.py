@@ -11,13 +11,18 @@ import torch
 from nopad.search.exact import blocks, unit
 
 
+def has_faiss() -> bool:
+    """Whether faiss is installed."""
+    return importlib.util.find_spec("faiss") is not None
+
+
 def import_faiss() -> Any:
     """The library of indexes and k-means.
 
     Raises:
         ImportError: it is not installed.
     """
-    if importlib.util.find_spec("faiss") is None:
+    if not has_faiss():
         raise ImportError("this needs faiss-cpu: pip install 'nopad[search]'", name="faiss")
     import faiss
 

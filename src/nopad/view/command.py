@@ -3,53 +3,97 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 from pathlib import Path
+from typing import Any
 
 from nopad.command_options import SUCCESS, add_device_options, resolve_device
+from nopad.counts import counted
+from nopad.local_paths import check_local
 from nopad.preprocessing.rules import parse_size
-from nopad.terminal import configure_transformers, json_text, print_progress, print_summary
+from nopad.terminal import configure_transformers, json_text, print_progress, print_summary, printable
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_PATCHES = 1024
+_OF_PICTURES = ("kind", "layers", "size", "max_patches", "revision", "device", "attention", "dtype")
+_OF_TABLES = ("query", "k", "clusters", "threshold", "map", "thumbnails")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `nopad view`."""
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files")
-    parser.add_argument(
-        "--model", required=True, metavar="M[,M2]", help="one or more, side by side, as for nopad embed"
-    )
-    kinds = "pca, similarity, norms, attention, or several with commas (default: all that the models have)"
-    parser.add_argument("--kind", metavar="KIND", help=kinds)
-    out = "a page, .html, or a picture, .png (default: view.html)"
+    sources = "pictures, to be shown as models see them; or the folder of a table, as `nopad embed --out` has made it"
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help=sources)
+    model = "of pictures: one or more, side by side, as for nopad embed; of a table: where its model is now"
+    parser.add_argument("--model", metavar="M[,M2]", help=model)
+    out = "a page, .html, or for pictures a picture, .png (default: view.html)"
     parser.add_argument("--out", default="view.html", metavar="FILE", help=out)
-    layers = "layers to step through, as -4,-1, from 0 or from the end (default: the last one)"
-    parser.add_argument("--layers", default="-1", metavar="N,…", help=layers)
-    size = "of pictures: native (default), model, pixels of the short side, or HEIGHTxWIDTH"
-    parser.add_argument("--size", default="native", metavar="SIZE", help=size)
-    patches = f"most patches of a picture (default: {MAX_PATCHES} where the size has room for a limit)"
-    parser.add_argument("--max-patches", type=int, default=None, metavar="N", help=patches)
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    add_device_options(parser)
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the models (default: the checkpoint's own)")
+
+    pictures = parser.add_argument_group("options for pictures")
+    kinds = "pca, similarity, norms, attention, or several with commas (default: all that the models have)"
+    pictures.add_argument("--kind", metavar="KIND", help=kinds)
+    layers = "layers to step through, as -4,-1, from 0 or from the end (default: the last one)"
+    pictures.add_argument("--layers", metavar="N,…", help=layers)
+    size = "of pictures: native (default), model, pixels of the short side, or HEIGHTxWIDTH"
+    pictures.add_argument("--size", metavar="SIZE", help=size)
+    patches = f"most patches of a picture (default: {MAX_PATCHES} where the size has room for a limit)"
+    pictures.add_argument("--max-patches", type=int, metavar="N", help=patches)
+    pictures.add_argument("--revision", help="branch, tag or commit on the Hub")
+    add_device_options(pictures)
+    pictures.set_defaults(attention=None)
+    pictures.add_argument("--dtype", choices=DTYPES, help="of the models (default: the checkpoint's own)")
+
+    tables = parser.add_argument_group("options for a table")
+    query = "words, or the path of a picture, whose results are shown; may be given several times"
+    tables.add_argument("--query", action="append", metavar="QUERY", help=query)
+    tables.add_argument("-k", type=int, metavar="N", help="results of each query (default: 20)")
+    tables.add_argument("--clusters", type=int, metavar="N", help="how many (default: by the number of pictures)")
+    threshold = "least cosine of two that count as the same (default: 0.97)"
+    tables.add_argument("--threshold", type=float, metavar="COSINE", help=threshold)
+    map = "umap or pca (default: umap where umap-learn is installed)"
+    tables.add_argument("--map", choices=("pca", "umap"), help=map)
+    thumbnails = "pictures on the page (default: 5000 of a table with thumbnails, else 400)"
+    tables.add_argument("--thumbnails", type=int, metavar="N", help=thumbnails)
 
 
 def run(options: argparse.Namespace) -> int:
     """Write the page or the picture, and return the exit status.
 
     Raises:
-        ValueError, OSError: wrong use, a picture or a model that cannot be used.
+        ValueError, OSError: wrong use, a picture, a model or a table that cannot be used.
+        ImportError: a table, clusters or a map need a package that is not installed.
     """
+    folders = [source for source in options.sources if os.path.isdir(source)]
+    if not folders:
+        _refuse(options, _OF_TABLES, "is for tables; SOURCE names no folder")
+        return _run_pictures(options)
+    if len(folders) < len(options.sources):
+        other = next(source for source in options.sources if source not in folders)
+        raise ValueError(f"SOURCE: expected pictures or folders of tables, got {other!r} beside {folders[0]!r}")
+    _refuse(options, _OF_PICTURES, f"is for pictures; {folders[0]!r} is a folder")
+    return _run_table(options)
+
+
+def _refuse(options: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        if getattr(options, name) is not None:
+            option = f"--{name.replace('_', '-')}" if len(name) > 1 else f"-{name}"
+            raise ValueError(f"{option}: {why}")
+
+
+def _run_pictures(options: argparse.Namespace) -> int:
+    if options.model is None:
+        raise ValueError("--model: expected the models that see the pictures, as for nopad embed, got none")
     out = Path(options.out)
     if out.suffix not in (".html", ".png"):
         raise ValueError(f"--out: expected a file .html or .png, got {options.out!r}")
     kinds = None if options.kind is None else options.kind.split(",")
     try:
-        layers = [int(layer) for layer in options.layers.split(",")]
+        layers = [int(layer) for layer in (options.layers or "-1").split(",")]
     except ValueError:
         raise ValueError(f"--layers: expected numbers as -4,-1, got {options.layers!r}") from None
-    size = parse_size(options.size)
+    size = parse_size(options.size or "native")
     limit = options.max_patches
     if limit is None and size != "model" and not isinstance(size, tuple):
         limit = MAX_PATCHES
@@ -62,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
     check_kinds(kinds)
     configure_transformers()
     pictures = view_pictures(
-        options.images,
+        options.sources,
         options.model.split(","),
         kinds=kinds,
         layers=layers,
@@ -71,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
         progress=print_progress,
         revision=options.revision,
         device=resolve_device(options.device),
-        attention=options.attention,
+        attention=options.attention or "auto",
         dtype=None if options.dtype is None else getattr(torch, options.dtype),
     )
     shown = shown_kinds(pictures, kinds)
@@ -81,8 +125,52 @@ def run(options: argparse.Namespace) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         sheet(pictures, shown).save(out)
     if options.json:
-        names = {"pictures": options.images, "models": options.model.split(",")}
+        names = {"pictures": options.sources, "models": options.model.split(",")}
         print_summary(json_text({"out": str(out), **names, "kinds": shown, "layers": layers}))
     else:
-        print_summary(f"{out}: {len(pictures)} picture{'' if len(pictures) == 1 else 's'}, {', '.join(shown)}")
+        print_summary(f"{out}: {counted(len(pictures), 'picture')}, {', '.join(shown)}")
+    return SUCCESS
+
+
+def _run_table(options: argparse.Namespace) -> int:
+    if Path(options.out).suffix != ".html":
+        raise ValueError(f"--out: expected a file .html, got {options.out!r}")
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ImportError("this needs pyarrow: pip install 'nopad[embed]'")
+    for folder in options.sources:
+        check_local("SOURCE", folder)
+    from nopad import html
+    from nopad.search.query import load_encoder
+    from nopad.search.reading import read_features
+    from nopad.view.collection import collect
+    from nopad.view.collection_page import collection_page
+
+    configure_transformers()
+    features = read_features(options.sources)
+    arguments: dict[str, Any] = {"clusters": options.clusters, "threshold": options.threshold, "map": options.map}
+    if options.model is not None:
+        if not options.query:
+            raise ValueError("--model: a table is shown without its model unless there is a --query")
+        arguments["encoder"] = load_encoder(features.metadata, model=options.model)
+    queries, k = options.query or [], 20 if options.k is None else options.k
+    if options.k is not None and not queries:
+        raise ValueError("-k: expected a --query whose results it counts, got none")
+    collection = collect(
+        features, queries=queries, k=k, thumbnails=options.thumbnails, progress=print_progress, **arguments
+    )
+    html.write(collection_page(collection), options.out)
+    found = {
+        "out": options.out,
+        "pictures": len(features),
+        "failures": len(features.failures),
+        "clusters": None if collection.clusters is None else len(collection.clusters),
+        "duplicates": None if collection.duplicates is None else len(collection.duplicates),
+        "thumbnails": len(collection.thumbnails),
+        "left_out": collection.left_out,
+    }
+    if options.json:
+        print_summary(json_text(found))
+    else:
+        lines = [f"{options.out}: {counted(len(features), 'picture')}, {counted(len(features.failures), 'failure')}"]
+        print_summary("\n".join(map(printable, [*lines, *(f"left out: {each}" for each in collection.left_out)])))
     return SUCCESS

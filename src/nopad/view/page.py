@@ -6,7 +6,6 @@ import base64
 import io
 import json
 from collections.abc import Sequence
-from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from nopad import html, maps
 from nopad.view.pictures import LayerMaps, ModelMaps, Picture
+from nopad.view.projection import Projection, in_8_bits
 
 MAX_BYTES = 1_000_000
 """Of a picture on the page."""
@@ -61,9 +61,7 @@ def view_page(pictures: Sequence[Picture], kinds: Sequence[str]) -> str:
     parts = [_STYLE, html.element("h1", _title(pictures)), _controls(kinds, len(layers)), *_about(kinds, directions)]
     parts += [_section(number, picture) for number, picture in enumerate(pictures)]
     parts.append("<noscript><p>This page draws its maps with JavaScript.</p></noscript>")
-    text = json.dumps(data).replace("<", "\\u003c")  # nothing in it ends the script
-    script = resources.files("nopad.view").joinpath("page.js").read_text(encoding="utf-8")
-    parts += [f'<script id="data" type="application/json">{text}</script>', f"<script>{script}</script>"]
+    parts += [html.data(data), html.script("nopad.view", "page.js")]
     return html.page(_title(pictures), parts)
 
 
@@ -160,6 +158,7 @@ def _model(model: ModelMaps, image: Image.Image, directions: int) -> dict[str, A
 
 def _layer(layer: LayerMaps, directions: int) -> dict[str, Any]:
     low, high = float(layer.norms.min()), float(layer.norms.max())
+    vectors = Projection.of(layer.tokens.flatten(0, 1).numpy()).strongest(directions)
     share = 0.0 if layer.attention is None else float(layer.attention.max())
     return {
         "pca": _levels(layer.pca),
@@ -167,24 +166,8 @@ def _layer(layer: LayerMaps, directions: int) -> dict[str, Any]:
         "range": [low, high],
         "attention": None if layer.attention is None else _levels(layer.attention / max(share, 1e-12)),
         "share": share,
-        "directions": _text(strongest_directions(layer.tokens, directions).tobytes()),
+        "directions": _text(in_8_bits(vectors).tobytes()),
     }
-
-
-def strongest_directions(tokens: Tensor, number: int) -> np.ndarray:
-    """Tokens in the directions in which they are longest, from which cosines can be computed.
-
-    Args:
-        tokens: `(h, w, D)`.
-        number: at most D.
-
-    Returns:
-        `(h · w, number)` int8.
-    """
-    rows = torch.nn.functional.normalize(tokens.double().flatten(0, 1), dim=1)
-    _, vectors = torch.linalg.eigh(rows.T @ rows)
-    projected = torch.nn.functional.normalize(rows @ vectors[:, -number:], dim=1)
-    return (projected * 127).round().to(torch.int8).numpy()
 
 
 def _levels(values: Tensor) -> str:
