@@ -174,8 +174,9 @@ def num_tokens(encoder: PackedEncoder, image: PreparedImage) -> int:
 def _results(
     pack: Sequence[tuple[Key, PreparedImage]], vectors: Tensor, tokens: Sequence[np.ndarray | None], dtype: torch.dtype
 ) -> dict[Key, EmbeddingResult]:
-    finite = vectors.isfinite().flatten(1).all(1).tolist()
     copies = vectors.numpy().copy()  # the buffer that the GPU has written to is another pack's next
+    # By numpy: torch's threads would each wait for a core, all of which decode.
+    finite = np.isfinite(copies).all(axis=1).tolist()
     return {
         key: _result(image, vector, part, dtype, is_finite=is_finite)
         for (key, image), vector, part, is_finite in zip(pack, copies, tokens, finite, strict=True)
