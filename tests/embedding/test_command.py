@@ -315,14 +315,14 @@ def test_a_second_signal_loses_the_shard_in_hand(photos, tmp_path, capsys, monke
 
 
 def test_a_shard_that_is_being_written_is_whole_or_not_there(photos, tmp_path, capsys, monkeypatch, model, whole):
-    def twice():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+    signals = iter([signal.SIGINT, signal.SIGINT])  # a third would end this process
+
+    def fsync(descriptor: int) -> None:
+        for number in signals if shard(descriptor) else ():
+            signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "nopad.embedding.table.writer.os.fsync", lambda descriptor: twice() if shard(descriptor) else None
-        )
+        patch.setattr("nopad.embedding.table.writer.os.fsync", fsync)
         assert main(arguments(photos, tmp_path / "out", model)) == 130
     assert "Traceback" not in capsys.readouterr().err
     made = table(tmp_path / "out")

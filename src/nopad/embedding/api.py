@@ -26,6 +26,7 @@ from nopad.embedding.updates import begin_update, compare, mark
 from nopad.embedding.workers import describe_execution, load_encoder, make_worker
 from nopad.encoder import PackedEncoder
 from nopad.local_paths import check_local
+from nopad.pipeline import process_server
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS, MAX_PIXELS, NUM_FRAMES, MaxPatches
 from nopad.preprocessing.rules import Resize, Size
 
@@ -161,6 +162,8 @@ def embed(
         )
     if not isinstance(stop, threading.Event | None):
         raise ValueError(f"stop: expected a threading.Event, got {stop!r}")
+    if actors is None:
+        process_server.start()  # it imports torch while the sources are listed and the model is loaded
     logger.info("listing %s", names[0] if len(names) == 1 else f"{len(names):,} sources")
     spans = Spans(1 / fps, whole=False) if fps else Spans(every, whole=True) if every else None
     listing = list_inputs(names, image_column=image_column, id_column=id_column, hidden=hidden, spans=spans)
