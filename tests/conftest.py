@@ -1,4 +1,5 @@
 import functools
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -18,6 +19,11 @@ torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 # Speed must never fail a test, and every run draws the same examples.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("ci")
+
+
+def pytest_collection_finish() -> None:
+    """Leave torch's modules and the tests out of garbage collections; transformers' Trainer makes two in a run."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
