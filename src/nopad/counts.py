@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+import math
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -16,6 +17,13 @@ def check_count(name: str, value: Any, minimum: int = 1) -> None:
     if not is_count(value, minimum):
         kind = "" if isinstance(value, Integral) and not isinstance(value, bool) else "an integer "
         raise ValueError(f"{name}: expected {kind}≥ {minimum}, got {value!r:.80}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite integer or float, no `True`."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    return isinstance(value, Integral) or math.isfinite(value)  # an integer may be too large for a float
 
 
 def counted(number: int, noun: str) -> str:

@@ -46,6 +46,7 @@ from nopad.text.rules import TextRules
 from nopad.text.similarity import classify, embed_text, similarity
 from nopad.text.whole import save_whole
 from nopad.training.compiled import checkpoint_mlps, compile_for_training
+from nopad.training.finetuning import lora_targets, parameter_groups
 from nopad.training.frozen import freeze_mask_tokens
 
 
@@ -249,8 +250,6 @@ class PackedEncoder(ByRole, PreTrainedModel):
     compile = compile_encoder  # pyright: ignore[reportAssignmentType] - other arguments than `nn.Module.compile`
     set_attention = set_attention
     to_precision = to_precision
-    compile_for_training = compile_for_training
-    checkpoint_mlps = checkpoint_mlps
 
     def uncompile(self) -> None:
         """Undo `compile`."""
@@ -291,6 +290,13 @@ class PackedEncoder(ByRole, PreTrainedModel):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.uncompile()  # what is moved or cast has to be compiled for its new place
         return super()._apply(fn, recurse)
+
+    # Training.
+
+    compile_for_training = compile_for_training
+    checkpoint_mlps = checkpoint_mlps
+    parameter_groups = parameter_groups
+    lora_targets = property(lora_targets)
 
     # Images, and what the layers make of them.
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from nopad.counts import is_number
 from nopad.layout import Layout
 from nopad.packing import Pack
 
@@ -17,7 +18,7 @@ def num_kept(patches: int, rate: float) -> int:
 
 def check_rate(rate: float) -> None:
     """Raise `ValueError` unless `rate` is a part of the patches that leaves some."""
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+    if not is_number(rate) or not 0 <= rate < 1:
         raise ValueError(f"drop_patches: expected a rate from 0 to below 1, got {rate!r:.80}")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from nopad.counts import check_count
+from nopad.counts import check_count, is_number
 from nopad.data.dropping import check_rate, num_kept
 from nopad.data.samples import Sample, segment_lengths
 from nopad.pipeline.pack_processor import PackProcessor
@@ -59,7 +59,7 @@ class Planner:
             check_count(name, getattr(self, name))
         check_rate(self.drop_patches)
         fits = isinstance(self.cost, Sequence) and len(self.cost) == 2
-        if not fits or not all(isinstance(each, int | float) and 0 <= each < math.inf for each in self.cost):
+        if not fits or not all(is_number(each) and each >= 0 for each in self.cost):
             raise ValueError(f"cost: expected (a, b) of a · n² + b · n, two numbers ≥ 0, got {self.cost!r:.80}")
 
     def sample(

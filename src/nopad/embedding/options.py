@@ -13,7 +13,7 @@ from dataclasses import field
 from functools import partial
 from typing import Any
 
-from nopad.counts import check_count
+from nopad.counts import check_count, is_number
 from nopad.environment import check_device
 from nopad.preprocessing.limits import THUMBNAIL_SIDES
 from nopad.preprocessing.rules import Size, check_size, parse_size
@@ -113,17 +113,13 @@ def check_flag(name: str, value: Any) -> None:
 
 def check_seconds(name: str, value: Any) -> None:
     """Raise `ValueError` unless a value is a time above 0, or `None`."""
-    if value is not None and not (_is_number(value) and 0 < value < math.inf):
+    if value is not None and not (is_number(value) and value > 0):
         raise ValueError(f"{name}: expected seconds > 0 or None, got {value!r:.80}")
 
 
 def _check_between(unit: str, least: float, most: float, name: str, value: Any) -> None:
-    if not (_is_number(value) and least <= value <= most):
+    if not (is_number(value) and least <= value <= most):
         raise ValueError(f"{name}: expected {unit}, {least:g} to {most:g}, got {value!r:.80}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_text(name: str, value: Any) -> None:

@@ -58,6 +58,7 @@ class DINOv2Embeddings(ByRole):
         self.mask_token = nn.Parameter(torch.empty(1, size)) if config.use_mask_token else None
         self.grid, self.strict = trained_grid(config), is_strict(config.positions)
         self.antialias = config.positions_antialias
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
         rows, columns = self.grid
         self.position_embeddings = nn.Parameter(torch.empty(1, 1 + rows * columns, size))
         self.register_tokens = None
@@ -70,7 +71,7 @@ class DINOv2Embeddings(ByRole):
         prefix = self.cls_token + self.position_embeddings[:, :1]
         if self.register_tokens is not None:
             prefix = torch.cat((prefix, self.register_tokens), dim=1)
-        return places.join(tokens, prefix.expand(places.segments.num_segments, -1, -1))
+        return self.dropout(places.join(tokens, prefix.expand(places.segments.num_segments, -1, -1)))
 
     def positions(self, layout: Layout) -> Tensor:
         """`(T, D)` positions of the patches, rounded to the dtype of the weights.
@@ -99,7 +100,7 @@ def dinov2_block(config: DINOv2Configs) -> Block:
         mlp = GatedMLP(size, swiglu_size(mlp_size), ACT2FN["silu"], bias=True, names=names)
     else:
         mlp = MLP(size, mlp_size, ACT2FN[config.hidden_act], bias=True, names={"up": "fc1", "down": "fc2"})
-    return Block(norm(), attention, norm(), mlp, layer_scale=True, names={})
+    return Block(norm(), attention, norm(), mlp, layer_scale=True, drop_path=config.drop_path_rate, names={})
 
 
 class DINOv2Packing(PackedEncoder):
@@ -126,14 +127,7 @@ class DINOv2Packing(PackedEncoder):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def trunk(self, patches: Tensor, layout: Layout, runner: Runner) -> Trunk:
-        """Patches to normed tokens.
-
-        Raises:
-            ValueError: training with a `drop_path_rate` or `hidden_dropout_prob`.
-        """
-        for name in ("drop_path_rate", "hidden_dropout_prob"):
-            if self.training and getattr(self.config, name):
-                raise ValueError(f"{name}: expected 0 in training, got {getattr(self.config, name)}")
+        """Patches to normed tokens."""
         places = PrefixLayout.of(layout, self.num_prefix_tokens)
         tokens = self.embeddings(patches, layout, places, runner)
         tokens = self.norm(runner.run(self.layers, tokens, places.segments, None))

@@ -140,7 +140,7 @@ def dinov3_block(config: DINOv3ViTPackingConfig) -> Block:
     names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     activation = ACT2FN[config.hidden_act]
     mlp = feed_forward(size, config.intermediate_size, activation, bias=config.mlp_bias, names=names)
-    return Block(norm(), attention, norm(), mlp, layer_scale=True, names={})
+    return Block(norm(), attention, norm(), mlp, layer_scale=True, drop_path=config.drop_path_rate, names={})
 
 
 class DINOv3ViTPacking(PackedEncoder):
@@ -175,15 +175,13 @@ class DINOv3ViTPacking(PackedEncoder):
         """Patches to normed tokens.
 
         Raises:
-            ValueError: `patch_positions`, or training with a `drop_path_rate`.
+            ValueError: `patch_positions`.
         """
         if layout.patch_positions is not None:
             raise ValueError(
                 "patch_positions: DINOv3's rope places a patch within the rows and columns of its image, which "
                 "patch_positions do not contain; give whole images or frames and their (t, h, w) in grid_thw"
             )
-        if self.training and self.config.drop_path_rate:
-            raise ValueError(f"drop_path_rate: expected 0 in training, got {self.config.drop_path_rate}")
         places = PrefixLayout.of(layout, self.num_prefix_tokens)
         tokens = self.embeddings(patches, places, runner)
         tokens = runner.run(self.layers, tokens, places.segments, self.rope(layout, places))

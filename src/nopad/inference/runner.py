@@ -141,7 +141,8 @@ class StaticRunner:
         self.stack = stack
         self.source = encoder.layers
         self.guard = ModuleGuard(encoder.layers)
-        self.dropout = any(getattr(module, "dropout_p", 0.0) for module in encoder.layers.modules())
+        random = ("dropout_p", "drop_path")
+        self.dropout = any(getattr(module, name, 0.0) for module in encoder.layers.modules() for name in random)
         self.trained = False
         self.lock = threading.RLock()  # threads share folded weights and recorded graphs
 

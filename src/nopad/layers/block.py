@@ -27,12 +27,30 @@ class LayerScale(nn.Module):
         return hidden_states * self.lambda1
 
 
+def drop_path(hidden_states: Tensor, cu_seqlens: Tensor, rate: float) -> Tensor:
+    """Zero all rows of random segments, and divide the others by the share that is kept.
+
+    Stochastic depth (Huang et al., arXiv:1603.09382), as transformers' DINOv2 and DINOv3 draw it for each image.
+
+    Args:
+        hidden_states: `(T, D)`.
+        cu_seqlens: `(S + 1,)` offsets of the segments.
+        rate: probability that a segment is dropped.
+    """
+    keep = 1 - rate
+    drawn = torch.rand(len(cu_seqlens) - 1, dtype=hidden_states.dtype, device=hidden_states.device)
+    rows = torch.arange(len(hidden_states), device=cu_seqlens.device)
+    segment = torch.searchsorted(cu_seqlens[1:].long(), rows, right=True)
+    return hidden_states.div(keep) * torch.floor(drawn + keep)[segment, None]
+
+
 class Block(ByRole, GradientCheckpointingLayer):
     """Pre-norm transformer block: attention, then feed-forward, each with a residual connection.
 
     Args:
         norm1, attention, norm2, mlp: the parts.
         layer_scale: multiply both branches by a learned factor per channel.
+        drop_path: probability that a branch is skipped in training, for each segment separately.
         names: see `ByRole`; the roles are those of the arguments, `layer_scale1` and `layer_scale2`.
 
     Attributes:
@@ -49,6 +67,7 @@ class Block(ByRole, GradientCheckpointingLayer):
         mlp: nn.Module,
         *,
         layer_scale: bool = False,
+        drop_path: float = 0.0,
         names: Mapping[str, str],
     ):
         super().__init__()
@@ -60,6 +79,7 @@ class Block(ByRole, GradientCheckpointingLayer):
         size = attention.proj.out_features
         self.layer_scale1 = LayerScale(size) if layer_scale else None
         self.layer_scale2 = LayerScale(size) if layer_scale else None
+        self.drop_path = drop_path
 
     def forward(self, hidden_states: Tensor, segments: Segments, rope: Rope | None = None) -> Tensor:
         """`(T, D)` to `(T, D)`."""
@@ -83,14 +103,21 @@ class Block(ByRole, GradientCheckpointingLayer):
         hidden_states = self.attention(self.norm1(residual), segments, rope)
         if self.layer_scale1 is not None:
             hidden_states = self.layer_scale1(hidden_states)
-        residual = add_residual(residual, hidden_states)
+        residual = add_residual(residual, self._drop(hidden_states, segments))
         if self.recompute_mlp and torch.is_grad_enabled():
-            return checkpoint(self._feed_forward, residual, use_reentrant=False), residual
-        return self._feed_forward(residual), residual
+            hidden_states = checkpoint(self._feed_forward, residual, use_reentrant=False)
+        else:
+            hidden_states = self._feed_forward(residual)
+        return self._drop(hidden_states, segments), residual
 
     def _feed_forward(self, residual: Tensor) -> Tensor:
         hidden_states = self.mlp(self.norm2(residual))
         return hidden_states if self.layer_scale2 is None else self.layer_scale2(hidden_states)
+
+    def _drop(self, branch: Tensor, segments: Segments) -> Tensor:
+        if not self.training or not self.drop_path:
+            return branch
+        return drop_path(branch, segments.cu_seqlens, self.drop_path)
 
 
 def add_residual(residual: Tensor, hidden_states: Tensor) -> Tensor:
