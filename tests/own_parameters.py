@@ -21,6 +21,7 @@ OTHERS = {
     "dinov2": "dinov3",
     "dinov3": "aimv2",
     "onevision": "siglip2",
+    "qwen3_vl": "clip",
 }
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

@@ -35,7 +35,8 @@ RESUMED = ("aimv2", "siglip2", "dinov2 gated", "dinov3")
 
 def loss_of(output: nopad.PackedOutput) -> Tensor:
     """A number that all that an encoder returns takes part in."""
-    parts = [output.tokens, output.pooled, output.prefix_tokens, output.image_embeds, *(output.hidden_states or ())]
+    parts = [output.tokens, output.pooled, output.prefix_tokens, output.image_embeds, output.merged]
+    parts += [*(output.hidden_states or ()), *(output.deepstack_features or ())]
     return sum((part.square().mean() for part in parts if part is not None), torch.zeros(()))
 
 
@@ -64,9 +65,14 @@ def train(encoder, losses_of, optimizer=None, steps: int = STEPS) -> tuple[list[
     return losses, {name: weight.detach() for name, weight in weights.items()}
 
 
+def all_outputs(encoder) -> dict[str, bool]:
+    """Options of a forward in which every parameter takes part."""
+    return {"output_hidden_states": True, "output_deepstack": bool(encoder.deepstack_layers)}
+
+
 def by_ddp(encoder, arguments):
     model = DistributedDataParallel(encoder)
-    return train(encoder, lambda: [loss_of(model(*arguments, output="all", output_hidden_states=True))])
+    return train(encoder, lambda: [loss_of(model(*arguments, output="all", **all_outputs(encoder)))])
 
 
 def by_ddp_of_tokens(encoder, arguments):
@@ -76,7 +82,7 @@ def by_ddp_of_tokens(encoder, arguments):
 
 def by_fsdp(encoder, arguments):
     shard(encoder)
-    return train(encoder, lambda: [loss_of(encoder.encode(*arguments, output_hidden_states=True))])
+    return train(encoder, lambda: [loss_of(encoder.encode(*arguments, **all_outputs(encoder)))])
 
 
 def shard(encoder) -> None:

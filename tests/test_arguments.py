@@ -76,5 +76,5 @@ def test_forward_refuses_other_outputs(goldens):
     arguments = tiny_encoders.patches_of(encoder), tiny_encoders.GRIDS
     with pytest.raises(ValueError, match=r"output: expected 'tokens', or 'all'.* got 'pooled'"):
         encoder(*arguments, output="pooled")
-    with pytest.raises(ValueError, match="which output_hidden_states needs; got 'tokens'"):
+    with pytest.raises(ValueError, match="which output_hidden_states and output_deepstack need; got 'tokens' with"):
         encoder(*arguments, output_hidden_states=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from originals import read_by_original, run_original
-from tiny_encoders import FAMILIES, GRIDS, is_batch_invariant, patches_of, relative, tiny
+from tiny_encoders import FAMILIES, GRIDS, is_batch_invariant, pack_of, patches_of, relative, tiny
 from torch import Tensor
 
 import nopad
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_hidden_layers": 12}
-BRANCHES = ("out_proj.weight", "o_proj.weight", "down_proj.weight", "fc2.weight")
+BRANCHES = ("out_proj.weight", "attn.proj.weight", "o_proj.weight", "down_proj.weight", "fc2.weight")
 MARGIN = 1.1
 PATCH = 4
 
@@ -51,7 +51,7 @@ def results(model, run) -> dict[str, Tensor]:
 def test_autocast_is_as_near_to_float32_as_the_originals(family, dtype, tmp_path):
     encoder, original = with_trained_branches(family, tmp_path)
     images = images_of(family)
-    pack = nopad.Pack.of(images, PATCH, encoder.patch_order)
+    pack = pack_of(encoder, images)
 
     def ours():
         output = encoder.encode(pack)

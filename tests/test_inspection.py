@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 from originals import grids_of, layers_of, max_relative, pixels_of, read_by_original, run_original
-from tiny_encoders import FAMILIES, tiny
+from tiny_encoders import FAMILIES, pack_of, tiny
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Backbone
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersBackbone
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTBackbone
@@ -27,21 +27,21 @@ def encoder(folder):
     return nopad.load(folder)
 
 
-def pack_of(encoder, family):
+def pack_and_pixels(encoder, family):
     pixels = pixels_of(grids_of(family), encoder.patch_size)
-    return nopad.Pack.of(pixels, encoder.patch_size, encoder.patch_order), pixels
+    return pack_of(encoder, pixels), pixels
 
 
 def frames_of(family, image):
     """What the original runs at once."""
-    return [image] if family == "onevision" or image.ndim == 3 else list(image)
+    return [image] if family in ("onevision", "qwen3_vl") or image.ndim == 3 else list(image)
 
 
 @every_family
 @torch.no_grad()
 def test_features_of_layers_are_the_originals(family, folder, encoder):
     original = read_by_original(family, folder)
-    pack, pixels = pack_of(encoder, family)
+    pack, pixels = pack_and_pixels(encoder, family)
     seen: list = []
     for layer in layers_of(original):
         layer.register_forward_hook(lambda _, inputs, output: seen.append((output, output[0])[type(output) is tuple]))
@@ -65,7 +65,7 @@ def test_features_of_layers_are_the_originals(family, folder, encoder):
 @every_family
 @torch.no_grad()
 def test_normed_features_end_in_the_tokens_of_the_encoder(family, encoder):
-    pack, _ = pack_of(encoder, family)
+    pack, _ = pack_and_pixels(encoder, family)
     output = encoder.encode(pack)
     features = encoder.features(pack, [1, -1])
     for tokens, found in zip(pack.unpack(output.tokens), features, strict=True):
@@ -85,7 +85,7 @@ def test_normed_features_end_in_the_tokens_of_the_encoder(family, encoder):
 def test_features_are_the_feature_maps_of_a_backbone(family, folder, encoder):
     stages = [f"stage{layer + 1}" for layer in (0, 2)]
     backbone = BACKBONES[family].from_pretrained(folder, out_features=stages).eval()
-    pack, pixels = pack_of(encoder, family)
+    pack, pixels = pack_and_pixels(encoder, family)
     for image, found in zip(pixels, encoder.features(pack, [0, -1], format="chw"), strict=True):
         maps = backbone(image if image.ndim == 4 else image[None]).feature_maps
         for tokens, expected in zip(found.tokens, maps, strict=True):
@@ -107,7 +107,7 @@ def test_only_chosen_layers_are_kept_and_later_ones_not_run(tmp_path):
 
     for index, layer in enumerate(encoder.layers):
         layer.register_forward_hook(watch(index))
-    pack, _ = pack_of(encoder, "dinov2")
+    pack, _ = pack_and_pixels(encoder, "dinov2")
     features = encoder.features(pack, [0, 1])
     assert ran == [0, 1]
     assert max(most) <= 2  # the tokens of this layer, and of the one before while it runs
@@ -154,7 +154,7 @@ def test_features_that_there_are_not(family, encoder, arguments, message):
 def test_attention_is_the_originals_in_eager_mode(family, folder, encoder):
     original = read_by_original(family, folder)
     original.set_attn_implementation("eager")
-    pack, pixels = pack_of(encoder, family)
+    pack, pixels = pack_and_pixels(encoder, family)
     number = encoder.num_prefix_tokens
     for layers in (-1, [0, -2]):
         found = encoder.attention_maps(pack, layers, queries=[0])
@@ -194,7 +194,7 @@ def attentions(family, original, image):
 @pytest.mark.parametrize("family", ["aimv2", "onevision"], scope="module")
 @torch.no_grad()
 def test_attention_times_values_is_what_a_layer_adds(family, encoder):
-    pack, _ = pack_of(encoder, family)
+    pack, _ = pack_and_pixels(encoder, family)
     pack = pack[[0, 2, 5]]
     seen = []
     attention = encoder.layers[1].attention
@@ -213,7 +213,7 @@ def test_attention_times_values_is_what_a_layer_adds(family, encoder):
 @pytest.mark.parametrize("family", ["aimv2 with a head", "siglip2", "siglip", "onevision"], scope="module")
 @torch.no_grad()
 def test_attention_of_the_head_times_values_is_what_it_pools(family, encoder):
-    pack, _ = pack_of(encoder, family)
+    pack, _ = pack_and_pixels(encoder, family)
     tokens, seen = pack.unpack(encoder(pack)), []
     projection = encoder.head.proj if "aimv2" in family else encoder.head.attention.out_proj
     hook = projection.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
@@ -235,7 +235,7 @@ def test_attention_of_the_head_times_values_is_what_it_pools(family, encoder):
 
 @pytest.mark.parametrize("family", ["siglip"], scope="module")
 def test_maps_of_every_patch_sum_to_one(family, encoder):
-    pack, _ = pack_of(encoder, family)
+    pack, _ = pack_and_pixels(encoder, family)
     for maps in encoder.attention_maps(pack, queries="pooled"):
         torch.testing.assert_close(maps.sum((2, 3)), torch.ones(maps.shape[:2]))
 

@@ -58,7 +58,7 @@ def assert_same_weights(found, weights) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_processes_train_as_one(trained, family, way):
     encoder = nopad.load(trained / family)
-    expected = ranks.train(encoder, losses_of(encoder, ranks.loss_of, output_hidden_states=True))
+    expected = ranks.train(encoder, losses_of(encoder, ranks.loss_of, **ranks.all_outputs(encoder)))
     assert_trained_alike(trained / family, way, *expected)
 
 

@@ -135,7 +135,8 @@ def test_features_of_every_size_are_the_originals(family, tmp_path):
         for tokens, patches, (t, h, w) in parts:
             if family == "aimv2 with a head" and (h, w) != (5, 5):
                 continue  # whose original takes the trained grid alone
-            image = nopad.unpatchify(patches.flatten(0, 2), (t, h, w), encoder.patch_size, encoder.patch_order)
+            of_patch = encoder.patch_size, encoder.patch_order, encoder.temporal_patch_size
+            image = nopad.unpatchify(patches.flatten(0, 2), (t, h, w), *of_patch)
             assert max_relative(tokens.flatten(0, 2), run_original(family, original, image).tokens) < 1e-4
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nopad.families.dinov2 import DINOv2Packing
     from nopad.families.dinov3 import DINOv3ViTPacking
     from nopad.families.onevision import OneVisionEncoderPacking
+    from nopad.families.qwen3_vl import Qwen3VLPacking
     from nopad.families.siglip2 import Siglip2NaflexPacking
     from nopad.loading import load, processor
     from nopad.merging import merge
@@ -35,6 +36,7 @@ __all__ = [
     "Pack",
     "PackedEncoder",
     "PackedOutput",
+    "Qwen3VLPacking",
     "Siglip2NaflexPacking",
     "data",
     "embed",
@@ -59,6 +61,7 @@ _HOMES = {
     "Pack": "nopad.packing",
     "PackedEncoder": "nopad.encoder",
     "PackedOutput": "nopad.outputs",
+    "Qwen3VLPacking": "nopad.families.qwen3_vl",
     "Siglip2NaflexPacking": "nopad.families.siglip2",
     "data": "nopad.data",
     "embed": "nopad.embedding.api",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nopad.counts import counted
 from nopad.inference.dispatch import is_dispatched
 from nopad.inference.precision import check_inference
 from nopad.layout import Layout
@@ -15,6 +16,21 @@ from nopad.traced import TracedLayout
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
+
+
+def check_output(encoder: PackedEncoder, output: str, *, hidden_states: bool, deepstack: bool) -> None:
+    """Check what a forward is to return.
+
+    Raises:
+        ValueError: an unknown `output`, options that it does not have, or DeepStack of a model without it.
+    """
+    if output not in ("tokens", "all") or ((hidden_states or deepstack) and output != "all"):
+        raise ValueError(
+            "output: expected 'tokens', or 'all', which output_hidden_states and output_deepstack need; got "
+            f"{output!r} with output_hidden_states={hidden_states} and output_deepstack={deepstack}"
+        )
+    if deepstack and not encoder.deepstack_layers:
+        raise ValueError(f"output_deepstack: expected False, since this {encoder.family} model has no DeepStack layers")
 
 
 def read_arguments(
@@ -75,6 +91,12 @@ def _check_pack(encoder: PackedEncoder, pack: Pack) -> None:
         raise ValueError(
             f"pack: made with patch_size {pack.patch_size} and patch_order {pack.patch_order!r}, but this encoder "
             f"takes {encoder.patch_size} and {encoder.patch_order!r}; make it with this encoder's pack()"
+        )
+    if pack.temporal_patch_size != encoder.temporal_patch_size:
+        raise ValueError(
+            f"pack: made with temporal_patch_size {pack.temporal_patch_size}, but this encoder takes patches of "
+            f"{counted(encoder.temporal_patch_size, 'frame')}; make it with this encoder's pack(), or by "
+            f"Pack.of(…, temporal_patch_size={encoder.temporal_patch_size})"
         )
     if pack.mean is None:
         return

@@ -98,6 +98,8 @@ def _row(model: dict[str, Any]) -> tuple[str, ...]:
     """A row that fits 100 columns; the JSON has all of it."""
     rule, *words = model["input"].split()
     numbers = [word for word in words if word.isdigit()]
+    if rule == "smart_resize":
+        rule, numbers = f"{numbers[0]}+ px", []
     return (
         model["name"],
         model["family"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from nopad.arguments import read_arguments
+from nopad.arguments import check_output, read_arguments
 from nopad.checkpoints import pretrained, state_dicts
 from nopad.checkpoints.formats import Checkpoint, Dialect
 from nopad.checkpoints.insert import save_into
@@ -27,7 +27,7 @@ from nopad.inference.dispatch import execution_device
 from nopad.inference.precision import check_saving, to_precision
 from nopad.inference.runner import EagerRunner, Runner
 from nopad.inspection.attention import attention_maps
-from nopad.inspection.layers import check_layers, features_and_output, layer_features
+from nopad.inspection.layers import LayerRunner, check_layers, features_and_output, layer_features
 from nopad.kernels.attention import resolve_backend
 from nopad.layers.attention import Rope
 from nopad.layers.linear import lay_out
@@ -65,12 +65,16 @@ class PackedEncoder(ByRole, PreTrainedModel):
             others has a subclass in the same module.
         read_config: returns the architecture of a checkpoint whose tensors have the packed model's names.
         frames_attend_jointly: a whole clip is one segment, not each of its frames.
-        headless: the config's fields without head and projection, `None` where the original has no such config.
+        headless: the config's fields without head and projection; a string that says why the original has no such
+            config, where it has none.
         num_prefix_tokens: CLS and register tokens in front of each segment.
         embeddings: patches to tokens; its `proj` is the patches' GEMM.
         layers: the transformer blocks.
         head: pools tokens and segments to one vector per segment, `None` where the checkpoint has no head.
         projection: pooled vectors to the image-text space, `None` where the checkpoint has no projection.
+        merger: merges blocks of tokens for a language model, `None` where the checkpoint has no merger.
+        deepstack_layers: indices of the layers whose tokens are merged as well, in order; empty for most.
+        deepstack_mergers: the merger of each of these layers.
         source: the checkpoint that this encoder was loaded from, as it was named.
         dialect: the dialect of its tensor names.
         opened_with: how it was opened, see `Checkpoint`.
@@ -93,13 +97,16 @@ class PackedEncoder(ByRole, PreTrainedModel):
     config_classes: ClassVar[tuple[type[PreTrainedConfig], ...]] = ()
     read_config: ClassVar[Callable[[Checkpoint], PreTrainedConfig]]
     frames_attend_jointly: ClassVar[bool] = False
-    headless: ClassVar[Mapping[str, Any] | None] = MappingProxyType({})
+    headless: ClassVar[Mapping[str, Any] | str] = MappingProxyType({})
     text_rules: ClassVar[TextRules | None] = None
     num_prefix_tokens: int
     embeddings: Any
     layers: nn.ModuleList
     head: nn.Module | None
     projection: nn.Linear | None
+    merger: nn.Module | None
+    deepstack_layers: tuple[int, ...] = ()
+    deepstack_mergers: Sequence[nn.Module] = ()
     source: str | None = None
     dialect: str | None = None
     opened_with: Mapping[str, Any] = MappingProxyType({})
@@ -126,10 +133,10 @@ class PackedEncoder(ByRole, PreTrainedModel):
         super().__init__(config)
         check_numbers(config, type(config).__name__)
         check_patch_order(config.patch_order)
-        self.head = self.projection = None
+        self.head = self.projection = self.merger = None
         self.num_prefix_tokens = self.count_prefix_tokens(config)
         self.build()
-        whole = (self.embeddings, *self.layers, self.head)  # `device_map` keeps each on one device
+        whole = (self.embeddings, *self.layers, self.head, self.merger)  # `device_map` keeps each on one device
         self._no_split_modules = {type(module).__name__ for module in whole if module is not None}
         self.post_init()
         freeze_mask_tokens(self)
@@ -186,6 +193,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
         *,
         output: Literal["tokens", "all"] = "tokens",
         output_hidden_states: bool = False,
+        output_deepstack: bool = False,
     ) -> Tensor | PackedOutput:
         """Patches to tokens, all images and clips of the pack in one pass.
 
@@ -194,8 +202,9 @@ class PackedEncoder(ByRole, PreTrainedModel):
             grid_thw: `(N, 3)` integers `[frames, rows, columns]`, on the CPU or the device of the patches.
             patch_positions: `(T, 3)` integers `[t, h, w]` of each patch where they are not the full grid;
                 then a grid row is `(1, 1, patches kept)`.
-            output: `"all"` for pooled vectors, projections and prefix tokens as well.
+            output: `"all"` for pooled vectors, projections, prefix and merged tokens as well.
             output_hidden_states: with `"all"`, every layer's tokens, too.
+            output_deepstack: with `"all"`, the merged tokens of the DeepStack layers, too.
 
         Returns:
             `(T, D)` patch tokens after the final norm, in the order of the patches; with `"all"` a `PackedOutput`.
@@ -203,18 +212,24 @@ class PackedEncoder(ByRole, PreTrainedModel):
         Raises:
             ValueError: arguments that do not fit each other or this model.
         """
-        if output not in ("tokens", "all") or (output_hidden_states and output != "all"):
-            raise ValueError(
-                f"output: expected 'tokens', or 'all', which output_hidden_states needs; "
-                f"got {output!r} with output_hidden_states={output_hidden_states}"
-            )
+        check_output(self, output, hidden_states=output_hidden_states, deepstack=output_deepstack)
         patches, layout = read_arguments(self, hidden_states, grid_thw, patch_positions)
         states: list[Tensor] | None = [] if output_hidden_states else None
-        runner = self._runner_for(layout) if states is None else EagerRunner(states)
+        deepstack: list[Tensor] | None = [] if output_deepstack else None
+        if states is not None:
+            runner = EagerRunner(states)
+        elif deepstack is not None:
+            runner = LayerRunner(dict.fromkeys(self.deepstack_layers, deepstack.append), whole=True)
+        else:
+            runner = self._runner_for(layout)
         # Non-torch kernels launch on the current device; torch's compiler sees to that itself.
         with torch.cuda.device_of(patches) if patches.is_cuda and not torch.compiler.is_compiling() else nullcontext():
             trunk = self.trunk(patches, layout, runner).to(patches.device)  # wherever its last part is
-            return trunk.tokens if output == "tokens" else packed_output(self, trunk, layout, runner, states)
+            if output == "tokens":
+                return trunk.tokens
+            if states is not None and deepstack is not None:
+                deepstack += [states[layer + 1] for layer in self.deepstack_layers]
+            return packed_output(self, trunk, layout, runner, states, deepstack)
 
     def encode(
         self,
@@ -223,15 +238,18 @@ class PackedEncoder(ByRole, PreTrainedModel):
         patch_positions: Tensor | None = None,
         *,
         output_hidden_states: bool = False,
+        output_deepstack: bool = False,
     ) -> PackedOutput:
-        """The forward with `output="all"`: pooling, projection, prefix tokens and, on request, every layer's tokens.
+        """The forward with `output="all"`: pooling, projection, prefix and merged tokens.
+
+        On request also every layer's tokens, and the merged tokens of the DeepStack layers.
 
         It calls the encoder itself, so that hooks on its forward (FSDP2, accelerate) run. What holds the encoder as a
         module (DDP, FSDP1) is to be called instead: `ddp(pack, output="all")`. `ddp.module.encode` would go around it,
         and gradients would differ from rank to rank.
         """
-        options: dict[str, Any] = {"output": "all", "output_hidden_states": output_hidden_states}
-        return self(hidden_states, grid_thw, patch_positions, **options)
+        options: dict[str, Any] = {"output_hidden_states": output_hidden_states, "output_deepstack": output_deepstack}
+        return self(hidden_states, grid_thw, patch_positions, output="all", **options)
 
     def segments_of(self, layout: Layout) -> Segments:
         """What attends to itself: whole clips or their frames."""
@@ -362,9 +380,19 @@ class PackedEncoder(ByRole, PreTrainedModel):
         return self.config.patch_size
 
     @property
+    def temporal_patch_size(self) -> int:
+        """Frames of a patch: 2 for Qwen3-VL, which takes an image as two equal frames, and 1 for all others."""
+        return getattr(self.config, "temporal_patch_size", 1)
+
+    @property
+    def merge_size(self) -> int:
+        """Side of the blocks of patches that the model merges: rows and columns are multiples of it. 1 for most."""
+        return getattr(self.config, "spatial_merge_size", 1)
+
+    @property
     def patch_dim(self) -> int:
         """Values of a patch."""
-        return self.config.patch_size**2 * self.config.num_channels
+        return self.temporal_patch_size * self.config.patch_size**2 * self.config.num_channels
 
     @property
     def patch_order(self) -> PatchOrder:

@@ -80,6 +80,16 @@ class Layout:
         of_frames = _read_positions(patch_positions, [t * h * w for t, h, w in grid])
         return cls(grid, *of_frames, hidden_states.device, patch_positions)
 
+    def check_multiple(self, size: int) -> None:
+        """Raise `ValueError` unless all rows and columns are multiples of `size`."""
+        for index, (_, rows, columns) in enumerate(self.grid):
+            if rows % size or columns % size:
+                raise ValueError(
+                    f"grid_thw: expected rows and columns that are multiples of {size}, whose blocks the model merges, "
+                    f"got {rows} × {columns} in row {index}; multiple_of={size} makes them so, as it does in this "
+                    f"encoder's own rule"
+                )
+
     @property
     def longest_side(self) -> int:
         """Exclusive upper bound of all rows and columns."""

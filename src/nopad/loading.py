@@ -148,6 +148,7 @@ def processor(
         resize=resize,
         patch_size=config.patch_size,
         patch_order=config.patch_order,
+        temporal_patch_size=getattr(config, "temporal_patch_size", 1),
         dtype=dtype,  # pyright: ignore[reportArgumentType] - checked
         num_prefix_tokens=family.count_prefix_tokens(config),
         frames_attend_jointly=family.frames_attend_jointly,

@@ -40,14 +40,28 @@ def merge(tokens: Tensor, pack: Pack | Tensor, factor: int = 2) -> Tensor:
         raise ValueError(f"tokens: expected ({num_tokens}, D), a row per patch, got shape {tuple(tokens.shape)}")
     starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
     _, rows, columns = grid_thw.repeat_interleave(lengths, dim=0).unbind(1)
-    # Mixed-radix digits of each merged place, last first: column and row in the block, then those of the block.
-    place, digits = torch.arange(num_tokens) - starts, []
+    source = starts + place_in_rows(torch.arange(num_tokens) - starts, rows, columns, factor)
+    return tokens.index_select(0, source.to(tokens.device)).view(-1, tokens.shape[1] * factor**2)
+
+
+def place_in_rows(place: Tensor, rows: Tensor, columns: Tensor, factor: int) -> Tensor:
+    """Where a token lies row by row, frame by frame, that has this place block by block.
+
+    Args:
+        place: `(T,)` place of each token in its image.
+        rows, columns: `(T,)` of that image, multiples of `factor`.
+        factor: side of a block.
+
+    Returns:
+        `(T,)`.
+    """
+    # Mixed-radix digits of the place, last first: column and row in the block, then those of the block.
+    digits = []
     for radix in (factor, factor, columns // factor, rows // factor):
         digits.append(place % radix)
         place = place // radix
     column, row, block_column, block_row = digits
-    source = (place * rows + block_row * factor + row) * columns + block_column * factor + column
-    return tokens.index_select(0, (starts + source).to(tokens.device)).view(-1, tokens.shape[1] * factor**2)
+    return (place * rows + block_row * factor + row) * columns + block_column * factor + column
 
 
 def merged_lengths(grid_thw: Tensor, factor: int, patch_positions: Tensor | None) -> list[int]:

@@ -19,7 +19,8 @@ from nopad.counts import check_count, is_count
 from nopad.merging import merged_lengths
 
 PatchOrder = Literal["hwc", "chw"]
-"""Layout inside a patch: `"hwc"` is `(ph, pw, C)`, `"chw"` is `(C, ph, pw)`."""
+"""Layout inside a patch: `"hwc"` is `(ph, pw, C)`, `"chw"` is `(C, ph, pw)`; of a patch of several frames
+`(frames, ph, pw, C)` and `(C, frames, ph, pw)`."""
 
 
 def check_patch_order(order: str) -> None:
@@ -28,22 +29,28 @@ def check_patch_order(order: str) -> None:
         raise ValueError(f"patch order: expected 'hwc' or 'chw', got {order!r}")
 
 
-def patchify(pixels: Tensor, patch_size: int, order: PatchOrder = "hwc") -> tuple[Tensor, tuple[int, int, int]]:
+def patchify(
+    pixels: Tensor, patch_size: int, order: PatchOrder = "hwc", temporal_patch_size: int = 1
+) -> tuple[Tensor, tuple[int, int, int]]:
     """Cut an image or a clip into flattened patches, row by row, frame by frame.
 
     Args:
         pixels: `(C, H, W)` for an image, `(frames, C, H, W)` for a clip.
         patch_size: side of a patch in pixels; must divide H and W.
         order: layout inside a patch.
+        temporal_patch_size: frames of a patch. The last frame, or that of an image, is repeated until it fills one, as
+            in transformers' processors of Qwen-VL.
 
     Returns:
-        Patches `(frames * rows * columns, P)` with `P = patch_size² · C`, and the grid `(frames, rows, columns)`.
+        Patches `(t * rows * columns, P)` with `P = temporal_patch_size · patch_size² · C`, and the grid
+        `(t, rows, columns)`, where t is the number of frames divided by `temporal_patch_size`, rounded up.
 
     Raises:
         ValueError: wrong number of dimensions, an empty side, or a side that `patch_size` does not divide.
     """
     check_patch_order(order)
     check_count("patch_size", patch_size)
+    check_count("temporal_patch_size", temporal_patch_size)
     if pixels.ndim not in (3, 4):
         raise ValueError(f"pixels: expected (C, H, W) or (frames, C, H, W), got shape {tuple(pixels.shape)}")
     clip = pixels if pixels.ndim == 4 else pixels.unsqueeze(0)
@@ -53,51 +60,65 @@ def patchify(pixels: Tensor, patch_size: int, order: PatchOrder = "hwc") -> tupl
             f"pixels: expected height and width to be positive multiples of patch_size {patch_size}, "
             f"got shape {tuple(pixels.shape)}; resize or crop first"
         )
-    rows, columns = height // patch_size, width // patch_size
+    if missing := -frames % temporal_patch_size:
+        clip = torch.cat((clip, clip[-1:].expand(missing, -1, -1, -1)))
+    rows, columns, times = height // patch_size, width // patch_size, len(clip) // temporal_patch_size
     if order == "hwc" and clip.stride(1) == 1:  # decoded pixels: whole rows of a patch are copied
-        lines = clip.permute(0, 2, 3, 1).reshape(frames, rows, patch_size, columns, patch_size * channels)
-        cut = lines.transpose(2, 3)
+        lines = clip.permute(0, 2, 3, 1)
+        lines = lines.reshape(times, temporal_patch_size, rows, patch_size, columns, patch_size * channels)
+        cut = lines.permute(0, 2, 4, 1, 3, 5)
     else:
-        cut = clip.reshape(frames, channels, rows, patch_size, columns, patch_size)
-        cut = cut.permute(0, 2, 4, 3, 5, 1) if order == "hwc" else cut.permute(0, 2, 4, 1, 3, 5)
-    return cut.reshape(frames * rows * columns, channels * patch_size**2), (frames, rows, columns)
+        cut = clip.reshape(times, temporal_patch_size, channels, rows, patch_size, columns, patch_size)
+        cut = cut.permute(0, 3, 5, 1, 4, 6, 2) if order == "hwc" else cut.permute(0, 3, 5, 2, 1, 4, 6)
+    patch_dim = temporal_patch_size * channels * patch_size**2
+    return cut.reshape(times * rows * columns, patch_dim), (times, rows, columns)
 
 
-def unpatchify(patches: Tensor, grid: tuple[int, int, int], patch_size: int, order: PatchOrder = "hwc") -> Tensor:
+def unpatchify(
+    patches: Tensor,
+    grid: tuple[int, int, int],
+    patch_size: int,
+    order: PatchOrder = "hwc",
+    temporal_patch_size: int = 1,
+) -> Tensor:
     """Put the patches of one image or clip together again: the inverse of `patchify`.
 
     Args:
-        patches: `(frames * rows * columns, P)`.
-        grid: `(frames, rows, columns)`.
+        patches: `(t * rows * columns, P)`.
+        grid: `(t, rows, columns)`.
         patch_size: side of a patch in pixels.
         order: layout inside a patch.
+        temporal_patch_size: frames of a patch.
 
     Returns:
-        `(C, H, W)` for one frame, `(frames, C, H, W)` for more.
+        `(C, H, W)` for one frame, `(t · temporal_patch_size, C, H, W)` for more, among them those that `patchify` has
+        repeated.
 
     Raises:
         ValueError: a grid that is not three integers ≥ 1, patches that do not fill it, or a `P` that is no multiple of
-            `patch_size²`.
+            `temporal_patch_size · patch_size²`.
     """
     check_patch_order(order)
+    check_count("temporal_patch_size", temporal_patch_size)
     if len(grid) != 3 or not all(map(is_count, (*grid, patch_size))):
         raise ValueError(
             f"grid: expected (frames, rows, columns) ≥ 1 of patches of patch_size ≥ 1, "
             f"got {tuple(grid)} and patch_size {patch_size}"
         )
-    frames, rows, columns = grid
-    if patches.ndim != 2 or patches.shape[0] != frames * rows * columns or patches.shape[1] % patch_size**2:
+    times, rows, columns = grid
+    area = temporal_patch_size * patch_size**2
+    if patches.ndim != 2 or patches.shape[0] != times * rows * columns or patches.shape[1] % area:
         raise ValueError(
-            f"patches: expected ({frames * rows * columns}, C * {patch_size**2}) for grid {tuple(grid)} "
+            f"patches: expected ({times * rows * columns}, C * {area}) for grid {tuple(grid)} "
             f"and patch_size {patch_size}, got shape {tuple(patches.shape)}"
         )
-    channels = patches.shape[1] // patch_size**2
+    channels, inside = patches.shape[1] // area, (temporal_patch_size, patch_size, patch_size)
     if order == "hwc":
-        cut = patches.reshape(frames, rows, columns, patch_size, patch_size, channels).permute(0, 5, 1, 3, 2, 4)
+        cut = patches.reshape(times, rows, columns, *inside, channels).permute(0, 3, 6, 1, 4, 2, 5)
     else:
-        cut = patches.reshape(frames, rows, columns, channels, patch_size, patch_size).permute(0, 3, 1, 4, 2, 5)
-    clip = cut.reshape(frames, channels, rows * patch_size, columns * patch_size)
-    return clip[0] if frames == 1 else clip
+        cut = patches.reshape(times, rows, columns, channels, *inside).permute(0, 4, 3, 1, 5, 2, 6)
+    clip = cut.reshape(times * temporal_patch_size, channels, rows * patch_size, columns * patch_size)
+    return clip[0] if len(clip) == 1 else clip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +127,8 @@ class Pack:
 
     Attributes:
         hidden_states: `(T, P)` patches.
-        grid_thw: `(N, 3)` int64 `[frames, rows, columns]`, on the CPU so that reading it stops no device.
+        grid_thw: `(N, 3)` int64 `[frames, rows, columns]`, on the CPU so that reading it stops no device. Where a patch
+            has several frames, the first number counts patches along time.
         patch_size: side of a patch in pixels.
         patch_order: layout inside a patch.
         mean, std: the pixel statistics that the pixels were normalised with, one per channel; `None` where unknown.
@@ -115,6 +137,7 @@ class Pack:
         boxes: `(N, 4)` float32 `[x0, y0, x1, y1]`, the rectangle that an image's grid covers, in pixels of the upright
             original; `None` where unknown.
         sizes: `(N, 2)` int64 `[height, width]` of the upright original; `None` where unknown.
+        temporal_patch_size: frames of a patch.
 
     A pack is a sequence of its images: `len`, iteration, and indexing by an integer, a slice or a sequence of integers,
     each giving a pack; the patches of an integer and of a slice without a step are views. Packs are equal where all
@@ -131,6 +154,7 @@ class Pack:
     preprocessing: str = ""
     boxes: Tensor | None = None
     sizes: Tensor | None = None
+    temporal_patch_size: int = 1
 
     @classmethod
     def of(
@@ -143,18 +167,19 @@ class Pack:
         std: Sequence[float] | None = None,
         channels: int = 3,
         preprocessing: str = "",
+        temporal_patch_size: int = 1,
     ) -> Pack:
         """Patchify normalised images `(C, H, W)` and clips `(frames, C, H, W)` into one pack.
 
         Raises:
             ValueError: images of different numbers of channels; see also `patchify`.
         """
-        parts = [patchify(image, patch_size, patch_order) for image in pixels]
+        parts = [patchify(image, patch_size, patch_order, temporal_patch_size) for image in pixels]
         if len({patches.shape[1] for patches, _ in parts}) > 1:
             raise ValueError(
                 f"pixels: expected one number of channels for all, got {[image.shape[-3] for image in pixels]}"
             )
-        empty = torch.empty(0, channels * patch_size**2, dtype=torch.float32)
+        empty = torch.empty(0, channels * temporal_patch_size * patch_size**2, dtype=torch.float32)
         return cls(
             hidden_states=torch.cat([patches for patches, _ in parts]) if parts else empty,
             grid_thw=torch.tensor([grid for _, grid in parts], dtype=torch.int64).reshape(-1, 3),
@@ -163,6 +188,7 @@ class Pack:
             mean=None if mean is None else tuple(mean),
             std=None if std is None else tuple(std),
             preprocessing=preprocessing,
+            temporal_patch_size=temporal_patch_size,
         )
 
     @classmethod
@@ -220,7 +246,8 @@ class Pack:
         counts = [(len(self) - clips, "image"), (clips, "clip")] if clips else [(len(self), "image")]
         parts = [f"{number:,} {noun}{'' if number == 1 else 's'}" for number, noun in counts if number or not clips]
         number, size = self.hidden_states.shape[0], self.hidden_states.nbytes / 1e6
-        parts += [f"{number:,} patch{'' if number == 1 else 'es'} of {self.patch_size} px"]
+        frames = "" if self.temporal_patch_size == 1 else f" and {self.temporal_patch_size} frames"
+        parts += [f"{number:,} patch{'' if number == 1 else 'es'} of {self.patch_size} px{frames}"]
         return f"Pack({', '.join(parts)}, {size:,.1f} MB on {self.hidden_states.device})"
 
     def __eq__(self, other: object) -> bool:
@@ -230,7 +257,7 @@ class Pack:
         return all(_equal(mine, theirs) for mine, theirs in pairs)
 
     def __hash__(self) -> int:
-        facts = (self.patch_size, self.patch_order, self.mean, self.std, self.preprocessing)
+        facts = (self.patch_size, self.patch_order, self.temporal_patch_size, self.mean, self.std, self.preprocessing)
         return hash((*facts, self.hidden_states.shape, self.grid_thw.shape))
 
     def to(
@@ -277,7 +304,7 @@ _TENSORS = ("hidden_states", "grid_thw", "patch_positions", "boxes", "sizes")
 
 def _traits(pack: Pack) -> dict[str, Any]:
     """What packs have in common that go through one encoder together."""
-    names = ("patch_size", "patch_order", "mean", "std")
+    names = ("patch_size", "patch_order", "temporal_patch_size", "mean", "std")
     traits = {name: getattr(pack, name) for name in names}
     traits |= {"dtype": pack.hidden_states.dtype, "device": pack.hidden_states.device}
     return traits | {"kind of patch_positions": "none" if pack.patch_positions is None else "some"}

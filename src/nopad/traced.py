@@ -61,6 +61,11 @@ class TracedLayout:
         num_frames = torch.searchsorted(self.image_index[starts], images).int()
         self.frames_per_image = TracedSegments(num_frames, self.frames.num_segments)
 
+    def check_multiple(self, size: int) -> None:
+        """See `Layout`; when the graph runs."""
+        check: Any = torch._assert_async  # pyright: ignore[reportPrivateImportUsage]
+        check((self.grid_thw[:, 1:] % size == 0).all(), f"grid_thw: expected multiples of {size} rows and columns")
+
 
 def _offsets(lengths: Tensor) -> Tensor:
     return torch.cat((lengths.new_zeros(1), lengths.cumsum(dim=0))).int()

@@ -11,7 +11,7 @@ from tiny_encoders import FAMILIES, GRIDS, patches_of, tiny
 
 import nopad
 
-HEADLESS = [family for family in FAMILIES if family != "onevision"]
+HEADLESS = [family for family in FAMILIES if family not in ("onevision", "qwen3_vl")]
 # Checkpoints of each layout that holds a head or a projection.
 LAYOUTS = ("aimv2-apple-lit", "open-clip", "timm-clip-projection", "timm-siglip", "timm-naflexvit")
 
@@ -72,9 +72,13 @@ def test_untrained_and_from_pretrained():
     assert nopad.load(name).head is not None
 
 
-def test_head_that_brings_the_norm_is_not_left_out(tmp_path):
-    with pytest.raises(ValueError, match="head: onevision has its final norm only with the head"):
-        nopad.load(tiny("onevision", tmp_path), head=False)
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("onevision", "has its final norm only with the head"), ("qwen3_vl", "has its merger in the original, too")],
+)
+def test_what_the_original_never_leaves_out_is_not_left_out(tmp_path, family, reason):
+    with pytest.raises(ValueError, match=f"head: {family} {reason}.*requires_grad_"):
+        nopad.load(tiny(family, tmp_path), head=False)
 
 
 def test_quantised_weights_are_loaded_as_they_are(tmp_path):

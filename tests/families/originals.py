@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 import clip_checkpoints
 import onevision_checkpoints
+import qwen3_vl_checkpoints
 import siglip2_checkpoints
 import torch
 from onevision_original import PlainConfig, PlainOneVision
 from safetensors.torch import load_file
+from tiny_encoders import pack_of
 from torch import Tensor, nn
 from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
 from transformers.models.clip.modeling_clip import CLIPVisionModel
@@ -18,9 +20,9 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersModel
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 from transformers.models.metaclip_2.modeling_metaclip_2 import MetaClip2VisionModel
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
-
-import nopad
 
 ORIGINALS = {
     "aimv2": Aimv2VisionModel,
@@ -32,6 +34,8 @@ ORIGINALS = {
     "dinov2 gated": Dinov2WithRegistersModel,
     "dinov3": DINOv3ViTModel,
     "onevision": PlainOneVision,
+    "qwen3_vl": Qwen3VLVisionModel,
+    "qwen3_5": Qwen3_5VisionModel,
 }
 
 
@@ -53,6 +57,8 @@ def read_by_original(family: str, folder: Path):
 
 def layers_of(original) -> nn.ModuleList:
     """Its transformer layers."""
+    if hasattr(original, "blocks"):
+        return original.blocks
     backbone = original.encoder if hasattr(original, "encoder") else original.model
     return backbone.layers if hasattr(backbone, "layers") else backbone.layer
 
@@ -72,9 +78,14 @@ class Features(NamedTuple):
 
 
 def run_original(family: str, original, pixels: Tensor) -> Features:
-    """Features of one image `(C, H, W)`, or of one clip `(frames, C, H, W)`: OneVision's as a whole, else by frames."""
+    """Features of one image `(C, H, W)`, or of one clip `(frames, C, H, W)`.
+
+    Clips go through OneVision and Qwen3-VL as a whole, else frame by frame.
+    """
     if family == "onevision":
         return Features(*onevision_checkpoints.run(original, pixels))
+    if family.startswith("qwen3"):
+        return Features(qwen3_vl_checkpoints.run(original, pixels).tokens, None)
     if pixels.ndim == 4:
         frames = [run_original(family, original, frame) for frame in pixels]
         tokens, pooled, prefix = zip(*frames, strict=True)
@@ -119,8 +130,8 @@ def max_relative(ours: Tensor, theirs: Tensor) -> float:
 def assert_parity(family: str, encoder, original, grids=None, tolerance: float = 1e-4) -> None:
     """All images in one pack have the features that the original gives one by one."""
     grids = grids_of(family) if grids is None else grids
-    pixels = pixels_of(grids, encoder.patch_size)
-    pack = nopad.Pack.of(pixels, encoder.patch_size, encoder.patch_order)
+    pixels = pixels_of(grids, encoder.patch_size * encoder.merge_size)
+    pack = pack_of(encoder, pixels)
     output = encoder.encode(pack)
     prefixes = [None] * len(grids)
     if output.prefix_tokens is not None:

@@ -16,7 +16,7 @@ from originals import (
     read_by_original,
     run_original,
 )
-from tiny_encoders import FAMILIES, checkpoint_layers, patches_of, tiny
+from tiny_encoders import FAMILIES, checkpoint_layers, pack_of, patches_of, tiny
 from tiny_encoders import GRIDS as PACK
 
 import nopad
@@ -46,8 +46,8 @@ def original(family, folder):
     return read_by_original(family, folder)
 
 
-def pack_of(encoder, grids, seed=0):
-    return nopad.Pack.of(pixels_of(grids, encoder.patch_size, seed), encoder.patch_size, encoder.patch_order)
+def pack_of_grids(encoder, grids, seed=0):
+    return pack_of(encoder, pixels_of(grids, encoder.patch_size, seed))
 
 
 @every_family
@@ -71,7 +71,7 @@ def test_features_do_not_depend_on_neighbours_and_order(encoder):
     order = [4, 0, 5, 2, 1, 3]
 
     def run(images):
-        pack = nopad.Pack.of(images, encoder.patch_size, encoder.patch_order)
+        pack = pack_of(encoder, images)
         output = encoder.encode(pack)
         prefix = [None] * len(images) if output.prefix_tokens is None else output.prefix_tokens
         return pack.unpack(output.tokens), output.pooled, prefix
@@ -96,8 +96,8 @@ def test_features_do_not_depend_on_neighbours_and_order(encoder):
 def test_frames_of_a_clip_attend_jointly_or_are_images(encoder):
     clip = pixels_of([(3, 2, 4)], encoder.patch_size)[0]
     with torch.no_grad():
-        whole = encoder.encode(nopad.Pack.of([clip], encoder.patch_size, encoder.patch_order))
-        frames = encoder.encode(nopad.Pack.of(list(clip), encoder.patch_size, encoder.patch_order))
+        whole = encoder.encode(pack_of(encoder, [clip.repeat_interleave(encoder.temporal_patch_size, dim=0)]))
+        frames = encoder.encode(pack_of(encoder, list(clip)))
     assert len(whole.pooled) == 1
     distance = max_relative(whole.tokens, frames.tokens)
     assert distance > 1e-3 if encoder.frames_attend_jointly else distance < 1e-6
@@ -115,7 +115,7 @@ def test_gradients_are_the_originals(family, tmp_path, checkpointing):
         checkpoint_layers(encoder)
     pixels = pixels_of(grids_of(family), encoder.patch_size)
     theirs = [run_original(family, original, image) for image in pixels]
-    output = encoder.encode(nopad.Pack.of(pixels, encoder.patch_size, encoder.patch_order))
+    output = encoder.encode(pack_of(encoder, pixels))
     weights, pooled_weights = torch.randn_like(output.tokens), torch.randn_like(output.pooled)
     loss = (output.tokens * weights).sum()
     expected = (torch.cat([each.tokens for each in theirs]) * weights).sum()
@@ -142,19 +142,20 @@ def test_hidden_states_are_the_tokens_around_each_layer(family, encoder, origina
     grids = grids_of(family)[:1] * 2
     expected, seen, layers = [], [], layers_of(original)
     for layer in layers:
-        layer.register_forward_pre_hook(lambda _, arguments: expected.append(arguments[0][0]))
+        layer.register_forward_pre_hook(lambda _, arguments: expected.append(arguments[0]))
     layers[-1].register_forward_hook(
-        lambda _, arguments, output: expected.append((output[0] if isinstance(output, tuple) else output)[0])
+        lambda _, arguments, output: expected.append(output[0] if isinstance(output, tuple) else output)
     )
     encoder.layers[1].register_forward_hook(lambda _, arguments, output: seen.append(output))
-    pack, pixels = pack_of(encoder, grids), pixels_of(grids, encoder.patch_size)
+    pixels = pixels_of(grids, encoder.patch_size)
+    pack = pack_of(encoder, pixels)
     with torch.no_grad():
         states = encoder.encode(pack, output_hidden_states=True).hidden_states
         for image in pixels:
             run_original(family, original, image)
         assert encoder.encode(pack).hidden_states is None
     number = encoder.num_prefix_tokens
-    expected = [state[number:] for state in expected]
+    expected = [(state if state.ndim == 2 else state[0])[number:] for state in expected]
     assert len(states) == len(encoder.layers) + 1 == 4
     for i, state in enumerate(states):
         assert max_relative(state, torch.cat((expected[i], expected[4 + i]))) < 1e-4
@@ -192,15 +193,15 @@ def test_half_precision_checkpoint_keeps_its_dtype(family, encoder, original, tm
     assert half.dtype == torch.bfloat16
     assert nopad.load(tmp_path / "half", dtype=torch.float32).dtype == torch.float32
     with torch.no_grad():
-        tokens = half(pack_of(half, GRIDS).to("cpu", torch.bfloat16))
-        expected = encoder(pack_of(encoder, GRIDS))
+        tokens = half(pack_of_grids(half, GRIDS).to("cpu", torch.bfloat16))
+        expected = encoder(pack_of_grids(encoder, GRIDS))
     assert tokens.dtype == torch.bfloat16
     assert float((tokens.float() - expected).norm() / expected.norm()) < 0.03
 
 
 @pytest.mark.parametrize("family", SPARSE)
 def test_patch_positions_of_the_full_grid_change_nothing(encoder):
-    pack, places = pack_of(encoder, [(2, 5, 5)]), torch.cartesian_prod(*map(torch.arange, (2, 5, 5)))
+    pack, places = pack_of_grids(encoder, [(2, 5, 5)]), torch.cartesian_prod(*map(torch.arange, (2, 5, 5)))
     kept = torch.arange(50) % 3 != 0
     with torch.no_grad():
         full = encoder(pack.hidden_states, torch.tensor([[1, 1, 50]]), places)
@@ -215,7 +216,7 @@ def test_patch_positions_of_the_full_grid_change_nothing(encoder):
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in SPARSE])
 def test_patch_positions_are_refused_where_the_whole_grid_is_needed(encoder):
-    pack, places = pack_of(encoder, [(1, 5, 5)]), torch.cartesian_prod(*map(torch.arange, (1, 5, 5)))
+    pack, places = pack_of_grids(encoder, [(1, 5, 5)]), torch.cartesian_prod(*map(torch.arange, (1, 5, 5)))
     with pytest.raises(ValueError, match=r"patch_positions: .*grid"):
         encoder(pack.hidden_states, torch.tensor([[1, 1, 25]]), places)
 
@@ -224,7 +225,7 @@ def test_patch_positions_are_refused_where_the_whole_grid_is_needed(encoder):
 def test_learned_positions_on_another_grid_are_logged_once_or_refused(folder, encoder, caplog):
     positions._log_resampling.cache_clear()
     strict = nopad.load(folder, positions="strict")
-    trained, other = pack_of(encoder, [(2, 5, 5)]), pack_of(encoder, [(1, 3, 7)])
+    trained, other = pack_of_grids(encoder, [(2, 5, 5)]), pack_of_grids(encoder, [(1, 3, 7)])
     with torch.no_grad(), caplog.at_level("WARNING", "nopad"):
         torch.testing.assert_close(strict(trained), encoder(trained), rtol=0, atol=0)
         assert not caplog.records
@@ -255,7 +256,7 @@ def test_embed_returns_the_pooled_vectors_for_any_capacity(encoder):
 @every_family
 def test_torch_compile_takes_an_encoder(family, tmp_path):
     encoder = nopad.load(tiny(family, tmp_path / "checkpoint", num_hidden_layers=1))
-    pack = pack_of(encoder, GRIDS)
+    pack = pack_of_grids(encoder, GRIDS)
     with torch.no_grad():
         torch._dynamo.reset()
         torch.testing.assert_close(
@@ -266,8 +267,8 @@ def test_torch_compile_takes_an_encoder(family, tmp_path):
 @every_family
 def test_adapters_alone_are_trained(encoder):
     peft = pytest.importorskip("peft", reason="peft is a development dependency")
-    adapted = peft.get_peft_model(encoder, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-    pack = pack_of(encoder, [(1, 3, 5), (1, 1, 2)])
+    adapted = peft.get_peft_model(encoder, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "qkv"]))
+    pack = pack_of_grids(encoder, [(1, 3, 5), (1, 1, 2)])
     adapted.base_model.model.encode(pack).pooled.sum().backward()
     trained = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
     assert trained == {name for name, _ in adapted.named_parameters() if "lora_" in name}

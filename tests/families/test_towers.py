@@ -11,8 +11,10 @@ import vlm_checkpoints
 from aimv2_checkpoints import write
 from clip_checkpoints import tiny_original
 from originals import max_relative
+from qwen3_vl_checkpoints import run as run_qwen
 from safetensors.torch import load_file, save_file
 from siglip2_checkpoints import run as run_siglip
+from tiny_encoders import pack_of
 from vlm_checkpoints import KINDS, save, tower_of
 
 import nopad
@@ -20,6 +22,7 @@ from nopad.align.run import align
 from nopad.checkpoints import contents, towers
 
 GRIDS = [(5, 5), (3, 7), (1, 6)]
+QWEN = [name for name in KINDS if KINDS[name][2] == "model.visual"]
 
 
 def tokens_of(model_type, tower, image):
@@ -27,6 +30,8 @@ def tokens_of(model_type, tower, image):
     kind = KINDS[model_type][0]["model_type"]
     if kind == "ovis2_vision":
         return tower(image[None]).last_hidden_state[0]
+    if model_type in QWEN:
+        return run_qwen(tower, image).tokens
     if kind == "clip_vision_model":
         output = tower(pixel_values=image[None], interpolate_pos_encoding=True)
         return tower.post_layernorm(output.last_hidden_state[0, 1:])
@@ -35,9 +40,9 @@ def tokens_of(model_type, tower, image):
 
 @torch.no_grad()
 def assert_parity(model_type, encoder, model):
-    grids = [(4, 4)] if model_type == "ovis2" else GRIDS
-    images = [torch.randn(3, 4 * rows, 4 * columns) for rows, columns in grids]
-    pack = nopad.Pack.of(images, 4, encoder.patch_order)
+    grids, size = [(4, 4)] if model_type == "ovis2" else GRIDS, 4 * encoder.merge_size
+    images = [torch.randn(3, size * rows, size * columns) for rows, columns in grids]
+    pack = pack_of(encoder, images)
     for tokens, image in zip(pack.unpack(encoder(pack)), images, strict=True):
         assert max_relative(tokens.flatten(0, 2), tokens_of(model_type, tower_of(model, model_type), image)) < 1e-4
 
@@ -51,7 +56,7 @@ def test_every_model_type_in_the_table_is_tested():
 def test_tower_is_found_has_its_models_features_and_is_written_back(tmp_path, model_type):
     model = save(tmp_path / "whole", model_type)
     encoder = nopad.load(tmp_path / "whole")
-    assert encoder.tower_prefix.endswith(("vision_tower.", "vision_model."))
+    assert encoder.tower_prefix.endswith(("vision_tower.", "vision_model.", "visual."))
     assert_parity(model_type, encoder, model)
     with torch.no_grad():
         for parameter in encoder.parameters():
@@ -256,9 +261,10 @@ def test_quantised_towers_are_refused(tmp_path):
         nopad.load(tmp_path)
 
 
-def test_alignment_of_a_tower_and_its_own_folder(tmp_path):
+@pytest.mark.parametrize("model_type", ["llava", "qwen3_vl", "qwen3_5_moe"])
+def test_alignment_of_a_tower_and_its_own_folder(tmp_path, model_type):
     """What `save_pretrained` writes is the encoder alone."""
-    save(tmp_path / "whole", "llava")
+    save(tmp_path / "whole", model_type)
     report = align(tmp_path / "whole")
     assert report.passed
     assert report.weights.startswith("read from the checkpoint as it is")

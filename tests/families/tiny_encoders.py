@@ -9,11 +9,12 @@ import clip_checkpoints
 import dinov2_checkpoints
 import dinov3_checkpoints
 import onevision_checkpoints
+import qwen3_vl_checkpoints
 import siglip2_checkpoints
 import torch
 from torch import Tensor
 
-from nopad import PackedEncoder, families
+from nopad import Pack, PackedEncoder, families
 from nopad.families.clip import MetaCLIP2Packing
 from nopad.families.dinov2 import DINOv2WithRegistersPacking
 from nopad.families.siglip2 import SiglipPacking
@@ -31,6 +32,7 @@ FAMILIES = (
     "dinov3",
     "dinov3 gated",
     "onevision",
+    "qwen3_vl",
 )
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2}
 """Heads of 64 values, which every kernel of a GPU takes."""
@@ -41,6 +43,9 @@ def tiny(family: str, folder: Path, **changes) -> Path:
     if family == "onevision":
         original = onevision_checkpoints.tiny_original(**changes)
         return onevision_checkpoints.write(folder, original.state_dict(), original.config.to_dict())
+    if family == "qwen3_vl":  # merging blocks of one: of others grids are multiples, see test_qwen3_vl.py
+        changes = {"spatial_merge_size": 1, **changes}
+        return qwen3_vl_checkpoints.save(folder, qwen3_vl_checkpoints.tiny_original(**changes))
     if family.startswith("siglip"):
         kind = siglip2_checkpoints.naflex if family == "siglip2" else siglip2_checkpoints.fixed
         return siglip2_checkpoints.folder_of(folder, kind(**changes))
@@ -65,6 +70,12 @@ def encoder_class(family: str) -> type[PackedEncoder]:
         return variants[family]
     name = family.split()[0]
     return next(cls for cls in families.FAMILIES if cls.family == name)
+
+
+def pack_of(encoder, pixels) -> Pack:
+    """A pack of normalised pixels, in the layout that an encoder takes."""
+    frames = encoder.temporal_patch_size
+    return Pack.of(pixels, encoder.patch_size, encoder.patch_order, temporal_patch_size=frames)
 
 
 def patches_of(encoder, grids: Tensor = GRIDS, seed: int = 0) -> Tensor:

@@ -18,6 +18,18 @@ SIGLIP = {**SIZES, "model_type": "siglip_vision_model", "image_size": 20, "visio
 SIGLIP2 = {**SIZES, "model_type": "siglip2_vision_model", "num_patches": 25, "vision_use_head": False}
 CLIP = {**SIZES, "model_type": "clip_vision_model", "image_size": 20, "projection_dim": 16}
 OVIS = {**SIZES, "model_type": "ovis2_vision", "image_size": 16, "vocab_size": 40, "hidden_stride": 2}
+QWEN = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": 16,
+    "num_position_embeddings": 25,
+}
+QWEN3_5 = ("qwen3_5", "qwen3_5_moe", "qwen4_exp")
+QWEN3_VL = {**QWEN, "deepstack_visual_indexes": [0]}
+EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
 SAM = {
     "model_type": "sam_vision_model",
     "hidden_size": 16,
@@ -39,6 +51,13 @@ TEXT = {
     "vocab_size": 40,
     "head_dim": 8,
     **{f"{name}_token_id": number for number, name in enumerate(("pad", "bos", "eos", "cls", "sep"))},
+}
+# Of text models, where `TEXT` does not suffice.
+TEXT_OF = {
+    "qwen3_vl_moe_text": EXPERTS,
+    "qwen3_5_moe_text": EXPERTS,
+    "qwen4_exp_text": EXPERTS,
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
 }
 # The tower, the text model, the path of the tower in the model, further fields.
 KINDS: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
@@ -64,6 +83,11 @@ KINDS: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
         "model.vision_tower.transformer",
         {"vocab_size": 40, "hidden_size": 16, "visual_indicator_token_ids": [1, 2, 3, 4, 5]},
     ),
+    **{
+        kind: ({**tower, "model_type": f"{kind}_vision"}, f"{kind}_text", "model.visual", {})
+        for tower, kinds in ((QWEN3_VL, ("qwen3_vl", "qwen3_vl_moe", "cohere_compass")), (QWEN, QWEN3_5))
+        for kind in kinds
+    },
 }
 CLASSES = {
     "shieldgemma2": ShieldGemma2ForImageClassification,
@@ -82,7 +106,8 @@ def config_of(model_type: str, vision: dict[str, Any]):
         return AutoConfig.for_model(model_type, encoder={"vision_config": tower, "text_config": TEXT}, decoder=TEXT)
     if model_type == "colpali":
         return AutoConfig.for_model(model_type, vlm_config=config_of("paligemma", vision), embedding_dim=8)
-    return AutoConfig.for_model(model_type, vision_config=tower, text_config={**TEXT, "model_type": text}, **more)
+    text_config = {**TEXT, **TEXT_OF.get(text, {}), "model_type": text}
+    return AutoConfig.for_model(model_type, vision_config=tower, text_config=text_config, **more)
 
 
 def tiny_vlm(model_type: str, **vision: Any):

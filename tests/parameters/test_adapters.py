@@ -6,7 +6,7 @@ import pytest
 import torch
 from originals import read_by_original, run_original
 from own_parameters import every_family, every_head, features
-from tiny_encoders import GRIDS, patches_of, relative
+from tiny_encoders import GRIDS, pack_of, patches_of, relative
 
 import nopad
 
@@ -28,9 +28,10 @@ def shaken(model):
 @every_family
 def test_dora_changes_nothing_untrained_and_merges(family, folder, encoder, peft):
     expected = features(encoder)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], use_dora=True)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "qkv"], use_dora=True)
     adapted = peft.get_peft_model(encoder, config).eval()
-    assert sum("lora_magnitude_vector" in name for name, _ in adapted.named_parameters()) >= 9
+    linears = sum(len(layer.attention.qkv_linears) for layer in encoder.layers)
+    assert sum("lora_magnitude_vector" in name for name, _ in adapted.named_parameters()) >= linears
     assert relative(features(encoder), expected) < 1e-5
     assert relative(features(adapted.merge_and_unload()), expected) < 1e-5
     trained = shaken(peft.get_peft_model(nopad.load(folder), config).eval())
@@ -42,7 +43,7 @@ def test_dora_changes_nothing_untrained_and_merges(family, folder, encoder, peft
 @every_family
 @torch.no_grad()
 def test_an_adapter_of_the_original_is_one_of_the_encoder(family, folder, encoder, peft, tmp_path):
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "qkv"])
     image = torch.randn(3, 5 * encoder.patch_size, 4 * encoder.patch_size)
     if encoder.config.model_type == "aimv2_vision_model" and not encoder.config.is_native:
         image = torch.randn(3, *[5 * encoder.patch_size] * 2)  # the one size that this original takes
@@ -53,7 +54,7 @@ def test_an_adapter_of_the_original_is_one_of_the_encoder(family, folder, encode
     expected = run_original(family, original, image).tokens
     assert relative(expected, plain) > 0.01
     loaded = peft.PeftModel.from_pretrained(encoder, tmp_path / "adapter").eval()
-    pack = nopad.Pack.of([image], encoder.patch_size, encoder.patch_order)
+    pack = pack_of(encoder, [image])
     assert relative(loaded(pack), expected) < 1e-5
     assert relative(loaded.merge_and_unload()(pack), expected) < 1e-5
 

@@ -9,11 +9,12 @@ import shutil
 import clip_checkpoints
 import onevision_original
 import pytest
+import qwen3_vl_checkpoints
 import siglip2_checkpoints
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_encoders import FAMILIES, GRIDS, WIDE, patches_of, relative, tiny
+from tiny_encoders import FAMILIES, GRIDS, WIDE, pack_of, patches_of, relative, tiny
 from torch import nn
 from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
@@ -22,6 +23,7 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersModel
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 from transformers.models.metaclip_2.modeling_metaclip_2 import MetaClip2VisionModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 import nopad
 from nopad.families.siglip2 import Siglip2NaflexPacking
@@ -57,6 +59,7 @@ ORIGINALS = {
     "dinov2 gated": Dinov2WithRegistersModel,
     "dinov3": DINOv3ViTModel,
     "onevision": PlainOneVision,
+    "qwen3_vl": Qwen3VLVisionModel,
 }
 
 
@@ -106,8 +109,8 @@ def features(encoder):
 
 def is_quantised(model):
     """Whether all linear maps of the layers are."""
-    linears = [m for name, m in model.named_modules() if "layer" in name and isinstance(m, nn.Linear)]
-    assert len(linears) >= 18
+    linears = [m for name, m in model.named_modules() if re.search("layer|block", name) and isinstance(m, nn.Linear)]
+    assert len(linears) >= 12
     return all(type(linear.weight) is not nn.Parameter for linear in linears)
 
 
@@ -149,12 +152,14 @@ def runs(family, method):
 @torch.no_grad()
 def assert_same_tokens(family, encoder, original):
     image = torch.randn(3, 5 * encoder.patch_size, 5 * encoder.patch_size)
-    pack = nopad.Pack.of([image], encoder.patch_size, encoder.patch_order).to(dtype=encoder.dtype)
+    pack = pack_of(encoder, [image]).to(dtype=encoder.dtype)
     image = image.to(encoder.dtype)
     if family.startswith("siglip"):
         expected = siglip2_checkpoints.run(original, image)[0]
     elif family in clip_checkpoints.CLASSES:
         expected = clip_checkpoints.run(original, image)[0]
+    elif family == "qwen3_vl":
+        expected = qwen3_vl_checkpoints.run(original, image).tokens
     else:
         expected = original(image[None]).last_hidden_state[0][encoder.num_prefix_tokens :]
     assert relative(encoder(pack), expected) < (0.02 if encoder.dtype == torch.bfloat16 else 0.005)

@@ -119,7 +119,8 @@ def check_batch_invariance(
 
 def _grids(encoder: PackedEncoder, capacity: int) -> list[tuple[int, int, int]]:
     """A single patch, an oblong image, a clip; those that fit into half a pack and leave others a segment."""
-    grids = [(1, 1, 1), (1, 9, 23), (3, 7, 5)]
+    size = encoder.merge_size
+    grids = [(t, h + -h % size, w + -w % size) for t, h, w in ((1, 1, 1), (1, 9, 23), (3, 7, 5))]
     fitting = [
         grid for grid in grids if 2 * _rows(encoder, grid) <= capacity and grid[0] < capacity // TOKENS_PER_IMAGE
     ]
@@ -164,14 +165,15 @@ def _other_images(
     def draw(limit: int) -> int:
         return int(torch.randint(1, limit + 1, (), generator=generator))
 
-    prefix = encoder.num_prefix_tokens
+    prefix, size = encoder.num_prefix_tokens, encoder.merge_size
     rows_left = prefix + draw(capacity - _rows(encoder, grid) - prefix)
+    rows_left = max(rows_left, prefix + size**2)  # of one image at least
     num_images, images = draw(capacity // TOKENS_PER_IMAGE - grid[0]), []
-    while len(images) < num_images and rows_left > prefix:
-        rows = draw(min(24, rows_left - prefix))
-        columns = draw(min(24, (rows_left - prefix) // rows))
-        images.append((1, rows, columns))
-        rows_left -= rows * columns + prefix
+    while len(images) < num_images and (blocks := (rows_left - prefix) // size**2) > 0:
+        rows = draw(min(24, blocks))
+        columns = draw(min(24, blocks // rows))
+        images.append((1, rows * size, columns * size))
+        rows_left -= rows * columns * size**2 + prefix
     return images
 
 

@@ -26,12 +26,13 @@ def noise_cases(
     packed: PackedEncoder, only_grid: tuple[int, int] | None, batch_size: int, image_size: int | None
 ) -> tuple[list[Case], list[str]]:
     """Cases of seeded noise, and what cannot be compared because the reference takes `only_grid` alone."""
-    size = packed.patch_size
+    size, multiple = packed.patch_size, packed.merge_size
     side = 16 if image_size is None else image_size // size
     generator = torch.Generator().manual_seed(0)
 
     def make(*shape: int) -> Tensor:
         *frames, rows, columns = shape
+        rows, columns = (length + -length % multiple for length in (rows, columns))
         shape = *frames, packed.config.num_channels, rows * size, columns * size
         return torch.randn(shape, dtype=torch.float32, generator=generator)
 
@@ -53,7 +54,7 @@ def noise_cases(
     return [
         (f"{side} × {side} patches, batched", one_size),
         *((" × ".join(str(pixels // size) for pixels in image.shape[1:]) + " patches", [image]) for image in several),
-        ("64 images of one patch", single),
+        ("64 images of one patch" if multiple == 1 else f"64 images of {multiple} × {multiple} patches", single),
         ("a clip of 3 frames", [clip]),
         ("all sizes in one pack", mixed),
         ("the same pack in another order", [mixed[i] for i in (4, 2, 0, 5, 3, 1)]),
@@ -64,13 +65,17 @@ def photo_case(packed: PackedEncoder, photos: Sequence[Any], image_size: int | N
     """All photos in one pack, by the model's own rule or, with `image_size`, as squares of so many pixels."""
     rule = packed.preprocessing
     if image_size is not None:
-        rule = dataclasses.replace(rule, rule="crop", size=image_size, max_patches=None)
+        rule = dataclasses.replace(rule, rule="crop", size=image_size, min_patches=None, max_patches=None)
     pack = packed.pack(photos, resize="pil", preprocessing=rule).to("cpu", torch.float32)
     parts = pack.hidden_states.split(pack.grid_thw.prod(dim=1).tolist())
     grids = [(t, h, w) for t, h, w in pack.grid_thw.tolist()]
+    frames = packed.temporal_patch_size
     pixels = [
-        unpatchify(part, grid, packed.patch_size, pack.patch_order) for part, grid in zip(parts, grids, strict=True)
+        unpatchify(part, grid, packed.patch_size, pack.patch_order, frames)
+        for part, grid in zip(parts, grids, strict=True)
     ]
+    if frames > 1:  # in which a photo is several equal ones
+        pixels = [image[0] if t == 1 else image for image, (t, *_) in zip(pixels, grids, strict=True)]
     return f"{counted(len(photos), 'photo')} in one pack", pixels
 
 
@@ -93,16 +98,19 @@ def photos_in(images: str | Path | Sequence[Any]) -> Sequence[Any]:
     return photos
 
 
-def check_image_size(image_size: int, patch_size: int, only_grid: tuple[int, int] | None) -> None:
+def check_image_size(image_size: int, patch_size: int, only_grid: tuple[int, int] | None, merge_size: int = 1) -> None:
     """Check a size in pixels.
 
     Raises:
-        ValueError: no multiple of the patch size, or not the only one that the reference takes.
+        ValueError: no multiple of the patch size times `merge_size`, or not the only one that the reference takes.
     """
-    if image_size < patch_size or image_size % patch_size:
-        nearest = max(1, round(image_size / patch_size)) * patch_size
+    unit = patch_size * merge_size
+    if image_size < unit or image_size % unit:
+        nearest = max(1, round(image_size / unit)) * unit
+        of_blocks = "" if merge_size == 1 else f" times the {merge_size} patches of a merged block"
         raise ValueError(
-            f"image_size: expected a multiple of patch_size {patch_size}, got {image_size}; give one, such as {nearest}"
+            f"image_size: expected a multiple of patch_size {patch_size}{of_blocks}, got {image_size}; give one, such "
+            f"as {nearest}"
         )
     if only_grid is not None and {image_size // patch_size} != set(only_grid):
         height, width = (patches * patch_size for patches in only_grid)

@@ -55,9 +55,10 @@ def worst_image(
     index = max(range(len(pixels)), key=lambda image: float(differences[image].max()))
     clip = pixels[index] if pixels[index].ndim == 4 else pixels[index][None]
     rows, columns = (side // patch_size for side in clip.shape[-2:])
-    frames = differences[index].reshape(len(clip), rows, columns)
+    frames = differences[index].reshape(-1, rows, columns)
     frame = int(frames.flatten(1).amax(1).argmax())
-    colours = clip[frame, :3] if clip.shape[1] >= 3 else clip[frame, :1].expand(3, -1, -1)
+    shown = clip[frame * -(-len(clip) // len(frames))]  # of the frames of a patch, the first
+    colours = shown[:3] if clip.shape[1] >= 3 else shown[:1].expand(3, -1, -1)
     scale, shift = (torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (std, mean))
     levels = (colours.float() * scale + shift).clamp(0, 1).mul(255).round().byte()
     return WorstImage(case, frames[frame], levels.permute(1, 2, 0).contiguous().numpy())

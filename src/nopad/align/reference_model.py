@@ -89,7 +89,7 @@ class ReferenceModel:
     def run(self, model: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         """One image `(C, H, W)` to patch tokens `(h · w, D)` and the pooled vector `(D,)`, `None` without pooling.
 
-        Where the packed encoder's frames attend jointly, it may be a clip `(frames, C, H, W)`.
+        Where the packed encoder takes frames together, it may be a clip `(frames, C, H, W)`.
         """
         output = self.forward(model, pixels[None])
         pooled = output.pooler_output
@@ -114,6 +114,10 @@ class ReferenceModel:
     def forward(self, model: Any, pixels: Tensor) -> Any:
         """Images of one size `(B, C, H, W)`, or clips where `run` takes them, to the reference's output."""
         return model(pixel_values=pixels)
+
+    def layer_tokens(self, model: Any, states: Tensor, pixels: Tensor) -> Tensor:
+        """What a layer takes or returns for the one image of `run`, as patch tokens `(h · w, D)`."""
+        return self.patch_tokens(states[0])
 
     def patch_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens of the reference, `(…, T, D)`, without prefix tokens."""

@@ -80,7 +80,7 @@ def align(
     reference = reference_of(packed).of(str(checkpoint), revision=revision, trust_remote_code=trust_remote_code)
     only_grid = reference.only_grid(packed)
     if image_size is not None:
-        check_image_size(image_size, packed.patch_size, only_grid)
+        check_image_size(image_size, packed.patch_size, only_grid, packed.merge_size)
     state, weights = _reference_weights(packed, reference, checkpoint, revision)
     packed = packed.to(device=device, dtype=dtype)
     if precision is not None:
@@ -99,7 +99,8 @@ def align(
     def reference_output(model: PreTrainedModel, pixels: Tensor) -> ModelOutput:
         key = (id(pixels), model.dtype)
         if key not in outputs:
-            outputs[key] = _run_reference(reference, model, pixels, packed.frames_attend_jointly)
+            together = packed.frames_attend_jointly or packed.temporal_patch_size > 1
+            outputs[key] = _run_reference(reference, model, pixels, together)
         return outputs[key]
 
     results, worst = [], None
@@ -159,7 +160,7 @@ def _compile(packed: PackedEncoder, cases: list[list[Tensor]]) -> None:
     """Compile for packs that hold every case."""
     rows, segments = 1, 1
     for pixels in cases:
-        frames = [len(image) if image.ndim == 4 else 1 for image in pixels]
+        frames = [-(-len(image) // packed.temporal_patch_size) if image.ndim == 4 else 1 for image in pixels]
         num_segments = len(pixels) if packed.frames_attend_jointly else sum(frames)
         area = packed.patch_size**2
         patches = sum(f * image.shape[-2] * image.shape[-1] for f, image in zip(frames, pixels, strict=True)) // area
@@ -169,7 +170,9 @@ def _compile(packed: PackedEncoder, cases: list[list[Tensor]]) -> None:
 
 def _run_packed(packed: PackedEncoder, pixels: list[Tensor]) -> list[ModelOutput]:
     """The packed encoder on all images in one pack, image by image."""
-    pack = Pack.of(pixels, packed.patch_size, packed.patch_order).to(packed.device, packed.dtype)
+    frames = packed.temporal_patch_size
+    pack = Pack.of(pixels, packed.patch_size, packed.patch_order, temporal_patch_size=frames)
+    pack = pack.to(packed.device, packed.dtype)
     output = packed.encode(pack, output_hidden_states=True)
     hidden_states = output.hidden_states or ()
     if packed.compiled_capacity is not None:
@@ -181,10 +184,10 @@ def _run_packed(packed: PackedEncoder, pixels: list[Tensor]) -> list[ModelOutput
     return [ModelOutput(tokens[i], tuple(states[i] for states in layers), pooled[i]) for i in range(len(pixels))]
 
 
-def _run_reference(reference: ReferenceModel, model: PreTrainedModel, pixels: Tensor, jointly: bool) -> ModelOutput:
-    """The reference on an image or a clip: as a whole where its frames attend `jointly`, else frame by frame."""
+def _run_reference(reference: ReferenceModel, model: PreTrainedModel, pixels: Tensor, together: bool) -> ModelOutput:
+    """The reference on an image or a clip: as a whole where the encoder takes frames `together`, else each frame."""
     tokens, layers_of_frames, pooled = [], [], []
-    for frame in pixels if pixels.ndim == 4 and not jointly else pixels[None]:
+    for frame in pixels if pixels.ndim == 4 and not together else pixels[None]:
         hidden_states: list[Tensor] = []
         layers = reference.layers(model)
 
@@ -202,7 +205,7 @@ def _run_reference(reference: ReferenceModel, model: PreTrainedModel, pixels: Te
             for hook in hooks:
                 hook.remove()
         tokens.append(of_frame)
-        layers_of_frames.append([reference.patch_tokens(states[0]) for states in hidden_states])
+        layers_of_frames.append([reference.layer_tokens(model, states, frame) for states in hidden_states])
         pooled += [] if vector is None else [vector]
     return ModelOutput(
         torch.cat(tokens).float().cpu(),

@@ -47,7 +47,8 @@ class Images:
 
     def pack(self, encoder: PackedEncoder, indices: Iterable[int]) -> Pack:
         """A pack of the images with these indices for `encoder`, the grid on the CPU."""
-        return Pack.of([self.pixels[index] for index in indices], encoder.patch_size, encoder.patch_order)
+        pixels, frames = [self.pixels[index] for index in indices], encoder.temporal_patch_size
+        return Pack.of(pixels, encoder.patch_size, encoder.patch_order, temporal_patch_size=frames)
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,10 @@ def bench(
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "attention": attention}
     encoder = load(checkpoint, revision=revision, device=device, **options)
     size = encoder.default_preprocessing.size
-    squares = fixed(settings.images, size if isinstance(size, int) else 224, encoder.patch_size)
-    named = {"mixed": mixed(settings.images, seed), "small": small(settings.images, seed), "224": squares}
+    side, multiple = size if isinstance(size, int) else 224, encoder.merge_size
+    squares = fixed(settings.images, side - side % (encoder.patch_size * multiple), encoder.patch_size)
+    named = {"mixed": mixed(settings.images, seed), "small": small(settings.images, seed)}
+    named = {name: each.in_multiples_of(multiple) for name, each in named.items()} | {"224": squares}
     workloads = [named["mixed"], squares] if workload == "all" else [named[workload]]
     _check_capacities(settings.capacities, workloads, encoder.num_prefix_tokens)
     baseline = None

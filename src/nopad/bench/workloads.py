@@ -34,6 +34,10 @@ class Workload:
         """Patches of each image."""
         return tuple(rows * columns for rows, columns in self.grids)
 
+    def in_multiples_of(self, size: int) -> Workload:
+        """The same images with rows and columns rounded down to multiples of `size`, at least one."""
+        return Workload(self.name, tuple((max(h - h % size, size), max(w - w % size, size)) for h, w in self.grids))
+
     @property
     def tokens(self) -> int:
         """Patches of all images together."""

@@ -47,6 +47,7 @@ def read_fields(
         ValueError: another value of a fixed field.
     """
     fields, fixed = checkpoint.vision_config, {**_FIXED, **(fixed or {})}
+    fixed = {name: value for name, value in fixed.items() if name not in names}
     for name, value in fixed.items():
         if name in fields and fields[name] not in (None, value):
             raise ValueError(

@@ -18,10 +18,10 @@ def headless_config(cls: type[PackedEncoder], config: Any) -> Any:
     Raises:
         ValueError: a family whose original has no such config.
     """
-    if cls.headless is None:
+    if isinstance(cls.headless, str):
         raise ValueError(
-            f"head: {cls.family} has its final norm only with the head, and its tokens are normed; load it with the "
-            f"head, and in training leave that out by encoder.head.requires_grad_(False)"
+            f"head: {cls.family} {cls.headless}; load it whole, and in training leave out what no loss is of by "
+            f"requires_grad_(False)"
         )
     config = copy.deepcopy(config)
     for name, value in cls.headless.items():

@@ -26,6 +26,8 @@ TOWERS = {
     "lfm2_vl": _SIGLIP2,
     **dict.fromkeys(("llava", "llava_next", "llava_next_video", "vipllava"), _CLIP),
     "ovis2": _AIMV2,
+    **{f"qwen3_{kind}": f"qwen3_{kind}_vision" for kind in ("vl", "vl_moe", "5", "5_moe")},
+    **{kind: f"{kind}_vision" for kind in ("qwen4_exp", "cohere_compass")},
 }
 """`model_type` of models around a tower, and that of the tower where their `vision_config` does not say it."""
 MAX_DEPTH = 4
@@ -34,7 +36,7 @@ _OF_THE_WHOLE = ("dtype", "torch_dtype", "transformers_version")
 _ABOUT_PIXELS = ("image_mean", "image_std", "resample", "rescale_factor", "do_rescale", "do_normalize")
 # Processors that make one image of each, as a processor that `nopad.preprocessing.config` reads.
 _SAME_PROCESSORS = {"Gemma3ImageProcessor": "SiglipImageProcessor"}
-_PLAIN_PROCESSORS = ("CLIP", "Siglip", "Siglip2", "ViT", "Bit", "DINOv3ViT")
+_PLAIN_PROCESSORS = ("CLIP", "Siglip", "Siglip2", "ViT", "Bit", "DINOv3ViT", "Qwen2VL")
 
 
 def prefix_of(

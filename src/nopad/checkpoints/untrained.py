@@ -67,7 +67,7 @@ def fill(model: nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
         noise = torch.empty(parameter.shape, dtype=torch.float32).normal_(generator=generator)
-        if parameter.ndim >= 2 and name.endswith("weight") and "position" not in name:
+        if parameter.ndim >= 2 and name.endswith("weight") and "pos_embed" not in name and "position" not in name:
             noise *= parameter[0].numel() ** -0.5
         elif parameter.ndim == 1 and not name.endswith("bias"):
             noise.mul_(0.1).add_(1.0)

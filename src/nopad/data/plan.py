@@ -72,7 +72,7 @@ class Planner:
             processor: that makes its patches.
         """
         kept = num_kept(frame_patches, self.drop_patches) if self.drop_patches else frame_patches
-        lengths = segment_lengths(processor, frames, kept)
+        lengths = segment_lengths(processor, -(-frames // processor.temporal_patch_size), kept)
         quadratic, linear = self.cost
         cost = sum(quadratic * length**2 + linear * length for length in lengths)
         return Sample(number, frames, frame_patches, sum(lengths), len(lengths), cost, item)

@@ -98,7 +98,8 @@ class _GridOf(ImageProcessor):
     def __call__(self, image: Tensor) -> PreparedImage:
         height, width = image.shape[-2:]
         place = self.rule.place(height, width, self.patch_size)
-        grid = (image.shape[0] if image.ndim == 4 else 1, place.rows, place.columns)
+        frames = image.shape[0] if image.ndim == 4 else 1
+        grid = (-(-frames // self.temporal_patch_size), place.rows, place.columns)
         return PreparedImage(torch.zeros(math.prod(grid), 1, dtype=self.dtype), grid, width, height)
 
     def peak_bytes(self, frames: int, pixels: int, decode_bytes: int) -> int:

@@ -10,6 +10,7 @@ from nopad.families.clip import CLIPPacking
 from nopad.families.dinov2 import DINOv2Packing
 from nopad.families.dinov3 import DINOv3ViTPacking
 from nopad.families.onevision import OneVisionEncoderPacking
+from nopad.families.qwen3_vl import Qwen3VLPacking
 from nopad.families.siglip2 import Siglip2NaflexPacking
 from nopad.suggestions import did_you_mean
 
@@ -20,6 +21,7 @@ FAMILIES: tuple[type[PackedEncoder], ...] = (
     Siglip2NaflexPacking,
     OneVisionEncoderPacking,
     CLIPPacking,
+    Qwen3VLPacking,
 )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nopad.inference.runner import Runner
+from nopad.layers.merger import in_blocks
 from nopad.layers.pooling import segment_mean
 from nopad.layers.prefix import PrefixLayout
 from nopad.layout import Layout
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
 
 
 def packed_output(
-    encoder: PackedEncoder, trunk: Trunk, layout: Layout, runner: Runner, states: list[Tensor] | None
+    encoder: PackedEncoder,
+    trunk: Trunk,
+    layout: Layout,
+    runner: Runner,
+    states: list[Tensor] | None,
+    deepstack: list[Tensor] | None = None,
 ) -> PackedOutput:
     """Pool and project by the runner that ran the layers.
 
@@ -28,6 +34,7 @@ def packed_output(
         layout: of the pack.
         runner: that of the pack.
         states: all rows of the pack before the first layer and after each, `None` unless requested.
+        deepstack: all rows after each DeepStack layer, `None` unless requested.
     """
     pooled = runner.pool(encoder, trunk, encoder.segments_of(layout))
     if not encoder.frames_attend_jointly and (torch.compiler.is_exporting() or len(pooled) > len(layout.images)):
@@ -38,4 +45,15 @@ def packed_output(
         places = PrefixLayout.of(layout, encoder.num_prefix_tokens)
         states = [places.take_patches(state) for state in states]
     hidden_states = None if states is None else tuple(states)
-    return PackedOutput(trunk.tokens, pooled, projected, trunk.prefix_tokens, hidden_states)
+    merged = None if encoder.merger is None else merge(encoder, encoder.merger, trunk.tokens, layout, runner)
+    features = None
+    if deepstack is not None:
+        pairs = zip(encoder.deepstack_mergers, deepstack, strict=True)
+        features = tuple(merge(encoder, merger, rows, layout, runner) for merger, rows in pairs)
+    return PackedOutput(trunk.tokens, pooled, projected, trunk.prefix_tokens, hidden_states, merged, features)
+
+
+def merge(encoder: PackedEncoder, merger: nn.Module, tokens: Tensor, layout: Layout, runner: Runner) -> Tensor:
+    """Tokens `(T, D)` merged block by block, `(T / m², E)`."""
+    size = encoder.merge_size
+    return runner.merge(merger, in_blocks(tokens, layout, size), size**2).to(layout.device)

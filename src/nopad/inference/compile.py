@@ -172,9 +172,9 @@ def _candidates(encoder: PackedEncoder) -> Iterator[Callable[[], LayerStack]]:
     reason = fused.unsupported_reason(encoder, encoder.device, encoder.dtype)
     if reason is None:
         backends, reason = fused.gemm_backends_for(encoder, encoder.device, encoder.dtype)
-        rope = encoder.example_rope(encoder.num_prefix_tokens + 1)
+        rope, centre = encoder.example_rope(encoder.num_prefix_tokens + 1), not fused.keeps_mean(encoder)
         for make in backends:
-            yield lambda make=make: fused.FusedLayers(encoder.layers, make(), rope)
+            yield lambda make=make: fused.FusedLayers(encoder.layers, make(), rope, centre=centre)
     if encoder.device.type == "cpu" and reason is not None:
         reason = blocked.unsupported_reason(encoder, encoder.device, encoder.dtype)
         if reason is None:

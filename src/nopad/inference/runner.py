@@ -67,6 +67,10 @@ class Runner(Protocol):
         """One vector per segment, `(S, D)`."""
         ...
 
+    def merge(self, merger: nn.Module, tokens: Tensor, num_tokens: int) -> Tensor:
+        """Run a merger of blocks of `num_tokens` tokens: `(T, D)`, block after block, to `(T / num_tokens, E)`."""
+        ...
+
     def project(self, encoder: PackedEncoder, pooled: Tensor) -> Tensor | None:
         """Project `(N, D)` to `(N, E)`; `None` where the checkpoint has no projection."""
         ...
@@ -112,6 +116,10 @@ class EagerRunner:
     def pool(self, encoder: PackedEncoder, trunk: Trunk, segments: Segments) -> Tensor:
         """See `Runner`."""
         return encoder.pool_segments(trunk, segments).to(trunk.tokens.device)
+
+    def merge(self, merger: nn.Module, tokens: Tensor, num_tokens: int) -> Tensor:
+        """See `Runner`."""
+        return merger(tokens)
 
     def project(self, encoder: PackedEncoder, pooled: Tensor) -> Tensor | None:
         """See `Runner`."""
@@ -161,10 +169,7 @@ class StaticRunner:
 
     def embed(self, embedding: Callable[[Tensor], Tensor], patches: Tensor) -> Tensor:
         """See `Runner`."""
-        rows = self.stack.block_rows or self.capacity
-        blocks = F.pad(patches, (0, 0, 0, -len(patches) % rows)).split(rows)
-        tokens = [embedding(block) for block in blocks]
-        return (tokens[0] if len(tokens) == 1 else torch.cat(tokens))[: len(patches)]
+        return run_padded(embedding, patches, self.stack.block_rows or self.capacity)[: len(patches)]
 
     def run(self, layers: nn.ModuleList, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
         """See `Runner`; `layers`: the encoder's current layers."""
@@ -207,6 +212,11 @@ class StaticRunner:
         poisoned = ~finite_segments(finite, segments)
         return pooled[: len(segments)].masked_fill(poisoned[:, None], float("nan"))
 
+    def merge(self, merger: nn.Module, tokens: Tensor, num_tokens: int) -> Tensor:
+        """See `Runner`."""
+        rows = self.stack.block_rows or self.capacity
+        return run_padded(merger, tokens, rows + -rows % num_tokens)[: len(tokens) // num_tokens]
+
     def project(self, encoder: PackedEncoder, pooled: Tensor) -> Tensor | None:
         """See `Runner`."""
         if encoder.projection is None:
@@ -240,6 +250,13 @@ class DeferredRunner(EagerRunner):
 
     def __reduce__(self) -> tuple[type[DeferredRunner], tuple[int, int, bool]]:
         return DeferredRunner, (self.capacity, self.max_segments, self.compiled)
+
+
+def run_padded(function: Callable[[Tensor], Tensor], input: Tensor, rows: int) -> Tensor:
+    """Run a function on blocks of so many rows, the last one padded with zeros; the outputs follow each other."""
+    blocks = F.pad(input, (0, 0, 0, -len(input) % rows)).split(rows)
+    outputs = [function(block) for block in blocks]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def fits(rows: int, segments: int, *, capacity: int, max_segments: int) -> bool:

@@ -47,13 +47,14 @@ def _silu_mul_quantize(gate_up, output, scale, stride, size, fp8_max, min_amax, 
     tl.store(scale + row, row_scale)
 
 
-def rms_norm(tokens: Tensor, pending_bias: Tensor | None, eps: float) -> Tensor:
-    """`F.rms_norm(tokens + pending_bias, …)` without a weight, computed in float32.
+def norm(tokens: Tensor, pending_bias: Tensor | None, eps: float, *, subtract_mean: bool) -> Tensor:
+    """`F.rms_norm(tokens + pending_bias, …)`, or `F.layer_norm`, without a weight, computed in float32.
 
     Args:
         tokens: `(T, D)`.
         pending_bias: `(D,)` float32 or `None`.
         eps: eps of the norm.
+        subtract_mean: of each row, as LayerNorm does.
 
     Returns:
         `(T, D)` in the dtype of `tokens`.
@@ -62,20 +63,25 @@ def rms_norm(tokens: Tensor, pending_bias: Tensor | None, eps: float) -> Tensor:
     output = torch.empty_like(tokens)
     block = triton.next_power_of_2(hidden_size)
     warps = min(max(block // 256, 1), 16)
-    _rms_norm[(num_rows,)](  # pyright: ignore[reportIndexIssue]
-        tokens, pending_bias, output, hidden_size, eps, block, pending_bias is not None, num_warps=warps
+    flags = pending_bias is not None, subtract_mean
+    _norm[(num_rows,)](  # pyright: ignore[reportIndexIssue]
+        tokens, pending_bias, output, hidden_size, eps, block, *flags, num_warps=warps
     )
     return output
 
 
 @triton.jit
-def _rms_norm(tokens, bias, output, hidden_size, eps, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _norm(
+    tokens, bias, output, hidden_size, eps, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, SUBTRACT_MEAN: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < hidden_size
     value = tl.load(tokens + row * hidden_size + column, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         value += tl.load(bias + column, mask=mask, other=0.0)
+    if SUBTRACT_MEAN:
+        value = tl.where(mask, value - tl.sum(value, 0) / hidden_size, 0.0)
     rstd = tl.rsqrt(tl.sum(value * value, 0) / hidden_size + eps)
     tl.store(output + row * hidden_size + column, (value * rstd).to(output.dtype.element_ty), mask=mask)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,16 +57,22 @@ class PackedAttention(SharedInput):
         qkv_bias: whether queries, keys and values have a bias: one bool for all, or one for each.
         proj_bias: whether the output projection has a bias.
         dropout_p: dropout probability of the attention weights in training.
-        names: see `ByRole`; the roles are `q`, `k`, `v` and `proj`.
+        one_qkv: whether queries, keys and values are one linear layer of the original, with one `qkv_bias`.
+        names: see `ByRole`; the roles are `q`, `k`, `v` and `proj`, with `one_qkv` `qkv` and `proj`.
 
     Attributes:
-        qkv: one linear layer in place of `q`, `k` and `v`, in formats for inference only; else `None`.
+        qkv: one linear layer in place of `q`, `k` and `v`, with `one_qkv` and in formats for inference only; else
+            `None`.
 
     Raises:
         ValueError: `num_heads` does not divide `hidden_size`.
     """
 
     siblings = ("q", "k", "v")
+    q: Any
+    k: Any
+    v: Any
+    qkv: nn.Module | None
 
     def __init__(
         self,
@@ -75,6 +82,7 @@ class PackedAttention(SharedInput):
         qkv_bias: bool | tuple[bool, bool, bool],
         proj_bias: bool,
         dropout_p: float,
+        one_qkv: bool = False,
         names: Mapping[str, str],
     ):
         super().__init__()
@@ -85,12 +93,19 @@ class PackedAttention(SharedInput):
         self.head_dim = hidden_size // num_heads
         self.dropout_p = dropout_p
         self.backend = "auto"
-        q_bias, k_bias, v_bias = (qkv_bias,) * 3 if isinstance(qkv_bias, bool) else qkv_bias
-        self.q = nn.Linear(hidden_size, hidden_size, bias=q_bias)
-        self.k = nn.Linear(hidden_size, hidden_size, bias=k_bias)
-        self.v = nn.Linear(hidden_size, hidden_size, bias=v_bias)
+        biases = (qkv_bias,) * 3 if isinstance(qkv_bias, bool) else qkv_bias
+        if one_qkv:
+            self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=any(biases))
+            self.q = self.k = self.v = None
+        else:
+            self.q, self.k, self.v = (nn.Linear(hidden_size, hidden_size, bias=bias) for bias in biases)
+            self.qkv = None
         self.proj = nn.Linear(hidden_size, hidden_size, bias=proj_bias)
-        self.qkv: nn.Module | None = None
+
+    @property
+    def qkv_linears(self) -> tuple[Any, ...]:
+        """The linear layers of queries, keys and values: three, or one for all."""
+        return (self.q, self.k, self.v) if self.qkv is None else (self.qkv,)
 
     def forward(self, hidden_states: Tensor, segments: Segments, rope: Rope | None = None) -> Tensor:
         """`(T, D)` to `(T, D)`."""
@@ -106,4 +121,4 @@ class PackedAttention(SharedInput):
         qkv = self.multiply_at_once(hidden_states) if self.qkv is None else self.qkv(hidden_states)
         if qkv is not None:
             return qkv.view(-1, 3, self.num_heads, self.head_dim).unbind(1)
-        return [linear(hidden_states).view(-1, self.num_heads, self.head_dim) for linear in (self.q, self.k, self.v)]
+        return [linear(hidden_states).view(-1, self.num_heads, self.head_dim) for linear in self.qkv_linears]

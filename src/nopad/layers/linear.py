@@ -44,7 +44,7 @@ class SharedInput(ByRole):
         if self._one_gemm is not None and self._one_gemm.is_current(self):
             return
         names = [self.names.get(role, role) for role in self.siblings]
-        self.__dict__["_one_gemm"] = OneGemm.of({name: self._modules[name] for name in names})
+        self.__dict__["_one_gemm"] = OneGemm.of({name: self._modules.get(name) for name in names})
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

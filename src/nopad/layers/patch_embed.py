@@ -19,14 +19,25 @@ class PatchEmbedding(nn.Module):
         channels: C.
         hidden_size: D.
         patch_size: side of a patch in pixels.
-        order: order of the values in a patch, `"hwc"` or `"chw"`.
+        order: order of the values in a patch, see `PatchOrder`.
+        temporal_patch_size: frames of a patch, where the convolution is three-dimensional; else `None`.
         bias: whether the layer has a bias.
     """
 
-    def __init__(self, channels: int, hidden_size: int, patch_size: int, order: str, *, bias: bool = True):
+    def __init__(
+        self,
+        channels: int,
+        hidden_size: int,
+        patch_size: int,
+        order: str,
+        *,
+        temporal_patch_size: int | None = None,
+        bias: bool = True,
+    ):
         super().__init__()
         self.order = order
-        self.weight = nn.Parameter(torch.empty(hidden_size, channels, patch_size, patch_size))
+        frames = () if temporal_patch_size is None else (temporal_patch_size,)
+        self.weight = nn.Parameter(torch.empty(hidden_size, channels, *frames, patch_size, patch_size))
         self.bias: nn.Parameter | None
         self.register_parameter("bias", nn.Parameter(torch.empty(hidden_size)) if bias else None)
 
@@ -39,7 +50,7 @@ class PatchEmbedding(nn.Module):
 
     def matrix(self, columns: int) -> Tensor:
         """The weight as `(D, columns)` over patches in `order`, padded with zeros beyond P columns."""
-        kernel = self.weight.permute(0, 2, 3, 1) if self.order == "hwc" else self.weight
+        kernel = self.weight.movedim(1, -1) if self.order == "hwc" else self.weight
         patch_dim = kernel[0].numel()
         if columns == patch_dim:
             return kernel.flatten(1)

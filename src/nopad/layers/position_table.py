@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class PositionTable(nn.Module):
     Args:
         grid: `(rows, columns)` that the positions were learned on.
         hidden_size: D.
-        mode, antialias: as in `resample`.
+        mode, antialias, align_corners: as in `resample`.
         strict: raise on other grids.
         native: learned for grids of any size, as in NaFlex; raises on `patch_positions` and does not log resampling.
         num_prefix_tokens: tokens in front of the patches whose positions are the first rows.
@@ -31,12 +32,14 @@ class PositionTable(nn.Module):
         *,
         mode: str,
         antialias: bool = True,
+        align_corners: bool = False,
         strict: bool = False,
         native: bool = False,
         num_prefix_tokens: int = 0,
     ):
         super().__init__()
         self.grid, self.mode, self.antialias, self.strict, self.native = grid, mode, antialias, strict, native
+        self.align_corners = align_corners
         self.num_prefix_tokens = num_prefix_tokens
         self.weight = nn.Parameter(torch.empty(num_prefix_tokens + math.prod(grid), hidden_size))
 
@@ -44,7 +47,8 @@ class PositionTable(nn.Module):
         """Positions of every patch, `(T, D)`, see `table_positions`; of the prefix tokens for `None`, one row each."""
         if layout is None:
             return self.weight[: self.num_prefix_tokens]
-        options = {"mode": self.mode, "antialias": self.antialias, "strict": self.strict, "native": self.native}
+        names = ("mode", "antialias", "align_corners", "strict", "native")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
         return table_positions(layout, self.weight[self.num_prefix_tokens :], self.grid, **options)
 
 
@@ -55,6 +59,7 @@ def table_positions(
     *,
     mode: str,
     antialias: bool = True,
+    align_corners: bool = False,
     strict: bool = False,
     native: bool = False,
 ) -> Tensor:
@@ -66,7 +71,7 @@ def table_positions(
     Args:
         layout: the pack.
         table: `(rows · columns, D)` on the `grid`.
-        grid, mode, antialias, strict, native: as in `PositionTable`.
+        grid, mode, antialias, align_corners, strict, native: as in `PositionTable`.
 
     Returns:
         `(T, D)`.
@@ -77,11 +82,11 @@ def table_positions(
     dtype = table.dtype
     if isinstance(layout, TracedLayout) and layout.patch_positions is None:
         return positions_of_grids(
-            table, layout.grid_thw, layout.image_index, *grid, mode, antialias, strict, native
+            table, layout.grid_thw, layout.image_index, *grid, mode, antialias, align_corners, strict, native
         ).to(dtype)
+    options: dict[str, Any] = {"antialias": antialias, "align_corners": align_corners, "dtype": dtype}
     if not native:
-        options = {"mode": mode, "antialias": antialias, "strict": strict, "dtype": dtype}
-        return learned_positions(layout, table, grid, **options).to(dtype)
+        return learned_positions(layout, table, grid, mode=mode, strict=strict, **options).to(dtype)
     if layout.patch_positions is not None:
         raise ValueError(
             "patch_positions: expected None, since these positions are resampled to the whole grid of an image, "
@@ -89,8 +94,7 @@ def table_positions(
         )
     if not layout.grid:
         return table[:0]
-    options = {"antialias": antialias, "channels_last": False, "dtype": dtype}
-    return resampled_positions(layout, table, grid, mode, **options).to(dtype)
+    return resampled_positions(layout, table, grid, mode, channels_last=False, **options).to(dtype)
 
 
 @torch.library.custom_op("nopad::positions_of_grids", mutates_args=())
@@ -102,19 +106,20 @@ def positions_of_grids(
     columns: int,
     mode: str,
     antialias: bool,
+    align_corners: bool,
     strict: bool,
     native: bool,
 ) -> Tensor:
     """Positions as one operator of an exported graph, in which the grid is not known; without a gradient."""
     layout = Layout.of_grid(grid_thw.tolist(), table.device)
+    options: dict[str, Any] = {"antialias": antialias, "align_corners": align_corners}
     if native:
-        positions = resampled_positions(layout, table, (rows, columns), mode, antialias=antialias, channels_last=False)
-        return positions.contiguous()
-    return learned_positions(layout, table, (rows, columns), mode=mode, antialias=antialias, strict=strict).contiguous()
+        return resampled_positions(layout, table, (rows, columns), mode, channels_last=False, **options).contiguous()
+    return learned_positions(layout, table, (rows, columns), mode=mode, strict=strict, **options).contiguous()
 
 
 @positions_of_grids.register_fake
-def _(table, grid_thw, image_index, rows, columns, mode, antialias, strict, native):
+def _(table, grid_thw, image_index, rows, columns, mode, antialias, align_corners, strict, native):
     dtype = torch.promote_types(table.dtype, torch.float32)
     return table.new_empty(image_index.shape[0], table.shape[1], dtype=dtype)
 

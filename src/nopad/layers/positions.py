@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,7 @@ def resample(
     mode: str,
     *,
     antialias: bool = True,
+    align_corners: bool = False,
     channels_last: bool = True,
 ) -> Tensor:
     """Resize a learned position table to another grid.
@@ -79,6 +81,8 @@ def resample(
         mode: `"bicubic"` as in timm's `resample_abs_pos_embed`, `"bilinear"` as in SigLIP2's
             `resize_positional_embeddings`.
         antialias: `False` as in `interpolate_pos_encoding` of transformers' models.
+        align_corners: the first and the last row and column of both grids coincide, as in Qwen3-VL's
+            `get_vision_interpolation_indices_and_weights`; without `antialias`.
         channels_last: `False` as in transformers' SigLIP2. torch 2.13 antialiases to a grid of one column wrongly on a
             CPU unless the table is in this memory format, as that of the other originals is.
 
@@ -91,27 +95,31 @@ def resample(
     image = table.unflatten(0, (1, *source)).permute(0, 3, 1, 2)
     if not channels_last:
         image = image[0].unsqueeze(0)  # with the strides of the original
-    return F.interpolate(image, size=target, mode=mode, align_corners=False, antialias=antialias)[0].flatten(1).T
+    return _interpolate(image, target, mode, antialias, align_corners)[0].flatten(1).T
+
+
+def _interpolate(image: Tensor, size: tuple[int, int], mode: str, antialias: bool, align_corners: bool) -> Tensor:
+    return F.interpolate(image, size=size, mode=mode, align_corners=align_corners, antialias=antialias)
 
 
 @lru_cache(maxsize=4096)
-def axis_weights(source: int, target: int, mode: str, antialias: bool) -> Tensor:
+def axis_weights(source: int, target: int, mode: str, antialias: bool, align_corners: bool = False) -> Tensor:
     """Interpolation weights of the source positions for each target position: `(target, source)` float32."""
     identity = torch.eye(source, dtype=torch.float32)[
         None, None
     ]  # torch 2.13's antialiasing is wrong for single columns on a CPU
-    return F.interpolate(identity, size=(target, source), mode=mode, align_corners=False, antialias=antialias)[0, 0]
+    return _interpolate(identity, (target, source), mode, antialias, align_corners)[0, 0]
 
 
 def patch_weights(
-    layout: Layout, source: tuple[int, int], mode: str, *, antialias: bool = True
+    layout: Layout, source: tuple[int, int], mode: str, *, antialias: bool = True, align_corners: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The weights of a table's rows and columns in the resampled position of each patch.
 
     Args:
         layout: the pack; every frame is a full grid.
         source: `(rows, columns)` of the table.
-        mode, antialias: as in `resample`.
+        mode, antialias, align_corners: as in `resample`.
 
     Returns:
         weights: `(M, n)` float32 weights of the table's n rows or columns, for M target positions: those along the
@@ -124,7 +132,7 @@ def patch_weights(
         for side in dict.fromkeys(sides):
             starts[axis, side] = total
             total += side
-            weights = axis_weights(source[axis], side, mode, antialias)
+            weights = axis_weights(source[axis], side, mode, antialias, align_corners)
             parts.append(F.pad(weights, (0, max(source) - source[axis])))
     weights = torch.cat(parts)
     used = (weights != 0).int()
@@ -143,6 +151,7 @@ def resampled_positions(
     mode: str,
     *,
     antialias: bool = True,
+    align_corners: bool = False,
     channels_last: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -152,7 +161,7 @@ def resampled_positions(
         layout: the pack, at least one image; every frame is a full grid.
         table: `(rows · columns, D)` on the `source` grid.
         source: `(rows, columns)` of the table.
-        mode, antialias, channels_last: as in `resample`.
+        mode, antialias, align_corners, channels_last: as in `resample`.
         dtype: as in `tables_of_grids`.
 
     Returns:
@@ -161,9 +170,9 @@ def resampled_positions(
     if not torch.is_grad_enabled() and table.dtype != torch.float64 and has_triton(table.device):
         from nopad.kernels import triton_positions
 
-        weights, spans, index = patch_weights(layout, source, mode, antialias=antialias)
+        weights, spans, index = patch_weights(layout, source, mode, antialias=antialias, align_corners=align_corners)
         return triton_positions.resample(table.float().contiguous(), weights, spans, index, source[1], dtype)
-    options = {"antialias": antialias, "channels_last": channels_last}
+    options = {"antialias": antialias, "align_corners": align_corners, "channels_last": channels_last}
     return tables_of_grids(layout, lambda grid: resample(table, source, grid, mode, **options), dtype)
 
 
@@ -212,6 +221,7 @@ def learned_positions(
     *,
     mode: str,
     antialias: bool = True,
+    align_corners: bool = False,
     strict: bool,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -221,7 +231,7 @@ def learned_positions(
         layout: the pack; every frame is a full grid, or `patch_positions` are positions on the trained grid.
         table: `(rows · columns, D)` on the trained grid.
         trained_grid: `(rows, columns)`.
-        mode, antialias: as in `resample`.
+        mode, antialias, align_corners: as in `resample`.
         strict: raise on other grids.
         dtype: as in `tables_of_grids`.
 
@@ -250,7 +260,8 @@ def learned_positions(
         _log_resampling(trained_grid, mode)
     if not layout.grid:
         return at_least_float32(table)[:0]
-    return resampled_positions(layout, table, trained_grid, mode, antialias=antialias, dtype=dtype)
+    options: dict[str, Any] = {"antialias": antialias, "align_corners": align_corners, "dtype": dtype}
+    return resampled_positions(layout, table, trained_grid, mode, **options)
 
 
 @lru_cache

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from nopad.layers.attention import Rope
-from nopad.layers.cached import cached_per_device
 from nopad.layers.dtypes import at_least_float32
+from nopad.layers.rope import angles_along_axes
 from nopad.layout import Layout
 
 SPLIT = (4, 6, 6)
@@ -33,28 +33,8 @@ def angles_3d(coordinates: Tensor, head_dim: int, theta: float) -> Tensor:
         `(T, K / 2)` float32: a quarter of the channels for time, three eighths for the row, three eighths for the
         column.
     """
-    axes = channel_axes(head_dim, coordinates.device)
-    return coordinates.float()[:, axes] * channel_frequencies(head_dim, theta, coordinates.device)
-
-
-@cached_per_device
-def channel_axes(head_dim: int, device: torch.device) -> Tensor:
-    """Index into `[t, h, w]` of the axis that rotates each channel of half a head, `(K / 2,)` int64."""
-    shares = torch.tensor(SPLIT, device=device) * (head_dim // 2 // sum(SPLIT))
-    return torch.arange(len(SPLIT), device=device).repeat_interleave(shares, output_size=head_dim // 2)
-
-
-@cached_per_device
-def channel_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
-    """Angle per step along its axis of each channel of half a head, `(K / 2,)` float32.
-
-    Bit-equal to the original's `inv_freq`, which the checkpoints were trained with: computed per axis, on the CPU, with
-    a relative rounding error of up to 3e-7. At position 4,096 that is an error of up to 1e-3 in the angle, so more
-    accurate frequencies, or those of another device, would not give the original's features.
-    """
-    sizes = (share * (head_dim // 2 // sum(SPLIT)) for share in SPLIT)
-    frequencies = [1.0 / theta ** (torch.arange(size, dtype=torch.float32, device="cpu") / size) for size in sizes]
-    return torch.cat(frequencies).to(device)
+    sizes = tuple(share * (head_dim // 2 // sum(SPLIT)) for share in SPLIT)
+    return angles_along_axes(coordinates, sizes, theta)
 
 
 def rope_3d(layout: Layout, head_dim: int, theta: float) -> Rope:

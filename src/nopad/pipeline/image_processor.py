@@ -65,7 +65,7 @@ class ImageProcessor(Processor):
         pixels = resize_image(image, self.rule, self.patch_size, resize=self.resize)
         if self.dtype != torch.uint8:
             pixels = normalize(pixels, self.rule)
-        patches, grid = patchify(pixels, self.patch_size, self.patch_order)
+        patches, grid = patchify(pixels, self.patch_size, self.patch_order, self.temporal_patch_size)
         height, width = image.shape[-2:]
         return PreparedImage(patches.to(self.dtype), grid, width, height)
 
@@ -78,6 +78,7 @@ class ImageProcessor(Processor):
         """
         limit = self.rule.max_pixels(self.patch_size)
         resized = pixels if limit is None else frames * limit
+        resized *= self.temporal_patch_size if frames == 1 else 1  # in which an image is several times
         if self.dtype == torch.uint8:  # after the first pass of the resize, after the second, in patches
             return decode_bytes + resized * 3 * 3
         return decode_bytes + pixels * 24 + resized * 3 * (4 + 4 + self.dtype.itemsize)

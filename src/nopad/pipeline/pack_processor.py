@@ -79,9 +79,8 @@ class PackProcessor(Processor):
         if max_patches is not None and place.num_patches > max_patches:
             rule = dataclasses.replace(rule, min_patches=None, max_patches=max_patches)
             place = rule.place(height, width, self.patch_size)
-        patches, grid = patchify(
-            preprocess(image, rule, self.patch_size, resize=self.resize), self.patch_size, self.patch_order
-        )
+        pixels = preprocess(image, rule, self.patch_size, resize=self.resize)
+        patches, grid = patchify(pixels, self.patch_size, self.patch_order, self.temporal_patch_size)
         return Pack(
             hidden_states=patches.to(self.dtype),
             grid_thw=torch.tensor([grid], dtype=torch.int64),
@@ -92,6 +91,7 @@ class PackProcessor(Processor):
             preprocessing=self.describe(),
             boxes=torch.tensor([place.box(height, width, self.patch_size)], dtype=torch.float32),
             sizes=torch.tensor([(height, width)], dtype=torch.int64),
+            temporal_patch_size=self.temporal_patch_size,
         )
 
 

@@ -22,7 +22,7 @@ class Processor:
     Attributes:
         rule: sizes and statistics.
         resize: as `PackedEncoder.pack` takes it.
-        patch_size, patch_order: of a patch.
+        patch_size, patch_order, temporal_patch_size: of a patch.
         dtype: of the patches.
 
     Raises:
@@ -34,6 +34,7 @@ class Processor:
     patch_size: int
     patch_order: PatchOrder
     dtype: torch.dtype
+    temporal_patch_size: int = 1
 
     def __post_init__(self) -> None:
         check_resize(self.resize)
@@ -58,6 +59,7 @@ class Processor:
             patch_size=encoder.patch_size,
             patch_order=encoder.patch_order,
             dtype=encoder.dtype,
+            temporal_patch_size=encoder.temporal_patch_size,
         )
 
     def describe(self) -> str:

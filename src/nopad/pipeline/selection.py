@@ -90,7 +90,8 @@ class Selection:
                 return _vectors(output), list(output.tokens.split(lengths)) if self.tokens else None
             features = _of_last_layer(encoder, output, grid_thw)
         else:
-            pack = Pack(patches, grid_thw, encoder.patch_size, encoder.patch_order)
+            of_patch: dict[str, Any] = {"temporal_patch_size": encoder.temporal_patch_size}
+            pack = Pack(patches, grid_thw, encoder.patch_size, encoder.patch_order, **of_patch)
             features, output = encoder.features_and_output(pack, self.layers)
         pooled = [self._pool(of_image) for of_image in features] if self.pool != "model" else []
         vectors = torch.stack(pooled) if pooled else _vectors(output)

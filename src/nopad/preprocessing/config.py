@@ -24,6 +24,7 @@ _PROCESSORS = {
     "Siglip2ImageProcessor": "siglip2",
     "ViTImageProcessor": "vit",
     "BitImageProcessor": "bit",
+    "Qwen2VLImageProcessor": "qwen2_vl",
 }
 _OF_TRANSFORMERS = {
     class_name.removesuffix("Fast").removesuffix("Pil")
@@ -35,6 +36,8 @@ _CLASS_KEYS = """
 size crop_size resample image_mean image_std do_resize do_center_crop do_rescale do_normalize default_to_square
 rescale_factor max_num_patches
 """
+_PIXELS = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
+"""Keys of `size` of Qwen2VLImageProcessor, and their older names beside it."""
 # Steps of other processors that no rule here has.
 _OTHER_STEPS = """
 do_pad do_thumbnail do_align_long_axis do_flip_channel_order do_image_splitting do_split_image do_grayscale
@@ -74,10 +77,13 @@ def _read(fields: dict[str, Any], default: Preprocessing) -> Preprocessing:
     for key in _SWITCHES:
         if not isinstance(config.get(key, True), bool):
             raise ValueError(f"{key}: expected true or false, got {config[key]!r:.80}")
-    steps = {key: config[key] for key in _OTHER_STEPS.split() if config.get(key)}
+    smart_resize = processor.startswith("Qwen2VL") or (not processor and default.rule == "smart_resize")
+    read = _PIXELS.values() if smart_resize else ()
+    steps = {key: config[key] for key in _OTHER_STEPS.split() if config.get(key) and key not in read}
     if steps:
         raise ValueError(f"got {steps!r:.200}, steps that no rule here has; give pack and embed a preprocessing=")
-    rule, size, short_side = _rule_and_size(config, processor, default)
+    of_rule = _pixels_of_smart_resize if smart_resize else _rule_and_size
+    rule, size, short_side = of_rule(config, processor, default)
     if rule != default.rule:
         logger.info("the checkpoint's preprocessor config has rule %r, not %r", rule, default.rule)
     max_patches = default.max_patches if rule == default.rule else None
@@ -93,6 +99,7 @@ def _read(fields: dict[str, Any], default: Preprocessing) -> Preprocessing:
         size=size,
         short_side=short_side,
         max_patches=config.get("max_num_patches", max_patches) if rule == "naflex" else max_patches,
+        multiple_of=default.multiple_of,
         resample=resample,
         mean=_three(config.get("image_mean", default.mean)) if normalize else (0.0, 0.0, 0.0),
         std=_three(config.get("image_std", default.std)) if normalize else (1.0, 1.0, 1.0),
@@ -151,6 +158,24 @@ def _rule_and_size(
             f"a square, or max_num_patches and no crop; got { {key: config[key] for key in keys if key in config} }"
         )
     return rule, side, short_side
+
+
+def _pixels_of_smart_resize(
+    config: dict[str, Any], processor: str, default: Preprocessing
+) -> tuple[Rule, tuple[int, int] | None, None]:
+    """The rule of a preprocessor config of Qwen2VLImageProcessor, and the least and most pixels."""
+    if config.get("do_center_crop") or "crop_size" in config:
+        raise ValueError("do_center_crop: expected false for Qwen2VLImageProcessor, which does not crop")
+    if not config.get("do_resize", True):
+        return "native", None, None
+    own = dict(zip(_PIXELS, default.size, strict=True)) if isinstance(default.size, tuple) else {}
+    size = config.get("size", own)
+    if not isinstance(size, Mapping):
+        raise ValueError(f"size: expected {{'shortest_edge': n, 'longest_edge': n}}, got {size!r:.80}")
+    pixels = tuple(config.get(older, size.get(key)) for key, older in _PIXELS.items())
+    if not all(map(is_count, pixels)):
+        raise ValueError(f"size: expected pixels for {' and '.join(_PIXELS)}, got {size!r:.80}")
+    return "smart_resize", pixels, None  # pyright: ignore[reportReturnType] - two counts
 
 
 def _side(size: Any, key: str) -> int:

@@ -10,7 +10,7 @@ from nopad.counts import is_count
 from nopad.preprocessing.geometry import Placement, at_least, at_most, with_short_side
 from nopad.preprocessing.limits import MAX_PATCHES, MaxPatches
 
-Rule = Literal["native", "crop", "square", "naflex", "shortest_edge", "height_width"]
+Rule = Literal["native", "crop", "square", "naflex", "smart_resize", "shortest_edge", "height_width"]
 Resample = Literal["bicubic", "bilinear"]
 Resize = Literal["pil", "torch"]
 Size = Literal["model", "native"] | int | tuple[int, int]
@@ -33,14 +33,16 @@ class Preprocessing:
     Attributes:
         rule: `"native"` keeps the size, `"shortest_edge"` resizes the short side and keeps the aspect ratio,
             `"height_width"` and `"square"` resize both sides, `"crop"` is CLIP's short side and centre crop, `"naflex"`
-            is SigLIP2's.
+            is SigLIP2's, `"smart_resize"` Qwen-VL's, which rounds both sides.
         size: in pixels: of the short side for `"shortest_edge"`, `(height, width)` for `"height_width"`, the side for
-            `"square"`, the side of the crop for `"crop"`; `None` for the other two.
+            `"square"`, the side of the crop for `"crop"`, `(least, most)` of a frame for `"smart_resize"`; `None` for
+            the other two.
         short_side: pixels that the short side is resized to before the crop, where they are more than `size`.
         min_patches: least patches of one frame, for `"native"` and `"shortest_edge"`, which scale up to them in the
-            aspect ratio; where no whole rows and columns satisfy both limits, `max_patches` holds.
-        max_patches: most patches of one frame, for `"native"`, `"shortest_edge"` and `"naflex"`; `None` is no limit and
-            for `"naflex"` 256.
+            aspect ratio; where no whole rows and columns satisfy both limits, `max_patches` holds. For `"smart_resize"`
+            in place of the least pixels.
+        max_patches: most patches of one frame, for `"native"`, `"shortest_edge"`, `"naflex"` and `"smart_resize"`;
+            `None` is no limit, for `"naflex"` 256, and for `"smart_resize"` the most pixels.
         multiple_of: rows and columns of patches are multiples of this: 2 for models that merge 2 × 2 patches.
         resample: the filter of the resize, always antialiased.
         mean, std: the statistics of each colour, on the scale that `rescale_factor` makes.
@@ -83,7 +85,10 @@ class Preprocessing:
         if self.rule in ("native", "naflex"):
             expected, fits = "None", self.size is None
         elif self.rule == "height_width":
-            expected, fits = "(height, width) in pixels ≥ 1", isinstance(self.size, tuple) and _is_pair(self.size)
+            expected, fits = "(height, width) in pixels ≥ 1", _is_pair(self.size)
+        elif self.rule == "smart_resize":
+            expected = "(least, most) pixels ≥ 1"
+            fits = isinstance(self.size, tuple) and _is_pair(self.size) and self.size[0] <= self.size[1]
         else:
             expected, fits = "pixels ≥ 1", is_count(self.size)
         if not fits:
@@ -99,7 +104,7 @@ class Preprocessing:
         if not is_count(self.multiple_of):
             raise ValueError(f"multiple_of: expected an integer ≥ 1, got {self.multiple_of!r:.80}")
         limits = {
-            "min_patches": (self.min_patches, 1, self.rule in _KEEP_ASPECT_RATIO),
+            "min_patches": (self.min_patches, 1, self.rule in (*_KEEP_ASPECT_RATIO, "smart_resize")),
             "max_patches": (self.max_patches, self.multiple_of**2, self.rule not in _FIXED),
         }
         for name, (value, min_value, is_of_use) in limits.items():
@@ -159,7 +164,8 @@ class Preprocessing:
     def describe(self, resize: Resize = "torch") -> str:
         """One line for a table of features: what `preprocess` does with the same `resize`."""
         check_resize(resize)
-        size = "×".join(map(str, self.size)) if isinstance(self.size, tuple) else self.size
+        between = " to " if self.rule == "smart_resize" else "×"
+        size = between.join(map(str, self.size)) if isinstance(self.size, tuple) else self.size
         with_size = f"{self.rule} {size}" if size else self.rule
         with_size += f" of short side {self.short_side}" if self.short_side else ""
         with_size += f" at least {self.min_patches} patches" if self.min_patches else ""
@@ -190,16 +196,28 @@ class Preprocessing:
 
     def max_pixels(self, patch_size: int) -> int | None:
         """Most pixels of a frame after the resize and the crop, `None` without a limit."""
+        if self.rule == "smart_resize":
+            return self._pixels(patch_size)[1]
         if isinstance(self.size, tuple):
             return self.size[0] * self.size[1]
         if self.size is not None and self.rule in _FIXED:
             return self.size**2
         return None if self.limit is None else self.limit * patch_size**2
 
+    def _pixels(self, patch_size: int) -> tuple[int, int]:
+        """Least and most pixels of a frame for `"smart_resize"`."""
+        assert isinstance(self.size, tuple)
+        least, most = (
+            pixels if patches is None else patches * patch_size**2
+            for pixels, patches in zip(self.size, (self.min_patches, self.max_patches), strict=True)
+        )
+        return min(least, most), most
+
     def place(self, height: int, width: int, patch_size: int) -> Placement:
         """Size and patches of an image after `preprocess`, from its size before.
 
         Raises:
+            ImageError: an aspect ratio that the rule refuses.
             ValueError: the rule makes images smaller than a patch.
         """
         unit = patch_size * self.multiple_of
@@ -226,6 +244,9 @@ class Preprocessing:
 
             assert self.limit is not None
             return get_image_size_for_max_num_patches(height, width, unit, self.limit // area)
+        if self.rule == "smart_resize":
+            height, width = _smart_resize(height, width, unit, *self._pixels(patch_size))
+            return at_most(height, width, unit, self.max_patches // area) if self.max_patches else (height, width)
         if isinstance(self.size, tuple):
             return self.size
         if self.rule == "square":
@@ -238,6 +259,22 @@ class Preprocessing:
         if self.min_patches is not None:
             height, width = at_least(height, width, unit, -(-self.min_patches // area))
         return (height, width) if self.max_patches is None else at_most(height, width, unit, self.max_patches // area)
+
+
+def _smart_resize(height: int, width: int, unit: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """transformers' `smart_resize`, as late an import as that of SigLIP2's.
+
+    Raises:
+        ImageError: an aspect ratio that it refuses.
+    """
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    from nopad.preprocessing.decode import ImageError
+
+    if max(height, width) > 200 * min(height, width):
+        reason = "rule 'smart_resize' takes a long side of at most 200 times the short one; crop it, or give size="
+        raise ImageError(f"image of {height}×{width} (height×width)", reason)
+    return smart_resize(height, width, unit, min_pixels, max_pixels)
 
 
 def check_resize(resize: str) -> None:

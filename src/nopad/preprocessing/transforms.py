@@ -35,7 +35,8 @@ def preprocess(image: Tensor, preprocessing: Preprocessing, patch_size: int, *, 
         float32 `(3, rows * patch_size, columns * patch_size)`, with `frames` in front for a clip.
 
     Raises:
-        ImageError: an aspect ratio so extreme that the resize would make more than `MAX_PIXELS`.
+        ImageError: an aspect ratio so extreme that the resize would make more than `MAX_PIXELS`, or that the rule
+            refuses.
         ValueError: an argument of another shape or dtype, or a size that is smaller than a patch.
     """
     return normalize(resize_image(image, preprocessing, patch_size, resize=resize), preprocessing)

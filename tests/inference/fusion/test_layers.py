@@ -195,10 +195,27 @@ def test_unsupported_reasons(folder, monkeypatch):
     assert "only blocks" in unsupported_reason(encoder, CUDA, BF16)
 
 
-def test_layers_without_a_final_layer_norm_are_not_fused(tmp_path):
+@torch.no_grad()
+def test_layers_without_a_final_layer_norm_keep_the_mean_of_rows(tmp_path, reference_gemm):
     encoder = nopad.load(tiny("onevision", tmp_path / "headless", use_head=False))
     assert encoder.norm is None
-    assert "which only a LayerNorm after the layers would ignore" in unsupported_reason(encoder, CUDA, BF16)
+    expected = encoder(patches_of(encoder), GRIDS)
+    assert float(expected.mean(dim=1).abs().min()) > 0.1
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
+    assert encoder.execution == "fused by reference"
+    assert relative(encoder(patches_of(encoder), GRIDS), expected) < 1e-5
+
+
+def test_quack_takes_layers_with_a_final_layer_norm_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(fused, "triton_works", lambda: True)
+    monkeypatch.setattr(fused.util, "find_spec", lambda name: name)
+    for name, use_head in (("headless", False), ("whole", True)):
+        encoder = nopad.load(tiny("onevision", tmp_path / name, use_head=use_head))
+        backends, reason = fused.gemm_backends_for(encoder, CUDA, BF16)
+        assert (fused._quack_gemm in backends) == use_head
+        assert fused._torch_gemm in backends
+        assert (reason is None) == use_head
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def to_float8(layers: nn.ModuleList) -> None:
         check_block(block, index)
     for index, block in enumerate(blocks):
         attention, mlp, dtype = block.attention, block.mlp, block.attention.proj.weight.dtype
-        qkv = joined((attention.q, attention.k, attention.v))
+        qkv = joined(attention.qkv_linears)
         gated = isinstance(mlp, GatedMLP) and isinstance(mlp.activation, nn.SiLU | SiLUActivation)
         up = joined((mlp.gate, mlp.up)) if gated else mlp.up
         rms_norms = isinstance(block.norm1, nn.RMSNorm) and isinstance(block.norm2, nn.RMSNorm)
@@ -68,10 +68,10 @@ def check_block(block: Any, index: int) -> None:
     """
     attention, mlp = block.attention, block.mlp
     up = (mlp.gate, mlp.up) if isinstance(mlp, GatedMLP) else (mlp.up,)
-    for linear in (attention.q, attention.k, attention.v, *up, mlp.down):
+    for linear in (*attention.qkv_linears, *up, mlp.down):
         check_linear(linear)
     check_plain_linear(attention.proj)
-    replaced = {block.norm1, block.norm2, attention.q, attention.k, attention.v, *mlp.modules()}
+    replaced = {block.norm1, block.norm2, *attention.qkv_linears, *mlp.modules()}
     for name, module in block.named_modules():
         if module in replaced and (module._forward_hooks or module._forward_pre_hooks):
             raise ValueError(

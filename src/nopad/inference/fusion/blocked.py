@@ -185,7 +185,7 @@ class PackedBlock:
             down=pack(block.down),
             activation=block.activation,
             num_heads=block.num_heads,
-            layer_norm=isinstance(layer.norm1, nn.LayerNorm),
+            layer_norm=block.subtracts_mean,
             eps=block.eps,
             execution=f"fused by {linear.name}",
         )

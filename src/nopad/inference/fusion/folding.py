@@ -6,7 +6,7 @@
   inverse into the one after it.
 - LayerNorm subtracts the mean of each row. If every term of the residual sum has zero mean, so do all rows, and
   LayerNorm becomes RMSNorm: the weights that add to the residual stream are centred along their outputs (Ashkboos et
-  al., arXiv:2401.15024, section 3.2).
+  al., arXiv:2401.15024, section 3.2). Where no LayerNorm follows the layers, rows keep theirs, and norms subtract it.
 
 What remains of a norm is one factor per row, `1 / rms`, which a GEMM can apply in its epilogue.
 """
@@ -89,6 +89,7 @@ class FoldedBlock:
         eps: eps of both norms.
         num_heads: H.
         zero_mean: whether rows of the residual stream have zero mean.
+        subtracts_mean: whether the norms subtract the mean of rows, which then have one.
         value: `(D, D)` where values have a separate weight, else `None`.
     """
 
@@ -102,6 +103,7 @@ class FoldedBlock:
     num_heads: int
     zero_mean: bool
     value: GemmWeight | None = None
+    subtracts_mean: bool = False
 
     @classmethod
     def of(cls, block: Block, rope_permutation: Tensor | None = None, *, centre: bool = True) -> FoldedBlock:
@@ -123,7 +125,7 @@ class FoldedBlock:
         assert isinstance(norm, nn.RMSNorm | nn.LayerNorm)
         assert norm.eps is not None
         assert activation is not None
-        qkv: Any = attention.qkv or joined((attention.q, attention.k, attention.v))
+        qkv: Any = attention.qkv or joined(attention.qkv_linears)
         value, num_parts = None, 3
         if isinstance(qkv, Float8QKV):
             qkv, value, num_parts = qkv.query_key, fold_norm(qkv.value, norm), 2
@@ -139,6 +141,7 @@ class FoldedBlock:
             num_heads=attention.num_heads,
             zero_mean=zero_mean,
             value=value,
+            subtracts_mean=isinstance(norm, nn.LayerNorm) and not zero_mean,
         )
 
     def permute_gate_up(self, permutation: Sequence[int]) -> FoldedBlock:
@@ -182,13 +185,15 @@ def can_fold(block: nn.Module) -> bool:
         plain = (attention.proj, qkv.value) if split_value else (attention.proj,)
         known = all(isinstance(linear, Float8Linear) for linear in float8) and all(map(is_plain_linear, plain))
         return absorbed and unscaled and known and all(linear.bias is None for linear in float8 + plain)
-    if type(mlp) not in (MLP, GatedMLP) or norm1.weight is None or norm2.weight is None or attention.qkv is not None:
+    if type(mlp) not in (MLP, GatedMLP) or norm1.weight is None or norm2.weight is None:
+        return False
+    if attention.qkv is not None and attention.q is not None:  # of which the first alone is used
         return False
     supported = ("silu",) if isinstance(mlp, GatedMLP) else ("silu", "quick_gelu", "gelu", "gelu_tanh")
     known = activation_name(mlp.activation) in supported
     scaled = type(parts.layer_scale1) is type(parts.layer_scale2) is LayerScale
     up = (mlp.gate, mlp.up) if isinstance(mlp, GatedMLP) else (mlp.up,)
-    linears = (attention.q, attention.k, attention.v, attention.proj, *up, mlp.down)
+    linears = (*attention.qkv_linears, attention.proj, *up, mlp.down)
     return known and (unscaled or scaled) and all(map(is_plain_linear, linears))
 
 

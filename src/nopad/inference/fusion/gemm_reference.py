@@ -21,7 +21,7 @@ class ReferenceState:
         tokens: `(T, D)`.
         gemm_input: `(T, D)` tokens, or in float8 `tokens · FP8_ROW_RMS / rms`, with the rms of the tokens before the
             last residual sum.
-        sum_sq: `(T, 1)` float32, sum of squares of each row of `tokens`.
+        sum_sq: `(T, 1)` float32, sum of squares of each row of `tokens`, less its mean where norms subtract that.
         prev_sum_sq: `(T, 1)` float32, the same of the tokens whose rms scales `gemm_input`; `None` without float8.
     """
 
@@ -53,7 +53,7 @@ class ReferenceGemm:
     def start(self, tokens: Tensor, block: FoldedBlock) -> ReferenceState:
         """See `GemmBackend`."""
         values = subtract_mean(tokens.float()) if block.zero_mean else tokens.float()
-        row_sums = sum_sq(values)
+        row_sums = sum_sq(values, block)
         prev = row_sums if block.is_fp8 else None
         return self._state(values.to(tokens.dtype), values, row_sums, prev, block)
 
@@ -81,7 +81,7 @@ class ReferenceGemm:
         if weight.bias is not None:
             values = values + weight.bias
         prev = None if state.prev_sum_sq is None else state.sum_sq
-        return self._state(values.to(state.tokens.dtype), values, sum_sq(values), prev, block)
+        return self._state(values.to(state.tokens.dtype), values, sum_sq(values, block), prev, block)
 
     def finish(self, state: ReferenceState) -> Tensor:
         """See `GemmBackend`."""
@@ -107,8 +107,9 @@ def norm_factor(state: ReferenceState, block: FoldedBlock) -> Tensor:
     return factor / (FP8_ROW_RMS * rstd(state.prev_sum_sq, state.tokens, block))
 
 
-def sum_sq(values: Tensor) -> Tensor:
-    """Sum of squares of each row, `(T, 1)`."""
+def sum_sq(values: Tensor, block: FoldedBlock) -> Tensor:
+    """Sum of squares of each row, `(T, 1)`, less their mean where norms subtract it."""
+    values = subtract_mean(values) if block.subtracts_mean else values
     return values.square().sum(dim=1, keepdim=True)
 
 

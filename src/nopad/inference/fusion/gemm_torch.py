@@ -86,7 +86,8 @@ class TorchGemm:
         return (state.tokens + state.pending_bias).to(state.tokens.dtype)
 
     def _state(self, tokens: Tensor, pending_bias: Tensor | None, block: FoldedBlock) -> TorchState:
-        return TorchState(tokens, triton_pointwise.rms_norm(tokens, pending_bias, block.eps), pending_bias)
+        normed = triton_pointwise.norm(tokens, pending_bias, block.eps, subtract_mean=block.subtracts_mean)
+        return TorchState(tokens, normed, pending_bias)
 
 
 def linear(x: Tensor, weight: GemmWeight) -> Tensor:

@@ -33,8 +33,6 @@ def unsupported_reason(encoder: Any, device: torch.device, dtype: torch.dtype) -
     layers = list(encoder.layers)
     if not layers or not all(can_fold(layer) for layer in layers):
         return "only blocks with norms, linear layers and activations that nopad.inference.fusion supports are fused"
-    if isinstance(layers[0].norm1, nn.LayerNorm) and not isinstance(encoder.norm, nn.LayerNorm):
-        return "fused layers drop the mean of each row, which only a LayerNorm after the layers would ignore"
     if len({type(layer.norm1) for layer in layers}) > 1 or len({layer.norm1.eps for layer in layers}) > 1:
         return "only layers with equal norms are fused"
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
@@ -55,6 +53,8 @@ def gemm_backends_for(
         reason = f"quack's GEMMs are for bfloat16 on a Hopper GPU, not for {dtype} on {device}"
     elif not triton_works():
         reason = "Triton is not installed or does not work"
+    elif keeps_mean(encoder):
+        reason = "quack's epilogues drop the mean of each row, which only a LayerNorm after the layers would ignore"
     elif util.find_spec("quack") is None:
         reason = "quack is not installed: pip install 'nopad[hopper]'"
     else:
@@ -62,6 +62,11 @@ def gemm_backends_for(
     if triton_works() and not isinstance(encoder.layers[0].mlp.down, Float8Linear):
         backends.append(_torch_gemm)
     return backends, reason
+
+
+def keeps_mean(encoder: Any) -> bool:
+    """Whether rows have to keep their mean, which LayerNorms in the layers ignore: no LayerNorm follows them."""
+    return isinstance(encoder.layers[0].norm1, nn.LayerNorm) and not isinstance(encoder.norm, nn.LayerNorm)
 
 
 def _quack_gemm() -> GemmBackend[Any]:
@@ -88,11 +93,14 @@ class FusedLayers(LayerStack):
         layers: blocks that `can_fold` accepts.
         gemm: the GEMM backend.
         rope: an example of the encoder's rotary embedding, `None` where it has none.
+        centre: see `FoldedBlock.of`.
     """
 
-    def __init__(self, layers: nn.ModuleList, gemm: GemmBackend[Any], rope: Rope | None = None) -> None:
+    def __init__(
+        self, layers: nn.ModuleList, gemm: GemmBackend[Any], rope: Rope | None = None, *, centre: bool = True
+    ) -> None:
         self.layers = [layer for layer in layers if isinstance(layer, Block)]
-        self.gemm = gemm
+        self.gemm, self.centre = gemm, centre
         self.permutation = None if rope is None else rope_permutation(rope, self.layers[0].attention.head_dim)
         self.guard = ModuleGuard(layers)
         self._fold_all([self._fold(layer) for layer in self.layers])
@@ -107,7 +115,7 @@ class FusedLayers(LayerStack):
         return f"fused by {self.gemm.name}"
 
     def __call__(self, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
-        """`(T, D)` to `(T, D)`, minus the mean of each row where the norms are LayerNorms."""
+        """`(T, D)` to `(T, D)`, minus the mean of each row where the norms are LayerNorms and rows are centred."""
         gemm = self.gemm
         prepared_rope = None if rope is None else gemm.prepare_rope(interleave_rope(rope))
         state = gemm.start(tokens, self.blocks[0])
@@ -158,7 +166,7 @@ class FusedLayers(LayerStack):
         self.borrowed = {weight.address for block in blocks for weight in block.weights} & addresses
 
     def _fold(self, layer: Block) -> FoldedBlock:
-        return self.gemm.prepack(FoldedBlock.of(layer, self.permutation))
+        return self.gemm.prepack(FoldedBlock.of(layer, self.permutation, centre=self.centre))
 
 
 def check_equal(
