@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nopad.data.plan import Planner, PlanStatistics, cost
 
-IMAGES = SimpleNamespace(num_prefix_tokens=0, frames_attend_jointly=False)
+IMAGES = SimpleNamespace(num_prefix_tokens=0, frames_attend_jointly=False, temporal_patch_size=1)
 SETTINGS = {"window": 8, "shuffle": True, "cost": (1.0, 6144.0), "drop_patches": 0.0}
 
 
@@ -62,8 +62,8 @@ def test_ranks_of_a_step_cost_about_the_same(world_size, spread):
 
 def test_cost_is_of_segments_and_rows_count_prefix_tokens_and_dropped_patches():
     plan = planner(1000, 1, cost=(2.0, 10.0))
-    apart = SimpleNamespace(num_prefix_tokens=5, frames_attend_jointly=False)
-    together = SimpleNamespace(num_prefix_tokens=5, frames_attend_jointly=True)
+    apart = SimpleNamespace(num_prefix_tokens=5, frames_attend_jointly=False, temporal_patch_size=1)
+    together = SimpleNamespace(num_prefix_tokens=5, frames_attend_jointly=True, temporal_patch_size=1)
     clip = plan.sample(0, 3, 20, apart)
     assert (clip.rows, clip.segments, clip.cost) == (75, 3, 3 * (2 * 25**2 + 10 * 25))
     clip = plan.sample(0, 3, 20, together)
