@@ -176,7 +176,7 @@ def _results(
 ) -> dict[Key, EmbeddingResult]:
     copies = vectors.numpy().copy()  # the buffer that the GPU has written to is another pack's next
     # By numpy: torch's threads would each wait for a core, all of which decode.
-    finite = np.isfinite(copies).all(axis=1).tolist()
+    finite = [bool(row.all()) for row in np.isfinite(copies)]
     return {
         key: _result(image, vector, part, dtype, is_finite=is_finite)
         for (key, image), vector, part, is_finite in zip(pack, copies, tokens, finite, strict=True)
