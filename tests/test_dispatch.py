@@ -34,7 +34,8 @@ def features(encoder, pack):
 
 
 def pack_of(encoder):
-    return nopad.Pack(patches_of(encoder), GRIDS, encoder.patch_size, encoder.patch_order)
+    frames = encoder.temporal_patch_size
+    return nopad.Pack(patches_of(encoder), GRIDS, encoder.patch_size, encoder.patch_order, temporal_patch_size=frames)
 
 
 def run_on(module, device):
@@ -62,7 +63,8 @@ def test_patches_elsewhere_are_refused(encoder):
 
 def parts_of(encoder):
     """Names of the parts that a `device_map` may put on different devices."""
-    children = [name for name, child in encoder.named_children() if encoder.layers not in child.children()]
+    layers = encoder.layers
+    children = [name for name, child in encoder.named_children() if layers not in (child, *child.children())]
     return [*children, *(f"layers.{number}" for number in range(len(encoder.layers)))]
 
 

@@ -49,6 +49,13 @@ class PlainOneVision(onevision_original.PlainOneVision):
         return self.embeddings["patch_embedding"]
 
 
+class PlainQwen3VL(Qwen3VLVisionModel):
+    """transformers' own, with what torchao asks of a model."""
+
+    def get_input_embeddings(self):
+        return self.patch_embed
+
+
 ORIGINALS = {
     "aimv2": Aimv2VisionModel,
     "siglip2": siglip2_checkpoints.Siglip2VisionModel,
@@ -59,7 +66,7 @@ ORIGINALS = {
     "dinov2 gated": Dinov2WithRegistersModel,
     "dinov3": DINOv3ViTModel,
     "onevision": PlainOneVision,
-    "qwen3_vl": Qwen3VLVisionModel,
+    "qwen3_vl": PlainQwen3VL,
 }
 
 
@@ -236,12 +243,13 @@ def refuses(folder, name):
         nopad.load(folder)
 
 
-PLAIN = r"^(rms_norm|post_layernorm|norm|layernorm|layernorm_post)\.weight$"
-BIAS = r"layers?\.1\.(attention|self_attn)\.(out|o)_proj\.bias$"
+PLAIN = r"^(rms_norm|post_layernorm|norm|layernorm|layernorm_post|merger\.norm)\.weight$"
+BIAS = r"(layers?|blocks)\.1\.(attention|self_attn|attn)\.((out|o)_)?proj\.bias$"
+Q = r"(layers?|blocks)\.1\..*\.(q_proj|qkv)"
 PARTS = {
-    TORCHAO: (r"layers?\.1\..*\.q_proj\._weight_qdata$", r"layers?\.1\..*\.q_proj\._weight_scale$"),
-    EIGHT_BITS: (r"layers?\.1\..*\.q_proj\.weight$", r"layers?\.1\..*\.q_proj\.SCB$"),
-    FOUR_BITS: (r"layers?\.1\..*\.q_proj\.weight$", r"layers?\.1\..*\.q_proj\.weight\.absmax$"),
+    TORCHAO: (Q + r"\._weight_qdata$", Q + r"\._weight_scale$"),
+    EIGHT_BITS: (Q + r"\.weight$", Q + r"\.SCB$"),
+    FOUR_BITS: (Q + r"\.weight$", Q + r"\.weight\.absmax$"),
 }
 
 
@@ -251,10 +259,10 @@ def test_a_tensor_that_is_missing_or_one_too_many_is_named(family, method, saved
     nopad.load(edited())
     name = name_of(saved, PLAIN)
     refuses(edited(**{name: None}), name)
-    layer = re.sub(r"\.1\..*", ".1.", name_of(saved, r"layers?\.1\."))
+    layer = re.sub(r"\.1\..*", ".1.", name_of(saved, r"(layers?|blocks)\.1\."))
     for more in ("more.weight", f"{layer}more.weight"):
         refuses(edited(**{more: torch.zeros(3)}), more)
-    far = re.sub(r"\.1\.", ".7.", name_of(saved, r"layers?\.1\..*norm"))
+    far = re.sub(r"\.1\.", ".7.", name_of(saved, r"(layers?|blocks)\.1\..*norm"))
     with pytest.raises(ValueError, match=r"got none of layers \[3\]"):
         nopad.load(edited(**{far: torch.zeros(3)}))
 
