@@ -149,7 +149,11 @@ def test_features_that_there_are_not(family, encoder, arguments, message):
 # Attention
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "onevision"], scope="module")
+WITH_ATTENTIONS = [family for family in FAMILIES if family not in ("onevision", "qwen3_vl")]
+"""Whose original returns its attention."""
+
+
+@pytest.mark.parametrize("family", WITH_ATTENTIONS, scope="module")
 @torch.no_grad()
 def test_attention_is_the_originals_in_eager_mode(family, folder, encoder):
     original = read_by_original(family, folder)
@@ -191,7 +195,7 @@ def attentions(family, original, image):
     return found
 
 
-@pytest.mark.parametrize("family", ["aimv2", "onevision"], scope="module")
+@pytest.mark.parametrize("family", ["aimv2", "onevision", "qwen3_vl"], scope="module")
 @torch.no_grad()
 def test_attention_times_values_is_what_a_layer_adds(family, encoder):
     pack, _ = pack_and_pixels(encoder, family)
@@ -203,7 +207,8 @@ def test_attention_times_values_is_what_a_layer_adds(family, encoder):
     hook.remove()
     ((hidden_states, output),) = seen
     starts = [0, *pack.grid_thw.prod(1).cumsum(0).tolist()]
-    value = attention.v(hidden_states).unflatten(1, (attention.num_heads, -1))
+    values = attention.qkv_linears[-1](hidden_states)[:, -encoder.hidden_size :]  # the last third of one linear layer
+    value = values.unflatten(1, (attention.num_heads, -1))
     for image, start, end in zip(pack, starts, starts[1:], strict=False):
         (maps,) = encoder.attention_maps(image, 1, queries=range(end - start))
         added = torch.einsum("qhn,nhk->qhk", maps.flatten(2), value[start:end]).flatten(1)
