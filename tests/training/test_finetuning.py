@@ -67,7 +67,8 @@ def test_targets_are_the_linear_layers_of_the_blocks(family, tmp_path):
     modules = [encoder.get_submodule(name) for name in encoder.lora_targets]
     expected = [module for module in encoder.layers.modules() if isinstance(module, torch.nn.Linear)]
     assert modules == expected
-    assert len(modules) == len(encoder.layers) * (7 if hasattr(encoder.layers[0].mlp, "gate") else 6)
+    of_mlp = 3 if hasattr(encoder.layers[0].mlp, "gate") else 2
+    assert len(modules) == len(encoder.layers) * (len(encoder.layers[0].attention.qkv_linears) + 1 + of_mlp)
     original = dict(read_by_original(family, tmp_path).named_modules())
     assert set(encoder.lora_targets) <= original.keys()
 
