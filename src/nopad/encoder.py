@@ -216,12 +216,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
         patches, layout = read_arguments(self, hidden_states, grid_thw, patch_positions)
         states: list[Tensor] | None = [] if output_hidden_states else None
         deepstack: list[Tensor] | None = [] if output_deepstack else None
-        if states is not None:
-            runner = EagerRunner(states)
-        elif deepstack is not None:
-            runner = LayerRunner(dict.fromkeys(self.deepstack_layers, deepstack.append), whole=True)
-        else:
-            runner = self._runner_for(layout)
+        runner = self._runner_for(layout, states, deepstack)
         # Non-torch kernels launch on the current device; torch's compiler sees to that itself.
         with torch.cuda.device_of(patches) if patches.is_cuda and not torch.compiler.is_compiling() else nullcontext():
             trunk = self.trunk(patches, layout, runner).to(patches.device)  # wherever its last part is
@@ -255,8 +250,12 @@ class PackedEncoder(ByRole, PreTrainedModel):
         """What attends to itself: whole clips or their frames."""
         return layout.images if self.frames_attend_jointly else layout.frames
 
-    def _runner_for(self, layout: Layout) -> Runner:
-        """The runner of this pack, which alone determines whether it is padded."""
+    def _runner_for(self, layout: Layout, states: list[Tensor] | None, deepstack: list[Tensor] | None) -> Runner:
+        """The runner of this pack, which alone determines whether it is padded; it fills the lists that are given."""
+        if states is not None:
+            return EagerRunner(states)
+        if deepstack is not None:
+            return LayerRunner(dict.fromkeys(self.deepstack_layers, deepstack.append), whole=True)
         if torch.compiler.is_exporting():
             return EagerRunner()
         segments = len(self.segments_of(layout))

@@ -173,7 +173,7 @@ def test_what_costs_too_much_or_is_not_installed_is_said(table, monkeypatch):
         (["--device", "cpu"], "--device: is for pictures"),
         (["--attention", "sdpa"], "--attention: is for pictures"),
         (["--clusters", "12"], "k: expected at most the table's 11 rows, got 12"),
-        (["--clusters", "251"], "clusters: expected at most 250, which a page can tell apart, got 251"),
+        (["--clusters", "251"], "clusters: expected at most 250 on a page, got 251"),
         (["--threshold", "2"], "threshold: expected a cosine above 0, at most 1, got 2"),
         (["--out", "view.png"], "--out: expected a file .html, got 'view.png'"),
         (["--map", "umap"], "a map by UMAP needs umap-learn: pip install umap-learn"),

@@ -48,7 +48,7 @@ class Channel:
         self._process.close()
 
     def is_idle(self) -> bool:
-        """Whether the process waits for a request: it has not ended, and has sent nothing that was not asked for."""
+        """Whether the process waits for a request: it has not ended, and has sent nothing beyond its answers."""
         poll = select.poll()
         poll.register(self, select.POLLIN)
         return not self._received and not poll.poll(0)

@@ -1,6 +1,6 @@
 """What the processes share that read untrusted files: their limit of memory, and how they answer.
 
-They answer with JSON and plain bytes, which the process that asked reads without trust; never with pickles.
+They answer with JSON and plain bytes, which are read without trust; never with pickles.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ def _decode_jpeg(image: Image.Image, data: bytes, name: str) -> np.ndarray | Non
     """A colour JPEG as RGB; `None` where Pillow has to decide."""
     if image.format not in ("JPEG", "MPO"):
         return None
-    # Counting the bytes of the marker is fast and never too few; others than this picture's are told apart by a walk.
+    # The bytes of the marker are counted fast, and never too few: only then `count_scans` looks at each marker.
     if data.count(START_OF_SCAN) > MAX_SCANS and (scans := count_scans(data)) > MAX_SCANS:
         raise ImageError(name, f"a JPEG of {scans} scans, expected at most {MAX_SCANS}; save it again")
     if simplejpeg is None or image.mode != "RGB":

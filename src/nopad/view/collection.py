@@ -92,7 +92,7 @@ def collect(
         progress: called with what is being done.
 
     Raises:
-        ValueError: a table without rows, more clusters than rows or than a page tells apart, see `Features.search`.
+        ValueError: a table without rows, more clusters than rows or than a page takes, see `Features.search`.
         ImportError: `clusters` or `map` needs a package that is not installed.
     """
     if not len(features):
@@ -152,7 +152,7 @@ def _clusters(
         if number < 2:
             return None
     if number > MAX_CLUSTERS:
-        raise ValueError(f"clusters: expected at most {MAX_CLUSTERS}, which a page can tell apart, got {number}")
+        raise ValueError(f"clusters: expected at most {MAX_CLUSTERS} on a page, got {number}")
     progress(f"{number} clusters")
     return features.clusters(number)
 
