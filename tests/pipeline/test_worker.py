@@ -145,17 +145,19 @@ def test_groups_follow_each_other_without_a_pause(encoder, as_on_a_gpu, monkeypa
 
 
 def test_a_group_is_not_held_back_while_the_next_is_read(encoder, as_on_a_gpu):
-    may_read = threading.Event()
+    may_read, waited = threading.Event(), []
 
     def read(number: int) -> torch.Tensor:
         if number:
-            assert may_read.wait(60)
+            waited.append(may_read.wait(60))
         return picture(number)
 
     results = Worker(encoder, threads=1).run([[0], [1]], read)
-    assert len(next(results)) == 1  # although the other group cannot be begun
+    assert len(next(results)) == 1
+    assert not waited  # the other group cannot be begun yet
     may_read.set()
     assert len(next(results)) == 1
+    assert waited == [True]
 
 
 def test_stop_finishes_what_was_begun(encoder, as_on_a_gpu):
