@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
 from nopad.layout import Layout
-from nopad.packing import Pack, patchify, unpatchify
+from nopad.packing import Pack
+from nopad.patches import patchify, unpatchify
 from nopad.segments import Segments
 
 ORDERS = ["hwc", "chw"]
@@ -433,7 +435,7 @@ def test_a_pack_of_nothing(channels, width):
 
 
 def test_a_pack_moves_its_patches_and_positions_but_not_its_grid():
-    pack = Pack(noise(4, P), ONE, 2, "chw", mean=(0.5,), patch_positions=full_positions([(1, 2, 2)]))
+    pack: Any = Pack(noise(4, P), ONE, 2, "chw", mean=(0.5,), patch_positions=full_positions([(1, 2, 2)]))
     moved = pack.to("meta", torch.bfloat16)
     assert moved.hidden_states.device.type == moved.patch_positions.device.type == "meta"
     assert moved.hidden_states.dtype == torch.bfloat16

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from nopad.loading import load, processor
     from nopad.merging import merge
     from nopad.outputs import PackedOutput
-    from nopad.packing import Pack, patchify, unpatchify
+    from nopad.packing import Pack
+    from nopad.patches import patchify, unpatchify
     from nopad.search.features import Features
     from nopad.search.reading import read, read_features
 
@@ -68,11 +69,11 @@ _HOMES = {
     "load": "nopad.loading",
     "maps": "nopad.maps",
     "merge": "nopad.merging",
-    "patchify": "nopad.packing",
+    "patchify": "nopad.patches",
     "processor": "nopad.loading",
     "read": "nopad.search.reading",
     "read_features": "nopad.search.reading",
-    "unpatchify": "nopad.packing",
+    "unpatchify": "nopad.patches",
 }
 
 # Looked for first: without filelock huggingface_hub, too, fails with a message of its own.

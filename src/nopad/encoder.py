@@ -36,7 +36,8 @@ from nopad.layers.position_table import example_positions
 from nopad.layers.roles import ByRole
 from nopad.layout import Layout
 from nopad.outputs import PackedOutput, Trunk
-from nopad.packing import Pack, PatchOrder, check_patch_order
+from nopad.packing import Pack
+from nopad.patches import PatchOrder, check_patch_order
 from nopad.pipeline.images import embed_images, pack_images
 from nopad.pipeline.pack_processor import PackProcessor
 from nopad.preprocessing.config import read_preprocessor_config

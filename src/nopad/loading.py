@@ -16,7 +16,7 @@ from nopad.encoder import PackedEncoder
 from nopad.families import FAMILIES, family_of, family_of_published
 from nopad.inference.attention import check_backend
 from nopad.inference.precision import check_precision
-from nopad.packing import PatchOrder
+from nopad.patches import PatchOrder
 from nopad.pipeline.pack_processor import PackProcessor
 from nopad.pipeline.processor import check_channels
 from nopad.preprocessing.rules import Resize, Size, check_size

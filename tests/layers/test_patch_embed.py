@@ -1,11 +1,13 @@
 """Patch embedding against the convolution, its zero padding, and the order of values in a patch."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from nopad.layers.patch_embed import PatchEmbedding, reorder_patches
-from nopad.packing import patchify
+from nopad.patches import patchify
 
 
 def embedding_of(channels, size, patch_size, order, bias=True):
@@ -48,7 +50,7 @@ def test_reorder_patches_equals_patchify_in_the_other_order(source, target):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_patch_embedding_in_half_precision_on_a_gpu():
-    embedding = embedding_of(3, 64, 14, "chw").to("cuda", torch.bfloat16)
+    embedding: Any = embedding_of(3, 64, 14, "chw").to("cuda", torch.bfloat16)
     patches = torch.randn(50, 588, device="cuda", dtype=torch.bfloat16)
     expected = nn.functional.linear(patches.float(), embedding.weight.flatten(1).float(), embedding.bias.float())
     torch.testing.assert_close(embedding(patches).float(), expected, rtol=2e-2, atol=2e-2)

@@ -1,10 +1,12 @@
 """Grey levels travel to the device; what the encoder gets there is what `preprocess` gives, bit for bit."""
 
+from typing import Any
+
 import pytest
 import torch
 from pictures import noise
 
-from nopad.packing import patchify
+from nopad.patches import patchify
 from nopad.pipeline.image_processor import ImageProcessor
 from nopad.pipeline.normalize import Normalizer
 from nopad.pipeline.upload import Uploader
@@ -12,11 +14,13 @@ from nopad.preprocessing.rules import Preprocessing
 from nopad.preprocessing.transforms import preprocess
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-STATISTICS = {"mean": (0.48, 0.45, 0.4), "std": (0.26, 0.26, 0.27)}
+STATISTICS: dict[str, Any] = {"mean": (0.48, 0.45, 0.4), "std": (0.26, 0.26, 0.27)}
 RULES = {
     "native": Preprocessing(rule="native", resample="bicubic", **STATISTICS),
     "crop": Preprocessing(rule="crop", size=24, resample="bicubic", rescale_factor=1 / 127.5, **STATISTICS),
-    "naflex": Preprocessing(rule="naflex", resample="bilinear", max_patches=20, mean=(0.5,) * 3, std=(0.5,) * 3),
+    "naflex": Preprocessing(
+        rule="naflex", resample="bilinear", max_patches=20, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+    ),
     "square": Preprocessing(rule="square", size=24, resample="bilinear", rescale_before_resize=True, **STATISTICS),
 }
 
@@ -25,7 +29,7 @@ def image(seed: int, height: int = 37, width: int = 50) -> torch.Tensor:
     return torch.from_numpy(noise(seed, height, width)).permute(2, 0, 1)
 
 
-def processor_of(rule: Preprocessing, order, dtype: torch.dtype, resize="torch") -> ImageProcessor:
+def processor_of(rule: Preprocessing, order, dtype: torch.dtype, resize: Any = "torch") -> ImageProcessor:
     sent = dtype if rule.is_resized_in_float(resize) else torch.uint8
     return ImageProcessor(rule=rule, resize=resize, patch_size=4, patch_order=order, dtype=sent)
 

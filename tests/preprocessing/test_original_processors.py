@@ -15,7 +15,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from nopad.families import family_of_published
-from nopad.packing import patchify
+from nopad.patches import patchify
 from nopad.preprocessing.decode import load_image
 from nopad.preprocessing.rules import Preprocessing
 from nopad.preprocessing.transforms import preprocess

@@ -15,7 +15,7 @@ from nopad.counts import counted
 from nopad.embedding.inputs.names import suffix_of
 from nopad.embedding.inputs.walk import Hidden, walk
 from nopad.encoder import PackedEncoder
-from nopad.packing import unpatchify
+from nopad.patches import unpatchify
 from nopad.preprocessing.formats import image_suffixes
 
 Case = tuple[str, list[Tensor]]

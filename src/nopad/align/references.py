@@ -35,7 +35,7 @@ from nopad.families.qwen3_vl import Qwen3VLPacking
 from nopad.families.qwen3_vl_checkpoints import Qwen3_5PackingConfig
 from nopad.families.siglip2 import Siglip2NaflexPacking, is_naflex
 from nopad.merging import merge
-from nopad.packing import patchify
+from nopad.patches import patchify
 
 
 class AIMv2Reference(ReferenceModel):

@@ -23,7 +23,7 @@ from nopad.checkpoints.towers import open_tower
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.layers.linear import lay_out
 from nopad.layers.roles import registered_path
-from nopad.packing import PatchOrder
+from nopad.patches import PatchOrder
 from nopad.suggestions import did_you_mean
 from nopad.training.frozen import freeze_mask_tokens
 

@@ -15,7 +15,7 @@ from nopad.layers.block import LayerScale
 from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.pooling import MAPAttention
 from nopad.layers.position_table import PositionTable
-from nopad.packing import PatchOrder
+from nopad.patches import PatchOrder
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder

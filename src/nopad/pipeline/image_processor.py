@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nopad.packing import patchify
+from nopad.patches import patchify
 from nopad.pipeline.processor import Processor
 from nopad.preprocessing.rules import Preprocessing, Resize
 from nopad.preprocessing.transforms import normalize, resize_image

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nopad.kernels.availability import has_triton
-from nopad.packing import PatchOrder
+from nopad.patches import PatchOrder
 from nopad.preprocessing.rules import Preprocessing
 from nopad.preprocessing.transforms import level_values
 

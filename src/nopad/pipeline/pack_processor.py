@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nopad.packing import Pack, patchify
+from nopad.packing import Pack
+from nopad.patches import patchify
 from nopad.pipeline.processor import Processor
 from nopad.preprocessing.load import load
 from nopad.preprocessing.rules import Preprocessing, Resize

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from nopad.packing import PatchOrder
+from nopad.patches import PatchOrder
 from nopad.preprocessing.limits import MaxPatches
 from nopad.preprocessing.rules import Preprocessing, Resize, Size, check_resize
 
