@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from nopad.checkpoints.dialects.aimv2 import DIALECTS
 from nopad.checkpoints.formats import trained_grid
 from nopad.encoder import PackedEncoder
 from nopad.families.aimv2_checkpoints import (
-    DIALECTS,
     PUBLISHED,
     TEXT_RULES,
     AIMv2PackingConfig,

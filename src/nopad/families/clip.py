@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from nopad.checkpoints.dialects.clip import DIALECTS
 from nopad.checkpoints.formats import trained_grid
 from nopad.encoder import PackedEncoder
 from nopad.families.clip_blocks import clip_block
@@ -22,7 +23,6 @@ from nopad.families.clip_checkpoints import (
     MetaCLIP2PackingConfig,
     read_config,
 )
-from nopad.families.clip_dialects import DIALECTS
 from nopad.families.clip_text import TEXT_RULES
 from nopad.inference.runner import Runner
 from nopad.layers.attention import PackedAttention

@@ -9,10 +9,10 @@ from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.models.metaclip_2.configuration_metaclip_2 import MetaClip2VisionConfig
 
 from nopad.checkpoints.config_json import read_fields
+from nopad.checkpoints.dialects.clip import OPEN_CLIP, TIMM, timm_head_projects
 from nopad.checkpoints.formats import Checkpoint
 from nopad.checkpoints.open_clip_config import read_vision_cfg
 from nopad.checkpoints.timm_config import activation, is_timms, read_model_args
-from nopad.families.clip_dialects import OPEN_CLIP, TIMM, timm_head_projects
 
 
 class CLIPPackingConfig(CLIPVisionConfig):

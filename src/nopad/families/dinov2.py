@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from nopad.checkpoints.dialects.dinov2 import DIALECTS
 from nopad.checkpoints.formats import trained_grid
 from nopad.encoder import PackedEncoder
 from nopad.families.dinov2_checkpoints import (
@@ -21,7 +22,6 @@ from nopad.families.dinov2_checkpoints import (
     read_config,
     swiglu_size,
 )
-from nopad.families.dinov2_dialects import DIALECTS
 from nopad.inference.runner import Runner
 from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block

@@ -1,4 +1,4 @@
-"""DINOv2's checkpoints: the configs, the dialects of tensor names, and the published models."""
+"""DINOv2's checkpoints: the configs, what decides the architecture, and the published models."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from transformers.models.dinov2.configuration_dinov2 import Dinov2Config
 from transformers.models.dinov2_with_registers.configuration_dinov2_with_registers import Dinov2WithRegistersConfig
 
 from nopad.checkpoints.config_json import read_fields
+from nopad.checkpoints.dialects.dinov2 import TIMM_REGISTERS
 from nopad.checkpoints.formats import Checkpoint, grid_side
 from nopad.checkpoints.timm_config import activation, is_timms, read_model_args
-from nopad.families.dinov2_dialects import TIMM_REGISTERS
 
 HEAD_DIM = 64
 """Head size of every published model, for files without a config."""

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from nopad.checkpoints.dialects.dinov3 import DIALECTS
 from nopad.encoder import PackedEncoder
 from nopad.families.dinov3_checkpoints import PUBLISHED, DINOv3ViTPackingConfig, read_config
-from nopad.families.dinov3_dialects import DIALECTS
 from nopad.inference.runner import Runner
 from nopad.layers.attention import PackedAttention, Rope
 from nopad.layers.block import Block

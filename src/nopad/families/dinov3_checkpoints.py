@@ -1,4 +1,4 @@
-"""DINOv3's checkpoints: the config, the dialects of tensor names, and the published models."""
+"""DINOv3's checkpoints: the config, what decides the architecture, and the published models."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
 
 from nopad.checkpoints.config_json import read_fields
+from nopad.checkpoints.dialects.dinov3 import META_GATED, META_PLAIN, PERIODS, TIMM_GATED, TIMM_PLAIN
 from nopad.checkpoints.formats import Checkpoint
 from nopad.checkpoints.timm_config import is_timms, read_model_args
-from nopad.families.dinov3_dialects import META_GATED, META_PLAIN, PERIODS, TIMM_GATED, TIMM_PLAIN
 from nopad.layers.rope import rope_periods
 
 

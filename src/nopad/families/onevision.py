@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from nopad.checkpoints.dialects.onevision import DIALECTS
 from nopad.encoder import PackedEncoder
 from nopad.families.clip_blocks import clip_block, clip_mlp
-from nopad.families.onevision_checkpoints import DIALECTS, PUBLISHED, OneVisionPackingConfig, read_config
+from nopad.families.onevision_checkpoints import PUBLISHED, OneVisionPackingConfig, read_config
 from nopad.inference.runner import Runner
 from nopad.layers.attention import Rope
 from nopad.layers.patch_embed import PatchEmbedding

@@ -1,4 +1,4 @@
-"""OneVision-Encoder's checkpoints: the config, the dialects of tensor names, and the published models."""
+"""OneVision-Encoder's checkpoints: the config, what decides the architecture, and the published models."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig
 
 from nopad.checkpoints.config_json import read_fields
-from nopad.checkpoints.conversions import NameTable, Rename, split_rows
-from nopad.checkpoints.formats import Checkpoint, Dialect
+from nopad.checkpoints.formats import Checkpoint
 
 HEAD_DIM = 64
 """Head size of every published model, for files without a config."""
@@ -43,34 +42,6 @@ class OneVisionPackingConfig(PreTrainedConfig):
     use_head: bool = True
     patch_order: str = "chw"
 
-
-_ATTENTION = "encoder.layers.*.self_attn"
-_PREVIEW_V0 = NameTable(
-    Rename("patch_embed.proj.*", "embeddings.patch_embedding.*"),
-    Rename(f"{_ATTENTION}.qkv.*", *(f"{_ATTENTION}.{part}_proj.*" for part in "qkv"), reshape=split_rows(3)),
-    Rename(f"{_ATTENTION}.proj.*", f"{_ATTENTION}.out_proj.*"),
-)
-
-# The name under which training code keeps a compiled encoder.
-_PREFIXES = ("encoder._orig_mod.",)
-
-# SigLIP names its layers as the Hub's, but not its norms.
-DIALECTS = (
-    Dialect(
-        "Hub",
-        r"^encoder\.layers\.\d+\.self_attn\.(q|k|v|out)_proj\.",
-        prefixes=_PREFIXES,
-        requires=(r"^layernorm_(pre|post)\.",),
-        is_original=True,
-    ),
-    Dialect(
-        "preview v0",
-        r"^encoder\.layers\.\d+\.self_attn\.(qkv|proj)\.",
-        _PREVIEW_V0,
-        prefixes=_PREFIXES,
-        requires=(r"^layernorm_(pre|post)\.",),
-    ),
-)
 
 # What config.json may say, by the Hub's names, which preview v0 has too.
 _SAME_NAMES = """

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from nopad.checkpoints.dialects.qwen3_vl import DIALECTS
 from nopad.checkpoints.formats import grid_side
 from nopad.encoder import PackedEncoder
 from nopad.families.qwen3_vl_checkpoints import (
-    DIALECTS,
     PUBLISHED,
     Qwen3_5PackingConfig,
     Qwen3VLConfigs,

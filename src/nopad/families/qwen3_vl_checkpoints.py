@@ -1,4 +1,4 @@
-"""Qwen3-VL's and Qwen3.5's checkpoints: the configs, the tensor names, and the published models."""
+"""Qwen3-VL's and Qwen3.5's checkpoints: the configs, what decides the architecture, and the published models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5VisionConfi
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 
 from nopad.checkpoints.config_json import read_fields
-from nopad.checkpoints.formats import Checkpoint, Dialect
+from nopad.checkpoints.formats import Checkpoint
 from nopad.counts import is_count
 
 # Those of `Qwen3VLVisionConfig`, by the names that all configs here have. transformers 5.17 has no name for the depth.
@@ -37,8 +37,6 @@ class Qwen3_5PackingConfig(Qwen3_5VisionConfig):  # noqa: N801 - transformers' o
 
 
 Qwen3VLConfigs = Qwen3VLPackingConfig | Qwen3_5PackingConfig
-
-DIALECTS = (Dialect("transformers", r"^blocks\.\d+\.mlp\.linear_fc[12]\.", is_original=True),)
 
 # `model_type` of configs whose towers are these: of a whole model, as published files have it, or of its tower.
 _WITH_DEEPSTACK = ("qwen3_vl", "qwen3_vl_moe", "cohere_compass")

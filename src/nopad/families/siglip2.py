@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from nopad.checkpoints.dialects.siglip2 import DIALECTS
 from nopad.checkpoints.formats import grid_side, trained_grid
 from nopad.encoder import PackedEncoder
 from nopad.families.clip_blocks import clip_block, clip_mlp
@@ -21,7 +22,6 @@ from nopad.families.siglip2_checkpoints import (
     SiglipPackingConfig,
     read_config,
 )
-from nopad.families.siglip2_dialects import DIALECTS
 from nopad.families.siglip2_text import TEXT_RULES
 from nopad.inference.runner import Runner
 from nopad.layers.patch_embed import PatchEmbedding, reorder_patches

@@ -1,4 +1,4 @@
-"""SigLIP2's and SigLIP's checkpoints: the configs, the tensor names, and the published models."""
+"""SigLIP2's and SigLIP's checkpoints: the configs, what decides the architecture, and the published models."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig
 
 from nopad.checkpoints.config_json import read_fields
+from nopad.checkpoints.dialects.siglip2 import TIMM, TIMM_NAFLEX
 from nopad.checkpoints.formats import Checkpoint, grid_side
 from nopad.checkpoints.timm_config import activation, is_timms, read_model_args
-from nopad.families.siglip2_dialects import TIMM, TIMM_NAFLEX
 
 
 class Siglip2PackingConfig(Siglip2VisionConfig):

@@ -1,0 +1,19 @@
+"""How each family's checkpoints name their tensors: a checkpoint is recognised before its family is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from nopad.checkpoints.dialects import aimv2, clip, dinov2, dinov3, onevision, qwen3_vl, siglip2
+from nopad.checkpoints.formats import Dialect
+
+DIALECTS: Mapping[str, tuple[Dialect, ...]] = {
+    "aimv2": aimv2.DIALECTS,
+    "dinov2": dinov2.DIALECTS,
+    "dinov3": dinov3.DIALECTS,
+    "siglip2": siglip2.DIALECTS,
+    "onevision": onevision.DIALECTS,
+    "clip": clip.DIALECTS,
+    "qwen3_vl": qwen3_vl.DIALECTS,
+}
+"""By the names of the families, which are those of the modules in `nopad.families`."""
