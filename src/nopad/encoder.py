@@ -45,7 +45,6 @@ from nopad.preprocessing.rules import Preprocessing
 from nopad.segments import Segments
 from nopad.text.rules import TextRules
 from nopad.text.similarity import classify, embed_text, similarity
-from nopad.text.whole import save_whole
 from nopad.training.compiled import checkpoint_mlps, compile_for_training
 from nopad.training.finetuning import lora_targets, parameter_groups
 from nopad.training.frozen import freeze_mask_tokens
@@ -448,6 +447,8 @@ class PackedEncoder(ByRole, PreTrainedModel):
         check_saving(self.precision)
         arguments = read_saving(save_directory, *args, **kwargs)
         if whole:
+            from nopad.text.whole import save_whole  # with transformers' text classes
+
             save_whole(self, arguments)
             state_dicts.save_beside(self, save_directory, with_projection=False)
             return
@@ -493,7 +494,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # `load_state_dict` calls this for each module, of an encoder within another model too.
-        state_dicts.to_memory(self, state_dict, prefix, families=PackedEncoder.__subclasses__())
+        state_dicts.to_memory(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @torch.no_grad()

@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 import torch
 
+from nopad.checkpoints.dialects import DIALECTS
 from nopad.checkpoints.files import checkpoint_name
 from nopad.checkpoints.pretrained import read_architecture, select_part
 from nopad.checkpoints.strict import check_dtype, with_options
 from nopad.checkpoints.towers import open_tower
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.encoder import PackedEncoder
-from nopad.families import FAMILIES, family_of, family_of_published
+from nopad.families import family_of, family_of_published
 from nopad.inference.attention import check_backend
 from nopad.inference.precision import check_precision
 from nopad.patches import PatchOrder
@@ -79,7 +80,7 @@ def load(
         published = _published_name(name, revision, prefix)
         encoder = family_of_published(published).untrained(published, **options)
     else:
-        opened = open_tower(name, FAMILIES, prefix, revision=revision)
+        opened = open_tower(name, DIALECTS, prefix, revision=revision)
         encoder = family_of(opened).from_checkpoint(opened, **options)
     limits = {"min_patches": min_patches, "max_patches": max_patches, "multiple_of": multiple_of}
     if size != "model" or any(limit is not None for limit in limits.values()):
@@ -134,7 +135,7 @@ def processor(
         config = with_options(family.published_config(published), patch_order=patch_order)
         preprocessor, stored = None, torch.float32
     else:
-        opened = open_tower(name, FAMILIES, prefix, revision=revision)
+        opened = open_tower(name, DIALECTS, prefix, revision=revision)
         family = family_of(opened)
         dialect, part = select_part(family, opened)
         config = read_architecture(family, dialect.convert(part), None, {}, {"patch_order": patch_order})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,13 +15,14 @@ from safetensors.torch import load_file
 from tiny_encoders import FAMILIES, GRIDS, encoder_class, patches_of, tiny
 
 import nopad
+from nopad import families
 from nopad.align.reference_model import RemoteCodeReference
 from nopad.align.references import reference_of
 from nopad.align.run import align
-from nopad.families import FAMILIES as CLASSES
-from nopad.families import family_of_published
+from nopad.families import ENCODERS, family_of_published
 from nopad.layers.roles import registered_path
 
+CLASSES = [families.encoder_class(family) for family in ENCODERS]
 PUBLISHED = [name for family in CLASSES for name in family.published]
 SMALLEST = {
     cls.published_config(name).model_type: name
@@ -127,11 +130,13 @@ def test_damaged_tensor_is_named(checkpoint, original, damage):
 @every_family
 def test_folder_can_be_saved_over(folder):
     encoder = nopad.load(folder)
-    before = encoder.layers[0].norm1.weight.detach().clone()
+    weight = encoder.get_parameter(registered_path(encoder, "layers.0.norm1.weight"))
+    before = weight.detach().clone()
     with torch.no_grad():
-        encoder.layers[0].norm1.weight.mul_(2)
+        weight.mul_(2)
     encoder.save_pretrained(folder)
-    assert torch.equal(nopad.load(folder).layers[0].norm1.weight, before * 2)
+    saved = nopad.load(folder)
+    assert torch.equal(saved.get_parameter(registered_path(saved, "layers.0.norm1.weight")), before * 2)
 
 
 @every_family
@@ -231,3 +236,19 @@ def test_unknown_published_name_lists_the_known_ones():
         nopad.AIMv2Packing.from_pretrained("untrained:someone/else")
     with pytest.raises(ValueError, match="expected the name of a published model; `nopad models` lists them"):
         nopad.load("untrained:someone/else")
+
+
+def test_a_model_is_loaded_with_the_modules_of_its_family_alone():
+    code = (
+        "import sys, transformers.models.auto.modeling_auto; before = set(sys.modules); import nopad; "
+        "nopad.load('untrained:facebook/dinov3-vits16-pretrain-lvd1689m'); "
+        "new = sorted(set(sys.modules) - before); "
+        "print(*(name for name in new if name.startswith(('transformers.models.', 'nopad.families.', 'nopad.align'))))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == [
+        "nopad.families.dinov3",
+        "nopad.families.dinov3_checkpoints",
+        "transformers.models.dinov3_vit",
+        "transformers.models.dinov3_vit.configuration_dinov3_vit",
+    ]

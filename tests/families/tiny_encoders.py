@@ -68,8 +68,7 @@ def encoder_class(family: str) -> type[PackedEncoder]:
     variants = {"siglip": SiglipPacking, "dinov2 gated": DINOv2WithRegistersPacking, "metaclip2": MetaCLIP2Packing}
     if family in variants:
         return variants[family]
-    name = family.split()[0]
-    return next(cls for cls in families.FAMILIES if cls.family == name)
+    return families.encoder_class(family.split()[0])
 
 
 def pack_of(encoder, pixels) -> Pack:

@@ -147,7 +147,8 @@ def _reference_weights(
     dialect = next((other for other in packed.dialects if other.name == packed.dialect), None)
     if dialect is not None and dialect.is_original:
         # The tensors of the file, without nopad's conversion.
-        part = dialect.select(open_tower(checkpoint, [type(packed)], packed.tower_prefix, revision=revision))
+        families = {packed.family: packed.dialects}
+        part = dialect.select(open_tower(checkpoint, families, packed.tower_prefix, revision=revision))
         state = {name: tensor[...] for name, tensor in dialect.convert(part).tensors.items() if name in names}
         return state, f"read from the checkpoint as it is ({dialect.name} names)"
     origin = "seeded random"

@@ -277,3 +277,15 @@ class Dialect:
         parts = self.table.parts(checkpoint.tensors)
         tensors = {name: joined([checkpoint.tensors[n] for n in part.names]).part(part) for name, part in parts.items()}
         return replace(checkpoint, tensors=tensors, table=self.table)
+
+
+def matching_dialect(dialects: Iterable[Dialect], checkpoint: Checkpoint) -> Dialect | None:
+    """The dialect of a checkpoint's tensor names, `None` where it is none of these.
+
+    Raises:
+        ValueError: names of several dialects.
+    """
+    matching = [dialect for dialect in dialects if dialect.matches(checkpoint.tensors)]
+    if len(matching) > 1:
+        raise ValueError(f"checkpoint {checkpoint.name!r}: its names mix {' and '.join(d.name for d in matching)}")
+    return matching[0] if matching else None

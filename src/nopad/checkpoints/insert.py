@@ -50,7 +50,7 @@ def _stored(encoder: PackedEncoder, source: Path, prefix: str | None) -> dict[st
     Raises:
         ValueError: the source has no tower of this family, or one of other sizes.
     """
-    checkpoint = open_tower(source, (type(encoder),), prefix, use_safetensors=True)
+    checkpoint = open_tower(source, {encoder.family: encoder.dialects}, prefix, use_safetensors=True)
     dialect = type(encoder).dialect_of(checkpoint)
     if dialect is None:
         raise ValueError(

@@ -14,7 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from nopad.checkpoints.files import checkpoint_name
-from nopad.checkpoints.formats import Checkpoint, Dialect
+from nopad.checkpoints.formats import Checkpoint, Dialect, matching_dialect
 from nopad.checkpoints.headless import headless_config, without_head
 from nopad.checkpoints.keywords import HUB, check_config_class, read_keywords, take_changes, with_changes
 from nopad.checkpoints.quantised import load_quantised, with_weight_names
@@ -59,7 +59,7 @@ def from_pretrained(cls: type[PackedEncoder], pretrained_model_name_or_path: Any
         return cls.untrained(name.removeprefix(UNTRAINED), **keywords)
     prefix = keywords.pop("prefix", None)
     hub = {argument: keywords.pop(argument) for argument in HUB & keywords.keys()}
-    return cls.from_checkpoint(open_tower(name, (cls,), prefix, **hub), **keywords)
+    return cls.from_checkpoint(open_tower(name, {cls.family: cls.dialects}, prefix, **hub), **keywords)
 
 
 def _of_transformers(cls: type[PackedEncoder]) -> Callable[..., Any]:
@@ -72,10 +72,7 @@ def dialect_of(cls: type[PackedEncoder], checkpoint: Checkpoint) -> Dialect | No
     Raises:
         ValueError: names of several dialects.
     """
-    matching = [dialect for dialect in cls.dialects if dialect.matches(checkpoint.tensors)]
-    if len(matching) > 1:
-        raise ValueError(f"checkpoint {checkpoint.name!r}: its names mix {' and '.join(d.name for d in matching)}")
-    return matching[0] if matching else None
+    return matching_dialect(cls.dialects, checkpoint)
 
 
 def published_config(cls: type[PackedEncoder], name: str) -> Any:

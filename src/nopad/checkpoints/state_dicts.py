@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 from torch.nn import Parameter
 
+from nopad.checkpoints.dialects import DIALECTS
 from nopad.checkpoints.files import PROJECTION, PROJECTION_FILE
 from nopad.checkpoints.fused_names import has_fused_names
 
@@ -17,22 +18,19 @@ if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
 
 
-def to_memory(
-    encoder: PackedEncoder, state_dict: dict[str, Any], prefix: str, families: Iterable[type[PackedEncoder]]
-) -> None:
+def to_memory(encoder: PackedEncoder, state_dict: dict[str, Any], prefix: str) -> None:
     """Rename the tensors under `prefix` to what the encoder has in memory; Trainer passes a file's as the file's.
 
     Args:
         encoder: that they are for.
         state_dict: changed in place.
         prefix: of the encoder's names, where it is part of another model.
-        families: whose weights an error recognises.
 
     Raises:
         ValueError: nopad 0.1's fused matrices, another dialect, another family.
     """
     names = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
-    _check_names(encoder, names, families)
+    _check_names(encoder, names)
     inputs = {name: state_dict.pop(prefix + name) for name in names}
     for name, part in encoder.original_dialect().table.parts(names).items():
         (stored,) = part.names  # the original's tables join nothing
@@ -62,7 +60,7 @@ def to_file(encoder: PackedEncoder, arguments: Mapping[str, Any]) -> dict[str, A
     return state if any(tensor.is_meta for tensor in needed.values()) else table.to_file(needed)
 
 
-def _check_names(encoder: PackedEncoder, names: list[str], families: Iterable[type[PackedEncoder]]) -> None:
+def _check_names(encoder: PackedEncoder, names: list[str]) -> None:
     if has_fused_names(names):
         raise ValueError(
             "state_dict: saved by nopad 0.1, whose encoders kept fused matrices; convert it by "
@@ -75,7 +73,7 @@ def _check_names(encoder: PackedEncoder, names: list[str], families: Iterable[ty
             f"{matching[0].name}; load the checkpoint by nopad.load or from_pretrained, which read them"
         )
     if not matching:
-        others = [family.family for family in families if any(dialect.matches(names) for dialect in family.dialects)]
+        others = [name for name, dialects in DIALECTS.items() if any(dialect.matches(names) for dialect in dialects)]
         if others:
             raise ValueError(f"state_dict: expected {encoder.family} weights, got those of {' or '.join(others)}")
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nopad.checkpoints.files import open_checkpoint
 from nopad.checkpoints.formats import Checkpoint, Dialect
-
-if TYPE_CHECKING:
-    from nopad.encoder import PackedEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +39,7 @@ _PLAIN_PROCESSORS = ("CLIP", "Siglip", "Siglip2", "ViT", "Bit", "DINOv3ViT", "Qw
 def prefix_of(
     names: Iterable[str],
     config: dict[str, Any],
-    families: Iterable[type[PackedEncoder]],
+    families: Mapping[str, Iterable[Dialect]],
     label: str,
     prefix: str | None = None,
 ) -> str:
@@ -51,7 +48,7 @@ def prefix_of(
     Args:
         names: of all tensors.
         config: the checkpoint's `config.json`.
-        families: whose dialects are searched.
+        families: the dialects that are searched, by the family's name.
         label: the checkpoint, for messages.
         prefix: the one to take, with or without its last dot; searched unless given.
 
@@ -69,7 +66,7 @@ def prefix_of(
         if any(each.startswith(outer) for outer in towers):
             continue  # the same tower, of which the dialect takes the rest of the prefix
         inside = [name.removeprefix(each) for name in patterns if name.startswith(each)]
-        matching = {family.family: [d for d in family.dialects if d.matches(inside)] for family in families}
+        matching = {family: [d for d in dialects if d.matches(inside)] for family, dialects in families.items()}
         if each == "":
             if any(matching.values()) and config.get("model_type") not in TOWERS:
                 return ""
@@ -176,20 +173,20 @@ def _log_processor(name: str, processor: str) -> None:
 
 
 def open_tower(
-    name: str | Path, families: Iterable[type[PackedEncoder]], prefix: str | None = None, **options: Any
+    name: str | Path, families: Mapping[str, Iterable[Dialect]], prefix: str | None = None, **options: Any
 ) -> Checkpoint:
     """Open a checkpoint, or of one of a larger model the vision tower; files without a tensor of it are not read.
 
     Args:
         name: as `open_checkpoint` takes it.
-        families: whose towers are searched.
+        families: whose towers are searched: the dialects of each by its name, such as `dialects.DIALECTS`.
         prefix: of the tower's tensors; searched unless given.
         options: further arguments of `open_checkpoint`.
 
     Raises:
         ValueError, OSError: see `open_checkpoint`, `prefix_of` and `narrowed`.
     """
-    families, label = tuple(families), f"checkpoint {str(name)!r}"
+    label = f"checkpoint {str(name)!r}"
 
     def find(names: Iterable[str], config: dict[str, Any]) -> str:
         return prefix_of(names, config, families, label, prefix)

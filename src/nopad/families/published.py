@@ -10,13 +10,13 @@ import torch
 
 from nopad.atomic import atomic_write
 from nopad.encoder import PackedEncoder
-from nopad.families import FAMILIES
+from nopad.families import ENCODERS, encoder_class
 from nopad.published import LIST
 
 
 def describe_published() -> Iterator[dict[str, Any]]:
     """A row for each published model, measured on the model itself."""
-    for family in FAMILIES:
+    for family in map(encoder_class, ENCODERS):
         for name in family.published:
             yield _describe(family, name)
 

@@ -7,10 +7,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from transformers.models.auto.image_processing_auto import (
-    IMAGE_PROCESSOR_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
-)
-
 from nopad.counts import is_count
 from nopad.preprocessing.rules import Preprocessing, Resample, Rule
 
@@ -26,12 +22,6 @@ _PROCESSORS = {
     "BitImageProcessor": "bit",
     "Qwen2VLImageProcessor": "qwen2_vl",
 }
-_OF_TRANSFORMERS = {
-    class_name.removesuffix("Fast").removesuffix("Pil")
-    for names in IMAGE_PROCESSOR_MAPPING_NAMES.values()
-    for class_name in (names.values() if isinstance(names, dict) else names)
-    if isinstance(class_name, str)
-} - {"DINOv3ViTImageProcessor"}
 _CLASS_KEYS = """
 size crop_size resample image_mean image_std do_resize do_center_crop do_rescale do_normalize default_to_square
 rescale_factor max_num_patches
@@ -108,11 +98,25 @@ def _read(fields: dict[str, Any], default: Preprocessing) -> Preprocessing:
     )
 
 
+def _processors_of_transformers() -> set[str]:
+    """Names of all image processors of transformers; imported here, since most checkpoints need none of it."""
+    from transformers.models.auto.image_processing_auto import (
+        IMAGE_PROCESSOR_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
+    )
+
+    return {
+        class_name.removesuffix("Fast").removesuffix("Pil")
+        for names in IMAGE_PROCESSOR_MAPPING_NAMES.values()
+        for class_name in (names.values() if isinstance(names, dict) else names)
+        if isinstance(class_name, str)
+    }
+
+
 def _class_defaults(processor: str) -> dict[str, Any]:
     """Defaults of the processor class of transformers that a preprocessor config names."""
     name = processor.removesuffix("Fast").removesuffix("Pil")
     if name not in _PROCESSORS:
-        if name in _OF_TRANSFORMERS:
+        if name != "DINOv3ViTImageProcessor" and name in _processors_of_transformers():
             raise ValueError(
                 f"image_processor_type: expected {', '.join(_PROCESSORS)} or DINOv3ViTImageProcessor, got "
                 f"{processor!r}, whose steps no rule here has; give pack and embed a preprocessing="

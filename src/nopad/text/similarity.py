@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nopad.text.tower import BATCH, text_tower
-
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
+    from nopad.text.tower import TextTower
 
+BATCH = 256
+"""Texts that go through the tower at a time."""
 TEMPLATE = "This is a photo of {}."
 
 
@@ -36,7 +37,7 @@ def embed_text(encoder: PackedEncoder, texts: Iterable[str]) -> Tensor:
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"texts: expected str, got {type(text).__name__}: {text!r:.80}")
-    tower = text_tower(encoder)
+    tower = _tower(encoder)
     with torch.inference_mode():
         vectors = [tower(texts[start : start + BATCH]).float().cpu() for start in range(0, len(texts), BATCH)]
     return torch.cat(vectors) if vectors else torch.empty(0, encoder.embedding_size, dtype=torch.float32)
@@ -57,12 +58,19 @@ def similarity(encoder: PackedEncoder, images: Any, texts: Any) -> Tensor:
     """
     text_embeds = _vectors(encoder, "texts", texts)
     image_embeds = _vectors(encoder, "images", images)
-    tower = text_tower(encoder)
+    tower = _tower(encoder)
     with torch.inference_mode():
         return tower.logits(
             encoder.embed(images) if image_embeds is None else image_embeds,
             embed_text(encoder, texts) if text_embeds is None else text_embeds,
         ).cpu()
+
+
+def _tower(encoder: PackedEncoder) -> TextTower:
+    """See `text_tower`, whose module imports tokenizers and all that transformers needs for texts."""
+    from nopad.text.tower import text_tower
+
+    return text_tower(encoder)
 
 
 def _vectors(encoder: PackedEncoder, name: str, given: Any) -> Tensor | None:
@@ -98,4 +106,4 @@ def classify(encoder: PackedEncoder, images: Any, labels: Sequence[str], *, temp
     if "{}" not in template:
         raise ValueError(f"template: expected a text with {{}} where the label goes, got {template!r:.80}")
     logits = similarity(encoder, images, [template.replace("{}", label) for label in labels])
-    return logits.softmax(dim=1) if text_tower(encoder).logit_bias is None else logits.sigmoid()
+    return logits.softmax(dim=1) if _tower(encoder).logit_bias is None else logits.sigmoid()

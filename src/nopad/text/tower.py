@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 _VISION, _TEXT = "_vision_model", "text_model."
 _NO_WEIGHTS = re.compile(r"(^|\.)(position_ids|attn_mask|input_resolution|context_length|vocab_size)$")
 """Buffers of transformers' and OpenCLIP's models, and OpenAI's sizes, in older files."""
-BATCH = 256
 
 
 class TextTower(nn.Module):
