@@ -62,6 +62,29 @@ def test_goldens_of_timms_own_models(goldens, case, order):
             assert torch.allclose(pooled, expected[f"pooled_{number}"], atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("case", [*CASES, "timm-clip-projection"])
+@torch.no_grad()
+def test_features_of_layers_are_timms_forward_intermediates(goldens, case):
+    encoder = nopad.load(goldens / case)
+    inputs = load_file(goldens / case / "inputs.safetensors")
+    expected = load_file(goldens / case / "intermediates.safetensors")
+    images = [inputs[f"image_{number}"][0] for number in range(min(len(inputs), 2))]
+    pack = nopad.Pack.of(images, 4, encoder.patch_order)
+    compared = set()
+    for kind, layers in (("plain", [0, 1]), ("normed", [0])):
+        features = encoder.features(pack, layers, norm=kind == "normed", format="chw")
+        for number, found in enumerate(features):
+            for place, layer in enumerate(layers):
+                name = f"{kind}_{layer}_{number}"
+                torch.testing.assert_close(found.tokens[place, 0], expected[name], atol=2e-5, rtol=0)
+                compared.add(name)
+                if found.prefix_tokens is not None:
+                    name = f"{kind}_{layer}_prefix_{number}"
+                    torch.testing.assert_close(found.prefix_tokens[place, 0], expected[name], atol=2e-5, rtol=0)
+                    compared.add(name)
+    assert compared == expected.keys()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_saved_they_load_into_transformers_models(goldens, tmp_path, case):
     encoder = nopad.load(goldens / case)

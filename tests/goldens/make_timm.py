@@ -63,6 +63,24 @@ def run(model: torch.nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, torc
     return tokens[0], model.forward_head(tokens, pre_logits=True)[0]
 
 
+def intermediates(model: torch.nn.Module, image: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What `forward_intermediates` returns of both layers, and of the first after the final norm; by name.
+
+    Maps are `(D, h, w)`, prefix tokens `(number, D)`.
+    """
+    found = {}
+    for name, norm in (("plain", False), ("normed", True)):
+        layers = model.forward_intermediates(
+            image, indices=[0] if norm else [0, 1], norm=norm, return_prefix_tokens=True, intermediates_only=True
+        )
+        for layer, tensors in enumerate(layers):
+            maps, *prefix = tensors if model.num_prefix_tokens else [tensors]
+            found[f"{name}_{layer}"] = maps[0].contiguous()
+            if prefix:
+                found[f"{name}_{layer}_prefix"] = prefix[0][0].contiguous()
+    return found
+
+
 def main(folder: Path, *names: str) -> None:
     """Write all cases, or those that are named."""
     for name in names or CASES:
@@ -76,17 +94,20 @@ def main(folder: Path, *names: str) -> None:
         save_for_hf(model, folder / name, safe_serialization=True)
         generator = torch.Generator().manual_seed(1)
         images = [torch.randn(1, 3, 4 * rows, 4 * columns, generator=generator) for rows, columns in grids]
-        expected = {}
+        expected, of_layers = {}, {}
         with torch.no_grad():
             for number, image in enumerate(images):
                 tokens, pooled = run(model, image)
                 expected |= {f"tokens_{number}": tokens.contiguous(), f"pooled_{number}": pooled.contiguous()}
                 if projection:
                     expected[f"image_embed_{number}"] = model(image)[0].contiguous()
+                if number < 2:
+                    of_layers |= {f"{key}_{number}": value for key, value in intermediates(model, image).items()}
         save_file(
             {f"image_{number}": image for number, image in enumerate(images)}, folder / name / "inputs.safetensors"
         )
         save_file(expected, folder / name / "expected.safetensors")
+        save_file(of_layers, folder / name / "intermediates.safetensors")
 
 
 if __name__ == "__main__":

@@ -65,8 +65,9 @@ def layer_features(
     Args:
         images: a pack on the encoder's device, or images as `pack` takes them.
         layers: which, from 0; negative ones from the end. The result has them in this order.
-        norm: apply the final norm to the tokens of every layer, as DINOv2's `get_intermediate_layers` does; those of
-            the last layer are then the encoder's. Without it they are transformers' `hidden_states[layer + 1]`.
+        norm: apply the final norm to the tokens of every layer, as DINOv2's `get_intermediate_layers` and timm's
+            `forward_intermediates(norm=True)` do; those of the last layer are then the encoder's. Without it they are
+            transformers' `hidden_states[layer + 1]`.
         prefix: return CLS and register tokens, too, where there are any.
         format: `"thwc"` for tokens `(layers, t, h, w, D)`, `"chw"` for `(layers, t, D, h, w)`.
 
