@@ -29,9 +29,25 @@ def clip(kind="clip", **text):
     return composite(kind, text={**fields, **text}, hidden_act=text.get("hidden_act", "quick_gelu"), image_size=20)
 
 
+def with_a_text_module(folder):
+    """The same model as OpenCLIP's `CustomTextCLIP` names it; see its `convert_to_custom_text_state_dict`."""
+    path = folder / "open_clip_pytorch_model.bin"
+    state = torch.load(path, weights_only=True)
+    of_both = ("visual.", "logit_")
+    state = {name if name.startswith(of_both) else f"text.{name}": tensor for name, tensor in state.items()}
+    torch.save(state, path)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["custom_text"] = True
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
 @pytest.mark.parametrize("name", ["open-clip", "open-clip-quickgelu"])
-def test_golden_of_open_clips_code(goldens, tmp_path, name):
+def test_golden_of_open_clips_code(goldens, tmp_path, name, custom_text):
     folder = shutil.copytree(goldens / name, tmp_path / name)
+    if custom_text:
+        with_a_text_module(folder)
     text_checkpoints.clip_tokenizer(length=8, letters="abcdefghijklmn").save_pretrained(folder)
     inputs, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
     encoder = nopad.load(folder)
@@ -100,13 +116,41 @@ def test_texts_are_pooled_at_the_token_that_the_config_names(tmp_path, written):
         ({"heads": 0}, "text_cfg: heads: expected an integer ≥ 1, got 0"),
         ({"layers": 10**9}, "num_hidden_layers: got 1000000000, but by its tensors it has at most 2"),
         ({"width": 10**9}, "hidden_size: got 1000000000, but by its tensors"),
-        ({"vocab_size": 600}, r"1 misshapen: token_embedding|1 misshapen: text_model.embeddings.token_embedding"),
+        ({"vocab_size": 600}, r"1 misshapen: token_embedding.weight"),
     ],
     ids=str,
 )
 def test_text_configs_that_nothing_implements_are_refused(tmp_path, changes, expected):
     encoder = nopad.load(write_open_clip(tmp_path, clip(), **changes))
     with pytest.raises(ValueError, match=rf"checkpoint '{tmp_path}'.*({expected})"):
+        encoder.embed_text(["a"])
+
+
+def test_tensors_of_a_text_module_are_needed(tmp_path):
+    folder = with_a_text_module(write_open_clip(tmp_path, clip()))
+    path = folder / "open_clip_pytorch_model.bin"
+    state = torch.load(path, weights_only=True)
+    assert nopad.load(folder).embed_text(["a"]).shape == (1, 24)
+    for name in ("ln_final.bias", "text_projection", "transformer.resblocks.0.attn.in_proj_weight"):
+        torch.save({other: tensor for other, tensor in state.items() if other != f"text.{name}"}, path)
+        with pytest.raises(ValueError, match=rf"1 missing: {name}"):
+            nopad.load(folder).embed_text(["a"])
+    torch.save({**state, "text.cls_emb": torch.zeros(16)}, path)
+    with pytest.raises(ValueError, match="1 unexpected: cls_emb"):
+        nopad.load(folder).embed_text(["a"])
+    torch.save({**state, "text_projection": torch.zeros(16)}, path)
+    with pytest.raises(ValueError, match="'text_projection' is there with and without prefix"):
+        nopad.load(folder).embed_text(["a"])
+
+
+def test_text_towers_of_other_kinds_are_named(tmp_path):
+    folder = write_open_clip(tmp_path, clip())
+    path = folder / "open_clip_pytorch_model.bin"
+    state = torch.load(path, weights_only=True)
+    vision = {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
+    torch.save({**vision, "text.transformer.embeddings.word_embeddings.weight": torch.zeros(3, 4)}, path)
+    encoder = nopad.load(folder)
+    with pytest.raises(ValueError, match=r"its text tower is not read: text.transformer.embeddings.word_embeddings"):
         encoder.embed_text(["a"])
 
 

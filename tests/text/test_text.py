@@ -11,7 +11,8 @@ import pytest
 import text_checkpoints
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 import nopad
 from nopad.families import clip_checkpoints, clip_text, siglip2_checkpoints, siglip2_text
@@ -21,7 +22,7 @@ IMAGES = ["examples/images/cat.jpg", "examples/images/coffee.jpg", "examples/ima
 UNTRAINED = "untrained:google/siglip2-base-patch16-224"
 
 
-def tokens(kind: str, texts: list[str]) -> dict[str, Tensor]:
+def tokens(kind: str, texts: list[str]) -> dict[str, torch.Tensor]:
     """As the original's documentation says; the tokens are bytes here, those of CLIP characters."""
     if kind == "clip":
         rows = [
@@ -43,7 +44,7 @@ def tokens(kind: str, texts: list[str]) -> dict[str, Tensor]:
     return {"input_ids": torch.tensor([row + [pad] * (length - len(row)) for row in rows]), "attention_mask": mask}
 
 
-def original_logits(kind: str, original: Any, encoder: Any, inputs: dict[str, Tensor]) -> Tensor:
+def original_logits(kind: str, original: Any, encoder: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """`logits_per_image` of the original, one image at a time."""
     pack = encoder.pack(IMAGES)
     rows = []
@@ -108,6 +109,31 @@ def test_saved_whole_the_original_class_loads_it_with_nothing_missing(both, tmp_
     assert torch.equal(again.embed_text(TEXTS), encoder.embed_text(TEXTS))
     assert torch.equal(again.embed(IMAGES), encoder.embed(IMAGES))
     assert type(loaded.config) is type(original.config)
+
+
+def test_golden_of_apples_code(goldens, tmp_path):
+    folder = shutil.copytree(goldens / "aimv2-apple-lit", tmp_path / "lit")
+    words = {f"w{number}": number for number in range(98)} | {"<eos>": 98}
+    made = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 98)])
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
+    inputs, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    encoder = nopad.load(folder)
+    assert encoder.dialect == "Apple"
+    texts = [" ".join(f"w{number}" for number in row[:-1]) for row in inputs["input_ids"].tolist()]
+    found = encoder.embed_text(texts)
+    torch.testing.assert_close(found, expected["text_embed"], rtol=0, atol=2e-5)
+    pack = nopad.Pack.of([inputs["image_0"][0]], encoder.patch_size, encoder.patch_order)
+    with torch.no_grad():
+        images = encoder.encode(pack).image_embeds
+    cosines = torch.nn.functional.cosine_similarity(images, found)
+    scale = load_file(folder / "model.safetensors")["log_logit_scale"].clamp(0, np.log(100)).exp()
+    torch.testing.assert_close(encoder.similarity(images, texts), scale * cosines[None], rtol=0, atol=2e-4)
+    encoder.save_pretrained(tmp_path / "whole", whole=True)
+    again = nopad.load(tmp_path / "whole")
+    assert again.dialect == "transformers"
+    assert torch.equal(again.embed_text(texts), found)
 
 
 def test_the_encoder_stays_the_vision_encoder(both):

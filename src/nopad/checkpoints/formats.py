@@ -230,6 +230,7 @@ class Dialect:
         prepare: hook applied to the selected tensors before `table`.
         text_table: leads from the dropped tensors to the text half of the original class of both towers
             (`text_model.…`, `text_projection.weight`, `logit_scale`); `None` where that half is not read.
+        text_prefixes: taken off their names before that.
     """
 
     name: str
@@ -242,6 +243,7 @@ class Dialect:
     excludes: tuple[str, ...] = ()
     prepare: Callable[[Checkpoint], Checkpoint] = lambda checkpoint: checkpoint
     text_table: NameTable | None = None
+    text_prefixes: tuple[str, ...] = ()
 
     def matches(self, names: Iterable[str]) -> bool:
         """Whether these are tensor names of this dialect."""

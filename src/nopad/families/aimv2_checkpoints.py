@@ -145,4 +145,6 @@ def _published_text(name: str) -> dict[str, Any]:
     }
 
 
-TEXT_RULES = TextRules(padding="longest", published=_published_text, has_bos=True)
+# With SDPA, texts of one length get no causal mask in transformers 5.23: `create_causal_mask` leaves it to the kernel,
+# which `Aimv2Attention` calls with `is_causal=False`.
+TEXT_RULES = TextRules(padding="longest", published=_published_text, has_bos=True, attn_implementation="eager")

@@ -35,6 +35,7 @@ class TextRules:
         normalize: of tokenizer and text, what is done to a text before it.
         config_fields: from a checkpoint to the fields of the config of both towers.
         check_tokenizer: of text config and tokenizer, raises `ValueError` where they do not belong together.
+        attn_implementation: of transformers' text model, where its default is not right.
     """
 
     padding: Literal["max_length", "longest"]
@@ -43,3 +44,4 @@ class TextRules:
     normalize: Callable[[Any, str], str] = _unchanged
     config_fields: Callable[[Checkpoint], Mapping[str, Any]] = _config_json
     check_tokenizer: Callable[[Any, Any], None] = _any_tokenizer
+    attn_implementation: str | None = None

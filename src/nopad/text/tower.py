@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from nopad.checkpoints.conversions import NameTable
 from nopad.checkpoints.files import open_checkpoint
+from nopad.checkpoints.formats import Dialect
 from nopad.checkpoints.strict import check_sizes, check_strictly
 from nopad.checkpoints.untrained import UNTRAINED, fill
 from nopad.text.tokenizer import byte_tokenizer, load_tokenizer
@@ -102,8 +103,13 @@ def _load(encoder: PackedEncoder) -> TextTower:
     dialect = next(dialect for dialect in encoder.dialects if dialect.name == encoder.dialect)
     left_out = dialect.select(checkpoint).left_out
     stored = {name: tensor for name, tensor in left_out.items() if not _NO_WEIGHTS.search(name)}
-    texts = replace(dialect, table=dialect.text_table or NameTable()).convert(replace(checkpoint, tensors=stored))
+    of_texts = Dialect(dialect.name, "", dialect.text_table or NameTable(), prefixes=dialect.text_prefixes)
+    checkpoint = of_texts.select(replace(checkpoint, tensors=stored))
+    texts = of_texts.convert(checkpoint)
     if not any(name.startswith(_TEXT) or dialect.text_table is None for name in texts.tensors):
+        others = sorted(name for name in stored if name.startswith("text."))
+        if others:
+            raise ValueError(f"checkpoint {source!r}: its text tower is not read: {', '.join(others[:3])}, …")
         raise ValueError(
             f"checkpoint {source!r} has no text tower: its tensors are the vision encoder's alone; load one of both "
             f"towers, or save it by save_pretrained(…, whole=True)"
@@ -122,7 +128,7 @@ def _load(encoder: PackedEncoder) -> TextTower:
     check_sizes(texts, config.text_config.to_dict(), f"{_TEXT}encoder.layers.")
     tower = TextTower(config, rules, load_tokenizer(source, encoder.opened_with))
     needed = tower.state_dict()
-    check_strictly(texts, needed, dialect)
+    check_strictly(checkpoint, of_texts.table.to_file(needed), of_texts)
     try:
         _check_tokenizer(tower)
     except ValueError as error:
@@ -141,6 +147,7 @@ def _filled(tower: TextTower, state: dict[str, Tensor], dtype: torch.dtype) -> T
     """A tower of the meta device with values, by transformers' loader, which also makes buffers that no file has."""
     of_model = {name.removeprefix(_TEXT): tensor for name, tensor in state.items() if name.startswith(_TEXT)}
     options: dict[str, Any] = {"config": tower.text_model.config, "dtype": dtype, "output_loading_info": True}
+    options["attn_implementation"] = tower.rules.attn_implementation
     model, info = type(tower.text_model).from_pretrained(None, state_dict=of_model, **options)
     lost = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]))
     if lost:

@@ -17,22 +17,39 @@ _EARLY_TRANSFORMERS = NameTable(
     Rename("encoder.layers.*.ffn.fc3.*", f"{_LAYER}.ffn.up_proj.*"),
     Rename("encoder.layers.*.ffn.fc2.*", f"{_LAYER}.ffn.down_proj.*"),
 )
+
+
+def _apple_trunk(file: str, model: str) -> list[Rename]:
+    """The blocks of one tower and its last norm, below a prefix in the file and one in the model."""
+    block, layer = f"{file}trunk.blocks.*", f"{model}{_LAYER}"
+    return [
+        Rename(f"{block}.norm_1.*", f"{layer}.rms_norm1.*"),
+        Rename(f"{block}.norm_2.*", f"{layer}.rms_norm2.*"),
+        Rename(f"{block}.attn.qkv.*", *(f"{model}{part}" for part in _QKV), reshape=split_rows(3)),
+        Rename(f"{block}.attn.proj.*", f"{layer}.attention.out_proj.*"),
+        Rename(f"{block}.mlp.fc1.*", f"{layer}.ffn.gate_proj.*"),
+        Rename(f"{block}.mlp.fc3.*", f"{layer}.ffn.up_proj.*"),
+        Rename(f"{block}.mlp.fc2.*", f"{layer}.ffn.down_proj.*"),
+        Rename(f"{file}trunk.post_trunk_norm.*", f"{model}rms_norm.*"),
+    ]
+
+
 _APPLE = NameTable(
     Rename("preprocessor.patchifier.proj.*", "embeddings.patch_embed.*"),
     Rename("preprocessor.patchifier.norm.*", "embeddings.rms_norm.*"),
     Rename("preprocessor.pos_embed", "embeddings.position_embedding.weight", reshape=DROP_AXIS),
-    Rename("trunk.blocks.*.norm_1.*", f"{_LAYER}.rms_norm1.*"),
-    Rename("trunk.blocks.*.norm_2.*", f"{_LAYER}.rms_norm2.*"),
-    Rename("trunk.blocks.*.attn.qkv.*", *_QKV, reshape=split_rows(3)),
-    Rename("trunk.blocks.*.attn.proj.*", f"{_LAYER}.attention.out_proj.*"),
-    Rename("trunk.blocks.*.mlp.fc1.*", f"{_LAYER}.ffn.gate_proj.*"),
-    Rename("trunk.blocks.*.mlp.fc3.*", f"{_LAYER}.ffn.up_proj.*"),
-    Rename("trunk.blocks.*.mlp.fc2.*", f"{_LAYER}.ffn.down_proj.*"),
-    Rename("trunk.post_trunk_norm.*", "rms_norm.*"),
+    *_apple_trunk("", ""),
     Rename("head.k.*", "head.k_proj.*"),
     Rename("head.v.*", "head.v_proj.*"),
     Rename("head.linear.*", "head.output_proj.*"),
     Rename("image_projector.*", "visual_projection.*"),
+)
+_APPLE_TEXT = NameTable(
+    Rename("text_encoder.preprocessor.text_embedding.weight", "text_model.embeddings.token_embedding.weight"),
+    Rename("text_encoder.preprocessor.positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    *_apple_trunk("text_encoder.", "text_model."),
+    Rename("text_projector.*", "text_projection.*"),
+    Rename("log_logit_scale", "logit_scale"),
 )
 _OVIS2 = NameTable(Rename("embeddings.patch_embedding.*", "embeddings.patch_embed.*"))
 _TIMM = NameTable(
@@ -79,6 +96,7 @@ DIALECTS = (
         _APPLE,
         prefixes=("image_encoder.",),
         dropped=(r"^text_encoder\.", r"^text_projector\.", r"^log_logit_scale$"),
+        text_table=_APPLE_TEXT,
     ),
     Dialect(
         "timm", r"^blocks\.\d+\.mlp\.fc1_[gx]\.", _TIMM, excludes=(r"^cls_token$", r"\.gamma_1$"), dropped=CLASSIFIER

@@ -109,6 +109,7 @@ DIALECTS = (
             r"^(input_resolution|context_length|vocab_size)$",  # OpenAI's
         ),
         text_table=OPEN_CLIP_TEXT,
+        text_prefixes=("text.",),  # of its `CustomTextCLIP`
     ),
     Dialect(
         "timm",
