@@ -45,7 +45,12 @@ from nopad.preprocessing.rules import Preprocessing
 from nopad.segments import Segments
 from nopad.text.rules import TextRules
 from nopad.text.similarity import classify, embed_text, similarity
-from nopad.training.compiled import checkpoint_mlps, compile_for_training
+from nopad.training.checkpointing import (
+    activation_checkpointing_disable,
+    activation_checkpointing_enable,
+    checkpoint_mlps,
+)
+from nopad.training.compiled import compile_for_training
 from nopad.training.finetuning import lora_targets, parameter_groups
 from nopad.training.frozen import freeze_mask_tokens
 
@@ -312,6 +317,8 @@ class PackedEncoder(ByRole, PreTrainedModel):
 
     compile_for_training = compile_for_training
     checkpoint_mlps = checkpoint_mlps
+    activation_checkpointing_enable: Any = activation_checkpointing_enable
+    activation_checkpointing_disable: Any = activation_checkpointing_disable
     parameter_groups = parameter_groups
     lora_targets = property(lora_targets)
 

@@ -16,7 +16,7 @@ from originals import (
     read_by_original,
     run_original,
 )
-from tiny_encoders import FAMILIES, checkpoint_layers, pack_of, patches_of, tiny
+from tiny_encoders import FAMILIES, pack_of, patches_of, tiny
 from tiny_encoders import GRIDS as PACK
 
 import nopad
@@ -112,7 +112,7 @@ def test_gradients_are_the_originals(family, tmp_path, checkpointing):
     folder = tiny(family, tmp_path / "checkpoint", **changes)
     encoder, original = nopad.load(folder).train(), read_by_original(family, folder)
     if checkpointing:
-        checkpoint_layers(encoder)
+        encoder.activation_checkpointing_enable()
     pixels = pixels_of(grids_of(family), encoder.patch_size)
     theirs = [run_original(family, original, image) for image in pixels]
     output = encoder.encode(pack_of(encoder, pixels))

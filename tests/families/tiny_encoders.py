@@ -84,12 +84,6 @@ def patches_of(encoder, grids: Tensor = GRIDS, seed: int = 0) -> Tensor:
     return patches.to(encoder.device, encoder.dtype)
 
 
-def checkpoint_layers(encoder) -> None:
-    """Keep the layers' inputs alone for the backward; older transformers have another name for it."""
-    name = "activation_checkpointing_enable"
-    getattr(encoder, name if hasattr(encoder, name) else "gradient_checkpointing_enable")()
-
-
 def relative(ours: Tensor, theirs: Tensor) -> float:
     """Norm of the difference over the norm."""
     ours, theirs = ours.double().cpu(), theirs.double().cpu()

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from tiny_encoders import FAMILIES, GRIDS, checkpoint_layers, patches_of, tiny
+from tiny_encoders import FAMILIES, GRIDS, patches_of, tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import nopad
@@ -115,7 +115,7 @@ def test_hooks_run_and_whole_layers_are_checkpointed_in_compiled_layers(tmp_path
     expected = gradients(encoder, GRIDS)
     shapes = []
     encoder.layers[0].mlp.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape))
-    checkpoint_layers(encoder)
+    encoder.activation_checkpointing_enable()
     encoder.compile_for_training(CAPACITY, MAX_SEGMENTS)
     torch.testing.assert_close(gradients(encoder, GRIDS), expected, rtol=1e-4, atol=1e-6)
     assert (CAPACITY, encoder.hidden_size) in shapes

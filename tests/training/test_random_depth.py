@@ -3,7 +3,7 @@
 import pytest
 import torch
 from originals import read_by_original
-from tiny_encoders import GRIDS, checkpoint_layers, patches_of, tiny
+from tiny_encoders import GRIDS, patches_of, tiny
 
 import nopad
 from nopad.layers.block import drop_path
@@ -70,7 +70,7 @@ def test_dropped_branches_are_dropped_again_in_the_backward(family, tmp_path):
         return {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
 
     expected = gradients(lambda encoder: None)
-    for prepare in (nopad.PackedEncoder.checkpoint_mlps, checkpoint_layers):
+    for prepare in (nopad.PackedEncoder.checkpoint_mlps, nopad.PackedEncoder.activation_checkpointing_enable):
         torch.testing.assert_close(gradients(prepare), expected)
 
 

@@ -57,16 +57,6 @@ def compile_for_training(
     encoder._runner = TrainingRunner(encoder, capacity, max_segments)
 
 
-def checkpoint_mlps(encoder: PackedEncoder, enabled: bool = True) -> None:
-    """Keep the input of each layer's MLP for the backward instead of its activations, and compute these again.
-
-    Takes about half of the memory, for a seventh more work. `activation_checkpointing_enable`, transformers' method,
-    does so for whole layers: a tenth of the memory, for a third more work. Both work eagerly and compiled.
-    """
-    for layer in encoder.layers:
-        setattr(layer, "recompute_mlp", enabled)  # noqa: B010 - layers are modules of any class to a type checker
-
-
 class TrainingRunner(EagerRunner):
     """Runs packs on `capacity` rows through layers that `torch.compile` compiles, with and without gradients.
 
