@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo bench-embed test test-quantised fuzz torture lint types format install clean
+.PHONY: demo bench-embed test test-quantised pages fuzz torture lint types format install clean
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -26,6 +26,16 @@ test-quantised: $(QUANTISE)/.installed
 
 $(QUANTISE)/.installed: $(STAMP)
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target $(QUANTISE) torchao==0.18.0 bitsandbytes==0.50.2
+	@touch $@
+
+# The pages in Chromium, which has to be there (Debian: apt-get install chromium); look at the screenshots. Playwright is
+# not in .venv itself: it is 170 MB, and the continuous integration has no browser.
+PAGES := .venv/pages
+pages: $(PAGES)/.installed
+	@PYTHONPATH=$(PAGES) NOPAD_SCREENSHOTS=demo/screenshots $(BIN)/python -m pytest -rs tests/view/test_in_a_browser.py $(ARGS)
+
+$(PAGES)/.installed: $(STAMP)
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade --target $(PAGES) playwright==1.65.2
 	@touch $@
 
 # Hostile files without end; seeds are printed, and make fuzz CASE=tars:1234 runs one case again.

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -184,40 +183,3 @@ def test_a_picture_that_is_none(models, tmp_path, monkeypatch, capsys):
     (tmp_path / "text.png").write_text("no picture")
     assert main(["view", "text.png", "--model", models[0]]) == 2
     assert "text.png: " in capsys.readouterr().err
-
-
-CHROMIUM = shutil.which("chromium-headless-shell") or shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, which the continuous integration does not have")
-def test_a_page_in_a_browser(pictures, models, tmp_path):
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-    out = tmp_path / "view.html"
-    main(["view", *pictures, "--model", ",".join(models[:2]), "--layers", "0,-1", "--out", str(out)])
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        errors: list = []
-        for width, scheme in ((360, "light"), (1440, "dark")):
-            page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-            page.on("console", lambda message: errors.append(message.text))
-            page.on("pageerror", lambda error: errors.append(error))
-            page.on("request", lambda request: request.url[:5] in ("file:", "data:") or errors.append(request.url))
-            page.goto(out.as_uri())
-            page.wait_for_selector("body[data-ready=yes]")
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-            canvas, told = page.locator("canvas").first, page.locator("output").first
-            before, words = canvas.evaluate("each => each.toDataURL()"), told.inner_text()
-            canvas.focus()
-            page.keyboard.press("ArrowRight")
-            assert told.inner_text() != words
-            page.locator("input[value=similarity]").check()
-            assert canvas.evaluate("each => each.toDataURL()") != before
-            assert "most similar to" in told.inner_text()
-            words = told.inner_text()
-            canvas.hover(position={"x": 3, "y": 3})
-            assert told.inner_text() != words
-            assert told.inner_text().startswith("row 1 of ")
-            page.locator("#layer").fill("0")
-            assert page.locator("#layer-name").inner_text() == "layer 0"
-        browser.close()
-    assert not errors

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape as escape_html
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from nopad.atomic import atomic_write
 from nopad.terminal import printable
 
-LEFT, RIGHT, TOP, BASE = 60, 946, 22, 232  # the plot within a chart of 960 × 280
+LEFT, RIGHT, TOP, BASE = 84, 940, 22, 232  # the plot within a chart 960 wide
 COLOURS, DASHES = 4, 3
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'"
@@ -24,45 +25,7 @@ PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="$policy">
 <title>$title</title><style>
-:root { color-scheme: light dark; --paper: #fcfcfa; --ink: #1d1f22; --muted: #5f646c; --rule: #e3e3de; --good: #1b7a49;
-  --bad: #b3261e; --bar: #5d83ad; --c0: #2f6db5; --c1: #bd6227; --c2: #35855a; --c3: #8a56a8 }
-@media (prefers-color-scheme: dark) { :root { --paper: #141517; --ink: #e7e7e3; --muted: #a0a4ac; --rule: #2d3034;
-  --good: #63cc93; --bad: #ff8d83; --bar: #6f95c0; --c0: #7db2f0; --c1: #eb9f68; --c2: #74c69d; --c3: #c79be0 } }
-* { box-sizing: border-box; margin: 0; padding: 0 }
-body { background: var(--paper); color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: anywhere;
-  font-variant-numeric: tabular-nums; -webkit-text-size-adjust: 100% }
-main { max-width: 68rem; margin: auto; padding: clamp(1.5rem, 5vw, 4rem) clamp(1rem, 4vw, 2.5rem) 5rem }
-h1 { font: 650 clamp(1.5rem, 4.5vw, 2rem)/1.2 system-ui, sans-serif; text-wrap: balance }
-h2 { font-size: 1.125rem; font-weight: 650; margin: 3rem 0 .25rem } p, caption, dl, ul { font-size: .875rem }
-p, caption, dt, thead, ul { color: var(--muted) }
-p, caption { max-width: min(46rem, 100vw - 2rem); margin-bottom: .5rem; text-align: left } .good { color: var(--good) }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 0 2.5rem }
-dl div { display: grid; grid-template-columns: 5.5rem 1fr; gap: 1rem; padding: .45rem 0 } ul { list-style: none }
-dl div, tbody { border-bottom: 1px solid var(--rule) } tbody tr:not(.note) { border-top: 1px solid var(--rule) }
-.scroll { overflow-x: auto; scrollbar-width: thin } .scroll:focus-visible { outline: 2px solid var(--c0) }
-table { width: 100%; border-collapse: collapse; font-size: .8125rem; line-height: 1.4; overflow-wrap: normal }
-th, td { padding: .5rem .4rem; text-align: right; vertical-align: baseline; white-space: nowrap; font-weight: 400 }
-thead th { white-space: pre; vertical-align: bottom } .note td { padding-top: 0; white-space: normal }
-tbody th { min-width: 8.5rem; white-space: normal; position: sticky; left: 0; background: var(--paper) }
-tr > :first-child, .status { text-align: left } tr > :first-child { padding-left: 0 }
-tbody th, td.status, .legend b { font-weight: 550 } .legend b { color: var(--ink) }
-.note ul { font-size: inherit; position: sticky; left: 0; width: fit-content; max-width: calc(100vw - 2rem) }
-.chart { display: block; width: 100%; min-width: 44rem; font-size: 12.5px } text { fill: var(--muted) }
-.bar { fill: var(--bar) } .over, text.limit { fill: var(--bad) } .value { fill: var(--ink) }
-.grid { stroke: var(--rule) } .spread { stroke: var(--ink); stroke-width: 2 }
-line.limit { stroke: var(--bad); stroke-dasharray: 4 } .legend { margin-top: .5rem }
-.line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round } g:hover > .line { stroke-width: 4 }
-.c0 { stroke: var(--c0) } .c1 { stroke: var(--c1) } .c2 { stroke: var(--c2) } .c3 { stroke: var(--c3) }
-.d1 { stroke-dasharray: 6 5 } .d2 { stroke-dasharray: 1 4 } .bad, .note ul { color: var(--bad) }
-.idle, .idle ul { color: var(--muted) }
-.legend { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: .3rem 2rem }
-.legend li { display: grid; grid-template-columns: 1.5rem 1fr auto; gap: .6rem; align-items: center }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1.25rem 1rem }
-figure { display: grid; gap: .35rem; align-content: start } figcaption { font-size: .75rem; line-height: 1.35 }
-figure img, figure div { width: 100%; aspect-ratio: 1; object-fit: cover; background: var(--rule); border-radius: 3px }
-.whole { grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)) }
-.whole img { aspect-ratio: auto; image-rendering: auto } figcaption span { display: block; color: var(--muted) }
-</style></head><body><main>
+$style</style></head><body><main>
 $body</main></body></html>
 """)
 
@@ -74,7 +37,8 @@ def escape(text: str) -> str:
 
 def page(title: str, parts: Iterable[str]) -> str:
     """The page around parts that are HTML already."""
-    return PAGE.substitute(title=escape(title), body="\n".join(parts), policy=_POLICY)
+    style = resources.files("nopad").joinpath("page.css").read_text(encoding="utf-8")
+    return PAGE.substitute(title=escape(title), style=style, body="\n".join(parts), policy=_POLICY)
 
 
 def data(value: Any) -> str:
@@ -132,10 +96,12 @@ def table(caption: str, header: Sequence[str], rows: Iterable[tuple[Sequence[str
     titles = ("\n".join(map(escape, title.split("\n"))) for title in header)
     heads = [f'<th scope="col"{" class=status" if i == 1 else ""}>{title}</th>' for i, title in enumerate(titles)]
     lines = [element("caption", caption), f"<thead><tr>{''.join(heads)}</tr></thead>", "<tbody>"]
+    labels = [escape(title.replace("\n", " ")) for title in header[2:]]  # where a narrow page stacks the cells of a row
     for (name, result, *cells), passed, remarks in rows:
         kind = "idle" if passed is None else "good" if passed else "bad"
         status = element("td", result, f"status {kind}")
-        cells = "".join(element("td", cell) for cell in cells)
+        labelled = zip(labels, cells, strict=True)
+        cells = "".join(f'<td data-label="{label}">{escape(cell)}</td>' for label, cell in labelled)
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{status}{cells}</tr>')
         if remarks:
             notes = "".join(element("li", remark) for remark in remarks)
@@ -160,20 +126,29 @@ def _figure(picture: tuple[bytes, str, Sequence[str]]) -> str:
     return f"<figure>{image}{caption}</figure>"
 
 
-def line_chart(label: str, lines: Sequence[tuple[str, Sequence[float]]], x_label: str) -> str:
-    """Lines over 0, 1, 2, …: log axis, zeros on its floor, gaps at NaN and infinity; a legend has each one's end."""
-    values = [value for _, line in lines for value in line]
+def line_chart(
+    label: str, lines: Sequence[tuple[str, Sequence[float]]], x_label: str, *, least: Sequence[float] = ()
+) -> str:
+    """Lines over 0, 1, 2, …: log axis, zeros on its floor, gaps at NaN and infinity; a legend has each one's end.
+
+    A line called `"limit"` is drawn as one; the area between the first line and `least` is a band.
+    """
+    values = [value for _, line in [*lines, ("", least)] for value in line]
     positive = [math.log10(value) for value in values if 0 < value < math.inf]
     low = math.floor(min(positive, default=-8))
     high = max(math.ceil(max(positive, default=low)), low + 1)
     low -= (zero := 0 in values)
     last = max([1, *(len(line) - 1 for _, line in lines)])
     x, y = _scale(0, last, LEFT, RIGHT), _scale(low, high, BASE, TOP)
-    marks = [_text(x(i), BASE + 20, str(i)) for i in _powers(0, last, 16)]
+    marks = [_text(x(i), BASE + 26, str(i)) for i in _powers(0, last, 16)]
     for power in _powers(low, high, 7):
         number = "0" if zero and power == low else f"1e{power}"
         marks += [_line(LEFT, y(power), RIGHT, y(power), "grid"), _text(LEFT - 10, y(power) + 4, number, anchor="end")]
-    heights = [[y(math.log10(v) if v > 0 else low) if math.isfinite(v) else None for v in line] for _, line in lines]
+    heights = [
+        [y(math.log10(v) if v > 0 else low) if math.isfinite(v) else None for v in line]
+        for line in [*(line for _, line in lines), least]
+    ]
+    marks += _band(x, heights[0], heights.pop()) if lines else []
     ends = [scientific(line[-1]) if line else "none" for _, line in lines]
     return _with_lines(label, marks, x_label, x, zip((name for name, _ in lines), heights, ends, strict=True))
 
@@ -186,7 +161,7 @@ def share_chart(
     x, y = _scale(0, max(1, len(ticks) - 1), LEFT, RIGHT), _scale(0, top, BASE, TOP)
     # At the ends of the plot half a label would be cut off.
     sides = ["start", *["middle"] * (len(ticks) - 2), "end"] if len(ticks) > 1 else ["start"]
-    marks = [_text(x(i), BASE + 20, tick, anchor=side) for i, (tick, side) in enumerate(zip(ticks, sides, strict=True))]
+    marks = [_text(x(i), BASE + 26, tick, anchor=side) for i, (tick, side) in enumerate(zip(ticks, sides, strict=True))]
     for fifth in range(1 + round(5 * top)):
         marks += [_line(LEFT, y(fifth / 5), RIGHT, y(fifth / 5), "grid")]
         marks += [_text(LEFT - 10, y(fifth / 5) + 4, f"{fifth / 5:.1f}", anchor="end")]
@@ -196,26 +171,20 @@ def share_chart(
     return _with_lines(label, marks, x_label, x, zip((name for name, _ in lines), heights, ends, strict=True))
 
 
-def bars(label: str, items: Sequence[tuple[str, float, float, float, str, bool]], x_label: str) -> str:
+def bars(label: str, items: Sequence[tuple[str, float, float, float, str, bool]], unit: str) -> str:
     """One bar below the other, each `(name, value, low, high, text, right)`.
 
     A line shows the spread from `low` to `high`; bars that are not `right` are red.
     """
-    left, step = 330, 26
-    base = TOP + step * len(items)
-    x = _scale(0, max([high for _, _, _, high, _, _ in items if high > 0], default=1.0), left, RIGHT - 90)
-    marks = []
-    for number, (name, value, low, high, text, right) in enumerate(items):
-        top = TOP + step * number
-        middle, kind = top + step / 2, "bar" if right else "bar over"
-        size = f'x="{left}" y="{top + 4:.1f}" width="{x(value) - left:.1f}" height="{step - 8}" rx="2"'
-        hover = element("title", f"{name}: {text}")
-        spread = _line(x(low), middle, x(high), middle, "spread")
-        marks.append(
-            f'<g>{hover}<rect class="{kind}" {size}/>{spread}{_text(left - 10, middle + 4, name, anchor="end")}'
-        )
-        marks.append(_text(x(max(value, high)) + 8, middle + 4, text, "value", "start") + "</g>")
-    return _chart(label, marks, x_label, base, left)
+    top = max([high for _, _, _, high, _, _ in items if high > 0], default=1.0)
+    rows = []
+    for name, value, low, high, text, right in items:
+        drawn = f'<i class="{"bar" if right else "bar over"}" style="width:{value / top:.2%}"></i>'
+        drawn += f'<i class="spread" style="left:{low / top:.2%};width:{(high - low) / top:.2%}"></i>'
+        track = f'<span class="track" aria-hidden="true">{drawn}</span>'
+        rows.append(f"<li>{element('span', name, 'name')}{track}{element('b', text)}</li>")
+    rows.append(f"<li>{element('span', unit, 'unit')}</li>")
+    return f'<ul class="chart bars" aria-label="{escape(label)}">' + "\n".join(rows) + "</ul>"
 
 
 def scientific(value: float | None, digits: int = 1) -> str:
@@ -235,10 +204,22 @@ def _scroll(label: str, inner: str) -> str:
     return f'<div class="scroll" role="region" aria-label="{escape(label)}" tabindex="0">\n{inner}\n</div>'
 
 
-def _chart(label: str, marks: Iterable[str], x_label: str, base: int = BASE, left: int = LEFT) -> str:
-    frame = [_line(left, base, RIGHT, base, "grid"), *marks, _text((left + RIGHT) / 2, base + 42, x_label)]
-    head = f'<svg class="chart" viewBox="0 0 960 {base + 48}" role="img" aria-label="{escape(label)}">'
-    return _scroll(label, "\n".join([head, *frame, "</svg>"]))
+def _chart(label: str, marks: Iterable[str], x_label: str) -> str:
+    frame = [_line(LEFT, BASE, RIGHT, BASE, "grid"), *marks, _text((LEFT + RIGHT) / 2, BASE + 54, x_label)]
+    head = f'<svg class="chart" viewBox="0 0 960 {BASE + 62}" role="img" aria-label="{escape(label)}">'
+    return "\n".join([head, *frame, "</svg>"])
+
+
+def _band(x: Callable[[float], float], tops: Sequence[float | None], bottoms: Sequence[float | None]) -> list[str]:
+    """The area between two lines, step by step, where both have a height."""
+    edges = list(enumerate(zip(tops, bottoms, strict=False)))
+    drawn = []
+    for (i, (top, bottom)), (j, (next_top, next_bottom)) in pairwise(edges):
+        if top is None or bottom is None or next_top is None or next_bottom is None:
+            continue
+        corners = ((x(i), top), (x(j), next_top), (x(j), next_bottom), (x(i), bottom))
+        drawn.append(f'<polygon class="band" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in corners)}"/>')
+    return drawn
 
 
 def _with_lines(
@@ -251,7 +232,7 @@ def _with_lines(
     """A chart with lines `(name, heights, number for the legend)` over 0, 1, 2, …; gaps where a height is `None`."""
     legend = []
     for number, (name, heights, end) in enumerate(lines):
-        kind = f"c{number % COLOURS} d{number // COLOURS % DASHES}"
+        kind = "limit" if name == "limit" else f"c{number % COLOURS} d{number // COLOURS % DASHES}"
         spots = ("|" if height is None else f"{x(i):.1f},{height:.1f}" for i, height in enumerate(heights))
         runs = [run.split() for run in " ".join(spots).split("|")]
         # A point between breaks is a line to itself, which round caps make a dot.

@@ -36,7 +36,7 @@ def test_duplicates_and_clusters(table, photos, capsys, tmp_path):
     page = tmp_path / "page.html"
     assert main(["duplicates", str(table), "--threshold", "0.99999", "--html", str(page)]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == "1 groups of nearly the same picture, 1 pictures more than one of each"
+    assert out[0] == "1 group of nearly the same picture, 1 picture more than one of each"
     assert sorted(out[3:]) == [f"  {photos}/000.png", f"  {photos}/copy.png"]
     assert page.read_text().count("data:image/jpeg") == 2
     assert main(["clusters", str(table), "-k", "3", "--json", "--html", str(page)]) == 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nopad import html
 from nopad.command_options import FAILURE, SUCCESS, check_report
+from nopad.counts import counted
 from nopad.local_paths import check_local
 from nopad.terminal import columns, configure_transformers, json_text, print_progress, print_summary, printable
 
@@ -133,7 +134,9 @@ def run_duplicates(options: argparse.Namespace) -> int:
     features = _open(options)
     groups = features.duplicates(options.threshold)
     extra = sum(map(len, groups)) - len(groups)
-    title = f"{len(groups):,} groups of nearly the same picture, {extra:,} pictures more than one of each"
+    title = (
+        f"{counted(len(groups), 'group')} of nearly the same picture, {counted(extra, 'picture')} more than one of each"
+    )
     _print_groups(options, features, title, "group", groups)
     return SUCCESS
 
@@ -163,7 +166,11 @@ def _print_groups(
         for number, group in enumerate(groups, 1):
             more = ["…"] if len(group) > _SHOWN else []
             names = [printable(_path(features, row) or features.ids[row]) for row in group.rows[:_SHOWN]]
-            parts += ["", f"{kind} {number}, {len(group):,} pictures", *(f"  {name}" for name in [*names, *more])]
+            parts += [
+                "",
+                f"{kind} {number}, {counted(len(group), 'picture')}",
+                *(f"  {name}" for name in [*names, *more]),
+            ]
         return "\n".join(parts)
 
     def page() -> str:

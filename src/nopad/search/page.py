@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from nopad import html
+from nopad.counts import counted
 from nopad.search.features import Features, Group
 from nopad.search.query import Match
 from nopad.search.thumbnails import thumbnail_of
@@ -30,11 +31,13 @@ def _sections(features: Features, kind: str, groups: Sequence[Group]) -> Iterato
     for number, group in enumerate(islice(groups, MAX_GROUPS), 1):
         shown = f", {MAX_ROWS} shown" if len(group) > MAX_ROWS else ""
         pictures = (_picture(features, int(row)) for row in group.rows[:MAX_ROWS])
-        yield html.section(f"{kind} {number}: {len(group):,} pictures{shown}", html.gallery(pictures))
+        yield html.section(f"{kind} {number}: {counted(len(group), 'picture')}{shown}", html.gallery(pictures))
 
 
 def _of(features: Features) -> str:
-    return html.element("p", f"{len(features):,} pictures by {features.metadata.get('model', 'an unknown model')}")
+    return html.element(
+        "p", f"{counted(len(features), 'picture')} by {features.metadata.get('model', 'an unknown model')}"
+    )
 
 
 def _picture(features: Features, row: int, *notes: str) -> tuple[bytes, str, Sequence[str]]:

@@ -99,9 +99,10 @@ function readTheme() {
   });
 }
 
-// Pixels from 0 to 1, so that at zoom 1 all places fit.
+// Pixels from 0 to 1, so that at zoom 1 all places fit, with their pictures.
 function scale() {
-  return Math.min(canvas.width / reach[0], canvas.height / reach[1]) * 0.86 * view.zoom;
+  const edge = (PICTURE + 8) * (devicePixelRatio || 1), side = (pixels) => Math.max(pixels - edge, pixels / 2);
+  return Math.min(side(canvas.width) / reach[0], side(canvas.height) / reach[1]) * 0.97 * view.zoom;
 }
 
 function onCanvas(place) {

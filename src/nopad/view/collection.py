@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from nopad.counts import check_count
+from nopad.counts import check_count, counted
 from nopad.encoder import PackedEncoder
 from nopad.search.clusters import has_faiss
 from nopad.search.features import Features, Group
@@ -229,7 +229,9 @@ def _thumbnails(
         progress(f"reading {len(chosen):,} pictures")
     found = {row: thumbnail_of(features, row, _THUMBNAIL_SIDE) for row in chosen}
     if failed := [why for jpeg, why in found.values() if not jpeg]:
-        left_out.append(f"{len(failed):,} pictures could not be read again, the first for this reason: {failed[0]}")
+        left_out.append(
+            f"{counted(len(failed), 'picture')} could not be read again, the first for this reason: {failed[0]}"
+        )
     return {row: jpeg for row, (jpeg, _) in found.items() if jpeg}
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from nopad import html
+from nopad.counts import counted
 from nopad.search.features import Features
 from nopad.terminal import printable
 from nopad.view.collection import CLUSTER_SHOWN, DUPLICATES_SHOWN, MAX_GROUPS, Collection, shown_failures
@@ -39,8 +40,9 @@ main { max-width: 90rem } section { scroll-margin-top: 1rem }
 .panel dl { display: block; margin: .5rem 0 } .panel dl div { padding: .15rem 0; font-size: .8125rem }
 .near { list-style: none; display: grid; gap: .75rem .5rem;
   grid-template-columns: repeat(auto-fill, minmax(5.5rem, 1fr)) }
-.pick { display: grid; gap: .25rem; width: 100%; border: 0; background: none; padding: 0; cursor: pointer;
-  text-align: left; font-size: .75rem; line-height: 1.35 } .pick span { color: var(--muted); display: block }
+.pick { display: grid; align-content: start; gap: .25rem; width: 100%; border: 0; background: none; padding: 0;
+  cursor: pointer; text-align: left; font-size: .75rem; line-height: 1.35 }
+.pick span { color: var(--muted); display: block }
 .pick img, .pick i { width: 100%; aspect-ratio: 1; object-fit: cover; background: var(--rule); border-radius: 3px }
 .gallery { grid-template-columns: repeat(auto-fill, minmax(min(8rem, 40vw), 1fr)) }
 .groups > li { margin-bottom: 1.5rem } .groups, .reasons, .legend2 { list-style: none }
@@ -56,7 +58,7 @@ main { max-width: 90rem } section { scroll-margin-top: 1rem }
 def collection_page(collection: Collection) -> str:
     """The whole page."""
     features = collection.features
-    title = f"{len(features):,} pictures by {features.metadata.get('model', 'models of several names')}"
+    title = f"{counted(len(features), 'picture')} by {features.metadata.get('model', 'models of several names')}"
     sections = list(_sections(collection))
     links = "".join(f'<a href="#{name}">{html.escape(heading)}</a>' for name, heading, _ in sections)
     parts = [_STYLE, html.element("h1", title), f'<nav class="sections">{links}</nav>']
@@ -78,12 +80,12 @@ def _sections(collection: Collection) -> Iterable[tuple[str, str, str]]:
     groups = collection.duplicates
     if groups:
         extra = sum(map(len, groups)) - len(groups)
-        words = f"{len(groups):,} groups, {extra:,} pictures more than one of each"
+        words = f"{counted(len(groups), 'group')}, {counted(extra, 'picture')} more than one of each"
         items = [_gallery(collection, _rows(group.rows, DUPLICATES_SHOWN)) for group in islice(groups, MAX_GROUPS)]
         yield "duplicates", "Duplicates", _listed(f"{words}{_first(len(groups), MAX_GROUPS)}", items)
     if collection.clusters:
         items = [
-            html.element("h3", f"Cluster {number}: {len(group):,} pictures")
+            html.element("h3", f"Cluster {number}: {counted(len(group), 'picture')}")
             + _gallery(collection, _rows(group.rows, CLUSTER_SHOWN))
             for number, group in enumerate(collection.clusters, 1)
         ]
@@ -94,8 +96,8 @@ def _sections(collection: Collection) -> Iterable[tuple[str, str, str]]:
 
 def _map(collection: Collection) -> str:
     label = (
-        f"Map of {len(collection.rows):,} pictures. Arrow keys choose a picture, with shift they move the map; plus "
-        f"and minus zoom, 0 shows all, escape chooses none."
+        f"Map of {counted(len(collection.rows), 'picture')}. Arrow keys choose a picture, with shift they move the "
+        f"map; plus and minus zoom, 0 shows all, escape chooses none."
     )
     buttons = "".join(
         f'<button type="button" id="{name}" aria-label="{words}">{text}</button>'
