@@ -28,18 +28,20 @@ torchscript use_bfloat16 vision_config
 
 def read_fields(
     checkpoint: Checkpoint,
-    names: Mapping[str, str],
+    names: Iterable[str],
     *,
+    aliases: Mapping[str, str] | None = None,
     fixed: Mapping[str, Any] | None = None,
     unused: Iterable[str] = (),
 ) -> dict[str, Any]:
     """The fields of a checkpoint's `config.json` by the names of an encoder's own config.
 
-    Fields that are in none of the three lists are logged.
+    Fields that are in none of these lists are logged.
 
     Args:
         checkpoint: whose vision config is read.
-        names: of the fields that are read, to those of the encoder's config.
+        names: of the fields that are read.
+        aliases: further names in files, to those of the encoder's config.
         fixed: fields with the one value that is implemented; null counts as it.
         unused: fields that the original does not compute with either.
 
@@ -47,7 +49,8 @@ def read_fields(
         ValueError: another value of a fixed field.
     """
     fields, fixed = checkpoint.vision_config, {**_FIXED, **(fixed or {})}
-    fixed = {name: value for name, value in fixed.items() if name not in names}
+    own_names = {name: name for name in names} | dict(aliases or {})
+    fixed = {name: value for name, value in fixed.items() if name not in own_names}
     for name, value in fixed.items():
         if name in fields and fields[name] not in (None, value):
             raise ValueError(
@@ -55,11 +58,11 @@ def read_fields(
                 f"implemented, got {fields[name]!r:.80}"
             )
     general = {*_NO_ARITHMETIC_NAMES.split(), *PreTrainedConfig().to_dict(), *GenerationConfig().to_dict()}
-    unread = sorted(fields.keys() - names.keys() - fixed.keys() - general - set(unused))
+    unread = sorted(fields.keys() - own_names.keys() - fixed.keys() - general - set(unused))
     if unread:
         shown = ", ".join(f"{name}={fields[name]!r:.40}" for name in unread[:10])
         _log_unread(checkpoint.name, shown + (", …" if len(unread) > 10 else ""))
-    return {names[name]: value for name, value in fields.items() if name in names}
+    return {own_names[name]: value for name, value in fields.items() if name in own_names}
 
 
 @lru_cache

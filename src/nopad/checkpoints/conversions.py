@@ -102,6 +102,19 @@ class Rename:
         return [_pattern(template) for template in self.model]
 
 
+def split_qkv(file: str, attention: str, kind: str = "*", *, optional: bool = False) -> Rename:
+    """The line for queries, keys and values in one tensor of the file, thirds of its rows.
+
+    Args:
+        file: its name.
+        attention: the module of the packed model that has `q_proj`, `k_proj` and `v_proj`.
+        kind: `"weight"`, `"bias"` or both.
+        optional: as `Rename` takes it.
+    """
+    parts = [f"{attention}.{part}_proj.{kind}" for part in "qkv"]
+    return Rename(file, *parts, reshape=split_rows(3), optional=optional)
+
+
 def _pattern(template: str) -> re.Pattern[str]:
     parts = {"*": r"([^.]+)", "**": "(.+)"}
     return re.compile(r"\.".join(parts.get(part, re.escape(part)) for part in template.split(".")))

@@ -116,7 +116,7 @@ def _with_json(checkpoint: Checkpoint, find: Callable[[str], Path | None]) -> Ch
     if preprocessor is None:
         preprocessor = _json(find("preprocessor_config.json")) or None
     path = find("config.json")
-    if path is None or open_clip_config.is_open_clips(checkpoint.tensors):  # others may lie there in two layouts
+    if path is None or open_clip_config.is_open_clip(checkpoint.tensors):  # others may lie there in two layouts
         path = find(open_clip_config.OPEN_CLIP_CONFIG) or path
     config = _json(path, "vision_config", "quantization_config")
     if config.get("transformers_weights") not in (None, SAFETENSORS[0]):

@@ -152,19 +152,19 @@ class Checkpoint:
                 f"{model_type!r}, another architecture whose tensors have the same names"
             )
 
-    def side(self, name: str, value: Any) -> Any:
-        """Side of a square given as one number or two equal ones.
+    def with_sides(self, fields: dict[str, Any], *names: str) -> dict[str, Any]:
+        """Fields of a config, those of these names as one number where they are two equal ones: sides of a square.
 
         Raises:
             ValueError: they differ.
         """
-        if not isinstance(value, list | tuple):
-            return value
-        if len(value) != 2 or value[0] != value[1]:
-            raise ValueError(
-                f"checkpoint {self.name!r}: {name}: expected one number or two that are equal, got {value}"
-            )
-        return value[0]
+        sides = {name: fields[name] for name in names if isinstance(fields.get(name), list | tuple)}
+        for name, value in sides.items():
+            if len(value) != 2 or value[0] != value[1]:
+                raise ValueError(
+                    f"checkpoint {self.name!r}: {name}: expected one number or two that are equal, got {value}"
+                )
+        return fields | {name: value[0] for name, value in sides.items()}
 
     def shape(self, name: str, ndim: int | None = None) -> tuple[int, ...]:
         """Shape of a tensor.
@@ -197,6 +197,19 @@ class Checkpoint:
                 f"but its width is {hidden_size}; add a config.json with num_attention_heads"
             )
         return hidden_size // head_dim
+
+    def num_heads_by_width(self, hidden_size: int, heads: Mapping[int, int]) -> int:
+        """Number of attention heads by the width, of the published models of a family.
+
+        Raises:
+            ValueError: another width than theirs.
+        """
+        if hidden_size not in heads:
+            raise ValueError(
+                f"checkpoint {self.name!r}: without config.json the number of heads is known for the published widths "
+                f"{sorted(heads)}, but its width is {hidden_size}; add a config.json with num_attention_heads"
+            )
+        return heads[hidden_size]
 
     def count(self, prefix: str) -> int:
         """Number of numbered modules under `prefix`, 0 where there is none.

@@ -40,7 +40,7 @@ _COUNTS = ("layers", "width", "head_width", "heads", "vocab_size", "context_leng
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}
 
 
-def is_open_clips(names: Iterable[str]) -> bool:
+def is_open_clip(names: Iterable[str]) -> bool:
     """Whether tensor names are those of an image tower of OpenCLIP's own."""
     return any(name.startswith("visual.transformer.resblocks.") for name in names)
 

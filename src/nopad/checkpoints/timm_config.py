@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from nopad.checkpoints.formats import Checkpoint
@@ -16,6 +16,16 @@ ACTIVATIONS = {
     **{name: name for name in ("quick_gelu", "silu", "relu")},
 }
 """timm's names, to those of transformers."""
+NAMES = {"num_heads": "num_attention_heads", "attn_drop_rate": "attention_dropout", "act_layer": "hidden_act"}
+"""Arguments of timm that most families read, to fields of transformers' configs."""
+PLAIN_VIT = {
+    **dict.fromkeys(("class_token", "no_embed_class", "pre_norm", "fc_norm", "pool_include_prefix"), False),
+    **dict.fromkeys(("qk_norm", "scale_attn_norm", "scale_mlp_norm", "dynamic_img_pad"), False),
+    "final_norm": True,
+    "pos_embed": "learn",
+    "drop_path_rate": 0.0,
+}
+"""Arguments of timm's VisionTransformer with values that encoders here implement, where a family names no other."""
 CLASSIFIER = (r"^head\.(weight|bias)$", r"^fc_norm\.")
 """Tensors of a classifier, which is no part of an encoder."""
 _USUAL_CROP_PCT = 0.875  # timm's DEFAULT_CROP_PCT
@@ -28,31 +38,39 @@ swiglu_mlp swiglu_align_to dynamic_img_size ref_feat_shape pos_embed_grid_size e
 """
 
 
-def is_timms(config: Mapping[str, Any]) -> bool:
+def is_timm(config: Mapping[str, Any]) -> bool:
     """Whether a `config.json` is one of timm's."""
     return not config.keys().isdisjoint({"architecture", "model_args", "pretrained_cfg"})
 
 
 def read_model_args(
-    checkpoint: Checkpoint, architectures: str, *, read: Iterable[str], fixed: Mapping[str, Any]
+    checkpoint: Checkpoint,
+    architectures: str,
+    *,
+    fixed: Mapping[str, Any],
+    names: Mapping[str, str] = NAMES,
+    required: bool = True,
 ) -> tuple[str, dict[str, Any]]:
     """An architecture of timm, and what `model_args` change of it.
 
     Args:
         checkpoint: with a config of timm's.
         architectures: a pattern that all of its name matches.
-        read: names of the arguments that the caller reads.
-        fixed: further arguments with the one value that is implemented.
+        fixed: arguments with the one value that is implemented.
+        names: of further arguments, which are read, to the fields of transformers' config that they are.
+        required: whether there has to be an architecture.
 
     Returns:
-        The architecture's name, empty where the config does not have it, and the arguments in `read` that it has.
+        The architecture's name, empty where the config does not have it, and the fields that the arguments are.
 
     Raises:
-        ValueError: another architecture, an argument that is not implemented, or another value of a fixed one.
+        ValueError: no or another architecture, an argument or an activation that is not implemented, or another value
+            of a fixed one.
     """
     label = f"checkpoint {checkpoint.name!r}: config.json"
     architecture, arguments = checkpoint.config.get("architecture") or "", checkpoint.config.get("model_args") or {}
-    if not isinstance(architecture, str) or (architecture and not re.fullmatch(architectures, architecture)):
+    is_missing = architecture == "" and not required
+    if not is_missing and not (isinstance(architecture, str) and re.fullmatch(architectures, architecture)):
         raise ValueError(f"{label}: architecture: expected {architectures}, got {architecture!r:.80}")
     if not isinstance(arguments, dict):
         raise ValueError(f"{label}: model_args: expected a JSON object, got {arguments!r:.80}")
@@ -60,24 +78,16 @@ def read_model_args(
     for name, value in arguments.items():
         if name in fixed and value != fixed[name]:
             raise ValueError(f"{label}: model_args: {name}: expected {fixed[name]!r}, got {value!r:.80}")
-    unread = sorted(arguments.keys() - set(read) - fixed.keys() - set(_NOT_NEEDED.split()))
+    unread = sorted(arguments.keys() - names.keys() - fixed.keys() - set(_NOT_NEEDED.split()))
     if unread:
         raise ValueError(f"{label}: model_args: not implemented: {', '.join(unread)}")
-    return architecture, {name: arguments[name] for name in read if name in arguments}
-
-
-def activation(checkpoint: Checkpoint, name: Any) -> str:
-    """An activation of timm by its name in transformers.
-
-    Raises:
-        ValueError: an activation that is not implemented.
-    """
-    if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise ValueError(
-            f"checkpoint {checkpoint.name!r}: config.json: act_layer: expected one of {', '.join(ACTIVATIONS)}, got "
-            f"{name!r:.80}"
-        )
-    return ACTIVATIONS[name]
+    fields = {names[name]: arguments[name] for name in names if name in arguments}
+    if "hidden_act" in fields:
+        name = fields["hidden_act"]
+        if not isinstance(name, str) or name not in ACTIVATIONS:
+            raise ValueError(f"{label}: act_layer: expected one of {', '.join(ACTIVATIONS)}, got {name!r:.80}")
+        fields["hidden_act"] = ACTIVATIONS[name]
+    return architecture, fields
 
 
 def preprocessor_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -86,7 +96,7 @@ def preprocessor_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     NaFlex models make their own sizes: theirs has none.
     """
     fields = config.get("pretrained_cfg", config)
-    if not is_timms(config) or not isinstance(fields, dict):
+    if not is_timm(config) or not isinstance(fields, dict):
         return None
     names = {"mean": "image_mean", "std": "image_std", "interpolation": "resample"}
     preprocessor = {names[name]: fields[name] for name in names if fields.get(name) is not None}

@@ -8,7 +8,7 @@ from transformers.models.aimv2.configuration_aimv2 import Aimv2VisionConfig
 
 from nopad.checkpoints.config_json import read_fields
 from nopad.checkpoints.formats import Checkpoint, grid_side
-from nopad.checkpoints.timm_config import activation, is_timms, read_model_args
+from nopad.checkpoints.timm_config import PLAIN_VIT, is_timm, read_model_args
 from nopad.text.rules import TextRules
 
 HEAD_DIM = 128
@@ -30,24 +30,15 @@ class AIMv2PackingConfig(Aimv2VisionConfig):
 
 
 # What config.json may say, by the names of transformers and of Apple's own flat config.
-_SAME_NAMES = """
+_NAMES = """
 hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size hidden_act
 attention_dropout rms_norm_eps qkv_bias mlp_bias initializer_range use_head is_native patch_order projection_dim
 positions
 """
-_CONFIG_NAMES = {name: name for name in _SAME_NAMES.split()} | {"use_bias": "mlp_bias"}
-
 
 _OF_OVIS2 = ("vocab_size", "hidden_stride", "num_visual_indicator_tokens", "tokenize_function")  # behind the tower
 _TIMM_ARCHITECTURES = r"aimv2_(large|huge|1b|3b)_patch14_(224|336|448)"
 _TIMM_HEADS = {"large": 8, "huge": 12, "1b": 16, "3b": 24}
-_TIMM_FIXED = {
-    **dict.fromkeys(("class_token", "no_embed_class", "pre_norm", "fc_norm", "dynamic_img_pad"), False),
-    **dict.fromkeys(("qk_norm", "scale_attn_norm", "scale_mlp_norm", "pool_include_prefix"), False),
-    "pos_embed": "learn",
-    "final_norm": True,
-    "drop_path_rate": 0.0,
-}
 _KERNEL, _POSITIONS = "embeddings.patch_embed.weight", "embeddings.position_embedding.weight"
 _PROJECTION, _GATE = "visual_projection.weight", "ffn.gate_proj"
 
@@ -70,7 +61,7 @@ def read_config(checkpoint: Checkpoint) -> AIMv2PackingConfig:
         "num_channels": channels,
         "patch_size": patch_size,
         "num_hidden_layers": checkpoint.count("encoder.layers."),
-        "is_native": _POSITIONS not in names and not is_timms(checkpoint.config),
+        "is_native": _POSITIONS not in names and not is_timm(checkpoint.config),
         "use_head": "head.cls_token" in names,
         "qkv_bias": any(name.endswith("attention.q_proj.bias") for name in names),
         "mlp_bias": any(name.endswith(f"{_GATE}.bias") for name in names),
@@ -82,7 +73,7 @@ def read_config(checkpoint: Checkpoint) -> AIMv2PackingConfig:
         num_positions = checkpoint.shape(_POSITIONS, 2)[0]
         fields["image_size"] = grid_side(num_positions, f"checkpoint {checkpoint.name!r}") * patch_size
     fields |= _read_config_json(checkpoint)
-    fields |= {name: checkpoint.side(name, fields[name]) for name in ("image_size", "patch_size") if name in fields}
+    fields = checkpoint.with_sides(fields, "image_size", "patch_size")
     # transformers may leave its defaults out of a config of its own, as SigLIP's do.
     omits_defaults = AIMv2PackingConfig.model_type in (
         config_fields.get("model_type"),
@@ -95,15 +86,18 @@ def read_config(checkpoint: Checkpoint) -> AIMv2PackingConfig:
 
 def _read_config_json(checkpoint: Checkpoint) -> dict[str, Any]:
     """The fields of `config.json`: Apple's, transformers' or timm's."""
-    if not is_timms(checkpoint.config):
-        return read_fields(checkpoint, _CONFIG_NAMES, fixed={"projection_dropout": 0.0}, unused=_OF_OVIS2)
-    read = {"num_heads": "num_attention_heads", "attn_drop_rate": "attention_dropout", "act_layer": "hidden_act"}
-    architecture, model_args = read_model_args(checkpoint, _TIMM_ARCHITECTURES, read=read, fixed=_TIMM_FIXED)
+    if not is_timm(checkpoint.config):
+        return read_fields(
+            checkpoint,
+            _NAMES.split(),
+            aliases={"use_bias": "mlp_bias"},
+            fixed={"projection_dropout": 0.0},
+            unused=_OF_OVIS2,
+        )
+    architecture, fields = read_model_args(checkpoint, _TIMM_ARCHITECTURES, fixed=PLAIN_VIT, required=False)
     if architecture:
-        model_args.setdefault("num_heads", _TIMM_HEADS[architecture.split("_")[1]])
-    if "act_layer" in model_args:
-        model_args["act_layer"] = activation(checkpoint, model_args["act_layer"])
-    return {read[name]: value for name, value in model_args.items()}
+        fields.setdefault("num_attention_heads", _TIMM_HEADS[architecture.split("_")[1]])
+    return fields
 
 
 def _published() -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from nopad.checkpoints.config_json import read_fields
 from nopad.checkpoints.dialects.clip import OPEN_CLIP, TIMM, timm_head_projects
 from nopad.checkpoints.formats import Checkpoint
 from nopad.checkpoints.open_clip_config import read_vision_cfg
-from nopad.checkpoints.timm_config import activation, is_timms, read_model_args
+from nopad.checkpoints.timm_config import PLAIN_VIT, is_timm, read_model_args
 
 
 class CLIPPackingConfig(CLIPVisionConfig):
@@ -51,15 +51,8 @@ hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels
 layer_norm_eps attention_dropout initializer_range initializer_factor projection_dim patch_order positions
 positions_antialias
 """
-_TIMM_NAMES = {"num_heads": "num_attention_heads", "attn_drop_rate": "attention_dropout", "act_layer": "hidden_act"}
 _TIMM_ARCHITECTURES = r"vit_(base|large|huge|giant|gigantic)_patch(14|16|32)(_plus)?_clip(_quickgelu)?_(\d+)"
-_TIMM_FIXED = {
-    **dict.fromkeys(("no_embed_class", "fc_norm", "qk_norm", "dynamic_img_pad", "scale_attn_norm"), False),
-    **dict.fromkeys(("scale_mlp_norm", "pool_include_prefix"), False),
-    **dict.fromkeys(("pre_norm", "class_token", "final_norm"), True),
-    "drop_path_rate": 0.0,
-    "pos_embed": "learn",
-}
+_TIMM_FIXED = {**PLAIN_VIT, "class_token": True, "pre_norm": True}
 _KERNEL, _POSITIONS = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
 _PROJECTION, _FIRST = "visual_projection.weight", "encoder.layers.0"
 
@@ -87,7 +80,7 @@ def read_config(checkpoint: Checkpoint) -> CLIPConfigs:
     architectures = checkpoint.config.get("architectures") or ()
     projecting = timm_head_projects(checkpoint.config) or not set(_PROJECTING).isdisjoint(architectures)
     with_projection = projecting or _PROJECTION in checkpoint.tensors
-    fields |= {name: checkpoint.side(name, fields[name]) for name in ("image_size", "patch_size") if name in fields}
+    fields = checkpoint.with_sides(fields, "image_size", "patch_size")
     return config_class(**fields, with_projection=with_projection)
 
 
@@ -95,19 +88,12 @@ def _read_config_json(checkpoint: Checkpoint) -> dict[str, Any]:
     """The fields of `config.json`: transformers', OpenCLIP's or timm's."""
     if "model_cfg" in checkpoint.config:
         return read_vision_cfg(checkpoint)
-    if not is_timms(checkpoint.config):
-        names = {name: name for name in _NAMES.split()}
-        return read_fields(checkpoint, names, fixed={"dropout": 0.0}, unused=("with_projection",))
-    architecture, model_args = read_model_args(checkpoint, _TIMM_ARCHITECTURES, read=_TIMM_NAMES, fixed=_TIMM_FIXED)
-    if not architecture:
-        raise ValueError(f"checkpoint {checkpoint.name!r}: config.json: architecture: expected {_TIMM_ARCHITECTURES}")
+    if not is_timm(checkpoint.config):
+        return read_fields(checkpoint, _NAMES.split(), fixed={"dropout": 0.0}, unused=("with_projection",))
+    architecture, fields = read_model_args(checkpoint, _TIMM_ARCHITECTURES, fixed=_TIMM_FIXED)
     heads = (14 if "_plus" in architecture else 12) if "_base_" in architecture else 16
-    model_args = {
-        "act_layer": "quick_gelu" if "_quickgelu" in architecture else "gelu",
-        "num_heads": heads,
-    } | model_args
-    model_args["act_layer"] = activation(checkpoint, model_args["act_layer"])
-    return {_TIMM_NAMES[name]: value for name, value in model_args.items()}
+    activation = "quick_gelu" if "_quickgelu" in architecture else "gelu"
+    return {"hidden_act": activation, "num_attention_heads": heads} | fields
 
 
 def _infer_from_tensors(checkpoint: Checkpoint, config_fields: dict[str, Any]) -> dict[str, Any]:
@@ -135,12 +121,7 @@ def _infer_from_tensors(checkpoint: Checkpoint, config_fields: dict[str, Any]) -
         fields["projection_dim"] = checkpoint.shape(_PROJECTION, 2)[0]
     if "num_attention_heads" not in config_fields:
         heads = {width: heads for width, heads, *_ in _SIZES.values()}
-        if hidden_size not in heads:
-            raise ValueError(
-                f"{label}: without config.json the number of heads is known for the published widths {sorted(heads)}, "
-                f"but its width is {hidden_size}; add a config.json with num_attention_heads"
-            )
-        fields["num_attention_heads"] = heads[hidden_size]
+        fields["num_attention_heads"] = checkpoint.num_heads_by_width(hidden_size, heads)
     return fields
 
 

@@ -10,7 +10,7 @@ from transformers.models.dinov2_with_registers.configuration_dinov2_with_registe
 from nopad.checkpoints.config_json import read_fields
 from nopad.checkpoints.dialects.dinov2 import TIMM_REGISTERS
 from nopad.checkpoints.formats import Checkpoint, grid_side
-from nopad.checkpoints.timm_config import activation, is_timms, read_model_args
+from nopad.checkpoints.timm_config import NAMES, PLAIN_VIT, is_timm, read_model_args
 
 HEAD_DIM = 64
 """Head size of every published model, for files without a config."""
@@ -59,20 +59,9 @@ hidden_size num_hidden_layers num_attention_heads mlp_ratio hidden_act hidden_dr
 initializer_range layer_norm_eps image_size patch_size num_channels qkv_bias layerscale_value drop_path_rate
 use_swiglu_ffn use_mask_token patch_order positions positions_antialias
 """
-_TIMM_NAMES = {
-    "num_heads": "num_attention_heads",
-    "attn_drop_rate": "attention_probs_dropout_prob",
-    "act_layer": "hidden_act",
-}
+_TIMM_NAMES = {**NAMES, "attn_drop_rate": "attention_probs_dropout_prob"}
 _TIMM_ARCHITECTURES = r"vit_(small|base|large|giant)_patch14(_reg4)?_dinov2"
 _TIMM_HEADS = {"small": 6, "base": 12, "large": 16, "giant": 24}
-_TIMM_FIXED = {
-    **dict.fromkeys(("pre_norm", "fc_norm", "qk_norm", "dynamic_img_pad", "scale_attn_norm", "scale_mlp_norm"), False),
-    **dict.fromkeys(("class_token", "final_norm"), True),
-    "pool_include_prefix": False,
-    "drop_path_rate": 0.0,
-    "pos_embed": "learn",
-}
 _OF_BACKBONES = ("apply_layernorm", "reshape_hidden_states", "out_features", "out_indices", "stage_names")
 _KERNEL, _POSITIONS = "embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings"
 _REGISTERS, _FIRST = "embeddings.register_tokens", "encoder.layer.0"
@@ -88,17 +77,17 @@ def read_config(checkpoint: Checkpoint) -> DINOv2Configs:
     checkpoint.check_model_type(*config_classes)
     config_class = config_classes.get(checkpoint.vision_config.get("model_type", ""))
     names = (*_COMMON_NAMES.split(), "num_register_tokens")
-    if is_timms(checkpoint.config):
+    if is_timm(checkpoint.config):
         fields = _read_timm(checkpoint)
     else:
-        fields = read_fields(checkpoint, {name: name for name in names}, unused=_OF_BACKBONES)
+        fields = read_fields(checkpoint, names, unused=_OF_BACKBONES)
     if config_class is None:
         with_registers = _REGISTERS in checkpoint.tensors
         config_class = DINOv2WithRegistersPackingConfig if with_registers else DINOv2PackingConfig
         fields = {**_infer_from_tensors(checkpoint, fields), **fields}
     if config_class is DINOv2PackingConfig:
         fields.pop("num_register_tokens", None)
-    fields |= {name: checkpoint.side(name, fields[name]) for name in ("image_size", "patch_size") if name in fields}
+    fields = checkpoint.with_sides(fields, "image_size", "patch_size")
     return config_class(**fields)
 
 
@@ -108,20 +97,16 @@ def _read_timm(checkpoint: Checkpoint) -> dict[str, Any]:
     Raises:
         ValueError: no architecture; see also `read_model_args`.
     """
-    fixed = {**_TIMM_FIXED, "no_embed_class": checkpoint.table is TIMM_REGISTERS}
-    architecture, args = read_model_args(checkpoint, _TIMM_ARCHITECTURES, read=_TIMM_NAMES, fixed=fixed)
-    if not architecture:
-        raise ValueError(f"checkpoint {checkpoint.name!r}: config.json: architecture: expected {_TIMM_ARCHITECTURES}")
     with_registers = checkpoint.table is TIMM_REGISTERS
+    fixed = {**PLAIN_VIT, "class_token": True, "no_embed_class": with_registers}
+    architecture, fields = read_model_args(checkpoint, _TIMM_ARCHITECTURES, fixed=fixed, names=_TIMM_NAMES)
     if with_registers != ("_reg4" in architecture):
         raise ValueError(
             f"checkpoint {checkpoint.name!r}: tensor 'reg_token' is {'unexpected' if with_registers else 'missing'}, "
             f"since the architecture in config.json is {architecture!r}"
         )
-    args = {"num_heads": _TIMM_HEADS[architecture.split("_")[1]], **args}
-    if "act_layer" in args:
-        args["act_layer"] = activation(checkpoint, args["act_layer"])
-    return {_TIMM_NAMES[name]: value for name, value in args.items()} | {"positions_antialias": True}
+    heads = _TIMM_HEADS[architecture.split("_")[1]]
+    return {"num_attention_heads": heads, "positions_antialias": True} | fields
 
 
 def _infer_from_tensors(checkpoint: Checkpoint, config_fields: dict[str, Any]) -> dict[str, Any]:

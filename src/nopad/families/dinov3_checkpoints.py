@@ -12,7 +12,7 @@ from transformers.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTCon
 from nopad.checkpoints.config_json import read_fields
 from nopad.checkpoints.dialects.dinov3 import META_GATED, META_PLAIN, PERIODS, TIMM_GATED, TIMM_PLAIN
 from nopad.checkpoints.formats import Checkpoint
-from nopad.checkpoints.timm_config import is_timms, read_model_args
+from nopad.checkpoints.timm_config import is_timm, read_model_args
 from nopad.layers.rope import rope_periods
 
 
@@ -34,13 +34,12 @@ class DINOv3ViTPackingConfig(DINOv3ViTConfig):
     rope_periods: list[float] | None = None
 
 
-_SAME_NAMES = """
+_NAMES = """
 hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size hidden_act
 attention_dropout layer_norm_eps rope_theta query_bias key_bias value_bias proj_bias mlp_bias layerscale_value
 drop_path_rate use_gated_mlp num_register_tokens pos_embed_shift pos_embed_jitter pos_embed_rescale initializer_range
 patch_order untie_cls_norm pixel_statistics rope_periods
 """
-_CONFIG_NAMES = {name: name for name in _SAME_NAMES.split()}
 _OF_BACKBONES = ("apply_layernorm", "reshape_hidden_states", "out_features", "out_indices", "stage_names")
 _TIMM_NAMES = {
     "num_heads": "num_attention_heads",
@@ -91,7 +90,7 @@ def read_config(checkpoint: Checkpoint) -> DINOv3ViTPackingConfig:
     if DINOv3ViTPackingConfig.model_type not in _model_types(checkpoint):
         fields["hidden_act"] = "silu" if gated else "gelu"
     timm = checkpoint.table in (TIMM_PLAIN, TIMM_GATED)
-    fields |= _from_timm(checkpoint) if timm and is_timms(checkpoint.config) else _from_transformers(checkpoint)
+    fields |= _from_timm(checkpoint) if timm and is_timm(checkpoint.config) else _from_transformers(checkpoint)
     if checkpoint.table in (META_PLAIN, META_GATED):
         inferred = _attention_of_meta(checkpoint, hidden_size)
         shared = inferred.keys() & checkpoint.vision_config
@@ -106,8 +105,7 @@ def read_config(checkpoint: Checkpoint) -> DINOv3ViTPackingConfig:
             f"checkpoint {checkpoint.name!r}: the number of heads is known from config.json alone; add a "
             f"config.json with num_attention_heads"
         )
-    fields["patch_size"] = checkpoint.side("patch_size", fields["patch_size"])
-    return DINOv3ViTPackingConfig(**fields)
+    return DINOv3ViTPackingConfig(**checkpoint.with_sides(fields, "patch_size"))
 
 
 def _model_types(checkpoint: Checkpoint) -> set[Any]:
@@ -117,16 +115,14 @@ def _model_types(checkpoint: Checkpoint) -> set[Any]:
 def _from_transformers(checkpoint: Checkpoint) -> dict[str, Any]:
     """The config of transformers' `config.json`."""
     checkpoint.check_model_type("dinov3_vit")
-    return read_fields(checkpoint, _CONFIG_NAMES, unused=_OF_BACKBONES)
+    return read_fields(checkpoint, _NAMES.split(), unused=_OF_BACKBONES)
 
 
 def _from_timm(checkpoint: Checkpoint) -> dict[str, Any]:
     """The config of timm's `config.json`, whose models have the rope of the published ones."""
-    architecture, fields = read_model_args(checkpoint, _TIMM_ARCHITECTURES, read=_TIMM_NAMES, fixed=_TIMM_FIXED)
-    if not architecture:
-        raise ValueError(f"checkpoint {checkpoint.name!r}: config.json: architecture: expected {_TIMM_ARCHITECTURES}")
-    heads = {"num_attention_heads": _TIMM_HEADS[architecture.split("_")[1]], "pos_embed_rescale": None}
-    return heads | {_TIMM_NAMES[name]: value for name, value in fields.items()}
+    architecture, fields = read_model_args(checkpoint, _TIMM_ARCHITECTURES, fixed=_TIMM_FIXED, names=_TIMM_NAMES)
+    heads = _TIMM_HEADS[architecture.split("_")[1]]
+    return {"num_attention_heads": heads, "pos_embed_rescale": None} | fields
 
 
 def _attention_of_meta(checkpoint: Checkpoint, hidden_size: int) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class OneVisionPackingConfig(PreTrainedConfig):
 
 
 # What config.json may say, by the Hub's names, which preview v0 has too.
-_SAME_NAMES = """
+_NAMES = """
 hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size hidden_act
 layer_norm_eps layer_norm_type attention_dropout initializer_range rope_theta rope_temporal_size use_head patch_order
 """
@@ -67,7 +67,7 @@ def read_config(checkpoint: Checkpoint) -> OneVisionPackingConfig:
         "layer_norm_type": "layer_norm" if "layernorm_pre.bias" in names else "rms_norm",
         "use_head": "head.probe" in names,
     }
-    fields |= read_fields(checkpoint, {name: name for name in _SAME_NAMES.split()})
+    fields |= read_fields(checkpoint, _NAMES.split())
     if "intermediate_size" not in fields:
         fields["intermediate_size"] = checkpoint.shape("encoder.layers.0.mlp.fc1.weight", 2)[0]
     if "num_attention_heads" not in fields:

@@ -62,15 +62,13 @@ def read_config(checkpoint: Checkpoint) -> Qwen3VLConfigs:
     if model_type in known:
         is_3_5 = model_type.removesuffix("_vision") in _WITHOUT
         config_class = Qwen3_5PackingConfig if is_3_5 else Qwen3VLPackingConfig
-    names = {name: name for name in _NAMES.split()}
     if config_class is Qwen3VLPackingConfig:
-        fields = read_fields(checkpoint, {**names, _INDEXES: _INDEXES})
+        fields = read_fields(checkpoint, [*_NAMES.split(), _INDEXES])
     else:
-        fields = read_fields(checkpoint, names, fixed={_INDEXES: []})
+        fields = read_fields(checkpoint, _NAMES.split(), fixed={_INDEXES: []})
     if model_type not in known:
         fields = _infer_from_tensors(checkpoint, fields, deepstack=deepstack) | fields
-    sides = ("patch_size", "temporal_patch_size")
-    fields |= {name: checkpoint.side(name, fields[name]) for name in sides if name in fields}
+    fields = checkpoint.with_sides(fields, "patch_size", "temporal_patch_size")
     _check(checkpoint, fields)
     return config_class(**fields)
 

@@ -11,7 +11,7 @@ from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfi
 from nopad.checkpoints.config_json import read_fields
 from nopad.checkpoints.dialects.siglip2 import TIMM, TIMM_NAFLEX
 from nopad.checkpoints.formats import Checkpoint, grid_side
-from nopad.checkpoints.timm_config import activation, is_timms, read_model_args
+from nopad.checkpoints.timm_config import PLAIN_VIT, is_timm, read_model_args
 
 
 class Siglip2PackingConfig(Siglip2VisionConfig):
@@ -51,22 +51,13 @@ _COMMON_NAMES = """
 hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels patch_size hidden_act layer_norm_eps
 attention_dropout vision_use_head patch_order positions
 """
-_TIMM_NAMES = {"num_heads": "num_attention_heads", "attn_drop_rate": "attention_dropout", "act_layer": "hidden_act"}
 _TIMM_HEADS = {"base": 12, "large": 16, "so400m": 16, "giantopt": 16}
 _TIMM_TANH = {("base", "patch32"), ("so400m", "patch16"), ("large", "512")}
 """Sizes, with a patch or an image, that approximate GELU; the others do so in transformers and not in timm."""
-_TIMM_FIXED = {
-    **dict.fromkeys(("class_token", "pre_norm", "fc_norm", "qk_norm", "dynamic_img_pad", "scale_mlp_norm"), False),
-    "drop_path_rate": 0.0,
-    "final_norm": True,
-}
 _TIMM_ARCHITECTURES = r"vit_(base|large|so400m|giantopt)_patch(14|16|32)_siglip(_gap)?_(\d+)"
-_TIMM_OF_SQUARES = {
-    **dict.fromkeys(("no_embed_class", "scale_attn_norm", "pool_include_prefix"), False),
-    "pos_embed": "learn",
-}
 _NAFLEX_ARCHITECTURES = r"naflexvit_(base|so400m)_patch16_siglip"
-_TIMM_OF_NAFLEX = {
+_NAFLEX_FIXED = {
+    **PLAIN_VIT,
     **dict.fromkeys(("pos_embed_ar_preserving", "pos_embed_align_corners", "pos_embed_use_grid_sample"), False),
     **dict.fromkeys(("scale_attn_inner_norm", "attn_gated", "attn_only_layer_scale", "use_key_only_attn_mask"), False),
     **dict.fromkeys(("pos_embed_antialias", "patchify_channels_last", "qkv_fused"), True),
@@ -98,7 +89,7 @@ def read_config(checkpoint: Checkpoint) -> SiglipConfigs:
             f"(D, C, p, p) of a fixed size, got {checkpoint.shape(_KERNEL)}"
         )
     config_class = Siglip2PackingConfig if ndim == 2 else SiglipPackingConfig
-    fields = _read_timm_config(checkpoint) if is_timms(checkpoint.config) else _read_config_json(checkpoint, ndim)
+    fields = _read_timm_config(checkpoint) if is_timm(checkpoint.config) else _read_config_json(checkpoint, ndim)
     own_types = {config_class.model_type, config_class.model_type.removesuffix("_vision_model")}
     if own_types.isdisjoint({checkpoint.vision_config.get("model_type"), checkpoint.config.get("model_type")}):
         fields = {**_infer_from_tensors(checkpoint, fields), **fields}
@@ -116,7 +107,7 @@ def _read_config_json(checkpoint: Checkpoint, ndim: int) -> dict[str, Any]:
     """The fields of transformers' `config.json`."""
     sizes = ("num_patches", "image_size") if ndim == 2 else ("image_size", "num_patches")
     names = (*_COMMON_NAMES.split(), sizes[0], *(["positions_antialias"] if ndim == 4 else []))
-    return read_fields(checkpoint, {name: name for name in names}, unused=sizes[1:])
+    return read_fields(checkpoint, names, unused=sizes[1:])
 
 
 def _read_timm_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -127,15 +118,12 @@ def _read_timm_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     naflex = checkpoint.table is TIMM_NAFLEX
     architectures = _NAFLEX_ARCHITECTURES if naflex else _TIMM_ARCHITECTURES
-    fixed = _TIMM_FIXED | (_TIMM_OF_NAFLEX if naflex else _TIMM_OF_SQUARES)
-    architecture, model_args = read_model_args(checkpoint, architectures, read=_TIMM_NAMES, fixed=fixed)
-    if not architecture:
-        raise ValueError(f"checkpoint {checkpoint.name!r}: config.json: architecture: expected {architectures}")
+    fixed = _NAFLEX_FIXED if naflex else PLAIN_VIT
+    architecture, fields = read_model_args(checkpoint, architectures, fixed=fixed)
     _, size, patch, *_, image = architecture.split("_")
     tanh = naflex or size == "giantopt" or (size, patch) in _TIMM_TANH or (size, image) in _TIMM_TANH
-    model_args = {"num_heads": _TIMM_HEADS[size], "act_layer": "gelu_tanh" if tanh else "gelu"} | model_args
-    model_args["act_layer"] = activation(checkpoint, model_args["act_layer"])
-    return {_TIMM_NAMES[name]: value for name, value in model_args.items()}
+    activation = "gelu_pytorch_tanh" if tanh else "gelu"
+    return {"hidden_act": activation, "num_attention_heads": _TIMM_HEADS[size]} | fields
 
 
 def _infer_from_tensors(checkpoint: Checkpoint, config_fields: dict[str, Any]) -> dict[str, Any]:
@@ -162,12 +150,7 @@ def _infer_from_tensors(checkpoint: Checkpoint, config_fields: dict[str, Any]) -
         fields |= {"num_channels": 3, "patch_size": math.isqrt(kernel[1] // 3), "num_patches": positions}
     if "num_attention_heads" not in config_fields:
         heads = {model["hidden_size"]: model["num_attention_heads"] for model in PUBLISHED.values()}
-        if kernel[0] not in heads:
-            raise ValueError(
-                f"checkpoint {checkpoint.name!r}: without config.json the number of heads is known for the published "
-                f"widths {sorted(heads)}, but its width is {kernel[0]}; add a config.json with num_attention_heads"
-            )
-        fields["num_attention_heads"] = heads[kernel[0]]
+        fields["num_attention_heads"] = checkpoint.num_heads_by_width(kernel[0], heads)
     return fields
 
 

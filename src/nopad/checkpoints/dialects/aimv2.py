@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from nopad.checkpoints.conversions import DROP_AXIS, NameTable, Rename, split_rows
+from nopad.checkpoints.conversions import DROP_AXIS, NameTable, Rename, split_qkv
 from nopad.checkpoints.formats import Dialect
 from nopad.checkpoints.timm_config import CLASSIFIER
 
 _LAYER = "encoder.layers.*"
-_QKV = [f"{_LAYER}.attention.{part}_proj.*" for part in "qkv"]
 
 _EARLY_TRANSFORMERS = NameTable(
     Rename("encoder.layers.*.attention.proj_out.*", f"{_LAYER}.attention.out_proj.*"),
@@ -25,7 +24,7 @@ def _apple_trunk(file: str, model: str) -> list[Rename]:
     return [
         Rename(f"{block}.norm_1.*", f"{layer}.rms_norm1.*"),
         Rename(f"{block}.norm_2.*", f"{layer}.rms_norm2.*"),
-        Rename(f"{block}.attn.qkv.*", *(f"{model}{part}" for part in _QKV), reshape=split_rows(3)),
+        split_qkv(f"{block}.attn.qkv.*", f"{layer}.attention"),
         Rename(f"{block}.attn.proj.*", f"{layer}.attention.out_proj.*"),
         Rename(f"{block}.mlp.fc1.*", f"{layer}.ffn.gate_proj.*"),
         Rename(f"{block}.mlp.fc3.*", f"{layer}.ffn.up_proj.*"),
@@ -58,7 +57,7 @@ _TIMM = NameTable(
     Rename("pos_embed", "embeddings.position_embedding.weight", reshape=DROP_AXIS),
     Rename("blocks.*.norm1.*", f"{_LAYER}.rms_norm1.*"),
     Rename("blocks.*.norm2.*", f"{_LAYER}.rms_norm2.*"),
-    Rename("blocks.*.attn.qkv.*", *_QKV, reshape=split_rows(3)),
+    split_qkv("blocks.*.attn.qkv.*", f"{_LAYER}.attention"),
     Rename("blocks.*.attn.proj.*", f"{_LAYER}.attention.out_proj.*"),
     Rename("blocks.*.mlp.fc1_g.*", f"{_LAYER}.ffn.gate_proj.*"),
     Rename("blocks.*.mlp.fc1_x.*", f"{_LAYER}.ffn.up_proj.*"),

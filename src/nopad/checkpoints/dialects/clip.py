@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from nopad.checkpoints.conversions import DROP_AXES, DROP_AXIS, TRANSPOSED, NameTable, Rename, split_rows
+from nopad.checkpoints.conversions import DROP_AXES, DROP_AXIS, TRANSPOSED, NameTable, Rename, split_qkv
 from nopad.checkpoints.formats import Checkpoint, Dialect
 
 _LAYER, _ATTENTION = "encoder.layers.*", "encoder.layers.*.self_attn"
@@ -15,13 +15,9 @@ _LAYER, _ATTENTION = "encoder.layers.*", "encoder.layers.*.self_attn"
 def _open_clip_blocks(file: str, model: str) -> list[Rename]:
     """The blocks of one tower, below a prefix in the file and one in the model."""
     block, layer = f"{file}transformer.resblocks.*", f"{model}{_LAYER}"
-    qkv = [f"{model}{_ATTENTION}.{part}_proj" for part in "qkv"]
     return [
         Rename(f"{block}.ln_1.*", f"{layer}.layer_norm1.*"),
-        *(
-            Rename(f"{block}.attn.in_proj_{kind}", *(f"{part}.{kind}" for part in qkv), reshape=split_rows(3))
-            for kind in ("weight", "bias")
-        ),
+        *(split_qkv(f"{block}.attn.in_proj_{kind}", f"{model}{_ATTENTION}", kind) for kind in ("weight", "bias")),
         Rename(f"{block}.attn.out_proj.*", f"{model}{_ATTENTION}.out_proj.*"),
         Rename(f"{block}.ln_2.*", f"{layer}.layer_norm2.*"),
         Rename(f"{block}.mlp.c_fc.*", f"{layer}.mlp.fc1.*"),
@@ -51,7 +47,7 @@ TIMM = NameTable(
     Rename("patch_embed.proj.weight", "embeddings.patch_embedding.weight"),
     Rename("norm_pre.*", "pre_layrnorm.*"),
     Rename("blocks.*.norm1.*", f"{_LAYER}.layer_norm1.*"),
-    Rename("blocks.*.attn.qkv.*", *(f"{_ATTENTION}.{part}_proj.*" for part in "qkv"), reshape=split_rows(3)),
+    split_qkv("blocks.*.attn.qkv.*", _ATTENTION),
     Rename("blocks.*.attn.proj.*", f"{_ATTENTION}.out_proj.*"),
     Rename("blocks.*.norm2.*", f"{_LAYER}.layer_norm2.*"),
     Rename("blocks.*.mlp.**", f"{_LAYER}.mlp.**"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nopad.checkpoints.conversions import WITHOUT_FIRST, NameTable, Rename, split_rows
+from nopad.checkpoints.conversions import WITHOUT_FIRST, NameTable, Rename, split_qkv, split_rows
 from nopad.checkpoints.formats import Checkpoint, Dialect, StoredTensor
 from nopad.checkpoints.timm_config import CLASSIFIER
 
@@ -29,7 +29,7 @@ _META_LINES = (
     Rename("mask_token", "embeddings.mask_token"),
     Rename("patch_embed.proj.*", "embeddings.patch_embeddings.projection.*"),
     Rename("blocks.*.norm1.*", f"{_LAYER}.norm1.*"),
-    Rename("blocks.*.attn.qkv.*", *(f"{_ATTENTION}.{part}_proj.*" for part in "qkv"), reshape=split_rows(3)),
+    split_qkv("blocks.*.attn.qkv.*", _ATTENTION),
     Rename("blocks.*.attn.proj.*", f"{_ATTENTION}.o_proj.*"),
     Rename("blocks.*.ls1.gamma", f"{_LAYER}.layer_scale1.lambda1"),
     Rename("blocks.*.norm2.*", f"{_LAYER}.norm2.*"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nopad.checkpoints.conversions import ADD_AXIS, NameTable, Rename, split_rows
+from nopad.checkpoints.conversions import ADD_AXIS, NameTable, Rename, split_qkv
 from nopad.checkpoints.formats import Checkpoint, Dialect, StoredTensor
 from nopad.checkpoints.timm_config import CLASSIFIER
 
@@ -19,17 +19,9 @@ _META_TABLE = (
     Rename("patch_embed.proj.*", "embeddings.patch_embeddings.*"),
     Rename("blocks.*.norm1.*", f"{_LAYER}.norm1.*"),
     Rename("blocks.*.norm2.*", f"{_LAYER}.norm2.*"),
-    Rename(
-        "blocks.*.attn.qkv.weight",
-        *(f"{_LAYER}.attention.{part}_proj.weight" for part in "qkv"),
-        reshape=split_rows(3),
-    ),
-    Rename(  # the bias of keys is masked with zeros where the model has none
-        "blocks.*.attn.qkv.bias",
-        *(f"{_LAYER}.attention.{part}_proj.bias" for part in "qkv"),
-        reshape=split_rows(3),
-        optional=True,
-    ),
+    split_qkv("blocks.*.attn.qkv.weight", f"{_LAYER}.attention", "weight"),
+    # The bias of keys is masked with zeros where the model has none.
+    split_qkv("blocks.*.attn.qkv.bias", f"{_LAYER}.attention", "bias", optional=True),
     Rename("blocks.*.attn.proj.*", f"{_LAYER}.attention.o_proj.*"),
     Rename("blocks.*.ls1.gamma", f"{_LAYER}.layer_scale1.lambda1"),
     Rename("blocks.*.ls2.gamma", f"{_LAYER}.layer_scale2.lambda1"),
@@ -52,11 +44,7 @@ _TIMM_TABLE = (
     Rename("patch_embed.proj.*", "embeddings.patch_embeddings.*"),
     Rename("blocks.*.norm1.*", f"{_LAYER}.norm1.*"),
     Rename("blocks.*.norm2.*", f"{_LAYER}.norm2.*"),
-    Rename(
-        "blocks.*.attn.qkv.weight",
-        *(f"{_LAYER}.attention.{part}_proj.weight" for part in "qkv"),
-        reshape=split_rows(3),
-    ),
+    split_qkv("blocks.*.attn.qkv.weight", f"{_LAYER}.attention", "weight"),
     *(Rename(f"blocks.*.attn.{part}_bias", f"{_LAYER}.attention.{part}_proj.bias") for part in "qv"),
     Rename("blocks.*.attn.proj.*", f"{_LAYER}.attention.o_proj.*"),
     Rename("blocks.*.gamma_1", f"{_LAYER}.layer_scale1.lambda1"),

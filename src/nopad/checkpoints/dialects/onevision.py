@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from nopad.checkpoints.conversions import NameTable, Rename, split_rows
+from nopad.checkpoints.conversions import NameTable, Rename, split_qkv
 from nopad.checkpoints.formats import Dialect
 
 _ATTENTION = "encoder.layers.*.self_attn"
 _PREVIEW_V0 = NameTable(
     Rename("patch_embed.proj.*", "embeddings.patch_embedding.*"),
-    Rename(f"{_ATTENTION}.qkv.*", *(f"{_ATTENTION}.{part}_proj.*" for part in "qkv"), reshape=split_rows(3)),
+    split_qkv(f"{_ATTENTION}.qkv.*", _ATTENTION),
     Rename(f"{_ATTENTION}.proj.*", f"{_ATTENTION}.out_proj.*"),
 )
 

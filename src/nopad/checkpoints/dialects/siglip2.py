@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nopad.checkpoints.conversions import DROP_AXIS, SQUARE_GRID, Join, NameTable, Rename, split_rows
+from nopad.checkpoints.conversions import DROP_AXIS, SQUARE_GRID, Join, NameTable, Rename, split_qkv
 from nopad.checkpoints.formats import Dialect
 from nopad.checkpoints.timm_config import CLASSIFIER
 
@@ -11,7 +11,7 @@ _LAYER, _POOL = "encoder.layers.*", "head.attention"
 _TIMM_TABLE = (
     Rename("blocks.*.norm1.*", f"{_LAYER}.layer_norm1.*"),
     Rename("blocks.*.norm2.*", f"{_LAYER}.layer_norm2.*"),
-    Rename("blocks.*.attn.qkv.*", *(f"{_LAYER}.self_attn.{part}_proj.*" for part in "qkv"), reshape=split_rows(3)),
+    split_qkv("blocks.*.attn.qkv.*", f"{_LAYER}.self_attn"),
     Rename("blocks.*.attn.proj.*", f"{_LAYER}.self_attn.out_proj.*"),
     Rename("blocks.*.mlp.**", f"{_LAYER}.mlp.**"),
     Rename("norm.*", "post_layernorm.*"),
