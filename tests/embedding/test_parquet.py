@@ -1,5 +1,6 @@
 """Pictures in Parquet files."""
 
+import os
 import random
 import struct
 from pathlib import Path
@@ -89,15 +90,13 @@ def test_a_large_row_group_is_read_in_parts_once(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(columns, "_BLOCK_BYTES", 4000)
     values = [picture(i) + random.Random(i).randbytes(1000) for i in range(40)]
     path = write_parquet(tmp_path / "a.parquet", {"image": values}, compression="none")
-    inputs = list_inputs([path]).inputs
     reads = []
-    forward = columns.ParquetColumn._forward
-    monkeypatch.setattr(columns.ParquetColumn, "_forward", lambda self, row: reads.append(row) or forward(self, row))
-    with Reader() as source:
-        assert [source.pixels(item)[0, 0, 0].item() for item in inputs] == list(range(40))
-        assert 10 <= len(reads) <= 20
-        assert source.pixels(inputs[0])[0, 0, 0].item() == 0  # long dropped
-        assert sum(map(len, source._columns[inputs[0].path, "image"]._blocks.values())) <= 12
+    column = columns.ParquetColumn(os.fsencode(path), "image", lambda *rows: reads.append(rows))
+    assert [column.scalar(row).as_py() for row in range(40)] == values
+    assert 10 <= len(reads) <= 20
+    assert column.scalar(0).as_py() == values[0]  # long dropped
+    assert sum(map(len, column._blocks.values())) <= 12
+    column.close()
 
 
 def test_damaged_parquet_files(tmp_path: Path):
@@ -157,21 +156,24 @@ def test_row_groups_that_claim_more_than_the_file_can_hold(tmp_path: Path):
     assert "its row groups claim 1,000,000,000,000,000 rows in" in reason(listing.inputs[0])
 
 
-def test_a_row_group_that_ends_early_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_row_group_that_ends_early_is_read_once(tmp_path: Path):
     path = write_parquet(tmp_path / "a.parquet", {"image": [picture(i) for i in range(77)]})
     end = b"\x16" + varint(77) + b"\x26"
     footer_with(path, end, end.replace(varint(77), varint(600)))
     inputs = list_inputs([path]).inputs
     assert kinds(list_inputs([path]))[-1] == "broken"
-    opened = []
-    forward = columns.ParquetColumn._forward
-    monkeypatch.setattr(columns.ParquetColumn, "_forward", lambda self, row: opened.append(row) or forward(self, row))
+    reads = []
+    column = columns.ParquetColumn(os.fsencode(path), "image", lambda *rows: reads.append(rows))
     with Reader() as source:
         assert source.pixels(inputs[76])[0, 0, 0].item() == 76
+        assert column.scalar(76).is_valid
         for row in range(80, 480):
             with pytest.raises(ImageError, match="cannot be read, damaged"):
                 source.pixels(inputs[row])
-    assert len(opened) <= 3
+            with pytest.raises(ValueError, match="end"):
+                column.scalar(row)
+    assert len(reads) <= 3
+    column.close()
 
 
 def test_a_page_that_claims_gigabytes_takes_none(tmp_path: Path):

@@ -113,7 +113,8 @@ def embed(
         embedding_dtype: `"float32"` or `"float16"`, in the table.
         embedding_list: `"fixed"`, or `"variable"` for databases that cannot read lists of fixed size.
         shard_size: rows of a shard, 2048 unless given, 512 with tokens.
-        input_timeout: seconds that decoding one input may take, in a process of its own; `None` is no limit.
+        input_timeout: seconds that decoding one input, listing a table, or reading a part of it, may take, in a process
+            of its own; `None` is no limit.
         decode_memory: bytes for pictures that are decoded and read ahead; half of what is free unless given. One that
             needs more is a failure.
         image_column: the column of image bytes in Parquet files and datasets, where it is not clear.
@@ -166,7 +167,8 @@ def embed(
         process_server.start()  # it imports torch while the sources are listed and the model is loaded
     logger.info("listing %s", names[0] if len(names) == 1 else f"{len(names):,} sources")
     spans = Spans(1 / fps, whole=False) if fps else Spans(every, whole=True) if every else None
-    listing = list_inputs(names, image_column=image_column, id_column=id_column, hidden=hidden, spans=spans)
+    columns = {"image_column": image_column, "id_column": id_column}
+    listing = list_inputs(names, **columns, hidden=hidden, spans=spans, timeout=settings.input_timeout)
     with FolderLock(out) as lock:
         folder.clean()
         logger.info("%s; loading the model", counted(len(listing.inputs), "input"))

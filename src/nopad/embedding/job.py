@@ -136,7 +136,7 @@ def make_reader(settings: Settings) -> Reader:
     """A reader of a job's inputs."""
     extras: dict[str, Any] = {"thumbnails": settings.thumbnails, "exif": settings.exif}
     decoder = MediaDecoder(frames=settings.frames, max_pixels=settings.max_pixels, **extras)
-    return Reader(decoder, allow_outside_paths=settings.allow_outside_paths)
+    return Reader(decoder, allow_outside_paths=settings.allow_outside_paths, timeout=settings.input_timeout)
 
 
 def begin_or_resume(
@@ -178,7 +178,8 @@ def begin_or_resume(
 def _kept(settings: Settings, inputs: InputList) -> Kept | None:
     """What a new job keeps of its inputs' own columns, of times of films and of what it finds in files."""
     extras = (*(EXIF if settings.exif else ()), *([THUMBNAIL] if settings.thumbnails else ()))
-    kept = None if settings.keep is None else Kept.of(inputs, settings.keep, (*COLUMNS, TOKENS, TIME, *extras))
+    taken = (*COLUMNS, TOKENS, TIME, *extras)
+    kept = None if settings.keep is None else Kept.of(inputs, settings.keep, taken, settings.input_timeout)
     nothing = Kept({}, pa.schema([]))
     if settings.fps is not None or settings.every is not None:
         kept = (kept or nothing).with_times()

@@ -6,11 +6,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 from nopad.embedding.estimate import mean_patches
 from nopad.embedding.inputs.listing import Input
+from nopad.embedding.inputs.table_process import TableProcess
 from nopad.embedding.job import Job, make_reader
 from nopad.embedding.progress import Progress, Ticker
 from nopad.embedding.rows import table_rows
@@ -86,33 +87,45 @@ class Run:
         groups = (inputs_of(shard) for shard in shards)
         with (
             make_reader(settings) as reader,
+            TableProcess(settings.input_timeout) as tables,
             cpu_threads(self.job.threads),
             Ticker(self.report),
             ThreadPoolExecutor(1, thread_name_prefix="nopad-write") as writer,
-            closing(self.worker.run(groups, reader.media, decoder=reader.decoder, stop=self.stop)) as results,
+            closing(self.worker.run(groups, reader.media_or_unread, decoder=reader.decoder, stop=self.stop)) as results,
+            ExitStack() as ends,
         ):
+            ends.callback(tables.interrupt)
+            ends.callback(reader.interrupt)  # the thread that reads ahead need not finish
             writing = None
             for shard, embedded in zip(shards, results, strict=False):
                 if writing is not None:
                     writing.result()
-                writing = writer.submit(self._put, shard, inputs_of(shard), embedded, keep)
+                writing = writer.submit(self._put, shard, inputs_of(shard), embedded, keep, tables)
             if writing is not None:
                 writing.result()
         self.seconds = time.perf_counter() - self.start
 
     def _put(
-        self, shard: int, items: list[Input], results: list[EmbeddingResult], keep: Callable[[int, list[Row]], None]
+        self,
+        shard: int,
+        items: list[Input],
+        results: list[EmbeddingResult],
+        keep: Callable[[int, list[Row]], None],
+        tables: TableProcess,
     ) -> None:
         """Write a shard; in a thread, beside the encoder."""
         start = time.perf_counter()
-        keep(shard, table_rows(items, results, self.job.settings.embedding_dtype, self._kept(items, results)))
+        kept = self._kept(items, results, tables)
+        keep(shard, table_rows(items, results, self.job.settings.embedding_dtype, kept))
         self.write_seconds += time.perf_counter() - start
         self.done += len(results)
 
-    def _kept(self, items: Sequence[Input], results: Sequence[EmbeddingResult]) -> list[tuple[Any, ...]]:
+    def _kept(
+        self, items: Sequence[Input], results: Sequence[EmbeddingResult], tables: TableProcess
+    ) -> list[tuple[Any, ...]]:
         if self.job.kept is None:
             return [()] * len(items)
-        return self.job.kept.values(items, [result.extras for result in results])
+        return self.job.kept.values(items, [result.extras for result in results], tables)
 
     def _keep(self, shard: int, rows: list[Row]) -> None:
         self.job.write(shard, rows, self.worker.encoder)

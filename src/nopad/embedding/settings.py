@@ -94,7 +94,7 @@ class Settings:
     )
     max_pixels: int = options.count(MAX_PIXELS, "pictures of more pixels are failures")
     input_timeout: float | None = options.time_limit(
-        INPUT_TIMEOUT_SECONDS, "seconds that decoding one input may take, none for no limit"
+        INPUT_TIMEOUT_SECONDS, "seconds that decoding one input, or listing one table, may take, none for no limit"
     )
     decode_memory: int | None = options.memory(
         "memory for pictures that are decoded and read ahead, as 4GB or in bytes (default: half of what is free)"

@@ -7,16 +7,20 @@ import os
 import select
 import selectors
 import struct
+import time
 from collections.abc import Generator
 from contextlib import suppress
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, TypeVar
 
 from nopad.pipeline.process_server import Process
 
 _MAX_ANSWER_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 16
 _MAX_INT = 2**31 - 1
+_MAX_PATIENCE = 3600.0  # seconds; the system takes no more than about 2**31 milliseconds
+
+Result = TypeVar("Result")
 
 
 class Channel:
@@ -100,13 +104,10 @@ class Channel:
         """Fill a buffer with plain bytes, the first of which may have come with the answer before.
 
         Raises:
-            EOFError, OSError, ValueError: the process died, or sent more.
+            EOFError, OSError: the process died.
         """
         done = min(len(self._received), buffer.nbytes)
-        buffer[:done] = self._received[:done]
-        if len(self._received) > done:
-            raise ValueError("got more bytes than announced")
-        self._received = b""
+        buffer[:done], self._received = self._received[:done], self._received[done:]
         while done < buffer.nbytes:
             yield selectors.EVENT_READ
             with suppress(BlockingIOError):
@@ -115,14 +116,56 @@ class Channel:
                     raise EOFError("got fewer bytes than announced")
                 done += received
 
+    def wait(self, steps: Generator[int, None, Result], timeout: float | None) -> Result:
+        """Go on with what one of these methods does until it is done, for so many seconds at most.
 
-def count_in(answer: dict[str, Any], key: str) -> int:
-    """A count of bytes in an answer.
+        Raises:
+            TimeoutError: it is not done then.
+        """
+        end = float("inf") if timeout is None else time.monotonic() + timeout
+        poll = select.poll()
+        while True:
+            try:
+                events = next(steps)
+            except StopIteration as stop:
+                return stop.value
+            poll.register(self, select.POLLIN if events == selectors.EVENT_READ else select.POLLOUT)
+            while not poll.poll(1000 * min(max(0.0, end - time.monotonic()), _MAX_PATIENCE)):
+                if time.monotonic() >= end:
+                    raise TimeoutError(f"no answer after {timeout} s")
+
+
+def valid_text(text: str) -> str:
+    """A text without the halves of characters that JSON lets it have."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def text_in(answer: dict[str, Any], key: str) -> str:
+    """A text in an answer.
 
     Raises:
-        LookupError, TypeError, ValueError: none.
+        LookupError, TypeError: none.
     """
-    count = answer[key]
+    if not isinstance(text := answer[key], str):
+        raise TypeError(f"{key}: expected a text, got {text!r:.80}")
+    return valid_text(text)
+
+
+def count_in(answer: dict[str, Any], key: str) -> int:
+    """A count in an answer.
+
+    Raises:
+        LookupError, ValueError: none.
+    """
+    return checked_count(answer[key])
+
+
+def checked_count(count: Any) -> int:
+    """A count as it was sent.
+
+    Raises:
+        ValueError: it is none.
+    """
     if not isinstance(count, int) or count < 0:
-        raise ValueError(f"{key}: expected a number of bytes, got {count!r:.80}")
+        raise ValueError(f"expected a count, got {count!r:.80}")
     return count

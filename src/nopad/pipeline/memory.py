@@ -6,7 +6,9 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nopad.preprocessing.decode import ImageError
 
@@ -34,6 +36,14 @@ def _free_on_machine() -> int:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) << 10
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A file of so many bytes that it is read once there is memory for it."""
+
+    size: int
+    read: Callable[[], Any]
 
 
 class MemoryBudget:

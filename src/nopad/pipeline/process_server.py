@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -188,9 +189,13 @@ def main(descriptor: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent ends, also in the middle of a decoder; and first where memory runs out."""
+    """End this process when its parent ends, also in the middle of a decoder; and first where memory runs out.
+
+    It leaves no image of its memory.
+    """
     with suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
         file.write("1000")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # files that make decoders crash must not fill a disk
     if sys.platform == "linux":
         import ctypes
 

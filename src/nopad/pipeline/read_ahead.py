@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from nopad.pipeline.image_processor import PreparedImage
 from nopad.pipeline.isolation import DecodeProcesses, Done
-from nopad.pipeline.memory import MemoryBudget, Reservation
+from nopad.pipeline.memory import MemoryBudget, Reservation, Unread
 from nopad.pipeline.process_server import ProcessServerError
 from nopad.pipeline.stats import Stats
 from nopad.preprocessing.decode import ImageError
@@ -70,7 +70,7 @@ class InProcesses(Generic[Item]):
     """Reads items in one thread, a few ahead of the processes that decode them.
 
     Args:
-        read: from an item to what the decoder takes.
+        read: from an item to what the decoder takes, or to that as `Unread`.
     """
 
     def __init__(self, read: Callable[[Item], Any], processes: DecodeProcesses) -> None:
@@ -98,6 +98,9 @@ class InProcesses(Generic[Item]):
         self._room.acquire()
         try:
             data = self._read(item)
+            if isinstance(data, Unread):
+                reservation.hold(data.size)
+                data = data.read()
         except Exception as error:
             leave(error, 0.0)
         else:

@@ -125,7 +125,7 @@ class Worker:
         Args:
             groups: taken one after another.
             read: runs in the decode threads, or with `decoder` in one thread that reads. Returns uint8 `(3, H, W)`, or
-                `(frames, 3, H, W)` for a clip; with `decoder` what that takes.
+                `(frames, 3, H, W)` for a clip; with `decoder` what that takes, or that as `Unread`.
             decoder: decodes what `read` returns in processes, for files that are not trusted. The same one in each run.
             measure: as `Decoder.measure`, of an item before it is read, where there is no `decoder`; items do not count
                 towards `memory` without it.

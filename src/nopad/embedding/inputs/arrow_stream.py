@@ -55,6 +55,20 @@ class ArrowStream:
     def __len__(self) -> int:
         return self._starts[-1]
 
+    def rows_of_batch(self, row: int) -> tuple[int, int]:
+        """The first row of the batch that a row is in, and the first behind it.
+
+        Raises:
+            IndexError: no such row.
+        """
+        number = self._number(row)
+        return self._starts[number], self._starts[number + 1]
+
+    def _number(self, row: int) -> int:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        return bisect.bisect_right(self._starts, row) - 1
+
     def batch_of(self, row: int) -> tuple[int, pa.RecordBatch]:
         """The number of the batch's first row, and the batch.
 
@@ -62,9 +76,7 @@ class ArrowStream:
             IndexError: no such row.
             OSError, ValueError, pa.ArrowException: the file has changed, or the batch is damaged or too large.
         """
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
-        number = bisect.bisect_right(self._starts, row) - 1
+        number = self._number(row)
         batch = self._batches[number]
         with open_regular(self._path) as file:
             parts = [_read(file.fileno(), message.start, message.end) for message in (*self._head, batch)]
@@ -87,7 +99,9 @@ class ArrowStream:
                     continue
                 self._head.append(message)
                 if message.kind == _SCHEMA:
-                    self.schema = pa.ipc.read_schema(pa.py_buffer(_read(file.fileno(), 0, message.end)))
+                    schema = pa.ipc.read_schema(pa.py_buffer(_read(file.fileno(), 0, message.end)))
+                    _ = schema.names  # may be no text
+                    self.schema = schema
 
 
 def _message(file: int, position: int) -> _Message | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Protocol
 
@@ -12,15 +13,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nopad.embedding.inputs.arrow_stream import ArrowStream
-from nopad.embedding.inputs.tables import ARROW_DAMAGE, open_parquet, saved_splits
+from nopad.embedding.inputs.tables import ARROW_DAMAGE, files_of, open_parquet
 from nopad.preprocessing.files import why
 
 _BLOCK_BYTES = 32 << 20
 _MAX_BLOCKS = 3
 
 
+ToldRows = Callable[[int, int], None]
+"""Called before rows are read in one go, with the first of them and the first behind them, or with twice the same."""
+
+
 class Column(Protocol):
     """Values of one column by row; not to be read from two threads at once."""
+
+    def is_loaded(self, row: int) -> bool:
+        """Whether the value of a row is there without reading."""
+        ...
 
     def scalar(self, row: int) -> pa.Scalar:
         """The value of a row.
@@ -36,29 +45,47 @@ class Column(Protocol):
 class DatasetColumn:
     """A column of one split of a saved dataset."""
 
-    def __init__(self, folder: bytes, split: str, column: str) -> None:
-        files = next(saved.files for saved in saved_splits(folder) if saved.name == split)
-        self._streams = [ArrowStream(path) for path in files]
+    def __init__(self, folder: bytes, split: str, column: str, told: ToldRows = lambda *_: None) -> None:
+        self._streams: list[ArrowStream] = []
+        for path in files_of(folder, split):
+            told(0, 0)
+            self._streams.append(ArrowStream(path))
         self._starts = list(accumulate((len(stream) for stream in self._streams), initial=0))
         self._column = column
+        self._told = told
         self._start = 0
         self._block: pa.Array | None = None
+        self._damage: dict[int, str] = {}  # by the first row of a batch that cannot be read
 
     def close(self) -> None:
         self._block = None
 
+    def is_loaded(self, row: int) -> bool:
+        return self._block is not None and self._start <= row < self._start + len(self._block)
+
     def scalar(self, row: int) -> pa.Scalar:
-        block = self._block
-        if block is None or not self._start <= row < self._start + len(block):
-            if not 0 <= row < self._starts[-1]:
-                raise IndexError(f"row {row} of {self._starts[-1]}")
-            number = bisect.bisect_right(self._starts, row) - 1
-            self._block = block = None  # not two of them at a time
-            start, batch = self._streams[number].batch_of(row - self._starts[number])
-            block = batch.column(self._column)
+        if not self.is_loaded(row):
+            self._load(row)
+        assert self._block is not None
+        return self._block[row - self._start]
+
+    def _load(self, row: int) -> None:
+        if not 0 <= row < self._starts[-1]:
+            raise IndexError(f"row {row} of {self._starts[-1]}")
+        number = bisect.bisect_right(self._starts, row) - 1
+        stream, before = self._streams[number], self._starts[number]
+        start, stop = stream.rows_of_batch(row - before)
+        self._block, self._start = None, before + start  # not two blocks at a time
+        if self._start in self._damage:
+            raise ValueError(self._damage[self._start])
+        self._told(self._start, before + stop)
+        try:
+            block = stream.batch_of(row - before)[1].column(self._column)
             block.validate(full=True)  # Arrow trusts the offsets in a batch
-            self._start, self._block = self._starts[number] + start, block
-        return block[row - self._start]
+        except ARROW_DAMAGE as error:
+            self._damage[self._start] = why(error)
+            raise
+        self._block = block
 
 
 class ParquetColumn:
@@ -69,9 +96,10 @@ class ParquetColumn:
     again.
     """
 
-    def __init__(self, path: bytes, column: str) -> None:
+    def __init__(self, path: bytes, column: str, told: ToldRows = lambda *_: None) -> None:
         self._file = open_parquet(path)
         self._column = column
+        self._told = told
         metadata = self._file.metadata
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
         self._starts = list(accumulate((group.num_rows for group in groups), initial=0))
@@ -89,6 +117,9 @@ class ParquetColumn:
 
     def close(self) -> None:
         self._file.close(force=True)
+
+    def is_loaded(self, row: int) -> bool:
+        return any(start <= row < start + len(block) for start, block in self._blocks.items())
 
     def scalar(self, row: int) -> pa.Scalar:
         for start, block in self._blocks.items():
@@ -114,7 +145,10 @@ class ParquetColumn:
             raise
 
     def _forward(self, row: int) -> pa.Scalar:
-        for batch in self._batches:
+        while True:
+            self._told(self._next, self._starts[self._group + 1])
+            if (batch := next(self._batches, None)) is None:
+                raise ValueError(f"row group {self._group} ends before row {row}")
             start = self._next
             if row < start + len(batch):
                 self._blocks[start] = batch.column(self._column)
@@ -123,7 +157,6 @@ class ParquetColumn:
             self._next += len(batch)
             if row < self._next:
                 return self._blocks[start][row - start]
-        raise ValueError(f"row group {self._group} ends before row {row}")
 
     def _chunks(self, group: int) -> list[pq.ColumnChunkMetaData]:
         """The chunks of this column, several for a struct."""

@@ -7,17 +7,19 @@ import threading
 from collections import OrderedDict
 from types import TracebackType
 
-import pyarrow as pa
 from torch import Tensor
 
-from nopad.embedding.inputs.columns import Column, DatasetColumn, ParquetColumn
 from nopad.embedding.inputs.listing import Input
 from nopad.embedding.inputs.media import Media, MediaDecoder, VideoPart
 from nopad.embedding.inputs.names import as_text
 from nopad.embedding.inputs.spans import span_of
-from nopad.embedding.inputs.tables import ARROW_DAMAGE
+from nopad.embedding.inputs.table_process import DamagedTableError, TableImages
+from nopad.embedding.inputs.table_program import Table
+from nopad.pipeline.memory import Unread
+from nopad.pipeline.process_server import ProcessServerError
 from nopad.preprocessing.decode import ImageError
 from nopad.preprocessing.files import FileRange, why
+from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 
 _MAX_OPEN_TABLES = 3
 
@@ -28,13 +30,22 @@ class Reader:
     Args:
         decoder: of what `media` returns.
         allow_outside_paths: read files that tables name by path wherever they are, not below the table's folder alone.
+        timeout: seconds for what is read of a table in one go, `None` for no limit.
     """
 
-    def __init__(self, decoder: MediaDecoder | None = None, *, allow_outside_paths: bool = False) -> None:
+    def __init__(
+        self,
+        decoder: MediaDecoder | None = None,
+        *,
+        allow_outside_paths: bool = False,
+        timeout: float | None = INPUT_TIMEOUT_SECONDS,
+    ) -> None:
         self.decoder = decoder or MediaDecoder()
         self._lock = threading.Lock()
         self._allow_outside_paths = allow_outside_paths
-        self._columns: OrderedDict[tuple[bytes, str], Column] = OrderedDict()
+        self._timeout = timeout
+        self._tables: OrderedDict[tuple[Table, str], TableImages] = OrderedDict()
+        self._is_interrupted = False
 
     def __enter__(self) -> Reader:
         return self
@@ -46,15 +57,27 @@ class Reader:
 
     def close(self) -> None:
         with self._lock:
-            while self._columns:
-                self._columns.popitem()[1].close()
+            while self._tables:
+                self._tables.popitem()[1].close()
+
+    def interrupt(self) -> None:
+        """End what reads tables, from another thread; from now on they cannot be read."""
+        self._is_interrupted = True
+        for table in list(self._tables.values()):
+            table.interrupt()
 
     def media(self, item: Input) -> Media:
         """The place of an encoded picture, its bytes, or the name of a video.
 
         Raises:
             ImageError: an input that cannot be read; its source is `item.id`.
+            ProcessServerError: tables cannot be read at all.
         """
+        media = self.media_or_unread(item)
+        return media.read() if isinstance(media, Unread) else media
+
+    def media_or_unread(self, item: Input) -> Media | Unread:
+        """See `media`; large pictures in tables are read when there is memory for them."""
         try:
             if item.kind == "broken":
                 raise ImageError(item.id, item.note)
@@ -67,6 +90,8 @@ class Reader:
             return self._value(item)
         except ImageError as error:
             raise ImageError(item.id, as_text(error.reason)) from error
+        except ProcessServerError:
+            raise
         except (OSError, ValueError) as error:
             raise ImageError(item.id, f"cannot be read: {why(error)}") from error
 
@@ -85,20 +110,18 @@ class Reader:
         except ImageError as error:
             raise ImageError(item.id, as_text(error.reason)) from error
 
-    def _value(self, item: Input) -> bytes | FileRange:
+    def _value(self, item: Input, *, takes_large: bool = False) -> bytes | FileRange | Unread:
         try:
-            value = self._scalar(item).as_py()
-        except ARROW_DAMAGE as error:
-            raise ImageError(item.id, f"row {item.offset} cannot be read, damaged? ({why(error)})") from error
-        if not isinstance(value, dict):
-            data, path = value, None
-        else:
-            data, path = value.get("bytes"), value.get("path")
-        if data is None and path and isinstance(path, str | bytes):
-            return FileRange(self._named_file(item, os.fsencode(path)))
-        if data is None:
-            raise ImageError(item.id, f"null in column {item.note.split('/', 1)[-1]!r}")
-        return data
+            value = self._image(item, takes_large=takes_large)
+        except DamagedTableError as error:
+            raise ImageError(item.id, f"row {item.offset} cannot be read, damaged? ({error})") from error
+        if isinstance(value, int):
+            return Unread(value, lambda: self._value(item, takes_large=True))
+        if isinstance(value, str):
+            return FileRange(self._named_file(item, os.fsencode(value)))
+        if value is None:
+            raise ImageError(item.id, f"null in column {Table.of(item)[1]!r}")
+        return value
 
     def _named_file(self, item: Input, name: bytes) -> bytes:
         """The path that a row names, below the folder of its table unless all are allowed."""
@@ -109,19 +132,14 @@ class Reader:
             raise ImageError(item.id, reason)
         return path
 
-    def _scalar(self, item: Input) -> pa.Scalar:
-        key = item.path, item.note
+    def _image(self, item: Input, *, takes_large: bool) -> bytes | str | int | None:
+        key = Table.of(item)
         with self._lock:
-            if key not in self._columns:
-                self._columns[key] = _open_column(item)
-                if len(self._columns) > _MAX_OPEN_TABLES:
-                    self._columns.popitem(last=False)[1].close()
-            self._columns.move_to_end(key)
-            return self._columns[key].scalar(item.offset)
-
-
-def _open_column(item: Input) -> Column:
-    if item.kind == "parquet":
-        return ParquetColumn(item.path, item.note)
-    split, column = item.note.split("/", 1)
-    return DatasetColumn(item.path, split, column)
+            if self._is_interrupted:
+                raise DamagedTableError("not read: the run has ended")
+            if key not in self._tables:
+                self._tables[key] = TableImages(*key, self._timeout)
+                if len(self._tables) > _MAX_OPEN_TABLES:
+                    self._tables.popitem(last=False)[1].close()
+            self._tables.move_to_end(key)
+            return self._tables[key].image(item.offset, takes_large=takes_large)

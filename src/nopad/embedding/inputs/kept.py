@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
 import posixpath
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,12 +17,13 @@ import pyarrow as pa
 
 from nopad.embedding.inputs import extras as extra_columns
 from nopad.embedding.inputs.archives import members_of
-from nopad.embedding.inputs.arrow_stream import ArrowStream
-from nopad.embedding.inputs.columns import Column, DatasetColumn, ParquetColumn
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.spans import time_of
-from nopad.embedding.inputs.tables import ARROW_DAMAGE, open_parquet, saved_splits
+from nopad.embedding.inputs.table_process import DamagedTableError, LostTableError, TableProcess
+from nopad.embedding.inputs.table_program import Table
 from nopad.preprocessing.files import FileRange
+
+logger = logging.getLogger(__name__)
 
 ALL, TIME = "all", "time"
 MAX_TEXT = 1 << 20
@@ -48,7 +50,7 @@ class Kept:
     extras: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, inputs: InputList, keep: str, taken: Sequence[str]) -> Kept:
+    def of(cls, inputs: InputList, keep: str, taken: Sequence[str], timeout: float | None) -> Kept:
         """Choose columns by `keep`: names separated by commas, or `all`.
 
         A column of a name that the table itself has is kept as `kept_` and its name.
@@ -57,13 +59,14 @@ class Kept:
             inputs: of the job.
             keep: of the settings.
             taken: names of the table's own columns.
+            timeout: see `TableProcess`.
 
         Raises:
             ValueError: a column that no input has, one of several types, or inputs without columns.
         """
         types: dict[str, pa.DataType] = {}
         requested = None if keep == ALL else [name.strip() for name in keep.split(",") if name.strip()]
-        for schema in _schemas(inputs, requested):
+        for schema in _schemas(inputs, requested, timeout):
             for field in schema:
                 if requested is not None and field.name not in requested:
                     continue
@@ -112,14 +115,21 @@ class Kept:
         fields = [pa.field(name, extra_columns.TYPES[name]) for name in names]
         return replace(self, schema=pa.schema([*self.schema, *fields]), extras=tuple(names))
 
-    def values(self, items: Sequence[Input], extras: Sequence[Mapping[str, Any] | None]) -> list[tuple[Any, ...]]:
+    def values(
+        self, items: Sequence[Input], extras: Sequence[Mapping[str, Any] | None], tables: TableProcess
+    ) -> list[tuple[Any, ...]]:
         """For each input its values, None for what it does not have or what is damaged.
 
         Args:
             items: the inputs.
             extras: what was found in each one's file.
+            tables: reads those of the inputs.
+
+        Raises:
+            DamagedTableError: `tables` was interrupted.
+            ProcessServerError: see `TableProcess`.
         """
-        rows = [values for group in _by_file(items) for values in self._of_file(group)]
+        rows = [values for group in _by_file(items) for values in self._of_file(group, tables)]
         if self.times:
             rows = [(time_of(item), *values) for item, values in zip(items, rows, strict=True)]
         if self.extras:
@@ -132,13 +142,15 @@ class Kept:
         number = len(values) - len(self.extras)
         return (*values[:number], *[None] * len(values[number:]))
 
-    def _of_file(self, items: Sequence[Input]) -> Iterator[tuple[Any, ...]]:
+    def _of_file(self, items: Sequence[Input], tables: TableProcess) -> Iterator[tuple[Any, ...]]:
         if items[0].kind in _TABLES:
-            columns = [_open_column(items[0], name) for name in self.names.values()]
-            yield from (tuple(_scalar(column, item.offset) for column in columns) for item in items)
-            for column in columns:
-                if column is not None:
-                    column.close()
+            table, _ = Table.of(items[0])
+            try:
+                columns = tables.values(table, tuple(self.names.values()), tuple(item.offset for item in items))
+            except LostTableError as error:
+                logger.warning("%s: its columns are not kept: %s", items[0].source, error)
+                columns = [[None] * len(items) for _ in self.names]
+            yield from zip(*columns, strict=True) if columns else ((),) * len(items)
         elif items[0].kind == "tar":
             samples = _samples(items[0].path)
             yield from (self._of_sample(item, samples.get(_key(item.id), {})) for item in items)
@@ -165,54 +177,23 @@ def _by_file(items: Iterable[Input]) -> Iterator[list[Input]]:
         yield list(group)
 
 
-def _schemas(inputs: InputList, requested: Sequence[str] | None) -> Iterator[pa.Schema]:
+def _schemas(inputs: InputList, requested: Sequence[str] | None, timeout: float | None) -> Iterator[pa.Schema]:
     """The columns of each file among the inputs, without those of the pictures."""
     seen = set()
-    for item in inputs:
-        key = item.kind, item.path, item.note
-        if key in seen or item.kind not in (*_TABLES, "tar"):
-            continue
-        seen.add(key)
-        if item.kind == "tar":
-            if ("tar",) not in seen:
-                seen.add(("tar",))
+    with TableProcess(timeout) as tables:
+        for item in inputs:
+            key = ("tar",) if item.kind == "tar" else (item.kind, item.path, item.note)
+            if key in seen or item.kind not in (*_TABLES, "tar"):
+                continue
+            seen.add(key)
+            if item.kind == "tar":
                 yield pa.schema([pa.field(name, pa.string()) for name in (_TEXTS if requested is None else requested)])
-            continue
-        image = item.note.split("/", 1)[-1] if item.kind == "dataset" else item.note
-        yield pa.schema([field for field in _schema_of(item) if field.name != image])
-
-
-def _schema_of(item: Input) -> pa.Schema:
-    try:
-        if item.kind == "parquet":
-            file = open_parquet(item.path)
-            schema = file.schema_arrow
-            file.close(force=True)
-            return schema.remove_metadata()
-        split = item.note.split("/", 1)[0]
-        files = next(saved.files for saved in saved_splits(item.path) if saved.name == split)
-        return (ArrowStream(files[0]).schema or pa.schema([])).remove_metadata()
-    except (*ARROW_DAMAGE, StopIteration) as error:
-        raise ValueError(f"keep: {item.source}: its columns cannot be read: {error}") from error
-
-
-def _open_column(item: Input, name: str) -> Column | None:
-    try:
-        if item.kind == "parquet":
-            return ParquetColumn(item.path, name)
-        return DatasetColumn(item.path, item.note.split("/", 1)[0], name)
-    except (*ARROW_DAMAGE, StopIteration):
-        return None
-
-
-def _scalar(column: Column | None, row: int) -> Any:
-    if column is None:
-        return None
-    try:
-        value = column.scalar(row)
-    except ARROW_DAMAGE:
-        return None
-    return value if value.is_valid else None
+                continue
+            table, image = Table.of(item)
+            try:
+                yield pa.schema([field for field in tables.schema(table) if field.name != image])
+            except DamagedTableError as error:
+                raise ValueError(f"keep: {item.source}: its columns cannot be read: {error}") from error
 
 
 def _key(name: str) -> str:

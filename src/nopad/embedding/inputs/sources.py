@@ -14,12 +14,15 @@ from nopad.embedding.inputs.archives import COMPRESSED, CompressedTarError, tar_
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.names import COMPRESSED_TARS, HIDDEN, as_text, expand_braces, suffix_of
 from nopad.embedding.inputs.spans import Spans
-from nopad.embedding.inputs.tables import NoImageColumnError, dataset_inputs, is_dataset, parquet_inputs
+from nopad.embedding.inputs.table_process import TableProcess
+from nopad.embedding.inputs.table_program import Table
+from nopad.embedding.inputs.tables import NoImageColumnError, is_dataset
 from nopad.embedding.inputs.walk import Hidden, match, walk
 from nopad.embedding.table.names import METADATA_FOLDER, parse_shard_name
 from nopad.local_paths import check_local
 from nopad.preprocessing.files import open_regular, why
 from nopad.preprocessing.formats import VIDEO_SUFFIXES, image_suffixes
+from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 from nopad.terminal import printable
 
 _LISTS = (".txt", ".lst")
@@ -41,6 +44,7 @@ def list_inputs(
     id_column: str | None = None,
     hidden: bool = False,
     spans: Spans | None = None,
+    timeout: float | None = INPUT_TIMEOUT_SECONDS,
 ) -> Listing:
     """List the pictures and videos of each source, in the order given; nothing is decoded.
 
@@ -68,9 +72,11 @@ def list_inputs(
         sources: paths and globs.
         image_column: the column of image bytes in Parquet files and datasets; by default the only one, or the only one
             with a usual name.
-        id_column: the column of names for the rows of Parquet files and datasets; by default their numbers.
+        id_column: the column of names for the rows of Parquet files and datasets; by default, and where there is none
+            of at most 4,096 characters, their numbers.
         hidden: take what is hidden, too.
         spans: the rows that a video gives; one unless given.
+        timeout: seconds for what is read of a table in one go, `None` for no limit.
 
     Raises:
         ValueError: a source or a line of a list file that is an address (`s3://…`); a source that is missing, matches
@@ -87,10 +93,10 @@ def list_inputs(
     kinds = set()
     is_any_whole = False
 
-    def every() -> Iterator[Input]:
+    def every(tables: TableProcess) -> Iterator[Input]:
         nonlocal is_any_whole
         for name, is_expanded in _names(sources):
-            lister = _Lister(name, image_column, id_column, spans, hidden=hidden, may_be_missing=is_expanded)
+            lister = _Lister(name, tables, image_column, id_column, spans, hidden=hidden, may_be_missing=is_expanded)
             is_empty = True
             for item in lister.inputs():
                 is_empty = False
@@ -107,7 +113,8 @@ def list_inputs(
                     raise ValueError(printable(nothing_in[-1]))
             left_out.update(lister.left_out)
 
-    inputs = InputList.of(every())
+    with TableProcess(timeout) as tables:
+        inputs = InputList.of(every(tables))
     if not is_any_whole:
         if not first_broken:
             raise ValueError(printable(nothing_in[0]))
@@ -142,6 +149,7 @@ class _Lister:
     def __init__(
         self,
         name: str,
+        tables: TableProcess,
         column: str | None,
         id_column: str | None,
         spans: Spans | None,
@@ -151,6 +159,7 @@ class _Lister:
     ) -> None:
         self.name = name
         self.source = as_text(name)
+        self.tables = tables
         self.column = column
         self.id_column = id_column
         self.spans = spans
@@ -204,7 +213,7 @@ class _Lister:
             if suffix_of(path) == ".tar":
                 inputs = tar_inputs(path, as_text(path), self.left_out, hidden=self._include_hidden)
             else:
-                inputs = parquet_inputs(path, as_text(path), self.column, self.id_column)
+                inputs = self._table("parquet", path)
             for item in inputs:
                 is_empty = False
                 yield item
@@ -218,9 +227,13 @@ class _Lister:
         if is_empty and self.left_out.total() == before:
             self.left_out[suffix_of(path)] += 1
 
+    def _table(self, kind: str, path: str) -> Iterator[Input]:
+        table = Table(kind, os.fsencode(os.path.abspath(path)))
+        return self.tables.inputs(table, as_text(path), self.column, self.id_column)
+
     def _folder(self, folder: str, prefix: str) -> Iterator[Input]:
         if is_dataset(folder):
-            yield from dataset_inputs(folder, as_text(folder), self.column, self.id_column)
+            yield from self._table("dataset", folder)
             return
         archives = []
         has_pictures = False

@@ -1,10 +1,11 @@
-"""Pictures in Parquet files and saved datasets, listed without reading one."""
+"""Pictures in Parquet files and saved datasets, listed without reading one; in a process that may be ended."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,11 +14,15 @@ import pyarrow.parquet as pq
 from nopad.checkpoints.contents import read_json
 from nopad.counts import counted
 from nopad.embedding.inputs.arrow_stream import MAX_ROWS, ArrowStream
-from nopad.embedding.inputs.listing import Input
 from nopad.embedding.inputs.names import as_text
 from nopad.preprocessing.files import open_regular, why
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "bytes", "image_bytes")
+
+MAX_NAME_LENGTH = 4096
+"""Characters of a row's name; one that is longer is none."""
+
+_NUM_NAMES, _NAMES_LENGTH = 8192, 1 << 16  # of the rows that are listed at a time
 # What Arrow raises on damaged files.
 ARROW_DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError)
 
@@ -59,37 +64,76 @@ def _is_binary(type: pa.DataType) -> bool:
     return pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_binary_view(type)
 
 
-def parquet_inputs(path: str, text: str, column: str | None, id_column: str | None = None) -> Iterator[Input]:
-    """The rows of a Parquet file; one `"broken"` input where its footer cannot be read or contradicts itself.
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a table that follow each other.
+
+    Attributes:
+        first: number of the first of them, in a dataset within its split.
+        count: how many.
+        note: as in `Input`.
+        names: theirs as far as they have one, fewer than rows where the column of names ends early; empty for none.
+    """
+
+    first: int
+    count: int
+    note: str
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """What of a table cannot be read, by the name of its file, and why."""
+
+    name: str
+    reason: str
+
+
+def parquet_rows(path: bytes, text: str, column: str | None, id_column: str | None = None) -> Iterator[Rows | Broken]:
+    """The rows of a Parquet file; what is broken where its footer cannot be read or contradicts itself.
 
     Raises:
         NoImageColumnError, ValueError: see `image_column`; or no column `id_column`.
     """
-    location = os.fsencode(os.path.abspath(path))
-
-    def broken(reason: str) -> Input:
-        return Input(as_text(os.path.basename(path)), text, "broken", location, note=as_text(reason))
-
+    name = as_text(os.path.basename(path))
     try:
-        size = os.path.getsize(location)
-        file = open_parquet(location)
+        size = os.path.getsize(path)
+        file = open_parquet(path)
         schema, metadata = file.schema_arrow, file.metadata
+        _ = schema.names  # may be no text
         groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         file.close(force=True)
     except ARROW_DAMAGE as error:
-        yield broken(f"no Parquet file, or damaged: {why(error)}")
+        yield Broken(name, f"no Parquet file, or damaged: {why(error)}")
         return
     note = image_column(schema, text, column)
-    if any(rows < 0 for rows in groups) or sum(groups) > max(MAX_ROWS, size):
-        claim = f"its row groups claim {counted(sum(groups), 'row')} in {counted(size, 'byte')}"
-        yield broken(f"damaged: {claim}; get the file again")
+    total = sum(groups)
+    if any(rows < 0 for rows in groups) or total > max(MAX_ROWS, size):
+        claim = f"its row groups claim {counted(total, 'row')} in {counted(size, 'byte')}"
+        yield Broken(name, f"damaged: {claim}; get the file again")
         return
-    names = _parquet_names(location, schema, text, id_column)
-    for row in range(sum(groups)):
-        yield Input(next(names, None) or str(row), text, "parquet", location, row, 0, note)
-    if metadata.num_rows != sum(groups):
-        counts = f"its footer says {counted(metadata.num_rows, 'row')}, its row groups {sum(groups)}, which are read"
-        yield broken(f"damaged: {counts}; get the file again")
+    yield from _named(0, total, note, _parquet_names(path, schema, text, id_column))
+    if metadata.num_rows != total:
+        counts = f"its footer says {counted(metadata.num_rows, 'row')}, its row groups {total}, which are read"
+        yield Broken(name, f"damaged: {counts}; get the file again")
+
+
+def _named(first: int, count: int, note: str, names: Iterator[str]) -> Iterator[Rows]:
+    """Rows by their names, in parts whose names take little; the last part has those without."""
+    names = islice(names, count)
+    while part := _few(names):
+        yield Rows(first, len(part), note, part)
+        first, count = first + len(part), count - len(part)
+    if count:
+        yield Rows(first, count, note)
+
+
+def _few(names: Iterator[str]) -> tuple[str, ...]:
+    part, length = [], 0
+    while length < _NAMES_LENGTH and len(part) < _NUM_NAMES and (name := next(names, None)) is not None:
+        part.append(name)
+        length += len(name)
+    return tuple(part)
 
 
 def _check_id_column(schema: pa.Schema, text: str, id_column: str) -> None:
@@ -108,7 +152,7 @@ def _parquet_names(path: bytes, schema: pa.Schema, text: str, id_column: str | N
     _check_id_column(schema, text, id_column)
     try:
         file = open_parquet(path, in_pages=False)
-        for batch in file.iter_batches(columns=[id_column]):
+        for batch in file.iter_batches(columns=[id_column], use_threads=False):
             yield from _names(batch.column(0))
         file.close(force=True)
     except ARROW_DAMAGE:
@@ -116,9 +160,10 @@ def _parquet_names(path: bytes, schema: pa.Schema, text: str, id_column: str | N
 
 
 def _names(column: pa.Array) -> Iterator[str]:
-    """Values as text, empty for null."""
+    """Values as text, empty for null and for what is too long to be a name."""
     for value in column.to_pylist():
-        yield "" if value is None else as_text(value) if isinstance(value, str | bytes) else str(value)
+        name = "" if value is None else as_text(value) if isinstance(value, str | bytes) else str(value)
+        yield name if len(name) <= MAX_NAME_LENGTH else ""
 
 
 def open_parquet(path: bytes, *, in_pages: bool = True) -> pq.ParquetFile:
@@ -164,6 +209,18 @@ def saved_splits(folder: bytes) -> list[SavedSplit]:
     return [SavedSplit(name, _data_files(os.path.join(folder, os.fsencode(name)))) for name in names]
 
 
+def files_of(folder: bytes, split: str) -> tuple[bytes, ...]:
+    """The Arrow files of one split of a saved dataset.
+
+    Raises:
+        One of `ARROW_DAMAGE`: see `saved_splits`; or no such split.
+    """
+    for saved in saved_splits(folder):
+        if saved.name == split:
+            return saved.files
+    raise ValueError(f"it has no split {split!r} any more")
+
+
 def _data_files(folder: bytes) -> tuple[bytes, ...]:
     state = read_json(Path(os.fsdecode(folder), "state.json"))
     if state.get("_indices_data_files"):
@@ -199,31 +256,25 @@ def _dataset_names(stream: ArrowStream, text: str, id_column: str | None) -> Ite
         return
 
 
-def dataset_inputs(folder: str, text: str, column: str | None, id_column: str | None = None) -> Iterator[Input]:
-    """The rows of a saved Hugging Face dataset, of all its splits; a `"broken"` input for what cannot be read.
+def dataset_rows(folder: bytes, text: str, column: str | None, id_column: str | None = None) -> Iterator[Rows | Broken]:
+    """The rows of a saved Hugging Face dataset, of all its splits, and what of it cannot be read.
 
     Raises:
         NoImageColumnError, ValueError: see `image_column`.
     """
-    location = os.fsencode(os.path.abspath(folder))
     try:
-        splits = saved_splits(location)
+        splits = saved_splits(folder)
     except ARROW_DAMAGE as error:
-        name = os.path.basename(os.path.abspath(folder))
-        yield Input(as_text(name), text, "broken", location, note=f"no dataset that can be loaded: {why(error)}")
+        yield Broken(as_text(os.path.basename(folder)), f"no dataset that can be loaded: {why(error)}")
         return
     for split in splits:
         start = 0
         for path in split.files:
             stream = ArrowStream(path)
             if stream.schema is not None:
-                chosen = image_column(stream.schema, f"{text} {split.name}".rstrip(), column)
-                names = _dataset_names(stream, f"{text} {split.name}".rstrip(), id_column)
-                for row in range(start, start + len(stream)):
-                    name = next(names, None) or str(row)
-                    id = f"{split.name}/{name}" if split.name else name
-                    yield Input(id, text, "dataset", location, row, 0, f"{split.name}/{chosen}")
+                name = f"{text} {split.name}".rstrip()
+                note = f"{split.name}/{image_column(stream.schema, name, column)}"
+                yield from _named(start, len(stream), note, _dataset_names(stream, name, id_column))
             if stream.damage:
-                name = os.path.relpath(os.fsdecode(path), os.fsdecode(location))
-                yield Input(as_text(name), text, "broken", path, note=as_text(stream.damage))
+                yield Broken(as_text(os.path.relpath(path, folder)), stream.damage)
             start += len(stream)

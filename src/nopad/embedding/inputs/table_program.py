@@ -1,0 +1,329 @@
+"""The program of the processes that list tables and read their values; tables are not trusted."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pyarrow as pa
+
+from nopad.embedding.inputs.arrow_stream import ArrowStream
+from nopad.embedding.inputs.columns import Column, DatasetColumn, ParquetColumn
+from nopad.embedding.inputs.listing import Input
+from nopad.embedding.inputs.names import as_text
+from nopad.embedding.inputs.tables import (
+    ARROW_DAMAGE,
+    Broken,
+    NoImageColumnError,
+    dataset_rows,
+    files_of,
+    open_parquet,
+    parquet_rows,
+    saved_splits,
+)
+from nopad.pipeline.decode_process import LARGE_FILE_BYTES
+from nopad.pipeline.forked import HEADROOM_BYTES, address_space, answer, limit_address_space, send_bytes
+from nopad.preprocessing.files import why
+from nopad.preprocessing.limits import MAX_BYTES
+
+MIN_VALUE_BYTES, VALUE_BYTES_PER_BYTE = 1 << 26, 16
+"""A value may have so many bytes, or so many for each byte of its file."""
+
+_AHEAD_BYTES = 1 << 20  # of values that are sent together
+_BATCH_BYTES, _BATCH_ROWS = 1 << 23, 256
+_COPIES = 3  # of a value while it is read: its page, what is made of that, what is sent
+_MAX_REASON, _MAX_PATH = 1000, 1 << 16
+
+
+@dataclass(frozen=True)
+class Table:
+    """A Parquet file, or a saved dataset.
+
+    Attributes:
+        kind, path: see `Input`.
+        split: of a dataset; `None` for all.
+    """
+
+    kind: str
+    path: bytes
+    split: str | None = None
+
+    @classmethod
+    def of(cls, item: Input) -> tuple[Table, str]:
+        """The table of a row, and its column of images."""
+        if item.kind == "parquet":
+            return cls(item.kind, item.path), item.note
+        split, column = item.note.split("/", 1)
+        return cls(item.kind, item.path, split), column
+
+    def size(self) -> int:
+        """Bytes of its files; 0 where they are not known."""
+        try:
+            return sum(map(os.path.getsize, self._files()))
+        except ARROW_DAMAGE:
+            return 0
+
+    def _files(self) -> Iterator[bytes]:
+        if self.kind == "parquet":
+            yield self.path
+        elif self.split is not None:
+            yield from files_of(self.path, self.split)
+        else:
+            yield from (path for split in saved_splits(self.path) for path in split.files)
+
+    def max_bytes(self) -> int:
+        """The most bytes that a value may have, and all values of a few rows that are kept."""
+        return max(MIN_VALUE_BYTES, VALUE_BYTES_PER_BYTE * self.size())
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Asks for all rows: the fields of each `Rows` and `Broken`, then `"refused"` or `"end"`."""
+
+    table: Table
+    text: str
+    column: str | None
+    id_column: str | None
+
+
+@dataclass(frozen=True)
+class Schema:
+    """Asks for the columns: `"bytes"`, and a schema of so many."""
+
+    table: Table
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Asks for images: `"sizes"` and their bytes, or of the first its `"path"`, `"null"`, or its size if `"large"`.
+
+    Attributes:
+        count: how many at most; those after the first must be there without reading.
+        takes_large: send the bytes of a large one.
+    """
+
+    table: Table
+    column: str
+    row: int
+    count: int = 1
+    takes_large: bool = False
+
+
+@dataclass(frozen=True)
+class Values:
+    """Asks for rows of columns: again and again the number of `"rows"`, `"bytes"`, and a stream of a batch of so many.
+
+    The columns of a batch have the numbers of those in `columns`. It has nulls, or lacks a column, where a value is
+    damaged or too large.
+    """
+
+    table: Table
+    columns: tuple[str, ...]
+    rows: tuple[int, ...]
+
+
+class TableProgram:
+    """Answers requests one after another, with `"error"` where a table is damaged.
+
+    Before it reads for long it answers `"reading"`, with the first row and the one behind the last.
+    """
+
+    def prepare(self) -> None:
+        """See `Program.prepare`; this module has imported everything."""
+
+    def serve(self, connection: Connection) -> None:
+        """See `Program.serve`."""
+        start = address_space()
+        opened = _OpenTable(connection)
+        while True:
+            limit_address_space(start + HEADROOM_BYTES)
+            try:
+                request = connection.recv()
+                opened.open(request.table)
+                limit_address_space(start + HEADROOM_BYTES + _COPIES * opened.max_value_bytes)
+                _ANSWERS[type(request)](connection, request, opened)
+            except (EOFError, ConnectionError):
+                return
+            except MemoryError:
+                answer(connection, error="reading it takes more memory than a table of this size may")
+            except ARROW_DAMAGE as error:
+                answer(connection, error=why(error)[:_MAX_REASON])
+            except Exception as error:
+                summary = f"unexpected {type(error).__name__}: {error}"
+                answer(connection, error=summary[:_MAX_REASON], traceback=traceback.format_exc()[-10_000:])
+
+
+class _OpenTable:
+    """The columns of one table that are open."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._table: Table | None = None
+        self._columns: dict[str, Column] = {}
+        self.max_value_bytes = 0
+
+    def open(self, table: Table) -> None:
+        """Turn to a table; columns of another one are closed."""
+        if table == self._table:
+            return
+        while self._columns:
+            self._columns.popitem()[1].close()
+        self._table, self.max_value_bytes = table, min(MAX_BYTES, table.max_bytes())
+
+    def column(self, name: str) -> Column:
+        """A column.
+
+        Raises:
+            One of `ARROW_DAMAGE`.
+        """
+        assert self._table is not None
+        if name not in self._columns:
+            table = self._table
+            if table.kind == "parquet":
+                self._columns[name] = ParquetColumn(table.path, name, self._told)
+            else:
+                self._columns[name] = DatasetColumn(table.path, table.split or "", name, self._told)
+        return self._columns[name]
+
+    def _told(self, start: int, stop: int) -> None:
+        answer(self._connection, reading=[start, stop])
+
+
+def _list(connection: Connection, request: Listing, opened: _OpenTable) -> None:
+    rows_of = parquet_rows if request.table.kind == "parquet" else dataset_rows
+    try:
+        for part in rows_of(request.table.path, request.text, request.column, request.id_column):
+            if isinstance(part, Broken):
+                part = Broken(part.name[:_MAX_REASON], as_text(part.reason)[:_MAX_REASON])
+            answer(connection, **asdict(part))
+    except ValueError as error:
+        answer(connection, refused=str(error)[:_MAX_REASON], no_images=isinstance(error, NoImageColumnError))
+    else:
+        answer(connection, end=True)
+
+
+def _send_schema(connection: Connection, request: Schema, opened: _OpenTable) -> None:
+    table = request.table
+    if table.kind == "parquet":
+        file = open_parquet(table.path)
+        schema = file.schema_arrow
+        file.close(force=True)
+    else:
+        files = files_of(table.path, table.split or "")
+        schema = (ArrowStream(files[0]).schema if files else None) or pa.schema([])
+    data = schema.remove_metadata().serialize().to_pybytes()
+    answer(connection, bytes=len(data))
+    send_bytes(connection, memoryview(data))
+
+
+def _send_cells(connection: Connection, request: Cells, opened: _OpenTable) -> None:
+    column = opened.column(request.column)
+    value = _image(column.scalar(request.row))
+    if value is None:
+        answer(connection, null=True)
+    elif isinstance(value, str):
+        answer(connection, path=value[:_MAX_PATH])
+    elif len(value) > opened.max_value_bytes:
+        answer(connection, error=f"{len(value)} bytes, expected at most {opened.max_value_bytes} of such a file")
+    elif len(value) >= LARGE_FILE_BYTES and not request.takes_large:
+        answer(connection, large=len(value))
+    else:
+        values = [value, *_more(column, request, _AHEAD_BYTES - len(value))]
+        answer(connection, sizes=list(map(len, values)))
+        for value in values:
+            send_bytes(connection, memoryview(value))
+
+
+def _more(column: Column, request: Cells, size: int) -> Iterator[bytes]:
+    """The images behind the first, as far as they are there and plain."""
+    for row in range(request.row + 1, request.row + request.count):
+        if not column.is_loaded(row):
+            return
+        try:
+            value = _image(column.scalar(row))
+        except (*ARROW_DAMAGE, MemoryError):
+            return
+        if not isinstance(value, bytes) or (size := size - len(value)) < 0:
+            return
+        yield value
+
+
+def _image(scalar: pa.Scalar) -> bytes | str | None:
+    """The bytes of an image, or the path of its file, or neither."""
+    value = scalar.as_py()
+    path = None
+    if isinstance(value, dict):
+        value, path = value.get("bytes"), value.get("path")
+    if value is None and path and isinstance(path, str | bytes):
+        return os.fsdecode(os.fsencode(path))
+    if not isinstance(value, bytes | None):
+        raise TypeError(f"expected bytes, got {type(value).__name__}")
+    return value
+
+
+def _send_values(connection: Connection, request: Values, opened: _OpenTable) -> None:
+    columns = [_column(opened, name) for name in request.columns]
+    left = request.table.max_bytes()
+    done, count = 0, 1
+    while done < len(request.rows):
+        rows = request.rows[done : done + count]
+        values = [[_scalar(column, row) for row in rows] for column in columns]
+        size = _send_batches(connection, values, len(rows), left)
+        left -= size
+        done += len(rows)
+        count = min(_BATCH_ROWS, max(1, len(rows) * _BATCH_BYTES // max(size, 1)))
+
+
+def _send_batches(connection: Connection, values: Sequence[Sequence[pa.Scalar | None]], count: int, left: int) -> int:
+    """Send rows in one batch, or in several where one takes too much; returns their bytes."""
+    try:
+        data = _batch(values)
+    except (*ARROW_DAMAGE, MemoryError):
+        data = None
+    if data is None or data.nbytes > left:
+        if count > 1:
+            half = count // 2
+            sent = _send_batches(connection, [column[:half] for column in values], half, left)
+            return sent + _send_batches(connection, [column[half:] for column in values], count - half, left - sent)
+        data = memoryview(b"")
+    answer(connection, rows=count, bytes=data.nbytes)
+    send_bytes(connection, data)
+    return data.nbytes
+
+
+def _batch(values: Sequence[Sequence[pa.Scalar | None]]) -> memoryview:
+    """A stream of one batch, of the columns that have a value."""
+    arrays = {}
+    for number, column in enumerate(values):
+        type = next((value.type for value in column if value is not None), None)
+        if type is not None:
+            arrays[str(number)] = pa.array(column, type)
+    if not arrays:
+        return memoryview(b"")
+    batch = pa.record_batch(arrays)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return memoryview(sink.getvalue())
+
+
+def _column(opened: _OpenTable, name: str) -> Column | None:
+    try:
+        return opened.column(name)
+    except ARROW_DAMAGE:
+        return None
+
+
+def _scalar(column: Column | None, row: int) -> pa.Scalar | None:
+    try:
+        value = None if column is None else column.scalar(row)
+    except ARROW_DAMAGE:
+        return None
+    return value if value is not None and value.is_valid else None
+
+
+_ANSWERS: dict[type, Any] = {Listing: _list, Schema: _send_schema, Cells: _send_cells, Values: _send_values}
