@@ -36,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print_error(f"nopad {options.command}: stopped")
         return INTERRUPTED
+    finally:
+        # CPython takes an interrupt within an exec of text, as dataclasses have, for unhandled until the next exec, and
+        # ends by SIGINT, whatever the exit status.
+        exec("")
 
 
 def build_parser() -> argparse.ArgumentParser:

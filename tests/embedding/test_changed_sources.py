@@ -85,8 +85,8 @@ def test_an_unexpected_error_of_the_reader_is_a_row(photos, tmp_path, monkeypatc
             raise ZeroDivisionError("a bug")
         return real(self, item)
 
-    real = Reader.media_or_unread
-    monkeypatch.setattr(Reader, "media_or_unread", media)
+    real = Reader.media
+    monkeypatch.setattr(Reader, "media", media)
     assert embed(photos, tmp_path / "out", model).failed == 1
     assert errors(tmp_path / "out") == {"003.png": "unexpected ZeroDivisionError: a bug"}
 

@@ -1,4 +1,4 @@
-"""Tables that would hang, crash or fill the memory of who reads them."""
+"""Tables, and videos that are listed, that would hang, crash or fill the memory of who reads them."""
 
 import signal
 import threading
@@ -9,13 +9,15 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from embedding.hostile_table_program import HostileTableProgram
+from embedding.hostile_programs import HostileDurationProgram, HostileTableProgram
 from input_samples import fill, ids, kinds, level, picture, reason, write_parquet
+from pictures import write_video
 
 import nopad
-from nopad.embedding.inputs import table_process
+from nopad.embedding.inputs import durations, table_process
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.sources import list_inputs
+from nopad.embedding.inputs.spans import Spans
 from nopad.pipeline.memory import Unread
 from nopad.preprocessing.decode import ImageError
 
@@ -54,6 +56,16 @@ def test_a_table_that_cannot_be_listed_is_one_broken_input(tmp_path: Path, what:
         write_parquet(tmp_path / f"{name}.parquet", {"image": [picture()]})
     listing = list_inputs([tmp_path], timeout=2)
     assert kinds(listing) == ["parquet", "broken", "parquet"]
+    assert reason(listing.inputs[1]) == f"cannot be listed: {REASONS[what]}"
+
+
+@pytest.mark.parametrize("what", REASONS)
+def test_a_video_that_cannot_be_opened_is_one_broken_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str):
+    monkeypatch.setattr(durations, "DurationProgram", HostileDurationProgram)
+    for name in ("a", what, "z"):
+        write_video(tmp_path / f"{name}.mp4", 10)
+    listing = list_inputs([tmp_path], spans=Spans(2, whole=True), timeout=2)
+    assert kinds(listing) == ["video", "broken", "video"]
     assert reason(listing.inputs[1]) == f"cannot be listed: {REASONS[what]}"
 
 
@@ -99,17 +111,17 @@ def test_a_value_may_be_16_times_as_large_as_its_file(tmp_path: Path, compressio
         assert reason(inputs[1]) == f"row 1 cannot be read, damaged? ({expected})"
         return
     with Reader() as reader:
-        large = reader.media_or_unread(inputs[1])
+        large = reader.media(inputs[1])
         assert isinstance(large, Unread)  # it is read when there is memory for it
         assert large.size == len(zeros)
-        assert large.read() == reader.media(inputs[1]) == zeros
+        assert large.read() == reader.media_now(inputs[1]) == zeros
 
 
 @pytest.mark.usefixtures("hostile")
 def test_a_value_beyond_all_memory_is_a_row(tmp_path: Path):
     values = {"allocate": [picture(i) for i in range(6)]}
     inputs = list_inputs([write_parquet(tmp_path / "a.parquet", values)]).inputs
-    assert "reading it takes more memory than a table of this size may" in reason(inputs[4])
+    assert "reading it takes more memory than a file of this size may" in reason(inputs[4])
     assert level(inputs[5]) == 5
 
 

@@ -145,6 +145,58 @@ def test_a_column_that_no_source_has(parquet, tmp_path, model, keep, message):
         embed(tmp_path / "pictures", tmp_path / "out", model, keep="all")
 
 
+def test_halves_of_characters_are_written_as_escapes(images, tmp_path, model):
+    texts = {"0.png": images[0], "0.json": b'{"caption": "\\ud800 x", "tags": ["\\udc00"]}'}
+    with tarfile.open(tmp_path / "data.tar", "w") as archive:
+        for name, data in texts.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    features = embed(tmp_path / "data.tar", tmp_path / "out", model, keep="caption,tags")
+    assert (features[0]["caption"], features[0]["tags"]) == ("\\ud800 x", '["\\udc00"]')
+
+
+def saved_dataset(folder, table):
+    """What `datasets` writes, but with columns of any type."""
+    folder.mkdir()
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "state.json").write_text('{"_data_files": [{"filename": "a.arrow"}]}')
+    with pa.OSFile(str(folder / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    return folder
+
+
+def test_columns_of_unusual_types_are_kept_as_plain_ones(images, tmp_path, model):
+    tensor = pa.array([[1, 2], [3, 4]], pa.list_(pa.int32(), 2))
+    columns = {
+        "image": pa.array(images[:2], pa.binary()),
+        "view": pa.array(["a", None], pa.string_view()),
+        "views": pa.array([[{"x": b"b"}], None], pa.list_(pa.struct({"x": pa.binary_view()}))),
+        "tensor": pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.int32(), [2]), tensor),
+        "map": pa.array([[("a", "b")], None], pa.map_(pa.string(), pa.string_view())),
+        "words": pa.array(["a", None]).dictionary_encode(),
+        "number": pa.array([b"a" * 16, None], pa.uuid()),
+    }
+    table = pa.table(columns)
+    features = embed(saved_dataset(tmp_path / "data", table), tmp_path / "out", model, keep="all")
+    for name in table.column_names[1:]:
+        assert features.columns[name].to_pylist() == table[name].to_pylist(), name
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.UnionArray.from_sparse(pa.array([0], pa.int8()), [pa.array([1])]),
+        pa.RunEndEncodedArray.from_arrays(pa.array([1], pa.int32()), pa.array(["a"])),
+        pa.array([{}], pa.struct([])),
+    ],
+)
+def test_a_column_of_a_type_that_no_table_holds_is_refused_before_anything_is_embedded(images, tmp_path, model, column):
+    data = saved_dataset(tmp_path / "data", pa.table({"image": images[:1], "odd": column}))
+    with pytest.raises(ValueError, match=r"keep: column 'odd' is .*, which a table cannot hold; name others"):
+        embed(data, tmp_path / "out", model, keep="all")
+
+
 def test_failed_and_marked_rows_keep_their_columns(parquet, tmp_path, model):
     table = pq.read_table(parquet)
     broken = table.set_column(0, "image", pa.array([b"no picture", *table["image"].to_pylist()[1:]], pa.binary()))

@@ -92,9 +92,9 @@ def test_a_large_row_group_is_read_in_parts_once(tmp_path: Path, monkeypatch: py
     path = write_parquet(tmp_path / "a.parquet", {"image": values}, compression="none")
     reads = []
     column = columns.ParquetColumn(os.fsencode(path), "image", lambda *rows: reads.append(rows))
-    assert [column.scalar(row).as_py() for row in range(40)] == values
+    assert [column.value(row)[0].as_py() for row in range(40)] == values
     assert 10 <= len(reads) <= 20
-    assert column.scalar(0).as_py() == values[0]  # long dropped
+    assert column.value(0)[0].as_py() == values[0]  # long dropped
     assert sum(map(len, column._blocks.values())) <= 12
     column.close()
 
@@ -166,12 +166,12 @@ def test_a_row_group_that_ends_early_is_read_once(tmp_path: Path):
     column = columns.ParquetColumn(os.fsencode(path), "image", lambda *rows: reads.append(rows))
     with Reader() as source:
         assert source.pixels(inputs[76])[0, 0, 0].item() == 76
-        assert column.scalar(76).is_valid
+        assert column.value(76)[0].is_valid
         for row in range(80, 480):
             with pytest.raises(ImageError, match="cannot be read, damaged"):
                 source.pixels(inputs[row])
             with pytest.raises(ValueError, match="end"):
-                column.scalar(row)
+                column.value(row)
     assert len(reads) <= 3
     column.close()
 

@@ -23,6 +23,29 @@ PackedEncoder.encode = encode
 sys.exit(main(sys.argv[1:]))
 """
 
+# Interrupted where dataclasses make their methods, as torch's are while it is imported.
+IN_EXEC = """
+import argparse, sys
+from nopad import cli
+
+def run(options):
+    exec("raise KeyboardInterrupt")
+
+class Parser:
+    def parse_args(self, arguments):
+        return argparse.Namespace(command="embed", run=run)
+
+cli.build_parser = Parser
+sys.exit(cli.main([]))
+"""
+
+
+def test_an_interrupt_within_exec_has_the_exit_status_of_others(tmp_path):
+    (tmp_path / "interrupted.py").write_text(IN_EXEC)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run([sys.executable, "-m", "interrupted"], env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 130
+
 
 def lines_until(process: subprocess.Popen, text: str) -> list[str]:
     lines = []

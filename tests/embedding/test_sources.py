@@ -136,6 +136,16 @@ def test_list_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert reason(inputs[7]) == "cannot be read: No such file or directory"
 
 
+def test_a_list_file_without_lines_is_not_read_into_memory(tmp_path: Path):
+    fill(tmp_path, "a.png")
+    (tmp_path / "all.txt").write_bytes(b"a.png\n" + b" " * (1 << 17) + b"\na.png\n")
+    with open(tmp_path / "all.txt", "ab") as file:
+        file.truncate(1 << 40)  # of zeros, which take no space
+    listing = list_inputs([tmp_path / "all.txt"])
+    assert kinds(listing) == ["image", "image", "broken"]
+    assert "has more than 65536 bytes, expected a path; what follows is not read" in reason(listing.inputs[2])
+
+
 LEFT = ["._a.png", ".thumbnails/b.png", ".trash/deep/c.png", "@eaDir/d.png", "x/#recycle/e.png", "__MACOSX/x/._f.png"]
 
 

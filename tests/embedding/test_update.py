@@ -109,6 +109,14 @@ def test_time_alone_is_a_change_unless_contents_are_compared(made, model, tmp_pa
     assert ("004.png", "changed") in rows(other)
 
 
+def test_contents_of_a_pipe_are_not_waited_for(tmp_path, model):
+    photos = write_photos(tmp_path / "photos", 1)
+    os.mkfifo(photos / "pipe.png")
+    os.mkfifo(photos / "pipe.mp4")
+    nopad.embed(photos, tmp_path / "out", model=model, workers=1, content_hash=True)
+    assert rows(tmp_path / "out") == [("000.png", "ok"), ("pipe.mp4", "failed"), ("pipe.png", "failed")]
+
+
 def test_other_sources_are_added_and_nothing_of_the_first_is_gone(made, model, tmp_path):
     photos, out = made
     more = write_photos(tmp_path / "more", 3)

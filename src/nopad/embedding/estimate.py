@@ -41,7 +41,7 @@ def mean_patches(inputs: InputList, reader: Reader, image_processor: ImageProces
             break
         reservation = budget.reservation()
         try:
-            t, h, w = processes.prepare(reader.media(inputs[index]), reservation).grid
+            t, h, w = processes.prepare(reader.media_now(inputs[index]), reservation).grid
             num_patches.append(t * h * w)
         except ImageError:  # it will be a failed row
             pass

@@ -87,11 +87,11 @@ class Run:
         groups = (inputs_of(shard) for shard in shards)
         with (
             make_reader(settings) as reader,
-            TableProcess(settings.input_timeout) as tables,
+            closing(TableProcess(settings.input_timeout)) as tables,
             cpu_threads(self.job.threads),
             Ticker(self.report),
             ThreadPoolExecutor(1, thread_name_prefix="nopad-write") as writer,
-            closing(self.worker.run(groups, reader.media_or_unread, decoder=reader.decoder, stop=self.stop)) as results,
+            closing(self.worker.run(groups, reader.media, decoder=reader.decoder, stop=self.stop)) as results,
             ExitStack() as ends,
         ):
             ends.callback(tables.interrupt)

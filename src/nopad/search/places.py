@@ -64,7 +64,7 @@ class Places:
         if item.kind == "video":
             raise ValueError(f"{item.id}: a video, expected a picture")
         with Reader() as reader:
-            data = reader.decoder.read(reader.media(item))
+            data = reader.decoder.read(reader.media_now(item))
         assert isinstance(data, bytes)
         return data
 

@@ -31,8 +31,8 @@ class Column(Protocol):
         """Whether the value of a row is there without reading."""
         ...
 
-    def scalar(self, row: int) -> pa.Scalar:
-        """The value of a row.
+    def value(self, row: int) -> pa.Array:
+        """The value of a row, as an array of one.
 
         Raises:
             One of `ARROW_DAMAGE`.
@@ -63,11 +63,11 @@ class DatasetColumn:
     def is_loaded(self, row: int) -> bool:
         return self._block is not None and self._start <= row < self._start + len(self._block)
 
-    def scalar(self, row: int) -> pa.Scalar:
+    def value(self, row: int) -> pa.Array:
         if not self.is_loaded(row):
             self._load(row)
         assert self._block is not None
-        return self._block[row - self._start]
+        return self._block.slice(row - self._start, 1)
 
     def _load(self, row: int) -> None:
         if not 0 <= row < self._starts[-1]:
@@ -121,11 +121,11 @@ class ParquetColumn:
     def is_loaded(self, row: int) -> bool:
         return any(start <= row < start + len(block) for start, block in self._blocks.items())
 
-    def scalar(self, row: int) -> pa.Scalar:
+    def value(self, row: int) -> pa.Array:
         for start, block in self._blocks.items():
             if start <= row < start + len(block):
                 self._blocks.move_to_end(start)
-                return block[row - start]
+                return block.slice(row - start, 1)
         if not 0 <= row < self._starts[-1]:
             raise IndexError(f"row {row} of {self._starts[-1]}")
         group = bisect.bisect_right(self._starts, row) - 1
@@ -144,7 +144,7 @@ class ParquetColumn:
             self._damage[group] = self._next, why(error)
             raise
 
-    def _forward(self, row: int) -> pa.Scalar:
+    def _forward(self, row: int) -> pa.Array:
         while True:
             self._told(self._next, self._starts[self._group + 1])
             if (batch := next(self._batches, None)) is None:
@@ -156,7 +156,7 @@ class ParquetColumn:
                     self._blocks.popitem(last=False)
             self._next += len(batch)
             if row < self._next:
-                return self._blocks[start][row - start]
+                return self._blocks[start].slice(row - start, 1)
 
     def _chunks(self, group: int) -> list[pq.ColumnChunkMetaData]:
         """The chunks of this column, several for a struct."""

@@ -13,10 +13,11 @@ from nopad.embedding.inputs.listing import Input
 from nopad.embedding.inputs.media import Media, MediaDecoder, VideoPart
 from nopad.embedding.inputs.names import as_text
 from nopad.embedding.inputs.spans import span_of
-from nopad.embedding.inputs.table_process import DamagedTableError, TableImages
+from nopad.embedding.inputs.table_process import TableImages
 from nopad.embedding.inputs.table_program import Table
 from nopad.pipeline.memory import Unread
 from nopad.pipeline.process_server import ProcessServerError
+from nopad.pipeline.questions import UnreadableError
 from nopad.preprocessing.decode import ImageError
 from nopad.preprocessing.files import FileRange, why
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
@@ -66,18 +67,13 @@ class Reader:
         for table in list(self._tables.values()):
             table.interrupt()
 
-    def media(self, item: Input) -> Media:
-        """The place of an encoded picture, its bytes, or the name of a video.
+    def media(self, item: Input) -> Media | Unread:
+        """The place of an encoded picture, its bytes, or the name of a video; of a large one in a table not yet these.
 
         Raises:
             ImageError: an input that cannot be read; its source is `item.id`.
-            ProcessServerError: tables cannot be read at all.
+            ProcessServerError: no table can be read.
         """
-        media = self.media_or_unread(item)
-        return media.read() if isinstance(media, Unread) else media
-
-    def media_or_unread(self, item: Input) -> Media | Unread:
-        """See `media`; large pictures in tables are read when there is memory for them."""
         try:
             if item.kind == "broken":
                 raise ImageError(item.id, item.note)
@@ -95,6 +91,11 @@ class Reader:
         except (OSError, ValueError) as error:
             raise ImageError(item.id, f"cannot be read: {why(error)}") from error
 
+    def media_now(self, item: Input) -> Media:
+        """See `media`; a large picture is read at once."""
+        media = self.media(item)
+        return media.read() if isinstance(media, Unread) else media
+
     def pixels(self, item: Input) -> Tensor:
         """Read and decode one input.
 
@@ -104,7 +105,7 @@ class Reader:
         Raises:
             ImageError: anything that is wrong with this input; its source is `item.id`.
         """
-        media = self.media(item)
+        media = self.media_now(item)
         try:
             return self.decoder(self.decoder.read(media))
         except ImageError as error:
@@ -113,7 +114,7 @@ class Reader:
     def _value(self, item: Input, *, takes_large: bool = False) -> bytes | FileRange | Unread:
         try:
             value = self._image(item, takes_large=takes_large)
-        except DamagedTableError as error:
+        except UnreadableError as error:
             raise ImageError(item.id, f"row {item.offset} cannot be read, damaged? ({error})") from error
         if isinstance(value, int):
             return Unread(value, lambda: self._value(item, takes_large=True))
@@ -136,7 +137,7 @@ class Reader:
         key = Table.of(item)
         with self._lock:
             if self._is_interrupted:
-                raise DamagedTableError("not read: the run has ended")
+                raise UnreadableError("not read: the run has ended")
             if key not in self._tables:
                 self._tables[key] = TableImages(*key, self._timeout)
                 if len(self._tables) > _MAX_OPEN_TABLES:

@@ -8,19 +8,23 @@ import logging
 import os
 import posixpath
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from nopad.embedding.inputs import extras as extra_columns
 from nopad.embedding.inputs.archives import members_of
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.spans import time_of
-from nopad.embedding.inputs.table_process import DamagedTableError, LostTableError, TableProcess
+from nopad.embedding.inputs.table_process import TableProcess
 from nopad.embedding.inputs.table_program import Table
+from nopad.pipeline.channel import valid_text
+from nopad.pipeline.questions import LostProcessError, UnreadableError
 from nopad.preprocessing.files import FileRange
 
 logger = logging.getLogger(__name__)
@@ -62,7 +66,8 @@ class Kept:
             timeout: see `TableProcess`.
 
         Raises:
-            ValueError: a column that no input has, one of several types, or inputs without columns.
+            ValueError: a column that no input has, one of several types or of one that a table cannot hold, or inputs
+                without columns.
         """
         types: dict[str, pa.DataType] = {}
         requested = None if keep == ALL else [name.strip() for name in keep.split(",") if name.strip()]
@@ -70,6 +75,7 @@ class Kept:
             for field in schema:
                 if requested is not None and field.name not in requested:
                     continue
+                _check_storable(field)
                 if not types.setdefault(field.name, field.type).equals(field.type):
                     raise ValueError(
                         f"keep: column {field.name!r} is {types[field.name]} in one source, {field.type} in another; "
@@ -126,7 +132,7 @@ class Kept:
             tables: reads those of the inputs.
 
         Raises:
-            DamagedTableError: `tables` was interrupted.
+            UnreadableError: `tables` was interrupted.
             ProcessServerError: see `TableProcess`.
         """
         rows = [values for group in _by_file(items) for values in self._of_file(group, tables)]
@@ -147,7 +153,7 @@ class Kept:
             table, _ = Table.of(items[0])
             try:
                 columns = tables.values(table, tuple(self.names.values()), tuple(item.offset for item in items))
-            except LostTableError as error:
+            except LostProcessError as error:
                 logger.warning("%s: its columns are not kept: %s", items[0].source, error)
                 columns = [[None] * len(items) for _ in self.names]
             yield from zip(*columns, strict=True) if columns else ((),) * len(items)
@@ -166,7 +172,8 @@ class Kept:
         values = []
         for name, column in self.names.items():
             value = fields.get(column) if isinstance(fields, dict) and column in fields else read.get(column)
-            values.append(value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+            text = value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            values.append(text if text is None else valid_text(text))
             if values[-1] is not None and not pa.types.is_string(self.schema.field(name).type):
                 values[-1] = None
         return tuple(values)
@@ -180,7 +187,7 @@ def _by_file(items: Iterable[Input]) -> Iterator[list[Input]]:
 def _schemas(inputs: InputList, requested: Sequence[str] | None, timeout: float | None) -> Iterator[pa.Schema]:
     """The columns of each file among the inputs, without those of the pictures."""
     seen = set()
-    with TableProcess(timeout) as tables:
+    with closing(TableProcess(timeout)) as tables:
         for item in inputs:
             key = ("tar",) if item.kind == "tar" else (item.kind, item.path, item.note)
             if key in seen or item.kind not in (*_TABLES, "tar"):
@@ -192,8 +199,18 @@ def _schemas(inputs: InputList, requested: Sequence[str] | None, timeout: float 
             table, image = Table.of(item)
             try:
                 yield pa.schema([field for field in tables.schema(table) if field.name != image])
-            except DamagedTableError as error:
+            except UnreadableError as error:
                 raise ValueError(f"keep: {item.source}: its columns cannot be read: {error}") from error
+
+
+def _check_storable(field: pa.Field) -> None:
+    try:
+        pq.write_table(pa.schema([field]).empty_table(), pa.BufferOutputStream())
+        pa.nulls(1, field.type).take(pa.array([0]))  # as the rows of a finished table are chosen
+    except pa.ArrowException as error:
+        raise ValueError(
+            f"keep: column {field.name!r} is {field.type}, which a table cannot hold; name others ({error})"
+        ) from error
 
 
 def _key(name: str) -> str:

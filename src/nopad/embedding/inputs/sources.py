@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import glob
+import io
 import os
 import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from nopad.embedding.inputs.archives import COMPRESSED, CompressedTarError, tar_inputs
+from nopad.embedding.inputs.durations import DurationProcess
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.names import COMPRESSED_TARS, HIDDEN, as_text, expand_braces, suffix_of
 from nopad.embedding.inputs.spans import Spans
@@ -26,6 +29,7 @@ from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 from nopad.terminal import printable
 
 _LISTS = (".txt", ".lst")
+_MAX_LINE = 1 << 16  # bytes; of a path Linux takes 4096
 _ARCHIVES = (".tar", ".parquet")
 
 
@@ -76,7 +80,7 @@ def list_inputs(
             of at most 4,096 characters, their numbers.
         hidden: take what is hidden, too.
         spans: the rows that a video gives; one unless given.
-        timeout: seconds for what is read of a table in one go, `None` for no limit.
+        timeout: seconds for what is read of a table in one go, and to open a video; `None` for no limit.
 
     Raises:
         ValueError: a source or a line of a list file that is an address (`s3://…`); a source that is missing, matches
@@ -93,10 +97,10 @@ def list_inputs(
     kinds = set()
     is_any_whole = False
 
-    def every(tables: TableProcess) -> Iterator[Input]:
+    def every(processes: _Processes) -> Iterator[Input]:
         nonlocal is_any_whole
         for name, is_expanded in _names(sources):
-            lister = _Lister(name, tables, image_column, id_column, spans, hidden=hidden, may_be_missing=is_expanded)
+            lister = _Lister(name, processes, image_column, id_column, spans, hidden=hidden, may_be_missing=is_expanded)
             is_empty = True
             for item in lister.inputs():
                 is_empty = False
@@ -113,8 +117,8 @@ def list_inputs(
                     raise ValueError(printable(nothing_in[-1]))
             left_out.update(lister.left_out)
 
-    with TableProcess(timeout) as tables:
-        inputs = InputList.of(every(tables))
+    with closing(TableProcess(timeout)) as tables, closing(DurationProcess(timeout)) as durations:
+        inputs = InputList.of(every(_Processes(tables, durations)))
     if not is_any_whole:
         if not first_broken:
             raise ValueError(printable(nothing_in[0]))
@@ -143,13 +147,21 @@ def _summary(left_out: Counter[str]) -> str:
     return f"; left out: {counts}{hint}"
 
 
+@dataclass(frozen=True)
+class _Processes:
+    """Those that open what is in the sources."""
+
+    tables: TableProcess
+    durations: DurationProcess
+
+
 class _Lister:
     """The inputs of one source. Paths are str with surrogates for what is not UTF-8, as in `os.fsdecode`."""
 
     def __init__(
         self,
         name: str,
-        tables: TableProcess,
+        processes: _Processes,
         column: str | None,
         id_column: str | None,
         spans: Spans | None,
@@ -159,7 +171,7 @@ class _Lister:
     ) -> None:
         self.name = name
         self.source = as_text(name)
-        self.tables = tables
+        self.processes = processes
         self.column = column
         self.id_column = id_column
         self.spans = spans
@@ -203,7 +215,9 @@ class _Lister:
         else:
             kind = "video" if suffix in VIDEO_SUFFIXES else "image"
             item = Input(as_text(id), self.source, kind, os.fsencode(os.path.abspath(path)))
-            yield from [item] if kind == "image" or self.spans is None else self.spans.of(item)
+            yield from (
+                [item] if kind == "image" or self.spans is None else self.spans.of(item, self.processes.durations)
+            )
 
     def _archive(self, path: str) -> Iterator[Input]:
         """The inputs in a tar or a Parquet file; one that holds no pictures is left out."""
@@ -229,7 +243,7 @@ class _Lister:
 
     def _table(self, kind: str, path: str) -> Iterator[Input]:
         table = Table(kind, os.fsencode(os.path.abspath(path)))
-        return self.tables.inputs(table, as_text(path), self.column, self.id_column)
+        return self.processes.tables.inputs(table, as_text(path), self.column, self.id_column)
 
     def _folder(self, folder: str, prefix: str) -> Iterator[Input]:
         if is_dataset(folder):
@@ -281,21 +295,31 @@ class _Lister:
                 yield from self._folder(path, f"{found.path}/")
 
     def _list(self) -> Iterator[Input]:
-        try:
-            with open_regular(os.fsencode(self.name)) as file:
-                data = file.readall()
-        except OSError as error:
-            raise ValueError(printable(f"{self.source}: cannot be read: {why(error)}")) from error
         folder = os.path.dirname(os.path.abspath(self.name))
-        for number, line in enumerate((data or b"").removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-            name = os.fsdecode(line.removesuffix(b"\r"))
+        for number, line in enumerate(self._lines(), 1):
+            name = os.fsdecode(line.removesuffix(b"\n").removesuffix(b"\r"))
             if not name.strip():
                 continue
+            if len(line) > _MAX_LINE:
+                reason = f"line {number} has more than {_MAX_LINE} bytes, expected a path; what follows is not read"
+                yield self._broken(self.name, os.path.basename(self.name), reason)
+                return
             check_local(printable(f"{self.source}, line {number}"), name)
             path = os.path.join(folder, name)
             if not os.path.isabs(name) and not os.path.lexists(path) and os.path.lexists(name):
                 path = os.path.abspath(name)
             yield from self._file(path, name)
+
+    def _lines(self) -> Iterator[bytes]:
+        """The lines of a list file; the last one may be cut off where it is longer than `_MAX_LINE`."""
+        try:
+            with open_regular(os.fsencode(self.name)) as raw, io.BufferedReader(raw) as file:
+                line = file.readline(_MAX_LINE + 1).removeprefix(b"\xef\xbb\xbf")
+                while line:
+                    yield line
+                    line = file.readline(_MAX_LINE + 1)
+        except OSError as error:
+            raise ValueError(printable(f"{self.source}: cannot be read: {why(error)}")) from error
 
 
 def _is_shard(path: str) -> bool:

@@ -7,8 +7,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from nopad.embedding.inputs.durations import DurationProcess
 from nopad.embedding.inputs.listing import Input
-from nopad.preprocessing.video_file import duration_seconds
+from nopad.pipeline.questions import UnreadableError
 
 FRAME, WINDOW = "frame", "window"
 """Notes of inputs that are part of a video; their offset is where they begin, their size how long they are, in µs."""
@@ -31,12 +32,20 @@ class Spans:
     seconds: float
     whole: bool
 
-    def of(self, item: Input) -> Iterator[Input]:
+    def of(self, item: Input, durations: DurationProcess) -> Iterator[Input]:
         """The parts of a video, as inputs named by a media fragment: `a.mp4#t=2`, `a.mp4#t=2,4`.
 
         One input of a video whose header does not say how long it is, or too long a time, says so.
+
+        Args:
+            item: the video.
+            durations: opens it.
         """
-        duration = duration_seconds(os.fsdecode(item.path))
+        try:
+            duration = durations.seconds(os.fsdecode(item.path))
+        except UnreadableError as error:
+            yield replace(item, kind="broken", note=f"cannot be listed: {error}")
+            return
         if duration is None:
             yield replace(item, kind="broken", note="a video whose header does not say how long it is, or damaged")
             return

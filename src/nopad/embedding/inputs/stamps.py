@@ -15,7 +15,7 @@ from nopad.atomic import atomic_write
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.preprocessing.decode import ImageError
-from nopad.preprocessing.files import FileRange
+from nopad.preprocessing.files import FileRange, open_regular
 
 _SCHEMA = pa.schema({"size": pa.int64(), "mtime_ns": pa.int64(), "sha256": pa.string()})
 _BLOCK = 1 << 16
@@ -70,7 +70,7 @@ def _sha256(item: Input, reader: Reader) -> str:
     if item.kind == "broken":
         return ""
     try:
-        media = FileRange(item.path) if item.kind == "video" else reader.media(item)
+        media = FileRange(item.path) if item.kind == "video" else reader.media_now(item)
         if isinstance(media, FileRange):
             return _sha256_of(media)
         return hashlib.sha256(media if isinstance(media, bytes) else media.encode()).hexdigest()
@@ -80,7 +80,7 @@ def _sha256(item: Input, reader: Reader) -> str:
 
 def _sha256_of(media: FileRange) -> str:
     digest = hashlib.sha256()
-    with open(media.path, "rb") as file:
+    with open_regular(media.path) as file:
         file.seek(media.offset)
         left = media.size if media.size is not None else os.fstat(file.fileno()).st_size
         while left > 0 and (data := file.read(min(_CHUNK, left))):

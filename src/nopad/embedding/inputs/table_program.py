@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,11 +23,12 @@ from nopad.embedding.inputs.tables import (
     files_of,
     open_parquet,
     parquet_rows,
+    plain_type,
     saved_splits,
 )
 from nopad.pipeline.decode_process import LARGE_FILE_BYTES
-from nopad.pipeline.forked import HEADROOM_BYTES, address_space, answer, limit_address_space, send_bytes
-from nopad.preprocessing.files import why
+from nopad.pipeline.forked import answer, send_bytes
+from nopad.pipeline.questions import MAX_REASON, serve_questions
 from nopad.preprocessing.limits import MAX_BYTES
 
 MIN_VALUE_BYTES, VALUE_BYTES_PER_BYTE = 1 << 26, 16
@@ -36,7 +37,7 @@ MIN_VALUE_BYTES, VALUE_BYTES_PER_BYTE = 1 << 26, 16
 _AHEAD_BYTES = 1 << 20  # of values that are sent together
 _BATCH_BYTES, _BATCH_ROWS = 1 << 23, 256
 _COPIES = 3  # of a value while it is read: its page, what is made of that, what is sent
-_MAX_REASON, _MAX_PATH = 1000, 1 << 16
+_MAX_PATH = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Schema:
-    """Asks for the columns: `"bytes"`, and a schema of so many."""
+    """Asks for the columns: `"bytes"`, and a schema of so many, of types that are `plain_type`."""
 
     table: Table
 
@@ -118,7 +119,7 @@ class Values:
     """Asks for rows of columns: again and again the number of `"rows"`, `"bytes"`, and a stream of a batch of so many.
 
     The columns of a batch have the numbers of those in `columns`. It has nulls, or lacks a column, where a value is
-    damaged or too large.
+    damaged or too large. Its types are `plain_type`.
     """
 
     table: Table
@@ -127,34 +128,21 @@ class Values:
 
 
 class TableProgram:
-    """Answers requests one after another, with `"error"` where a table is damaged.
-
-    Before it reads for long it answers `"reading"`, with the first row and the one behind the last.
-    """
+    """Answers questions, with the rows that it reads as progress: the first of them, and the one behind the last."""
 
     def prepare(self) -> None:
         """See `Program.prepare`; this module has imported everything."""
 
     def serve(self, connection: Connection) -> None:
         """See `Program.serve`."""
-        start = address_space()
         opened = _OpenTable(connection)
-        while True:
-            limit_address_space(start + HEADROOM_BYTES)
-            try:
-                request = connection.recv()
-                opened.open(request.table)
-                limit_address_space(start + HEADROOM_BYTES + _COPIES * opened.max_value_bytes)
-                _ANSWERS[type(request)](connection, request, opened)
-            except (EOFError, ConnectionError):
-                return
-            except MemoryError:
-                answer(connection, error="reading it takes more memory than a table of this size may")
-            except ARROW_DAMAGE as error:
-                answer(connection, error=why(error)[:_MAX_REASON])
-            except Exception as error:
-                summary = f"unexpected {type(error).__name__}: {error}"
-                answer(connection, error=summary[:_MAX_REASON], traceback=traceback.format_exc()[-10_000:])
+
+        def memory(question: Any) -> int:
+            opened.open(question.table)
+            return _COPIES * opened.max_value_bytes
+
+        answers = {kind: partial(answer_to, opened) for kind, answer_to in _ANSWERS.items()}
+        serve_questions(connection, answers, memory, ARROW_DAMAGE)
 
 
 class _OpenTable:
@@ -190,23 +178,23 @@ class _OpenTable:
         return self._columns[name]
 
     def _told(self, start: int, stop: int) -> None:
-        answer(self._connection, reading=[start, stop])
+        answer(self._connection, progress=[start, stop])
 
 
-def _list(connection: Connection, request: Listing, opened: _OpenTable) -> None:
+def _list(opened: _OpenTable, connection: Connection, request: Listing) -> None:
     rows_of = parquet_rows if request.table.kind == "parquet" else dataset_rows
     try:
         for part in rows_of(request.table.path, request.text, request.column, request.id_column):
             if isinstance(part, Broken):
-                part = Broken(part.name[:_MAX_REASON], as_text(part.reason)[:_MAX_REASON])
+                part = Broken(part.name[:MAX_REASON], as_text(part.reason)[:MAX_REASON])
             answer(connection, **asdict(part))
     except ValueError as error:
-        answer(connection, refused=str(error)[:_MAX_REASON], no_images=isinstance(error, NoImageColumnError))
+        answer(connection, refused=str(error)[:MAX_REASON], no_images=isinstance(error, NoImageColumnError))
     else:
         answer(connection, end=True)
 
 
-def _send_schema(connection: Connection, request: Schema, opened: _OpenTable) -> None:
+def _send_schema(opened: _OpenTable, connection: Connection, request: Schema) -> None:
     table = request.table
     if table.kind == "parquet":
         file = open_parquet(table.path)
@@ -215,14 +203,15 @@ def _send_schema(connection: Connection, request: Schema, opened: _OpenTable) ->
     else:
         files = files_of(table.path, table.split or "")
         schema = (ArrowStream(files[0]).schema if files else None) or pa.schema([])
-    data = schema.remove_metadata().serialize().to_pybytes()
+    fields = [pa.field(field.name, plain_type(field.type), field.nullable) for field in schema]
+    data = pa.schema(fields).serialize().to_pybytes()
     answer(connection, bytes=len(data))
     send_bytes(connection, memoryview(data))
 
 
-def _send_cells(connection: Connection, request: Cells, opened: _OpenTable) -> None:
+def _send_cells(opened: _OpenTable, connection: Connection, request: Cells) -> None:
     column = opened.column(request.column)
-    value = _image(column.scalar(request.row))
+    value = _image(column.value(request.row))
     if value is None:
         answer(connection, null=True)
     elif isinstance(value, str):
@@ -244,7 +233,7 @@ def _more(column: Column, request: Cells, size: int) -> Iterator[bytes]:
         if not column.is_loaded(row):
             return
         try:
-            value = _image(column.scalar(row))
+            value = _image(column.value(row))
         except (*ARROW_DAMAGE, MemoryError):
             return
         if not isinstance(value, bytes) or (size := size - len(value)) < 0:
@@ -252,9 +241,9 @@ def _more(column: Column, request: Cells, size: int) -> Iterator[bytes]:
         yield value
 
 
-def _image(scalar: pa.Scalar) -> bytes | str | None:
+def _image(array: pa.Array) -> bytes | str | None:
     """The bytes of an image, or the path of its file, or neither."""
-    value = scalar.as_py()
+    value = array[0].as_py()
     path = None
     if isinstance(value, dict):
         value, path = value.get("bytes"), value.get("path")
@@ -265,7 +254,7 @@ def _image(scalar: pa.Scalar) -> bytes | str | None:
     return value
 
 
-def _send_values(connection: Connection, request: Values, opened: _OpenTable) -> None:
+def _send_values(opened: _OpenTable, connection: Connection, request: Values) -> None:
     columns = [_column(opened, name) for name in request.columns]
     left = request.table.max_bytes()
     done, count = 0, 1
@@ -319,11 +308,15 @@ def _column(opened: _OpenTable, name: str) -> Column | None:
 
 
 def _scalar(column: Column | None, row: int) -> pa.Scalar | None:
+    if column is None:
+        return None
     try:
-        value = None if column is None else column.scalar(row)
+        value = column.value(row)
+        plain = plain_type(value.type)
+        value = (value if plain == value.type else value.cast(plain))[0]
     except ARROW_DAMAGE:
         return None
-    return value if value is not None and value.is_valid else None
+    return value if value.is_valid else None
 
 
 _ANSWERS: dict[type, Any] = {Listing: _list, Schema: _send_schema, Cells: _send_cells, Values: _send_values}

@@ -19,6 +19,13 @@ from nopad.preprocessing.files import open_regular, why
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "bytes", "image_bytes")
 
+_LISTS = {
+    pa.types.is_list: pa.list_,
+    pa.types.is_large_list: pa.large_list,
+    pa.types.is_list_view: pa.list_view,
+    pa.types.is_large_list_view: pa.large_list_view,
+}
+
 MAX_NAME_LENGTH = 4096
 """Characters of a row's name; one that is longer is none."""
 
@@ -62,6 +69,28 @@ def _holds_images(type: pa.DataType) -> bool:
 def _is_binary(type: pa.DataType) -> bool:
     type = type.value_type if pa.types.is_dictionary(type) else type
     return pa.types.is_binary(type) or pa.types.is_large_binary(type) or pa.types.is_binary_view(type)
+
+
+def plain_type(type: pa.DataType) -> pa.DataType:
+    """The same type, with another for those in it whose values Arrow does not copy one by one: views, and tensors."""
+    if pa.types.is_string_view(type):
+        return pa.string()
+    if pa.types.is_binary_view(type):
+        return pa.binary()
+    if isinstance(type, pa.FixedShapeTensorType):
+        return plain_type(type.storage_type)
+    if pa.types.is_dictionary(type):
+        return pa.dictionary(type.index_type, plain_type(type.value_type), type.ordered)
+    if pa.types.is_map(type):
+        return pa.map_(plain_type(type.key_type), plain_type(type.item_type), type.keys_sorted)
+    if pa.types.is_struct(type):
+        return pa.struct([field.with_type(plain_type(field.type)) for field in type])
+    if pa.types.is_fixed_size_list(type):
+        return pa.list_(type.value_field.with_type(plain_type(type.value_type)), type.list_size)
+    for is_list, list_of in _LISTS.items():
+        if is_list(type):
+            return list_of(type.value_field.with_type(plain_type(type.value_type)))
+    return type
 
 
 @dataclass(frozen=True, slots=True)

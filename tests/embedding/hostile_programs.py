@@ -1,11 +1,12 @@
-"""A program for `test_hostile_tables.py`; the processes that read tables import it."""
+"""Programs of processes that read, for `test_hostile_tables.py`; these import them."""
 
 import os
 import signal
 import time
 
-from nopad.embedding.inputs import table_program, tables
+from nopad.embedding.inputs import durations, table_program, tables
 from nopad.embedding.inputs.columns import ParquetColumn
+from nopad.embedding.inputs.durations import DurationProgram
 from nopad.embedding.inputs.table_program import TableProgram
 
 
@@ -16,20 +17,29 @@ class HostileTableProgram(TableProgram):
     """
 
     def serve(self, connection) -> None:
-        scalar, rows = ParquetColumn.scalar, tables.parquet_rows
+        value, rows = ParquetColumn.value, tables.parquet_rows
 
-        def hostile_scalar(self, row):
+        def hostile_value(self, row):
             if row == 4:
                 self._told(4, 8)
                 _do(self._column)
-            return scalar(self, row)
+            return value(self, row)
 
         def hostile_rows(path, *arguments):
             _do(os.fsdecode(os.path.basename(path)).removesuffix(".parquet"))
             return rows(path, *arguments)
 
-        ParquetColumn.scalar = hostile_scalar
+        ParquetColumn.value = hostile_value
         table_program.parquet_rows = hostile_rows
+        super().serve(connection)
+
+
+class HostileDurationProgram(DurationProgram):
+    """Does what a video is called."""
+
+    def serve(self, connection) -> None:
+        real = durations.duration_seconds
+        durations.duration_seconds = lambda path: _do(os.path.basename(path).removesuffix(".mp4")) or real(path)
         super().serve(connection)
 
 

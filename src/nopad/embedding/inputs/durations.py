@@ -1,0 +1,51 @@
+"""How long videos are, found in a process that can be ended."""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Connection
+
+from nopad.counts import is_number
+from nopad.pipeline.forked import answer
+from nopad.pipeline.questions import AnsweringProcess, serve_questions
+from nopad.preprocessing.video_file import duration_seconds
+
+
+class DurationProgram:
+    """Answers the name of a video with its `"seconds"`."""
+
+    def prepare(self) -> None:
+        """See `Program.prepare`."""
+
+    def serve(self, connection: Connection) -> None:
+        """See `Program.serve`."""
+        serve_questions(connection, {str: _duration}, lambda _: 0, (OSError, ValueError))
+
+
+def _duration(connection: Connection, path: str) -> None:
+    answer(connection, seconds=duration_seconds(path))
+
+
+class DurationProcess(AnsweringProcess):
+    """A process that opens videos.
+
+    Args:
+        timeout: see `AnsweringProcess`.
+    """
+
+    def __init__(self, timeout: float | None) -> None:
+        super().__init__(DurationProgram(), timeout)
+
+    def seconds(self, path: str) -> float | None:
+        """See `duration_seconds`.
+
+        Raises:
+            UnreadableError, ProcessServerError: see `AnsweringProcess.ask`.
+        """
+
+        def received() -> float | None:
+            seconds = self.receive()["seconds"]
+            if seconds is not None and not (is_number(seconds) and seconds > 0):
+                raise ValueError(f"got {seconds!r:.80}, expected seconds")
+            return seconds
+
+        return self.ask(path, received)

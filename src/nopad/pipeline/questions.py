@@ -1,0 +1,174 @@
+"""Processes that answer questions about untrusted files, and can be ended; asked one question at a time.
+
+What is asked is pickled, answers are JSON and plain bytes; see `nopad.pipeline.channel`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+from nopad.pipeline import process_server
+from nopad.pipeline.channel import Channel, text_in
+from nopad.pipeline.forked import HEADROOM_BYTES, Program, address_space, answer, limit_address_space
+from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+PROGRESS = "progress"
+"""The key of an answer that is none yet: it takes time, which begins anew."""
+
+MAX_REASON = 1000
+"""Characters of a reason."""
+
+_MAX_ATTEMPTS, _MAX_LOST_SERVERS = 2, 5  # as of decode processes
+_NONSENSE = (EOFError, OSError, ValueError, LookupError, TypeError)
+
+
+class UnreadableError(ValueError):
+    """What was asked about cannot be read, and why."""
+
+
+class LostProcessError(UnreadableError):
+    """The process that was asked crashed or took too long."""
+
+
+class AnsweringProcess:
+    """A process that answers questions, started with the first.
+
+    It serves one thread at a time; `interrupt` may be called from another.
+
+    Args:
+        program: what it does, see `serve_questions`.
+        timeout: seconds for what is done in one go, `None` for no limit.
+    """
+
+    def __init__(self, program: Program, timeout: float | None = INPUT_TIMEOUT_SECONDS) -> None:
+        self.timeout = timeout
+        self._program = program
+        self._lock = threading.Lock()  # a process is not killed once it is closed: its number may be another's
+        self._channel: Channel | None = None
+        self._is_interrupted = False
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            channel, self._channel = self._channel, None
+            if channel is not None:
+                channel.kill()
+                channel.close()
+
+    def interrupt(self) -> None:
+        """End the process; from now on it answers nothing."""
+        with self._lock:
+            self._is_interrupted = True
+            if self._channel is not None:
+                self._channel.kill()
+
+    def ask(self, question: Any, received: Callable[[], Result]) -> Result:
+        """Ask, and return what `received` makes of the answer; once more where the process died on the way.
+
+        Args:
+            received: calls `receive` and `receive_bytes`; raises `EOFError`, `OSError`, `ValueError`, `LookupError` or
+                `TypeError` for nonsense.
+
+        Raises:
+            UnreadableError: the process answers that; or it takes too long, dies again, or was interrupted.
+            ProcessServerError: no process can be started.
+        """
+        attempts = lost_servers = 0
+        while attempts < _MAX_ATTEMPTS and lost_servers < _MAX_LOST_SERVERS:
+            channel = self._start()
+            try:
+                channel.wait(channel.send(question), self.timeout)
+                return received()
+            except UnreadableError:
+                raise
+            except TimeoutError:
+                self.close()
+                reason = f"reading it takes more than {self.timeout:g} s; input_timeout sets another limit"
+                raise LostProcessError(reason) from None
+            except _NONSENSE as error:
+                logger.info("a process that reads died: %s", error)
+                if self._is_interrupted:
+                    raise UnreadableError("not read: the run has ended") from error
+                if channel.has_lost_server:
+                    lost_servers += 1
+                else:
+                    attempts += 1
+                self.close()
+            except BaseException:
+                self.close()  # it is in the middle of an answer
+                raise
+        raise LostProcessError("its reader crashed; a damaged file, or too little memory")
+
+    def receive(self, progress: Callable[[Any], None] = lambda _: None) -> dict[str, Any]:
+        """An answer; `progress` gets what comes before it."""
+        assert self._channel is not None
+        while PROGRESS in (fields := self._channel.wait(self._channel.receive(), self.timeout)):
+            progress(fields[PROGRESS])
+        if "traceback" in fields:
+            logger.error("unexpected error in a process that reads:\n%s", fields["traceback"])
+        if "error" in fields:
+            raise UnreadableError(text_in(fields, "error"))
+        return fields
+
+    def receive_bytes(self, size: int, max_size: int) -> bytearray:
+        """As many bytes as were announced.
+
+        Raises:
+            ValueError: more than `max_size`.
+        """
+        assert self._channel is not None
+        if size > max_size:
+            raise ValueError(f"got {size} bytes, expected at most {max_size}")
+        data = bytearray(size)
+        self._channel.wait(self._channel.fill(memoryview(data)), self.timeout)
+        return data
+
+    def _start(self) -> Channel:
+        channel = self._channel
+        if channel is None or not channel.is_idle():
+            self.close()
+            channel = Channel(process_server.fork(self._program))
+            with self._lock:
+                self._channel = channel
+                if self._is_interrupted:
+                    channel.kill()
+        return channel
+
+
+def serve_questions(
+    connection: Connection,
+    answers: Mapping[type, Callable[[Connection, Any], None]],
+    memory: Callable[[Any], int],
+    damage: tuple[type[Exception], ...],
+) -> None:
+    """Answer questions one after another, by their type.
+
+    Args:
+        memory: bytes that a question may take beyond `HEADROOM_BYTES`.
+        damage: what is raised over a file that cannot be read.
+    """
+    start = address_space()
+    while True:
+        limit_address_space(start + HEADROOM_BYTES)
+        try:
+            question = connection.recv()
+            limit_address_space(start + HEADROOM_BYTES + memory(question))
+            answers[type(question)](connection, question)
+        except (EOFError, ConnectionError):
+            return
+        except MemoryError:
+            answer(connection, error="reading it takes more memory than a file of this size may")
+        except damage as error:
+            answer(connection, error=str(getattr(error, "strerror", None) or error)[:MAX_REASON])
+        except Exception as error:
+            summary = f"unexpected {type(error).__name__}: {error}"
+            answer(connection, error=summary[:MAX_REASON], traceback=traceback.format_exc()[-10_000:])
