@@ -23,7 +23,8 @@ import nopad
 from nopad.align import metrics
 from nopad.align.cases import photos_in
 from nopad.align.command import align_table
-from nopad.align.references import AIMv2Reference, reference_of
+from nopad.align.references import reference_of
+from nopad.align.references.aimv2 import AIMv2Reference
 from nopad.align.run import align
 from nopad.cli import main
 from nopad.embedding.inputs.sources import list_inputs

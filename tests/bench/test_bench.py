@@ -19,7 +19,7 @@ from aimv2_checkpoints import tiny_original, write
 from siglip2_checkpoints import KINDS, folder_of
 
 from nopad import cli
-from nopad.align.references import AIMv2Reference
+from nopad.align.references.aimv2 import AIMv2Reference
 from nopad.bench import bench, command, runner, timing
 from nopad.bench import run as bench_run
 from nopad.bench.defaults import defaults_on

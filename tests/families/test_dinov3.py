@@ -14,7 +14,7 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 
 import nopad
 from model_factory import vit_dinov3_packing_hf as spec
-from nopad.align.references import DINOv3Reference
+from nopad.align.references.dinov3 import DINOv3Reference
 from nopad.align.run import align
 from nopad.families import dinov3
 from nopad.layers.prefix import PrefixLayout

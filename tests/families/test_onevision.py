@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import nopad
 from model_factory import vit_preview_v0_packing_hf as spec
-from nopad.align.references import OneVisionReference
+from nopad.align.references.onevision import OneVisionReference
 from nopad.align.run import align
 from nopad.checkpoints.files import open_checkpoint
 from nopad.cli import main
