@@ -53,8 +53,17 @@ def sync_folder(folder: Path) -> None:
     Some network file systems refuse that, which is no error: a power cut can then undo the last rename.
     """
     with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk.
+
+    Raises:
+        OSError: as the system raises it.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

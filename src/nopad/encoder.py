@@ -17,7 +17,7 @@ from nopad.arguments import check_output, read_arguments
 from nopad.checkpoints import pretrained, state_dicts
 from nopad.checkpoints.formats import Checkpoint, Dialect
 from nopad.checkpoints.insert import save_into
-from nopad.checkpoints.keywords import check_config_class, check_known, read_saving
+from nopad.checkpoints.keywords import check_config_class, check_known
 from nopad.checkpoints.strict import check_numbers
 from nopad.checkpoints.untrained import init_weights, untrained
 from nopad.inference.attention import set_attention
@@ -42,6 +42,7 @@ from nopad.pipeline.images import embed_images, pack_images
 from nopad.pipeline.pack_processor import PackProcessor
 from nopad.preprocessing.config import read_preprocessor_config
 from nopad.preprocessing.rules import Preprocessing
+from nopad.saving import save_pretrained
 from nopad.segments import Segments
 from nopad.text.rules import TextRules
 from nopad.text.similarity import classify, embed_text, similarity
@@ -438,52 +439,8 @@ class PackedEncoder(ByRole, PreTrainedModel):
         """`False`: transformers names tensors in files as for its own class, DINOv3's layers `layer.i`."""
         return False
 
-    def save_pretrained(self, save_directory: Any, *args: Any, whole: bool = False, **kwargs: Any) -> None:
-        """Save under the original's tensor names, so that the original class loads the folder too.
-
-        A projection, which the original vision class does not have, lies in a file of its own. Takes transformers'
-        arguments; `state_dict` is written as it is.
-
-        Args:
-            whole: write both towers, the tokenizer too, as the original class of both loads them (`SiglipModel`, …).
-
-        Raises:
-            ValueError: the layers are in another format, see `precision`; `whole` without a text tower.
-            TypeError: an unknown argument.
-        """
-        check_saving(self.precision)
-        arguments = read_saving(save_directory, *args, **kwargs)
-        if whole:
-            from nopad.text.whole import save_whole  # with transformers' text classes
-
-            save_whole(self, arguments)
-            state_dicts.save_beside(self, save_directory, with_projection=False)
-            return
-        apart = arguments["state_dict"] is None and state_dicts.may_lie_apart(self)
-        if apart:
-            arguments["state_dict"] = state_dicts.without_projection(self)
-        arguments["state_dict"] = state_dicts.to_file(self, arguments)
-        super().save_pretrained(**arguments)
-        if arguments["is_main_process"]:
-            state_dicts.save_beside(self, save_directory, with_projection=apart)
-
-    def save_into(self, source: str | Path, target: str | Path, prefix: str | None = None) -> None:
-        """Write a copy of the checkpoint of a larger model with this encoder's weights as its vision tower.
-
-        Every other tensor and file is copied byte for byte, and `target` is there as a whole or not at all.
-
-        Args:
-            source: a folder of safetensors, on this machine, with a tower of the same architecture.
-            target: a folder that does not exist yet.
-            prefix: of the tower's tensors; that of the checkpoint that this encoder is from, else searched.
-
-        Raises:
-            ValueError: a tower of another architecture, other files than safetensors, weights in another format, or a
-                target that exists.
-            OSError: as the system raises it.
-        """
-        check_saving(self.precision)
-        save_into(self, Path(source), Path(target), self.tower_prefix or None if prefix is None else prefix)
+    save_pretrained = save_pretrained  # pyright: ignore[reportAssignmentType] - an encoder in place of self
+    save_into = save_into
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         # `save_pretrained` uploads before it returns.

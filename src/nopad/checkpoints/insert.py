@@ -12,19 +12,36 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nopad.atomic import sync_folder
+from nopad.atomic import sync, sync_folder
 from nopad.checkpoints.contents import check_regular, read_json
 from nopad.checkpoints.files import SAFETENSORS
 from nopad.checkpoints.headless import without_head
 from nopad.checkpoints.strict import check_strictly
 from nopad.checkpoints.towers import open_tower
+from nopad.inference.precision import check_saving
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
 
 
-def save_into(encoder: PackedEncoder, source: Path, target: Path, prefix: str | None) -> None:
-    """See `PackedEncoder.save_into`."""
+def save_into(encoder: PackedEncoder, source: str | Path, target: str | Path, prefix: str | None = None) -> None:
+    """Write a copy of the checkpoint of a larger model with this encoder's weights as its vision tower.
+
+    Every other tensor and file is copied byte for byte, and `target` is there as a whole or not at all.
+
+    Args:
+        source: a folder of safetensors, on this machine, with a tower of the same architecture.
+        target: a folder that does not exist yet.
+        prefix: of the tower's tensors; that of the checkpoint that this encoder is from, else searched.
+
+    Raises:
+        ValueError: a tower of another architecture, other files than safetensors, weights in another format, or a
+            target that exists.
+        OSError: as the system raises it.
+    """
+    check_saving(encoder.precision)
+    source, target = Path(source), Path(target)
+    prefix = encoder.tower_prefix or None if prefix is None else prefix
     if os.path.lexists(target):
         raise ValueError(f"target: expected a folder that does not exist yet, got {str(target)!r}")
     if not source.is_dir():
@@ -36,7 +53,7 @@ def save_into(encoder: PackedEncoder, source: Path, target: Path, prefix: str | 
         for file, tensors in replaced.items():
             _overwrite(folder / file, tensors)
         for path in [each for each in folder.rglob("*") if each.is_file()]:
-            _sync(path)
+            sync(path)
         os.rename(folder, target)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -97,11 +114,3 @@ def _overwrite(path: Path, tensors: dict[str, Tensor]) -> None:
             assert len(data) == end - start, name  # of equal dtype and shape, as `_stored` has checked
             file.seek(8 + header_bytes + start)
             file.write(data.tobytes())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
