@@ -51,7 +51,7 @@ from nopad.training.checkpointing import (
     activation_checkpointing_enable,
     checkpoint_mlps,
 )
-from nopad.training.compiled import compile_for_training
+from nopad.training.compiled import TrainingRunner, compile_for_training
 from nopad.training.finetuning import lora_targets, parameter_groups
 from nopad.training.frozen import freeze_mask_tokens
 
@@ -258,14 +258,16 @@ class PackedEncoder(ByRole, PreTrainedModel):
 
     def _runner_for(self, layout: Layout, states: list[Tensor] | None, deepstack: list[Tensor] | None) -> Runner:
         """The runner of this pack, which alone determines whether it is padded; it fills the lists that are given."""
-        if states is not None:
-            return EagerRunner(states)
-        if deepstack is not None:
+        if deepstack is not None and states is None:
             return LayerRunner(dict.fromkeys(self.deepstack_layers, deepstack.append), whole=True)
         if torch.compiler.is_exporting():
-            return EagerRunner()
+            return EagerRunner(states)
         segments = len(self.segments_of(layout))
         rows = layout.num_patches + self.num_prefix_tokens * segments
+        if states is not None:
+            if isinstance(self._runner, TrainingRunner) and self._runner.admits(rows, segments):
+                return self._runner.collecting(states)
+            return EagerRunner(states)
         return current_runner(self) if self._runner.admits(rows, segments) else EagerRunner()
 
     # Ready for inference.

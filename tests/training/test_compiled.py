@@ -53,6 +53,27 @@ def test_a_pack_without_gradients_is_compiled_too(tmp_path, graphs):
     assert graphs.frame_count == 1
 
 
+@pytest.mark.parametrize("family", ["aimv2", "dinov3"])
+def test_hidden_states_are_those_of_the_compiled_layers(family, tmp_path, graphs):
+    still = {"pos_embed_rescale": None} if family == "dinov3" else {}  # drawn at random in training
+    encoder = nopad.load(tiny(family, tmp_path, **still)).train()
+
+    def run(grids):
+        encoder.zero_grad()
+        states = encoder.encode(patches_of(encoder, grids), grids, output_hidden_states=True).hidden_states
+        states[-2].square().mean().backward()
+        first, last = (encoder.layers[index].mlp.down.weight.grad for index in (0, -1))
+        assert last is None
+        return states, first.clone()
+
+    expected = [run(grids) for grids in PACKS]
+    encoder.compile_for_training(CAPACITY, MAX_SEGMENTS)
+    for grids, expected_of_pack in zip(PACKS, expected, strict=True):
+        torch.testing.assert_close(run(grids), expected_of_pack, rtol=1e-4, atol=1e-6)
+    assert graphs.frame_count == 1
+    assert encoder.encode(patches_of(encoder), GRIDS).hidden_states is None
+
+
 def test_packs_beyond_the_capacity_run_eagerly(tmp_path, graphs, caplog):
     encoder = nopad.load(tiny("aimv2", tmp_path)).train()
     expected = gradients(encoder, GRIDS)

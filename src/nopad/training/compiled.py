@@ -34,8 +34,8 @@ def compile_for_training(
 
     Packs are padded to `capacity` rows in the layers, so no pack compiles anything again. The graphs are made when they
     are first used: one for all layers in training, one for packs without gradients. Packs that do not fit run eagerly,
-    with a warning; so does `output_hidden_states`. Parameters, hooks and `state_dict` stay as they are. A copied or
-    unpickled encoder runs eagerly until it is compiled itself.
+    with a warning. Parameters, hooks and `state_dict` stay as they are. A copied or unpickled encoder runs eagerly
+    until it is compiled itself.
 
     Args:
         encoder: the encoder.
@@ -80,6 +80,12 @@ class TrainingRunner(EagerRunner):
         """Whether a pack fits."""
         return fits(rows, segments, capacity=self.capacity, max_segments=self.max_segments)
 
+    def collecting(self, hidden_states: list[Tensor]) -> TrainingRunner:
+        """This runner for one pack, whose tokens before each layer and after the last it appends to a list."""
+        runner = object.__new__(TrainingRunner)  # with the same compiled function
+        runner.__dict__.update(self.__dict__, hidden_states=hidden_states)
+        return runner
+
     def run(self, layers: Iterable[nn.Module], tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
         """See `Runner`."""
         num_rows = len(tokens)
@@ -88,8 +94,14 @@ class TrainingRunner(EagerRunner):
         rope = None if rope is None else rope.padded(self.capacity)
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT):
             for layer in layers:
+                self._collect(tokens[:num_rows])
                 tokens = self.run_layer(layer, tokens, segments, rope)
+        self._collect(tokens[:num_rows])
         return tokens[:num_rows]
+
+    def _collect(self, tokens: Tensor) -> None:
+        if self.hidden_states is not None:
+            self.hidden_states.append(tokens)
 
     def _run_layer(self, layer: Any, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
         if not torch.compiler.is_compiling():
