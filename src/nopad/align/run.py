@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from nopad.align.cases import check_image_size, noise_cases, photo_case, photos_
 from nopad.align.metrics import ModelOutput, compare, worst_image
 from nopad.align.reference_model import ReferenceModel
 from nopad.align.references import reference_of
-from nopad.align.report import AlignReport
+from nopad.align.report import AlignReport, CaseResult, WorstImage
 from nopad.checkpoints.towers import open_tower
 from nopad.counts import check_count, counted
 from nopad.encoder import PackedEncoder
@@ -86,44 +87,22 @@ def align(
     if precision is not None:
         packed.to_precision(precision)
     packed.set_attention(attention)
-    model_fp32 = reference.load(packed, state, torch.float32).to(device=device)
-    model = model_fp32 if dtype == torch.float32 else reference.load(packed, state, dtype).to(device=device)
+    sides = _Sides.of(packed, reference, state)
     cases, skipped = noise_cases(packed, only_grid, batch_size, image_size) if noise else ([], [])
     if photos is not None:
         cases.append(photo_case(packed, photos, image_size))
-    of_photos = None if photos is None else cases[-1][1]
     if packed.projection_dim is not None:
-        skipped.append(f"image_embeds: {reference.describe(model)} ends at pooled and has no projection")
-    outputs: dict[tuple[int, torch.dtype], ModelOutput] = {}
-
-    def reference_output(model: PreTrainedModel, pixels: Tensor) -> ModelOutput:
-        key = (id(pixels), model.dtype)
-        if key not in outputs:
-            together = packed.frames_attend_jointly or packed.temporal_patch_size > 1
-            outputs[key] = _run_reference(reference, model, pixels, together)
-        return outputs[key]
-
-    results, worst = [], None
-    # Convolutions in float32 would run in TF32 by default, and only the reference has one.
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
-        if compile:
-            progress("compiling")
-            _compile(packed, [pixels for _, pixels in cases])
-        for name, pixels in cases:
-            progress(f"{name}: {counted(len(pixels), 'image')}")
-            actual = _run_packed(packed, pixels)
-            expected = [reference_output(model, image) for image in pixels]
-            expected_fp32 = None if model is model_fp32 else [reference_output(model_fp32, image) for image in pixels]
-            results.append(compare(name, actual, expected, expected_fp32, threshold, same_arithmetic=precision is None))
-            rule = packed.preprocessing
-            candidate = worst_image(name, pixels, actual, expected, packed.patch_size, rule.mean, rule.std)
-            # Photos come last: what is seen on them says more than noise.
-            if worst is None or pixels is of_photos or candidate.difference.max() > worst.difference.max():
-                worst = candidate
+        skipped.append(f"image_embeds: {reference.describe(sides.model)} ends at pooled and has no projection")
+    if compile:
+        progress("compiling")
+        _compile(packed, [pixels for _, pixels in cases])
+    results, worst_images = _compare_all(sides, cases, threshold, progress)
+    if photos is not None:  # what is seen on them says more than noise
+        worst_images = worst_images[-1:]
     return AlignReport(
         checkpoint=str(checkpoint),
         family=packed.family,
-        reference=reference.describe(model),
+        reference=reference.describe(sides.model),
         weights=weights,
         device=device_name(device),
         dtype=dtype_name(dtype),
@@ -135,8 +114,65 @@ def align(
         versions=versions(device),
         cases=tuple(results),
         skipped=tuple(skipped),
-        worst=worst,
+        worst=max(worst_images, key=lambda image: float(image.difference.max()), default=None),
     )
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """Both sides of a comparison, with the same weights on one device.
+
+    Attributes:
+        packed: the encoder.
+        reference: how its reference is run.
+        model: the reference in the encoder's dtype.
+        model_fp32: the reference in float32; `model` itself where that is the encoder's dtype.
+    """
+
+    packed: Any
+    reference: ReferenceModel
+    model: PreTrainedModel
+    model_fp32: PreTrainedModel
+
+    @classmethod
+    def of(cls, packed: PackedEncoder, reference: ReferenceModel, state: dict[str, Tensor]) -> _Sides:
+        """An encoder beside its reference with the tensors of `state`, on the encoder's device."""
+        model_fp32 = reference.load(packed, state, torch.float32).to(device=packed.device)
+        if packed.dtype == torch.float32:
+            return cls(packed, reference, model_fp32, model_fp32)
+        return cls(packed, reference, reference.load(packed, state, packed.dtype).to(device=packed.device), model_fp32)
+
+
+def _compare_all(
+    sides: _Sides, cases: Sequence[tuple[str, list[Tensor]]], threshold: float, progress: Callable[[str], None]
+) -> tuple[list[CaseResult], list[WorstImage]]:
+    """Compare both sides on each case; an image that several cases share goes through the reference once.
+
+    Returns:
+        For each case its result, and where tokens differ most.
+    """
+    packed, rule = sides.packed, sides.packed.preprocessing
+    together = packed.frames_attend_jointly or packed.temporal_patch_size > 1
+    outputs: dict[tuple[int, torch.dtype], ModelOutput] = {}
+
+    def reference_outputs(model: PreTrainedModel, pixels: list[Tensor]) -> list[ModelOutput]:
+        for image in pixels:
+            if (id(image), model.dtype) not in outputs:
+                outputs[id(image), model.dtype] = _run_reference(sides.reference, model, image, together)
+        return [outputs[id(image), model.dtype] for image in pixels]
+
+    results, worst_images = [], []
+    # Convolutions in float32 would run in TF32 by default, and only the reference has one.
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        for name, pixels in cases:
+            progress(f"{name}: {counted(len(pixels), 'image')}")
+            actual, expected = _run_packed(packed, pixels), reference_outputs(sides.model, pixels)
+            is_fp32 = sides.model is sides.model_fp32
+            expected_fp32 = None if is_fp32 else reference_outputs(sides.model_fp32, pixels)
+            same_arithmetic = packed.precision is None
+            results.append(compare(name, actual, expected, expected_fp32, threshold, same_arithmetic=same_arithmetic))
+            worst_images.append(worst_image(name, pixels, actual, expected, packed.patch_size, rule.mean, rule.std))
+    return results, worst_images
 
 
 def _reference_weights(

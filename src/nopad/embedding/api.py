@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -27,6 +28,7 @@ from nopad.embedding.workers import describe_execution, load_encoder, make_worke
 from nopad.encoder import PackedEncoder
 from nopad.local_paths import check_local
 from nopad.pipeline import process_server
+from nopad.pipeline.worker import Worker
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS, MAX_PIXELS, NUM_FRAMES, MaxPatches
 from nopad.preprocessing.rules import Resize, Size
 
@@ -143,14 +145,7 @@ def embed(
         ImportError: a source or `actors` needs a package that is not installed.
     """
     arguments = locals()
-    sources = [sources] if isinstance(sources, str | Path) else list(sources)
-    for source in sources:
-        if not isinstance(source, str | os.PathLike):
-            what = f"expected paths, got {type(source).__name__}"
-            raise ValueError(f"sources: {what}; images in memory go through nopad.load(model).embed(images)")
-        check_local("sources", source)
-    names = [os.fspath(source) for source in sources]
-    label = _label(model)
+    names, label = _paths(sources), _label(model)
     folder = JobFolder(out)
     label, names = folder.spelling(label, names)
     layers = tuple(layers) if isinstance(layers, list | range) else layers
@@ -182,18 +177,7 @@ def embed(
         if not update and jobs[0].record["inputs"] != record["inputs"] and len(jobs) == 1:
             changes = [changes_of(jobs[0].inputs, listing.inputs, folder.path)]
             logger.warning(changes[0])
-
-        def run(job: Job) -> Run:
-            made = Run(job, worker, stop=stop, progress=progress)
-            if progress is not None and actors is None:
-                made.estimate()
-            made.retry()
-            if actors is None:
-                made.make(made.missing)
-            elif made.missing:
-                make_on_ray(made, made.missing, actors, lock.token)
-            return made
-
+        run = partial(_run, worker=worker, stop=stop, progress=progress, actors=actors, token=lock.token)
         runs = list(map(run, jobs))
         if update and all(len(job.finished()) == len(job) for job in jobs):
             difference = compare(jobs, listing.inputs, names, contents=content_hash)
@@ -203,6 +187,42 @@ def embed(
             if difference.new:
                 runs.append(run(begin_update(folder, jobs, record, difference)))
         return summary_of([each.summary(listing.left_out, changes) for each in runs])
+
+
+def _paths(sources: str | Path | Sequence[str | Path]) -> list[str]:
+    """The sources as they were spelt.
+
+    Raises:
+        ValueError: an address, or something else than a path.
+    """
+    sources = [sources] if isinstance(sources, str | Path) else list(sources)
+    for source in sources:
+        if not isinstance(source, str | os.PathLike):
+            what = f"expected paths, got {type(source).__name__}"
+            raise ValueError(f"sources: {what}; images in memory go through nopad.load(model).embed(images)")
+        check_local("sources", source)
+    return [os.fspath(source) for source in sources]
+
+
+def _run(
+    job: Job,
+    *,
+    worker: Worker,
+    stop: threading.Event | None,
+    progress: Callable[[Progress], None] | None,
+    actors: int | None,
+    token: str,
+) -> Run:
+    """Make the shards of a job that are missing, here or by actors, after failed rows that are tried again."""
+    run = Run(job, worker, stop=stop, progress=progress)
+    if progress is not None and actors is None:
+        run.estimate()
+    run.retry()
+    if actors is None:
+        run.make(run.missing)
+    elif run.missing:
+        make_on_ray(run, run.missing, actors, token)
+    return run
 
 
 def _label(model: object) -> str:
