@@ -19,6 +19,9 @@ class HostileDecoder:
 
     patch_size: int = 4
 
+    def is_quick(self, source: str) -> bool:
+        return not source.startswith("slow")
+
     def size(self, source: str) -> int:
         return int(source.split()[1]) if source.startswith("of") else 0
 

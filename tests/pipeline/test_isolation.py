@@ -39,6 +39,29 @@ def prepare(processes, data: str):
     return processes.prepare(data, MemoryBudget(1 << 30).reservation())
 
 
+def prepare_all(image_processor, files, memory: int = 1 << 30, processes: int = 1, timeout: float = 20):
+    """What becomes of files that are there at once, so that they go in batches."""
+    gate, done, outcomes = threading.Event(), threading.Semaphore(0), {}
+    budget = MemoryBudget(memory)
+    decoding = DecodeProcesses(HostileDecoder(), image_processor, max_processes=processes, timeout=timeout)
+    with pytest.MonkeyPatch.context() as patch:
+        start = decoding._start
+        patch.setattr(decoding, "_start", lambda: gate.wait() and start())
+        for number, file in enumerate(files):
+            reservation = budget.reservation()
+
+            def keep(outcome, _, number=number, reservation=reservation):
+                outcomes[number] = outcome
+                reservation.finish_decoding(0)
+                done.release()
+
+            decoding.submit(file, reservation, keep)
+        gate.set()
+        for _ in files:
+            assert done.acquire(timeout=100)
+    return [outcomes[number] for number in range(len(files))]
+
+
 def test_patches_are_those_of_this_process(processes, image_processor):
     decoder = HostileDecoder()
     for data in ("3 4", "1 1", "7 2"):
@@ -128,11 +151,11 @@ def test_killed_servers_cost_no_image(encoder, own_server):
 
     def kill() -> None:
         for _ in range(2):
-            server = psutil.Process(process_server.start()._server.pid)
-            while server.is_running() and not server.children():
+            server = process_server.start()._server
+            while server.poll() is None and not psutil.Process(server.pid).children():
                 time.sleep(0.01)
             server.kill()
-            server.wait()
+            server.wait()  # by psutil its status would be lost
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -149,7 +172,7 @@ def test_a_server_that_is_killed_whenever_it_starts_ends_the_run(encoder, monkey
     killed.chmod(0o755)
     monkeypatch.setattr(process_server, "_server", None)
     monkeypatch.setattr(process_server.sys, "executable", str(killed))
-    with pytest.raises(ProcessServerError, match="their server was killed 3 times; too little memory"):
+    with pytest.raises(ProcessServerError, match="they or their server were killed 3 times; too little memory"):
         list(Worker(encoder).run([["2 2"]], str, decoder=HostileDecoder()))
 
 
@@ -275,6 +298,50 @@ def test_nonsense_from_a_process_is_a_crash(image_processor, monkeypatch, answer
     with pytest.raises(ImageError, match="its decoder crashed"):
         prepare(DecodeProcesses(HostileDecoder(), image_processor), "3 4")
     assert len(kept) == 2
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [b'{"answers": 3}'],
+        [b'{"answers": []}'],
+        [b'{"answers": [{"alone": true}]}'],
+        [b'{"answers": [3, 4, 5]}'],
+        [b'{"bytes": 1}'],
+        [b'{"answers": [%s]}' % b", ".join([b'{"shape": [1, 48], "grid": [1, 1, 1], "width": 4, "height": 4}'] * 3)],
+    ],
+)
+def test_files_of_a_batch_that_is_answered_with_nonsense_are_tried_alone(image_processor, monkeypatch, answers):
+    fork, kept = process_server.fork, []
+
+    def lie(program):
+        mine, theirs = Pipe()
+        for answer in answers:
+            theirs.send_bytes(answer)
+        with socket.socket(fileno=os.dup(theirs.fileno())) as end:
+            end.shutdown(socket.SHUT_WR)
+        kept.append(theirs)
+        monkeypatch.setattr(process_server, "fork", fork)
+        return Process(mine, os.getpid(), None, process_server.start())
+
+    monkeypatch.setattr(process_server, "fork", lie)
+    images = prepare_all(image_processor, ["3 4", "1 2", "2 2"])
+    assert [image.grid for image in images] == [(1, 3, 4), (1, 1, 2), (1, 2, 2)]
+    assert len(kept) == 1
+
+
+def test_images_beyond_the_allowance_of_a_batch_are_asked_for_alone(image_processor):
+    """In their order, and those behind them wait."""
+    sizes = ["3 4", "40 40", "1 2", "30 30", "2 2"]
+    need = image_processor.peak_bytes(*HostileDecoder().measure("40 40"))
+    images = prepare_all(image_processor, sizes * 4, memory=int(1.2 * need), processes=2)
+    assert [image.grid[1:] for image in images] == [tuple(map(int, size.split())) for size in sizes * 4]
+
+
+def test_one_file_of_a_batch_costs_the_others_nothing(image_processor):
+    hostile = ["3 4", "loop", "1 2", "crash", "2 2", "allocate", "1 1", "damaged"]
+    outcomes = prepare_all(image_processor, hostile, timeout=2)
+    assert [isinstance(outcome, ImageError) for outcome in outcomes] == [False, True] * 4
 
 
 def test_a_server_that_cannot_start_ends_the_run(encoder, monkeypatch):

@@ -68,6 +68,9 @@ class _HeaderDecoder:
 
     decoder: MediaDecoder
 
+    def is_quick(self, media: Media) -> bool:
+        return self.decoder.is_quick(media)
+
     def size(self, media: Media) -> int:
         return self.decoder.size(media)
 

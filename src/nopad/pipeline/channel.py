@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import select
 import selectors
 import struct
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import suppress
-from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 from nopad.pipeline.process_server import Process
@@ -19,6 +19,7 @@ _MAX_ANSWER_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 16
 _MAX_INT = 2**31 - 1
 _MAX_PATIENCE = 3600.0  # seconds; the system takes no more than about 2**31 milliseconds
+_MAX_BUFFERS = 256  # of one read; the system takes up to 1,024
 
 Result = TypeVar("Result")
 
@@ -59,7 +60,7 @@ class Channel:
 
     def send(self, message: Any) -> Generator[int, None, None]:
         """Send a pickle as `Connection.recv` expects it."""
-        payload = ForkingPickler.dumps(message)
+        payload = pickle.dumps(message)
         size = len(payload)
         header = struct.pack("!i", size) if size <= _MAX_INT else struct.pack("!iQ", -1, size)
         parts = [b"".join((header, payload))] if size < _CHUNK_BYTES else [header, payload]
@@ -70,13 +71,16 @@ class Channel:
                 except BlockingIOError:
                     yield selectors.EVENT_WRITE
 
-    def receive(self) -> Generator[int, None, dict[str, Any]]:
+    def receive(self, max_answers: int = 1) -> Generator[int, None, dict[str, Any]]:
         """An answer as JSON: a decoder that was taken over must not reach this process, as a pickle could.
+
+        Args:
+            max_answers: so many of one file each it may hold.
 
         Raises:
             EOFError, OSError, ValueError, TypeError: the process died, or answers nonsense.
         """
-        while (answer := self._take_answer()) is None:
+        while (answer := self._take_answer(max_answers * _MAX_ANSWER_BYTES)) is None:
             yield selectors.EVENT_READ
             with suppress(BlockingIOError):
                 received = os.read(self.fileno(), _CHUNK_BYTES)
@@ -88,33 +92,44 @@ class Channel:
             raise TypeError(f"expected fields, got {type(fields).__name__}")
         return fields
 
-    def _take_answer(self) -> bytes | None:
+    def _take_answer(self, max_bytes: int) -> bytes | None:
         if len(self._received) < 4:
             return None
         (size,) = struct.unpack_from("!i", self._received)
-        if not 0 <= size <= _MAX_ANSWER_BYTES:
-            raise ValueError(f"got an answer of {size} bytes, expected at most {_MAX_ANSWER_BYTES}")
+        if not 0 <= size <= max_bytes:
+            raise ValueError(f"got an answer of {size} bytes, expected at most {max_bytes}")
         end = 4 + size
         if len(self._received) < end:
             return None
         answer, self._received = self._received[4:end], self._received[end:]
         return answer
 
-    def fill(self, buffer: memoryview) -> Generator[int, None, None]:
-        """Fill a buffer with plain bytes, the first of which may have come with the answer before.
+    def fill(self, buffers: Sequence[memoryview]) -> Generator[int, None, None]:
+        """Fill buffers with plain bytes, the first of which may have come with the answer before.
 
         Raises:
             EOFError, OSError: the process died.
         """
-        done = min(len(self._received), buffer.nbytes)
-        buffer[:done], self._received = self._received[:done], self._received[done:]
-        while done < buffer.nbytes:
-            yield selectors.EVENT_READ
-            with suppress(BlockingIOError):
-                received = os.readv(self.fileno(), [buffer[done:]])
-                if not received:
+        received, self._received = memoryview(self._received), b""
+        rest = [buffer for buffer in buffers if buffer.nbytes]
+        while rest:
+            if received.nbytes:
+                count = min(received.nbytes, rest[0].nbytes)
+                rest[0][:count] = received[:count]
+                received = received[count:]
+            else:
+                try:
+                    count = os.readv(self.fileno(), rest[:_MAX_BUFFERS])
+                except BlockingIOError:
+                    yield selectors.EVENT_READ
+                    continue
+                if not count:
                     raise EOFError("got fewer bytes than announced")
-                done += received
+            while rest and count >= rest[0].nbytes:
+                count -= rest.pop(0).nbytes
+            if rest:
+                rest[0] = rest[0][count:]
+        self._received = bytes(received)
 
     def wait(self, steps: Generator[int, None, Result], timeout: float | None) -> Result:
         """Go on with what one of these methods does until it is done, for so many seconds at most.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from nopad.counts import is_count
 from nopad.pipeline.channel import Channel, count_in
+from nopad.pipeline.decode_process import Batch
 from nopad.pipeline.image_processor import PreparedImage
 from nopad.pipeline.memory import Reservation
 from nopad.pipeline.process_server import Process
@@ -18,7 +19,8 @@ MEMORY = 0
 """Beside `selectors.EVENT_READ` and `EVENT_WRITE`: waits for memory."""
 
 Answer = PreparedImage | dict[str, Any]
-"""An image, or what went wrong, as the `"error"` and perhaps the `"traceback"`."""
+"""An image, or what went wrong, as the `"error"` and perhaps the `"traceback"`; of a batch also `"alone"`, which is an
+image that needs more than its allowance."""
 
 
 class DecodeChannel(Channel):
@@ -70,14 +72,45 @@ class DecodeChannel(Channel):
             return answer
         image = self._empty_image(answer, size)
         self._allow(timeout)
-        yield from self.fill(image.patches.view(-1).view(torch.uint8).numpy().data)
+        yield from self.fill([_bytes_of(image)])
         return image
+
+    def prepare_batch(
+        self,
+        files: Sequence[Any],
+        reservations: Sequence[Reservation],
+        allowance: int,
+        timeout: float | None,
+        notify: Callable[[], None],
+    ) -> Generator[int, None, list[Answer]]:
+        """Send several files and receive the patches of all at once; otherwise as `prepare`.
+
+        Args:
+            allowance: bytes that each may take.
+            timeout: seconds for all of them.
+        """
+        self._start, self._waited = time.monotonic(), 0.0
+        self._allow(timeout)
+        for reservation in reservations:
+            yield from self._wait(partial(reservation.try_reserve, allowance, notify))
+        yield from self.send(Batch(tuple(files), allowance))
+        answers = (yield from self.receive(max_answers=len(files)))["answers"]
+        if len(answers) != len(files):
+            raise ValueError(f"got {len(answers)} answers to {len(files)} files")
+        images = [
+            fields if "error" in fields or "alone" in fields else self._empty_image(fields, allowance)
+            for fields in answers
+        ]
+        self._allow(timeout)
+        yield from self.fill([_bytes_of(image) for image in images if isinstance(image, PreparedImage)])
+        return images
 
     def _empty_image(self, answer: dict[str, Any], size: int) -> PreparedImage:
         rows, columns = answer["shape"]
         t, h, w = answer["grid"]
         width, height = answer["width"], answer["height"]
-        if not all(is_count(number) for number in (rows, columns, t, h, w, width, height)) or t * h * w != rows:
+        numbers = (rows, columns, t, h, w, width, height)
+        if not all(type(number) is int and number > 0 for number in numbers) or t * h * w != rows:
             raise ValueError(f"got patches of {rows}×{columns} in a grid of {t}×{h}×{w} for {width}×{height} pixels")
         if rows * columns * self.dtype.itemsize > size:
             raise ValueError(f"got patches of {rows}×{columns}, expected at most {size} bytes")
@@ -99,3 +132,7 @@ class DecodeChannel(Channel):
         waited = time.monotonic() - start
         self._waited += waited
         self.deadline += waited
+
+
+def _bytes_of(image: PreparedImage) -> memoryview:
+    return image.patches.view(-1).view(torch.uint8).numpy().data

@@ -16,7 +16,6 @@ from nopad.pipeline.forked import (
     answer,
     is_out_of_memory,
     limit_address_space,
-    send_bytes,
 )
 from nopad.pipeline.image_processor import ImageProcessor
 from nopad.preprocessing.decode import ImageError
@@ -28,6 +27,10 @@ LARGE_FILE_BYTES = 1 << 26
 
 class Decoder(Protocol):
     """From the bytes or the name of an untrusted file to pixels; picklable."""
+
+    def is_quick(self, source: Any, /) -> bool:
+        """Whether it is decoded in an instant, as far as its kind tells; then several are sent at once."""
+        ...
 
     def size(self, source: Any, /) -> int:
         """How many bytes `read` takes into memory."""
@@ -51,10 +54,22 @@ class Decoder(Protocol):
 
 
 @dataclass(frozen=True)
-class DecodeProgram:
-    """Answers each file with the bytes that it needs, and once they are granted with its patches, or with an error.
+class Batch:
+    """Files that are decoded without a question, and answered all at once.
 
-    A large file is answered with its own size first, and read once that is granted.
+    Attributes:
+        allowance: bytes that each may take; one that needs more is answered with `"alone"`.
+    """
+
+    sources: tuple[Any, ...]
+    allowance: int
+
+
+@dataclass(frozen=True)
+class DecodeProgram:
+    """Answers a file with the bytes that it needs, and once they are granted with its patches, or with an error.
+
+    A large file is answered with its own size first, and read once that is granted. A `Batch` is answered at once.
     """
 
     decoder: Decoder
@@ -70,18 +85,15 @@ class DecodeProgram:
         while True:
             limit_address_space(start + HEADROOM_BYTES + 2 * MAX_BYTES)  # for a file that is sent
             try:
-                source = connection.recv()
-                self._serve_one(connection, source, start + HEADROOM_BYTES)
-            except ImageError as error:
-                answer(connection, error=error.reason)
+                request = connection.recv()
+                if isinstance(request, Batch):
+                    self._serve_batch(connection, request, start + HEADROOM_BYTES)
+                else:
+                    self._serve_one(connection, request, start + HEADROOM_BYTES)
             except (EOFError, ConnectionError):
                 return
             except Exception as error:
-                if is_out_of_memory(error):
-                    answer(connection, error="decoding it takes more memory than its header says")
-                else:
-                    summary = f"unexpected {type(error).__name__}: {error}"
-                    answer(connection, error=summary[:1000], traceback=traceback.format_exc()[-10_000:])
+                answer(connection, **_described(error))
 
     def _serve_one(self, connection: Connection, source: Any, limit: int) -> None:
         size = self.decoder.size(source)
@@ -92,10 +104,53 @@ class DecodeProgram:
         data = self.decoder.read(source)
         limit += 2 * len(data)
         limit_address_space(limit)
-        answer(connection, bytes=len(data) + self.image_processor.peak_bytes(*self.decoder.measure(data)))
+        answer(connection, bytes=self._peak_bytes(data))
         limit_address_space(limit + connection.recv())
+        fields, patches = self._decode(data)
+        answer(connection, patches, **fields)
+
+    def _serve_batch(self, connection: Connection, batch: Batch, limit: int) -> None:
+        answers: list[dict[str, Any]] = []
+        parts: list[memoryview] = []
+        for source in batch.sources:
+            try:
+                fields, part = self._decode_within(batch.allowance, source, limit)
+            except Exception as error:
+                fields, part = _described(error), None
+            answers.append(fields)
+            if part is not None:
+                parts.append(part)
+                limit += part.nbytes
+        answer(connection, *parts, answers=answers)
+
+    def _decode_within(self, allowance: int, source: Any, limit: int) -> tuple[dict[str, Any], memoryview | None]:
+        size = self.decoder.size(source)
+        if size > allowance:
+            return {"alone": True}, None
+        limit_address_space(limit + allowance)
+        data = self.decoder.read(source)
+        if self._peak_bytes(data) > allowance:
+            return {"alone": True}, None
+        limit_address_space(limit + 2 * len(data) + allowance)
+        return self._decode(data)
+
+    def _peak_bytes(self, data: bytes | str) -> int:
+        return len(data) + self.image_processor.peak_bytes(*self.decoder.measure(data))
+
+    def _decode(self, data: bytes | str) -> tuple[dict[str, Any], memoryview]:
+        """Patches as plain bytes, and what they are."""
         pixels = self.decoder(data)
         image, extras = self.image_processor(pixels), self.decoder.extras(data, pixels)
-        patches, sides = image.patches.contiguous(), {"width": image.width, "height": image.height}
-        answer(connection, shape=patches.shape, grid=image.grid, extras=extras, **sides)
-        send_bytes(connection, patches.view(-1).view(torch.uint8).numpy().data)
+        patches = image.patches.contiguous()
+        fields = {"shape": patches.shape, "grid": image.grid, "width": image.width, "height": image.height}
+        return {**fields, "extras": extras}, patches.view(-1).view(torch.uint8).numpy().data
+
+
+def _described(error: Exception) -> dict[str, Any]:
+    """An answer that states what went wrong."""
+    if isinstance(error, ImageError):
+        return {"error": error.reason}
+    if is_out_of_memory(error):
+        return {"error": "decoding it takes more memory than its header says"}
+    summary = f"unexpected {type(error).__name__}: {error}"
+    return {"error": summary[:1000], "traceback": traceback.format_exc()[-10_000:]}

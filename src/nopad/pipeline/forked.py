@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import sys
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -14,6 +15,9 @@ from typing import Any, Protocol
 
 HEADROOM_BYTES = 1 << 30
 """Address space that a process may take beyond what it starts with and what its input is known to need."""
+
+
+_MAX_PARTS = 256  # of one write; the system takes up to 1,024
 
 
 class Program(Protocol):
@@ -28,15 +32,21 @@ class Program(Protocol):
         ...
 
 
-def answer(connection: Connection, **fields: Any) -> None:
-    """Send JSON."""
-    connection.send_bytes(json.dumps(fields).encode())
+def answer(connection: Connection, *data: memoryview, **fields: Any) -> None:
+    """Send JSON, and after it plain bytes, as many as it announces."""
+    header = json.dumps(fields).encode()
+    send_bytes(connection, memoryview(struct.pack("!i", len(header)) + header), *data)  # as `Connection.send_bytes`
 
 
-def send_bytes(connection: Connection, data: memoryview) -> None:
+def send_bytes(connection: Connection, *data: memoryview) -> None:
     """Send plain bytes, as many as were announced."""
-    while data.nbytes:
-        data = data[os.write(connection.fileno(), data) :]
+    parts = list(data)
+    while parts:
+        sent = os.writev(connection.fileno(), parts[:_MAX_PARTS])
+        while parts and sent >= parts[0].nbytes:
+            sent -= parts.pop(0).nbytes
+        if parts:
+            parts[0] = parts[0][sent:]
 
 
 def address_space() -> int:

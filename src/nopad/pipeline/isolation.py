@@ -11,8 +11,7 @@ import os
 import selectors
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 from nopad.pipeline import process_server
 from nopad.pipeline.decode_channel import MEMORY, Answer, DecodeChannel
 from nopad.pipeline.decode_process import DecodeProgram, Decoder
+from nopad.pipeline.decode_queue import MAX_BATCH, DecodeQueue, Done, Task
 from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.pipeline.memory import Reservation
 from nopad.preprocessing.decode import ImageError
@@ -29,39 +29,28 @@ from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 
 logger = logging.getLogger(__name__)
 
+_BATCH_SECONDS = 10.0  # for all of a batch; then each of its files has its own time
 _MAX_ATTEMPTS = 2  # a process may die without a fault of its input, for example of too little memory
 _MAX_LOST_SERVERS = 5  # of one input: a server may be killed, but one input must not have it killed for ever
 _MAX_PATIENCE = 3600.0  # seconds; the system takes no more than about 2**31 milliseconds
 _FOR_EVER = 1e9  # seconds
 
-Done = Callable[[PreparedImage | Exception, float], None]
-"""Takes what became of an input, and for how many seconds a process worked on it."""
-
-
-@dataclass(eq=False, slots=True)
-class _Task:
-    data: Any
-    reservation: Reservation
-    done: Done
-    attempts: int = 0
-    lost_servers: int = 0
-
 
 @dataclass(eq=False, slots=True)
 class _Busy:
-    """A process at work: `steps` is what it does for `task`, `events` what it waits for."""
+    """A process at work: `steps` is what it does for `tasks`, `events` what it waits for."""
 
     process: DecodeChannel
-    task: _Task
-    steps: Generator[int, None, Answer]
+    tasks: list[Task]
+    steps: Generator[int, None, list[Answer]]
     events: int = 0
 
 
 class DecodeProcesses:
-    """Processes that decode and prepare one file at a time.
+    """Processes that decode and prepare files, one at a time or a few quick ones in a batch.
 
-    A process that takes too long or dies is replaced, and its input fails. Idle ones end with this object, all with
-    this process, however it ends. Ctrl-C does not reach them.
+    A process that takes too long or dies is replaced, and its input fails; those of a batch are tried again one by one.
+    Idle processes end with this object, all with this process, however it ends. Ctrl-C does not reach them.
 
     Args:
         decoder: from a file to pixels.
@@ -87,7 +76,7 @@ class DecodeProcesses:
         self.max_processes = max_processes
         self._program = DecodeProgram(decoder, image_processor)
         self._lock = threading.Lock()
-        self._queue: deque[_Task] = deque()
+        self._queue = DecodeQueue()
         self._idle: list[DecodeChannel] = []
         self._busy: dict[DecodeChannel, _Busy] = {}
         self._is_served = False
@@ -104,12 +93,15 @@ class DecodeProcesses:
         `done` is called from another thread: with the image; with an `ImageError`, which is what the decoder raised,
         too much time or memory, or a process that died of it; or with `ProcessServerError`, no process can be started.
         """
+        task = Task(data, reservation, done, alone=not self._program.decoder.is_quick(data))
         with self._lock:
-            self._queue.append(_Task(data, reservation, done))
+            self._queue.append(task)
             if not self._is_served:
                 self._is_served = True
                 threading.Thread(target=self._serve, name="nopad-decode", daemon=True).start()
-        self._ring()
+            is_full = len(self._busy) >= self.max_processes
+        if not is_full:  # else it is begun once a process is idle
+            self._ring()
 
     def prepare(self, data: Any, reservation: Reservation) -> PreparedImage:
         """Decode and prepare a file, and wait for it.
@@ -142,8 +134,7 @@ class DecodeProcesses:
                 self._turn()
         except BaseException as error:  # every waiting task must end
             with self._lock:
-                tasks = [*self._queue, *(busy.task for busy in self._busy.values())]
-                self._queue.clear()
+                tasks = [*self._queue.take_all(), *(task for busy in self._busy.values() for task in busy.tasks)]
                 self._is_served = False
             for task in tasks:
                 task.done(error if isinstance(error, Exception) else RuntimeError(repr(error)), 0.0)
@@ -156,20 +147,20 @@ class DecodeProcesses:
                 if not self._queue:
                     self._is_served = bool(self._busy)
                     return self._is_served
-                is_full = len(self._busy) >= self.max_processes
-                if is_full:
+                if len(self._busy) >= self.max_processes:
                     return True
-                task = self._queue.popleft()
-                is_closed = task.reservation.is_closed  # checked under the lock that `interrupt` takes
+                tasks = self._queue.take(self.max_processes)
+                is_closed = tasks[0].reservation.is_closed  # checked under the lock that `interrupt` takes
                 process = self._take_idle()
                 if process is not None and not is_closed:
-                    self._begin(process, task)
+                    self._begin(process, tasks)
             if is_closed:
                 if process is not None:
                     self._idle.append(process)
-                task.done(ImageError("image", "not decoded: the run has ended"), 0.0)
+                for task in tasks:
+                    task.done(ImageError("image", "not decoded: the run has ended"), 0.0)
             elif process is None:
-                self._start_in_new_process(task)
+                self._start_in_new_process(tasks)
                 return True
             else:
                 self._advance(self._busy[process])
@@ -182,23 +173,33 @@ class DecodeProcesses:
             process.close()
         return None
 
-    def _start_in_new_process(self, task: _Task) -> None:
+    def _start_in_new_process(self, tasks: list[Task]) -> None:
         try:
             process = self._fork()
         except Exception as error:
-            task.done(error, 0.0)
+            for task in tasks:
+                task.done(error, 0.0)
             return
         with self._lock:
-            self._begin(process, task)
-            if task.reservation.is_closed:
+            self._begin(process, tasks)
+            if tasks[0].reservation.is_closed:
                 process.kill()
         self._advance(self._busy[process])
 
-    def _begin(self, process: DecodeChannel, task: _Task) -> None:
-        task.attempts += 1
-        self._busy[process] = _Busy(
-            process, task, process.prepare(task.data, task.reservation, self.timeout, self._ring)
-        )
+    def _begin(self, process: DecodeChannel, tasks: list[Task]) -> None:
+        if tasks[0].alone:
+            tasks[0].attempts += 1
+            steps = self._one(process, tasks[0])
+        else:
+            allowance = tasks[0].reservation.budget.allowance(MAX_BATCH * self.max_processes)
+            files, reservations = [task.data for task in tasks], [task.reservation for task in tasks]
+            timeout = min(self.timeout or _BATCH_SECONDS, _BATCH_SECONDS)
+            steps = process.prepare_batch(files, reservations, allowance, timeout, self._ring)
+        self._busy[process] = _Busy(process, tasks, steps)
+
+    def _one(self, process: DecodeChannel, task: Task) -> Generator[int, None, list[Answer]]:
+        answer = yield from process.prepare(task.data, task.reservation, self.timeout, self._ring)
+        return [answer]
 
     def _turn(self) -> None:
         """Wait until a process can go on, and let all that can."""
@@ -214,7 +215,7 @@ class DecodeProcesses:
                 self._advance(busy)
             elif now >= busy.process.deadline:
                 reason = f"decoding it takes more than {self.timeout:g} s; input_timeout sets another limit"
-                self._end(busy, ImageError("image", reason), kill=True)
+                self._fail(busy, ImageError("image", reason))
 
     def _patience(self) -> float | None:
         if self._queue and len(self._busy) < self.max_processes:
@@ -224,23 +225,17 @@ class DecodeProcesses:
         return None if first == float("inf") else min(max(0.0, first - time.monotonic()), _MAX_PATIENCE)
 
     def _advance(self, busy: _Busy) -> None:
-        """Let a process go on until it has to wait or its input is done."""
+        """Let a process go on until it has to wait or its files are done."""
         try:
             self._wait_for(busy, next(busy.steps))
         except StopIteration as end:
-            answer: Answer = end.value
-            if isinstance(answer, PreparedImage):
-                self._end(busy, answer)
-                return
-            if "traceback" in answer:
-                logger.error("unexpected error in a decoder:\n%s", answer["traceback"])
-            self._end(busy, ImageError("image", str(answer["error"])))
+            self._finish(busy, end.value)
         except ImageError as error:
-            self._end(busy, error, kill=True)  # it waits for memory that will not come
+            self._fail(busy, error)  # it waits for memory that will not come
         except (EOFError, OSError, ValueError, LookupError, TypeError) as error:
             self._died(busy, error)
         except Exception as error:
-            self._end(busy, error, kill=True)  # it waits for an answer that will not come
+            self._fail(busy, error)  # it waits for an answer that will not come
 
     def _wait_for(self, busy: _Busy, events: int) -> None:
         if events == busy.events:
@@ -251,32 +246,51 @@ class DecodeProcesses:
             self._selector.register(busy.process, events, busy)
         busy.events = events
 
+    def _finish(self, busy: _Busy, answers: list[Answer]) -> None:
+        seconds = busy.process.seconds() / len(answers)
+        self._let_go(busy)
+        self._idle.append(busy.process)
+        again = []
+        for task, answer in zip(busy.tasks, answers, strict=True):
+            if isinstance(answer, PreparedImage):
+                task.done(answer, seconds)
+            elif "alone" in answer:
+                again.append(task)
+            else:
+                if "traceback" in answer:
+                    logger.error("unexpected error in a decoder:\n%s", answer["traceback"])
+                task.done(ImageError("image", str(answer["error"])), seconds)
+        self._try_alone(again)
+
     def _died(self, busy: _Busy, error: Exception) -> None:
         """The process has died, of its file or with its server, or it ends as its connection is closed."""
-        task = busy.task
-        if busy.process.has_lost_server:
+        task = busy.tasks[0]
+        if task.alone and busy.process.has_lost_server:
             task.attempts -= 1  # by no fault of the file
             task.lost_servers += 1
         if task.attempts < _MAX_ATTEMPTS and task.lost_servers < _MAX_LOST_SERVERS and not task.reservation.is_closed:
             logger.info("a decode process died: %s", error)
             self._let_go(busy)
             busy.process.close()
-            with self._lock:
-                self._queue.appendleft(task)
+            self._try_alone(busy.tasks)
             return
-        reason = "its decoder crashed; a damaged file, or too little memory"
-        self._end(busy, ImageError("image", reason), close=True)
+        error = ImageError("image", "its decoder crashed; a damaged file, or too little memory")
+        self._fail(busy, error, kill=False)
 
-    def _end(self, busy: _Busy, outcome: PreparedImage | Exception, *, kill: bool = False, close: bool = False) -> None:
-        process = busy.process
+    def _fail(self, busy: _Busy, error: Exception, *, kill: bool = True) -> None:
+        """End a process whose file fails; files of a batch are tried again, each alone."""
         self._let_go(busy)
         if kill:
-            process.kill()
-        if kill or close:
-            process.close()
+            busy.process.kill()
+        busy.process.close()
+        if busy.tasks[0].alone:
+            busy.tasks[0].done(error, busy.process.seconds())
         else:
-            self._idle.append(process)
-        busy.task.done(outcome, process.seconds())
+            self._try_alone(busy.tasks)
+
+    def _try_alone(self, tasks: list[Task]) -> None:
+        with self._lock:
+            self._queue.put_back(tasks)
 
     def _let_go(self, busy: _Busy) -> None:
         busy.steps.close()

@@ -15,6 +15,9 @@ from nopad.preprocessing.decode import ImageError
 MEMORY_FRACTION = 0.5
 """Default bound, as a fraction of the memory that is free when a worker starts."""
 
+MAX_ALLOWANCE_BYTES = 1 << 25
+"""Most that an image may take before its size is known: photos of up to three megapixels."""
+
 _CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -73,6 +76,10 @@ class MemoryBudget:
         self._tickets = 0
         self._listeners: set[Callable[[], None]] = set()
 
+    def allowance(self, parallel: int) -> int:
+        """Bytes that each of so many images may take before its size is known; together a quarter of the limit."""
+        return min(MAX_ALLOWANCE_BYTES, self.limit // (4 * parallel))
+
     def reservation(self) -> Reservation:
         """A new reservation, granted after all earlier ones."""
         self._tickets += 1
@@ -96,10 +103,14 @@ class MemoryBudget:
 
 
 class Reservation:
-    """The bytes of one image: of its file where that is large, then of decoding it, then of the result."""
+    """The bytes of one image: of its file where that is large, then of decoding it, then of the result.
+
+    Attributes:
+        budget: that it is made of.
+    """
 
     def __init__(self, budget: MemoryBudget, ticket: int) -> None:
-        self._budget = budget
+        self.budget = budget
         self._ticket = ticket
         self._granted = False
         self._held = 0
@@ -140,23 +151,23 @@ class Reservation:
         self._check(size)
         if self._granted:
             return
-        with self._budget.changed:
-            self._budget.changed.wait_for(lambda: self._can_take(size))
+        with self.budget.changed:
+            self.budget.changed.wait_for(lambda: self._can_take(size))
             self._take(size, decoding=decoding)
 
     def _try(self, size: int, notify: Callable[[], None], *, decoding: bool) -> bool:
         self._check(size)
         if self._granted:
             return True
-        with self._budget.changed:
+        with self.budget.changed:
             if not self._can_take(size):
-                self._budget.listen(notify)
+                self.budget.listen(notify)
                 return False
             self._take(size, decoding=decoding)
             return True
 
     def _check(self, size: int) -> None:
-        budget = self._budget
+        budget = self.budget
         if size > budget.limit:
             raise ImageError(
                 "image",
@@ -165,7 +176,7 @@ class Reservation:
             )
 
     def _take(self, size: int, *, decoding: bool) -> None:
-        budget = self._budget
+        budget = self.budget
         if budget.closed:
             raise ImageError("image", "not decoded: the run has ended")
         budget.used += size - self._held
@@ -175,34 +186,48 @@ class Reservation:
             self._granted = True
             self._serve_next()
 
+    def renounce(self) -> None:
+        """Give back what was reserved before the size was known; the next grant is this reservation's, if it asks."""
+        with self.budget.changed:
+            if not self._granted:
+                return
+            budget, self._granted = self.budget, False
+            budget.used -= self._held
+            budget.decoding -= 1
+            self._held = 0
+            budget.served.update(range(self._ticket, budget.next_ticket))
+            budget.served.discard(self._ticket)
+            budget.next_ticket = min(budget.next_ticket, self._ticket)
+            budget.notify()
+
     def finish_decoding(self, size: int) -> None:
         """Reduce the reservation to the `size` bytes of the result."""
-        with self._budget.changed:
+        with self.budget.changed:
             if not self._granted:
                 size = 0
-            self._budget.used += size - self._held
+            self.budget.used += size - self._held
             self._held = size
             if self._granted:
-                self._budget.decoding -= 1
-                self._budget.notify()
+                self.budget.decoding -= 1
+                self.budget.notify()
             else:
                 self._serve_next()
 
     def release(self) -> None:
         """Give the bytes back; the result is in a pack."""
-        with self._budget.changed:
-            self._budget.used -= self._held
+        with self.budget.changed:
+            self.budget.used -= self._held
             self._held = 0
-            self._budget.notify()
+            self.budget.notify()
 
     @property
     def is_closed(self) -> bool:
         """Whether the run that it belongs to has ended."""
-        return self._budget.closed
+        return self.budget.closed
 
     def _can_take(self, size: int) -> bool:
         """Whether it is granted or refused now."""
-        budget = self._budget
+        budget = self.budget
         if budget.closed:
             return True
         used = budget.used - self._held
@@ -210,7 +235,7 @@ class Reservation:
 
     def _serve_next(self) -> None:
         """Mark this reservation as served, and advance to the first that is not."""
-        budget = self._budget
+        budget = self.budget
         budget.served.add(self._ticket)
         while budget.next_ticket in budget.served:
             budget.served.remove(budget.next_ticket)

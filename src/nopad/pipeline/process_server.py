@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nopad.pipeline.forked import Program
 
 _MAX_STARTS = 3
+_END_SECONDS = 1.0  # from the end of a socket to that of its process
 _PID_BYTES = 8
 
 
@@ -102,9 +103,15 @@ class ProcessServer:
             return True
 
     @property
-    def was_killed(self) -> bool:
-        """Whether it was ended by a signal, not by itself."""
-        return self._has_ended() and self._server.wait() < 0
+    def has_ended_by_itself(self) -> bool:
+        """Whether it has ended, and not by a signal.
+
+        Its socket does not tell: a process that it has forked just now may still hold that open. Where it runs on, that
+        process was killed at its start.
+        """
+        with suppress(subprocess.TimeoutExpired):
+            return self._server.wait(_END_SECONDS) >= 0
+        return False
 
     def fork(self, program: Program) -> Process | None:
         """Fork a process for a program, `None` where it has ended before."""
@@ -139,16 +146,17 @@ def fork(program: Program) -> Process:
     """Fork a process by the server of this process, which is started anew where it was killed.
 
     Raises:
-        ProcessServerError: it ends by itself, or is killed again and again.
+        ProcessServerError: it ends by itself, or it or the process is killed again and again.
     """
     for _ in range(_MAX_STARTS):
         server = start()
         if (process := server.fork(program)) is not None:
             return process
-        if not server.was_killed:
+        if server.has_ended_by_itself:
             raise ProcessServerError("the decode processes cannot be started; the reason is on stderr")
     raise ProcessServerError(
-        f"the decode processes cannot be started: their server was killed {_MAX_STARTS} times; too little memory?"
+        f"the decode processes cannot be started: they or their server were killed {_MAX_STARTS} times; too little "
+        f"memory?"
     )
 
 

@@ -129,7 +129,7 @@ class AnsweringProcess:
         if size > max_size:
             raise ValueError(f"got {size} bytes, expected at most {max_size}")
         data = bytearray(size)
-        self._channel.wait(self._channel.fill(memoryview(data)), self.timeout)
+        self._channel.wait(self._channel.fill([memoryview(data)]), self.timeout)
         return data
 
     def _start(self) -> Channel:

@@ -11,8 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from typing import Any, Generic, Protocol, TypeVar
 
+from nopad.pipeline.decode_queue import MAX_BATCH, Done
 from nopad.pipeline.image_processor import PreparedImage
-from nopad.pipeline.isolation import DecodeProcesses, Done
+from nopad.pipeline.isolation import DecodeProcesses
 from nopad.pipeline.memory import MemoryBudget, Reservation, Unread
 from nopad.pipeline.process_server import ProcessServerError
 from nopad.pipeline.stats import Stats
@@ -23,6 +24,9 @@ logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 _Input = TypeVar("_Input", contravariant=True)
 Outcome = PreparedImage | ImageError
+
+MAX_BYTES_AHEAD = 1 << 26
+"""No more items are read while so many bytes of them wait for a process or are with one."""
 
 
 class Preparer(Protocol[_Input]):
@@ -69,6 +73,9 @@ class InThreads(Generic[Item]):
 class InProcesses(Generic[Item]):
     """Reads items in one thread, a few ahead of the processes that decode them.
 
+    The thread waits until half of these are used up, and then reads as many at once: threads that wake up for every
+    image take turns at the interpreter's lock with the one that feeds the encoder.
+
     Args:
         read: from an item to what the decoder takes, or to that as `Unread`.
     """
@@ -76,26 +83,58 @@ class InProcesses(Generic[Item]):
     def __init__(self, read: Callable[[Item], Any], processes: DecodeProcesses) -> None:
         self._read = read
         self._processes = processes
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="nopad-read")
-        self._room = threading.Semaphore(processes.max_processes + max(2, processes.max_processes // 4))
+        self._queue: deque[tuple[Item, Reservation, Done]] = deque()
+        self._changed = threading.Condition()
+        self._started = self._bytes = 0  # of items that were read and are not done
+        one_batch = MAX_BATCH * processes.max_processes
+        self._most, self._low = 2 * one_batch, one_batch + one_batch // 2
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="nopad-read", daemon=True)
 
     def __enter__(self) -> InProcesses[Item]:
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
         self._processes.interrupt()  # of what was read ahead nothing is needed any more
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._thread.join()
 
     def submit(self, item: Item, reservation: Reservation, done: Done) -> None:
         """See `Preparer`."""
-        self._pool.submit(self._run, item, reservation, done)
+        with self._changed:
+            self._queue.append((item, reservation, done))
+            if len(self._queue) == 1:
+                self._changed.notify()
 
-    def _run(self, item: Item, reservation: Reservation, done: Done) -> None:
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_closed or (self._queue and self._has_room(self._low)))
+                if self._is_closed:
+                    return
+            while self._queue and self._has_room(self._most) and not self._is_closed:
+                self._begin(*self._queue.popleft())
+
+    def _has_room(self, items: int) -> bool:
+        return self._started < items and self._bytes < MAX_BYTES_AHEAD
+
+    def _begin(self, item: Item, reservation: Reservation, done: Done) -> None:
+        size = 0
+
         def leave(outcome: PreparedImage | Exception, seconds: float) -> None:
-            self._room.release()
+            with self._changed:
+                had_room = self._has_room(self._low)
+                self._started -= 1
+                self._bytes -= size
+                if not had_room and self._has_room(self._low):
+                    self._changed.notify()
             done(outcome, seconds)
 
-        self._room.acquire()
+        with self._changed:
+            self._started += 1
         try:
             data = self._read(item)
             if isinstance(data, Unread):
@@ -103,8 +142,11 @@ class InProcesses(Generic[Item]):
                 data = data.read()
         except Exception as error:
             leave(error, 0.0)
-        else:
-            self._processes.submit(data, reservation, leave)
+            return
+        size = len(data) if isinstance(data, bytes) else 0
+        with self._changed:
+            self._bytes += size
+        self._processes.submit(data, reservation, leave)
 
 
 class ReadAhead(Generic[Item]):

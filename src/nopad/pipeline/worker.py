@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
-MIN_AHEAD, AHEAD_PER_THREAD = 32, 16
+MIN_AHEAD, AHEAD_PER_THREAD = 32, 32
 """Images that are prepared ahead of the packer at most, `memory` permitting: the encoder's thread takes none while it
 waits for a GPU, and the decode threads must have enough to do for the time of a pack."""
 

@@ -17,6 +17,8 @@ from nopad.preprocessing.thumbnails import thumbnail
 from nopad.preprocessing.video import read_frames
 from nopad.preprocessing.video_file import frame_size
 
+_LARGE_BYTES = 1 << 22
+
 Media = FileRange | bytes | str
 """The place of an encoded picture, its bytes, or the name of a video."""
 
@@ -63,6 +65,10 @@ class MediaDecoder:
     def __post_init__(self) -> None:
         if self.frames < 1 or self.max_pixels < 1:
             raise ValueError(f"frames, max_pixels: expected ≥ 1, got {self.frames} and {self.max_pixels}")
+
+    def is_quick(self, media: Media) -> bool:
+        """See `Decoder.is_quick`: pictures are, but for very large ones; videos are not."""
+        return not isinstance(media, str) and not (isinstance(media, bytes) and len(media) >= _LARGE_BYTES)
 
     def size(self, media: Media) -> int:
         """The bytes that `read` takes into memory; 0 where they are there, are not read, or cannot be."""
