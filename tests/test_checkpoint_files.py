@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 import struct
+import tarfile
 import zipfile
 from collections import OrderedDict
 
@@ -331,3 +332,14 @@ def test_a_pickle_of_another_protocol_or_damaged(folder, pickled, capsys):
     for content in (pickle.dumps({"a": 1}), pickle.dumps([1] * 100)[:-20], b"\x80", b"PK\x03\x04junk", b"("):
         (folder / "model.pth").write_bytes(content)
         refused(folder, r"model\.pth': expected tensors and nothing else, got", capsys)
+
+
+def test_a_tar_is_not_opened_though_it_begins_as_pickles_do(folder):
+    """torch opens it as one; its attributes take tarfile a time that grows with their square."""
+    attributes = tarfile.TarInfo("N." * 5)  # five pickles of None
+    attributes.type, attributes.size = tarfile.XHDTYPE, 1 << 20
+    payload = (b"5 aaa" * (1 << 18))[: attributes.size - 1] + b"="
+    (folder / "model.pth").write_bytes(attributes.tobuf() + payload + tarfile.TarInfo("storages").tobuf())
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"model\.pth.*got a tar"):
+        nopad.load(folder)

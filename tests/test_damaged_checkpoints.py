@@ -316,6 +316,15 @@ def test_parts_of_a_config_are_objects(folder, key, value):
         nopad.load(folder)
 
 
+@pytest.mark.parametrize("value", [5, ["aimv2"], {}])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_type_is_a_name(folder, value, inside):
+    fields = {"model_type": value}
+    changed(folder / "config.json", **({"vision_config": fields} if inside else fields))
+    with pytest.raises(ValueError, match=rf"{folder}.*model_type: expected a name, got"):
+        nopad.load(folder)
+
+
 @pytest.mark.parametrize(
     ("told", "expected"),
     [

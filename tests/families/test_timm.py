@@ -242,6 +242,7 @@ def test_images_are_made_as_the_config_says(copy, case, changes, expected):
         ({"crop_pct": -1}, "got {'crop_pct': -1, 'crop_mode': 'center'}, steps that no rule"),
         ({"crop_pct": 1.0, "crop_mode": "border"}, "got {'crop_pct': 1.0, 'crop_mode': 'border'}, steps that no rule"),
         ({"crop_pct": 1.0, "interpolation": "random"}, "resample: expected 2"),
+        ({"crop_pct": 1.0, "interpolation": ["bicubic"]}, "resample: expected 2"),
         ({"crop_pct": 1.0, "input_size": [3, 20, 24]}, "size: expected pixels"),
         ({"crop_pct": 1.0, "input_size": [3, "a", "a"]}, "size: expected pixels"),
     ],

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pickletools
+import tarfile
 import weakref
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -190,6 +192,11 @@ def _globals(path: Path, zipped: bool) -> Iterator[str]:
     """
     if not zipped:
         with path.open("rb") as file:
+            # torch tries to open it as a tar first, which takes time that grows with the square of the first header.
+            with suppress(tarfile.HeaderError):
+                tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), tarfile.ENCODING, "surrogateescape")
+                raise ValueError("a tar, as torch wrote before 0.1")
+            file.seek(0)
             for _ in range(_LEGACY_PICKLES):
                 yield from _globals_of_pickle(file)
         return

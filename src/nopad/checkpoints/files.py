@@ -146,12 +146,16 @@ def _projection(path: Path | None, checkpoint: Checkpoint) -> dict[str, StoredTe
 
 
 def _json(path: Path | None, *objects: str) -> dict[str, Any]:
-    """The JSON object in a file, `{}` without one; the fields `objects` are objects or absent."""
+    """The JSON object in a file, `{}` without one; the fields `objects` are objects or absent, model types names."""
     content = {} if path is None else read_json(path)
     content = {key: value for key, value in content.items() if value is not None or key not in objects}
     for key in objects:
         if not isinstance(content.get(key, {}), dict):
             raise ValueError(f"{path}: {key}: expected a JSON object, got {content[key]!r:.80}")
+    for fields in (content, *(content.get(key) or {} for key in objects)):
+        model_type = fields.get("model_type")
+        if not isinstance(model_type, str | None):
+            raise ValueError(f"{path}: model_type: expected a name, got {model_type!r:.80}")
     return content
 
 

@@ -132,7 +132,9 @@ def preprocessor_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     names = {"mean": "image_mean", "std": "image_std", "interpolation": "resample"}
     found = {names[name]: fields[name] for name in names if fields.get(name) is not None}
-    found["resample"] = _RESAMPLE.get(found.get("resample", "bicubic"), found.get("resample"))
+    interpolation = found.setdefault("resample", "bicubic")
+    if isinstance(interpolation, str):
+        found["resample"] = _RESAMPLE.get(interpolation, interpolation)
     size, mode = fields.get("size"), fields.get("resize_mode") or "shortest"
     if size is None:
         model = config.get("model_cfg")

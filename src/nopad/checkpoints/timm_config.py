@@ -100,8 +100,9 @@ def preprocessor_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     names = {"mean": "image_mean", "std": "image_std", "interpolation": "resample"}
     preprocessor = {names[name]: fields[name] for name in names if fields.get(name) is not None}
-    interpolation = preprocessor.get("resample", "bicubic")
-    preprocessor["resample"] = _RESAMPLE.get(interpolation, interpolation)
+    interpolation = preprocessor.setdefault("resample", "bicubic")
+    if isinstance(interpolation, str):
+        preprocessor["resample"] = _RESAMPLE.get(interpolation, interpolation)
     size = fields.get("input_size")
     if str(config.get("architecture")).startswith("naflexvit"):
         return {"image_processor_type": "Siglip2ImageProcessor", **preprocessor}
