@@ -30,6 +30,16 @@ def test_top_k_in_blocks_is_that_of_the_whole_matrix(small_blocks):
     np.testing.assert_allclose(scores, np.take_along_axis(cosines(queries, rows), expected, 1), atol=1e-6)
 
 
+def test_lengths_of_rows_are_kept_for_the_next_call(small_blocks):
+    rows = np.random.default_rng(0).standard_normal((50, 8)).astype(np.float32)
+    lengths = np.full(50, np.nan, np.float32)
+    expected = exact.top_k(rows, rows[:2], 9, CPU)
+    for _ in range(2):
+        for found, wanted in zip(exact.top_k(rows, rows[:2], 9, CPU, lengths), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+        np.testing.assert_allclose(lengths, np.linalg.norm(rows, axis=1), rtol=1e-6)
+
+
 def test_of_equal_rows_the_first_come_first(small_blocks):
     rows = np.ones((40, 8), np.float16)
     _, found = exact.top_k(rows, rows[:1], 30, CPU)

@@ -12,6 +12,8 @@ BLOCK_BYTES = 256 << 20
 PAIR_ROWS = 2048
 ROUNDING = 1e-6
 """Cosines of equal vectors differ from 1 by this much, at most."""
+_NO_LENGTH = 1e-12
+"""As in `torch.nn.functional.normalize`."""
 
 
 def default_device() -> torch.device:
@@ -21,7 +23,11 @@ def default_device() -> torch.device:
 
 def unit(rows: np.ndarray, device: torch.device) -> Tensor:
     """Rows `(n, D)` of length one, float32, on a device; rows of zeros stay zeros."""
-    return torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(rows, np.float32)).to(device), dim=1)
+    return torch.nn.functional.normalize(_on(device, rows), dim=1)
+
+
+def _on(device: torch.device, values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(device)
 
 
 def blocks(embeddings: np.ndarray, rows: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
@@ -31,13 +37,16 @@ def blocks(embeddings: np.ndarray, rows: int | None = None) -> Iterator[tuple[in
         yield start, embeddings[start : start + rows]
 
 
-def top_k(embeddings: np.ndarray, queries: np.ndarray, k: int, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+def top_k(
+    embeddings: np.ndarray, queries: np.ndarray, k: int, device: torch.device, lengths: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The `k` rows of the highest cosine for each query; of equal ones the first.
 
     Args:
         embeddings: `(N, D)`.
         queries: `(Q, D)`.
         k: at least 1.
+        lengths: of the rows `(N,)`, for the next call; those that are NaN are computed and stored there.
 
     Returns:
         Cosines and rows, both `(Q, min(k, N))`, best first.
@@ -45,13 +54,21 @@ def top_k(embeddings: np.ndarray, queries: np.ndarray, k: int, device: torch.dev
     wanted = unit(queries, device)
     best = [(torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)) for _ in wanted]
     for start, block in blocks(embeddings):
-        candidates = unit(block, device)
-        cosines = wanted @ candidates.T
+        candidates = _on(device, block)
+        known = None if lengths is None else lengths[start : start + len(block)]
+        if known is None or np.isnan(known).any():
+            of_block = candidates.norm(dim=1)
+            if known is not None:
+                known[:] = of_block.cpu().numpy()
+        else:
+            of_block = _on(device, known)
+        # Products by lengths: rows of length one would be a copy of the table for each query.
+        cosines = (wanted @ candidates.T).div_(of_block.clamp_min(_NO_LENGTH))
         lowest = cosines.topk(min(k, len(block)), dim=1).values[:, -1:] - 2 * ROUNDING
         for number, near in enumerate(cosines >= lowest):
             rows = near.nonzero().flatten()
             # Row by row: a GEMM rounds by the place of a row, so that equal rows would not be equal.
-            exact = (candidates[rows] * wanted[number]).sum(dim=1)
+            exact = (torch.nn.functional.normalize(candidates[rows], dim=1) * wanted[number]).sum(dim=1)
             scores = torch.cat((best[number][0], exact))
             scores, order = scores.sort(descending=True, stable=True)
             best[number] = scores[:k], torch.cat((best[number][1], rows + start))[order[:k]]

@@ -136,6 +136,10 @@ class Features:
             out[rows] = unit(self.embeddings[rows], default_device()).cpu().numpy()
         return out
 
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        return np.full(len(self), np.nan, np.float32)  # filled by the first search
+
     def to_pandas(self) -> pandas.DataFrame:
         """A frame with one row per ok row; `embedding` holds arrays `(D,)`."""
         import pandas

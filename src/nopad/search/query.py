@@ -56,7 +56,7 @@ def search(
         vector = _encoded(features, kind, value, encoder)
     wanted = k + (excluded is not None)
     if index is None:
-        (scores,), (rows,) = top_k(features.embeddings, vector[None], wanted, default_device())
+        (scores,), (rows,) = top_k(features.embeddings, vector[None], wanted, default_device(), features._lengths)
     else:
         scores, rows = index.search(vector, features.embeddings, wanted)
     found = [(float(score), int(row)) for score, row in zip(scores, rows, strict=True) if row != excluded]

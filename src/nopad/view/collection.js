@@ -227,39 +227,35 @@ function showAll() {
   redraw();
 }
 
+// The lit place of the least distance, by its offset in pixels from (x, y); -1 where none is nearer than `least`.
+function closest(x, y, least, distance) {
+  const size = scale(), step = size / 65535;
+  const left = canvas.width / 2 - view.x * size - x, top = canvas.height / 2 - view.y * size - y;
+  let best = -1;
+  for (let place = 0; place < number; place++) {
+    const found = distance(places[2 * place] * step + left, places[2 * place + 1] * step + top);
+    if (found < least && isLit(place)) [best, least] = [place, found];
+  }
+  return best;
+}
+
+const squared = (x, y) => x * x + y * y;
+
 function at(x, y) {
   const boxes = view.boxes ?? [], reach = REACH * (devicePixelRatio || 1);
   for (let i = boxes.length - 1; i >= 0; i--) {
     const box = boxes[i];
     if (x >= box.x && y >= box.y && x <= box.x + box.w && y <= box.y + box.h) return box.place;
   }
-  let best = -1, least = reach * reach;
-  for (let place = 0; place < number; place++) {
-    const [px, py] = onCanvas(place), distance = (px - x) ** 2 + (py - y) ** 2;
-    if (distance < least && isLit(place)) [best, least] = [place, distance];
-  }
-  return best;
+  return closest(x, y, reach * reach, squared);
 }
 
 function towards(dx, dy) {
-  if (view.chosen < 0) {
-    let best = 0, least = Infinity;
-    for (let place = 0; place < number; place++) {
-      const [x, y] = onCanvas(place), distance = (x - canvas.width / 2) ** 2 + (y - canvas.height / 2) ** 2;
-      if (distance < least && isLit(place)) [best, least] = [place, distance];
-    }
-    return best;
-  }
-  const [x0, y0] = onCanvas(view.chosen);
-  let best = -1, least = Infinity;
-  for (let place = 0; place < number; place++) {
-    const [x, y] = onCanvas(place), along = (x - x0) * dx + (y - y0) * dy;
-    const across = Math.abs((x - x0) * dy) + Math.abs((y - y0) * dx);
-    if (along <= 0 || across > along || !isLit(place)) continue;
-    const distance = along + 2 * across;
-    if (distance < least) [best, least] = [place, distance];
-  }
-  return best;
+  if (view.chosen < 0) return closest(canvas.width / 2, canvas.height / 2, Infinity, squared);
+  return closest(...onCanvas(view.chosen), Infinity, (x, y) => {
+    const along = x * dx + y * dy, across = Math.abs(x * dy) + Math.abs(y * dx);
+    return along < 1e-6 || across > along ? Infinity : along + 2 * across;
+  });
 }
 
 // What is chosen
