@@ -1,14 +1,16 @@
-"""The examples of docs/api.md run and print what they say."""
+"""The examples of docs/api.md run and print what they say; the commands of all pages are ones that nopad has."""
 
 import contextlib
 import importlib.util
 import io
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 import nopad
+from nopad.cli import build_parser
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "api.md"
@@ -43,3 +45,32 @@ def test_the_example_of_features_runs(tmp_path, capsys):
     example.main("untrained:facebook/dinov3-vits16-pretrain-lvd1689m", str(tmp_path))
     assert "cat.jpg tokens (2, 1, 18, 28, 384) of the pixels [0.0, 0.0, 448.0, 288.0]" in capsys.readouterr().out
     assert len(list(tmp_path.glob("*-components.png"))) == 4
+
+
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+COMMANDS = [
+    line
+    for text in PAGES.values()
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("nopad ")
+]
+MENTIONS = {
+    (command, option)
+    for text in PAGES.values()
+    for command, words in re.findall(r"`nopad ([a-z]+)( [^`\n]*)`", text)
+    for option in re.findall(r"(?<= )--[a-z0-9-]+", words)
+} - {("align", "--company"), ("bench", "--peers")}  # names of nopad 0.1
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command_in_a_block_can_be_typed(line):
+    arguments = shlex.split(line, comments=True)[1:]
+    assert build_parser().parse_args(arguments).command == arguments[0]
+
+
+@pytest.mark.parametrize(("command", "option"), sorted(MENTIONS))
+def test_option_that_a_page_mentions_exists(command, option, capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args([command, "--help"])
+    assert re.search(rf"{option}\b", capsys.readouterr().out)
