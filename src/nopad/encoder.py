@@ -253,7 +253,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
         return self(hidden_states, grid_thw, patch_positions, output="all", **options)
 
     def segments_of(self, layout: Layout) -> Segments:
-        """What attends to itself: whole clips or their frames."""
+        """Segments of a pack: whole clips or their frames."""
         return layout.images if self.frames_attend_jointly else layout.frames
 
     def _runner_for(self, layout: Layout, states: list[Tensor] | None, deepstack: list[Tensor] | None) -> Runner:
@@ -450,7 +450,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As `nn.Module` gives it.
+        """See `nn.Module.state_dict`.
 
         Raises:
             ValueError: the layers are in another format, see `precision`.

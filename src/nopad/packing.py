@@ -1,4 +1,4 @@
-"""Packs: the patches of many images and clips laid end to end, and the offsets that tell them apart.
+"""Packs: the patches of many images and clips laid end to end, and the offsets that separate them.
 
 Shape letters, here and everywhere: `T` patches or tokens in the pack, `N` images or clips, `S` segments,
 `D` hidden size, `H` heads, `K` head size, `P` values of a patch, `C` colour channels.
@@ -21,7 +21,7 @@ from nopad.patches import PatchOrder, patchify
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
-    """Patches of several images or clips laid end to end, with what an encoder must know about them.
+    """Patches of several images or clips laid end to end, with what an encoder needs beside them.
 
     Attributes:
         hidden_states: `(T, P)` patches.
@@ -169,7 +169,7 @@ class Pack:
         return dataclasses.replace(self, hidden_states=hidden_states, patch_positions=positions)
 
     def pin_memory(self) -> Pack:
-        """The same pack with its patches in pinned memory, as `torch.utils.data.DataLoader(pin_memory=True)` asks."""
+        """The same pack with its patches in pinned memory, called by `torch.utils.data.DataLoader(pin_memory=True)`."""
         positions = None if self.patch_positions is None else self.patch_positions.pin_memory()
         return dataclasses.replace(self, hidden_states=self.hidden_states.pin_memory(), patch_positions=positions)
 
@@ -201,7 +201,7 @@ _TENSORS = ("hidden_states", "grid_thw", "patch_positions", "boxes", "sizes")
 
 
 def _traits(pack: Pack) -> dict[str, Any]:
-    """What packs have in common that go through one encoder together."""
+    """Properties that packs share which go through one encoder together."""
     names = ("patch_size", "patch_order", "temporal_patch_size", "mean", "std")
     traits = {name: getattr(pack, name) for name in names}
     traits |= {"dtype": pack.hidden_states.dtype, "device": pack.hidden_states.device}

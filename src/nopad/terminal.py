@@ -71,7 +71,7 @@ class OnceFilter(logging.Filter):
         self.seen: set[tuple[str, str]] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether this record says something new."""
+        """Whether this record has a message that was not printed before."""
         key = record.name, record.getMessage()
         is_new = key not in self.seen
         self.seen.add(key)

@@ -116,7 +116,7 @@ class ReferenceModel:
         return model(pixel_values=pixels)
 
     def layer_tokens(self, model: Any, states: Tensor, pixels: Tensor) -> Tensor:
-        """What a layer takes or returns for the one image of `run`, as patch tokens `(h · w, D)`."""
+        """Input or output of a layer for the one image of `run`, as patch tokens `(h · w, D)`."""
         return self.patch_tokens(states[0])
 
     def patch_tokens(self, tokens: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def align(
     """
     check_count("batch_size", batch_size)
     if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int)):
-        check_count("image_size", image_size)  # of integers, `check_image_size` says more
+        check_count("image_size", image_size)  # integers are checked further by `check_image_size`
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not -1 <= threshold <= 1:
         raise ValueError(f"threshold: expected a number in [-1, 1], got {threshold!r}")
     check_device("device", device)
@@ -97,7 +97,7 @@ def align(
         progress("compiling")
         _compile(packed, [pixels for _, pixels in cases])
     results, worst_images = _compare_all(sides, cases, threshold, progress)
-    if photos is not None:  # what is seen on them says more than noise
+    if photos is not None:  # more instructive than noise
         worst_images = worst_images[-1:]
     return AlignReport(
         checkpoint=str(checkpoint),

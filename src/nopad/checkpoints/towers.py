@@ -26,7 +26,7 @@ TOWERS = {
     **{f"qwen3_{kind}": f"qwen3_{kind}_vision" for kind in ("vl", "vl_moe", "5", "5_moe")},
     **{kind: f"{kind}_vision" for kind in ("qwen4_exp", "cohere_compass")},
 }
-"""`model_type` of models around a tower, and that of the tower where their `vision_config` does not say it."""
+"""`model_type` of models around a tower, and that of the tower where their `vision_config` has none."""
 MAX_DEPTH = 4
 """Parts of a prefix that is searched."""
 _OF_THE_WHOLE = ("dtype", "torch_dtype", "transformers_version")
@@ -90,7 +90,7 @@ def _is_all(dialect: Dialect, names: Iterable[str]) -> bool:
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:
-    """All that names have in front of a dot, outer ones first, up to the number of a layer."""
+    """All prefixes of the names that end in a dot, outer ones first, up to the number of a layer."""
     prefixes = {"": None}
     for name in names:
         parts = name.split(".")[:-1]

@@ -167,7 +167,7 @@ class PackLoader:
         return self.statistics().steps
 
     def statistics(self) -> PlanStatistics:
-        """What the plan of this epoch makes of a map-style dataset: steps, fill, balance.
+        """Statistics of the plan of this epoch of a map-style dataset: steps, fill, balance.
 
         Raises:
             TypeError: an iterable dataset.
@@ -226,7 +226,7 @@ class PackLoader:
 
     @cached_property
     def _digest(self) -> str:
-        """Of all that the sizes of samples follow from."""
+        """Checksum of all that determines the sizes of samples."""
         processor = self.processor
         of_images = (processor.rule, processor.patch_size, processor.num_prefix_tokens, processor.frames_attend_jointly)
         if self.is_iterable:
@@ -235,7 +235,7 @@ class PackLoader:
         return f"{len(self.sizes)} images, {checksum:08x}"
 
     def _settings(self) -> dict[str, Any]:
-        """What all ranks must have alike."""
+        """Settings that have to be equal on all ranks."""
         return {**asdict(self.planner), "state": self.state_dict() | {"start": self._start}}
 
     def _steps(self) -> Iterator[list[Packed]]:

@@ -179,7 +179,7 @@ def _fits(change: tuple[int, int], room: tuple[int, int]) -> bool:
 
 
 def cost(pack: Packed) -> float:
-    """Of all samples."""
+    """Cost of all samples of a pack."""
     return sum(sample.cost for sample in pack)
 
 
@@ -193,7 +193,7 @@ def _segments(pack: Packed) -> int:
 
 @dataclass(frozen=True)
 class PlanStatistics:
-    """What a plan makes of a dataset.
+    """Statistics of a plan.
 
     Attributes:
         steps: of each rank.
@@ -212,7 +212,7 @@ class PlanStatistics:
 
     @classmethod
     def of(cls, steps: Iterable[list[Packed]], capacity: int, num_samples: int) -> PlanStatistics:
-        """Those of an epoch's steps."""
+        """Statistics of an epoch's steps."""
         fills, balances, samples = [], [], 0
         for step in steps:
             costs = [cost(pack) for pack in step]

@@ -12,7 +12,7 @@ from nopad.counts import is_count
 
 
 def rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Those that are given, else those of torch.distributed, else 0 and 1.
+    """Rank and world size: as given, else those of torch.distributed, else 0 and 1.
 
     Raises:
         ValueError: one without the other, or a rank that there is not.

@@ -80,7 +80,7 @@ def segment_lengths(processor: PackProcessor, frames: int, frame_patches: int) -
 
 
 def collate_targets(targets: list[Any]) -> Any:
-    """What goes beside the images of a pack, by torch's `default_collate`: numbers and tensors stacked, texts listed.
+    """Targets beside the images of a pack, by torch's `default_collate`: numbers and tensors stacked, texts listed.
 
     Raises:
         ValueError: targets of different structures or lengths.

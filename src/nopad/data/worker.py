@@ -1,4 +1,4 @@
-"""What worker processes do: images of planned samples to packs."""
+"""Worker processes: images of planned samples to packs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs in each of Ray's actors: it reads the job from its folder and makes shards."""
+"""An actor of Ray: reads the job from its folder and makes shards."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Job:
 
     @cached_property
     def kept(self) -> Kept | None:
-        """What is kept of the inputs' own columns."""
+        """The kept columns of the inputs; `None` where there are none."""
         return Kept.from_text(self.record["columns"]) if self.record.get("columns") else None
 
     def path(self, shard: int) -> Path:
@@ -176,7 +176,7 @@ def begin_or_resume(
 
 
 def _kept(settings: Settings, inputs: InputList) -> Kept | None:
-    """What a new job keeps of its inputs' own columns, of times of films and of what it finds in files."""
+    """The columns that a new job keeps: of its inputs' own, times of films, and values found in files."""
     extras = (*(EXIF if settings.exif else ()), *([THUMBNAIL] if settings.thumbnails else ()))
     taken = (*COLUMNS, TOKENS, TIME, *extras)
     kept = None if settings.keep is None else Kept.of(inputs, settings.keep, taken, settings.input_timeout)
@@ -187,7 +187,7 @@ def _kept(settings: Settings, inputs: InputList) -> Kept | None:
 
 
 def _may_differ(job: Job) -> dict[str, str]:
-    """What of a job's record the command may have otherwise."""
+    """Entries of a job's record in which the command may differ, with the reason."""
     keys = {"table", "update", "columns"}
     if job.settings.update or job.folder.update:
         keys |= {"sources"}

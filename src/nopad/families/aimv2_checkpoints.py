@@ -29,7 +29,7 @@ class AIMv2PackingConfig(Aimv2VisionConfig):
     positions: str = "resample"
 
 
-# What config.json may say, by the names of transformers and of Apple's own flat config.
+# Fields of config.json, by the names of transformers and of Apple's own flat config.
 _NAMES = """
 hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size hidden_act
 attention_dropout rms_norm_eps qkv_bias mlp_bias initializer_range use_head is_native patch_order projection_dim
@@ -46,8 +46,8 @@ _PROJECTION, _GATE = "visual_projection.weight", "ffn.gate_proj"
 def read_config(checkpoint: Checkpoint) -> AIMv2PackingConfig:
     """The architecture, from tensor shapes and from `config.json` where there is one.
 
-    Tensors say whether there is a head, a projection or a position table only where the config is silent: Apple's flat
-    config is, and read by transformers it would give a random head and random positions.
+    Tensors determine whether there is a head, a projection or a position table only where the config does not: Apple's
+    flat config read by transformers would give a random head and random positions.
 
     Raises:
         ValueError: no config and shapes that no published AIMv2 has.

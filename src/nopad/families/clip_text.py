@@ -30,10 +30,10 @@ def _published(name: str) -> dict[str, Any]:
 
 
 def _config_fields(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """Of the config of both towers: transformers' as it is, OpenCLIP's by transformers' names.
+    """Fields of the config of both towers: transformers' as it is, OpenCLIP's by transformers' names.
 
     Raises:
-        ValueError: a config that says nothing about the text tower, whose activation no tensor shows.
+        ValueError: a config without the text tower, whose activation follows from no tensor.
     """
     if "model_cfg" in checkpoint.config:
         fields, eos = read_text_cfg(checkpoint)

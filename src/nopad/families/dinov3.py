@@ -212,13 +212,13 @@ class DINOv3ViTPacking(PackedEncoder):
     def read_preprocessing(
         cls, config: DINOv3ViTPackingConfig, preprocessor_config: Mapping[str, Any] | None, source: str | None
     ) -> Preprocessing:
-        """As `PackedEncoder.read_preprocessing`; logs where nothing says which pixel statistics there are."""
+        """See `PackedEncoder.read_preprocessing`; logs that the pixel statistics are unknown, where they are."""
         if config.pixel_statistics is None and "image_mean" not in (preprocessor_config or {}):
             _log_statistics(source)
         return super().read_preprocessing(config, preprocessor_config, source)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As `PackedEncoder.save_pretrained`; warns of rope periods that transformers' model does not read."""
+        """See `PackedEncoder.save_pretrained`; warns of rope periods that transformers' model does not read."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.config.rope_periods is not None:
             logger.warning(

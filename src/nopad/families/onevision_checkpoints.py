@@ -43,7 +43,7 @@ class OneVisionPackingConfig(PreTrainedConfig):
     patch_order: str = "chw"
 
 
-# What config.json may say, by the Hub's names, which preview v0 has too.
+# Fields of config.json, by the Hub's names, which preview v0 has too.
 _NAMES = """
 hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size hidden_act
 layer_norm_eps layer_norm_type attention_dropout initializer_range rope_theta rope_temporal_size use_head patch_order

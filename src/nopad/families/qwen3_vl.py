@@ -33,7 +33,7 @@ from nopad.outputs import Trunk
 from nopad.preprocessing.rules import Preprocessing
 
 MIN_PIXELS, MAX_PIXELS = 65_536, 16_777_216
-"""Of an image, in the published preprocessor configs."""
+"""Pixels of an image, in the published preprocessor configs."""
 
 
 class Qwen3VLEmbeddings(nn.Module):
@@ -143,7 +143,7 @@ class Qwen3VLPacking(PackedEncoder):
     def read_preprocessing(
         cls, config: Qwen3VLConfigs, preprocessor_config: Mapping[str, Any] | None, source: str | None
     ) -> Preprocessing:
-        """As `PackedEncoder.read_preprocessing`.
+        """See `PackedEncoder.read_preprocessing`.
 
         Raises:
             ValueError: also patches or blocks of other sizes than the encoder's.

@@ -53,7 +53,7 @@ attention_dropout vision_use_head patch_order positions
 """
 _TIMM_HEADS = {"base": 12, "large": 16, "so400m": 16, "giantopt": 16}
 _TIMM_TANH = {("base", "patch32"), ("so400m", "patch16"), ("large", "512")}
-"""Sizes, with a patch or an image, that approximate GELU; the others do so in transformers and not in timm."""
+"""Models of timm that approximate GELU, by size and patch or image; in transformers the others do, too."""
 _TIMM_ARCHITECTURES = r"vit_(base|large|so400m|giantopt)_patch(14|16|32)_siglip(_gap)?_(\d+)"
 _NAFLEX_ARCHITECTURES = r"naflexvit_(base|so400m)_patch16_siglip"
 _NAFLEX_FIXED = {

@@ -29,7 +29,7 @@ def _published(name: str) -> dict[str, Any]:
 
 def _lower_case(tokenizer: Any, text: str) -> str:
     """SigLIP2 was trained with text in lower case, which the tokenizers of many of its checkpoints (Gemma's) leave to
-    the caller (arXiv:2502.14786, section 2.1; big_vision, `lower=True`). SigLIP's own tokenizer does as its files say.
+    the caller (arXiv:2502.14786, section 2.1; big_vision, `lower=True`). SigLIP's own tokenizer follows its files.
     """
     return text if type(tokenizer).__name__.startswith("SiglipTokenizer") else text.lower()
 

@@ -56,8 +56,8 @@ def compile_encoder(
     From then on, every pack without gradients is padded to `capacity` rows. One graph serves all packs, and an image's
     features are bit-equal whatever it is packed with: on one kind of device, in one version, for one capacity. Packs
     that do not fit, training, and `output_hidden_states` run as before `compile`. Without Triton or a C++ compiler,
-    packs are padded as well, and a warning says that the layers are not compiled. Threads and CUDA streams may share
-    the encoder; its layers run one pack at a time.
+    packs are padded as well, and a warning is logged that the layers are not compiled. Threads and CUDA streams may
+    share the encoder; its layers run one pack at a time.
 
     On a CPU, in float32 and bfloat16, nothing is compiled: layers run in blocks of rows over a copy of their weights,
     and packs are padded to the next block alone.

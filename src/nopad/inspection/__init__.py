@@ -1,1 +1,1 @@
-"""What an encoder computes on the way: tokens of single layers, and attention maps."""
+"""Intermediate results of an encoder: tokens of single layers, and attention maps."""

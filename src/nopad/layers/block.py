@@ -89,7 +89,7 @@ class Block(ByRole, GradientCheckpointingLayer):
     def forward_deferred_residual(
         self, hidden_states: Tensor, residual: Tensor | None, segments: Segments, rope: Rope | None
     ) -> tuple[Tensor, Tensor]:
-        """As `forward`, but the last residual sum is left to the caller, so that it can be fused with the next norm.
+        """`forward` without the last residual sum; the caller can fuse it with the next norm.
 
         Args:
             hidden_states: `(T, D)` output of the block before, not yet added to its residual.

@@ -29,7 +29,7 @@ class Decoder(Protocol):
     """From the bytes or the name of an untrusted file to pixels; picklable."""
 
     def is_quick(self, source: Any, /) -> bool:
-        """Whether it is decoded in an instant, as far as its kind tells; then several are sent at once."""
+        """Whether a file of its kind is decoded in an instant; then several are sent at once."""
         ...
 
     def size(self, source: Any, /) -> int:
@@ -41,7 +41,7 @@ class Decoder(Protocol):
         ...
 
     def measure(self, data: Any, /) -> tuple[int, int, int]:
-        """By the header alone: frames, pixels of all of them, and about how many bytes decoding takes."""
+        """Frames, pixels of all of them, and about how many bytes decoding takes, by the header alone."""
         ...
 
     def __call__(self, data: Any, /) -> Tensor:
@@ -49,7 +49,7 @@ class Decoder(Protocol):
         ...
 
     def extras(self, data: Any, pixels: Tensor, /) -> dict[str, Any]:
-        """What else is kept of a file beside its patches, as JSON of less than a megabyte."""
+        """Values of a file that are kept beside its patches, as JSON of less than a megabyte."""
         ...
 
 

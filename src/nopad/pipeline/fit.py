@@ -16,7 +16,7 @@ MIN_CAPACITY = 1024
 def fit_packs(worker: Worker, *, compiled: bool, may_halve: bool = True) -> None:
     """Make a worker's encoder ready for full packs, and on a GPU run some, so that nothing is slow or fails later.
 
-    Where they do not fit into the GPU's memory, `worker.capacity` is halved until they do, and a warning says so.
+    Where they do not fit into the GPU's memory, `worker.capacity` is halved until they do, and a warning is logged.
 
     Args:
         worker: its encoder is compiled here where `compiled`, else it runs as it is.

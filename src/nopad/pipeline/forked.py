@@ -1,4 +1,4 @@
-"""What the processes share that read untrusted files: their limit of memory, and how they answer.
+"""Common parts of the processes that read untrusted files: their limit of memory, and how they answer.
 
 They answer with JSON and plain bytes, which are read without trust; never with pickles.
 """
@@ -21,7 +21,7 @@ _MAX_PARTS = 256  # of one write; the system takes up to 1,024
 
 
 class Program(Protocol):
-    """What a process does; picklable."""
+    """The work of a process; picklable."""
 
     def prepare(self) -> None:
         """Import what it needs, in the server, once for all processes."""
@@ -50,7 +50,7 @@ def send_bytes(connection: Connection, *data: memoryview) -> None:
 
 
 def address_space() -> int:
-    """Bytes of address space that this process has now, 0 where the system does not say."""
+    """Bytes of address space that this process has now, 0 where the system does not report it."""
     with suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     return 0
@@ -66,5 +66,5 @@ def limit_address_space(size: int) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether it is what Python, Arrow or torch raise where the limit is reached."""
+    """Whether an error is one that Python, Arrow or torch raise where the limit is reached."""
     return isinstance(error, MemoryError) or "can't allocate memory" in str(error)  # torch's own is a RuntimeError

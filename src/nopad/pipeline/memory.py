@@ -187,7 +187,7 @@ class Reservation:
             self._serve_next()
 
     def renounce(self) -> None:
-        """Give back what was reserved before the size was known; the next grant is this reservation's, if it asks."""
+        """Give back what was reserved before the size was known; a repeated request is granted next."""
         with self.budget.changed:
             if not self._granted:
                 return
@@ -226,7 +226,7 @@ class Reservation:
         return self.budget.closed
 
     def _can_take(self, size: int) -> bool:
-        """Whether it is granted or refused now."""
+        """Whether a reservation of `size` bytes is granted or refused now."""
         budget = self.budget
         if budget.closed:
             return True

@@ -120,7 +120,7 @@ class PackRunner(Generic[Key]):
         return {**results, key: EmbeddingResult(error=ImageError("image", reason))}
 
     def _start(self, pack: Sequence[tuple[Key, PreparedImage]]) -> str | None:
-        """Start a pack; what the allocator says where it does not fit into memory."""
+        """Start a pack; returns the allocator's message where it does not fit into memory."""
         try:
             self.running.append(self.encode(pack))
         except RuntimeError as error:

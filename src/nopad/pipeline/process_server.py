@@ -90,7 +90,7 @@ class ProcessServer:
 
     @property
     def is_usable(self) -> bool:
-        """Whether it runs and belongs to this process, not to one that this was forked from."""
+        """Whether the server runs and belongs to this process, not to one that this was forked from."""
         return self._pid == os.getpid() and not self._has_ended() and self._server.poll() is None
 
     def _has_ended(self) -> bool:
@@ -104,9 +104,9 @@ class ProcessServer:
 
     @property
     def has_ended_by_itself(self) -> bool:
-        """Whether it has ended, and not by a signal.
+        """Whether the server has ended, and not by a signal.
 
-        Its socket does not tell: a process that it has forked just now may still hold that open. Where it runs on, that
+        Its socket may still be open: a process that it has forked just now inherits it. Where it runs on, that
         process was killed at its start.
         """
         with suppress(subprocess.TimeoutExpired):
@@ -189,7 +189,7 @@ def main(descriptor: int) -> None:
             control.close()
             messages.close()
             _end_with(server)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries say of damaged files; rows have the reason
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # errors that libraries print; rows have the reason
             _introduce(connection)
             program.serve(Connection(connection))
             os._exit(0)

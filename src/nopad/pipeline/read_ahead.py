@@ -43,7 +43,7 @@ class InThreads(Generic[Item]):
     """Prepares images in threads of this process.
 
     Args:
-        prepare: reserves memory once it knows how much.
+        prepare: reserves memory once the size is known, and decodes.
         threads: number of threads.
     """
 

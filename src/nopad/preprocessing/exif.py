@@ -16,7 +16,7 @@ _ORIGINAL, _DIGITIZED = 0x9003, 0x9004
 
 
 def read_exif(data: bytes) -> dict[str, str | float]:
-    """What the EXIF of an encoded picture says, as JSON.
+    """Fields of the EXIF of an encoded picture, as JSON.
 
     Returns:
         Some of `taken`, as `2024-05-01T12:30:00` by the camera's clock, whose time zone is rarely there; `latitude` and

@@ -25,7 +25,7 @@ class Placement:
 
     @property
     def num_patches(self) -> int:
-        """Of the grid."""
+        """Patches of the grid."""
         return self.rows * self.columns
 
     def box(self, height: int, width: int, patch_size: int) -> tuple[float, float, float, float]:

@@ -30,7 +30,7 @@ class LastPackets:
             self._groups[-1].append(packet)
 
     def is_last_damaged(self, stream: VideoStream) -> bool:
-        """Decode them, and say whether the frame of the last one is damaged; one far from any key frame passes.
+        """Decode them; returns whether the frame of the last one is damaged; one far from any key frame passes.
 
         FFmpeg does not notice where H.265 ends within a frame. It decodes the rest of the frame from whatever stands
         behind, which changes no frame that is whole.

@@ -15,13 +15,13 @@ from nopad.preprocessing.formats import VIDEO_SUFFIXES, readable_formats
 from nopad.preprocessing.load import load
 
 _BY_HEADER = frozenset(("BMP", "JPEG", "MPO", "PNG", "WEBP"))
-"""Formats whose header says the size of what is decoded. A TIFF may be turned, and an ICO holds another picture."""
+"""Formats whose header has the size of what is decoded. A TIFF may be turned, and an ICO holds another picture."""
 _TRANSPOSED = 5
 """From this EXIF orientation on, rows and columns change places."""
 
 
 def measure(source: Any) -> tuple[int, int, int]:
-    """Frames, height and width of what `load` returns: by the header where it says so, else by decoding.
+    """Frames, height and width of what `load` returns: by the header where it has them, else by decoding.
 
     Raises:
         ImageError: see `load`; damage behind the header is not seen.
@@ -44,7 +44,7 @@ def _shape(shape: tuple[int, ...], *, channels: int) -> tuple[int, int, int]:
 
 
 def _by_header(source: Any) -> tuple[int, int] | None:
-    """Height and width of a file or an image that Pillow has opened; `None` where the header does not say them."""
+    """Height and width of a file or an image that Pillow has opened; `None` where the header does not have them."""
     if isinstance(source, Image.Image):
         return _upright(source) if source.format in (None, *_BY_HEADER) else None
     is_file = isinstance(source, str | Path) and Path(source).suffix.lower() not in VIDEO_SUFFIXES
@@ -55,7 +55,7 @@ def _by_header(source: Any) -> tuple[int, int] | None:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
             return _upright(image)
     except (*DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return None  # `load` says what is wrong, if anything
+        return None  # `load` raises with the reason
 
 
 def _upright(image: Image.Image) -> tuple[int, int]:

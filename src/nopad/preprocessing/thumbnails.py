@@ -9,7 +9,7 @@ from torch import Tensor
 
 QUALITY = 80
 MAX_BYTES = 512 << 10
-"""Of a thumbnail in a table; one of noise and the largest side has less."""
+"""Bytes of a thumbnail in a table; one of noise and the largest side has less."""
 
 
 def thumbnail(pixels: Tensor, side: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Video files as they are opened: the containers and codecs that are read, and what a header says."""
+"""Video files as they are opened: the containers and codecs that are read, and fields of a header."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _Value = TypeVar("_Value")
 
 
 class UnusableVideoError(Exception):
-    """A video that is not read; the message says why."""
+    """A video that is not read; the message is the reason."""
 
 
 def frame_size(source: Video) -> tuple[int, int] | None:
@@ -46,7 +46,7 @@ def frame_size(source: Video) -> tuple[int, int] | None:
 
 
 def duration_seconds(source: Video) -> float | None:
-    """Duration of a video by its header, `None` where that does not say it or cannot be read."""
+    """Duration of a video by its header, `None` where that has none or cannot be read."""
 
     def duration(container: InputContainer, stream: VideoStream) -> float:
         if stream.duration and stream.time_base:
@@ -123,13 +123,13 @@ def video_stream(container: InputContainer, max_pixels: int) -> VideoStream:
         raise UnusableVideoError(f"its codec is {decoder}, which is not read; {convert}")
     check_frame_size(*shown_size(context.width, context.height, stream), max_pixels)
     context.thread_count = 1  # the caller decodes many files at a time
-    context.options = {"max_pixels": str(max_pixels)}  # of each frame, whatever the header says
+    context.options = {"max_pixels": str(max_pixels)}  # of each frame, whatever is in the header
     return stream
 
 
 def shown_size(width: int, height: int, stream: VideoStream) -> tuple[int, int]:
     """The size of a frame in square pixels, none of which is lost."""
-    ratio = stream.sample_aspect_ratio  # of a pixel's width to its height; None or 0 where nothing says it
+    ratio = stream.sample_aspect_ratio  # of a pixel's width to its height; None or 0 where it is unknown
     if not ratio or ratio == 1:
         return width, height
     return (round(width * ratio), height) if ratio > 1 else (width, round(height / ratio))

@@ -13,7 +13,7 @@ PAIR_ROWS = 2048
 ROUNDING = 1e-6
 """Cosines of equal vectors differ from 1 by this much, at most."""
 _NO_LENGTH = 1e-12
-"""As in `torch.nn.functional.normalize`."""
+"""Smallest norm that is divided by, as in `torch.nn.functional.normalize`."""
 
 
 def default_device() -> torch.device:

@@ -41,7 +41,7 @@ def _of(features: Features) -> str:
 
 
 def _picture(features: Features, row: int, *notes: str) -> tuple[bytes, str, Sequence[str]]:
-    """What `html.gallery` takes: a thumbnail, the name, and lines below it."""
+    """An item of `html.gallery`: a thumbnail, the name, and lines below it."""
     data, reason = thumbnail_of(features, row)
     height, width = features.sizes[row]
     return data, features.ids[row], [*notes, f"{width} × {height}", *([reason] if reason else [])]

@@ -29,7 +29,7 @@ class Places:
     Attributes:
         shards: of all tables.
         rows: `(N, 2)`: index into `shards`, row in the shard.
-        sizes: for each shard the rows of its job's shards, but for the last; `None` where it does not say.
+        sizes: for each shard the rows of its job's shards, but for the last; `None` where that is unknown.
     """
 
     shards: list[Shard]

@@ -26,7 +26,7 @@ from nopad.search.tokens import Tokens
 _MAX_RATIO = 1000  # of values to bytes; other programs may have compressed the file
 _SHOWN = 5
 SAME_SPACE = ("family", "architecture", "weights", "embedding", "embedding.width")
-"""What tables that are read together must agree in: else their vectors cannot be compared."""
+"""Metadata that tables read together must share: else their vectors cannot be compared."""
 
 
 def read_features(folder: str | Path | Sequence[str | Path], *, partial: bool = False) -> Features:
@@ -75,7 +75,7 @@ def _find(folder: Path, partial: bool) -> list[Shard]:
 
 
 def _with_updates(folder: Path, jobs: Mapping[tuple[int, str], Mapping[int, Path]]) -> list[tuple[int, str]]:
-    """The jobs of one table in order, by what their shards say."""
+    """The jobs of one table in order, by the metadata of their shards."""
     metadata = {key: stored.read_metadata(next(iter(paths.values()))) for key, paths in jobs.items()}
     ordered = sorted(jobs, key=lambda key: int(metadata[key].get("update", "0")))
     first = ordered[0]
@@ -102,7 +102,7 @@ def _complete(folder: Path, of: int, fingerprint: str, numbered: Mapping[int, Pa
 
 @dataclass(frozen=True)
 class _Survey:
-    """What the footers say: the schema of each shard, how many rows are ok, and metadata that all shards share."""
+    """Contents of the footers: the schema of each shard, how many rows are ok, and metadata that all shards share."""
 
     schemas: list[pa.Schema]
     rows: int
@@ -110,7 +110,7 @@ class _Survey:
 
     @property
     def dtype(self) -> np.dtype:
-        """That holds the embeddings of all tables."""
+        """A dtype that holds the embeddings of all tables."""
         return np.result_type(*{_value_type(schema) for schema in self.schemas})
 
 
@@ -147,7 +147,7 @@ def _survey(found: Sequence[Shard]) -> _Survey:
 
 
 def _check_job(shard: Shard, schema: pa.Schema, first: Shard, of_first: pa.Schema) -> None:
-    """Refuse a shard that says of itself what the first of its job does not."""
+    """Refuse a shard whose metadata differ from those of the first of its job."""
     number = str(shard.number)
     expected = {**stored.metadata_of(of_first), "shard": number}
     found = {"shard": number, **stored.metadata_of(schema)}  # nopad 0.1 did not write it

@@ -1,4 +1,4 @@
-"""What a family says about its text towers."""
+"""How the text towers of a family take texts."""
 
 from __future__ import annotations
 

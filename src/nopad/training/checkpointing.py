@@ -1,4 +1,4 @@
-"""What is kept for the backward: all activations, all but those of the MLPs, or each layer's input alone."""
+"""Activations that are kept for the backward: all, all but those of the MLPs, or each layer's input alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def activation_checkpointing_enable(
 ) -> None:
     """transformers' method: keep each layer's input for the backward, and compute the rest of the layer again.
 
-    Where transformers knows it as `gradient_checkpointing_enable` alone, it is that one.
+    Where transformers has `gradient_checkpointing_enable` alone, it is that one.
 
     Args:
         encoder: the encoder.

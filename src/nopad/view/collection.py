@@ -1,4 +1,4 @@
-"""What the page of a table shows: a map of its pictures, results, duplicates, clusters, failures."""
+"""Contents of the page of a table: a map of its pictures, results, duplicates, clusters, failures."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from nopad.view.projection import Projection, has_umap, in_8_bits
 MapKind = Literal["pca", "umap"]
 MAPS = ("pca", "umap")
 MAX_ROWS = 250_000
-"""Of the map; of a larger table a random part is shown."""
+"""Points of the map; of a larger table a random part is shown."""
 MAX_CLUSTERS = 250
 MAX_PAIRED_ROWS = 300_000
 """Larger tables are not searched for duplicates without a GPU, unless that is requested."""
 DIRECTION_BYTES = 8_000_000
-"""Of the page: for cosines between any two pictures."""
+"""Bytes of vectors on the page, for cosines between any two pictures."""
 MIN_DIRECTIONS = 16
 THUMBNAILS, STORED_THUMBNAILS = 400, 5000
 """How many pictures a page has: where they are read anew, and where the table has thumbnails."""

@@ -17,7 +17,7 @@ from nopad.terminal import printable
 from nopad.view.collection import CLUSTER_SHOWN, DUPLICATES_SHOWN, MAX_GROUPS, Collection, shown_failures
 
 MAX_COLUMN_BYTES = 8_000_000
-"""Of all columns on a page; further ones are left out."""
+"""Bytes of all columns on a page; further ones are left out."""
 MAX_VALUE = 200
 """Characters of a value."""
 MAX_REASONS, MAX_NAMES = 50, 100

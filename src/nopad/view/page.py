@@ -18,7 +18,7 @@ from nopad.view.pictures import LayerMaps, ModelMaps, Picture
 from nopad.view.projection import Projection, in_8_bits
 
 MAX_BYTES = 1_000_000
-"""Of a picture on the page."""
+"""Bytes of a picture on the page."""
 SIDE = 800
 """Longest side of a picture on the page, in pixels."""
 MAX_DIRECTIONS, MIN_DIRECTIONS = 64, 8

@@ -43,7 +43,7 @@ class LayerMaps:
 
 @dataclass(frozen=True)
 class ModelMaps:
-    """What one model sees in one picture.
+    """Maps of one model over one picture.
 
     Attributes:
         model: as it was named.

@@ -45,7 +45,7 @@ class Qwen3VLReference(ReferenceModel):
         return self._row_by_row(tokens, grids, config.spatial_merge_size).unflatten(0, (len(parts), -1))
 
     def layer_tokens(self, model: Any, states: Tensor, pixels: Tensor) -> Tensor:
-        """What a layer takes or returns for one image or clip, as patch tokens `(t · h · w, D)`."""
+        """Input or output of a layer for one image or clip, as patch tokens `(t · h · w, D)`."""
         size, frames = model.config.patch_size, len(pixels) if pixels.ndim == 4 else 1
         times = -(-frames // model.config.temporal_patch_size)
         grid = torch.tensor([[times, pixels.shape[-2] // size, pixels.shape[-1] // size]])

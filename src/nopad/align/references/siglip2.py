@@ -52,7 +52,7 @@ class Siglip2Reference(ReferenceModel):
         return is_naflex(packed.config)
 
     def run_padded(self, model: Any, pixels: Sequence[Tensor]) -> list[Tensor]:
-        """As its processor pads a batch, but to the longest image of the batch, not to `max_num_patches`."""
+        """Padded as by its processor, but to the longest image of the batch, not to `max_num_patches`."""
         parts, grids = zip(*(patchify(image, model.config.patch_size) for image in pixels), strict=True)
         output = _naflex(model, pad_sequence(list(parts), batch_first=True), [grid[1:] for grid in grids])
         return [tokens[: len(part)] for tokens, part in zip(output.last_hidden_state, parts, strict=True)]

@@ -47,7 +47,7 @@ _META = NameTable(
     *_META_LINES,
 )
 _GATED = " (gated)"
-"""Behind the names of timm's packed SwiGLU, which are those of a plain layer."""
+"""Suffix for the names of timm's packed SwiGLU, which are those of a plain layer."""
 _TIMM_LINES = (
     *(
         line

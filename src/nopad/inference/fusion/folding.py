@@ -64,7 +64,7 @@ class GemmWeight:
 
     @property
     def address(self) -> int:
-        """Of the weight in memory: that of a layer's parameter where nothing had to be folded into it."""
+        """Address of the weight in memory: that of a layer's parameter where nothing had to be folded into it."""
         return self.weight.data_ptr()
 
     def copy_(self, other: GemmWeight) -> None:
