@@ -146,7 +146,7 @@ def test_a_sheet_is_one_picture(pictures, models, tmp_path):
     out = tmp_path / "sheet.png"
     assert main(["view", *pictures, "--model", models[0], "--kind", "pca,similarity", "--out", str(out)]) == 0
     with Image.open(out) as sheet:
-        assert sheet.size == (3 * 328 - 8, 2 * 346 - 8)
+        assert sheet.size == (3 * 328 + 8, 8 + 26 + 20 + 26 + 33)
         assert len(sheet.getcolors(maxcolors=1 << 20)) > 100
 
 

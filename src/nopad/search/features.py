@@ -14,6 +14,7 @@ import pyarrow as pa
 from nopad.counts import check_count
 from nopad.encoder import PackedEncoder
 from nopad.search import clusters, query
+from nopad.search.boxes import grid_boxes
 from nopad.search.duplicates import check_threshold, duplicate_groups
 from nopad.search.exact import default_device, unit
 from nopad.search.index import Index, build, open_index
@@ -135,6 +136,17 @@ class Features:
             rows = slice(start, start + (1 << 16))
             out[rows] = unit(self.embeddings[rows], default_device()).cpu().numpy()
         return out
+
+    @cached_property
+    def boxes(self) -> np.ndarray:
+        """`(N, 4)` float32 `[x0, y0, x1, y1]`: what a row's grid covers, in pixels of the upright picture.
+
+        As `Pack.boxes`, so that tokens can be laid over the picture, for example by `nopad.maps.overlay`.
+
+        Raises:
+            ValueError: tables of several rules, read as one.
+        """
+        return grid_boxes(self.metadata, self.sizes, self.grids)
 
     @cached_property
     def _lengths(self) -> np.ndarray:

@@ -173,20 +173,22 @@ def sheet(pictures: Sequence[Picture], kinds: Sequence[str], side: int = 320) ->
 
     Similarity is to the patch in the middle, which is marked.
     """
-    rows = [[("", picture.image), *_columns(picture, kinds)] for picture in pictures]
-    gap, label = 8, 18
-    width, height = max(map(len, rows)) * (side + gap) - gap, len(rows) * (side + label + gap) - gap
-    result = Image.new("RGB", (width, height), "white")
     from PIL import ImageDraw
 
-    draw = ImageDraw.Draw(result)
-    for row, cells in enumerate(rows):
-        for column, (text, image) in enumerate(cells):
-            left, top = column * (side + gap), row * (side + label + gap)
-            image = image.copy()
+    rows = [[(picture.name, picture.image.copy()), *_columns(picture, kinds)] for picture in pictures]
+    for cells in rows:
+        for _, image in cells:
             image.thumbnail((side, side), Image.Resampling.BICUBIC)
-            draw.text((left, top + 2), text or pictures[row].name, fill="black")
+    gap, label = 8, 18
+    heights = [max(image.height for _, image in cells) + label + gap for cells in rows]
+    result = Image.new("RGB", (max(map(len, rows)) * (side + gap) + gap, sum(heights) + gap), "white")
+    draw, top = ImageDraw.Draw(result), gap
+    for cells, height in zip(rows, heights, strict=True):
+        for column, (text, image) in enumerate(cells):
+            left = gap + column * (side + gap)
+            draw.text((left, top), text, fill="black")
             result.paste(image, (left, top + label))
+        top += height
     return result
 
 
