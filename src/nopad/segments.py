@@ -41,7 +41,7 @@ class Segments:
         if offsets[-1] > MAX_TOKENS:
             raise ValueError(f"segments: expected at most {MAX_TOKENS} tokens in a pack, got {offsets[-1]}")
         cu_seqlens = torch.tensor(offsets, dtype=torch.int32).to(device, non_blocking=True)
-        return cls(tuple(lengths), cu_seqlens, max(lengths, default=0))
+        return cls(tuple(lengths), cu_seqlens, max(lengths) if lengths else 0)
 
     @cached_property
     def num_tokens(self) -> int:

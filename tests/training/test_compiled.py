@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_encoders import FAMILIES, GRIDS, patches_of, tiny
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import PreTrainedModel
 
 import nopad
 from nopad.kernels.attention import varlen_attention
@@ -72,6 +73,24 @@ def test_hidden_states_are_those_of_the_compiled_layers(family, tmp_path, graphs
         torch.testing.assert_close(run(grids), expected_of_pack, rtol=1e-4, atol=1e-6)
     assert graphs.frame_count == 1
     assert encoder.encode(patches_of(encoder), GRIDS).hidden_states is None
+
+
+@pytest.mark.parametrize("way", ["layers", "whole"])
+def test_torch_compile_with_dynamic_shapes_gives_the_gradients_of_every_pack(way, tmp_path, graphs):
+    encoder = nopad.load(tiny("aimv2", tmp_path)).train()
+    expected = [gradients(encoder, grids) for grids in PACKS]
+    if way == "layers":
+        for layer in encoder.layers:
+            layer.compile(dynamic=True, fullgraph=True, backend=graphs)
+    else:
+        PreTrainedModel.compile(encoder, dynamic=True, backend=graphs)
+    counts = []
+    for grids, expected_gradients in zip(PACKS, expected, strict=True):
+        torch.testing.assert_close(gradients(encoder, grids), expected_gradients, rtol=1e-4, atol=1e-6)
+        counts.append(graphs.frame_count)
+    assert counts[0] > 0
+    if way == "layers":  # without a break, and for all packs
+        assert counts[0] == counts[-1] <= len(encoder.layers)
 
 
 def test_packs_beyond_the_capacity_run_eagerly(tmp_path, graphs, caplog):

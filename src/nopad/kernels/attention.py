@@ -46,7 +46,8 @@ def varlen_attention(
     if not _is_valid_self_attention(query, key, value, query_segments, key_segments):
         _check(query, key, value, query_segments, key_segments)
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    row = _select(backend, query.device, query.dtype, query.shape[-1], needs_grad, dropout_p > 0)
+    has_dropout = True if dropout_p > 0 else False  # noqa: SIM210 - a comparison may be symbolic to the compiler
+    row = _select(backend, query.device, query.dtype, query.shape[-1], needs_grad, has_dropout)
     if not torch.compiler.is_exporting() and query.shape[0] == 0:
         return query.clone()
     return backends.BACKEND_TABLE[row].run(query, key, value, (query_segments, key_segments), scale, dropout_p)
