@@ -102,7 +102,16 @@ def test_auto_selects_the_best_backend(machine, capability, modules, needs, expe
         ("triton_varlen", HOPPER, (TRITON,), {"head_dim": 72}, ValueError, "head size of 16, 32, 64, 128, got 72"),
         ("flash_attention_3", AMPERE, (FA3,), {}, ValueError, "capability 9, got 8.0; use attention='auto'"),
         ("flash_attention_2", TURING, (FA2,), {}, ValueError, "capability 8 or later, got 7.5"),
-        ("flash_attention_3", HOPPER, (FA3_FORWARD,), {"needs_grad": True}, ValueError, "forward only"),
+        (
+            "flash_attention_3",
+            HOPPER,
+            (FA3_FORWARD, FA4, TRITON, TORCH),
+            {"needs_grad": True},
+            ValueError,
+            "flash_attention_3 (fa3_fwd_interface) has no backward; run under torch.no_grad(), or use attention='auto' "
+            "or one that has: flash_attention_4, torch_varlen, sdpa, eager",
+        ),
+        ("triton_varlen", HOPPER, (TRITON,), {"needs_grad": True}, ValueError, "one that has: sdpa, eager"),
         (
             "flash_attention_3",
             HOPPER,
@@ -118,7 +127,8 @@ def test_auto_selects_the_best_backend(machine, capability, modules, needs, expe
             (FA4,),
             {"head_dim": 72, "needs_grad": True},
             ValueError,
-            "gradients for head sizes 64, 128, got 72",
+            "gradients for head sizes 64, 128, got 72; run under torch.no_grad(), or use attention='auto' or one that "
+            "has: sdpa, eager",
         ),
         ("flash_attention_2", HOPPER, (FA2,), {"head_dim": 70}, ValueError, "multiple of 8 and at most 256, got 70"),
         (

@@ -197,14 +197,22 @@ def unsupported_reason(
     if backend.head_dims and head_dim not in backend.head_dims:
         sizes = ", ".join(map(str, backend.head_dims))
         return ValueError(f"{name} takes a head size of {sizes}, got {head_dim}; use attention='auto'")
-    if needs_grad and not backend.grad:
-        return ValueError(f"{name} is forward only; run under torch.no_grad() or use attention='auto'")
-    if needs_grad and backend.grad_head_dims and head_dim not in backend.grad_head_dims:
+    if needs_grad and not _has_backward(backend, head_dim):
         sizes = ", ".join(map(str, backend.grad_head_dims))
-        return ValueError(f"{name} has gradients for head sizes {sizes}, got {head_dim}; use attention='auto'")
+        problem = f"has gradients for head sizes {sizes}, got {head_dim}" if backend.grad else "has no backward"
+        needs = device, dtype, head_dim, True, dropout
+        others = (each for each in BACKEND_TABLE if _has_backward(each, head_dim))
+        usable = dict.fromkeys(each.name for each in others if unsupported_reason(each, *needs) is None)
+        return ValueError(
+            f"{name} {problem}; run under torch.no_grad(), or use attention='auto' or one that has: {', '.join(usable)}"
+        )
     if dropout and not backend.dropout:
         return ValueError(f"{name} has no dropout; use dropout_p=0 or attention='auto'")
     return None
+
+
+def _has_backward(backend: Backend, head_dim: int) -> bool:
+    return backend.grad and (not backend.grad_head_dims or head_dim in backend.grad_head_dims)
 
 
 def is_installed(module: str) -> bool:
