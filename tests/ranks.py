@@ -29,6 +29,8 @@ GRIDS = (torch.tensor([[1, 5, 5], [1, 5, 5]]), torch.tensor([[1, 5, 5], [2, 5, 5
 """The pack of each rank: they are not alike."""
 HEADLESS = ("aimv2 with a head", "siglip")
 """Families that are trained by their tokens, too."""
+COMPILED = ("aimv2", "dinov3")
+"""Families that are trained compiled, too."""
 RESUMED = ("aimv2", "siglip2", "dinov2 gated", "dinov3")
 """Families that are resumed, too: gates, a head, registers, other names in memory."""
 
@@ -85,6 +87,16 @@ def by_fsdp(encoder, arguments):
     return train(encoder, lambda: [loss_of(encoder.encode(*arguments, **all_outputs(encoder)))])
 
 
+def by_compiled_ddp(encoder, arguments):
+    encoder.compile_for_training(128, 8)
+    return by_ddp(encoder, arguments)
+
+
+def by_compiled_fsdp(encoder, arguments):
+    encoder.compile_for_training(128, 8)
+    return by_fsdp(encoder, arguments)
+
+
 def shard(encoder) -> None:
     """FSDP2 by layers, each fetching the next, as docs/training.md says."""
     layers: Any = encoder.layers
@@ -122,11 +134,13 @@ def resumed(encoder, arguments, folder: Path) -> tuple[list[float], dict[str, Te
 
 def run_rank(rank: int, out: Path, folders: list[Path]) -> None:
     torch.set_num_threads(1)
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # without a compiler
     store = dist.FileStore(str(out / "store"), WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=datetime.timedelta(seconds=60))
     init_device_mesh("cpu", (WORLD,))
     for folder in folders:
         ways: list[Any] = [by_ddp, by_fsdp]
+        ways += [by_compiled_ddp, by_compiled_fsdp] * (folder.name in COMPILED)
         ways += [by_ddp_of_tokens] * (folder.name in HEADLESS)
         ways += [functools.partial(resumed, folder=folder)] * (folder.name in RESUMED)
         for way in ways:
@@ -135,25 +149,49 @@ def run_rank(rank: int, out: Path, folders: list[Path]) -> None:
             name = "resumed" if isinstance(way, functools.partial) else way.__name__
             torch.save(way(encoder, arguments), out / f"{folder.name}-{name}-{rank}.pt")
     torch.save(messages_of_loaders(rank), out / f"loaders-{rank}.pt")
+    torch.save(errors_of_the_last(rank, folders[0]), out / "alone.pt")
 
 
 def messages_of_loaders(rank: int) -> list[str]:
-    """What `PackLoader` says where ranks differ, and where one has died; rank 1 dies at the end."""
-    images = [torch.zeros(3, 8, 4 * number, dtype=torch.uint8) for number in range(1, 9)]
-    processor = nopad.processor("untrained:apple/aimv2-large-patch14-native")
-    processor = dataclasses.replace(processor, patch_size=4)
-    messages = [str(sum(len(pack) for pack, _ in nopad.data.PackLoader(images, processor, capacity=32)))]
+    """How many images `PackLoader` has for a rank, and what it says where ranks differ."""
+    messages = [str(sum(len(pack) for pack, _ in loader_of(capacity=32)))]
     for options in ({"capacity": 32 + rank}, {"capacity": 32, "rank": 0, "world_size": WORLD}):
         try:
-            next(iter(nopad.data.PackLoader(images, processor, **options)))
+            next(iter(loader_of(**options)))
         except ValueError as error:
             messages.append(str(error))
-    if rank == 0:
-        try:
-            list(nopad.data.PackLoader(images, processor, capacity=32))
-        except RuntimeError as error:
-            messages.append(type(error).__name__)
     return messages
+
+
+def loader_of(**options) -> nopad.data.PackLoader:
+    images = [torch.zeros(3, 8, 4 * number, dtype=torch.uint8) for number in range(1, 9)]
+    processor = nopad.processor("untrained:apple/aimv2-large-patch14-native")
+    return nopad.data.PackLoader(images, dataclasses.replace(processor, patch_size=4), **options)
+
+
+def errors_of_the_last(rank: int, folder: Path) -> list[str]:
+    """What becomes of DDP, FSDP2 and the loader on rank 0 after rank 1 has died."""
+    encoder, sharded, loader = nopad.load(folder), nopad.load(folder), loader_of(capacity=32)
+    arguments = tiny_encoders.patches_of(encoder, GRIDS[rank]), GRIDS[rank]
+    ddp = DistributedDataParallel(encoder)
+    shard(sharded)
+    for model in (ddp, sharded):
+        model(*arguments).square().mean().backward()
+    dist.barrier()
+    if rank:
+        os._exit(0)
+    attempts: dict[str, Any] = {
+        "ddp": lambda: ddp(*arguments).square().mean().backward(),
+        "fsdp": lambda: sharded(*arguments),
+        "loader": lambda: list(loader),
+    }
+    errors = []
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except RuntimeError:
+            errors.append(name)
+    return errors
 
 
 def main(out: Path, folders: list[Path]) -> None:
