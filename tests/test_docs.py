@@ -74,3 +74,14 @@ def test_option_that_a_page_mentions_exists(command, option, capsys):
     with pytest.raises(SystemExit):
         build_parser().parse_args([command, "--help"])
     assert re.search(rf"{option}\b", capsys.readouterr().out)
+
+
+GUIDE = (ROOT / "docs" / "adding-a-family.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`([\w/<>]+/[\w<>]+\.py)`", GUIDE))))
+def test_file_that_the_guide_names_exists(path):
+    if path.startswith("transformers/"):
+        return
+    path = path.replace("<name>", "aimv2")
+    assert any((ROOT / root / path).is_file() for root in ("", "src", "src/nopad"))

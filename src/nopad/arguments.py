@@ -54,9 +54,9 @@ def read_arguments(
         pack = hidden_states
         hidden_states, grid_thw, patch_positions = pack.hidden_states, pack.grid_thw, pack.patch_positions
     elif not isinstance(hidden_states, Tensor) or hidden_states.ndim > 2:
-        given = f"shape {tuple(hidden_states.shape)}" if isinstance(hidden_states, Tensor) else _kind(hidden_states)
+        got = f"shape {tuple(hidden_states.shape)}" if isinstance(hidden_states, Tensor) else _kind(hidden_states)
         raise ValueError(
-            f"hidden_states: expected patches (T, {encoder.patch_dim}) or a Pack, got {given}; images go through "
+            f"hidden_states: expected patches (T, {encoder.patch_dim}) or a Pack, got {got}; images go through "
             f"encoder.pack(images), normalised pixels through nopad.Pack.of; encoder.embed(images) returns vectors"
         )
     if grid_thw is None:

@@ -126,8 +126,8 @@ class PackedEncoder(ByRole, PreTrainedModel):
 
     def __new__(cls, config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Each config has a class of its own, as transformers' `AutoModel.register` expects."""
-        own: Any = _class_for(cls, config)
-        return super().__new__(own)
+        encoder_class: Any = _class_for(cls, config)
+        return super().__new__(encoder_class)
 
     def __init__(self, config: PreTrainedConfig | str | Path, **kwargs: Any):
         if not isinstance(config, PreTrainedConfig):
@@ -475,6 +475,6 @@ class PackedEncoder(ByRole, PreTrainedModel):
 
 def _class_for(cls: type[PackedEncoder], config: Any) -> type[PackedEncoder]:
     """The subclass of a family for a config that is not its `config_class`; subclasses of others stay themselves."""
-    own: list[Any] = [each for each in (cls, *cls.__subclasses__()) if each.__module__ == cls.__module__]
-    matches = (each for each in own if isinstance(config, each.config_class))
+    classes: list[Any] = [each for each in (cls, *cls.__subclasses__()) if each.__module__ == cls.__module__]
+    matches = (each for each in classes if isinstance(config, each.config_class))
     return next(matches, cls) if "config_classes" in vars(cls) else cls

@@ -127,13 +127,13 @@ def _figure(picture: tuple[bytes, str, Sequence[str]]) -> str:
 
 
 def line_chart(
-    label: str, lines: Sequence[tuple[str, Sequence[float]]], x_label: str, *, least: Sequence[float] = ()
+    label: str, lines: Sequence[tuple[str, Sequence[float]]], x_label: str, *, minima: Sequence[float] = ()
 ) -> str:
     """Lines over 0, 1, 2, …: log axis, zeros on its floor, gaps at NaN and infinity; a legend has each one's end.
 
-    A line called `"limit"` is drawn as one; the area between the first line and `least` is a band.
+    A line called `"limit"` is drawn as one; the area between the first line and `minima` is a band.
     """
-    values = [value for _, line in [*lines, ("", least)] for value in line]
+    values = [value for _, line in [*lines, ("", minima)] for value in line]
     positive = [math.log10(value) for value in values if 0 < value < math.inf]
     low = math.floor(min(positive, default=-8))
     high = max(math.ceil(max(positive, default=low)), low + 1)
@@ -146,7 +146,7 @@ def line_chart(
         marks += [_line(LEFT, y(power), RIGHT, y(power), "grid"), _text(LEFT - 10, y(power) + 4, number, anchor="end")]
     heights = [
         [y(math.log10(v) if v > 0 else low) if math.isfinite(v) else None for v in line]
-        for line in [*(line for _, line in lines), least]
+        for line in [*(line for _, line in lines), minima]
     ]
     marks += _band(x, heights[0], heights.pop()) if lines else []
     ends = [scientific(line[-1]) if line else "none" for _, line in lines]

@@ -129,13 +129,13 @@ def _drift(report: AlignReport) -> str:
     steps = max(len(case.drift) for case in report.cases)
     layers = [[case.drift[step] for case in report.cases if step < len(case.drift)] for step in range(steps)]
     lines = [("largest of all cases", [_largest(values) for values in layers])]
-    least = [min(values, key=_nan_last) for values in layers] if len(report.cases) > 1 else []
+    minima = [min(values, key=_nan_last) for values in layers] if len(report.cases) > 1 else []
     lines += [(case.name, list(case.drift)) for case in report.cases if not case.passed]
     if report.dtype == "float32" and report.precision is None:
         lines.append(("limit", [RELATIVE_LIMIT] * steps))
-    chart = line_chart("Largest relative difference by layer", lines, "layer", least=least)
+    chart = line_chart("Largest relative difference by layer", lines, "layer", minima=minima)
     lead = "Largest relative difference of a token before the first layer (0) and after each; the legend has the last."
-    lead += " The band goes down to the case where it is smallest." if least else ""
+    lead += " The band goes down to the case where it is smallest." if minima else ""
     lead += "" if report.capacity is None else " Per-layer numbers are of the uncompiled layers."
     return section("Drift per layer", element("p", lead), chart)
 

@@ -131,10 +131,10 @@ def preprocessor_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if not isinstance(fields, dict):
         return None
     names = {"mean": "image_mean", "std": "image_std", "interpolation": "resample"}
-    found = {names[name]: fields[name] for name in names if fields.get(name) is not None}
-    interpolation = found.setdefault("resample", "bicubic")
+    preprocessor = {names[name]: fields[name] for name in names if fields.get(name) is not None}
+    interpolation = preprocessor.setdefault("resample", "bicubic")
     if isinstance(interpolation, str):
-        found["resample"] = _RESAMPLE.get(interpolation, interpolation)
+        preprocessor["resample"] = _RESAMPLE.get(interpolation, interpolation)
     size, mode = fields.get("size"), fields.get("resize_mode") or "shortest"
     if size is None:
         model = config.get("model_cfg")
@@ -142,7 +142,8 @@ def preprocessor_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
         size = vision.get("image_size") if isinstance(vision, dict) else None
     side = size[0] if isinstance(size, list) and size and size[0] == size[-1] else size
     if mode == "squash":
-        return {"image_processor_type": "ViTImageProcessor", "size": {"height": side, "width": side}, **found}
+        return {"image_processor_type": "ViTImageProcessor", "size": {"height": side, "width": side}, **preprocessor}
     if mode != "shortest":
-        found["crop_mode"] = mode  # refused by this name
-    return {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": side}, "crop_size": side, **found}
+        preprocessor["crop_mode"] = mode  # refused by this name
+    sizes = {"size": {"shortest_edge": side}, "crop_size": side}
+    return {"image_processor_type": "CLIPImageProcessor", **sizes, **preprocessor}

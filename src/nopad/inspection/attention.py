@@ -65,18 +65,18 @@ def _of_layers(
     encoder: PackedEncoder, patches: Tensor, layout: Layout, layers: Sequence[int], queries: Queries
 ) -> list[list[Tensor]]:
     """For each layer the maps of all images."""
-    found: dict[int, list[Tensor]] = {}
+    collected: dict[int, list[Tensor]] = {}
     thread = threading.get_ident()
 
     def look(index: int) -> Callable[..., None]:
         def hook(attention: PackedAttention, arguments: tuple[Any, ...]) -> None:
-            if threading.get_ident() != thread or index in found:  # another caller's forward
+            if threading.get_ident() != thread or index in collected:  # another caller's forward
                 return
             hidden_states, segments, rope = arguments
             query, key, _ = attention._project(hidden_states)
             if rope is not None:
                 query, key = rope(query), rope(key)
-            found[index] = _maps(encoder, query, key, segments, layout, queries)
+            collected[index] = _maps(encoder, query, key, segments, layout, queries)
 
         return hook
 
@@ -86,7 +86,7 @@ def _of_layers(
             handle = attention.register_forward_pre_hook(look(index))
             stack.callback(handle.remove)
         encoder.trunk(patches, layout, LayerRunner({max(layers): lambda _: None}))
-    return [found[index] for index in layers]
+    return [collected[index] for index in layers]
 
 
 def _maps(

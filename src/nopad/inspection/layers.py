@@ -141,13 +141,13 @@ def check_layers(encoder: PackedEncoder, layers: Any) -> tuple[int, ...]:
         ValueError: a layer that there is not, or none.
     """
     number = len(encoder.layers)
-    given = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else layers
-    if not isinstance(given, list) or not given or any(type(layer) is not int for layer in given):
+    requested = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else layers
+    if not isinstance(requested, list) or not requested or any(type(layer) is not int for layer in requested):
         raise ValueError(f"layers: expected one integer or more, from {-number} to {number - 1}, got {layers!r:.80}")
-    for layer in given:
+    for layer in requested:
         if not -number <= layer < number:
             raise ValueError(f"layers: expected {-number} to {number - 1}, got {layer}; there are {number} layers")
-    return tuple(layer % number for layer in given)
+    return tuple(layer % number for layer in requested)
 
 
 def split_rows(encoder: PackedEncoder, rows: Tensor, layout: Layout) -> Trunk:

@@ -61,8 +61,9 @@ def limit_address_space(size: int) -> None:
     import resource
 
     if sys.platform == "linux":
-        _, most = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (size if most == resource.RLIM_INFINITY else min(size, most), most))
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
+        soft_limit = size if hard_limit == resource.RLIM_INFINITY else min(size, hard_limit)
+        resource.setrlimit(resource.RLIMIT_AS, (soft_limit, hard_limit))
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -172,8 +172,8 @@ def _pixels_of_smart_resize(
         raise ValueError("do_center_crop: expected false for Qwen2VLImageProcessor, which does not crop")
     if not config.get("do_resize", True):
         return "native", None, None
-    own = dict(zip(_PIXELS, default.size, strict=True)) if isinstance(default.size, tuple) else {}
-    size = config.get("size", own)
+    current = dict(zip(_PIXELS, default.size, strict=True)) if isinstance(default.size, tuple) else {}
+    size = config.get("size", current)
     if not isinstance(size, Mapping):
         raise ValueError(f"size: expected {{'shortest_edge': n, 'longest_edge': n}}, got {size!r:.80}")
     pixels = tuple(config.get(older, size.get(key)) for key, older in _PIXELS.items())

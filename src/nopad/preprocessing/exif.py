@@ -30,10 +30,10 @@ def read_exif(data: bytes) -> dict[str, str | float]:
         return {}
     taken = _time(times.get(_ORIGINAL)) or _time(times.get(_DIGITIZED))
     latitude, longitude = _degrees(place, 1, "NS", 90), _degrees(place, 3, "EW", 180)
-    found: dict[str, str | float] = {} if taken is None else {TAKEN: taken}
+    fields: dict[str, str | float] = {} if taken is None else {TAKEN: taken}
     if latitude is not None and longitude is not None:
-        found |= {LATITUDE: latitude, LONGITUDE: longitude}
-    return found
+        fields |= {LATITUDE: latitude, LONGITUDE: longitude}
+    return fields
 
 
 def _time(value: Any) -> str | None:
@@ -50,7 +50,7 @@ def _degrees(place: Mapping[int, Any], tag: int, directions: str, limit: int) ->
         degrees, minutes, seconds = (float(value) for value in place[tag + 1])
     except DAMAGE:
         return None
-    found = degrees + minutes / 60 + seconds / 3600
-    if len(direction) != 1 or direction not in directions or not math.isfinite(found) or not 0 <= found <= limit:
+    angle = degrees + minutes / 60 + seconds / 3600
+    if len(direction) != 1 or direction not in directions or not math.isfinite(angle) or not 0 <= angle <= limit:
         return None
-    return -found if direction == directions[1] else found
+    return -angle if direction == directions[1] else angle

@@ -73,12 +73,12 @@ def _last_frame(packets: Sequence[Packet], stream: VideoStream, padding: bytes) 
     Raises:
         FFmpegError: see `_decode`.
     """
-    found = shown = None
+    last = shown = None
     for frame in _decode(packets, stream, padding):
         shown = frame
         if frame.pts == packets[-1].pts:
-            found = frame
-    return found if found is not None or stream.codec_context.name == "hevc" else shown
+            last = frame
+    return last if last is not None or stream.codec_context.name == "hevc" else shown
 
 
 def _decode(packets: Sequence[Packet], stream: VideoStream, padding: bytes = b"") -> Iterator[VideoFrame]:

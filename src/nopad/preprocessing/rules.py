@@ -207,11 +207,11 @@ class Preprocessing:
     def _pixels(self, patch_size: int) -> tuple[int, int]:
         """Least and most pixels of a frame for `"smart_resize"`."""
         assert isinstance(self.size, tuple)
-        least, most = (
+        min_pixels, max_pixels = (
             pixels if patches is None else patches * patch_size**2
             for pixels, patches in zip(self.size, (self.min_patches, self.max_patches), strict=True)
         )
-        return min(least, most), most
+        return min(min_pixels, max_pixels), max_pixels
 
     def place(self, height: int, width: int, patch_size: int) -> Placement:
         """Size and patches of an image after `preprocess`, from its size before.

@@ -103,9 +103,9 @@ def _pictures(source: Video, num_frames: int, span: tuple[float, float] | None, 
         raise UnusableVideoError("its frames have no times, by which a part of it could be found")
     if index.times is not None:
         times = index.times if span is None else _within(index.times, unit, span)
-        wanted = [times[i] for i in _middles(len(times), num_frames)]
+        chosen = [times[i] for i in _middles(len(times), num_frames)]
         with open_video(source, max_pixels) as container:
-            pictures = _seek(container, video_stream(container, max_pixels), wanted, index, max_pixels)
+            pictures = _seek(container, video_stream(container, max_pixels), chosen, index, max_pixels)
         if pictures is not None:
             return pictures
         if span is not None:
@@ -173,16 +173,16 @@ def _scan(container: InputContainer, stream: VideoStream, size: int) -> _Index:
 
 
 def _seek(
-    container: InputContainer, stream: VideoStream, wanted: Sequence[int], index: _Index, max_pixels: int
+    container: InputContainer, stream: VideoStream, chosen: Sequence[int], index: _Index, max_pixels: int
 ) -> list[np.ndarray] | None:
-    """The frames at the `wanted` times, over the key frames before them; `None` where that does not find them."""
+    """The frames at the `chosen` times, over the key frames before them; `None` where that does not find them."""
     import av.error
 
     assert index.times is not None
     position = index.times[0]
     frames: Iterator[VideoFrame] = container.decode(stream)
     pictures = []
-    for time in wanted:
+    for time in chosen:
         before = bisect.bisect_right(index.keys, time)
         try:
             if before and index.keys[before - 1] > position:
@@ -199,14 +199,14 @@ def _seek(
 
 
 def _decode(source: Video, total: int, num_frames: int, max_pixels: int) -> tuple[list[np.ndarray], int]:
-    """The frames wanted of `total`, and how many frames there are; decodes all."""
+    """The chosen frames of `total`, and how many frames there are; decodes all."""
     pictures = []
     count = 0
-    wanted = set(_middles(total, num_frames))
+    chosen = set(_middles(total, num_frames))
     with open_video(source, max_pixels) as container:
         stream = video_stream(container, max_pixels)
         for frame in container.decode(stream):
-            if count in wanted:
+            if count in chosen:
                 if frame.is_corrupt:
                     raise UnusableVideoError(f"frame {count} is damaged; get the file again")
                 pictures.append(_upright(frame, stream, max_pixels))
