@@ -351,6 +351,16 @@ def _dropping(epoch):
 # Arguments
 
 
+def test_packs_that_segments_keep_from_being_full_are_told_once(caplog):
+    assert [len(pack) for pack, _ in loader_of(capacity=640, max_segments=9)] == [9] * 10
+    (message,) = caplog.messages
+    assert message.startswith("a pack has max_segments, 9, in ")
+    assert " of 640 tokens; for small images give PackLoader and" in message
+    caplog.clear()
+    list(loader_of())
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from nopad.data.worker import PackMaker
 from nopad.packing import Pack
 from nopad.pipeline.pack_processor import PackProcessor
 
+logger = logging.getLogger(__name__)
 WINDOW, STREAM_WINDOW = 64, 8
 _OWN = ("batch_size", "sampler", "batch_sampler", "collate_fn", "drop_last", "generator")
 
@@ -281,10 +283,14 @@ class _OfRank(Sampler):
 
     def __init__(self, loader: PackLoader) -> None:
         self.loader = loader
+        self.warned = False
 
     def __iter__(self) -> Iterator[tuple[int, Packed]]:
         loader = self.loader
         for step in islice(loader._steps(), loader._start, None):
+            if not self.warned and (warning := loader.planner.warning(step[loader.rank])):
+                logger.warning(warning)
+                self.warned = True
             yield loader.epoch, step[loader.rank]
 
 

@@ -103,6 +103,15 @@ class Planner:
         for start in range(0, len(packs), size):
             yield from self._window(packs[start : start + size], rng)
 
+    def warning(self, pack: Packed) -> str | None:
+        """What to say where `max_segments` keeps a pack from being half full."""
+        if _segments(pack) < self.max_segments or 2 * _rows(pack) >= self.capacity:
+            return None
+        return (
+            f"a pack has max_segments, {self.max_segments}, in {_rows(pack):,} of {self.capacity:,} tokens; "
+            f"for small images give PackLoader and compile_for_training a larger one"
+        )
+
     def _check(self, sample: Sample) -> None:
         if sample.rows > self.capacity or sample.segments > self.max_segments:
             raise ValueError(
