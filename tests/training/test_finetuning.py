@@ -15,7 +15,7 @@ def config_of(method, encoder):
     peft = pytest.importorskip("peft", reason="peft is a development dependency")
     if method == "ia3":
         down = [name for name in encoder.lora_targets if encoder.get_submodule(name) in _downs(encoder)]
-        keys = [name for name in encoder.lora_targets if name.endswith(("k_proj", "v_proj"))]
+        keys = [name for name in encoder.lora_targets if name.endswith(("k_proj", "v_proj", "qkv"))]
         return peft.IA3Config(target_modules=[*keys, *down], feedforward_modules=down)
     options = {"dora": {"use_dora": True}, "rslora": {"use_rslora": True}, "pissa": {"init_lora_weights": "pissa"}}
     return peft.LoraConfig(r=2, target_modules=encoder.lora_targets, **options.get(method, {}))
@@ -26,7 +26,7 @@ def _downs(encoder):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["aimv2", "siglip2", "clip", "dinov2 gated", "dinov3", "onevision"])
+@pytest.mark.parametrize("family", ["aimv2", "siglip2", "clip", "dinov2 gated", "dinov3", "onevision", "qwen3_vl"])
 def test_adapters_are_trained_merged_and_read_by_the_original(family, method, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is a development dependency")
     still = {"pos_embed_rescale": None} if family == "dinov3" else {}  # drawn at random in training
