@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 import zlib
@@ -49,7 +50,7 @@ def _other_value(document: Any, random: Random) -> Any:
     elif isinstance(node, int) and random.random() < 0.3:
         holder[key] = random.choice((*_NUMBERS, *_LARGE, -node, node + 1))
     else:
-        holder[key] = random.choice(_VALUES)
+        holder[key] = copy.deepcopy(random.choice(_VALUES))  # later changes must not reach other cases
     return holder[0] if node is document else document
 
 

@@ -1,6 +1,7 @@
 """The list of inputs: what it holds, its file and its digest."""
 
 import io
+import os
 import threading
 from pathlib import Path
 
@@ -68,3 +69,9 @@ def test_a_digest_tells_content_and_order_but_not_chunks():
     pair = Input("ab", "s", "image", b""), Input("c", "s", "image", b"")
     moved = Input("a", "s", "image", b""), Input("bc", "s", "image", b"")
     assert InputList.of(pair).digest() != InputList.of(moved).digest()
+
+
+def test_a_list_that_is_a_pipe_is_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "inputs.parquet")
+    with pytest.raises(OSError, match="expected a regular file, got a named pipe"):
+        InputList.load(tmp_path / "inputs.parquet")

@@ -1,6 +1,8 @@
 """An index beside a table: built in parts, resumable, its recall measured."""
 
 import json
+import os
+import random
 import shutil
 
 import numpy as np
@@ -104,6 +106,41 @@ def test_an_index_of_another_state_is_not_used(folder, caplog):
     assert len(before.items() & after.items()) == 2  # the parts of the first four shards
     assert len(after) == 3
     assert nopad.read(folder).index.num_rows == len(features)
+
+
+def test_an_index_with_any_byte_damaged_is_one_or_is_refused(folder):
+    features = nopad.read(folder)
+    features.build_index()
+    paths = sorted((folder / ".nopad" / "index").glob("*.faiss"))
+    refused = 0
+    for number in range(15):
+        rng = random.Random(number)
+        path = rng.choice(paths)
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[rng.choice((rng.randrange(len(whole)), rng.randrange(min(600, len(whole)))))] = rng.choice(
+                (0, 127, 255)
+            )
+        path.write_bytes(damaged)
+        try:
+            nopad.read(folder).search(vector=features.embeddings[3], k=5)
+        except ValueError:
+            refused += 1
+        path.write_bytes(whole)
+    assert refused
+
+
+def test_an_index_that_is_a_pipe_is_not_waited_for(folder):
+    nopad.read(folder).build_index()
+    for path in (folder / ".nopad" / "index").iterdir():
+        content = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(ValueError, match=r"damaged|expected a file"):
+            _ = nopad.read(folder).index
+        path.unlink()
+        path.write_bytes(content)
 
 
 def test_a_damaged_index_and_what_has_none(folder, tmp_path):

@@ -21,7 +21,9 @@ import numpy as np
 import torch
 
 from nopad.atomic import atomic_write
+from nopad.checkpoints.contents import read_json
 from nopad.embedding.table.names import METADATA_FOLDER
+from nopad.preprocessing.files import open_regular
 from nopad.search.clusters import import_faiss
 from nopad.search.exact import blocks, default_device, top_k, unit
 from nopad.search.places import Shard
@@ -57,6 +59,8 @@ class Index:
         """Cosines and rows of about the `k` nearest, best first."""
         rows = _candidates(self.ivf, unit(vector[None], _CPU).numpy(), k, self.num_probes)[0]
         rows = np.sort(rows[rows >= 0])
+        if len(rows) and rows[-1] >= self.num_rows:
+            raise ValueError(f"the index is damaged: it has row {rows[-1]} of {self.num_rows}; build it again")
         (scores,), (order,) = top_k(embeddings[rows], vector[None], k, _CPU)
         return scores, rows[order]
 
@@ -122,7 +126,7 @@ def open_index(shards: Sequence[Shard], rows: np.ndarray) -> Index | None:
         return None
     parts = list(_parts(shards, np.bincount(rows[:, 0], minlength=len(shards))))
     try:
-        record = json.loads((folder / "index.json").read_bytes())
+        record = read_json(folder / "index.json")
         num_probes, recall = int(record["num_probes"]), float(record["recall"])
         is_current = record["parts"] == [name for name, *_ in parts]
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -187,18 +191,25 @@ def _merged(folder: Path, empty: Any, parts: Sequence[tuple[str, int, int]]) -> 
     merged = import_faiss().clone_index(empty)
     for name, start, stop in parts:
         part = _load(folder / name)
-        if part.ntotal != stop - start or part.d != merged.d:
-            raise ValueError(f"{folder / name}: damaged; remove {folder} and build the index again")
-        merged.merge_from(part, start)
+        try:
+            if part.ntotal != stop - start or part.d != merged.d:
+                raise RuntimeError(f"{part.ntotal} rows of {part.d} values")
+            merged.merge_from(part, start)
+        except RuntimeError as error:
+            raise ValueError(f"{folder / name}: damaged; remove {folder} and build the index again") from error
     return merged
 
 
 def _load(path: Path) -> Any:
     faiss = import_faiss()
     try:
-        return faiss.deserialize_index(np.fromfile(path, np.uint8))
-    except (OSError, RuntimeError) as error:
+        with open_regular(os.fsencode(path)) as file:
+            index = faiss.deserialize_index(np.frombuffer(file.readall(), np.uint8))
+        if not isinstance(index, faiss.IndexIVF):
+            raise RuntimeError(f"got {type(index).__name__}")
+    except (OSError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{path}: damaged; remove {path.parent} and build the index again") from error
+    return index
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nopad.atomic import atomic_write
+from nopad.preprocessing.files import open_regular
 
 _BLOCK = 1 << 16
 _FEW = pa.dictionary(pa.int32(), pa.string())
@@ -124,6 +125,7 @@ class InputList:
         Raises:
             OSError, ValueError: a file that is missing, damaged or something else.
         """
+        open_regular(os.fsencode(path)).close()
         # Not through a Python file: Arrow's threads let go of what they read when Python may have ended already.
         with pa.OSFile(os.fsencode(path)) as file:
             return cls(pq.ParquetFile(file).read())

@@ -106,6 +106,7 @@ def load_stamps(path: Path, number: int) -> list[Stamp] | None:
     if not path.exists():
         return None
     try:
+        open_regular(os.fsencode(path)).close()
         with pa.OSFile(os.fsencode(path)) as file:
             table = pq.ParquetFile(file).read()
         if table.schema.remove_metadata() != _SCHEMA or len(table) != number:
