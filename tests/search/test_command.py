@@ -7,6 +7,7 @@ import pytest
 
 import nopad
 from nopad.cli import main
+from nopad.search.query import Match
 
 
 def test_search_prints_pictures_best_first(table, photos, capsys):
@@ -96,3 +97,12 @@ def test_names_are_escaped_on_pages_and_terminals(photos, model, tmp_path, capsy
         assert "\\x1b[31mred" in html
         assert "<script" not in html
         assert '" onerror' not in html
+
+
+def test_no_cosine_is_minus_zero(table, features, tmp_path, capsys, monkeypatch):
+    match = Match(0, "a.png", "photos", -0.0001)
+    monkeypatch.setattr(nopad.Features, "search", lambda *arguments, **options: [match])
+    out = tmp_path / "page.html"
+    assert main(["search", str(table), features.path(0), "--html", str(out)]) == 0
+    assert "-0.000" not in capsys.readouterr().out
+    assert "-0.000" not in out.read_text(encoding="utf-8")

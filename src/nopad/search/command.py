@@ -96,7 +96,7 @@ def run_search(options: argparse.Namespace) -> int:
     found = [{"id": m.id, "source": m.source, "score": m.score, "path": _path(features, m.row)} for m in matches]
 
     def lines() -> str:
-        rows = [(f"{match['score']:.3f}", match["path"] or match["id"]) for match in found]
+        rows = [(f"{match['score']:z.3f}", match["path"] or match["id"]) for match in found]
         return "\n".join(columns([("cosine", "picture"), *rows])) if rows else "no rows"
 
     def page() -> str:

@@ -16,7 +16,7 @@ MAX_GROUPS, MAX_ROWS = 200, 24
 
 def matches_page(features: Features, query: str, matches: Sequence[Match]) -> str:
     """Pictures with their cosines, best first."""
-    pictures = (_picture(features, match.row, f"{match.score:.3f}") for match in matches)
+    pictures = (_picture(features, match.row, f"{match.score:z.3f}") for match in matches)
     return html.page(query, [html.element("h1", query), _of(features), html.gallery(pictures)])
 
 

@@ -75,7 +75,7 @@ def _sections(collection: Collection) -> Iterable[tuple[str, str, str]]:
     features = collection.features
     yield "collection", "Map", _map(collection)
     for number, (query, matches) in enumerate(collection.results):
-        pictures = ((match.row, f"{match.score:.3f}") for match in matches)
+        pictures = ((match.row, f"{match.score:z.3f}") for match in matches)
         yield f"results-{number}", f"Results: {query}", _gallery(collection, pictures)
     groups = collection.duplicates
     if groups:
