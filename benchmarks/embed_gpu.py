@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import os
@@ -70,7 +71,17 @@ CASES = {
 }
 
 
-def run(names: Sequence[str], *, images: int, runs: int, folder: Path, peers: bool, start: bool, as_json: bool) -> None:
+def run(
+    names: Sequence[str],
+    *,
+    images: int,
+    runs: int,
+    folder: Path,
+    decode: str,
+    peers: bool,
+    start: bool,
+    as_json: bool,
+) -> None:
     """Measure the cases of these names and print a table."""
     paths = photos(folder / "gpu-images", images)
     pixels = sum(math.prod(Image.open(path).size) for path in paths) / len(paths)
@@ -80,9 +91,9 @@ def run(names: Sequence[str], *, images: int, runs: int, folder: Path, peers: bo
         "versions": versions("cuda"),
         "images": f"{len(paths):,} JPEGs, {pixels / 1e6:.2f} MP, {sum(p.stat().st_size for p in paths) / 1e9:.3f} GB",
     }
-    rows = [measure(name, paths, folder, runs, peers) for name in names]
+    rows = [measure(name, decode, paths, folder, runs, peers) for name in names]
     if start:
-        report["start"] = started(names[0], paths, folder)
+        report["start"] = started(names[0], decode, paths, folder)
     if as_json:
         print(json_text({**report, "cases": rows}))
         return
@@ -108,9 +119,9 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def measure(name: str, paths: Sequence[Path], folder: Path, runs: int, peers: bool) -> dict[str, Any]:
+def measure(name: str, decode: str, paths: Sequence[Path], folder: Path, runs: int, peers: bool) -> dict[str, Any]:
     """Images per second of one case."""
-    case = CASES[name]
+    case = case_of(name, decode)
     model = checkpoint(case.model, folder)
     report_progress(f"{name}: nopad embed")
     summaries = [embedded(case, model, paths) for _ in range(runs)]
@@ -123,7 +134,7 @@ def measure(name: str, paths: Sequence[Path], folder: Path, runs: int, peers: bo
     worker = make_worker(settings, load_encoder(settings), len(paths))
     grids, row["decode"] = decoded(worker, paths)
     row["encoder"] = encoder_alone(worker, grids)
-    row["execution"] = worker.encoder.execution
+    row["execution"], row["decoder"] = worker.encoder.execution, worker.decode
     report_progress(f"{name}: decode alone {row['decode']:,.0f}, encoder alone {row['encoder']:,.0f} images/s")
     del worker
     release()
@@ -132,6 +143,12 @@ def measure(name: str, paths: Sequence[Path], folder: Path, runs: int, peers: bo
         report_progress(f"{name}: job of today {row['today']}")
         release()
     return row
+
+
+def case_of(name: str, decode: str) -> Case:
+    """A case with this decoder of JPEGs."""
+    case = CASES[name]
+    return dataclasses.replace(case, options={**case.options, "decode": decode})
 
 
 def embedded(case: Case, model: Path, paths: Sequence[Path]) -> Summary:
@@ -144,14 +161,20 @@ def embedded(case: Case, model: Path, paths: Sequence[Path]) -> Summary:
 
 
 def decoded(worker: Worker, paths: Sequence[Path]) -> tuple[list[tuple[int, int, int]], float]:
-    """The grids of all images, and how many a second are decoded without an encoder."""
+    """The grids of all images, and how many a second are decoded without an encoder, and copied to the device."""
     with TemporaryDirectory() as out, Reader() as reader:
         inputs = list_inputs([str(listing(paths, Path(out)))]).inputs
         items = [inputs[index] for index in range(len(inputs))]
 
         def run_all() -> list[tuple[int, int, int]]:
+            grids, upload = [], worker.runner().uploader
             with worker.read_ahead([items], reader.media, decoder=reader.decoder) as ahead:
-                return [image.grid for group in ahead.groups() for image in group]  # pyright: ignore
+                images = (image for group in ahead.groups() for image in group)
+                while batch := list(itertools.islice(images, BATCH)):
+                    grids += [image.grid for image in batch]  # pyright: ignore
+                    upload(batch)()  # pyright: ignore
+            torch.cuda.synchronize()
+            return grids
 
         run_all()  # starts the processes
         seconds, grids = timed(run_all)
@@ -180,9 +203,9 @@ def encoder_alone(worker: Worker, grids: Sequence[tuple[int, int, int]]) -> floa
     return len(grids) / statistics.median(timed(run_all)[0] for _ in range(3))
 
 
-def started(name: str, paths: Sequence[Path], folder: Path) -> list[str]:
+def started(name: str, decode: str, paths: Sequence[Path], folder: Path) -> list[str]:
     """The lines of the command and when they came, and when the first row was there, in seconds."""
-    case = CASES[name]
+    case = case_of(name, decode)
     with TemporaryDirectory() as out:
         options = [f"--{key.replace('_', '-')}={value}" for key, value in case.options.items()]
         model = checkpoint(case.model, folder)

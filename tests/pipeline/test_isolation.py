@@ -67,7 +67,7 @@ def test_patches_are_those_of_this_process(processes, image_processor):
     for data in ("3 4", "1 1", "7 2"):
         image, expected = prepare(processes, data), image_processor(decoder(data))
         assert (image.grid, image.width, image.height) == (expected.grid, expected.width, expected.height)
-        np.testing.assert_array_equal(image.patches, expected.patches)
+        np.testing.assert_array_equal(image.data, expected.data)
 
 
 @pytest.mark.parametrize(

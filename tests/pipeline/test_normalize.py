@@ -7,7 +7,7 @@ import torch
 from pictures import noise
 
 from nopad.patches import patchify
-from nopad.pipeline.image_processor import ImageProcessor
+from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.pipeline.normalize import Normalizer
 from nopad.pipeline.upload import Uploader
 from nopad.preprocessing.rules import Preprocessing
@@ -40,7 +40,7 @@ def check(rule: Preprocessing, order, dtype: torch.dtype, resize, device: str = 
     images = [image(0), levels]
     prepared = [processor_of(rule, order, dtype, resize)(each) for each in images]
     upload, normalize = Uploader(torch.device(device)), Normalizer(rule, order, torch.device(device), dtype)
-    found = normalize(upload([each.patches for each in prepared]))
+    found = normalize(upload(prepared)())
     expected = [patchify(preprocess(each, rule, 4, resize=resize), 4, order)[0] for each in images]
     assert (found.device.type, found.dtype) == (device, dtype)
     assert torch.equal(found.cpu(), torch.cat(expected).to(dtype))
@@ -71,7 +71,8 @@ def test_upload_waits_for_no_kernel_and_no_kernel_reads_too_early():
     upload = Uploader(torch.device("cuda"))
     sums = []
     for value in range(50):
-        patches = upload([torch.full((4096, 588), value % 200, dtype=torch.uint8) for _ in range(4)])
+        levels = torch.full((4096, 588), value % 200, dtype=torch.uint8)
+        patches = upload([PreparedImage(levels, (1, 64, 64), 896, 896)] * 4)()
         sums.append(patches.long().sum())
     assert [int(total) for total in sums] == [4 * 4096 * 588 * (value % 200) for value in range(50)]
 

@@ -55,6 +55,7 @@ def embed(
     max_patches: MaxPatches = "auto",
     multiple_of: int | None = None,
     resize: Resize = "torch",
+    decode: str = "auto",
     capacity: int | None = None,
     frames: int = NUM_FRAMES,
     fps: float | None = None,
@@ -106,6 +107,8 @@ def embed(
         max_patches: most patches of a picture, its aspect ratio kept: `"auto"` is 4,096 where the rule has no limit, so
             that one photo does not hold up a job; `None` is no limit but the rule's own.
         resize: as `PackedEncoder.pack` takes it.
+        decode: of JPEGs: `"gpu"` by the engines of a GPU, at most a grey level from the CPU's pixels, which needs the
+            extra `gpu-decode`; `"auto"` is `"gpu"` where that is possible, which the job's record has.
         capacity: tokens of a pack; by the device unless given, 16,896 on an H100, 2,048 on a CPU. One that does not fit
             into a GPU's memory is halved until it does, which the job's record has.
         frames: frames of a video, spread evenly over it.

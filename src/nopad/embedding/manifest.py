@@ -41,6 +41,7 @@ def record_of(settings: Settings, worker: Worker, sources: list[str], inputs: In
         precision=encoder.precision,
         attention=encoder.attention,
         capacity=worker.capacity,
+        decode=worker.decode,
         size=_size_of(rule),
         min_patches=rule.min_patches,
         max_patches=rule.max_patches,

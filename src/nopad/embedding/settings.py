@@ -85,6 +85,12 @@ class Settings:
     resize: str = options.choice(
         "torch", ("torch", "pil"), "torch is fast, pil bit-exact with transformers' processors"
     )
+    decode: str = options.choice(
+        "auto",
+        ("auto", "cpu", "gpu"),
+        "of JPEGs: gpu by the engines of a GPU, at most a grey level from the CPU's pixels, which needs the extra "
+        "gpu-decode; auto is gpu where that is possible",
+    )
     frames: int = options.count(NUM_FRAMES, "frames of a video, spread evenly over it")
     fps: float | None = options.rate(
         "rows of a video for each second, each of one frame; a video is one row unless given"

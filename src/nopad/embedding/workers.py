@@ -9,6 +9,7 @@ import torch
 
 from nopad.checkpoints.files import open_checkpoint
 from nopad.checkpoints.untrained import UNTRAINED
+from nopad.embedding.job import make_reader
 from nopad.embedding.settings import Settings
 from nopad.encoder import PackedEncoder
 from nopad.environment import device_name, dtype_name
@@ -58,7 +59,7 @@ def make_worker(
     Args:
         num_inputs: of the job; for a few on a CPU, compiling takes longer than it saves.
         begun: the record of the job that was begun in this folder. What it was compiled for by default is the same
-            now, and so is its capacity: the requested one may have been halved then.
+            now, and so are its capacity, for the requested one may have been halved then, and the CPU as its decoder.
         is_loaded: the encoder was loaded for this job. One that was given is compiled or not, as it is.
 
     Raises:
@@ -74,7 +75,12 @@ def make_worker(
     )
     options: dict[str, Any] = {"resize": settings.resize, "preprocessing": rule, "selection": settings.selection}
     limits: dict[str, Any] = {"timeout": settings.input_timeout, "memory": settings.decode_memory}
+    begun_by_cpu = settings.decode == "auto" and begun.get("decode") == "cpu"
+    limits["decode"] = "cpu" if begun_by_cpu else settings.decode
     worker = Worker(encoder, capacity=settings.capacity, threads=settings.workers, **options, **limits)
+    if num_inputs:
+        with make_reader(settings) as reader:
+            worker.start_processes(reader.decoder)  # while the encoder is compiled
     if settings.compile and settings.layers is not None:
         raise ValueError("compile: layers run one by one where --layers are stored or pooled; leave one of them out")
     compiled = settings.compile
@@ -100,6 +106,8 @@ def describe_execution(worker: Worker) -> str:
     )
     if encoder.device.type != "cuda":
         return line
+    if worker.decode == "gpu":
+        line += ", JPEGs decoded by its engines"
     if how in ("not compiled", "eager"):
         return f"{line}; compiled, a pack takes {_COMPILED_OVER_EAGER} times as long on an H200"
     is_hopper = torch.cuda.get_device_capability(encoder.device)[0] == 9

@@ -106,6 +106,8 @@ class DecodeChannel(Channel):
         return images
 
     def _empty_image(self, answer: dict[str, Any], size: int) -> PreparedImage:
+        if "jpeg" in answer:
+            return self._empty_jpeg(answer, size)
         rows, columns = answer["shape"]
         t, h, w = answer["grid"]
         width, height = answer["width"], answer["height"]
@@ -117,6 +119,16 @@ class DecodeChannel(Channel):
         if not isinstance(extras := answer["extras"], dict):
             raise ValueError(f"got extras {type(extras).__name__}, expected an object")
         return PreparedImage(torch.empty(rows, columns, dtype=self.dtype), (t, h, w), width, height, extras)
+
+    def _empty_jpeg(self, answer: dict[str, Any], size: int) -> PreparedImage:
+        numbers = (answer["jpeg"], *answer["grid"], answer["width"], answer["height"], answer["orientation"])
+        if not all(type(number) is int and number > 0 for number in numbers) or len(numbers) != 7:
+            raise ValueError(f"got a JPEG of {numbers}")
+        if answer["jpeg"] > size or answer["orientation"] > 8 or not isinstance(answer["extras"], dict):
+            raise ValueError(f"got a JPEG of {answer['jpeg']} bytes and orientation {answer['orientation']}")
+        data = torch.empty(answer["jpeg"], dtype=torch.uint8)
+        sides = answer["width"], answer["height"], answer["extras"]
+        return PreparedImage(data, tuple(answer["grid"]), *sides, orientation=answer["orientation"])
 
     def seconds(self) -> float:
         """For how long the process has worked on its file until now, without waiting for memory."""
@@ -135,4 +147,4 @@ class DecodeChannel(Channel):
 
 
 def _bytes_of(image: PreparedImage) -> memoryview:
-    return image.patches.view(-1).view(torch.uint8).numpy().data
+    return image.data.view(-1).view(torch.uint8).numpy().data

@@ -19,6 +19,7 @@ from nopad.pipeline.forked import (
 )
 from nopad.pipeline.image_processor import ImageProcessor
 from nopad.preprocessing.decode import ImageError
+from nopad.preprocessing.jpegs import CheckedJpeg, upright, upright_size
 from nopad.preprocessing.limits import MAX_BYTES
 
 LARGE_FILE_BYTES = 1 << 26
@@ -48,6 +49,10 @@ class Decoder(Protocol):
         """Decode to uint8 `(3, H, W)` or `(frames, 3, H, W)`."""
         ...
 
+    def check_jpeg(self, data: Any, /) -> CheckedJpeg | None:
+        """What a GPU needs to decode it; `None` for anything that is decoded here."""
+        ...
+
     def extras(self, data: Any, pixels: Tensor, /) -> dict[str, Any]:
         """Values of a file that are kept beside its patches, as JSON of less than a megabyte."""
         ...
@@ -70,10 +75,14 @@ class DecodeProgram:
     """Answers a file with the bytes that it needs, and once they are granted with its patches, or with an error.
 
     A large file is answered with its own size first, and read once that is granted. A `Batch` is answered at once.
+
+    Attributes:
+        keep_jpegs: answer with the file itself where it is a JPEG that a GPU decodes.
     """
 
     decoder: Decoder
     image_processor: ImageProcessor
+    keep_jpegs: bool = False
 
     def prepare(self) -> None:
         """Import what the image processor needs."""
@@ -138,10 +147,16 @@ class DecodeProgram:
         return len(data) + self.image_processor.peak_bytes(*self.decoder.measure(data))
 
     def _decode(self, data: bytes | str) -> tuple[dict[str, Any], memoryview]:
-        """Patches as plain bytes, and what they are."""
+        """Patches as plain bytes, and what they are; or a JPEG, which is decoded elsewhere, as it is."""
+        if self.keep_jpegs and (jpeg := self.decoder.check_jpeg(data)) is not None:
+            assert isinstance(data, bytes)
+            height, width = upright_size(jpeg.width, jpeg.height, jpeg.orientation)
+            extras = self.decoder.extras(data, upright(jpeg.small, jpeg.orientation))
+            fields = {"jpeg": len(data), "orientation": jpeg.orientation, "width": width, "height": height}
+            return {**fields, "grid": self.image_processor.grid_of(height, width), "extras": extras}, memoryview(data)
         pixels = self.decoder(data)
         image, extras = self.image_processor(pixels), self.decoder.extras(data, pixels)
-        patches = image.patches.contiguous()
+        patches = image.data.contiguous()
         fields = {"shape": patches.shape, "grid": image.grid, "width": image.width, "height": image.height}
         return {**fields, "extras": extras}, patches.view(-1).view(torch.uint8).numpy().data
 

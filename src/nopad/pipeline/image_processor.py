@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from nopad.patches import patchify
 from nopad.pipeline.processor import Processor
 from nopad.preprocessing.rules import Preprocessing, Resize
-from nopad.preprocessing.transforms import normalize, resize_image
+from nopad.preprocessing.transforms import normalize, place_image, resize_image
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
@@ -23,18 +24,26 @@ class PreparedImage:
     """One image or clip as it waits for its pack.
 
     Attributes:
-        patches: `(frames · rows · columns, P)` on the CPU: grey levels as uint8, which `Normalizer` makes the encoder's
-            values of, or these values where the rule resizes in float.
+        data: patches `(frames · rows · columns, P)` on the CPU: grey levels as uint8, which `Normalizer` makes the
+            encoder's values of, or these values where the rule resizes in float. With `orientation` a JPEG file, uint8
+            `(bytes,)`, that is decoded on the encoder's device.
         grid: `(frames, rows, columns)`.
         width, height: pixels of the upright image.
         extras: see `Decoder.extras`; of another process, and not trusted.
+        orientation: of a JPEG by its EXIF, 1 … 8; `None` for patches.
     """
 
-    patches: Tensor
+    data: Tensor
     grid: tuple[int, int, int]
     width: int
     height: int
     extras: Mapping[str, Any] | None = None
+    orientation: int | None = None
+
+    @property
+    def num_patches(self) -> int:
+        """Of all frames."""
+        return math.prod(self.grid)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +77,15 @@ class ImageProcessor(Processor):
         patches, grid = patchify(pixels, self.patch_size, self.patch_order, self.temporal_patch_size)
         height, width = image.shape[-2:]
         return PreparedImage(patches.to(self.dtype), grid, width, height)
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int, int]:
+        """The grid of an image of this size.
+
+        Raises:
+            ImageError: an aspect ratio or a size that the rule refuses.
+        """
+        place = place_image(height, width, self.rule, self.patch_size)
+        return 1, place.rows, place.columns
 
     def peak_bytes(self, frames: int, pixels: int, decode_bytes: int) -> int:
         """About how much memory decoding and preparing take at once.

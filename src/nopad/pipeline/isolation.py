@@ -57,6 +57,7 @@ class DecodeProcesses:
         image_processor: from pixels to patches.
         max_processes: so many at once.
         timeout: seconds for one input, `None` for no limit. Waiting for memory does not count.
+        keep_jpegs: see `DecodeProgram`.
 
     Raises:
         ValueError: a timeout that is no positive number.
@@ -69,12 +70,13 @@ class DecodeProcesses:
         *,
         max_processes: int = 1,
         timeout: float | None = INPUT_TIMEOUT_SECONDS,
+        keep_jpegs: bool = False,
     ) -> None:
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout: expected seconds > 0 or None, got {timeout}")
         self.timeout = None if timeout is None or timeout > _FOR_EVER else timeout
         self.max_processes = max_processes
-        self._program = DecodeProgram(decoder, image_processor)
+        self._program = DecodeProgram(decoder, image_processor, keep_jpegs)
         self._lock = threading.Lock()
         self._queue = DecodeQueue()
         self._idle: list[DecodeChannel] = []
@@ -86,6 +88,20 @@ class DecodeProcesses:
             os.set_blocking(end.fileno(), False)
         self._selector.register(self._alarm, selectors.EVENT_READ)
         process_server.start()
+
+    def start(self) -> None:
+        """Start all processes, in a thread, so that the first files find them."""
+        threading.Thread(target=self._start_all, name="nopad-start", daemon=True).start()
+
+    def _start_all(self) -> None:
+        with suppress(OSError):  # a file that needs a process has the reason
+            for _ in range(self.max_processes):
+                process = self._fork()
+                with self._lock:
+                    if len(self._idle) + len(self._busy) >= self.max_processes:
+                        process.close()
+                        return
+                    self._idle.append(process)
 
     def submit(self, data: Any, reservation: Reservation, done: Done) -> None:
         """Decode and prepare a file in one of the processes.

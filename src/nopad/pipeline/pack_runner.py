@@ -6,6 +6,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -24,6 +26,7 @@ from nopad.preprocessing.decode import ImageError
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
+    from nopad.pipeline.device_decode import DeviceDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -62,19 +65,30 @@ class PackRunner(Generic[Key]):
         normalizer: of the patches.
         capacity: tokens of a full pack, for `stats`.
         selection: the features to return.
+        decoder: of images that are encoded still.
     """
 
     def __init__(
-        self, encoder: PackedEncoder, normalizer: Normalizer, capacity: int, stats: Stats, selection: Selection
+        self,
+        encoder: PackedEncoder,
+        normalizer: Normalizer,
+        capacity: int,
+        stats: Stats,
+        selection: Selection,
+        decoder: DeviceDecoder | None = None,
     ) -> None:
         self.encoder = encoder
         self.normalizer = normalizer
-        self.uploader = Uploader(encoder.device)
+        self.uploader = Uploader(encoder.device, decoder)
+        # nvImageCodec waits for what runs on the default stream.
+        self.stream = None if decoder is None else torch.cuda.Stream(encoder.device)
         self.capacity = capacity
         self.stats = stats
         self.selection = selection
         self.max_running = MAX_RUNNING if encoder.device.type == "cuda" else 0
         self.running: deque[Callable[[], dict[Key, EmbeddingResult]]] = deque()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="nopad-upload") if self.max_running else None
+        self._uploading: deque[tuple[Sequence[tuple[Key, PreparedImage]], Future[Callable[[], Tensor]]]] = deque()
 
     def submit(self, pack: Sequence[tuple[Key, PreparedImage]], *, is_last: bool = False) -> dict[Key, EmbeddingResult]:
         """Start a pack, and return the results that there are by now, mostly of earlier packs.
@@ -84,7 +98,7 @@ class PackRunner(Generic[Key]):
             is_last: of its group; in `stats` it counts as what it holds, unless the encoder fills it up.
         """
         start = time.perf_counter()
-        results = self.run(pack)
+        results = self._upload(pack)
         held = sum(num_tokens(self.encoder, image) for _, image in pack)
         self.stats.tokens += held
         self.stats.capacity += held if is_last and not fills_capacity(self.encoder) else max(self.capacity, held)
@@ -95,13 +109,30 @@ class PackRunner(Generic[Key]):
     def finish(self) -> dict[Key, EmbeddingResult]:
         """Wait for all packs, and return their results."""
         start = time.perf_counter()
-        results = self._fetch(leave=0)
+        results: dict[Key, EmbeddingResult] = {}
+        while self._uploading:
+            results.update(self.run(*self._uploading.popleft()))
+        results.update(self._fetch(leave=0))
         self.stats.encode_seconds += time.perf_counter() - start
         return results
 
-    def run(self, pack: Sequence[tuple[Key, PreparedImage]]) -> dict[Key, EmbeddingResult]:
-        """Start a pack, or where it does not fit into memory each of its images alone; return what is done already."""
-        reason = self._start(pack)
+    def _upload(self, pack: Sequence[tuple[Key, PreparedImage]]) -> dict[Key, EmbeddingResult]:
+        """To a GPU a pack is copied, or decoded there, in a thread, while the one before is started here."""
+        if self._pool is None:
+            return self.run(pack)
+        self._uploading.append((pack, self._pool.submit(self.uploader, [image for _, image in pack])))
+        return self.run(*self._uploading.popleft()) if len(self._uploading) > 1 else {}
+
+    def run(
+        self, pack: Sequence[tuple[Key, PreparedImage]], upload: Future[Callable[[], Tensor]] | None = None
+    ) -> dict[Key, EmbeddingResult]:
+        """Start a pack, or where it does not fit into memory each of its images alone; return what is done already.
+
+        Args:
+            upload: of its patches, where that was begun.
+        """
+        reason = self._start(pack, upload)
+        upload = None
         if reason is None:
             return {}
         # Here the error no longer holds on to what the pack has allocated.
@@ -116,13 +147,15 @@ class PackRunner(Generic[Key]):
                 results.update(self.run([single]))
             return results
         key, image = pack[0]
-        reason = f"its {len(image.patches)} patches do not fit into memory ({reason}); set a limit: max_patches"
+        reason = f"its {image.num_patches} patches do not fit into memory ({reason}); set a limit: max_patches"
         return {**results, key: EmbeddingResult(error=ImageError("image", reason))}
 
-    def _start(self, pack: Sequence[tuple[Key, PreparedImage]]) -> str | None:
+    def _start(
+        self, pack: Sequence[tuple[Key, PreparedImage]], upload: Future[Callable[[], Tensor]] | None = None
+    ) -> str | None:
         """Start a pack; returns the allocator's message where it does not fit into memory."""
         try:
-            self.running.append(self.encode(pack))
+            self.running.append(self.encode(pack, None if upload is None else upload.result()))
         except RuntimeError as error:
             # The CPU's allocator raises no class of its own.
             if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
@@ -130,12 +163,25 @@ class PackRunner(Generic[Key]):
             return str(error)
         return None
 
+    def encode(
+        self, pack: Sequence[tuple[Key, PreparedImage]], take_patches: Callable[[], Tensor] | None = None
+    ) -> Callable[[], dict[Key, EmbeddingResult]]:
+        """Start a pack; the function that is returned waits for it and returns its results.
+
+        Args:
+            take_patches: gives its patches, where they were uploaded already.
+        """
+        take_patches = take_patches or self.uploader([image for _, image in pack])
+        with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+            return self._encode(pack, take_patches)
+
     @torch.inference_mode()
-    def encode(self, pack: Sequence[tuple[Key, PreparedImage]]) -> Callable[[], dict[Key, EmbeddingResult]]:
-        """Start a pack; the function that is returned waits for it and returns its results."""
+    def _encode(
+        self, pack: Sequence[tuple[Key, PreparedImage]], take_patches: Callable[[], Tensor]
+    ) -> Callable[[], dict[Key, EmbeddingResult]]:
         encoder = self.encoder
         timer = DeviceTimer(encoder.device, self.stats)
-        patches = self.normalizer(self.uploader([image.patches for _, image in pack]))
+        patches = self.normalizer(take_patches())
         with torch.autocast(encoder.device.type, enabled=False):  # features are of the encoder's dtype, wherever called
             vectors, tokens = self.selection.run(encoder, patches, torch.tensor([image.grid for _, image in pack]))
         vectors = vectors.to("cpu", non_blocking=True)  # pinned by torch: the copy does not hold up the next pack
@@ -168,7 +214,7 @@ def num_segments(encoder: PackedEncoder, image: PreparedImage) -> int:
 
 def num_tokens(encoder: PackedEncoder, image: PreparedImage) -> int:
     """Patches and the prefix tokens of each segment."""
-    return len(image.patches) + num_segments(encoder, image) * encoder.num_prefix_tokens
+    return image.num_patches + num_segments(encoder, image) * encoder.num_prefix_tokens
 
 
 def _results(

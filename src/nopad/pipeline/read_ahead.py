@@ -225,7 +225,7 @@ class ReadAhead(Generic[Item]):
 
     def _done(self, item: Item, reservation: Reservation, future: Future[Outcome]) -> Done:
         def done(outcome: PreparedImage | Exception, seconds: float) -> None:
-            reservation.finish_decoding(outcome.patches.nbytes if isinstance(outcome, PreparedImage) else 0)
+            reservation.finish_decoding(outcome.data.nbytes if isinstance(outcome, PreparedImage) else 0)
             with self._lock:
                 self._stats.decode_seconds += seconds
             if isinstance(outcome, PreparedImage | ImageError):

@@ -8,12 +8,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
 from nopad.inference.defaults import default_capacity
 from nopad.pipeline.decode_process import Decoder
+from nopad.pipeline.device_decode import DeviceDecoder, as_jpeg, why_unavailable
 from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.pipeline.isolation import DecodeProcesses
 from nopad.pipeline.memory import MemoryBudget, Reservation
@@ -53,9 +54,15 @@ class Worker:
         threads: that read and preprocess; one per core by default.
         timeout: seconds for one input that is decoded in a process of its own, `None` for no limit.
         memory: bytes that images may take between file and pack; by default half of what is free.
+        decode: `"gpu"` for JPEGs that come from processes, see `nopad.pipeline.device_decode`; `"auto"` where that is
+            possible.
+
+    Attributes:
+        decode: `"cpu"` or `"gpu"`.
 
     Raises:
-        ValueError: a number below 1, a rule that fits no image, or an encoder in training mode.
+        ValueError: a number below 1, a rule that fits no image, an encoder in training mode, or `"gpu"` where JPEGs
+            cannot be decoded on its device.
     """
 
     def __init__(
@@ -69,6 +76,7 @@ class Worker:
         threads: int | None = None,
         timeout: float | None = INPUT_TIMEOUT_SECONDS,
         memory: int | None = None,
+        decode: Literal["auto", "cpu", "gpu"] = "cpu",
     ) -> None:
         self.threads = num_cores() if threads is None else threads
         if capacity is None:
@@ -86,6 +94,11 @@ class Worker:
         self.selection.check(encoder)
         self.image_processor = ImageProcessor.of(encoder, resize=resize, preprocessing=preprocessing)
         self.normalizer = Normalizer(self.image_processor.rule, encoder.patch_order, encoder.device, encoder.dtype)
+        obstacle = None if decode == "cpu" else self._obstacle_to_gpu()
+        if decode == "gpu" and obstacle is not None:
+            raise ValueError(f"decode: expected 'auto' or 'cpu' here, got 'gpu': {obstacle}")
+        self.decode = "cpu" if decode == "cpu" or obstacle is not None else "gpu"
+        self._device_decoder = DeviceDecoder(self.image_processor, encoder.device) if self.decode == "gpu" else None
         self.stats = Stats()
         self.timeout = timeout
         self.memory = memory
@@ -94,7 +107,13 @@ class Worker:
     @property
     def preprocessing(self) -> str:
         """How pixels are made, in words."""
-        return self.image_processor.describe()
+        made = self.image_processor.describe()
+        return f"{made}; JPEGs decoded and resized on the GPU" if self.decode == "gpu" else made
+
+    def _obstacle_to_gpu(self) -> str | None:
+        if self.image_processor.resize != "torch":
+            return f"resize={self.image_processor.resize!r} is bit-exact with Pillow, which the GPU is not"
+        return why_unavailable(self.encoder.device)
 
     def rehearse(self) -> None:
         """Run as many full packs of large images as are ever on the device at once.
@@ -103,12 +122,18 @@ class Worker:
             torch.OutOfMemoryError: they do not fit.
         """
         side = math.isqrt(max(1, self.capacity - self.encoder.num_prefix_tokens)) * self.encoder.patch_size
-        image = self.image_processor(torch.zeros(3, side, side, dtype=torch.uint8))
+        pixels = torch.zeros(3, side, side, dtype=torch.uint8)
+        image = self.image_processor(pixels) if self.decode == "cpu" else as_jpeg(pixels, self.image_processor)
         number = max(1, self.capacity // num_tokens(self.encoder, image))
         pack = [(index, image) for index in range(min(number, self.encoder.compiled_max_segments or number))]
-        runner = PackRunner[int](self.encoder, self.normalizer, self.capacity, Stats(), self.selection)
+        runner = self.runner(Stats())
         for fetch in [runner.encode(pack) for _ in range(MAX_RUNNING)]:
             fetch()
+
+    def runner(self, stats: Stats | None = None) -> PackRunner[Any]:
+        """Runs packs of images that are prepared."""
+        settings = self.normalizer, self.capacity, stats or self.stats, self.selection, self._device_decoder
+        return PackRunner(self.encoder, *settings)
 
     def run(
         self,
@@ -142,6 +167,15 @@ class Worker:
         with self.read_ahead(groups, read, decoder=decoder, measure=measure) as ahead:
             yield from self._embed(ahead, strict=strict, stop=stop or threading.Event())
 
+    def start_processes(self, decoder: Decoder) -> DecodeProcesses:
+        """The processes that decode; the first call starts them, without waiting."""
+        if self._processes is None:
+            options: dict[str, Any] = {"max_processes": self.threads, "timeout": self.timeout}
+            options["keep_jpegs"] = self.decode == "gpu"
+            self._processes = DecodeProcesses(decoder, self.image_processor, **options)
+            self._processes.start()
+        return self._processes
+
     def read_ahead(
         self,
         groups: Iterable[Iterable[Item]],
@@ -161,10 +195,7 @@ class Worker:
         if decoder is None:
             preparer = InThreads(in_thread, self.threads)
         else:
-            if self._processes is None:
-                options: dict[str, Any] = {"max_processes": self.threads, "timeout": self.timeout}
-                self._processes = DecodeProcesses(decoder, self.image_processor, **options)
-            preparer = InProcesses(read, self._processes)
+            preparer = InProcesses(read, self.start_processes(decoder))
         return ReadAhead(groups, preparer, MIN_AHEAD + AHEAD_PER_THREAD * self.threads, budget, self.stats)
 
     def _embed(
@@ -172,7 +203,7 @@ class Worker:
     ) -> Generator[list[EmbeddingResult], None, None]:
         """Packs of one group follow those of another without a pause; a group is yielded once its last is fetched."""
         encoder, groups = self.encoder, deque[_Group]()
-        runner = PackRunner[tuple[_Group, int]](encoder, self.normalizer, self.capacity, self.stats, self.selection)
+        runner: PackRunner[tuple[_Group, int]] = self.runner()
         for outcomes in ahead.groups():
             group = _Group()
             groups.append(group)

@@ -29,7 +29,7 @@ Source = str | Path | bytes | Image.Image | np.ndarray | Tensor
 """A path, a file's bytes, a PIL image, a uint8 array `(H, W)` or `(H, W, 3 | 4)`, a uint8 tensor `(3, H, W)`."""
 
 # EXIF tag 0x0112 as the turn that undoes it.
-_UPRIGHT = {
+UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -184,7 +184,7 @@ def _decode(image: Image.Image, name: str, max_pixels: int, data: bytes | None =
         image.load()
         _check_size(image, name, max_pixels)  # of an ICO the header of the picture inside counts
         rgb = _to_rgb(image, name)
-    turn = _UPRIGHT.get(orientation(image))  # after load(), which turns some TIFFs itself
+    turn = UPRIGHT.get(orientation(image))  # after load(), which turns some TIFFs itself
     if turn is not None:
         rgb = (Image.fromarray(rgb) if isinstance(rgb, np.ndarray) else rgb).transpose(turn)
     return as_tensor(rgb)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nopad.preprocessing.decode import ImageError, as_tensor
+from nopad.preprocessing.geometry import Placement
 from nopad.preprocessing.limits import MAX_PIXELS
 from nopad.preprocessing.rules import RESCALE_FACTOR, Preprocessing, Resample, Resize, check_resize
 
@@ -55,11 +56,7 @@ def resize_image(image: Tensor, preprocessing: Preprocessing, patch_size: int, *
         )
     check_resize(resize)
     clip = image if image.ndim == 4 else _as_clip(image)
-    place = preprocessing.place(clip.shape[2], clip.shape[3], patch_size)
-    if place.height * place.width > MAX_PIXELS:
-        size = f"{place.height}×{place.width}"
-        reason = f"rule {preprocessing.rule!r} resizes it to {size}, expected at most {MAX_PIXELS} pixels"
-        raise ImageError(f"image of {clip.shape[2]}×{clip.shape[3]} (height×width)", reason)
+    place = place_image(clip.shape[2], clip.shape[3], preprocessing, patch_size)
     if preprocessing.is_resized_in_float(resize):
         # In float32 and in this layout: the bits of the original's torchvision processor.
         pixels = clip.contiguous().float() * preprocessing.rescale_factor
@@ -70,6 +67,20 @@ def resize_image(image: Tensor, preprocessing: Preprocessing, patch_size: int, *
     bottom, right = place.top + place.rows * patch_size, place.left + place.columns * patch_size
     pixels = pixels[:, :, place.top : bottom, place.left : right]
     return pixels if image.ndim == 4 else pixels[0]
+
+
+def place_image(height: int, width: int, preprocessing: Preprocessing, patch_size: int) -> Placement:
+    """Size and patches of an image after `resize_image`.
+
+    Raises:
+        ImageError: too many pixels then, or an aspect ratio that the rule refuses.
+    """
+    place = preprocessing.place(height, width, patch_size)
+    if place.height * place.width > MAX_PIXELS:
+        size = f"{place.height}×{place.width}"
+        reason = f"rule {preprocessing.rule!r} resizes it to {size}, expected at most {MAX_PIXELS} pixels"
+        raise ImageError(f"image of {height}×{width} (height×width)", reason)
+    return place
 
 
 def normalize(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
@@ -108,15 +119,20 @@ def _resize_pil(clip: Tensor, height: int, width: int, resample: Resample) -> Te
 
 
 def _resize_torch(clip: Tensor, height: int, width: int, resample: Resample) -> Tensor:
-    """Pillow's resize in 8 bits, with the passes in its order: each rounds and clips, so another order differs.
-
-    torch makes the horizontal pass first, as Pillow does before version 13. Later it begins with the vertical one where
-    that takes away more than twice as many rows as the other columns.
-    """
+    """Pillow's resize in 8 bits, with the passes in its order; torch makes the horizontal pass first."""
     rows, columns = clip.shape[2:]
-    if _PILLOW_CHOOSES_ORDER and rows > height and rows - height > 2 * (columns - width):
+    if is_vertical_first(rows, columns, height, width):
         clip = _interpolate(clip, height, columns, resample)
     return _interpolate(clip, height, width, resample)
+
+
+def is_vertical_first(rows: int, columns: int, height: int, width: int) -> bool:
+    """Whether Pillow resizes in the order that is not the usual one: each pass rounds and clips, so the order counts.
+
+    Before version 13 it makes the horizontal pass first. Later it begins with the vertical one where that takes away
+    more than twice as many rows as the other columns.
+    """
+    return _PILLOW_CHOOSES_ORDER and rows > height and rows - height > 2 * (columns - width)
 
 
 def _interpolate(clip: Tensor, height: int, width: int, resample: Resample) -> Tensor:

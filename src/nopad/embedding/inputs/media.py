@@ -12,6 +12,7 @@ from nopad.embedding.inputs.extras import THUMBNAIL
 from nopad.preprocessing.decode import ImageError, load_image, measure_image
 from nopad.preprocessing.exif import read_exif
 from nopad.preprocessing.files import FileRange, why
+from nopad.preprocessing.jpegs import CheckedJpeg, check_jpeg
 from nopad.preprocessing.limits import MAX_PIXELS, NUM_FRAMES
 from nopad.preprocessing.thumbnails import thumbnail
 from nopad.preprocessing.video import read_frames
@@ -116,6 +117,12 @@ class MediaDecoder:
             return read_frames(media, self.frames, max_pixels=self.max_pixels)
         frames = read_frames(str(media), self.frames, span=(media.start, media.stop), max_pixels=self.max_pixels)
         return frames[0] if media.start == media.stop else frames
+
+    def check_jpeg(self, media: bytes | str) -> CheckedJpeg | None:
+        """See `Decoder.check_jpeg`."""
+        if isinstance(media, str):
+            return None
+        return check_jpeg(media, max_pixels=self.max_pixels, min_side=2 * (self.thumbnails or 0) or 1)
 
     def extras(self, media: bytes | str, pixels: Tensor) -> dict[str, Any]:
         """See `Decoder.extras`: the columns of `nopad.embedding.inputs.extras` that were requested."""

@@ -1,0 +1,214 @@
+"""JPEGs to patches on a GPU: its JPEG engines decode, one kernel resizes all images of a call.
+
+By nvImageCodec, with its hardware backend alone: at most one grey level from libjpeg-turbo, where its CUDA backends
+have three. An image's pixels do not depend on those decoded beside it.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib import util
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nopad.kernels.availability import has_triton
+from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
+from nopad.preprocessing.decode import load_image
+from nopad.preprocessing.jpegs import simplejpeg, upright_strides
+from nopad.preprocessing.transforms import is_vertical_first
+
+logger = logging.getLogger(__name__)
+
+MAX_CALL_PIXELS = 1 << 28
+"""Pixels that are decoded in one call: 0.8 GB."""
+
+_SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
+
+
+@lru_cache
+def why_unavailable(device: torch.device) -> str | None:
+    """Why JPEGs are not decoded on a device, and what to do; `None` where they are."""
+    if device.type != "cuda":
+        return f"it needs a GPU, got {device}"
+    if simplejpeg is None or util.find_spec("nvidia") is None or util.find_spec("nvidia.nvimgcodec") is None:
+        return "it needs nvImageCodec and simplejpeg: pip install 'nopad[embed,gpu-decode]'"
+    if not has_triton(device):
+        return "it needs Triton, which does not work here"
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "grey").save(file, "JPEG")
+    try:
+        decoded = _engines(device).decode([np.frombuffer(file.getvalue(), np.uint8)])
+    except (ImportError, OSError, RuntimeError, ValueError, TypeError) as error:
+        return f"nvImageCodec does not work here: {(str(error) or repr(error)).splitlines()[0]}"
+    return "this GPU has no JPEG engine" if decoded[0] is None else None
+
+
+@lru_cache
+def _engines(device: torch.device) -> _Engines:
+    """Those of a device, made once: their first decoding takes a second."""
+    return _Engines(device)
+
+
+class _Engines:
+    """The JPEG engines of a GPU.
+
+    Args:
+        device: the GPU.
+        threads: that parse files for the engines.
+    """
+
+    def __init__(self, device: torch.device, threads: int = 4) -> None:
+        from nvidia import nvimgcodec  # pyright: ignore[reportMissingImports]
+
+        self._index = device.index or 0
+        backends = [nvimgcodec.Backend(nvimgcodec.BackendKind.HW_GPU_ONLY)]
+        self._decoder = nvimgcodec.Decoder(device_id=self._index, max_num_cpu_threads=threads, backends=backends)
+        self._images: list[Any] = []  # used again: to allocate and to free memory waits for all that the GPU does
+        self._parameters = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
+
+    def decode(self, files: Sequence[np.ndarray]) -> list[Any]:
+        """Pixels `(H, W, 3)` on the device, for kernels of the current stream; `None` where the engines refuse.
+
+        They are written over by the next call, which waits until the stream is done with them.
+        """
+        stream = torch.cuda.current_stream(self._index)
+        stream.synchronize()
+        options = {"params": self._parameters, "cuda_stream": stream.cuda_stream}
+        number = min(len(files), len(self._images))
+        decoded = self._decoder.decode(list(files[:number]), images=self._images[:number], **options) if number else []
+        if number < len(files):
+            more = self._decoder.decode(list(files[number:]), **options)
+            self._images += [image for image in more if image is not None]
+            decoded += more
+        return decoded
+
+
+def as_jpeg(pixels: Tensor, image_processor: ImageProcessor) -> PreparedImage:
+    """An image `(3, H, W)` as a file that a `DeviceDecoder` takes."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(file, "JPEG")
+    height, width = pixels.shape[1:]
+    data = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+    return PreparedImage(data, image_processor.grid_of(height, width), width, height, orientation=1)
+
+
+class DeviceDecoder:
+    """Decodes and resizes JPEGs on a GPU.
+
+    Args:
+        image_processor: has the rule; its patches are uint8.
+        device: the GPU.
+
+    Attributes:
+        patch_dim: numbers of a patch.
+    """
+
+    def __init__(self, image_processor: ImageProcessor, device: torch.device) -> None:
+        self._image_processor = image_processor
+        self._device = device
+        self._engines = _engines(device)
+        self.patch_dim = 3 * image_processor.temporal_patch_size * image_processor.patch_size**2
+
+    def __call__(self, images: Sequence[PreparedImage], starts: Sequence[int], patches: Tensor) -> None:
+        """Write the patches of images that are encoded still.
+
+        Args:
+            starts: of each image the first row of its patches.
+            patches: `(T, P)` uint8 on the device.
+        """
+        call: list[tuple[PreparedImage, int]] = []
+        pixels = 0
+        for image, start in zip(images, starts, strict=True):
+            if call and pixels + image.width * image.height > MAX_CALL_PIXELS:
+                self._run(call, patches)
+                call, pixels = [], 0
+            call.append((image, start))
+            pixels += image.width * image.height
+        if call:
+            self._run(call, patches)
+
+    def _run(self, call: Sequence[tuple[PreparedImage, int]], patches: Tensor) -> None:
+        decoded = self._engines.decode([image.data.numpy() for image, _ in call])
+        descriptions = []
+        layout = _Layout()
+        for (image, start), pixels in zip(call, decoded, strict=True):
+            if pixels is None:
+                self._on_cpu(image, start, patches)
+            else:
+                descriptions.append(self._describe(image, start, pixels.__cuda_array_interface__, layout))
+        if descriptions:
+            self._resize(descriptions, layout, patches)
+
+    def _on_cpu(self, image: PreparedImage, start: int, patches: Tensor) -> None:
+        """Of a file that was checked, and that the engines refuse all the same."""
+        logger.info("a JPEG of %d×%d goes the way of the CPU: the GPU's engines refuse it", image.width, image.height)
+        prepared = self._image_processor(load_image(image.data.numpy().tobytes()))
+        patches[start : start + prepared.num_patches] = prepared.data.to(self._device)
+
+    def _describe(self, image: PreparedImage, start: int, pixels: dict[str, Any], layout: _Layout) -> list[int]:
+        processor = self._image_processor
+        stored_height, stored_width, _ = pixels["shape"]
+        row_stride = (pixels.get("strides") or (stored_width * 3,))[0]
+        assert image.orientation is not None
+        offset, to_row, to_column = upright_strides(stored_width, stored_height, row_stride, image.orientation)
+        place = processor.rule.place(image.height, image.width, processor.patch_size)
+        support = _SUPPORT[processor.rule.resample]
+        patch = processor.patch_size
+        axes = [
+            (to_row, image.height, place.height, place.top, place.rows * patch),
+            (to_column, image.width, place.width, place.left, place.columns * patch),
+        ]
+        is_turned = is_vertical_first(image.height, image.width, place.height, place.width)
+        strides, before, after, first, kept = zip(*(reversed(axes) if is_turned else axes), strict=True)
+        widths = [math.ceil(support * max(b / a, 1.0)) * 2 + 1 for b, a in zip(before, after, strict=True)]
+        places = [layout.add_weights(number * width) for number, width in zip(kept, widths, strict=True)]
+        between = layout.add_pixels(before[0] * kept[1] * 3)
+        layout.most = tuple(map(max, layout.most, (before[0], *kept)))  # pyright: ignore
+        address = pixels["data"][0] + offset
+        return [address, *strides, *before, *after, *first, *kept, *places, *widths, between, start, is_turned]
+
+    def _resize(self, descriptions: list[list[int]], layout: _Layout, patches: Tensor) -> None:
+        from nopad.kernels.triton_resize import resize_to_patches
+
+        processor = self._image_processor
+        host = torch.tensor(descriptions, dtype=torch.int64).pin_memory()
+        weights, starts = torch.empty(2, layout.weights, dtype=torch.int32, device=self._device)
+        between = torch.empty(layout.pixels, dtype=torch.uint8, device=self._device)
+        resize_to_patches(
+            host.to(self._device, non_blocking=True),
+            layout.most,
+            weights,
+            starts,
+            between,
+            patches,
+            patch_size=processor.patch_size,
+            temporal_patch_size=processor.temporal_patch_size,
+            channels_last=processor.patch_order == "hwc",
+            bicubic=processor.rule.resample == "bicubic",
+        )
+
+
+class _Layout:
+    """Room for the weights and the pixels between the passes of all images of a call."""
+
+    def __init__(self) -> None:
+        self.weights = self.pixels = 0
+        self.most = (0, 0, 0)
+
+    def add_weights(self, number: int) -> int:
+        start = self.weights
+        self.weights += number
+        return start
+
+    def add_pixels(self, number: int) -> int:
+        start = self.pixels
+        self.pixels += number
+        return start

@@ -1,0 +1,106 @@
+"""JPEGs that a GPU's decoder may have: checked on the CPU first, at an eighth of their size."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nopad.preprocessing.decode import DAMAGE, UPRIGHT, as_tensor, orientation
+from nopad.preprocessing.file_structure import START_OF_SCAN
+from nopad.preprocessing.formats import open_picture
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
+
+MAX_DEVICE_PIXELS = 1 << 26
+"""Larger JPEGs are decoded on the CPU, so that the memory of the GPU is bounded."""
+
+_FRAME = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf]")  # the marker of a frame: which coding
+_BASELINE = b"\xff\xc0"
+_SAMPLINGS = ("420", "422", "444")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedJpeg:
+    """What a JPEG's header tells, of a file whose data were decoded to the end without a complaint.
+
+    Attributes:
+        width, height: pixels as they are stored.
+        orientation: by its EXIF, 1 … 8.
+        small: upright pixels `(h, w, 3)` at a fraction of the size.
+    """
+
+    width: int
+    height: int
+    orientation: int
+    small: Any
+
+
+def check_jpeg(data: bytes, *, max_pixels: int, min_side: int = 1) -> CheckedJpeg | None:
+    """Check that a file is a JPEG that a GPU decodes as libjpeg-turbo does; `None` where the CPU has to decide.
+
+    The GPU's engines fill up what is cut short and say nothing, so the whole file is decoded here, strictly, at the
+    smallest scale of libjpeg-turbo: all of its entropy-coded data are read, and few pixels are computed.
+
+    Args:
+        max_pixels: of larger ones the CPU words the error.
+        min_side: pixels that the longer side of `small` has at least, where the picture has as many.
+    """
+    if simplejpeg is None or data.count(START_OF_SCAN) > 1:  # scans of single colours, or a second picture
+        return None
+    frame = _FRAME.search(data)
+    if frame is None or frame[0] != _BASELINE:
+        return None
+    try:
+        with open_picture(data) as image:
+            width, height = image.size
+            is_colour = image.format in ("JPEG", "MPO") and image.mode == "RGB" and "progressive" not in image.info
+            turn = orientation(image)
+        if not is_colour or not 0 < width * height <= min(max_pixels, MAX_DEVICE_PIXELS):
+            return None
+        *_, colours, sampling = simplejpeg.decode_jpeg_header(data)
+        if colours != "YCbCr" or sampling not in _SAMPLINGS:
+            return None
+        side = min(min_side, max(width, height))
+        scale = side / max(width, height)
+        least = {"min_width": max(1, int(width * scale)), "min_height": max(1, int(height * scale))}
+        small = simplejpeg.decode_jpeg(data, "RGB", strict=True, **least)
+    except DAMAGE:
+        return None
+    return CheckedJpeg(width, height, turn, small)
+
+
+def upright(small: np.ndarray, orientation: int) -> Any:
+    """Pixels `(h, w, 3)` as a tensor `(3, H, W)`, turned by an EXIF orientation."""
+    from PIL import Image
+
+    turn = UPRIGHT.get(orientation)
+    return as_tensor(small if turn is None else Image.fromarray(small).transpose(turn))
+
+
+def upright_size(width: int, height: int, orientation: int) -> tuple[int, int]:
+    """Height and width of an image after it is turned by an EXIF orientation."""
+    return (width, height) if orientation >= 5 else (height, width)
+
+
+def upright_strides(width: int, height: int, row_stride: int, orientation: int) -> tuple[int, int, int]:
+    """How to read stored pixels `(height, width, 3)` upright, without turning them.
+
+    Returns:
+        Bytes from the first stored pixel to the first upright one, from a row to the next, from a column to the next.
+    """
+    last_row, last_column = (height - 1) * row_stride, (width - 1) * 3
+    return {
+        2: (last_column, row_stride, -3),
+        3: (last_row + last_column, -row_stride, -3),
+        4: (last_row, -row_stride, 3),
+        5: (0, 3, row_stride),
+        6: (last_row, 3, -row_stride),
+        7: (last_row + last_column, -3, -row_stride),
+        8: (last_column, -3, row_stride),
+    }.get(orientation, (0, row_stride, 3))

@@ -1,0 +1,122 @@
+"""JPEGs that come from the decode processes as they are, and the GPU that decodes them."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import nopad
+from nopad.embedding.inputs.media import MediaDecoder
+from nopad.pipeline.image_processor import ImageProcessor
+from nopad.pipeline.isolation import DecodeProcesses
+from nopad.pipeline.memory import MemoryBudget
+from nopad.pipeline.worker import Worker
+from nopad.preprocessing.decode import ImageError
+
+
+def photo(width: int, height: int, orientation: int = 1, format: str = "JPEG", **options) -> bytes:
+    """A smooth picture with an edge, as photos are."""
+    y, x = np.mgrid[0:height, 0:width] / 40
+    levels = np.stack([np.sin(x) + np.cos(y), np.sin(x + y), np.where(x > 3, 1, -1) + 0 * y], 2)
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(((levels + 2) * 60).astype(np.uint8))
+    image.save(file, format, exif=exif, **options)
+    return file.getvalue()
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+FILES = [
+    *(photo(300 + 10 * n, 200, n, subsampling=n % 3) for n in range(1, 9)),
+    photo(120, 500, quality=95),
+    photo(700, 90, 6),
+    photo(200, 150, progressive=True),
+    photo(200, 150, format="PNG"),
+    photo(40, 40),
+]
+
+
+def prepare(worker: Worker, files):
+    with worker.read_ahead([files], lambda data: data, decoder=MediaDecoder()) as ahead:
+        return [image for group in ahead.groups() for image in group]
+
+
+def test_processes_keep_jpegs_and_decode_the_rest(encoder):
+    processor, budget = ImageProcessor.of(encoder), MemoryBudget(1 << 30)
+    kept = DecodeProcesses(MediaDecoder(thumbnails=32), processor, keep_jpegs=True)
+    here = DecodeProcesses(MediaDecoder(thumbnails=32), processor)
+    for data in FILES:
+        image, expected = kept.prepare(data, budget.reservation()), here.prepare(data, budget.reservation())
+        assert (image.grid, image.width, image.height) == (expected.grid, expected.width, expected.height)
+        assert image.extras.keys() == expected.extras.keys() == {"thumbnail"}
+        if data.startswith(b"\xff\xd8") and b"\xff\xc2" not in data:
+            assert image.data.numpy().tobytes() == data
+            assert image.orientation == Image.open(io.BytesIO(data)).getexif()[0x0112]
+        else:
+            assert image.orientation is None
+            assert torch.equal(image.data, expected.data)
+
+
+def test_damage_is_worded_as_on_the_cpu(encoder):
+    processor, budget = ImageProcessor.of(encoder), MemoryBudget(1 << 30)
+    reasons = []
+    for keep_jpegs in (False, True):
+        processes = DecodeProcesses(MediaDecoder(max_pixels=70_000), processor, keep_jpegs=keep_jpegs)
+        for data in (cut(FILES[0]), cut(FILES[-2]), FILES[7], b"\xff\xd8nothing"):
+            with pytest.raises(ImageError) as error:
+                processes.prepare(data, budget.reservation())
+            reasons.append(error.value.reason)
+    assert reasons[:4] == reasons[4:]
+
+
+def test_without_a_gpu(encoder):
+    with pytest.raises(ValueError, match="decode: expected 'auto' or 'cpu' here, got 'gpu': it needs a GPU, got cpu"):
+        Worker(encoder, decode="gpu")
+    with pytest.raises(ValueError, match="got 'gpu': resize='pil' is bit-exact with Pillow, which the GPU is not"):
+        Worker(encoder, decode="gpu", resize="pil")
+    worker = Worker(encoder, decode="auto")
+    assert worker.decode == "cpu"
+    assert "GPU" not in worker.preprocessing
+
+
+@pytest.fixture(scope="module")
+def on_gpu(encoder):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    gpu = nopad.load(encoder.source, device="cuda", dtype=torch.bfloat16)
+    try:
+        return Worker(gpu, decode="gpu")
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.gpu
+def test_patches_differ_by_a_grey_level_at_most(on_gpu):
+    """Also in a call with others, and whatever the order of the passes is."""
+    images = prepare(on_gpu, FILES)
+    expected = torch.cat([image.data for image in prepare(Worker(on_gpu.encoder), FILES)])
+    upload = on_gpu.runner().uploader
+    together = upload(images)().cpu()
+    torch.cuda.synchronize()
+    difference = (together.int() - expected.int()).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < 0.02
+    alone = torch.cat([upload([image])().cpu() for image in images])
+    assert torch.equal(alone, together)
+
+
+@pytest.mark.gpu
+def test_features_are_those_of_the_cpus_pixels_nearly(on_gpu):
+    files = [*FILES, cut(FILES[3]), *FILES[:5]]
+    (gpu,) = on_gpu.run([files], lambda data: data, decoder=MediaDecoder())
+    (cpu,) = Worker(on_gpu.encoder).run([files], lambda data: data, decoder=MediaDecoder())
+    assert [str(one.error) for one in gpu] == [str(one.error) for one in cpu]
+    assert [one.grid for one in gpu] == [one.grid for one in cpu]
+    pairs = [(a.embedding, b.embedding) for a, b in zip(gpu, cpu, strict=True) if a.error is None]
+    cosines = [float(torch.cosine_similarity(*map(torch.from_numpy, pair), dim=0)) for pair in pairs]
+    assert min(cosines) > 0.999

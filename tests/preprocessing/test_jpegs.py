@@ -1,0 +1,102 @@
+"""JPEGs that a GPU may decode: what the check at an eighth of the size lets pass."""
+
+import io
+import random
+
+import numpy as np
+import pytest
+import simplejpeg
+from numpy.lib.stride_tricks import as_strided
+from PIL import Image
+
+from nopad.preprocessing.decode import UPRIGHT, load_image
+from nopad.preprocessing.jpegs import CheckedJpeg, check_jpeg, upright, upright_size, upright_strides
+
+
+def picture(width: int = 83, height: int = 61, mode: str = "RGB") -> Image.Image:
+    levels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(levels).convert(mode)
+
+
+def jpeg(image: Image.Image, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def passes(data: bytes) -> bool:
+    return check_jpeg(data, max_pixels=1 << 20) is not None
+
+
+def decodes(data: bytes) -> bool:
+    try:
+        simplejpeg.decode_jpeg(data, "RGB", strict=True)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("options", [{"subsampling": n} for n in (0, 1, 2)] + [{"restart_marker_rows": 1}])
+def test_plain_ones_pass(options):
+    checked = check_jpeg(jpeg(picture(), **options), max_pixels=1 << 20)
+    assert isinstance(checked, CheckedJpeg)
+    assert (checked.width, checked.height, checked.orientation) == (83, 61, 1)
+    assert checked.small.shape == (8, 11, 3)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        jpeg(picture(), progressive=True),
+        jpeg(picture(mode="L")),
+        jpeg(picture(mode="CMYK")),
+        jpeg(picture(), keep_rgb=True),
+        jpeg(picture(2000, 1000)),
+        b"",
+        b"\xff\xd8\xff\xc0",
+    ],
+    ids=["progressive", "grey", "CMYK", "RGB", "large", "empty", "cut"],
+)
+def test_others_are_left_to_the_cpu(data):
+    assert not passes(data)
+
+
+def test_files_that_are_cut_or_damaged_pass_where_they_decode_whole():
+    """What the GPU fills up without a word, libjpeg-turbo refuses at each of its scales."""
+    draw = random.Random(0)
+    data = jpeg(picture(160, 120), quality=70)
+    body = data.index(b"\xff\xda") + 14
+    cuts = [data[:end] for end in (*range(body, len(data), 61), len(data) - 3, len(data) - 1)]
+    ended = [cut + b"\xff\xd9" for cut in cuts[::5]]
+    flipped = []
+    for _ in range(300):
+        changed = bytearray(data)
+        changed[draw.randrange(2, len(data))] ^= 1 << draw.randrange(8)
+        flipped.append(bytes(changed))
+    assert not any(passes(cut) for cut in cuts)
+    passed = [(passes(file), decodes(file)) for file in (*ended, *flipped)]
+    assert not any(here and not there for here, there in passed)
+    assert sum(here for here, _ in passed) > 20  # a wrong level is no damage that a decoder can see
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pixels_are_read_upright_by_strides(orientation):
+    image = picture()
+    stored = np.array(image)
+    expected = np.array(image.transpose(UPRIGHT[orientation]) if orientation > 1 else image)
+    assert upright_size(83, 61, orientation) == expected.shape[:2]
+    start, to_row, to_column = upright_strides(83, 61, stored.strides[0], orientation)
+    flat = stored.reshape(-1)[start:]
+    read = as_strided(flat, expected.shape, (to_row, to_column, 1))
+    np.testing.assert_array_equal(read, expected)
+    np.testing.assert_array_equal(upright(stored, orientation).permute(1, 2, 0), expected)
+
+
+def test_the_small_picture_is_as_large_as_a_thumbnail_needs():
+    data = jpeg(picture(400, 200))
+    checked = check_jpeg(data, max_pixels=1 << 20, min_side=130)
+    assert checked is not None
+    assert checked.small.shape == (75, 150, 3)  # at 3/8
+    small = check_jpeg(jpeg(picture(90, 40)), max_pixels=1 << 20, min_side=130)
+    assert small is not None
+    np.testing.assert_array_equal(small.small, load_image(jpeg(picture(90, 40))).permute(1, 2, 0))
