@@ -378,6 +378,30 @@ def test_of_large_files_one_is_read_at_a_time():
     assert (budget.used, budget.decoding, budget.next_ticket) == (0, 0, 2)
 
 
+def test_a_batch_reserves_for_all_of_its_images_or_for_none():
+    budget = MemoryBudget(100)
+    large, *batch = (budget.reservation() for _ in range(4))
+    notified = []
+    assert not budget.try_reserve_all(batch, 10, lambda: notified.append("next"))  # the large one is before them
+    large.reserve(80)
+    assert notified == ["next"]
+    assert not budget.try_reserve_all(batch, 10, lambda: notified.append("decoded"))
+    assert (budget.used, budget.decoding) == (80, 1)
+    large.finish_decoding(60)
+    assert notified == ["next", "decoded"]
+    assert budget.try_reserve_all(batch, 10, notified.clear)
+    assert (budget.used, budget.decoding, budget.next_ticket) == (90, 3, 4)
+    batch[1].renounce()  # it needs more, and is granted that before all others that are not granted yet
+    last = budget.reservation()
+    assert (budget.used, budget.decoding, budget.next_ticket) == (80, 2, 2)
+    assert not last.try_reserve(1, notified.clear)
+    assert not batch[1].try_reserve(30, notified.clear)
+    batch[0].finish_decoding(0)
+    batch[2].finish_decoding(0)
+    assert batch[1].try_reserve(30, notified.clear)
+    assert last.try_reserve(1, notified.clear)
+
+
 def test_reservations_are_granted_in_order_and_the_largest_alone():
     budget = MemoryBudget(100)
     first, large, last = (budget.reservation() for _ in range(3))

@@ -172,7 +172,9 @@ def embed(
         logger.info("%s; loading the model", counted(len(listing.inputs), "input"))
         is_loaded = not isinstance(model, PackedEncoder)
         encoder = model if isinstance(model, PackedEncoder) else load_encoder(settings)
-        worker = make_worker(settings, encoder, len(listing.inputs), folder.recorded(), is_loaded=is_loaded)
+        worker = make_worker(
+            settings, encoder, len(listing.inputs), folder.recorded(), is_loaded=is_loaded, decodes=actors is None
+        )
         logger.info(describe_execution(worker))
         record = record_of(settings, worker, names, listing.inputs)
         jobs = begin_or_resume(folder, lock.check, settings, record, listing.inputs)

@@ -53,6 +53,7 @@ def make_worker(
     begun: Mapping[str, str] | None = None,
     *,
     is_loaded: bool = True,
+    decodes: bool = True,
 ) -> Worker:
     """A worker that embeds by the settings of a job, its encoder compiled if it is to be.
 
@@ -61,6 +62,7 @@ def make_worker(
         begun: the record of the job that was begun in this folder. What it was compiled for by default is the same
             now, and so are its capacity, for the requested one may have been halved then, and the CPU as its decoder.
         is_loaded: the encoder was loaded for this job. One that was given is compiled or not, as it is.
+        decodes: this process decodes, not actors.
 
     Raises:
         ValueError: full packs do not fit into the memory of the device.
@@ -78,7 +80,7 @@ def make_worker(
     begun_by_cpu = settings.decode == "auto" and begun.get("decode") == "cpu"
     limits["decode"] = "cpu" if begun_by_cpu else settings.decode
     worker = Worker(encoder, capacity=settings.capacity, threads=settings.workers, **options, **limits)
-    if num_inputs:
+    if num_inputs and decodes:
         with make_reader(settings) as reader:
             worker.start_processes(reader.decoder)  # while the encoder is compiled
     if settings.compile and settings.layers is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -91,8 +90,8 @@ class DecodeChannel(Channel):
         """
         self._start, self._waited = time.monotonic(), 0.0
         self._allow(timeout)
-        for reservation in reservations:
-            yield from self._wait(partial(reservation.try_reserve, allowance, notify))
+        budget = reservations[0].budget
+        yield from self._wait(lambda: budget.try_reserve_all(reservations, allowance, notify))
         yield from self.send(Batch(tuple(files), allowance))
         answers = (yield from self.receive(max_answers=len(files)))["answers"]
         if len(answers) != len(files):

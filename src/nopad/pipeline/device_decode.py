@@ -83,11 +83,16 @@ class _Engines:
         stream.synchronize()
         options = {"params": self._parameters, "cuda_stream": stream.cuda_stream}
         number = min(len(files), len(self._images))
-        decoded = self._decoder.decode(list(files[:number]), images=self._images[:number], **options) if number else []
-        if number < len(files):
-            more = self._decoder.decode(list(files[number:]), **options)
-            self._images += [image for image in more if image is not None]
-            decoded += more
+        try:
+            reused = {"images": self._images[:number], **options}
+            decoded = self._decoder.decode(list(files[:number]), **reused) if number else []
+            if number < len(files):
+                more = self._decoder.decode(list(files[number:]), **options)
+                self._images += [image for image in more if image is not None]
+                decoded += more
+        except RuntimeError as error:
+            logger.warning("a GPU's engines decode nothing of %d JPEGs, the CPU does: %s", len(files), error)
+            return [None] * len(files)
         return decoded
 
 
@@ -140,10 +145,11 @@ class DeviceDecoder:
         descriptions = []
         layout = _Layout()
         for (image, start), pixels in zip(call, decoded, strict=True):
-            if pixels is None:
+            array = None if pixels is None else pixels.__cuda_array_interface__
+            if array is None or tuple(array["shape"]) != (*_stored_size(image), 3):
                 self._on_cpu(image, start, patches)
             else:
-                descriptions.append(self._describe(image, start, pixels.__cuda_array_interface__, layout))
+                descriptions.append(self._describe(image, start, array, layout))
         if descriptions:
             self._resize(descriptions, layout, patches)
 
@@ -194,6 +200,12 @@ class DeviceDecoder:
             channels_last=processor.patch_order == "hwc",
             bicubic=processor.rule.resample == "bicubic",
         )
+
+
+def _stored_size(image: PreparedImage) -> tuple[int, int]:
+    """Height and width before it is turned upright."""
+    assert image.orientation is not None
+    return (image.width, image.height) if image.orientation >= 5 else (image.height, image.width)
 
 
 class _Layout:

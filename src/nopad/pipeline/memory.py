@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +85,23 @@ class MemoryBudget:
         self._tickets += 1
         return Reservation(self, self._tickets - 1)
 
+    def try_reserve_all(self, reservations: Sequence[Reservation], size: int, notify: Callable[[], None]) -> bool:
+        """Reserve `size` bytes for each of some images, in their order, or for none where they are not free for all.
+
+        With a part of them granted a larger image before them would wait for these, and the rest for that one.
+
+        Raises:
+            ImageError: see `Reservation.reserve`.
+        """
+        reservations[0].check(size)
+        with self.changed:
+            if not reservations[0].can_take(size * len(reservations)):
+                self.listen(notify)
+                return False
+            for reservation in reservations:
+                reservation.take(size, decoding=True)
+            return True
+
     def close(self) -> None:
         """Refuse all reservations that are not granted yet."""
         with self.changed:
@@ -148,25 +165,26 @@ class Reservation:
         return self._try(size, notify, decoding=True)
 
     def _wait(self, size: int, *, decoding: bool) -> None:
-        self._check(size)
+        self.check(size)
         if self._granted:
             return
         with self.budget.changed:
-            self.budget.changed.wait_for(lambda: self._can_take(size))
-            self._take(size, decoding=decoding)
+            self.budget.changed.wait_for(lambda: self.can_take(size))
+            self.take(size, decoding=decoding)
 
     def _try(self, size: int, notify: Callable[[], None], *, decoding: bool) -> bool:
-        self._check(size)
+        self.check(size)
         if self._granted:
             return True
         with self.budget.changed:
-            if not self._can_take(size):
+            if not self.can_take(size):
                 self.budget.listen(notify)
                 return False
-            self._take(size, decoding=decoding)
+            self.take(size, decoding=decoding)
             return True
 
-    def _check(self, size: int) -> None:
+    def check(self, size: int) -> None:
+        """Raise `ImageError` for more than the whole budget."""
         budget = self.budget
         if size > budget.limit:
             raise ImageError(
@@ -175,7 +193,8 @@ class Reservation:
                 f"set decode_memory to more",
             )
 
-    def _take(self, size: int, *, decoding: bool) -> None:
+    def take(self, size: int, *, decoding: bool) -> None:
+        """Reserve; under the lock of the budget's `changed`, once `can_take` allows it."""
         budget = self.budget
         if budget.closed:
             raise ImageError("image", "not decoded: the run has ended")
@@ -225,7 +244,7 @@ class Reservation:
         """Whether the run that it belongs to has ended."""
         return self.budget.closed
 
-    def _can_take(self, size: int) -> bool:
+    def can_take(self, size: int) -> bool:
         """Whether a reservation of `size` bytes is granted or refused now."""
         budget = self.budget
         if budget.closed:
