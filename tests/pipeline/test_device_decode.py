@@ -1,6 +1,9 @@
 """JPEGs that come from the decode processes as they are, and the GPU that decodes them."""
 
 import io
+import os
+import threading
+from multiprocessing import Pipe
 
 import numpy as np
 import pytest
@@ -9,9 +12,12 @@ from PIL import Image
 
 import nopad
 from nopad.embedding.inputs.media import MediaDecoder
+from nopad.pipeline import process_server
+from nopad.pipeline.forked import answer
 from nopad.pipeline.image_processor import ImageProcessor
 from nopad.pipeline.isolation import DecodeProcesses
 from nopad.pipeline.memory import MemoryBudget
+from nopad.pipeline.process_server import Process
 from nopad.pipeline.worker import Worker
 from nopad.preprocessing.decode import ImageError
 
@@ -120,3 +126,31 @@ def test_features_are_those_of_the_cpus_pixels_nearly(on_gpu):
     pairs = [(a.embedding, b.embedding) for a, b in zip(gpu, cpu, strict=True) if a.error is None]
     cosines = [float(torch.cosine_similarity(*map(torch.from_numpy, pair), dim=0)) for pair in pairs]
     assert min(cosines) > 0.999
+
+
+LIES = [{"grid": [1, 9, 9]}, {"width": 9}, {"orientation": 9}, {"extras": 3}, {"jpeg": 0}, {"width": 40, "height": 32}]
+
+
+@pytest.mark.parametrize("lie", LIES, ids=lambda lie: ",".join(lie))
+def test_a_process_that_lies_about_a_jpeg_is_a_crash(encoder, monkeypatch, lie):
+    data, processor = photo(32, 40), ImageProcessor.of(encoder)
+    fields = {"jpeg": len(data), "orientation": 1, "width": 32, "height": 40, "extras": {}}
+    fields |= {"grid": list(processor.grid_of(40, 32)), **lie}
+    if "height" in lie:
+        fields["grid"] = list(processor.grid_of(32, 40))
+
+    def serve(connection):
+        connection.recv()
+        answer(connection, bytes=1 << 20)
+        connection.recv()
+        answer(connection, memoryview(data), **fields)
+
+    def fork(program):
+        ours, theirs = Pipe()
+        threading.Thread(target=serve, args=(theirs,), daemon=True).start()
+        return Process(ours, os.getpid(), None, process_server.start())
+
+    monkeypatch.setattr(process_server, "fork", fork)
+    processes = DecodeProcesses(MediaDecoder(), processor, keep_jpegs=True)
+    with pytest.raises(ImageError, match="its decoder crashed"):
+        processes.prepare(data, MemoryBudget(1 << 30).reservation())

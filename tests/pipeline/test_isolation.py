@@ -15,7 +15,7 @@ import psutil
 import pytest
 from pipeline.hostile_decoder import HostileDecoder
 
-from nopad.pipeline import process_server
+from nopad.pipeline import isolation, process_server
 from nopad.pipeline.decode_process import DecodeProgram
 from nopad.pipeline.image_processor import ImageProcessor
 from nopad.pipeline.isolation import DecodeProcesses
@@ -39,7 +39,7 @@ def prepare(processes, data: str):
     return processes.prepare(data, MemoryBudget(1 << 30).reservation())
 
 
-def prepare_all(image_processor, files, memory: int = 1 << 30, processes: int = 1, timeout: float = 20):
+def prepare_all(image_processor, files, memory: int = 1 << 30, processes: int = 1, timeout: float | None = 20):
     """What becomes of files that are there at once, so that they go in batches."""
     gate, done, outcomes = threading.Event(), threading.Semaphore(0), {}
     budget = MemoryBudget(memory)
@@ -307,6 +307,8 @@ def test_nonsense_from_a_process_is_a_crash(image_processor, monkeypatch, answer
         [b'{"answers": []}'],
         [b'{"answers": [{"alone": true}]}'],
         [b'{"answers": [3, 4, 5]}'],
+        [b'{"answers": ["error", "error", "alone"]}'],
+        [b'{"answers": [%s]}' % b", ".join([b'{"jpeg": 4, "grid": [1, 1, 1], "width": 4, "height": 4}'] * 3)],
         [b'{"bytes": 1}'],
         [b'{"answers": [%s]}' % b", ".join([b'{"shape": [1, 48], "grid": [1, 1, 1], "width": 4, "height": 4}'] * 3)],
     ],
@@ -328,6 +330,27 @@ def test_files_of_a_batch_that_is_answered_with_nonsense_are_tried_alone(image_p
     images = prepare_all(image_processor, ["3 4", "1 2", "2 2"])
     assert [image.grid for image in images] == [(1, 3, 4), (1, 1, 2), (1, 2, 2)]
     assert len(kept) == 1
+
+
+@pytest.mark.parametrize("timeout", [None, 20.0])
+def test_a_batch_that_takes_too_long_is_tried_one_by_one(image_processor, monkeypatch, timeout):
+    monkeypatch.setattr(isolation, "_BATCH_SECONDS", 0.5)
+    monkeypatch.setattr(HostileDecoder, "is_quick", lambda self, source: True)
+    images = prepare_all(image_processor, ["slow 3 4", "slow 1 2", "slow 2 2"], timeout=timeout)
+    assert [image.grid[1:] for image in images] == [(3, 4), (1, 2), (2, 2)]
+
+
+def test_an_error_of_the_thread_that_serves_ends_the_files_in_hand_alone(image_processor, monkeypatch):
+    budget, outcomes, done = MemoryBudget(1 << 30), [], threading.Semaphore(0)
+    processes = DecodeProcesses(HostileDecoder(), image_processor)
+    monkeypatch.setattr(processes, "_turn", lambda: 1 / 0)
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    processes.submit("slow 3 4", budget.reservation(), lambda outcome, _: (outcomes.append(outcome), done.release()))
+    assert done.acquire(timeout=60)
+    assert [type(outcome) for outcome in outcomes] == [ZeroDivisionError]
+    monkeypatch.undo()
+    assert prepare(processes, "3 4").grid == (1, 3, 4)
+    assert len(outcomes) == 1
 
 
 def test_images_beyond_the_allowance_of_a_batch_are_asked_for_alone(image_processor):

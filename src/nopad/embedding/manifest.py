@@ -149,7 +149,7 @@ def check_same(old: Mapping[str, str], new: Mapping[str, str], folder: Path) -> 
 
 def _is_same(old: str | None, new: str | None) -> bool:
     """Whether an option has one value; a record of before there was the option does as if it is off."""
-    return old == new or (old is None and new in ("", "no"))
+    return old == new or (old is None and new in ("", "no", "cpu"))
 
 
 def _difference(key: str, old: str, new: str) -> list[str]:

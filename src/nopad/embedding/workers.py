@@ -77,7 +77,7 @@ def make_worker(
     )
     options: dict[str, Any] = {"resize": settings.resize, "preprocessing": rule, "selection": settings.selection}
     limits: dict[str, Any] = {"timeout": settings.input_timeout, "memory": settings.decode_memory}
-    begun_by_cpu = settings.decode == "auto" and begun.get("decode") == "cpu"
+    begun_by_cpu = settings.decode == "auto" and begun and begun.get("decode", "cpu") == "cpu"
     limits["decode"] = "cpu" if begun_by_cpu else settings.decode
     worker = Worker(encoder, capacity=settings.capacity, threads=settings.workers, **options, **limits)
     if num_inputs and decodes:

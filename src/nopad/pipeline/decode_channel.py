@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from nopad.pipeline.channel import Channel, count_in
-from nopad.pipeline.decode_process import Batch
+from nopad.pipeline.decode_process import Batch, DecodeProgram
 from nopad.pipeline.image_processor import PreparedImage
 from nopad.pipeline.memory import Reservation
 from nopad.pipeline.process_server import Process
+from nopad.preprocessing.jpegs import simplejpeg, upright_size
 
 MEMORY = 0
 """Beside `selectors.EVENT_READ` and `EVENT_WRITE`: waits for memory."""
@@ -26,13 +27,13 @@ class DecodeChannel(Channel):
     """One process, which decodes one file after another.
 
     Args:
-        process: runs `DecodeProgram`.
-        dtype: of the patches that it sends.
+        process: runs the program.
+        program: says what it may answer.
     """
 
-    def __init__(self, process: Process, dtype: torch.dtype) -> None:
+    def __init__(self, process: Process, program: DecodeProgram) -> None:
         super().__init__(process)
-        self.dtype = dtype
+        self._program = program
         self.deadline = float("inf")  # by the monotonic clock
         self._start = self._waited = 0.0
 
@@ -72,6 +73,7 @@ class DecodeChannel(Channel):
         image = self._empty_image(answer, size)
         self._allow(timeout)
         yield from self.fill([_bytes_of(image)])
+        _check(image)
         return image
 
     def prepare_batch(
@@ -94,18 +96,21 @@ class DecodeChannel(Channel):
         yield from self._wait(lambda: budget.try_reserve_all(reservations, allowance, notify))
         yield from self.send(Batch(tuple(files), allowance))
         answers = (yield from self.receive(max_answers=len(files)))["answers"]
-        if len(answers) != len(files):
-            raise ValueError(f"got {len(answers)} answers to {len(files)} files")
+        if len(answers) != len(files) or not all(isinstance(fields, dict) for fields in answers):
+            raise ValueError(f"got {len(answers)} answers to {len(files)} files, expected an object for each")
         images = [
             fields if "error" in fields or "alone" in fields else self._empty_image(fields, allowance)
             for fields in answers
         ]
         self._allow(timeout)
-        yield from self.fill([_bytes_of(image) for image in images if isinstance(image, PreparedImage)])
+        prepared = [image for image in images if isinstance(image, PreparedImage)]
+        yield from self.fill(list(map(_bytes_of, prepared)))
+        for image in prepared:
+            _check(image)
         return images
 
     def _empty_image(self, answer: dict[str, Any], size: int) -> PreparedImage:
-        if "jpeg" in answer:
+        if self._program.keep_jpegs and "jpeg" in answer:
             return self._empty_jpeg(answer, size)
         rows, columns = answer["shape"]
         t, h, w = answer["grid"]
@@ -113,11 +118,13 @@ class DecodeChannel(Channel):
         numbers = (rows, columns, t, h, w, width, height)
         if not all(type(number) is int and number > 0 for number in numbers) or t * h * w != rows:
             raise ValueError(f"got patches of {rows}×{columns} in a grid of {t}×{h}×{w} for {width}×{height} pixels")
-        if rows * columns * self.dtype.itemsize > size:
+        if rows * columns * self._program.image_processor.dtype.itemsize > size:
             raise ValueError(f"got patches of {rows}×{columns}, expected at most {size} bytes")
         if not isinstance(extras := answer["extras"], dict):
             raise ValueError(f"got extras {type(extras).__name__}, expected an object")
-        return PreparedImage(torch.empty(rows, columns, dtype=self.dtype), (t, h, w), width, height, extras)
+        return PreparedImage(
+            torch.empty(rows, columns, dtype=self._program.image_processor.dtype), (t, h, w), width, height, extras
+        )
 
     def _empty_jpeg(self, answer: dict[str, Any], size: int) -> PreparedImage:
         numbers = (answer["jpeg"], *answer["grid"], answer["width"], answer["height"], answer["orientation"])
@@ -125,6 +132,8 @@ class DecodeChannel(Channel):
             raise ValueError(f"got a JPEG of {numbers}")
         if answer["jpeg"] > size or answer["orientation"] > 8 or not isinstance(answer["extras"], dict):
             raise ValueError(f"got a JPEG of {answer['jpeg']} bytes and orientation {answer['orientation']}")
+        if list(self._program.image_processor.grid_of(answer["height"], answer["width"])) != answer["grid"]:
+            raise ValueError(f"got a grid of {answer['grid']} for {answer['width']}×{answer['height']} pixels")
         data = torch.empty(answer["jpeg"], dtype=torch.uint8)
         sides = answer["width"], answer["height"], answer["extras"]
         return PreparedImage(data, tuple(answer["grid"]), *sides, orientation=answer["orientation"])
@@ -143,6 +152,20 @@ class DecodeChannel(Channel):
         waited = time.monotonic() - start
         self._waited += waited
         self.deadline += waited
+
+
+def _check(image: PreparedImage) -> None:
+    """Check that a JPEG is as large as its process has told.
+
+    Raises:
+        ValueError: it is not, or it is none.
+    """
+    if image.orientation is None:
+        return
+    header: Any = simplejpeg.decode_jpeg_header(image.data.numpy())
+    height, width = header[:2]
+    if upright_size(width, height, image.orientation) != (image.height, image.width):
+        raise ValueError(f"got a JPEG of {width}×{height} pixels, expected {image.width}×{image.height} upright")
 
 
 def _bytes_of(image: PreparedImage) -> memoryview:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import util
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 MAX_CALL_PIXELS = 1 << 28
 """Pixels that are decoded in one call: 0.8 GB."""
+MAX_KEPT_BYTES = 1 << 31
+"""Of the GPU, for the pixels of the call before, which are used again."""
 
 _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
 
@@ -71,16 +74,20 @@ class _Engines:
         self._index = device.index or 0
         backends = [nvimgcodec.Backend(nvimgcodec.BackendKind.HW_GPU_ONLY)]
         self._decoder = nvimgcodec.Decoder(device_id=self._index, max_num_cpu_threads=threads, backends=backends)
+        self.lock = threading.Lock()
         self._images: list[Any] = []  # used again: to allocate and to free memory waits for all that the GPU does
+        self._done = torch.cuda.Event()
         self._parameters = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
 
     def decode(self, files: Sequence[np.ndarray]) -> list[Any]:
         """Pixels `(H, W, 3)` on the device, for kernels of the current stream; `None` where the engines refuse.
 
-        They are written over by the next call, which waits until the stream is done with them.
+        They are written over by the next call: hold `lock` until `release`.
         """
+        self._done.synchronize()
+        if sum(image.capacity for image in self._images) > MAX_KEPT_BYTES:
+            self._images = []
         stream = torch.cuda.current_stream(self._index)
-        stream.synchronize()
         options = {"params": self._parameters, "cuda_stream": stream.cuda_stream}
         number = min(len(files), len(self._images))
         try:
@@ -92,8 +99,13 @@ class _Engines:
                 decoded += more
         except RuntimeError as error:
             logger.warning("a GPU's engines decode nothing of %d JPEGs, the CPU does: %s", len(files), error)
+            self._images = []
             return [None] * len(files)
         return decoded
+
+    def release(self) -> None:
+        """All kernels that read the pixels are in the current stream."""
+        self._done.record()
 
 
 def as_jpeg(pixels: Tensor, image_processor: ImageProcessor) -> PreparedImage:
@@ -141,6 +153,11 @@ class DeviceDecoder:
             self._run(call, patches)
 
     def _run(self, call: Sequence[tuple[PreparedImage, int]], patches: Tensor) -> None:
+        with self._engines.lock:
+            self._decode(call, patches)
+            self._engines.release()
+
+    def _decode(self, call: Sequence[tuple[PreparedImage, int]], patches: Tensor) -> None:
         decoded = self._engines.decode([image.data.numpy() for image, _ in call])
         descriptions = []
         layout = _Layout()

@@ -149,8 +149,9 @@ class DecodeProcesses:
             while self._start():
                 self._turn()
         except BaseException as error:  # every waiting task must end
+            tasks = [task for busy in list(self._busy.values()) for task in self._give_up(busy)]
             with self._lock:
-                tasks = [*self._queue.take_all(), *(task for busy in self._busy.values() for task in busy.tasks)]
+                tasks += self._queue.take_all()
                 self._is_served = False
             for task in tasks:
                 task.done(error if isinstance(error, Exception) else RuntimeError(repr(error)), 0.0)
@@ -230,7 +231,8 @@ class DecodeProcesses:
             if busy.events == MEMORY:
                 self._advance(busy)
             elif now >= busy.process.deadline:
-                reason = f"decoding it takes more than {self.timeout:g} s; input_timeout sets another limit"
+                limit = "its batch may take" if self.timeout is None else f"{self.timeout:g} s"
+                reason = f"decoding it takes more than {limit}; input_timeout sets another limit"
                 self._fail(busy, ImageError("image", reason))
 
     def _patience(self) -> float | None:
@@ -293,6 +295,13 @@ class DecodeProcesses:
         error = ImageError("image", "its decoder crashed; a damaged file, or too little memory")
         self._fail(busy, error, kill=False)
 
+    def _give_up(self, busy: _Busy) -> list[Task]:
+        """End a process in the middle of its files, which are returned."""
+        self._let_go(busy)
+        busy.process.kill()
+        busy.process.close()
+        return busy.tasks
+
     def _fail(self, busy: _Busy, error: Exception, *, kill: bool = True) -> None:
         """End a process whose file fails; files of a batch are tried again, each alone."""
         self._let_go(busy)
@@ -315,7 +324,7 @@ class DecodeProcesses:
             del self._busy[busy.process]
 
     def _fork(self) -> DecodeChannel:
-        return DecodeChannel(process_server.fork(self._program), self._program.image_processor.dtype)
+        return DecodeChannel(process_server.fork(self._program), self._program)
 
     def _ring(self) -> None:
         with suppress(BlockingIOError):  # full: it rings already

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -171,7 +172,10 @@ class PackRunner(Generic[Key]):
         Args:
             take_patches: gives its patches, where they were uploaded already.
         """
-        take_patches = take_patches or self.uploader([image for _, image in pack])
+        if take_patches is None:
+            images = [image for _, image in pack]  # in the thread of all uploads, which share the decoder's buffers
+            upload = partial(self.uploader, images)
+            take_patches = upload() if self._pool is None else self._pool.submit(upload).result()
         with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
             return self._encode(pack, take_patches)
 

@@ -54,7 +54,7 @@ class AnsweringProcess:
         self._program = program
         self._lock = threading.Lock()  # a process is not killed once it is closed: its number may be another's
         self._channel: Channel | None = None
-        self._is_interrupted = False
+        self.is_interrupted = False
 
     def close(self) -> None:
         """End the process."""
@@ -67,7 +67,7 @@ class AnsweringProcess:
     def interrupt(self) -> None:
         """End the process; from now on it answers nothing."""
         with self._lock:
-            self._is_interrupted = True
+            self.is_interrupted = True
             if self._channel is not None:
                 self._channel.kill()
 
@@ -96,7 +96,7 @@ class AnsweringProcess:
                 raise LostProcessError(reason) from None
             except _NONSENSE as error:
                 logger.info("a process that reads died: %s", error)
-                if self._is_interrupted:
+                if self.is_interrupted:
                     raise UnreadableError("not read: the run has ended") from error
                 if channel.has_lost_server:
                     lost_servers += 1
@@ -139,7 +139,7 @@ class AnsweringProcess:
             channel = Channel(process_server.fork(self._program))
             with self._lock:
                 self._channel = channel
-                if self._is_interrupted:
+                if self.is_interrupted:
                     channel.kill()
         return channel
 

@@ -142,5 +142,7 @@ class Reader:
                 self._tables[key] = TableImages(*key, self._timeout)
                 if len(self._tables) > _MAX_OPEN_TABLES:
                     self._tables.popitem(last=False)[1].close()
+                if self._is_interrupted:  # which did not see it
+                    self._tables[key].interrupt()
             self._tables.move_to_end(key)
             return self._tables[key].image(item.offset, takes_large=takes_large)

@@ -24,7 +24,7 @@ from nopad.embedding.inputs.spans import time_of
 from nopad.embedding.inputs.table_process import TableProcess
 from nopad.embedding.inputs.table_program import Table
 from nopad.pipeline.channel import valid_text
-from nopad.pipeline.questions import LostProcessError, UnreadableError
+from nopad.pipeline.questions import UnreadableError
 from nopad.preprocessing.files import FileRange
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,9 @@ class Kept:
             table, _ = Table.of(items[0])
             try:
                 columns = tables.values(table, tuple(self.names.values()), tuple(item.offset for item in items))
-            except LostProcessError as error:
+            except UnreadableError as error:
+                if tables.is_interrupted:
+                    raise
                 logger.warning("%s: its columns are not kept: %s", items[0].source, error)
                 columns = [[None] * len(items) for _ in self.names]
             yield from zip(*columns, strict=True) if columns else ((),) * len(items)

@@ -314,7 +314,7 @@ def _scalar(column: Column | None, row: int) -> pa.Scalar | None:
         value = column.value(row)
         plain = plain_type(value.type)
         value = (value if plain == value.type else value.cast(plain))[0]
-    except ARROW_DAMAGE:
+    except (*ARROW_DAMAGE, MemoryError):
         return None
     return value if value.is_valid else None
 
