@@ -132,6 +132,18 @@ def test_updates_keep_them_and_take_away_those_of_what_is_gone(album, model, tmp
     assert gone == (None, None, None)
 
 
+def test_a_shard_that_is_marked_keeps_its_times(album, model, tmp_path):
+    """Parquet stores milliseconds, whatever unit is written."""
+    nopad.embed(album, tmp_path / "table", model=model, workers=1, exif=True)
+    before = nopad.read_features(tmp_path / "table").columns["taken"][0]
+    (album / "b.png").unlink()
+    nopad.embed(album, tmp_path / "table", model=model, workers=1, exif=True, update=True)
+    features = nopad.read_features(tmp_path / "table")
+    assert features.ids == ["a.jpg"]
+    assert features.columns["taken"].to_pylist() == [before.as_py()]
+    assert before.as_py() is not None
+
+
 def test_rows_that_are_tried_again_have_them(album, model, tmp_path):
     nopad.embed(album, tmp_path / "table", model=model, thumbnails=64, workers=1)
     (album / "c.jpg").write_bytes(photo())

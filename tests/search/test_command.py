@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from pictures import write_video
 
 import nopad
 from nopad.cli import main
@@ -106,3 +107,13 @@ def test_no_cosine_is_minus_zero(table, features, tmp_path, capsys, monkeypatch)
     assert main(["search", str(table), features.path(0), "--html", str(out)]) == 0
     assert "-0.000" not in capsys.readouterr().out
     assert "-0.000" not in out.read_text(encoding="utf-8")
+
+
+def test_a_part_of_a_film_is_named_by_its_time(model, tmp_path, capsys):
+    (tmp_path / "films").mkdir()
+    write_video(tmp_path / "films/film.mp4", 75)  # of 25 a second
+    nopad.embed(tmp_path / "films", tmp_path / "table", model=model, fps=1, workers=1)
+    assert main(["search", str(tmp_path / "table"), "--id", "film.mp4#t=1", "-k", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    names = {line.split(maxsplit=1)[1] for line in lines}
+    assert names == {f"{tmp_path}/films/film.mp4#t={second}" for second in (0, 2)}

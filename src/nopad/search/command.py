@@ -96,7 +96,7 @@ def run_search(options: argparse.Namespace) -> int:
     found = [{"id": m.id, "source": m.source, "score": m.score, "path": _path(features, m.row)} for m in matches]
 
     def lines() -> str:
-        rows = [(f"{match['score']:z.3f}", match["path"] or match["id"]) for match in found]
+        rows = [(f"{match['score']:z.3f}", _name(match["path"], match["id"])) for match in found]
         return "\n".join(columns([("cosine", "picture"), *rows])) if rows else "no rows"
 
     def page() -> str:
@@ -165,7 +165,7 @@ def _print_groups(
         parts = [title]
         for number, group in enumerate(groups, 1):
             more = ["…"] if len(group) > _SHOWN else []
-            names = [printable(_path(features, row) or features.ids[row]) for row in group.rows[:_SHOWN]]
+            names = [printable(_name(_path(features, row), features.ids[row])) for row in group.rows[:_SHOWN]]
             parts += [
                 "",
                 f"{kind} {number}, {counted(len(group), 'picture')}",
@@ -180,6 +180,12 @@ def _print_groups(
 
     content = [[{"id": features.ids[row], "path": _path(features, row)} for row in group.rows] for group in groups]
     _print(options, {f"{kind}s": content}, lines, page)
+
+
+def _name(path: str | None, id: str) -> str:
+    """A picture by its path, with the part of its film, such as `#t=2`."""
+    film, part, span = id.rpartition("#t=")
+    return id if path is None else f"{path}{part}{span}" if film and path.endswith(film) else path
 
 
 def _path(features: Features, row: int) -> str | None:

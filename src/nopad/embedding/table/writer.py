@@ -130,8 +130,13 @@ def _batch(rows: list[Row], format: ShardFormat, schema: pa.Schema) -> pa.Record
         values = [None if row.tokens is None else row.tokens.astype("<f2", copy=False).data.cast("B") for row in rows]
         columns += [pa.array(values, pa.large_binary())]
     for number, field in enumerate(format.kept or ()):
-        columns += [pa.array([row.kept[number] if row.kept else None for row in rows], field.type)]
+        columns += [pa.array([_as(field.type, row.kept[number]) if row.kept else None for row in rows], field.type)]
     return pa.record_batch(columns, schema=schema)
+
+
+def _as(type: pa.DataType, value: Any) -> Any:
+    """A value of a column: one that was read from a shard has Parquet's type, such as milliseconds for seconds."""
+    return value.cast(type) if isinstance(value, pa.Scalar) and value.type != type else value
 
 
 def _utf8(text: str | None) -> str | None:
