@@ -133,10 +133,10 @@ def test_images_are_packed_and_compiled_encoders_run_layer_by_layer(tmp_path, qu
     [
         ({"layers": [3]}, "layers: expected -3 to 2, got 3; there are 3 layers"),
         ({"layers": [-4]}, "layers: expected -3 to 2, got -4"),
-        ({"layers": []}, r"layers: expected one integer or more, from -3 to 2, got \[\]"),
-        ({"layers": "all"}, "layers: expected one integer or more, from -3 to 2, got 'all'"),
-        ({"layers": [1.0]}, r"layers: expected one integer or more, from -3 to 2, got \[1.0\]"),
-        ({"layers": 1}, "layers: expected one integer or more, from -3 to 2, got 1"),
+        ({"layers": []}, r"layers: expected a list of integers from -3 to 2, got \[\]"),
+        ({"layers": "all"}, "layers: expected a list of integers from -3 to 2, got 'all'"),
+        ({"layers": [1.0]}, r"layers: expected a list of integers from -3 to 2, got \[1.0\]"),
+        ({"layers": 1}, "layers: expected a list of integers from -3 to 2, got 1"),
         ({"format": "hwc"}, "format: expected 'thwc' or 'chw', got 'hwc'"),
     ],
 )

@@ -81,12 +81,14 @@ def test_damage_is_worded_as_on_the_cpu(encoder):
 
 
 def test_without_a_gpu(encoder):
-    with pytest.raises(ValueError, match="decode: expected 'auto' or 'cpu' here, got 'gpu': it needs a GPU, got cpu"):
+    with pytest.raises(ValueError, match="got 'gpu', which is not possible here: its device is cpu, no GPU"):
         Worker(encoder, decode="gpu")
-    with pytest.raises(ValueError, match="got 'gpu': resize='pil' is bit-exact with Pillow, which the GPU is not"):
+    with pytest.raises(
+        ValueError, match="not possible here: resize='pil' is bit-exact with Pillow, which the GPU is not"
+    ):
         Worker(encoder, decode="gpu", resize="pil")
     worker = Worker(encoder, decode="auto")
-    assert worker.decode == "cpu"
+    assert (worker.decode, worker.obstacle) == ("cpu", "its device is cpu, no GPU")
     assert "GPU" not in worker.preprocessing
 
 

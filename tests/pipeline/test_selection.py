@@ -86,7 +86,7 @@ def test_features_do_not_depend_on_the_pack(encoder):
         ({"tokens_pool": 2}, "tokens_pool: goes with tokens, which are not kept, got 2"),
         ({"layers": (-1,)}, r"layers: the model's own vector is of the last one, got \(-1,\); give a pool"),
         ({"layers": (3,), "pool": "mean"}, "layers: expected -3 to 2, got 3; there are 3 layers"),
-        ({"layers": (), "pool": "mean"}, "layers: expected one integer or more"),
+        ({"layers": (), "pool": "mean"}, "layers: expected a list of integers"),
     ],
 )
 def test_selections_that_there_are_not(encoder, options, message):

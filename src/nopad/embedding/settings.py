@@ -161,6 +161,8 @@ class Settings:
                 option.metadata["check"](option.name, value)
         if self.fps is not None and self.every is not None:
             raise ValueError(f"fps, every: expected one of them, got {self.fps} and {self.every}")
+        if self.fps is not None and self.frames != NUM_FRAMES:
+            raise ValueError(f"frames: rows by fps have one frame each, got {self.frames}; with every=… they have more")
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Settings:

@@ -143,7 +143,7 @@ def check_layers(encoder: PackedEncoder, layers: Any) -> tuple[int, ...]:
     number = len(encoder.layers)
     requested = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else layers
     if not isinstance(requested, list) or not requested or any(type(layer) is not int for layer in requested):
-        raise ValueError(f"layers: expected one integer or more, from {-number} to {number - 1}, got {layers!r:.80}")
+        raise ValueError(f"layers: expected a list of integers from {-number} to {number - 1}, got {layers!r:.80}")
     for layer in requested:
         if not -number <= layer < number:
             raise ValueError(f"layers: expected {-number} to {number - 1}, got {layer}; there are {number} layers")

@@ -40,11 +40,11 @@ _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
 def why_unavailable(device: torch.device) -> str | None:
     """Why JPEGs are not decoded on a device, and what to do; `None` where they are."""
     if device.type != "cuda":
-        return f"it needs a GPU, got {device}"
+        return f"its device is {device}, no GPU"
     if simplejpeg is None or util.find_spec("nvidia") is None or util.find_spec("nvidia.nvimgcodec") is None:
-        return "it needs nvImageCodec and simplejpeg: pip install 'nopad[embed,gpu-decode]'"
+        return "nvImageCodec or simplejpeg is missing: pip install 'nopad[embed,gpu-decode]'"
     if not has_triton(device):
-        return "it needs Triton, which does not work here"
+        return "Triton does not work here"
     file = io.BytesIO()
     Image.new("RGB", (64, 64), "grey").save(file, "JPEG")
     try:

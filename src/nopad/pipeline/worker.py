@@ -59,6 +59,7 @@ class Worker:
 
     Attributes:
         decode: `"cpu"` or `"gpu"`.
+        obstacle: why `"auto"` is not `"gpu"`.
 
     Raises:
         ValueError: a number below 1, a rule that fits no image, an encoder in training mode, or `"gpu"` where JPEGs
@@ -94,10 +95,12 @@ class Worker:
         self.selection.check(encoder)
         self.image_processor = ImageProcessor.of(encoder, resize=resize, preprocessing=preprocessing)
         self.normalizer = Normalizer(self.image_processor.rule, encoder.patch_order, encoder.device, encoder.dtype)
-        obstacle = None if decode == "cpu" else self._obstacle_to_gpu()
-        if decode == "gpu" and obstacle is not None:
-            raise ValueError(f"decode: expected 'auto' or 'cpu' here, got 'gpu': {obstacle}")
-        self.decode = "cpu" if decode == "cpu" or obstacle is not None else "gpu"
+        self.obstacle = None if decode == "cpu" else self._obstacle_to_gpu()
+        if decode == "gpu" and self.obstacle is not None:
+            raise ValueError(
+                f"decode: expected 'auto' or 'cpu', got 'gpu', which is not possible here: {self.obstacle}"
+            )
+        self.decode = "cpu" if decode == "cpu" or self.obstacle is not None else "gpu"
         self._device_decoder = DeviceDecoder(self.image_processor, encoder.device) if self.decode == "gpu" else None
         self.stats = Stats()
         self.timeout = timeout

@@ -56,6 +56,11 @@ def read_features(folder: str | Path | Sequence[str | Path], *, partial: bool = 
 read = read_features  # an alias: the name until nopad 0.2
 
 
+_NO_TABLE = (
+    "expected shard-….parquet files, as `nopad embed` writes them; pictures are named one by one, as photos/*.jpg"
+)
+
+
 def _find(folder: Path, partial: bool) -> list[Shard]:
     """The shards of a folder's table in order: those of its first job, then those of its updates."""
     if not folder.is_dir():
@@ -68,7 +73,7 @@ def _find(folder: Path, partial: bool) -> list[Shard]:
             jobs.setdefault((of, fingerprint), {})[number] = path
     if not jobs:
         begun = (folder / METADATA_FOLDER).is_dir()
-        why = "no shard of its job is finished; run `nopad embed` again" if begun else "expected shard-….parquet files"
+        why = "no shard of its job is finished; run `nopad embed` again" if begun else _NO_TABLE
         raise ValueError(f"{folder} has no shards: {why}")
     ordered = list(jobs) if len(jobs) == 1 else _with_updates(folder, jobs)
     return [shard for key in ordered for shard in _complete(folder, *key, jobs[key], partial)]
