@@ -16,7 +16,9 @@ import pytest
 from pipeline.hostile_decoder import HostileDecoder
 
 from nopad.pipeline import isolation, process_server
+from nopad.pipeline.decode_channel import DecodeChannel
 from nopad.pipeline.decode_process import DecodeProgram
+from nopad.pipeline.decode_queue import DecodeQueue, Task
 from nopad.pipeline.image_processor import ImageProcessor
 from nopad.pipeline.isolation import DecodeProcesses
 from nopad.pipeline.memory import MemoryBudget, available_memory
@@ -353,12 +355,31 @@ def test_an_error_of_the_thread_that_serves_ends_the_files_in_hand_alone(image_p
     assert len(outcomes) == 1
 
 
-def test_images_beyond_the_allowance_of_a_batch_are_asked_for_alone(image_processor):
+def test_images_beyond_the_allowance_of_a_batch_are_asked_for_alone(image_processor, monkeypatch):
     """In their order, and those behind them wait."""
     sizes = ["3 4", "40 40", "1 2", "30 30", "2 2"]
     need = image_processor.peak_bytes(*HostileDecoder().measure("40 40"))
+    alone, prepare_one = [], DecodeChannel.prepare
+
+    def prepare(self, data, *arguments):
+        alone.append(data)
+        return prepare_one(self, data, *arguments)
+
+    monkeypatch.setattr(DecodeChannel, "prepare", prepare)
     images = prepare_all(image_processor, sizes * 4, memory=int(1.2 * need), processes=2)
     assert [image.grid[1:] for image in images] == [tuple(map(int, size.split())) for size in sizes * 4]
+    assert {"40 40", "30 30"} <= {*alone}
+
+
+def test_files_of_two_runs_are_in_no_batch():
+    """Those of one that has ended are given up."""
+    queue, budgets = DecodeQueue(), [MemoryBudget(100), MemoryBudget(100)]
+    for budget in budgets:
+        for _ in range(3):
+            queue.append(Task("3 4", budget.reservation(), lambda *_: None, alone=False))
+    batches = [queue.take(1) for _ in budgets]
+    assert [[task.reservation.budget for task in batch] for batch in batches] == [[budget] * 3 for budget in budgets]
+    assert not len(queue)
 
 
 def test_one_file_of_a_batch_costs_the_others_nothing(image_processor):
