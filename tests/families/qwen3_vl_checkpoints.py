@@ -19,7 +19,7 @@ SIZES = {
     "depth": 3,
     "num_heads": 4,
     "patch_size": 4,
-    "out_hidden_size": 24,
+    "out_hidden_size": 96,  # bitsandbytes packs multiples of 32 on processors with AVX512-BF16
     "num_position_embeddings": 25,
 }
 DEEPSTACK = [2, 0]
