@@ -87,6 +87,9 @@ class _HeaderDecoder:
         frames = 1 if isinstance(media, bytes) else self.decoder.frames
         return torch.zeros(1, dtype=torch.uint8).expand(frames, 3, size[1], size[0])
 
+    def check_jpeg(self, media: bytes | str) -> None:
+        return None
+
     def extras(self, media: bytes | str, pixels: Tensor) -> dict[str, Any]:
         return {}
 
