@@ -155,7 +155,7 @@ class DecodeChannel(Channel):
 
 
 def _check(image: PreparedImage) -> None:
-    """Check that a JPEG is as large as its process has told.
+    """Check that a JPEG is as large as its process states.
 
     Raises:
         ValueError: it is not, or it is none.

@@ -60,7 +60,7 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Files that are decoded without a question, and answered all at once.
+    """Files that are decoded without another message, and answered all at once.
 
     Attributes:
         allowance: bytes that each may take; one that needs more is answered with `"alone"`.

@@ -27,7 +27,7 @@ _SAMPLINGS = ("420", "422", "444")
 
 @dataclass(frozen=True, slots=True)
 class CheckedJpeg:
-    """What a JPEG's header tells, of a file whose data were decoded to the end without a complaint.
+    """The header of a JPEG, of a file whose data were decoded to the end without a complaint.
 
     Attributes:
         width, height: pixels as they are stored.

@@ -20,7 +20,7 @@ _BLOCK_BYTES = 32 << 20
 _MAX_BLOCKS = 3
 
 
-ToldRows = Callable[[int, int], None]
+OnRead = Callable[[int, int], None]
 """Called before rows are read in one go, with the first of them and the first behind them, or with twice the same."""
 
 
@@ -45,14 +45,14 @@ class Column(Protocol):
 class DatasetColumn:
     """A column of one split of a saved dataset."""
 
-    def __init__(self, folder: bytes, split: str, column: str, told: ToldRows = lambda *_: None) -> None:
+    def __init__(self, folder: bytes, split: str, column: str, on_read: OnRead = lambda *_: None) -> None:
         self._streams: list[ArrowStream] = []
         for path in files_of(folder, split):
-            told(0, 0)
+            on_read(0, 0)
             self._streams.append(ArrowStream(path))
         self._starts = list(accumulate((len(stream) for stream in self._streams), initial=0))
         self._column = column
-        self._told = told
+        self._on_read = on_read
         self._start = 0
         self._block: pa.Array | None = None
         self._damage: dict[int, str] = {}  # by the first row of a batch that cannot be read
@@ -78,7 +78,7 @@ class DatasetColumn:
         self._block, self._start = None, before + start  # not two blocks at a time
         if self._start in self._damage:
             raise ValueError(self._damage[self._start])
-        self._told(self._start, before + stop)
+        self._on_read(self._start, before + stop)
         try:
             block = stream.batch_of(row - before)[1].column(self._column)
             block.validate(full=True)  # Arrow trusts the offsets in a batch
@@ -96,10 +96,10 @@ class ParquetColumn:
     again.
     """
 
-    def __init__(self, path: bytes, column: str, told: ToldRows = lambda *_: None) -> None:
+    def __init__(self, path: bytes, column: str, on_read: OnRead = lambda *_: None) -> None:
         self._file = open_parquet(path)
         self._column = column
-        self._told = told
+        self._on_read = on_read
         metadata = self._file.metadata
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
         self._starts = list(accumulate((group.num_rows for group in groups), initial=0))
@@ -146,7 +146,7 @@ class ParquetColumn:
 
     def _forward(self, row: int) -> pa.Array:
         while True:
-            self._told(self._next, self._starts[self._group + 1])
+            self._on_read(self._next, self._starts[self._group + 1])
             if (batch := next(self._batches, None)) is None:
                 raise ValueError(f"row group {self._group} ends before row {row}")
             start = self._next

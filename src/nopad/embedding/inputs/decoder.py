@@ -17,7 +17,7 @@ from nopad.embedding.inputs.table_process import TableImages
 from nopad.embedding.inputs.table_program import Table
 from nopad.pipeline.memory import Unread
 from nopad.pipeline.process_server import ProcessServerError
-from nopad.pipeline.questions import UnreadableError
+from nopad.pipeline.request_process import UnreadableError
 from nopad.preprocessing.decode import ImageError
 from nopad.preprocessing.files import FileRange, why
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS

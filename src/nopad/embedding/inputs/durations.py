@@ -6,7 +6,7 @@ from multiprocessing.connection import Connection
 
 from nopad.counts import is_number
 from nopad.pipeline.forked import answer
-from nopad.pipeline.questions import AnsweringProcess, serve_questions
+from nopad.pipeline.request_process import RequestProcess, serve_requests
 from nopad.preprocessing.video_file import duration_seconds
 
 
@@ -18,18 +18,18 @@ class DurationProgram:
 
     def serve(self, connection: Connection) -> None:
         """See `Program.serve`."""
-        serve_questions(connection, {str: _duration}, lambda _: 0, (OSError, ValueError))
+        serve_requests(connection, {str: _duration}, lambda _: 0, (OSError, ValueError))
 
 
 def _duration(connection: Connection, path: str) -> None:
     answer(connection, seconds=duration_seconds(path))
 
 
-class DurationProcess(AnsweringProcess):
+class DurationProcess(RequestProcess):
     """A process that opens videos.
 
     Args:
-        timeout: see `AnsweringProcess`.
+        timeout: see `RequestProcess`.
     """
 
     def __init__(self, timeout: float | None) -> None:
@@ -39,7 +39,7 @@ class DurationProcess(AnsweringProcess):
         """See `duration_seconds`.
 
         Raises:
-            UnreadableError, ProcessServerError: see `AnsweringProcess.ask`.
+            UnreadableError, ProcessServerError: see `RequestProcess.request`.
         """
 
         def received() -> float | None:
@@ -48,4 +48,4 @@ class DurationProcess(AnsweringProcess):
                 raise ValueError(f"got {seconds!r:.80}, expected seconds")
             return seconds
 
-        return self.ask(path, received)
+        return self.request(path, received)

@@ -24,7 +24,7 @@ from nopad.embedding.inputs.spans import time_of
 from nopad.embedding.inputs.table_process import TableProcess
 from nopad.embedding.inputs.table_program import Table
 from nopad.pipeline.channel import valid_text
-from nopad.pipeline.questions import UnreadableError
+from nopad.pipeline.request_process import UnreadableError
 from nopad.preprocessing.files import FileRange
 
 logger = logging.getLogger(__name__)

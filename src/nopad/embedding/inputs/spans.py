@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from nopad.embedding.inputs.durations import DurationProcess
 from nopad.embedding.inputs.listing import Input
-from nopad.pipeline.questions import UnreadableError
+from nopad.pipeline.request_process import UnreadableError
 
 FRAME, WINDOW = "frame", "window"
 """Notes of inputs that are part of a video; their offset is where they begin, their size how long they are, in µs."""

@@ -17,7 +17,7 @@ from nopad.embedding.inputs.names import as_text
 from nopad.embedding.inputs.table_program import Cells, Listing, Schema, Table, TableProgram, Values
 from nopad.embedding.inputs.tables import MAX_ROWS, Broken, NoImageColumnError, Rows
 from nopad.pipeline.channel import checked_count, count_in, text_in, valid_text
-from nopad.pipeline.questions import AnsweringProcess, LostProcessError, UnreadableError
+from nopad.pipeline.request_process import LostProcessError, RequestProcess, UnreadableError
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS, MAX_BYTES
 
 Scalars = list[pa.Scalar | None]
@@ -27,11 +27,11 @@ _MAX_AHEAD = 64  # images that are sent together
 _EVERY_ROW = 0, 1 << 63
 
 
-class TableProcess(AnsweringProcess):
+class TableProcess(RequestProcess):
     """A process that lists tables and reads their values.
 
     Args:
-        timeout: see `AnsweringProcess`.
+        timeout: see `RequestProcess`.
     """
 
     def __init__(self, timeout: float | None = INPUT_TIMEOUT_SECONDS) -> None:
@@ -47,7 +47,7 @@ class TableProcess(AnsweringProcess):
         """
         max_rows = max(MAX_ROWS, table.size())
         try:
-            parts = self.ask(Listing(table, source, column, id_column), lambda: self._parts(max_rows))
+            parts = self.request(Listing(table, source, column, id_column), lambda: self._parts(max_rows))
         except UnreadableError as error:
             parts = [Broken(as_text(os.path.basename(table.path)), f"cannot be listed: {error}")]
         if isinstance(parts, ValueError):
@@ -84,7 +84,7 @@ class TableProcess(AnsweringProcess):
             except pa.ArrowException as error:
                 raise ValueError(f"got no schema: {error}") from error
 
-        return self.ask(Schema(table), received)
+        return self.request(Schema(table), received)
 
     def values(self, table: Table, columns: tuple[str, ...], rows: tuple[int, ...]) -> list[Scalars]:
         """The values of each column in some rows, `None` for null and for what cannot be read.
@@ -108,7 +108,7 @@ class TableProcess(AnsweringProcess):
                 done, left = done + count, left - size
             return values
 
-        return self.ask(Values(table, columns, rows), received)
+        return self.request(Values(table, columns, rows), received)
 
     def images(self, request: Cells) -> list[bytes] | int | str | None:
         """Images of rows that follow each other; or of the first its size if it is large, its path, or nothing.
@@ -131,7 +131,7 @@ class TableProcess(AnsweringProcess):
                 raise ValueError(f"got {len(sizes)} images, expected at most {request.count}")
             return [bytes(self.receive_bytes(checked_count(size), MAX_BYTES)) for size in sizes]
 
-        return self.ask(request, received)
+        return self.request(request, received)
 
     def _receive(self) -> dict[str, Any]:
         return self.receive(self._set_reading)

@@ -28,7 +28,7 @@ from nopad.embedding.inputs.tables import (
 )
 from nopad.pipeline.decode_process import LARGE_FILE_BYTES
 from nopad.pipeline.forked import answer, send_bytes
-from nopad.pipeline.questions import MAX_REASON, serve_questions
+from nopad.pipeline.request_process import MAX_REASON, serve_requests
 from nopad.preprocessing.limits import MAX_BYTES
 
 MIN_VALUE_BYTES, VALUE_BYTES_PER_BYTE = 1 << 26, 16
@@ -83,7 +83,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Listing:
-    """Asks for all rows: the fields of each `Rows` and `Broken`, then `"refused"` or `"end"`."""
+    """Requests all rows: the fields of each `Rows` and `Broken`, then `"refused"` or `"end"`."""
 
     table: Table
     text: str
@@ -93,14 +93,14 @@ class Listing:
 
 @dataclass(frozen=True)
 class Schema:
-    """Asks for the columns: `"bytes"`, and a schema of so many, of types that are `plain_type`."""
+    """Requests the columns: `"bytes"`, and a schema of so many, of types that are `plain_type`."""
 
     table: Table
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Asks for images: `"sizes"` and their bytes, or of the first its `"path"`, `"null"`, or its size if `"large"`.
+    """Requests images: `"sizes"` and their bytes, or of the first its `"path"`, `"null"`, or its size if `"large"`.
 
     Attributes:
         count: how many at most; those after the first must be there without reading.
@@ -116,7 +116,7 @@ class Cells:
 
 @dataclass(frozen=True)
 class Values:
-    """Asks for rows of columns: again and again the number of `"rows"`, `"bytes"`, and a stream of a batch of so many.
+    """Requests rows of columns: again and again the number of `"rows"`, `"bytes"`, and a stream of a batch of so many.
 
     The columns of a batch have the numbers of those in `columns`. It has nulls, or lacks a column, where a value is
     damaged or too large. Its types are `plain_type`.
@@ -128,7 +128,7 @@ class Values:
 
 
 class TableProgram:
-    """Answers questions, with the rows that it reads as progress: the first of them, and the one behind the last."""
+    """Answers requests, with the rows that it reads as progress: the first of them, and the one behind the last."""
 
     def prepare(self) -> None:
         """See `Program.prepare`; this module has imported everything."""
@@ -137,12 +137,12 @@ class TableProgram:
         """See `Program.serve`."""
         opened = _OpenTable(connection)
 
-        def memory(question: Any) -> int:
-            opened.open(question.table)
+        def memory(request: Any) -> int:
+            opened.open(request.table)
             return _COPIES * opened.max_value_bytes
 
         answers = {kind: partial(answer_to, opened) for kind, answer_to in _ANSWERS.items()}
-        serve_questions(connection, answers, memory, ARROW_DAMAGE)
+        serve_requests(connection, answers, memory, ARROW_DAMAGE)
 
 
 class _OpenTable:
@@ -172,12 +172,12 @@ class _OpenTable:
         if name not in self._columns:
             table = self._table
             if table.kind == "parquet":
-                self._columns[name] = ParquetColumn(table.path, name, self._told)
+                self._columns[name] = ParquetColumn(table.path, name, self._report)
             else:
-                self._columns[name] = DatasetColumn(table.path, table.split or "", name, self._told)
+                self._columns[name] = DatasetColumn(table.path, table.split or "", name, self._report)
         return self._columns[name]
 
-    def _told(self, start: int, stop: int) -> None:
+    def _report(self, start: int, stop: int) -> None:
         answer(self._connection, progress=[start, stop])
 
 

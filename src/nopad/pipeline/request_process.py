@@ -1,6 +1,6 @@
-"""Processes that answer questions about untrusted files, and can be ended; asked one question at a time.
+"""Processes that read untrusted files by requests, one at a time, and can be ended.
 
-What is asked is pickled, answers are JSON and plain bytes; see `nopad.pipeline.channel`.
+Requests are pickled, answers are JSON and plain bytes; see `nopad.pipeline.channel`.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ _NONSENSE = (EOFError, OSError, ValueError, LookupError, TypeError)
 
 
 class UnreadableError(ValueError):
-    """What was asked about cannot be read, and why."""
+    """What was requested cannot be read, and why."""
 
 
 class LostProcessError(UnreadableError):
-    """The process that was asked crashed or took too long."""
+    """The process that reads crashed or took too long."""
 
 
-class AnsweringProcess:
-    """A process that answers questions, started with the first.
+class RequestProcess:
+    """A process that answers requests, started with the first.
 
     It serves one thread at a time; `interrupt` may be called from another.
 
     Args:
-        program: what it does, see `serve_questions`.
+        program: what it does, see `serve_requests`.
         timeout: seconds for what is done in one go, `None` for no limit.
     """
 
@@ -71,8 +71,8 @@ class AnsweringProcess:
             if self._channel is not None:
                 self._channel.kill()
 
-    def ask(self, question: Any, received: Callable[[], Result]) -> Result:
-        """Ask, and return what `received` makes of the answer; once more where the process died on the way.
+    def request(self, request: Any, received: Callable[[], Result]) -> Result:
+        """Send a request, and return what `received` makes of the answer; once more where the process died on the way.
 
         Args:
             received: calls `receive` and `receive_bytes`; raises `EOFError`, `OSError`, `ValueError`, `LookupError` or
@@ -86,7 +86,7 @@ class AnsweringProcess:
         while attempts < _MAX_ATTEMPTS and lost_servers < _MAX_LOST_SERVERS:
             channel = self._start()
             try:
-                channel.wait(channel.send(question), self.timeout)
+                channel.wait(channel.send(request), self.timeout)
                 return received()
             except UnreadableError:
                 raise
@@ -144,25 +144,25 @@ class AnsweringProcess:
         return channel
 
 
-def serve_questions(
+def serve_requests(
     connection: Connection,
     answers: Mapping[type, Callable[[Connection, Any], None]],
     memory: Callable[[Any], int],
     damage: tuple[type[Exception], ...],
 ) -> None:
-    """Answer questions one after another, by their type.
+    """Answer requests one after another, by their type.
 
     Args:
-        memory: bytes that a question may take beyond `HEADROOM_BYTES`.
+        memory: bytes that a request may take beyond `HEADROOM_BYTES`.
         damage: what is raised over a file that cannot be read.
     """
     start = address_space()
     while True:
         limit_address_space(start + HEADROOM_BYTES)
         try:
-            question = connection.recv()
-            limit_address_space(start + HEADROOM_BYTES + memory(question))
-            answers[type(question)](connection, question)
+            request = connection.recv()
+            limit_address_space(start + HEADROOM_BYTES + memory(request))
+            answers[type(request)](connection, request)
         except (EOFError, ConnectionError):
             return
         except MemoryError:
