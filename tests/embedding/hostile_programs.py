@@ -21,7 +21,7 @@ class HostileTableProgram(TableProgram):
 
         def hostile_value(self, row):
             if row == 4:
-                self._told(4, 8)
+                self._on_read(4, 8)
                 _do(self._column)
             return value(self, row)
 

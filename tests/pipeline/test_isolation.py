@@ -267,6 +267,16 @@ def test_server_imports_nothing_from_the_current_folder(image_processor, tmp_pat
     assert prepare(DecodeProcesses(HostileDecoder(), image_processor), "3 4").grid == (1, 3, 4)
 
 
+def answering(answers):
+    """A process with these answers, whatever it is sent, and its end of the connection."""
+    mine, theirs = Pipe()
+    for answer in answers:
+        theirs.send_bytes(answer)
+    with socket.socket(fileno=os.dup(theirs.fileno())) as end:
+        end.shutdown(socket.SHUT_WR)
+    return Process(mine, os.getpid(), None, process_server.start()), theirs
+
+
 @pytest.mark.parametrize(
     "answers",
     [
@@ -287,13 +297,9 @@ def test_nonsense_from_a_process_is_a_crash(image_processor, monkeypatch, answer
     """A decoder that was taken over can answer anything."""
 
     def fork(program):
-        mine, theirs = Pipe()
-        for answer in answers:
-            theirs.send_bytes(answer)
-        with socket.socket(fileno=os.dup(theirs.fileno())) as end:
-            end.shutdown(socket.SHUT_WR)
-        kept.append(theirs)
-        return Process(mine, os.getpid(), None, process_server.start())
+        process, end = answering(answers)
+        kept.append(end)
+        return process
 
     kept = []
     monkeypatch.setattr(process_server, "fork", fork)
@@ -319,14 +325,10 @@ def test_files_of_a_batch_that_is_answered_with_nonsense_are_tried_alone(image_p
     fork, kept = process_server.fork, []
 
     def lie(program):
-        mine, theirs = Pipe()
-        for answer in answers:
-            theirs.send_bytes(answer)
-        with socket.socket(fileno=os.dup(theirs.fileno())) as end:
-            end.shutdown(socket.SHUT_WR)
-        kept.append(theirs)
+        process, end = answering(answers)
+        kept.append(end)
         monkeypatch.setattr(process_server, "fork", fork)
-        return Process(mine, os.getpid(), None, process_server.start())
+        return process
 
     monkeypatch.setattr(process_server, "fork", lie)
     images = prepare_all(image_processor, ["3 4", "1 2", "2 2"])

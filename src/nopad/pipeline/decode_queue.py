@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
 from nopad.pipeline.image_processor import PreparedImage
 from nopad.pipeline.memory import Reservation
+from nopad.pipeline.process_server import Attempts
 
 MAX_BATCH = 8
 """Files that a process is sent at once, where they are quick to decode."""
@@ -26,7 +27,7 @@ class Task:
     Attributes:
         alone: in no batch.
         number: its place in the order.
-        attempts, lost_servers: how often a process was given it alone, and how often one ended with its server.
+        attempts: of processes that were given it alone.
     """
 
     data: Any
@@ -34,8 +35,7 @@ class Task:
     done: Done
     alone: bool
     number: int = 0
-    attempts: int = 0
-    lost_servers: int = 0
+    attempts: Attempts = field(default_factory=Attempts)
 
 
 class DecodeQueue:

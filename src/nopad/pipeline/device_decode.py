@@ -23,7 +23,7 @@ from torch import Tensor
 from nopad.kernels.availability import has_triton
 from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.preprocessing.decode import load_image
-from nopad.preprocessing.jpegs import simplejpeg, upright_strides
+from nopad.preprocessing.jpegs import simplejpeg, upright_size, upright_strides
 from nopad.preprocessing.transforms import is_vertical_first
 
 logger = logging.getLogger(__name__)
@@ -163,7 +163,9 @@ class DeviceDecoder:
         layout = _Layout()
         for (image, start), pixels in zip(call, decoded, strict=True):
             array = None if pixels is None else pixels.__cuda_array_interface__
-            if array is None or tuple(array["shape"]) != (*_stored_size(image), 3):
+            assert image.orientation is not None
+            stored = upright_size(image.width, image.height, image.orientation)  # turned back it is what it was
+            if array is None or tuple(array["shape"]) != (*stored, 3):
                 self._on_cpu(image, start, patches)
             else:
                 descriptions.append(self._describe(image, start, array, layout))
@@ -217,12 +219,6 @@ class DeviceDecoder:
             channels_last=processor.patch_order == "hwc",
             bicubic=processor.rule.resample == "bicubic",
         )
-
-
-def _stored_size(image: PreparedImage) -> tuple[int, int]:
-    """Height and width before it is turned upright."""
-    assert image.orientation is not None
-    return (image.width, image.height) if image.orientation >= 5 else (image.height, image.width)
 
 
 class _Layout:

@@ -30,8 +30,6 @@ from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 logger = logging.getLogger(__name__)
 
 _BATCH_SECONDS = 10.0  # for all of a batch; then each of its files has its own time
-_MAX_ATTEMPTS = 2  # a process may die without a fault of its input, for example of too little memory
-_MAX_LOST_SERVERS = 5  # of one input: a server may be killed, but one input must not have it killed for ever
 _MAX_PATIENCE = 3600.0  # seconds; the system takes no more than about 2**31 milliseconds
 _FOR_EVER = 1e9  # seconds
 
@@ -149,7 +147,7 @@ class DecodeProcesses:
             while self._start():
                 self._turn()
         except BaseException as error:  # every waiting task must end
-            tasks = [task for busy in list(self._busy.values()) for task in self._give_up(busy)]
+            tasks = [task for busy in list(self._busy.values()) for task in self._end(busy)]
             with self._lock:
                 tasks += self._queue.take_all()
                 self._is_served = False
@@ -205,7 +203,6 @@ class DecodeProcesses:
 
     def _begin(self, process: DecodeChannel, tasks: list[Task]) -> None:
         if tasks[0].alone:
-            tasks[0].attempts += 1
             steps = self._one(process, tasks[0])
         else:
             allowance = tasks[0].reservation.budget.allowance(MAX_BATCH * self.max_processes)
@@ -231,7 +228,7 @@ class DecodeProcesses:
             if busy.events == MEMORY:
                 self._advance(busy)
             elif now >= busy.process.deadline:
-                limit = "its batch may take" if self.timeout is None else f"{self.timeout:g} s"
+                limit = f"{self.timeout or _BATCH_SECONDS:g} s"
                 reason = f"decoding it takes more than {limit}; input_timeout sets another limit"
                 self._fail(busy, ImageError("image", reason))
 
@@ -283,35 +280,29 @@ class DecodeProcesses:
     def _died(self, busy: _Busy, error: Exception) -> None:
         """The process has died, of its file or with its server, or it ends as its connection is closed."""
         task = busy.tasks[0]
-        if task.alone and busy.process.has_lost_server:
-            task.attempts -= 1  # by no fault of the file
-            task.lost_servers += 1
-        if task.attempts < _MAX_ATTEMPTS and task.lost_servers < _MAX_LOST_SERVERS and not task.reservation.is_closed:
+        may_try = not task.alone or task.attempts.count(has_lost_server=busy.process.has_lost_server)
+        if may_try and not task.reservation.is_closed:
             logger.info("a decode process died: %s", error)
-            self._let_go(busy)
-            busy.process.close()
-            self._try_alone(busy.tasks)
-            return
-        error = ImageError("image", "its decoder crashed; a damaged file, or too little memory")
-        self._fail(busy, error, kill=False)
-
-    def _give_up(self, busy: _Busy) -> list[Task]:
-        """End a process in the middle of its files, which are returned."""
-        self._let_go(busy)
-        busy.process.kill()
-        busy.process.close()
-        return busy.tasks
+            self._try_alone(self._end(busy, kill=False))
+        else:
+            reason = "its decoder crashed; a damaged file, or too little memory"
+            self._fail(busy, ImageError("image", reason), kill=False)
 
     def _fail(self, busy: _Busy, error: Exception, *, kill: bool = True) -> None:
         """End a process whose file fails; files of a batch are tried again, each alone."""
+        tasks = self._end(busy, kill=kill)
+        if tasks[0].alone:
+            tasks[0].done(error, busy.process.seconds())
+        else:
+            self._try_alone(tasks)
+
+    def _end(self, busy: _Busy, *, kill: bool = True) -> list[Task]:
+        """End a process in the middle of its files, which are returned."""
         self._let_go(busy)
         if kill:
             busy.process.kill()
         busy.process.close()
-        if busy.tasks[0].alone:
-            busy.tasks[0].done(error, busy.process.seconds())
-        else:
-            self._try_alone(busy.tasks)
+        return busy.tasks
 
     def _try_alone(self, tasks: list[Task]) -> None:
         with self._lock:

@@ -15,6 +15,7 @@ import sys
 import threading
 import warnings
 from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
@@ -26,8 +27,26 @@ _END_SECONDS = 1.0  # from the end of a socket to that of its process
 _PID_BYTES = 8
 
 
+_MAX_ATTEMPTS = 2  # a process may die without a fault of its input, for example of too little memory
+_MAX_LOST_SERVERS = 5  # of one input: a server may be killed, but one input must not have it killed for ever
+
+
 class ProcessServerError(OSError):
     """No process can be started: not the fault of an input."""
+
+
+@dataclass(slots=True)
+class Attempts:
+    """How many processes have died with one input, and how many others with their server, which is no fault of it."""
+
+    failed: int = 0
+    lost_servers: int = 0
+
+    def count(self, *, has_lost_server: bool) -> bool:
+        """Count a process that has died; whether another may try."""
+        self.lost_servers += has_lost_server
+        self.failed += not has_lost_server
+        return self.failed < _MAX_ATTEMPTS and self.lost_servers < _MAX_LOST_SERVERS
 
 
 class Process:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from nopad.pipeline import process_server
 from nopad.pipeline.channel import Channel, text_in
 from nopad.pipeline.forked import HEADROOM_BYTES, Program, address_space, answer, limit_address_space
+from nopad.pipeline.process_server import Attempts
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,6 @@ PROGRESS = "progress"
 MAX_REASON = 1000
 """Characters of a reason."""
 
-_MAX_ATTEMPTS, _MAX_LOST_SERVERS = 2, 5  # as of decode processes
 _NONSENSE = (EOFError, OSError, ValueError, LookupError, TypeError)
 
 
@@ -82,8 +82,8 @@ class RequestProcess:
             UnreadableError: the process answers that; or it takes too long, dies again, or was interrupted.
             ProcessServerError: no process can be started.
         """
-        attempts = lost_servers = 0
-        while attempts < _MAX_ATTEMPTS and lost_servers < _MAX_LOST_SERVERS:
+        attempts, may_try = Attempts(), True
+        while may_try:
             channel = self._start()
             try:
                 channel.wait(channel.send(request), self.timeout)
@@ -98,10 +98,7 @@ class RequestProcess:
                 logger.info("a process that reads died: %s", error)
                 if self.is_interrupted:
                     raise UnreadableError("not read: the run has ended") from error
-                if channel.has_lost_server:
-                    lost_servers += 1
-                else:
-                    attempts += 1
+                may_try = attempts.count(has_lost_server=channel.has_lost_server)
                 self.close()
             except BaseException:
                 self.close()  # it is in the middle of an answer
