@@ -22,7 +22,7 @@ from nopad.pipeline.decode_queue import DecodeQueue, Task
 from nopad.pipeline.image_processor import ImageProcessor
 from nopad.pipeline.isolation import DecodeProcesses
 from nopad.pipeline.memory import MemoryBudget, available_memory
-from nopad.pipeline.process_server import Process, ProcessServerError
+from nopad.pipeline.process_server import Attempts, Process, ProcessServerError
 from nopad.pipeline.worker import Worker
 from nopad.preprocessing.decode import ImageError
 
@@ -166,6 +166,13 @@ def test_killed_servers_cost_no_image(encoder, own_server):
     assert [result.error for result in embedded] == [None] * len(images)
     (expected,) = Worker(encoder, threads=3).run([images], HostileDecoder())
     assert [result.embedding.tobytes() for result in embedded] == [result.embedding.tobytes() for result in expected]
+
+
+def test_lost_servers_count_apart_and_have_a_limit_too():
+    attempts = Attempts()
+    assert [attempts.count(has_lost_server=lost) for lost in (True, False, True, True)] == [True] * 4
+    assert [attempts.count(has_lost_server=True) for _ in range(2)] == [True, False]
+    assert [Attempts(failed=failed).count(has_lost_server=False) for failed in (0, 1)] == [True, False]
 
 
 def test_a_server_that_is_killed_whenever_it_starts_ends_the_run(encoder, monkeypatch, tmp_path):
