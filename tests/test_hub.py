@@ -1,13 +1,16 @@
 """Checkpoints by their names on the Hub, with stand-ins for it: no test reaches for the network."""
 
+import re
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from aimv2_checkpoints import tiny_original, write
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 import nopad
+from nopad.cli import main
 
 
 def same_weights(encoder, original):
@@ -35,6 +38,30 @@ def online(monkeypatch):
         return asked
 
     return answered_by
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        (GatedRepoError, "someone/aimv2", "gated on the Hub.* at https://.*/someone/aimv2 and log in with .*HF_TOKEN$"),
+        (GatedRepoError, "facebook/dinov3-vitb16-pretrain-lvd1689m", r"gated.* 'untrained:facebook/dinov3-vitb16"),
+        (RepositoryNotFoundError, "facebook/dinov2-bsae", "no model of that name.*; did you mean .*dinov2-base"),
+        (RepositoryNotFoundError, "someone/aimv2", "or it is private.*hf auth login.*nopad models"),
+        (RevisionNotFoundError, "someone/aimv2", "revision: the Hub has no branch, tag or commit 'v9' of it"),
+        (HfHubHTTPError, "someone/aimv2", "specific connection error .*: 500 from the Hub$"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_apart_in_one_line(monkeypatch, capsys, online, kind, name, message):
+    """huggingface_hub's errors reach transformers, which makes other ones of them, of several lines."""
+
+    def refused(*arguments, **options):
+        raise kind("500 from\nthe Hub", response=SimpleNamespace(headers={}, request=None))
+
+    online(lambda request: None)
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", refused)
+    assert main(["align", name, "--revision", "v9"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nopad align:")]
+    assert re.match(f"nopad align: checkpoint '{name}': .*{message}", line)
 
 
 def test_hub_names_are_found_by_revision(tmp_path, monkeypatch):

@@ -22,8 +22,21 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     """Add the checkpoint and how it is loaded."""
     parser.add_argument("checkpoint", help="Hub name, folder, weights file, or untrained:<published name>")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    add_prefix_option(parser)
     trust = "run the checkpoint's own code as the reference, where transformers does not have it"
     parser.add_argument("--trust-remote-code", action="store_true", help=trust)
+
+
+def add_prefix_option(parser: argparse._ActionsContainer) -> None:
+    """Add `--prefix`."""
+    prefix = "of the vision tower's tensors in the checkpoint of a larger model (default: searched)"
+    parser.add_argument("--prefix", help=prefix)
+
+
+def check_prefix(options: argparse.Namespace) -> None:
+    """Raise `ValueError` on a `--prefix` without the `--model` that it is of."""
+    if options.prefix is not None and options.model is None:
+        raise ValueError(f"--prefix: expected a --model whose tensors have it, got {options.prefix!r} alone")
 
 
 def add_device_options(parser: argparse._ActionsContainer) -> None:

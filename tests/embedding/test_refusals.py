@@ -304,13 +304,14 @@ def test_a_wrong_argument_begins_no_job(photos, tmp_path, model, options, messag
         {"precision": "fp8"},
         {"compile": False},
         {"revision": "a"},
+        {"prefix": "vision_tower"},
         {"attention": "sdpa"},
         {"actors": 1},
     ],
 )
 def test_an_encoder_brings_its_own(photos, tmp_path, model, options):
     with pytest.raises(
-        ValueError, match="model: an encoder brings its own device, dtype, precision, revision and attention"
+        ValueError, match="model: an encoder brings its own device, dtype, precision, revision, prefix and attention"
     ):
         embed(photos, tmp_path / "out", nopad.load(model), **options)
     assert not (tmp_path / "out").exists()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ from vlm_checkpoints import KINDS, save, tower_of
 import nopad
 from nopad.align.run import align
 from nopad.checkpoints import contents, towers
+from nopad.cli import main
 
+PHOTO = Path(__file__).parents[2] / "examples" / "images" / "cat_eye_small.png"
 GRIDS = [(5, 5), (3, 7), (1, 6)]
 QWEN = [name for name in KINDS if KINDS[name][2] == "model.visual"]
 
@@ -182,10 +186,7 @@ def test_layouts_that_are_prepared_are_not_written_back(goldens, tmp_path):
 
 
 def test_two_towers_are_named(tmp_path):
-    save(tmp_path, "gemma3")
-    state = load_file(tmp_path / "model.safetensors")
-    state |= {f"other.{name}": tensor for name, tensor in tiny_original().state_dict().items()}
-    save_file(state, tmp_path / "model.safetensors")
+    two_towers(tmp_path)
     with pytest.raises(
         ValueError, match=r"one vision tower, got .*'other\.' \(clip\).*; choose one by prefix="
     ) as told:
@@ -193,6 +194,46 @@ def test_two_towers_are_named(tmp_path):
     assert "'vision_tower.' (siglip2)" in str(told.value)
     assert nopad.load(tmp_path, prefix="vision_tower").family == "siglip2"
     assert nopad.Siglip2NaflexPacking.from_pretrained(tmp_path).tower_prefix == "vision_tower."  # its family's only one
+
+
+def two_towers(folder):
+    """A checkpoint with SigLIP below `vision_tower.` and CLIP below `other.`."""
+    save(folder, "gemma3")
+    state = load_file(folder / "model.safetensors")
+    state |= {f"other.{name}": tensor for name, tensor in tiny_original().state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+BENCH = "--images 2 --capacity 2048 --runs 1 --no-baselines --no-compile"
+COMMANDS = {
+    "align": "align {model} --device cpu",
+    "batch invariance": "align {model} --device cpu --batch-invariance --capacity 512",
+    "bench": "bench {model} --device cpu --workload small " + BENCH,
+    "view": "view {photo} --model {model} --device cpu --out {out}.html --kind pca",
+    "embed": "embed {photo} --model {model} --device cpu --out {out}",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_that_loads_a_checkpoint_takes_its_prefix(tmp_path, capsys, command):
+    places = {"model": two_towers(tmp_path / "model"), "photo": PHOTO, "out": tmp_path / "out"}
+    arguments = [part.format(**places) for part in COMMANDS[command].split()]
+    assert main(arguments) == 2
+    assert re.search(
+        r"nopad \w+: .*one vision tower, got .*; choose one by prefix= or --prefix", capsys.readouterr().err
+    )
+    assert main([*arguments, "--prefix", "vision_tower"]) == 0, capsys.readouterr().err
+    if command != "embed":
+        return
+    assert nopad.read_features(tmp_path / "out").metadata["prefix"] == "vision_tower"
+    search = ["search", str(tmp_path / "out"), str(PHOTO)]
+    assert main(search) == 0
+    moved = [*search, "--model", str(shutil.move(tmp_path / "model", tmp_path / "moved"))]
+    assert main(moved) == 2
+    assert main([*moved, "--prefix", "vision_tower."]) == 0
+    assert main([*search, "--prefix", "vision_tower."]) == 2
+    assert "nopad search: --prefix: expected a --model whose tensors have it" in capsys.readouterr().err
 
 
 def test_prefix_that_is_not_there_lists_those_that_are(tmp_path):

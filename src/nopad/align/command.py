@@ -70,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
         checkpoint=options.checkpoint,
         images=options.images,
         revision=options.revision,
+        prefix=options.prefix,
         trust_remote_code=options.trust_remote_code,
     )
 
@@ -106,7 +107,7 @@ def run_batch_invariance(options: argparse.Namespace) -> int:
     from nopad.loading import load
 
     configure_transformers()
-    encoder = load(options.checkpoint, revision=options.revision, **_common(options))
+    encoder = load(options.checkpoint, revision=options.revision, prefix=options.prefix, **_common(options))
     report = check_batch_invariance(
         encoder,
         capacity=CAPACITY if options.capacity is None else options.capacity,

@@ -41,6 +41,7 @@ def align(
     image_size: int | None = None,
     noise: bool = True,
     revision: str | None = None,
+    prefix: str | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[str], None] = logger.info,
 ) -> AlignReport:
@@ -53,7 +54,7 @@ def align(
     Args:
         checkpoint: as `nopad.load` takes it.
         images: a folder of photos, or photos as `PackedEncoder.pack` takes them.
-        device, dtype, attention, precision: as `nopad.load` takes them.
+        device, dtype, attention, precision, revision, prefix: as `nopad.load` takes them.
         compile: compare tokens and pooling of compiled layers, see `PackedEncoder.compile`, for packs that hold the
             largest case; per-layer numbers then come from the uncompiled layers.
         threshold: every cosine between a token and the reference's has to be above it.
@@ -61,7 +62,6 @@ def align(
         image_size: side in pixels of that case, and of the photos: a multiple of the patch size and, where the
             reference takes one size, that one; else the model's own rule.
         noise: run the cases made of seeded noise.
-        revision: branch, tag or commit on the Hub.
         trust_remote_code: run the checkpoint's own code where its reference is not part of transformers.
         progress: called with a line for each step.
 
@@ -77,7 +77,7 @@ def align(
     check_device("device", device)
     photos = None if images is None else photos_in(images)
     progress(f"loading {checkpoint}")
-    packed: Any = load(checkpoint, revision=revision, dtype=torch.float32)
+    packed: Any = load(checkpoint, revision=revision, prefix=prefix, dtype=torch.float32)
     reference = reference_of(packed).of(str(checkpoint), revision=revision, trust_remote_code=trust_remote_code)
     only_grid = reference.only_grid(packed)
     if image_size is not None:

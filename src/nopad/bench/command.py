@@ -82,6 +82,7 @@ def run(options: argparse.Namespace) -> int:
         runs=options.runs,
         seed=options.seed,
         revision=options.revision,
+        prefix=options.prefix,
         trust_remote_code=options.trust_remote_code,
         progress=print_progress,
     )

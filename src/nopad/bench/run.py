@@ -41,6 +41,7 @@ def bench(
     runs: int | None = None,
     seed: int = 0,
     revision: str | None = None,
+    prefix: str | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[str], None] = logger.info,
 ) -> BenchReport:
@@ -51,7 +52,7 @@ def bench(
     images are compared with the packed encoder's on each of these images alone.
 
     Args:
-        checkpoint, device, dtype, attention, revision: as `nopad.load` takes them.
+        checkpoint, device, dtype, attention, revision, prefix: as `nopad.load` takes them.
         workload: `"mixed"` sizes, `"224"` pixels (or the model's own fixed size), `"all"` of these, or `"small"`
             images of 16 to 100 patches.
         images: of each workload.
@@ -84,7 +85,7 @@ def bench(
     _check(device, workload, settings)
     progress(f"loading {checkpoint}")
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "attention": attention}
-    encoder = load(checkpoint, revision=revision, device=device, **options)
+    encoder = load(checkpoint, revision=revision, prefix=prefix, device=device, **options)
     size = encoder.default_preprocessing.size
     side, multiple = size if isinstance(size, int) else 224, encoder.merge_size
     squares = fixed(settings.images, side - side % (encoder.patch_size * multiple), encoder.patch_size)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, get_session
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers.utils.hub import cached_file
 
 from nopad.checkpoints import open_clip_config, timm_config
@@ -168,8 +169,29 @@ def _in_folder(folder: Path, filename: str) -> Path | None:
 
 
 def _on_hub(name: str, filename: str, **hub: Any) -> Path | None:
-    path = cached_file(name, filename, _raise_exceptions_for_missing_entries=False, **hub)
+    try:
+        path = cached_file(name, filename, _raise_exceptions_for_missing_entries=False, **hub)
+    except OSError as error:  # of several lines
+        raise OSError(f"checkpoint {name!r}: {_hub_error(name, error, hub.get('revision'))}") from error
     return None if path is None else Path(path)
+
+
+def _hub_error(name: str, error: OSError, revision: str | None) -> str:
+    """What the Hub has refused, for a message."""
+    cause = error.__cause__ or error
+    if isinstance(cause, GatedRepoError):  # also a RepositoryNotFoundError
+        return (
+            f"gated on the Hub, and this account may not read it: accept its terms at {constants.ENDPOINT}/{name} and "
+            f"log in with `hf auth login`, or set HF_TOKEN{_untrained_advice(name)}"
+        )
+    if isinstance(cause, RepositoryNotFoundError):
+        return (
+            f"neither a file nor a folder, and the Hub has no model of that name, or it is private, which takes "
+            f"`hf auth login` or HF_TOKEN{_advice(name)}"
+        )
+    if isinstance(cause, RevisionNotFoundError):
+        return f"revision: the Hub has no branch, tag or commit {revision!r} of it"
+    return " ".join(str(error).split())
 
 
 def _why_offline(name: str, *, local_files_only: bool = False, **hub: Any) -> str | None:
@@ -231,9 +253,12 @@ def _weights(
 def _advice(name: str) -> str:
     """Advice for a name that the Hub does not have, for the end of a message."""
     known = _published_names()
-    if name in known:
-        return f". 'untrained:{name}' gives its architecture with random weights"
-    return did_you_mean(name, known) or "; `nopad models` lists published names"
+    return _untrained_advice(name) or did_you_mean(name, known) or "; `nopad models` lists published names"
+
+
+def _untrained_advice(name: str) -> str:
+    is_published = name in _published_names()
+    return f". 'untrained:{name}' gives its architecture with random weights" if is_published else ""
 
 
 def _published_names() -> list[str]:

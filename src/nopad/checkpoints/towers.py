@@ -78,7 +78,7 @@ def prefix_of(
             towers[each] = " and ".join(whole)
     if len(towers) > 1:
         listed = ", ".join(f"{each!r} ({family})" for each, family in towers.items())
-        raise ValueError(f"{label}: expected one vision tower, got {listed}; choose one by prefix=")
+        raise ValueError(f"{label}: expected one vision tower, got {listed}; choose one by prefix= or --prefix")
     return next(iter(towers), "")  # without one, the caller raises with the dialects of whole checkpoints
 
 

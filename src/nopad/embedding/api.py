@@ -41,6 +41,7 @@ def embed(
     *,
     model: str | Path | PackedEncoder,
     revision: str | None = None,
+    prefix: str | None = None,
     device: str | None = None,
     dtype: str = "auto",
     compile: bool | None = None,
@@ -90,7 +91,7 @@ def embed(
         sources: see `nopad.embedding.inputs.sources.list_inputs`.
         out: the folder of the table; read it with `nopad.read_features`.
         model: as `nopad.load` takes it, or an encoder.
-        revision, attention: as `nopad.load` takes them.
+        revision, prefix, attention: as `nopad.load` takes them.
         device: `"cuda"` where there is one, unless given.
         dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: bfloat16 on a GPU that has it, else float32, and the
             checkpoint's own where its weights are quantised.
@@ -153,11 +154,12 @@ def embed(
     label, names = folder.spelling(label, names)
     layers = tuple(layers) if isinstance(layers, list | range) else layers
     settings = Settings.of({**arguments, "model": label, "layers": layers})
-    of_encoder = (device, revision, precision, actors, *(option for option in (dtype, attention) if option != "auto"))
+    of_encoder = [device, revision, prefix, precision, actors]
+    of_encoder += [option for option in (dtype, attention) if option != "auto"]
     if isinstance(model, PackedEncoder) and (any(of_encoder) or compile is not None):
         raise ValueError(
-            "model: an encoder brings its own device, dtype, precision, revision and attention, is compiled already or "
-            "not, and cannot be sent to actors; give its name or path instead"
+            "model: an encoder brings its own device, dtype, precision, revision, prefix and attention, is compiled "
+            "already or not, and cannot be sent to actors; give its name or path instead"
         )
     if not isinstance(stop, threading.Event | None):
         raise ValueError(f"stop: expected a threading.Event, got {stop!r}")

@@ -38,6 +38,9 @@ class Settings:
 
     model: str = options.text(MISSING, "Hub name, folder, weights file, or untrained:<published name>")
     revision: str | None = options.text(None, "branch, tag or commit on the Hub")
+    prefix: str | None = options.text(
+        None, "of the vision tower's tensors in the checkpoint of a larger model (default: searched)"
+    )
     tokens: bool = options.flag("store each picture's tokens, too, in float16")
     layers: tuple[int, ...] | None = options.layers(
         "whose tokens are stored, and of which --pool makes embeddings, as -4,-1: from 0, or from the end (default: "

@@ -33,7 +33,8 @@ def load_encoder(settings: Settings) -> PackedEncoder:
     """
     device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options: dict[str, Any] = {"attention": settings.attention, "precision": settings.precision}
-    return load(settings.model, revision=settings.revision, device=device, dtype=_dtype(settings, device), **options)
+    options |= {"revision": settings.revision, "prefix": settings.prefix}
+    return load(settings.model, device=device, dtype=_dtype(settings, device), **options)
 
 
 def _dtype(settings: Settings, device: torch.device) -> torch.dtype | None:

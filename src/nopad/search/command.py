@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nopad import html
-from nopad.command_options import FAILURE, SUCCESS, check_report
+from nopad.command_options import FAILURE, SUCCESS, add_prefix_option, check_prefix, check_report
 from nopad.counts import counted
 from nopad.local_paths import check_local
 from nopad.terminal import columns, configure_transformers, json_text, print_progress, print_summary, printable
@@ -31,6 +31,7 @@ def add_commands(commands: Any) -> None:
     search.add_argument("--id", help="of a row of the table: what is like it")
     search.add_argument("-k", type=int, default=20, metavar="N", help="how many (default: 20)")
     search.add_argument("--model", help="where the model that made the table is now, if not where it was")
+    add_prefix_option(search)
     search.add_argument("--exact", action="store_true", help="compare every row, also where there is an index")
     _add_output(search)
     search.set_defaults(run=run_search)
@@ -88,8 +89,9 @@ def run_search(options: argparse.Namespace) -> int:
     from nopad.search.query import load_encoder
 
     arguments: dict[str, Any] = {kind: query, "k": options.k, "exact": options.exact}
+    check_prefix(options)
     if options.model is not None:
-        arguments["encoder"] = load_encoder(features.metadata, model=options.model)
+        arguments["encoder"] = load_encoder(features.metadata, model=options.model, prefix=options.prefix)
     if len(features) > MANY_ROWS and (options.exact or features.index is None):
         print_progress(f"comparing {len(features):,} rows; `nopad index {options.folder}` makes this faster")
     matches = features.search(**arguments)

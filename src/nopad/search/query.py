@@ -115,12 +115,13 @@ def _options(metadata: Mapping[str, str]) -> dict[str, Any]:
     return {**options, "pool": metadata.get("pool", "model")}
 
 
-def load_encoder(metadata: Mapping[str, str], *, model: str | None = None) -> PackedEncoder:
+def load_encoder(metadata: Mapping[str, str], *, model: str | None = None, prefix: str | None = None) -> PackedEncoder:
     """The encoder that made a table.
 
     Args:
         metadata: of the table.
         model: where it is now, if not where it was.
+        prefix: of its tensors there, as `nopad.load` takes it.
 
     Raises:
         ValueError, OSError: see `nopad.load`; or other weights under the same name.
@@ -131,8 +132,10 @@ def load_encoder(metadata: Mapping[str, str], *, model: str | None = None) -> Pa
     of_nopad_0_1 = metadata.get("layers", "").split()[-1:] == ["fp8"]
     precision: Any = "fp8" if metadata.get("precision") == "fp8" or of_nopad_0_1 else None
     options: dict[str, Any] = {"device": device, "dtype": getattr(torch, metadata.get("dtype", ""), None)}
-    if model is None and metadata.get("revision"):
-        options["revision"] = metadata["revision"]
+    if model is None:
+        options |= {name: metadata[name] for name in ("revision", "prefix") if metadata.get(name)}
+    else:
+        options["prefix"] = prefix
     try:
         encoder = load(model or metadata["model"], precision=precision, **options)
     except OSError as error:

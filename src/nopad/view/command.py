@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nopad.command_options import SUCCESS, add_device_options, resolve_device
+from nopad.command_options import SUCCESS, add_device_options, add_prefix_option, check_prefix, resolve_device
 from nopad.counts import counted
 from nopad.local_paths import check_local
 from nopad.preprocessing.rules import parse_size
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help=sources)
     model = "of pictures: one or more, side by side, as for nopad embed; of a table: where its model is now"
     parser.add_argument("--model", metavar="M[,M2]", help=model)
+    add_prefix_option(parser)
     out = "a page, .html, or for pictures a picture, .png (default: view.html)"
     parser.add_argument("--out", default="view.html", metavar="FILE", help=out)
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
@@ -114,6 +115,7 @@ def _run_pictures(options: argparse.Namespace) -> int:
         max_patches=limit,
         progress=print_progress,
         revision=options.revision,
+        prefix=options.prefix,
         device=resolve_device(options.device),
         attention=options.attention or "auto",
         dtype=None if options.dtype is None else getattr(torch, options.dtype),
@@ -146,12 +148,13 @@ def _run_table(options: argparse.Namespace) -> int:
     from nopad.view.collection_page import collection_page
 
     configure_transformers()
+    check_prefix(options)
     features = read_features(options.sources)
     arguments: dict[str, Any] = {"clusters": options.clusters, "threshold": options.threshold, "map": options.map}
     if options.model is not None:
         if not options.query:
             raise ValueError("--model: a table is shown without its model unless there is a --query")
-        arguments["encoder"] = load_encoder(features.metadata, model=options.model)
+        arguments["encoder"] = load_encoder(features.metadata, model=options.model, prefix=options.prefix)
     queries, k = options.query or [], 20 if options.k is None else options.k
     if options.k is not None and not queries:
         raise ValueError("-k: expected a --query whose results it counts, got none")
