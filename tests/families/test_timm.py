@@ -24,6 +24,7 @@ CASES = {
     "timm-siglip-gap": "siglip2",
     "timm-clip": "clip",
     "timm-naflexvit": "siglip2",
+    "timm-qwen3": "qwen3_vl",
 }
 
 
@@ -83,6 +84,21 @@ def test_features_of_layers_are_timms_forward_intermediates(goldens, case):
                     torch.testing.assert_close(found.prefix_tokens[place, 0], expected[name], atol=2e-5, rtol=0)
                     compared.add(name)
     assert compared == expected.keys()
+
+
+@torch.no_grad()
+def test_merged_tokens_are_those_of_timms_encoder_alone_and_in_a_classifier(copy):
+    folder = copy("timm-qwen3")
+    expected = load_file(folder / "expected.safetensors")
+    images = load_file(folder / "inputs.safetensors")
+    state = load_file(folder / "model.safetensors")
+    pixels = [images[f"image_{number}"][0] for number in range(3)]
+    for prefix, more in (("", {}), ("encoder.", {"head.weight": torch.zeros(5, 16), "head.bias": torch.zeros(5)})):
+        save_file({f"{prefix}{name}": tensor for name, tensor in state.items()} | more, folder / "model.safetensors")
+        encoder = nopad.load(folder)
+        pack = nopad.Pack.of(pixels, 4, encoder.patch_order)
+        for number, merged in enumerate(encoder.encode(pack).merged.split(pack.lengths(2))):
+            torch.testing.assert_close(merged, expected[f"merged_{number}"], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -160,6 +176,9 @@ def test_heads_are_those_of_the_architecture_unless_changed(copy, goldens):
         ("timm-clip", {"mistyped": 1}, "not implemented: mistyped"),
         ("timm-naflexvit", {"pos_embed_interp_mode": "bicubic"}, "pos_embed_interp_mode: expected 'bilinear', got"),
         ("timm-naflexvit", {"pos_embed_ar_preserving": True}, "pos_embed_ar_preserving: expected False, got True"),
+        ("timm-qwen3", {"encoder_pool": "avg"}, "encoder_pool: expected 'merge', got 'avg'"),
+        ("timm-qwen3", {"merge_size": 1}, "misshapen: merger.fc1.bias"),
+        ("timm-qwen3", {"num_heads": 16}, "head size: expected a multiple of 4"),
         ("timm-naflexvit", {"rope_type": "axial"}, "rope_type: expected '', got 'axial'"),
     ],
 )
@@ -178,6 +197,8 @@ def test_arguments_that_nothing_implements_are_refused(copy, case, changes, expe
         ("timm-clip", {"act_layer": "quick_gelu"}, "hidden_act", "quick_gelu"),
         ("timm-dinov3", {"attn_drop_rate": 0.25}, "attention_dropout", 0.25),
         ("timm-dinov3", {"rope_temperature": 40.0}, "rope_theta", 40.0),
+        ("timm-qwen3", {"rope_temperature": 40.0}, "rope_parameters", {"rope_type": "axial", "rope_theta": 40.0}),
+        ("timm-qwen3", {"act_layer": "gelu"}, "hidden_act", "gelu"),
         ("timm-naflexvit", {"attn_drop_rate": 0.25}, "attention_dropout", 0.25),
     ],
 )
@@ -220,6 +241,7 @@ CUBIC_HALF = {"resample": "bicubic", **HALF}
         ("timm-siglip", {}, {"rule": "crop", "size": 20, "short_side": 22, **CUBIC_HALF}),
         ("timm-siglip", {"crop_pct": None}, {"rule": "crop", "size": 20, "short_side": 22, **CUBIC_HALF}),
         ("timm-siglip", {"crop_pct": 1.0}, {"rule": "crop", "size": 20, **CUBIC_HALF}),
+        ("timm-qwen3", {}, {"rule": "square", "size": 768, "multiple_of": 2, **CUBIC_HALF}),
         ("timm-naflexvit", {}, {"rule": "naflex", "max_patches": 256, **CUBIC_HALF}),
     ],
 )  # fmt: skip

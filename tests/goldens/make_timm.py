@@ -33,6 +33,11 @@ CASES = {
     "timm-siglip-gap": ("vit_large_patch16_siglip_gap_256", {"img_size": 20, "dynamic_img_size": True}, GRIDS),
     "timm-clip": ("vit_large_patch14_clip_224", {"img_size": 20, "dynamic_img_size": True}, GRIDS),
     "timm-clip-projection": ("vit_base_patch32_clip_quickgelu_224.openai", {"img_size": 20}, GRIDS[:1]),
+    "timm-qwen3": (
+        "qwen3_vit_306m_enc",
+        {"pos_embed_grid_size": 5, "out_features": 16, "rope_temperature": 50.0},
+        [(4, 4), (2, 6), (8, 2)],
+    ),
     "timm-naflexvit": ("naflexvit_so400m_patch16_siglip", {"pos_embed_grid_size": (5, 5)}, GRIDS),
 }
 
@@ -58,6 +63,9 @@ def run(model: torch.nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, torc
         tokens = model.forward_features(**arguments)["patches"]
         return tokens[0], model.forward_head(tokens, pre_logits=True)[0]
     tokens = model.forward_features(image)
+    if hasattr(model, "merger"):  # without a final norm, row by row
+        tokens = tokens.flatten(1, 2)
+        return tokens[0], tokens[0].mean(dim=0)
     if model.num_prefix_tokens:
         return tokens[0, model.num_prefix_tokens :], tokens[0, 0]
     return tokens[0], model.forward_head(tokens, pre_logits=True)[0]
@@ -99,6 +107,8 @@ def main(folder: Path, *names: str) -> None:
             for number, image in enumerate(images):
                 tokens, pooled = run(model, image)
                 expected |= {f"tokens_{number}": tokens.contiguous(), f"pooled_{number}": pooled.contiguous()}
+                if hasattr(model, "merger"):
+                    expected[f"merged_{number}"] = model(image)[0].contiguous()
                 if projection:
                     expected[f"image_embed_{number}"] = model(image)[0].contiguous()
                 if number < 2:

@@ -52,6 +52,8 @@ DROP_AXIS = Reshape(lambda tensor: (tensor.squeeze(0),), lambda values: _only(va
 """`(1, …)` in the file, `(…)` in the model."""
 ADD_AXIS = Reshape(lambda tensor: (tensor.unsqueeze(0),), lambda values: _only(values).squeeze(0))
 """`(…)` in the file, `(1, …)` in the model."""
+ADD_FRAMES = Reshape(lambda tensor: (tensor.unsqueeze(2),), lambda values: _only(values).squeeze(2))
+"""A kernel `(D, C, h, w)` in the file; in the model `(D, C, 1, h, w)`, of a single frame."""
 DROP_AXES = Reshape(lambda tensor: (tensor.squeeze(0).squeeze(0),), lambda values: _only(values)[None, None])
 """`(1, 1, …)` in the file, `(…)` in the model."""
 WITHOUT_FIRST = Reshape(

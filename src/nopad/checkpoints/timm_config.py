@@ -34,7 +34,7 @@ _RESAMPLE = {"bilinear": 2, "bicubic": 3}
 _NOT_NEEDED = """
 img_size patch_size in_chans embed_dim depth mlp_ratio num_classes global_pool qkv_bias proj_bias init_values
 weight_init fix_init head_init_scale drop_rate pos_drop_rate patch_drop_rate proj_drop_rate num_reg_tokens reg_tokens
-swiglu_mlp swiglu_align_to dynamic_img_size ref_feat_shape pos_embed_grid_size enable_patch_interpolator
+swiglu_mlp swiglu_align_to dynamic_img_size ref_feat_shape pos_embed_grid_size out_features enable_patch_interpolator
 """
 
 

@@ -9,6 +9,7 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionCon
 
 from nopad.checkpoints.config_json import read_fields
 from nopad.checkpoints.formats import Checkpoint
+from nopad.checkpoints.timm_config import is_timm, read_model_args
 from nopad.counts import is_count
 
 # Those of `Qwen3VLVisionConfig`, by the names that all configs here have. transformers 5.17 has no name for the depth.
@@ -45,6 +46,14 @@ _NAMES = """
 depth hidden_size hidden_act intermediate_size num_heads in_channels patch_size spatial_merge_size temporal_patch_size
 out_hidden_size num_position_embeddings rope_parameters initializer_range patch_order positions
 """
+_TIMM_ARCHITECTURES = r"qwen3_vit_(88m|306m|416m)(_enc|_merge)?"
+_TIMM_NAMES = {
+    "num_heads": "num_heads",
+    "act_layer": "hidden_act",
+    "merge_size": "spatial_merge_size",
+    "rope_temperature": "rope_theta",
+}
+_TIMM_FIXED = {"norm_eps": 1e-6, "encoder_pool": "merge", "attn_drop_rate": 0.0, "drop_path_rate": 0.0}
 _INDEXES, _KERNEL = "deepstack_visual_indexes", "patch_embed.proj.weight"
 
 
@@ -62,7 +71,9 @@ def read_config(checkpoint: Checkpoint) -> Qwen3VLConfigs:
     if model_type in known:
         is_3_5 = model_type.removesuffix("_vision") in _WITHOUT
         config_class = Qwen3_5PackingConfig if is_3_5 else Qwen3VLPackingConfig
-    if config_class is Qwen3VLPackingConfig:
+    if is_timm(checkpoint.config):
+        fields = _read_timm(checkpoint)
+    elif config_class is Qwen3VLPackingConfig:
         fields = read_fields(checkpoint, [*_NAMES.split(), _INDEXES])
     else:
         fields = read_fields(checkpoint, _NAMES.split(), fixed={_INDEXES: []})
@@ -71,6 +82,15 @@ def read_config(checkpoint: Checkpoint) -> Qwen3VLConfigs:
     fields = checkpoint.with_sides(fields, "patch_size", "temporal_patch_size")
     _check(checkpoint, fields)
     return config_class(**fields)
+
+
+def _read_timm(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The fields that timm's `config.json` has; see `read_model_args`."""
+    architecture, fields = read_model_args(checkpoint, _TIMM_ARCHITECTURES, fixed=_TIMM_FIXED, names=_TIMM_NAMES)
+    if "rope_theta" in fields:
+        fields["rope_parameters"] = {"rope_type": "axial", "rope_theta": fields.pop("rope_theta")}
+    size = architecture.split("_")[2].upper()
+    return {"num_heads": _SIZES[size][1]} | fields
 
 
 def _check(checkpoint: Checkpoint, fields: dict[str, Any]) -> None:

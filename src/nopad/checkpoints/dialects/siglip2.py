@@ -48,7 +48,14 @@ DIALECTS = (
         TIMM,
         requires=(r"^pos_embed$", r"^blocks\.\d+\.mlp\.fc1\.bias$"),
         # Of other vision transformers.
-        excludes=(r"^(cls|reg|dist)_token$", r"\.gamma_[12]$", r"\.ls[12]\.", r"^norm_pre\.", r"\.(q|k)_norm\."),
+        excludes=(
+            r"^(cls|reg|dist)_token$",
+            r"^merger\.",
+            r"\.gamma_[12]$",
+            r"\.ls[12]\.",
+            r"^norm_pre\.",
+            r"\.(q|k)_norm\.",
+        ),
         dropped=CLASSIFIER,
     ),
     Dialect("timm, NaFlex", r"^embeds\.pos_embed$", TIMM_NAFLEX, dropped=CLASSIFIER),
