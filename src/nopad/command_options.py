@@ -14,8 +14,9 @@ from nopad.counts import counted
 from nopad.environment import check_device
 from nopad.terminal import json_text, print_summary, printable
 
-SUCCESS, FAILURE, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
-"""Exit statuses: done or passed; not passed, or nothing embedded; wrong use or an error; stopped by a signal."""
+SUCCESS, FAILURE, WRONG_USE, UNFINISHED, INTERRUPTED = 0, 1, 2, 75, 130
+"""Exit statuses: done or passed; not passed, or nothing embedded; wrong use or an error; unfinished, since something
+could not be reached, and worth another try (EX_TEMPFAIL of sysexits.h); stopped by a signal."""
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from pictures import write_photos, write_video
 import nopad
 from nopad.cli import main
 from nopad.embedding.inputs import spans as module
-from nopad.embedding.inputs.media import VideoPart
+from nopad.embedding.inputs.media import Video
 from nopad.preprocessing.decode import ImageError
 from nopad.preprocessing.video import read_frames
 from nopad.preprocessing.video_file import duration_seconds
@@ -107,8 +107,8 @@ def test_a_moment_shows_the_frame_before_it(film):
 
 
 def test_parts_go_to_other_processes():
-    part = pickle.loads(pickle.dumps(VideoPart.of("a.mp4", (1.5, 2.0))))
-    assert (part, part.start, part.stop, type(part)) == ("a.mp4", 1.5, 2.0, VideoPart)
+    part = pickle.loads(pickle.dumps(Video.of("a.mp4", (1.5, 2.0), b"/films")))
+    assert (part, part.span, part.root, type(part)) == ("a.mp4", (1.5, 2.0), b"/films", Video)
 
 
 def test_the_options(film, model, tmp_path, capsys):

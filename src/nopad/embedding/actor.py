@@ -50,7 +50,10 @@ class ShardMaker:
         return f"process {os.getpid()} on {socket.gethostname()}"
 
     def make(self, shard: int) -> dict[str, Any]:
-        """Make a shard: counts and seconds by the names of `Stats`, its `rows` and `write_seconds`."""
+        """Make a shard: counts and seconds by the names of `Stats`, its `rows` and `write_seconds`.
+
+        One that cannot be made now has the reason as `unmade`, and no rows.
+        """
         path = self.job.path(shard)
         if path.exists():  # its actor died after it had put the shard in its place
             ok, failed = count(path)
@@ -59,7 +62,9 @@ class ShardMaker:
         stats_before, seconds_before = replace(run.stats), run.write_seconds
         run.make([shard])
         done = {key: value - getattr(stats_before, key) for key, value in asdict(run.stats).items()}
-        return _result(self.job.size(shard), run.write_seconds - seconds_before, Stats(**done))
+        unmade = run.unmade.pop(shard, None)
+        rows = 0 if unmade else self.job.size(shard)
+        return {**_result(rows, run.write_seconds - seconds_before, Stats(**done)), "unmade": unmade}
 
     @cached_property
     def job(self) -> Job:

@@ -66,6 +66,7 @@ def embed(
     embedding_list: str = "fixed",
     shard_size: int | None = None,
     input_timeout: float | None = INPUT_TIMEOUT_SECONDS,
+    unreachable_rows: bool = False,
     decode_memory: int | None = None,
     image_column: str | None = None,
     id_column: str | None = None,
@@ -121,6 +122,8 @@ def embed(
         shard_size: rows of a shard, 2048 unless given, 512 with tokens.
         input_timeout: seconds that decoding one input, listing a table, or reading a part of it, may take, in a process
             of its own; `None` is no limit.
+        unreachable_rows: an input that cannot be reached, since a disk, mount or server fails again and again, becomes
+            a failed row; by default its shard is not made, the summary has it in `unmade`, and the next call makes it.
         decode_memory: bytes for pictures that are decoded and read ahead; half of what is free unless given. One that
             needs more is a failure.
         image_column: the column of image bytes in Parquet files and datasets, where it is not clear.

@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING
 
-from nopad.command_options import FAILURE, INTERRUPTED, SUCCESS, resolve_device
+from nopad.command_options import FAILURE, INTERRUPTED, SUCCESS, UNFINISHED, resolve_device
 from nopad.counts import counted
 from nopad.embedding.progress import Display, clock, display
 from nopad.embedding.settings import Settings
@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Embed, print the summary, and return the exit status.
 
-    0: every input has its row; 1: not one could be embedded; 130: stopped, and the same command goes on.
+    0: every input has its row; 1: not one could be embedded; 75: shards could not be made now, or 130: stopped, and the
+    same command goes on.
 
     Raises:
         ValueError, OSError, ImportError: wrong use, or a folder that cannot be written.
@@ -79,10 +80,21 @@ def run(options: argparse.Namespace) -> int:
         print_summary(json_text(summary.to_dict()))
     else:
         print_summary(describe(summary))
+    if summary.unmade and not stop.is_set():
+        print_error(f"{_unmade(summary)}; {go_on}")
+        return UNFINISHED
     if summary.to_go:
         print_error(f"stopped with {counted(summary.to_go, 'input')} to go; {go_on}")
         return INTERRUPTED
     return FAILURE if summary.failed == summary.rows else SUCCESS
+
+
+def _unmade(summary: Summary) -> str:
+    name, reason = next(iter(summary.unmade.items()))
+    return printable(
+        f"unfinished, {counted(summary.to_go, 'input')} to go: {counted(len(summary.unmade), 'shard')} could not be made "
+        f"now; the first, {name}: {reason} (--unreachable-rows makes failed rows of such inputs)"
+    )
 
 
 def _beginning(options: argparse.Namespace) -> str:

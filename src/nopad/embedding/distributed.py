@@ -80,8 +80,8 @@ def make_on_ray(run: Run, shards: Sequence[int], actors: int, token: str) -> Non
             if on_gpu:
                 torch.cuda.empty_cache()
             with _Actors(run, cores, token, on_gpu=on_gpu) as pool:
-                for result in pool.make(shards, actors):
-                    _add(run, result)
+                for shard, result in pool.make(shards, actors):
+                    _add(run, shard, result)
     except RayError as error:
         raise RuntimeError(f"Ray failed; run the job again to go on: {error}") from error
     finally:
@@ -91,7 +91,10 @@ def make_on_ray(run: Run, shards: Sequence[int], actors: int, token: str) -> Non
     run.seconds = time.perf_counter() - run.start
 
 
-def _add(run: Run, result: Mapping[str, Any]) -> None:
+def _add(run: Run, shard: int, result: Mapping[str, Any]) -> None:
+    if result.get("unmade"):
+        run.unmade[shard] = result["unmade"]
+        logger.warning("%s is not made: %s", run.job.path(shard).name, result["unmade"])
     for field in fields(Stats):
         setattr(run.stats, field.name, getattr(run.stats, field.name) + result[field.name])
     run.write_seconds += result["write_seconds"]
@@ -139,8 +142,8 @@ class _Actors:
         actor = self.maker.remote(self.config)
         self.loading[actor.place.remote()] = actor
 
-    def make(self, shards: Sequence[int], actors: int) -> Iterator[dict[str, Any]]:
-        """The result of `ShardMaker.make` for each shard, in the order in which they are done.
+    def make(self, shards: Sequence[int], actors: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Each shard and the result of `ShardMaker.make`, in the order in which they are done.
 
         Raises:
             ChildProcessError: too many deaths.
@@ -169,7 +172,7 @@ class _Actors:
                     self.places[actor] = value
                     self.deaths.pop(None, None)  # actors can start
                 else:
-                    yield value
+                    yield shard, value
             while idle and waiting and not self.run.stop.is_set():
                 actor, shard = idle.pop(), waiting.popleft()
                 self.making[actor.make.remote(shard)] = (actor, shard)

@@ -11,6 +11,7 @@ import numpy as np
 from nopad.embedding.inputs.listing import Input
 from nopad.embedding.table.format import MAX_TOKEN_BYTES, Row
 from nopad.pipeline.pack_runner import EmbeddingResult
+from nopad.preprocessing.decode import UnreachableError
 
 
 def table_rows(
@@ -26,6 +27,13 @@ def table_rows(
     dtype = np.dtype(embedding_dtype)
     every = zip(inputs, results, kept, strict=True)
     return [replace(_row(item, result, dtype), kept=values) for item, result, values in every]
+
+
+def check_reached(inputs: Sequence[Input], results: Sequence[EmbeddingResult]) -> None:
+    """Raise `UnreachableError` for the first input that could not be reached: its row would say nothing about it."""
+    for item, result in zip(inputs, results, strict=True):
+        if isinstance(result.error, UnreachableError):
+            raise UnreachableError(f"{item.id} of {item.source}", result.error.reason)
 
 
 def _row(item: Input, result: EmbeddingResult, dtype: np.dtype) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +15,17 @@ from nopad.embedding.inputs.listing import Input
 from nopad.embedding.inputs.table_process import TableProcess
 from nopad.embedding.job import Job, make_reader
 from nopad.embedding.progress import Progress, Ticker
-from nopad.embedding.rows import table_rows
+from nopad.embedding.rows import check_reached, table_rows
 from nopad.embedding.summary import Summary
 from nopad.embedding.table.format import Row
 from nopad.embedding.table.reader import count, failed_rows, iterate_rows
 from nopad.environment import cpu_threads
 from nopad.pipeline.pack_runner import EmbeddingResult
 from nopad.pipeline.worker import Worker
+from nopad.preprocessing.decode import UnreachableError
+from nopad.terminal import printable
+
+logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -30,6 +35,9 @@ class Run:
         worker: made by the job's settings.
         stop: once set, the shard in hand is finished and no other.
         progress: called with how far the run is, a few times a second.
+
+    Attributes:
+        unmade: shards of which an attempt failed and why, since an input could not be reached; the next run makes them.
     """
 
     def __init__(
@@ -46,6 +54,7 @@ class Run:
         self.progress = progress or (lambda _: None)
         self.stats = worker.stats
         self.write_seconds = 0.0
+        self.unmade: dict[int, str] = {}
         self.encoders, self.decode_processes = 1, worker.threads  # actors have others
         self.done = 0
         finished = job.finished()
@@ -100,10 +109,20 @@ class Run:
             for shard, embedded in zip(shards, results, strict=False):
                 if writing is not None:
                     writing.result()
-                writing = writer.submit(self._put, shard, inputs_of(shard), embedded, keep, tables)
+                writing = writer.submit(self._try_to_put, shard, inputs_of(shard), embedded, keep, tables)
             if writing is not None:
                 writing.result()
         self.seconds = time.perf_counter() - self.start
+
+    def _try_to_put(self, shard: int, items: list[Input], results: list[EmbeddingResult], *how: Any) -> None:
+        """Write a shard, or note why it cannot be made now; in a thread, beside the encoder."""
+        try:
+            if not self.job.settings.unreachable_rows:
+                check_reached(items, results)
+            self._put(shard, items, results, *how)
+        except UnreachableError as error:
+            self.unmade[shard] = printable(str(error))
+            logger.warning("%s is not made: %s", self.job.path(shard).name, self.unmade[shard])
 
     def _put(
         self,
@@ -113,7 +132,6 @@ class Run:
         keep: Callable[[int, list[Row]], None],
         tables: TableProcess,
     ) -> None:
-        """Write a shard; in a thread, beside the encoder."""
         start = time.perf_counter()
         kept = self._kept(items, results, tables)
         keep(shard, table_rows(items, results, self.job.settings.embedding_dtype, kept))
@@ -162,4 +180,5 @@ class Run:
             left_out=dict(left_out),
             changes=list(changes),
             shards_with_failures=[name for name, (_, failed) in counts.items() if failed],
+            unmade={self.job.path(shard).name: reason for shard, reason in sorted(self.unmade.items())},
         )

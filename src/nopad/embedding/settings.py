@@ -105,6 +105,11 @@ class Settings:
     input_timeout: float | None = options.time_limit(
         INPUT_TIMEOUT_SECONDS, "seconds that decoding one input, or listing one table, may take, none for no limit"
     )
+    unreachable_rows: bool = options.flag(
+        "what cannot be reached, since a disk, mount or server fails again and again, becomes a failed row; unless "
+        "given, its shard is left to the next run",
+        recorded=False,
+    )
     decode_memory: int | None = options.memory(
         "memory for pictures that are decoded and read ahead, as 4GB or in bytes (default: half of what is free)"
     )

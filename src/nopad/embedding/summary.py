@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from nopad.counts import counted
@@ -47,6 +47,8 @@ class Summary:
         left_out: files in the sources that are no pictures or videos, by suffix.
         changes: inputs that are new in the sources or gone from them since the job began, in words.
         shards_with_failures: the shards that hold failed rows, by name.
+        unmade: the shards that this run could not make, or try again, since an input could not be reached, by name,
+            and why; the next run makes them.
     """
 
     folder: str
@@ -64,6 +66,7 @@ class Summary:
     left_out: dict[str, int]
     changes: list[str]
     shards_with_failures: list[str]
+    unmade: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -105,4 +108,5 @@ def summary_of(summaries: Sequence[Summary]) -> Summary:
 
     counts = {name: total(name) for name in ("rows", "failed", "missing", "to_go", "done", "seconds", "write_seconds")}
     shards = [name for summary in summaries for name in summary.shards_with_failures]
-    return replace(summaries[-1], **counts, shards_with_failures=shards)
+    unmade = {name: reason for summary in summaries for name, reason in summary.unmade.items()}
+    return replace(summaries[-1], **counts, shards_with_failures=shards, unmade=unmade)

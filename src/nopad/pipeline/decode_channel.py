@@ -19,8 +19,8 @@ MEMORY = 0
 """Beside `selectors.EVENT_READ` and `EVENT_WRITE`: waits for memory."""
 
 Answer = PreparedImage | dict[str, Any]
-"""An image, or what went wrong, as the `"error"` and perhaps the `"traceback"`; of a batch also `"alone"`, which is an
-image that needs more than its allowance."""
+"""An image, or what went wrong, as the `"error"` and perhaps the `"traceback"` or `"unreachable"`; of a batch also
+`"alone"`, which is an image that needs more than its allowance."""
 
 
 class DecodeChannel(Channel):
@@ -29,12 +29,17 @@ class DecodeChannel(Channel):
     Args:
         process: runs the program.
         program: says what it may answer.
+
+    Attributes:
+        deadline: when the process is to be ended, by the monotonic clock.
+        is_reading: whether it has not read the file yet that it was given alone.
     """
 
     def __init__(self, process: Process, program: DecodeProgram) -> None:
         super().__init__(process)
         self._program = program
         self.deadline = float("inf")  # by the monotonic clock
+        self.is_reading = False
         self._start = self._waited = 0.0
 
     def prepare(
@@ -54,12 +59,16 @@ class DecodeChannel(Channel):
         """
         self._start, self._waited = time.monotonic(), 0.0
         self._allow(timeout)
+        self.is_reading = True
         yield from self.send(data)
         answer = yield from self.receive()
         if "reading" in answer:
             size = count_in(answer, "reading")
             yield from self._wait(lambda: reservation.try_hold(size, notify))
             yield from self.send(size)
+            answer = yield from self.receive()
+        if "read" in answer:
+            self.is_reading = False
             answer = yield from self.receive()
         if "error" in answer:
             return answer
@@ -92,6 +101,7 @@ class DecodeChannel(Channel):
         """
         self._start, self._waited = time.monotonic(), 0.0
         self._allow(timeout)
+        self.is_reading = False
         budget = reservations[0].budget
         yield from self._wait(lambda: budget.try_reserve_all(reservations, allowance, notify))
         yield from self.send(Batch(tuple(files), allowance))

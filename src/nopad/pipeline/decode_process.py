@@ -18,7 +18,7 @@ from nopad.pipeline.forked import (
     limit_address_space,
 )
 from nopad.pipeline.image_processor import ImageProcessor
-from nopad.preprocessing.decode import ImageError
+from nopad.preprocessing.decode import ImageError, UnreachableError
 from nopad.preprocessing.jpegs import CheckedJpeg, upright, upright_size
 from nopad.preprocessing.limits import MAX_BYTES
 
@@ -38,7 +38,11 @@ class Decoder(Protocol):
         ...
 
     def read(self, source: Any, /) -> bytes | str:
-        """Read the file, or whatever `source` names: bytes, or the name of a file that is decoded where it is."""
+        """Read the file, or whatever `source` names: bytes, or the name of a file that is decoded where it is.
+
+        Raises:
+            UnreachableError: it cannot be reached now.
+        """
         ...
 
     def measure(self, data: Any, /) -> tuple[int, int, int]:
@@ -74,7 +78,8 @@ class Batch:
 class DecodeProgram:
     """Answers a file with the bytes that it needs, and once they are granted with its patches, or with an error.
 
-    A large file is answered with its own size first, and read once that is granted. A `Batch` is answered at once.
+    A large file is answered with its own size first, and read once that is granted; once it is, `"read"` is answered. A
+    `Batch` is answered at once. An error is `"unreachable"` where it is an `UnreachableError`.
 
     Attributes:
         keep_jpegs: answer with the file itself where it is a JPEG that a GPU decodes.
@@ -111,6 +116,7 @@ class DecodeProgram:
             connection.recv()
         limit_address_space(limit + 2 * size)
         data = self.decoder.read(source)
+        answer(connection, read=True)
         limit += 2 * len(data)
         limit_address_space(limit)
         answer(connection, bytes=self._peak_bytes(data))
@@ -163,6 +169,8 @@ class DecodeProgram:
 
 def _described(error: Exception) -> dict[str, Any]:
     """An answer that states what went wrong."""
+    if isinstance(error, UnreachableError):
+        return {"error": error.reason, "unreachable": True}
     if isinstance(error, ImageError):
         return {"error": error.reason}
     if is_out_of_memory(error):

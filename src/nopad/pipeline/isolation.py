@@ -24,7 +24,7 @@ from nopad.pipeline.decode_process import DecodeProgram, Decoder
 from nopad.pipeline.decode_queue import MAX_BATCH, DecodeQueue, Done, Task
 from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.pipeline.memory import Reservation
-from nopad.preprocessing.decode import ImageError
+from nopad.preprocessing.decode import ImageError, UnreachableError
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 
 logger = logging.getLogger(__name__)
@@ -229,8 +229,7 @@ class DecodeProcesses:
                 self._advance(busy)
             elif now >= busy.process.deadline:
                 limit = f"{self.timeout or _BATCH_SECONDS:g} s"
-                reason = f"decoding it takes more than {limit}; input_timeout sets another limit"
-                self._fail(busy, ImageError("image", reason))
+                self._fail(busy, _too_slow(limit, is_reading=busy.process.is_reading))
 
     def _patience(self) -> float | None:
         if self._queue and len(self._busy) < self.max_processes:
@@ -274,7 +273,8 @@ class DecodeProcesses:
             else:
                 if "traceback" in answer:
                     logger.error("unexpected error in a decoder:\n%s", answer["traceback"])
-                task.done(ImageError("image", str(answer["error"])), seconds)
+                kind = UnreachableError if answer.get("unreachable") is True else ImageError
+                task.done(kind("image", str(answer["error"])), seconds)
         self._try_alone(again)
 
     def _died(self, busy: _Busy, error: Exception) -> None:
@@ -320,3 +320,11 @@ class DecodeProcesses:
     def _ring(self) -> None:
         with suppress(BlockingIOError):  # full: it rings already
             os.write(self._bell.fileno(), b"!")
+
+
+def _too_slow(limit: str, *, is_reading: bool) -> ImageError:
+    """The error of a file that takes too long: while it is read, its disk or mount does."""
+    advice = "input_timeout sets another limit"
+    if is_reading:
+        return UnreachableError("image", f"unreachable: reading it takes more than {limit}; {advice}")
+    return ImageError("image", f"decoding it takes more than {limit}; {advice}")

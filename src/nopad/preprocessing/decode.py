@@ -61,6 +61,10 @@ class ImageError(ValueError):
         return f"{self.source}: {self.reason}"
 
 
+class UnreachableError(ImageError):
+    """An image of which nothing is known: its disk, mount or server failed, also when it was tried again."""
+
+
 def load_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode one image to upright RGB.
 

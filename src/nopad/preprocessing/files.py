@@ -35,11 +35,16 @@ def _check_regular(status: os.stat_result) -> None:
 
 @dataclass(frozen=True)
 class FileRange:
-    """A range of bytes in a file; the whole file where `size` is `None`."""
+    """A range of bytes in a file; the whole file where `size` is `None`.
+
+    Attributes:
+        root: the source in which it was listed, empty for none; see `missing_mount`.
+    """
 
     path: bytes
     offset: int = 0
     size: int | None = None
+    root: bytes = b""
 
     def num_bytes(self) -> int:
         """How many bytes `read` gives.

@@ -9,8 +9,8 @@ from types import TracebackType
 
 from torch import Tensor
 
-from nopad.embedding.inputs.listing import Input
-from nopad.embedding.inputs.media import Media, MediaDecoder, VideoPart
+from nopad.embedding.inputs.listing import Input, root_of
+from nopad.embedding.inputs.media import Media, MediaDecoder, Video
 from nopad.embedding.inputs.names import as_text
 from nopad.embedding.inputs.spans import span_of
 from nopad.embedding.inputs.table_process import TableImages
@@ -78,11 +78,11 @@ class Reader:
             if item.kind == "broken":
                 raise ImageError(item.id, item.note)
             if item.kind == "video":
-                return VideoPart.of(os.fsdecode(item.path), span_of(item))
+                return Video.of(os.fsdecode(item.path), span_of(item), root_of(item))
             if item.kind == "image":
-                return FileRange(item.path)
+                return FileRange(item.path, root=root_of(item))
             if item.kind == "tar":
-                return FileRange(item.path, item.offset, item.size)
+                return FileRange(item.path, item.offset, item.size, root_of(item))
             return self._value(item)
         except ImageError as error:
             raise ImageError(item.id, as_text(error.reason)) from error

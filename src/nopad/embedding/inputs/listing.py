@@ -58,6 +58,14 @@ class Input:
     note: str = ""
 
 
+def root_of(item: Input) -> bytes:
+    """The folder in which an input's file was listed, of a tar or table its own; empty where none is known."""
+    if item.kind not in ("image", "video"):
+        return os.path.dirname(item.path)
+    id = os.fsencode(item.id.rpartition("#")[0] if item.note else item.id)
+    return item.path.removesuffix(b"/" + id) if item.path.endswith(b"/" + id) else b""
+
+
 class InputList:
     """Inputs in order, backed by an Arrow table: about 50 bytes and its name for each."""
 

@@ -3,45 +3,61 @@
 from __future__ import annotations
 
 import base64
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from nopad.embedding.inputs.extras import THUMBNAIL
-from nopad.preprocessing.decode import ImageError, load_image, measure_image
+from nopad.preprocessing.decode import ImageError, UnreachableError, load_image, measure_image
 from nopad.preprocessing.exif import read_exif
-from nopad.preprocessing.files import FileRange, why
+from nopad.preprocessing.files import FileRange, open_regular, why
 from nopad.preprocessing.jpegs import CheckedJpeg, check_jpeg
 from nopad.preprocessing.limits import MAX_PIXELS, NUM_FRAMES
+from nopad.preprocessing.reachable import Retries, is_unreachable, missing_mount
 from nopad.preprocessing.thumbnails import thumbnail
 from nopad.preprocessing.video import read_frames
 from nopad.preprocessing.video_file import frame_size
 
 _LARGE_BYTES = 1 << 22
+_PROBE_BYTES = 1 << 12
+_Read = TypeVar("_Read")
 
 Media = FileRange | bytes | str
 """The place of an encoded picture, its bytes, or the name of a video."""
 
+retry = Retries()
+"""Of the reads in this process."""
 
-class VideoPart(str):
-    """The name of a video of which a part is read: `start` to `stop` in seconds, one frame where these are equal."""
 
-    __slots__ = ("start", "stop")
-    start: float
-    stop: float
+class Video(str):
+    """The name of a video.
+
+    Attributes:
+        span: the part that is read, from and to a second, one frame where these are equal; `None` for all.
+        root: see `FileRange`.
+    """
+
+    __slots__ = ("root", "span")
+    span: tuple[float, float] | None
+    root: bytes
 
     @classmethod
-    def of(cls, path: str, span: tuple[float, float] | None) -> str:
-        """A part, or the name itself for the whole."""
-        if span is None:
-            return path
-        part = cls(path)
-        part.start, part.stop = span
-        return part
+    def of(cls, path: str, span: tuple[float, float] | None = None, root: bytes = b"") -> Video:
+        """A video by its name."""
+        video = cls(path)
+        video.span, video.root = span, root
+        return video
+
+    @property
+    def is_one_frame(self) -> bool:
+        """Whether one frame of it is read."""
+        return self.span is not None and self.span[0] == self.span[1]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return VideoPart.of, (str(self), (self.start, self.stop))
+        return Video.of, (str(self), self.span, self.root)
 
 
 @dataclass(frozen=True)
@@ -79,16 +95,16 @@ class MediaDecoder:
             return 0
 
     def read(self, media: Media) -> bytes | str:
-        """The bytes of a picture; a video is left where it is.
+        """The bytes of a picture; a video is left where it is. What cannot be reached is tried again.
 
         Raises:
-            ImageError: a file that cannot be read, or is empty.
+            UnreachableError: a file that cannot be reached.
+            ImageError: one that cannot be read, or is empty.
         """
         if isinstance(media, FileRange):
-            try:
-                media = media.read()
-            except (OSError, ValueError) as error:
-                raise ImageError("file", f"cannot be read: {why(error)}") from error
+            media = read_range(media)
+        elif isinstance(media, Video):
+            check_reachable(media)
         if not media:
             raise ImageError("file", "empty: 0 bytes")
         return media
@@ -99,7 +115,7 @@ class MediaDecoder:
             width, height, size = measure_image(media) or (0, 0, 0)
             return (1, width * height, size) if width * height <= self.max_pixels else (1, 0, 0)
         width, height = frame_size(media) or (0, 0)
-        frames = 1 if isinstance(media, VideoPart) and media.start == media.stop else self.frames
+        frames = 1 if isinstance(media, Video) and media.is_one_frame else self.frames
         if width * height > self.max_pixels:
             return frames, 0, 0
         # The frames and their stack as RGB, and what the codec refers to, which is at most 16 frames in H.264 and HEVC.
@@ -113,10 +129,19 @@ class MediaDecoder:
         """
         if isinstance(media, bytes):
             return load_image(media, max_pixels=self.max_pixels)
-        if not isinstance(media, VideoPart):
+        if not isinstance(media, Video):
             return read_frames(media, self.frames, max_pixels=self.max_pixels)
-        frames = read_frames(str(media), self.frames, span=(media.start, media.stop), max_pixels=self.max_pixels)
-        return frames[0] if media.start == media.stop else frames
+        try:
+            return self._frames(media)
+        except ImageError as error:
+            if not (error.__cause__ and is_unreachable(error.__cause__)):
+                raise
+        check_reachable(media)
+        return self._frames(media)
+
+    def _frames(self, video: Video) -> Tensor:
+        frames = read_frames(str(video), self.frames, span=video.span, max_pixels=self.max_pixels)
+        return frames[0] if video.is_one_frame else frames
 
     def check_jpeg(self, media: bytes | str) -> CheckedJpeg | None:
         """See `Decoder.check_jpeg`."""
@@ -130,3 +155,43 @@ class MediaDecoder:
         if self.thumbnails is not None:
             found[THUMBNAIL] = base64.b64encode(thumbnail(pixels, self.thumbnails)).decode()
         return found
+
+
+def read_range(place: FileRange) -> bytes:
+    """The bytes of a range; tried again while it cannot be reached.
+
+    Raises:
+        UnreachableError: a file that cannot be reached.
+        ImageError: one that cannot be read.
+    """
+    return _reached(place.read, place.path, place.root)
+
+
+def check_reachable(video: Video) -> None:
+    """Check that a video can be opened, and read at both ends; a file that is damaged is no error here.
+
+    Raises:
+        UnreachableError: a file that cannot be reached.
+        ImageError: one that cannot be opened.
+    """
+    path = os.fsencode(video)
+
+    def probe() -> None:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            for offset in (0, max(0, size - _PROBE_BYTES)):
+                os.pread(file.fileno(), _PROBE_BYTES, offset)
+
+    _reached(probe, path, video.root)
+
+
+def _reached(read: Callable[[], _Read], path: bytes, root: bytes) -> _Read:
+    def why_unreachable(error: BaseException) -> str:
+        return why(error) if is_unreachable(error) else missing_mount(error, path, root)
+
+    try:
+        return retry(read, why_unreachable)
+    except (OSError, ValueError) as error:
+        if reason := why_unreachable(error):
+            raise UnreachableError("file", f"unreachable: {reason}") from error
+        raise ImageError("file", f"cannot be read: {why(error)}") from error
