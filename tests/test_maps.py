@@ -166,7 +166,7 @@ def test_a_model_without_attention_to_show(pictures, models, tmp_path, capsys):
         (["--layers", "7"], "layers: expected -3 to 2, got 7"),
         (["--layers", "last"], "--layers: expected numbers as -4,-1, got 'last'"),
         (["--size", "huge"], "size: expected model, native, pixels of the short side, or HEIGHTxWIDTH, got 'huge'"),
-        (["--size", "2"], "size: 'shortest_edge' makes 2 × 2 pixels, expected at least 4 × 4"),
+        (["--size", "2"], "size: expected a short side of at least a patch of 4 × 4 pixels, got 2"),
         (["--size", "8x8", "--max-patches", "4"], "max_patches: expected None for 'height_width'"),
         (["--out", "view.gif"], "--out: expected a file .html or .png, got 'view.gif'"),
     ],
@@ -183,3 +183,6 @@ def test_a_picture_that_is_none(models, tmp_path, monkeypatch, capsys):
     (tmp_path / "text.png").write_text("no picture")
     assert main(["view", "text.png", "--model", models[0]]) == 2
     assert "text.png: " in capsys.readouterr().err
+    Image.fromarray(noise(1, 3, 30)).save("small.png")
+    assert main(["view", "small.png", "--model", models[0]]) == 2
+    assert "small.png: 3×30 pixels (height×width), smaller than a patch of 4 × 4 pixels" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import pickle
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pictures import noise
@@ -13,6 +14,8 @@ from tiny_encoders import FAMILIES, tiny
 from torch.utils.data import DataLoader
 
 import nopad
+from nopad.pipeline.pack_processor import PackProcessor
+from nopad.preprocessing.decode import ImageError
 from nopad.preprocessing.rules import Preprocessing
 
 STATISTICS = {"resample": "bilinear", "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "rescale_factor": 1.0}
@@ -61,9 +64,25 @@ def test_a_processor_refuses_what_pack_refuses(siglip):
         nopad.processor(siglip, size="small")
     with pytest.raises(ValueError, match="resize: expected one of"):
         nopad.processor(siglip, resize="lanczos")
-    with pytest.raises(ValueError, match="size: 'shortest_edge' makes 3 × 3 pixels, expected at least 4 × 4"):
+    with pytest.raises(ValueError, match="size: expected a short side of at least a patch of 4 × 4 pixels, got 3"):
         nopad.processor(siglip, size=3)
     assert processor([]) == nopad.load(siglip).pack([])
+
+
+def test_an_image_smaller_than_a_patch_is_named(siglip, tmp_path):
+    path = tmp_path / "small.png"
+    Image.new("RGB", (30, 3)).save(path)
+    encoder, small = nopad.load(siglip), np.zeros((3, 30, 3), np.uint8)
+    for call in (encoder.pack, encoder.embed, nopad.processor(siglip, size="native")):
+        options = {} if isinstance(call, PackProcessor) else {"size": "native"}
+        with pytest.raises(
+            ImageError, match=r"^image 1: 3×30 pixels .*, smaller than a patch of 4 × 4 pixels; min_pat"
+        ):
+            call([PICTURES[0], small], **options)
+    with pytest.raises(ImageError, match=r"small.png: 3×30 pixels .*, smaller than a patch"):
+        encoder.pack([path], size="native")
+    assert encoder.pack([small], size="native", min_patches=1).grid_thw.tolist() == [[1, 1, 10]]
+    assert encoder.pack([small]).grid_thw.tolist() == encoder.pack([PICTURES[0]]).grid_thw.tolist()
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -104,9 +104,9 @@ def test_a_size_or_limit_that_cannot_be_followed_is_an_error(rule, options, mess
 
 
 def test_a_size_of_less_than_a_patch_is_an_error():
-    with pytest.raises(ValueError, match="size: 'shortest_edge' makes 15 × 30 pixels, expected at least 16 × 16"):
+    with pytest.raises(ValueError, match="size: expected a short side of at least a patch of 16 × 16 pixels, got 15"):
         NATIVE.with_size(15).place(100, 200, 16)
-    with pytest.raises(ValueError, match=r"makes 60 × 30 pixels, expected at least 32 × 32, .* times multiple_of 2"):
+    with pytest.raises(ValueError, match=r"size: expected at least 2 × 2 patches of 16 × 16 pixels, got 60 × 30"):
         NATIVE.with_size((60, 30), multiple_of=2).place(100, 200, 16)
 
 

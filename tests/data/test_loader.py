@@ -262,6 +262,8 @@ def test_image_that_cannot_be_used_is_named_by_its_sample(num_workers):
         list(loader_of(cut, num_workers=num_workers))
     with pytest.raises(ImageError, match=r"^sample 1: 4 bytes: not an image"):
         list(loader_of([good, b"none"], num_workers=num_workers))
+    with pytest.raises(ImageError, match=r"^sample 1: 3×9 pixels \(height×width\), smaller than a patch of 4 × 4"):
+        list(loader_of([good, np.zeros((3, 9, 3), np.uint8)], num_workers=num_workers))
     with pytest.raises(ValueError, match=r"a key of the dataset's items, one of \['picture'\], got 'image'"):
         list(loader_of([{"picture": good}], num_workers=num_workers))
 
@@ -295,7 +297,7 @@ def test_sizes_that_do_not_fit_are_refused():
 def jitter(pixels):
     """Another crop and other values each time, by all three sources of random numbers."""
     height, width = pixels.shape[-2:]
-    top, left = random.randrange(height), int(np.random.randint(width))
+    top, left = random.randrange(height - 3), int(np.random.randint(width - 3))
     return (pixels[..., top:, left:].repeat(1, 3, 3) // torch.randint(1, 4, ()).byte()).contiguous()
 
 

@@ -166,6 +166,8 @@ def name_of(raw: bytes) -> str:
 
 EXPECTED = {name_of(name): expected for name, (_, expected) in TABLE.items()} | MADE
 EXPECTED |= {f"tar {name}": expected for name, expected in TAR.items()}
+SMALL = {"1x1.png": "1×1 pixels", "1x20000.png": "20000×1 pixels", "20000x1.png": "1×20000 pixels"}
+"""What `"native"` refuses, and models that resize do not."""
 
 
 def write_sources(folder: Path) -> list[str]:
@@ -215,7 +217,7 @@ def a_hostile_system(folder: Path):
 
 @pytest.fixture(scope="module", params=["native", "crop"])
 def done(request, tmp_path_factory, model, clip_model):
-    """The rows by name, the summary, the encoder and its options; each picture in a pack of its own, then in one."""
+    """The rows by name, what is expected of each, the summary, the encoder and its options, and the folder."""
     checkpoint, limit = {"native": (model, 64), "crop": (clip_model, None)}[request.param]
     folder = tmp_path_factory.mktemp("bad")
     sources = write_sources(folder)
@@ -237,13 +239,16 @@ def done(request, tmp_path_factory, model, clip_model):
     table = [row for path in sorted((folder / "out").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
     rows = {("tar " if row["source"].endswith(".tar") else "") + row["id"]: row for row in table}
     assert len(rows) == len(table)
-    return rows, json.loads(stdout.getvalue()), nopad.load(checkpoint), {"max_patches": limit, "capacity": 1}, folder
+    small = SMALL if request.param == "native" else {}
+    expected = EXPECTED | {name: f"{size} (height×width), smaller than a patch" for name, size in small.items()}
+    summary, options = json.loads(stdout.getvalue()), {"max_patches": limit, "capacity": 1}
+    return rows, expected, summary, nopad.load(checkpoint), options, folder
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_what_becomes_of_it(done, name):
-    rows, _, encoder, options, _ = done
-    row, expected = rows[name], EXPECTED[name]
+    rows, all_expected, _, encoder, options, _ = done
+    row, expected = rows[name], all_expected[name]
     if isinstance(expected, str):
         assert row["status"] == "failed"
         assert expected in row["error"]
@@ -256,9 +261,9 @@ def test_what_becomes_of_it(done, name):
 
 
 def test_nothing_else_came_of_it(done):
-    rows, summary, _, _, folder = done
+    rows, expected, summary, _, _, folder = done
     assert set(rows) == set(EXPECTED)
-    failed = sum(isinstance(expected, str) for expected in EXPECTED.values())
+    failed = sum(isinstance(each, str) for each in expected.values())
     assert (summary["rows"], summary["failed"]) == (len(EXPECTED), failed)
     assert (summary["missing"], summary["left_out"]) == (0, {})
     assert not any("unexpected" in (row["error"] or "") for row in rows.values())
@@ -277,6 +282,14 @@ def test_raising_the_limit_lets_larger_pictures_in(tmp_path, model):
         assert main([*arguments, "159999", "--out", f"{tmp_path}/refused"]) == 1
         assert main([*arguments, "160000", "--out", f"{tmp_path}/taken"]) == 0
         assert Image.MAX_IMAGE_PIXELS == 20_000
+
+
+def test_min_patches_enlarges_what_is_smaller_than_a_patch(tmp_path, model):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(saved(RGB[:1, :1]))
+    arguments = ["embed", f"{tmp_path}/photos", "--model", str(model), "--out", f"{tmp_path}/out"]
+    assert main([*arguments, "--min-patches", "1"]) == 0
+    assert nopad.read_features(tmp_path / "out").grids.tolist() == [[1, 1, 1]]
 
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000", "ICO")

@@ -22,6 +22,7 @@ from nopad.data.sizes import measure_sizes, read_sizes, size_of
 from nopad.data.worker import PackMaker
 from nopad.packing import Pack
 from nopad.pipeline.pack_processor import PackProcessor
+from nopad.preprocessing.decode import ImageError
 
 logger = logging.getLogger(__name__)
 WINDOW, STREAM_WINDOW = 64, 8
@@ -253,20 +254,27 @@ class PackLoader:
 
     def _samples(self, planner: Planner, taken: set[int]) -> Iterator[Sample]:
         """The samples of this epoch in their order, but for those that are taken."""
-        frame_patches = lru_cache(maxsize=1 << 16)(self._frame_patches)
+        cached = lru_cache(maxsize=1 << 16)(self._frame_patches)
+
+        def frame_patches(number: int, height: int, width: int) -> int:
+            try:
+                return cached(height, width)
+            except ImageError as error:
+                raise ImageError(f"sample {number}", error.reason) from error
+
         if self.is_iterable:
             if hasattr(self.dataset, "set_epoch"):
                 self.dataset.set_epoch(self.epoch)
             for number, item in enumerate(self.dataset):
                 if number not in taken:
                     frames, height, width = size_of(number, item, self.image)
-                    yield planner.sample(number, frames, frame_patches(height, width), self.processor, item)
+                    yield planner.sample(number, frames, frame_patches(number, height, width), self.processor, item)
             return
         sizes = self.sizes.numpy()
         for number in self._order(planner):
             if number not in taken:
                 frames, height, width = map(int, sizes[number])
-                yield planner.sample(number, frames, frame_patches(height, width), self.processor)
+                yield planner.sample(number, frames, frame_patches(number, height, width), self.processor)
 
     def _order(self, planner: Planner) -> Iterator[int]:
         if not planner.shuffle:

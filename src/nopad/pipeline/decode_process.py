@@ -91,7 +91,7 @@ class DecodeProgram:
 
     def prepare(self) -> None:
         """Import what the image processor needs."""
-        self.image_processor(torch.zeros(3, 64, 64, dtype=torch.uint8))
+        self.image_processor(self.image_processor.blank_image)
 
     def serve(self, connection: Connection) -> None:
         """See `Program.serve`."""

@@ -62,7 +62,7 @@ class ImageProcessor(Processor):
         processor = super().of(encoder, resize=resize, preprocessing=preprocessing)
         if not processor.rule.is_resized_in_float(resize):
             processor = replace(processor, dtype=torch.uint8)
-        processor(torch.zeros(3, 64, 64, dtype=torch.uint8))  # raises for settings that fit no image
+        processor(processor.blank_image)  # raises for settings that fit no image
         return processor
 
     def __call__(self, image: Tensor) -> PreparedImage:

@@ -16,6 +16,7 @@ from torch import Tensor
 from nopad.packing import Pack
 from nopad.patches import patchify
 from nopad.pipeline.processor import Processor
+from nopad.preprocessing.decode import ImageError
 from nopad.preprocessing.load import load
 from nopad.preprocessing.rules import Preprocessing, Resize
 from nopad.preprocessing.transforms import preprocess
@@ -61,8 +62,16 @@ class PackProcessor(Processor):
             ValueError: one image where several are expected.
         """
         check_several(images)
-        packs = [self.pack_pixels(load(source)) for source in images]
-        return Pack.cat(packs) if packs else self.pack_pixels(torch.zeros(3, 64, 64, dtype=torch.uint8))[:0]
+        packs = [self._pack(index, source) for index, source in enumerate(images)]
+        return Pack.cat(packs) if packs else self.pack_pixels(self.blank_image)[:0]
+
+    def _pack(self, index: int, source: Any) -> Pack:
+        pixels = load(source)
+        try:
+            return self.pack_pixels(pixels)
+        except ImageError as error:
+            name = str(source) if isinstance(source, str | Path) else f"image {index}"
+            raise ImageError(name, error.reason) from error
 
     def pack_pixels(self, image: Tensor, max_patches: int | None = None) -> Pack:
         """The pack of one image or clip that is decoded.
@@ -78,7 +87,8 @@ class PackProcessor(Processor):
         rule, (height, width) = self.rule, image.shape[-2:]
         place = rule.place(height, width, self.patch_size)
         if max_patches is not None and place.num_patches > max_patches:
-            rule = dataclasses.replace(rule, min_patches=None, max_patches=max_patches)
+            min_patches = None if rule.min_patches is None else min(rule.min_patches, max_patches)
+            rule = dataclasses.replace(rule, min_patches=min_patches, max_patches=max_patches)
             place = rule.place(height, width, self.patch_size)
         pixels = preprocess(image, rule, self.patch_size, resize=self.resize)
         patches, grid = patchify(pixels, self.patch_size, self.patch_order, self.temporal_patch_size)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from torch import Tensor
 
 from nopad.patches import PatchOrder
 from nopad.preprocessing.limits import MaxPatches
@@ -38,7 +39,14 @@ class Processor:
 
     def __post_init__(self) -> None:
         check_resize(self.resize)
-        self.rule.place(64, 64, self.patch_size)  # raises where no image has a patch
+        height, width = self.blank_image.shape[1:]
+        self.rule.place(height, width, self.patch_size)  # raises where no image has a patch
+
+    @property
+    def blank_image(self) -> Tensor:
+        """The smallest image that every rule takes: uint8 `(3, H, W)` of zeros."""
+        side = self.patch_size * self.rule.multiple_of
+        return torch.zeros(3, side, side, dtype=torch.uint8)
 
     @classmethod
     def of(

@@ -216,7 +216,7 @@ class Worker:
                 group.size += 1
                 if isinstance(image, ImageError):
                     if strict:
-                        raise image
+                        raise ImageError(f"image {index}", image.reason) if image.source == "image" else image
                     self._store({(group, index): EmbeddingResult(error=image)})
                     continue
                 tokens, segments = num_tokens(encoder, image), num_segments(encoder, image)

@@ -31,9 +31,9 @@ class Preprocessing:
     """The rule by which a model's images are made. Pixels that do not fill a patch are dropped at the right and bottom.
 
     Attributes:
-        rule: `"native"` keeps the size, `"shortest_edge"` resizes the short side and keeps the aspect ratio,
-            `"height_width"` and `"square"` resize both sides, `"crop"` is CLIP's short side and centre crop, `"naflex"`
-            is SigLIP2's, `"smart_resize"` Qwen-VL's, which rounds both sides.
+        rule: `"native"` keeps the size; an image smaller than a patch is then an error. `"shortest_edge"` resizes the
+            short side and keeps the aspect ratio, `"height_width"` and `"square"` resize both sides, `"crop"` is CLIP's
+            short side and centre crop, `"naflex"` is SigLIP2's, `"smart_resize"` Qwen-VL's, which rounds both sides.
         size: in pixels: of the short side for `"shortest_edge"`, `(height, width)` for `"height_width"`, the side for
             `"square"`, the side of the crop for `"crop"`, `(least, most)` of a frame for `"smart_resize"`; `None` for
             the other two.
@@ -217,10 +217,12 @@ class Preprocessing:
         """Size and patches of an image after `preprocess`, from its size before.
 
         Raises:
-            ImageError: an aspect ratio that the rule refuses.
-            ValueError: the rule makes images smaller than a patch.
+            ImageError: an aspect ratio that the rule refuses, or a native image smaller than a patch.
+            ValueError: the rule makes every image smaller than a patch.
         """
         unit = patch_size * self.multiple_of
+        if self.rule == "native" and self.min_patches is None and min(height, width) < unit:
+            raise _too_small(height, width, patch_size, self.multiple_of)
         height, width = self._resized(height, width, patch_size)
         kept_height, kept_width, top, left = height, width, 0, 0
         if self.rule == "crop":
@@ -229,11 +231,18 @@ class Preprocessing:
             top, left = (height - self.size) // 2, (width - self.size) // 2
         rows, columns = (side // unit * self.multiple_of for side in (kept_height, kept_width))
         if not rows * columns:
-            raise ValueError(
-                f"size: {self.rule!r} makes {kept_height} × {kept_width} pixels, expected at least {unit} × {unit}, "
-                f"patch_size {patch_size} times multiple_of {self.multiple_of}"
-            )
+            raise ValueError(self._less_than_a_patch(patch_size))
         return Placement(height, width, top, left, rows, columns)
+
+    def _less_than_a_patch(self, patch_size: int) -> str:
+        """Message for a size that gives no image a whole patch."""
+        expected = f"a patch of {patch_size} × {patch_size}"
+        if self.multiple_of > 1:
+            expected = f"{self.multiple_of} × {self.multiple_of} patches of {patch_size} × {patch_size}"
+        if self.rule == "shortest_edge":
+            return f"size: expected a short side of at least {expected} pixels, got {self.size}"
+        height, width = self.size if isinstance(self.size, tuple) else (self.size, self.size)
+        return f"size: expected at least {expected} pixels, got {height} × {width} (height × width)"
 
     def _resized(self, height: int, width: int, patch_size: int) -> tuple[int, int]:
         """Height and width after the resize and before any crop."""
@@ -254,11 +263,21 @@ class Preprocessing:
             return self.size, self.size
         if self.size is not None:
             height, width = with_short_side(height, width, self.short_side or self.size)
-        elif min(height, width) < unit:
-            height, width = with_short_side(height, width, unit)
         if self.min_patches is not None:
             height, width = at_least(height, width, unit, -(-self.min_patches // area))
         return (height, width) if self.max_patches is None else at_most(height, width, unit, self.max_patches // area)
+
+
+def _too_small(height: int, width: int, patch_size: int, multiple_of: int) -> Exception:
+    """The `ImageError` of an image without a whole patch."""
+    from nopad.preprocessing.decode import ImageError  # late, since it imports torch
+
+    least = "a patch" if multiple_of == 1 else f"{multiple_of} × {multiple_of} patches"
+    reason = (
+        f"{height}×{width} pixels (height×width), smaller than {least} of {patch_size} × {patch_size} pixels; "
+        f"min_patches={multiple_of**2}, or a size in pixels, enlarges it"
+    )
+    return ImageError("image", reason)
 
 
 def _smart_resize(height: int, width: int, unit: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -272,8 +291,11 @@ def _smart_resize(height: int, width: int, unit: int, min_pixels: int, max_pixel
     from nopad.preprocessing.decode import ImageError
 
     if max(height, width) > 200 * min(height, width):
-        reason = "rule 'smart_resize' takes a long side of at most 200 times the short one; crop it, or give size="
-        raise ImageError(f"image of {height}×{width} (height×width)", reason)
+        reason = (
+            f"{height}×{width} pixels (height×width): rule 'smart_resize' takes a long side of at most 200 times the "
+            f"short one; crop it, or give size="
+        )
+        raise ImageError("image", reason)
     return smart_resize(height, width, unit, min_pixels, max_pixels)
 
 

@@ -22,8 +22,7 @@ def preprocess(image: Tensor, preprocessing: Preprocessing, patch_size: int, *, 
 
     `resize="pil"` gives bit for bit what the processors of transformers 5.23 give: those with Pillow, and with
     `rescale_before_resize`, which has none, the float resize of the original's torchvision. `"torch"` resizes 8-bit
-    pixels several times as fast, nearly all values equal, the others within 2 grey levels. A `"native"` image smaller
-    than a patch is enlarged until its short side is one patch, so that nothing is lost. A limit on patches scales a
+    pixels several times as fast, nearly all values equal, the others within 2 grey levels. A limit on patches scales a
     `"native"` image down in its aspect ratio; one row or column of patches is squeezed.
 
     Args:
@@ -37,7 +36,7 @@ def preprocess(image: Tensor, preprocessing: Preprocessing, patch_size: int, *, 
 
     Raises:
         ImageError: an aspect ratio so extreme that the resize would make more than `MAX_PIXELS`, or that the rule
-            refuses.
+            refuses; a `"native"` image smaller than a patch, without `min_patches`.
         ValueError: an argument of another shape or dtype, or a size that is smaller than a patch.
     """
     return normalize(resize_image(image, preprocessing, patch_size, resize=resize), preprocessing)
@@ -73,13 +72,15 @@ def place_image(height: int, width: int, preprocessing: Preprocessing, patch_siz
     """Size and patches of an image after `resize_image`.
 
     Raises:
-        ImageError: too many pixels then, or an aspect ratio that the rule refuses.
+        ImageError: too many pixels then, or an aspect ratio or size that the rule refuses.
     """
     place = preprocessing.place(height, width, patch_size)
     if place.height * place.width > MAX_PIXELS:
-        size = f"{place.height}×{place.width}"
-        reason = f"rule {preprocessing.rule!r} resizes it to {size}, expected at most {MAX_PIXELS} pixels"
-        raise ImageError(f"image of {height}×{width} (height×width)", reason)
+        reason = (
+            f"{height}×{width} pixels (height×width): rule {preprocessing.rule!r} resizes it to "
+            f"{place.height}×{place.width}, expected at most {MAX_PIXELS} pixels"
+        )
+        raise ImageError("image", reason)
     return place
 
 

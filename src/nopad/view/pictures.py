@@ -16,7 +16,7 @@ from nopad import maps
 from nopad.encoder import PackedEncoder
 from nopad.loading import load
 from nopad.packing import Pack
-from nopad.preprocessing.decode import load_image
+from nopad.preprocessing.decode import ImageError, load_image
 from nopad.preprocessing.rules import Size
 
 KINDS = ("pca", "similarity", "norms", "attention")
@@ -105,12 +105,23 @@ def view_pictures(
         encoder = model if isinstance(model, PackedEncoder) else load(model, **options)
         name = (encoder.source or type(encoder).__name__) if isinstance(model, PackedEncoder) else model
         progress(f"running {name}")
-        pack = encoder.pack(pixels, size=size, max_patches=max_patches)
+        pack = _pack(encoder, images, pixels, size=size, max_patches=max_patches)
         for of_picture, found in zip(seen, _maps(name, encoder, pack, kinds, layers), strict=True):
             of_picture.append(found)
     pictures = [Image.fromarray(each.permute(1, 2, 0).contiguous().numpy()) for each in pixels]
     parts = zip(images, pictures, seen, strict=True)
     return [Picture(Path(image).name, picture, tuple(found)) for image, picture, found in parts]
+
+
+def _pack(encoder: PackedEncoder, names: Sequence[str | Path], pixels: Sequence[Tensor], **options: Any) -> Pack:
+    """One pack of all pictures; an error has the picture's name."""
+    packs = []
+    for name, of_picture in zip(names, pixels, strict=True):
+        try:
+            packs.append(encoder.pack([of_picture], **options))
+        except ImageError as error:
+            raise ImageError(str(name), error.reason) from error
+    return Pack.cat(packs)
 
 
 def check_kinds(kinds: Sequence[str] | None) -> None:
