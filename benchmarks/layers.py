@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace, ways: list[str]) -> None:
     peak = gemms(side, count, encoder.device, encoder.dtype)
     runs: dict[str, Callable[[], object]] = {"peak": peak}
     busy: dict[str, list[float]] = {}
-    print(f"{options.model}, attention {encoder.attention}, {len(packs)} packs of {options.capacity}")
+    print(f"{options.model}, attention {encoder.attention_backend}, {len(packs)} packs of {options.capacity}")
     for way in ways:
         start = time.perf_counter()
         twin = prepared(encoder, way, options.capacity, max(map(len, numbers)))

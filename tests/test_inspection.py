@@ -120,11 +120,11 @@ def test_images_are_packed_and_compiled_encoders_run_layer_by_layer(tmp_path, qu
     encoder = nopad.load(tiny("dinov3", tmp_path), size="native")
     image = (torch.rand(3, 20, 12, generator=torch.Generator().manual_seed(0)) * 255).byte()
     (expected,) = encoder.features(encoder.pack([image]), [0])
-    (maps,) = encoder.attention_maps(encoder.pack([image]))
+    (maps,) = encoder.attention(encoder.pack([image]))
     encoder.compile(capacity=64, compiled=False)
     (found,) = encoder.features([image], [0])
     assert torch.equal(found.tokens, expected.tokens)
-    assert torch.equal(encoder.attention_maps([image])[0], maps)
+    assert torch.equal(encoder.attention([image])[0], maps)
     assert encoder.execution != "eager" or encoder.compiled_capacity == 64
 
 
@@ -161,8 +161,8 @@ def test_attention_is_the_originals_in_eager_mode(family, folder, encoder):
     pack, pixels = pack_and_pixels(encoder, family)
     number = encoder.num_prefix_tokens
     for layers in (-1, [0, -2]):
-        found = encoder.attention_maps(pack, layers, queries=[0])
-        of_cls = encoder.attention_maps(pack, layers) if number else found
+        found = encoder.attention(pack, layers, queries=[0])
+        of_cls = encoder.attention(pack, layers) if number else found
         for image, grid, maps, cls in zip(pixels, pack.grid_thw.tolist(), found, of_cls, strict=True):
             expected = attentions(family, original, image)
             maps, cls = (part[None] if layers == -1 else part for part in (maps, cls))
@@ -210,7 +210,7 @@ def test_attention_times_values_is_what_a_layer_adds(family, encoder):
     values = attention.qkv_linears[-1](hidden_states)[:, -encoder.hidden_size :]  # the last third of one linear layer
     value = values.unflatten(1, (attention.num_heads, -1))
     for image, start, end in zip(pack, starts, starts[1:], strict=False):
-        (maps,) = encoder.attention_maps(image, 1, queries=range(end - start))
+        (maps,) = encoder.attention(image, 1, queries=range(end - start))
         added = torch.einsum("qhn,nhk->qhk", maps.flatten(2), value[start:end]).flatten(1)
         torch.testing.assert_close(attention.proj(added), output[start:end], rtol=1e-3, atol=1e-4)
 
@@ -222,7 +222,7 @@ def test_attention_of_the_head_times_values_is_what_it_pools(family, encoder):
     tokens, seen = pack.unpack(encoder(pack)), []
     projection = encoder.head.proj if "aimv2" in family else encoder.head.attention.out_proj
     hook = projection.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
-    for image, part, maps in zip(pack, tokens, encoder.attention_maps(pack, queries="pooled"), strict=True):
+    for image, part, maps in zip(pack, tokens, encoder.attention(pack, queries="pooled"), strict=True):
         seen.clear()
         encoder.encode(image)
         if "aimv2" in family:
@@ -241,8 +241,10 @@ def test_attention_of_the_head_times_values_is_what_it_pools(family, encoder):
 @pytest.mark.parametrize("family", ["siglip"], scope="module")
 def test_maps_of_every_patch_sum_to_one(family, encoder):
     pack, _ = pack_and_pixels(encoder, family)
-    for maps in encoder.attention_maps(pack, queries="pooled"):
+    of_list = encoder.attention(pack, [-1], queries="pooled")
+    for maps, listed in zip(encoder.attention_maps(pack, 2, queries="pooled"), of_list, strict=True):
         torch.testing.assert_close(maps.sum((2, 3)), torch.ones(maps.shape[:2]))
+        assert torch.equal(listed, maps[None])
 
 
 @pytest.mark.parametrize(
@@ -267,4 +269,4 @@ def test_maps_that_there_are_not(family, arguments, message, tmp_path):
     encoder = nopad.load(tiny(family, tmp_path))
     pack = nopad.Pack.of([torch.zeros(3, 12, 8), torch.zeros(3, 8, 8)], 4)
     with pytest.raises(ValueError, match=message):
-        encoder.attention_maps(pack, **arguments)
+        encoder.attention(pack, **arguments)

@@ -304,7 +304,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
         return execution_device(self.embeddings)
 
     @property
-    def attention(self) -> str:
+    def attention_backend(self) -> str:
         """The attention kernel in use on this device and in this dtype."""
         return resolve_backend(self._backend, self.device, self.dtype, self._head_dim)
 
@@ -330,6 +330,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
     pack = pack_images
     embed = embed_images
     features = layer_features
+    attention = attention_maps
     attention_maps = attention_maps
     features_and_output = features_and_output
     layer_indices = check_layers

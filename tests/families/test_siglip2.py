@@ -49,7 +49,7 @@ def test_heads_of_72(tmp_path, kind, backend, monkeypatch):
     """so400m's head size: both kernels take it, and layers and head alike take the kernel that was asked for."""
     original = kind(hidden_size=144, num_attention_heads=2)
     encoder = nopad.load(folder_of(tmp_path, original), attention=backend)
-    assert encoder.attention == backend
+    assert encoder.attention_backend == backend
     used, select = [], varlen._select
     monkeypatch.setattr(varlen, "_select", lambda *needs: used.append((needs[0], needs[3])) or select(*needs))
     assert_parity("siglip2", encoder, original, tolerance=1e-5)

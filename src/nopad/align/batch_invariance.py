@@ -111,7 +111,7 @@ def check_batch_invariance(
         device=device_name(encoder.device),
         dtype=dtype_name(encoder.dtype),
         precision=encoder.precision,
-        attention=encoder.attention,
+        attention=encoder.attention_backend,
         capacity=capacity,
         cases=tuple(cases),
     )

@@ -107,7 +107,7 @@ def align(
         device=device_name(device),
         dtype=dtype_name(dtype),
         precision=packed.precision,
-        attention=packed.attention,
+        attention=packed.attention_backend,
         execution=packed.execution,
         capacity=packed.compiled_capacity,
         threshold=threshold,

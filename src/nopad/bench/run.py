@@ -130,7 +130,7 @@ def bench(
         no_reference="not requested" if baseline is None else baseline.description if baseline.model is None else None,
         device=device_name(device),
         dtype=settings.dtype,
-        attention=encoder.attention,
+        attention=encoder.attention_backend,
         versions=versions(device),
         parameters=block_parameters(encoder),
         seed=seed,

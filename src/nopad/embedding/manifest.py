@@ -39,7 +39,7 @@ def record_of(settings: Settings, worker: Worker, sources: list[str], inputs: In
         dtype=dtype_name(encoder.dtype),
         compile=encoder.compiled_capacity is not None,
         precision=encoder.precision,
-        attention=encoder.attention,
+        attention=encoder.attention_backend,
         capacity=worker.capacity,
         decode=worker.decode,
         size=_size_of(rule),

@@ -136,7 +136,7 @@ def compile_layers(encoder: PackedEncoder, capacity: int, max_segments: int, com
         return EagerLayers(encoder.layers)
     start = time.perf_counter()
     layers = _first_available(encoder, capacity, max_segments)
-    if can_record(encoder.device, encoder.attention, capacity):
+    if can_record(encoder.device, encoder.attention_backend, capacity):
         layers = CUDAGraphLayers(layers)
         warm_up(encoder, layers, capacity, max_segments)
     logger.info("compiled for packs of %d tokens in %.0f s", capacity, time.perf_counter() - start)

@@ -35,27 +35,28 @@ def attention_maps(
 
     Args:
         images: a pack on the encoder's device, or images as `PackedEncoder.pack` takes them.
-        layers: one, or several, from 0; negative ones from the end.
+        layers: one, or a list, from 0; negative ones from the end.
         queries: `"cls"` for the CLS token, of each frame its own; `"pooled"` for the query of the head, which reads the
             tokens after the last layer; or indices of patches `frame * rows * columns + row * columns + column`, the
             same for every image, which do not see other frames where the model does not.
 
     Returns:
-        For each image float32 `(heads, t, h, w)`; for indices `(queries, heads, t, h, w)`; for several layers
+        For each image float32 `(heads, t, h, w)`; for indices `(queries, heads, t, h, w)`; for a list of layers
         `(layers, …)`.
 
     Raises:
         ValueError: a layer or a patch that there is not, a query that the model lacks, or layers for the head.
     """
     chosen = check_layers(encoder, [layers] if isinstance(layers, int) else layers)
-    _check_queries(encoder, queries, last=layers == -1)
+    _check_queries(encoder, queries, last=set(chosen) == {len(encoder.layers) - 1})
     pack = images if isinstance(images, Pack) else encoder.pack(images)
     patches, layout = read_arguments(encoder, pack, None, None)
     _check_patches(queries, layout)
     with on_device(patches):
         if queries == "pooled":
-            return _of_head(encoder, patches, layout)
-        maps = _of_layers(encoder, patches, layout, chosen, queries)
+            maps = [_of_head(encoder, patches, layout)] * len(chosen)
+        else:
+            maps = _of_layers(encoder, patches, layout, chosen, queries)
     if isinstance(layers, int):
         return maps[0]
     return [torch.stack(of_image) for of_image in zip(*maps, strict=True)]
@@ -157,7 +158,7 @@ def _check_queries(encoder: PackedEncoder, queries: Any, *, last: bool) -> None:
             lacks = {"cls": ", which has no CLS token", "pooled": ", which has no head"}.get(queries, "")
             raise ValueError(f"queries: expected {' or '.join(known)} for this model{lacks}, got {queries!r:.80}")
         if queries == "pooled" and not last:
-            raise ValueError("layers: the head reads the tokens after the last layer; leave layers out for 'pooled'")
+            raise ValueError("layers: the head reads the tokens after the last layer; use layers=-1 for 'pooled'")
         return
     if not isinstance(queries, Sequence) or not queries or any(type(patch) is not int for patch in queries):
         raise ValueError(f"queries: expected {' or '.join(known)}, got {queries!r:.80}")

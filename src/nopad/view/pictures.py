@@ -140,9 +140,9 @@ def _maps(
     chosen = encoder.layer_indices(layers)
     attention: list[Tensor | None] = [None] * len(pack)
     if query == "cls":
-        attention = [each.mean(1).cpu() for each in encoder.attention_maps(pack, layers)]
+        attention = [each.mean(1).cpu() for each in encoder.attention(pack, layers)]
     elif query == "pooled":
-        attention = [each.mean(0)[None].cpu() for each in encoder.attention_maps(pack, queries="pooled")]
+        attention = [each.mean(0)[None].cpu() for each in encoder.attention(pack, queries="pooled")]
     tokens = [each.tokens[:, 0].float().cpu() for each in features]
     per_layer = [maps.pca([of_picture[place] for of_picture in tokens]) for place in range(len(chosen))]
     assert pack.boxes is not None
