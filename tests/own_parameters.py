@@ -52,10 +52,10 @@ def features(encoder):
 
 
 def spoken_by(encoder):
-    """The dialects that there are of an architecture; timm's of DINOv2 have no mask token."""
+    """The dialects that there are of an architecture; timm's have no mask token of DINOv2's, and one frame of Qwen3-VL's."""
     gated = getattr(encoder.config, "use_gated_mlp", False)
     others = {"Meta" if gated else "Meta, gated"}
-    if encoder.family == "dinov2":
+    if encoder.family in ("dinov2", "qwen3_vl"):
         others |= {"timm", "timm, registers"}
     return [dialect for dialect in encoder.dialects if dialect.name not in others]
 
