@@ -19,9 +19,13 @@ SUCCESS, FAILURE, WRONG_USE, UNFINISHED, INTERRUPTED = 0, 1, 2, 75, 130
 could not be reached, and worth another try (EX_TEMPFAIL of sysexits.h); stopped by a signal."""
 
 
-def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    """Add the checkpoint and how it is loaded."""
-    parser.add_argument("checkpoint", help="Hub name, folder, weights file, or untrained:<published name>")
+def add_checkpoint_options(parser: argparse.ArgumentParser, *, without: str | None = None) -> None:
+    """Add the checkpoint and how it is loaded; `without` says what the command does where none is given."""
+    checkpoint = "Hub name, folder, weights file, or untrained:<published name>"
+    if without is None:
+        parser.add_argument("checkpoint", help=checkpoint)
+    else:
+        parser.add_argument("checkpoint", nargs="?", help=f"{checkpoint}; {without}")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     add_prefix_option(parser)
     trust = "run the checkpoint's own code as the reference, where transformers does not have it"

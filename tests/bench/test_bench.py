@@ -225,9 +225,9 @@ def test_candidate_skipped_while_timed_takes_no_peak_of_others(native, timed):
 
 def test_compiled_candidates_are_warmed_up_more_often(native, as_it_is, monkeypatch):
     warmed = []
-    warm_up = runner._warm_up
+    warm_up = runner.warm_up
     monkeypatch.setitem(runner.WARM_UPS, "cpu", 3)
-    monkeypatch.setattr(runner, "_warm_up", lambda *of: warmed.append(of[3]) or warm_up(*of))
+    monkeypatch.setattr(runner, "warm_up", lambda *of: warmed.append(of[3]) or warm_up(*of))
     bench(native, compile=True, **OPTIONS)
     assert warmed == [1, 1, 3, 3, 1, 1, 3]  # eager, compiled, the reference one by one, by shape, compiled
 

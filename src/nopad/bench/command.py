@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Sequence
 
 from nopad.bench.defaults import ON_CPU, ON_GPU
 from nopad.bench.report import MIN_COSINE, BenchReport, Row
+from nopad.bench.suite_report import SuiteReport, SuiteWorkload, format_of
 from nopad.command_options import (
     SUCCESS,
     add_checkpoint_options,
@@ -20,6 +22,7 @@ from nopad.counts import counted
 from nopad.terminal import columns, configure_transformers, print_progress, printable
 
 DTYPES = ("bfloat16", "float16", "float32")
+SUITE_HEADER = ("", "runs", "ms", "min … max", "images/s", "×", "× float32", "cosine", "")
 HEADER = ("", "capacity", "ms", "min … max", "images/s", "tokens/s", "TFLOP/s", "of peak", "GiB", "cosine", "")
 
 
@@ -30,14 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         gpu, cpu = ON_GPU.describe(name), ON_CPU.describe(name)
         return f"(default: {gpu} on a GPU, {cpu} on a CPU)"
 
-    add_checkpoint_options(parser)
+    without = "without one, on a CPU, a large and a small model with random weights, in less than three minutes"
+    add_checkpoint_options(parser, without=without)
     add_device_options(parser)
     parser.add_argument("--dtype", choices=DTYPES, help=f"of all candidates {default('dtype')}")
     workloads = (
         "many sizes of at most 1,024 patches, one size of 224 pixels or the model's own, all of these, or small images "
-        "of 16 to 100 patches"
+        "of 16 to 100 patches (default: mixed)"
     )
-    parser.add_argument("--workload", choices=("mixed", "224", "all", "small"), default="mixed", help=workloads)
+    parser.add_argument("--workload", choices=("mixed", "224", "all", "small"), default=None, help=workloads)
     parser.add_argument("--images", type=int, metavar="N", help=f"images of each workload {default('images')}")
     capacities = f"tokens per pack; each is measured {default('capacities')}"
     parser.add_argument("--capacity", type=_integers, metavar="N,N,…", help=capacities)
@@ -58,6 +62,8 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError, ImportError: wrong use; the command line prints the message.
     """
+    if options.checkpoint is None:
+        return run_suite(options)
     if options.fp8 and options.compile is False:
         raise ValueError("--fp8: runs the packed model in float8 compiled, got --no-compile too; give one of them")
     check_report(options.report)
@@ -73,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         device=resolve_device(options.device),
         dtype=None if options.dtype is None else getattr(torch, options.dtype),
         attention=options.attention,
-        workload=options.workload,
+        workload=options.workload or "mixed",
         images=options.images,
         capacities=options.capacity,
         baselines=options.baselines,
@@ -88,6 +94,73 @@ def run(options: argparse.Namespace) -> int:
     )
     print_report(report, options, table=bench_table, write_page=write_bench_page)
     return SUCCESS
+
+
+def run_suite(options: argparse.Namespace) -> int:
+    """`nopad bench` without a checkpoint."""
+    fixed = "dtype", "workload", "images", "capacity", "compile", "revision", "report"
+    given = [f"--{name}" for name in fixed if getattr(options, name) is not None]
+    given += [f"--{name.replace('_', '-')}" for name in ("fp8", "trust_remote_code") if getattr(options, name)]
+    given += [] if options.baselines else ["--no-baselines"]
+    given += [] if options.attention == "auto" else ["--attention"]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: expected a checkpoint; without one, nopad bench chooses models and sizes"
+        )
+    print_progress("importing torch and transformers")
+    device = resolve_device(options.device)
+    if device != "cpu":
+        raise ValueError(f"checkpoint: expected one on {device}; without one, nopad bench measures a CPU: --device cpu")
+    from nopad.bench.suite import bench_suite
+
+    configure_transformers()
+    report = bench_suite(runs=options.runs, seed=options.seed, progress=print_progress)
+    print_report(report, options, table=suite_table)
+    return SUCCESS
+
+
+def suite_table(report: SuiteReport) -> str:
+    """The suite for a terminal."""
+    lines = [f"{report.device}; medians of interleaved runs; random weights, random pixels"]
+    for workload in report.workloads:
+        rows = [_suite_cells(workload, row) for row in workload.rows]
+        lines += [
+            "",
+            f"{workload.checkpoint}, {workload.name}: {workload.description}",
+            *columns([SUITE_HEADER, *rows]),
+        ]
+        lines += [f"skipped: {row.label}: {row.skipped}" for row in workload.rows if row.skipped is not None]
+    load = report.load_time
+    lines += ["", f"loading {load.checkpoint} from a local folder"]
+    if load.skipped is not None or load.times is None or load.memory is None:
+        lines.append(f"skipped: {load.skipped}")
+    else:
+        load_ms, read_ms = (statistics.median(each) * 1e3 for each in (load.load_seconds, load.read_seconds))
+        figures = f"{load_ms:,.0f} ms, {load.times:.2f} × the {read_ms:,.0f} ms that reading its bytes takes"
+        lines.append(f"{figures}; peak memory {load.memory:.2f} × the weights ({load.bytes / 2**30:.2f} GiB)")
+    lines += [
+        "",
+        "×: times as fast as transformers' model, one image at a time: in the same format, and in float32;",
+        "cosine: lowest of a token with the packed encoder in float32 on that image alone,",
+        f"WRONG unless above {MIN_COSINE}",
+    ]
+    return "\n".join(map(printable, lines))
+
+
+def _suite_cells(workload: SuiteWorkload, row: Row) -> tuple[str, ...]:
+    if row.median is None or row.min_cosine is None:
+        return (row.label, *["–"] * (len(SUITE_HEADER) - 2), "skipped")
+    times = workload.times(row, format_of(row)), workload.times(row, "float32")
+    return (
+        row.label,
+        f"{len(row.seconds)}",
+        f"{row.median * 1e3:,.1f}",
+        f"{min(row.seconds) * 1e3:,.1f} … {max(row.seconds) * 1e3:,.1f}",
+        f"{row.images_per_second:,.4g}",
+        *("–" if each is None else f"{each:.2f}" for each in times),
+        f"{row.min_cosine:.6f}",
+        "ok" if row.agrees else "WRONG",
+    )
 
 
 def bench_table(report: BenchReport) -> str:

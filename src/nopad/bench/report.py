@@ -6,6 +6,7 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nopad.bench.workloads import describe_images
 from nopad.counts import counted
 
 MIN_COSINE = 0.99
@@ -144,8 +145,7 @@ class WorkloadStats:
 
     def describe(self) -> str:
         """Its images in one line."""
-        sizes = "one size" if self.sizes == 1 else f"{self.sizes:,} sizes"
-        return f"{counted(self.images, 'image')} of {sizes}, {self.tokens:,} patches, at most {self.longest:,} each"
+        return describe_images(self.images, self.sizes, self.tokens, self.longest)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def run_candidates(
     rows: list[Row] = []
     jobs: dict[int, Callable[[], None]] = {}
     for number, candidate in enumerate(candidates, 1):
-        row = _empty_row(encoder, workload, candidate)
+        row = empty_row(encoder, workload, candidate)
         images = candidate.images
         try:
             if candidate.compiled and not (candidate.no_compiler if compile is None else compile):
@@ -53,8 +53,8 @@ def run_candidates(
                 expected[id(images)] = expected_features(encoder, images, checked(len(images.pixels)))
             progress(f"{workload}: preparing {number} of {len(candidates)}: {row.label}")
             warm_ups = WARM_UPS[encoder.device.type] if candidate.compiled else 1
-            row, run = _warm_up(candidate, row, expected[id(images)], warm_ups, timer)
-            jobs[len(rows)] = _job(run)
+            row, run = warm_up(candidate, row, expected[id(images)], warm_ups, timer)
+            jobs[len(rows)] = as_job(run)
         except Skipped as reason:
             row = replace(row, skipped=str(reason))
         rows.append(row)
@@ -69,7 +69,7 @@ def run_candidates(
     peaks = [_seconds(samples) for samples in results[::2]]
     for index, samples, around in zip(jobs, results[1::2], pairwise(peaks), strict=True):
         if isinstance(samples, str):
-            rows[index] = replace(_empty_row(encoder, workload, candidates[index]), skipped=samples)
+            rows[index] = replace(empty_row(encoder, workload, candidates[index]), skipped=samples)
         else:
             rows[index] = _timed_row(rows[index], candidates[index], samples, around)
     return rows, MeasuredPeak(side, count, tuple(chain.from_iterable(zip(*peaks, strict=True))))
@@ -95,8 +95,12 @@ def block_parameters(encoder: PackedEncoder) -> int:
     return sum(parameter.numel() for parameter in encoder.get_submodule("layers").parameters())
 
 
-def _warm_up(candidate: Candidate, row: Row, expected: Features, warm_ups: int, timer: Timer) -> tuple[Row, Run]:
-    """Prepare a candidate, run it and check its features."""
+def warm_up(candidate: Candidate, row: Row, expected: Features, warm_ups: int, timer: Timer) -> tuple[Row, Run]:
+    """Prepare a candidate, run it and check its features.
+
+    Raises:
+        Skipped: it cannot run here.
+    """
     prepared: list[tuple[Run, str | None, Features]] = []
 
     def first() -> None:
@@ -105,7 +109,7 @@ def _warm_up(candidate: Candidate, row: Row, expected: Features, warm_ups: int, 
 
     samples = [timer(_skipping(first, compiled=candidate.compiled))]
     run, execution, features = prepared[0]
-    samples += [timer(_job(run)) for _ in range(warm_ups - 1)]
+    samples += [timer(as_job(run)) for _ in range(warm_ups - 1)]
     cosine = min_cosine(features, expected)
     return replace(row, peak_memory_bytes=_peak_memory(samples), min_cosine=cosine, execution=execution), run
 
@@ -128,7 +132,8 @@ def _seconds(samples: list[Sample] | str) -> list[float]:
     return [sample.seconds for sample in samples] if isinstance(samples, list) else []
 
 
-def _job(run: Run) -> Callable[[], None]:
+def as_job(run: Run) -> Callable[[], None]:
+    """A run as it is timed: features are dropped."""
     return _skipping(lambda: run(()))
 
 
@@ -151,7 +156,8 @@ def _skipping(action: Callable[[], object], *, compiled: bool = False) -> Callab
     return job
 
 
-def _empty_row(encoder: PackedEncoder, workload: str, candidate: Candidate) -> Row:
+def empty_row(encoder: PackedEncoder, workload: str, candidate: Candidate) -> Row:
+    """The row of a candidate that has not run."""
     inputs = candidate.images.workload
     lengths = [length + encoder.num_prefix_tokens for length in inputs.lengths]
     layers, size = encoder.config.num_hidden_layers, encoder.hidden_size

@@ -7,6 +7,8 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 
+from nopad.counts import counted
+
 MIN_PATCHES, MAX_PATCHES = 128, 1024
 """Patches of an image of the mixed workload."""
 MAX_ASPECT = 3.0
@@ -42,6 +44,16 @@ class Workload:
     def tokens(self) -> int:
         """Patches of all images together."""
         return sum(self.lengths)
+
+    def describe(self) -> str:
+        """Its images in one line."""
+        return describe_images(len(self.grids), len(set(self.grids)), self.tokens, max(self.lengths))
+
+
+def describe_images(images: int, sizes: int, tokens: int, longest: int) -> str:
+    """Images, their sizes and patches in one line."""
+    of_sizes = "one size" if sizes == 1 else f"{sizes:,} sizes"
+    return f"{counted(images, 'image')} of {of_sizes}, {tokens:,} patches, at most {longest:,} each"
 
 
 def mixed(images: int, seed: int) -> Workload:

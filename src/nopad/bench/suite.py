@@ -1,0 +1,182 @@
+"""The suite of `nopad bench` without a checkpoint: what a CPU makes of a large and a small model, beside transformers.
+
+Weights are random, and so are pixels. Candidates of a workload have the same weights and images, and their runs are
+interleaved.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from nopad.bench.candidates import Baseline, Candidate, Images, expected_features, one_by_one, packed
+from nopad.bench.load_time import measure_load_time
+from nopad.bench.report import Row
+from nopad.bench.runner import as_job, checked, empty_row, warm_up
+from nopad.bench.suite_report import REFERENCE, SuiteReport, SuiteWorkload
+from nopad.bench.timing import Skipped, Timer, interleave, timer
+from nopad.bench.workloads import Workload, fixed, mixed, small
+from nopad.counts import check_count
+from nopad.encoder import PackedEncoder
+from nopad.environment import device_name, versions
+from nopad.inference.compile import needs_compiler
+from nopad.inference.defaults import CAPACITY_ON_CPU
+from nopad.loading import load
+
+logger = logging.getLogger(__name__)
+
+LARGE = "untrained:apple/aimv2-large-patch14-native"
+SMALL = "untrained:facebook/dinov3-vits16-pretrain-lvd1689m"
+FLOAT32, BFLOAT16 = "float32", "bfloat16"
+MIN_RUNS, MAX_RUNS, SECONDS = 3, 9, 20.0
+"""Timed runs of a workload: as many as fit into so many seconds."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Images of one workload through one checkpoint, in one or more formats, the first of them float32."""
+
+    checkpoint: str
+    workload: str
+    images: int
+    formats: tuple[str, ...] = (FLOAT32,)
+
+    def draw(self, patch_size: int, seed: int) -> Workload:
+        """The images' sizes."""
+        if self.workload == "224":
+            return fixed(self.images, 224, patch_size)
+        return (mixed if self.workload == "mixed" else small)(self.images, seed)
+
+
+SUITE = (
+    Entry(LARGE, "mixed", 2, (FLOAT32, BFLOAT16)),
+    Entry(SMALL, "mixed", 8),
+    Entry(SMALL, "224", 16),
+    Entry(SMALL, "small", 64),
+)
+
+
+def bench_suite(
+    *,
+    runs: int | None = None,
+    seed: int = 0,
+    entries: Sequence[Entry] | None = None,
+    progress: Callable[[str], None] = logger.info,
+) -> SuiteReport:
+    """Time the packed encoder and transformers' model on a CPU, workload by workload, and how long loading takes.
+
+    On two cores it takes less than three minutes.
+
+    Args:
+        runs: timed runs of each candidate, as many as fit into 20 seconds a workload unless given.
+        seed: of sizes and pixels.
+        entries: the workloads, `SUITE` unless given.
+        progress: called with a line for each step.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+    if runs is not None:
+        check_count("runs", runs)
+    entries = SUITE if entries is None else entries
+    workloads, load_time = [], None
+    with torch.no_grad():
+        for checkpoint in dict.fromkeys(entry.checkpoint for entry in entries):
+            progress(f"loading {checkpoint}")
+            encoder = load(checkpoint, dtype=torch.float32)
+            baseline = Baseline.of(encoder, checkpoint, revision=None, trust_remote_code=False)
+            for entry in entries:
+                if entry.checkpoint == checkpoint:
+                    workloads.append(_run_entry(entry, encoder, baseline, runs, seed, progress))
+                    gc.collect()  # compiled copies refer to themselves
+            if load_time is None:
+                load_time = measure_load_time(encoder, checkpoint, progress)
+    assert load_time is not None
+    return SuiteReport(device_name("cpu"), versions(), seed, tuple(workloads), load_time)
+
+
+def _run_entry(
+    entry: Entry,
+    encoder: PackedEncoder,
+    baseline: Baseline,
+    runs: int | None,
+    seed: int,
+    progress: Callable[[str], None],
+) -> SuiteWorkload:
+    workload, clock = entry.draw(encoder.patch_size, seed), timer(torch.device("cpu"))
+    images = Images.of(workload, encoder, seed)
+    name = f"{entry.checkpoint}, {workload.name}"
+    progress(f"{name}: features to compare with")
+    expected = expected_features(encoder, images, checked(len(images.pixels)))
+    all_candidates = list(_candidates(entry, encoder, baseline, images))
+    rows, jobs, seconds = [], {}, 0.0
+    for number, (candidate, reason) in enumerate(all_candidates, 1):
+        row = empty_row(encoder, workload.name, candidate)
+        progress(f"{name}: preparing {number} of {len(all_candidates)}: {row.label}")
+        try:
+            if reason is not None:
+                raise Skipped(reason)
+            row, run = warm_up(candidate, row, expected, 1, clock)
+            jobs[len(rows)] = as_job(run)
+            seconds += clock(jobs[len(rows)]).seconds
+        except Skipped as skipped:
+            row = replace(row, skipped=str(skipped))
+        rows.append(row)
+    count = runs or max(MIN_RUNS, min(MAX_RUNS, int(SECONDS / seconds)))
+    timed = _time(name, rows, jobs, count, clock, progress)
+    return SuiteWorkload(entry.checkpoint, workload.name, workload.describe(), timed)
+
+
+def _time(
+    name: str,
+    rows: Sequence[Row],
+    jobs: dict[int, Callable[[], None]],
+    runs: int,
+    clock: Timer,
+    progress: Callable[[str], None],
+) -> tuple[Row, ...]:
+    indices = list(jobs)
+
+    def on_start(run: int, job: int) -> None:
+        progress(f"{name}: run {run + 1} of {runs}, {job + 1} of {len(jobs)}: {rows[indices[job]].label}")
+
+    timed = list(rows)
+    for index, samples in zip(indices, interleave(clock, list(jobs.values()), runs, on_start), strict=True):
+        if isinstance(samples, str):
+            timed[index] = replace(rows[index], skipped=samples)
+        else:
+            timed[index] = replace(rows[index], seconds=tuple(sample.seconds for sample in samples))
+    return tuple(timed)
+
+
+def _candidates(
+    entry: Entry, encoder: PackedEncoder, baseline: Baseline, images: Images
+) -> Iterator[tuple[Candidate, str | None]]:
+    """Each candidate, and the reason where it does not run here."""
+    for format in entry.formats:
+        twin, inputs, reference = encoder, images, baseline
+        if format == BFLOAT16:
+            twin, reference = copy.deepcopy(encoder).to(torch.bfloat16), _in_bfloat16(baseline)
+            inputs = Images(images.workload, tuple(pixels.to(torch.bfloat16) for pixels in images.pixels))
+        reason = None if format != BFLOAT16 or has_fast_bfloat16() else "this processor has no GEMMs in bfloat16"
+        compiled = not needs_compiler(twin)
+        candidate = packed(twin, inputs, CAPACITY_ON_CPU, compiled=compiled)
+        yield replace(candidate, name=f"nopad, {format}"), reason
+        yield replace(one_by_one(twin, reference, inputs), name=f"{REFERENCE}, {format}"), reason
+
+
+def _in_bfloat16(baseline: Baseline) -> Baseline:
+    model: Any = None if baseline.model is None else copy.deepcopy(baseline.model).to(torch.bfloat16)
+    return replace(baseline, model=model)
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether this processor has instructions for products in bfloat16 (AVX512-BF16 or AMX)."""
+    cpu: Any = torch.cpu
+    return cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
