@@ -105,7 +105,7 @@ def measure(folder: Path) -> dict[str, Any]:
 def read(file: Path, size: int) -> torch.Tensor:
     """Read a file into fresh memory: `(size,)` uint8."""
     bytes_read = torch.empty(size, dtype=torch.uint8)
-    buffer = memoryview(bytes_read.numpy())
+    buffer = memoryview(bytes_read.numpy())  # pyright: ignore[reportArgumentType] - arrays are buffers
     with file.open("rb", buffering=0) as opened:
         for start in range(0, size, PIECE):
             opened.readinto(buffer[start : start + PIECE])  # pyright: ignore[reportAttributeAccessIssue] - not buffered

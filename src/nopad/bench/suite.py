@@ -162,7 +162,7 @@ def _candidates(
     for format in entry.formats:
         twin, inputs, reference = encoder, images, baseline
         if format == BFLOAT16:
-            twin, reference = copy.deepcopy(encoder).to(torch.bfloat16), _in_bfloat16(baseline)
+            twin, reference = copy.deepcopy(encoder).to(dtype=torch.bfloat16), _in_bfloat16(baseline)
             inputs = Images(images.workload, tuple(pixels.to(torch.bfloat16) for pixels in images.pixels))
         reason = None if format != BFLOAT16 or has_fast_bfloat16() else "this processor has no GEMMs in bfloat16"
         compiled = not needs_compiler(twin)
