@@ -162,7 +162,7 @@ def _candidates(
     for format in entry.formats:
         twin, inputs, reference = encoder, images, baseline
         if format == BFLOAT16:
-            twin, reference = copy.deepcopy(encoder).to(dtype=torch.bfloat16), _in_bfloat16(baseline)
+            twin, reference = _in_bfloat16(encoder), replace(baseline, model=_in_bfloat16(baseline.model))
             inputs = Images(images.workload, tuple(pixels.to(torch.bfloat16) for pixels in images.pixels))
         reason = None if format != BFLOAT16 or has_fast_bfloat16() else "this processor has no GEMMs in bfloat16"
         compiled = not needs_compiler(twin)
@@ -171,9 +171,8 @@ def _candidates(
         yield replace(one_by_one(twin, reference, inputs), name=f"{REFERENCE}, {format}"), reason
 
 
-def _in_bfloat16(baseline: Baseline) -> Baseline:
-    model: Any = None if baseline.model is None else copy.deepcopy(baseline.model).to(torch.bfloat16)
-    return replace(baseline, model=model)
+def _in_bfloat16(model: Any) -> Any:
+    return None if model is None else copy.deepcopy(model).to(torch.bfloat16)
 
 
 def has_fast_bfloat16() -> bool:
