@@ -9,19 +9,19 @@ from nopad.pipeline.packer import BestFitPacker, best_fit
 
 def test_largest_that_fits_joins_the_oldest():
     # 5 waits longest; 4 fits beside it, 6 does not; then 6 takes 3.
-    assert best_fit([5, 6, 4, 3], 9, lookahead=10) == [[0, 2], [1, 3]]
+    assert best_fit([5, 6, 4, 3], 9, lookahead=10, first_lookahead=10) == [[0, 2], [1, 3]]
 
 
 def test_of_equal_lengths_the_earlier_goes_first():
-    assert best_fit([2, 2, 2, 2], 4, lookahead=10) == [[0, 1], [2, 3]]
+    assert best_fit([2, 2, 2, 2], 4, lookahead=10, first_lookahead=10) == [[0, 1], [2, 3]]
 
 
 def test_longer_than_the_capacity_goes_alone():
-    assert best_fit([3, 20, 3], 10, lookahead=10) == [[0, 2], [1]]
+    assert best_fit([3, 20, 3], 10, lookahead=10, first_lookahead=10) == [[0, 2], [1]]
 
 
 def test_a_pack_closes_once_the_window_is_full():
-    packer = BestFitPacker(4, lookahead=2)
+    packer = BestFitPacker(4, lookahead=2, first_lookahead=2)
     assert [list(packer.add(length, item)) for length, item in ((3, "a"), (3, "b"), (1, "c"), (1, "d"))] == [
         [],
         [],
@@ -30,6 +30,13 @@ def test_a_pack_closes_once_the_window_is_full():
     ]
     assert list(packer.finish()) == [["b", "d"]]
     assert list(packer.finish()) == []
+
+
+def test_the_first_pack_does_not_wait_for_others():
+    """Each one after it chooses among a pack more."""
+    packer = BestFitPacker(4, lookahead=3)
+    closed = [len(list(packer.add(2, item))) for item in range(10)]
+    assert closed == [0, 1, 0, 0, 0, 1, 0, 0, 0, 1]
 
 
 def test_no_more_items_than_there_are_places():
@@ -80,10 +87,10 @@ def test_mixed_sizes_fill_97_percent():
     assert sum(lengths) / (16384 * len(packs)) >= 0.97
 
 
-@pytest.mark.parametrize(("capacity", "lookahead"), [(0, 4), (10, 0.5)])
-def test_wrong_numbers(capacity, lookahead):
+@pytest.mark.parametrize(("capacity", "options"), [(0, {}), (10, {"lookahead": 0.5}), (10, {"first_lookahead": 0})])
+def test_wrong_numbers(capacity, options):
     with pytest.raises(ValueError, match="expected capacity"):
-        BestFitPacker(capacity, lookahead=lookahead)
+        BestFitPacker(capacity, **options)
 
 
 def test_an_item_without_patches():

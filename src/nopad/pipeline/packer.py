@@ -6,12 +6,14 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 
 LOOKAHEAD = 4
 """Default lookahead: the tokens that wait before a pack is closed, in packs."""
+FIRST_LOOKAHEAD = 1
+"""The same for the first pack: a GPU would wait for the images of all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +33,28 @@ class BestFitPacker(Generic[Item]):
     Args:
         capacity: tokens of a full pack; a longer item gets a pack of its own.
         lookahead: tokens that wait before a pack is closed, in packs.
+        first_lookahead: the same for the first pack; for each that follows it is one more, up to `lookahead`.
         max_segments: segments of a pack, any number by default; an item of more gets a pack of its own.
 
     Raises:
         ValueError: a capacity, a lookahead or `max_segments` below 1.
     """
 
-    def __init__(self, capacity: int, *, lookahead: float = LOOKAHEAD, max_segments: int | None = None) -> None:
-        if capacity < 1 or lookahead < 1 or (max_segments is not None and max_segments < 1):
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        lookahead: float = LOOKAHEAD,
+        first_lookahead: float = FIRST_LOOKAHEAD,
+        max_segments: int | None = None,
+    ) -> None:
+        if capacity < 1 or min(lookahead, first_lookahead) < 1 or (max_segments is not None and max_segments < 1):
             got = f"{capacity}, {lookahead} and {max_segments}"
             raise ValueError(f"expected capacity ≥ 1, lookahead ≥ 1 and max_segments ≥ 1, got {got}")
         self.capacity = capacity
         self._max_segments = max_segments
-        self._window = capacity * lookahead
+        self._max_window = capacity * lookahead
+        self._window = min(capacity * first_lookahead, self._max_window)
         self._items: dict[int, _Waiting[Item]] = {}  # in the order of arrival
         self._by_length: list[tuple[int, int]] = []  # (length, -number): of equals, the earlier is the better fit
         self._tokens = 0
@@ -71,6 +82,7 @@ class BestFitPacker(Generic[Item]):
 
     def _close(self) -> list[Item]:
         """The next pack, its items in the order of arrival."""
+        self._window = min(self._window + self.capacity, self._max_window)
         chosen = [self._remove(next(iter(self._items)))]
         tokens = self.capacity - chosen[0].length
         segments = None if self._max_segments is None else self._max_segments - chosen[0].segments
@@ -97,12 +109,12 @@ class BestFitPacker(Generic[Item]):
         return one
 
 
-def best_fit(lengths: Sequence[int], capacity: int, *, lookahead: float = LOOKAHEAD) -> list[list[int]]:
-    """The packs of a whole list of items, as indices.
+def best_fit(lengths: Sequence[int], capacity: int, **options: Any) -> list[list[int]]:
+    """The packs of a whole list of items, as indices; `options` as `BestFitPacker` takes them.
 
     Raises:
         ValueError: see `BestFitPacker`.
     """
-    packer: BestFitPacker[int] = BestFitPacker(capacity, lookahead=lookahead)
+    packer: BestFitPacker[int] = BestFitPacker(capacity, **options)
     packs = [pack for index, length in enumerate(lengths) for pack in packer.add(length, index)]
     return [*packs, *packer.finish()]
