@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -79,10 +80,11 @@ class Process:
         self.connection.close()
         self.__del__()
 
-    def __del__(self) -> None:  # the connection has one of its own
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # The connection has one of its own. When the interpreter ends, `os` may be gone before.
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
-            os.close(descriptor)
+            close(descriptor)
 
 
 class ProcessServer:
