@@ -12,7 +12,7 @@ from PIL import Image
 
 import nopad
 from nopad.embedding.inputs.media import MediaDecoder
-from nopad.pipeline import process_server
+from nopad.pipeline import nvjpeg, process_server
 from nopad.pipeline.forked import answer
 from nopad.pipeline.image_processor import ImageProcessor
 from nopad.pipeline.isolation import DecodeProcesses
@@ -90,6 +90,25 @@ def test_without_a_gpu(encoder):
     worker = Worker(encoder, decode="auto")
     assert (worker.decode, worker.obstacle) == ("cpu", "its device is cpu, no GPU")
     assert "GPU" not in worker.preprocessing
+
+
+def test_without_a_library_that_loads(monkeypatch, tmp_path):
+    monkeypatch.setattr(nvjpeg, "_paths", list)
+    assert not nvjpeg.is_installed()
+    with pytest.raises(nvjpeg.NvjpegError, match="nvJPEG: it is not installed"):
+        nvjpeg.Nvjpeg()
+    (tmp_path / "libnvjpeg.so.13").write_text("no library")
+    monkeypatch.setattr(nvjpeg, "_paths", lambda: [str(tmp_path / "libnvjpeg.so.13")])
+    with pytest.raises(nvjpeg.NvjpegError, match=r"libnvjpeg\.so\.13"):
+        nvjpeg.Nvjpeg()
+
+
+def test_newest_library_is_tried_first(monkeypatch, tmp_path):
+    for name in ("cu12/lib/libnvjpeg.so.12", "cu13/lib/libnvjpeg.so.13", "old/lib/libnvjpeg.so.9"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(nvjpeg, "_folders", lambda: [str(tmp_path)])
+    assert [path.rpartition(".")[2] for path in nvjpeg._paths()] == ["13", "12", "9"]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """JPEGs to patches on a GPU: its JPEG engines decode, one kernel resizes all images of a call.
 
-By nvImageCodec, with its hardware backend alone: at most one grey level from libjpeg-turbo, where its CUDA backends
-have three. An image's pixels do not depend on those decoded beside it.
+By nvJPEG, with the engines alone: at most one grey level from libjpeg-turbo, where its CUDA backends have three. An
+image's pixels do not depend on those decoded beside it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import logging
 import math
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
-from importlib import util
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from nopad.kernels.availability import has_triton
+from nopad.pipeline import nvjpeg
 from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.preprocessing.decode import load_image
 from nopad.preprocessing.jpegs import simplejpeg, upright_size, upright_strides
@@ -30,9 +31,10 @@ logger = logging.getLogger(__name__)
 
 MAX_CALL_PIXELS = 1 << 28
 """Pixels that are decoded in one call: 0.8 GB."""
-MAX_KEPT_BYTES = 1 << 31
-"""Of the GPU, for the pixels of the call before, which are used again."""
+DECODERS = 2
+"""Of a GPU, at work at the same time: while one waits for its engines, another gives them files."""
 
+_ALIGNMENT = 256
 _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
 
 
@@ -41,16 +43,16 @@ def why_unavailable(device: torch.device) -> str | None:
     """Why JPEGs are not decoded on a device, and what to do; `None` where they are."""
     if device.type != "cuda":
         return f"its device is {device}, no GPU"
-    if simplejpeg is None or util.find_spec("nvidia") is None or util.find_spec("nvidia.nvimgcodec") is None:
-        return "nvImageCodec or simplejpeg is missing: pip install 'nopad[embed,gpu-decode]'"
+    if simplejpeg is None or not nvjpeg.is_installed():
+        return "nvJPEG or simplejpeg is missing: pip install 'nopad[embed,gpu-decode]'"
     if not has_triton(device):
         return "Triton does not work here"
     file = io.BytesIO()
     Image.new("RGB", (64, 64), "grey").save(file, "JPEG")
     try:
         decoded = _engines(device).decode([np.frombuffer(file.getvalue(), np.uint8)])
-    except (ImportError, OSError, RuntimeError, ValueError, TypeError) as error:
-        return f"nvImageCodec does not work here: {(str(error) or repr(error)).splitlines()[0]}"
+    except (OSError, RuntimeError) as error:
+        return f"the GPU's JPEG engines do not work: {(str(error) or repr(error)).splitlines()[0]}"
     return "this GPU has no JPEG engine" if decoded[0] is None else None
 
 
@@ -65,47 +67,67 @@ class _Engines:
 
     Args:
         device: the GPU.
-        threads: that parse files for the engines.
+        decoders: which share the files of a call; each has a thread, since it waits for its engines.
     """
 
-    def __init__(self, device: torch.device, threads: int = 4) -> None:
-        from nvidia import nvimgcodec  # pyright: ignore[reportMissingImports]
+    def __init__(self, device: torch.device, decoders: int = DECODERS) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            self._decoders = [nvjpeg.Nvjpeg() for _ in range(decoders)]
+        self._streams = [torch.cuda.Stream(device, priority=-1) for _ in range(decoders)]
+        self._pool = ThreadPoolExecutor(decoders, thread_name_prefix="nopad-jpegs")
+        self._lock = threading.Lock()
+        self._in_use: Sequence[np.ndarray] = ()
 
-        self._index = device.index or 0
-        backends = [nvimgcodec.Backend(nvimgcodec.BackendKind.HW_GPU_ONLY)]
-        self._decoder = nvimgcodec.Decoder(device_id=self._index, max_num_cpu_threads=threads, backends=backends)
-        self.lock = threading.Lock()
-        self._images: list[Any] = []  # used again: to allocate and to free memory waits for all that the GPU does
-        self._done = torch.cuda.Event()
-        self._parameters = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
+    def decode(self, files: Sequence[np.ndarray]) -> list[Tensor | None]:
+        """Pixels `(H, W, 3)` on the device, for kernels of the current stream; `None` where the engines refuse."""
+        with self._lock:
+            for stream in self._streams:
+                stream.synchronize()  # of the call before: a decoder has one set of buffers
+            self._in_use = files
+            sizes = [self._decoders[0].size(file) for file in files]
+            supported = [index for index, size in enumerate(sizes) if size is not None]
+            images: list[Tensor | None] = [None] * len(files)
+            for index, image in zip(supported, _empty([size for size in sizes if size], self._device), strict=True):
+                images[index] = image
+            current = torch.cuda.current_stream(self._device)
+            start = current.record_event()
+            shares = [supported[first :: len(self._decoders)] for first in range(len(self._decoders))]
+            futures = [
+                self._pool.submit(self._decode_share, number, [files[i] for i in own], [images[i] for i in own], start)
+                for number, own in enumerate(shares)
+                if own
+            ]
+            try:
+                for future in futures:
+                    current.wait_event(future.result())
+            except nvjpeg.NvjpegError as error:
+                wait(futures)
+                for stream in self._streams:
+                    stream.synchronize()  # the memory goes back to the allocator
+                logger.warning("a GPU's engines decode nothing of %d JPEGs, the CPU does: %s", len(files), error)
+                return [None] * len(files)
+            return images
 
-    def decode(self, files: Sequence[np.ndarray]) -> list[Any]:
-        """Pixels `(H, W, 3)` on the device, for kernels of the current stream; `None` where the engines refuse.
+    def _decode_share(self, number: int, files: Sequence[np.ndarray], images: Sequence[Any], start: Any) -> Any:
+        stream = self._streams[number]
+        stream.wait_event(start)  # whatever used the memory before
+        addresses, pitches = [image.data_ptr() for image in images], [image.stride(0) for image in images]
+        with torch.cuda.device(self._device):
+            self._decoders[number].decode(files, addresses, pitches, stream.cuda_stream)
+        return stream.record_event()
 
-        They are written over by the next call: hold `lock` until `release`.
-        """
-        self._done.synchronize()
-        if sum(image.capacity for image in self._images) > MAX_KEPT_BYTES:
-            self._images = []
-        stream = torch.cuda.current_stream(self._index)
-        options = {"params": self._parameters, "cuda_stream": stream.cuda_stream}
-        number = min(len(files), len(self._images))
-        try:
-            reused = {"images": self._images[:number], **options}
-            decoded = self._decoder.decode(list(files[:number]), **reused) if number else []
-            if number < len(files):
-                more = self._decoder.decode(list(files[number:]), **options)
-                self._images += [image for image in more if image is not None]
-                decoded += more
-        except RuntimeError as error:
-            logger.warning("a GPU's engines decode nothing of %d JPEGs, the CPU does: %s", len(files), error)
-            self._images = []
-            return [None] * len(files)
-        return decoded
 
-    def release(self) -> None:
-        """All kernels that read the pixels are in the current stream."""
-        self._done.record()
+def _empty(sizes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
+    """Uninitialised images `(H, W, 3)` uint8 of these sizes, in one allocation."""
+    lengths = [3 * height * width for height, width in sizes]
+    memory = torch.empty(sum(map(_aligned, lengths)), dtype=torch.uint8, device=device)
+    parts = memory.split(list(map(_aligned, lengths)))
+    return [part[:length].view(*size, 3) for part, length, size in zip(parts, lengths, sizes, strict=True)]
+
+
+def _aligned(length: int) -> int:
+    return -(-length // _ALIGNMENT) * _ALIGNMENT
 
 
 def as_jpeg(pixels: Tensor, image_processor: ImageProcessor) -> PreparedImage:
@@ -153,22 +175,16 @@ class DeviceDecoder:
             self._run(call, patches)
 
     def _run(self, call: Sequence[tuple[PreparedImage, int]], patches: Tensor) -> None:
-        with self._engines.lock:
-            self._decode(call, patches)
-            self._engines.release()
-
-    def _decode(self, call: Sequence[tuple[PreparedImage, int]], patches: Tensor) -> None:
         decoded = self._engines.decode([image.data.numpy() for image, _ in call])
         descriptions = []
         layout = _Layout()
         for (image, start), pixels in zip(call, decoded, strict=True):
-            array = None if pixels is None else pixels.__cuda_array_interface__
             assert image.orientation is not None
             stored = upright_size(image.width, image.height, image.orientation)  # turned back it is what it was
-            if array is None or tuple(array["shape"]) != (*stored, 3):
+            if pixels is None or pixels.shape != (*stored, 3):
                 self._on_cpu(image, start, patches)
             else:
-                descriptions.append(self._describe(image, start, array, layout))
+                descriptions.append(self._describe(image, start, pixels, layout))
         if descriptions:
             self._resize(descriptions, layout, patches)
 
@@ -178,12 +194,11 @@ class DeviceDecoder:
         prepared = self._image_processor(load_image(image.data.numpy().tobytes()))
         patches[start : start + prepared.num_patches] = prepared.data.to(self._device)
 
-    def _describe(self, image: PreparedImage, start: int, pixels: dict[str, Any], layout: _Layout) -> list[int]:
+    def _describe(self, image: PreparedImage, start: int, pixels: Tensor, layout: _Layout) -> list[int]:
         processor = self._image_processor
-        stored_height, stored_width, _ = pixels["shape"]
-        row_stride = (pixels.get("strides") or (stored_width * 3,))[0]
+        height, width, _ = pixels.shape
         assert image.orientation is not None
-        offset, to_row, to_column = upright_strides(stored_width, stored_height, row_stride, image.orientation)
+        offset, to_row, to_column = upright_strides(width, height, pixels.stride(0), image.orientation)
         place = processor.rule.place(image.height, image.width, processor.patch_size)
         support = _SUPPORT[processor.rule.resample]
         patch = processor.patch_size
@@ -197,7 +212,7 @@ class DeviceDecoder:
         places = [layout.add_weights(number * width) for number, width in zip(kept, widths, strict=True)]
         between = layout.add_pixels(before[0] * kept[1] * 3)
         layout.most = tuple(map(max, layout.most, (before[0], *kept)))  # pyright: ignore
-        address = pixels["data"][0] + offset
+        address = pixels.data_ptr() + offset
         return [address, *strides, *before, *after, *first, *kept, *places, *widths, between, start, is_turned]
 
     def _resize(self, descriptions: list[list[int]], layout: _Layout, patches: Tensor) -> None:

@@ -81,7 +81,7 @@ class PackRunner(Generic[Key]):
         self.encoder = encoder
         self.normalizer = normalizer
         self.uploader = Uploader(encoder.device, decoder)
-        # nvImageCodec waits for what runs on the default stream.
+        # What allocates memory for nvJPEG waits for the default stream.
         self.stream = None if decoder is None else torch.cuda.Stream(encoder.device)
         self.capacity = capacity
         self.stats = stats
