@@ -11,9 +11,7 @@ import logging
 import math
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +29,6 @@ logger = logging.getLogger(__name__)
 
 MAX_CALL_PIXELS = 1 << 28
 """Pixels that are decoded in one call: 0.8 GB."""
-DECODERS = 2
-"""Of a GPU, at work at the same time: while one waits for its engines, another gives them files."""
-
 _ALIGNMENT = 256
 _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
 
@@ -63,71 +58,49 @@ def _engines(device: torch.device) -> _Engines:
 
 
 class _Engines:
-    """The JPEG engines of a GPU.
+    """The JPEG engines of a GPU, by one decoder: where two are at work, each image waits for what the GPU computes."""
 
-    Args:
-        device: the GPU.
-        decoders: which share the files of a call; each has a thread, since it waits for its engines.
-    """
-
-    def __init__(self, device: torch.device, decoders: int = DECODERS) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         with torch.cuda.device(device):
-            self._decoders = [nvjpeg.Nvjpeg() for _ in range(decoders)]
-        self._streams = [torch.cuda.Stream(device, priority=-1) for _ in range(decoders)]
-        self._pool = ThreadPoolExecutor(decoders, thread_name_prefix="nopad-jpegs")
+            self._decoder = nvjpeg.Nvjpeg()
         self._lock = threading.Lock()
+        self._done = torch.cuda.Event()
         self._in_use: Sequence[np.ndarray] = ()
 
-    def decode(self, files: Sequence[np.ndarray]) -> list[Tensor | None]:
+    def decode(self, files: Sequence[np.ndarray]) -> Sequence[Tensor | None]:
         """Pixels `(H, W, 3)` on the device, for kernels of the current stream; `None` where the engines refuse."""
         with self._lock:
-            for stream in self._streams:
-                stream.synchronize()  # of the call before: a decoder has one set of buffers
+            self._done.synchronize()  # the decoder has one set of buffers
             self._in_use = files
-            sizes = [self._decoders[0].size(file) for file in files]
-            supported = [index for index, size in enumerate(sizes) if size is not None]
-            images: list[Tensor | None] = [None] * len(files)
-            for index, image in zip(supported, _empty([size for size in sizes if size], self._device), strict=True):
-                images[index] = image
-            current = torch.cuda.current_stream(self._device)
-            start = current.record_event()
-            shares = [supported[first :: len(self._decoders)] for first in range(len(self._decoders))]
-            futures = [
-                self._pool.submit(self._decode_share, number, [files[i] for i in own], [images[i] for i in own], start)
-                for number, own in enumerate(shares)
-                if own
-            ]
+            sizes = [self._decoder.size(file) for file in files]
+            images = _empty(sizes, self._device)
+            supported = [(file, image) for file, image in zip(files, images, strict=True) if image is not None]
+            stream = torch.cuda.current_stream(self._device)
             try:
-                for future in futures:
-                    current.wait_event(future.result())
+                with torch.cuda.device(self._device):
+                    self._decoder.decode(
+                        [file for file, _ in supported],
+                        [image.data_ptr() for _, image in supported],
+                        [image.stride(0) for _, image in supported],
+                        stream.cuda_stream,
+                    )
             except nvjpeg.NvjpegError as error:
-                wait(futures)
-                for stream in self._streams:
-                    stream.synchronize()  # the memory goes back to the allocator
                 logger.warning("a GPU's engines decode nothing of %d JPEGs, the CPU does: %s", len(files), error)
-                return [None] * len(files)
+                images = [None] * len(files)
+            self._done.record(stream)
             return images
 
-    def _decode_share(self, number: int, files: Sequence[np.ndarray], images: Sequence[Any], start: Any) -> Any:
-        stream = self._streams[number]
-        stream.wait_event(start)  # whatever used the memory before
-        addresses, pitches = [image.data_ptr() for image in images], [image.stride(0) for image in images]
-        with torch.cuda.device(self._device):
-            self._decoders[number].decode(files, addresses, pitches, stream.cuda_stream)
-        return stream.record_event()
 
-
-def _empty(sizes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor]:
+def _empty(sizes: Sequence[tuple[int, int] | None], device: torch.device) -> list[Tensor | None]:
     """Uninitialised images `(H, W, 3)` uint8 of these sizes, in one allocation."""
-    lengths = [3 * height * width for height, width in sizes]
-    memory = torch.empty(sum(map(_aligned, lengths)), dtype=torch.uint8, device=device)
-    parts = memory.split(list(map(_aligned, lengths)))
-    return [part[:length].view(*size, 3) for part, length, size in zip(parts, lengths, sizes, strict=True)]
-
-
-def _aligned(length: int) -> int:
-    return -(-length // _ALIGNMENT) * _ALIGNMENT
+    lengths = [3 * math.prod(size) if size else 0 for size in sizes]
+    aligned = [-(-length // _ALIGNMENT) * _ALIGNMENT for length in lengths]
+    parts = torch.empty(sum(aligned), dtype=torch.uint8, device=device).split(aligned)
+    return [
+        part[:length].view(*size, 3) if size else None
+        for part, length, size in zip(parts, lengths, sizes, strict=True)
+    ]
 
 
 def as_jpeg(pixels: Tensor, image_processor: ImageProcessor) -> PreparedImage:

@@ -86,6 +86,8 @@ class Nvjpeg:
             NvjpegError: none of them may be used.
         """
         number = len(files)
+        if not number:
+            return
         if number != self._batch_size:
             self._batch_size = 0
             self._call("nvjpegDecodeBatchedInitialize", self._handle, self._state, number, 1, _INTERLEAVED_RGB)

@@ -81,7 +81,7 @@ class PackRunner(Generic[Key]):
         self.encoder = encoder
         self.normalizer = normalizer
         self.uploader = Uploader(encoder.device, decoder)
-        # What allocates memory for nvJPEG waits for the default stream.
+        # What a library does on the default stream, as nvJPEG may, waits for all that runs there.
         self.stream = None if decoder is None else torch.cuda.Stream(encoder.device)
         self.capacity = capacity
         self.stats = stats

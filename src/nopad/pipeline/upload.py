@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Uploader:
     """Lays the patches of a pack end to end and copies them to a device.
 
-    To a GPU it is one copy out of pinned memory on a stream of its own, beside the kernels of the pack before; the host
-    does not wait for it. torch's allocators keep the buffers of one pack for the next.
+    To a GPU it is one copy out of pinned memory on a stream of its own, beside the kernels of the pack before and in
+    front of those that wait; the host does not wait for it. torch's allocators keep the buffers of one pack for the next.
 
     Args:
         device: where the patches go.
@@ -29,7 +29,7 @@ class Uploader:
 
     def __init__(self, device: torch.device, decoder: DeviceDecoder | None = None) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.decoder = decoder
 
     def __call__(self, images: Sequence[PreparedImage]) -> Callable[[], Tensor]:
