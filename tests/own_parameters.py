@@ -52,7 +52,7 @@ def features(encoder):
 
 
 def spoken_by(encoder):
-    """The dialects that there are of an architecture; timm's have no mask token of DINOv2's, and one frame of Qwen3-VL's."""
+    """The dialects of an architecture; timm's have no mask token of DINOv2's, and one frame of Qwen3-VL's."""
     gated = getattr(encoder.config, "use_gated_mlp", False)
     others = {"Meta" if gated else "Meta, gated"}
     if encoder.family in ("dinov2", "qwen3_vl"):

@@ -92,8 +92,8 @@ def run(options: argparse.Namespace) -> int:
 def _unmade(summary: Summary) -> str:
     name, reason = next(iter(summary.unmade.items()))
     return printable(
-        f"unfinished, {counted(summary.to_go, 'input')} to go: {counted(len(summary.unmade), 'shard')} could not be made "
-        f"now; the first, {name}: {reason} (--unreachable-rows makes failed rows of such inputs)"
+        f"unfinished, {counted(summary.to_go, 'input')} to go: {counted(len(summary.unmade), 'shard')} could not be "
+        f"made now; the first, {name}: {reason} (--unreachable-rows makes failed rows of such inputs)"
     )
 
 

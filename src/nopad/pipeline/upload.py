@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class Uploader:
     """Lays the patches of a pack end to end and copies them to a device.
 
-    To a GPU it is one copy out of pinned memory on a stream of its own, beside the kernels of the pack before and in
-    front of those that wait; the host does not wait for it. torch's allocators keep the buffers of one pack for the next.
+    To a GPU it is one copy out of pinned memory on a stream of its own, beside the kernels of the pack before and ahead
+    of them; the host does not wait for it. torch's allocators keep the buffers of one pack for the next.
 
     Args:
         device: where the patches go.
