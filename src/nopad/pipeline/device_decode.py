@@ -98,8 +98,7 @@ def _empty(sizes: Sequence[tuple[int, int] | None], device: torch.device) -> lis
     aligned = [-(-length // _ALIGNMENT) * _ALIGNMENT for length in lengths]
     parts = torch.empty(sum(aligned), dtype=torch.uint8, device=device).split(aligned)
     return [
-        part[:length].view(*size, 3) if size else None
-        for part, length, size in zip(parts, lengths, sizes, strict=True)
+        part[:length].view(*size, 3) if size else None for part, length, size in zip(parts, lengths, sizes, strict=True)
     ]
 
 
