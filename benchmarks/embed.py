@@ -49,7 +49,7 @@ def main() -> None:
     gpu = "cuda: the table of benchmarks/embed_gpu.py, with the options marked *"
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=gpu)
     parser.add_argument("--cases", default=",".join(CASES), metavar="A,B", help="* of all (default: %(default)s)")
-    parser.add_argument("--decode", choices=("auto", "cpu", "gpu"), default="auto", help="* as nopad embed takes it")
+    parser.add_argument("--decode", choices=("auto", "cpu", "gpu", "scaled"), default="auto", help="as nopad embed takes it")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="* of nopad embed (default: 3)")
     parser.add_argument("--no-peers", action="store_true", help="* leave out the job one writes today")
     parser.add_argument("--start", action="store_true", help="* when the command prints what, and its first row comes")
@@ -73,7 +73,7 @@ def main() -> None:
         run(cases, **what, decode=options.decode, peers=not options.no_peers, start=options.start, as_json=options.json)
         return
     paths = pictures(Path(options.folder) / "images", options.images)
-    settings = {"capacity": options.capacity, "workers": options.workers, "resize": options.resize}
+    settings = {name: getattr(options, name) for name in ("capacity", "workers", "resize", "decode")}
     encoder = nopad.load(options.model)
     job = BaselineJob.of(encoder, options.model)
     arguments = {name: value for name, value in settings.items() if value is not None}

@@ -110,7 +110,8 @@ def embed(
             that one photo does not hold up a job; `None` is no limit but the rule's own.
         resize: as `PackedEncoder.pack` takes it.
         decode: of JPEGs: `"gpu"` by the engines of a GPU, at most a grey level from the CPU's pixels, which needs the
-            extra `gpu-decode`; `"auto"` is `"gpu"` where that is possible, which the job's record has.
+            extra `gpu-decode`; `"auto"` is `"gpu"` where that is possible, which the job's record has; `"scaled"` on
+            the CPU at a half, quarter or eighth of their size where the model's is smaller: faster, other pixels.
         capacity: tokens of a pack; by the device unless given, 16,896 on an H100, 2,048 on a CPU. One that does not fit
             into a GPU's memory is halved until it does, which the job's record has.
         frames: frames of a video, spread evenly over it.

@@ -87,6 +87,10 @@ class _HeaderDecoder:
         frames = 1 if isinstance(media, bytes) else self.decoder.frames
         return torch.zeros(1, dtype=torch.uint8).expand(frames, 3, size[1], size[0])
 
+    def scaled(self, media: bytes | str, least_size: Any) -> tuple[Tensor, tuple[int, int]]:
+        pixels = self(media)
+        return pixels, (pixels.shape[-2], pixels.shape[-1])
+
     def check_jpeg(self, media: bytes | str) -> None:
         return None
 
@@ -101,7 +105,7 @@ class _GridOf(ImageProcessor):
     def by(cls, image_processor: ImageProcessor) -> _GridOf:
         return cls(**{**vars(image_processor), "dtype": torch.uint8})
 
-    def __call__(self, image: Tensor) -> PreparedImage:
+    def __call__(self, image: Tensor, size: tuple[int, int] | None = None) -> PreparedImage:
         height, width = image.shape[-2:]
         place = self.rule.place(height, width, self.patch_size)
         frames = image.shape[0] if image.ndim == 4 else 1

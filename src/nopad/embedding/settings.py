@@ -90,9 +90,10 @@ class Settings:
     )
     decode: str = options.choice(
         "auto",
-        ("auto", "cpu", "gpu"),
+        ("auto", "cpu", "gpu", "scaled"),
         "of JPEGs: gpu by the engines of a GPU, at most a grey level from the CPU's pixels, which needs the extra "
-        "gpu-decode; auto is gpu where that is possible",
+        "gpu-decode; auto is gpu where that is possible, else cpu; scaled on the CPU at a half, quarter or eighth of "
+        "their size where the model's is smaller: faster, other pixels",
     )
     frames: int = options.count(NUM_FRAMES, "frames of a video, spread evenly over it")
     fps: float | None = options.rate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -53,6 +54,10 @@ class Decoder(Protocol):
         """Decode to uint8 `(3, H, W)` or `(frames, 3, H, W)`."""
         ...
 
+    def scaled(self, data: Any, least_size: Callable[[int, int], tuple[int, int]], /) -> tuple[Tensor, tuple[int, int]]:
+        """Decode, a JPEG perhaps at a fraction of its size; also height and width of the whole picture."""
+        ...
+
     def check_jpeg(self, data: Any, /) -> CheckedJpeg | None:
         """What a GPU needs to decode it; `None` for anything that is decoded here."""
         ...
@@ -83,11 +88,13 @@ class DecodeProgram:
 
     Attributes:
         keep_jpegs: answer with the file itself where it is a JPEG that a GPU decodes.
+        scale_jpegs: decode JPEGs at a fraction of their size where that is enough.
     """
 
     decoder: Decoder
     image_processor: ImageProcessor
     keep_jpegs: bool = False
+    scale_jpegs: bool = False
 
     def prepare(self) -> None:
         """Import what the image processor needs."""
@@ -160,8 +167,12 @@ class DecodeProgram:
             extras = self.decoder.extras(data, upright(jpeg.small, jpeg.orientation))
             fields = {"jpeg": len(data), "orientation": jpeg.orientation, "width": width, "height": height}
             return {**fields, "grid": self.image_processor.grid_of(height, width), "extras": extras}, memoryview(data)
-        pixels = self.decoder(data)
-        image, extras = self.image_processor(pixels), self.decoder.extras(data, pixels)
+        size = None
+        if self.scale_jpegs:
+            pixels, size = self.decoder.scaled(data, self.image_processor.resized_size)
+        else:
+            pixels = self.decoder(data)
+        image, extras = self.image_processor(pixels, size), self.decoder.extras(data, pixels)
         patches = image.data.contiguous()
         fields = {"shape": patches.shape, "grid": image.grid, "width": image.width, "height": image.height}
         return {**fields, "extras": extras}, patches.view(-1).view(torch.uint8).numpy().data

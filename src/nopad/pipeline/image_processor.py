@@ -65,17 +65,20 @@ class ImageProcessor(Processor):
         processor(processor.blank_image)  # raises for settings that fit no image
         return processor
 
-    def __call__(self, image: Tensor) -> PreparedImage:
+    def __call__(self, image: Tensor, size: tuple[int, int] | None = None) -> PreparedImage:
         """Resize and patchify uint8 `(3, H, W)`, or `(frames, 3, H, W)` for a clip; normalise it if it is float then.
+
+        Args:
+            size: height and width of the picture where `image` was scaled down already.
 
         Raises:
             ImageError: an aspect ratio that the rule cannot follow.
         """
-        pixels = resize_image(image, self.rule, self.patch_size, resize=self.resize)
+        pixels = resize_image(image, self.rule, self.patch_size, resize=self.resize, size=size)
         if self.dtype != torch.uint8:
             pixels = normalize(pixels, self.rule)
         patches, grid = patchify(pixels, self.patch_size, self.patch_order, self.temporal_patch_size)
-        height, width = image.shape[-2:]
+        height, width = size or image.shape[-2:]
         return PreparedImage(patches.to(self.dtype), grid, width, height)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int, int]:
@@ -86,6 +89,15 @@ class ImageProcessor(Processor):
         """
         place = place_image(height, width, self.rule, self.patch_size)
         return 1, place.rows, place.columns
+
+    def resized_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width to which an image of this size is resized; a part of that may be cropped.
+
+        Raises:
+            ImageError: see `grid_of`.
+        """
+        place = place_image(height, width, self.rule, self.patch_size)
+        return place.height, place.width
 
     def peak_bytes(self, frames: int, pixels: int, decode_bytes: int) -> int:
         """About how much memory decoding and preparing take at once.

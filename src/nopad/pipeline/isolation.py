@@ -55,7 +55,7 @@ class DecodeProcesses:
         image_processor: from pixels to patches.
         max_processes: so many at once.
         timeout: seconds for one input, `None` for no limit. Waiting for memory does not count.
-        keep_jpegs: see `DecodeProgram`.
+        keep_jpegs, scale_jpegs: see `DecodeProgram`.
 
     Raises:
         ValueError: a timeout that is no positive number.
@@ -69,12 +69,13 @@ class DecodeProcesses:
         max_processes: int = 1,
         timeout: float | None = INPUT_TIMEOUT_SECONDS,
         keep_jpegs: bool = False,
+        scale_jpegs: bool = False,
     ) -> None:
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout: expected seconds > 0 or None, got {timeout}")
         self.timeout = None if timeout is None or timeout > _FOR_EVER else timeout
         self.max_processes = max_processes
-        self._program = DecodeProgram(decoder, image_processor, keep_jpegs)
+        self._program = DecodeProgram(decoder, image_processor, keep_jpegs, scale_jpegs)
         self._lock = threading.Lock()
         self._queue = DecodeQueue()
         self._idle: list[DecodeChannel] = []

@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
+_DECODED = {
+    "cpu": "",
+    "gpu": "; JPEGs decoded and resized on the GPU",
+    "scaled": "; JPEGs decoded at a half, quarter or eighth of their size where that is enough",
+}
+
 MIN_AHEAD, AHEAD_PER_THREAD = 32, 32
 """Images that are prepared ahead of the packer at most, `memory` permitting: the encoder's thread takes none while it
 waits for a GPU, and the decode threads must have enough to do for the time of a pack."""
@@ -54,11 +60,11 @@ class Worker:
         threads: that read and preprocess; one per core by default.
         timeout: seconds for one input that is decoded in a process of its own, `None` for no limit.
         memory: bytes that images may take between file and pack; by default half of what is free.
-        decode: `"gpu"` for JPEGs that come from processes, see `nopad.pipeline.device_decode`; `"auto"` where that is
-            possible.
+        decode: of JPEGs that come from processes: `"gpu"`, see `nopad.pipeline.device_decode`; `"auto"` for that where
+            it is possible; `"scaled"` at a fraction of their size, see `nopad.preprocessing.jpegs.scaled_jpeg`.
 
     Attributes:
-        decode: `"cpu"` or `"gpu"`.
+        decode: `"cpu"`, `"gpu"` or `"scaled"`.
         obstacle: why `"auto"` is not `"gpu"`.
 
     Raises:
@@ -77,7 +83,7 @@ class Worker:
         threads: int | None = None,
         timeout: float | None = INPUT_TIMEOUT_SECONDS,
         memory: int | None = None,
-        decode: Literal["auto", "cpu", "gpu"] = "cpu",
+        decode: Literal["auto", "cpu", "gpu", "scaled"] = "cpu",
     ) -> None:
         self.threads = num_cores() if threads is None else threads
         if capacity is None:
@@ -95,12 +101,12 @@ class Worker:
         self.selection.check(encoder)
         self.image_processor = ImageProcessor.of(encoder, resize=resize, preprocessing=preprocessing)
         self.normalizer = Normalizer(self.image_processor.rule, encoder.patch_order, encoder.device, encoder.dtype)
-        self.obstacle = None if decode == "cpu" else self._obstacle_to_gpu()
+        self.obstacle = self._obstacle_to_gpu() if decode in ("auto", "gpu") else None
         if decode == "gpu" and self.obstacle is not None:
             raise ValueError(
                 f"decode: expected 'auto' or 'cpu', got 'gpu', which is not possible here: {self.obstacle}"
             )
-        self.decode = "cpu" if decode == "cpu" or self.obstacle is not None else "gpu"
+        self.decode = decode if decode in ("cpu", "scaled") else "gpu" if self.obstacle is None else "cpu"
         self._device_decoder = DeviceDecoder(self.image_processor, encoder.device) if self.decode == "gpu" else None
         self.stats = Stats()
         self.timeout = timeout
@@ -110,8 +116,7 @@ class Worker:
     @property
     def preprocessing(self) -> str:
         """How pixels are made, in words."""
-        made = self.image_processor.describe()
-        return f"{made}; JPEGs decoded and resized on the GPU" if self.decode == "gpu" else made
+        return self.image_processor.describe() + _DECODED[self.decode]
 
     def _obstacle_to_gpu(self) -> str | None:
         if self.image_processor.resize != "torch":
@@ -174,7 +179,7 @@ class Worker:
         """The processes that decode; the first call starts them, without waiting."""
         if self._processes is None:
             options: dict[str, Any] = {"max_processes": self.threads, "timeout": self.timeout}
-            options["keep_jpegs"] = self.decode == "gpu"
+            options |= {"keep_jpegs": self.decode == "gpu", "scale_jpegs": self.decode == "scaled"}
             self._processes = DecodeProcesses(decoder, self.image_processor, **options)
             self._processes.start()
         return self._processes

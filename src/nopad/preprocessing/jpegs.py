@@ -1,15 +1,17 @@
-"""JPEGs that a GPU's decoder may have: checked on the CPU first, at an eighth of their size."""
+"""JPEGs at a fraction of their size: to check those that a GPU's decoder may have, or instead of a larger resize."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from nopad.preprocessing.decode import DAMAGE, UPRIGHT, as_tensor, orientation
-from nopad.preprocessing.file_structure import START_OF_SCAN
+from nopad.preprocessing.file_structure import MAX_SCANS, START_OF_SCAN
 from nopad.preprocessing.formats import open_picture
 
 try:
@@ -23,6 +25,7 @@ MAX_DEVICE_PIXELS = 1 << 26
 _FRAME = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf]")  # the marker of a frame: which coding
 _BASELINE = b"\xff\xc0"
 _SAMPLINGS = ("420", "422", "444")
+_MIN_FACTOR = 2  # libjpeg-turbo also has eighths between a half and the whole, but they are slow
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +60,10 @@ def check_jpeg(data: bytes, *, max_pixels: int, min_side: int = 1) -> CheckedJpe
     if frame is None or frame[0] != _BASELINE:
         return None
     try:
-        with open_picture(data) as image:
-            width, height = image.size
-            is_colour = image.format in ("JPEG", "MPO") and image.mode == "RGB" and "progressive" not in image.info
-            turn = orientation(image)
-        if not is_colour or not 0 < width * height <= min(max_pixels, MAX_DEVICE_PIXELS):
+        header = _header(data, min(max_pixels, MAX_DEVICE_PIXELS))
+        if header is None or header.is_progressive:
             return None
+        width, height, turn = header.width, header.height, header.orientation
         *_, colours, sampling = simplejpeg.decode_jpeg_header(data)
         if colours != "YCbCr" or sampling not in _SAMPLINGS:
             return None
@@ -73,6 +74,51 @@ def check_jpeg(data: bytes, *, max_pixels: int, min_side: int = 1) -> CheckedJpe
     except DAMAGE:
         return None
     return CheckedJpeg(width, height, turn, small)
+
+
+def scaled_jpeg(
+    data: bytes, least_size: Callable[[int, int], tuple[int, int]], *, max_pixels: int
+) -> tuple[Tensor, tuple[int, int]] | None:
+    """Decode a colour JPEG at a half, a quarter or an eighth of its size where that is large enough, otherwise whole.
+
+    Args:
+        least_size: from height and width of the upright picture to those that its pixels have at least.
+        max_pixels: of larger ones `load_image` words the error.
+
+    Returns:
+        Upright uint8 `(3, h, w)`, and the picture's own height and width; `None` for what `load_image` has to decide.
+    """
+    if simplejpeg is None or data.count(START_OF_SCAN) > MAX_SCANS:
+        return None
+    try:
+        header = _header(data, max_pixels)
+        if header is None:
+            return None
+        size = upright_size(header.width, header.height, header.orientation)
+        width, height = upright_size(*least_size(*size), header.orientation)  # as it is stored
+        pixels = simplejpeg.decode_jpeg(
+            data, "RGB", strict=True, min_width=width, min_height=height, min_factor=_MIN_FACTOR
+        )
+    except DAMAGE:
+        return None
+    return upright(pixels, header.orientation), size
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    width: int
+    height: int
+    orientation: int
+    is_progressive: bool
+
+
+def _header(data: bytes, max_pixels: int) -> _Header | None:
+    """That of a colour JPEG of at most so many pixels; may raise `DAMAGE`."""
+    with open_picture(data) as image:
+        width, height = image.size
+        if image.format not in ("JPEG", "MPO") or image.mode != "RGB" or not 0 < width * height <= max_pixels:
+            return None
+        return _Header(width, height, orientation(image), "progressive" in image.info)
 
 
 def upright(small: np.ndarray, orientation: int) -> Any:

@@ -42,8 +42,18 @@ def preprocess(image: Tensor, preprocessing: Preprocessing, patch_size: int, *, 
     return normalize(resize_image(image, preprocessing, patch_size, resize=resize), preprocessing)
 
 
-def resize_image(image: Tensor, preprocessing: Preprocessing, patch_size: int, *, resize: Resize = "torch") -> Tensor:
+def resize_image(
+    image: Tensor,
+    preprocessing: Preprocessing,
+    patch_size: int,
+    *,
+    resize: Resize = "torch",
+    size: tuple[int, int] | None = None,
+) -> Tensor:
     """The first half of `preprocess`, with its arguments and errors: resize and crop.
+
+    Args:
+        size: height and width of the picture where `image` was scaled down already.
 
     Returns:
         `(3, rows * patch_size, columns * patch_size)`, with `frames` in front for a clip: uint8, or rescaled float32
@@ -55,7 +65,8 @@ def resize_image(image: Tensor, preprocessing: Preprocessing, patch_size: int, *
         )
     check_resize(resize)
     clip = image if image.ndim == 4 else _as_clip(image)
-    place = place_image(clip.shape[2], clip.shape[3], preprocessing, patch_size)
+    height, width = size or clip.shape[2:]
+    place = place_image(height, width, preprocessing, patch_size)
     if preprocessing.is_resized_in_float(resize):
         # In float32 and in this layout: the bits of the original's torchvision processor.
         pixels = clip.contiguous().float() * preprocessing.rescale_factor

@@ -14,7 +14,7 @@ from nopad.embedding.inputs.extras import THUMBNAIL
 from nopad.preprocessing.decode import ImageError, UnreachableError, load_image, measure_image
 from nopad.preprocessing.exif import read_exif
 from nopad.preprocessing.files import FileRange, open_regular, why
-from nopad.preprocessing.jpegs import CheckedJpeg, check_jpeg
+from nopad.preprocessing.jpegs import CheckedJpeg, check_jpeg, scaled_jpeg
 from nopad.preprocessing.limits import MAX_PIXELS, NUM_FRAMES
 from nopad.preprocessing.reachable import Retries, is_unreachable, missing_mount
 from nopad.preprocessing.thumbnails import thumbnail
@@ -142,6 +142,28 @@ class MediaDecoder:
     def _frames(self, video: Video) -> Tensor:
         frames = read_frames(str(video), self.frames, span=video.span, max_pixels=self.max_pixels)
         return frames[0] if video.is_one_frame else frames
+
+    def scaled(
+        self, media: bytes | str, least_size: Callable[[int, int], tuple[int, int]]
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """See `Decoder.scaled`; large enough for thumbnails.
+
+        Raises:
+            ImageError: see `__call__`.
+        """
+        if isinstance(media, bytes):
+            least = self.thumbnails or 0
+
+            def least_with_thumbnail(height: int, width: int) -> tuple[int, int]:
+                scale = min(1.0, 2 * least / max(height, width))
+                sides = least_size(height, width)
+                return max(sides[0], round(height * scale)), max(sides[1], round(width * scale))
+
+            if (decoded := scaled_jpeg(media, least_with_thumbnail, max_pixels=self.max_pixels)) is not None:
+                return decoded
+        pixels = self(media)
+        height, width = pixels.shape[-2:]
+        return pixels, (height, width)
 
     def check_jpeg(self, media: bytes | str) -> CheckedJpeg | None:
         """See `Decoder.check_jpeg`."""
