@@ -49,7 +49,8 @@ def main() -> None:
     gpu = "cuda: the table of benchmarks/embed_gpu.py, with the options marked *"
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=gpu)
     parser.add_argument("--cases", default=",".join(CASES), metavar="A,B", help="* of all (default: %(default)s)")
-    parser.add_argument("--decode", choices=("auto", "cpu", "gpu", "scaled"), default="auto", help="as nopad embed takes it")
+    decoders = ("auto", "cpu", "gpu", "scaled")
+    parser.add_argument("--decode", choices=decoders, default="auto", help="as nopad embed takes it")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="* of nopad embed (default: 3)")
     parser.add_argument("--no-peers", action="store_true", help="* leave out the job one writes today")
     parser.add_argument("--start", action="store_true", help="* when the command prints what, and its first row comes")
