@@ -42,7 +42,7 @@ def test_a_row_for_each_frame_with_its_time(film, model, tmp_path):
 
 def test_a_row_for_each_window_with_frames_spread_over_it(film, model, tmp_path):
     features = embed(film, tmp_path / "out", model, every=0.8, frames=2)
-    assert features.ids == ["a.mp4#t=0,0.8", "a.mp4#t=0.8,1.6", "a.mp4#t=1.6,2.4"]
+    assert features.ids == ["a.mp4#t=0,0.8", "a.mp4#t=0.8,1.6", "a.mp4#t=1.6,2"]
     assert features.columns["time"].to_pylist() == [0.0, 0.8, 1.6]
     assert features.grids[:, 0].tolist() == [2] * 3
     frames = read_frames(film, 50)

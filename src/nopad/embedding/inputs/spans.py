@@ -33,7 +33,7 @@ class Spans:
     whole: bool
 
     def of(self, item: Input, durations: DurationProcess) -> Iterator[Input]:
-        """The parts of a video, as inputs named by a media fragment: `a.mp4#t=2`, `a.mp4#t=2,4`.
+        """The parts of a video, as inputs named by a media fragment: `a.mp4#t=2`, `a.mp4#t=2,4`; the last ends with it.
 
         One input of a video whose header does not say how long it is, or too long a time, says so.
 
@@ -56,7 +56,9 @@ class Spans:
             return
         for index in range(number):
             start, stop = (round(edge * self.seconds * _MICRO) for edge in (index, index + 1))
-            span = f"{start / _MICRO:g},{stop / _MICRO:g}" if self.whole else f"{start / _MICRO:g}"
+            span = f"{start / _MICRO:g}"
+            if self.whole:
+                span += f",{min(stop / _MICRO, duration):g}"
             size, note = (stop - start, WINDOW) if self.whole else (0, FRAME)
             yield replace(item, id=f"{item.id}#t={span}", offset=start, size=size, note=note)
 
