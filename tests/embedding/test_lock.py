@@ -98,6 +98,23 @@ def test_the_lock_file_stays_the_same_file(tmp_path):
         assert lock.stat().st_ino == first
 
 
+def test_an_error_leaves_no_folder_that_was_made_for_the_lock(tmp_path):
+    def fail(folder, *names):
+        with pytest.raises(ValueError, match="refused"), FolderLock(folder):
+            for name in names:
+                (folder / name).write_text("")
+            raise ValueError("refused")
+
+    fail(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    fail(tmp_path)
+    assert not (tmp_path / ".nopad").exists()
+    fail(tmp_path / "used", ".nopad/job.json")
+    assert sorted(path.name for path in (tmp_path / "used" / ".nopad").iterdir()) == ["job.json", "lock"]
+    fail(tmp_path / "used")
+    assert (tmp_path / "used" / ".nopad" / "lock").exists()
+
+
 @pytest.mark.parametrize("owner", [None, b"", b"\xff\xfe", b"[]", b"3", b'{"pid": 1}'])
 def test_an_owner_file_that_tells_nothing(tmp_path, owner):
     with FolderLock(tmp_path):

@@ -69,6 +69,7 @@ def test_a_revision_is_the_hubs_and_part_of_the_record(begun, tmp_path, monkeypa
         return nopad.load(name, **options)
 
     monkeypatch.setattr(workers, "load", load)
+    monkeypatch.setattr(workers, "processor", lambda name, *, revision, **options: nopad.processor(name, **options))
     monkeypatch.setattr(workers, "open_checkpoint", lambda name, *, revision: open_checkpoint(name))
     embed(begun[0], tmp_path / "out", model, revision="v1")
     assert nopad.read_features(tmp_path / "out").metadata["revision"] == "v1"
@@ -123,7 +124,7 @@ def test_shards_of_somebody_else(photos, tmp_path, model):
     foreign.touch()
     with pytest.raises(ValueError, match=f"{foreign}: not a shard of this job; move it away or use another folder"):
         embed(photos, tmp_path / "out", model)
-    assert sorted(path.name for path in (tmp_path / "out" / ".nopad").iterdir()) == ["lock"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [foreign.name]
     foreign.unlink()
     embed(photos, tmp_path / "out", model)
     (tmp_path / "out" / "shard-mine.parquet").touch()
@@ -288,12 +289,29 @@ def test_a_damaged_shard(photos, tmp_path, model):
         ({"embedding_dtype": "float64"}, "embedding_dtype: expected one of float32, float16, got 'float64'"),
         ({"embedding_list": "nested"}, "embedding_list: expected one of fixed, variable, got 'nested'"),
         ({"attention": "magic"}, "attention: expected 'auto' or one of"),
+        ({"keep": "nope"}, "keep: no source has a column 'nope'"),
     ],
 )
 def test_a_wrong_argument_begins_no_job(photos, tmp_path, model, options, message):
     with pytest.raises(ValueError, match=message):
         embed(photos, tmp_path / "out", model, **options)
-    assert not (tmp_path / "out" / ".nopad" / "job.json").exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens_pool": 2}, "tokens_pool: goes with tokens, which are not kept, got 2"),
+        ({"size": (8, 8), "max_patches": 4}, "max_patches: expected None for 'height_width'"),
+        ({"size": 2}, "size: expected a short side of at least a patch of 4 × 4 pixels, got 2"),
+        ({"model": "untrained:facebook/dinov9"}, "expected the name of a published model; did you mean"),
+    ],
+)
+def test_a_setting_that_the_model_refuses_is_an_error_before_sources_are_listed(tmp_path, model, options, message):
+    models = [options["model"]] if "model" in options else [model, nopad.load(model)]
+    for each in models:
+        with pytest.raises(ValueError, match=message):
+            nopad.embed(tmp_path / "nothing", tmp_path / "out", **{**options, "model": each})
 
 
 @pytest.mark.parametrize(
@@ -328,4 +346,4 @@ def test_wrong_sources_and_models_begin_no_job(photos, tmp_path, model):
         assert not (tmp_path / "out").exists()
     with pytest.raises(OSError, match="nowhere"):
         embed(photos, tmp_path / "out", tmp_path / "nowhere")
-    assert not (tmp_path / "out" / ".nopad" / "job.json").exists()
+    assert not (tmp_path / "out").exists()

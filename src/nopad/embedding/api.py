@@ -16,7 +16,7 @@ from nopad.embedding.distributed import make_on_ray
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.sources import list_inputs
 from nopad.embedding.inputs.spans import Spans
-from nopad.embedding.job import Job, begin_or_resume, changes_of
+from nopad.embedding.job import Job, begin_or_resume, changes_of, kept_columns
 from nopad.embedding.lock import FolderLock
 from nopad.embedding.manifest import record_of
 from nopad.embedding.progress import Progress
@@ -24,7 +24,7 @@ from nopad.embedding.run import Run
 from nopad.embedding.settings import Settings
 from nopad.embedding.summary import Summary, summary_of
 from nopad.embedding.updates import begin_update, compare, mark
-from nopad.embedding.workers import describe_execution, load_encoder, make_worker
+from nopad.embedding.workers import check_features, describe_execution, load_encoder, make_worker
 from nopad.encoder import PackedEncoder
 from nopad.local_paths import check_local
 from nopad.pipeline import process_server
@@ -167,6 +167,7 @@ def embed(
         )
     if not isinstance(stop, threading.Event | None):
         raise ValueError(f"stop: expected a threading.Event, got {stop!r}")
+    check_features(model, settings)
     if actors is None:
         process_server.start()  # it imports torch while the sources are listed and the model is loaded
     logger.info("listing %s", names[0] if len(names) == 1 else f"{len(names):,} sources")
@@ -175,6 +176,7 @@ def embed(
     listing = list_inputs(names, **columns, hidden=hidden, spans=spans, timeout=settings.input_timeout)
     with FolderLock(out) as lock:
         folder.clean()
+        kept = None if folder.has_job else kept_columns(settings, listing.inputs)
         logger.info("%s; loading the model", counted(len(listing.inputs), "input"))
         is_loaded = not isinstance(model, PackedEncoder)
         encoder = model if isinstance(model, PackedEncoder) else load_encoder(settings)
@@ -183,7 +185,7 @@ def embed(
         )
         logger.info(describe_execution(worker))
         record = record_of(settings, worker, names, listing.inputs)
-        jobs = begin_or_resume(folder, lock.check, settings, record, listing.inputs)
+        jobs = begin_or_resume(folder, lock.check, settings, record, listing.inputs, kept)
         changes = []
         if not update and jobs[0].record["inputs"] != record["inputs"] and len(jobs) == 1:
             changes = [changes_of(jobs[0].inputs, listing.inputs, folder.path)]

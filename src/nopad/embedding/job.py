@@ -145,6 +145,7 @@ def begin_or_resume(
     settings: Settings,
     record: Mapping[str, str],
     inputs: InputList,
+    kept: Kept | None,
 ) -> list[Job]:
     """The jobs of this folder: the table's first one, which is begun where there is none, and those of its updates.
 
@@ -153,13 +154,14 @@ def begin_or_resume(
     Args:
         record: of `settings`, see `record_of`.
         inputs: what is listed now.
+        kept: the columns that a new job keeps, see `kept_columns`.
 
     Raises:
         ValueError: a job with other settings, damaged files, shards of another job; with `settings.update` the sources
             may be others, and the version of jobs that are whole.
     """
     if not folder.has_job:
-        if (kept := _kept(settings, inputs)) is not None:
+        if kept is not None:
             record = {**record, "columns": kept.to_text()}
         job = Job(settings, folder, record, inputs, check_lock)
         _check_shards(job)  # before anything is written
@@ -175,8 +177,12 @@ def begin_or_resume(
     return jobs
 
 
-def _kept(settings: Settings, inputs: InputList) -> Kept | None:
-    """The columns that a new job keeps: of its inputs' own, times of films, and values found in files."""
+def kept_columns(settings: Settings, inputs: InputList) -> Kept | None:
+    """The columns that a new job keeps: of its inputs' own, times of films, and values found in files.
+
+    Raises:
+        ValueError: no input has such a column, or the table needs its name.
+    """
     extras = (*(EXIF if settings.exif else ()), *([THUMBNAIL] if settings.thumbnails else ()))
     taken = (*COLUMNS, TOKENS, TIME, *extras)
     kept = None if settings.keep is None else Kept.of(inputs, settings.keep, taken, settings.input_timeout)

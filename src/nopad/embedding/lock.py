@@ -33,7 +33,9 @@ class FolderLock:
     """Lock on a features folder, held by one process at a time: `with FolderLock(folder): ...`.
 
     The system holds it on `.nopad/lock` and frees it however the process ends; the file itself stays, since a
-    lock on a deleted file would exclude no other process. `.nopad/owner.json` names the holder.
+    lock on a deleted file would exclude no other process. After an error, folders that were made for the lock and hold
+    nothing else are removed with it; a process that has opened the file before then has a lost lock, see `check`.
+    `.nopad/owner.json` names the holder.
 
     Attributes:
         token: names this lock in `owner.json`, for `check_owner`.
@@ -47,6 +49,7 @@ class FolderLock:
         self._lock = FileLock(self._path, thread_local=False)
         self._process: int | None = None
         self._file: tuple[int, int] | None = None
+        self._made: list[Path] = []
         self.token = uuid.uuid4().hex
 
     def acquire(self) -> FolderLock:
@@ -59,6 +62,7 @@ class FolderLock:
         if self._process == os.getpid():
             return self
         try:
+            self._made = [folder for folder in (self._path.parent, self._folder) if not folder.exists()]
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if self._path.parent.is_symlink():
                 raise OSError(errno.ELOOP, f"{METADATA_FOLDER} in it is a link, and would be written through")
@@ -80,15 +84,32 @@ class FolderLock:
         self._process = os.getpid()
         return self
 
-    def release(self) -> None:
-        """Give the lock back. Nothing happens where it is not held, nor in a process forked from the holder."""
+    def release(self, *, remove_empty: bool = False) -> None:
+        """Give the lock back. Nothing happens where it is not held, nor in a process forked from the holder.
+
+        Args:
+            remove_empty: remove the folders that were made for the lock, if they hold nothing else.
+        """
         if self._process != os.getpid():
             return
         with suppress(OSError):
             self.check()  # else the owner there is another
             self._owner.unlink(missing_ok=True)
+            if remove_empty:
+                self._remove_empty()
         self._process = None
         self._lock.release()
+
+    def _remove_empty(self) -> None:
+        """See `release`.
+
+        Raises:
+            OSError: one of them holds something, or cannot be removed.
+        """
+        if self._made and os.listdir(self._path.parent) == [self._path.name]:
+            self._path.unlink()
+            for folder in self._made:
+                folder.rmdir()
 
     def check(self) -> None:
         """Check that the file at the lock's path is the one that is locked.
@@ -105,7 +126,7 @@ class FolderLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.release()
+        self.release(remove_empty=error is not None)
 
     def _write_owner(self) -> None:
         since = datetime.now(UTC).isoformat(timespec="seconds")

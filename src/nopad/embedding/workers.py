@@ -15,14 +15,36 @@ from nopad.encoder import PackedEncoder
 from nopad.environment import device_name, dtype_name
 from nopad.inference.compile import compiles_by_default
 from nopad.inference.defaults import default_dtype
-from nopad.loading import load
+from nopad.loading import load, processor
 from nopad.pipeline.fit import fit_packs
-from nopad.pipeline.processor import rule_for
+from nopad.pipeline.processor import Processor, rule_for
 from nopad.pipeline.worker import Worker
 
 # Time per pack of 16,896 tokens on an H200, AIMv2-L: `nopad bench untrained:apple/aimv2-large-patch14-native --capacity
 # 16896`, eager, without and with quack.
 _COMPILED_OVER_EAGER, _QUACK_OVER_TORCH = 0.7, 0.9
+
+
+def check_features(model: object, settings: Settings) -> None:
+    """Refuse settings by which a model gives no features, from its config, before sources are listed for minutes.
+
+    Args:
+        model: an encoder, or anything else where `settings.model` names it.
+        settings: of the job.
+
+    Raises:
+        ValueError, OSError: see `Selection`, `nopad.processor` and `Preprocessing.with_size`.
+    """
+    selection = settings.selection
+    sizes: dict[str, Any] = {"min_patches": settings.min_patches, "multiple_of": settings.multiple_of}
+    if isinstance(model, PackedEncoder):
+        selection.check(model)
+        rule = rule_for(model, settings.size, max_patches=settings.max_patches, **sizes)
+        Processor.of(model, preprocessing=rule)
+        return
+    sizes["max_patches"] = None if settings.max_patches == "auto" else settings.max_patches
+    of_checkpoint: dict[str, Any] = {"revision": settings.revision, "prefix": settings.prefix, "dtype": torch.float32}
+    processor(settings.model, size=settings.size or "model", **sizes, **of_checkpoint)
 
 
 def load_encoder(settings: Settings) -> PackedEncoder:
