@@ -71,6 +71,30 @@ def test_a_model_in_memory_is_no_name(encoder):
             load(encoder)
     with pytest.raises(ValueError, match=r"^checkpoint: expected a name or a path, got NoneType$"):
         nopad.load(None)
+    with pytest.raises(
+        ValueError, match=r"^checkpoint: expected a name or a path, got ''; '\.' is the current folder$"
+    ):
+        nopad.load("")
+
+
+def test_what_is_no_list_is_no_raw_error(encoder):
+    for call in (encoder.pack, encoder.embed, encoder.processor, encoder.features, encoder.attention):
+        with pytest.raises(ValueError, match=r"^images: expected a list of images, got NoneType$"):
+            call(
+                None,
+                **(
+                    {"layers": [0]}
+                    if call == encoder.features
+                    else {"queries": [0]}
+                    if call == encoder.attention
+                    else {}
+                ),
+            )
+    with pytest.raises(ValueError, match=r"^texts: expected a list of str, got NoneType$"):
+        encoder.embed_text(None)
+    for folder, what in ((None, "NoneType"), (3, "int"), ([None], "NoneType")):
+        with pytest.raises(ValueError, match=f"^folder: expected a path or a list of them, got {what}$"):
+            nopad.read(folder)
 
 
 def test_embed_takes_encoders_and_names_alone(tmp_path, encoder):

@@ -114,6 +114,22 @@ def test_a_large_pack_in_one_line():
     assert repr(pack) == "Pack(9 images, 2,009 patches of 14 px, 4.7 MB on meta)"
 
 
+def test_a_pack_goes_to_a_device_or_a_dtype():
+    pack = Pack.of([torch.randn(3, 8, 8)], 4)
+    half = pack.to(torch.float16)
+    assert half == pack.to("cpu", torch.float16) == pack.to(dtype=torch.float16)
+    assert half.hidden_states.dtype == torch.float16
+    assert pack.to() == pack.to(None) == pack
+    for arguments, message in (
+        (("gpu",), "device: expected a device or a dtype, got 'gpu'"),
+        (([],), r"device: expected a device or a dtype, got \[\]"),
+        ((torch.int8,), r"dtype: expected a floating-point torch.dtype, got torch.int8"),
+        (("cpu", "float16"), "dtype: expected a floating-point torch.dtype, got 'float16'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pack.to(*arguments)
+
+
 def test_a_pack_is_saved_with_weights_only_and_pickled():
     pack, buffer = made_of([0, 1], positions=True), io.BytesIO()
     torch.save(pack, buffer)

@@ -22,7 +22,9 @@ from nopad.view import command as view_command
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status, one of those of `nopad.command_options`."""
-    options = build_parser().parse_args(arguments)
+    options, unknown = build_parser().parse_known_args(arguments)
+    if unknown:  # argparse itself prints the usage of `nopad`, without the command's options
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     handler = logging.StreamHandler()
     handler.setFormatter(MessageFormatter("%(name)s: %(message)s"))
@@ -71,6 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_argument("--family", metavar="NAME", help="list only this family")
     models.add_argument("--json", action="store_true", help="print the list as JSON")
     models.set_defaults(run=run_models)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
 
 

@@ -159,9 +159,28 @@ class Pack:
         return hash((*facts, self.hidden_states.shape, self.grid_thw.shape))
 
     def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None, *, non_blocking: bool = False
+        self,
+        device: torch.device | torch.dtype | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        non_blocking: bool = False,
     ) -> Pack:
-        """The same pack with its patches on another device or in another dtype."""
+        """The same pack with its patches on another device or in another dtype.
+
+        Args:
+            device: or a dtype alone, as `Tensor.to` takes it.
+
+        Raises:
+            ValueError: neither a device nor a floating-point dtype.
+        """
+        if isinstance(device, torch.dtype) and dtype is None:
+            device, dtype = None, device
+        try:
+            device = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError):
+            raise ValueError(f"device: expected a device or a dtype, got {device!r:.80}") from None
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype: expected a floating-point torch.dtype, got {dtype!r:.80}")
         positions = self.patch_positions
         if positions is not None:
             positions = positions.to(device, non_blocking=non_blocking)

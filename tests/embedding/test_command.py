@@ -443,3 +443,12 @@ def test_killed_at_any_moment(tmp_path, model):
     assert told, done.stdout + done.stderr
     assert int(told[1]) >= 5
     assert table(out) == table(tmp_path / "whole")
+
+
+def test_an_unknown_option_shows_the_options_of_its_command(capsys):
+    with pytest.raises(SystemExit) as exited:
+        main(["embed", "photos", "--model", "m", "--out", "o", "--nope", "-4,-1"])
+    assert exited.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("usage: nopad embed ")
+    assert error.endswith("nopad embed: error: unrecognized arguments: --nope=-4,-1\n")

@@ -112,6 +112,7 @@ def test_a_model_that_has_moved_or_changed(features, photos, tmp_path):
         ({"text": " "}, "text: expected words, got ' '"),
         ({"text": 3}, "text: expected words, got 3"),
         ({"id": "000.pn"}, "no row of this table is called '000.pn'"),
+        ({"id": "damaged.jpg"}, r"'damaged.jpg' has no features: .*; features.failures lists such rows"),
         ({"vector": [1.0]}, r"vector: expected \(32,\) numbers, got float64 \(1,\)"),
         ({"vector": np.zeros(32)}, "finite values that are not all 0"),
         ({"vector": np.full(32, np.nan)}, "finite values"),
@@ -174,6 +175,9 @@ def test_several_tables_are_read_as_one(features, table, model, tmp_path, photos
     assert both.metadata["model"] == str(model)
     with pytest.raises(ValueError, match=r"'004.png' is there in 2 rows, of .*; search by vector"):
         both.search(id="004.png")
+    (tmp_path / "link").symlink_to(table)
+    with pytest.raises(ValueError, match=r"folder: '.*link' is named twice, and its rows would be there twice"):
+        nopad.read([table, tmp_path / "link"])
 
 
 def test_tokens_of_several_tables(model, tmp_path, photos):

@@ -38,6 +38,8 @@ def checkpoint_name(checkpoint: object) -> str:
     """
     if not isinstance(checkpoint, str | os.PathLike):
         raise ValueError(f"checkpoint: expected a name or a path, got {type(checkpoint).__name__}")
+    if not os.fspath(checkpoint):
+        raise ValueError("checkpoint: expected a name or a path, got ''; '.' is the current folder")
     return str(checkpoint)
 
 

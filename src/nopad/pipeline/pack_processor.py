@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -107,7 +107,9 @@ class PackProcessor(Processor):
 
 
 def check_several(images: Any) -> None:
-    """Raise `ValueError` where one image is given for several."""
+    """Raise `ValueError` where images are not several: one image, or nothing to iterate over."""
     is_image = isinstance(images, np.ndarray | Tensor) and images.ndim < 4  # its rows would be taken for images
     if is_image or isinstance(images, str | bytes | Path | Image.Image):
         raise ValueError("images: expected several, got one; give it in a list")
+    if not isinstance(images, Iterable):
+        raise ValueError(f"images: expected a list of images, got {type(images).__name__}")

@@ -66,6 +66,9 @@ def search(
 def _row_of(features: Features, id: Any) -> int:
     rows = [row for row, row_id in enumerate(features.ids) if row_id == id]
     if not rows:
+        for failure in features.failures:
+            if failure.id == id:
+                raise ValueError(f"id: {id!r:.200} has no features: {failure.error}; features.failures lists such rows")
         raise ValueError(f"id: no row of this table is called {id!r:.200}; features.ids lists them")
     if len({features.sources[row] for row in rows}) > 1:
         sources = ", ".join(sorted({features.sources[row] for row in rows})[:5])

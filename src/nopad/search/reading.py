@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,16 +39,21 @@ def read_features(folder: str | Path | Sequence[str | Path], *, partial: bool = 
         partial: take the shards of an unfinished job as they are.
 
     Raises:
-        ValueError: no such folder, no shards, shards missing (unless `partial`), shards of different jobs, a shard that
-            is damaged or has other columns, types or rows than a job writes, tables of different models; the message
-            says which and what to do.
+        ValueError: no path, a folder named twice, no such folder, no shards, shards missing (unless `partial`), shards
+            of different jobs, a shard that is damaged or has other columns, types or rows than a job writes, tables of
+            different models; the message says which and what to do.
         OSError: a shard that cannot be opened or read.
     """
-    folders = [folder] if isinstance(folder, str | os.PathLike) else list(folder)
+    folders: list[Any] = list(folder) if isinstance(folder, Sequence) and not isinstance(folder, str) else [folder]
     if not folders:
         raise ValueError("folder: expected a folder or a list of them, got none")
     for each in folders:
+        if not isinstance(each, str | os.PathLike):
+            raise ValueError(f"folder: expected a path or a list of them, got {type(each).__name__}")
         check_local("folder", each)
+    real = [os.path.realpath(each) for each in folders]
+    if twice := [each for number, each in enumerate(folders) if real[number] in real[:number]]:
+        raise ValueError(f"folder: {os.fspath(twice[0])!r} is named twice, and its rows would be there twice")
     found = [shard for each in folders for shard in _find(Path(each), partial)]
     survey = _survey(found)
     return _read(found, survey)

@@ -33,6 +33,8 @@ def embed_text(encoder: PackedEncoder, texts: Iterable[str]) -> Tensor:
     """
     if isinstance(texts, str | bytes):
         raise ValueError("texts: expected several, got one; give it in a list")
+    if not isinstance(texts, Iterable):
+        raise ValueError(f"texts: expected a list of str, got {type(texts).__name__}")
     texts = list(texts)
     for text in texts:
         if not isinstance(text, str):
