@@ -571,7 +571,7 @@ def test_page_has_every_row_and_fetches_nothing(learned, tmp_path, monkeypatch, 
     ):
         assert page.texts.count(name) >= 2
     assert page.texts.count("Wrong") == 1
-    assert sum(bool(re.fullmatch(r"\d+\.\d times the reference, 56px", text)) for text in page.texts) == 1
+    assert sum(bool(re.fullmatch(r"\d+\.\d times transformers' model, 56px", text)) for text in page.texts) == 1
     assert sum(text.endswith(" attention, one image at a time") for text in page.texts) == 1
     assert sum(text.startswith("Measured peak: 2 GEMMs of 64³ a run: ") for text in page.texts) == 2
     assert "1 of 14 candidates gave other features." in page.texts

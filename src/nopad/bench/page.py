@@ -61,7 +61,8 @@ def _verdict(report: BenchReport) -> tuple[str, str]:
         return detail, ""
     times = (best.tokens_per_second or 0) / (reference.tokens_per_second or 1)
     detail += f"; {reference.tokens_per_second:,.0f} tokens/s of {report.reference}, one image at a time"
-    return f"{times:.1f} times the reference, {first.name}", detail
+    name = "transformers' model" if (report.reference or "").startswith("transformers ") else "the reference"
+    return f"{times:.1f} times {name}, {first.name}", detail
 
 
 def write_bench_page(report: BenchReport, path: str | Path) -> None:
