@@ -176,7 +176,7 @@ class Pack:
         if isinstance(device, torch.dtype) and dtype is None:
             device, dtype = None, device
         try:
-            device = None if device is None else torch.device(device)
+            device = None if device is None else torch.device(device)  # pyright: ignore[reportArgumentType] - a dtype raises
         except (RuntimeError, TypeError):
             raise ValueError(f"device: expected a device or a dtype, got {device!r:.80}") from None
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
