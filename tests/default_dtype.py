@@ -26,11 +26,11 @@ RULES = (
 @torch.no_grad()
 def features(folder: Path) -> dict[str, torch.Tensor]:
     """What encoders and their preprocessing give."""
-    found = {}
+    result = {}
     image = torch.from_numpy(noise(0, 37, 50)).permute(2, 0, 1)
     for number, rule in enumerate(RULES):
         for resize in ("pil", "torch"):
-            found[f"{number}, {resize}"] = preprocess(image, rule, 4, resize=resize)
+            result[f"{number}, {resize}"] = preprocess(image, rule, 4, resize=resize)
     for family in FAMILIES:
         encoder = nopad.load(folder / family)
         patches = patches_of(encoder)
@@ -38,14 +38,14 @@ def features(folder: Path) -> dict[str, torch.Tensor]:
         encoder.compile(128, 16, compiled=False)
         static = encoder.encode(patches, GRIDS)
         for name in output:
-            found[f"{family}, {name}"], found[f"{family}, static {name}"] = output[name], static[name]
-        found[f"{family}, embed"] = encoder.embed([image])
-        found[f"{family}, no images"] = encoder.embed([])
-        found[f"{family}, empty pack"] = encoder.pack([]).hidden_states
+            result[f"{family}, {name}"], result[f"{family}, static {name}"] = output[name], static[name]
+        result[f"{family}, embed"] = encoder.embed([image])
+        result[f"{family}, no images"] = encoder.embed([])
+        result[f"{family}, empty pack"] = encoder.pack([]).hidden_states
     encoder = nopad.load(folder / "aimv2", precision="fp8")
-    found["fp8"] = encoder.encode(patches_of(encoder), GRIDS).tokens
-    found["untrained"] = nopad.load("untrained:facebook/dinov3-vits16-pretrain-lvd1689m").layers[0].norm1.weight
-    return found
+    result["fp8"] = encoder.encode(patches_of(encoder), GRIDS).tokens
+    result["untrained"] = nopad.load("untrained:facebook/dinov3-vits16-pretrain-lvd1689m").layers[0].norm1.weight
+    return result
 
 
 def main(folder: Path, dtypes: list[str]) -> None:

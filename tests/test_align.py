@@ -143,17 +143,17 @@ def test_compiled_path_is_compared(native, learned, quick_compile):
 
 
 def test_compiled_path_has_room_for_prefix_tokens_and_frames(goldens, monkeypatch, quick_compile):
-    admits, asked = StaticRunner.admits, []
+    admits, requested = StaticRunner.admits, []
 
     def noted(self, rows, segments):
-        asked.append(admits(self, rows, segments))
-        return asked[-1]
+        requested.append(admits(self, rows, segments))
+        return requested[-1]
 
     monkeypatch.setattr(StaticRunner, "admits", noted)
     report = align(goldens / "dinov3-meta", compile=True)
     assert report.passed, [case.failures for case in report.cases]
-    assert asked
-    assert all(asked)
+    assert requested
+    assert all(requested)
 
 
 def test_fault_of_the_compiled_path_alone_is_found(native, monkeypatch):
@@ -224,8 +224,8 @@ def test_wrong_pooling_fails_though_its_cosine_passes(learned, monkeypatch, caps
     for case in report.cases:
         assert case.max_relative < 1e-4
         assert case.min_pooled_cosine > 0.999
-    found = f"{report.cases[0].max_pooled_relative:.2e}"
-    assert report.cases[0].failures == (f"pooled relative error {found}, expected at most 1e-04",)
+    result = f"{report.cases[0].max_pooled_relative:.2e}"
+    assert report.cases[0].failures == (f"pooled relative error {result}, expected at most 1e-04",)
     printed = align_table(report)
     assert "pooled relative" in printed
     assert printed.count(f"{report.cases[0].max_pooled_relative:.1e}") >= 1
@@ -286,15 +286,15 @@ def test_wrong_arguments(native, tmp_path):
 @pytest.mark.parametrize(("size", "nearest"), [(0, 14), (-28, 14), (13, 14), (100, 98)])
 @pytest.mark.parametrize("noise", [True, False])
 def test_image_size_of_no_whole_number_of_patches_raises(native, photos, size, nearest, noise):
-    told = f"image_size: expected a multiple of patch_size 14, got {size}; give one, such as {nearest}"
-    with pytest.raises(ValueError, match=told):
+    message = f"image_size: expected a multiple of patch_size 14, got {size}; give one, such as {nearest}"
+    with pytest.raises(ValueError, match=message):
         align(native, images=photos, image_size=size, noise=noise)
 
 
 @pytest.mark.parametrize("noise", [True, False])
 def test_image_size_that_the_reference_does_not_take_raises(learned, photos, noise):
-    told = "image_size: the reference takes 56 × 56 pixels and nothing else, got 70; leave it out"
-    with pytest.raises(ValueError, match=told):
+    message = "image_size: the reference takes 56 × 56 pixels and nothing else, got 70; leave it out"
+    with pytest.raises(ValueError, match=message):
         align(learned, images=photos, image_size=70, noise=noise)
     assert align(learned, images=photos, image_size=56, noise=noise).passed
 
@@ -354,8 +354,8 @@ def test_command_line_failure_and_wrong_use(native, tmp_path, capsys, monkeypatc
         assert "--device cpu" in capsys.readouterr().err
     assert main(["align", str(native), "--report", str(tmp_path)]) == 2
     printed = capsys.readouterr()
-    told = f"nopad align: --report: expected a file that can be written, got '{tmp_path}': Is a directory\n"
-    assert (printed.out, printed.err) == ("", told)
+    message = f"nopad align: --report: expected a file that can be written, got '{tmp_path}': Is a directory\n"
+    assert (printed.out, printed.err) == ("", message)
     with pytest.raises(SystemExit) as exit_status:
         main(["align"])
     assert exit_status.value.code == 2

@@ -39,11 +39,11 @@ def results(model, run) -> dict[str, Tensor]:
     model.zero_grad()
     tokens, pooled = run()
     weigh = torch.Generator().manual_seed(1)
-    found = {"tokens": tokens} if pooled is None else {"tokens": tokens, "pooled": pooled}
-    sum((each.float() * torch.randn(each.shape, generator=weigh)).sum() for each in found.values()).backward()
+    result = {"tokens": tokens} if pooled is None else {"tokens": tokens, "pooled": pooled}
+    sum((each.float() * torch.randn(each.shape, generator=weigh)).sum() for each in result.values()).backward()
     gradients = {name.removeprefix("model."): p.grad for name, p in model.named_parameters() if p.grad is not None}
-    found["gradients"] = torch.cat([gradients[name].flatten() for name in sorted(gradients)])
-    return {name: tensor.detach().clone() for name, tensor in found.items()}
+    result["gradients"] = torch.cat([gradients[name].flatten() for name in sorted(gradients)])
+    return {name: tensor.detach().clone() for name, tensor in result.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -66,9 +66,9 @@ def test_autocast_is_as_near_to_float32_as_the_originals(family, dtype, tmp_path
     exact = results(original, theirs)
     assert relative(results(encoder, ours)["gradients"], exact["gradients"]) < 1e-4
     with torch.autocast("cpu", dtype):
-        found, expected = results(encoder, ours), results(original, theirs)
+        result, expected = results(encoder, ours), results(original, theirs)
     for name in exact:
-        distance, allowed = relative(found[name], exact[name]), MARGIN * relative(expected[name], exact[name])
+        distance, allowed = relative(result[name], exact[name]), MARGIN * relative(expected[name], exact[name])
         assert distance <= allowed, f"{name}: {distance:.2e} from float32, the original {allowed / MARGIN:.2e}"
 
 
@@ -80,7 +80,7 @@ def test_compiled_under_autocast_is_as_near_to_float32(family, tmp_path, quick_c
     with torch.autocast("cpu", torch.bfloat16):
         allowed = MARGIN * relative(encoder(patches_of(encoder), GRIDS), exact)
         encoder.compile(128, 16)
-        found = encoder(patches_of(encoder), GRIDS)
+        result = encoder(patches_of(encoder), GRIDS)
         assert encoder.execution == "compiled"
         assert is_batch_invariant(encoder, junk=0.0)
-    assert relative(found, exact) <= allowed
+    assert relative(result, exact) <= allowed

@@ -153,7 +153,7 @@ def test_command_line_failure(folder, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--capacity", "128"], "--capacity: goes with --batch-invariance"),
         (["--batch-invariance", "--images", "."], "not with --batch-invariance"),
@@ -170,9 +170,9 @@ def test_command_line_failure(folder, capsys, monkeypatch):
         (["--batch-invariance", "--capacity", "1"], "capacity: expected at least 128 tokens, got 1"),
     ],
 )
-def test_command_line_wrong_use(folder, capsys, arguments, told):
+def test_command_line_wrong_use(folder, capsys, arguments, message):
     assert main(["align", str(folder), "--device", "cpu", *arguments]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.gpu

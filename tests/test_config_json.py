@@ -32,8 +32,8 @@ def test_fields_that_nothing_reads_are_told_once(tmp_path, family, caplog):
     (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
     nopad.load(folder)
     nopad.load(folder)
-    (told,) = caplog.messages
-    assert told == f"checkpoint {str(folder)!r}: fields of config.json that are not read: surprise=0.5"
+    (message,) = caplog.messages
+    assert message == f"checkpoint {str(folder)!r}: fields of config.json that are not read: surprise=0.5"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,8 +60,10 @@ def test_every_field_of_transformers_config_is_known(tmp_path, family, config_cl
     names = config_class().to_dict().keys() - PreTrainedConfig().to_dict().keys()
     folder = tiny(family, tmp_path / family)
     (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
-    told = json.loads((folder / "config.json").read_text())
-    changed(folder, **{name: value for name, value in config_class().to_dict().items() if name in names - told.keys()})
+    written = json.loads((folder / "config.json").read_text())
+    changed(
+        folder, **{name: value for name, value in config_class().to_dict().items() if name in names - written.keys()}
+    )
     nopad.load(folder)
     assert not caplog.messages
 
@@ -139,7 +141,7 @@ def test_statistics_that_are_said_are_taken_without_a_word(satellite, tmp_path, 
     assert nopad.load(tmp_path / "saved").preprocessing.mean == SATELLITE
     (satellite / "preprocessor_config.json").write_text(json.dumps({"image_mean": list(SATELLITE)}))
     assert nopad.load(satellite).preprocessing.mean == SATELLITE
-    assert not [told for told in caplog.messages if "statistics" in told]
+    assert not [message for message in caplog.messages if "statistics" in message]
 
 
 def test_what_is_unknown_stays_unknown_when_it_is_saved(tmp_path, caplog):

@@ -189,10 +189,10 @@ def test_other_dtypes_are_refused(folder, dtype):
 
 
 @pytest.mark.parametrize(
-    "told", [{"image_mean": [float("nan"), 0, 0]}, {"image_std": [1, float("inf"), 1]}, {"rescale_factor": "a"}]
+    "fields", [{"image_mean": [float("nan"), 0, 0]}, {"image_std": [1, float("inf"), 1]}, {"rescale_factor": "a"}]
 )
-def test_pixels_are_made_by_numbers(folder, told):
-    changed(folder / "preprocessor_config.json", **told)
+def test_pixels_are_made_by_numbers(folder, fields):
+    changed(folder / "preprocessor_config.json", **fields)
     encoder = nopad.load(folder)
     with pytest.raises(ValueError, match="mean, std, rescale_factor: expected finite numbers"):
         encoder.pack([torch.zeros(3, 28, 28, dtype=torch.uint8)])
@@ -326,7 +326,7 @@ def test_a_model_type_is_a_name(folder, value, inside):
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("fields", "expected"),
     [
         ({"image_processor_type": 5}, "image_processor_type: expected the name of a class, got 5"),
         ({"image_processor_type": ["a"]}, "image_processor_type: expected the name of a class, got"),
@@ -352,8 +352,8 @@ def test_a_model_type_is_a_name(folder, value, inside):
         ({"crop_pct": 0.875}, "got {'crop_pct': 0.875}, steps that no rule here has"),
     ],
 )
-def test_preprocessor_configs_of_other_types(folder, told, expected, capsys):
-    changed(folder / "preprocessor_config.json", **{"size": 28, **told})
+def test_preprocessor_configs_of_other_types(folder, fields, expected, capsys):
+    changed(folder / "preprocessor_config.json", **{"size": 28, **fields})
     with pytest.raises(ValueError, match=rf"{folder}': preprocessor config: {expected}"):
         nopad.load(folder).pack([torch.zeros(3, 28, 28, dtype=torch.uint8)])
     picture = folder / "cat.png"

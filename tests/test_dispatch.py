@@ -50,8 +50,8 @@ def test_patches_go_where_the_embeddings_run(encoder, offloaded):
     images = [np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)] * 2
     pack = offloaded.pack(images)
     assert torch.equal(pack.hidden_states, encoder.pack(images).hidden_states)
-    for found, expected in zip(features(offloaded, pack), features(encoder, pack), strict=True):
-        assert relative(found, expected) < 1e-6
+    for result, expected in zip(features(offloaded, pack), features(encoder, pack), strict=True):
+        assert relative(result, expected) < 1e-6
     assert relative(offloaded.embed(images), encoder.embed(images)) < 1e-6
 
 
@@ -73,8 +73,8 @@ def test_every_other_part_on_disk(encoder, tmp_path):
     device_map = {name: ("disk", "cpu")[number % 2] for number, name in enumerate(parts_of(encoder))}
     mixed = type(encoder).from_pretrained(encoder.source, device_map=device_map, offload_folder=tmp_path / "offload")
     assert {parameter.device.type for parameter in mixed.parameters()} == {"cpu", "meta"}
-    for found, expected in zip(features(mixed, pack_of(mixed)), features(encoder, pack_of(encoder)), strict=True):
-        assert relative(found, expected) < 1e-6
+    for result, expected in zip(features(mixed, pack_of(mixed)), features(encoder, pack_of(encoder)), strict=True):
+        assert relative(result, expected) < 1e-6
 
 
 @every_family
@@ -115,9 +115,9 @@ def test_parts_on_gpu_and_cpu_in_turn(encoder):
     expected = features(encoder, pack)
     for number, name in enumerate(parts_of(encoder)):
         run_on(encoder.get_submodule(name), "cpu" if number % 2 else "cuda:0")
-    for found, each in zip(features(encoder, pack.to("cuda")), expected, strict=True):
-        assert found.device == torch.device("cuda:0")
-        assert relative(found, each) < 1e-4
+    for result, each in zip(features(encoder, pack.to("cuda")), expected, strict=True):
+        assert result.device == torch.device("cuda:0")
+        assert relative(result, each) < 1e-4
 
 
 @gpu
@@ -129,7 +129,7 @@ def test_device_map_over_two_gpus(encoder, family, dtype):
     device_map = {name: 1 - number % 2 for number, name in enumerate(parts_of(encoder))}
     spread = type(encoder).from_pretrained(encoder.source, dtype=dtype, device_map=device_map)
     assert spread.device == torch.device("cuda:1")
-    found = features(spread, pack_of(spread))
-    for each, expected in zip(found, features(encoder, pack_of(encoder)), strict=True):
+    result = features(spread, pack_of(spread))
+    for each, expected in zip(result, features(encoder, pack_of(encoder)), strict=True):
         assert each.device == torch.device("cuda:1")
         assert relative(each, expected) < (1e-4 if dtype == torch.float32 else 3e-2)

@@ -49,11 +49,11 @@ def test_grid_as_an_input_of_any_size(encoder):
     run = torch.export.load(file).module()
     others = patches_of(encoder, OTHERS, seed=2)
     for pack in (arguments, (others, OTHERS), (others[:6], OTHERS[:1])):
-        found, expected = run(*pack, **options), encoder(*pack, **options)
-        assert found.keys() == expected.keys()
+        result, expected = run(*pack, **options), encoder(*pack, **options)
+        assert result.keys() == expected.keys()
         for name in expected.keys() - {"hidden_states"}:
-            assert relative(found[name], expected[name]) < EXACT
-        for state, each in zip(found.hidden_states, expected.hidden_states, strict=True):
+            assert relative(result[name], expected[name]) < EXACT
+        for state, each in zip(result.hidden_states, expected.hidden_states, strict=True):
             assert relative(state, each) < EXACT
     with pytest.raises(RuntimeError, match="grid_thw: does not add up to the rows of hidden_states"):
         run(others, torch.tensor([[1, 2, 3], [2, 1, 2]]), **options)

@@ -31,11 +31,11 @@ def online(monkeypatch):
     """Takes a function that answers what huggingface_hub asks the Hub, or raises; gives what it was asked."""
 
     def answered_by(answer):
-        asked = []
-        session = SimpleNamespace(head=lambda url, timeout: answer(asked.append((url, timeout))))
+        requested = []
+        session = SimpleNamespace(head=lambda url, timeout: answer(requested.append((url, timeout))))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("nopad.checkpoints.files.get_session", lambda: session)
-        return asked
+        return requested
 
     return answered_by
 
@@ -67,16 +67,20 @@ def test_what_the_hub_refuses_is_told_apart_in_one_line(monkeypatch, capsys, onl
 def test_hub_names_are_found_by_revision(tmp_path, monkeypatch):
     """A stand-in for the Hub: the resolver is asked for the right files of the right repository and revision."""
     original, folder = write_tiny(tmp_path)
-    asked = []
+    requested = []
 
     def hub(name, filename, revision=None, **kwargs):
-        asked.append((name, filename, revision))
+        requested.append((name, filename, revision))
         return str(folder / filename) if (folder / filename).exists() else None
 
     monkeypatch.setattr("nopad.checkpoints.files.cached_file", hub)
     assert same_weights(nopad.load("someone/aimv2", revision="abc"), original)
-    assert {(name, revision) for name, _, revision in asked} == {("someone/aimv2", "abc")}
-    assert {filename for _, filename, _ in asked} >= {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert {(name, revision) for name, _, revision in requested} == {("someone/aimv2", "abc")}
+    assert {filename for _, filename, _ in requested} >= {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
 
 
 def test_without_the_hub_its_cache_is_read(tmp_path, monkeypatch, caplog, online):
@@ -86,12 +90,12 @@ def test_without_the_hub_its_cache_is_read(tmp_path, monkeypatch, caplog, online
     (repository / "refs" / "main").write_text("0" * 40)
     shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    asked = online(nobody)
+    requested = online(nobody)
     assert same_weights(nopad.load("someone/aimv2"), original)
-    assert len(asked) == 1  # and no file after that
-    (told,) = caplog.messages
-    assert "looking for someone/aimv2 in the Hub's cache alone" in told
-    assert "which cannot be reached: Name or service not known" in told
+    assert len(requested) == 1  # and no file after that
+    (message,) = caplog.messages
+    assert "looking for someone/aimv2 in the Hub's cache alone" in message
+    assert "which cannot be reached: Name or service not known" in message
     with pytest.raises(OSError, match=r"no weights of that name in the Hub's cache, .* cannot be reached: Name or"):
         nopad.load("someone/else")
 
@@ -100,9 +104,9 @@ def test_without_the_hub_its_cache_is_read(tmp_path, monkeypatch, caplog, online
 def test_files_are_asked_for_where_the_hub_answers(monkeypatch, caplog, online, answer, local):
     options, seen = {} if local is None else {"local_files_only": local}, []
     monkeypatch.setattr("nopad.checkpoints.files.cached_file", lambda *names, **hub: seen.append(hub))
-    asked = online(answer)
+    requested = online(answer)
     with pytest.raises(OSError, match="no weights of that name"):
         nopad.AIMv2Packing.from_pretrained("someone/aimv2", **options)
     assert {hub.get("local_files_only") for hub in seen} == {local}
-    assert len(asked) == (local is None)
+    assert len(requested) == (local is None)
     assert not caplog.messages

@@ -48,18 +48,18 @@ def test_features_of_layers_are_the_originals(family, folder, encoder):
     number = encoder.num_prefix_tokens
     for layers in ([-1], [0, -2], [2, 0, 2]):
         features = encoder.features(pack, layers, norm=False)
-        for image, (t, h, w), found in zip(pixels, pack.grid_thw.tolist(), features, strict=True):
-            assert found.layers == tuple(layer % 3 for layer in layers)
-            assert found.tokens.shape == (len(layers), t, h, w, encoder.hidden_size)
+        for image, (t, h, w), result in zip(pixels, pack.grid_thw.tolist(), features, strict=True):
+            assert result.layers == tuple(layer % 3 for layer in layers)
+            assert result.tokens.shape == (len(layers), t, h, w, encoder.hidden_size)
             seen.clear()
             for frame in frames_of(family, image):
                 run_original(family, original, frame)
-            for place, layer in enumerate(found.layers):
+            for place, layer in enumerate(result.layers):
                 rows = torch.stack([state.reshape(-1, encoder.hidden_size) for state in seen[layer::3]])
-                assert max_relative(found.tokens[place].reshape(rows[:, number:].shape), rows[:, number:]) < 1e-4
+                assert max_relative(result.tokens[place].reshape(rows[:, number:].shape), rows[:, number:]) < 1e-4
                 if number:
-                    assert max_relative(found.prefix_tokens[place], rows[:, :number]) < 1e-4
-            assert number or found.prefix_tokens is None
+                    assert max_relative(result.prefix_tokens[place], rows[:, :number]) < 1e-4
+            assert number or result.prefix_tokens is None
 
 
 @every_family
@@ -68,15 +68,15 @@ def test_normed_features_end_in_the_tokens_of_the_encoder(family, encoder):
     pack, _ = pack_and_pixels(encoder, family)
     output = encoder.encode(pack)
     features = encoder.features(pack, [1, -1])
-    for tokens, found in zip(pack.unpack(output.tokens), features, strict=True):
-        torch.testing.assert_close(found.tokens[1], tokens)
+    for tokens, result in zip(pack.unpack(output.tokens), features, strict=True):
+        torch.testing.assert_close(result.tokens[1], tokens)
     if encoder.num_prefix_tokens:
-        torch.testing.assert_close(torch.cat([found.prefix_tokens[1] for found in features]), output.prefix_tokens)
+        torch.testing.assert_close(torch.cat([result.prefix_tokens[1] for result in features]), output.prefix_tokens)
     for plain, normed in zip(encoder.features(pack, [1], norm=False), features, strict=True):
         expected = plain.tokens[0] if encoder.norm is None else encoder.norm(plain.tokens[0])
         torch.testing.assert_close(normed.tokens[0], expected)
-    for found, turned in zip(features, encoder.features(pack, [1, -1], format="chw", prefix=False), strict=True):
-        assert torch.equal(turned.tokens, found.tokens.movedim(-1, 2))
+    for result, turned in zip(features, encoder.features(pack, [1, -1], format="chw", prefix=False), strict=True):
+        assert torch.equal(turned.tokens, result.tokens.movedim(-1, 2))
         assert turned.prefix_tokens is None
 
 
@@ -86,9 +86,9 @@ def test_features_are_the_feature_maps_of_a_backbone(family, folder, encoder):
     stages = [f"stage{layer + 1}" for layer in (0, 2)]
     backbone = BACKBONES[family].from_pretrained(folder, out_features=stages).eval()
     pack, pixels = pack_and_pixels(encoder, family)
-    for image, found in zip(pixels, encoder.features(pack, [0, -1], format="chw"), strict=True):
+    for image, result in zip(pixels, encoder.features(pack, [0, -1], format="chw"), strict=True):
         maps = backbone(image if image.ndim == 4 else image[None]).feature_maps
-        for tokens, expected in zip(found.tokens, maps, strict=True):
+        for tokens, expected in zip(result.tokens, maps, strict=True):
             assert max_relative(tokens.movedim(1, -1), expected.movedim(1, -1)) < 1e-4
 
 
@@ -122,8 +122,8 @@ def test_images_are_packed_and_compiled_encoders_run_layer_by_layer(tmp_path, qu
     (expected,) = encoder.features(encoder.pack([image]), [0])
     (maps,) = encoder.attention(encoder.pack([image]))
     encoder.compile(capacity=64, compiled=False)
-    (found,) = encoder.features([image], [0])
-    assert torch.equal(found.tokens, expected.tokens)
+    (result,) = encoder.features([image], [0])
+    assert torch.equal(result.tokens, expected.tokens)
     assert torch.equal(encoder.attention([image])[0], maps)
     assert encoder.execution != "eager" or encoder.compiled_capacity == 64
 
@@ -161,9 +161,9 @@ def test_attention_is_the_originals_in_eager_mode(family, folder, encoder):
     pack, pixels = pack_and_pixels(encoder, family)
     number = encoder.num_prefix_tokens
     for layers in (-1, [0, -2]):
-        found = encoder.attention(pack, layers, queries=[0])
-        of_cls = encoder.attention(pack, layers) if number else found
-        for image, grid, maps, cls in zip(pixels, pack.grid_thw.tolist(), found, of_cls, strict=True):
+        result = encoder.attention(pack, layers, queries=[0])
+        of_cls = encoder.attention(pack, layers) if number else result
+        for image, grid, maps, cls in zip(pixels, pack.grid_thw.tolist(), result, of_cls, strict=True):
             expected = attentions(family, original, image)
             maps, cls = (part[None] if layers == -1 else part for part in (maps, cls))
             assert maps.shape == (len(maps), 1, encoder.config.num_attention_heads, *grid)
@@ -178,7 +178,7 @@ def test_attention_is_the_originals_in_eager_mode(family, folder, encoder):
 
 def attentions(family, original, image):
     """For each frame the attention `(H, n, n)` of each layer."""
-    found = []
+    result = []
     for frame in frames_of(family, image):
         if family == "siglip2":
             rows, columns = (side // 4 for side in frame.shape[1:])
@@ -191,8 +191,8 @@ def attentions(family, original, image):
         else:
             arguments = {"pixel_values": frame[None]}
             arguments |= {"interpolate_pos_encoding": True} if family in ("siglip", "clip", "metaclip2") else {}
-        found.append([layer[0] for layer in original(**arguments, output_attentions=True).attentions])
-    return found
+        result.append([layer[0] for layer in original(**arguments, output_attentions=True).attentions])
+    return result
 
 
 @pytest.mark.parametrize("family", ["aimv2", "onevision", "qwen3_vl"], scope="module")

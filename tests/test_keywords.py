@@ -81,7 +81,7 @@ def test_arguments_that_nothing_knows(folder, name, meant):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "usual"),
+    ("name", "value", "default"),
     [
         ("ignore_mismatched_sizes", True, False),
         ("key_mapping", {"a": "b"}, None),
@@ -93,10 +93,10 @@ def test_arguments_that_nothing_knows(folder, name, meant):
         ("adapter_kwargs", {"a": 1}, {}),
     ],
 )
-def test_what_nothing_here_does_is_refused(folder, name, value, usual):
+def test_what_nothing_here_does_is_refused(folder, name, value, default):
     with pytest.raises(ValueError, match=rf"from_pretrained: got {name}="):
         AIMv2Packing.from_pretrained(folder, **{name: value})
-    AIMv2Packing.from_pretrained(folder, **{name: usual})
+    AIMv2Packing.from_pretrained(folder, **{name: default})
 
 
 def test_variants_are_files_of_their_own(folder):

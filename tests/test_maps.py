@@ -20,8 +20,8 @@ TOKENS = [torch.randn(2, h, w, 6, generator=torch.Generator().manual_seed(h)) fo
 
 
 def test_components_are_those_of_all_images_together():
-    found = maps.pca(TOKENS, components=2)
-    assert [part.shape for part in found] == [(2, 3, 5, 2), (2, 4, 2, 2), (2, 1, 1, 2)]
+    result = maps.pca(TOKENS, components=2)
+    assert [part.shape for part in result] == [(2, 3, 5, 2), (2, 4, 2, 2), (2, 1, 1, 2)]
     rows = torch.cat([part.reshape(-1, 6) for part in TOKENS]).double().numpy()
     _, _, directions = np.linalg.svd(rows - rows.mean(0))
     for component in range(2):
@@ -29,21 +29,21 @@ def test_components_are_those_of_all_images_together():
         projected = (rows - rows.mean(0)) @ basis
         low, high = np.quantile(projected, [0.01, 0.99])
         expected = np.clip((projected - low) / (high - low), 0, 1)
-        values = torch.cat([part[..., component].flatten() for part in found]).numpy()
+        values = torch.cat([part[..., component].flatten() for part in result]).numpy()
         np.testing.assert_allclose(values, expected, atol=1e-5)
 
 
 def test_components_of_equal_tokens_are_finite():
-    (found,) = maps.pca([torch.ones(1, 2, 2, 4)])
-    assert found.isfinite().all()
+    (result,) = maps.pca([torch.ones(1, 2, 2, 4)])
+    assert result.isfinite().all()
 
 
 def test_similarity_is_the_cosine():
     query = TOKENS[1][1, 2, 0]
-    found = maps.similarity(TOKENS, query)
-    assert found[1][1, 2, 0] == pytest.approx(1)
+    result = maps.similarity(TOKENS, query)
+    assert result[1][1, 2, 0] == pytest.approx(1)
     expected = TOKENS[0][0, 1, 3] @ query / TOKENS[0][0, 1, 3].norm() / query.norm()
-    assert found[0][0, 1, 3] == pytest.approx(float(expected), abs=1e-6)
+    assert result[0][0, 1, 3] == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_norms_are_lengths():
@@ -70,19 +70,19 @@ def test_maps_that_there_are_not(call, message):
 
 
 def test_colours_go_from_dark_to_bright():
-    found = maps.colours([-5.0, 0.0, 0.5, 1.0, 9.0], 0, 1)
-    assert found.dtype == np.uint8
-    assert found[0].tolist() == found[1].tolist() == [68, 1, 84]
-    assert found[3].tolist() == found[4].tolist() == [253, 231, 37]
-    assert found[2].tolist() == [33, 144, 141]
+    result = maps.colours([-5.0, 0.0, 0.5, 1.0, 9.0], 0, 1)
+    assert result.dtype == np.uint8
+    assert result[0].tolist() == result[1].tolist() == [68, 1, 84]
+    assert result[3].tolist() == result[4].tolist() == [253, 231, 37]
+    assert result[2].tolist() == [33, 144, 141]
     assert maps.colours(torch.zeros(2, 3)).shape == (2, 3, 3)
 
 
 def test_a_map_lies_where_its_box_is():
     picture = Image.new("RGB", (10, 8), "black")
-    found = np.asarray(maps.overlay(picture, torch.ones(2, 2, 3), [2, 1, 8, 5], opacity=1.0))
-    assert (found[1:5, 2:8] == 255).all()
-    assert found.sum() == 4 * 6 * 3 * 255
+    result = np.asarray(maps.overlay(picture, torch.ones(2, 2, 3), [2, 1, 8, 5], opacity=1.0))
+    assert (result[1:5, 2:8] == 255).all()
+    assert result.sum() == 4 * 6 * 3 * 255
     half = np.asarray(maps.overlay(picture, np.full((1, 1, 3), 200, np.uint8), opacity=0.5))
     assert (half == 100).all()
 

@@ -235,12 +235,12 @@ def test_segments_of_a_layout(grid):
 
 @given(grids, st.sampled_from([torch.int32, torch.int64]))
 def test_positions_of_the_full_grid_change_nothing(grid, dtype):
-    told, given_ = layout_of(grid), layout_of(grid, full_positions(grid).to(dtype))
-    assert torch.equal(told.coordinates, given_.coordinates.long())
-    assert told.frames.lengths == given_.frames.lengths
-    assert told.images.lengths == given_.images.lengths
-    assert told.frames_per_image.lengths == given_.frames_per_image.lengths
-    assert told.longest_side == given_.longest_side
+    computed, positioned = layout_of(grid), layout_of(grid, full_positions(grid).to(dtype))
+    assert torch.equal(computed.coordinates, positioned.coordinates.long())
+    assert computed.frames.lengths == positioned.frames.lengths
+    assert computed.images.lengths == positioned.images.lengths
+    assert computed.frames_per_image.lengths == positioned.frames_per_image.lengths
+    assert computed.longest_side == positioned.longest_side
 
 
 def test_sparse_positions_make_their_own_frames():
@@ -391,15 +391,15 @@ def test_below_the_reading_nothing_needs_the_values():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("grid", [[(1, 1, 1)], [(1, 2, 2)] * 100, [(1, 3, 5), (1, 64, 70), (2, 7, 4), (3, 31, 33)], []])
 def test_a_gpu_finds_the_same_places(grid):
-    found, expected = (
+    result, expected = (
         Layout.read(torch.zeros(sum(map(area, grid)), P, device=device), tensor_of(grid).view(-1, 3), None, P)
         for device in ("cuda", "cpu")
     )
     for name in ("image_index", "index_in_image", "coordinates"):
-        place = getattr(found, name)
+        place = getattr(result, name)
         assert (place.is_cuda, place.dtype) == (True, torch.int64)
         assert torch.equal(place.cpu(), getattr(expected, name)), name
-    assert torch.equal(found.frames.index().cpu(), expected.frames.index())
+    assert torch.equal(result.frames.index().cpu(), expected.frames.index())
 
 
 @given(grids, orders)

@@ -44,14 +44,14 @@ def assert_trained_alike(folder: Path, way: str, losses, weights) -> None:
     parts = [torch.load(folder.parent / f"{folder.name}-{way}-{rank}.pt") for rank in range(ranks.WORLD)]
     of_ranks = torch.tensor([part[0] for part in parts])
     torch.testing.assert_close(of_ranks.mean(dim=0), torch.tensor(losses), rtol=1e-5, atol=0)
-    for _, found in parts:
-        assert_same_weights(found, weights)
+    for _, result in parts:
+        assert_same_weights(result, weights)
 
 
-def assert_same_weights(found, weights) -> None:
-    assert found.keys() == weights.keys()
+def assert_same_weights(result, weights) -> None:
+    assert result.keys() == weights.keys()
     for name, weight in weights.items():
-        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(result[name], weight, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize(
@@ -84,9 +84,9 @@ def test_checkpoint_resumes_on_another_number_of_processes(trained, family):
     again = nopad.load(trained / family)
     optimizer = ranks.adamw(again)
     ranks.resume(again, optimizer, trained / family / "all")
-    found = ranks.train(again, losses_of(again, ranks.loss_of), optimizer)
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
-    assert_same_weights(found[1], expected[1])
+    result = ranks.train(again, losses_of(again, ranks.loss_of), optimizer)
+    torch.testing.assert_close(result[0], expected[0], rtol=1e-5, atol=0)
+    assert_same_weights(result[1], expected[1])
 
 
 def test_loaders_share_the_images_and_notice_ranks_that_differ(trained):

@@ -18,8 +18,8 @@ def test_without_the_extra_it_is_told_what_to_install(package, name):
         f"try:\n    nopad.{name}\n"
         f"except ImportError as error:\n    print(error.name, error)\n"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert told == f"{package} nopad.{name} needs {package}: pip install 'nopad[embed]'\n"
+    message = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert message == f"{package} nopad.{name} needs {package}: pip install 'nopad[embed]'\n"
 
 
 def test_read_is_an_alias_of_read_features():

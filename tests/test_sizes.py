@@ -45,7 +45,7 @@ def test_grid_of_a_size_is_the_same_for_every_rule(rule, options, expected):
     assert grid(rule.with_size(**options), 480, 320) == expected
 
 
-def test_the_rule_of_the_model_stays_unless_told():
+def test_the_rule_of_the_model_stays_without_another_size():
     for rule in (SQUARE, CROP, NAFLEX, NATIVE):
         assert rule.with_size() == rule.with_size("model") == rule
     assert grid(SQUARE.with_size(multiple_of=4), 480, 320) == (12, 12)

@@ -40,8 +40,8 @@ def test_peft_writes_the_checkpoint_as_base_model(tmp_path):
     folder = tiny("siglip2", tmp_path / "in")
     model = peft.get_peft_model(nopad.load(folder), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "adapter")
-    told = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert told["base_model_name_or_path"] == str(folder)
+    adapter_config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert adapter_config["base_model_name_or_path"] == str(folder)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

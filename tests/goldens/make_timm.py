@@ -76,17 +76,17 @@ def intermediates(model: torch.nn.Module, image: torch.Tensor) -> dict[str, torc
 
     Maps are `(D, h, w)`, prefix tokens `(number, D)`.
     """
-    found = {}
+    result = {}
     for name, norm in (("plain", False), ("normed", True)):
         layers = model.forward_intermediates(
             image, indices=[0] if norm else [0, 1], norm=norm, return_prefix_tokens=True, intermediates_only=True
         )
         for layer, tensors in enumerate(layers):
             maps, *prefix = tensors if model.num_prefix_tokens else [tensors]
-            found[f"{name}_{layer}"] = maps[0].contiguous()
+            result[f"{name}_{layer}"] = maps[0].contiguous()
             if prefix:
-                found[f"{name}_{layer}_prefix"] = prefix[0][0].contiguous()
-    return found
+                result[f"{name}_{layer}_prefix"] = prefix[0][0].contiguous()
+    return result
 
 
 def main(folder: Path, *names: str) -> None:

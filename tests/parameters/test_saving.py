@@ -103,8 +103,8 @@ def test_a_model_with_an_encoder_inside_is_saved_and_loaded(family, encoder, tmp
     for tower in (whole.vision_tower, encoder):
         whole.vision_tower = tower
         whole.save_pretrained(tmp_path / "saved")
-        loaded, told = kind.from_pretrained(tmp_path / "saved", output_loading_info=True)
-        assert not any(told.values()), told
+        loaded, info = kind.from_pretrained(tmp_path / "saved", output_loading_info=True)
+        assert not any(info.values()), info
         assert same(loaded.state_dict(), whole.state_dict())
         assert relative(features(loaded.vision_tower), features(encoder)) < 1e-6
 

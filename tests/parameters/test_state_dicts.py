@@ -19,8 +19,8 @@ def test_names_in_a_file_are_loaded_as_those_in_memory(family, folder, encoder, 
         with torch.no_grad():
             for parameter in encoder.parameters():
                 parameter.zero_()
-        told = loads(state)
-        assert told == ([], [])
+        keys = loads(state)
+        assert keys == ([], [])
         assert same(encoder.state_dict(), expected)
 
 

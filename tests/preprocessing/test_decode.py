@@ -184,7 +184,7 @@ def test_jpeg_of_a_phone_is_upright():
     assert load_image(encoded(Image.new("RGB", (32, 16)), "JPEG", exif=exif)).shape == (3, 32, 16)
 
 
-def test_a_palette_that_is_missing_is_told():
+def test_a_missing_palette_is_an_error():
     with pytest.raises(ImageError, match=r"truncated or damaged \(AssertionError\); get the file again"):
         load(png_header(8, 8, colour=3, lines=b"\0\1\1\1\1\1\1\1\1" * 8))
 

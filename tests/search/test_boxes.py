@@ -20,10 +20,10 @@ RULES = [
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.describe().split(";")[0])
 def test_sizes_are_read_from_what_a_rule_says(rule):
-    found = rule_of(rule.describe("pil"))
-    assert found.describe().split(";")[0] == rule.describe().split(";")[0]
+    result = rule_of(rule.describe("pil"))
+    assert result.describe().split(";")[0] == rule.describe().split(";")[0]
     for size in [(300, 451), (28, 900), (31, 33)]:
-        assert found.place(*size, 14) == rule.place(*size, 14)
+        assert result.place(*size, 14) == rule.place(*size, 14)
 
 
 def test_lines_of_no_rule_are_refused():

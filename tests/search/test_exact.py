@@ -24,9 +24,9 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def test_top_k_in_blocks_is_that_of_the_whole_matrix(small_blocks):
     rng = np.random.default_rng(0)
     rows, queries = rng.standard_normal((50, 8)).astype(np.float32), rng.standard_normal((3, 8)).astype(np.float32)
-    scores, found = exact.top_k(rows, queries, 9, CPU)
+    scores, result = exact.top_k(rows, queries, 9, CPU)
     expected = np.argsort(-cosines(queries, rows), axis=1)[:, :9]
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(result, expected)
     np.testing.assert_allclose(scores, np.take_along_axis(cosines(queries, rows), expected, 1), atol=1e-6)
 
 
@@ -35,22 +35,22 @@ def test_lengths_of_rows_are_kept_for_the_next_call(small_blocks):
     lengths = np.full(50, np.nan, np.float32)
     expected = exact.top_k(rows, rows[:2], 9, CPU)
     for _ in range(2):
-        for found, wanted in zip(exact.top_k(rows, rows[:2], 9, CPU, lengths), expected, strict=True):
-            np.testing.assert_array_equal(found, wanted)
+        for result, of_whole in zip(exact.top_k(rows, rows[:2], 9, CPU, lengths), expected, strict=True):
+            np.testing.assert_array_equal(result, of_whole)
         np.testing.assert_allclose(lengths, np.linalg.norm(rows, axis=1), rtol=1e-6)
 
 
 def test_of_equal_rows_the_first_come_first(small_blocks):
     rows = np.ones((40, 8), np.float16)
-    _, found = exact.top_k(rows, rows[:1], 30, CPU)
-    assert found.tolist() == [list(range(30))]
+    _, result = exact.top_k(rows, rows[:1], 30, CPU)
+    assert result.tolist() == [list(range(30))]
     assert exact.top_k(rows[:2], rows[:1], 30, CPU)[1].tolist() == [[0, 1]]
 
 
 def test_rows_of_zeros_are_like_nothing():
     rows = np.stack([np.zeros(8), np.ones(8)]).astype(np.float32)
-    scores, found = exact.top_k(rows, rows[1:], 2, CPU)
-    assert (found.tolist(), scores.round(6).tolist()) == ([[1, 0]], [[1.0, 0.0]])
+    scores, result = exact.top_k(rows, rows[1:], 2, CPU)
+    assert (result.tolist(), scores.round(6).tolist()) == ([[1, 0]], [[1.0, 0.0]])
 
 
 def test_groups_are_connected_across_blocks(small_blocks):

@@ -214,12 +214,12 @@ def test_search_by_words_is_by_the_models_own_text_tower(described):
     features, model = described
     encoder = nopad.load(model)
     expected = encoder.similarity(features.embeddings, ["a dog on a beach"])[:, 0]
-    found = features.search("a dog on a beach", k=5)
-    rows = [match.row for match in found]
+    result = features.search("a dog on a beach", k=5)
+    rows = [match.row for match in result]
     torch.testing.assert_close(expected[rows], expected.sort(descending=True)[0][:5], atol=1e-6, rtol=1e-6)
     assert rows.index(12) == rows.index(0) + 1  # the same picture: the first row first
     scale, bias = encoder.__dict__["_text_tower"].logit_scale.exp(), encoder.__dict__["_text_tower"].logit_bias
-    scores = torch.tensor([match.score for match in found])
+    scores = torch.tensor([match.score for match in result])
     torch.testing.assert_close(scores * scale + bias, expected.sort(descending=True)[0][:5], atol=1e-4, rtol=1e-4)
 
 

@@ -327,7 +327,7 @@ def test_shard_that_no_job_writes_is_named(folder, change, message):
         read_features(folder)
 
 
-def test_shards_of_two_formats_are_told(folder):
+def test_shards_of_two_formats_are_an_error(folder):
     rewritten(folder, lambda table: table.drop_columns(["tokens"]))
     with pytest.raises(ValueError, match=r"00001-of-00005-abc\.parquet: other columns than .*00000-of-00005"):
         read_features(folder)

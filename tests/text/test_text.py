@@ -122,18 +122,18 @@ def test_golden_of_apples_code(goldens, tmp_path):
     encoder = nopad.load(folder)
     assert encoder.dialect == "Apple"
     texts = [" ".join(f"w{number}" for number in row[:-1]) for row in inputs["input_ids"].tolist()]
-    found = encoder.embed_text(texts)
-    torch.testing.assert_close(found, expected["text_embed"], rtol=0, atol=2e-5)
+    result = encoder.embed_text(texts)
+    torch.testing.assert_close(result, expected["text_embed"], rtol=0, atol=2e-5)
     pack = nopad.Pack.of([inputs["image_0"][0]], encoder.patch_size, encoder.patch_order)
     with torch.no_grad():
         images = encoder.encode(pack).image_embeds
-    cosines = torch.nn.functional.cosine_similarity(images, found)
+    cosines = torch.nn.functional.cosine_similarity(images, result)
     scale = load_file(folder / "model.safetensors")["log_logit_scale"].clamp(0, np.log(100)).exp()
     torch.testing.assert_close(encoder.similarity(images, texts), scale * cosines[None], rtol=0, atol=2e-4)
     encoder.save_pretrained(tmp_path / "whole", whole=True)
     again = nopad.load(tmp_path / "whole")
     assert again.dialect == "transformers"
-    assert torch.equal(again.embed_text(texts), found)
+    assert torch.equal(again.embed_text(texts), result)
 
 
 def test_the_encoder_stays_the_vision_encoder(both):

@@ -29,7 +29,7 @@ def test_gradients_in_bfloat16_are_as_near_to_float32_as_the_originals(family, t
     theirs = gradients(original, (run_original(family, original, image).tokens for image in pixels))
     ours = gradients(encoder, encoder(pack_of(encoder, pixels)).split(lengths))
 
-    def distance(found):
-        return torch.stack([(found[name] - gradient).norm() for name, gradient in expected.items()]).norm()
+    def distance(result):
+        return torch.stack([(result[name] - gradient).norm() for name, gradient in expected.items()]).norm()
 
     assert 0 < distance(ours) <= 1.1 * distance(theirs)

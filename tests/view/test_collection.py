@@ -97,8 +97,8 @@ def test_results_of_queries(table, photos, tmp_path, capsys):
         main(["view", str(table), "--out", str(out), "--query", query, "-k", "2", "--threshold", "0.9999", "--json"])
         == 0
     )
-    found = json.loads(capsys.readouterr().out)
-    assert {key: found[key] for key in ("pictures", "failures", "duplicates", "left_out")} == {
+    result = json.loads(capsys.readouterr().out)
+    assert {key: result[key] for key in ("pictures", "failures", "duplicates", "left_out")} == {
         "pictures": 11,
         "failures": 1,
         "duplicates": 3,
@@ -250,9 +250,9 @@ def test_wide_vectors_are_narrowed_at_random():
     rows = np.random.default_rng(0).normal(size=(20, MAX_WIDTH + 500)).astype(np.float32)
     rows[10:] = rows[:10] + 0.3 * rows[10:]
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    found = in_8_bits(Projection.of(rows).strongest(MAX_WIDTH)).astype(np.float32)
-    found /= np.linalg.norm(found, axis=1, keepdims=True)
-    np.testing.assert_allclose(found @ found.T, unit @ unit.T, atol=0.1)
+    result = in_8_bits(Projection.of(rows).strongest(MAX_WIDTH)).astype(np.float32)
+    result /= np.linalg.norm(result, axis=1, keepdims=True)
+    np.testing.assert_allclose(result @ result.T, unit @ unit.T, atol=0.1)
 
 
 def test_rows_of_zeros_stay_zeros():

@@ -102,18 +102,18 @@ def test_nothing_is_cut_in_light_and_dark(opened, tmp_path, name):
 def test_pictures_by_pointer_and_keys(opened):
     for width, scheme in LOOKS[:1] + LOOKS[-1:]:
         page = opened("pictures", width, scheme)
-        canvas, told = page.locator("canvas").first, page.locator("output").first
-        before, words = canvas.evaluate("each => each.toDataURL()"), told.inner_text()
+        canvas, message = page.locator("canvas").first, page.locator("output").first
+        before, words = canvas.evaluate("each => each.toDataURL()"), message.inner_text()
         canvas.focus()
         page.keyboard.press("ArrowRight")
-        assert told.inner_text() != words
+        assert message.inner_text() != words
         page.locator("input[value=similarity]").check()
         assert canvas.evaluate("each => each.toDataURL()") != before
-        assert "most similar to" in told.inner_text()
-        words = told.inner_text()
+        assert "most similar to" in message.inner_text()
+        words = message.inner_text()
         canvas.hover(position={"x": 3, "y": 3})
-        assert told.inner_text() != words
-        assert told.inner_text().startswith("row 1 of ")
+        assert message.inner_text() != words
+        assert message.inner_text().startswith("row 1 of ")
         page.locator("#layer").fill("0")
         assert page.locator("#layer-name").inner_text() == "layer 0"
 

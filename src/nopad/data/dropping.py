@@ -47,12 +47,14 @@ def drop_patches(pack: Pack, rate: float, generator: torch.Generator | None = No
     frames, scores = layout.frame_index, torch.rand(layout.num_patches, generator=generator, dtype=torch.float64)
     ranking = torch.argsort(frames + scores)  # frame by frame, each in a random order
     place = torch.arange(layout.num_patches) - layout.frames.cu_seqlens[:-1].long()[frames]
-    kept = ranking[place < counts[frames]].sort().values
-    per_image = torch.zeros(len(pack), dtype=torch.int64).index_add_(0, layout.image_index[kept], torch.ones_like(kept))
+    index = ranking[place < counts[frames]].sort().values
+    per_image = torch.zeros(len(pack), dtype=torch.int64).index_add_(
+        0, layout.image_index[index], torch.ones_like(index)
+    )
     device = pack.hidden_states.device
     return dataclasses.replace(
         pack,
-        hidden_states=pack.hidden_states[kept.to(device)],
+        hidden_states=pack.hidden_states[index.to(device)],
         grid_thw=torch.stack((torch.ones_like(per_image), torch.ones_like(per_image), per_image), dim=1),
-        patch_positions=layout.coordinates[kept].to(device),
+        patch_positions=layout.coordinates[index].to(device),
     )

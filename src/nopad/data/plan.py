@@ -71,8 +71,8 @@ class Planner:
             number, frames, frame_patches, item: see `Sample`.
             processor: that makes its patches.
         """
-        kept = num_kept(frame_patches, self.drop_patches) if self.drop_patches else frame_patches
-        lengths = segment_lengths(processor, -(-frames // processor.temporal_patch_size), kept)
+        num_patches = num_kept(frame_patches, self.drop_patches) if self.drop_patches else frame_patches
+        lengths = segment_lengths(processor, -(-frames // processor.temporal_patch_size), num_patches)
         quadratic, linear = self.cost
         cost = sum(quadratic * length**2 + linear * length for length in lengths)
         return Sample(number, frames, frame_patches, sum(lengths), len(lengths), cost, item)
@@ -155,12 +155,12 @@ class Planner:
                 exchanges += 1
             if pair is None:
                 return packs
-            given, taken = pair
-            high.remove(given)
-            low.append(given)
-            if taken is not None:
-                low.remove(taken)
-                high.append(taken)
+            sent, returned = pair
+            high.remove(sent)
+            low.append(sent)
+            if returned is not None:
+                low.remove(returned)
+                high.append(returned)
 
     def _pair(
         self, high: Packed, low: Packed, takeable: Sequence[Sample | None]
@@ -168,10 +168,11 @@ class Planner:
         """The sample that `high` hands to `low`, and what of `takeable` goes the other way; `None` where none helps."""
         gap, best, pair = cost(high) - cost(low), math.inf, None
         rooms = [(self.capacity - _rows(pack), self.max_segments - _segments(pack)) for pack in (low, high)]
-        for given, taken in itertools.product(high, takeable):
-            rows, segments, difference = given.rows, given.segments, given.cost
-            if taken is not None:
-                rows, segments, difference = rows - taken.rows, segments - taken.segments, difference - taken.cost
+        for sent, returned in itertools.product(high, takeable):
+            rows, segments, difference = sent.rows, sent.segments, sent.cost
+            if returned is not None:
+                rows, segments = rows - returned.rows, segments - returned.segments
+                difference -= returned.cost
             distance = abs(difference - gap / 2)
             # A difference of the whole gap would only swap the two packs.
             if (
@@ -179,7 +180,7 @@ class Planner:
                 and _fits((rows, segments), rooms[0])
                 and _fits((-rows, -segments), rooms[1])
             ):
-                best, pair = distance, (given, taken)
+                best, pair = distance, (sent, returned)
         return pair
 
 

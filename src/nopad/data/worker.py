@@ -82,10 +82,12 @@ class PackMaker(Dataset):
 
 def _check(sample: Sample, frames: int, pack: Pack, *, augmented: bool) -> None:
     """Raise unless the image is as it was planned."""
-    found = len(pack.hidden_states) // frames
-    if frames == sample.frames and (found == sample.frame_patches or (augmented and found < sample.frame_patches)):
+    frame_patches = len(pack.hidden_states) // frames
+    fits = frame_patches == sample.frame_patches or (augmented and frame_patches < sample.frame_patches)
+    if frames == sample.frames and fits:
         return
-    planned, got = (f"{n} frames of {k} patches" for n, k in ((sample.frames, sample.frame_patches), (frames, found)))
+    sizes = ((sample.frames, sample.frame_patches), (frames, frame_patches))
+    planned, got = (f"{n} frames of {k} patches" for n, k in sizes)
     raise ValueError(
         f"sample {sample.number}: by its size {planned} were planned, got {got}; sizes must be those of the dataset's "
         f"images each time they are read: random ones go into augment="

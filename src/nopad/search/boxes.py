@@ -51,7 +51,7 @@ def grid_boxes(metadata: Mapping[str, str], sizes: np.ndarray, grids: np.ndarray
         raise ValueError("boxes: the tables were not made by one rule; read them one by one")
     rule, patch_size = rule_of(metadata["preprocessing"]), json.loads(metadata["architecture"])["patch_size"]
     unique, first, numbers = np.unique(sizes, axis=0, return_index=True, return_inverse=True)
-    found = np.empty((len(unique), 4), np.float32)
+    boxes = np.empty((len(unique), 4), np.float32)
     for number, (height, width) in enumerate(unique.tolist()):
         place = rule.place(height, width, patch_size)
         if (place.rows, place.columns) != tuple(grids[first[number], 1:].tolist()):
@@ -59,5 +59,5 @@ def grid_boxes(metadata: Mapping[str, str], sizes: np.ndarray, grids: np.ndarray
                 f"boxes: {metadata['preprocessing']!r:.80} makes {place.rows} × {place.columns} patches of {width} × "
                 f"{height} pixels, the table has {' × '.join(map(str, grids[first[number], 1:]))}"
             )
-        found[number] = place.box(height, width, patch_size)
-    return found[numbers.reshape(-1)]
+        boxes[number] = place.box(height, width, patch_size)
+    return boxes[numbers.reshape(-1)]

@@ -48,12 +48,12 @@ def centroids(embeddings: np.ndarray, k: int, *, seed: int) -> np.ndarray:
 
 def assign(embeddings: np.ndarray, centres: np.ndarray, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
     """For each row the nearest of `(k, D)` centres and its cosine, both `(N,)`."""
-    wanted = unit(centres, device)
+    unit_centres = unit(centres, device)
     step = max(1, (64 << 20) // (4 * max(embeddings.shape[1], len(centres))))
     numbers = np.empty(len(embeddings), np.int64)
     cosines = np.empty(len(embeddings), np.float32)
     for start, block in blocks(embeddings, step):
-        best = (unit(block, device) @ wanted.T).max(dim=1)
+        best = (unit(block, device) @ unit_centres.T).max(dim=1)
         numbers[start : start + len(block)] = best.indices.cpu().numpy()
         cosines[start : start + len(block)] = best.values.cpu().numpy()
     return numbers, cosines

@@ -95,10 +95,10 @@ def run_search(options: argparse.Namespace) -> int:
     if len(features) > MANY_ROWS and (options.exact or features.index is None):
         print_progress(f"comparing {len(features):,} rows; `nopad index {options.folder}` makes this faster")
     matches = features.search(**arguments)
-    found = [{"id": m.id, "source": m.source, "score": m.score, "path": _path(features, m.row)} for m in matches]
+    shown = [{"id": m.id, "source": m.source, "score": m.score, "path": _path(features, m.row)} for m in matches]
 
     def lines() -> str:
-        rows = [(f"{match['score']:z.3f}", _name(match["path"], match["id"])) for match in found]
+        rows = [(f"{match['score']:z.3f}", _name(match["path"], match["id"])) for match in shown]
         return "\n".join(columns([("cosine", "picture"), *rows])) if rows else "no rows"
 
     def page() -> str:
@@ -106,8 +106,8 @@ def run_search(options: argparse.Namespace) -> int:
 
         return matches_page(features, query, matches)
 
-    _print(options, {"query": {kind: query}, "matches": found}, lines, page)
-    return SUCCESS if found else FAILURE
+    _print(options, {"query": {kind: query}, "matches": shown}, lines, page)
+    return SUCCESS if shown else FAILURE
 
 
 def _query(options: argparse.Namespace) -> tuple[str, str]:
@@ -116,11 +116,11 @@ def _query(options: argparse.Namespace) -> tuple[str, str]:
     Raises:
         ValueError: none, several, or an empty one.
     """
-    given = {"query": options.query, "text": options.text, "image": options.image, "id": options.id}
-    queries = {kind: value for kind, value in given.items() if value is not None}
+    sources = {"query": options.query, "text": options.text, "image": options.image, "id": options.id}
+    queries = {kind: value for kind, value in sources.items() if value is not None}
     if len(queries) != 1:
-        found = f"{len(queries)}: {', '.join(queries)}" if queries else "none"
-        raise ValueError(f"QUERY: expected words, the path of a picture, or one of --text, --image, --id, got {found}")
+        got = f"{len(queries)}: {', '.join(queries)}" if queries else "none"
+        raise ValueError(f"QUERY: expected words, the path of a picture, or one of --text, --image, --id, got {got}")
     [(kind, value)] = queries.items()
     if not value.strip():
         raise ValueError(f"QUERY: expected words or the path of a picture, got {value!r}")

@@ -51,24 +51,24 @@ def top_k(
     Returns:
         Cosines and rows, both `(Q, min(k, N))`, best first.
     """
-    wanted = unit(queries, device)
-    best = [(torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)) for _ in wanted]
+    unit_queries = unit(queries, device)
+    best = [(torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)) for _ in unit_queries]
     for start, block in blocks(embeddings):
         candidates = _on(device, block)
-        known = None if lengths is None else lengths[start : start + len(block)]
-        if known is None or np.isnan(known).any():
+        known_lengths = None if lengths is None else lengths[start : start + len(block)]
+        if known_lengths is None or np.isnan(known_lengths).any():
             of_block = candidates.norm(dim=1)
-            if known is not None:
-                known[:] = of_block.cpu().numpy()
+            if known_lengths is not None:
+                known_lengths[:] = of_block.cpu().numpy()
         else:
-            of_block = _on(device, known)
+            of_block = _on(device, known_lengths)
         # Products by lengths: rows of length one would be a copy of the table for each query.
-        cosines = (wanted @ candidates.T).div_(of_block.clamp_min(_NO_LENGTH))
+        cosines = (unit_queries @ candidates.T).div_(of_block.clamp_min(_NO_LENGTH))
         lowest = cosines.topk(min(k, len(block)), dim=1).values[:, -1:] - 2 * ROUNDING
-        for number, near in enumerate(cosines >= lowest):
-            rows = near.nonzero().flatten()
+        for number, is_near in enumerate(cosines >= lowest):
+            rows = is_near.nonzero().flatten()
             # Row by row: a GEMM rounds by the place of a row, so that equal rows would not be equal.
-            exact = (torch.nn.functional.normalize(candidates[rows], dim=1) * wanted[number]).sum(dim=1)
+            exact = (torch.nn.functional.normalize(candidates[rows], dim=1) * unit_queries[number]).sum(dim=1)
             scores = torch.cat((best[number][0], exact))
             scores, order = scores.sort(descending=True, stable=True)
             best[number] = scores[:k], torch.cat((best[number][1], rows + start))[order[:k]]

@@ -229,11 +229,11 @@ def _measure(ivf: Any, embeddings: np.ndarray, recall: float) -> tuple[int, floa
     queries = unit(embeddings[rows], _CPU).numpy()
     k = _RECALL_AT + 1
     nearest = top_k(embeddings, queries, k, default_device())[1]
-    expected = [set(found.tolist()) - {row} for found, row in zip(nearest, rows.tolist(), strict=True)]
+    expected = [set(candidates.tolist()) - {row} for candidates, row in zip(nearest, rows.tolist(), strict=True)]
     num_probes = 1
     while True:
-        found = _candidates(ivf, queries, k, num_probes)
-        hits = sum(len(near.intersection(those.tolist())) for near, those in zip(expected, found, strict=True))
+        candidates = _candidates(ivf, queries, k, num_probes)
+        hits = sum(len(near.intersection(those.tolist())) for near, those in zip(expected, candidates, strict=True))
         measured = hits / max(1, sum(map(len, expected)))
         if measured >= recall or num_probes >= ivf.nlist:
             return num_probes, measured

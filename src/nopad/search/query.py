@@ -39,13 +39,13 @@ class Match:
 
 
 def search(
-    features: Features, given: Mapping[str, Any], k: int, encoder: PackedEncoder | None, index: Index | None
+    features: Features, arguments: Mapping[str, Any], k: int, encoder: PackedEncoder | None, index: Index | None
 ) -> list[Match]:
     """See `Features.search`."""
-    queries = {kind: value for kind, value in given.items() if value is not None}
+    queries = {kind: value for kind, value in arguments.items() if value is not None}
     if len(queries) != 1:
-        found = ", ".join(queries) or "none"
-        raise ValueError(f"search: expected exactly one of {_KINDS}, got {found}")
+        got = ", ".join(queries) or "none"
+        raise ValueError(f"search: expected exactly one of {_KINDS}, got {got}")
     [(kind, value)] = queries.items()
     excluded = _row_of(features, value) if kind == "id" else None
     if excluded is not None:
@@ -54,13 +54,13 @@ def search(
         vector = _checked(value, features.embeddings.shape[1])
     else:
         vector = _encoded(features, kind, value, encoder)
-    wanted = k + (excluded is not None)
+    num_results = k + (excluded is not None)
     if index is None:
-        (scores,), (rows,) = top_k(features.embeddings, vector[None], wanted, default_device(), features._lengths)
+        (scores,), (rows,) = top_k(features.embeddings, vector[None], num_results, default_device(), features._lengths)
     else:
-        scores, rows = index.search(vector, features.embeddings, wanted)
-    found = [(float(score), int(row)) for score, row in zip(scores, rows, strict=True) if row != excluded]
-    return [Match(row, features.ids[row], features.sources[row], score) for score, row in found[:k]]
+        scores, rows = index.search(vector, features.embeddings, num_results)
+    matches = [(float(score), int(row)) for score, row in zip(scores, rows, strict=True) if row != excluded]
+    return [Match(row, features.ids[row], features.sources[row], score) for score, row in matches[:k]]
 
 
 def _row_of(features: Features, id: Any) -> int:
@@ -154,12 +154,12 @@ def check_same_weights(encoder: PackedEncoder, metadata: Mapping[str, str]) -> N
     Raises:
         ValueError: what differs.
     """
-    found = {
+    of_encoder = {
         "family": encoder.family,
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "weights": weights_digest(encoder),
     }
-    for key, value in found.items():
+    for key, value in of_encoder.items():
         expected = metadata.get(key, value)
         if value != expected:
             raise ValueError(

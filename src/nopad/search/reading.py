@@ -54,9 +54,9 @@ def read_features(folder: str | Path | Sequence[str | Path], *, partial: bool = 
     real = [os.path.realpath(each) for each in folders]
     if twice := [each for number, each in enumerate(folders) if real[number] in real[:number]]:
         raise ValueError(f"folder: {os.fspath(twice[0])!r} is named twice, and its rows would be there twice")
-    found = [shard for each in folders for shard in _find(Path(each), partial)]
-    survey = _survey(found)
-    return _read(found, survey)
+    shards = [shard for each in folders for shard in _find(Path(each), partial)]
+    survey = _survey(shards)
+    return _read(shards, survey)
 
 
 read = read_features  # an alias: the name until nopad 0.2
@@ -93,8 +93,8 @@ def _with_updates(folder: Path, jobs: Mapping[tuple[int, str], Mapping[int, Path
     numbers = [metadata[key].get("update", "0") for key in ordered]
     same = all(metadata[key].get("table") == first[1] for key in ordered[1:])
     if not same or numbers != [str(number) for number in range(len(ordered))]:
-        found = ", ".join(f"{len(jobs[key])} of {key[0]} with fingerprint {key[1]}" for key in sorted(jobs))
-        raise ValueError(f"{folder} has shards of {len(jobs)} jobs: {found}; keep one job's shards in a folder")
+        got = ", ".join(f"{len(jobs[key])} of {key[0]} with fingerprint {key[1]}" for key in sorted(jobs))
+        raise ValueError(f"{folder} has shards of {len(jobs)} jobs: {got}; keep one job's shards in a folder")
     return ordered
 
 
@@ -129,12 +129,12 @@ def _value_type(schema: pa.Schema) -> np.dtype:
     return np.dtype(schema.field("embedding").type.value_type.to_pandas_dtype())
 
 
-def _survey(found: Sequence[Shard]) -> _Survey:
+def _survey(shards: Sequence[Shard]) -> _Survey:
     schemas: list[pa.Schema] = []
     of_folder: dict[Path, tuple[Shard, pa.Schema]] = {}
     of_job: dict[tuple[Path, str], tuple[Shard, pa.Schema]] = {}
     rows = 0
-    for shard in found:
+    for shard in shards:
         with stored.opened(shard.path) as file:
             schema = file.schema_arrow
             first, expected = of_folder.setdefault(shard.folder, (shard, schema))
@@ -161,11 +161,11 @@ def _check_job(shard: Shard, schema: pa.Schema, first: Shard, of_first: pa.Schem
     """Refuse a shard whose metadata differ from those of the first of its job."""
     number = str(shard.number)
     expected = {**stored.metadata_of(of_first), "shard": number}
-    found = {"shard": number, **stored.metadata_of(schema)}  # nopad 0.1 did not write it
-    if found["shard"] != number:
-        raise ValueError(f"{shard.path}: a copy of shard {found['shard']}; move it away and run the job again")
-    if others := [key for key in {**expected, **found} if expected.get(key) != found.get(key)]:
-        difference = f"{others[0]} {found.get(others[0], 'none')}, {expected.get(others[0], 'none')} in {first.path}"
+    metadata = {"shard": number, **stored.metadata_of(schema)}  # nopad 0.1 did not write it
+    if metadata["shard"] != number:
+        raise ValueError(f"{shard.path}: a copy of shard {metadata['shard']}; move it away and run the job again")
+    if others := [key for key in {**expected, **metadata} if expected.get(key) != metadata.get(key)]:
+        difference = f"{others[0]} {metadata.get(others[0], 'none')}, {expected.get(others[0], 'none')} in {first.path}"
         raise ValueError(f"{shard.path}: of another job: {difference}; move it away and run the job again")
 
 
@@ -180,14 +180,14 @@ def _check_same_space(metadata: Mapping[Path, Mapping[str, str]]) -> None:
                 raise ValueError(f"{folder}: a table of another model, whose vectors cannot be compared: {values}")
 
 
-def _read(found: Sequence[Shard], survey: _Survey) -> Features:
+def _read(shards: Sequence[Shard], survey: _Survey) -> Features:
     width = stored.embedding_width(survey.schemas[0])
     embeddings = np.empty((survey.rows, width), survey.dtype)  # cut to the ok rows below
     ids: list[str] = []
     sources: list[str] = []
     failures: list[Failure] = []
-    starts, rows, grids, sizes, kept = [], [], [], [], []
-    for shard, schema in zip(found, survey.schemas, strict=True):
+    starts, rows, grids, sizes, kept_columns = [], [], [], [], []
+    for shard, schema in zip(shards, survey.schemas, strict=True):
         with stored.opened(shard.path) as file:
             groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             table = file.read([name for name in schema.names if name not in _on_disk(schema)])
@@ -206,16 +206,16 @@ def _read(found: Sequence[Shard], survey: _Survey) -> Features:
         rows.append(np.flatnonzero(ok))
         grids.append(np.stack([good[name].to_numpy() for name in ("grid_t", "grid_h", "grid_w")], axis=1))
         sizes.append(np.stack([good[name].to_numpy() for name in ("height", "width")], axis=1))
-        kept.append(good.drop_columns([name for name in COLUMNS if name in good.column_names]))
+        kept_columns.append(good.drop_columns([name for name in COLUMNS if name in good.column_names]))
 
-    places = Places(list(found), _numbered(rows), list(map(_shard_size, survey.schemas)))
+    places = Places(list(shards), _numbered(rows), list(map(_shard_size, survey.schemas)))
     grid = np.concatenate(grids).astype(np.int64)
     kinds = {(stored.token_width(each), stored.token_layers(each), stored.tokens_pool(each)) for each in survey.schemas}
     width_of_tokens, layers, pool = min(kinds, key=str)
     on_disk = {
         name: StoredColumn(name, paths, starts, places.rows)
         for name in (TOKENS, THUMBNAIL)
-        if any(paths := _paths_with(name, found, survey.schemas))
+        if any(paths := _paths_with(name, shards, survey.schemas))
     }
     tokens = None
     if width_of_tokens is not None and len(kinds) == 1:
@@ -230,7 +230,9 @@ def _read(found: Sequence[Shard], survey: _Survey) -> Features:
         metadata=survey.metadata,
         tokens=tokens,
         thumbnails=Thumbnails(on_disk[THUMBNAIL]) if THUMBNAIL in on_disk else None,
-        columns=pa.concat_tables([table.replace_schema_metadata() for table in kept], promote_options="default"),
+        columns=pa.concat_tables(
+            [table.replace_schema_metadata() for table in kept_columns], promote_options="default"
+        ),
         places=places,
     )
 
@@ -241,14 +243,16 @@ def _on_disk(schema: pa.Schema) -> list[str]:
     return [name for name in (TOKENS, *([THUMBNAIL] if has_thumbnails else ())) if name in schema.names]
 
 
-def _paths_with(name: str, found: Sequence[Shard], schemas: Sequence[pa.Schema]) -> list[Path | None]:
+def _paths_with(name: str, shards: Sequence[Shard], schemas: Sequence[pa.Schema]) -> list[Path | None]:
     """The shards' files, `None` for those without a column on the disk."""
-    return [shard.path if name in _on_disk(schema) else None for shard, schema in zip(found, schemas, strict=True)]
+    return [shard.path if name in _on_disk(schema) else None for shard, schema in zip(shards, schemas, strict=True)]
 
 
 def _numbered(rows: Sequence[np.ndarray]) -> np.ndarray:
     """`(N, 2)`: shard and row in it."""
-    return np.concatenate([np.stack([np.full(len(own), number), own], axis=1) for number, own in enumerate(rows)])
+    return np.concatenate(
+        [np.stack([np.full(len(of_shard), number), of_shard], axis=1) for number, of_shard in enumerate(rows)]
+    )
 
 
 def _shard_size(schema: pa.Schema) -> int | None:

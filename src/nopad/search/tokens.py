@@ -51,9 +51,9 @@ class Tokens(Sequence[np.ndarray]):
         raw = scalar.as_buffer()
         size = math.prod(shape) * self._width * 2
         if raw is None or raw.size != size:
-            found = "none" if raw is None else raw.size
+            got = "none" if raw is None else raw.size
             shard, row = self._column.places[index]
-            expected = f"tokens of {size} bytes in row {row}, found {found}"
+            expected = f"tokens of {size} bytes in row {row}, got {got}"
             path = self._column.paths[shard]
             raise ValueError(f"{path}: changed since it was read ({expected}); read the folder again")
         # A copy: a view would be read-only and keep its whole row group in memory.

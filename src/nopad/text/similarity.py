@@ -75,15 +75,15 @@ def _tower(encoder: PackedEncoder) -> TextTower:
     return text_tower(encoder)
 
 
-def _vectors(encoder: PackedEncoder, name: str, given: Any) -> Tensor | None:
+def _vectors(encoder: PackedEncoder, name: str, value: Any) -> Tensor | None:
     """Vectors as float32 on the CPU, `None` for what is still to be embedded."""
-    if isinstance(given, np.ndarray):
-        given = torch.from_numpy(given)
-    if not isinstance(given, Tensor) or not given.is_floating_point():
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if not isinstance(value, Tensor) or not value.is_floating_point():
         return None
-    if given.ndim != 2 or given.shape[1] != encoder.embedding_size:
-        raise ValueError(f"{name}: expected vectors (N, {encoder.embedding_size}), got {tuple(given.shape)}")
-    return given.detach().float().cpu()
+    if value.ndim != 2 or value.shape[1] != encoder.embedding_size:
+        raise ValueError(f"{name}: expected vectors (N, {encoder.embedding_size}), got {tuple(value.shape)}")
+    return value.detach().float().cpu()
 
 
 def classify(encoder: PackedEncoder, images: Any, labels: Sequence[str], *, template: str = TEMPLATE) -> Tensor:

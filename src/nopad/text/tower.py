@@ -181,9 +181,9 @@ def whole_config(encoder: PackedEncoder, config_fields: Mapping[str, Any]) -> An
     """
     config_fields = dict(config_fields)
     model_type = str(encoder.config.model_type).removesuffix(_VISION)
-    given = config_fields.pop("model_type", None)
-    if given in CONFIG_MAPPING and not given.endswith(_VISION):
-        model_type = given
+    of_file = config_fields.pop("model_type", None)
+    if of_file in CONFIG_MAPPING and not of_file.endswith(_VISION):
+        model_type = of_file
     if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_MAPPING:
         raise ValueError(
             f"checkpoint {encoder.source!r}: transformers has no model of both towers called {model_type!r}"

@@ -137,8 +137,8 @@ def collect(
 
 def _search(features: Features, query: str, k: int, encoder: PackedEncoder | None) -> list[Match]:
     kind = "image" if os.path.isfile(query) else "text"
-    given: dict[str, Any] = {kind: query}
-    return features.search(**given, k=k, encoder=encoder)
+    arguments: dict[str, Any] = {kind: query}
+    return features.search(**arguments, k=k, encoder=encoder)
 
 
 def _clusters(
@@ -227,12 +227,12 @@ def _thumbnails(
         left_out.append(f"{missing:,} pictures, whose names are here: --thumbnails {len(rows)} takes all{quick}")
     if features.thumbnails is None:
         progress(f"reading {len(chosen):,} pictures")
-    found = {row: thumbnail_of(features, row, _THUMBNAIL_SIDE) for row in chosen}
-    if failed := [why for jpeg, why in found.values() if not jpeg]:
+    thumbnails = {row: thumbnail_of(features, row, _THUMBNAIL_SIDE) for row in chosen}
+    if failed := [why for jpeg, why in thumbnails.values() if not jpeg]:
         left_out.append(
             f"{counted(len(failed), 'picture')} could not be read again, the first for this reason: {failed[0]}"
         )
-    return {row: jpeg for row, (jpeg, _) in found.items() if jpeg}
+    return {row: jpeg for row, (jpeg, _) in thumbnails.items() if jpeg}
 
 
 def shown_failures(features: Features, number: int) -> list[tuple[str, int, list[str]]]:

@@ -181,11 +181,11 @@ def _columns(features: Features, rows: np.ndarray) -> Mapping[str, list[str]]:
         column = features.columns[name]
         if pa.types.is_nested(column.type) or pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
             continue
-        found = ["" if value is None else printable(str(value)[:MAX_VALUE]) for value in column.take(rows).to_pylist()]
-        room -= sum(map(len, found))
+        texts = ["" if value is None else printable(str(value)[:MAX_VALUE]) for value in column.take(rows).to_pylist()]
+        room -= sum(map(len, texts))
         if room < 0:
             break
-        columns[printable(name)] = found
+        columns[printable(name)] = texts
     return columns
 
 

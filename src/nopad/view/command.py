@@ -162,7 +162,7 @@ def _run_table(options: argparse.Namespace) -> int:
         features, queries=queries, k=k, thumbnails=options.thumbnails, progress=print_progress, **arguments
     )
     html.write(collection_page(collection), options.out)
-    found = {
+    summary = {
         "out": options.out,
         "pictures": len(features),
         "failures": len(features.failures),
@@ -172,7 +172,7 @@ def _run_table(options: argparse.Namespace) -> int:
         "left_out": collection.left_out,
     }
     if options.json:
-        print_summary(json_text(found))
+        print_summary(json_text(summary))
     else:
         lines = [f"{options.out}: {counted(len(features), 'picture')}, {counted(len(features.failures), 'failure')}"]
         print_summary("\n".join(map(printable, [*lines, *(f"left out: {each}" for each in collection.left_out)])))

@@ -111,12 +111,12 @@ def _section(number: int, picture: Picture) -> str:
 
 def _picture(picture: Picture) -> dict[str, Any]:
     directions = _num_directions(picture)
-    found = {
+    data = {
         "source": f"data:image/jpeg;base64,{_text(_jpeg(picture.image))}",
         "models": [_model(model, picture.image, directions) for model in picture.models],
     }
-    assert len(json.dumps(found)) <= MAX_BYTES
-    return found
+    assert len(json.dumps(data)) <= MAX_BYTES
+    return data
 
 
 def _num_directions(picture: Picture) -> int:
