@@ -9,7 +9,8 @@ from pictures import noise
 from tiny_encoders import FAMILIES, tiny
 
 import nopad
-from nopad.preprocessing.rules import Preprocessing, parse_size
+from nopad.preprocessing.rules import Preprocessing
+from nopad.preprocessing.size import parse_size
 
 STATISTICS = {"resample": "bicubic", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 SQUARE = Preprocessing(rule="square", size=224, **STATISTICS)

@@ -20,7 +20,8 @@ from nopad.inference.precision import check_precision
 from nopad.patches import PatchOrder
 from nopad.pipeline.pack_processor import PackProcessor
 from nopad.pipeline.processor import check_channels
-from nopad.preprocessing.rules import Resize, Size, check_size
+from nopad.preprocessing.rules import Resize
+from nopad.preprocessing.size import Size, check_size
 
 
 def load(

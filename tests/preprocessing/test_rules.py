@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from image_samples import CROP, HALF, NAFLEX, NATIVE, SQUARE, noise
 
 from nopad.preprocessing.decode import MAX_PIXELS, ImageError
+from nopad.preprocessing.placing import resized_size
 from nopad.preprocessing.rules import Preprocessing
 from nopad.preprocessing.transforms import preprocess
 
@@ -73,7 +74,7 @@ def test_automatic_cap_is_for_rules_without_a_limit():
 
 @given(st.integers(16, 5000), st.integers(16, 5000), st.integers(1, 2000), st.sampled_from([14, 16]))
 def test_native_never_exceeds_max_patches_nor_loses_the_image(height, width, max_patches, patch_size):
-    resized = NATIVE.with_size(max_patches=max_patches)._resized(height, width, patch_size)
+    resized = resized_size(NATIVE.with_size(max_patches=max_patches), height, width, patch_size)
     rows, columns = (side // patch_size for side in resized)
     assert 1 <= rows * columns <= max_patches
     if min(height, width) >= patch_size and (height // patch_size) * (width // patch_size) <= max_patches:

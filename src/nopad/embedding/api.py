@@ -30,7 +30,8 @@ from nopad.local_paths import check_local
 from nopad.pipeline import process_server
 from nopad.pipeline.worker import Worker
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS, MAX_PIXELS, NUM_FRAMES, MaxPatches
-from nopad.preprocessing.rules import Resize, Size
+from nopad.preprocessing.rules import Resize
+from nopad.preprocessing.size import Size
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,8 @@ from nopad.embedding.settings import Settings
 from nopad.encoder import PackedEncoder
 from nopad.environment import dtype_name
 from nopad.pipeline.worker import Worker
-from nopad.preprocessing.rules import Preprocessing, Size
+from nopad.preprocessing.rules import Preprocessing
+from nopad.preprocessing.size import Size
 
 _FOLLOWS = {
     "weights": {"dtype"},

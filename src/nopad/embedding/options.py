@@ -16,7 +16,7 @@ from typing import Any
 from nopad.counts import check_count, is_number
 from nopad.environment import check_device
 from nopad.preprocessing.limits import THUMBNAIL_SIDES
-from nopad.preprocessing.rules import Size, check_size, parse_size
+from nopad.preprocessing.size import Size, check_size, parse_size
 
 _BYTES = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _MIN_STEP, _MAX_STEP = 1e-6, 1e8  # seconds from one part of a video to the next: times are kept in microseconds

@@ -20,7 +20,7 @@ from nopad.preprocessing.limits import (
     THUMBNAIL_SIDES,
     MaxPatches,
 )
-from nopad.preprocessing.rules import Size
+from nopad.preprocessing.size import Size
 
 if TYPE_CHECKING:
     from nopad.pipeline.selection import Selection

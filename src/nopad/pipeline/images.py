@@ -17,7 +17,8 @@ from nopad.pipeline.worker import Worker
 from nopad.preprocessing.decode import ImageError
 from nopad.preprocessing.limits import MaxPatches
 from nopad.preprocessing.load import load_snapshot, snapshot
-from nopad.preprocessing.rules import Preprocessing, Resize, Size
+from nopad.preprocessing.rules import Preprocessing, Resize
+from nopad.preprocessing.size import Size
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder

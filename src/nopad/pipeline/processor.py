@@ -10,7 +10,8 @@ from torch import Tensor
 
 from nopad.patches import PatchOrder
 from nopad.preprocessing.limits import MaxPatches
-from nopad.preprocessing.rules import Preprocessing, Resize, Size, check_resize
+from nopad.preprocessing.rules import Preprocessing, Resize, check_resize
+from nopad.preprocessing.size import Size
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder

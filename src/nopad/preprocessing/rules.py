@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any, Literal, get_args
 
 from nopad.counts import is_count
-from nopad.preprocessing.geometry import Placement, at_least, at_most, with_short_side
+from nopad.preprocessing.geometry import Placement
 from nopad.preprocessing.limits import MAX_PATCHES, MaxPatches
+from nopad.preprocessing.placing import place
+from nopad.preprocessing.size import Size, check_size, is_pair
 
 Rule = Literal["native", "crop", "square", "naflex", "smart_resize", "shortest_edge", "height_width"]
 Resample = Literal["bicubic", "bilinear"]
 Resize = Literal["pil", "torch"]
-Size = Literal["model", "native"] | int | tuple[int, int]
-"""The size of images. `"model"`: by the model's own rule. `"native"`: as they are. An integer: pixels of the short
-side, as in torchvision's `Resize`; the aspect ratio is kept and nothing cropped. Two integers: `(height, width)`."""
 
 RESCALE_FACTOR = 1 / 255
 NAFLEX_MAX_PATCHES = 256
@@ -85,10 +83,10 @@ class Preprocessing:
         if self.rule in ("native", "naflex"):
             expected, fits = "None", self.size is None
         elif self.rule == "height_width":
-            expected, fits = "(height, width) in pixels ≥ 1", _is_pair(self.size)
+            expected, fits = "(height, width) in pixels ≥ 1", is_pair(self.size)
         elif self.rule == "smart_resize":
             expected = "(least, most) pixels ≥ 1"
-            fits = isinstance(self.size, tuple) and _is_pair(self.size) and self.size[0] <= self.size[1]
+            fits = isinstance(self.size, tuple) and is_pair(self.size) and self.size[0] <= self.size[1]
         else:
             expected, fits = "pixels ≥ 1", is_count(self.size)
         if not fits:
@@ -197,14 +195,14 @@ class Preprocessing:
     def max_pixels(self, patch_size: int) -> int | None:
         """Most pixels of a frame after the resize and the crop, `None` without a limit."""
         if self.rule == "smart_resize":
-            return self._pixels(patch_size)[1]
+            return self.pixel_limits(patch_size)[1]
         if isinstance(self.size, tuple):
             return self.size[0] * self.size[1]
         if self.size is not None and self.rule in _FIXED:
             return self.size**2
         return None if self.limit is None else self.limit * patch_size**2
 
-    def _pixels(self, patch_size: int) -> tuple[int, int]:
+    def pixel_limits(self, patch_size: int) -> tuple[int, int]:
         """Least and most pixels of a frame for `"smart_resize"`."""
         assert isinstance(self.size, tuple)
         min_pixels, max_pixels = (
@@ -214,120 +212,11 @@ class Preprocessing:
         return min(min_pixels, max_pixels), max_pixels
 
     def place(self, height: int, width: int, patch_size: int) -> Placement:
-        """Size and patches of an image after `preprocess`, from its size before.
-
-        Raises:
-            ImageError: an aspect ratio that the rule refuses, or a native image smaller than a patch.
-            ValueError: the rule makes every image smaller than a patch.
-        """
-        unit = patch_size * self.multiple_of
-        if self.rule == "native" and self.min_patches is None and min(height, width) < unit:
-            raise _too_small(height, width, patch_size, self.multiple_of)
-        height, width = self._resized(height, width, patch_size)
-        kept_height, kept_width, top, left = height, width, 0, 0
-        if self.rule == "crop":
-            assert isinstance(self.size, int)
-            kept_height = kept_width = self.size
-            top, left = (height - self.size) // 2, (width - self.size) // 2
-        rows, columns = (side // unit * self.multiple_of for side in (kept_height, kept_width))
-        if not rows * columns:
-            raise ValueError(self._less_than_a_patch(patch_size))
-        return Placement(height, width, top, left, rows, columns)
-
-    def _less_than_a_patch(self, patch_size: int) -> str:
-        """Message for a size that gives no image a whole patch."""
-        expected = f"a patch of {patch_size} × {patch_size}"
-        if self.multiple_of > 1:
-            expected = f"{self.multiple_of} × {self.multiple_of} patches of {patch_size} × {patch_size}"
-        if self.rule == "shortest_edge":
-            return f"size: expected a short side of at least {expected} pixels, got {self.size}"
-        height, width = self.size if isinstance(self.size, tuple) else (self.size, self.size)
-        return f"size: expected at least {expected} pixels, got {height} × {width} (height × width)"
-
-    def _resized(self, height: int, width: int, patch_size: int) -> tuple[int, int]:
-        """Height and width after the resize and before any crop."""
-        unit, area = patch_size * self.multiple_of, self.multiple_of**2
-        if self.rule == "naflex":
-            # Only this module of SigLIP2's processing needs no torchvision; imported late, because it is slow.
-            from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
-
-            assert self.limit is not None
-            return get_image_size_for_max_num_patches(height, width, unit, self.limit // area)
-        if self.rule == "smart_resize":
-            height, width = _smart_resize(height, width, unit, *self._pixels(patch_size))
-            return at_most(height, width, unit, self.max_patches // area) if self.max_patches else (height, width)
-        if isinstance(self.size, tuple):
-            return self.size
-        if self.rule == "square":
-            assert self.size is not None
-            return self.size, self.size
-        if self.size is not None:
-            height, width = with_short_side(height, width, self.short_side or self.size)
-        if self.min_patches is not None:
-            height, width = at_least(height, width, unit, -(-self.min_patches // area))
-        return (height, width) if self.max_patches is None else at_most(height, width, unit, self.max_patches // area)
-
-
-def _too_small(height: int, width: int, patch_size: int, multiple_of: int) -> Exception:
-    """The `ImageError` of an image without a whole patch."""
-    from nopad.preprocessing.decode import ImageError  # late, since it imports torch
-
-    least = "a patch" if multiple_of == 1 else f"{multiple_of} × {multiple_of} patches"
-    reason = (
-        f"{height}×{width} pixels (height×width), smaller than {least} of {patch_size} × {patch_size} pixels; "
-        f"min_patches={multiple_of**2}, or a size in pixels, enlarges it"
-    )
-    return ImageError("image", reason)
-
-
-def _smart_resize(height: int, width: int, unit: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """transformers' `smart_resize`, as late an import as that of SigLIP2's.
-
-    Raises:
-        ImageError: an aspect ratio that it refuses.
-    """
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-    from nopad.preprocessing.decode import ImageError
-
-    if max(height, width) > 200 * min(height, width):
-        reason = (
-            f"{height}×{width} pixels (height×width): rule 'smart_resize' takes a long side of at most 200 times the "
-            f"short one; crop it, or give size="
-        )
-        raise ImageError("image", reason)
-    return smart_resize(height, width, unit, min_pixels, max_pixels)
+        """Size and patches of an image after `preprocess`, from its size before; see `placing.place`."""
+        return place(self, height, width, patch_size)
 
 
 def check_resize(resize: str) -> None:
     """Raise `ValueError` unless `resize` is a known one."""
     if resize not in get_args(Resize):
         raise ValueError(f"resize: expected one of {get_args(Resize)}, got {resize!r}")
-
-
-def check_size(size: Any) -> None:
-    """Raise `ValueError` unless a value is a `Size`."""
-    if size in ("model", "native") or is_count(size) or _is_pair(size):
-        return
-    expected = "'model', 'native', pixels ≥ 1 of the short side, or (height, width) in pixels ≥ 1"
-    raise ValueError(f"size: expected {expected}, got {size!r:.80}")
-
-
-def _is_pair(size: Any) -> bool:
-    return isinstance(size, tuple) and len(size) == 2 and all(map(is_count, size))
-
-
-def parse_size(text: str) -> Size:
-    """A size as the command line writes it: `model`, `native`, `768`, or `512x768` for height and width.
-
-    Raises:
-        ValueError: none of these.
-    """
-    numbers = [int(number) for number in text.split("x")] if re.fullmatch(r"\d{1,9}(x\d{1,9})?", text) else [text]
-    size: Any = tuple(numbers) if len(numbers) > 1 else numbers[0]
-    try:
-        check_size(size)
-    except ValueError:
-        expected = "model, native, pixels of the short side, or HEIGHTxWIDTH"
-        raise ValueError(f"size: expected {expected}, got {text!r:.80}") from None
-    return size

@@ -12,7 +12,7 @@ import torch
 from nopad.embedding.manifest import weights_digest
 from nopad.encoder import PackedEncoder
 from nopad.loading import load
-from nopad.preprocessing.rules import parse_size
+from nopad.preprocessing.size import parse_size
 from nopad.search.exact import default_device, top_k
 from nopad.search.index import Index
 

@@ -11,7 +11,7 @@ from typing import Any
 from nopad.command_options import SUCCESS, add_device_options, add_prefix_option, check_prefix, resolve_device
 from nopad.counts import counted
 from nopad.local_paths import check_local
-from nopad.preprocessing.rules import parse_size
+from nopad.preprocessing.size import parse_size
 from nopad.terminal import configure_transformers, json_text, print_progress, print_summary, printable
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -17,7 +17,7 @@ from nopad.encoder import PackedEncoder
 from nopad.loading import load
 from nopad.packing import Pack
 from nopad.preprocessing.decode import ImageError, load_image
-from nopad.preprocessing.rules import Size
+from nopad.preprocessing.size import Size
 
 KINDS = ("pca", "similarity", "norms", "attention")
 
