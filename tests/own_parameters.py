@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny_encoders import FAMILIES, GRIDS, patches_of
 
-from nopad.checkpoints.formats import Checkpoint, StoredTensor
+from nopad.checkpoints.formats import Checkpoint
+from nopad.checkpoints.stored_tensor import StoredTensor
 
 WITH_A_HEAD = [family for family in FAMILIES if family in ("aimv2 with a head", "siglip2", "siglip", "onevision")]
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nopad.checkpoints.formats import StoredTensor
+from nopad.checkpoints.stored_tensor import StoredTensor
 from nopad.local_paths import irregular_kind
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin")

@@ -16,7 +16,8 @@ from transformers.utils.hub import cached_file
 
 from nopad.checkpoints import open_clip_config, timm_config
 from nopad.checkpoints.contents import PICKLE_SUFFIXES, SUFFIXES, check_regular, read_json, read_tensors
-from nopad.checkpoints.formats import Checkpoint, StoredTensor
+from nopad.checkpoints.formats import Checkpoint
+from nopad.checkpoints.stored_tensor import StoredTensor
 from nopad.counts import are, counted
 from nopad.published import published_models
 from nopad.suggestions import did_you_mean

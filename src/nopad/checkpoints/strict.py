@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
 from nopad.checkpoints.files import PROJECTION
-from nopad.checkpoints.formats import FLOATS, Checkpoint, Dialect
+from nopad.checkpoints.formats import Checkpoint, Dialect
+from nopad.checkpoints.stored_tensor import FLOATS
 from nopad.counts import is_count
 
 if TYPE_CHECKING:

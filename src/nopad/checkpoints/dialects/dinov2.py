@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from nopad.checkpoints.conversions import WITHOUT_FIRST, NameTable, Rename, split_qkv, split_rows
-from nopad.checkpoints.formats import Checkpoint, Dialect, StoredTensor
+from nopad.checkpoints.formats import Checkpoint, Dialect
+from nopad.checkpoints.stored_tensor import StoredTensor
 from nopad.checkpoints.timm_config import CLASSIFIER
 
 _LAYER, _ATTENTION = "encoder.layer.*", "encoder.layer.*.attention"

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from nopad.checkpoints.conversions import ADD_AXIS, NameTable, Rename, split_qkv
-from nopad.checkpoints.formats import Checkpoint, Dialect, StoredTensor
+from nopad.checkpoints.formats import Checkpoint, Dialect
+from nopad.checkpoints.stored_tensor import StoredTensor
 from nopad.checkpoints.timm_config import CLASSIFIER
 
 _LAYER = "model.layer.*"
