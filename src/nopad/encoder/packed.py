@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_utils import PreTrainedModel
 
 from nopad.arguments import check_output, read_arguments
-from nopad.checkpoints import pretrained, state_dicts
-from nopad.checkpoints.formats import Checkpoint, Dialect
-from nopad.checkpoints.insert import save_into
 from nopad.checkpoints.keywords import check_config_class, check_known
 from nopad.checkpoints.strict import check_numbers
-from nopad.checkpoints.untrained import init_weights, untrained
+from nopad.encoder.images import ImageRules
+from nopad.encoder.sizes import Sizes
+from nopad.encoder.stored import Stored
 from nopad.inference.attention import set_attention
 from nopad.inference.collect import packed_output
 from nopad.inference.compile import compile_encoder, current_runner
 from nopad.inference.dispatch import execution_device
-from nopad.inference.precision import check_saving, to_precision
+from nopad.inference.precision import to_precision
 from nopad.inference.runner import EagerRunner, Runner
 from nopad.inspection.attention import attention_maps
 from nopad.inspection.layers import LayerRunner, check_layers, features_and_output, layer_features
@@ -37,12 +34,8 @@ from nopad.layers.roles import ByRole
 from nopad.layout import Layout
 from nopad.outputs import PackedOutput, Trunk
 from nopad.packing import Pack
-from nopad.patches import PatchOrder, check_patch_order
+from nopad.patches import check_patch_order
 from nopad.pipeline.images import embed_images, pack_images
-from nopad.pipeline.pack_processor import PackProcessor
-from nopad.preprocessing.config import read_preprocessor_config
-from nopad.preprocessing.rules import Preprocessing
-from nopad.saving import save_pretrained
 from nopad.segments import Segments
 from nopad.text.rules import TextRules
 from nopad.text.similarity import classify, embed_text, similarity
@@ -56,23 +49,16 @@ from nopad.training.finetuning import lora_targets, parameter_groups
 from nopad.training.frozen import freeze_mask_tokens
 
 
-class PackedEncoder(ByRole, PreTrainedModel):
+class PackedEncoder(ByRole, Sizes, ImageRules, Stored):
     """A vision encoder over packs: any mix of image and video sizes in one forward, nothing padded.
 
     The constructor takes a config, or a checkpoint as `from_pretrained` does. docs/adding-a-family.md lists what a
-    family brings. Methods that take more than a line to explain are functions of other modules.
+    family brings. Methods that take more than a line to explain are functions of other modules. The parts of the class
+    that no forward needs are in `Sizes`, `ImageRules` and `Stored`, whose attributes an encoder has as well.
 
     Attributes:
         family: the family's name.
-        dialects: how its checkpoints name their tensors.
-        published: the config of each published model, by its name on the Hub; with `model_type` where it is not one of
-            the first of `config_classes`.
-        config_classes: of all configs that it takes, where `config_class`, the first, is not the only one. Each of the
-            others has a subclass in the same module.
-        read_config: returns the architecture of a checkpoint whose tensors have the packed model's names.
         frames_attend_jointly: a whole clip is one segment, not each of its frames.
-        headless: the config's fields without head and projection; a string that says why the original has no such
-            config, where it has none.
         num_prefix_tokens: CLS and register tokens in front of each segment.
         embeddings: patches to tokens; its `proj` is the patches' GEMM.
         layers: the transformer blocks.
@@ -81,14 +67,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
         merger: merges blocks of tokens for a language model, `None` where the checkpoint has no merger.
         deepstack_layers: indices of the layers whose tokens are merged as well, in order; empty for most.
         deepstack_mergers: the merger of each of these layers.
-        source: the checkpoint that this encoder was loaded from, as it was named.
-        dialect: the dialect of its tensor names.
-        opened_with: how it was opened, see `Checkpoint`.
         text_rules: how the family's text towers take texts, `None` where it has none.
-        tower_prefix: what they begin with in the checkpoint of a larger model, empty in one of an encoder alone.
-        preprocessor_config: its `preprocessor_config.json`, or that part of its `processor_config.json`.
-        checkpoint_config: its `config.json`, `{}` where it has none.
-        precision: `"fp8"` where the layers are in that format, for inference alone; else `None`.
     """
 
     main_input_name = "hidden_states"
@@ -98,12 +77,7 @@ class PackedEncoder(ByRole, PreTrainedModel):
 
     config: Any
     family: ClassVar[str]
-    dialects: ClassVar[tuple[Dialect, ...]]
-    published: ClassVar[dict[str, dict[str, Any]]]
-    config_classes: ClassVar[tuple[type[PreTrainedConfig], ...]] = ()
-    read_config: ClassVar[Callable[[Checkpoint], PreTrainedConfig]]
     frames_attend_jointly: ClassVar[bool] = False
-    headless: ClassVar[Mapping[str, Any] | str] = MappingProxyType({})
     text_rules: ClassVar[TextRules | None] = None
     num_prefix_tokens: int
     embeddings: Any
@@ -113,14 +87,6 @@ class PackedEncoder(ByRole, PreTrainedModel):
     merger: nn.Module | None
     deepstack_layers: tuple[int, ...] = ()
     deepstack_mergers: Sequence[nn.Module] = ()
-    source: str | None = None
-    dialect: str | None = None
-    opened_with: Mapping[str, Any] = MappingProxyType({})
-    tower_prefix: str = ""
-    preprocessor_config: dict[str, Any] | None = None
-    checkpoint_config: Mapping[str, Any] = MappingProxyType({})
-    precision: str | None = None
-    _preprocessing: Preprocessing | None = None
     _backend: str = "auto"
     _runner: Runner = EagerRunner()
 
@@ -162,11 +128,6 @@ class PackedEncoder(ByRole, PreTrainedModel):
     def count_prefix_tokens(config: Any) -> int:
         """CLS and register tokens in front of each segment."""
         return 0
-
-    @staticmethod
-    def published_preprocessing(config: Any) -> Preprocessing:
-        """The family's published rule, where a checkpoint does not bring its own."""
-        raise NotImplementedError
 
     def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
         """One vector per segment, `(S, D)`: by `head`, else the first prefix token, else the mean of the patches."""
@@ -340,134 +301,6 @@ class PackedEncoder(ByRole, PreTrainedModel):
     embed_text = embed_text
     similarity = similarity
     classify = classify
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """How pixels are made: `model_preprocessing`, unless another rule is assigned, as `nopad.load(size=…)` does."""
-        return self._preprocessing or self.model_preprocessing
-
-    @preprocessing.setter
-    def preprocessing(self, rule: Preprocessing) -> None:
-        self._preprocessing = rule
-
-    @property
-    def model_preprocessing(self) -> Preprocessing:
-        """The rule of the checkpoint's own preprocessor config, else the family's."""
-        return self.read_preprocessing(self.config, self.preprocessor_config, self.source)
-
-    @property
-    def default_preprocessing(self) -> Preprocessing:
-        """The family's published rule."""
-        return self.published_preprocessing(self.config)
-
-    @classmethod
-    def read_preprocessing(
-        cls, config: Any, preprocessor_config: Mapping[str, Any] | None, source: str | None
-    ) -> Preprocessing:
-        """How pixels are made by a config, a preprocessor config and the family's rule, without an encoder.
-
-        Args:
-            config: of the encoder.
-            preprocessor_config: of the checkpoint, `None` where it has none.
-            source: the checkpoint, for messages.
-
-        Raises:
-            ValueError: a preprocessor config that no rule here reproduces.
-        """
-        default = cls.published_preprocessing(config)
-        if preprocessor_config is None:
-            return default
-        return read_preprocessor_config(preprocessor_config, default, f"checkpoint {source!r}: preprocessor config")
-
-    @property
-    def processor(self) -> PackProcessor:
-        """Makes the packs of `pack`, on the CPU and without this encoder: for the workers of a DataLoader."""
-        return PackProcessor.of(self)
-
-    @property
-    def patch_size(self) -> int:
-        """Side of a patch in pixels."""
-        return self.config.patch_size
-
-    @property
-    def temporal_patch_size(self) -> int:
-        """Frames of a patch: 2 for Qwen3-VL, which takes an image as two equal frames, and 1 for all others."""
-        return getattr(self.config, "temporal_patch_size", 1)
-
-    @property
-    def merge_size(self) -> int:
-        """Side of the blocks of patches that the model merges: rows and columns are multiples of it. 1 for most."""
-        return getattr(self.config, "spatial_merge_size", 1)
-
-    @property
-    def patch_dim(self) -> int:
-        """Values of a patch."""
-        return self.temporal_patch_size * self.config.patch_size**2 * self.config.num_channels
-
-    @property
-    def patch_order(self) -> PatchOrder:
-        """Layout inside a patch."""
-        return self.config.patch_order
-
-    @property
-    def hidden_size(self) -> int:
-        """Values of a token."""
-        return self.config.hidden_size
-
-    @property
-    def projection_dim(self) -> int | None:
-        """Values of `image_embeds`, `None` where the checkpoint has no projection."""
-        return None if self.projection is None else self.projection.out_features
-
-    @property
-    def embedding_size(self) -> int:
-        """Values of the vector that `embed` gives for an image: E or D."""
-        return self.projection_dim or self.hidden_size
-
-    # Checkpoints.
-
-    from_pretrained = classmethod(pretrained.from_pretrained)  # pyright: ignore[reportAssignmentType] - named arguments alone
-    from_checkpoint = classmethod(pretrained.from_checkpoint)
-    dialect_of = classmethod(pretrained.dialect_of)
-    published_config = classmethod(pretrained.published_config)
-    untrained = classmethod(untrained)
-
-    @classmethod
-    def original_dialect(cls) -> Dialect:
-        """The dialect of the packed model's own files."""
-        return next(dialect for dialect in cls.dialects if dialect.is_original)
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """`False`: transformers names tensors in files as for its own class, DINOv3's layers `layer.i`."""
-        return False
-
-    save_pretrained = save_pretrained  # pyright: ignore[reportAssignmentType] - an encoder in place of self
-    save_into = save_into
-
-    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        # `save_pretrained` uploads before it returns.
-        state_dicts.save_beside(self, working_dir, with_projection=state_dicts.may_lie_apart(self))
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """See `nn.Module.state_dict`.
-
-        Raises:
-            ValueError: the layers are in another format, see `precision`.
-        """
-        check_saving(self.precision)
-        return super().state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # `load_state_dict` calls this for each module, of an encoder within another model too.
-        state_dicts.to_memory(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        init_weights(self, module)
 
     def get_input_embeddings(self) -> nn.Module:
         """The patch embedding."""
