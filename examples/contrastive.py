@@ -9,7 +9,7 @@ similarity to texts, zero-shot. Needs scikit-learn, which has the digits.
 
 import torch
 import torch.nn.functional as F
-from digits import NAMES, digits, small_encoder
+from digits import NAMES, digits, small_encoder, train
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -71,23 +71,13 @@ def main(epochs: int = 10) -> tuple[list[float], float]:
     described = [(image, f"a handwritten {NAMES[digit]}") for image, digit in training]
     packs = {"processor": model.encoder.processor, "capacity": CAPACITY, "max_segments": CAPACITY // 16}
     loader = nopad.data.PackLoader(described, shuffle=True, **packs)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * (len(loader) + 1))
-    means = []
-    for epoch in range(epochs):
-        losses = []
-        for pack, texts in loader:
-            distinct = sorted(set(texts))
-            pairs = torch.tensor([[1.0 if text == other else -1.0 for other in distinct] for text in texts])
-            loss = -F.logsigmoid(pairs * model(pack, distinct)).sum(1).mean()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            losses.append(loss.detach())
-        means.append(float(torch.stack(losses).mean()))
-        print(f"epoch {epoch + 1}: loss {means[-1]:.3f}", flush=True)
+
+    def loss_of(pack: nopad.Pack, texts: list[str]) -> Tensor:
+        distinct = sorted(set(texts))
+        pairs = torch.tensor([[1.0 if text == other else -1.0 for other in distinct] for text in texts])
+        return -F.logsigmoid(pairs * model(pack, distinct)).sum(1).mean()
+
+    means = train(model, loader, loss_of, epochs)
 
     prompts = [f"a handwritten {name}" for name in NAMES]
     with torch.inference_mode():

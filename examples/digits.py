@@ -1,8 +1,13 @@
-"""What the examples of training share: scikit-learn's digits as images of mixed sizes, and a small encoder for them."""
+"""What the examples of training share: digits as images of mixed sizes (scikit-learn), a small encoder, and a loop."""
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from torch import Tensor, nn
 
 import nopad
 from nopad.preprocessing.rules import Preprocessing
@@ -47,3 +52,29 @@ def small_encoder(multiple_of: int = 1) -> nopad.PackedEncoder:
         rule="native", resample="bilinear", mean=half, std=half, multiple_of=multiple_of
     )
     return encoder
+
+
+def train(
+    model: nn.Module, loader: nopad.data.PackLoader, loss_of: Callable[[nopad.Pack, Any], Tensor], epochs: int
+) -> list[float]:
+    """Train by AdamW with a learning rate in one cycle; print and return the mean loss of each epoch.
+
+    Args:
+        loss_of: returns the loss of a pack and its targets.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * (len(loader) + 1))
+    means = []
+    for epoch in range(epochs):
+        losses = []
+        for pack, targets in loader:
+            loss = loss_of(pack, targets)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(loss.detach())
+        means.append(float(torch.stack(losses).mean()))
+        print(f"epoch {epoch + 1}: loss {means[-1]:.3f}", flush=True)
+    return means

@@ -8,7 +8,7 @@ mixed sizes, and all parts are trained. Needs scikit-learn, which has the digits
 """
 
 import torch
-from digits import NAMES, digits, small_encoder
+from digits import NAMES, digits, small_encoder, train
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -74,21 +74,7 @@ def main(epochs: int = 10) -> list[float]:
     training, test = digits(model.tower.patch_size, sides=(4, 6))
     packs = {"processor": model.tower.processor, "capacity": CAPACITY, "max_segments": CAPACITY // 16}
     loader = nopad.data.PackLoader([(image, NAMES[digit]) for image, digit in training], shuffle=True, **packs)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * (len(loader) + 1))
-    means = []
-    for epoch in range(epochs):
-        losses = []
-        for pack, answers in loader:
-            loss = model(pack, answers)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            losses.append(loss.detach())
-        means.append(float(torch.stack(losses).mean()))
-        print(f"epoch {epoch + 1}: loss {means[-1]:.3f}", flush=True)
+    means = train(model, loader, model, epochs)
     pack = model.tower.pack([image for image, _ in test[:8]])
     print("answers:", model.eval().name(pack), "expected:", [NAMES[digit] for _, digit in test[:8]])
     return means
