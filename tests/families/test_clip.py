@@ -14,6 +14,7 @@ from transformers.models.clip.modeling_clip import CLIPForImageClassification, C
 
 import nopad
 from nopad.align.run import align
+from nopad.families.clip import CLIPPacking, MetaCLIP2Packing
 from nopad.families.clip_checkpoints import CLIPPackingConfig, MetaCLIP2PackingConfig
 
 
@@ -276,3 +277,15 @@ def test_published_models_have_their_published_sizes():
         with torch.device("meta"):
             encoder = nopad.CLIPPacking(nopad.CLIPPacking.published_config(name))
         assert encoder.num_parameters() - encoder.projection.weight.numel() == expected, name
+
+
+def test_a_subclass_takes_both_configs_and_stays_itself():
+    class Mine(CLIPPacking):
+        pass
+
+    for family, kind in (("clip", CLIPPackingConfig), ("metaclip2", MetaCLIP2PackingConfig)):
+        config = kind(**tiny_original(family).config.to_dict())
+        assert type(Mine(config)) is Mine
+        assert type(CLIPPacking(config)) is (MetaCLIP2Packing if family == "metaclip2" else CLIPPacking)
+    with pytest.raises(TypeError, match="config: expected MetaCLIP2PackingConfig, got CLIPPackingConfig"):
+        MetaCLIP2Packing(CLIPPackingConfig(**tiny_original("clip").config.to_dict()))

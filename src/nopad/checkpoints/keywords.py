@@ -108,13 +108,23 @@ def check_known(caller: str, names: Iterable[str], known: Iterable[str], others:
             raise TypeError(f"{caller}: got an unexpected argument {name!r}{did_you_mean(name, {*known, *others})}")
 
 
+def config_classes(cls: type[PackedEncoder]) -> tuple[Any, ...]:
+    """The configs that an encoder takes: its `config_class` first, then those of its subclasses in the same module.
+
+    A subclass without a `config_class` of its own takes those of the class that it derives from.
+    """
+    owner = [each for each in cls.__mro__ if getattr(each, "config_class", None) is cls.config_class][-1]
+    variants = (each for each in owner.__subclasses__() if each.__module__ == owner.__module__)
+    return tuple(each.config_class for each in (owner, *variants))
+
+
 def check_config_class(cls: type[PackedEncoder], config: Any) -> None:
     """Check that a config is of a class that the encoder takes.
 
     Raises:
         TypeError: another class; transformers' config classes lack the fields that packing adds.
     """
-    classes: tuple[Any, ...] = cls.config_classes or (cls.config_class,)
+    classes = config_classes(cls)
     if not isinstance(config, classes):
         names = [each.__name__ for each in classes]
         advice = f"; {names[0]}(**config.to_dict()) makes one" if isinstance(config, PreTrainedConfig) else ""

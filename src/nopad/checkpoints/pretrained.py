@@ -16,7 +16,14 @@ from transformers.modeling_utils import PreTrainedModel
 from nopad.checkpoints.files import checkpoint_name
 from nopad.checkpoints.formats import Checkpoint, Dialect, matching_dialect
 from nopad.checkpoints.headless import headless_config, without_head
-from nopad.checkpoints.keywords import HUB, check_config_class, read_keywords, take_changes, with_changes
+from nopad.checkpoints.keywords import (
+    HUB,
+    check_config_class,
+    config_classes,
+    read_keywords,
+    take_changes,
+    with_changes,
+)
 from nopad.checkpoints.quantised import load_quantised, with_weight_names
 from nopad.checkpoints.strict import check_numbers, check_sizes, load_strictly, with_options
 from nopad.checkpoints.towers import open_tower
@@ -85,7 +92,7 @@ def published_config(cls: type[PackedEncoder], name: str) -> Any:
         hint = did_you_mean(name, cls.published) or f", one of {', '.join(cls.published)}"
         raise ValueError(f"checkpoint 'untrained:{name}': expected the name of a published {cls.family} model{hint}")
     fields = dict(cls.published[name])
-    kinds: Any = cls.config_classes or (cls.config_class,)
+    kinds = config_classes(cls)
     model_type = fields.pop("model_type", kinds[0].model_type)
     return next(kind for kind in kinds if kind.model_type == model_type)(**fields)
 

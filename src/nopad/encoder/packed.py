@@ -57,7 +57,6 @@ class PackedEncoder(ByRole, Sizes, ImageRules, Stored):
     that no forward needs are in `Sizes`, `ImageRules` and `Stored`, whose attributes an encoder has as well.
 
     Attributes:
-        family: the family's name.
         frames_attend_jointly: a whole clip is one segment, not each of its frames.
         num_prefix_tokens: CLS and register tokens in front of each segment.
         embeddings: patches to tokens; its `proj` is the patches' GEMM.
@@ -76,7 +75,6 @@ class PackedEncoder(ByRole, Sizes, ImageRules, Stored):
     _supports_flash_attn = True
 
     config: Any
-    family: ClassVar[str]
     frames_attend_jointly: ClassVar[bool] = False
     text_rules: ClassVar[TextRules | None] = None
     num_prefix_tokens: int
@@ -311,4 +309,4 @@ def _class_for(cls: type[PackedEncoder], config: Any) -> type[PackedEncoder]:
     """The subclass of a family for a config that is not its `config_class`; subclasses of others stay themselves."""
     classes: list[Any] = [each for each in (cls, *cls.__subclasses__()) if each.__module__ == cls.__module__]
     matches = (each for each in classes if isinstance(config, each.config_class))
-    return next(matches, cls) if "config_classes" in vars(cls) else cls
+    return next(matches, cls) if "family" in vars(cls) else cls

@@ -12,6 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from nopad.checkpoints import pretrained, state_dicts
+from nopad.checkpoints.dialects import DIALECTS
 from nopad.checkpoints.formats import Checkpoint, Dialect
 from nopad.checkpoints.insert import save_into
 from nopad.checkpoints.untrained import init_weights, untrained
@@ -23,11 +24,10 @@ class Stored(PreTrainedModel):
     """Loading, saving and state dicts, all by the original's names.
 
     Attributes:
-        dialects: how the family's checkpoints name their tensors.
+        family: the family's name.
+        dialects: how its checkpoints name their tensors: those of its name in `checkpoints.dialects`.
         published: the config of each published model, by its name on the Hub; with `model_type` where it is not one of
-            the first of `config_classes`.
-        config_classes: of all configs that the family takes, where `config_class`, the first, is not the only one. Each
-            of the others has a subclass in the same module.
+            `config_class`.
         read_config: returns the architecture of a checkpoint whose tensors have the packed model's names.
         headless: the config's fields without head and projection; a string that says why the original has no such
             config, where it has none.
@@ -38,9 +38,9 @@ class Stored(PreTrainedModel):
         precision: `"fp8"` where the layers are in that format, for inference alone; else `None`.
     """
 
+    family: ClassVar[str]
     dialects: ClassVar[tuple[Dialect, ...]]
     published: ClassVar[dict[str, dict[str, Any]]]
-    config_classes: ClassVar[tuple[type[PreTrainedConfig], ...]] = ()
     read_config: ClassVar[Callable[[Checkpoint], PreTrainedConfig]]
     headless: ClassVar[Mapping[str, Any] | str] = MappingProxyType({})
     dialect: str | None = None
@@ -48,6 +48,11 @@ class Stored(PreTrainedModel):
     tower_prefix: str = ""
     checkpoint_config: Mapping[str, Any] = MappingProxyType({})
     precision: str | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "family" in vars(cls):
+            cls.dialects = DIALECTS[cls.family]
 
     from_pretrained = classmethod(pretrained.from_pretrained)  # pyright: ignore[reportAssignmentType] - named arguments alone
     from_checkpoint = classmethod(pretrained.from_checkpoint)

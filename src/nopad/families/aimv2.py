@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from nopad.checkpoints.dialects.aimv2 import DIALECTS
 from nopad.checkpoints.formats import trained_grid
 from nopad.encoder import PackedEncoder
 from nopad.families.aimv2_checkpoints import (
@@ -134,7 +133,6 @@ class AIMv2Packing(PackedEncoder):
 
     config_class = AIMv2PackingConfig
     family = "aimv2"
-    dialects = DIALECTS
     published = PUBLISHED
     read_config = staticmethod(read_config)
     text_rules = TEXT_RULES

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from nopad.checkpoints.dialects.clip import DIALECTS
 from nopad.checkpoints.formats import trained_grid
 from nopad.encoder import PackedEncoder
 from nopad.families.clip_blocks import clip_block
@@ -74,9 +73,7 @@ class CLIPPacking(PackedEncoder):
     """
 
     config_class = CLIPPackingConfig
-    config_classes = (CLIPPackingConfig, MetaCLIP2PackingConfig)
     family = "clip"
-    dialects = DIALECTS
     published = PUBLISHED
     read_config = staticmethod(read_config)
     headless = MappingProxyType({"with_projection": False})
@@ -141,4 +138,3 @@ class MetaCLIP2Packing(CLIPPacking):
     """MetaCLIP 2; what `CLIPPacking` makes of such a config or checkpoint."""
 
     config_class = MetaCLIP2PackingConfig
-    config_classes = ()

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from nopad.checkpoints.dialects.dinov2 import DIALECTS
 from nopad.checkpoints.formats import trained_grid
 from nopad.encoder import PackedEncoder
 from nopad.families.dinov2_checkpoints import (
@@ -111,9 +110,7 @@ class DINOv2Packing(PackedEncoder):
     """
 
     config_class = DINOv2PackingConfig
-    config_classes = (DINOv2PackingConfig, DINOv2WithRegistersPackingConfig)
     family = "dinov2"
-    dialects = DIALECTS
     published = PUBLISHED
     read_config = staticmethod(read_config)
     names: Mapping[str, str] = {"layers": "encoder.layer", "norm": "layernorm"}
@@ -154,4 +151,3 @@ class DINOv2WithRegistersPacking(DINOv2Packing):
     """DINOv2 with registers; what `DINOv2Packing` makes of such a config or checkpoint."""
 
     config_class = DINOv2WithRegistersPackingConfig
-    config_classes = ()

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from nopad.checkpoints.dialects.dinov3 import DIALECTS
 from nopad.encoder import PackedEncoder
 from nopad.families.dinov3_checkpoints import PUBLISHED, DINOv3ViTPackingConfig, read_config
 from nopad.inference.runner import Runner
@@ -153,7 +152,6 @@ class DINOv3ViTPacking(PackedEncoder):
 
     config_class = DINOv3ViTPackingConfig
     family = "dinov3"
-    dialects = DIALECTS
     published = PUBLISHED
     read_config = staticmethod(read_config)
     names: Mapping[str, str] = {"layers": "model.layer"}

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from nopad.checkpoints.dialects.onevision import DIALECTS
 from nopad.encoder import PackedEncoder
 from nopad.families.clip_blocks import clip_block, clip_mlp
 from nopad.families.onevision_checkpoints import PUBLISHED, OneVisionPackingConfig, read_config
@@ -64,7 +63,6 @@ class OneVisionEncoderPacking(PackedEncoder):
 
     config_class = OneVisionPackingConfig
     family = "onevision"
-    dialects = DIALECTS
     published = PUBLISHED
     read_config = staticmethod(read_config)
     frames_attend_jointly = True

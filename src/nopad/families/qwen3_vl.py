@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from nopad.checkpoints.dialects.qwen3_vl import DIALECTS
 from nopad.checkpoints.formats import grid_side
 from nopad.encoder import PackedEncoder
 from nopad.families.qwen3_vl_checkpoints import (
@@ -71,9 +70,7 @@ class Qwen3VLPacking(PackedEncoder):
     """
 
     config_class = Qwen3VLPackingConfig
-    config_classes = (Qwen3VLPackingConfig, Qwen3_5PackingConfig)
     family = "qwen3_vl"
-    dialects = DIALECTS
     published = PUBLISHED
     read_config = staticmethod(read_config)
     headless = "has its merger in the original, too"
@@ -170,4 +167,3 @@ class Qwen3_5Packing(Qwen3VLPacking):  # noqa: N801 - transformers' own name
     """Qwen3.5's, without DeepStack; what `Qwen3VLPacking` makes of such a config or checkpoint."""
 
     config_class = Qwen3_5PackingConfig
-    config_classes = ()

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from nopad.checkpoints.dialects.siglip2 import DIALECTS
 from nopad.checkpoints.formats import grid_side, trained_grid
 from nopad.encoder import PackedEncoder
 from nopad.families.clip_blocks import clip_block, clip_mlp
@@ -81,9 +80,7 @@ class Siglip2NaflexPacking(PackedEncoder):
     """
 
     config_class = Siglip2PackingConfig
-    config_classes = (Siglip2PackingConfig, SiglipPackingConfig)
     family = "siglip2"
-    dialects = DIALECTS
     published = PUBLISHED
     read_config = staticmethod(read_config)
     text_rules = TEXT_RULES
@@ -135,4 +132,3 @@ class SiglipPacking(Siglip2NaflexPacking):
     """SigLIP2 and SigLIP of one fixed size; what `Siglip2NaflexPacking` makes of such a config or checkpoint."""
 
     config_class = SiglipPackingConfig
-    config_classes = ()
