@@ -3,8 +3,8 @@
 python examples/contrastive.py
 
 Both towers begin with fresh weights: a small DINOv3, and transformers' CLIP text model over bytes. The loss is SigLIP's
-(Zhai et al., arXiv:2303.15343), for pairs of an image and each distinct text of a pack. Then digits are told by their
-similarity to texts, zero-shot. Needs scikit-learn, which has the digits.
+(Zhai et al., arXiv:2303.15343), for pairs of an image and each distinct text of a pack. Then digits are classified
+by their similarity to texts, zero-shot. Needs scikit-learn, which has the digits.
 """
 
 import torch
