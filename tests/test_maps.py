@@ -183,6 +183,8 @@ def test_a_picture_that_is_none(models, tmp_path, monkeypatch, capsys):
     (tmp_path / "text.png").write_text("no picture")
     assert main(["view", "text.png", "--model", models[0]]) == 2
     assert "text.png: " in capsys.readouterr().err
+    assert main(["view", "film.MP4", "--model", models[0]]) == 2
+    assert "film.MP4: a video, expected an image; take frames out of it first" in capsys.readouterr().err
     Image.fromarray(noise(1, 3, 30)).save("small.png")
     assert main(["view", "small.png", "--model", models[0]]) == 2
     assert "small.png: 3×30 pixels (height×width), smaller than a patch of 4 × 4 pixels" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from nopad.encoder import PackedEncoder
 from nopad.loading import load
 from nopad.packing import Pack
 from nopad.preprocessing.decode import ImageError, load_image
+from nopad.preprocessing.formats import VIDEO_SUFFIXES
 from nopad.preprocessing.size import Size
 
 KINDS = ("pca", "similarity", "norms", "attention")
@@ -90,13 +91,17 @@ def view_pictures(
         options: of `nopad.load`.
 
     Raises:
-        ImageError: a picture that cannot be used.
+        ImageError: a picture that cannot be used, or a video.
         ValueError: an unknown kind, a layer that there is not, attention of a model that has no query for it.
         OSError: a model that is not there.
     """
     check_kinds(kinds)
     if not images or not models:
         raise ValueError(f"expected a picture and a model or more, got {len(images)} and {len(models)}")
+    if videos := [image for image in images if Path(image).suffix.lower() in VIDEO_SUFFIXES]:
+        raise ImageError(
+            str(videos[0]), "a video, expected an image; take frames out of it first, with ffmpeg for example"
+        )
     pixels = [load_image(image) for image in images]
     seen: list[list[ModelMaps]] = [[] for _ in images]
     for model in models:
