@@ -13,6 +13,7 @@ from PIL import Image
 import nopad
 from nopad.embedding.inputs.media import MediaDecoder
 from nopad.pipeline import nvjpeg, process_server
+from nopad.pipeline.decode_channel import DecodeChannel
 from nopad.pipeline.forked import answer
 from nopad.pipeline.image_processor import ImageProcessor
 from nopad.pipeline.isolation import DecodeProcesses
@@ -66,6 +67,25 @@ def test_processes_keep_jpegs_and_decode_the_rest(encoder):
         else:
             assert image.orientation is None
             assert torch.equal(image.data, expected.data)
+
+
+def test_a_kept_jpeg_stays_in_its_batch_however_large_it_is_decoded(encoder, monkeypatch):
+    """At an eighth of its size it takes little; what is decoded here and exceeds the allowance goes alone."""
+    monkeypatch.setattr("nopad.pipeline.memory.MAX_ALLOWANCE_BYTES", 1 << 20)
+    sent: list[str] = []
+    one, batch = DecodeChannel.prepare, DecodeChannel.prepare_batch
+    monkeypatch.setattr(DecodeChannel, "prepare", lambda *a: sent.append("one") or one(*a))
+    monkeypatch.setattr(DecodeChannel, "prepare_batch", lambda *a: sent.append("batch") or batch(*a))
+    worker = Worker(encoder, threads=1)
+    worker.decode = "gpu"
+    large = photo(640, 480)
+    images = prepare(worker, [large] * 6)
+    assert [image.orientation for image in images] == [1] * 6
+    assert "one" not in sent[1:]  # the first may begin before there is another
+    sent.clear()
+    images = prepare(worker, [photo(640, 480, progressive=True)] * 3 + [large] * 3)
+    assert [image.orientation for image in images] == [None] * 3 + [1] * 3
+    assert sent.count("one") >= 3
 
 
 def test_damage_is_worded_as_on_the_cpu(encoder):

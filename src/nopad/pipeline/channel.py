@@ -87,7 +87,7 @@ class Channel:
                 if not received:
                     raise EOFError("got no answer")
                 self._received += received
-        fields = json.loads(answer)
+        fields = json.loads(answer.decode())
         if not isinstance(fields, dict):
             raise TypeError(f"expected fields, got {type(fields).__name__}")
         return fields

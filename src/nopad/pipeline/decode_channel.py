@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from nopad.pipeline.channel import Channel, count_in
@@ -132,9 +133,8 @@ class DecodeChannel(Channel):
             raise ValueError(f"got patches of {rows}×{columns}, expected at most {size} bytes")
         if not isinstance(extras := answer["extras"], dict):
             raise ValueError(f"got extras {type(extras).__name__}, expected an object")
-        return PreparedImage(
-            torch.empty(rows, columns, dtype=self._program.image_processor.dtype), (t, h, w), width, height, extras
-        )
+        data = torch.empty(rows, columns, dtype=self._program.image_processor.dtype)
+        return PreparedImage(data, (t, h, w), width, height, extras)
 
     def _empty_jpeg(self, answer: dict[str, Any], size: int) -> PreparedImage:
         numbers = (answer["jpeg"], *answer["grid"], answer["width"], answer["height"], answer["orientation"])
@@ -144,7 +144,7 @@ class DecodeChannel(Channel):
             raise ValueError(f"got a JPEG of {answer['jpeg']} bytes and orientation {answer['orientation']}")
         if list(self._program.image_processor.grid_of(answer["height"], answer["width"])) != answer["grid"]:
             raise ValueError(f"got a grid of {answer['grid']} for {answer['width']}×{answer['height']} pixels")
-        data = torch.empty(answer["jpeg"], dtype=torch.uint8)
+        data = torch.from_numpy(np.empty(answer["jpeg"], np.uint8))
         sides = answer["width"], answer["height"], answer["extras"]
         return PreparedImage(data, tuple(answer["grid"]), *sides, orientation=answer["orientation"])
 
@@ -179,4 +179,5 @@ def _check(image: PreparedImage) -> None:
 
 
 def _bytes_of(image: PreparedImage) -> memoryview:
-    return image.data.view(-1).view(torch.uint8).numpy().data
+    data = image.data
+    return (data if data.dtype == torch.uint8 else data.view(torch.uint8)).numpy().data.cast("B")

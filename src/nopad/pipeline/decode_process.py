@@ -128,7 +128,7 @@ class DecodeProgram:
         limit_address_space(limit)
         answer(connection, bytes=self._peak_bytes(data))
         limit_address_space(limit + connection.recv())
-        fields, patches = self._decode(data)
+        fields, patches = self._keep(data) or self._decode(data)
         answer(connection, patches, **fields)
 
     def _serve_batch(self, connection: Connection, batch: Batch, limit: int) -> None:
@@ -151,22 +151,28 @@ class DecodeProgram:
             return {"alone": True}, None
         limit_address_space(limit + allowance)
         data = self.decoder.read(source)
+        limit_address_space(limit + 2 * len(data) + allowance)
+        if (kept := self._keep(data)) is not None:  # at an eighth of its size it takes little
+            return kept
         if self._peak_bytes(data) > allowance:
             return {"alone": True}, None
-        limit_address_space(limit + 2 * len(data) + allowance)
         return self._decode(data)
 
     def _peak_bytes(self, data: bytes | str) -> int:
         return len(data) + self.image_processor.peak_bytes(*self.decoder.measure(data))
 
+    def _keep(self, data: bytes | str) -> tuple[dict[str, Any], memoryview] | None:
+        """A JPEG that is decoded elsewhere, and what it is; `None` for what is decoded here."""
+        if not self.keep_jpegs or (jpeg := self.decoder.check_jpeg(data)) is None:
+            return None
+        assert isinstance(data, bytes)
+        height, width = upright_size(jpeg.width, jpeg.height, jpeg.orientation)
+        extras = self.decoder.extras(data, upright(jpeg.small, jpeg.orientation))
+        fields = {"jpeg": len(data), "orientation": jpeg.orientation, "width": width, "height": height}
+        return {**fields, "grid": self.image_processor.grid_of(height, width), "extras": extras}, memoryview(data)
+
     def _decode(self, data: bytes | str) -> tuple[dict[str, Any], memoryview]:
-        """Patches as plain bytes, and what they are; or a JPEG, which is decoded elsewhere, as it is."""
-        if self.keep_jpegs and (jpeg := self.decoder.check_jpeg(data)) is not None:
-            assert isinstance(data, bytes)
-            height, width = upright_size(jpeg.width, jpeg.height, jpeg.orientation)
-            extras = self.decoder.extras(data, upright(jpeg.small, jpeg.orientation))
-            fields = {"jpeg": len(data), "orientation": jpeg.orientation, "width": width, "height": height}
-            return {**fields, "grid": self.image_processor.grid_of(height, width), "extras": extras}, memoryview(data)
+        """Patches as plain bytes, and what they are."""
         size = None
         if self.scale_jpegs:
             pixels, size = self.decoder.scaled(data, self.image_processor.resized_size)
