@@ -15,9 +15,9 @@ bench-embed: $(STAMP)
 	@mkdir -p demo
 	@$(BIN)/python benchmarks/embed.py $(ARGS)
 
-# One test, say: make test ARGS="tests/test_packing.py -k patchify"
+# In up to four processes; one test, in one: make test ARGS="tests/test_packing.py -k patchify"
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(or $(ARGS),-n logical --maxprocesses 4 --dist loadfile)
 
 # Quantised checkpoints. Not in .venv itself, where transformers imports torchao with every model, and its warnings.
 QUANTISE := .venv/quantise
