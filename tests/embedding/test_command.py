@@ -88,13 +88,13 @@ def test_nothing_embedded_is_status_1(tmp_path, capsys, model):
 
 def test_stdout_is_for_the_summary_alone(photos, tmp_path, capsys, model, monkeypatch):
     """Ray prints to it from a thread of its own when an actor dies."""
-    make = nopad.embedding.run.Run.make
+    make = nopad.embedding.making.Maker.make
 
     def noisy(self, shards):
         print("a library's message")
         make(self, shards)
 
-    monkeypatch.setattr("nopad.embedding.run.Run.make", noisy)
+    monkeypatch.setattr("nopad.embedding.making.Maker.make", noisy)
     assert main(arguments(photos, tmp_path / "out", model, "--json")) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["rows"] == 12
@@ -262,7 +262,7 @@ def at(number: int, act: Callable[[], None], monkeypatch) -> None:
         return real(self, item)
 
     monkeypatch.setattr(Reader, "media", media)
-    monkeypatch.setattr("nopad.embedding.run.mean_patches", lambda *_: None)  # which reads headers
+    monkeypatch.setattr("nopad.embedding.in_process.mean_patches", lambda *_: None)  # which reads headers
 
 
 @pytest.fixture

@@ -158,7 +158,7 @@ def test_an_update_that_was_stopped_is_finished_without_the_option(made, model, 
     photos, out = made
     write_photos(photos, 7, start=12)
     with monkeypatch.context() as patch:
-        patch.setattr(api.Run, "make", lambda *_: None)
+        patch.setattr(api.InProcess, "work", lambda *_: None)
         update(photos, out, model)
     summary = nopad.embed(photos, out, model=model, shard_size=5, workers=1)
     assert (summary.rows, summary.done, summary.missing) == (19, 7, 0)
@@ -167,7 +167,7 @@ def test_an_update_that_was_stopped_is_finished_without_the_option(made, model, 
 def test_an_unfinished_first_job_is_finished_first(photos, model, tmp_path, monkeypatch):
     out = tmp_path / "features"
     with monkeypatch.context() as patch:
-        patch.setattr(api.Run, "make", lambda *_: None)
+        patch.setattr(api.InProcess, "work", lambda *_: None)
         nopad.embed(photos, out, model=model, shard_size=5, workers=1)
     write_photos(photos, 1, start=12)
     summary = update(photos, out, model)

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 
 from torch import nn
 
 from nopad.counts import counted
-from nopad.embedding.distributed import make_on_ray
+from nopad.embedding.distributed import ByActors
 from nopad.embedding.folder import JobFolder
-from nopad.embedding.inputs.sources import list_inputs
+from nopad.embedding.in_process import InProcess
+from nopad.embedding.inputs.sources import Listing, list_inputs
 from nopad.embedding.inputs.spans import Spans
 from nopad.embedding.job import Job, begin_or_resume, changes_of, kept_columns
 from nopad.embedding.lock import FolderLock
-from nopad.embedding.manifest import record_of
+from nopad.embedding.making import Tally
 from nopad.embedding.progress import Progress
 from nopad.embedding.run import Run
 from nopad.embedding.settings import Settings
 from nopad.embedding.summary import Summary, summary_of
 from nopad.embedding.updates import begin_update, compare, mark
-from nopad.embedding.workers import check_features, describe_execution, load_encoder, make_worker
+from nopad.embedding.workers import check_features
 from nopad.encoder import PackedEncoder
 from nopad.local_paths import check_local
 from nopad.pipeline import process_server
-from nopad.pipeline.worker import Worker
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS, MAX_PIXELS, NUM_FRAMES, MaxPatches
 from nopad.preprocessing.rules import Resize
 from nopad.preprocessing.size import Size
@@ -80,7 +81,9 @@ def embed(
     update: bool = False,
     content_hash: bool = False,
     retry_failed: bool = False,
-    actors: int | None = None,
+    actors: int | tuple[int, int] | None = None,
+    ray: str | None = None,
+    stall: float | None = 600.0,
     stop: threading.Event | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
@@ -144,7 +147,13 @@ def embed(
         content_hash: read every input once more, so that `update` recognises it by its contents; by default size and
             time decide.
         retry_failed: try failed rows of finished shards again.
-        actors: run on Ray with so many actors; in this process unless given.
+        actors: make shards by so many processes of this machine, on GPUs one each, or by as many actors of a Ray
+            cluster; in this process unless given. As `(2, 8)` by 2 to 8 of them, as there is room.
+        ray: the cluster of the actors: `"host:port"`, `"auto"` for the one that was started on this machine with
+            `ray start`, `"local"` for one of its own; `RAY_ADDRESS` unless given, or the one that this process is
+            connected to.
+        stall: seconds without progress after which an actor is ended and its shard is made elsewhere; `None` is no
+            limit.
         stop: once set, the shard in hand is finished and no other.
         progress: called with how far the run is, a few times a second, from another thread.
 
@@ -175,32 +184,55 @@ def embed(
     spans = Spans(1 / fps, whole=False) if fps else Spans(every, whole=True) if every else None
     columns = {"image_column": image_column, "id_column": id_column}
     listing = list_inputs(names, **columns, hidden=hidden, spans=spans, timeout=settings.input_timeout)
-    with FolderLock(out) as lock:
+    stop = stop or threading.Event()
+    with FolderLock(out) as lock, ExitStack() as ends:
         folder.clean()
         kept = None if folder.has_job else kept_columns(settings, listing.inputs)
         logger.info("%s; loading the model", counted(len(listing.inputs), "input"))
-        is_loaded = not isinstance(model, PackedEncoder)
-        encoder = model if isinstance(model, PackedEncoder) else load_encoder(settings)
-        worker = make_worker(
-            settings, encoder, len(listing.inputs), folder.recorded(), is_loaded=is_loaded, decodes=actors is None
-        )
-        logger.info(describe_execution(worker))
-        record = record_of(settings, worker, names, listing.inputs)
+        num_inputs, begun = len(listing.inputs), folder.recorded()
+        if actors is None:
+            encoder = model if isinstance(model, PackedEncoder) else None
+            maker = InProcess(settings, encoder, num_inputs, begun, estimates=progress is not None)
+        else:
+            maker = ByActors(settings, folder, num_inputs, begun, lock.token, stop)
+        ends.callback(maker.close)
+        if maker.encoder is None:
+            return _stopped(settings, folder, lock, listing)
+        logger.info(maker.encoder.description)
+        record = {
+            **maker.encoder.record,
+            "sources": json.dumps(names),
+            "inputs": listing.inputs.digest(),
+        }
         jobs = begin_or_resume(folder, lock.check, settings, record, listing.inputs, kept)
         changes = []
         if not update and jobs[0].record["inputs"] != record["inputs"] and len(jobs) == 1:
             changes = [changes_of(jobs[0].inputs, listing.inputs, folder.path)]
             logger.warning(changes[0])
-        run = partial(_run, worker=worker, stop=stop, progress=progress, actors=actors, token=lock.token)
-        runs = list(map(run, jobs))
+        runs = []
+
+        def run(job: Job) -> None:
+            runs.append(Run(job, maker.tally(), stop=stop, progress=progress))
+            maker.work(runs[-1])
+
+        for job in jobs:
+            run(job)
         if update and all(len(job.finished()) == len(job) for job in jobs):
             difference = compare(jobs, listing.inputs, names, contents=content_hash)
             changes = difference.describe()
             logger.info(changes[0])
-            mark(jobs, difference.marks, worker.encoder)
+            mark(jobs, difference.marks, maker.encoder.sizes)
             if difference.new:
-                runs.append(run(begin_update(folder, jobs, record, difference)))
+                run(begin_update(folder, jobs, record, difference))
         return summary_of([each.summary(listing.left_out, changes) for each in runs])
+
+
+def _stopped(settings: Settings, folder: JobFolder, lock: FolderLock, listing: Listing) -> Summary:
+    """The summary of a run that was stopped before it had an encoder."""
+    jobs = [Job(settings, each, *each.read(), lock.check) for each in folder.all()]
+    if jobs:
+        return summary_of([Run(job, Tally()).summary(listing.left_out, []) for job in jobs])
+    return Summary.of_nothing(str(folder.path), len(listing.inputs), listing.left_out)
 
 
 def _paths(sources: str | Path | Sequence[str | Path]) -> list[str]:
@@ -216,27 +248,6 @@ def _paths(sources: str | Path | Sequence[str | Path]) -> list[str]:
             raise ValueError(f"sources: {what}; images in memory go through nopad.load(model).embed(images)")
         check_local("sources", source)
     return [os.fspath(source) for source in sources]
-
-
-def _run(
-    job: Job,
-    *,
-    worker: Worker,
-    stop: threading.Event | None,
-    progress: Callable[[Progress], None] | None,
-    actors: int | None,
-    token: str,
-) -> Run:
-    """Make the shards of a job that are missing, here or by actors, after failed rows that are tried again."""
-    run = Run(job, worker, stop=stop, progress=progress)
-    if progress is not None and actors is None:
-        run.estimate()
-    run.retry()
-    if actors is None:
-        run.make(run.missing)
-    elif run.missing:
-        make_on_ray(run, run.missing, actors, token)
-    return run
 
 
 def _label(model: object) -> str:

@@ -64,7 +64,8 @@ def run(options: argparse.Namespace) -> int:
             from nopad.embedding.api import embed
 
             configure_transformers()
-            resolve_device(options.device)
+            if options.actors is None:  # actors may have GPUs that this machine has not
+                resolve_device(options.device)
             with redirect_stdout(sys.stderr):  # Ray prints to it when an actor dies; it is for the summary alone
                 summary = embed(
                     options.sources,

@@ -1,216 +1,234 @@
-"""A job's shards made by actors on Ray, on one machine or many that share the folder.
-
-Through Ray go the numbers of shards and what became of them, never pixels or features: an actor reads the job from its
-folder and puts each shard there, as a run in one process does. Which actor makes which shard is decided here: Ray's own
-queues would begin shards after a Ctrl-C, and its streaming executor outlives the connection.
-"""
+"""A job's shards made by actors: processes of this machine, or those of a Ray cluster."""
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
+import sys
 import threading
-import time
-from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from nopad.counts import counted
-from nopad.embedding.actor import ActorConfig, ShardMaker
+from nopad.embedding.actors.actor import ActorConfig, LoadedEncoder, ShardMaker
+from nopad.embedding.actors.crew import Crew
+from nopad.embedding.actors.engine import Engine, Task
+from nopad.embedding.actors.processes import ProcessEngine
+from nopad.embedding.actors.scheduler import Scheduler
+from nopad.embedding.actors.work import Work
+from nopad.embedding.folder import JobFolder
 from nopad.embedding.lock import LostLockError
+from nopad.embedding.making import Tally
+from nopad.embedding.manifest import check_same
 from nopad.embedding.progress import Ticker
 from nopad.embedding.run import Run
+from nopad.embedding.settings import Settings
+from nopad.environment import check_device
 from nopad.pipeline.stats import Stats
+from nopad.pipeline.worker import num_cores
 
 logger = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 3
-"""The job fails when this many processes have died over one shard."""
 
-MAX_IDLE_SECONDS = 30.0
-"""After this time without any actor at work, a warning is logged."""
+class ByActors:
+    """Makes shards by actors, one GPU each where the job's device is a GPU.
 
-# Numbers take little; Ray's own choice, 30 % of the memory, is more shared memory than most containers have.
-_OBJECT_STORE_BYTES = 100 << 20
-_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # deaths of actors are handled and logged here
-    "RAY_worker_niceness": "0",  # 15 by default: beside anything else on the machine actors would starve
-}
-
-
-def make_on_ray(run: Run, shards: Sequence[int], actors: int, token: str) -> None:
-    """Make shards that are missing by `actors` actors, one GPU each where the job's device is a GPU.
-
-    Connects to the cluster that `RAY_ADDRESS` names (`auto`: the one that was started on this machine), else starts
-    Ray for this job alone. An actor that dies is replaced and its shard made anew.
+    This process loads no encoder: the first actor's is the job's, and others must be alike.
 
     Args:
+        folder: of the table.
+        num_inputs: of the job.
+        begun: the record of the job that was begun in the folder.
         token: of the lock that this process holds.
+        stop: once set, shards in hand are finished and no others.
+
+    Attributes:
+        encoder: what the first actor has loaded; `None` where `stop` was set before.
 
     Raises:
         ImportError: Ray is not installed.
         ValueError: a cluster without room for one actor, or a node whose checkpoint or installation is another.
-        ChildProcessError: a shard that ended its process `MAX_ATTEMPTS` times.
-        ConnectionError: the cluster of `RAY_ADDRESS` cannot be reached.
+        ChildProcessError: actors die whatever they do.
+        ConnectionError: the cluster cannot be reached.
         RuntimeError: Ray itself failed.
-        Other errors are those of the run in one process; finished shards are kept in any case.
     """
-    if not shards or run.stop.is_set():
+
+    def __init__(
+        self,
+        settings: Settings,
+        folder: JobFolder,
+        num_inputs: int,
+        begun: Mapping[str, str],
+        token: str,
+        stop: threading.Event,
+    ) -> None:
+        self._min, self._max = settings.num_actors
+        self._folder = folder
+        self._stop = stop
+        self._stats = Stats()
+        self._ends = ExitStack()
+        self.encoder: LoadedEncoder | None = None
+        local = replace(
+            settings,
+            model=os.path.abspath(settings.model) if os.path.exists(settings.model) else settings.model,
+        )
+        config = ActorConfig(os.path.abspath(folder.path), settings, local, num_inputs, token)
+        with self._ends:
+            engine = self._ends.enter_context(_engine(config, self._min, self._max, stop))
+            if engine is not None:
+                crew = Crew(engine, begun=begun, record=_record, check=partial(_check, folder))
+                self._scheduler = Scheduler(crew, self._max, stall=settings.stall, stop=stop)
+                self.encoder = self._scheduler.load()
+            self._ends = self._ends.pop_all()
+
+    def tally(self) -> Tally:
+        """Of a run; the jobs of a table have their counts and seconds in common."""
+        return Tally(self._stats)
+
+    def work(self, run: Run) -> None:
+        """Make the shards of a run, and try failed rows again.
+
+        Raises:
+            Errors of making shards in one process, and those of actors; finished shards are kept in any case.
+        """
+        assert self.encoder is not None
+        threads, own = run.job.threads or 0, int(self.encoder.record["threads"] or 0)
+        if threads > own and run.missing:
+            what = "actors: this job computes with %s, an actor has %s; set OMP_NUM_THREADS=%d when a job begins"
+            logger.warning(what, counted(threads, "thread"), counted(own, "core"), own)
+        works, number = _works(run), len(run.again) + len(run.missing)
+        run.device = self.encoder.device
+        run.encoders = max(1, min(self._max, number))
+        run.decode_processes = run.encoders * self.encoder.decode_processes
+        if not number or run.stop.is_set():
+            return
+        run.begin()
+        with Ticker(run.report):
+            for work, result in self._scheduler.make(works, number):
+                _add(run, work, result)
+        run.end()
+
+    def close(self) -> None:
+        """End the actors, and what they have left half-written."""
+        self._ends.close()
+        with suppress(LostLockError):  # else the files there are another job's
+            self._folder.clean()
+
+
+def _works(run: Run) -> Iterator[Work]:
+    job = run.job
+    for shard in run.again:
+        yield Work(Task(job.folder.update, shard, retry=True), job.path(shard).name, job.failed(shard))
+    for shard in run.missing:
+        yield Work(Task(job.folder.update, shard), job.path(shard).name, range(job.size(shard)))
+
+
+def _add(run: Run, work: Work, result: Mapping[str, Any] | None) -> None:
+    tally = run.tally
+    if result is None:
+        tally.unmade[work.task.shard] = work.not_made
+        return
+    for field in fields(Stats):
+        setattr(tally.stats, field.name, getattr(tally.stats, field.name) + result["stats"][field.name])
+    tally.write_seconds += result["write_seconds"]
+    tally.done += result["rows"]
+    tally.retried += result["rows"] if work.task.retry and not work.task.replace else 0
+
+
+def _record(encoder: LoadedEncoder) -> Mapping[str, str]:
+    return encoder.record
+
+
+def _check(folder: JobFolder, first: Mapping[str, str], other: Mapping[str, str]) -> None:
+    check_same(first, other, folder.path)
+
+
+@contextmanager
+def _engine(config: ActorConfig, min_: int, max_: int, stop: threading.Event) -> Iterator[Engine | None]:
+    """What starts the actors; `None` where `stop` was set while it was looked for."""
+    if (address := _ray_address(config.settings)) is None:
+        engine = _processes(config, max_)
+        try:
+            yield engine
+        finally:
+            engine.close()
         return
     try:
         import ray
         from ray.exceptions import RayError
     except ImportError as error:
-        raise ImportError(f"actors: this needs Ray ({error}): pip install 'nopad[ray]'") from error
+        raise ImportError(f"ray: this needs Ray ({error}): pip install 'nopad[ray]'") from error
+    from nopad.embedding.actors.on_ray import RayEngine
+    from nopad.embedding.actors.ray_head import connected
 
     try:
-        with _connected(), Ticker(run.report):
-            on_gpu = run.worker.encoder.device.type == "cuda"
-            cores = _cores_of_an_actor(ray.nodes(), actors, on_gpu=on_gpu)
-            if (threads := run.job.threads or 0) > cores:
-                what = "actors: this job computes with %s, an actor has %s; set OMP_NUM_THREADS=%d when a job begins"
-                logger.warning(what, counted(threads, "thread"), counted(cores, "core"), cores)
-            run.worker.encoder.uncompile()  # the actors have their own, one of them maybe on this GPU
-            if on_gpu:
-                torch.cuda.empty_cache()
-            with _Actors(run, cores, token, on_gpu=on_gpu) as pool:
-                for shard, result in pool.make(shards, actors):
-                    _add(run, shard, result)
+        with ExitStack() as ends:
+            try:
+                head = ends.enter_context(connected(address, stop))
+            except InterruptedError:
+                yield None
+                return
+            nodes = ray.nodes()
+            has_gpus = any(node["Alive"] and node["Resources"].get("GPU", 0) >= 1 for node in nodes)
+            device = check_device("device", config.settings.device or ("cuda" if has_gpus else "cpu")).type
+            cores = cores_of_an_actor(nodes, min_, on_gpu=device == "cuda")
+            local = replace(config.local_settings, device=device, workers=config.local_settings.workers or cores)
+            program = partial(ShardMaker, replace(config, local_settings=local))
+            engine = RayEngine(program, {"num_cpus": cores, "num_gpus": int(device == "cuda")}, head)
+            ends.callback(engine.close)
+            yield engine
     except RayError as error:
         raise RuntimeError(f"Ray failed; run the job again to go on: {error}") from error
-    finally:
-        with suppress(LostLockError):  # else the files there are another job's
-            run.job.check_lock()
-            run.job.folder.clean()  # no actor is left that could write there
-    run.seconds = time.perf_counter() - run.start
 
 
-def _add(run: Run, shard: int, result: Mapping[str, Any]) -> None:
-    if result.get("unmade"):
-        run.unmade[shard] = result["unmade"]
-        logger.warning("%s is not made: %s", run.job.path(shard).name, result["unmade"])
-    for field in fields(Stats):
-        setattr(run.stats, field.name, getattr(run.stats, field.name) + result[field.name])
-    run.write_seconds += result["write_seconds"]
-    run.done += result["rows"]
+def _ray_address(settings: Settings) -> str | None:
+    """Of the cluster whose actors are used, `None` for processes of this machine."""
+    if settings.actors is None:
+        return None
+    if (address := settings.ray or os.environ.get("RAY_ADDRESS")) is not None:
+        return address
+    ray = sys.modules.get("ray")
+    return "auto" if ray is not None and ray.is_initialized() else None
 
 
-class _Actors:
-    """The actors of a run and the shards in their hands.
+def _processes(config: ActorConfig, actors: int) -> ProcessEngine:
+    """Processes that share this machine's cores, or have a GPU each.
 
-    An actor gets one shard at a time, once it has loaded its encoder: a shard that waits behind another could be made
-    by an actor that has nothing to do, and after a stop only shards in hand are waited for.
+    Raises:
+        ValueError: a GPU that several actors cannot share.
     """
-
-    def __init__(self, run: Run, cores: int, token: str, *, on_gpu: bool) -> None:
-        import ray
-
-        settings = run.job.settings
-        self.run = run
-        self.needs: dict[str, Any] = {"num_cpus": cores, "num_gpus": int(on_gpu)}
-        self.maker: Any = ray.remote(**self.needs)(ShardMaker)
-        local_settings = replace(
-            settings,
-            model=os.path.abspath(settings.model) if os.path.exists(settings.model) else settings.model,
-            device=run.worker.encoder.device.type,  # Ray shows each actor its own GPU as the only one
-            workers=settings.workers or cores,
-        )
-        folder = os.path.abspath(run.job.folder.path)
-        self.config = ActorConfig(folder, settings, local_settings, token, run.job.folder.update)
-        self.places: dict[Any, str] = {}  # of each actor that has started: its process and host
-        self.loading: dict[Any, Any] = {}  # an actor by the reference to what its call will return
-        self.making: dict[Any, tuple[Any, int]] = {}
-        self.deaths: Counter[int | None] = Counter()  # of each shard, and of actors without a shard
-
-    def __enter__(self) -> _Actors:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        import ray
-
-        for actor in {*self.loading.values(), *(actor for actor, _ in self.making.values()), *self.places}:
-            ray.kill(actor)
-
-    def start(self) -> None:
-        """Start an actor; it loads its encoder."""
-        actor = self.maker.remote(self.config)
-        self.loading[actor.place.remote()] = actor
-
-    def make(self, shards: Sequence[int], actors: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Each shard and the result of `ShardMaker.make`, in the order in which they are done.
-
-        Raises:
-            ChildProcessError: too many deaths.
-            Exception: what an actor raised.
-        """
-        import ray
-
-        waiting, idle = deque(shards), []
-        self.run.encoders = min(actors, len(shards))
-        self.run.decode_processes = self.run.encoders * (self.config.local_settings.workers or 1)
-        for _ in range(self.run.encoders):
-            self.start()
-        last, warned = time.monotonic(), False
-        while self.making or (waiting and not self.run.stop.is_set()):
-            done, _ = ray.wait([*self.loading, *self.making], timeout=0.2)
-            for call in done:
-                actor, shard = self.making.pop(call) if call in self.making else (self.loading.pop(call), None)
-                value = self.value(call, actor, shard)
-                if value is None:
-                    if shard is not None:
-                        waiting.appendleft(shard)
-                    self.start()
-                    continue
-                idle.append(actor)
-                if shard is None:
-                    self.places[actor] = value
-                    self.deaths.pop(None, None)  # actors can start
-                else:
-                    yield shard, value
-            while idle and waiting and not self.run.stop.is_set():
-                actor, shard = idle.pop(), waiting.popleft()
-                self.making[actor.make.remote(shard)] = (actor, shard)
-            if self.making:
-                last = time.monotonic()
-            elif not warned and time.monotonic() - last > MAX_IDLE_SECONDS:
-                warned = True
-                free = ray.available_resources()
-                logger.warning(
-                    "actors: none has started in %.0f s; free now: %s; each: %s", MAX_IDLE_SECONDS, free, self.needs
-                )
-
-    def value(self, call: Any, actor: Any, shard: int | None) -> Any:
-        """The result of a call, `None` where its actor died."""
-        import ray
-        from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
-
-        try:
-            return ray.get(call)
-        except RayTaskError as error:
-            raise (error.cause or error) from error
-        except RayActorError as error:
-            place = self.places.pop(actor, "a process that had not loaded its encoder")
-            if isinstance(error, ActorDiedError) and error.preempted:
-                logger.warning("actors: %s was preempted", place)
-                return None
-            self.deaths[shard] += 1
-            what = "an actor" if shard is None else self.run.job.path(shard).name
-            if self.deaths[shard] >= MAX_ATTEMPTS:
-                raise ChildProcessError(
-                    f"{what}: {MAX_ATTEMPTS} processes died while they made it, the last was {place}; too little "
-                    f"memory, or an input that kills its decoder? finished shards are kept"
-                ) from error
-            logger.warning("%s: %s died while it made it; it is made again", what, place)
-            return None
+    settings = config.settings
+    num_gpus = torch.cuda.device_count()
+    device = check_device("device", settings.device or ("cuda" if num_gpus else "cpu"))
+    places = num_cores()
+    environments: list[dict[str, str]] = [{}]
+    if device.type == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
+        if device.index is not None and actors > 1:
+            raise ValueError(f"device: {device} is one GPU, which {actors} actors cannot share; give cuda alone")
+        indices = range(num_gpus) if device.index is None else [device.index]
+        environments = [{"CUDA_VISIBLE_DEVICES": visible[index]} for index in indices]
+        if not num_gpus or not all(index < num_gpus for index in indices):
+            raise ValueError(f"device: got {str(device)!r}, but torch sees {counted(num_gpus, 'CUDA device')}")
+        places = len(environments)
+    if actors > places:
+        what = "a GPU" if device.type == "cuda" else "a core"
+        logger.warning("actors: %d wanted, there is room for %d with %s each", actors, places, what)
+        actors = places
+    cores = max(1, num_cores() // actors)
+    if device.type == "cpu":
+        threads = {} if actors == 1 or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(cores)}
+        environments = [threads] * actors
+    local = replace(config.local_settings, device=device.type, workers=settings.workers or cores)
+    return ProcessEngine(partial(ShardMaker, replace(config, local_settings=local)), environments[:actors])
 
 
-def _cores_of_an_actor(nodes: Sequence[Mapping[str, Any]], actors: int, *, on_gpu: bool) -> int:
+def cores_of_an_actor(nodes: Sequence[Mapping[str, Any]], actors: int, *, on_gpu: bool) -> int:
     """Maximum number of cores that each of `actors` can have on the nodes of the cluster.
 
     Raises:
@@ -229,26 +247,3 @@ def _cores_of_an_actor(nodes: Sequence[Mapping[str, Any]], actors: int, *, on_gp
         logger.warning("actors: %d wanted, there is room for %d with %s each", actors, num_fitting(1), what)
     max_cores = max(int(node.get("CPU", 0)) for node in alive)
     return next((cores for cores in range(max_cores, 1, -1) if num_fitting(cores) >= actors), 1)
-
-
-@contextmanager
-def _connected() -> Iterator[None]:
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    quiet: dict[str, Any] = {"logging_level": "error", "log_to_driver": False}
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    if address := os.environ.get("RAY_ADDRESS"):
-        ray.init(address, **quiet)
-    else:
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
-    try:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own there
-        yield
-    finally:
-        ray.shutdown()

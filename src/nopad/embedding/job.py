@@ -24,10 +24,32 @@ from nopad.embedding.manifest import check_same, fingerprint, job_folders
 from nopad.embedding.settings import Settings
 from nopad.embedding.table.format import COLUMNS, TOKENS, Row, ShardFormat
 from nopad.embedding.table.names import parse_shard_name, shard_name
-from nopad.embedding.table.reader import num_rows, read_metadata
+from nopad.embedding.table.reader import failed_rows, num_rows, read_metadata
 from nopad.embedding.table.writer import write_shard
 from nopad.encoder import PackedEncoder
+from nopad.pipeline.selection import Selection
 from nopad.terminal import printable
+
+
+@dataclass(frozen=True)
+class FeatureSizes:
+    """How long an encoder's features are.
+
+    Attributes:
+        embedding: values of a vector.
+        tokens: the hidden size where tokens are stored, else `None`.
+        layers: of which tokens are stored, from 0; `None` for the last one.
+    """
+
+    embedding: int
+    tokens: int | None
+    layers: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, encoder: PackedEncoder, selection: Selection) -> FeatureSizes:
+        """Those of the features that a job keeps."""
+        layers = selection.layers and encoder.layer_indices(selection.layers)
+        return cls(selection.embedding_size(encoder), encoder.hidden_size if selection.tokens else None, layers)
 
 
 @dataclass
@@ -110,21 +132,25 @@ class Job:
         """The metadata in a shard's schema."""
         return {**{key: value for key, value in self.record.items() if key != "sources"}, "shard": str(shard)}
 
-    def write(self, shard: int, rows: Sequence[Row], encoder: PackedEncoder) -> None:
+    def failed(self, shard: int) -> list[int]:
+        """The failed rows of a shard that is there."""
+        return [row for row, *_ in failed_rows(self.path(shard))]
+
+    def write(self, shard: int, rows: Sequence[Row], sizes: FeatureSizes) -> None:
         """Put a shard in its place, whole.
 
         Raises:
             LostLockError: the folder is no longer this job's.
             OSError: see `write_shard`.
         """
-        path, selection = self.path(shard), self.settings.selection
+        path = self.path(shard)
         format = ShardFormat(
-            dimension=selection.embedding_size(encoder),
+            dimension=sizes.embedding,
             embedding_dtype=self.settings.embedding_dtype,
             embedding_list=self.settings.embedding_list,
-            token_dimension=encoder.hidden_size if selection.tokens else None,
-            token_layers=selection.layers and encoder.layer_indices(selection.layers),
-            tokens_pool=selection.tokens_pool,
+            token_dimension=sizes.tokens,
+            token_layers=sizes.layers,
+            tokens_pool=self.settings.tokens_pool,
             kept=None if self.kept is None else self.kept.schema,
         )
         temporary = self.folder.temporary(path)

@@ -15,7 +15,6 @@ import torch
 from nopad import __version__
 from nopad.checkpoints.contents import read_json
 from nopad.embedding.folder import JobFolder
-from nopad.embedding.inputs.listing import InputList
 from nopad.embedding.inputs.names import as_text
 from nopad.embedding.settings import Settings
 from nopad.encoder import PackedEncoder
@@ -31,8 +30,10 @@ _FOLLOWS = {
 """Entries of a record that follow from options of the job."""
 
 
-def record_of(settings: Settings, worker: Worker, sources: list[str], inputs: InputList) -> dict[str, str]:
-    """Everything that a job's features depend on, in words, as it stands in the metadata of every shard."""
+def record_of(settings: Settings, worker: Worker) -> dict[str, str]:
+    """Everything that a job's features depend on, in words, as it stands in the metadata of every shard; all but
+    `sources` and `inputs`.
+    """
     encoder, rule = worker.encoder, worker.image_processor.rule
     resolved = replace(
         settings,
@@ -66,8 +67,6 @@ def record_of(settings: Settings, worker: Worker, sources: list[str], inputs: In
         "max_segments": str(encoder.compiled_max_segments or ""),
         "preprocessing": worker.preprocessing,
         "embedding": worker.selection.describe(encoder),
-        "sources": json.dumps(sources),
-        "inputs": inputs.digest(),
     }
 
 

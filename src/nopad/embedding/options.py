@@ -75,6 +75,16 @@ def time_limit(default: float, help: str) -> Any:
     return option(default, help, check_seconds, recorded=False, type=_parse_time_limit, metavar="S")
 
 
+def stall(default: float, help: str) -> Any:
+    """An option that is a time above 0, typed with a unit, or none."""
+    return option(default, help, check_seconds, recorded=False, type=_parse_stall, metavar="TIME")
+
+
+def actors(help: str) -> Any:
+    """An option that is a number of actors, or a least and a most one; none by default."""
+    return option(None, help, _check_actors, recorded=False, type=_parse_actors, metavar="N")
+
+
 def memory(help: str) -> Any:
     """An option that is a number of bytes, typed with a unit; none by default."""
     return option(None, help, check_count, recorded=False, type=_parse_bytes, metavar="SIZE")
@@ -115,6 +125,16 @@ def check_seconds(name: str, value: Any) -> None:
     """Raise `ValueError` unless a value is a time above 0, or `None`."""
     if value is not None and not (is_number(value) and value > 0):
         raise ValueError(f"{name}: expected seconds > 0 or None, got {value!r:.80}")
+
+
+def _check_actors(name: str, value: Any) -> None:
+    if not isinstance(value, tuple):
+        check_count(name, value)
+        return
+    for limit in value:
+        check_count(name, limit)
+    if len(value) != 2 or value[0] > value[1]:
+        raise ValueError(f"{name}: expected a least and a most number, as (2, 8), got {value!r:.80}")
 
 
 def _check_between(unit: str, least: float, most: float, name: str, value: Any) -> None:
@@ -182,6 +202,20 @@ def _parse_time_limit(text: str) -> float | None:
         return None if text == "none" else float(text)
     except ValueError:
         raise ArgumentTypeError(f"expected seconds or none, got {text!r}") from None
+
+
+def _parse_stall(text: str) -> float | None:
+    return None if text == "none" else _parse_duration(text)
+
+
+def _parse_actors(text: str) -> int | tuple[int, int]:
+    try:
+        limits = [int(limit) for limit in text.split("..")]
+        if len(limits) > 2:
+            raise ValueError
+    except ValueError:
+        raise ArgumentTypeError(f"expected a number, or two as 2..8, got {text!r:.80}") from None
+    return limits[0] if len(limits) == 1 else (limits[0], limits[1])
 
 
 def _parse_layers(text: str) -> tuple[int, ...]:

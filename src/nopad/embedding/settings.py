@@ -161,7 +161,20 @@ class Settings:
         recorded=False,
     )
     retry_failed: bool = options.flag("try failed rows of finished shards again", recorded=False)
-    actors: int | None = options.count(None, "run on Ray with N actors", recorded=False)
+    actors: int | tuple[int, int] | None = options.actors(
+        "make shards by N processes of this machine, one per GPU, or with --ray by N actors of a cluster; as 2..8 by "
+        "2 to 8 of them, as there is room"
+    )
+    ray: str | None = options.text(
+        None,
+        "cluster of the actors: HOST:PORT, auto for the one that was started on this machine with ray start, local for "
+        "one of its own (default: RAY_ADDRESS)",
+        recorded=False,
+        metavar="ADDRESS",
+    )
+    stall: float | None = options.stall(
+        600.0, "time without progress after which an actor's shard is made elsewhere, as 10m, none for no limit"
+    )
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -172,6 +185,15 @@ class Settings:
             raise ValueError(f"fps, every: expected one of them, got {self.fps} and {self.every}")
         if self.fps is not None and self.frames != NUM_FRAMES:
             raise ValueError(f"frames: rows by fps have one frame each, got {self.frames}; with every=… they have more")
+
+        if self.ray is not None and self.actors is None:
+            raise ValueError(f"ray: {self.ray!r} is the cluster of actors; give how many with actors, too")
+
+    @property
+    def num_actors(self) -> tuple[int, int]:
+        """How many actors there are at least and at most."""
+        actors = self.actors or 1
+        return actors if isinstance(actors, tuple) else (actors, actors)
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Settings:

@@ -68,6 +68,14 @@ class Summary:
     shards_with_failures: list[str]
     unmade: dict[str, str] = field(default_factory=dict)
 
+    @classmethod
+    def of_nothing(cls, folder: str, num_inputs: int, left_out: dict[str, int]) -> Summary:
+        """That of a run which was stopped before its job began."""
+        counts: dict[str, Any] = dict.fromkeys(("rows", "failed", "done", "seconds", "write_seconds"), 0)
+        counts |= {"missing": num_inputs, "to_go": num_inputs, "encoders": 1, "decode_processes": 1}
+        more: dict[str, Any] = {"device": "CPU", "left_out": left_out, "changes": [], "shards_with_failures": []}
+        return cls(folder=folder, stats=Stats(), **counts, **more)
+
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
         seconds = self.seconds or 1.0  # where there was nothing to do, nothing was done per second

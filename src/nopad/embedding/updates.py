@@ -11,10 +11,9 @@ from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.kept import Kept
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.stamps import Stamp, load_stamps, take_stamps
-from nopad.embedding.job import Job
+from nopad.embedding.job import FeatureSizes, Job
 from nopad.embedding.table.format import CHANGED, GONE, Row
 from nopad.embedding.table.reader import iterate_rows, statuses
-from nopad.encoder import PackedEncoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +115,7 @@ def begin_update(folder: JobFolder, jobs: Sequence[Job], record: Mapping[str, st
     return Job(first.settings, part, update_record, inputs, first.check_lock)
 
 
-def mark(jobs: Sequence[Job], marks: Mapping[Place, str], encoder: PackedEncoder) -> None:
+def mark(jobs: Sequence[Job], marks: Mapping[Place, str], sizes: FeatureSizes) -> None:
     """Put marks into the shards that need them, each replaced as a whole; a marked row has neither features nor what
     was found in its file.
 
@@ -129,7 +128,7 @@ def mark(jobs: Sequence[Job], marks: Mapping[Place, str], encoder: PackedEncoder
     for (number, shard), marked in by_shard.items():
         job = jobs[number]
         rows = [_marked(row, marked.get(at), job.kept) for at, row in enumerate(iterate_rows(job.path(shard)))]
-        job.write(shard, rows, encoder)
+        job.write(shard, rows, sizes)
 
 
 def _marked(row: Row, status: str | None, kept: Kept | None) -> Row:

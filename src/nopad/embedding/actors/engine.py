@@ -1,0 +1,147 @@
+"""What starts actors and carries tasks to them: the interface that the scheduler drives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+class NodeError(ValueError):
+    """Something is wrong with the node of an actor: its files, its installation."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an actor runs.
+
+    Attributes:
+        node: of the engine's own naming, another one for each machine.
+        host: the machine's name.
+        pid: the process.
+    """
+
+    node: str
+    host: str
+    pid: int
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an actor does in one go.
+
+    Attributes:
+        update: the job, see `JobFolder`.
+        shard: of the job.
+        retry: embed the failed rows of a shard that is there, not all rows of one that is missing.
+        replace: make a shard again that is there.
+        probe: embed these rows alone and keep nothing: does the process survive?
+        skipped: rows that become failed rows without being read, and their reasons.
+    """
+
+    update: int
+    shard: int
+    retry: bool = False
+    replace: bool = False
+    probe: Sequence[int] | None = None
+    skipped: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An actor's process has started; it loads the encoder."""
+
+    actor: int
+    place: Place
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An actor has loaded the encoder."""
+
+    actor: int
+    value: Any
+
+
+@dataclass(frozen=True)
+class Beat:
+    """An actor runs. `progress` differs from the one before if it has done anything."""
+
+    actor: int
+    progress: Any
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A task is done."""
+
+    actor: int
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Raised:
+    """Loading or a task raised an error; the actor lives on."""
+
+    actor: int
+    error: Exception
+
+
+@dataclass(frozen=True)
+class Died:
+    """An actor's process has ended.
+
+    Attributes:
+        reason: in words: "it was ended by SIGKILL".
+        preempted: its machine was taken away, which is no fault of its task.
+    """
+
+    actor: int
+    reason: str
+    preempted: bool = False
+
+
+Event = Placed | Loaded | Beat | Finished | Raised | Died
+
+
+class Engine(Protocol):
+    """Starts actors and carries tasks to them. Each actor gets one task at a time; one thread calls all methods."""
+
+    def start(self, begun: Mapping[str, str]) -> int:
+        """Start an actor, at once or when there is room, and return its number; `Placed` and `Loaded` will follow.
+
+        Args:
+            begun: the record of a job whose choices the encoder is loaded by, see `make_worker`.
+        """
+        ...
+
+    def send(self, actor: int, task: Task) -> None:
+        """Give a task to an actor that has none."""
+        ...
+
+    def kill(self, actor: int) -> None:
+        """End an actor; no event of it follows."""
+        ...
+
+    def wait(self, seconds: float) -> list[Event]:
+        """Events in their order, as soon as there is one, none after so many seconds.
+
+        Raises:
+            ConnectionError, RuntimeError: the engine itself has failed.
+        """
+        ...
+
+    def set_aside(self, node: str) -> None:
+        """Start no more actors on a node."""
+        ...
+
+    def waiting_for(self) -> str:
+        """What an actor that has not started waits for, in words."""
+        ...
+
+    def close(self) -> None:
+        """End all actors, and the engine."""
+        ...

@@ -1,0 +1,149 @@
+"""Actors on a Ray cluster: through Ray go the numbers of shards and what became of them, never pixels or features.
+
+Which actor makes which shard is decided by the scheduler: Ray's own queues would begin shards after a Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nopad.embedding.actors.engine import Beat, Died, Event, Finished, Loaded, Place, Placed, Raised, Task
+from nopad.embedding.actors.ray_head import RayHead
+
+MAX_BEAT_SECONDS = 5.0
+
+
+class RayEngine:
+    """Starts actors on the cluster that this process is connected to.
+
+    Args:
+        program: makes an actor: an object with the methods of `ShardMaker`.
+        needs: resources of an actor, by the names of `ray.remote`'s arguments.
+        head: the cluster's, whose end is an error.
+    """
+
+    def __init__(self, program: Callable[[], Any], needs: Mapping[str, Any], head: RayHead) -> None:
+        import ray
+
+        self._ray = ray
+        self._needs = dict(needs)
+        self._head = head
+        options: dict[str, Any] = {**self._needs, "max_concurrency": 2}  # a task, and `progress` beside it
+        self._make: Any = ray.remote(**options)(RayActor)
+        self._program = program
+        self._actors: dict[int, Any] = {}
+        self._calls: dict[Any, tuple[int, str]] = {}
+        self._begun: dict[int, Mapping[str, str]] = {}
+        self._next_beat: dict[int, float] = {}
+        self._aside: list[str] = []
+        self._number = 0
+
+    def start(self, begun: Mapping[str, str]) -> int:
+        """See `Engine`."""
+        self._number += 1
+        options: dict[str, Any] = {}
+        if self._aside:
+            options = {"label_selector": {"ray.io/node-id": f"!in({','.join(self._aside)})"}}
+        actor = self._make.options(**options).remote(self._program) if options else self._make.remote(self._program)
+        self._actors[self._number] = actor
+        self._begun[self._number] = begun
+        self._calls[actor.place.remote()] = self._number, "placed"
+        return self._number
+
+    def send(self, actor: int, task: Task) -> None:
+        """See `Engine`."""
+        self._calls[self._actors[actor].do.remote(task)] = actor, "finished"
+
+    def kill(self, actor: int) -> None:
+        """See `Engine`."""
+        handle = self._forget(actor)
+        self._ray.kill(handle)
+
+    def wait(self, seconds: float) -> list[Event]:
+        """See `Engine`."""
+        self._head.check()
+        self._beat()
+        if not self._calls:
+            time.sleep(seconds)
+            return []
+        done, _ = self._ray.wait([*self._calls], timeout=seconds)
+        return [event for call in done if call in self._calls and (event := self._event(call)) is not None]
+
+    def set_aside(self, node: str) -> None:
+        """See `Engine`."""
+        self._aside.append(node)
+
+    def waiting_for(self) -> str:
+        """See `Engine`."""
+        return f"free now: {self._ray.available_resources()}; each needs {self._needs}"
+
+    def close(self) -> None:
+        """See `Engine`."""
+        for actor in [*self._actors]:
+            self.kill(actor)
+
+    def _beat(self) -> None:
+        beating = {actor for actor, kind in self._calls.values() if kind == "beat"}
+        now = time.monotonic()
+        for actor, when in self._next_beat.items():
+            if when <= now and actor not in beating:
+                self._calls[self._actors[actor].progress.remote()] = actor, "beat"
+                self._next_beat[actor] = now + MAX_BEAT_SECONDS
+
+    def _event(self, call: Any) -> Event | None:
+        from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+
+        actor, kind = self._calls.pop(call)
+        try:
+            value = self._ray.get(call)
+        except RayTaskError as error:
+            cause = error.cause or error
+            return Raised(actor, cause if isinstance(cause, Exception) else RuntimeError(str(error)))
+        except RayActorError as error:
+            self._forget(actor)
+            is_preempted = isinstance(error, ActorDiedError) and error.preempted
+            return Died(actor, _reason(error), is_preempted)
+        if kind == "placed":
+            host, pid, node = value
+            self._calls[self._actors[actor].load.remote(self._begun.pop(actor))] = actor, "loaded"
+            self._next_beat[actor] = time.monotonic() + MAX_BEAT_SECONDS
+            return Placed(actor, Place(node, host, pid))
+        return {"loaded": Loaded, "finished": Finished, "beat": Beat}[kind](actor, value)
+
+    def _forget(self, actor: int) -> Any:
+        self._calls = {call: of for call, of in self._calls.items() if of[0] != actor}
+        self._next_beat.pop(actor, None)
+        self._begun.pop(actor, None)
+        return self._actors.pop(actor)
+
+
+class RayActor:
+    """Ray's actor: what `program` makes, with its node. Not made in the constructor, whose errors are deaths to Ray."""
+
+    def __init__(self, program: Callable[[], Any]) -> None:
+        self._program = program
+        self._actor: Any = None
+
+    def place(self) -> tuple[str, int, str]:
+        import ray
+
+        self._actor = self._program()
+        return *self._actor.place(), ray.get_runtime_context().get_node_id()
+
+    def load(self, begun: Mapping[str, str]) -> Any:
+        return self._actor.load(begun)
+
+    def progress(self) -> Any:
+        return self._actor.progress()
+
+    def do(self, task: Task) -> dict[str, Any]:
+        return self._actor.do(task)
+
+
+def _reason(error: Exception) -> str:
+    """The part of Ray's message that says why an actor has died."""
+    text = " ".join(str(error).split())
+    detail = text.partition("Worker exit detail: ")[2] or text.partition("The actor is dead because ")[2] or text
+    return detail.partition(" Some common causes")[0][:400]

@@ -1,0 +1,194 @@
+"""Actors that are processes of this machine, started by the command and ended with it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from nopad.embedding.actors.engine import Beat, Died, Event, Finished, Loaded, NodeError, Place, Placed, Raised, Task
+from nopad.terminal import configure_transformers
+
+BEAT_SECONDS = 1.0
+
+_END_SECONDS = 10.0  # until a process whose connection is closed has ended
+
+
+class ProcessEngine:
+    """Starts actors as processes.
+
+    Args:
+        program: makes an actor: an object with the methods of `ShardMaker`. It is pickled.
+        environments: more variables of each actor's environment, in turn; as many as there may be actors.
+    """
+
+    def __init__(self, program: Callable[[], Any], environments: list[dict[str, str]]) -> None:
+        self._program = program
+        self._environments = environments
+        self._free = list(range(len(environments)))[::-1]
+        self._actors: dict[int, _Process] = {}
+        self._number = 0
+
+    def start(self, begun: Mapping[str, str]) -> int:
+        """See `Engine`."""
+        self._number += 1
+        slot = self._free.pop() if self._free else self._number % len(self._environments)
+        self._actors[self._number] = self.process(slot)
+        self._actors[self._number].send((self._program, dict(begun)))
+        return self._number
+
+    def process(self, slot: int) -> _Process:
+        """A new process, in one of the environments."""
+        return _Process(slot, self._environments[slot])
+
+    def send(self, actor: int, task: Task) -> None:
+        """See `Engine`."""
+        self._actors[actor].send(task)
+
+    def kill(self, actor: int) -> None:
+        """See `Engine`."""
+        process = self._actors.pop(actor)
+        self._free.append(process.slot)
+        process.kill()
+
+    def wait(self, seconds: float) -> list[Event]:
+        """See `Engine`."""
+        by_connection = {process.connection: number for number, process in self._actors.items()}
+        events: list[Event] = []
+        for connection in wait([*by_connection], seconds):
+            number = by_connection[connection]  # type: ignore[index]
+            process = self._actors[number]
+            try:
+                kind, value = process.connection.recv()
+                events.append(_EVENTS[kind](number, value))
+            except (EOFError, OSError):
+                del self._actors[number]
+                self._free.append(process.slot)
+                events.append(Died(number, process.reason()))
+        return events
+
+    def set_aside(self, node: str) -> None:
+        """See `Engine`; there is one node."""
+
+    def waiting_for(self) -> str:
+        """See `Engine`."""
+        return "their processes do not answer"
+
+    def close(self) -> None:
+        """See `Engine`."""
+        for number in [*self._actors]:
+            self.kill(number)
+
+
+class _Process:
+    def __init__(self, slot: int, environment: Mapping[str, str]) -> None:
+        self.slot = slot
+        mine, theirs = socket.socketpair()
+        with theirs:
+            command = f"from nopad.embedding.actors.processes import main; main({theirs.fileno()})"
+            paths = os.pathsep.join(filter(None, sys.path))
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", command],
+                env={**os.environ, "PYTHONPATH": paths, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # stdout is for the command's summary
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # a terminal's Ctrl-C is for the command alone
+            )
+        self.connection = Connection(mine.detach())
+
+    def send(self, message: Any) -> None:
+        with suppress(OSError):  # it has died, which is seen when it is waited for
+            self.connection.send(message)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self.connection.close()
+
+    def reason(self) -> str:
+        """Why it has ended, once its connection is closed."""
+        self.connection.close()
+        try:
+            status = self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            return "it closed its connection"
+        if status >= 0:
+            return f"it ended with status {status}"
+        with suppress(ValueError):
+            return f"it was ended by {signal.Signals(-status).name}"
+        return f"it was ended by signal {-status}"
+
+
+def _placed(number: int, value: tuple[str, int]) -> Placed:
+    host, pid = value
+    return Placed(number, Place(host, host, pid))
+
+
+_EVENTS: dict[str, Callable[[int, Any], Event]] = {
+    "placed": _placed,
+    "loaded": Loaded,
+    "beat": Beat,
+    "finished": Finished,
+    "raised": Raised,
+}
+
+
+def main(descriptor: int) -> None:
+    """Serve one actor over a socket; the process ends when that is closed."""
+    connection = Connection(descriptor)
+    lock = threading.Lock()
+
+    def send(kind: str, value: Any) -> None:
+        with lock:
+            try:
+                connection.send((kind, value))
+            except OSError:
+                os._exit(1)  # the command has ended
+
+    def beat() -> None:
+        while not over.wait(BEAT_SECONDS):
+            send("beat", actor.progress())
+
+    def call(kind: str, function: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            value = function(*arguments)
+        except Exception as error:
+            send("raised", _portable(error))
+        else:
+            send(kind, value)
+
+    over = threading.Event()
+    configure_transformers()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.getLogger("nopad").setLevel(logging.ERROR)  # the command logs what became of a task
+    with suppress(EOFError, OSError):
+        program, begun = connection.recv()
+        actor = program()
+        threading.Thread(target=beat, daemon=True).start()
+        send("placed", actor.place())
+        call("loaded", actor.load, begun)
+        while True:
+            call("finished", actor.do, connection.recv())
+    over.set()
+    os._exit(0)  # not held up by threads of libraries
+
+
+def _portable(error: Exception) -> Exception:
+    """An error that can be pickled, of the nearest class of Python's own or of the engine's."""
+    for kind in (NodeError, ImportError, OSError, ValueError):
+        if isinstance(error, kind):
+            if isinstance(error, OSError) and error.errno is not None:
+                return OSError(error.errno, error.strerror)
+            return kind(str(error))
+    return RuntimeError(f"{type(error).__name__}: {error}")

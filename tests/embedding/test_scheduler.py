@@ -1,0 +1,391 @@
+"""The scheduler of actors, on an engine without processes and a clock that stands still between two looks."""
+
+import logging
+import re
+import threading
+from collections import Counter
+
+import pytest
+
+from nopad.embedding.actors.crew import Crew
+from nopad.embedding.actors.engine import Beat, Died, Finished, Loaded, NodeError, Place, Placed, Raised, Task
+from nopad.embedding.actors.scheduler import Scheduler
+from nopad.embedding.actors.work import Work
+
+ROWS = 64
+NOTHING_SKIPPED = {shard: {} for shard in range(6)}
+
+
+class KilledError(Exception):
+    """The process ends over its task."""
+
+
+class UnreachableError(Exception):
+    """An input cannot be reached."""
+
+
+class PreemptedError(Exception):
+    """Its machine is taken away."""
+
+
+class HangError(Exception):
+    """The task makes no progress."""
+
+
+class FakeEngine:
+    """Actors on nodes in turn. `does` is called with node and task, and returns how many rows failed, or raises.
+
+    A task takes no time, on the nodes of `slow` so many seconds.
+    """
+
+    def __init__(
+        self, does, nodes=("a",), loads=lambda node: {"record": "same"}, starts=lambda number: True, slow=None
+    ):
+        self.does, self.nodes, self.loads, self.starts, self.slow = does, nodes, loads, starts, slow or {}
+        self.later = []
+        self.now = 0.0
+        self.number = 0
+        self.node_of: dict[int, str] = {}
+        self.hanging: set[int] = set()
+        self.aside: list[str] = []
+        self.events = []
+        self.log = []
+        self.killed = []
+
+    def start(self, begun):
+        self.number += 1
+        nodes = [node for node in self.nodes if node not in self.aside]
+        if not nodes or not self.starts(self.number):
+            return self.number
+        node = nodes[self.number % len(nodes)]
+        self.node_of[self.number] = node
+        self.events.append(Placed(self.number, Place(node, f"host-{node}", self.number)))
+        try:
+            self.events.append(Loaded(self.number, self.loads(node)))
+        except Exception as error:
+            self.events.append(Raised(self.number, error))
+        return self.number
+
+    def send(self, actor, task):
+        node = self.node_of[actor]
+        self.log.append((node, task))
+        try:
+            failed = self.does(node, task)
+        except KilledError:
+            self.events.append(Died(actor, "it was ended by SIGSEGV"))
+        except PreemptedError:
+            self.events.append(Died(actor, "preempted", preempted=True))
+        except HangError:
+            self.hanging.add(actor)
+        except UnreachableError as error:
+            self.events.append(Finished(actor, {"rows": 0, "num_failed": 0, "unmade": str(error)}))
+        except Exception as error:
+            self.events.append(Raised(actor, error))
+        else:
+            finished = Finished(actor, {"rows": ROWS, "num_failed": failed + len(task.skipped)})
+            self.later.append((self.now + self.slow.get(node, 0.0), finished))
+
+    def kill(self, actor):
+        self.killed.append(actor)
+        self.hanging.discard(actor)
+
+    def wait(self, seconds):
+        self.now += 1.0
+        assert self.now < 5e3, "the job does not end"
+        done = [event for end, event in self.later if end <= self.now]
+        self.later = [(end, event) for end, event in self.later if end > self.now]
+        events, self.events = self.events + done, [Beat(actor, "always the same") for actor in self.hanging]
+        return events
+
+    def set_aside(self, node):
+        self.aside.append(node)
+
+    def waiting_for(self):
+        return "a core, of which none is free"
+
+
+def scheduler(engine, actors=1, stall=600.0, stop=None, check=lambda first, record: None):
+    crew = Crew(engine, begun={}, record=lambda value: value, check=check, clock=lambda: engine.now)
+    return Scheduler(crew, actors, stall=stall, stop=stop or threading.Event())
+
+
+def works(number):
+    return [Work(Task(0, shard), f"shard-{shard}", range(ROWS)) for shard in range(number)]
+
+
+def run(engine, number=6, **options):
+    """Which shards were made, with what skipped; which were given up, and why."""
+    made, given_up = {}, {}
+    for work, result in scheduler(engine, **options).make(works(number), number):
+        if result is None:
+            given_up[work.task.shard] = work.not_made
+        else:
+            made[work.task.shard] = dict(work.task.skipped)
+    return made, given_up
+
+
+def rows_of(task):
+    return [row for row in (range(ROWS) if task.probe is None else task.probe) if row not in task.skipped]
+
+
+@pytest.mark.parametrize("poison", [{0}, {63}, {17}, {5, 6, 40}])
+def test_pictures_that_end_their_process_are_found_and_all_others_made(poison):
+    def does(node, task):
+        if task.shard == 2 and poison & {*rows_of(task)}:
+            raise KilledError
+        return 0
+
+    made, given_up = run(FakeEngine(does), actors=2)
+    assert given_up == {}
+    assert {*made} == {*range(6)}
+    assert {*made.pop(2)} == poison
+    assert {**made} == {shard: {} for shard in (0, 1, 3, 4, 5)}
+
+
+def test_reason_of_a_picture_that_ends_its_process():
+    def does(node, task):
+        if 3 in rows_of(task):
+            raise KilledError
+        return 0
+
+    made, _ = run(FakeEngine(does), number=1)
+    assert made == {0: {3: "the process that embedded it died, also with it alone: it was ended by SIGSEGV"}}
+
+
+def test_a_process_that_dies_once_costs_nothing():
+    deaths = Counter()
+
+    def does(node, task):
+        deaths[task.shard] += 1
+        if deaths[task.shard] == 1:
+            raise KilledError
+        return 0
+
+    engine = FakeEngine(does)
+    assert run(engine) == (NOTHING_SKIPPED, {})
+    assert all(task.probe is None for _, task in engine.log)
+
+
+def test_preemptions_are_no_deaths():
+    preemptions = Counter()
+
+    def does(node, task):
+        preemptions[task.shard] += 1
+        if preemptions[task.shard] < 30:
+            raise PreemptedError
+        return 0
+
+    engine = FakeEngine(does)
+    assert run(engine, number=2) == ({0: {}, 1: {}}, {})
+    assert all(task.probe is None for _, task in engine.log)
+
+
+def test_a_shard_that_is_too_much_at_once_is_given_up_and_the_others_made():
+    def does(node, task):
+        if task.shard == 1 and len(rows_of(task)) == ROWS:
+            raise KilledError
+        return 0
+
+    made, given_up = run(FakeEngine(does), actors=2)
+    assert {*made} == {0, 2, 3, 4, 5}
+    assert "died while it made it: it was ended by SIGSEGV; with its pictures in parts none did" in given_up[1]
+
+
+def test_where_every_process_dies_the_job_ends():
+    def does(node, task):
+        raise KilledError
+
+    with pytest.raises(ChildProcessError, match=r"processes died one after another and no shard was made.*SIGSEGV"):
+        run(FakeEngine(does), actors=2)
+
+
+def test_where_every_process_dies_loading_the_job_ends():
+    class Engine(FakeEngine):
+        def start(self, begun):
+            self.number += 1
+            self.events.append(Died(self.number, "it was ended by SIGKILL"))
+            return self.number
+
+    with pytest.raises(ChildProcessError, match=r"3 processes died while they loaded the encoder.*SIGKILL"):
+        run(Engine(lambda node, task: 0))
+
+
+def test_a_shard_that_hangs_is_made_elsewhere(caplog):
+    def does(node, task):
+        if node == "b" and task.shard == 3:
+            raise HangError
+        return 0
+
+    engine = FakeEngine(does, nodes=("a", "b"))
+    assert run(engine, actors=2, stall=50.0) == (NOTHING_SKIPPED, {})
+    tried = [node for node, task in engine.log if task.shard == 3]
+    assert tried in (["a"], ["b", "a"])
+    if tried == ["b", "a"]:
+        assert "shard-3: no progress in 50 s (process 1 on host-b); it is made elsewhere" in caplog.text
+    assert engine.now < 200
+
+
+def test_a_shard_that_hangs_everywhere_is_reported():
+    def does(node, task):
+        if task.shard == 3:
+            raise HangError
+        return 0
+
+    made, given_up = run(FakeEngine(does, nodes=("a", "b")), actors=2, stall=50.0)
+    assert {*made} == {0, 1, 2, 4, 5}
+    assert given_up[3].startswith("no progress in 50 s, 2 times, the last by process")
+
+
+def test_without_a_limit_a_slow_shard_is_waited_for():
+    engine = FakeEngine(lambda node, task: 0)
+
+    def does(node, task):
+        raise HangError
+
+    engine.does = does
+    stop = threading.Event()
+    generator = scheduler(engine, stall=None, stop=stop).make(works(1), 1)
+    with pytest.raises(AssertionError, match="does not end"):
+        next(generator)
+
+
+def test_attempts_that_fail_are_tried_again_and_then_given_up():
+    attempts = Counter()
+
+    def does(node, task):
+        attempts[task.shard] += 1
+        if task.shard == 4 or (task.shard == 1 and attempts[1] < 3):
+            raise UnreachableError("7.jpg: Input/output error")
+        return 0
+
+    engine = FakeEngine(does, nodes=("a", "b", "c", "d"))
+    made, given_up = run(engine, actors=4)
+    assert {*made} == {0, 1, 2, 3, 5}
+    assert re.fullmatch(r"7.jpg: Input/output error \(the last of 3 attempts, by process \d on host-.\)", given_up[4])
+    assert len({node for node, task in engine.log if task.shard == 4}) == 3
+
+
+def test_on_one_node_an_attempt_that_failed_is_left_to_the_next_run():
+    def does(node, task):
+        if task.shard == 4:
+            raise UnreachableError("7.jpg: Input/output error")
+        return 0
+
+    engine = FakeEngine(does)
+    made, given_up = run(engine)
+    assert {*made} == {0, 1, 2, 3, 5}
+    assert given_up == {4: "7.jpg: Input/output error"}
+    assert len(engine.log) == 6
+
+
+def test_other_errors_end_the_job():
+    def does(node, task):
+        raise ValueError("another job")
+
+    with pytest.raises(ValueError, match="another job"):
+        run(FakeEngine(does))
+
+
+def test_a_node_that_lacks_the_sources_is_set_aside_and_its_shards_are_made_elsewhere(caplog):
+    """Failing is fast: the sick node makes nearly all, before another has its first shard."""
+    rows = {}
+
+    def does(node, task):
+        if node == "sick":
+            rows[task.shard] = "failed"
+            return ROWS
+        rows[task.shard] = "ok"
+        return 1
+
+    engine = FakeEngine(does, nodes=("healthy", "sick"), slow={"healthy": 100.0})
+    made, given_up = run(engine, number=40, actors=2)
+    assert {*made} == {*range(40)}
+    assert given_up == {}
+    assert {*rows.values()} == {"ok"}
+    assert engine.aside == ["sick"]
+    assert "host-sick is set aside: most inputs of shard-" in caplog.text
+    assert [node for node, _ in engine.log].count("sick") > 30
+
+
+def test_damaged_files_set_no_node_aside():
+    def does(node, task):
+        return ROWS if task.shard % 2 else 0
+
+    engine = FakeEngine(does, nodes=("a", "b"))
+    made, _ = run(engine, number=64, actors=2)
+    assert {*made} == {*range(64)}
+    assert engine.aside == []
+    assert len(engine.log) < 64 + 14  # few of them are made twice
+
+
+def test_with_one_node_nothing_is_made_twice():
+    engine = FakeEngine(lambda node, task: ROWS)
+    made, _ = run(engine, number=8, actors=2)
+    assert len(engine.log) == len(made) == 8
+
+
+def test_a_node_where_attempts_fail_is_set_aside():
+    def does(node, task):
+        if node == "b":
+            raise UnreachableError("mount: Stale file handle")
+        return 0
+
+    engine = FakeEngine(does, nodes=("a", "b", "c"))
+    made, given_up = run(engine, number=60, actors=3)
+    assert {*made} == {*range(60)}
+    assert given_up == {}
+    assert engine.aside == ["b"]
+
+
+def test_a_node_with_another_installation_is_set_aside(caplog):
+    def check(first, record):
+        if record != first:
+            raise ValueError("weights: 1 there, 2 now")
+
+    engine = FakeEngine(lambda node, task: 0, nodes=("b", "a", "b"), loads=lambda node: {"weights": node == "b"})
+    made, _ = run(engine, actors=2, check=check)
+    assert {*made} == {*range(6)}
+    assert {node for node, _ in engine.log} == {"a"}
+    assert "host-b is set aside: host-b has another checkpoint or installation: weights" in caplog.text
+
+
+def test_the_only_node_is_not_set_aside():
+    def loads(node):
+        raise NodeError("the job's files cannot be read")
+
+    with pytest.raises(NodeError, match="the job's files cannot be read"):
+        run(FakeEngine(lambda node, task: 0, loads=loads))
+
+
+def test_waiting_for_room_is_logged(caplog):
+    stop = threading.Event()
+
+    class Engine(FakeEngine):
+        def wait(self, seconds):
+            if self.now > 70:
+                stop.set()
+            return super().wait(seconds)
+
+    assert run(Engine(lambda node, task: 0, starts=lambda number: False), stop=stop) == ({}, {})
+    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [line.partition(":")[2] for line in lines] == [
+        " none has started in 20 s: a core, of which none is free",
+        " none has started in 40 s: a core, of which none is free",
+    ]
+
+
+def test_a_stop_finishes_shards_in_hand():
+    stop = threading.Event()
+
+    def does(node, task):
+        stop.set()
+        return 0
+
+    made, _ = run(FakeEngine(does), stop=stop)
+    assert {*made} == {0}
+
+
+def test_no_more_actors_than_shards():
+    engine = FakeEngine(lambda node, task: 0)
+    run(engine, number=2, actors=8)
+    assert engine.number == 2

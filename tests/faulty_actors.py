@@ -1,0 +1,40 @@
+"""Actors that go wrong by the names of pictures in their shards, as hardware, kernels and mounts do."""
+
+import os
+import signal
+import time
+from contextlib import contextmanager
+
+from nopad.embedding.actors.actor import ShardMaker
+from nopad.pipeline.worker import Worker
+
+
+class FaultyMaker(ShardMaker):
+    """Ends or hangs where a picture is decoded whose name says so: `kill-….jpg`, `stop-….jpg`."""
+
+    def do(self, task):
+        with _watched(self):
+            return super().do(task)
+
+
+@contextmanager
+def _watched(maker):
+    real = Worker.run
+
+    def run(self, groups, read, **options):
+        def media(item):
+            if item.kind != "broken" and item.id.startswith("kill-"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if item.kind != "broken" and item.id.startswith("stop-"):
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if item.kind != "broken" and item.id.startswith("slow-"):
+                time.sleep(0.05)
+            return read(item)
+
+        return real(self, groups, media, **options)
+
+    Worker.run = run
+    try:
+        yield
+    finally:
+        Worker.run = real
