@@ -12,7 +12,11 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_write(
-    path: str | Path, *, folder: str | Path | None = None, check: Callable[[], None] = lambda: None
+    path: str | Path,
+    *,
+    folder: str | Path | None = None,
+    check: Callable[[], None] = lambda: None,
+    replace: bool = True,
 ) -> Iterator[BinaryIO]:
     """A file to write to, which becomes `path` when the block ends without an exception.
 
@@ -21,6 +25,7 @@ def atomic_write(
 
     Args:
         path: replaced where it exists.
+        replace: where it exists, leave it as it is instead.
         folder: of the temporary file, on the file system of `path`; that of `path` unless given.
         check: called before the file is renamed; what it raises comes out.
 
@@ -39,12 +44,28 @@ def atomic_write(
             with suppress(OSError):
                 file.close()
         check()
-        os.replace(temporary, path)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            _put_if_absent(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _put_if_absent(temporary: Path, path: Path) -> None:
+    """Give a file a name that it gets at once or not at all: that of another file stays."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links; two that come at the same time are not told apart there
+        if not path.exists():
+            os.replace(temporary, path)
+            return
+    temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

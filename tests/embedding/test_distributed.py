@@ -22,9 +22,9 @@ from nopad.embedding.actors import ray_head
 ROWS = 4
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray():
-    """Ray on two cores, without network and dashboard."""
+    """Ray on two cores, without network and dashboard; ended before other tests, which would run on it."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'nopad[ray]'")
     ray.init(

@@ -180,6 +180,24 @@ def test_preemptions_are_no_deaths():
     assert all(task.probe is None for _, task in engine.log)
 
 
+def test_machines_that_fail_are_no_deaths_unless_one_shard_takes_several_with_it():
+    class Engine(FakeEngine):
+        def send(self, actor, task):
+            lost[task.shard] += 1
+            if (task.shard in (1, 2) and lost[task.shard] < 3) or (task.shard == 3 and 7 in rows_of(task)):
+                self.log.append((self.node_of[actor], task))
+                self.events.append(Died(actor, "its node has died", with_node=True))
+            else:
+                super().send(actor, task)
+
+    lost = Counter()
+    engine = Engine(lambda node, task: 0)
+    made, given_up = run(engine)
+    assert {shard: [*skipped] for shard, skipped in made.items()} == {0: [], 1: [], 2: [], 3: [7], 4: [], 5: []}
+    assert given_up == {}
+    assert {task.shard for _, task in engine.log if task.probe} == {3}
+
+
 def test_a_shard_that_is_too_much_at_once_is_given_up_and_the_others_made():
     def does(node, task):
         if task.shard == 1 and len(rows_of(task)) == ROWS:

@@ -19,7 +19,7 @@ from nopad.embedding.in_process import InProcess
 from nopad.embedding.inputs.sources import Listing, list_inputs
 from nopad.embedding.inputs.spans import Spans
 from nopad.embedding.job import Job, begin_or_resume, changes_of, kept_columns
-from nopad.embedding.lock import FolderLock
+from nopad.embedding.lock import FolderLock, PartLock
 from nopad.embedding.making import Tally
 from nopad.embedding.progress import Progress
 from nopad.embedding.run import Run
@@ -82,6 +82,7 @@ def embed(
     content_hash: bool = False,
     retry_failed: bool = False,
     actors: int | tuple[int, int] | None = None,
+    part: tuple[int, int] | None = None,
     ray: str | None = None,
     stall: float | None = 600.0,
     stop: threading.Event | None = None,
@@ -149,6 +150,8 @@ def embed(
         retry_failed: try failed rows of finished shards again.
         actors: make shards by so many processes of this machine, on GPUs one each, or by as many actors of a Ray
             cluster; in this process unless given. As `(2, 8)` by 2 to 8 of them, as there is room.
+        part: make one part of the shards, `(0, 8)` to `(7, 8)`, beside other calls that make the others, in whatever
+            order, at the same time or not; by one actor unless `actors` are given.
         ray: the cluster of the actors: `"host:port"`, `"auto"` for the one that was started on this machine with
             `ray start`, `"local"` for one of its own; `RAY_ADDRESS` unless given, or the one that this process is
             connected to.
@@ -168,7 +171,7 @@ def embed(
     label, names = folder.spelling(label, names)
     layers = tuple(layers) if isinstance(layers, list | range) else layers
     settings = Settings.of({**arguments, "model": label, "layers": layers})
-    of_encoder = [device, revision, prefix, precision, actors]
+    of_encoder = [device, revision, prefix, precision, actors, part]
     of_encoder += [option for option in (dtype, attention) if option != "auto"]
     if isinstance(model, PackedEncoder) and (any(of_encoder) or compile is not None):
         raise ValueError(
@@ -178,19 +181,21 @@ def embed(
     if not isinstance(stop, threading.Event | None):
         raise ValueError(f"stop: expected a threading.Event, got {stop!r}")
     check_features(model, settings)
-    if actors is None:
+    in_process = actors is None and part is None
+    if in_process:
         process_server.start()  # it imports torch while the sources are listed and the model is loaded
     logger.info("listing %s", names[0] if len(names) == 1 else f"{len(names):,} sources")
     spans = Spans(1 / fps, whole=False) if fps else Spans(every, whole=True) if every else None
     columns = {"image_column": image_column, "id_column": id_column}
     listing = list_inputs(names, **columns, hidden=hidden, spans=spans, timeout=settings.input_timeout)
     stop = stop or threading.Event()
-    with FolderLock(out) as lock, ExitStack() as ends:
-        folder.clean()
+    with FolderLock(out) if part is None else PartLock(out) as lock, ExitStack() as ends:
+        if part is None:
+            folder.clean()
         kept = None if folder.has_job else kept_columns(settings, listing.inputs)
         logger.info("%s; loading the model", counted(len(listing.inputs), "input"))
         num_inputs, begun = len(listing.inputs), folder.recorded()
-        if actors is None:
+        if in_process:
             encoder = model if isinstance(model, PackedEncoder) else None
             maker = InProcess(settings, encoder, num_inputs, begun, estimates=progress is not None)
         else:
@@ -224,10 +229,13 @@ def embed(
             mark(jobs, difference.marks, maker.encoder.sizes)
             if difference.new:
                 run(begin_update(folder, jobs, record, difference))
-        return summary_of([each.summary(listing.left_out, changes) for each in runs])
+        summary = summary_of([each.summary(listing.left_out, changes) for each in runs])
+        if part is not None and not summary.missing and not retry_failed:
+            folder.clean()  # what parts that were killed have left
+        return summary
 
 
-def _stopped(settings: Settings, folder: JobFolder, lock: FolderLock, listing: Listing) -> Summary:
+def _stopped(settings: Settings, folder: JobFolder, lock: FolderLock | PartLock, listing: Listing) -> Summary:
     """The summary of a run that was stopped before it had an encoder."""
     jobs = [Job(settings, each, *each.read(), lock.check) for each in folder.all()]
     if jobs:

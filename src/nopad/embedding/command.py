@@ -27,16 +27,21 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `nopad embed`."""
+    add_job_options(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the table; go on with the same command")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON; null for NaN and infinity")
+
+
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    """The sources of a job, and the options of `Settings`."""
     sources = "folders, globs, list files (.txt), WebDataset tars, Parquet files, datasets saved to disk, videos"
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help=sources)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the table; go on with the same command")
     for option in fields(Settings):
         required = option.default is MISSING
         default = None if required else option.default
         help = option.metadata["help"] + (f" (default: {default})" if default else "")
         name = "--" + option.name.replace("_", "-")
         parser.add_argument(name, required=required, default=default, help=help, **option.metadata["argument"])
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON; null for NaN and infinity")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -48,9 +53,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError, ImportError: wrong use, or a folder that cannot be written.
     """
-    for package in ("filelock", "pyarrow", "rich"):
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(f"this needs {package}: pip install 'nopad[embed]'")
+    check_packages()
     check_local("--out", options.out)
     for source in options.sources:
         check_local("SOURCE", source)
@@ -59,12 +62,13 @@ def run(options: argparse.Namespace) -> int:
         with stop_on_signals(go_on) as stop, display(sys.stderr) as shown, _Messages(shown):
             shown.message(_beginning(options))  # at once: what is imported below takes seconds
             shown.message("importing torch and transformers")
-            if options.actors is None:
+            in_process = options.actors is None and options.part is None
+            if in_process:
                 process_server.start()  # it imports torch while this process does
             from nopad.embedding.api import embed
 
             configure_transformers()
-            if options.actors is None:  # actors may have GPUs that this machine has not
+            if in_process:  # actors may have GPUs that this machine has not
                 resolve_device(options.device)
             with redirect_stdout(sys.stderr):  # Ray prints to it when an actor dies; it is for the summary alone
                 summary = embed(
@@ -87,7 +91,14 @@ def run(options: argparse.Namespace) -> int:
     if summary.to_go:
         print_error(f"stopped with {counted(summary.to_go, 'input')} to go; {go_on}")
         return INTERRUPTED
-    return FAILURE if summary.failed == summary.rows else SUCCESS
+    return FAILURE if summary.rows and summary.failed == summary.rows else SUCCESS
+
+
+def check_packages() -> None:
+    """Raise ImportError where a package of the extra `embed` is missing."""
+    for package in ("filelock", "pyarrow", "rich"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"this needs {package}: pip install 'nopad[embed]'")
 
 
 def _unmade(summary: Summary) -> str:
@@ -147,7 +158,8 @@ def describe(summary: Summary) -> str:
     from nopad.embedding.inputs.names import HIDDEN
 
     stats = summary.stats
-    lines = [f"{summary.folder}: {summary.rows - summary.failed:,} embedded, {summary.failed:,} failed"]
+    part = f"part {summary.part} of " if summary.part and summary.missing else ""
+    lines = [f"{part}{summary.folder}: {summary.rows - summary.failed:,} embedded, {summary.failed:,} failed"]
     if summary.done and summary.seconds:
         lines.append(
             f"this run: {summary.done:,} in {clock(summary.seconds)}, {stats.images / summary.seconds:,.1f} images/s, "
@@ -156,6 +168,10 @@ def describe(summary: Summary) -> str:
         lines.append(str(summary.limit))
     elif not summary.to_go:
         lines.append("this run: nothing to do, every input has its row")
+    if summary.part and summary.missing > summary.to_go:
+        lines.append(f"{summary.missing - summary.to_go:,} inputs of other parts have no rows yet")
+    elif summary.part and not summary.missing:
+        lines.append("all parts are done")
     if summary.left_out:
         counts = ", ".join(f"{count:,} {suffix or 'without suffix'}" for suffix, count in summary.left_out.items())
         hint = ", --hidden takes what is hidden" if HIDDEN in summary.left_out else ""

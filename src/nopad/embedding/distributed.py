@@ -22,7 +22,6 @@ from nopad.embedding.actors.processes import ProcessEngine
 from nopad.embedding.actors.scheduler import Scheduler
 from nopad.embedding.actors.work import Work
 from nopad.embedding.folder import JobFolder
-from nopad.embedding.lock import LostLockError
 from nopad.embedding.making import Tally
 from nopad.embedding.manifest import check_same
 from nopad.embedding.progress import Ticker
@@ -69,7 +68,7 @@ class ByActors:
     ) -> None:
         self._min, self._max = settings.num_actors
         self._folder = folder
-        self._stop = stop
+        self._is_alone = settings.part is None  # else other parts may be writing there
         self._stats = Stats()
         self._ends = ExitStack()
         self.encoder: LoadedEncoder | None = None
@@ -116,8 +115,9 @@ class ByActors:
     def close(self) -> None:
         """End the actors, and what they have left half-written."""
         self._ends.close()
-        with suppress(LostLockError):  # else the files there are another job's
-            self._folder.clean()
+        if self._is_alone:
+            with suppress(OSError):
+                self._folder.clean()
 
 
 def _works(run: Run) -> Iterator[Work]:

@@ -74,10 +74,31 @@ class JobFolder:
         folders = (JobFolder(self.path, number) for number in (0, *sorted(map(int, numbers))))
         return [folder for folder in folders if folder.has_job]
 
+    def inputs_file(self, digest: str) -> Path:
+        """The list of inputs of the job, by its digest: parts that begin a job at once may have listed others."""
+        return self._file("inputs", digest)
+
+    def stamps_file(self, digest: str) -> Path:
+        """The stamps of these inputs."""
+        return self._file("stamps", digest)
+
+    def _file(self, name: str, digest: str) -> Path:
+        of_parts = self.metadata / f"{name}-{digest[:12]}.parquet"
+        return of_parts if of_parts.exists() else self.metadata / f"{name}.parquet"
+
     def begin(
-        self, record: Mapping[str, str], inputs: InputList, stamps: list[Stamp], check_lock: Callable[[], None]
+        self,
+        record: Mapping[str, str],
+        inputs: InputList,
+        stamps: list[Stamp],
+        check_lock: Callable[[], None],
+        *,
+        by_parts: bool = False,
     ) -> None:
         """Keep a new job's list, its stamps and record; it is begun once all are there.
+
+        Args:
+            by_parts: other commands may begin it at the same time; the record of the first one stays.
 
         Raises:
             LostLockError: by `check_lock`, before anything is put in its place.
@@ -86,9 +107,10 @@ class JobFolder:
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         try:
             self.metadata.mkdir(parents=True, exist_ok=True)
-            save_stamps(stamps, self.metadata / "stamps.parquet", check=check_lock)
-            inputs.save(self.metadata / "inputs.parquet", check=check_lock)
-            with atomic_write(self.metadata / "job.json", check=check_lock) as file:
+            suffix = f"-{record['inputs'][:12]}" if by_parts else ""
+            save_stamps(stamps, self.metadata / f"stamps{suffix}.parquet", check=check_lock)
+            inputs.save(self.metadata / f"inputs{suffix}.parquet", check=check_lock)
+            with atomic_write(self.metadata / "job.json", check=check_lock, replace=not by_parts) as file:
                 file.write(text.encode())
         except LostLockError:
             raise
@@ -104,11 +126,11 @@ class JobFolder:
         advice = "remove job.json there and run the job again (shards that fit are kept), or use another folder"
         try:
             record = read_json(self.metadata / "job.json")
-            inputs = InputList.load(self.metadata / "inputs.parquet")
             if any(not isinstance(value, str) for value in record.values()):
                 raise ValueError("expected text alone in job.json")
             if not re.fullmatch(r"[1-9]\d{0,3}|", record["threads"]):
                 raise ValueError(f"threads: expected 1 to 9999, got {record['threads']!r}")
+            inputs = InputList.load(self.inputs_file(record["inputs"]))
             is_whole = record["inputs"] == inputs.digest()
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{self.metadata}: the job's files cannot be read ({why(error)}); {advice}") from error

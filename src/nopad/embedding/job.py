@@ -20,7 +20,7 @@ from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.media import MediaDecoder
 from nopad.embedding.inputs.names import as_text
 from nopad.embedding.inputs.stamps import take_stamps
-from nopad.embedding.manifest import check_same, fingerprint, job_folders
+from nopad.embedding.manifest import check_same, fingerprint, lists_of_inputs
 from nopad.embedding.settings import Settings
 from nopad.embedding.table.format import COLUMNS, TOKENS, Row, ShardFormat
 from nopad.embedding.table.names import parse_shard_name, shard_name
@@ -83,6 +83,12 @@ class Job:
         """The kept columns of the inputs; `None` where there are none."""
         return Kept.from_text(self.record["columns"]) if self.record.get("columns") else None
 
+    @property
+    def part(self) -> range:
+        """The shards that this command is to make: all, or those of its part."""
+        part, parts = self.settings.part or (0, 1)
+        return range(len(self) * part // parts, len(self) * (part + 1) // parts)
+
     def path(self, shard: int) -> Path:
         """The file of a shard."""
         return self.folder.path / shard_name(shard, len(self), self.fingerprint)
@@ -104,7 +110,7 @@ class Job:
             ValueError: a shard of another job.
         """
         shards = []
-        others = job_folders(self.folder.path).keys() - {self.fingerprint}
+        others = lists_of_inputs(self.folder.path).keys() - {self.fingerprint}
         for path in sorted(self.folder.path.glob("shard-*.parquet")):
             parsed = parse_shard_name(path.name)
             if parsed is not None and parsed[2] in others:  # of the table's first job, or of an update
@@ -191,8 +197,11 @@ def begin_or_resume(
             record = {**record, "columns": kept.to_text()}
         job = Job(settings, folder, record, inputs, check_lock)
         _check_shards(job)  # before anything is written
-        folder.begin(record, inputs, take_stamps(inputs, contents=settings.content_hash), check_lock)
-        return [job]
+        stamps = take_stamps(inputs, contents=settings.content_hash)
+        folder.begin(record, inputs, stamps, check_lock, by_parts=settings.part is not None)
+        if settings.part is None:
+            return [job]
+        # Another part may have begun it meanwhile: it is gone on with as that has it.
     jobs = []
     for each in folder.all():
         begun, retained = each.read()
@@ -230,7 +239,8 @@ def _may_differ(job: Job) -> dict[str, str]:
 
 def _check_shards(job: Job) -> None:
     for shard in job.finished():
-        job.check(shard)
+        if shard in job.part:
+            job.check(shard)
 
 
 def changes_of(retained: InputList, listed: InputList, folder: Path) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import getpass
 import json
 import os
 import socket
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -139,7 +141,7 @@ class FolderLock:
             owner = read_json(self._owner)
             who = f"process {owner['pid']} of {owner['user']} on {owner['host']}, since {owner['since']}"
         except (OSError, ValueError, LookupError, TypeError):
-            who = f"a process that is not in {self._owner}"
+            who = f"parts of it (--part), or a process that is not in {self._owner}"
         what = "wait for it, stop it, or choose another folder"
         gone = f"if that process is gone, one that it started still holds the lock (`fuser {self._path}` on its host)"
         return f"{self._folder} is being written by another job: {who}; {what}; {gone}"
@@ -149,6 +151,71 @@ class FolderLock:
             what = "its file system has no file locks; choose a folder on another"
             return OSError(error.errno, f"{self._folder}: {error.strerror}; {what}")
         return folder_error(error, self._folder)
+
+
+class PartLock:
+    """Keeps other jobs from a folder that parts of one job write to: `with PartLock(folder): ...`.
+
+    Parts exclude no other part, for they put whole shards under names that are theirs alone. Where the file system has
+    locks, they share one, so that a command that is no part waits for none of them; where it has none, they do without.
+    """
+
+    token = ""
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self._path = self._folder / METADATA_FOLDER / "lock"
+        self._descriptor: int | None = None
+        self._file: tuple[int, int] | None = None
+
+    def check(self) -> None:
+        """Check that the folder is the one in which this part began.
+
+        Raises:
+            LostLockError: it was removed, and begun anew perhaps.
+        """
+        if self._file is None or _identity(self._path) != self._file:
+            raise lost_lock(self._folder)
+
+    def __enter__(self) -> PartLock:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._path.parent.is_symlink():
+                raise OSError(errno.ELOOP, f"{METADATA_FOLDER} in it is a link, and would be written through")
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise folder_error(error, self._folder) from error
+        self._file = _identity(self._path)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._descriptor)
+            raise LockedError(
+                f"{self._folder} is being written by a command without --part; wait for it, or stop it"
+            ) from None
+        except OSError:
+            pass
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+
+def check_record(path: Path, record: Mapping[str, str]) -> None:
+    """Check that a folder's job is still the one of a record, which is at `path`.
+
+    Raises:
+        LostLockError: it is not.
+    """
+    try:
+        is_same = read_json(path) == record
+    except (OSError, ValueError):
+        is_same = False
+    if not is_same:
+        raise lost_lock(path.parent.parent)
 
 
 def check_owner(folder: Path, token: str) -> None:

@@ -90,16 +90,16 @@ def fingerprint(record: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def job_folders(folder: Path) -> dict[str, Path]:
-    """The folder of each job's list of inputs, by the fingerprint in its shards' names; damaged jobs are left out."""
-    folders = {}
+def lists_of_inputs(folder: Path) -> dict[str, Path]:
+    """The file of each job's list of inputs, by the fingerprint in its shards' names; damaged jobs are left out."""
+    lists = {}
     for each in JobFolder(folder).all():
         try:
             record = read_json(each.metadata / "job.json")
-        except (OSError, ValueError):
+            lists[fingerprint(record)] = each.inputs_file(record["inputs"])
+        except (OSError, ValueError, LookupError, TypeError):
             continue
-        folders[fingerprint(record)] = each.metadata
-    return folders
+    return lists
 
 
 def architecture(encoder: PackedEncoder) -> dict[str, Any]:

@@ -85,6 +85,11 @@ def actors(help: str) -> Any:
     return option(None, help, _check_actors, recorded=False, type=_parse_actors, metavar="N")
 
 
+def part(help: str) -> Any:
+    """An option that is one of several parts, counted from 0; none by default."""
+    return option(None, help, _check_part, recorded=False, type=_parse_part, metavar="I/N")
+
+
 def memory(help: str) -> Any:
     """An option that is a number of bytes, typed with a unit; none by default."""
     return option(None, help, check_count, recorded=False, type=_parse_bytes, metavar="SIZE")
@@ -135,6 +140,16 @@ def _check_actors(name: str, value: Any) -> None:
         check_count(name, limit)
     if len(value) != 2 or value[0] > value[1]:
         raise ValueError(f"{name}: expected a least and a most number, as (2, 8), got {value!r:.80}")
+
+
+def _check_part(name: str, value: Any) -> None:
+    is_pair = isinstance(value, tuple) and len(value) == 2 and all(type(number) is int for number in value)
+    if not is_pair or not 0 <= value[0] < value[1]:
+        raise ValueError(f"{name}: expected a part and their number, from 0/8 to 7/8, got {_slashed(value)}")
+
+
+def _slashed(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, tuple) else f"{value!r:.80}"
 
 
 def _check_between(unit: str, least: float, most: float, name: str, value: Any) -> None:
@@ -216,6 +231,14 @@ def _parse_actors(text: str) -> int | tuple[int, int]:
     except ValueError:
         raise ArgumentTypeError(f"expected a number, or two as 2..8, got {text!r:.80}") from None
     return limits[0] if len(limits) == 1 else (limits[0], limits[1])
+
+
+def _parse_part(text: str) -> tuple[int, int]:
+    try:
+        part, parts = map(int, text.split("/"))
+    except ValueError:
+        raise ArgumentTypeError(f"expected a part and their number, from 0/8 to 7/8, got {text!r:.80}") from None
+    return part, parts
 
 
 def _parse_layers(text: str) -> tuple[int, ...]:

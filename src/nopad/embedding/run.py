@@ -41,13 +41,13 @@ class Run:
         self.stop = stop or threading.Event()
         self.progress = progress or (lambda _: None)
         self.device, self.encoders, self.decode_processes = "cpu", 1, 1
-        finished = job.finished()
-        self.missing = sorted(set(range(len(job))) - set(finished))
+        finished = [shard for shard in job.finished() if shard in job.part]
+        self.missing = sorted({*job.part} - {*finished})
         failed = {shard: count(job.path(shard))[1] for shard in finished} if job.settings.retry_failed else {}
         self.again = {shard: num_failed for shard, num_failed in failed.items() if num_failed}
         self.to_retry = sum(self.again.values())
         self.to_do = self.to_retry + sum(job.size(shard) for shard in self.missing)
-        self.kept = len(job.inputs) - self.to_do
+        self.kept = sum(map(job.size, job.part)) - self.to_do
         self.begin()
         self.mean_patches: float | None = None
 
@@ -66,16 +66,20 @@ class Run:
 
     def summary(self, left_out: Mapping[str, int], changes: Sequence[str]) -> Summary:
         """Counts of the table as it is now, and of this run."""
-        finished = self.job.finished()
-        counts = {self.job.path(shard).name: count(self.job.path(shard)) for shard in finished}
+        job = self.job
+        finished = {*job.finished()}
+        missing = len(job.inputs) - sum(map(job.size, finished))
+        own_missing = sum(job.size(shard) for shard in job.part if shard not in finished)
+        # A part counts its own rows, and those of the whole table once all are there.
+        counted = [shard for shard in sorted(finished) if not missing or shard in job.part]
+        counts = {job.path(shard).name: count(job.path(shard)) for shard in counted}
         rows = sum(ok + failed for ok, failed in counts.values())
-        missing = len(self.job.inputs) - sum(map(self.job.size, finished))
         return Summary(
             folder=str(self.job.folder.path),
             rows=rows,
             failed=sum(failed for _, failed in counts.values()),
             missing=missing,
-            to_go=missing + self.to_retry - self.tally.retried,
+            to_go=own_missing + self.to_retry - self.tally.retried,
             done=self.tally.done,
             seconds=self.seconds,
             stats=self.tally.stats,
@@ -86,5 +90,6 @@ class Run:
             left_out=dict(left_out),
             changes=list(changes),
             shards_with_failures=[name for name, (_, failed) in counts.items() if failed],
+            part=job.settings.part and "/".join(map(str, job.settings.part)),
             unmade={self.job.path(shard).name: reason for shard, reason in sorted(self.tally.unmade.items())},
         )

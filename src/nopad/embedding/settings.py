@@ -165,6 +165,10 @@ class Settings:
         "make shards by N processes of this machine, one per GPU, or with --ray by N actors of a cluster; as 2..8 by "
         "2 to 8 of them, as there is room"
     )
+    part: tuple[int, int] | None = options.part(
+        "make the I-th of N parts of the shards, from 0/N on, beside other commands that make the others: for arrays "
+        "of Slurm and Kubernetes"
+    )
     ray: str | None = options.text(
         None,
         "cluster of the actors: HOST:PORT, auto for the one that was started on this machine with ray start, local for "
@@ -186,6 +190,8 @@ class Settings:
         if self.fps is not None and self.frames != NUM_FRAMES:
             raise ValueError(f"frames: rows by fps have one frame each, got {self.frames}; with every=… they have more")
 
+        if self.part is not None and self.update:
+            raise ValueError("part: an update is made by one command; leave part or update out")
         if self.ray is not None and self.actors is None:
             raise ValueError(f"ray: {self.ray!r} is the cluster of actors; give how many with actors, too")
 

@@ -34,10 +34,11 @@ class Summary:
 
     Attributes:
         folder: where the table is.
-        rows, failed: of the whole table so far, and those without features.
-        missing: inputs that no shard holds yet, 0 unless the run was stopped.
-        to_go: inputs that the run was to do and did not, 0 unless it was stopped: `missing` and the failed rows that
-            it did not come to try again.
+        rows, failed: of the whole table so far, and those without features; of a part's own shards while those of
+            other parts are missing.
+        missing: inputs that no shard holds yet, 0 unless the run was stopped or other parts are not done.
+        to_go: inputs that the run was to do and did not, 0 unless it was stopped: those that are missing, of a part
+            its own, and the failed rows that it did not come to try again.
         done: rows that this run wrote.
         seconds: from the first input read to the last shard written.
         stats: counts and seconds per stage of this run.
@@ -47,6 +48,7 @@ class Summary:
         left_out: files in the sources that are no pictures or videos, by suffix.
         changes: inputs that are new in the sources or gone from them since the job began, in words.
         shards_with_failures: the shards that hold failed rows, by name.
+        part: of the job that this run was to do, as "3/8".
         unmade: the shards that this run could not make, or try again, since an input could not be reached, by name,
             and why; the next run makes them.
     """
@@ -66,6 +68,7 @@ class Summary:
     left_out: dict[str, int]
     changes: list[str]
     shards_with_failures: list[str]
+    part: str | None = None
     unmade: dict[str, str] = field(default_factory=dict)
 
     @classmethod

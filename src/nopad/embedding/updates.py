@@ -85,7 +85,7 @@ def _current(
     rows: dict[tuple[str, str], list[tuple[Place, Input]]] = defaultdict(list)
     known: dict[Place, Stamp | None] = {}
     for number, job in enumerate(jobs):
-        stamps = load_stamps(job.folder.metadata / "stamps.parquet", len(job.inputs))
+        stamps = load_stamps(job.folder.stamps_file(job.record["inputs"]), len(job.inputs))
         size = job.settings.rows_per_shard
         for shard in range(len(job)):
             row_statuses = statuses(job.path(shard))

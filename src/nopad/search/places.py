@@ -9,7 +9,7 @@ import numpy as np
 
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input, InputList
-from nopad.embedding.manifest import job_folders
+from nopad.embedding.manifest import lists_of_inputs
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class Places:
 
 
 def _list_of(shard: Shard) -> InputList:
-    lists = job_folders(shard.folder)
+    lists = lists_of_inputs(shard.folder)
     if shard.fingerprint not in lists:
         raise ValueError(
             f"{shard.folder}: where its pictures are is not known: the list of inputs, which `nopad embed` keeps in "
             f".nopad there, is missing or another one; copy .nopad with the shards"
         )
-    return InputList.load(lists[shard.fingerprint] / "inputs.parquet")
+    return InputList.load(lists[shard.fingerprint])

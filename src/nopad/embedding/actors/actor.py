@@ -7,12 +7,13 @@ import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from nopad.embedding.actors.engine import NodeError, Task
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.job import FeatureSizes, Job
-from nopad.embedding.lock import check_owner
+from nopad.embedding.lock import check_owner, check_record
 from nopad.embedding.making import Maker, Tally
 from nopad.embedding.manifest import record_of
 from nopad.embedding.settings import Settings
@@ -31,7 +32,7 @@ class ActorConfig:
         settings: of the command.
         local_settings: the same on the actor: the model's path made absolute, its device and number of decode threads.
         num_inputs: of the job.
-        token: see `check_owner`.
+        token: see `check_owner`; empty for a part of a job, which has no lock.
     """
 
     folder: str
@@ -55,6 +56,7 @@ class LoadedEncoder:
     record: Mapping[str, str]
     description: str
     sizes: FeatureSizes
+    hidden_size: int
     device: str
     decode_processes: int
 
@@ -63,7 +65,9 @@ class LoadedEncoder:
         """That of a worker."""
         sizes = FeatureSizes.of(worker.encoder, settings.selection)
         device = worker.encoder.device.type
-        return cls(record_of(settings, worker), describe_execution(worker), sizes, device, worker.threads)
+        hidden_size = worker.encoder.hidden_size
+        record = record_of(settings, worker)
+        return cls(record, describe_execution(worker), sizes, hidden_size, device, worker.threads)
 
 
 class ShardMaker:
@@ -97,11 +101,9 @@ class ShardMaker:
         One that cannot be made now has the reason as `unmade`, and no rows.
         """
         job = self._job(task.update)
-        path = job.path(task.shard)
-        if path.exists() and not (task.retry or task.replace or task.probe):
-            # Its actor died after it had put the shard in its place, or another part of the job has made it.
-            ok, failed = count(path)
-            return _result(ok + failed, failed, 0.0, Stats(images=ok + failed, failed=failed))
+        is_new = not (task.retry or task.replace or task.probe)
+        if is_new and job.path(task.shard).exists():
+            return _found(job.path(task.shard))
         assert self._worker is not None
         before = replace(self._tally, stats=replace(self._tally.stats))
         maker = Maker(job, self._worker, self._tally)
@@ -110,7 +112,12 @@ class ShardMaker:
         elif task.retry:
             maker.retry([task.shard], task.skipped)
         else:
-            maker.make([task.shard], task.skipped)
+            try:
+                maker.make([task.shard], task.skipped)
+            except OSError:
+                if not job.path(task.shard).exists():
+                    raise
+                return _found(job.path(task.shard))  # another part was faster, and has tidied up behind it
         done = {name: value - getattr(before.stats, name) for name, value in asdict(self._tally.stats).items()}
         stats, seconds = Stats(**done), self._tally.write_seconds - before.write_seconds
         if (unmade := self._tally.unmade.pop(task.shard, None)) is not None:
@@ -125,7 +132,18 @@ class ShardMaker:
                 f"on a file system that all machines see under the same path"
             )
         settings = replace(self.config.settings, retry_failed=False)
-        return Job(settings, folder, *folder.read(), partial(check_owner, folder.path, self.config.token))
+        record, inputs = folder.read()
+        if self.config.token:
+            check = partial(check_owner, folder.path, self.config.token)
+        else:
+            check = partial(check_record, folder.metadata / "job.json", record)
+        return Job(settings, folder, record, inputs, check)
+
+
+def _found(path: Path) -> dict[str, Any]:
+    """The result of a shard that is there: its actor died after it had put it there, or another part has made it."""
+    ok, failed = count(path)
+    return _result(ok + failed, failed, 0.0, Stats(images=ok + failed, failed=failed))
 
 
 def _result(rows: int, failed: int, write_seconds: float, stats: Stats) -> dict[str, Any]:

@@ -97,11 +97,13 @@ class Died:
     Attributes:
         reason: in words: "it was ended by SIGKILL".
         preempted: its machine was taken away, which is no fault of its task.
+        with_node: its machine has failed, or was taken away without a word.
     """
 
     actor: int
     reason: str
     preempted: bool = False
+    with_node: bool = False
 
 
 Event = Placed | Loaded | Beat | Finished | Raised | Died

@@ -14,6 +14,8 @@ from nopad.embedding.actors.ray_head import RayHead
 
 MAX_BEAT_SECONDS = 5.0
 
+_LOST_NODE = "because its node has died"
+
 
 class RayEngine:
     """Starts actors on the cluster that this process is connected to.
@@ -104,7 +106,7 @@ class RayEngine:
         except RayActorError as error:
             self._forget(actor)
             is_preempted = isinstance(error, ActorDiedError) and error.preempted
-            return Died(actor, _reason(error), is_preempted)
+            return Died(actor, _reason(error), is_preempted, with_node=_LOST_NODE in str(error))
         if kind == "placed":
             host, pid, node = value
             self._calls[self._actors[actor].load.remote(self._begun.pop(actor))] = actor, "loaded"

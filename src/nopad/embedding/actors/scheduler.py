@@ -185,8 +185,8 @@ class Scheduler:
     def _died(self, actor: Actor, event: events.Died) -> None:
         self.crew.remove(actor)
         work = actor.work
-        if event.preempted:
-            logger.warning("actors: %s was preempted", actor)
+        if event.preempted or (event.with_node and (work is None or work.lost_node())):
+            logger.warning("actors: %s was lost with its machine: %s", actor, event.reason)
             if work is not None:
                 self._put_back(work)
             return

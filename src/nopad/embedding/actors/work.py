@@ -15,6 +15,9 @@ MAX_STALLS = 2
 MAX_ERRORS = 3
 """A shard of which so many attempts failed is not made."""
 
+MAX_LOST_NODES = 3
+"""When so many machines have failed over a shard, it counts as a death."""
+
 MAX_DEATHS = 2
 """When so many processes have died over a shard, the picture that ends them is searched."""
 
@@ -40,6 +43,7 @@ class Work:
     not_made: str = ""
     _deaths: int = 0
     _errors: int = 0
+    _lost_nodes: int = 0
     _stalls: int = 0
     _was_searched: bool = False
     _search: Generator[Sequence[int], bool, int | None] | None = None
@@ -70,6 +74,11 @@ class Work:
         self._search = find_fatal([row for row in self.rows if row not in self.task.skipped])
         self._probe(next(self._search))
         return "its pictures are tried in parts"
+
+    def lost_node(self) -> bool:
+        """Its machine has failed; whether that may be no fault of it."""
+        self._lost_nodes += 1
+        return self._lost_nodes < MAX_LOST_NODES
 
     def stalled(self, place: str, seconds: float) -> str:
         """Its process has made no progress; what is done about that, in words."""
