@@ -13,6 +13,7 @@ from nopad.align import command as align_command
 from nopad.bench import command as bench_command
 from nopad.command_options import INTERRUPTED, SUCCESS, WRONG_USE
 from nopad.embedding import command as embedding_command
+from nopad.embedding import plan_command
 from nopad.published import published_models
 from nopad.search import command as search_command
 from nopad.suggestions import did_you_mean
@@ -57,6 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
     embed = commands.add_parser("embed", help="embed folders of images into a table of features")
     embedding_command.add_arguments(embed)
     embed.set_defaults(run=embedding_command.run)
+
+    plan = commands.add_parser("plan", help="embed a sample, and print what the whole job will take")
+    plan_command.add_arguments(plan)
+    plan.set_defaults(run=plan_command.run)
 
     search_command.add_commands(commands)
 

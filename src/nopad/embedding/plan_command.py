@@ -1,0 +1,84 @@
+"""`nopad plan`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from nopad.command_options import SUCCESS, resolve_device
+from nopad.counts import check_count
+from nopad.embedding.command import add_job_options, check_packages
+from nopad.embedding.progress import duration
+from nopad.embedding.settings import Settings
+from nopad.local_paths import check_local
+from nopad.terminal import configure_transformers, json_text, print_error, print_summary, printable
+
+if TYPE_CHECKING:
+    from nopad.embedding.plan import Plan
+
+_MAX_REASONS = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `nopad plan`: those of `nopad embed`, and the size of the sample."""
+    add_job_options(parser)
+    parser.add_argument("--out", metavar="DIR", help="folder of the table, for the free space on its disk")
+    parser.add_argument("--sample", type=int, default=512, metavar="N", help="inputs to embed (default: 512)")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON; null for NaN and infinity")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Embed a sample, print what the job will take, and return the exit status.
+
+    Raises:
+        ValueError, OSError, ImportError: as `nopad embed`.
+    """
+    check_packages()
+    check_count("--sample", options.sample)
+    for source in options.sources:
+        check_local("SOURCE", source)
+    settings = Settings(**{option.name: getattr(options, option.name) for option in fields(Settings)})
+    print_error(f"nopad plan: listing the sources, then embedding up to {options.sample:,} inputs")
+    from nopad.embedding.plan import plan
+
+    configure_transformers()
+    resolve_device(options.device)
+    planned = plan(options.sources, settings, sample=options.sample, out=options.out)
+    print_summary(json_text(planned.to_dict()) if options.json else describe(planned))
+    if options.json:
+        for line in planned.warnings:
+            print(printable(line), file=sys.stderr)
+    return SUCCESS
+
+
+def describe(plan: Plan) -> str:
+    """A plan for a terminal."""
+    failed = sum(plan.failures.values())
+    lines = [
+        f"{plan.inputs:,} inputs, listed in {duration(plan.listing_seconds)}; of a sample of {plan.sample:,} "
+        f"{failed:,} fail ({failed / plan.sample:.1%}), the others have {plan.patches:,.0f} patches on average",
+        *(f"  {number:,} × {reason}" for reason, number in [*plan.failures.items()][:_MAX_REASONS]),
+        f"time: {duration(plan.seconds)} with one encoder at {plan.per_second:,.1f} images/s, and "
+        f"{duration(plan.start_seconds)} to start; {plan.limit}",
+        f"encoder: {plan.encoder_per_second:,.1f} images/s if it never waits; reading and decoding take "
+        f"{1000 * plan.decode_core_seconds:,.1f} ms of a core for each image: {plan.cores_per_encoder:,.1f} cores for "
+        f"each encoder, of the {plan.cores:,} here",
+        f"table: {size(plan.vector_bytes)} of vectors"
+        + (f" and {size(plan.token_bytes)} of tokens" if plan.stores_tokens else "")
+        + f" in {plan.shards:,} files of up to {plan.shard_rows:,} rows"
+        + ("" if plan.stores_tokens else f"; --tokens adds {size(plan.token_bytes)}")
+        + ("" if plan.free_bytes is None else f"; {size(plan.free_bytes)} are free"),
+        *(f"note: {line}" for line in plan.warnings),
+    ]
+    return "\n".join(map(printable, lines))
+
+
+def size(number: float) -> str:
+    """`"4.6 MB"`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if number < 1000:
+            return f"{number:,.0f} {unit}" if unit == "B" else f"{number:,.1f} {unit}"
+        number /= 1000
+    return f"{number:,.1f} PB"

@@ -1,0 +1,114 @@
+"""`nopad plan`."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from jobs import embed
+from pictures import write_photos
+
+from nopad.cli import main
+from nopad.embedding import plan as planning
+from nopad.embedding.plan import Plan, plan, sample_places
+from nopad.embedding.plan_command import describe, size
+from nopad.embedding.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def model(goldens):
+    return str(goldens / "aimv2-apple-native")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    photos = write_photos(tmp_path / "photos", 40)
+    (photos / "broken.jpg").write_bytes(b"no photo")
+    return photos
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_a_plan_of_all_inputs_is_what_the_job_does(photos, tmp_path, model, tokens):
+    settings = Settings(model=model, shard_size=5, tokens=tokens)
+    planned = plan([str(photos)], settings, sample=100, out=str(tmp_path / "not" / "there"))
+    summary = embed(photos, tmp_path / "out", model, tokens=tokens)
+    assert (planned.inputs, planned.sample, planned.shards) == (41, 41, 9)
+    assert sum(planned.failures.values()) == summary.failed > 0
+    assert planned.patches == pytest.approx(summary.stats.patches / (41 - summary.failed))
+    assert planned.stores_tokens == tokens
+    assert planned.token_bytes == summary.stats.patches * 64 * 2
+    written = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.parquet"))
+    assert planned.table_bytes == pytest.approx(written, rel=0.05)
+    assert planned.seconds * planned.per_second == pytest.approx(41)
+    assert planned.cores_per_encoder == pytest.approx(planned.decode_core_seconds * planned.encoder_per_second)
+    assert planned.free_bytes > 0
+    assert not (tmp_path / "not").exists()
+
+
+def test_a_sample_stands_for_all(photos, model):
+    planned = plan([str(photos)] * 5, Settings(model=model), sample=16)
+    assert (planned.inputs, planned.sample) == (205, 16)
+    assert planned.seconds * planned.per_second == pytest.approx(205)
+
+
+def test_sample_places():
+    assert sample_places(5, 16) == [0, 1, 2, 3, 4]
+    assert sample_places(1000, 16) == [*range(8), *range(500, 508)]
+    assert len(sample_places(100, 99)) <= 99
+
+
+def test_rate_leaves_out_the_beginning():
+    """Ten seconds until the pipeline is full, then ten images a second."""
+    times = [(10.0, 0), (12.5, 25), (20.0, 100)]
+    assert planning._rate(times, 20.0, 100) == pytest.approx(10)
+    assert planning._rate(times[2:], 20.0, 100) == pytest.approx(5)
+
+
+def test_command(photos, model, capsys, tmp_path):
+    arguments = ["plan", str(photos), "--model", model, "--device", "cpu", "--sample", "8", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "41 inputs, listed in" in output
+    assert "of a sample of 8" in output
+    assert main([*arguments, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert {"inputs", "seconds", "limit", "cores_per_encoder", "table_bytes", "warnings"} <= planned.keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
+    assert main(["plan", str(photos), "--model", model, "--sample", "0"]) == 2
+
+
+PLAN = Plan(
+    inputs=5_000_000_000,
+    sample=512,
+    failures={"cannot be read": 20, "truncated": 1},
+    listing_seconds=3600.0,
+    start_seconds=5.0,
+    seconds=1e7,
+    per_second=500.0,
+    encoder_per_second=1500.0,
+    decode_core_seconds=0.01,
+    cores=8,
+    cores_per_encoder=15.0,
+    limit="limited by decoding",
+    patches=256.0,
+    shard_rows=2048,
+    shards=2_441_407,
+    vector_bytes=15 * 10**12,
+    token_bytes=26 * 10**14,
+    stores_tokens=False,
+    free_bytes=2 * 10**12,
+)
+
+
+def test_warnings_and_the_text():
+    assert PLAN.warnings == [
+        "4.1% of the sample would be failed rows: see the reasons",
+        "2,441,407 files in one folder: --shard-size 500000 makes 10,000 of them",
+        "the table is larger than the free space on its disk",
+        "decoding needs 15 cores for each encoder, this machine has 8",
+    ]
+    text = describe(PLAN)
+    assert "15.0 TB of vectors in 2,441,407 files of up to 2,048 rows; --tokens adds 2.6 PB; 2.0 TB are free" in text
+    assert "  20 × cannot be read" in text
+    assert "time: 116 days with one encoder" in text
+    assert replace(PLAN, stores_tokens=True).table_bytes == 15 * 10**12 + 26 * 10**14
+    assert [size(number) for number in (5, 4600, 10**18)] == ["5 B", "4.6 kB", "1,000.0 PB"]
