@@ -98,7 +98,7 @@ def test_shards_are_those_of_one_process_though_an_actor_died(local, pictures, m
     summary = embed(pictures, tmp_path, model=model, shard_size=ROWS, tokens=True, actors=2)
     assert len(killer.killed) == 1
     assert shards(tmp_path) == shards(local)
-    assert left(tmp_path) == ["inputs.parquet", "job.json", "lock", "stamps.parquet"]
+    assert left(tmp_path) == ["inputs.parquet", "job.json", "lock", "manifest.parquet", "stamps.parquet"]
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert (summary.rows, summary.failed, summary.done) == (SHARDS * ROWS, 1, (SHARDS - 2) * ROWS)
     assert (summary.stats.images, summary.stats.failed, summary.missing) == ((SHARDS - 2) * ROWS, 1, 0)
@@ -185,7 +185,7 @@ def test_ctrl_c_ends_every_process(model, tmp_path, signals):
     assert "to go on: " in messages
     assert 0 < len(shards(tmp_path / "out")) < 100
     if signals == 1:  # the shards in hand were finished
-        assert left(tmp_path / "out") == ["inputs.parquet", "job.json", "lock", "stamps.parquet"]
+        assert left(tmp_path / "out") == ["inputs.parquet", "job.json", "lock", "manifest.parquet", "stamps.parquet"]
     gone, alive = psutil.wait_procs(processes, timeout=30)
     assert len(gone) > 1
     assert alive == []

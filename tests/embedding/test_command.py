@@ -402,6 +402,7 @@ def test_killed_stopped_and_gone_on_with(tmp_path, capfd, model):
         "inputs.parquet",
         "job.json",
         "lock",
+        "manifest.parquet",
         "stamps.parquet",
     ]
     assert [failure.id for failure in nopad.read_features(out).failures] == ["017.png"]

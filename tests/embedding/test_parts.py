@@ -69,7 +69,7 @@ def test_parts_at_once_of_which_one_is_killed_make_the_same_table(photos, model,
     assert len(read_features(tmp_path)) > 0
     assert not list(tmp_path.rglob("*.part"))
     (digest,) = {path.name.partition("-")[2] for path in (tmp_path / ".nopad").glob("*-*.parquet")}
-    names = [f"inputs-{digest}", "job.json", "lock", f"stamps-{digest}"]
+    names = [f"inputs-{digest}", "job.json", "lock", "manifest.parquet", f"stamps-{digest}"]
     assert sorted(path.name for path in (tmp_path / ".nopad").iterdir()) == names
 
 

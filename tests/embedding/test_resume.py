@@ -100,6 +100,7 @@ def test_what_a_killed_run_left_half_written_goes_away(photos, tmp_path, model, 
         "inputs.parquet",
         "job.json",
         "lock",
+        "manifest.parquet",
         "stamps.parquet",
     ]
 

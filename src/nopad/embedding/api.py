@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from torch import nn
@@ -25,6 +25,7 @@ from nopad.embedding.progress import Progress
 from nopad.embedding.run import Run
 from nopad.embedding.settings import Settings
 from nopad.embedding.summary import Summary, summary_of
+from nopad.embedding.table.counts import Manifest
 from nopad.embedding.updates import begin_update, compare, mark
 from nopad.embedding.workers import check_features
 from nopad.encoder import PackedEncoder
@@ -194,7 +195,7 @@ def embed(
             folder.clean()
         kept = None if folder.has_job else kept_columns(settings, listing.inputs)
         logger.info("%s; loading the model", counted(len(listing.inputs), "input"))
-        num_inputs, begun = len(listing.inputs), folder.recorded()
+        num_inputs, begun, manifest = len(listing.inputs), folder.recorded(), Manifest(folder.path)
         if in_process:
             encoder = model if isinstance(model, PackedEncoder) else None
             maker = InProcess(settings, encoder, num_inputs, begun, estimates=progress is not None)
@@ -209,7 +210,7 @@ def embed(
             "sources": json.dumps(names),
             "inputs": listing.inputs.digest(),
         }
-        jobs = begin_or_resume(folder, lock.check, settings, record, listing.inputs, kept)
+        jobs = begin_or_resume(folder, lock.check, settings, record, listing.inputs, kept, manifest)
         changes = []
         if not update and jobs[0].record["inputs"] != record["inputs"] and len(jobs) == 1:
             changes = [changes_of(jobs[0].inputs, listing.inputs, folder.path)]
@@ -217,7 +218,7 @@ def embed(
         runs = []
 
         def run(job: Job) -> None:
-            runs.append(Run(job, maker.tally(), stop=stop, progress=progress))
+            runs.append(Run(job, maker.tally(), manifest, stop=stop, progress=progress))
             maker.work(runs[-1])
 
         for job in jobs:
@@ -230,6 +231,8 @@ def embed(
             if difference.new:
                 run(begin_update(folder, jobs, record, difference))
         summary = summary_of([each.summary(listing.left_out, changes) for each in runs])
+        with suppress(OSError):  # it saves time alone
+            manifest.save([each.job.path(shard) for each in runs for shard in each.job.finished()], lock.check)
         if part is not None and not summary.missing and not retry_failed:
             folder.clean()  # what parts that were killed have left
         return summary
@@ -238,8 +241,9 @@ def embed(
 def _stopped(settings: Settings, folder: JobFolder, lock: FolderLock | PartLock, listing: Listing) -> Summary:
     """The summary of a run that was stopped before it had an encoder."""
     jobs = [Job(settings, each, *each.read(), lock.check) for each in folder.all()]
+    manifest = Manifest(folder.path)
     if jobs:
-        return summary_of([Run(job, Tally()).summary(listing.left_out, []) for job in jobs])
+        return summary_of([Run(job, Tally(), manifest).summary(listing.left_out, []) for job in jobs])
     return Summary.of_nothing(str(folder.path), len(listing.inputs), listing.left_out)
 
 

@@ -22,6 +22,7 @@ from nopad.embedding.inputs.names import as_text
 from nopad.embedding.inputs.stamps import take_stamps
 from nopad.embedding.manifest import check_same, fingerprint, lists_of_inputs
 from nopad.embedding.settings import Settings
+from nopad.embedding.table.counts import Manifest
 from nopad.embedding.table.format import COLUMNS, TOKENS, Row, ShardFormat
 from nopad.embedding.table.names import parse_shard_name, shard_name
 from nopad.embedding.table.reader import failed_rows, num_rows, read_metadata
@@ -178,6 +179,7 @@ def begin_or_resume(
     record: Mapping[str, str],
     inputs: InputList,
     kept: Kept | None,
+    manifest: Manifest,
 ) -> list[Job]:
     """The jobs of this folder: the table's first one, which is begun where there is none, and those of its updates.
 
@@ -187,6 +189,7 @@ def begin_or_resume(
         record: of `settings`, see `record_of`.
         inputs: what is listed now.
         kept: the columns that a new job keeps, see `kept_columns`.
+        manifest: of the table; shards that it has were checked before.
 
     Raises:
         ValueError: a job with other settings, damaged files, shards of another job; with `settings.update` the sources
@@ -196,7 +199,7 @@ def begin_or_resume(
         if kept is not None:
             record = {**record, "columns": kept.to_text()}
         job = Job(settings, folder, record, inputs, check_lock)
-        _check_shards(job)  # before anything is written
+        _check_shards(job, manifest)  # before anything is written
         stamps = take_stamps(inputs, contents=settings.content_hash)
         folder.begin(record, inputs, stamps, check_lock, by_parts=settings.part is not None)
         if settings.part is None:
@@ -207,7 +210,7 @@ def begin_or_resume(
         begun, retained = each.read()
         job = Job(settings, each, begun, retained, check_lock)
         check_same(begun, {**record, **_may_differ(job)}, folder.path)
-        _check_shards(job)
+        _check_shards(job, manifest)
         jobs.append(job)
     return jobs
 
@@ -237,9 +240,9 @@ def _may_differ(job: Job) -> dict[str, str]:
     return {key: job.record[key] for key in keys & job.record.keys()}
 
 
-def _check_shards(job: Job) -> None:
+def _check_shards(job: Job, manifest: Manifest) -> None:
     for shard in job.finished():
-        if shard in job.part:
+        if shard in job.part and not manifest.has(job.path(shard)):
             job.check(shard)
 
 

@@ -16,12 +16,14 @@ from nopad.embedding.in_process import InProcess
 from nopad.embedding.inputs.listing import InputList
 from nopad.embedding.inputs.sources import list_inputs
 from nopad.embedding.inputs.spans import Spans
-from nopad.embedding.job import begin_or_resume
+from nopad.embedding.job import begin_or_resume, kept_columns
 from nopad.embedding.lock import FolderLock
 from nopad.embedding.progress import Progress
 from nopad.embedding.run import Run
 from nopad.embedding.settings import Settings
+from nopad.embedding.table.counts import Manifest
 from nopad.embedding.table.reader import failed_rows
+from nopad.embedding.workers import check_features
 from nopad.pipeline.worker import num_cores
 
 SAMPLE = 512
@@ -113,6 +115,7 @@ def plan(sources: Sequence[str], settings: Settings, *, sample: int = SAMPLE, ou
     Raises:
         ValueError, OSError, ImportError: as `nopad.embed`.
     """
+    check_features(settings.model, settings)
     start = time.perf_counter()
     spans = None
     if settings.fps or settings.every:
@@ -152,8 +155,9 @@ def _measured(
     times: list[tuple[float, int]] = []
     with FolderLock(folder) as lock:
         record = {**maker.encoder.record, "sources": str(sources), "inputs": chosen.digest()}
-        (job,) = begin_or_resume(JobFolder(folder), lock.check, settings, record, chosen)
-        run = Run(job, maker.tally(), progress=_recorder(times))
+        kept, manifest = kept_columns(settings, chosen), Manifest(folder)
+        (job,) = begin_or_resume(JobFolder(folder), lock.check, settings, record, chosen, kept, manifest)
+        run = Run(job, maker.tally(), manifest, progress=_recorder(times))
         maker.work(run)
         paths = [job.path(shard) for shard in job.finished()]
         failures = Counter(error for path in paths for *_, error in failed_rows(path))

@@ -10,7 +10,7 @@ from nopad.embedding.job import Job
 from nopad.embedding.making import Tally
 from nopad.embedding.progress import Progress
 from nopad.embedding.summary import Summary
-from nopad.embedding.table.reader import count
+from nopad.embedding.table.counts import Manifest
 
 
 class Run:
@@ -18,6 +18,7 @@ class Run:
 
     Args:
         tally: counts what is done.
+        manifest: of the table.
         stop: once set, shards in hand are finished and no others.
         progress: called with how far the run is, a few times a second.
 
@@ -32,18 +33,22 @@ class Run:
         self,
         job: Job,
         tally: Tally,
+        manifest: Manifest,
         *,
         stop: threading.Event | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.job = job
         self.tally = tally
+        self.manifest = manifest
         self.stop = stop or threading.Event()
         self.progress = progress or (lambda _: None)
         self.device, self.encoders, self.decode_processes = "cpu", 1, 1
         finished = [shard for shard in job.finished() if shard in job.part]
         self.missing = sorted({*job.part} - {*finished})
-        failed = {shard: count(job.path(shard))[1] for shard in finished} if job.settings.retry_failed else {}
+        failed = (
+            {shard: manifest.count(job.path(shard)).failed for shard in finished} if job.settings.retry_failed else {}
+        )
         self.again = {shard: num_failed for shard, num_failed in failed.items() if num_failed}
         self.to_retry = sum(self.again.values())
         self.to_do = self.to_retry + sum(job.size(shard) for shard in self.missing)
@@ -72,12 +77,12 @@ class Run:
         own_missing = sum(job.size(shard) for shard in job.part if shard not in finished)
         # A part counts its own rows, and those of the whole table once all are there.
         counted = [shard for shard in sorted(finished) if not missing or shard in job.part]
-        counts = {job.path(shard).name: count(job.path(shard)) for shard in counted}
-        rows = sum(ok + failed for ok, failed in counts.values())
+        counts = {job.path(shard).name: self.manifest.count(job.path(shard)) for shard in counted}
+        rows = sum(each.ok + each.failed for each in counts.values())
         return Summary(
             folder=str(self.job.folder.path),
             rows=rows,
-            failed=sum(failed for _, failed in counts.values()),
+            failed=sum(each.failed for each in counts.values()),
             missing=missing,
             to_go=own_missing + self.to_retry - self.tally.retried,
             done=self.tally.done,
@@ -89,7 +94,7 @@ class Run:
             decode_processes=self.decode_processes,
             left_out=dict(left_out),
             changes=list(changes),
-            shards_with_failures=[name for name, (_, failed) in counts.items() if failed],
+            shards_with_failures=[name for name, each in counts.items() if each.failed],
             part=job.settings.part and "/".join(map(str, job.settings.part)),
             unmade={self.job.path(shard).name: reason for shard, reason in sorted(self.tally.unmade.items())},
         )

@@ -1,0 +1,104 @@
+"""How many rows the shards of a table have, kept beside them so that these need not be opened each time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nopad.atomic import atomic_write
+from nopad.embedding.table.format import FAILED, OK
+from nopad.embedding.table.names import METADATA_FOLDER
+from nopad.embedding.table.reader import statuses
+
+NAME = "manifest.parquet"
+_SCHEMA = pa.schema(
+    {
+        "path": pa.string(),
+        "rows": pa.int64(),
+        "ok": pa.int64(),
+        "failed": pa.int64(),
+        "bytes": pa.int64(),
+        "modified_ns": pa.int64(),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardCount:
+    """Rows of a shard: all, those with features, those that failed; and the size and time of the file counted."""
+
+    rows: int
+    ok: int
+    failed: int
+    bytes: int
+    modified_ns: int
+
+
+class Manifest:
+    """The rows of a table's shards, of one file `.nopad/manifest.parquet`.
+
+    It is no state of a job: what it has of a shard counts as long as the file has the same size and time, everything
+    else is counted anew. Where it is missing or damaged, so is everything.
+
+    Args:
+        folder: of the table.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / METADATA_FOLDER / NAME
+        self._known = self._load()
+        self._is_changed = False
+
+    def _load(self) -> dict[str, ShardCount]:
+        try:
+            with pa.OSFile(os.fsencode(self._path)) as file:
+                table = pq.ParquetFile(file, page_checksum_verification=True).read()
+            if table.schema.remove_metadata() != _SCHEMA:
+                return {}
+        except (OSError, ValueError, pa.ArrowException):
+            return {}
+        columns = [column.to_pylist() for column in table.columns]
+        return {name: ShardCount(*numbers) for name, *numbers in zip(*columns, strict=True)}
+
+    def has(self, path: Path) -> bool:
+        """Whether a shard is known, as it is now."""
+        known = self._known.get(path.name)
+        status = path.stat()
+        return known is not None and (known.bytes, known.modified_ns) == (status.st_size, status.st_mtime_ns)
+
+    def count(self, path: Path) -> ShardCount:
+        """The rows of a shard; opens it only where it is not known.
+
+        Raises:
+            ValueError, OSError: see `statuses`.
+        """
+        if not self.has(path):
+            status = path.stat()  # before it is opened: a file that is replaced meanwhile is counted again
+            rows = statuses(path)
+            numbers = len(rows), rows.count(OK), rows.count(FAILED)
+            self._known[path.name] = ShardCount(*numbers, status.st_size, status.st_mtime_ns)
+            self._is_changed = True
+        return self._known[path.name]
+
+    def save(self, paths: Iterable[Path], check: Callable[[], None]) -> None:
+        """Keep what is known of these shards; nothing is written where that is kept already.
+
+        Raises:
+            LostLockError: by `check`, before anything is put in its place.
+            OSError: the folder cannot be written.
+        """
+        names = sorted(path.name for path in paths if path.name in self._known)
+        if not self._is_changed:
+            return
+        known = [self._known[name] for name in names]
+        columns = [[getattr(each, field) for each in known] for field in _SCHEMA.names[1:]]
+        table = pa.table([pa.array(names, pa.string()), *(pa.array(each, pa.int64()) for each in columns)], _SCHEMA)
+        with atomic_write(self._path, check=check) as file:
+            pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+        self._is_changed = False
