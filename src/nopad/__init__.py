@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nopad.outputs import PackedOutput
     from nopad.packing import Pack
     from nopad.patches import patchify, unpatchify
+    from nopad.search.batches import iterate_features
     from nopad.search.features import Features
     from nopad.search.reading import read, read_features
 
@@ -41,6 +42,7 @@ __all__ = [
     "Siglip2NaflexPacking",
     "data",
     "embed",
+    "iterate_features",
     "load",
     "maps",
     "merge",
@@ -66,6 +68,7 @@ _HOMES = {
     "Siglip2NaflexPacking": "nopad.families.siglip2",
     "data": "nopad.data",
     "embed": "nopad.embedding.api",
+    "iterate_features": "nopad.search.batches",
     "load": "nopad.loading",
     "maps": "nopad.maps",
     "merge": "nopad.merging",
@@ -80,6 +83,7 @@ _HOMES = {
 _EXTRAS = {
     "Features": ("pyarrow",),
     "embed": ("filelock", "pyarrow"),
+    "iterate_features": ("pyarrow",),
     "read": ("pyarrow",),
     "read_features": ("pyarrow",),
 }

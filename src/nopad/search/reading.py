@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from nopad.counts import are, counted
 from nopad.embedding.inputs.extras import THUMBNAIL
 from nopad.embedding.table import reader as stored
 from nopad.embedding.table.format import COLUMNS, TOKENS
-from nopad.embedding.table.names import METADATA_FOLDER, parse_shard_name
-from nopad.local_paths import check_local
 from nopad.search.features import Failure, Features
 from nopad.search.places import Places, Shard
+from nopad.search.shards import shards_of
 from nopad.search.stored_column import StoredColumn
 from nopad.search.thumbnails import Thumbnails
 from nopad.search.tokens import Tokens
 
 _MAX_RATIO = 1000  # of values to bytes; other programs may have compressed the file
-_SHOWN = 5
 SAME_SPACE = ("family", "architecture", "weights", "embedding", "embedding.width")
 """Metadata that tables read together must share: else their vectors cannot be compared."""
 
 
-def read_features(folder: str | Path | Sequence[str | Path], *, partial: bool = False) -> Features:
+def read_features(
+    folder: str | Path | Sequence[str | Path],
+    *,
+    partial: bool = False,
+    columns: Sequence[str] | None = None,
+    memory_map: str | Path | None = None,
+) -> Features:
     """Read what `nopad embed --out folder` wrote; embeddings come into memory, tokens stay on disk until indexed.
 
     Args:
         folder: of one table, or a list of several, whose rows come one table after the other. They must be of the same
             model.
         partial: take the shards of an unfinished job as they are.
+        columns: those that the job kept of the inputs' own to take; all unless given.
+        memory_map: a file `….npy` to write the embeddings to, from which they are mapped; it is replaced where it
+            exists. They may take more than the memory then.
 
     Raises:
         ValueError: no path, a folder named twice, no such folder, no shards, shards missing (unless `partial`), shards
@@ -44,71 +48,17 @@ def read_features(folder: str | Path | Sequence[str | Path], *, partial: bool = 
             different models; the message says which and what to do.
         OSError: a shard that cannot be opened or read.
     """
-    folders: list[Any] = list(folder) if isinstance(folder, Sequence) and not isinstance(folder, str) else [folder]
-    if not folders:
-        raise ValueError("folder: expected a folder or a list of them, got none")
-    for each in folders:
-        if not isinstance(each, str | os.PathLike):
-            raise ValueError(f"folder: expected a path or a list of them, got {type(each).__name__}")
-        check_local("folder", each)
-    real = [os.path.realpath(each) for each in folders]
-    if twice := [each for number, each in enumerate(folders) if real[number] in real[:number]]:
-        raise ValueError(f"folder: {os.fspath(twice[0])!r} is named twice, and its rows would be there twice")
-    shards = [shard for each in folders for shard in _find(Path(each), partial)]
+    if isinstance(columns, str):
+        raise ValueError(f"columns: expected a list of names, got {columns!r:.80}")
+    shards = shards_of(folder, partial)
     survey = _survey(shards)
-    return _read(shards, survey)
+    if unknown := [name for name in columns or () if all(name not in _kept_names(each) for each in survey.schemas)]:
+        there = ", ".join(sorted({name for each in survey.schemas for name in _kept_names(each)})) or "none"
+        raise ValueError(f"columns: the table keeps no {unknown[0]!r:.80} of the inputs' own columns, but {there}")
+    return _read(shards, survey, columns, None if memory_map is None else Path(memory_map))
 
 
 read = read_features  # an alias: the name until nopad 0.2
-
-
-_NO_TABLE = (
-    "expected shard-….parquet files, as `nopad embed` writes them; pictures are named one by one, as photos/*.jpg"
-)
-
-
-def _find(folder: Path, partial: bool) -> list[Shard]:
-    """The shards of a folder's table in order: those of its first job, then those of its updates."""
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise ValueError(f"{folder} {what}, expected the folder given to `nopad embed --out`")
-    jobs: dict[tuple[int, str], dict[int, Path]] = {}
-    for path in folder.iterdir():
-        if name := parse_shard_name(path.name):
-            number, of, fingerprint = name
-            jobs.setdefault((of, fingerprint), {})[number] = path
-    if not jobs:
-        begun = (folder / METADATA_FOLDER).is_dir()
-        why = "no shard of its job is finished; run `nopad embed` again" if begun else _NO_TABLE
-        raise ValueError(f"{folder} has no shards: {why}")
-    ordered = list(jobs) if len(jobs) == 1 else _with_updates(folder, jobs)
-    return [shard for key in ordered for shard in _complete(folder, *key, jobs[key], partial)]
-
-
-def _with_updates(folder: Path, jobs: Mapping[tuple[int, str], Mapping[int, Path]]) -> list[tuple[int, str]]:
-    """The jobs of one table in order, by the metadata of their shards."""
-    metadata = {key: stored.read_metadata(next(iter(paths.values()))) for key, paths in jobs.items()}
-    ordered = sorted(jobs, key=lambda key: int(metadata[key].get("update", "0")))
-    first = ordered[0]
-    numbers = [metadata[key].get("update", "0") for key in ordered]
-    same = all(metadata[key].get("table") == first[1] for key in ordered[1:])
-    if not same or numbers != [str(number) for number in range(len(ordered))]:
-        got = ", ".join(f"{len(jobs[key])} of {key[0]} with fingerprint {key[1]}" for key in sorted(jobs))
-        raise ValueError(f"{folder} has shards of {len(jobs)} jobs: {got}; keep one job's shards in a folder")
-    return ordered
-
-
-def _complete(folder: Path, of: int, fingerprint: str, numbered: Mapping[int, Path], partial: bool) -> list[Shard]:
-    """The shards of one job in order."""
-    if beyond := sorted(number for number in numbered if number >= of):
-        raise ValueError(f"{numbered[beyond[0]]}: shard {beyond[0]} of {of}, expected 0 to {of - 1}")
-    missing = [number for number in range(of) if number not in numbered]
-    if missing and not partial:
-        which = ", ".join(f"{number:05}" for number in missing[:_SHOWN]) + (", …" if len(missing) > _SHOWN else "")
-        what = "run `nopad embed` again to finish it, or read_features(folder, partial=True)"
-        gone = f"{len(missing)} of {counted(of, 'shard')} {are(len(missing))}"
-        raise ValueError(f"{folder} is unfinished: {gone} missing ({which}); {what}")
-    return [Shard(folder, numbered[number], fingerprint, number) for number in sorted(numbered)]
 
 
 @dataclass(frozen=True)
@@ -180,9 +130,9 @@ def _check_same_space(metadata: Mapping[Path, Mapping[str, str]]) -> None:
                 raise ValueError(f"{folder}: a table of another model, whose vectors cannot be compared: {values}")
 
 
-def _read(shards: Sequence[Shard], survey: _Survey) -> Features:
+def _read(shards: Sequence[Shard], survey: _Survey, columns: Sequence[str] | None, memory_map: Path | None) -> Features:
     width = stored.embedding_width(survey.schemas[0])
-    embeddings = np.empty((survey.rows, width), survey.dtype)  # cut to the ok rows below
+    embeddings = _space((survey.rows, width), survey.dtype, memory_map)  # cut to the ok rows below
     ids: list[str] = []
     sources: list[str] = []
     failures: list[Failure] = []
@@ -190,7 +140,8 @@ def _read(shards: Sequence[Shard], survey: _Survey) -> Features:
     for shard, schema in zip(shards, survey.schemas, strict=True):
         with stored.opened(shard.path) as file:
             groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            table = file.read([name for name in schema.names if name not in _on_disk(schema)])
+            others = () if columns is None else {*_kept_names(schema)} - {*columns}
+            table = file.read([name for name in schema.names if name not in (*_on_disk(schema), *others)])
             ok = stored.ok_rows(shard.path, table)
             filled = len(ids)
             for block in stored.embedding_blocks(table["embedding"], width):
@@ -235,6 +186,18 @@ def _read(shards: Sequence[Shard], survey: _Survey) -> Features:
         ),
         places=places,
     )
+
+
+def _space(shape: tuple[int, int], dtype: np.dtype, memory_map: Path | None) -> np.ndarray:
+    """An array to fill, in memory or in a file."""
+    if memory_map is None or 0 in shape:  # nothing can be mapped of an empty file
+        return np.empty(shape, dtype)
+    return np.lib.format.open_memmap(memory_map, mode="w+", dtype=dtype, shape=shape)
+
+
+def _kept_names(schema: pa.Schema) -> list[str]:
+    """The columns that a shard has of the inputs' own."""
+    return [name for name in schema.names if name not in (*COLUMNS, *_on_disk(schema))]
 
 
 def _on_disk(schema: pa.Schema) -> list[str]:
