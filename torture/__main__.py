@@ -1,7 +1,7 @@
 """`make torture`: every run disturbs a job at a random moment, goes on with it, and compares its table, bit for bit.
 
-Kinds: the process killed; one, two or three signals; a decode process or their server killed; a disk that is full; a
-folder that is removed, or begun anew by another job, while the first still runs.
+Kinds: the process killed; one, two or three signals; a decode process or their server killed; an actor or a part of a
+job killed; a disk that is full; a folder that is removed, or begun anew by another job, while the first still runs.
 """
 
 from __future__ import annotations
@@ -109,6 +109,35 @@ def _robbed_of_a_child(torture: Torture, out: Path, random: random.Random, *, of
     return _come(out, torture)
 
 
+def _robbed_of_an_actor(torture: Torture, out: Path, random: random.Random) -> str:
+    """Another actor makes its shard."""
+    job = Job(torture.pictures, out, "--actors", "2")
+    until(lambda: len(job.children()) > 1, job)
+    job.sleep(random.uniform(0, torture.seconds))
+    actors = [child for child in job.children() if child.is_running() and child.ppid() == job.process.pid]
+    if actors:
+        with suppress(psutil.NoSuchProcess):
+            random.choice(actors).kill()
+    status = job.end()
+    assert status == 0, f"exit status {status}: {''.join(job.said)}"
+    return _come(out, torture)
+
+
+def _part_killed(torture: Torture, out: Path, random: random.Random) -> str:
+    """Two parts at once, one of which is killed and begun again."""
+    parts = [Job(torture.pictures, out, "--part", f"{number}/2") for number in range(2)]
+    parts[0].sleep(random.uniform(0, 2 * torture.seconds))
+    parts[0].children()
+    parts[0].process.kill()
+    parts[0].end()
+    status = parts[1].end()
+    assert status == 0, f"exit status {status}: {''.join(parts[1].said)}"
+    come = _come(out, torture)
+    Job(torture.pictures, out, "--part", "0/2").end()
+    assert table(out) == torture.whole, "another table"
+    return come
+
+
 def _full_disk(torture: Torture, out: Path, random: random.Random) -> str:
     largest = max(map(len, torture.whole.values()))
     job = Job(torture.pictures, out, max_file_bytes=random.randint(0, largest - 1))
@@ -160,6 +189,8 @@ KINDS: dict[str, Callable[[Torture, Path, random.Random], str]] = {
     "one signal": lambda *job: _signalled(*job, number=1),
     "two signals": lambda *job: _signalled(*job, number=2),
     "three signals": lambda *job: _signalled(*job, number=3),
+    "actor killed": _robbed_of_an_actor,
+    "part killed": _part_killed,
     "full disk": _full_disk,
     "decode process killed": lambda *job: _robbed_of_a_child(*job, of_server=False),
     "their server killed": lambda *job: _robbed_of_a_child(*job, of_server=True),
