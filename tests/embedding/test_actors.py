@@ -126,12 +126,13 @@ def test_an_actor_that_hangs_is_ended_and_its_shard_reported(pictures, model, tm
     album = shutil.copytree(pictures, tmp_path / "album")
     shutil.copy(pictures / "000.jpg", album / "stop-a.jpg")
     monkeypatch.setattr(distributed, "ShardMaker", FaultyMaker)
+    monkeypatch.setattr("nopad.embedding.actors.work.MAX_STALLS", 1)
     out = tmp_path / "out"
-    summary = embed(album, out, model=model, shard_size=10, actors=2, stall=3.0)
+    summary = embed(album, out, model=model, shard_size=10, actors=2, stall=20.0)
     (name,) = summary.unmade
     assert name.startswith("shard-00004-of-00005-")
-    assert summary.unmade[name].startswith("no progress in 3 s, 2 times, the last by process ")
-    assert f"{name}: no progress in 3 s (process " in caplog.text
+    assert summary.unmade[name].startswith("no progress in 20 s, in 1 process, the last was process ")
+    assert f"{name}: no progress in 20 s (process " in caplog.text
     assert (summary.missing, summary.to_go) == (1, 1)
     monkeypatch.undo()
     assert embed(album, out, model=model, shard_size=10).missing == 0

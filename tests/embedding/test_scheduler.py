@@ -251,7 +251,7 @@ def test_a_shard_that_hangs_everywhere_is_reported():
 
     made, given_up = run(FakeEngine(does, nodes=("a", "b")), actors=2, stall=50.0)
     assert {*made} == {0, 1, 2, 4, 5}
-    assert given_up[3].startswith("no progress in 50 s, 2 times, the last by process")
+    assert given_up[3].startswith("no progress in 50 s, in 2 processes, the last was process")
 
 
 def test_without_a_limit_a_slow_shard_is_waited_for():

@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nopad.counts import counted
 from nopad.embedding.actors.bisection import find_fatal
 from nopad.embedding.actors.engine import Task
 
@@ -85,7 +86,7 @@ class Work:
         self._stalls += 1
         if self._stalls < MAX_STALLS:
             return "it is made elsewhere"
-        self.not_made = f"no progress in {seconds:g} s, {self._stalls} times, the last by {place}"
+        self.not_made = f"no progress in {seconds:g} s, in {counted(self._stalls, 'process')}, the last was {place}"
         return "it is left to the next run"
 
     def failed(self, place: str, reason: str, *, is_last: bool) -> str:
