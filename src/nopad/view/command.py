@@ -102,7 +102,7 @@ def _run_pictures(options: argparse.Namespace) -> int:
 
     from nopad import html
     from nopad.view.page import view_page
-    from nopad.view.pictures import check_kinds, sheet, shown_kinds, view_pictures
+    from nopad.view.images import check_kinds, sheet, shown_kinds, view_pictures
 
     check_kinds(kinds)
     configure_transformers()

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from nopad import html, maps
-from nopad.view.pictures import LayerMaps, ModelMaps, Picture
+from nopad.view.images import LayerMaps, ModelMaps, Picture
 from nopad.view.projection import Projection, in_8_bits
 
 MAX_BYTES = 1_000_000
