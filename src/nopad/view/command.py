@@ -101,12 +101,12 @@ def _run_pictures(options: argparse.Namespace) -> int:
     import torch
 
     from nopad import html
+    from nopad.view.images import check_kinds, sheet, shown_kinds, view_images
     from nopad.view.page import view_page
-    from nopad.view.images import check_kinds, sheet, shown_kinds, view_pictures
 
     check_kinds(kinds)
     configure_transformers()
-    pictures = view_pictures(
+    pictures = view_images(
         options.sources,
         options.model.split(","),
         kinds=kinds,

@@ -1,4 +1,4 @@
-"""From pictures and models to the maps that a page or a sheet shows."""
+"""From images and models to the maps that a page or a sheet shows."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ KINDS = ("pca", "similarity", "norms", "attention")
 
 @dataclass(frozen=True)
 class LayerMaps:
-    """Maps of one layer over one picture.
+    """Maps of one layer over one image.
 
     Attributes:
         layer: index, from 0.
         tokens: `(h, w, D)` float32, normed.
-        pca: `(h, w, 3)` from 0 to 1; one basis for all pictures.
+        pca: `(h, w, 3)` from 0 to 1; one basis for all images.
         norms: `(h, w)`.
         attention: `(h, w)`, the mean of all heads; `None` where it was not requested.
     """
@@ -44,12 +44,12 @@ class LayerMaps:
 
 @dataclass(frozen=True)
 class ModelMaps:
-    """Maps of one model over one picture.
+    """Maps of one model over one image.
 
     Attributes:
         model: as it was named.
         query: whose attention is shown: `"cls"` or `"pooled"`, `None` where none is.
-        box: `[x0, y0, x1, y1]` in pixels of the picture that the patches cover.
+        box: `[x0, y0, x1, y1]` in pixels of the image that the patches cover.
         layers: see `LayerMaps`.
     """
 
@@ -60,15 +60,15 @@ class ModelMaps:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture and what each model sees in it."""
+class ViewedImage:
+    """An image and the maps of each model over it."""
 
     name: str
     image: Image.Image
     models: tuple[ModelMaps, ...]
 
 
-def view_pictures(
+def view_images(
     images: Sequence[str | Path],
     models: Sequence[str | PackedEncoder],
     *,
@@ -78,8 +78,8 @@ def view_pictures(
     max_patches: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
     **options: Any,
-) -> list[Picture]:
-    """Run the models on the pictures, one model after another.
+) -> list[ViewedImage]:
+    """Run the models on the images, one model after another.
 
     Args:
         images: files.
@@ -91,13 +91,13 @@ def view_pictures(
         options: of `nopad.load`.
 
     Raises:
-        ImageError: a picture that cannot be used, or a video.
+        ImageError: an image that cannot be used, or a video.
         ValueError: an unknown kind, a layer that there is not, attention of a model that has no query for it.
         OSError: a model that is not there.
     """
     check_kinds(kinds)
     if not images or not models:
-        raise ValueError(f"expected a picture and a model or more, got {len(images)} and {len(models)}")
+        raise ValueError(f"expected an image and a model or more, got {len(images)} and {len(models)}")
     if videos := [image for image in images if Path(image).suffix.lower() in VIDEO_SUFFIXES]:
         raise ImageError(
             str(videos[0]), "a video, expected an image; take frames out of it first, with ffmpeg for example"
@@ -111,19 +111,19 @@ def view_pictures(
         name = (encoder.source or type(encoder).__name__) if isinstance(model, PackedEncoder) else model
         progress(f"running {name}")
         pack = _pack(encoder, images, pixels, size=size, max_patches=max_patches)
-        for of_picture, found in zip(seen, _maps(name, encoder, pack, kinds, layers), strict=True):
-            of_picture.append(found)
-    pictures = [Image.fromarray(each.permute(1, 2, 0).contiguous().numpy()) for each in pixels]
-    parts = zip(images, pictures, seen, strict=True)
-    return [Picture(Path(image).name, picture, tuple(found)) for image, picture, found in parts]
+        for of_image, model_maps in zip(seen, _maps(name, encoder, pack, kinds, layers), strict=True):
+            of_image.append(model_maps)
+    decoded = [Image.fromarray(each.permute(1, 2, 0).contiguous().numpy()) for each in pixels]
+    parts = zip(images, decoded, seen, strict=True)
+    return [ViewedImage(Path(path).name, image, tuple(of_image)) for path, image, of_image in parts]
 
 
 def _pack(encoder: PackedEncoder, names: Sequence[str | Path], pixels: Sequence[Tensor], **options: Any) -> Pack:
-    """One pack of all pictures; an error has the picture's name."""
+    """One pack of all images; an error has the image's file."""
     packs = []
-    for name, of_picture in zip(names, pixels, strict=True):
+    for name, image in zip(names, pixels, strict=True):
         try:
-            packs.append(encoder.pack([of_picture], **options))
+            packs.append(encoder.pack([image], **options))
         except ImageError as error:
             raise ImageError(str(name), error.reason) from error
     return Pack.cat(packs)
@@ -149,10 +149,10 @@ def _maps(
     elif query == "pooled":
         attention = [each.mean(0)[None].cpu() for each in encoder.attention(pack, queries="pooled")]
     tokens = [each.tokens[:, 0].float().cpu() for each in features]
-    per_layer = [maps.pca([of_picture[place] for of_picture in tokens]) for place in range(len(chosen))]
+    per_layer = [maps.pca([of_image[place] for of_image in tokens]) for place in range(len(chosen))]
     assert pack.boxes is not None
-    found = []
-    for index, (of_picture, box) in enumerate(zip(tokens, pack.boxes.tolist(), strict=True)):
+    model_maps = []
+    for index, (of_image, box) in enumerate(zip(tokens, pack.boxes.tolist(), strict=True)):
         of_layers = []
         for place, layer in enumerate(chosen):
             weights = attention[index]
@@ -160,10 +160,10 @@ def _maps(
                 # The head reads the last layer alone.
                 of_layer = place if query == "cls" else 0 if layer == len(encoder.layers) - 1 else None
                 weights = None if of_layer is None else weights[of_layer, 0]
-            one = of_picture[place]
+            one = of_image[place]
             of_layers.append(LayerMaps(layer, one, per_layer[place][index], maps.norms([one])[0], weights))
-        found.append(ModelMaps(name, query, tuple(box), tuple(of_layers)))
-    return found
+        model_maps.append(ModelMaps(name, query, tuple(box), tuple(of_layers)))
+    return model_maps
 
 
 def _query(name: str, encoder: PackedEncoder, kinds: Sequence[str] | None) -> str | None:
@@ -176,22 +176,22 @@ def _query(name: str, encoder: PackedEncoder, kinds: Sequence[str] | None) -> st
     return query
 
 
-def shown_kinds(pictures: Sequence[Picture], kinds: Sequence[str] | None) -> list[str]:
+def shown_kinds(images: Sequence[ViewedImage], kinds: Sequence[str] | None) -> list[str]:
     """The kinds to show: those requested, else all that there are."""
     if kinds is not None:
         return list(dict.fromkeys(kinds))
-    has = any(layer.attention is not None for picture in pictures for model in picture.models for layer in model.layers)
+    has = any(layer.attention is not None for image in images for model in image.models for layer in model.layers)
     return [kind for kind in KINDS if kind != "attention" or has]
 
 
-def sheet(pictures: Sequence[Picture], kinds: Sequence[str], side: int = 320) -> Image.Image:
-    """One image: a row for each picture, a column for it and for each kind of each model, of the last layer shown.
+def sheet(images: Sequence[ViewedImage], kinds: Sequence[str], side: int = 320) -> Image.Image:
+    """One image: a row for each image, a column for it and for each kind of each model, of the last layer shown.
 
     Similarity is to the patch in the middle, which is marked.
     """
     from PIL import ImageDraw
 
-    rows = [[(picture.name, picture.image.copy()), *_columns(picture, kinds)] for picture in pictures]
+    rows = [[(each.name, each.image.copy()), *_columns(each, kinds)] for each in images]
     for cells in rows:
         for _, image in cells:
             image.thumbnail((side, side), Image.Resampling.BICUBIC)
@@ -208,9 +208,9 @@ def sheet(pictures: Sequence[Picture], kinds: Sequence[str], side: int = 320) ->
     return result
 
 
-def _columns(picture: Picture, kinds: Sequence[str]) -> list[tuple[str, Image.Image]]:
+def _columns(viewed: ViewedImage, kinds: Sequence[str]) -> list[tuple[str, Image.Image]]:
     cells = []
-    for model in picture.models:
+    for model in viewed.models:
         layer, short = model.layers[-1], model.model.rsplit("/", 1)[-1]
         for kind in kinds:
             values: Any = None
@@ -223,5 +223,5 @@ def _columns(picture: Picture, kinds: Sequence[str]) -> list[tuple[str, Image.Im
             else:
                 values = getattr(layer, kind)
             if values is not None:
-                cells.append((f"{short}: {kind}", maps.overlay(picture.image, values, model.box)))
+                cells.append((f"{short}: {kind}", maps.overlay(viewed.image, values, model.box)))
     return cells

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from nopad import html, maps
-from nopad.view.images import LayerMaps, ModelMaps, Picture
+from nopad.view.images import LayerMaps, ModelMaps, ViewedImage
 from nopad.view.projection import Projection, in_8_bits
 
 MAX_BYTES = 1_000_000
@@ -44,7 +44,7 @@ _STYLE = """<style>
 </style>"""
 
 
-def view_page(pictures: Sequence[Picture], kinds: Sequence[str]) -> str:
+def view_page(pictures: Sequence[ViewedImage], kinds: Sequence[str]) -> str:
     """The whole page.
 
     Raises:
@@ -65,7 +65,7 @@ def view_page(pictures: Sequence[Picture], kinds: Sequence[str]) -> str:
     return html.page(_title(pictures), parts)
 
 
-def _title(pictures: Sequence[Picture]) -> str:
+def _title(pictures: Sequence[ViewedImage]) -> str:
     names = " and ".join(model.model for model in pictures[0].models)
     return f"{len(pictures)} picture{'' if len(pictures) == 1 else 's'} by {names}"
 
@@ -93,7 +93,7 @@ def _about(kinds: Sequence[str], directions: int) -> list[str]:
     return [f'<p data-about="{kind}">{html.escape(about[kind])}</p>' for kind in kinds]
 
 
-def _section(number: int, picture: Picture) -> str:
+def _section(number: int, picture: ViewedImage) -> str:
     figures = []
     scale = min(1.0, SIDE / max(picture.image.size))
     width, height = (max(round(side * scale), 1) for side in picture.image.size)
@@ -109,7 +109,7 @@ def _section(number: int, picture: Picture) -> str:
     return html.section(picture.name, f'<div class="models">{"".join(figures)}</div>')
 
 
-def _picture(picture: Picture) -> dict[str, Any]:
+def _picture(picture: ViewedImage) -> dict[str, Any]:
     directions = _num_directions(picture)
     data = {
         "source": f"data:image/jpeg;base64,{_text(_jpeg(picture.image))}",
@@ -119,7 +119,7 @@ def _picture(picture: Picture) -> dict[str, Any]:
     return data
 
 
-def _num_directions(picture: Picture) -> int:
+def _num_directions(picture: ViewedImage) -> int:
     """Directions of the tokens that there is room for.
 
     Raises:
