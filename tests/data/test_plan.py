@@ -82,6 +82,12 @@ def test_samples_without_shuffling_stay_in_order():
     assert [min(pack[0].number for pack in step) for step in steps] == list(range(0, 20, 2))
 
 
+def test_first_packs_are_as_full_as_the_others():
+    plan = planner(100, 1, shuffle=False)
+    steps = plan.steps(samples_of(plan, [60, 70, 40, 30]), "seed")
+    assert [[sorted(sample.number for sample in pack) for pack in step] for step in steps] == [[[0, 2]], [[1, 3]]]
+
+
 def test_sample_larger_than_a_pack_is_an_error():
     plan = planner(100, 1)
     with pytest.raises(ValueError, match="sample 1 has 101 tokens in 1 segments, more than a pack of 100 tokens"):

@@ -14,7 +14,7 @@ from nopad.counts import check_count, is_number
 from nopad.data.dropping import check_rate, num_kept
 from nopad.data.samples import Sample, segment_lengths
 from nopad.pipeline.pack_processor import PackProcessor
-from nopad.pipeline.packer import BestFitPacker
+from nopad.pipeline.packer import LOOKAHEAD, BestFitPacker
 
 Packed = list[Sample]
 """The samples of one pack."""
@@ -90,7 +90,9 @@ class Planner:
             ValueError: a sample that does not fit into a pack.
         """
         rng = random.Random(seed)
-        packer: BestFitPacker[Sample] = BestFitPacker(self.capacity, max_segments=self.max_segments)
+        # Sizes are known, so the first packs need not close before the window is full.
+        options: dict[str, Any] = {"first_lookahead": LOOKAHEAD, "max_segments": self.max_segments}
+        packer: BestFitPacker[Sample] = BestFitPacker(self.capacity, **options)
         packs: list[Packed] = []
         size = self.window * self.world_size
         for sample in samples:
