@@ -375,6 +375,16 @@ def test_command_line_in_fp8(native, capsys):
     assert len(report["cases"][0]["layer_cosines"]) == 4
 
 
+def test_command_line_in_int8(native, capsys):
+    arguments = ["align", str(native), "--device", "cpu", "--precision", "int8", "--compile"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "float32, layers in int8, on cpu, 1 thread" in printed
+    assert "packed layers int8 by " in printed
+    assert "above 0.99; in int8 the threshold alone decides" in printed
+    assert main([*arguments, "--threshold", "0.99999"]) == 1
+
+
 def test_many_layers_are_shown_in_part(native):
     report = align(native)
     cases = tuple(dataclasses.replace(case, layer_cosines=tuple(range(25))) for case in report.cases)

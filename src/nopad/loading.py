@@ -33,7 +33,7 @@ def load(
     attention: str = "auto",
     patch_order: PatchOrder | None = None,
     positions: Literal["resample", "strict"] | None = None,
-    precision: Literal["fp8"] | None = None,
+    precision: Literal["fp8", "int8"] | None = None,
     size: Size = "model",
     min_patches: int | None = None,
     max_patches: int | None = None,
@@ -54,7 +54,8 @@ def load(
         positions: on another grid than the trained one, `"resample"` learned positions or `"strict"`ly refuse.
         precision: `"fp8"` makes the layers' linear maps float8 products, weights scaled by row once and their input by
             row as it comes, but for those behind the attention and values of the first half of the layers; for
-            inference alone. `nopad align --precision fp8` measures its effect on the features.
+            inference alone. `"int8"` makes all of them integer products, scaled in the same way, on a CPU. `nopad
+            align --precision` measures the effect on the features.
         size, min_patches, max_patches, multiple_of: of images, as `PackedEncoder.pack` takes them; the defaults of
             its `pack` and `embed`.
         prefix: of the vision tower's tensors in the checkpoint of a larger model, such as `"vision_tower"`; searched

@@ -280,7 +280,7 @@ def test_a_damaged_shard(photos, tmp_path, model):
         ({"tokens": "no"}, "tokens: expected True or False, got 'no'"),
         ({"stop": True}, r"stop: expected a threading\.Event, got True"),
         ({"dtype": "int8"}, "dtype: expected one of auto, float32, bfloat16, float16, got 'int8'"),
-        ({"precision": "fp4"}, "precision: expected one of fp8, got 'fp4'"),
+        ({"precision": "fp4"}, "precision: expected one of fp8, int8, got 'fp4'"),
         ({"compile": 1}, "compile: expected True or False, got 1"),
         ({"device": "abacus"}, "device: expected cpu, cuda, cuda:1, …, got 'abacus'"),
         ({"device": "meta"}, "device: expected cpu, cuda, cuda:1, …, got 'meta'"),

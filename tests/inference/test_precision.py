@@ -13,9 +13,14 @@ from nopad.kernels.gemm_formats import FP8
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
+@pytest.fixture(params=["fp8", "int8"])
+def precision(request):
+    return request.param
+
+
 @pytest.fixture
-def encoder(tmp_path):
-    return nopad.load(tiny("aimv2", tmp_path / "aimv2"), precision="fp8")
+def encoder(tmp_path, precision):
+    return nopad.load(tiny("aimv2", tmp_path / "aimv2"), precision=precision)
 
 
 def test_saving_raises(encoder, tmp_path):
@@ -47,18 +52,18 @@ def test_training_raises(encoder):
 
 
 @torch.no_grad()
-def test_moves_and_copies_keep_the_precision(encoder):
+def test_moves_and_copies_keep_the_precision(encoder, precision):
     expected = encoder(patches_of(encoder), GRIDS)
     for twin in (encoder.to("cpu"), encoder.to(device="cpu", dtype=torch.float32), copy.deepcopy(encoder)):
-        assert twin.precision == "fp8"
+        assert twin.precision == precision
         assert torch.equal(twin(patches_of(twin), GRIDS), expected)
-    assert encoder.to("meta").layers[0].mlp.down.weight.dtype == FP8
-    assert encoder.precision == "fp8"
+    assert encoder.to("meta").layers[0].mlp.down.weight.dtype == (FP8 if precision == "fp8" else torch.int8)
+    assert encoder.precision == precision
 
 
 def test_unknown_precision_raises(tmp_path):
-    with pytest.raises(ValueError, match="precision: expected 'fp8', got 'int8'"):
-        nopad.load(tiny("aimv2", tmp_path / "aimv2"), precision="int8")
+    with pytest.raises(ValueError, match="precision: expected 'fp8' or 'int8', got 'fp4'"):
+        nopad.load(tiny("aimv2", tmp_path / "aimv2"), precision="fp4")
 
 
 @pytest.mark.gpu

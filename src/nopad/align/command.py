@@ -47,7 +47,7 @@ def add_align_options(parser: argparse.ArgumentParser) -> None:
     dtype = "of both models (default: float32; with --precision fp8 on a GPU, bfloat16)"
     parser.add_argument("--dtype", choices=DTYPES, default=None, help=dtype)
     precision = "format of the packed model's layers; then the threshold alone decides"
-    parser.add_argument("--precision", choices=("fp8",), default=None, help=precision)
+    parser.add_argument("--precision", choices=("fp8", "int8"), default=None, help=precision)
     compiled = "compare the packed model's compiled layers, on a GPU the fused ones"
     parser.add_argument("--compile", action="store_true", help=compiled)
     parser.add_argument(

@@ -89,7 +89,8 @@ class AlignReport:
     """The result for a checkpoint and the conditions under which it was measured.
 
     Attributes:
-        precision: `"fp8"` where the packed model's layers are in that format; then the threshold alone decides.
+        precision: `"fp8"` or `"int8"` where the packed model's layers are in that format; then the threshold alone
+            decides.
         execution, capacity: how the packed model's layers ran, and the tokens that each pack was filled up to.
         worst: where tokens differ most, of the photos where there are any; not part of `to_dict`.
     """

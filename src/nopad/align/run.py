@@ -34,7 +34,7 @@ def align(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     attention: str = "auto",
-    precision: Literal["fp8"] | None = None,
+    precision: Literal["fp8", "int8"] | None = None,
     compile: bool = False,
     threshold: float = 0.99,
     batch_size: int = 2,

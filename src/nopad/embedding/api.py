@@ -104,7 +104,7 @@ def embed(
             checkpoint's own where its weights are quantised.
         compile: compile the model for full packs; unless given on a GPU, and on a CPU for at least 32 inputs where
             that takes no compiler.
-        precision: `"fp8"` as `nopad.load` takes it, or the checkpoint's own.
+        precision: `"fp8"` or `"int8"` as `nopad.load` takes it, or the checkpoint's own.
         tokens: store each picture's tokens, too, in float16.
         layers: whose tokens are stored, and by which `pool` makes embeddings, from 0 or from the end; the last one
             unless given. The final norm is applied to all.

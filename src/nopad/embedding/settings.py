@@ -78,7 +78,7 @@ class Settings:
         action=BooleanOptionalAction,
     )
     precision: str | None = options.choice(
-        None, ("fp8",), "of the layers' weights and GEMMs: fp8 for GPUs that have it"
+        None, ("fp8", "int8"), "of the layers' weights and GEMMs: fp8 for GPUs that have it, int8 for a CPU"
     )
     attention: str = options.text("auto", "kernel of the attention")
     workers: int | None = options.count(None, "threads that decode (default: one per core)", recorded=False)

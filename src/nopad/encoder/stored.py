@@ -35,7 +35,7 @@ class Stored(PreTrainedModel):
         opened_with: how that was opened, see `Checkpoint`.
         tower_prefix: what they begin with in the checkpoint of a larger model, empty in one of an encoder alone.
         checkpoint_config: its `config.json`, `{}` where it has none.
-        precision: `"fp8"` where the layers are in that format, for inference alone; else `None`.
+        precision: `"fp8"` or `"int8"` where the layers are in that format, for inference alone; else `None`.
     """
 
     family: ClassVar[str]

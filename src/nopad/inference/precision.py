@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from nopad.inference.float8.convert import to_float8
+from nopad.inference.int8.convert import to_int8
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
+
+CONVERSIONS = {"fp8": to_float8, "int8": to_int8}
+PRECISIONS = tuple(CONVERSIONS)
 
 
 def to_precision(encoder: PackedEncoder, precision: str) -> None:
@@ -20,13 +24,15 @@ def to_precision(encoder: PackedEncoder, precision: str) -> None:
     these weights but does not cast them. Undoes `compile`.
 
     Raises:
-        ValueError: an unknown format, layers or sizes that it does not support, or a dtype other than bfloat16 on a
-            GPU. The encoder is then unchanged.
+        ValueError: an unknown format, one that this device does not have, another than the encoder has, layers, sizes
+            or a dtype that it does not support. The encoder is then unchanged.
     """
     check_precision(precision)
-    check_dtype(encoder)
+    if encoder.precision not in (None, precision):
+        raise ValueError(f"precision: the layers are in {encoder.precision} already, got {precision!r}; load it again")
+    check_device_and_dtype(encoder, precision)
     if encoder.precision is None:
-        to_float8(encoder.layers)
+        CONVERSIONS[precision](encoder.layers)
         encoder.requires_grad_(False)
     encoder.uncompile()
     encoder.precision = precision
@@ -34,16 +40,20 @@ def to_precision(encoder: PackedEncoder, precision: str) -> None:
 
 def check_precision(precision: str) -> None:
     """Raise `ValueError` for an unknown format."""
-    if precision != "fp8":
-        raise ValueError(f"precision: expected 'fp8', got {precision!r}")
+    if precision not in CONVERSIONS:
+        raise ValueError(f"precision: expected {' or '.join(map(repr, PRECISIONS))}, got {precision!r}")
 
 
-def check_dtype(encoder: PackedEncoder) -> None:
-    """Check that the GPU's float8 GEMM supports the encoder's dtype.
+def check_device_and_dtype(encoder: PackedEncoder, precision: str) -> None:
+    """Check that a format is for the encoder's device and dtype.
 
     Raises:
-        ValueError: another dtype than bfloat16 on a GPU, or a GPU without float8.
+        ValueError: int8 elsewhere than on a CPU; float8 in another dtype than bfloat16 on a GPU, or on one without it.
     """
+    if precision == "int8":
+        if encoder.device.type not in ("cpu", "meta"):
+            raise ValueError(f"precision 'int8': is for a CPU, got {encoder.device}; on a GPU, use precision 'fp8'")
+        return
     if encoder.device.type == "cuda" and torch.cuda.get_device_capability(encoder.device) < (8, 9):
         raise ValueError("precision 'fp8': expected a GPU of compute capability 8.9 or later, which has float8 GEMMs")
     if encoder.device.type == "cuda" and encoder.dtype != torch.bfloat16:
@@ -51,10 +61,10 @@ def check_dtype(encoder: PackedEncoder) -> None:
 
 
 def check_inference(encoder: PackedEncoder, hidden_states: Tensor) -> None:
-    """Check that a forward needs no gradient, which float8 GEMMs do not have.
+    """Check that a forward needs no gradient, which GEMMs of rounded numbers do not have.
 
     Raises:
-        ValueError: training mode, or `requires_grad` on patches or parameters; see also `check_dtype`.
+        ValueError: training mode, or `requires_grad` on patches or parameters; see also `check_device_and_dtype`.
     """
     if encoder.training:
         raise ValueError(f"precision {encoder.precision!r}: is for inference, expected eval(), got train()")
@@ -63,7 +73,7 @@ def check_inference(encoder: PackedEncoder, hidden_states: Tensor) -> None:
             f"precision {encoder.precision!r}: is for inference and has no gradients, expected no requires_grad on "
             f"patches and parameters, or torch.no_grad()"
         )
-    check_dtype(encoder)
+    check_device_and_dtype(encoder, str(encoder.precision))
 
 
 def check_saving(precision: str | None) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from nopad.embedding.manifest import weights_digest
 from nopad.encoder import PackedEncoder
+from nopad.inference.precision import PRECISIONS
 from nopad.loading import load
 from nopad.preprocessing.size import parse_size
 from nopad.search.exact import default_device, top_k
@@ -133,7 +134,8 @@ def load_encoder(metadata: Mapping[str, str], *, model: str | None = None, prefi
         raise ValueError("the table does not say which model made it, or is several of different models' names")
     device = default_device()
     of_nopad_0_1 = metadata.get("layers", "").split()[-1:] == ["fp8"]
-    precision: Any = "fp8" if metadata.get("precision") == "fp8" or of_nopad_0_1 else None
+    stored = metadata.get("precision")
+    precision: Any = "fp8" if of_nopad_0_1 else stored if stored in PRECISIONS else None
     options: dict[str, Any] = {"device": device, "dtype": getattr(torch, metadata.get("dtype", ""), None)}
     if model is None:
         options |= {name: metadata[name] for name in ("revision", "prefix") if metadata.get(name)}

@@ -10,7 +10,8 @@ from torch import nn
 
 import nopad
 from nopad.inference.fusion import blocked, cpu_linear
-from nopad.inference.fusion.blocked import BlockedLayers, PackedBlock, order_by_length, rotate_into
+from nopad.inference.fusion.blocked import BlockedLayers, PackedBlock, order_by_length
+from nopad.inference.fusion.blocked_qkv import new_qkv, store_qkv
 from nopad.inference.fusion.cpu_linear import OneDNNLinear, TorchLinear, linear_class
 from nopad.inference.fusion.folding import GemmWeight
 from nopad.layers.attention import Rope
@@ -215,11 +216,16 @@ def test_segments_of_one_length_come_together(lengths):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rotation_into_a_tensor(dtype):
-    rope = Rope(apply_rotary, torch.randn(5, 1, 4), torch.randn(5, 1, 4))
-    x, out = torch.randn(5, 6, 8).to(dtype), torch.empty(5, 9, 8, dtype=dtype)
-    rotate_into(out[:, :6], x, rope)
-    torch.testing.assert_close(out[:, :6], rope(x))
+@pytest.mark.parametrize("rotated", [True, False])
+def test_queries_and_keys_are_rotated_on_the_way_to_their_place(dtype, rotated):
+    rope = Rope(apply_rotary, torch.randn(5, 1, 4), torch.randn(5, 1, 4)) if rotated else None
+    x = torch.randn(5, 72).to(dtype)
+    out = new_qkv(torch.empty(9, 24, dtype=dtype), num_heads=3)
+    store_qkv(out[2:7], x, rope)
+    parts = x.view(5, 3, 3, 8).unbind(1)
+    for place, (part, turns) in enumerate(zip(parts, (True, True, False), strict=True)):
+        torch.testing.assert_close(out[2:7, place], rope(part) if rope is not None and turns else part)
+    assert out[:, 0, 1].is_contiguous()
 
 
 def test_linear_layers_without_onednn(monkeypatch):

@@ -16,9 +16,8 @@ from nopad.inference.float8.modules import (
     Float8GatedMLP,
     Float8Linear,
     Float8QKV,
-    check_linear,
-    check_plain_linear,
 )
+from nopad.inference.quantized import check_hooks, check_plain_linear
 from nopad.kernels.gemm_formats import FP8_MAX
 from nopad.layers.linear import joined
 from nopad.layers.mlp import GatedMLP
@@ -64,20 +63,15 @@ def check_block(block: Any, index: int) -> None:
     """Check that a block can be converted, before anything is.
 
     Raises:
-        ValueError: see `check_linear`; hooks on modules that the conversion replaces.
+        ValueError: see `Float8Linear.check_linear`; hooks on modules that the conversion replaces.
     """
     attention, mlp = block.attention, block.mlp
     up = (mlp.gate, mlp.up) if isinstance(mlp, GatedMLP) else (mlp.up,)
     for linear in (*attention.qkv_linears, *up, mlp.down):
-        check_linear(linear)
-    check_plain_linear(attention.proj)
+        Float8Linear.check_linear(linear)
+    check_plain_linear(attention.proj, Float8Linear.precision)
     replaced = {block.norm1, block.norm2, *attention.qkv_linears, *mlp.modules()}
-    for name, module in block.named_modules():
-        if module in replaced and (module._forward_hooks or module._forward_pre_hooks):
-            raise ValueError(
-                f"precision 'fp8': expected no hooks on modules that the conversion replaces, got one on "
-                f"layers.{index}.{name}; register it afterwards"
-            )
+    check_hooks(block, index, replaced, Float8Linear.precision)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ where that changes no bits, which is tried out once.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -18,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nopad.inference.fusion.blocked_int8 import Int8Block, can_pack_int8
+from nopad.inference.fusion.blocked_qkv import new_qkv, split_rope, store_qkv
 from nopad.inference.fusion.cpu_linear import CPULinear, linear_class
 from nopad.inference.fusion.folding import FoldedBlock, GemmWeight, can_fold, qkv_head_permutation
 from nopad.inference.fusion.layers import check_equal
@@ -27,7 +30,6 @@ from nopad.kernels.attention import varlen_attention
 from nopad.kernels.sdpa import without_autocast
 from nopad.layers.attention import Rope
 from nopad.layers.block import Block
-from nopad.layers.rope import apply_rotary
 from nopad.segments import Segments
 
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS, ROWS_PER_THREAD = 256, 1024, 64
@@ -41,9 +43,15 @@ def unsupported_reason(encoder: Any, device: torch.device, dtype: torch.dtype) -
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return f"layers in blocks are for float32 and bfloat16 on a CPU, not for {dtype} on {device}"
     layers = list(encoder.layers)
-    if not layers or not all(can_fold(layer) for layer in layers):
+    if not layers or not can_pack(layers):
         return "only blocks with norms, linear layers and activations that nopad.inference.fusion supports are fused"
     return None
+
+
+def can_pack(layers: Iterable[nn.Module]) -> bool:
+    """Whether all layers can run in blocks, in their own dtype or in int8."""
+    layers = list(layers)
+    return all(map(can_fold, layers)) or all(map(can_pack_int8, layers))
 
 
 def default_block_rows() -> int:
@@ -55,7 +63,7 @@ class BlockedLayers(LayerStack):
     """Runs folded layers over blocks of rows.
 
     Args:
-        layers: blocks that `can_fold` accepts.
+        layers: blocks that `can_pack` accepts.
     """
 
     fixed_segments = False
@@ -89,14 +97,14 @@ class BlockedLayers(LayerStack):
             tokens, segments = tokens[rows], Segments.of(lengths, tokens.device)
             rope = None if rope is None else Rope(rope.apply, rope.cos[rows], rope.sin[rows])
         blocks = list(tokens.split(self.block_rows))
-        ropes = [None] * len(blocks) if rope is None else _split_rope(rope, self.block_rows)
-        qkv = tokens.new_empty(len(tokens), 3 * tokens.shape[1])
+        ropes = split_rope(rope, self.block_rows, len(blocks))
+        qkv = new_qkv(tokens, self.packed[0].num_heads)
         qkv_blocks = qkv.split(self.block_rows)
         for block, out, angles in zip(blocks, qkv_blocks, ropes, strict=True):
             self.packed[0].qkv_into(out, block, angles)
         following = (*self.packed[1:], None)
         for layer, packed, after in zip(self.layers, self.packed, following, strict=True):
-            query, key, value = qkv.unflatten(1, (3, packed.num_heads, -1)).unbind(1)
+            query, key, value = qkv.unbind(1)
             attended = varlen_attention(query, key, value, segments, backend=layer.attention.backend).flatten(1)
             for number, rows in enumerate(attended.split(self.block_rows)):
                 blocks[number] = packed.after_attention(rows, blocks[number])
@@ -108,7 +116,7 @@ class BlockedLayers(LayerStack):
     def refresh(self, *, trained: bool = False) -> bool:
         """See `LayerStack`."""
         if trained or self.guard.versions() != self.versions:
-            if not all(can_fold(layer) for layer in self.layers):
+            if not can_pack(self.layers):
                 return False
             self._pack()
         return True
@@ -122,21 +130,26 @@ class BlockedLayers(LayerStack):
 
         Which kernels run depends on the sizes alone, which all layers share, and not on values.
         """
-        packed, dtype = self.packed[0], self.layers[0].attention.proj.weight.dtype
-        size = (2, self.block_rows, self.layers[0].attention.proj.in_features)
+        packed, width = self.packed[0], self.layers[0].attention.proj.in_features
+        size, dtype = (2, self.block_rows, width), next(self.layers[0].parameters()).dtype
         attended, tokens = torch.randn(*size, generator=torch.Generator().manual_seed(0)).to(dtype)
 
         def run(rows: int) -> Tensor:
             output = packed.after_attention(attended[:rows], tokens[:rows])
-            qkv = output.new_empty(rows, 3 * size[2])
+            qkv = new_qkv(output, packed.num_heads)
             packed.qkv_into(qkv, output, None)
-            return torch.cat((output, qkv), dim=1)
+            return torch.cat((output, qkv.flatten(1)), dim=1)
 
         whole = run(self.block_rows)
         return all(torch.equal(run(n), whole[:n]) for n in range(TAIL_ROWS, self.block_rows, TAIL_ROWS))
 
     def _pack(self) -> None:
-        self.packed = [PackedBlock.of(layer, self.block_rows) for layer in self.layers]
+        int8 = all(map(can_pack_int8, self.layers))
+        self.packed: list[PackedBlock] | list[Int8Block] = (
+            [Int8Block.of(layer, self.block_rows) for layer in self.layers]
+            if int8
+            else [PackedBlock.of(layer, self.block_rows) for layer in self.layers]
+        )
         self.versions = self.guard.versions()
 
 
@@ -191,14 +204,8 @@ class PackedBlock:
         )
 
     def qkv_into(self, out: Tensor, tokens: Tensor, rope: Rope | None) -> None:
-        """Queries, keys and values of the normed tokens: `(R, D)` to `(R, 3 · D)`, written to `out`."""
-        qkv, size = self.qkv(self._norm(tokens)), tokens.shape[1]
-        if rope is None:
-            out.copy_(qkv)
-            return
-        heads = 2 * self.num_heads, -1
-        rotate_into(out[:, : 2 * size].unflatten(1, heads), qkv[:, : 2 * size].unflatten(1, heads), rope)
-        out[:, 2 * size :].copy_(qkv[:, 2 * size :])
+        """Queries, keys and values of the normed tokens: `(R, D)` to `(R, 3, H, K)`, written to `out`."""
+        store_qkv(out, self.qkv(self._norm(tokens)), rope)
 
     def after_attention(self, attended: Tensor, tokens: Tensor) -> Tensor:
         """The rest of the block: `(R, D)` to `(R, D)`."""
@@ -211,16 +218,6 @@ class PackedBlock:
     def _norm(self, tokens: Tensor) -> Tensor:
         shape = tokens.shape[1:]
         return F.layer_norm(tokens, shape, eps=self.eps) if self.layer_norm else F.rms_norm(tokens, shape, eps=self.eps)
-
-
-def rotate_into(out: Tensor, x: Tensor, rope: Rope) -> None:
-    """`out.copy_(rope(x))`, in float32 in fewer passes; both are `(R, H, K)`."""
-    if rope.apply is not apply_rotary or x.dtype != torch.float32:
-        out.copy_(rope(x))
-        return
-    (x1, x2), (out1, out2) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    torch.mul(x1, rope.cos, out=out1).addcmul_(x2, rope.sin, value=-1)
-    torch.mul(x2, rope.cos, out=out2).addcmul_(x1, rope.sin)
 
 
 def order_by_length(lengths: tuple[int, ...]) -> tuple[list[int], Tensor] | None:
@@ -236,8 +233,3 @@ def order_by_length(lengths: tuple[int, ...]) -> tuple[list[int], Tensor] | None
     starts = sizes.cumsum(0) - sizes
     rows = torch.cat([torch.arange(lengths[i]) + starts[i] for i in order])
     return [lengths[i] for i in order], rows
-
-
-def _split_rope(rope: Rope, num_rows: int) -> list[Rope | None]:
-    parts = zip(rope.cos.split(num_rows), rope.sin.split(num_rows), strict=True)
-    return [Rope(rope.apply, cos, sin) for cos, sin in parts]

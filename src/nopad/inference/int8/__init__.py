@@ -1,0 +1,1 @@
+"""int8 version of an encoder's blocks, for a CPU."""
