@@ -291,6 +291,12 @@ def test_float8_implies_compiled_candidates(native, as_it_is, monkeypatch):
     assert 0.9 < rows["nopad, float8", 1024].min_cosine < 0.9999
 
 
+def test_int8_runs_on_a_cpu_without_a_compiler(native):
+    row = by_name(bench(native, baselines=False, int8=True, **OPTIONS))["nopad, int8", 1024]
+    assert row.execution.startswith("int8 by ")
+    assert 0.99 < row.min_cosine < 0.999999
+
+
 def test_candidates_not_requested_are_skipped(native):
     report = bench(native, baselines=False, compile=False, **OPTIONS)
     assert (report.reference, report.no_reference) == (None, "not requested")
@@ -501,6 +507,7 @@ def test_command_prints_json_and_nothing_else(native, monkeypatch, capsys, torch
         (("--device", "cuda:99"), "--device: got 'cuda:99'"),
         (("--device", "xyz"), "--device: expected cpu"),
         (("--fp8", "--no-compile"), "--fp8: runs the packed model in float8 compiled, got --no-compile too"),
+        (("--int8", "--no-compile"), "--int8: runs the packed model in int8 compiled, got --no-compile too"),
     ],
 )
 def test_wrong_use_is_status_2(native, monkeypatch, capsys, arguments, message):

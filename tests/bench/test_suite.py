@@ -14,7 +14,7 @@ from nopad.bench.report import Row
 from nopad.bench.suite import Entry, bench_suite
 from nopad.bench.suite_report import SuiteWorkload
 
-ROWS = ["nopad, float32", "transformers, float32", "nopad, bfloat16", "transformers, bfloat16"]
+ROWS = ["nopad, float32", "transformers, float32", "nopad, bfloat16", "transformers, bfloat16", "nopad, int8"]
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def entries(tmp_path, monkeypatch):
     monkeypatch.setattr(load_time, "RUNS", 1)
     aimv2, dinov3 = (str(tiny(name, tmp_path / name)) for name in ("aimv2", "dinov3"))
     small = [Entry(dinov3, workload, 2) for workload in ("224", "small")]
-    return (Entry(aimv2, "mixed", 1, ("float32", "bfloat16")), *small)
+    return (Entry(aimv2, "mixed", 1, ("float32", "bfloat16", "int8")), *small)
 
 
 def test_rows_have_every_format_beside_its_reference(entries):
@@ -40,10 +40,13 @@ def test_rows_have_every_format_beside_its_reference(entries):
         assert workload.times(workload.rows[1], "float32") == 1
     assert mixed.times(mixed.rows[3], "bfloat16") == 1
     assert small.times(small.rows[0], "bfloat16") is None
-    exact, half = (row.min_cosine for row in mixed.rows[::2])
-    assert half < exact
+    exact, half, rounded = (row.min_cosine for row in mixed.rows[::2])
     assert exact > 0.999999
-    assert f"{entries[0].checkpoint}, mixed: run 2 of 2, 4 of 4: transformers, bfloat16" in lines
+    assert 0.99 < half < exact
+    assert 0.99 < rounded < exact
+    assert mixed.rows[4].execution.startswith("int8 by ")
+    assert mixed.times(mixed.rows[4], "int8") is None
+    assert f"{entries[0].checkpoint}, mixed: run 2 of 2, 4 of 5: transformers, bfloat16" in lines
 
 
 def test_runs_are_as_many_as_fit_into_the_time(entries, monkeypatch):
@@ -57,14 +60,14 @@ def test_a_processor_without_bfloat16_skips_its_rows(entries, monkeypatch):
     monkeypatch.setattr(suite, "has_fast_bfloat16", lambda: False)
     rows = bench_suite(runs=1, entries=entries[:1]).workloads[0].rows
     reason = "this processor has no GEMMs in bfloat16"
-    assert [row.skipped for row in rows] == [None, None, reason, reason]
+    assert [row.skipped for row in rows] == [None, None, reason, reason, None]
 
 
 def test_wrong_features_are_seen(entries, monkeypatch):
     right = AIMv2Reference.run
     monkeypatch.setattr(AIMv2Reference, "run", lambda *of: (-right(*of)[0], None))
     rows = bench_suite(runs=1, entries=entries[:1]).workloads[0].rows
-    assert [row.agrees for row in rows] == [True, False, True, False]
+    assert [row.agrees for row in rows] == [True, False, True, False, True]
 
 
 def test_times_are_of_runs_of_one_round():
@@ -118,7 +121,7 @@ def test_command_prints_the_table_and_json(entries, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--workload", "small", "--fp8"), "--workload, --fp8: expected a checkpoint; without one"),
+        (("--workload", "small", "--int8"), "--workload, --int8: expected a checkpoint; without one"),
         (("--no-baselines",), "--no-baselines: expected a checkpoint"),
         (("--no-compile",), "--compile: expected a checkpoint"),
         (("--runs", "0"), "runs: expected ≥ 1, got 0"),

@@ -21,6 +21,8 @@ from nopad.pipeline.packer import best_fit
 
 BATCH_SIZE = 64
 """Images of one size that the reference takes at a time."""
+NAMES = {"fp8": "float8", "int8": "int8"}
+"""Names of formats in tables."""
 NOT_COMPILED = "torch.compile is disabled or does not work here"
 
 Features = dict[int, Tensor]
@@ -123,13 +125,15 @@ def expected_features(encoder: PackedEncoder, images: Images, indices: Iterable[
     return {index: encoder(images.pack(encoder, [index])) for index in indices}
 
 
-def packed(encoder: PackedEncoder, images: Images, capacity: int, *, compiled: bool, float8: bool = False) -> Candidate:
-    """The packed encoder over packs of `capacity` tokens, prefix tokens among them."""
+def packed(
+    encoder: PackedEncoder, images: Images, capacity: int, *, compiled: bool, precision: str | None = None
+) -> Candidate:
+    """The packed encoder over packs of `capacity` tokens, prefix tokens among them; compiled where in a `precision`."""
     lengths = images.workload.lengths
     groups = best_fit([length + encoder.num_prefix_tokens for length in lengths], capacity)
 
     def prepare() -> tuple[Run, str | None]:
-        model = _compiled(encoder, capacity, max(map(len, groups)), float8) if compiled else encoder
+        model = _compiled(encoder, capacity, max(map(len, groups)), precision) if compiled else encoder
         _check_compiled(model, compiled)
         packs = [(indices, images.pack(encoder, indices)) for indices in groups]
 
@@ -146,8 +150,8 @@ def packed(encoder: PackedEncoder, images: Images, capacity: int, *, compiled: b
 
         return run, model.execution if compiled else None
 
-    name = "nopad, float8" if float8 else "nopad, compiled" if compiled else "nopad, eager"
-    no_compiler = compiled and not float8 and not needs_compiler(encoder)
+    name = f"nopad, {NAMES[precision]}" if precision else "nopad, compiled" if compiled else "nopad, eager"
+    no_compiler = compiled and (precision == "int8" or (precision is None and not needs_compiler(encoder)))
     return Candidate(name, images, len(groups), _bytes(encoder), prepare, capacity, compiled, no_compiler)
 
 
@@ -241,14 +245,14 @@ def candidates(
     images: Images,
     squares: Images,
     capacities: Sequence[int],
-    float8: bool,
+    precisions: Sequence[str],
 ) -> list[Candidate]:
     """All candidates for `images`, and the compiled reference for `squares`; without `baseline` no reference."""
     all_candidates = [
         packed(encoder, images, size, compiled=compiled) for compiled in (False, True) for size in capacities
     ]
-    if float8:
-        all_candidates += [packed(encoder, images, size, compiled=True, float8=True) for size in capacities]
+    for precision in precisions:
+        all_candidates += [packed(encoder, images, size, compiled=True, precision=precision) for size in capacities]
     if baseline is not None:
         all_candidates += [one_by_one(encoder, baseline, images), by_shape(encoder, baseline, images)]
         if baseline.reference is not None and baseline.reference.takes_padding(encoder):
@@ -257,13 +261,13 @@ def candidates(
     return all_candidates
 
 
-def _compiled(encoder: PackedEncoder, capacity: int, max_segments: int, float8: bool) -> PackedEncoder:
+def _compiled(encoder: PackedEncoder, capacity: int, max_segments: int, precision: str | None) -> PackedEncoder:
     """A compiled copy of `encoder` that shares its weights; it is compiled for one capacity alone."""
     compiled = copy.deepcopy(encoder, {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())})
-    if float8:
+    if precision is not None:
         try:
-            compiled.to_precision("fp8")
-        except ValueError as reason:  # sizes that float8 GEMMs do not take
+            compiled.to_precision(precision)
+        except ValueError as reason:  # a device or sizes that it is not for
             raise Skipped(str(reason)) from None
     compiled.compile(capacity=capacity, max_segments=max_segments)
     return compiled

@@ -51,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action=either, default=None, help=compiled)
     fp8 = "run the packed model in float8, too; implies --compile"
     parser.add_argument("--fp8", action="store_true", help=fp8)
+    int8 = "run the packed model in int8, too, which is for a CPU"
+    parser.add_argument("--int8", action="store_true", help=int8)
     parser.add_argument("--runs", type=int, metavar="N", help=f"timed runs of each candidate {default('runs')}")
     parser.add_argument("--seed", type=int, default=0, help="seed of sizes and pixels (default: 0)")
     add_report_options(parser)
@@ -64,8 +66,11 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.checkpoint is None:
         return run_suite(options)
-    if options.fp8 and options.compile is False:
-        raise ValueError("--fp8: runs the packed model in float8 compiled, got --no-compile too; give one of them")
+    for option, name in (("fp8", "float8"), ("int8", "int8")):
+        if getattr(options, option) and options.compile is False:
+            raise ValueError(
+                f"--{option}: runs the packed model in {name} compiled, got --no-compile too; give one of them"
+            )
     check_report(options.report)
     print_progress("importing torch and transformers")
     import torch
@@ -85,6 +90,7 @@ def run(options: argparse.Namespace) -> int:
         baselines=options.baselines,
         compile=options.compile,
         float8=options.fp8,
+        int8=options.int8,
         runs=options.runs,
         seed=options.seed,
         revision=options.revision,
@@ -100,7 +106,7 @@ def run_suite(options: argparse.Namespace) -> int:
     """`nopad bench` without a checkpoint."""
     fixed = "dtype", "workload", "images", "capacity", "compile", "revision", "report"
     given = [f"--{name}" for name in fixed if getattr(options, name) is not None]
-    given += [f"--{name.replace('_', '-')}" for name in ("fp8", "trust_remote_code") if getattr(options, name)]
+    given += [f"--{name.replace('_', '-')}" for name in ("fp8", "int8", "trust_remote_code") if getattr(options, name)]
     given += [] if options.baselines else ["--no-baselines"]
     given += [] if options.attention == "auto" else ["--attention"]
     if given:

@@ -38,6 +38,7 @@ def bench(
     baselines: bool = True,
     compile: bool | None = None,
     float8: bool = False,
+    int8: bool = False,
     runs: int | None = None,
     seed: int = 0,
     revision: str | None = None,
@@ -59,7 +60,7 @@ def bench(
         capacities: tokens per pack; duplicates run once.
         baselines: run the reference, too.
         compile: run compiled candidates, too; on a CPU, by default, those that need no compiler.
-        float8: run the packed encoder with `precision="fp8"`, too; implies `compile`.
+        float8, int8: run the packed encoder with `precision="fp8"` or `"int8"`, too; they imply `compile`.
         runs: timed runs of each candidate.
         seed: of sizes and pixels.
         trust_remote_code: run the checkpoint's own code where its reference is not part of transformers.
@@ -71,8 +72,10 @@ def bench(
         ValueError: an argument out of its range, a capacity below the largest image, or a checkpoint that does not
             load.
     """
-    if float8 and compile is False:
-        raise ValueError("float8: runs the packed encoder compiled, got compile=False too; give one of them")
+    for name, requested in (("float8", float8), ("int8", int8)):
+        if requested and compile is False:
+            raise ValueError(f"{name}: runs the packed encoder compiled, got compile=False too; give one of them")
+    precisions = ["fp8"] * float8 + ["int8"] * int8
     device = check_device("device", device)
     default = defaults_on(device.type)
     settings = Defaults(
@@ -113,7 +116,7 @@ def bench(
             inputs = square_images if each is squares else Images.of(each, encoder, seed)
             of_workload, peak = run_candidates(
                 encoder,
-                candidates(encoder, baseline, inputs, square_images, settings.capacities, float8),
+                candidates(encoder, baseline, inputs, square_images, settings.capacities, precisions),
                 workload=each.name,
                 compile=settings.compile or compile,
                 runs=settings.runs,

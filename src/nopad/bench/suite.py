@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 LARGE = "untrained:apple/aimv2-large-patch14-native"
 SMALL = "untrained:facebook/dinov3-vits16-pretrain-lvd1689m"
-FLOAT32, BFLOAT16 = "float32", "bfloat16"
+FLOAT32, BFLOAT16, INT8 = "float32", "bfloat16", "int8"
 MIN_RUNS, MAX_RUNS, SECONDS = 3, 9, 20.0
 """Timed runs of a workload: as many as fit into so many seconds."""
 
@@ -55,7 +55,7 @@ class Entry:
 
 
 SUITE = (
-    Entry(LARGE, "mixed", 2, (FLOAT32, BFLOAT16)),
+    Entry(LARGE, "mixed", 2, (FLOAT32, BFLOAT16, INT8)),
     Entry(SMALL, "mixed", 8),
     Entry(SMALL, "224", 16),
     Entry(SMALL, "small", 64),
@@ -165,10 +165,12 @@ def _candidates(
             twin, reference = _in_bfloat16(encoder), replace(baseline, model=_in_bfloat16(baseline.model))
             inputs = Images(images.workload, tuple(pixels.to(torch.bfloat16) for pixels in images.pixels))
         reason = None if format != BFLOAT16 or has_fast_bfloat16() else "this processor has no GEMMs in bfloat16"
-        compiled = not needs_compiler(twin)
-        candidate = packed(twin, inputs, CAPACITY_ON_CPU, compiled=compiled)
+        precision = INT8 if format == INT8 else None
+        compiled = precision is not None or not needs_compiler(twin)
+        candidate = packed(twin, inputs, CAPACITY_ON_CPU, compiled=compiled, precision=precision)
         yield replace(candidate, name=f"nopad, {format}"), reason
-        yield replace(one_by_one(twin, reference, inputs), name=f"{REFERENCE}, {format}"), reason
+        if precision is None:
+            yield replace(one_by_one(twin, reference, inputs), name=f"{REFERENCE}, {format}"), reason
 
 
 def _in_bfloat16(model: Any) -> Any:
