@@ -1,6 +1,8 @@
 """`nopad bench` without a checkpoint, on tiny models."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -86,6 +88,14 @@ def test_loading_is_measured_beside_reading(entries, tmp_path):
     assert load.bytes == pytest.approx(size, rel=0.1)  # the header depends on the file's metadata
     assert load.times > 0
     assert load.memory >= 0
+
+
+def test_peak_memory_is_that_of_the_process_itself():
+    """`ru_maxrss` is not: it begins at that of the process that started it."""
+    ballast = bytearray(b"x") * (256 << 20)
+    code = "from nopad.bench.load_time import *; print(peak_resident_bytes() - resident_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 <= int(done.stdout) < len(ballast) // 2
 
 
 def test_reading_takes_every_byte(tmp_path, monkeypatch):

@@ -123,6 +123,12 @@ def resident_bytes() -> int:
 
 def peak_resident_bytes() -> int:
     """The most memory of this process that was in RAM."""
+    try:
+        # Not `ru_maxrss`, which a process has from the one that started it.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):  # not Linux
+        pass
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nopad.kernels.sdpa import without_autocast
 
+_int_mm: Any = torch._int_mm  # pyright: ignore[reportPrivateImportUsage]
 INT8_MAX = 127
 """Largest absolute value; -128 is left out, so that the range is symmetric."""
 MIN_AMAX = 1e-12
@@ -61,10 +62,16 @@ def multiply_integers(a: Tensor, b: Tensor) -> Tensor:
     Without instructions for it (VNNI, AMX) torch's GEMM adds pairs of products in 16 bits, which overflow. There
     float32 multiplies: exactly up to K = 1,040, beyond that as exactly as it multiplies other numbers.
     """
-    if torch.compiler.is_compiling() or is_exact(torch._int_mm):
-        return torch._int_mm(a, b.T).float()
+    if int_mm_is_exact():
+        return _int_mm(a, b.T).float()
     with without_autocast(a.device):
         return a.float() @ b.float().T
+
+
+@torch.compiler.assume_constant_result
+def int_mm_is_exact() -> bool:
+    """Whether torch's GEMM of int8 is exact on this processor."""
+    return is_exact(_int_mm)
 
 
 @lru_cache
