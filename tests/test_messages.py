@@ -15,6 +15,7 @@ from nopad import cli
 from nopad.counts import counted
 from nopad.embedding.progress import Estimate, Progress
 from nopad.pipeline.stats import Stats
+from nopad.suggestions import did_you_mean
 
 MEANT = "apple/aimv2-large-patch14-native"
 MISTYPED = (
@@ -156,3 +157,10 @@ def test_embed_says_once_that_sources_have_changed(tmp_path, capsys, own_handler
     assert cli.main(["embed", str(photos), *arguments]) == 0
     out, err = capsys.readouterr()
     assert (out + err).count("its sources have 1 new input and 0 are gone") == 1
+
+
+def test_a_name_that_goes_on_is_suggested_before_similar_ones():
+    known = ["facebook/dinov2-base", "facebook/dinov3-vits16-pretrain-lvd1689m", "facebook/dinov3-vitb16"]
+    assert did_you_mean("facebook/DINOv3-vits16", known) == f"; did you mean {known[1]!r}?"
+    assert did_you_mean("facebook/dinov2-bsae", known).startswith("; did you mean 'facebook/dinov2-base'")
+    assert did_you_mean("", known) == ""

@@ -461,6 +461,8 @@ def test_unpack_refuses_other_than_a_row_per_patch(shape):
     expected = rf"^tokens: expected \(4, D\), .*got shape {re.escape(str(shape))}$"
     with pytest.raises(ValueError, match=expected):
         pack.unpack(torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"tokens: expected \(4, D\), .*got NoneType$"):
+        pack.unpack(None)
 
 
 def test_a_pack_refuses_images_of_different_channels():

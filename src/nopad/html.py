@@ -23,7 +23,7 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-
 """Content-Security-Policy: a browser fetches nothing for a page, whatever it holds."""
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="$policy">
+<meta name="generator" content="nopad"><meta http-equiv="Content-Security-Policy" content="$policy">
 <title>$title</title><style>
 $style</style></head><body><main>
 $body</main></body></html>
@@ -39,6 +39,12 @@ def page(title: str, parts: Iterable[str]) -> str:
     """The page around parts that are HTML already."""
     style = resources.files("nopad").joinpath("page.css").read_text(encoding="utf-8")
     return PAGE.substitute(title=escape(title), style=style, body="\n".join(parts), policy=_POLICY)
+
+
+def is_page(path: str | Path) -> bool:
+    """Whether a file is a page that `page` made."""
+    with open(path, "rb") as file:
+        return b'<meta name="generator" content="nopad">' in file.read(1 << 10)
 
 
 def data(value: Any) -> str:

@@ -207,10 +207,10 @@ class Pack:
             ValueError: not one row of tokens per patch.
         """
         grid = self.grid_thw.tolist()
-        if tokens.ndim != 2 or tokens.shape[0] != self.hidden_states.shape[0]:
+        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.shape[0] != self.hidden_states.shape[0]:
+            got = f"shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
             raise ValueError(
-                f"tokens: expected ({self.hidden_states.shape[0]}, D), a row per patch of the pack, "
-                f"got shape {tuple(tokens.shape)}"
+                f"tokens: expected ({self.hidden_states.shape[0]}, D), a row per patch of the pack, got {got}"
             )
         parts = tokens.split([t * h * w for t, h, w in grid])
         return [part.reshape(t, h, w, -1) for part, (t, h, w) in zip(parts, grid, strict=True)]

@@ -9,5 +9,7 @@ from difflib import get_close_matches
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'a' or 'b'?"`, for the end of a message; empty without a similar name."""
     lower = {each.lower(): each for each in known}
-    close = [lower[match] for match in get_close_matches(name.lower()[:200], lower, n=3, cutoff=0.7)]
+    typed = name.lower()[:200]
+    close = [lower[match] for match in lower if typed and match.startswith(typed)][:3]
+    close = close or [lower[match] for match in get_close_matches(typed, lower, n=3, cutoff=0.7)]
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -269,7 +269,7 @@ def test_a_damaged_shard(photos, tmp_path, model):
         ({"actors": 0}, "actors: expected ≥ 1, got 0"),
         ({"shard_size": 0}, "shard_size: expected ≥ 1, got 0"),
         ({"max_patches": 0}, "max_patches: expected ≥ 1, got 0"),
-        ({"size": 0}, r"size: expected 'model', 'native', pixels ≥ 1 of the short side, or \(height, width\)"),
+        ({"size": 0}, r"size: expected 'model', 'native', pixels ≥ 1 of the short side, or the tuple \(height, "),
         ({"size": "large"}, "size: expected 'model', 'native', .* got 'large'"),
         ({"min_patches": 0}, "min_patches: expected ≥ 1, got 0"),
         ({"multiple_of": 0}, "multiple_of: expected ≥ 1, got 0"),
@@ -347,3 +347,11 @@ def test_wrong_sources_and_models_begin_no_job(photos, tmp_path, model):
     with pytest.raises(OSError, match="nowhere"):
         embed(photos, tmp_path / "out", tmp_path / "nowhere")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["photo.jpg", "photo.jpg/table"])
+def test_a_file_instead_of_the_folder(begun, model, tmp_path, out):
+    (tmp_path / "photo.jpg").write_bytes(b"mine")
+    with pytest.raises(OSError, match=r"; it (lies in|is) a file; name a folder"):
+        embed(begun[0], tmp_path / out, model)
+    assert (tmp_path / "photo.jpg").read_bytes() == b"mine"

@@ -101,14 +101,14 @@ def test_damage_is_worded_as_on_the_cpu(encoder):
 
 
 def test_without_a_gpu(encoder):
-    with pytest.raises(ValueError, match="got 'gpu', which is not possible here: its device is cpu, no GPU"):
+    with pytest.raises(ValueError, match="got 'gpu', which does not work here: the encoder is on cpu"):
         Worker(encoder, decode="gpu")
     with pytest.raises(
-        ValueError, match="not possible here: resize='pil' is bit-exact with Pillow, which the GPU is not"
+        ValueError, match="does not work here: resize='pil' is bit-exact with Pillow, which the GPU is not"
     ):
         Worker(encoder, decode="gpu", resize="pil")
     worker = Worker(encoder, decode="auto")
-    assert (worker.decode, worker.obstacle) == ("cpu", "its device is cpu, no GPU")
+    assert (worker.decode, worker.obstacle) == ("cpu", "the encoder is on cpu")
     assert "GPU" not in worker.preprocessing
 
 

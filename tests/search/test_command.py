@@ -61,6 +61,7 @@ def test_index(table, capsys, tmp_path):
         ([" "], "QUERY: expected words or the path of a picture, got ' '"),
         (["dog", "-k", "0"], "k: expected ≥ 1, got 0"),
         (["--image", "gone.jpg"], "gone.jpg"),
+        (["photos/gone.JPG"], "QUERY: there is no file 'photos/gone.JPG'; --text searches for words"),
         (["--id", "gone.jpg"], "no row of this table is called 'gone.jpg'"),
         (["--image", "s3://bucket/a.jpg"], "expected a path of this machine"),
         (["dog", "--html", "/proc/page.html"], "--report: expected a file that can be written"),

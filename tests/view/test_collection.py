@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,6 +198,19 @@ def test_pictures_are_not_shown_by_options_for_tables(photos, model, option, cap
     assert f"{option[0]}: is for tables; SOURCE names no folder" in capsys.readouterr().err
     assert main(["view", str(photos / "000.png")]) == 2
     assert "--model: expected the models that see the pictures" in capsys.readouterr().err
+
+
+def test_the_default_page_replaces_pages_alone(table, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["view", str(table)]) == 0
+    assert main(["view", str(table)]) == 0  # its own of before
+    Path("view.html").write_text("<title>mine</title>")
+    capsys.readouterr()
+    assert main(["view", str(table)]) == 2
+    message = "nopad view: --out: view.html is there and no page of nopad; name another file"
+    assert capsys.readouterr().err.splitlines()[-1] == message
+    assert Path("view.html").read_text() == "<title>mine</title>"
+    assert main(["view", str(table), "--out", "view.html"]) == 0
 
 
 def test_a_folder_that_is_no_table(photos, tmp_path, capsys):

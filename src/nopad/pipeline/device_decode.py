@@ -37,7 +37,7 @@ _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
 def why_unavailable(device: torch.device) -> str | None:
     """Why JPEGs are not decoded on a device, and what to do; `None` where they are."""
     if device.type != "cuda":
-        return f"its device is {device}, no GPU"
+        return f"the encoder is on {device}"
     if simplejpeg is None or not nvjpeg.is_installed():
         return "nvJPEG or simplejpeg is missing: pip install 'nopad[embed,gpu-decode]'"
     if not has_triton(device):

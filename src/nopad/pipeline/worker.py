@@ -104,7 +104,7 @@ class Worker:
         self.obstacle = self._obstacle_to_gpu() if decode in ("auto", "gpu") else None
         if decode == "gpu" and self.obstacle is not None:
             raise ValueError(
-                f"decode: expected 'auto' or 'cpu', got 'gpu', which is not possible here: {self.obstacle}"
+                f"decode: expected 'auto', 'cpu' or 'scaled', got 'gpu', which does not work here: {self.obstacle}"
             )
         self.decode = decode if decode in ("cpu", "scaled") else "gpu" if self.obstacle is None else "cpu"
         self._device_decoder = DeviceDecoder(self.image_processor, encoder.device) if self.decode == "gpu" else None

@@ -16,7 +16,7 @@ def check_size(size: Any) -> None:
     """Raise `ValueError` unless a value is a `Size`."""
     if size in ("model", "native") or is_count(size) or is_pair(size):
         return
-    expected = "'model', 'native', pixels ≥ 1 of the short side, or (height, width) in pixels ≥ 1"
+    expected = "'model', 'native', pixels ≥ 1 of the short side, or the tuple (height, width) in pixels ≥ 1"
     raise ValueError(f"size: expected {expected}, got {size!r:.80}")
 
 

@@ -12,6 +12,7 @@ from nopad import html
 from nopad.command_options import FAILURE, SUCCESS, add_prefix_option, check_prefix, check_report
 from nopad.counts import counted
 from nopad.local_paths import check_local
+from nopad.preprocessing.formats import image_suffixes
 from nopad.terminal import columns, configure_transformers, json_text, print_progress, print_summary, printable
 
 if TYPE_CHECKING:
@@ -126,6 +127,10 @@ def _query(options: argparse.Namespace) -> tuple[str, str]:
         raise ValueError(f"QUERY: expected words or the path of a picture, got {value!r}")
     if kind == "query":
         kind = "image" if os.path.isfile(value) else "text"
+        if kind == "text" and os.path.splitext(value)[1].lower() in image_suffixes():
+            raise ValueError(
+                f"QUERY: there is no file {value!r}; --text searches for words that end like a file's name"
+            )
     if kind == "image":
         check_local("QUERY", value)
     return kind, value

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from nopad import html
 from nopad.command_options import SUCCESS, add_device_options, add_prefix_option, check_prefix, resolve_device
 from nopad.counts import counted
 from nopad.local_paths import check_local
@@ -20,6 +21,9 @@ _OF_PICTURES = ("kind", "layers", "size", "max_patches", "revision", "device", "
 _OF_TABLES = ("query", "k", "clusters", "threshold", "map", "thumbnails")
 
 
+_PAGE = "view.html"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `nopad view`."""
     sources = "pictures, to be shown as models see them; or the folder of a table, as `nopad embed --out` has made it"
@@ -28,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="M[,M2]", help=model)
     add_prefix_option(parser)
     out = "a page, .html, or for pictures a picture, .png (default: view.html)"
-    parser.add_argument("--out", default="view.html", metavar="FILE", help=out)
+    parser.add_argument("--out", metavar="FILE", help=out)
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
     pictures = parser.add_argument_group("options for pictures")
@@ -65,6 +69,10 @@ def run(options: argparse.Namespace) -> int:
         ValueError, OSError: wrong use, a picture, a model or a table that cannot be used.
         ImportError: a table, clusters or a map need a package that is not installed.
     """
+    if options.out is None:
+        if os.path.exists(_PAGE) and not html.is_page(_PAGE):
+            raise ValueError(f"--out: {_PAGE} is there and no page of nopad; name another file")
+        options.out = _PAGE
     folders = [source for source in options.sources if os.path.isdir(source)]
     if not folders:
         _refuse(options, _OF_TABLES, "is for tables; SOURCE names no folder")
@@ -100,7 +108,6 @@ def _run_pictures(options: argparse.Namespace) -> int:
         limit = MAX_PATCHES
     import torch
 
-    from nopad import html
     from nopad.view.images import check_kinds, sheet, shown_kinds, view_images
     from nopad.view.page import view_page
 
@@ -141,7 +148,6 @@ def _run_table(options: argparse.Namespace) -> int:
         raise ImportError("this needs pyarrow: pip install 'nopad[embed]'")
     for folder in options.sources:
         check_local("SOURCE", folder)
-    from nopad import html
     from nopad.search.query import load_encoder
     from nopad.search.reading import read_features
     from nopad.view.collection import collect

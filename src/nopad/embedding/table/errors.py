@@ -14,6 +14,8 @@ _ADVICE = {
     errno.EACCES: "it may not be written by this user; change its permissions or choose another folder",
     errno.EPERM: "it may not be written by this user; change its permissions or choose another folder",
     errno.ENOENT: "it must exist while the job runs; make it and run the job again",
+    errno.ENOTDIR: "it lies in a file; name a folder",
+    errno.EEXIST: "it is a file; name a folder",
     errno.EXDEV: "temporary and finished shards must lie on one file system",
 }
 
