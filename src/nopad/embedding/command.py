@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Collection
 from contextlib import redirect_stdout
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING
@@ -32,11 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the summary as JSON; null for NaN and infinity")
 
 
-def add_job_options(parser: argparse.ArgumentParser) -> None:
-    """The sources of a job, and the options of `Settings`."""
+def add_job_options(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """The sources of a job, and the options of `Settings`, without those that are named."""
     sources = "folders, globs, list files (.txt), WebDataset tars, Parquet files, datasets saved to disk, videos"
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help=sources)
     for option in fields(Settings):
+        if option.name in without:
+            continue
         required = option.default is MISSING
         default = None if required else option.default
         help = option.metadata["help"] + (f" (default: {default})" if default else "")

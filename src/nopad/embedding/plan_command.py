@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 
 _MAX_REASONS = 5
 
+_OF_A_RUN = ("actors", "part", "ray", "stall", "update", "content_hash", "retry_failed", "unreachable_rows")
+"""Options of how a job is run, which change nothing of a sample."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `nopad plan`: those of `nopad embed`, and the size of the sample."""
-    add_job_options(parser)
+    """The options of `nopad plan`: those of `nopad embed` that concern what is made, and the size of the sample."""
+    add_job_options(parser, without=_OF_A_RUN)
     parser.add_argument("--out", metavar="DIR", help="folder of the table, for the free space on its disk")
     parser.add_argument("--sample", type=int, default=512, metavar="N", help="inputs to embed (default: 512)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON; null for NaN and infinity")
@@ -39,7 +42,9 @@ def run(options: argparse.Namespace) -> int:
     check_count("--sample", options.sample)
     for source in options.sources:
         check_local("SOURCE", source)
-    settings = Settings(**{option.name: getattr(options, option.name) for option in fields(Settings)})
+    settings = Settings(
+        **{option.name: getattr(options, option.name) for option in fields(Settings) if hasattr(options, option.name)}
+    )
     print_error(f"nopad plan: listing the sources, then embedding up to {options.sample:,} inputs")
     from nopad.embedding.plan import plan
 
