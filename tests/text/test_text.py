@@ -68,7 +68,7 @@ def test_features_are_the_originals(both):
     assert (vectors.dtype, vectors.shape) == (torch.float32, (3, encoder.embedding_size))
     with torch.no_grad():
         expected = original.get_text_features(**tokens(kind, TEXTS)).pooler_output
-    torch.testing.assert_close(vectors, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(vectors, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_similarity_is_the_originals(both):
