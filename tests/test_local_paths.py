@@ -1,11 +1,17 @@
+import importlib.util
+import os
 from pathlib import Path
 
 import pytest
+from input_samples import fill, ids
 
 import nopad
 from nopad.cli import main
 from nopad.embedding.inputs.sources import list_inputs
 from nopad.local_paths import check_local
+from nopad.storage.addresses import Address, is_below
+
+find_spec = importlib.util.find_spec
 
 
 @pytest.mark.parametrize(
@@ -23,7 +29,7 @@ from nopad.local_paths import check_local
 def test_address_is_refused(path):
     with pytest.raises(ValueError, match=r"out: expected a path of this machine, got '.*Mount it as a folder") as error:
         check_local("out", path)
-    assert str(path).split(":")[0] + "://." in str(error.value)
+    assert str(path).split(":")[0] + "://… is an address" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -44,28 +50,89 @@ def test_table_at_an_address_begins_no_job(tmp_path, monkeypatch, out):
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
-@pytest.mark.parametrize("source", ["s3://b/photos", "https://example.org/*.jpg", Path("gs://b/{1..3}.tar")])
-def test_source_at_an_address_is_refused(tmp_path, source):
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("ftp://b/photos", r"expected a path or an address that begins with s3://, gs://.* or file:///, got 'ftp://b"),
+        ("memory://b", "expected a path or an address that begins with s3://"),
+        ("s3://", "expected a bucket or a host behind s3://, got 's3://'"),
+        (Path("gs://b/{1..3}.tar"), "expected a path of this machine"),
+    ],
+)
+def test_source_at_another_address_is_refused(tmp_path, source, message):
     for sources in (source, [str(tmp_path), source]):
-        with pytest.raises(ValueError, match="sources: expected a path of this machine"):
+        with pytest.raises(ValueError, match=f"sources: {message}"):
             nopad.embed(sources, tmp_path / "out", model="anything")
     assert not (tmp_path / "out").exists()
 
 
-def test_line_of_a_list_at_an_address_is_refused(tmp_path):
-    (tmp_path / "urls.txt").write_text("a.jpg\n\nhttps://example.org/b.jpg\n")
-    message = rf"{tmp_path}/urls\.txt, line 3: expected a path of this machine, got 'https://example\.org/b\.jpg'"
+def test_line_of_a_list_at_another_address_is_refused(tmp_path):
+    (tmp_path / "urls.txt").write_text("a.jpg\n\nftp://example.org/b.jpg\n")
+    message = rf"{tmp_path}/urls\.txt, line 3: expected a path or an address .*, got 'ftp://example\.org/b\.jpg'"
     with pytest.raises(ValueError, match=message):
         list_inputs([tmp_path / "urls.txt"])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "name"),
-    [(["photos", "--out", "s3://b/out"], "--out"), (["s3://b/photos", "--out", "o"], "SOURCE")],
+    ("arguments", "message"),
+    [
+        (["photos", "--out", "s3://b/out"], "--out: expected a path of this machine, got 's3://b/"),
+        (["ftp://b/photos", "--out", "o"], "SOURCE: expected a path or an address that begins with s3://"),
+    ],
 )
-def test_command_refuses_an_address_first_of_all(capsys, arguments, name):
+def test_command_refuses_an_address_first_of_all(capsys, arguments, message):
     assert main(["embed", *arguments, "--model", "anything"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"nopad embed: {name}: expected a path of this machine, got 's3://b/")
+    assert err.startswith(f"nopad embed: {message}")
     assert len(err.splitlines()) == 1
+
+
+def test_without_obstore_the_extra_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "obstore" else find_spec(name))
+    assert main(["embed", "s3://b/photos", "--out", "o", "--model", "anything"]) == 2
+    expected = "nopad embed: SOURCE: reading s3:// needs obstore: pip install 'nopad[cloud]'\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_addresses_of_files_are_paths(tmp_path):
+    name = "a b.png"
+    fill(tmp_path, name)
+    assert ids(list_inputs([f"file://{tmp_path}/a%20b.png"])) == [name]
+    (tmp_path / "list.txt").write_text(f"file://{tmp_path}/a%20b.png\n")
+    assert [item.path for item in list_inputs([f"{tmp_path}/list.txt"]).inputs] == [os.fsencode(tmp_path / name)]
+
+
+@pytest.mark.parametrize(
+    ("address", "base", "key"),
+    [
+        ("s3://b", "s3://b", ""),
+        ("s3://b/a/../c//d?#%20.png", "s3://b", "c/d?#%20.png"),
+        ("https://x.org/a%20b/../c.jpg", "https://x.org", "c.jpg"),
+        ("https://x.org/a.jpg?sig=1&x=/..", "https://x.org/a.jpg?sig=1&x=/..", ""),
+        ("hf://datasets/o/n/data/a.parquet", "hf://datasets/o/n", "data/a.parquet"),
+    ],
+)
+def test_parts_of_an_address(address, base, key):
+    assert Address.of(address) == Address(base, key)
+
+
+@pytest.mark.parametrize(
+    ("folder", "address", "expected"),
+    [
+        ("s3://b/a", "s3://b/a/x.png", True),
+        ("s3://b/a", "s3://b/a/../c/x.png", False),
+        ("s3://b/a", "s3://b/ab/x.png", False),
+        ("s3://b", "s3://b/x.png", True),
+        ("s3://b", "s3://c/x.png", False),
+        ("https://x.org/a", "https://x.org/a/x.jpg?sig=1", True),
+        ("https://x.org/a", "https://x.org/a/%2e%2e/x.jpg?sig=1", False),
+        ("https://x.org/a", "https://x.org/a/%252e%252e/x.jpg", False),
+        ("https://x.org/a", "https://x.org/a/..%2fx.jpg", False),
+        ("https://x.org/a", "https://x.org/a/..\\x.jpg", False),
+        ("https://x.org/a", "https://x.org@evil.org/a/x.jpg", False),
+        ("https://x.org/a", "http://x.org/a/x.jpg", False),
+    ],
+)
+def test_what_is_below_an_address(folder, address, expected):
+    assert is_below(folder, address) is expected

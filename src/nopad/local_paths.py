@@ -17,8 +17,8 @@ def check_local(name: str, path: str | os.PathLike[str]) -> None:
     pattern = _ADDRESS if isinstance(path, str) else _ADDRESS_AS_PATH
     if isinstance(text, str) and (match := pattern.match(text)):
         raise ValueError(
-            f"{name}: expected a path of this machine, got {text!r}; nothing is read from or written to "
-            f"{match[0].rstrip('/')}//. Mount it as a folder (rclone mount, s3fs, gcsfuse, …) or copy it first"
+            f"{name}: expected a path of this machine, got {text!r}; {match[0].rstrip('/')}//… is an address, which "
+            f"only the sources of nopad embed may be. Mount it as a folder (rclone mount, …), or copy it"
         )
 
 

@@ -1,13 +1,18 @@
+import logging
 import threading
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
 import onevision_checkpoints
 import pytest
+from object_store import Bucket, Server, proxy
 from pictures import write_photos
 
+from nopad.embedding.inputs import reaching
 from nopad.pipeline.worker import Worker
+from nopad.storage import objects, stores
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +48,38 @@ def stop_after(monkeypatch) -> Callable[[int], dict]:
 
     real = Worker.run
     return options
+
+
+@pytest.fixture(scope="session")
+def moto_server() -> Iterator[str]:
+    """`host:port` of moto's S3 server."""
+    pytest.importorskip("obstore", reason="reads object stores, with the extra [cloud]")
+    server = pytest.importorskip("moto.server", reason="the S3 server of the tests").ThreadedMotoServer(
+        ip_address="127.0.0.1", port=0, verbose=False
+    )
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(moto_server, monkeypatch) -> Iterator[Bucket]:
+    """An empty bucket, `s3://photos`, behind a proxy that fails on request."""
+    server = Server()
+    httpd = proxy(moto_server, server)
+    settings = {"ENDPOINT_URL": server.url, "ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "s", "REGION": "us-east-1"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setattr(reaching.retry, "waits", (0.0, 0.0))
+    monkeypatch.setattr(stores, "MAX_RETRIES", 2)
+    stores._store.cache_clear()
+    objects.forget()
+    urllib.request.urlopen(urllib.request.Request(f"http://{moto_server}/moto-api/reset", method="POST"))
+    bucket = Bucket(server)
+    yield bucket
+    stores._store.cache_clear()
+    objects.forget()
+    httpd.shutdown()
+    httpd.server_close()

@@ -96,6 +96,7 @@ def test_a_file_that_vanishes_after_the_listing(tmp_path: Path):
     write_tar(tmp_path / "a.tar", [("a.png", picture())])
     write_parquet(tmp_path / "a.parquet", {"image": [picture()]})
     inputs = list_inputs([fill(tmp_path, "a.png") / "a.png", tmp_path / "a.tar", tmp_path / "a.parquet"]).inputs
+    (tmp_path / "beside").touch()
     for item in inputs:
         os.remove(item.path)
         assert "No such file or directory" in reason(item)

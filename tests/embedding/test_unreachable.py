@@ -8,12 +8,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from embedding.flaky_files import FlakyRange
+from embedding.flaky_files import FlakyRange, FlakyTableProgram, fail_by_plan
+from input_samples import fill, ids, picture, write_parquet, write_tar
 from jobs import embed, errors, rows, table
 
 import nopad
 from nopad.cli import main
-from nopad.embedding.inputs import decoder
+from nopad.embedding.inputs import decoder, kept, reaching, table_process
+from nopad.embedding.inputs.reaching import UnreachableSourceError
+from nopad.embedding.inputs.sources import list_inputs
 from nopad.preprocessing.reachable import Retries, is_unreachable
 
 
@@ -23,6 +26,19 @@ def fail(tmp_path, monkeypatch):
     faults = tmp_path / "faults"
     faults.mkdir()
     monkeypatch.setattr(decoder, "FileRange", partial(FlakyRange, faults=str(faults)))
+    monkeypatch.setattr(kept, "FileRange", partial(FlakyRange, faults=str(faults)))
+    monkeypatch.setattr(table_process, "TableProgram", partial(FlakyTableProgram, str(faults)))
+    monkeypatch.setattr(reaching.retry, "waits", (0.0, 0.0, 0.0))
+
+    def flaky(function):
+        def call(path=".", *arguments, **options):
+            fail_by_plan(str(faults), os.path.basename(os.fsdecode(path)))
+            return function(path, *arguments, **options)
+
+        return call
+
+    for name in ("scandir", "stat"):  # of this process alone
+        monkeypatch.setattr(os, name, flaky(getattr(os, name)))
 
     def plan(name: str, number: int, times: int) -> None:
         (faults / name).write_text(f"{number} {times}")
@@ -110,6 +126,47 @@ def test_a_source_that_is_not_mounted_is_no_failed_rows(photos, tmp_path, model,
     kept.rename(photos)
     summary = embed(photos, tmp_path / "out", model)
     assert (summary.rows, summary.failed) == (12, 0)
+
+
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_a_table_that_cannot_be_read_fails_its_shards(tmp_path, model, fail, column):
+    columns = {"image": [picture(i, 9, 8) for i in range(8)], "label": list("abcdefgh")}
+    source = write_parquet(tmp_path / "t.parquet", columns, row_group_size=2)
+    embed(source, tmp_path / "whole", model, keep="label")
+    fail(column, errno.EIO, 2)
+    embed(source, tmp_path / "retried", model, keep="label")
+    assert table(tmp_path / "retried") == table(tmp_path / "whole")
+    fail(column, errno.EIO, FOR_EVER)
+    summary = embed(source, tmp_path / "out", model, keep="label")
+    assert (summary.rows, len(summary.unmade)) == (0, 2)
+    assert {reason.split(": ", 1)[1] for reason in summary.unmade.values()} == {"unreachable: Input/output error"}
+    fail(column, errno.EIO, 0)
+    embed(source, tmp_path / "out", model, keep="label")
+    assert table(tmp_path / "out") == table(tmp_path / "whole")
+
+
+def test_a_tar_and_its_texts_that_cannot_be_read_fail_their_shards(tmp_path, model, fail):
+    members = [pair for i in range(6) for pair in ((f"{i}.png", picture(i, 9, 8)), (f"{i}.json", b'{"n": "%d"}' % i))]
+    source = write_tar(tmp_path / "t.tar", members)
+    embed(source, tmp_path / "whole", model, keep="n")
+    fail("t.tar", errno.EIO, FOR_EVER)
+    with pytest.raises(UnreachableSourceError, match=r"t\.tar: cannot be reached now: Input/output error"):
+        embed(source, tmp_path / "out", model, keep="n")
+    fail("t.tar", errno.EIO, 3)
+    embed(source, tmp_path / "out", model, keep="n")
+    assert table(tmp_path / "out") == table(tmp_path / "whole")
+
+
+def test_a_folder_that_cannot_be_listed_ends_the_command(tmp_path, model, fail, capsys):
+    fill(tmp_path / "photos", "a.png", "b/c.png")
+    fail("b", errno.ESTALE, 3)
+    assert ids(list_inputs([tmp_path / "photos"])) == ["a.png", "b/c.png"]
+    fail("b", errno.ESTALE, FOR_EVER)
+    command = ["embed", f"{tmp_path}/photos", "--model", str(model), "--out", str(tmp_path / "out")]
+    assert main(command) == 75
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"{tmp_path}/photos: cannot be reached now: {os.strerror(errno.ESTALE)}; to go on: ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_that_has_vanished_is_a_row(photos, tmp_path, model, monkeypatch):

@@ -16,7 +16,7 @@ from nopad.counts import counted
 from nopad.embedding.distributed import ByActors
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.in_process import InProcess
-from nopad.embedding.inputs.sources import Listing, list_inputs
+from nopad.embedding.inputs.sources import Listing, check_source, list_inputs
 from nopad.embedding.inputs.spans import Spans
 from nopad.embedding.job import Job, begin_or_resume, changes_of, kept_columns
 from nopad.embedding.lock import FolderLock, PartLock
@@ -29,7 +29,6 @@ from nopad.embedding.table.counts import Manifest
 from nopad.embedding.updates import begin_update, compare, mark
 from nopad.embedding.workers import check_features
 from nopad.encoder import PackedEncoder
-from nopad.local_paths import check_local
 from nopad.pipeline import process_server
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS, MAX_PIXELS, NUM_FRAMES, MaxPatches
 from nopad.preprocessing.rules import Resize
@@ -258,7 +257,7 @@ def _paths(sources: str | Path | Sequence[str | Path]) -> list[str]:
         if not isinstance(source, str | os.PathLike):
             what = f"expected paths, got {type(source).__name__}"
             raise ValueError(f"sources: {what}; images in memory go through nopad.load(model).embed(images)")
-        check_local("sources", source)
+        check_source("sources", source)
     return [os.fspath(source) for source in sources]
 
 

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 
 from nopad.command_options import FAILURE, INTERRUPTED, SUCCESS, UNFINISHED, resolve_device
 from nopad.counts import counted
+from nopad.embedding.inputs.reaching import UnreachableSourceError
 from nopad.embedding.progress import Display, clock, display
 from nopad.embedding.settings import Settings
 from nopad.embedding.signals import stop_on_signals
 from nopad.local_paths import check_local
 from nopad.pipeline import process_server
 from nopad.preprocessing.limits import MAX_PATCHES
+from nopad.storage.addresses import check_address
 from nopad.terminal import configure_transformers, json_text, print_error, print_summary, printable, shell_command
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     check_packages()
     check_local("--out", options.out)
     for source in options.sources:
-        check_local("SOURCE", source)
+        check_address("SOURCE", source)
     go_on = f"to go on: {_command(options)}"
     try:
         with stop_on_signals(go_on) as stop, display(sys.stderr) as shown, _Messages(shown):
@@ -81,6 +83,9 @@ def run(options: argparse.Namespace) -> int:
                     stop=stop,
                     progress=shown.report,
                 )
+    except UnreachableSourceError as error:
+        print_error(f"{error}; {go_on}")
+        return UNFINISHED
     except KeyboardInterrupt:
         print_error(f"stopped, the shard in hand is lost, finished ones are kept; {go_on}")
         return INTERRUPTED

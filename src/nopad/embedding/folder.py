@@ -19,6 +19,7 @@ from nopad.embedding.table.errors import folder_error
 from nopad.embedding.table.names import METADATA_FOLDER
 from nopad.local_paths import check_local
 from nopad.preprocessing.files import why
+from nopad.storage.addresses import scheme_of
 
 UPDATES = "updates"
 """The folder, in `.nopad`, of the jobs that have added to a table."""
@@ -149,7 +150,9 @@ class JobFolder:
 
 
 def _same_path(old: str, new: str) -> bool:
-    """Whether two names are one local path but for a slash at the end, `.` and `..`."""
+    """Whether two names are one local path but for a slash at the end, `.` and `..`, or one address but for a slash."""
+    if scheme_of(new):
+        return old.rstrip("/") == new.rstrip("/")
     if new.startswith(UNTRAINED) or not (os.path.exists(old) and os.path.exists(new)):  # a glob, or a name on the Hub
         return False
     # Behind a link `..` leads elsewhere than in the name.

@@ -49,6 +49,17 @@ class Unread:
     read: Callable[[], Any]
 
 
+@dataclass(frozen=True)
+class Remote:
+    """A file that is fetched over a network, in a thread: waiting takes longer than anything else.
+
+    Attributes:
+        fetch: returns what a decoder takes, or that as `Unread`.
+    """
+
+    fetch: Callable[[], Any]
+
+
 class MemoryBudget:
     """Bounds the bytes of images that are being decoded or wait for their pack.
 

@@ -8,13 +8,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Generic, Protocol, TypeVar
 
 from nopad.pipeline.decode_queue import MAX_BATCH, Done
 from nopad.pipeline.image_processor import PreparedImage
 from nopad.pipeline.isolation import DecodeProcesses
-from nopad.pipeline.memory import MemoryBudget, Reservation, Unread
+from nopad.pipeline.memory import MemoryBudget, Remote, Reservation, Unread
 from nopad.pipeline.process_server import ProcessServerError
 from nopad.pipeline.stats import Stats
 from nopad.preprocessing.decode import ImageError
@@ -27,6 +28,13 @@ Outcome = PreparedImage | ImageError
 
 MAX_BYTES_AHEAD = 1 << 26
 """No more items are read while so many bytes of them wait for a process or are with one."""
+
+
+MAX_FETCHERS = 64
+"""Threads that fetch over a network."""
+
+DISK_PER_MEMORY = 64
+"""So many bytes of files on disk, beside those in memory, wait for a process or are with one."""
 
 
 class Preparer(Protocol[_Input]):
@@ -76,14 +84,19 @@ class InProcesses(Generic[Item]):
     The thread waits until half of these are used up, and then reads as many at once: threads that wake up for every
     image take turns at the interpreter's lock with the one that feeds the encoder.
 
+    What is fetched over a network is fetched by many threads at once, but goes to the processes in the order of the
+    items: memory is granted in that.
+
     Args:
-        read: from an item to what the decoder takes, or to that as `Unread`.
+        read: from an item to what the decoder takes, or to that as `Unread` or `Remote`.
     """
 
     def __init__(self, read: Callable[[Item], Any], processes: DecodeProcesses) -> None:
         self._read = read
         self._processes = processes
         self._queue: deque[tuple[Item, Reservation, Done]] = deque()
+        self._fetching: deque[tuple[Future[Any], Reservation, _Leave]] = deque()
+        self._fetchers: ThreadPoolExecutor | None = None
         self._changed = threading.Condition()
         self._started = self._bytes = 0  # of items that were read and are not done
         one_batch = MAX_BATCH * processes.max_processes
@@ -101,6 +114,8 @@ class InProcesses(Generic[Item]):
             self._changed.notify()
         self._processes.interrupt()  # of what was read ahead nothing is needed any more
         self._thread.join()
+        if self._fetchers is not None:
+            self._fetchers.shutdown(wait=False, cancel_futures=True)
 
     def submit(self, item: Item, reservation: Reservation, done: Done) -> None:
         """See `Preparer`."""
@@ -112,41 +127,88 @@ class InProcesses(Generic[Item]):
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._is_closed or (self._queue and self._has_room(self._low)))
+                self._changed.wait_for(
+                    lambda: self._is_closed or self._is_fetched() or (self._queue and self._has_room(self._low))
+                )
                 if self._is_closed:
                     return
+            while self._is_fetched() and not self._is_closed:
+                self._submit(*self._fetching.popleft())
             while self._queue and self._has_room(self._most) and not self._is_closed:
                 self._begin(*self._queue.popleft())
+
+    def _is_fetched(self) -> bool:
+        return bool(self._fetching) and self._fetching[0][0].done()
 
     def _has_room(self, items: int) -> bool:
         return self._started < items and self._bytes < MAX_BYTES_AHEAD
 
     def _begin(self, item: Item, reservation: Reservation, done: Done) -> None:
-        size = 0
-
-        def leave(outcome: PreparedImage | Exception, seconds: float) -> None:
-            with self._changed:
-                had_room = self._has_room(self._low)
-                self._started -= 1
-                self._bytes -= size
-                if not had_room and self._has_room(self._low):
-                    self._changed.notify()
-            done(outcome, seconds)
-
+        leave = _Leave(self, done)
         with self._changed:
             self._started += 1
         try:
             data = self._read(item)
+        except Exception as error:
+            leave(error, 0.0)
+            return
+        if isinstance(data, Remote):
+            self._fetchers = self._fetchers or ThreadPoolExecutor(MAX_FETCHERS, thread_name_prefix="nopad-fetch")
+            future = self._fetchers.submit(data.fetch)
+        elif self._fetching:
+            future = Future()
+            future.set_result(data)
+        else:
+            self._submit(data, reservation, leave)
+            return
+        self._fetching.append((future, reservation, leave))
+        future.add_done_callback(lambda future: self._count(future, leave))
+
+    def _count(self, fetched: Future[Any], leave: _Leave) -> None:
+        """Count the bytes of what was fetched, in whichever order."""
+        with self._changed:
+            if not fetched.cancelled() and fetched.exception() is None and isinstance(data := fetched.result(), bytes):
+                leave.size = len(data)
+                self._bytes += leave.size
+            self._changed.notify()
+
+    def _submit(self, data: Any, reservation: Reservation, leave: _Leave) -> None:
+        try:
+            if isinstance(data, Future):
+                data = data.result()
             if isinstance(data, Unread):
                 reservation.hold(data.size)
                 data = data.read()
         except Exception as error:
             leave(error, 0.0)
             return
-        size = len(data) if isinstance(data, bytes) else 0
+        size = len(data) if isinstance(data, bytes) else getattr(data, "disk_bytes", 0) // DISK_PER_MEMORY
         with self._changed:
-            self._bytes += size
+            self._bytes += size - leave.size
+            leave.size = size
         self._processes.submit(data, reservation, leave)
+
+    def leave(self, size: int) -> None:
+        """Count an item of so many bytes as done."""
+        with self._changed:
+            had_room = self._has_room(self._low)
+            self._started -= 1
+            self._bytes -= size
+            if not had_room and self._has_room(self._low):
+                self._changed.notify()
+
+
+@dataclass(eq=False)
+class _Leave:
+    """Counts an item as done, and then calls its `done`."""
+
+    preparer: InProcesses[Any]
+    done: Done
+    size: int = 0
+
+    def __call__(self, outcome: PreparedImage | Exception, seconds: float) -> None:
+        self.preparer.leave(self.size)
+        self.done(outcome, seconds)
 
 
 class ReadAhead(Generic[Item]):

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from nopad.pipeline import process_server
-from nopad.pipeline.channel import Channel, text_in
+from nopad.pipeline.channel import Channel, checked_count, text_in
 from nopad.pipeline.forked import HEADROOM_BYTES, Program, address_space, answer, limit_address_space
 from nopad.pipeline.process_server import Attempts
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
@@ -22,8 +22,11 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-PROGRESS = "progress"
-"""The key of an answer that is none yet: it takes time, which begins anew."""
+PROGRESS, FETCH = "progress", "fetch"
+"""Keys of answers that are none yet: it takes time, which begins anew; or it needs bytes of an object, in a range."""
+
+MAX_FETCH_BYTES = 1 << 25
+"""Bytes that a process fetches at once."""
 
 MAX_REASON = 1000
 """Characters of a reason."""
@@ -33,6 +36,10 @@ _NONSENSE = (EOFError, OSError, ValueError, LookupError, TypeError)
 
 class UnreadableError(ValueError):
     """What was requested cannot be read, and why."""
+
+
+class UnreachableFileError(UnreadableError):
+    """What was requested cannot be reached now, and why."""
 
 
 class LostProcessError(UnreadableError):
@@ -79,6 +86,7 @@ class RequestProcess:
                 `TypeError` for nonsense.
 
         Raises:
+            UnreachableFileError: the process answers that, or what it fetches cannot be reached.
             UnreadableError: the process answers that; or it takes too long, dies again, or was interrupted.
             ProcessServerError: no process can be started.
         """
@@ -108,13 +116,41 @@ class RequestProcess:
     def receive(self, progress: Callable[[Any], None] = lambda _: None) -> dict[str, Any]:
         """An answer; `progress` gets what comes before it."""
         assert self._channel is not None
-        while PROGRESS in (fields := self._channel.wait(self._channel.receive(), self.timeout)):
-            progress(fields[PROGRESS])
+        while True:
+            fields = self._channel.wait(self._channel.receive(), self.timeout)
+            if FETCH in fields:
+                self._send_fetched(self._channel, *map(checked_count, fields[FETCH]))
+            elif PROGRESS in fields:
+                progress(fields[PROGRESS])
+            else:
+                break
         if "traceback" in fields:
             logger.error("unexpected error in a process that reads:\n%s", fields["traceback"])
         if "error" in fields:
-            raise UnreadableError(text_in(fields, "error"))
+            kind = UnreachableFileError if fields.get("unreachable") is True else UnreadableError
+            raise kind(text_in(fields, "error"))
         return fields
+
+    def fetch(self, start: int, stop: int) -> bytes:
+        """The bytes of a range of the object that is read, for a process that has no network itself.
+
+        Raises:
+            UnreachableFileError: it cannot be reached.
+            OSError: it cannot be read.
+        """
+        raise OSError("there is nothing to fetch")
+
+    def _send_fetched(self, channel: Channel, start: int, stop: int) -> None:
+        if not start <= stop <= start + MAX_FETCH_BYTES:
+            raise ValueError(f"got a request for the bytes {start} to {stop}, expected at most {MAX_FETCH_BYTES}")
+        try:
+            data: bytes | str = self.fetch(start, stop)
+        except UnreachableFileError:
+            self.close()  # it waits for them
+            raise
+        except OSError as error:
+            data = str(error.strerror or error)
+        channel.wait(channel.send(data), self.timeout)
 
     def receive_bytes(self, size: int, max_size: int) -> bytearray:
         """As many bytes as were announced.
@@ -146,14 +182,17 @@ def serve_requests(
     answers: Mapping[type, Callable[[Connection, Any], None]],
     memory: Callable[[Any], int],
     damage: tuple[type[Exception], ...],
+    why_unreachable: Callable[[Any, BaseException], str] = lambda request, error: "",
 ) -> None:
     """Answer requests one after another, by their type.
 
     Args:
         memory: bytes that a request may take beyond `HEADROOM_BYTES`.
         damage: what is raised over a file that cannot be read.
+        why_unreachable: of a request and such an error, why the file cannot be reached; empty where it is damaged.
     """
     start = address_space()
+    request = None
     while True:
         limit_address_space(start + HEADROOM_BYTES)
         try:
@@ -165,7 +204,9 @@ def serve_requests(
         except MemoryError:
             answer(connection, error="reading it takes more memory than a file of this size may")
         except damage as error:
-            answer(connection, error=str(getattr(error, "strerror", None) or error)[:MAX_REASON])
+            reason = str(getattr(error, "strerror", None) or error)[:MAX_REASON]
+            unreachable = why_unreachable(request, error)
+            answer(connection, error=unreachable or reason, unreachable=bool(unreachable))
         except Exception as error:
             summary = f"unexpected {type(error).__name__}: {error}"
             answer(connection, error=summary[:MAX_REASON], traceback=traceback.format_exc()[-10_000:])

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from nopad.local_paths import irregular_kind
 from nopad.preprocessing.limits import MAX_BYTES
+from nopad.storage import objects
+from nopad.storage.addresses import scheme_of
 
 
 def open_regular(path: bytes) -> io.FileIO:
@@ -28,6 +30,37 @@ def open_regular(path: bytes) -> io.FileIO:
     return file
 
 
+def open_source(path: bytes, timeout: float | None = None) -> io.RawIOBase:
+    """Open a file, or an object by its address, to read without a buffer.
+
+    Args:
+        timeout: seconds for one request of an object.
+
+    Raises:
+        OSError, ValueError: see `open_regular` and `nopad.storage.store.Store`.
+    """
+    return objects.open_object(path, timeout) if scheme_of(path) else open_regular(path)
+
+
+def size_of(file: io.RawIOBase) -> int:
+    """Bytes of an open file."""
+    position = file.tell()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(position)
+    return size
+
+
+def read_at(file: io.RawIOBase, size: int, offset: int) -> bytes:
+    """Up to so many bytes at a place of an open file, whose position stays."""
+    if isinstance(file, io.FileIO):
+        return os.pread(file.fileno(), size, offset)
+    position = file.tell()
+    file.seek(offset)
+    data = file.read(size) or b""
+    file.seek(position)
+    return data
+
+
 def _check_regular(status: os.stat_result) -> None:
     if kind := irregular_kind(status.st_mode):
         raise OSError(errno.EINVAL, f"expected a regular file, got {kind}")
@@ -35,16 +68,24 @@ def _check_regular(status: os.stat_result) -> None:
 
 @dataclass(frozen=True)
 class FileRange:
-    """A range of bytes in a file; the whole file where `size` is `None`.
+    """A range of bytes in a file or an object; the whole of it where `size` is `None`.
 
     Attributes:
+        path: absolute, or an address.
         root: the source in which it was listed, empty for none; see `missing_mount`.
+        timeout: seconds for one request of an object.
     """
 
     path: bytes
     offset: int = 0
     size: int | None = None
     root: bytes = b""
+    timeout: float | None = None
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is an object's."""
+        return bool(scheme_of(self.path))
 
     def num_bytes(self) -> int:
         """How many bytes `read` gives.
@@ -52,6 +93,8 @@ class FileRange:
         Raises:
             OSError, ValueError: see `read`.
         """
+        if self.is_remote:
+            return self._checked(objects.stat(self.path, self.timeout).size) if self.size is None else self.size
         with open_regular(self.path) as file:
             return self._size_in(file)
 
@@ -59,9 +102,11 @@ class FileRange:
         """The bytes.
 
         Raises:
-            OSError: as the system raises it, or not a regular file.
+            OSError: as the system raises it, or not a regular file; or see `nopad.storage.store.Store`.
             ValueError: more than `MAX_BYTES`, or a file that ends before the range does.
         """
+        if self.is_remote:
+            return self._read_object()
         with open_regular(self.path) as file:
             size = self._size_in(file)
             parts = []
@@ -75,14 +120,28 @@ class FileRange:
 
     def _size_in(self, file: io.FileIO) -> int:
         length = os.fstat(file.fileno()).st_size
-        size = length if self.size is None else self.size
-        if size > MAX_BYTES:
-            raise ValueError(f"{size} bytes, expected at most {MAX_BYTES}")
+        size = self._checked(length if self.size is None else self.size)
         if self.offset + size > length:
             raise ValueError(
                 f"truncated: expected bytes {self.offset} to {self.offset + size}, the file ends at {length}"
             )
         return size
+
+    def _checked(self, size: int) -> int:
+        if size > MAX_BYTES:
+            raise ValueError(f"{size} bytes, expected at most {MAX_BYTES}")
+        return size
+
+    def _read_object(self) -> bytes:
+        if self.size is None:
+            data = objects.read(self.path, MAX_BYTES, self.timeout)
+            if isinstance(data, int):
+                raise ValueError(f"{data} bytes, expected at most {MAX_BYTES}")
+            return data
+        data = objects.read_range(self.path, self.offset, self.offset + self._checked(self.size), self.timeout)
+        if len(data) < self.size:
+            raise ValueError(f"truncated: expected {self.size} bytes from byte {self.offset}, got {len(data)}")
+        return data
 
 
 def as_text(name: str | bytes) -> str:

@@ -70,20 +70,29 @@ class Retries:
     sleep: Callable[[float], object] = field(default=time.sleep, repr=False)
     _has_given_up: bool = field(default=False, init=False, repr=False)
 
-    def __call__(self, read: Callable[[], Result], may_try: Callable[[BaseException], object]) -> Result:
+    def __call__(
+        self,
+        read: Callable[[], Result],
+        may_try: Callable[[BaseException], object] = is_unreachable,
+        timeout: float | None = None,
+    ) -> Result:
         """What `read` returns.
 
         Args:
             may_try: whether an error may be gone the next time.
+            timeout: seconds after which it is not tried again; once it always is.
 
         Raises:
             Exception: what `read` raises, at last.
         """
-        for wait in () if self._has_given_up else self.waits:
+        start = time.monotonic()
+        for number, wait in enumerate(() if self._has_given_up else self.waits):
+            is_late = number and timeout is not None and time.monotonic() - start >= timeout
             try:
                 return read()
             except Exception as error:
-                if not may_try(error):
+                if is_late or not may_try(error):
+                    self._has_given_up = bool(may_try(error))
                     raise
             self.sleep(wait)
         try:

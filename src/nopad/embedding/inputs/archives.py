@@ -12,8 +12,10 @@ from collections.abc import Iterator, Mapping
 
 from nopad.embedding.inputs.listing import Input
 from nopad.embedding.inputs.names import HIDDEN, as_text, is_in_hidden, suffix_of
-from nopad.preprocessing.files import open_regular, why
+from nopad.embedding.inputs.reaching import location_of, retry, source_errors
+from nopad.preprocessing.files import open_source, read_at, size_of, why
 from nopad.preprocessing.formats import image_suffixes
+from nopad.preprocessing.reachable import is_unreachable
 
 MAX_HEADER_BYTES = 1 << 20
 """Most bytes of a member's headers, all that stand before its data: long names, attributes, maps of sparse files."""
@@ -40,7 +42,9 @@ class CompressedTarError(ValueError):
         super().__init__(f"{text}: {COMPRESSED}")
 
 
-def tar_inputs(path: str, text: str, left_out: Counter[str], *, hidden: bool = False) -> Iterator[Input]:
+def tar_inputs(
+    path: str, text: str, left_out: Counter[str], *, hidden: bool = False, timeout: float | None = None
+) -> Iterator[Input]:
     """The pictures of an uncompressed tar, by seeking from header to header.
 
     A hard link gives the picture that it stands for. Members of other suffixes are counted in `left_out`, those that
@@ -48,21 +52,29 @@ def tar_inputs(path: str, text: str, left_out: Counter[str], *, hidden: bool = F
     `hidden` takes them. A tar that is cut short or damaged gives its whole members and one `"broken"` input that says
     where it ends.
 
+    Args:
+        path: or an address.
+        timeout: see `open_source`.
+
     Raises:
         CompressedTarError: a compressed tar.
+        UnreachableSourceError: it cannot be reached.
     """
-    location = os.fsencode(os.path.abspath(path))
+    location = location_of(path)
 
     def broken(reason: str, name: str = os.path.basename(path)) -> Input:
         return Input(as_text(name), text, "broken", location, note=as_text(reason))
 
-    try:
-        file = open_regular(location)
-    except (OSError, ValueError) as error:
-        yield broken(f"cannot be read: {why(error)}")
-        return
-    with file:
-        if os.pread(file.fileno(), 8, 0).startswith(_MAGIC):
+    with source_errors(text):
+        try:
+            file = retry(lambda: open_source(location, timeout))
+        except (OSError, ValueError) as error:
+            if is_unreachable(error):
+                raise
+            yield broken(f"cannot be read: {why(error)}")
+            return
+    with file, source_errors(text):
+        if retry(lambda: read_at(file, 8, 0)).startswith(_MAGIC):
             raise CompressedTarError(text)
         members = _Members(file)
         links: dict[int, tuple[int, int]] | None = None
@@ -88,10 +100,16 @@ def tar_inputs(path: str, text: str, left_out: Counter[str], *, hidden: bool = F
 
 
 def members_of(path: bytes) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of the regular members of a tar, as far as it is whole; of one that cannot be read none."""
+    """Name, offset and size of the regular members of a tar, as far as it is whole; of one that cannot be read none.
+
+    Raises:
+        OSError: it cannot be reached.
+    """
     try:
-        file = open_regular(path)
-    except (OSError, ValueError):
+        file = retry(lambda: open_source(path))
+    except (OSError, ValueError) as error:
+        if is_unreachable(error):
+            raise
         return
     with file:
         for member in _Members(file):
@@ -108,9 +126,9 @@ def _kind(member: tarfile.TarInfo) -> str:
 class _Members:
     """The members of a tar whose data are whole; after them `damage` describes what is wrong with it, if anything."""
 
-    def __init__(self, file: io.FileIO) -> None:
+    def __init__(self, file: io.RawIOBase) -> None:
         self._file = file
-        self._length = os.fstat(file.fileno()).st_size
+        self._length = size_of(file)
         self.damage = ""
 
     def __iter__(self) -> Iterator[tarfile.TarInfo]:
@@ -138,6 +156,8 @@ class _Members:
         except RecursionError:  # tarfile calls itself for the header behind a long name
             self.damage = f"damaged at byte {end} of {self._length}: hundreds of headers of one member"
         except _DAMAGE as error:
+            if is_unreachable(error):
+                raise
             self.damage = f"truncated or damaged at byte {end} of {self._length}: {why(error)}"
 
 
@@ -147,7 +167,7 @@ class _Headers:
     tarfile takes time and memory that grow with the square of what attributes hold, unless they are well-formed.
     """
 
-    def __init__(self, file: io.FileIO) -> None:
+    def __init__(self, file: io.RawIOBase) -> None:
         self._file = file
         self.seek, self.tell = file.seek, file.tell
         self._left = MAX_HEADER_BYTES
@@ -164,7 +184,7 @@ class _Headers:
         if size > self._left:
             raise tarfile.ReadError(f"headers of more than {MAX_HEADER_BYTES} bytes")
         self._left -= size
-        data = self._file.read(size)
+        data = retry(lambda: self._file.read(size)) or b""
         if self._kind:
             if self._kind in _ATTRIBUTES:
                 _check_attributes(data)
@@ -195,7 +215,7 @@ def _check_global(attributes: Mapping[str, str]) -> None:
         raise tarfile.ReadError(f"its global attributes take more than {MAX_GLOBAL_BYTES} bytes")
 
 
-def _linked_data(file: io.FileIO) -> dict[int, tuple[int, int]]:
+def _linked_data(file: io.RawIOBase) -> dict[int, tuple[int, int]]:
     """Offset and size of the data of each hard link, by the offset of the link's header."""
     targets = {_normal(member.linkname) for member in _Members(file) if member.islnk()}
     before: dict[str, tuple[int, int]] = {}
@@ -217,17 +237,17 @@ def _normal(name: str) -> str:
     return posixpath.normpath(name)
 
 
-def _after_end(file: io.FileIO, offset: int, length: int) -> str:
+def _after_end(file: io.RawIOBase, offset: int, length: int) -> str:
     """Damage of a tar from the byte at which tarfile found no further header, in words; empty where it just ends.
 
     tarfile stops without a word at a damaged header, at a missing end mark and at the end mark of the first of several
     tars that were put together with `cat`.
     """
-    block = os.pread(file.fileno(), _BLOCK, offset)
+    block = retry(lambda: read_at(file, _BLOCK, offset))
     if len(block) < _BLOCK:
         return f"truncated at byte {length}: the end mark is missing"
     if any(block):
         return f"damaged: no valid header at byte {offset} of {length}"
-    if os.pread(file.fileno(), 1 << 20, offset).strip(b"\0"):
+    if retry(lambda: read_at(file, 1 << 20, offset)).strip(b"\0"):
         return f"there is more after its end mark at byte {offset} of {length}, which was not read"
     return ""

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from nopad.counts import counted
 from nopad.preprocessing.files import open_regular, why
+from nopad.preprocessing.reachable import is_unreachable
 
 MAX_BATCH_BYTES = 1 << 31
 """Largest record batch that is read."""
@@ -38,7 +39,11 @@ class _Message:
 
 
 class ArrowStream:
-    """The batches of a stream that are whole; `damage` describes what is wrong with the file, if anything."""
+    """The batches of a stream that are whole; `damage` describes what is wrong with the file, if anything.
+
+    Raises:
+        OSError: it cannot be reached.
+    """
 
     def __init__(self, path: bytes) -> None:
         self._path = path
@@ -50,6 +55,8 @@ class ArrowStream:
         try:
             self._index()
         except _DAMAGE as error:
+            if is_unreachable(error):
+                raise
             self.damage = f"cannot be read, damaged? ({why(error)})"
 
     def __len__(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import os
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import accumulate
@@ -13,8 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nopad.embedding.inputs.arrow_stream import ArrowStream
+from nopad.embedding.inputs.fetched import table_size
 from nopad.embedding.inputs.tables import ARROW_DAMAGE, files_of, open_parquet
 from nopad.preprocessing.files import why
+from nopad.preprocessing.reachable import is_unreachable
 
 _BLOCK_BYTES = 32 << 20
 _MAX_BLOCKS = 3
@@ -83,7 +84,8 @@ class DatasetColumn:
             block = stream.batch_of(row - before)[1].column(self._column)
             block.validate(full=True)  # Arrow trusts the offsets in a batch
         except ARROW_DAMAGE as error:
-            self._damage[self._start] = why(error)
+            if not is_unreachable(error):
+                self._damage[self._start] = why(error)
             raise
         self._block = block
 
@@ -104,9 +106,9 @@ class ParquetColumn:
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
         self._starts = list(accumulate((group.num_rows for group in groups), initial=0))
         sizes = [chunk.total_compressed_size for group in range(len(groups)) for chunk in self._chunks(group)]
-        if min(sizes, default=0) < 0 or sum(sizes) > os.path.getsize(path):
+        if min(sizes, default=0) < 0 or sum(sizes) > table_size(path):
             self.close()
-            raise ValueError(f"its column claims {sum(sizes)} bytes, the file has {os.path.getsize(path)}")
+            raise ValueError(f"its column claims {sum(sizes)} bytes, the file has {table_size(path)}")
         if max(sizes, default=0) <= _MAX_BLOCKS * _BLOCK_BYTES:
             self.close()
             self._file = open_parquet(path, in_pages=False)
@@ -141,7 +143,8 @@ class ParquetColumn:
             return self._forward(row)
         except ARROW_DAMAGE as error:
             self._group = -1
-            self._damage[group] = self._next, why(error)
+            if not is_unreachable(error):
+                self._damage[group] = self._next, why(error)
             raise
 
     def _forward(self, row: int) -> pa.Array:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from functools import partial
 from types import TracebackType
 
 from torch import Tensor
 
 from nopad.embedding.inputs.listing import Input, root_of
-from nopad.embedding.inputs.media import Media, MediaDecoder, Video
+from nopad.embedding.inputs.media import Media, MediaDecoder, Video, fetch
 from nopad.embedding.inputs.names import as_text
+from nopad.embedding.inputs.reaching import retry
 from nopad.embedding.inputs.spans import span_of
+from nopad.embedding.inputs.spool import Spool
 from nopad.embedding.inputs.table_process import TableImages
 from nopad.embedding.inputs.table_program import Table
-from nopad.pipeline.memory import Unread
+from nopad.pipeline.memory import Remote, Unread
 from nopad.pipeline.process_server import ProcessServerError
-from nopad.pipeline.request_process import UnreadableError
-from nopad.preprocessing.decode import ImageError
+from nopad.pipeline.request_process import UnreachableFileError, UnreadableError
+from nopad.preprocessing.decode import ImageError, UnreachableError
 from nopad.preprocessing.files import FileRange, why
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
+from nopad.storage.addresses import is_address, is_below, join, local_path, scheme_of
 
 _MAX_OPEN_TABLES = 3
 
@@ -47,6 +51,7 @@ class Reader:
         self._timeout = timeout
         self._tables: OrderedDict[tuple[Table, str], TableImages] = OrderedDict()
         self._is_interrupted = False
+        self._spool = Spool(timeout)
 
     def __enter__(self) -> Reader:
         return self
@@ -60,6 +65,7 @@ class Reader:
         with self._lock:
             while self._tables:
                 self._tables.popitem()[1].close()
+        self._spool.close()
 
     def interrupt(self) -> None:
         """End what reads tables, from another thread; from now on they cannot be read."""
@@ -67,7 +73,7 @@ class Reader:
         for table in list(self._tables.values()):
             table.interrupt()
 
-    def media(self, item: Input) -> Media | Unread:
+    def media(self, item: Input) -> Media | Unread | Remote:
         """The place of an encoded picture, its bytes, or the name of a video; of a large one in a table not yet these.
 
         Raises:
@@ -78,23 +84,30 @@ class Reader:
             if item.kind == "broken":
                 raise ImageError(item.id, item.note)
             if item.kind == "video":
-                return Video.of(os.fsdecode(item.path), span_of(item), root_of(item))
+                video = Video.of(os.fsdecode(item.path), span_of(item), root_of(item))
+                return Unread(0, lambda: self._spool.local(video)) if scheme_of(item.path) else video
             if item.kind == "image":
-                return FileRange(item.path, root=root_of(item))
+                return self._deferred(FileRange(item.path, root=root_of(item), timeout=self._timeout))
             if item.kind == "tar":
-                return FileRange(item.path, item.offset, item.size, root_of(item))
-            return self._value(item)
+                return self._deferred(FileRange(item.path, item.offset, item.size, root_of(item), self._timeout))
+            value = self._value(item)
+            return self._deferred(value) if isinstance(value, FileRange) else value
         except ImageError as error:
-            raise ImageError(item.id, as_text(error.reason)) from error
+            raise type(error)(item.id, as_text(error.reason)) from error
         except ProcessServerError:
             raise
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             raise ImageError(item.id, f"cannot be read: {why(error)}") from error
 
     def media_now(self, item: Input) -> Media:
-        """See `media`; a large picture is read at once."""
+        """See `media`; a large picture, or a remote one, is read at once."""
         media = self.media(item)
+        if isinstance(media, Remote):
+            media = media.fetch()
         return media.read() if isinstance(media, Unread) else media
+
+    def _deferred(self, place: FileRange) -> FileRange | Remote:
+        return Remote(partial(fetch, place)) if place.is_remote else place
 
     def pixels(self, item: Input) -> Tensor:
         """Read and decode one input.
@@ -109,26 +122,40 @@ class Reader:
         try:
             return self.decoder(self.decoder.read(media))
         except ImageError as error:
-            raise ImageError(item.id, as_text(error.reason)) from error
+            raise type(error)(item.id, as_text(error.reason)) from error
 
     def _value(self, item: Input, *, takes_large: bool = False) -> bytes | FileRange | Unread:
         try:
-            value = self._image(item, takes_large=takes_large)
+            value = retry(
+                lambda: self._image(item, takes_large=takes_large),
+                lambda error: isinstance(error, UnreachableFileError),
+            )
+        except UnreachableFileError as error:
+            raise UnreachableError(item.id, f"unreachable: {error}") from error
         except UnreadableError as error:
             raise ImageError(item.id, f"row {item.offset} cannot be read, damaged? ({error})") from error
         if isinstance(value, int):
             return Unread(value, lambda: self._value(item, takes_large=True))
         if isinstance(value, str):
-            return FileRange(self._named_file(item, os.fsencode(value)))
+            return FileRange(self._named_file(item, value), root=root_of(item), timeout=self._timeout)
         if value is None:
             raise ImageError(item.id, f"null in column {Table.of(item)[1]!r}")
         return value
 
-    def _named_file(self, item: Input, name: bytes) -> bytes:
-        """The path that a row names, below the folder of its table unless all are allowed."""
+    def _named_file(self, item: Input, name: str) -> bytes:
+        """The path or address that a row names, below the folder of its table unless all are allowed."""
         folder = item.path if item.kind == "dataset" else os.path.dirname(item.path)
-        path = os.path.normpath(os.path.join(folder, name))
-        if not (self._allow_outside_paths or path.startswith(os.path.join(folder, b""))):
+        name = local_path(name)
+        if is_address(name) and not scheme_of(name):
+            raise ImageError(item.id, f"its address {as_text(name)} has a scheme that is not read")
+        if scheme_of(name) or (scheme_of(folder) and not os.path.isabs(name)):
+            address = join(os.fsdecode(folder), name)
+            is_outside = not (scheme_of(folder) and is_below(os.fsdecode(folder), address))
+            path = os.fsencode(address)
+        else:
+            path = os.path.normpath(os.path.join(folder, os.fsencode(name)))
+            is_outside = not path.startswith(os.path.join(folder, b"")) or bool(scheme_of(folder))
+        if is_outside and not self._allow_outside_paths:
             reason = f"its path {as_text(name)} leads out of the table's folder; --allow-outside-paths takes it"
             raise ImageError(item.id, reason)
         return path

@@ -20,12 +20,15 @@ import pyarrow.parquet as pq
 from nopad.embedding.inputs import extras as extra_columns
 from nopad.embedding.inputs.archives import members_of
 from nopad.embedding.inputs.listing import Input, InputList
+from nopad.embedding.inputs.media import read_range
+from nopad.embedding.inputs.reaching import UnreachableSourceError, retry
 from nopad.embedding.inputs.spans import time_of
 from nopad.embedding.inputs.table_process import TableProcess
 from nopad.embedding.inputs.table_program import Table
 from nopad.pipeline.channel import valid_text
-from nopad.pipeline.request_process import UnreadableError
-from nopad.preprocessing.files import FileRange
+from nopad.pipeline.request_process import UnreachableFileError, UnreadableError
+from nopad.preprocessing.decode import ImageError, UnreachableError
+from nopad.preprocessing.files import FileRange, why
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +71,7 @@ class Kept:
         Raises:
             ValueError: a column that no input has, one of several types or of one that a table cannot hold, or inputs
                 without columns.
+            UnreachableSourceError: a table cannot be reached.
         """
         types: dict[str, pa.DataType] = {}
         requested = None if keep == ALL else [name.strip() for name in keep.split(",") if name.strip()]
@@ -132,6 +136,7 @@ class Kept:
             tables: reads those of the inputs.
 
         Raises:
+            UnreachableError: one of them cannot be reached.
             UnreadableError: `tables` was interrupted.
             ProcessServerError: see `TableProcess`.
         """
@@ -152,7 +157,13 @@ class Kept:
         if items[0].kind in _TABLES:
             table, _ = Table.of(items[0])
             try:
-                columns = tables.values(table, tuple(self.names.values()), tuple(item.offset for item in items))
+                numbers = tuple(item.offset for item in items)
+                columns = retry(
+                    lambda: tables.values(table, tuple(self.names.values()), numbers),
+                    lambda error: isinstance(error, UnreachableFileError),
+                )
+            except UnreachableFileError as error:
+                raise UnreachableError(f"{items[0].id} of {items[0].source}", f"unreachable: {error}") from error
             except UnreadableError as error:
                 if tables.is_interrupted:
                     raise
@@ -160,7 +171,10 @@ class Kept:
                 columns = [[None] * len(items) for _ in self.names]
             yield from zip(*columns, strict=True) if columns else ((),) * len(items)
         elif items[0].kind == "tar":
-            samples = _samples(items[0].path)
+            try:
+                samples = _samples(items[0].path)
+            except OSError as error:
+                raise UnreachableError(f"{items[0].id} of {items[0].source}", f"unreachable: {why(error)}") from error
             yield from (self._of_sample(item, samples.get(_key(item.id), {})) for item in items)
         else:
             yield from ((None,) * len(self.names) for _ in items)
@@ -201,6 +215,8 @@ def _schemas(inputs: InputList, requested: Sequence[str] | None, timeout: float 
             table, image = Table.of(item)
             try:
                 yield pa.schema([field for field in tables.schema(table) if field.name != image])
+            except UnreachableFileError as error:
+                raise UnreachableSourceError(f"{item.source}: cannot be reached now: {error}") from error
             except UnreadableError as error:
                 raise ValueError(f"keep: {item.source}: its columns cannot be read: {error}") from error
 
@@ -235,6 +251,8 @@ def _samples(path: bytes) -> dict[str, dict[str, FileRange]]:
 
 def _text(place: FileRange) -> str | None:
     try:
-        return place.read().decode("utf-8", "replace")
-    except (OSError, ValueError):
+        return read_range(place).decode("utf-8", "replace")
+    except UnreachableError:
+        raise
+    except ImageError:
         return None

@@ -11,25 +11,28 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from nopad.embedding.inputs.extras import THUMBNAIL
+from nopad.embedding.inputs.reaching import retry
+from nopad.pipeline.memory import Unread
 from nopad.preprocessing.decode import ImageError, UnreachableError, load_image, measure_image
 from nopad.preprocessing.exif import read_exif
 from nopad.preprocessing.files import FileRange, open_regular, why
 from nopad.preprocessing.jpegs import CheckedJpeg, check_jpeg, scaled_jpeg
 from nopad.preprocessing.limits import MAX_PIXELS, NUM_FRAMES
-from nopad.preprocessing.reachable import Retries, is_unreachable, missing_mount
+from nopad.preprocessing.reachable import is_unreachable, missing_mount
 from nopad.preprocessing.thumbnails import thumbnail
 from nopad.preprocessing.video import read_frames
 from nopad.preprocessing.video_file import frame_size
+from nopad.storage import objects
 
 _LARGE_BYTES = 1 << 22
+MAX_FETCHED_BYTES = 1 << 24
+"""A larger object is fetched once there is memory for it."""
+
 _PROBE_BYTES = 1 << 12
 _Read = TypeVar("_Read")
 
 Media = FileRange | bytes | str
 """The place of an encoded picture, its bytes, or the name of a video."""
-
-retry = Retries()
-"""Of the reads in this process."""
 
 
 class Video(str):
@@ -38,18 +41,25 @@ class Video(str):
     Attributes:
         span: the part that is read, from and to a second, one frame where these are equal; `None` for all.
         root: see `FileRange`.
+        copy: keeps a local copy of a remote video while it is needed.
     """
 
-    __slots__ = ("root", "span")
+    __slots__ = ("copy", "root", "span")
     span: tuple[float, float] | None
     root: bytes
+    copy: Any
 
     @classmethod
-    def of(cls, path: str, span: tuple[float, float] | None = None, root: bytes = b"") -> Video:
+    def of(cls, path: str, span: tuple[float, float] | None = None, root: bytes = b"", copy: Any = None) -> Video:
         """A video by its name."""
         video = cls(path)
-        video.span, video.root = span, root
+        video.span, video.root, video.copy = span, root, copy
         return video
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of its copy."""
+        return 0 if self.copy is None else self.copy.num_bytes
 
     @property
     def is_one_frame(self) -> bool:
@@ -186,7 +196,34 @@ def read_range(place: FileRange) -> bytes:
         UnreachableError: a file that cannot be reached.
         ImageError: one that cannot be read.
     """
-    return _reached(place.read, place.path, place.root)
+    return _reached(place.read, place, place.timeout if place.is_remote else None)
+
+
+def fetch(place: FileRange) -> bytes | Unread:
+    """The bytes of an object; of a large one not yet these.
+
+    Raises:
+        UnreachableError: it cannot be reached.
+        ImageError: it cannot be read, or is empty.
+    """
+    if place.size is not None:
+        return read_range(place)
+
+    def read() -> bytes | int:
+        return objects.read(place.path, MAX_FETCHED_BYTES, place.timeout)
+
+    data = _reached(read, place, place.timeout)
+    return Unread(data, lambda: read_range(place)) if isinstance(data, int) else data
+
+
+def object_size(place: FileRange) -> int:
+    """Bytes of an object.
+
+    Raises:
+        UnreachableError: it cannot be reached.
+        ImageError: it cannot be read.
+    """
+    return _reached(lambda: objects.stat(place.path, place.timeout).size, place, place.timeout)
 
 
 def check_reachable(video: Video) -> None:
@@ -204,15 +241,17 @@ def check_reachable(video: Video) -> None:
             for offset in (0, max(0, size - _PROBE_BYTES)):
                 os.pread(file.fileno(), _PROBE_BYTES, offset)
 
-    _reached(probe, path, video.root)
+    _reached(probe, FileRange(path, root=video.root))
 
 
-def _reached(read: Callable[[], _Read], path: bytes, root: bytes) -> _Read:
+def _reached(read: Callable[[], _Read], place: FileRange, timeout: float | None = None) -> _Read:
     def why_unreachable(error: BaseException) -> str:
-        return why(error) if is_unreachable(error) else missing_mount(error, path, root)
+        if is_unreachable(error):
+            return why(error)
+        return "" if place.is_remote else missing_mount(error, place.path, place.root)
 
     try:
-        return retry(read, why_unreachable)
+        return retry(read, why_unreachable, timeout)
     except (OSError, ValueError) as error:
         if reason := why_unreachable(error):
             raise UnreachableError("file", f"unreachable: {reason}") from error

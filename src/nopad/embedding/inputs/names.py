@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 from nopad.preprocessing.files import as_text
 
-__all__ = ["COMPRESSED_TARS", "HIDDEN", "as_text", "expand_braces", "is_hidden", "is_in_hidden", "suffix_of"]
+__all__ = ["COMPRESSED_TARS", "HIDDEN", "as_text", "expand_braces", "is_hidden", "is_in_hidden", "is_list", "suffix_of"]
 
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+LISTS = (".txt", ".lst")
 HIDDEN = "hidden"
 """The key under which a listing counts what `is_hidden` leaves out."""
 
@@ -29,6 +30,11 @@ def suffix_of(name: str) -> str:
     """The last suffix in lower case, both of a compressed tar's, empty for none."""
     name = name.lower()
     return next((suffix for suffix in COMPRESSED_TARS if name.endswith(suffix)), os.path.splitext(name)[1])
+
+
+def is_list(name: str) -> bool:
+    """Whether a name is that of a list file."""
+    return suffix_of(name) in LISTS
 
 
 def is_hidden(name: str, *, is_folder: bool) -> bool:

@@ -9,26 +9,35 @@ import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from nopad.embedding.inputs import remote
 from nopad.embedding.inputs.archives import COMPRESSED, CompressedTarError, tar_inputs
 from nopad.embedding.inputs.durations import DurationProcess
-from nopad.embedding.inputs.listing import Input, InputList
-from nopad.embedding.inputs.names import COMPRESSED_TARS, HIDDEN, as_text, expand_braces, suffix_of
+from nopad.embedding.inputs.listing import Input, InputList, root_of
+from nopad.embedding.inputs.media import Video, check_reachable
+from nopad.embedding.inputs.names import COMPRESSED_TARS, HIDDEN, as_text, expand_braces, is_list, suffix_of
+from nopad.embedding.inputs.reaching import UnreachableSourceError, location_of, retry, source_errors
+from nopad.embedding.inputs.remote import below, is_object
 from nopad.embedding.inputs.spans import Spans
+from nopad.embedding.inputs.spool import Spool
 from nopad.embedding.inputs.table_process import TableProcess
 from nopad.embedding.inputs.table_program import Table
 from nopad.embedding.inputs.tables import NoImageColumnError, is_dataset
 from nopad.embedding.inputs.walk import Hidden, match, walk
 from nopad.embedding.table.names import METADATA_FOLDER, parse_shard_name
 from nopad.local_paths import check_local
-from nopad.preprocessing.files import open_regular, why
+from nopad.preprocessing.decode import ImageError, UnreachableError
+from nopad.preprocessing.files import open_source, why
 from nopad.preprocessing.formats import VIDEO_SUFFIXES, image_suffixes
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
+from nopad.preprocessing.reachable import is_unreachable
+from nopad.storage import objects
+from nopad.storage.addresses import WEB, check_address, join, local_path, scheme_of
 from nopad.terminal import printable
 
-_LISTS = (".txt", ".lst")
 _MAX_LINE = 1 << 16  # bytes; of a path Linux takes 4096
 _ARCHIVES = (".tar", ".parquet")
 
@@ -72,8 +81,11 @@ def list_inputs(
     system (`._*`, `.thumbnails` and other folders with a dot, `@eaDir`, `#recycle`, …; see `names.is_hidden`) is left
     out and counted under `"hidden"`, in folders, globs and tars, unless it is named.
 
+    Any of them may be an address (`s3://bucket/photos`, see `nopad.storage.addresses.SCHEMES`): what has no object of
+    its own is a folder of those below it. On the web (`https://`) there are files alone, no folders or globs.
+
     Args:
-        sources: paths and globs.
+        sources: paths, addresses and globs.
         image_column: the column of image bytes in Parquet files and datasets; by default the only one, or the only one
             with a usual name.
         id_column: the column of names for the rows of Parquet files and datasets; by default, and where there is none
@@ -83,14 +95,17 @@ def list_inputs(
         timeout: seconds for what is read of a table in one go, and to open a video; `None` for no limit.
 
     Raises:
-        ValueError: a source or a line of a list file that is an address (`s3://…`); a source that is missing, matches
-            nothing or has nothing to read in it; a compressed tar that is a source by itself; several columns of images
-            and no `image_column`; `image_column` where nothing has columns.
+        ValueError: a source or a line of a list file that is an address of another scheme; a source that is missing,
+            matches nothing or has nothing to read in it; a compressed tar that is a source by itself; several columns
+            of images and no `image_column`; `image_column` where nothing has columns.
+        ImportError: an address needs a package that is not installed.
+        UnreachableSourceError: a source cannot be reached now.
     """
     if isinstance(sources, str | Path) or not sources:
         raise ValueError(f"sources: expected a list of paths and globs, got {sources!r}")
     for source in sources:
-        check_local("sources", source)
+        check_source("sources", source)
+    objects.forget()
     left_out: Counter[str] = Counter()
     first_broken: list[Input] = []
     nothing_in: list[str] = []
@@ -102,14 +117,15 @@ def list_inputs(
         for name, is_expanded in _names(sources):
             lister = _Lister(name, processes, image_column, id_column, spans, hidden=hidden, may_be_missing=is_expanded)
             is_empty = True
-            for item in lister.inputs():
-                is_empty = False
-                kinds.add(item.kind)
-                if item.kind != "broken":
-                    is_any_whole = True
-                elif not first_broken:
-                    first_broken.append(item)
-                yield item
+            with source_errors(lister.source):
+                for item in lister.inputs():
+                    is_empty = False
+                    kinds.add(item.kind)
+                    if item.kind != "broken":
+                        is_any_whole = True
+                    elif not first_broken:
+                        first_broken.append(item)
+                    yield item
             if is_empty:
                 reason = f"{lister.source}: no picture or video in it{_summary(lister.left_out)}"
                 nothing_in.append(lister.refusals[0] if lister.refusals else reason)
@@ -117,8 +133,9 @@ def list_inputs(
                     raise ValueError(printable(nothing_in[-1]))
             left_out.update(lister.left_out)
 
-    with closing(TableProcess(timeout)) as tables, closing(DurationProcess(timeout)) as durations:
-        inputs = InputList.of(every(_Processes(tables, durations)))
+    processes = closing(TableProcess(timeout)), closing(DurationProcess(timeout)), closing(Spool(timeout))
+    with processes[0] as tables, processes[1] as durations, processes[2] as videos:
+        inputs = InputList.of(every(_Processes(tables, durations, videos)))
     if not is_any_whole:
         if not first_broken:
             raise ValueError(printable(nothing_in[0]))
@@ -130,10 +147,24 @@ def list_inputs(
     return Listing(inputs, dict(left_out))
 
 
+def check_source(name: str, source: str | os.PathLike[str]) -> None:
+    """Check that a source is a path, or an address that can be read.
+
+    Raises:
+        ValueError: another address, or one as a `Path`, which has lost a slash.
+        ImportError: a package is missing.
+    """
+    if isinstance(source, str):
+        check_address(name, source)
+    else:
+        check_local(name, source)
+
+
 def _names(sources: Sequence[str | Path]) -> Iterator[tuple[str, bool]]:
     """Each source, and whether it is one of several that braces stand for."""
     for source in sources:
-        name = os.fspath(source)
+        name = local_path(os.fspath(source))
+        name = name.rstrip("/") if scheme_of(name) else name
         words = [name] if os.path.lexists(name) else list(expand_braces(name))
         for word in words:
             yield word, len(words) > 1
@@ -153,6 +184,7 @@ class _Processes:
 
     tables: TableProcess
     durations: DurationProcess
+    videos: Spool
 
 
 class _Lister:
@@ -185,14 +217,24 @@ class _Lister:
 
     def inputs(self) -> Iterator[Input]:
         """All inputs; `left_out` is complete afterwards."""
-        yield from self._all()
+        try:
+            yield from self._all()
+        except FileNotFoundError as error:  # a prefix with nothing below it
+            reason = f"cannot be opened: {why(error)}"
+            if not self._may_be_missing:
+                raise ValueError(printable(f"{self.source}: {reason}")) from error
+            yield self._broken(self.name, os.path.basename(self.name), reason)
         if self._hidden.left_out:
             self.left_out[HIDDEN] += len(self._hidden.left_out)
 
     def _all(self) -> Iterator[Input]:
+        if scheme := scheme_of(self.name):
+            return self._glob() if scheme not in WEB and glob.has_magic(self.name) else self._remote()
         try:
-            mode = os.stat(self.name).st_mode
+            mode = retry(lambda: os.stat(self.name)).st_mode
         except OSError as error:
+            if is_unreachable(error):
+                raise
             if glob.has_magic(self.name):
                 return self._glob()
             if self._may_be_missing:
@@ -200,7 +242,26 @@ class _Lister:
             raise ValueError(printable(f"{self.source}: cannot be opened: {why(error)}")) from error
         if stat.S_ISDIR(mode):
             return self._folder(self.name, "")
-        if suffix_of(self.name) in _LISTS:
+        return self._named()
+
+    def _remote(self) -> Iterator[Input]:
+        try:
+            if is_object(self.name, self.processes.tables.timeout):
+                return self._named()
+            if scheme_of(self.name) not in WEB:
+                return self._folder(self.name, "")
+            reason = "cannot be opened: No such object"
+        except OSError as error:
+            if is_unreachable(error):
+                raise
+            reason = f"cannot be opened: {why(error)}"
+        if self._may_be_missing:
+            return iter([self._broken(self.name, os.path.basename(self.name), reason)])
+        raise ValueError(printable(f"{self.source}: {reason}"))
+
+    def _named(self) -> Iterator[Input]:
+        """The inputs of a source that is a file or an object."""
+        if is_list(self.name):
             return self._list()
         if suffix_of(self.name) in COMPRESSED_TARS:
             raise CompressedTarError(self.source)
@@ -214,10 +275,26 @@ class _Lister:
             yield from self._archive(path)
         else:
             kind = "video" if suffix in VIDEO_SUFFIXES else "image"
-            item = Input(as_text(id), self.source, kind, os.fsencode(os.path.abspath(path)))
-            yield from (
-                [item] if kind == "image" or self.spans is None else self.spans.of(item, self.processes.durations)
-            )
+            item = Input(as_text(id), self.source, kind, location_of(path))
+            if kind == "image" or self.spans is None:
+                yield item
+            else:
+                yield from self._parts(self.spans, item)
+
+    def _parts(self, spans: Spans, item: Input) -> Iterator[Input]:
+        """The parts of a video."""
+        path = os.fsdecode(item.path)
+        try:
+            if scheme_of(path):
+                video = self.processes.videos.local(Video.of(path))
+                yield from spans.of(item, self.processes.durations, str(video))
+            else:
+                check_reachable(Video.of(path, root=root_of(item)))
+                yield from spans.of(item, self.processes.durations)
+        except UnreachableError as error:
+            raise UnreachableSourceError(printable(f"{item.id} of {self.source}: {error.reason}")) from error
+        except ImageError as error:
+            yield replace(item, kind="broken", note=f"cannot be listed: {error.reason}")
 
     def _archive(self, path: str) -> Iterator[Input]:
         """The inputs in a tar or a Parquet file; one that holds no pictures is left out."""
@@ -225,7 +302,8 @@ class _Lister:
         is_empty = True
         try:
             if suffix_of(path) == ".tar":
-                inputs = tar_inputs(path, as_text(path), self.left_out, hidden=self._include_hidden)
+                options: dict[str, Any] = {"hidden": self._include_hidden, "timeout": self.processes.tables.timeout}
+                inputs = tar_inputs(path, as_text(path), self.left_out, **options)
             else:
                 inputs = self._table("parquet", path)
             for item in inputs:
@@ -242,7 +320,7 @@ class _Lister:
             self.left_out[suffix_of(path)] += 1
 
     def _table(self, kind: str, path: str) -> Iterator[Input]:
-        table = Table(kind, os.fsencode(os.path.abspath(path)))
+        table = Table(kind, location_of(path))
         return self.processes.tables.inputs(table, as_text(path), self.column, self.id_column)
 
     def _folder(self, folder: str, prefix: str) -> Iterator[Input]:
@@ -251,7 +329,11 @@ class _Lister:
             return
         archives = []
         has_pictures = False
-        for found in walk(folder, self._hidden):
+        if scheme_of(folder):
+            below_it = below(folder, self._hidden, self.processes.tables.timeout)
+        else:
+            below_it = walk(folder, self._hidden)
+        for found in below_it:
             id, path, suffix = prefix + found.path, os.path.join(folder, found.path), suffix_of(found.path)
             if found.reason:
                 yield self._broken(path, id, found.reason)
@@ -271,13 +353,17 @@ class _Lister:
                 yield from self._file(path, id)
 
     def _broken(self, path: str, id: str, reason: str) -> Input:
-        return Input(as_text(id) or ".", self.source, "broken", os.fsencode(os.path.abspath(path)), note=reason)
+        return Input(as_text(id) or ".", self.source, "broken", location_of(path), note=reason)
 
     def _glob(self) -> Iterator[Input]:
-        parts = [part for part in self.name.split("/") if part]
+        scheme = f"{scheme_of(self.name)}://" if scheme_of(self.name) else ""
+        parts = [part for part in self.name.removeprefix(scheme).split("/") if part]
         fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-        base = ("/" if self.name.startswith("/") else "") + "/".join(parts[:fixed])
-        matches = match(base, tuple(parts[fixed:]), self._hidden)
+        base = (scheme or "/" if self.name.startswith(scheme or "/") else "") + "/".join(parts[:fixed])
+        if scheme:
+            matches = remote.match(base, tuple(parts[fixed:]), self._hidden, self.processes.tables.timeout)
+        else:
+            matches = match(base, tuple(parts[fixed:]), self._hidden)
         if not matches:
             reason = "does not exist and, as a glob, matches nothing"
             if not self._may_be_missing:
@@ -295,7 +381,8 @@ class _Lister:
                 yield from self._folder(path, f"{found.path}/")
 
     def _list(self) -> Iterator[Input]:
-        folder = os.path.dirname(os.path.abspath(self.name))
+        folder = os.path.dirname(os.fsdecode(location_of(self.name)))
+        is_remote = bool(scheme_of(self.name))
         for number, line in enumerate(self._lines(), 1):
             name = os.fsdecode(line.removesuffix(b"\n").removesuffix(b"\r"))
             if not name.strip():
@@ -304,21 +391,30 @@ class _Lister:
                 reason = f"line {number} has more than {_MAX_LINE} bytes, expected a path; what follows is not read"
                 yield self._broken(self.name, os.path.basename(self.name), reason)
                 return
-            check_local(printable(f"{self.source}, line {number}"), name)
-            path = os.path.join(folder, name)
-            if not os.path.isabs(name) and not os.path.lexists(path) and os.path.lexists(name):
+            check_source(printable(f"{self.source}, line {number}"), name)
+            local = local_path(name)
+            if is_remote and os.path.isabs(local):
+                yield self._broken(self.name, name, "a local path in a list that is not local; not read")
+                continue
+            path = join(folder, name) if is_remote or scheme_of(name) else os.path.join(folder, local)
+            if not (is_remote or os.path.isabs(local) or os.path.lexists(path)) and os.path.lexists(name):
                 path = os.path.abspath(name)
             yield from self._file(path, name)
 
     def _lines(self) -> Iterator[bytes]:
         """The lines of a list file; the last one may be cut off where it is longer than `_MAX_LINE`."""
         try:
-            with open_regular(os.fsencode(self.name)) as raw, io.BufferedReader(raw) as file:
+            with (
+                retry(lambda: open_source(os.fsencode(self.name), self.processes.tables.timeout)) as raw,
+                io.BufferedReader(raw) as file,
+            ):
                 line = file.readline(_MAX_LINE + 1).removeprefix(b"\xef\xbb\xbf")
                 while line:
                     yield line
                     line = file.readline(_MAX_LINE + 1)
         except OSError as error:
+            if is_unreachable(error):
+                raise
             raise ValueError(printable(f"{self.source}: cannot be read: {why(error)}")) from error
 
 

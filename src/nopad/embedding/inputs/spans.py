@@ -32,7 +32,7 @@ class Spans:
     seconds: float
     whole: bool
 
-    def of(self, item: Input, durations: DurationProcess) -> Iterator[Input]:
+    def of(self, item: Input, durations: DurationProcess, path: str | None = None) -> Iterator[Input]:
         """The parts of a video, as inputs named by a media fragment: `a.mp4#t=2`, `a.mp4#t=2,4`; the last ends with it.
 
         One input of a video whose header does not say how long it is, or too long a time, says so.
@@ -40,9 +40,10 @@ class Spans:
         Args:
             item: the video.
             durations: opens it.
+            path: of its copy, where it is not a local file.
         """
         try:
-            duration = durations.seconds(os.fsdecode(item.path))
+            duration = durations.seconds(os.fsdecode(item.path) if path is None else path)
         except UnreadableError as error:
             yield replace(item, kind="broken", note=f"cannot be listed: {error}")
             return

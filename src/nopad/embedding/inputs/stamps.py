@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,13 +14,20 @@ import pyarrow.parquet as pq
 
 from nopad.atomic import atomic_write
 from nopad.embedding.inputs.decoder import Reader
-from nopad.embedding.inputs.listing import Input, InputList
-from nopad.preprocessing.decode import ImageError
-from nopad.preprocessing.files import FileRange, open_regular
+from nopad.embedding.inputs.listing import Input, InputList, root_of
+from nopad.embedding.inputs.names import is_list
+from nopad.embedding.inputs.reaching import UnreachableSourceError, retry
+from nopad.preprocessing.decode import ImageError, UnreachableError
+from nopad.preprocessing.files import FileRange, open_regular, open_source, size_of, why
+from nopad.preprocessing.reachable import is_unreachable
+from nopad.storage import objects
+from nopad.storage.addresses import Address, scheme_of
+from nopad.storage.stores import can_list, store_of
 
 _SCHEMA = pa.schema({"size": pa.int64(), "mtime_ns": pa.int64(), "sha256": pa.string()})
 _BLOCK = 1 << 16
 _CHUNK = 1 << 20
+_SECONDS = 60.0  # of a request
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +48,9 @@ class Stamp:
 def take_stamps(inputs: InputList, *, contents: bool) -> list[Stamp]:
     """The stamp of each input; of a tar or a table that of the whole file.
 
+    Raises:
+        UnreachableSourceError: a file that cannot be reached.
+
     Args:
         inputs: of a job.
         contents: read every input and take its SHA-256.
@@ -48,42 +59,82 @@ def take_stamps(inputs: InputList, *, contents: bool) -> list[Stamp]:
 
 
 def _stamps(inputs: InputList, contents: bool) -> Iterator[Stamp]:
-    path, stat = b"", (-1, -1)
+    path, stat, stats = b"", (-1, -1), _RemoteStats()
     with Reader(allow_outside_paths=True) as reader:
         for item in inputs:
             if item.path != path:  # rows of one file follow each other
-                path, stat = item.path, _stat(item)
+                path, stat = item.path, _stat(item, stats)
             yield Stamp(*stat, _sha256(item, reader) if contents else "")
 
 
-def _stat(item: Input) -> tuple[int, int]:
+def _stat(item: Input, stats: _RemoteStats) -> tuple[int, int]:
     if item.kind == "broken":
         return -1, -1
+    if scheme_of(item.path):
+        return stats.of(item)
     try:
-        status = os.stat(item.path)
-    except (OSError, ValueError):
+        status = retry(lambda: os.stat(item.path))
+    except (OSError, ValueError) as error:
+        if is_unreachable(error):
+            raise UnreachableSourceError(f"{item.id} of {item.source}: unreachable: {why(error)}") from error
         return -1, -1
     return status.st_size, status.st_mtime_ns
+
+
+class _RemoteStats:
+    """Sizes and times of objects: of a prefix by listing it once, of tars and tables by asking for each.
+
+    Objects that were named in a list have none: a request for each of millions would take hours.
+    """
+
+    def __init__(self) -> None:
+        self._root: bytes | None = None
+        self._stored: dict[str, tuple[int, int]] = {}
+
+    def of(self, item: Input) -> tuple[int, int]:
+        """Size and time of an object; -1 where they are not known."""
+        try:
+            if item.kind in ("tar", "parquet"):
+                stored = retry(lambda: objects.stat(item.path))
+                return stored.size, stored.mtime_ns
+            root = root_of(item)
+            if not root or scheme_of(item.id) or not can_list(Address.of(root)) or is_list(item.source):
+                return -1, -1
+            if root != self._root:
+                address = Address.of(root)
+                prefix = f"{address.key}/" if address.key else ""
+                found = retry(lambda: list(store_of(address).list(prefix)))
+                self._stored = {each.key: (each.size, each.mtime_ns) for each in found}
+                self._root = root
+            return self._stored.get(Address.of(item.path).key, (-1, -1))
+        except FileNotFoundError:
+            return -1, -1
+        except OSError as error:
+            raise UnreachableSourceError(f"{item.source}: cannot be reached now: {why(error)}") from error
 
 
 def _sha256(item: Input, reader: Reader) -> str:
     if item.kind == "broken":
         return ""
     try:
-        media = FileRange(item.path) if item.kind == "video" else reader.media_now(item)
+        media = FileRange(item.path, timeout=_SECONDS) if item.kind == "video" else reader.media_now(item)
         if isinstance(media, FileRange):
             return _sha256_of(media)
         return hashlib.sha256(media if isinstance(media, bytes) else media.encode()).hexdigest()
-    except (ImageError, OSError, ValueError):
+    except UnreachableError as error:
+        raise UnreachableSourceError(f"{item.id} of {item.source}: {error.reason}") from error
+    except (ImageError, OSError, ValueError) as error:
+        if is_unreachable(error):
+            raise UnreachableSourceError(f"{item.id} of {item.source}: unreachable: {why(error)}") from error
         return ""
 
 
 def _sha256_of(media: FileRange) -> str:
     digest = hashlib.sha256()
-    with open_regular(media.path) as file:
+    with retry(lambda: open_source(media.path, media.timeout)) as file:
         file.seek(media.offset)
-        left = media.size if media.size is not None else os.fstat(file.fileno()).st_size
-        while left > 0 and (data := file.read(min(_CHUNK, left))):
+        left = media.size if media.size is not None else size_of(file)
+        while left > 0 and (data := retry(partial(file.read, min(_CHUNK, left)))):
             digest.update(data)
             left -= len(data)
     return digest.hexdigest()

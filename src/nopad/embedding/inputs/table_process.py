@@ -6,21 +6,34 @@ Arrow may wait, take memory without end or crash over a file that is damaged, or
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from nopad.embedding.inputs.listing import Input
 from nopad.embedding.inputs.names import as_text
+from nopad.embedding.inputs.reaching import UnreachableSourceError, retry
 from nopad.embedding.inputs.table_program import Cells, Listing, Schema, Table, TableProgram, Values
 from nopad.embedding.inputs.tables import MAX_ROWS, Broken, NoImageColumnError, Rows
 from nopad.pipeline.channel import checked_count, count_in, text_in, valid_text
-from nopad.pipeline.request_process import LostProcessError, RequestProcess, UnreadableError
+from nopad.pipeline.request_process import (
+    LostProcessError,
+    RequestProcess,
+    UnreachableFileError,
+    UnreadableError,
+)
+from nopad.preprocessing.files import why
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS, MAX_BYTES
+from nopad.preprocessing.reachable import is_unreachable
+from nopad.storage import objects
+from nopad.storage.addresses import scheme_of
+from nopad.terminal import printable
 
 Scalars = list[pa.Scalar | None]
+Result = TypeVar("Result")
 
 _MAX_SCHEMA_BYTES = 1 << 24
 _MAX_AHEAD = 64  # images that are sent together
@@ -36,6 +49,7 @@ class TableProcess(RequestProcess):
 
     def __init__(self, timeout: float | None = INPUT_TIMEOUT_SECONDS) -> None:
         super().__init__(TableProgram(), timeout)
+        self._address = b""  # of the object that is read
         self.reading = _EVERY_ROW
         """The first row of those that were read last in one go, and the one behind the last of them."""
 
@@ -44,10 +58,14 @@ class TableProcess(RequestProcess):
 
         Raises:
             NoImageColumnError, ValueError: see `nopad.embedding.inputs.tables.image_column`; or no column `id_column`.
+            UnreachableSourceError: it cannot be reached.
         """
-        max_rows = max(MAX_ROWS, table.size())
         try:
+            table = self._sized(table)
+            max_rows = max(MAX_ROWS, table.size())
             parts = self.request(Listing(table, source, column, id_column), lambda: self._parts(max_rows))
+        except UnreachableFileError as error:
+            raise UnreachableSourceError(printable(f"{source}: cannot be reached now: {error}")) from error
         except UnreadableError as error:
             parts = [Broken(as_text(os.path.basename(table.path)), f"cannot be listed: {error}")]
         if isinstance(parts, ValueError):
@@ -84,7 +102,7 @@ class TableProcess(RequestProcess):
             except pa.ArrowException as error:
                 raise ValueError(f"got no schema: {error}") from error
 
-        return self.request(Schema(table), received)
+        return self.request(Schema(self._sized(table)), received)
 
     def values(self, table: Table, columns: tuple[str, ...], rows: tuple[int, ...]) -> list[Scalars]:
         """The values of each column in some rows, `None` for null and for what cannot be read.
@@ -92,6 +110,7 @@ class TableProcess(RequestProcess):
         Raises:
             LostProcessError: the process did not survive them.
         """
+        table = self._sized(table)
         max_bytes = table.max_bytes()
 
         def received() -> list[Scalars]:
@@ -131,7 +150,35 @@ class TableProcess(RequestProcess):
                 raise ValueError(f"got {len(sizes)} images, expected at most {request.count}")
             return [bytes(self.receive_bytes(checked_count(size), MAX_BYTES)) for size in sizes]
 
-        return self.request(request, received)
+        return self.request(replace(request, table=self._sized(request.table)), received)
+
+    def fetch(self, start: int, stop: int) -> bytes:
+        """See `RequestProcess.fetch`: of the table that was requested last."""
+        return self._reached(lambda: objects.read_range(self._address, start, stop, self.timeout))
+
+    def _sized(self, table: Table) -> Table:
+        """The same table with its size, where it is an object; its bytes can then be fetched.
+
+        Raises:
+            UnreadableError: it cannot be reached, or read.
+        """
+        if not scheme_of(table.path):
+            self._address = b""
+            return table
+        self._address = table.path
+        try:
+            blocks = self._reached(lambda: objects.blocks_of(os.fsdecode(table.path), self.timeout))
+        except OSError as error:
+            raise UnreadableError(why(error)) from error
+        return replace(table, num_bytes=blocks.size)
+
+    def _reached(self, read: Callable[[], Result]) -> Result:
+        try:
+            return retry(read, is_unreachable, self.timeout)
+        except OSError as error:
+            if is_unreachable(error):
+                raise UnreachableFileError(why(error)) from error
+            raise
 
     def _receive(self) -> dict[str, Any]:
         return self.receive(self._set_reading)

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from nopad.embedding.inputs.arrow_stream import ArrowStream
 from nopad.embedding.inputs.columns import Column, DatasetColumn, ParquetColumn
+from nopad.embedding.inputs.fetched import set_current
 from nopad.embedding.inputs.listing import Input
 from nopad.embedding.inputs.names import as_text
 from nopad.embedding.inputs.tables import (
@@ -24,12 +25,15 @@ from nopad.embedding.inputs.tables import (
     open_parquet,
     parquet_rows,
     plain_type,
+    raise_if_unreachable,
     saved_splits,
+    why_unreachable,
 )
 from nopad.pipeline.decode_process import LARGE_FILE_BYTES
 from nopad.pipeline.forked import answer, send_bytes
 from nopad.pipeline.request_process import MAX_REASON, serve_requests
 from nopad.preprocessing.limits import MAX_BYTES
+from nopad.storage.addresses import scheme_of
 
 MIN_VALUE_BYTES, VALUE_BYTES_PER_BYTE = 1 << 26, 16
 """A value may have so many bytes, or so many for each byte of its file."""
@@ -47,11 +51,13 @@ class Table:
     Attributes:
         kind, path: see `Input`.
         split: of a dataset; `None` for all.
+        num_bytes: of an object, once that is known; else -1.
     """
 
     kind: str
     path: bytes
     split: str | None = None
+    num_bytes: int = -1
 
     @classmethod
     def of(cls, item: Input) -> tuple[Table, str]:
@@ -63,6 +69,8 @@ class Table:
 
     def size(self) -> int:
         """Bytes of its files; 0 where they are not known."""
+        if scheme_of(self.path):
+            return max(0, self.num_bytes)
         try:
             return sum(map(os.path.getsize, self._files()))
         except ARROW_DAMAGE:
@@ -142,7 +150,11 @@ class TableProgram:
             return _COPIES * opened.max_value_bytes
 
         answers = {kind: partial(answer_to, opened) for kind, answer_to in _ANSWERS.items()}
-        serve_requests(connection, answers, memory, ARROW_DAMAGE)
+
+        def unreachable(request: Any, error: BaseException) -> str:
+            return "" if request is None else why_unreachable(error, request.table.path)
+
+        serve_requests(connection, answers, memory, ARROW_DAMAGE, unreachable)
 
 
 class _OpenTable:
@@ -160,6 +172,7 @@ class _OpenTable:
             return
         while self._columns:
             self._columns.popitem()[1].close()
+        set_current(self._connection, table.num_bytes)
         self._table, self.max_value_bytes = table, min(MAX_BYTES, table.max_bytes())
 
     def column(self, name: str) -> Column:
@@ -189,6 +202,7 @@ def _list(opened: _OpenTable, connection: Connection, request: Listing) -> None:
                 part = Broken(part.name[:MAX_REASON], as_text(part.reason)[:MAX_REASON])
             answer(connection, **asdict(part))
     except ValueError as error:
+        raise_if_unreachable(error)
         answer(connection, refused=str(error)[:MAX_REASON], no_images=isinstance(error, NoImageColumnError))
     else:
         answer(connection, end=True)
@@ -303,7 +317,8 @@ def _batch(values: Sequence[Sequence[pa.Scalar | None]]) -> memoryview:
 def _column(opened: _OpenTable, name: str) -> Column | None:
     try:
         return opened.column(name)
-    except ARROW_DAMAGE:
+    except ARROW_DAMAGE as error:
+        raise_if_unreachable(error)
         return None
 
 
@@ -314,7 +329,8 @@ def _scalar(column: Column | None, row: int) -> pa.Scalar | None:
         value = column.value(row)
         plain = plain_type(value.type)
         value = (value if plain == value.type else value.cast(plain))[0]
-    except (*ARROW_DAMAGE, MemoryError):
+    except (*ARROW_DAMAGE, MemoryError) as error:
+        raise_if_unreachable(error)
         return None
     return value if value.is_valid else None
 

@@ -14,8 +14,11 @@ import pyarrow.parquet as pq
 from nopad.checkpoints.contents import read_json
 from nopad.counts import counted
 from nopad.embedding.inputs.arrow_stream import MAX_ROWS, ArrowStream
+from nopad.embedding.inputs.fetched import open_arrow, table_size
 from nopad.embedding.inputs.names import as_text
-from nopad.preprocessing.files import open_regular, why
+from nopad.preprocessing.files import why
+from nopad.preprocessing.reachable import is_unreachable, missing_mount
+from nopad.storage.addresses import scheme_of
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "bytes", "image_bytes")
 
@@ -32,6 +35,19 @@ MAX_NAME_LENGTH = 4096
 _NUM_NAMES, _NAMES_LENGTH = 8192, 1 << 16  # of the rows that are listed at a time
 # What Arrow raises on damaged files.
 ARROW_DAMAGE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError)
+
+
+def why_unreachable(error: BaseException, path: bytes) -> str:
+    """Why a table cannot be reached; empty where it is damaged or gone."""
+    if is_unreachable(error):
+        return why(error)
+    return "" if scheme_of(path) else missing_mount(error, path, os.path.dirname(path))
+
+
+def raise_if_unreachable(error: Exception, path: bytes = b"/") -> None:
+    """Raise an error that says nothing about the file."""
+    if why_unreachable(error, path):
+        raise error
 
 
 class NoImageColumnError(ValueError):
@@ -126,13 +142,14 @@ def parquet_rows(path: bytes, text: str, column: str | None, id_column: str | No
     """
     name = as_text(os.path.basename(path))
     try:
-        size = os.path.getsize(path)
+        size = table_size(path)
         file = open_parquet(path)
         schema, metadata = file.schema_arrow, file.metadata
         _ = schema.names  # may be no text
         groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         file.close(force=True)
     except ARROW_DAMAGE as error:
+        raise_if_unreachable(error, path)
         yield Broken(name, f"no Parquet file, or damaged: {why(error)}")
         return
     note = image_column(schema, text, column)
@@ -184,7 +201,8 @@ def _parquet_names(path: bytes, schema: pa.Schema, text: str, id_column: str | N
         for batch in file.iter_batches(columns=[id_column], use_threads=False):
             yield from _names(batch.column(0))
         file.close(force=True)
-    except ARROW_DAMAGE:
+    except ARROW_DAMAGE as error:
+        raise_if_unreachable(error, path)
         return
 
 
@@ -205,10 +223,9 @@ def open_parquet(path: bytes, *, in_pages: bool = True) -> pq.ParquetFile:
     Raises:
         One of `ARROW_DAMAGE`.
     """
-    open_regular(path).close()
     # Not mapped: a mapped file that is cut short while it is read would kill the process. With pre_buffer, Arrow's
     # default, whole row groups would be held.
-    return pq.ParquetFile(pa.OSFile(path, "r"), buffer_size=1 << 20 if in_pages else 0, pre_buffer=False)
+    return pq.ParquetFile(open_arrow(path), buffer_size=1 << 20 if in_pages else 0, pre_buffer=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +298,8 @@ def _dataset_names(stream: ArrowStream, text: str, id_column: str | None) -> Ite
             column.validate(full=True)  # Arrow trusts the offsets in a batch
             yield from _names(column)
             row = start + len(batch)
-    except ARROW_DAMAGE:
+    except ARROW_DAMAGE as error:
+        raise_if_unreachable(error)
         return
 
 
@@ -294,6 +312,7 @@ def dataset_rows(folder: bytes, text: str, column: str | None, id_column: str | 
     try:
         splits = saved_splits(folder)
     except ARROW_DAMAGE as error:
+        raise_if_unreachable(error, folder)
         yield Broken(as_text(os.path.basename(folder)), f"no dataset that can be loaded: {why(error)}")
         return
     for split in splits:

@@ -7,10 +7,13 @@ import glob
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from nopad.embedding.inputs.names import is_hidden
+from nopad.embedding.inputs.reaching import retry
 from nopad.embedding.table.names import METADATA_FOLDER
 from nopad.preprocessing.files import why
+from nopad.preprocessing.reachable import is_unreachable
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,11 @@ class Hidden:
 
 
 def walk(folder: str, hidden: Hidden) -> Iterator[Found]:
-    """The files below a folder, and folders that cannot be listed; a folder that holds itself is walked once."""
+    """The files below a folder, and folders that cannot be listed; a folder that holds itself is walked once.
+
+    Raises:
+        OSError: a folder that cannot be reached.
+    """
     todo: list[tuple[Found, frozenset]] = [(Found("", True), frozenset())]
     while todo:
         found, above = todo.pop()
@@ -47,9 +54,11 @@ def walk(folder: str, hidden: Hidden) -> Iterator[Found]:
             continue
         path = os.path.join(folder, found.path)
         try:
-            identity = _identity(path)
-            entries = _entries(path) if identity not in above else []
+            identity = retry(partial(_identity, path))
+            entries = retry(partial(_entries, path)) if identity not in above else []
         except OSError as error:
+            if is_unreachable(error):
+                raise
             yield Found(found.path, True, f"folder cannot be listed: {why(error)}")
             continue
         entries = [entry for entry in entries if entry[0] != METADATA_FOLDER and not hidden.leaves_out(path, *entry)]
@@ -73,11 +82,13 @@ def match(base: str, parts: tuple[str, ...], hidden: Hidden) -> list[Found]:
                 matches.add(Found(os.path.join(relative, part), os.path.isdir(path)))
             continue
         try:
-            identity = _identity(folder)
-            entries = _entries(folder)
+            identity = retry(partial(_identity, folder))
+            entries = retry(partial(_entries, folder))
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
+            if is_unreachable(error):
+                raise
             matches.add(Found(relative, True, f"folder cannot be listed: {why(error)}"))
             continue
         if part[0] != ".":  # otherwise the pattern matches hidden names

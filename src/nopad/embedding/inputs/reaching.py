@@ -1,0 +1,37 @@
+"""Sources that cannot be reached while they are listed, and where their files lie."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from nopad.preprocessing.files import why
+from nopad.preprocessing.reachable import Retries, is_unreachable
+from nopad.storage.addresses import scheme_of
+from nopad.terminal import printable
+
+retry = Retries()
+"""Of the reads in this process."""
+
+
+class UnreachableSourceError(OSError):
+    """A source that cannot be listed now: its disk, mount or server fails. The same command may work later."""
+
+
+@contextmanager
+def source_errors(source: str) -> Iterator[None]:
+    """Raise `UnreachableSourceError` for errors that say that a source could not be reached."""
+    try:
+        yield
+    except UnreachableSourceError:
+        raise
+    except OSError as error:
+        if not is_unreachable(error):
+            raise
+        raise UnreachableSourceError(printable(f"{source}: cannot be reached now: {why(error)}")) from error
+
+
+def location_of(name: str) -> bytes:
+    """Where a file lies: its absolute path, or its address."""
+    return os.fsencode(name if scheme_of(name) else os.path.abspath(name))

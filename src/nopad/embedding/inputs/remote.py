@@ -1,0 +1,104 @@
+"""Sources in stores and on servers: prefixes as folders, and globs over them."""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import os
+from collections.abc import Iterator
+
+from nopad.embedding.inputs.names import is_hidden
+from nopad.embedding.inputs.reaching import retry
+from nopad.embedding.inputs.walk import Found, Hidden
+from nopad.embedding.table.names import METADATA_FOLDER, parse_shard_name
+from nopad.storage.addresses import Address
+from nopad.storage.store import Stored
+from nopad.storage.stores import can_list, store_of
+
+_JOB = f"{METADATA_FOLDER}/job.json"
+
+
+def is_object(address: str, timeout: float | None) -> bool:
+    """Whether an address is that of an object, not of a prefix.
+
+    Raises:
+        OSError: it cannot be reached.
+    """
+    parts = Address.of(address)
+    if can_list(parts) and (not parts.key or address.endswith("/")):
+        return False
+    try:
+        retry(lambda: store_of(parts, timeout).stat(parts.key))
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def below(address: str, hidden: Hidden, timeout: float | None) -> Iterator[Found]:
+    """The objects below a prefix, in the order of the bytes of their keys; tables of features are passed over.
+
+    Raises:
+        ValueError: a web server, which cannot be listed; or a dataset that was saved to disk.
+        FileNotFoundError: there are none.
+        OSError: it cannot be reached.
+    """
+    names = _names(address, timeout)
+    if not names:
+        raise FileNotFoundError(errno.ENOENT, "No such object, and none below it")
+    if {"dataset_dict.json"} <= {*names} or {"dataset_info.json", "state.json"} <= {*names}:
+        raise ValueError(f"{address}: a dataset that was saved to disk is read from local folders alone; copy it first")
+    tables = {name.removesuffix(_JOB) for name in names if name.endswith(_JOB)}
+    for name in names:
+        *folders, base = name.split("/")
+        if METADATA_FOLDER in folders or (parse_shard_name(base) and name[: -len(base)] in tables):
+            continue
+        if not _is_left_out(address, folders, base, hidden):
+            yield Found(name)
+
+
+def match(address: str, parts: tuple[str, ...], hidden: Hidden, timeout: float | None) -> list[Found]:
+    """What a glob's parts match below a prefix; see `nopad.embedding.inputs.walk.match`."""
+    matches = set()
+    for name in _names(address, timeout):
+        steps = tuple(name.split("/"))
+        for depth in range(1, len(steps) + 1):
+            is_folder = depth < len(steps)
+            if is_folder and "**" in parts:  # which finds the files in it
+                continue
+            if METADATA_FOLDER not in steps and _matches(steps[:depth], parts):
+                if not _is_left_out(address, list(steps[: depth - 1]), steps[depth - 1], hidden):
+                    matches.add(Found("/".join(steps[:depth]), is_folder))
+                break
+    return sorted(matches, key=lambda found: os.fsencode(found.path))
+
+
+def _names(address: str, timeout: float | None) -> list[str]:
+    parts = Address.of(address)
+    if not can_list(parts):
+        raise ValueError(f"{address}: {parts.scheme}:// cannot be listed; name its files, for example in a list file")
+    prefix = f"{parts.key}/" if parts.key else ""
+
+    def listed() -> list[Stored]:
+        return list(store_of(parts, timeout).list(prefix))
+
+    keys = (stored.key for stored in retry(listed))
+    names = (key.removeprefix(prefix) for key in keys if key.startswith(prefix) and not key.endswith("/"))
+    return sorted(filter(None, names), key=os.fsencode)
+
+
+def _is_left_out(address: str, folders: list[str], base: str, hidden: Hidden) -> bool:
+    """Whether an object is hidden, by its name or by a folder that it is in; each is counted once."""
+    for depth, folder in enumerate(folders):
+        if is_hidden(folder, is_folder=True) and hidden.leaves_out("/".join([address, *folders[:depth]]), folder, True):
+            return True
+    return hidden.leaves_out("/".join([address, *folders]), base, False)
+
+
+def _matches(steps: tuple[str, ...], parts: tuple[str, ...]) -> bool:
+    if not parts or not steps:
+        return not parts and not steps
+    if parts[0] == "**":
+        rest = parts[1:] or ("*",)
+        return _matches(steps, rest) or (not steps[0].startswith(".") and _matches(steps[1:], parts))
+    is_match = fnmatch.fnmatchcase(steps[0], parts[0]) and (parts[0][0] == "." or steps[0][0] != ".")
+    return is_match and _matches(steps[1:], parts[1:])

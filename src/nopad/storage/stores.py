@@ -1,0 +1,149 @@
+"""Reading from stores: sizes, bytes and listings, with retries, and errors as those of the system's files."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from datetime import timedelta
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+from nopad.storage.addresses import CLOUDS, HUB, WEB, Address
+from nopad.storage.store import Store, Stored
+
+MAX_RETRIES = 5
+"""Of one request, after 0.1 s and twice that each time."""
+
+_FOR_EVER = 86400.0 * 365
+_STATUS = re.compile(r"status code: (\d{3})[ A-Za-z-]*")
+_TRANSIENT = (408, 425, 429)
+_MAX_REASON = 300
+
+
+def store_of(address: Address, timeout: float | None = None) -> Store:
+    """The store of an address.
+
+    Args:
+        timeout: seconds for one request, `None` for no limit.
+
+    Raises:
+        ValueError: its settings are wrong.
+        ImportError: a package is missing.
+    """
+    return _store(address.base, timeout)
+
+
+@lru_cache(64)
+def _store(base: str, timeout: float | None) -> Store:
+    if base.startswith(f"{HUB}://"):
+        from nopad.storage.hub import HubStore
+
+        return HubStore(base)
+    return ObjectStore(base, timeout)
+
+
+class ObjectStore:
+    """A store that obstore reads, by the credentials in the environment.
+
+    Args:
+        base: as in `Address`.
+        timeout: see `store_of`.
+
+    Raises:
+        ValueError: obstore's, for example no account.
+        ImportError: no obstore.
+    """
+
+    def __init__(self, base: str, timeout: float | None) -> None:
+        try:
+            self._api: Any = import_module("obstore")
+            from_url = import_module("obstore.store").from_url
+            errors = import_module("obstore.exceptions").BaseError, ValueError  # OSErrors are obstore's own, too
+        except ImportError as error:
+            raise ImportError(f"{base}: reading it needs obstore ({error}): pip install 'nopad[cloud]'") from error
+        self._errors: tuple[type[Exception], ...] = errors
+        self._base = base
+        self._is_web = base.startswith(tuple(f"{scheme}://" for scheme in WEB))
+        seconds = timedelta(seconds=min(timeout or _FOR_EVER, _FOR_EVER))
+        options: dict[str, Any] = {
+            "client_options": {"timeout": seconds, "allow_http": True},
+            "retry_config": {"max_retries": MAX_RETRIES, "retry_timeout": seconds},
+        }
+        try:
+            self._store: Any = from_url(base, **options)
+        except self._errors as error:
+            raise ValueError(f"{base}: cannot be used: {_first_line(error)}") from error
+
+    def stat(self, key: str) -> Stored:
+        """See `Store`."""
+        try:
+            if not self._is_web:
+                return _stored(self._api.head(self._store, key))
+            # Addresses may be signed for GET alone.
+            return _stored(self._api.get(self._store, key, options={"range": (0, 1)}).meta)
+        except (*self._errors, OSError) as error:
+            raise self._as_os_error(error) from error
+
+    def read(self, key: str, start: int, stop: int) -> bytes:
+        """See `Store`."""
+        if start >= stop:
+            return b""
+        try:
+            return bytes(self._api.get_range(self._store, key, start=start, end=stop))
+        except (*self._errors, OSError) as error:
+            if "416" in str(error):  # behind the end
+                return b""
+            raise self._as_os_error(error) from error
+
+    def read_all(self, key: str, max_bytes: int) -> bytes | int:
+        """See `Store`."""
+        try:
+            result = self._api.get(self._store, key)
+            size = int(result.meta["size"])
+            return size if size > max_bytes else bytes(result.bytes())
+        except (*self._errors, OSError) as error:
+            raise self._as_os_error(error) from error
+
+    def list(self, prefix: str) -> Iterator[Stored]:
+        """See `Store`."""
+        try:
+            for chunk in self._api.list(self._store, prefix or None, chunk_size=1000):
+                yield from map(_stored, chunk)
+        except (*self._errors, OSError) as error:
+            raise self._as_os_error(error) from error
+
+    def _as_os_error(self, error: BaseException) -> OSError:
+        text = str(error)
+        status = int(match[1]) if (match := _STATUS.search(text)) else 0
+        reason = match[0].removeprefix("status code: ") if match else _first_line(error)
+        if "NoSuchBucket" in text:
+            return ConnectionError(errno.ECONNABORTED, f"{self._base}: no such bucket")
+        if isinstance(error, FileNotFoundError) or status == 404:
+            return FileNotFoundError(errno.ENOENT, "No such object")
+        if status in (401, 403) and not self._is_web:
+            return ConnectionError(errno.ECONNABORTED, f"{self._base}: {reason}; are the credentials right?")
+        if status in (401, 403):
+            return PermissionError(errno.EACCES, reason)
+        if 300 <= status < 500 and status not in _TRANSIENT:
+            return OSError(errno.EINVAL, reason)
+        if "Could not parse path" in text:
+            return OSError(errno.EINVAL, reason)
+        if type(error).__name__ == "NotSupportedError" or "Content-Length" in text:
+            return OSError(errno.EOPNOTSUPP, f"{self._base}: {reason}")
+        return ConnectionError(errno.ECONNABORTED, f"{self._base}: {reason}")
+
+
+def _stored(meta: Any) -> Stored:
+    return Stored(meta["path"], int(meta["size"]), round(meta["last_modified"].timestamp() * 1e9))
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, without the request and its retries."""
+    return str(error).split("\n", 1)[0].rsplit(" - ", 1)[-1][:_MAX_REASON]
+
+
+def can_list(address: Address) -> bool:
+    """Whether the objects of a store can be listed; those of a web server cannot."""
+    return address.scheme in (*CLOUDS, HUB)
