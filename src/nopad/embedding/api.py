@@ -16,7 +16,8 @@ from nopad.counts import counted
 from nopad.embedding.distributed import ByActors
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.in_process import InProcess
-from nopad.embedding.inputs.sources import Listing, check_source, list_inputs
+from nopad.embedding.inputs.names import check_source
+from nopad.embedding.inputs.sources import Listing, list_inputs
 from nopad.embedding.inputs.spans import Spans
 from nopad.embedding.job import Job, begin_or_resume, changes_of, kept_columns
 from nopad.embedding.lock import FolderLock, PartLock

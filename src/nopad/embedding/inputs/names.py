@@ -6,9 +6,21 @@ import os
 import re
 from collections.abc import Iterator
 
+from nopad.local_paths import check_local
 from nopad.preprocessing.files import as_text
+from nopad.storage.addresses import check_address
 
-__all__ = ["COMPRESSED_TARS", "HIDDEN", "as_text", "expand_braces", "is_hidden", "is_in_hidden", "is_list", "suffix_of"]
+__all__ = [
+    "COMPRESSED_TARS",
+    "HIDDEN",
+    "as_text",
+    "check_source",
+    "expand_braces",
+    "is_hidden",
+    "is_in_hidden",
+    "is_list",
+    "suffix_of",
+]
 
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 LISTS = (".txt", ".lst")
@@ -107,3 +119,16 @@ def _numbers(first: str, last: str, step: int) -> Iterator[str]:
     sign = 1 if int(last) >= int(first) else -1
     for number in range(int(first), int(last) + sign, sign * (abs(step) or 1)):
         yield f"{number:0{width}}"
+
+
+def check_source(name: str, source: str | os.PathLike[str]) -> None:
+    """Check that a source is a path, or an address that can be read.
+
+    Raises:
+        ValueError: another address, or one as a `Path`, which has lost a slash.
+        ImportError: a package is missing.
+    """
+    if isinstance(source, str):
+        check_address(name, source)
+    else:
+        check_local(name, source)

@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
-import glob
-import io
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from nopad.embedding.inputs import remote
-from nopad.embedding.inputs.archives import COMPRESSED, CompressedTarError, tar_inputs
 from nopad.embedding.inputs.durations import DurationProcess
-from nopad.embedding.inputs.listing import Input, InputList, root_of
-from nopad.embedding.inputs.media import Video, check_reachable
-from nopad.embedding.inputs.names import COMPRESSED_TARS, HIDDEN, as_text, expand_braces, is_list, suffix_of
-from nopad.embedding.inputs.reaching import UnreachableSourceError, location_of, retry, source_errors
-from nopad.embedding.inputs.remote import below, is_object
+from nopad.embedding.inputs.lister import Lister, Processes
+from nopad.embedding.inputs.listing import Input, InputList
+from nopad.embedding.inputs.names import COMPRESSED_TARS, check_source, expand_braces
+from nopad.embedding.inputs.reaching import source_errors
 from nopad.embedding.inputs.spans import Spans
 from nopad.embedding.inputs.spool import Spool
 from nopad.embedding.inputs.table_process import TableProcess
-from nopad.embedding.inputs.table_program import Table
-from nopad.embedding.inputs.tables import NoImageColumnError, is_dataset
-from nopad.embedding.inputs.walk import Hidden, match, walk
-from nopad.embedding.table.names import METADATA_FOLDER, parse_shard_name
-from nopad.local_paths import check_local
-from nopad.preprocessing.decode import ImageError, UnreachableError
-from nopad.preprocessing.files import open_source, why
-from nopad.preprocessing.formats import VIDEO_SUFFIXES, image_suffixes
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
-from nopad.preprocessing.reachable import is_unreachable
 from nopad.storage import objects
-from nopad.storage.addresses import WEB, check_address, join, local_path, scheme_of
+from nopad.storage.addresses import local_path, scheme_of
 from nopad.terminal import printable
-
-_MAX_LINE = 1 << 16  # bytes; of a path Linux takes 4096
-_ARCHIVES = (".tar", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -112,10 +93,10 @@ def list_inputs(
     kinds = set()
     is_any_whole = False
 
-    def every(processes: _Processes) -> Iterator[Input]:
+    def every(processes: Processes) -> Iterator[Input]:
         nonlocal is_any_whole
         for name, is_expanded in _names(sources):
-            lister = _Lister(name, processes, image_column, id_column, spans, hidden=hidden, may_be_missing=is_expanded)
+            lister = Lister(name, processes, image_column, id_column, spans, hidden=hidden, may_be_missing=is_expanded)
             is_empty = True
             with source_errors(lister.source):
                 for item in lister.inputs():
@@ -135,7 +116,7 @@ def list_inputs(
 
     processes = closing(TableProcess(timeout)), closing(DurationProcess(timeout)), closing(Spool(timeout))
     with processes[0] as tables, processes[1] as durations, processes[2] as videos:
-        inputs = InputList.of(every(_Processes(tables, durations, videos)))
+        inputs = InputList.of(every(Processes(tables, durations, videos)))
     if not is_any_whole:
         if not first_broken:
             raise ValueError(printable(nothing_in[0]))
@@ -145,19 +126,6 @@ def list_inputs(
         if column is not None and kinds.isdisjoint({"parquet", "dataset"}):
             raise ValueError(f"{option}: no source has columns, as Parquet files and datasets do, got {column!r}")
     return Listing(inputs, dict(left_out))
-
-
-def check_source(name: str, source: str | os.PathLike[str]) -> None:
-    """Check that a source is a path, or an address that can be read.
-
-    Raises:
-        ValueError: another address, or one as a `Path`, which has lost a slash.
-        ImportError: a package is missing.
-    """
-    if isinstance(source, str):
-        check_address(name, source)
-    else:
-        check_local(name, source)
 
 
 def _names(sources: Sequence[str | Path]) -> Iterator[tuple[str, bool]]:
@@ -176,249 +144,3 @@ def _summary(left_out: Counter[str]) -> str:
     hint = "; compressed tars must be decompressed first" if any(key in COMPRESSED_TARS for key in left_out) else ""
     counts = ", ".join(f"{count} {key or 'without suffix'}" for key, count in left_out.items())
     return f"; left out: {counts}{hint}"
-
-
-@dataclass(frozen=True)
-class _Processes:
-    """Those that open what is in the sources."""
-
-    tables: TableProcess
-    durations: DurationProcess
-    videos: Spool
-
-
-class _Lister:
-    """The inputs of one source. Paths are str with surrogates for what is not UTF-8, as in `os.fsdecode`."""
-
-    def __init__(
-        self,
-        name: str,
-        processes: _Processes,
-        column: str | None,
-        id_column: str | None,
-        spans: Spans | None,
-        *,
-        hidden: bool,
-        may_be_missing: bool,
-    ) -> None:
-        self.name = name
-        self.source = as_text(name)
-        self.processes = processes
-        self.column = column
-        self.id_column = id_column
-        self.spans = spans
-        self.left_out: Counter[str] = Counter()
-        self.refusals: list[str] = []
-        """Reasons for which tables were left out that may have been meant."""
-        self.is_archive = suffix_of(name) in _ARCHIVES
-        self._include_hidden = hidden
-        self._hidden = Hidden(included=hidden)
-        self._may_be_missing = may_be_missing
-
-    def inputs(self) -> Iterator[Input]:
-        """All inputs; `left_out` is complete afterwards."""
-        try:
-            yield from self._all()
-        except FileNotFoundError as error:  # a prefix with nothing below it
-            reason = f"cannot be opened: {why(error)}"
-            if not self._may_be_missing:
-                raise ValueError(printable(f"{self.source}: {reason}")) from error
-            yield self._broken(self.name, os.path.basename(self.name), reason)
-        if self._hidden.left_out:
-            self.left_out[HIDDEN] += len(self._hidden.left_out)
-
-    def _all(self) -> Iterator[Input]:
-        if scheme := scheme_of(self.name):
-            return self._glob() if scheme not in WEB and glob.has_magic(self.name) else self._remote()
-        try:
-            mode = retry(lambda: os.stat(self.name)).st_mode
-        except OSError as error:
-            if is_unreachable(error):
-                raise
-            if glob.has_magic(self.name):
-                return self._glob()
-            if self._may_be_missing:
-                return iter([self._broken(self.name, os.path.basename(self.name), f"cannot be opened: {why(error)}")])
-            raise ValueError(printable(f"{self.source}: cannot be opened: {why(error)}")) from error
-        if stat.S_ISDIR(mode):
-            return self._folder(self.name, "")
-        return self._named()
-
-    def _remote(self) -> Iterator[Input]:
-        try:
-            if is_object(self.name, self.processes.tables.timeout):
-                return self._named()
-            if scheme_of(self.name) not in WEB:
-                return self._folder(self.name, "")
-            reason = "cannot be opened: No such object"
-        except OSError as error:
-            if is_unreachable(error):
-                raise
-            reason = f"cannot be opened: {why(error)}"
-        if self._may_be_missing:
-            return iter([self._broken(self.name, os.path.basename(self.name), reason)])
-        raise ValueError(printable(f"{self.source}: {reason}"))
-
-    def _named(self) -> Iterator[Input]:
-        """The inputs of a source that is a file or an object."""
-        if is_list(self.name):
-            return self._list()
-        if suffix_of(self.name) in COMPRESSED_TARS:
-            raise CompressedTarError(self.source)
-        return self._file(self.name, os.path.basename(self.name))
-
-    def _file(self, path: str, id: str) -> Iterator[Input]:
-        suffix = suffix_of(path)
-        if suffix in COMPRESSED_TARS:
-            yield self._broken(path, id, COMPRESSED)
-        elif suffix in _ARCHIVES:
-            yield from self._archive(path)
-        else:
-            kind = "video" if suffix in VIDEO_SUFFIXES else "image"
-            item = Input(as_text(id), self.source, kind, location_of(path))
-            if kind == "image" or self.spans is None:
-                yield item
-            else:
-                yield from self._parts(self.spans, item)
-
-    def _parts(self, spans: Spans, item: Input) -> Iterator[Input]:
-        """The parts of a video."""
-        path = os.fsdecode(item.path)
-        try:
-            if scheme_of(path):
-                video = self.processes.videos.local(Video.of(path))
-                yield from spans.of(item, self.processes.durations, str(video))
-            else:
-                check_reachable(Video.of(path, root=root_of(item)))
-                yield from spans.of(item, self.processes.durations)
-        except UnreachableError as error:
-            raise UnreachableSourceError(printable(f"{item.id} of {self.source}: {error.reason}")) from error
-        except ImageError as error:
-            yield replace(item, kind="broken", note=f"cannot be listed: {error.reason}")
-
-    def _archive(self, path: str) -> Iterator[Input]:
-        """The inputs in a tar or a Parquet file; one that holds no pictures is left out."""
-        before = self.left_out.total()
-        is_empty = True
-        try:
-            if suffix_of(path) == ".tar":
-                options: dict[str, Any] = {"hidden": self._include_hidden, "timeout": self.processes.tables.timeout}
-                inputs = tar_inputs(path, as_text(path), self.left_out, **options)
-            else:
-                inputs = self._table("parquet", path)
-            for item in inputs:
-                is_empty = False
-                yield item
-        except CompressedTarError:
-            if path == self.name:
-                raise
-            is_empty = False
-            yield self._broken(path, os.path.basename(path), COMPRESSED)
-        except NoImageColumnError as error:
-            self.refusals.append(str(error))
-        if is_empty and self.left_out.total() == before:
-            self.left_out[suffix_of(path)] += 1
-
-    def _table(self, kind: str, path: str) -> Iterator[Input]:
-        table = Table(kind, location_of(path))
-        return self.processes.tables.inputs(table, as_text(path), self.column, self.id_column)
-
-    def _folder(self, folder: str, prefix: str) -> Iterator[Input]:
-        if is_dataset(folder):
-            yield from self._table("dataset", folder)
-            return
-        archives = []
-        has_pictures = False
-        if scheme_of(folder):
-            below_it = below(folder, self._hidden, self.processes.tables.timeout)
-        else:
-            below_it = walk(folder, self._hidden)
-        for found in below_it:
-            id, path, suffix = prefix + found.path, os.path.join(folder, found.path), suffix_of(found.path)
-            if found.reason:
-                yield self._broken(path, id, found.reason)
-            elif _is_shard(path):
-                continue
-            elif suffix in VIDEO_SUFFIXES or suffix in image_suffixes():
-                has_pictures = True
-                yield from self._file(path, id)
-            elif suffix in _ARCHIVES:
-                archives.append((path, id))
-            else:
-                self.left_out[as_text(suffix)] += 1
-        for path, id in archives:
-            if has_pictures:
-                self.left_out[suffix_of(path)] += 1
-            else:
-                yield from self._file(path, id)
-
-    def _broken(self, path: str, id: str, reason: str) -> Input:
-        return Input(as_text(id) or ".", self.source, "broken", location_of(path), note=reason)
-
-    def _glob(self) -> Iterator[Input]:
-        scheme = f"{scheme_of(self.name)}://" if scheme_of(self.name) else ""
-        parts = [part for part in self.name.removeprefix(scheme).split("/") if part]
-        fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-        base = (scheme or "/" if self.name.startswith(scheme or "/") else "") + "/".join(parts[:fixed])
-        if scheme:
-            matches = remote.match(base, tuple(parts[fixed:]), self._hidden, self.processes.tables.timeout)
-        else:
-            matches = match(base, tuple(parts[fixed:]), self._hidden)
-        if not matches:
-            reason = "does not exist and, as a glob, matches nothing"
-            if not self._may_be_missing:
-                raise ValueError(printable(f"{self.source}: {reason}"))
-            yield self._broken(self.name, self.name, reason)
-        for found in matches:
-            path = os.path.join(base, found.path)
-            if found.reason:
-                yield self._broken(path, found.path, found.reason)
-            elif _is_shard(path):
-                continue
-            elif not found.is_folder:
-                yield from self._file(path, found.path)
-            elif "**" not in parts[fixed:]:
-                yield from self._folder(path, f"{found.path}/")
-
-    def _list(self) -> Iterator[Input]:
-        folder = os.path.dirname(os.fsdecode(location_of(self.name)))
-        is_remote = bool(scheme_of(self.name))
-        for number, line in enumerate(self._lines(), 1):
-            name = os.fsdecode(line.removesuffix(b"\n").removesuffix(b"\r"))
-            if not name.strip():
-                continue
-            if len(line) > _MAX_LINE:
-                reason = f"line {number} has more than {_MAX_LINE} bytes, expected a path; what follows is not read"
-                yield self._broken(self.name, os.path.basename(self.name), reason)
-                return
-            check_source(printable(f"{self.source}, line {number}"), name)
-            local = local_path(name)
-            if is_remote and os.path.isabs(local):
-                yield self._broken(self.name, name, "a local path in a list that is not local; not read")
-                continue
-            path = join(folder, name) if is_remote or scheme_of(name) else os.path.join(folder, local)
-            if not (is_remote or os.path.isabs(local) or os.path.lexists(path)) and os.path.lexists(name):
-                path = os.path.abspath(name)
-            yield from self._file(path, name)
-
-    def _lines(self) -> Iterator[bytes]:
-        """The lines of a list file; the last one may be cut off where it is longer than `_MAX_LINE`."""
-        try:
-            with (
-                retry(lambda: open_source(os.fsencode(self.name), self.processes.tables.timeout)) as raw,
-                io.BufferedReader(raw) as file,
-            ):
-                line = file.readline(_MAX_LINE + 1).removeprefix(b"\xef\xbb\xbf")
-                while line:
-                    yield line
-                    line = file.readline(_MAX_LINE + 1)
-        except OSError as error:
-            if is_unreachable(error):
-                raise
-            raise ValueError(printable(f"{self.source}: cannot be read: {why(error)}")) from error
-
-
-def _is_shard(path: str) -> bool:
-    """Whether a file was written by a job, this one perhaps: tables may lie in the folders that they are made from."""
-    folder, name = os.path.split(path)
-    return parse_shard_name(name) is not None and os.path.isdir(os.path.join(folder, METADATA_FOLDER))
