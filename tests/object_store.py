@@ -3,6 +3,7 @@
 import http.client
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -81,7 +82,8 @@ def proxy(target: str, server: Server) -> ThreadingHTTPServer:
             length = response.getheader("Content-Length") if self.command == "HEAD" else len(data)
             self.send_header("Content-Length", str(length))
             self.end_headers()
-            self.wfile.write(data[: len(data) // 2] if kind == "drop" else data)
+            with suppress(ConnectionError):  # who asked has gone
+                self.wfile.write(data[: len(data) // 2] if kind == "drop" else data)
             if kind == "drop":
                 self.close_connection = True
             connection.close()

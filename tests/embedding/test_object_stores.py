@@ -185,7 +185,13 @@ def test_faults_that_pass_change_nothing(s3, photos, tmp_path, model):
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [("status 503", "503 Service Unavailable"), ("status 403", "403 Forbidden"), ("drop", ""), ("slow", "")],
+    [
+        ("status 503", "503 Service Unavailable"),
+        ("status 403", "403 Forbidden"),
+        ("status 400", "400"),
+        ("drop", ""),
+        ("slow", ""),
+    ],
 )
 def test_faults_that_stay_fail_the_shard(s3, photos, tmp_path, model, kind, reason):
     s3.put_all(photos, "a/")

@@ -14,7 +14,7 @@ from jobs import embed, errors, rows, table
 
 import nopad
 from nopad.cli import main
-from nopad.embedding.inputs import decoder, kept, reaching, table_process
+from nopad.embedding.inputs import archives, decoder, kept, reaching, table_process
 from nopad.embedding.inputs.reaching import UnreachableSourceError
 from nopad.embedding.inputs.sources import list_inputs
 from nopad.preprocessing.reachable import Retries, is_unreachable
@@ -37,8 +37,8 @@ def fail(tmp_path, monkeypatch):
 
         return call
 
-    for name in ("scandir", "stat"):  # of this process alone
-        monkeypatch.setattr(os, name, flaky(getattr(os, name)))
+    monkeypatch.setattr(os, "scandir", flaky(os.scandir))
+    monkeypatch.setattr(archives, "open_source", flaky(archives.open_source))
 
     def plan(name: str, number: int, times: int) -> None:
         (faults / name).write_text(f"{number} {times}")

@@ -126,7 +126,7 @@ class ObjectStore:
             return ConnectionError(errno.ECONNABORTED, f"{self._base}: {reason}; are the credentials right?")
         if status in (401, 403):
             return PermissionError(errno.EACCES, reason)
-        if 300 <= status < 500 and status not in _TRANSIENT:
+        if self._is_web and 300 <= status < 500 and status not in _TRANSIENT:
             return OSError(errno.EINVAL, reason)
         if "Could not parse path" in text:
             return OSError(errno.EINVAL, reason)

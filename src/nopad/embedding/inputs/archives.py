@@ -15,6 +15,7 @@ from nopad.embedding.inputs.names import HIDDEN, as_text, is_in_hidden, suffix_o
 from nopad.embedding.inputs.reaching import location_of, retry, source_errors
 from nopad.preprocessing.files import open_source, read_at, size_of, why
 from nopad.preprocessing.formats import image_suffixes
+from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 from nopad.preprocessing.reachable import is_unreachable
 
 MAX_HEADER_BYTES = 1 << 20
@@ -106,7 +107,7 @@ def members_of(path: bytes) -> Iterator[tuple[str, int, int]]:
         OSError: it cannot be reached.
     """
     try:
-        file = retry(lambda: open_source(path))
+        file = retry(lambda: open_source(path, INPUT_TIMEOUT_SECONDS))
     except (OSError, ValueError) as error:
         if is_unreachable(error):
             raise

@@ -70,6 +70,7 @@ class Reader:
     def interrupt(self) -> None:
         """End what reads tables, from another thread; from now on they cannot be read."""
         self._is_interrupted = True
+        self._spool.interrupt()
         for table in list(self._tables.values()):
             table.interrupt()
 

@@ -29,6 +29,7 @@ from nopad.pipeline.channel import valid_text
 from nopad.pipeline.request_process import UnreachableFileError, UnreadableError
 from nopad.preprocessing.decode import ImageError, UnreachableError
 from nopad.preprocessing.files import FileRange, why
+from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +246,9 @@ def _samples(path: bytes) -> dict[str, dict[str, FileRange]]:
         suffix = os.path.basename(name).partition(".")[2]
         if suffix and size <= MAX_TEXT and ("/" not in suffix):
             last = suffix.rsplit(".", 1)[-1]
-            samples.setdefault(_key(name), {}).setdefault(last, FileRange(path, offset, size))
+            samples.setdefault(_key(name), {}).setdefault(
+                last, FileRange(path, offset, size, timeout=INPUT_TIMEOUT_SECONDS)
+            )
     return samples
 
 

@@ -42,7 +42,7 @@ class Input:
             and datasets, `split/row` where there are splits. Always valid UTF-8: other bytes are written `\\xff`.
         source: the folder, glob or list file as it was given, or the tar, Parquet file or dataset.
         kind: `"image"`, `"video"`, `"tar"`, `"parquet"`, `"dataset"`, or `"broken"` for what could not be listed.
-        path: the absolute path to read, as the file system's bytes.
+        path: the absolute path to read, as the file system's bytes, or an address in UTF-8.
         offset: byte of a tar member's data, row of a Parquet file or dataset, else 0.
         size: bytes of a tar member, else 0.
         note: the column for Parquet, `split/column` for a dataset (`/column` without splits), the reason for

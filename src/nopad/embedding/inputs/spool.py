@@ -41,6 +41,7 @@ class Spool:
     def __init__(self, timeout: float | None) -> None:
         self._timeout = timeout
         self._copies: OrderedDict[str, Copy] = OrderedDict()
+        self._is_interrupted = False
 
     def local(self, video: Video) -> Video:
         """The same video as a local file, which is there as long as the result.
@@ -57,6 +58,10 @@ class Spool:
         self._copies.move_to_end(str(video))
         return Video.of(copy.path, video.span, copy=copy)
 
+    def interrupt(self) -> None:
+        """End what is copied, from another thread; from now on nothing is."""
+        self._is_interrupted = True
+
     def close(self) -> None:
         """Remove the copies that nobody reads."""
         self._copies.clear()
@@ -69,6 +74,8 @@ class Spool:
             copy = Copy(path, total)
             with open(descriptor, "wb") as file:
                 for start in range(0, total, _PART_BYTES):
+                    if self._is_interrupted:
+                        raise UnreachableError("file", "not read: the run has ended")
                     file.write(read_range(replace(place, offset=start, size=min(_PART_BYTES, total - start))))
         except OSError as error:
             reason = f"unreachable: no local copy of it can be written to {tempfile.gettempdir()}: {why(error)}"

@@ -19,6 +19,7 @@ from nopad.embedding.inputs.names import is_list
 from nopad.embedding.inputs.reaching import UnreachableSourceError, retry
 from nopad.preprocessing.decode import ImageError, UnreachableError
 from nopad.preprocessing.files import FileRange, open_regular, open_source, size_of, why
+from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 from nopad.preprocessing.reachable import is_unreachable
 from nopad.storage import objects
 from nopad.storage.addresses import Address, scheme_of
@@ -27,7 +28,6 @@ from nopad.storage.stores import can_list, store_of
 _SCHEMA = pa.schema({"size": pa.int64(), "mtime_ns": pa.int64(), "sha256": pa.string()})
 _BLOCK = 1 << 16
 _CHUNK = 1 << 20
-_SECONDS = 60.0  # of a request
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class _RemoteStats:
         """Size and time of an object; -1 where they are not known."""
         try:
             if item.kind in ("tar", "parquet"):
-                stored = retry(lambda: objects.stat(item.path))
+                stored = retry(lambda: objects.stat(item.path, INPUT_TIMEOUT_SECONDS))
                 return stored.size, stored.mtime_ns
             root = root_of(item)
             if not root or scheme_of(item.id) or not can_list(Address.of(root)) or is_list(item.source):
@@ -103,7 +103,7 @@ class _RemoteStats:
             if root != self._root:
                 address = Address.of(root)
                 prefix = f"{address.key}/" if address.key else ""
-                found = retry(lambda: list(store_of(address).list(prefix)))
+                found = retry(lambda: list(store_of(address, INPUT_TIMEOUT_SECONDS).list(prefix)))
                 self._stored = {each.key: (each.size, each.mtime_ns) for each in found}
                 self._root = root
             return self._stored.get(Address.of(item.path).key, (-1, -1))
@@ -117,7 +117,7 @@ def _sha256(item: Input, reader: Reader) -> str:
     if item.kind == "broken":
         return ""
     try:
-        media = FileRange(item.path, timeout=_SECONDS) if item.kind == "video" else reader.media_now(item)
+        media = FileRange(item.path, timeout=INPUT_TIMEOUT_SECONDS) if item.kind == "video" else reader.media_now(item)
         if isinstance(media, FileRange):
             return _sha256_of(media)
         return hashlib.sha256(media if isinstance(media, bytes) else media.encode()).hexdigest()
