@@ -12,7 +12,7 @@ from nopad.counts import check_count
 from nopad.embedding.command import add_job_options, check_packages
 from nopad.embedding.progress import duration
 from nopad.embedding.settings import Settings
-from nopad.local_paths import check_local
+from nopad.storage.addresses import check_address
 from nopad.terminal import configure_transformers, json_text, print_error, print_summary, printable
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     check_packages()
     check_count("--sample", options.sample)
     for source in options.sources:
-        check_local("SOURCE", source)
+        check_address("SOURCE", source)
     settings = Settings(
         **{option.name: getattr(options, option.name) for option in fields(Settings) if hasattr(options, option.name)}
     )
