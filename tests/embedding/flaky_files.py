@@ -13,7 +13,7 @@ from nopad.preprocessing.files import FileRange
 def fail_by_plan(faults: str, name: str) -> None:
     """Fail as often as a file of that name in `faults` says: a number of an error and how often."""
     plan = Path(faults, name)
-    if plan.exists():
+    if plan.is_file():
         number, left = map(int, plan.read_text().split())
         if left:
             plan.write_text(f"{number} {left - 1}")
