@@ -354,7 +354,7 @@ def test_a_batch_that_takes_too_long_is_tried_one_by_one(image_processor, monkey
 def test_an_error_of_the_thread_that_serves_ends_the_files_in_hand_alone(image_processor, monkeypatch):
     budget, outcomes, done = MemoryBudget(1 << 30), [], threading.Semaphore(0)
     processes = DecodeProcesses(HostileDecoder(), image_processor)
-    monkeypatch.setattr(processes, "_turn", lambda: 1 / 0)
+    monkeypatch.setattr(processes, "_serve_once", lambda: 1 / 0)
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     processes.submit("slow 3 4", budget.reservation(), lambda outcome, _: (outcomes.append(outcome), done.release()))
     assert done.acquire(timeout=60)

@@ -7,15 +7,12 @@ threads that wake up for every message take turns at the interpreter's lock with
 from __future__ import annotations
 
 import logging
-import os
-import selectors
 import threading
 import time
 from collections.abc import Generator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import Pipe
 from typing import Any
 
 from nopad.pipeline import process_server
@@ -24,13 +21,13 @@ from nopad.pipeline.decode_process import DecodeProgram, Decoder
 from nopad.pipeline.decode_queue import MAX_BATCH, DecodeQueue, Done, Task
 from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.pipeline.memory import Reservation
+from nopad.pipeline.wakeable_selector import WakeableSelector
 from nopad.preprocessing.decode import ImageError, UnreachableError
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 
 logger = logging.getLogger(__name__)
 
 _BATCH_SECONDS = 10.0  # for all of a batch; then each of its files has its own time
-_MAX_PATIENCE = 3600.0  # seconds; the system takes no more than about 2**31 milliseconds
 _FOR_EVER = 1e9  # seconds
 
 
@@ -81,11 +78,7 @@ class DecodeProcesses:
         self._idle: list[DecodeChannel] = []
         self._busy: dict[DecodeChannel, _Busy] = {}
         self._is_served = False
-        self._selector = selectors.DefaultSelector()
-        self._alarm, self._bell = Pipe(duplex=False)
-        for end in (self._alarm, self._bell):
-            os.set_blocking(end.fileno(), False)
-        self._selector.register(self._alarm, selectors.EVENT_READ)
+        self._selector = WakeableSelector()
         process_server.start()
 
     def start(self) -> None:
@@ -116,7 +109,7 @@ class DecodeProcesses:
                 threading.Thread(target=self._serve, name="nopad-decode", daemon=True).start()
             is_full = len(self._busy) >= self.max_processes
         if not is_full:  # else it is begun once a process is idle
-            self._ring()
+            self._selector.wake()
 
     def prepare(self, data: Any, reservation: Reservation) -> PreparedImage:
         """Decode and prepare a file, and wait for it.
@@ -146,7 +139,7 @@ class DecodeProcesses:
     def _serve(self) -> None:
         try:
             while self._start():
-                self._turn()
+                self._serve_once()
         except BaseException as error:  # every waiting task must end
             tasks = [task for busy in list(self._busy.values()) for task in self._end(busy)]
             with self._lock:
@@ -209,21 +202,17 @@ class DecodeProcesses:
             allowance = tasks[0].reservation.budget.allowance(MAX_BATCH * self.max_processes)
             files, reservations = [task.data for task in tasks], [task.reservation for task in tasks]
             timeout = min(self.timeout or _BATCH_SECONDS, _BATCH_SECONDS)
-            steps = process.prepare_batch(files, reservations, allowance, timeout, self._ring)
+            steps = process.prepare_batch(files, reservations, allowance, timeout, self._selector.wake)
         self._busy[process] = _Busy(process, tasks, steps)
 
     def _one(self, process: DecodeChannel, task: Task) -> Generator[int, None, list[Answer]]:
-        answer = yield from process.prepare(task.data, task.reservation, self.timeout, self._ring)
+        answer = yield from process.prepare(task.data, task.reservation, self.timeout, self._selector.wake)
         return [answer]
 
-    def _turn(self) -> None:
+    def _serve_once(self) -> None:
         """Wait until a process can go on, and let all that can."""
-        for key, _ in self._selector.select(self._patience()):
-            if key.data is not None:
-                self._advance(key.data)
-            else:
-                with suppress(BlockingIOError):
-                    os.read(self._alarm.fileno(), 1 << 12)
+        for busy in self._selector.select(self._seconds_to_deadline()):
+            self._advance(busy)
         now = time.monotonic()
         for busy in list(self._busy.values()):
             if busy.events == MEMORY:
@@ -232,12 +221,12 @@ class DecodeProcesses:
                 limit = f"{self.timeout or _BATCH_SECONDS:g} s"
                 self._fail(busy, _too_slow(limit, is_reading=busy.process.is_reading))
 
-    def _patience(self) -> float | None:
+    def _seconds_to_deadline(self) -> float | None:
         if self._queue and len(self._busy) < self.max_processes:
             return 0  # the next process is started
         times = [busy.process.deadline for busy in self._busy.values() if busy.events != MEMORY]
         first = min(times, default=float("inf"))
-        return None if first == float("inf") else min(max(0.0, first - time.monotonic()), _MAX_PATIENCE)
+        return None if first == float("inf") else max(0.0, first - time.monotonic())
 
     def _advance(self, busy: _Busy) -> None:
         """Let a process go on until it has to wait or its files are done."""
@@ -317,10 +306,6 @@ class DecodeProcesses:
 
     def _fork(self) -> DecodeChannel:
         return DecodeChannel(process_server.fork(self._program), self._program)
-
-    def _ring(self) -> None:
-        with suppress(BlockingIOError):  # full: it rings already
-            os.write(self._bell.fileno(), b"!")
 
 
 def _too_slow(limit: str, *, is_reading: bool) -> ImageError:
