@@ -10,8 +10,10 @@ from tiny_encoders import FAMILIES, GRIDS, patches_of
 
 from nopad.checkpoints.formats import Checkpoint
 from nopad.checkpoints.stored_tensor import StoredTensor
+from nopad.families.vit import IJepaPacking
 
-WITH_A_HEAD = [family for family in FAMILIES if family in ("aimv2 with a head", "siglip2", "siglip", "onevision")]
+HEADS = ("aimv2 with a head", "siglip2", "siglip", "onevision", "vit")
+WITH_A_HEAD = [family for family in FAMILIES if family in HEADS]
 
 OTHERS = {
     "aimv2": "siglip2",
@@ -23,6 +25,9 @@ OTHERS = {
     "dinov3": "aimv2",
     "onevision": "siglip2",
     "qwen3_vl": "clip",
+    "vit": "dinov2",
+    "vit_mae": "dinov2",
+    "ijepa": "siglip2",
 }
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -53,10 +58,13 @@ def features(encoder):
 
 
 def spoken_by(encoder):
-    """The dialects of an architecture; timm's have no mask token of DINOv2's, and one frame of Qwen3-VL's."""
+    """The dialects that there are of an architecture.
+
+    timm's have no mask token of DINOv2's, one frame of Qwen3-VL's, and a CLS token of plain vision transformers'.
+    """
     gated = getattr(encoder.config, "use_gated_mlp", False)
     others = {"Meta" if gated else "Meta, gated"}
-    if encoder.family in ("dinov2", "qwen3_vl"):
+    if encoder.family in ("dinov2", "qwen3_vl") or isinstance(encoder, IJepaPacking):
         others |= {"timm", "timm, registers"}
     return [dialect for dialect in encoder.dialects if dialect.name not in others]
 

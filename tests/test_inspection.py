@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+import vit_checkpoints
 from originals import grids_of, layers_of, max_relative, pixels_of, read_by_original, run_original
 from tiny_encoders import FAMILIES, pack_of, tiny
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Backbone
@@ -188,6 +189,8 @@ def attentions(family, original, image):
                 "pixel_attention_mask": torch.ones(1, rows * columns, dtype=torch.int32),
                 "spatial_shapes": torch.tensor([[rows, columns]]),
             }
+        elif family in vit_checkpoints.CLASSES:
+            arguments = vit_checkpoints.arguments(original, frame)
         else:
             arguments = {"pixel_values": frame[None]}
             arguments |= {"interpolate_pos_encoding": True} if family in ("siglip", "clip", "metaclip2") else {}

@@ -18,6 +18,7 @@ from nopad.families.aimv2_checkpoints import AIMv2PackingConfig
 from nopad.families.clip import CLIPPacking
 from nopad.families.dinov2 import DINOv2Packing
 from nopad.families.siglip2 import Siglip2NaflexPacking
+from nopad.families.vit import ViTPacking
 
 NAME = "untrained:facebook/dinov3-vits16-pretrain-lvd1689m"
 
@@ -63,6 +64,8 @@ def test_every_encoder_registers_with_auto_model(tmp_path, family):
         ("siglip2", "siglip", Siglip2NaflexPacking),
         ("dinov2", "dinov2 gated", DINOv2Packing),
         ("clip", "metaclip2", CLIPPacking),
+        ("vit", "vit_mae", ViTPacking),
+        ("vit", "ijepa", ViTPacking),
     ],
 )
 def test_each_config_of_a_family_has_a_class_of_its_own(tmp_path, first, second, cls):

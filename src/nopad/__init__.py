@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nopad.families.onevision import OneVisionEncoderPacking
     from nopad.families.qwen3_vl import Qwen3VLPacking
     from nopad.families.siglip2 import Siglip2NaflexPacking
+    from nopad.families.vit import ViTPacking
     from nopad.loading import load, processor
     from nopad.merging import merge
     from nopad.outputs import PackedOutput
@@ -40,6 +41,7 @@ __all__ = [
     "PackedOutput",
     "Qwen3VLPacking",
     "Siglip2NaflexPacking",
+    "ViTPacking",
     "data",
     "embed",
     "iterate_features",
@@ -66,6 +68,7 @@ _HOMES = {
     "PackedOutput": "nopad.outputs",
     "Qwen3VLPacking": "nopad.families.qwen3_vl",
     "Siglip2NaflexPacking": "nopad.families.siglip2",
+    "ViTPacking": "nopad.families.vit",
     "data": "nopad.data",
     "embed": "nopad.embedding.api",
     "iterate_features": "nopad.search.batches",

@@ -10,6 +10,7 @@ import onevision_checkpoints
 import qwen3_vl_checkpoints
 import siglip2_checkpoints
 import torch
+import vit_checkpoints
 from onevision_original import PlainConfig, PlainOneVision
 from safetensors.torch import load_file
 from tiny_encoders import pack_of
@@ -36,6 +37,7 @@ ORIGINALS = {
     "onevision": PlainOneVision,
     "qwen3_vl": Qwen3VLVisionModel,
     "qwen3_5": Qwen3_5VisionModel,
+    **{kind: model for kind, (_, model) in vit_checkpoints.CLASSES.items()},
 }
 
 
@@ -50,7 +52,9 @@ def read_by_original(family: str, folder: Path):
         original = PlainOneVision(PlainConfig.from_pretrained(folder))
         original.load_state_dict(load_file(folder / "model.safetensors"))
         return original.eval()
-    original, told = original_class(family).from_pretrained(folder, output_loading_info=True)
+    pooled = family != "vit" or "pooler.dense.weight" in load_file(folder / "model.safetensors")
+    options = {} if pooled else {"add_pooling_layer": False}
+    original, told = original_class(family).from_pretrained(folder, output_loading_info=True, **options)
     assert not any(told.values()), told
     return original
 
@@ -59,6 +63,8 @@ def layers_of(original) -> nn.ModuleList:
     """Its transformer layers."""
     if hasattr(original, "blocks"):
         return original.blocks
+    if hasattr(original, "layers"):
+        return original.layers
     backbone = original.encoder if hasattr(original, "encoder") else original.model
     return backbone.layers if hasattr(backbone, "layers") else backbone.layer
 
@@ -98,6 +104,8 @@ def run_original(family: str, original, pixels: Tensor) -> Features:
         return Features(*siglip2_checkpoints.run(original, pixels))
     if family in ("clip", "metaclip2"):
         return Features(*clip_checkpoints.run(original, pixels))
+    if family in vit_checkpoints.CLASSES:
+        return Features(*vit_checkpoints.run(original, pixels))
     output = original(pixels[None])
     tokens, pooled = output.last_hidden_state[0], output.pooler_output
     number = 1 + getattr(original.config, "num_register_tokens", 0) if family.startswith("dino") else 0

@@ -23,7 +23,7 @@ import nopad
 from nopad.align.run import align
 from nopad.layers import positions
 
-TABLES = ("aimv2 with a head", "siglip", "clip", "metaclip2", "dinov2", "dinov2 gated")
+TABLES = ("aimv2 with a head", "siglip", "clip", "metaclip2", "dinov2", "dinov2 gated", "vit", "vit_mae", "ijepa")
 """Families with positions that were learned on one grid, 5 × 5 in these checkpoints."""
 SPARSE = ("aimv2", *TABLES, "onevision")
 """Families that take `patch_positions`."""

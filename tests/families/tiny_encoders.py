@@ -12,12 +12,14 @@ import onevision_checkpoints
 import qwen3_vl_checkpoints
 import siglip2_checkpoints
 import torch
+import vit_checkpoints
 from torch import Tensor
 
 from nopad import Pack, PackedEncoder, families
 from nopad.families.clip import MetaCLIP2Packing
 from nopad.families.dinov2 import DINOv2WithRegistersPacking
 from nopad.families.siglip2 import SiglipPacking
+from nopad.families.vit import IJepaPacking, ViTMAEPacking
 
 GRIDS = torch.tensor([[1, 4, 5], [1, 7, 3], [2, 2, 2], [1, 1, 1]])
 FAMILIES = (
@@ -33,6 +35,9 @@ FAMILIES = (
     "dinov3 gated",
     "onevision",
     "qwen3_vl",
+    "vit",
+    "vit_mae",
+    "ijepa",
 )
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2}
 """Heads of 64 values, which every kernel of a GPU takes."""
@@ -51,6 +56,8 @@ def tiny(family: str, folder: Path, **changes) -> Path:
         return siglip2_checkpoints.folder_of(folder, kind(**changes))
     if family in ("clip", "metaclip2"):
         return clip_checkpoints.save(folder, clip_checkpoints.tiny_original(family, **changes))
+    if family in vit_checkpoints.CLASSES:
+        return vit_checkpoints.save(folder, vit_checkpoints.tiny_original(family, **changes))
     if family.startswith("dinov2"):
         changes.pop("intermediate_size", None)  # which follows the width
         gated = {**dinov2_checkpoints.GATED, "num_register_tokens": 2} if family == "dinov2 gated" else {}
@@ -66,6 +73,7 @@ def tiny(family: str, folder: Path, **changes) -> Path:
 def encoder_class(family: str) -> type[PackedEncoder]:
     """The class that packs a family of `FAMILIES`."""
     variants = {"siglip": SiglipPacking, "dinov2 gated": DINOv2WithRegistersPacking, "metaclip2": MetaCLIP2Packing}
+    variants |= {"vit_mae": ViTMAEPacking, "ijepa": IJepaPacking}
     if family in variants:
         return variants[family]
     return families.encoder_class(family.split()[0])

@@ -38,6 +38,7 @@ CASES = {
         {"pos_embed_grid_size": 5, "out_features": 16, "rope_temperature": 50.0},
         [(4, 4), (2, 6), (8, 2)],
     ),
+    "timm-vit": ("vit_base_patch16_224", {"img_size": 20, "dynamic_img_size": True}, GRIDS),
     "timm-naflexvit": ("naflexvit_so400m_patch16_siglip", {"pos_embed_grid_size": (5, 5)}, GRIDS),
 }
 

@@ -11,7 +11,8 @@ from tiny_encoders import FAMILIES, tiny
 import nopad
 from nopad.checkpoints.fused_names import from_fused_names
 
-OF_0_1 = [family for family in FAMILIES if not family.startswith(("dinov2", "clip", "metaclip2", "qwen3_vl"))]
+LATER = ("dinov2", "clip", "metaclip2", "qwen3_vl", "vit", "ijepa")
+OF_0_1 = [family for family in FAMILIES if not family.startswith(LATER)]
 
 
 def fused(encoder):

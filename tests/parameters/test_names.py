@@ -103,7 +103,7 @@ def test_tables_write_what_meta_writes(tmp_path, variant):
 @every_family
 def test_parts_are_reached_and_set_by_role(family, encoder):
     before, names = features(encoder), encoder.state_dict().keys()
-    path = {"dinov2": "encoder.layer", "dinov3": "model.layer", "qwen3_vl": "blocks"}
+    path = {"dinov2": "encoder.layer", "dinov3": "model.layer", "qwen3_vl": "blocks", "vit": "layers"}
     path = path.get(encoder.family, "encoder.layers")
     assert encoder.layers is encoder.get_submodule(path)
     norm = {
@@ -113,6 +113,7 @@ def test_parts_are_reached_and_set_by_role(family, encoder):
         "dinov2": "layernorm",
         "dinov3": "norm",
         "onevision": "layernorm_post",
+        "vit": "layernorm",
     }
     assert encoder.norm is (encoder.get_submodule(norm[encoder.family]) if encoder.family in norm else None)
     attention = {**dict.fromkeys(("siglip2", "clip", "onevision"), "self_attn"), "qwen3_vl": "attn"}
@@ -143,7 +144,8 @@ def test_parts_are_reached_and_set_by_role(family, encoder):
         assert relative(features(encoder), without) > 1e-3
     if family in WITH_A_HEAD:
         encoder.head = None
-        assert not [name for name in encoder.state_dict() if name.startswith("head.")]
+        assert not [name for name in encoder.state_dict() if name.startswith(("head.", "pooler."))]
         output = encoder.encode(patches_of(encoder), GRIDS)
         first = int(GRIDS[0].prod())
-        torch.testing.assert_close(output.pooled[0], output.tokens[:first].mean(dim=0))
+        plain = output.prefix_tokens[0, 0] if encoder.num_prefix_tokens else output.tokens[:first].mean(dim=0)
+        torch.testing.assert_close(output.pooled[0], plain)

@@ -13,6 +13,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from nopad.families import family_of_published
 from nopad.patches import patchify
@@ -84,6 +85,12 @@ PIXEL_PROCESSORS = {
     "apple/DFN5B-CLIP-ViT-H-14-378": CLIPImageProcessorPil(size={"shortest_edge": 378}, crop_size=squared(378)),
     "facebook/dinov2-base": BitImageProcessorPil(
         size={"shortest_edge": 256}, crop_size=squared(224), image_mean=list(SQUARE.mean), image_std=list(SQUARE.std)
+    ),
+    "google/vit-base-patch16-224": ViTImageProcessorPil(),
+    "google/vit-large-patch32-384": ViTImageProcessorPil(size=squared(384)),
+    "facebook/vit-mae-base": ViTImageProcessorPil(image_mean=list(SQUARE.mean), image_std=list(SQUARE.std)),
+    "facebook/ijepa_vith16_1k": ViTImageProcessorPil(
+        size=squared(448), image_mean=list(SQUARE.mean), image_std=list(SQUARE.std)
     ),
     "google/siglip2-base-patch16-256": SiglipImageProcessorPil(size=squared(256)),
     "google/siglip-so400m-patch14-384": SiglipImageProcessorPil(size=squared(384)),

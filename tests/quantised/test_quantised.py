@@ -12,6 +12,7 @@ import pytest
 import qwen3_vl_checkpoints
 import siglip2_checkpoints
 import torch
+import vit_checkpoints
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_encoders import FAMILIES, GRIDS, WIDE, pack_of, patches_of, relative, tiny
@@ -67,6 +68,7 @@ ORIGINALS = {
     "dinov3": DINOv3ViTModel,
     "onevision": PlainOneVision,
     "qwen3_vl": PlainQwen3VL,
+    **{kind: model for kind, (_, model) in vit_checkpoints.CLASSES.items()},
 }
 
 

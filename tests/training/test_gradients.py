@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import vit_checkpoints
 from originals import grids_of, pixels_of, read_by_original, run_original
 from tiny_encoders import FAMILIES, pack_of, tiny
 
@@ -17,7 +18,9 @@ def test_gradients_in_bfloat16_are_as_near_to_float32_as_the_originals(family, t
     encoder = nopad.load(folder, dtype=torch.bfloat16)
     original = read_by_original(family, folder).to(torch.bfloat16)
     exact = copy.deepcopy(original).float()
-    pixels = [image.bfloat16() for image in pixels_of(grids_of(family) * 4, encoder.patch_size)]
+    # ViT's original resamples positions in bfloat16, where torch's cubic filter makes NaN of a single column.
+    grids = [grid for grid in grids_of(family) if grid != (1, 60, 1) or family not in vit_checkpoints.CLASSES]
+    pixels = [image.bfloat16() for image in pixels_of(grids * 4, encoder.patch_size)]
     lengths = [len(run_original(family, exact, image.float()).tokens) for image in pixels]
     factors = [torch.randn(length, encoder.hidden_size) for length in lengths]
 

@@ -58,10 +58,14 @@ class ReferenceModel:
         names = config_class().to_dict()
         return config_class(**{name: value for name, value in packed.config.to_dict().items() if name in names})
 
+    def arguments(self, packed: PackedEncoder) -> dict[str, Any]:
+        """Further arguments of the class beside its config."""
+        return {}
+
     def names(self, packed: PackedEncoder) -> set[str]:
         """The reference's tensor names."""
         with torch.device("meta"):
-            return set(self.class_of(packed)(self.config(packed)).state_dict())
+            return set(self.class_of(packed)(self.config(packed), **self.arguments(packed)).state_dict())
 
     def load(self, packed: PackedEncoder, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
         """The reference with exactly these weights.
@@ -72,7 +76,8 @@ class ReferenceModel:
         self.num_prefix_tokens = packed.num_prefix_tokens
         model_class = self.class_of(packed)
         load: Any = model_class.from_pretrained
-        model, info = load(None, config=self.config(packed), state_dict=state, dtype=dtype, output_loading_info=True)
+        options = {"dtype": dtype, "output_loading_info": True, **self.arguments(packed)}
+        model, info = load(None, config=self.config(packed), state_dict=state, **options)
         problems = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
         if problems:
             raise ValueError(f"{model_class.__name__} does not load the same weights strictly: {problems}")
@@ -92,7 +97,7 @@ class ReferenceModel:
         Where the packed encoder takes frames together, it may be a clip `(frames, C, H, W)`.
         """
         output = self.forward(model, pixels[None])
-        pooled = output.pooler_output
+        pooled = getattr(output, "pooler_output", None)
         return self.patch_tokens(output.last_hidden_state[0]), None if pooled is None else pooled[0]
 
     def run_batch(self, model: Any, pixels: Tensor) -> Tensor:

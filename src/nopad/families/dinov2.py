@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from nopad.checkpoints.formats import trained_grid
 from nopad.encoder import PackedEncoder
 from nopad.families.dinov2_checkpoints import (
     PUBLISHED,
@@ -21,65 +20,42 @@ from nopad.families.dinov2_checkpoints import (
     read_config,
     swiglu_size,
 )
+from nopad.families.vit_embeddings import ViTEmbeddings
 from nopad.inference.runner import Runner
 from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
 from nopad.layers.mlp import MLP, GatedMLP
-from nopad.layers.patch_embed import PatchEmbedding
-from nopad.layers.position_table import table_positions
-from nopad.layers.positions import is_strict
 from nopad.layers.prefix import PrefixLayout
-from nopad.layers.roles import ByRole
 from nopad.layout import Layout
 from nopad.outputs import Trunk
 from nopad.preprocessing.rules import Preprocessing
 
 
-class DINOv2Embeddings(ByRole):
-    """Patches to tokens with learned positions, and each segment's CLS and register tokens in front of them.
+class DINOv2Embeddings(ViTEmbeddings):
+    """Those of plain vision transformers, and register tokens, which have no positions, behind CLS.
 
-    CLS has a position of its own, the first row of the table, and registers have none. Other grids get the table
-    resampled as `interpolate_pos_encoding` of transformers' models does, which antialiases with registers alone; those
-    in timm's layout are antialiased always, as timm does. Meta's
-    own code computes the scale of models without registers from a side that is 0.1 patches longer.
+    transformers antialiases the positions of models with registers alone. Meta's own code computes the scale of models
+    without registers from a side that is 0.1 patches longer.
     """
 
-    names: Mapping[str, str] = {"proj": "patch_embeddings.projection"}
-
     def __init__(self, config: DINOv2Configs):
-        super().__init__()
+        super().__init__(config)
         size = config.hidden_size
-        patch_size: int = config.patch_size  # pyright: ignore[reportAssignmentType] - a number in every checkpoint
-        self.patch_embeddings = nn.Module()
-        self.proj = PatchEmbedding(config.num_channels, size, patch_size, config.patch_order)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, size))
         # For masked training alone; kept so that a saved checkpoint is complete.
         self.mask_token = nn.Parameter(torch.empty(1, size)) if config.use_mask_token else None
-        self.grid, self.strict = trained_grid(config), is_strict(config.positions)
-        self.antialias = config.positions_antialias
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        rows, columns = self.grid
-        self.position_embeddings = nn.Parameter(torch.empty(1, 1 + rows * columns, size))
         self.register_tokens = None
         if isinstance(config, DINOv2WithRegistersPackingConfig):
             self.register_tokens = nn.Parameter(torch.empty(1, config.num_register_tokens, size))
 
-    def forward(self, patches: Tensor, layout: Layout, places: PrefixLayout, runner: Runner) -> Tensor:
-        """`(T, P)` to `(T + S · num_prefix_tokens, D)`."""
-        tokens = runner.embed(self.proj, patches) + self.positions(layout)
-        prefix = self.cls_token + self.position_embeddings[:, :1]
-        if self.register_tokens is not None:
-            prefix = torch.cat((prefix, self.register_tokens), dim=1)
-        return self.dropout(places.join(tokens, prefix.expand(places.segments.num_segments, -1, -1)))
+    def forward(self, patches: Tensor, layout: Layout, places: PrefixLayout | None, runner: Runner) -> Tensor:
+        """See `ViTEmbeddings`."""
+        return self.dropout(super().forward(patches, layout, places, runner))
 
-    def positions(self, layout: Layout) -> Tensor:
-        """`(T, D)` positions of the patches, rounded to the dtype of the weights.
-
-        Raises:
-            ValueError: see `table_positions`.
-        """
-        table = self.position_embeddings[0, 1:]
-        return table_positions(layout, table, self.grid, mode="bicubic", antialias=self.antialias, strict=self.strict)
+    def prefix(self) -> Tensor:
+        """CLS and register tokens, `(1, num_prefix_tokens, D)`."""
+        cls_token = super().prefix()
+        return cls_token if self.register_tokens is None else torch.cat((cls_token, self.register_tokens), dim=1)
 
 
 def dinov2_block(config: DINOv2Configs) -> Block:

@@ -207,8 +207,11 @@ class StaticRunner:
         num_segments = self.max_segments + 1
         num_rows = self.capacity + num_segments
         tokens = F.pad(tokens, (0, 0, 0, num_rows - tokens.shape[0]))
+        prefix = trunk.prefix_tokens
+        if prefix is not None:
+            prefix = F.pad(prefix, (0, 0, 0, 0, 0, num_segments - len(prefix)))
         padded_segments = segments.padded(num_rows, num_segments)
-        pooled = encoder.pool_segments(Trunk(tokens, trunk.prefix_tokens), padded_segments).to(tokens.device)
+        pooled = encoder.pool_segments(Trunk(tokens, prefix), padded_segments).to(tokens.device)
         poisoned = ~finite_segments(finite, segments)
         return pooled[: len(segments)].masked_fill(poisoned[:, None], float("nan"))
 

@@ -151,7 +151,7 @@ def _of_head(encoder: PackedEncoder, patches: Tensor, layout: Layout) -> list[Te
 
 
 def _check_queries(encoder: PackedEncoder, queries: Any, *, last: bool) -> None:
-    has_cls, has_head = encoder.num_prefix_tokens > 0, encoder.head is not None
+    has_cls, has_head = encoder.num_prefix_tokens > 0, hasattr(encoder.head, "query_and_keys")
     known = [*["'cls'"] * has_cls, *["'pooled'"] * has_head, "indices of patches"]
     if isinstance(queries, str):
         if f"{queries!r}" not in known:

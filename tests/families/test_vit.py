@@ -1,0 +1,166 @@
+"""ViT, MAE and I-JEPA: parity for all variants, what whole models add, and what a checkpoint may leave out."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from aimv2_checkpoints import randomize, write
+from originals import assert_parity, pixels_of
+from safetensors.torch import load_file
+from tiny_encoders import pack_of
+from transformers.models.ijepa.modeling_ijepa import IJepaForImageClassification
+from transformers.models.vit.modeling_vit import ViTForImageClassification, ViTForMaskedImageModeling
+from transformers.models.vit_mae.modeling_vit_mae import ViTMAEForPreTraining
+from vit_checkpoints import in_memory, published, save, tiny_original
+
+import nopad
+from nopad.align.batch_invariance import check_batch_invariance
+from nopad.align.run import align
+from nopad.families.vit import IJepaPacking, ViTMAEPacking, ViTPacking
+from nopad.families.vit_checkpoints import ViTMAEPackingConfig
+
+KINDS = {"vit": ViTPacking, "vit_mae": ViTMAEPacking, "ijepa": IJepaPacking}
+VARIANTS = {
+    "no biases of queries, keys and values": {"qkv_bias": False},
+    "quick": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-3},
+    "another pooler": {"pooler_act": "gelu"},
+    "no pooler": {"pooler": False},
+    "wide": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "patch_size": 2, "image_size": 6},
+}
+WHOLE = {
+    "vit": (ViTForImageClassification, {"num_labels": 3}, "vit"),
+    "vit masked": (ViTForMaskedImageModeling, {"encoder_stride": 4}, "vit"),
+    "vit_mae": (
+        ViTMAEForPreTraining,
+        {
+            "mask_ratio": 0.0,
+            "decoder_num_attention_heads": 2,
+            "decoder_hidden_size": 16,
+            "decoder_num_hidden_layers": 1,
+            "decoder_intermediate_size": 16,
+        },
+        "vit",
+    ),
+    "ijepa": (IJepaForImageClassification, {"num_labels": 3}, "ijepa"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dialect", [published, in_memory])
+def test_transformers_names_are_loaded_and_saved(tmp_path, kind, dialect):
+    original = tiny_original(kind)
+    encoder = nopad.load(save(tmp_path / "in", original, dialect))
+    assert type(encoder) is KINDS[kind]
+    assert encoder.num_prefix_tokens == (kind != "ijepa")
+    assert_parity(kind, encoder, original, tolerance=1e-5)
+    encoder.save_pretrained(tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == published(original).keys()
+    assert_parity(kind, nopad.load(tmp_path / "out"), original, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_are_the_originals(tmp_path, variant):
+    original = tiny_original(**VARIANTS[variant])
+    encoder = nopad.load(save(tmp_path, original))
+    assert (encoder.head is None) == (variant == "no pooler")
+    assert_parity("vit", encoder, original, tolerance=1e-5)
+    assert align(tmp_path).passed
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_encoder_inside_a_whole_model(tmp_path, kind):
+    """Without its classifier, or what restores masked patches."""
+    model_class, changes, part = WHOLE[kind]
+    kind = kind.split()[0]
+    model = model_class(type(tiny_original(kind).config)(**{**tiny_original(kind).config.to_dict(), **changes}))
+    randomize(model)
+    model.eval().save_pretrained(tmp_path)
+    encoder = nopad.load(tmp_path)
+    assert encoder.head is None
+    assert_parity(kind, encoder, getattr(model, part), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bare_file_without_config(tmp_path, kind):
+    """MAE's tensors are those of ViT, but for the pooler."""
+    original = tiny_original(kind, hidden_size=192, num_attention_heads=3, layer_norm_eps=1e-12)
+    write(tmp_path, published(original), None)
+    encoder = nopad.load(tmp_path / "model.safetensors")
+    assert (encoder.config.num_attention_heads, encoder.config.image_size) == (3, 20)
+    assert_parity("ijepa" if kind == "ijepa" else kind, encoder, original)
+    write(tmp_path, published(tiny_original(kind)), None)
+    with pytest.raises(ValueError, match=r"known for the published widths \[192, .*width is 32; add a config\.json"):
+        nopad.load(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"pooler_output_size": 16}, "pooler_output_size: expected hidden_size 32, .* got 16"),
+        ({"hidden_dropout_prob": 0.1}, "hidden_dropout_prob: expected 0.0, .* got 0.1"),
+        ({"model_type": "deit"}, "expected model_type vit or vit_mae or ijepa .*got 'deit', another architecture"),
+        ({"model_type": "ijepa"}, "unexpected: embeddings.cls_token"),
+        ({"model_type": "vit_mae"}, "2 unexpected: pooler.dense.bias, pooler.dense.weight"),
+        ({"image_size": [20, 24]}, r"image_size: expected one number or two that are equal, got \[20, 24\]"),
+        ({"image_size": 40}, "misshapen: embeddings.position_embeddings"),
+    ],
+    ids=str,
+)
+def test_configs_that_fit_no_encoder_are_refused(tmp_path, changes, match):
+    folder = save(tmp_path, tiny_original())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=match):
+        nopad.load(folder)
+
+
+def test_positions_of_mae_are_fixed_and_its_own_when_fresh():
+    """Sines and cosines of the column, then of the row; transformers leaves zeros."""
+    original = tiny_original("vit_mae")
+    encoder = ViTMAEPacking(ViTMAEPackingConfig(**original.config.to_dict()))
+    for each in (encoder, original):
+        assert not each.embeddings.position_embeddings.requires_grad
+    cls, *table = encoder.embeddings.position_embeddings[0]
+    assert not cls.any()
+    frequencies = 10000.0 ** (-torch.arange(8) / 8)
+    row, column = table[3].unflatten(0, (2, 16)), table[10].unflatten(0, (2, 16))
+    wave = [torch.cat(((angle * frequencies).sin(), (angle * frequencies).cos())) for angle in (0.0, 2.0, 3.0)]
+    torch.testing.assert_close(row, torch.stack((wave[2], wave[0])))
+    torch.testing.assert_close(column, torch.stack((wave[0], wave[1])))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_compiled_pack_has_the_same_features_in_any_company(tmp_path, kind, compiled):
+    encoder = nopad.load(save(tmp_path, tiny_original(kind)))
+    pack = pack_of(encoder, pixels_of([(1, 3, 5), (1, 1, 1), (2, 2, 4), (1, 1, 60)]))
+    expected = encoder.encode(pack)
+    encoder.compile(201, 9, compiled=compiled)
+    output = encoder.encode(pack)
+    for name in ("tokens", "pooled"):
+        torch.testing.assert_close(output[name], expected[name], rtol=1e-4, atol=1e-5)
+    for index in range(4):
+        assert torch.equal(encoder.encode(pack[index]).pooled[0], output.pooled[index])
+    assert check_batch_invariance(encoder, capacity=201, packs=3).passed
+
+
+# Counted by transformers' own models.
+PARAMETERS = {
+    "google/vit-base-patch16-224": 85_798_656,
+    "google/vit-base-patch16-224-in21k": 86_389_248,
+    "facebook/vit-mae-large": 303_301_632,
+    "facebook/ijepa_vith14_1k": 630_762_240,
+}
+
+
+def test_published_models():
+    assert len(ViTPacking.published) == 24
+    for name, number in PARAMETERS.items():
+        config = ViTPacking.published_config(name)
+        with torch.device("meta"):
+            encoder = ViTPacking(config)
+        assert encoder.num_parameters() == number
+        assert type(encoder) is KINDS[config.model_type]

@@ -1,0 +1,82 @@
+"""Tiny ViT, MAE and I-JEPA checkpoints, written by renaming tensors of transformers' own models one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from aimv2_checkpoints import randomize, write
+from torch import Tensor
+from transformers.models.ijepa.configuration_ijepa import IJepaConfig
+from transformers.models.ijepa.modeling_ijepa import IJepaModel
+from transformers.models.vit.configuration_vit import ViTConfig
+from transformers.models.vit.modeling_vit import ViTModel
+from transformers.models.vit_mae.configuration_vit_mae import ViTMAEConfig
+from transformers.models.vit_mae.modeling_vit_mae import ViTMAEModel
+
+FIELDS = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 22,  # 5 × 5 patches and two pixels that no patch covers
+    "patch_size": 4,
+}
+CLASSES = {"vit": (ViTConfig, ViTModel), "vit_mae": (ViTMAEConfig, ViTMAEModel), "ijepa": (IJepaConfig, IJepaModel)}
+
+
+def tiny_original(kind: str = "vit", *, pooler: bool = True, **changes):
+    """transformers' model; MAE masks nothing, and ViT has its pooler unless told otherwise."""
+    config_class, model_class = CLASSES[kind]
+    masks = {"mask_ratio": 0.0} if kind == "vit_mae" else {}
+    arguments = {"add_pooling_layer": pooler} if kind == "vit" else {}
+    model = model_class(config_class(**{**FIELDS, **masks, **changes}), **arguments)
+    randomize(model)
+    return model.eval()
+
+
+def in_memory(original) -> dict[str, Tensor]:
+    """The names that transformers has in memory."""
+    return dict(original.state_dict())
+
+
+def published(original) -> dict[str, Tensor]:
+    """The names of the published files."""
+    table = [
+        ("layers.", "encoder.layer."),
+        ("attention.q_proj", "attention.attention.query"),
+        ("attention.k_proj", "attention.attention.key"),
+        ("attention.v_proj", "attention.attention.value"),
+        ("attention.o_proj", "attention.output.dense"),
+        ("mlp.fc1", "intermediate.dense"),
+        ("mlp.fc2", "output.dense"),
+    ]
+    named = {}
+    for name, tensor in original.state_dict().items():
+        for old, new in table:
+            name = name.replace(old, new)
+        named[name] = tensor
+    return named
+
+
+def save(folder: Path, original, dialect=published) -> Path:
+    return write(folder, dialect(original), original.config.to_dict())
+
+
+def arguments(original, pixels: Tensor) -> dict[str, Any]:
+    """Those of the original for one image `(C, H, W)`; MAE orders patches by its noise."""
+    size = original.config.patch_size
+    noise = torch.arange(pixels.shape[1] // size * (pixels.shape[2] // size))[None]
+    masks = {"noise": noise} if isinstance(original, ViTMAEModel) else {}
+    return {"pixel_values": pixels[None], "interpolate_pos_encoding": True, **masks}
+
+
+def run(original, pixels: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Patch tokens `(T, D)`, the pooled vector `(D,)` and the CLS token `(1, 1, D)` of one image `(C, H, W)`."""
+    number = 1 - isinstance(original, IJepaModel)
+    output = original(**arguments(original, pixels))
+    tokens, pooled = output.last_hidden_state[0], getattr(output, "pooler_output", None)
+    if number and pooled is None:
+        pooled = tokens[:1]
+    return tokens[number:], None if pooled is None else pooled[0], tokens[None, :1] if number else None
