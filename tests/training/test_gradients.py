@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import vit_checkpoints
 from originals import grids_of, pixels_of, read_by_original, run_original
 from tiny_encoders import FAMILIES, pack_of, tiny
 
@@ -18,8 +17,8 @@ def test_gradients_in_bfloat16_are_as_near_to_float32_as_the_originals(family, t
     encoder = nopad.load(folder, dtype=torch.bfloat16)
     original = read_by_original(family, folder).to(torch.bfloat16)
     exact = copy.deepcopy(original).float()
-    # ViT's original resamples positions in bfloat16, where torch's cubic filter makes NaN of a single column.
-    grids = [grid for grid in grids_of(family) if grid != (1, 60, 1) or family not in vit_checkpoints.CLASSES]
+    # torch 2.13's convolution in bfloat16 reads memory that nothing has written for an image of one column of patches.
+    grids = [grid for grid in grids_of(family) if grid != (1, 60, 1)]
     pixels = [image.bfloat16() for image in pixels_of(grids * 4, encoder.patch_size)]
     lengths = [len(run_original(family, exact, image.float()).tokens) for image in pixels]
     factors = [torch.randn(length, encoder.hidden_size) for length in lengths]
