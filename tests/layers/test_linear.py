@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import prune
 
 from nopad.layers.linear import SharedInput, is_plain_linear, joined
 
@@ -261,3 +262,24 @@ def test_joined_is_a_copy_with_zeros_for_missing_biases():
     one.weight.zero_()
     assert layers.q.weight.any()
     assert joined((nn.Linear(8, 8, bias=False),)).bias is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+        lambda linear: prune.random_unstructured(linear, "bias", 0.5),
+        torch.nn.utils.weight_norm,
+    ],
+    ids=["pruned weight", "pruned bias", "weight_norm"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_layers_whose_parameters_were_replaced_run_one_by_one(change):
+    layers, rows = laid_out(True, True, True), torch.randn(5, 8)
+    change(layers.q)
+    expected = layers.one_by_one(rows)
+    assert not is_plain_linear(layers.q)
+    with torch.no_grad():
+        assert_close(layers.multiply_each(rows), expected)
+        assert_close(layers.to(torch.float32).multiply_each(rows), expected)
+    assert layers._one_gemm is None

@@ -119,9 +119,9 @@ class OneGemm:
             if (
                 modules[name] is not linear
                 or linear.__class__ is not nn.Linear
-                or parameters["weight"] is not weight
+                or parameters.get("weight") is not weight  # pruning removes it
                 or weight.data_ptr() != weight_at
-                or parameters["bias"] is not bias
+                or parameters.get("bias") is not bias
                 or (bias is not None and bias.data_ptr() != bias_at)
                 or hooks
                 or pre_hooks
@@ -163,7 +163,8 @@ def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module is an `nn.Linear`, no subclass, with plain floating-point parameters."""
     if type(module) is not nn.Linear:
         return False
-    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    # Pruning and `weight_norm` keep the class and make an attribute of the parameter.
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias", ...)
     if type(weight) is not nn.Parameter or type(bias) not in (nn.Parameter, type(None)):
         return False
     return weight.is_floating_point()
