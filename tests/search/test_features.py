@@ -1,5 +1,6 @@
 """What a table in memory can be asked for."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -231,3 +232,27 @@ def test_a_table_whose_model_has_no_text_tower(features):
 def test_a_table_of_another_model_than_the_words(features, described):
     with pytest.raises(ValueError, match=r"the table was made by .*: expected family aimv2, got siglip2"):
         features.search("a dog", encoder=described[0].encoder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"mean": (0, 0, 0), "std": (1, 1, 1)}, {"rule": "square", "size": 56}],
+    ids=["statistics", "size"],
+)
+def test_a_picture_is_searched_by_the_rule_that_made_the_table(photos, model, tmp_path, changes):
+    encoder = nopad.load(model)
+    encoder.preprocessing = dataclasses.replace(encoder.preprocessing, **changes)
+    nopad.embed(photos, tmp_path / "table", model=encoder, workers=1)
+    table = nopad.read_features(tmp_path / "table")
+    assert table.metadata["size"] == ""
+    photo = sorted(photos.glob("*.png"))[0]
+    assert table.search(image=photo, k=1, encoder=encoder)[0].score == pytest.approx(1.0, abs=1e-5)
+    with pytest.raises(ValueError, match=r"assign that rule to encoder\.preprocessing"):
+        table.search(image=photo, encoder=nopad.load(model))
+
+
+def test_the_checkpoints_rule_is_taken_where_another_is_assigned(features, photos, model):
+    encoder = nopad.load(model)
+    encoder.preprocessing = dataclasses.replace(encoder.preprocessing, mean=(0, 0, 0))
+    photo = sorted(photos.glob("*.png"))[0]
+    assert features.search(image=photo, k=1, encoder=encoder)[0].score == pytest.approx(1.0, abs=1e-5)

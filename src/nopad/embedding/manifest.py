@@ -44,7 +44,7 @@ def record_of(settings: Settings, worker: Worker) -> dict[str, str]:
         attention=encoder.attention_backend,
         capacity=worker.capacity,
         decode=worker.decode,
-        size=_size_of(rule),
+        size=_size_of(rule, encoder),
         min_patches=rule.min_patches,
         max_patches=rule.max_patches,
         multiple_of=rule.multiple_of,
@@ -70,11 +70,19 @@ def record_of(settings: Settings, worker: Worker) -> dict[str, str]:
     }
 
 
-def _size_of(rule: Preprocessing) -> Size:
-    """The size that a rule makes, however it was given."""
+def _size_of(rule: Preprocessing, encoder: PackedEncoder) -> Size | None:
+    """The size that a rule makes, however it was given; `None` where no size makes this of the checkpoint's rule."""
+    size: Size = "model"
     if rule.rule == "native":
-        return "native"
-    return rule.size if rule.rule in ("shortest_edge", "height_width") and rule.size else "model"
+        size = "native"
+    elif rule.rule in ("shortest_edge", "height_width") and rule.size:
+        size = rule.size
+    of_checkpoint = encoder.model_preprocessing.with_size(size)
+    return size if _without_limits(rule) == _without_limits(of_checkpoint) else None
+
+
+def _without_limits(rule: Preprocessing) -> Preprocessing:
+    return replace(rule, min_patches=None, max_patches=None, multiple_of=1)
 
 
 def _in_words(value: str | int | bool | tuple[int, ...] | None, separator: str) -> str:

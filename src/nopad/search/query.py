@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from nopad.embedding.manifest import weights_digest
 from nopad.encoder import PackedEncoder
 from nopad.inference.precision import PRECISIONS
 from nopad.loading import load
+from nopad.pipeline.processor import rule_for
+from nopad.preprocessing.rules import Preprocessing
 from nopad.preprocessing.size import parse_size
 from nopad.search.exact import default_device, top_k
 from nopad.search.index import Index
@@ -103,7 +106,34 @@ def _encoded(features: Features, kind: str, value: Any, encoder: PackedEncoder |
         raise ValueError(f"text: the table's vectors are {features.metadata.get('embedding')}, which no text has")
     if kind == "text":
         return encoder.embed_text([value])[0].numpy()
-    return encoder.embed([value], **_options(features.metadata))[0].numpy()
+    options = _options(features.metadata)
+    options["preprocessing"] = _rule(encoder, features.metadata, options)
+    return encoder.embed([value], **options)[0].numpy()
+
+
+def _rule(encoder: PackedEncoder, metadata: Mapping[str, str], options: dict[str, Any]) -> Preprocessing:
+    """The rule that a table's pictures were made by: the checkpoint's, or what is assigned to the encoder.
+
+    Args:
+        options: of `PackedEncoder.embed`; sizes are taken out.
+
+    Raises:
+        ValueError: neither.
+    """
+    sizes = {name: options.pop(name, None) for name in ("size", "min_patches", "max_patches", "multiple_of")}
+    if "execution" not in metadata:  # of nopad 0.1
+        return rule_for(encoder, **sizes)
+    expected = metadata.get("preprocessing", "")
+    for rule in (encoder.model_preprocessing, encoder.preprocessing):
+        with suppress(ValueError):  # limits that this rule cannot follow
+            sized = rule_for(encoder, preprocessing=rule, **sizes)
+            if expected.startswith(sized.describe(options["resize"])):  # behind it stands how JPEGs were decoded
+                return sized
+    raise ValueError(
+        f"image: the table's pictures were made by {expected!r}, and this encoder makes them by "
+        f"{encoder.preprocessing.describe(options['resize'])!r}; assign that rule to encoder.preprocessing and give "
+        f"encoder="
+    )
 
 
 def _options(metadata: Mapping[str, str]) -> dict[str, Any]:
