@@ -21,7 +21,7 @@ from tiny_encoders import tiny
 
 import nopad
 from nopad.align import metrics
-from nopad.align.cases import photos_in
+from nopad.align.cases import photo_case, photos_in
 from nopad.align.command import align_table
 from nopad.align.references import reference_of
 from nopad.align.references.aimv2 import AIMv2Reference
@@ -518,3 +518,10 @@ def test_the_worst_image_is_of_the_photos(tmp_path):
 def test_numbers_of_other_types_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         align("nothing", **options)
+
+
+def test_images_of_more_pixels_than_the_rules_short_side(native, photos):
+    encoder = nopad.load(native)
+    encoder.preprocessing = dataclasses.replace(encoder.preprocessing, rule="crop", size=28, short_side=42)
+    assert photo_case(encoder, [photos / "0.png"], 56)[1][0].shape[1:] == (56, 56)
+    assert photo_case(encoder, [photos / "0.png"], 14)[1][0].shape[1:] == (14, 14)

@@ -65,7 +65,9 @@ def photo_case(packed: PackedEncoder, photos: Sequence[Any], image_size: int | N
     """All photos in one pack, by the model's own rule or, with `image_size`, as squares of so many pixels."""
     rule = packed.preprocessing
     if image_size is not None:
-        rule = dataclasses.replace(rule, rule="crop", size=image_size, min_patches=None, max_patches=None)
+        short_side = rule.short_side if (rule.short_side or 0) > image_size else None
+        sizes = {"size": image_size, "short_side": short_side, "min_patches": None, "max_patches": None}
+        rule = dataclasses.replace(rule, rule="crop", **sizes)
     pack = packed.pack(photos, resize="pil", preprocessing=rule).to("cpu", torch.float32)
     parts = pack.hidden_states.split(pack.grid_thw.prod(dim=1).tolist())
     grids = [(t, h, w) for t, h, w in pack.grid_thw.tolist()]
