@@ -272,3 +272,9 @@ def test_wide_vectors_are_narrowed_at_random():
 def test_rows_of_zeros_stay_zeros():
     assert in_8_bits(Projection.of(np.zeros((3, 4), np.float32)).strongest(4)).tolist() == [[0] * 4] * 3
     assert in_8_bits(np.zeros((0, 4), np.float32)).shape == (0, 4)
+
+
+def test_every_row_that_is_shown_elsewhere_is_on_the_map(monkeypatch):
+    monkeypatch.setattr(module, "MAX_ROWS", 3)
+    assert module._chosen(9, [7, 1, 3, 5]).tolist() == [1, 3, 5, 7]
+    assert {7, 1} < {*module._chosen(9, [7, 1]).tolist()}

@@ -179,7 +179,7 @@ def _chosen(number: int, shown: Sequence[int]) -> np.ndarray:
     if number <= MAX_ROWS:
         return np.arange(number)
     others = np.setdiff1d(np.arange(number), shown)
-    random = np.random.default_rng(0).choice(others, MAX_ROWS - len(shown), replace=False)
+    random = np.random.default_rng(0).choice(others, max(0, MAX_ROWS - len(shown)), replace=False)
     return np.sort(np.concatenate([np.asarray(shown, np.int64), random]))
 
 
