@@ -4,10 +4,12 @@ import random
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nopad.data.plan import Planner, PlanStatistics, cost
+from nopad.data.sizes import read_sizes
 
 IMAGES = SimpleNamespace(num_prefix_tokens=0, frames_attend_jointly=False, temporal_patch_size=1)
 SETTINGS = {"window": 8, "shuffle": True, "cost": (1.0, 6144.0), "drop_patches": 0.0}
@@ -106,3 +108,8 @@ def test_sample_larger_than_a_pack_is_an_error():
 def test_settings_out_of_their_range(changes, message):
     with pytest.raises(ValueError, match=message):
         planner(100, 1, **changes)
+
+
+def test_no_sizes_are_refused_by_their_type():
+    with pytest.raises(ValueError, match=r"sizes: expected integers ≥ 1, got torch.float32$"):
+        read_sizes(torch.empty(0, 2), 0)

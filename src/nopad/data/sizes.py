@@ -92,7 +92,9 @@ def read_sizes(sizes: Any, num_samples: int) -> Tensor:
             f"sizes: expected (height, width), or ({num_samples}, 2) or ({num_samples}, 3) with the frames in front, a "
             f"row per sample, got shape {tuple(tensor.shape)}"
         )
-    if tensor.is_floating_point() or tensor.dtype == torch.bool or (tensor.numel() and int(tensor.min()) < 1):
-        raise ValueError(f"sizes: expected integers ≥ 1, got {tensor.dtype} with a minimum of {tensor.min().item()}")
+    min_size = tensor.min().item() if tensor.numel() else None
+    if tensor.is_floating_point() or tensor.dtype == torch.bool or (min_size is not None and min_size < 1):
+        least = "" if min_size is None else f" with a minimum of {min_size}"
+        raise ValueError(f"sizes: expected integers ≥ 1, got {tensor.dtype}{least}")
     tensor = tensor.long()
     return tensor if tensor.shape[1] == 3 else torch.nn.functional.pad(tensor, (1, 0), value=1)
