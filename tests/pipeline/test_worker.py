@@ -16,7 +16,10 @@ from PIL import Image, ImageSequence
 
 import nopad
 from nopad.encoder import PackedEncoder
+from nopad.pipeline.image_processor import ImageProcessor
+from nopad.pipeline.memory import Reservation
 from nopad.pipeline.pack_runner import EmbeddingResult, PackRunner
+from nopad.pipeline.processor import rule_for
 from nopad.pipeline.read_ahead import ReadAhead
 from nopad.pipeline.selection import Selection
 from nopad.pipeline.worker import Worker
@@ -409,3 +412,23 @@ def test_clips_beside_an_image_change_none_of_its_bits_once_compiled(encoder, tm
     assert ("8 segments" in before) is not joint  # the long clip, whose frames are more, goes alone
     together = encoder.embed([image, short, image, long, short, image])
     assert torch.equal(together, torch.stack([alone, short_alone, alone, long_alone, short_alone, alone]))
+
+
+def test_embed_reserves_the_memory_of_every_image_before_it_is_decoded(encoder, monkeypatch, tmp_path):
+    Image.new("RGB", (64, 48)).save(tmp_path / "photo.png")
+    reserved = []
+    reserve = Reservation.reserve
+    monkeypatch.setattr(Reservation, "reserve", lambda self, size: (reserved.append(size), reserve(self, size)))
+    data = (tmp_path / "photo.png").read_bytes()
+    array = np.zeros((48, 64, 3), np.uint8)
+    encoder.embed([tmp_path / "photo.png", data, array, [tmp_path / "photo.png", data]], size="native", threads=1)
+    decoding, pixels = 24 * 64 * 48, 64 * 48
+    processor = ImageProcessor.of(encoder, preprocessing=rule_for(encoder, "native", max_patches="auto"))
+    expected = [(1, pixels, decoding), (1, pixels, decoding), (1, pixels, 0), (2, 2 * pixels, 2 * decoding)]
+    assert reserved == [processor.peak_bytes(*sizes) for sizes in expected]
+
+
+def test_embed_decodes_no_image_that_exceeds_the_memory(encoder, monkeypatch):
+    monkeypatch.setattr("nopad.pipeline.memory.available_memory", lambda: 1000)
+    with pytest.raises(ImageError, match="memory"):
+        encoder.embed([np.zeros((480, 640, 3), np.uint8)], size="native")

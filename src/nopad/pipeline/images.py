@@ -16,7 +16,7 @@ from nopad.pipeline.selection import Pool, Selection
 from nopad.pipeline.worker import Worker
 from nopad.preprocessing.decode import ImageError
 from nopad.preprocessing.limits import MaxPatches
-from nopad.preprocessing.load import load_snapshot, snapshot
+from nopad.preprocessing.load import load_snapshot, measure_snapshot, snapshot
 from nopad.preprocessing.rules import Preprocessing, Resize
 from nopad.preprocessing.size import Size
 
@@ -110,7 +110,7 @@ def embed_images(
     selection = Selection(layers=None if layers is None else tuple(layers), pool=pool)
     options: dict[str, Any] = {"threads": threads, "resize": resize, "preprocessing": rule, "selection": selection}
     worker = Worker(encoder, capacity=capacity, **options)
-    (results,) = worker.run([map(snapshot, images)], load_snapshot, strict=True)
+    (results,) = worker.run([map(snapshot, images)], load_snapshot, measure=measure_snapshot, strict=True)
     for index, result in enumerate(results):
         if result.error is not None:  # features that are not finite, or too little memory
             raise ImageError(f"image {index}", result.error.reason)

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nopad.preprocessing.decode import ImageError, Source, load_image
+from nopad.preprocessing.decode import ImageError, Source, load_image, measure_image
 from nopad.preprocessing.formats import VIDEO_SUFFIXES
 from nopad.preprocessing.limits import MAX_PIXELS, NUM_FRAMES
 from nopad.preprocessing.video import read_frames
+from nopad.preprocessing.video_file import measure_video
 
 
 def load(source: Source | Sequence[Source], *, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -66,3 +67,25 @@ def load_snapshot(source: Source | Sequence[Source] | ImageError) -> Tensor:
     if isinstance(source, ImageError):
         raise source
     return load(source)
+
+
+def measure_snapshot(source: Source | Sequence[Source] | ImageError) -> tuple[int, int, int]:
+    """Frames, pixels of all of them, and bytes that decoding takes of what `snapshot` returned.
+
+    By the header; 0 pixels and bytes where that cannot be read, or has more than `load` takes: decoding then fails.
+    """
+    if isinstance(source, ImageError):
+        return 1, 0, 0
+    if isinstance(source, Tensor):
+        return (len(source) if source.ndim == 4 else 1), source.numel() // 3, 0  # decoded already
+    if isinstance(source, tuple):
+        _, pixels, sizes = zip(*map(measure_snapshot, source), strict=True)
+        return len(source), sum(pixels), sum(sizes)
+    if isinstance(source, str | Path) and Path(source).suffix.lower() in VIDEO_SUFFIXES:
+        return measure_video(source, NUM_FRAMES, max_pixels=MAX_PIXELS)
+    try:
+        data = source if isinstance(source, bytes) else Path(cast(str, source)).read_bytes()
+    except OSError:
+        return 1, 0, 0
+    width, height, size = measure_image(data) or (0, 0, 0)
+    return (1, width * height, size) if width * height <= MAX_PIXELS else (1, 0, 0)

@@ -45,6 +45,18 @@ def frame_size(source: Video) -> tuple[int, int] | None:
     return _from_header(source, size)
 
 
+def measure_video(source: Video, frames: int, *, max_pixels: int) -> tuple[int, int, int]:
+    """Frames, pixels of all of them, and bytes that decoding them takes, by the header.
+
+    0 pixels and bytes where that cannot be read, or has frames of more than `max_pixels`.
+    """
+    width, height = frame_size(source) or (0, 0)
+    if width * height > max_pixels:
+        return frames, 0, 0
+    # The frames and their stack as RGB, and what the codec refers to, which is at most 16 frames in H.264 and HEVC.
+    return frames, frames * width * height, (2 * frames + 17) * 3 * width * height
+
+
 def duration_seconds(source: Video) -> float | None:
     """Duration of a video by its header, `None` where that has none or cannot be read."""
 

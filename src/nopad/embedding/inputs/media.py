@@ -21,7 +21,7 @@ from nopad.preprocessing.limits import MAX_PIXELS, NUM_FRAMES
 from nopad.preprocessing.reachable import is_unreachable, missing_mount
 from nopad.preprocessing.thumbnails import thumbnail
 from nopad.preprocessing.video import read_frames
-from nopad.preprocessing.video_file import frame_size
+from nopad.preprocessing.video_file import measure_video
 from nopad.storage import objects
 
 _LARGE_BYTES = 1 << 22
@@ -124,12 +124,8 @@ class MediaDecoder:
         if isinstance(media, bytes):
             width, height, size = measure_image(media) or (0, 0, 0)
             return (1, width * height, size) if width * height <= self.max_pixels else (1, 0, 0)
-        width, height = frame_size(media) or (0, 0)
         frames = 1 if isinstance(media, Video) and media.is_one_frame else self.frames
-        if width * height > self.max_pixels:
-            return frames, 0, 0
-        # The frames and their stack as RGB, and what the codec refers to, which is at most 16 frames in H.264 and HEVC.
-        return frames, frames * width * height, (2 * frames + 17) * 3 * width * height
+        return measure_video(media, frames, max_pixels=self.max_pixels)
 
     def __call__(self, media: bytes | str) -> Tensor:
         """Decode to uint8 `(3, H, W)`, or `(frames, 3, H, W)` for a video, of fewer frames where it has fewer.
