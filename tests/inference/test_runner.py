@@ -363,3 +363,15 @@ def test_threads_with_their_own_streams_share_recorded_layers(tmp_path, precisio
     for number, outputs in enumerate(results):
         for step, output in enumerate(outputs):
             assert torch.equal(output, expected[(number + step) % len(packs)])
+
+
+def test_every_encoder_warns_of_gradients_and_of_large_packs_once(tmp_path, caplog, quick_compile):
+    for number in (1, 2):
+        encoder = nopad.load(tiny("dinov3", tmp_path / str(number), num_hidden_layers=1))
+        encoder.compile(8, 1)
+        for _ in range(2):
+            encoder(patches_of(encoder), GRIDS)
+            with torch.no_grad():
+                encoder(patches_of(encoder), GRIDS)
+        assert caplog.text.count("compiled layers run without gradients alone") == number
+        assert caplog.text.count("exceeds the compiled capacity of 8 tokens") == number

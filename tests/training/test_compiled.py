@@ -110,6 +110,17 @@ def test_execution_is_eager_where_torch_compiles_nothing(tmp_path):
     assert encoder.execution == "eager"
 
 
+@pytest.mark.parametrize("hidden_states", [False, True])
+def test_execution_is_that_of_the_last_pack(hidden_states, tmp_path, graphs):
+    encoder = nopad.load(tiny("aimv2", tmp_path)).train()
+    encoder.compile_for_training(CAPACITY, MAX_SEGMENTS)
+    options = {"output": "all", "output_hidden_states": True} if hidden_states else {}
+    for stance, execution in (("force_eager", "eager"), ("default", "compiled"), ("force_eager", "eager")):
+        with torch.compiler.set_stance(stance):
+            encoder(patches_of(encoder), GRIDS, **options)
+        assert encoder.execution == execution
+
+
 def test_compiling_leaves_names_and_copies_alone(tmp_path, graphs):
     encoder = nopad.load(tiny("dinov3", tmp_path)).train()
     names = list(encoder.state_dict())

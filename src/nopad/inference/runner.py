@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -152,6 +151,7 @@ class StaticRunner:
         random = ("dropout_p", "drop_path")
         self.dropout = any(getattr(module, name, 0.0) for module in encoder.layers.modules() for name in random)
         self.trained = False
+        self.warnings = Warnings()
         self.lock = threading.RLock()  # threads share folded weights and recorded graphs
 
     def execution(self, layers: nn.ModuleList) -> str:
@@ -163,9 +163,10 @@ class StaticRunner:
         if torch.is_grad_enabled():
             self.trained = True
             if not self.source.training:
-                _warn_of_gradients()
+                advice = "call the encoder under torch.inference_mode()"
+                self.warnings.log(f"compiled layers run without gradients alone; {advice}")
             return False
-        return fits(rows, segments, capacity=self.capacity, max_segments=self.max_segments)
+        return fits(self, rows, segments)
 
     def embed(self, embedding: Callable[[Tensor], Tensor], patches: Tensor) -> Tensor:
         """See `Runner`."""
@@ -243,13 +244,14 @@ class DeferredRunner(EagerRunner):
         self.capacity: int = capacity  # pyright: ignore[reportIncompatibleVariableOverride]
         self.max_segments: int = max_segments  # pyright: ignore[reportIncompatibleVariableOverride]
         self.compiled = compiled
+        self.warnings = Warnings()
         self.lock = threading.Lock()
 
     def admits(self, rows: int, segments: int) -> bool:
         """See `StaticRunner`."""
         if torch.is_grad_enabled():
             return False
-        return fits(rows, segments, capacity=self.capacity, max_segments=self.max_segments)
+        return fits(self, rows, segments)
 
     def __reduce__(self) -> tuple[type[DeferredRunner], tuple[int, int, bool]]:
         return DeferredRunner, (self.capacity, self.max_segments, self.compiled)
@@ -262,23 +264,31 @@ def run_padded(function: Callable[[Tensor], Tensor], input: Tensor, rows: int) -
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def fits(rows: int, segments: int, *, capacity: int, max_segments: int) -> bool:
-    """Whether a pack fits into a fixed shape; if not, a warning is logged once for each shape."""
-    if rows <= capacity and segments <= max_segments:
+class Warnings:
+    """The warnings of one encoder, each logged once."""
+
+    def __init__(self) -> None:
+        self.logged: set[str] = set()
+
+    def log(self, message: str) -> None:
+        """Log a warning unless it has been logged."""
+        if message not in self.logged:
+            self.logged.add(message)
+            logger.warning(message)
+
+
+class FixedShape(Protocol):
+    """What `fits` reads of a runner."""
+
+    capacity: int
+    max_segments: int
+    warnings: Warnings
+
+
+def fits(runner: FixedShape, rows: int, segments: int) -> bool:
+    """Whether a pack fits into a runner's shape; if not, a warning is logged, once for each runner."""
+    if rows <= runner.capacity and segments <= runner.max_segments:
         return True
-    _warn_once(capacity, max_segments)
+    shape = f"{counted(runner.capacity, 'token')} and {counted(runner.max_segments, 'segment')}"
+    runner.warnings.log(f"a pack exceeds the compiled capacity of {shape}; it runs eagerly")
     return False
-
-
-@lru_cache
-def _warn_of_gradients() -> None:
-    logger.warning("compiled layers run without gradients alone; call the encoder under torch.inference_mode()")
-
-
-@lru_cache
-def _warn_once(capacity: int, max_segments: int) -> None:
-    logger.warning(
-        "a pack exceeds the compiled capacity of %s and %s; it runs eagerly",
-        counted(capacity, "token"),
-        counted(max_segments, "segment"),
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from nopad.inference.defaults import default_capacity
 from nopad.inference.dispatch import is_dispatched
 from nopad.inference.layer_stack import RECOMPILE_LIMIT
 from nopad.inference.padding import pad_segments
-from nopad.inference.runner import EagerRunner, fits
+from nopad.inference.runner import EagerRunner, Warnings, fits
 from nopad.kernels.attention import resolve_backend
 from nopad.layers.attention import Rope
 from nopad.segments import Segments
@@ -57,6 +58,13 @@ def compile_for_training(
     encoder._runner = TrainingRunner(encoder, capacity, max_segments)
 
 
+@dataclass
+class _LastPack:
+    """What is known of the last pack of a runner, shared with those that `collecting` returns."""
+
+    ran_uncompiled: bool
+
+
 class TrainingRunner(EagerRunner):
     """Runs packs on `capacity` rows through layers that `torch.compile` compiles, with and without gradients.
 
@@ -69,16 +77,18 @@ class TrainingRunner(EagerRunner):
         super().__init__()
         self.capacity: int = capacity  # pyright: ignore[reportIncompatibleVariableOverride]
         self.max_segments: int = max_segments  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.ran_uncompiled = is_dispatched(encoder.layers)
-        self.run_layer = self._run_layer if self.ran_uncompiled else torch.compile(self._run_layer, dynamic=False)
+        self.warnings = Warnings()
+        self.last_pack = _LastPack(ran_uncompiled=is_dispatched(encoder.layers))
+        compiles = not self.last_pack.ran_uncompiled
+        self.run_layer = torch.compile(self._run_layer, dynamic=False) if compiles else self._run_layer
 
     def execution(self, layers: nn.ModuleList) -> str:
         """`"compiled"`, or `"eager"` where torch ran a layer of the last pack uncompiled."""
-        return "eager" if self.ran_uncompiled else "compiled"
+        return "eager" if self.last_pack.ran_uncompiled else "compiled"
 
     def admits(self, rows: int, segments: int) -> bool:
         """Whether a pack fits."""
-        return fits(rows, segments, capacity=self.capacity, max_segments=self.max_segments)
+        return fits(self, rows, segments)
 
     def collecting(self, hidden_states: list[Tensor]) -> TrainingRunner:
         """This runner for one pack, whose tokens before each layer and after the last it appends to a list."""
@@ -92,6 +102,7 @@ class TrainingRunner(EagerRunner):
         tokens = F.pad(tokens, (0, 0, 0, self.capacity - num_rows))
         segments = pad_segments(segments, self.capacity, self.max_segments)
         rope = None if rope is None else rope.padded(self.capacity)
+        self.last_pack.ran_uncompiled = False
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT):
             for layer in layers:
                 self._collect(tokens[:num_rows])
@@ -105,7 +116,7 @@ class TrainingRunner(EagerRunner):
 
     def _run_layer(self, layer: Any, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
         if not torch.compiler.is_compiling():
-            self.ran_uncompiled = True
+            self.last_pack.ran_uncompiled = True
         return layer(tokens, segments, rope)
 
     def __reduce__(self) -> tuple[type[EagerRunner], tuple[()]]:
