@@ -1,5 +1,7 @@
 """Checkpoints by their names on the Hub, with stand-ins for it: no test reaches for the network."""
 
+import copy
+import pickle
 import re
 import shutil
 from types import SimpleNamespace
@@ -10,7 +12,9 @@ from aimv2_checkpoints import tiny_original, write
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 import nopad
+from nopad.checkpoints.files import open_checkpoint
 from nopad.cli import main
+from nopad.families.aimv2 import AIMv2Packing
 
 
 def same_weights(encoder, original):
@@ -110,3 +114,22 @@ def test_files_are_asked_for_where_the_hub_answers(monkeypatch, caplog, online, 
     assert {hub.get("local_files_only") for hub in seen} == {local}
     assert len(requested) == (local is None)
     assert not caplog.messages
+
+
+def test_a_token_opens_the_checkpoint_again_and_is_neither_printed_nor_pickled(tmp_path, monkeypatch):
+    _, folder = write_tiny(tmp_path)
+    tokens = set()
+
+    def hub(name, filename, token=None, **kwargs):
+        tokens.add(token)
+        return str(folder / filename) if (folder / filename).exists() else None
+
+    monkeypatch.setattr("nopad.checkpoints.files.cached_file", hub)
+    encoder = AIMv2Packing.from_pretrained("someone/gated", token="hf_secret")
+    open_checkpoint("someone/gated", **encoder.opened_with)
+    open_checkpoint("someone/gated", **copy.deepcopy(encoder).opened_with)
+    assert tokens == {"hf_secret"}
+    assert "hf_secret" not in repr(encoder.opened_with)
+    pickled = pickle.dumps(encoder)
+    assert b"hf_secret" not in pickled
+    assert pickle.loads(pickled).opened_with["token"] is None

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 META = "model.pth"
+PREPROCESSOR_CONFIG = "preprocessor_config.json"
 PROJECTION, PROJECTION_FILE = "visual_projection.weight", "visual_projection.safetensors"
 """A tensor that the original vision class does not have, and the file in which `save_pretrained` writes it."""
 
@@ -73,8 +74,25 @@ def open_checkpoint(
     """
     name = checkpoint_name(name)
     options = {"revision": revision, "subfolder": subfolder, "variant": variant, "use_safetensors": use_safetensors}
-    again = {key: value for key, value in {**options, **hub}.items() if value is not None and key != "token"}
+    again = {key: value for key, value in {**options, **hub}.items() if value is not None}
+    if isinstance(hub.get("token"), str):
+        again["token"] = _Token(hub["token"])
     return replace(_open(name, prefix_of, **options, **hub), opened_with=again)
+
+
+class _Token(str):
+    """A token of the Hub that is neither printed nor pickled."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'…'"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Token:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 def _open(
@@ -118,7 +136,7 @@ def _with_json(checkpoint: Checkpoint, find: Callable[[str], Path | None]) -> Ch
     """Add the JSON files beside the weights; of two preprocessor configs, the one that transformers reads."""
     preprocessor = _json(find("processor_config.json"), "image_processor").get("image_processor")
     if preprocessor is None:
-        preprocessor = _json(find("preprocessor_config.json")) or None
+        preprocessor = _json(find(PREPROCESSOR_CONFIG)) or None
     path = find("config.json")
     if path is None or open_clip_config.is_open_clip(checkpoint.tensors):  # others may lie there in two layouts
         path = find(open_clip_config.OPEN_CLIP_CONFIG) or path

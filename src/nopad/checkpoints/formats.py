@@ -49,7 +49,7 @@ class Checkpoint:
         table: leads from the names of the file to those of `tensors`.
         folder: where `config.json` was found, on this machine; `None` where there is none.
         choice: `variant` and `use_safetensors`, where the files were chosen by them.
-        opened_with: all arguments of `open_checkpoint` beside the name that open it again; no token.
+        opened_with: all arguments of `open_checkpoint` beside the name that open it again; a token is not pickled.
         prefix: of the tensors in the file, where they are a tower's in a larger model.
     """
 
