@@ -3,6 +3,8 @@
 import copy
 import json
 
+import clip_checkpoints
+import numpy as np
 import pytest
 import torch
 from aimv2_checkpoints import tiny_composite, tiny_config
@@ -201,3 +203,44 @@ def test_packs_are_saved_and_loaded_as_tensors_are(tmp_path, positions):
 def test_packs_move_without_blocking():
     pack = make_pack()
     assert pack.to("cpu", non_blocking=True) == pack
+
+
+def test_another_encoder_saved_there_leaves_no_preprocessing_behind(tmp_path, caplog):
+    other = nopad.load(tiny("dinov2", tmp_path / "other"))
+    other.preprocessor_config = {"image_processor_type": "ViTImageProcessor", "size": 28, "image_mean": [0.1] * 3}
+    other.save_pretrained(tmp_path / "saved")
+    encoder = nopad.load(tiny("dinov2", tmp_path / "encoder"))
+    encoder.save_pretrained(tmp_path / "saved")
+    assert "preprocessor_config.json is removed" in caplog.text
+    assert nopad.load(tmp_path / "saved").preprocessing == encoder.preprocessing
+
+
+@pytest.mark.parametrize("kind", ["clip", "metaclip2"])
+def test_save_into_a_folder_with_the_projection_beside_it(tmp_path, kind):
+    nopad.load(clip_checkpoints.save(tmp_path / "file", tiny_projecting(kind))).save_pretrained(tmp_path / "source")
+    encoder = nopad.load(tmp_path / "source")
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(1)
+    encoder.save_into(tmp_path / "source", tmp_path / "target")
+    assert (tmp_path / "target" / "visual_projection.safetensors").exists()
+    state = nopad.load(tmp_path / "target").state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in encoder.state_dict().items())
+
+
+def tiny_projecting(kind):
+    return clip_checkpoints.tiny_original(kind, with_projection=True, num_hidden_layers=1)
+
+
+@pytest.mark.parametrize("index", [np.array([1, 0]), np.array([1, 0], np.uint8), torch.tensor([1, 0])])
+def test_packs_are_indexed_by_arrays(index):
+    assert make_pack()[index] == make_pack()[[1, 0]]
+
+
+def test_hooks_on_the_embeddings_of_every_family_run(tmp_path):
+    for family in FAMILIES:
+        encoder, calls = nopad.load(tiny(family, tmp_path / family, num_hidden_layers=1)), []
+        embeddings = encoder.get_submodule(encoder.names.get("embeddings", "embeddings"))
+        embeddings.register_forward_hook(lambda module, inputs, output, calls=calls: calls.append(output.shape))
+        encoder(patches_of(encoder), GRIDS)
+        assert len(calls) == 1, family

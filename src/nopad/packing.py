@@ -12,6 +12,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -239,7 +240,7 @@ def _numbers(index: Any) -> list[int]:
     Raises:
         TypeError: no integer and no sequence of integers.
     """
-    numbers: Any = index.tolist() if isinstance(index, Tensor) else index
+    numbers: Any = index.tolist() if isinstance(index, Tensor | np.ndarray) else index
     try:
         numbers = list(numbers) if isinstance(numbers, Sequence) and not isinstance(numbers, str) else [numbers]
         if any(isinstance(number, bool) for number in numbers):

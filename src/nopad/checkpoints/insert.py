@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nopad.atomic import sync, sync_folder
 from nopad.checkpoints.contents import check_regular, read_json
-from nopad.checkpoints.files import SAFETENSORS
+from nopad.checkpoints.files import PROJECTION, PROJECTION_FILE, SAFETENSORS
 from nopad.checkpoints.headless import without_head
 from nopad.checkpoints.strict import check_strictly
 from nopad.checkpoints.towers import open_tower
@@ -87,13 +87,22 @@ def _stored(encoder: PackedEncoder, source: Path, prefix: str | None) -> dict[st
 
 def _by_file(source: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """The tensors of each file that holds some."""
+    apart = {name: tensor for name, tensor in tensors.items() if name == PROJECTION}
+    if apart and os.path.lexists(source / PROJECTION_FILE):  # as `save_pretrained` writes it
+        others = {name: tensor for name, tensor in tensors.items() if name != PROJECTION}
+        return {**_by_file_of_weights(source, others), PROJECTION_FILE: apart}
+    return _by_file_of_weights(source, tensors)
+
+
+def _by_file_of_weights(source: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     single, index = SAFETENSORS
     if os.path.lexists(source / single):
         return {single: tensors}
     if os.path.lexists(source / index):
         weight_map = read_json(source / index)["weight_map"]
     else:
-        (file,) = (path.name for path in source.iterdir() if path.suffix == ".safetensors")
+        files_there = (path.name for path in source.iterdir() if path.suffix == ".safetensors")
+        (file,) = (name for name in files_there if name != PROJECTION_FILE)
         return {file: tensors}
     files: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

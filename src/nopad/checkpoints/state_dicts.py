@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +13,13 @@ from safetensors.torch import save_file
 from torch.nn import Parameter
 
 from nopad.checkpoints.dialects import DIALECTS
-from nopad.checkpoints.files import PROJECTION, PROJECTION_FILE
+from nopad.checkpoints.files import PREPROCESSOR_CONFIG, PROJECTION, PROJECTION_FILE
 from nopad.checkpoints.fused_names import has_fused_names
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
+
+logger = logging.getLogger(__name__)
 
 
 def to_memory(encoder: PackedEncoder, state_dict: dict[str, Any], prefix: str) -> None:
@@ -92,9 +96,12 @@ def without_projection(encoder: PackedEncoder) -> dict[str, Any]:
 
 def save_beside(encoder: PackedEncoder, folder: str | Path, *, with_projection: bool) -> None:
     """Write what a saved folder has beside the original's files: the checkpoint's own preprocessing, the projection."""
+    config = Path(folder) / PREPROCESSOR_CONFIG
     if encoder.preprocessor_config is not None:
-        text = json.dumps(encoder.preprocessor_config, indent=2) + "\n"
-        (Path(folder) / "preprocessor_config.json").write_text(text, encoding="utf-8")
+        config.write_text(json.dumps(encoder.preprocessor_config, indent=2) + "\n", encoding="utf-8")
+    elif os.path.lexists(config):
+        logger.warning("%s is removed: the encoder saved there is made for its family's own preprocessing", config)
+        config.unlink()
     path = Path(folder) / PROJECTION_FILE
     if with_projection:
         weight = encoder.state_dict()[PROJECTION]

@@ -45,6 +45,10 @@ class Qwen3VLEmbeddings(nn.Module):
         order = config.patch_order
         self.proj = PatchEmbedding(config.in_channels, config.hidden_size, size, order, temporal_patch_size=frames)
 
+    def forward(self, patches: Tensor, runner: Runner) -> Tensor:
+        """`(T, P)` to `(T, D)`."""
+        return runner.embed(self.proj, patches)
+
 
 def qwen3_vl_block(config: Qwen3VLConfigs) -> Block:
     """One transformer block of the family."""
@@ -113,7 +117,7 @@ class Qwen3VLPacking(PackedEncoder):
                 "patch_positions do not contain; give whole images or clips and their (t, h, w) in grid_thw"
             )
         layout.check_multiple(self.merge_size)
-        tokens = runner.embed(self.embeddings.proj, patches) + self.position_embedding(layout)
+        tokens = self.embeddings(patches, runner) + self.position_embedding(layout)
         return Trunk(runner.run(self.layers, tokens, layout.frames, self.rope(layout)))
 
     def rope(self, layout: Layout) -> Rope:
