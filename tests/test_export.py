@@ -95,3 +95,16 @@ def test_compiled_encoder_exports_as_if_it_were_not(encoder):
     encoder.compile(128, 16, compiled=False)
     arguments = patches_of(encoder), GRIDS
     assert relative(exported(encoder, arguments).module()(*arguments), encoder(*arguments)) < EXACT
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["siglip"], indirect=True)
+@pytest.mark.parametrize(("column", "value"), [(1, -1), (2, -1), (1, 5), (2, 5)])
+def test_patch_positions_off_the_grid_are_refused_by_the_graph(encoder, column, value):
+    arguments = patches_of(encoder, SPARSE), SPARSE, POSITIONS
+    graph, outside = exported(encoder, arguments).module(), POSITIONS.clone()
+    outside[-1, column] = value
+    with pytest.raises(ValueError, match="patch_positions: expected"):
+        encoder(*arguments[:2], outside)
+    with pytest.raises(RuntimeError, match="patch_positions: expected"):
+        graph(*arguments[:2], outside)

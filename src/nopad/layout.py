@@ -91,6 +91,14 @@ class Layout:
                     f"encoder's own rule"
                 )
 
+    def check_on_grid(self, rows: int, columns: int) -> None:
+        """Raise `ValueError` unless all `patch_positions` are on a trained grid."""
+        if self.extent[0] > rows or self.extent[1] > columns:
+            raise ValueError(
+                f"patch_positions: expected rows and columns on the trained {rows} × {columns} grid, "
+                f"got rows up to {self.extent[0] - 1} and columns up to {self.extent[1] - 1}"
+            )
+
     @property
     def longest_side(self) -> int:
         """Exclusive upper bound of all rows and columns."""

@@ -49,6 +49,7 @@ class TracedLayout:
         self.image_index, self.index_in_image, self.coordinates = locate_patches(self.grid_thw, self.images)
         self.patch_positions = None if patch_positions is None else patch_positions.long()
         if self.patch_positions is not None:
+            check((self.patch_positions >= 0).all(), "patch_positions: expected integers ≥ 0")
             self.coordinates = self.patch_positions
         time = self.coordinates[:, 0]
         changes = (self.image_index != self.image_index.roll(1)) | (time != time.roll(1))
@@ -60,6 +61,13 @@ class TracedLayout:
         images = torch.arange(self.images.num_segments + 1, device=self.device)
         num_frames = torch.searchsorted(self.image_index[starts], images).int()
         self.frames_per_image = TracedSegments(num_frames, self.frames.num_segments)
+
+    def check_on_grid(self, rows: int, columns: int) -> None:
+        """See `Layout`; when the graph runs."""
+        check: Any = torch._assert_async  # pyright: ignore[reportPrivateImportUsage]
+        _, row, column = self.coordinates.unbind(1)
+        on_grid = (row < rows).all() & (column < columns).all()
+        check(on_grid, f"patch_positions: expected rows and columns on the trained {rows} × {columns} grid")
 
     def check_multiple(self, size: int) -> None:
         """See `Layout`; when the graph runs."""

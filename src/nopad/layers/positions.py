@@ -243,11 +243,7 @@ def learned_positions(
     """
     rows, columns = trained_grid
     if layout.patch_positions is not None:
-        if isinstance(layout, Layout) and (layout.extent[0] > rows or layout.extent[1] > columns):
-            raise ValueError(
-                f"patch_positions: expected rows and columns on the trained {rows} × {columns} grid, "
-                f"got rows up to {layout.extent[0] - 1} and columns up to {layout.extent[1] - 1}"
-            )
+        layout.check_on_grid(rows, columns)
         _, row, column = layout.patch_positions.unbind(1)
         return at_least_float32(table)[row * columns + column]
     other_grids = [(h, w) for _, h, w in layout.grid if (h, w) != trained_grid]
