@@ -12,6 +12,8 @@ from torch._inductor.utils import fresh_cache
 import nopad
 from nopad.inference import compile, layer_stack
 from nopad.inference.compile import can_record
+from nopad.inference.fusion import blocked
+from nopad.inference.fusion import layers as fused
 
 CAPACITY, MAX_SEGMENTS = 160, 9
 
@@ -139,7 +141,7 @@ def test_layers_run_eagerly_without_a_compiler(goldens, quick_compile, monkeypat
     expected = encoder(patches_of(encoder), GRIDS)
     with caplog.at_level(logging.WARNING):
         encoder.compile(CAPACITY, MAX_SEGMENTS)
-    assert "the layers run uncompiled: Cannot find a working triton" in caplog.text
+    assert "the layers run uncompiled: TorchDynamoException: Cannot find a working triton" in caplog.text
     torch.testing.assert_close(encoder(patches_of(encoder), GRIDS), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -155,3 +157,26 @@ def test_layers_run_eagerly_without_a_compiler(goldens, quick_compile, monkeypat
 )
 def test_can_record(device, attention, capacity, expected):
     assert can_record(torch.device(device), attention, capacity) == expected
+
+
+@pytest.mark.parametrize("error", [AttributeError, TypeError, KeyError, AssertionError])
+def test_a_fault_in_the_layers_of_a_cpu_is_raised(monkeypatch, tmp_path, error):
+    def fail(*arguments):
+        raise error("a fault")
+
+    monkeypatch.setattr(blocked.BlockedLayers, "__init__", fail)
+    encoder = nopad.load(tiny("dinov3", tmp_path, num_hidden_layers=1))
+    with pytest.raises(error, match="a fault"):
+        encoder.compile(CAPACITY, MAX_SEGMENTS)
+
+
+def test_another_version_of_a_package_is_logged_with_its_traceback(monkeypatch, tmp_path, caplog, quick_compile):
+    def fail(*arguments, **options):
+        raise AttributeError("no such epilogue")
+
+    monkeypatch.setattr(fused, "unsupported_reason", lambda *arguments: None)
+    monkeypatch.setattr(fused, "gemm_backends_for", lambda *arguments: ([fail], None))
+    encoder = nopad.load(tiny("dinov3", tmp_path, num_hidden_layers=1))
+    encoder.compile(CAPACITY, MAX_SEGMENTS)
+    assert "AttributeError: no such epilogue" in caplog.text
+    assert "Traceback" in caplog.text

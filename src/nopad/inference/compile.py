@@ -6,6 +6,7 @@ import logging
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,15 +38,13 @@ MIN_INPUTS_ON_CPU = 32
 UNAVAILABLE_ERRORS = (
     RuntimeError,  # of torch's compilers and Triton, for example without a C++ compiler
     ValueError,  # sizes that a GEMM does not support
-    AssertionError,  # the same, from CUTLASS
-    TypeError,  # another version of quack
-    AttributeError,
-    LookupError,
     ImportError,
     OSError,
     subprocess.SubprocessError,
 )
 """Exceptions that mean: this way to run the layers is not available, try the next."""
+ERRORS_OF_VERSIONS = (AssertionError, TypeError, AttributeError, LookupError)
+"""As other versions of quack, CUTLASS and Triton raise them; elsewhere they are faults, and `compile` raises them."""
 
 
 def compile_encoder(
@@ -150,7 +149,7 @@ def can_record(device: torch.device, attention: str, capacity: int) -> bool:
 
 def _first_available(encoder: PackedEncoder, capacity: int, max_segments: int) -> LayerStack:
     message = ""
-    for make in _candidates(encoder):
+    for make, errors in _candidates(encoder):
         if message:
             logger.warning("the layers are not compiled in the fastest way: %s", message)
         try:
@@ -161,27 +160,32 @@ def _first_available(encoder: PackedEncoder, capacity: int, max_segments: int) -
             message = "torch.compile is disabled or does not work here"
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
-        except UNAVAILABLE_ERRORS as error:
-            message = (str(error).strip() or repr(error)).splitlines()[0]
+        except errors as error:
+            message = f"{type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+            level = logging.WARNING if isinstance(error, ERRORS_OF_VERSIONS) else logging.DEBUG
+            logger.log(level, "a way to run the layers is not available", exc_info=error)
     logger.warning("the layers run uncompiled: %s", message)
     return EagerLayers(encoder.layers)
 
 
-def _candidates(encoder: PackedEncoder) -> Iterator[Callable[[], LayerStack]]:
-    """Constructors of layer stacks, fastest first."""
+def _candidates(
+    encoder: PackedEncoder,
+) -> Iterator[tuple[Callable[[], LayerStack], tuple[type[Exception], ...]]]:
+    """Constructors of layer stacks, fastest first, and the exceptions that mean that one is not available."""
     reason = fused.unsupported_reason(encoder, encoder.device, encoder.dtype)
     if reason is None:
         backends, reason = fused.gemm_backends_for(encoder, encoder.device, encoder.dtype)
         rope, centre = encoder.example_rope(encoder.num_prefix_tokens + 1), not fused.keeps_mean(encoder)
         for make in backends:
-            yield lambda make=make: fused.FusedLayers(encoder.layers, make(), rope, centre=centre)
+            errors = (*UNAVAILABLE_ERRORS, *ERRORS_OF_VERSIONS)
+            yield lambda make=make: fused.FusedLayers(encoder.layers, make(), rope, centre=centre), errors
     if encoder.device.type == "cpu" and reason is not None:
         reason = blocked.unsupported_reason(encoder, encoder.device, encoder.dtype)
         if reason is None:
-            yield lambda: blocked.BlockedLayers(encoder.layers)
+            yield partial(blocked.BlockedLayers, encoder.layers), UNAVAILABLE_ERRORS
     if reason is not None:
         logger.info("layers are not compiled in the fastest way: %s", reason)
-    yield lambda: CompiledLayers(encoder.layers)
+    yield partial(CompiledLayers, encoder.layers), UNAVAILABLE_ERRORS
 
 
 @torch.no_grad()
