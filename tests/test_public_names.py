@@ -26,6 +26,11 @@ def test_read_is_an_alias_of_read_features():
     assert nopad.read is nopad.read_features
 
 
+@pytest.mark.parametrize("name", ["align.align", "bench.bench", "data.PackLoader"])
+def test_a_function_of_a_package_is_found_without_importing_it(name):
+    subprocess.run([sys.executable, "-c", f"import nopad; nopad.{name}"], check=True)
+
+
 def test_importing_nopad_is_light():
     code = "import sys, nopad; assert not {'torch', 'transformers'} & set(sys.modules); nopad.patchify"
     subprocess.run([sys.executable, "-c", code], check=True)

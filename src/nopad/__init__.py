@@ -7,7 +7,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nopad import data, maps
+    from nopad import align, bench, data, maps
     from nopad.embedding.api import embed
     from nopad.encoder import PackedEncoder
     from nopad.families.aimv2 import AIMv2Packing
@@ -42,6 +42,8 @@ __all__ = [
     "Qwen3VLPacking",
     "Siglip2NaflexPacking",
     "ViTPacking",
+    "align",
+    "bench",
     "data",
     "embed",
     "iterate_features",
@@ -69,6 +71,8 @@ _HOMES = {
     "Qwen3VLPacking": "nopad.families.qwen3_vl",
     "Siglip2NaflexPacking": "nopad.families.siglip2",
     "ViTPacking": "nopad.families.vit",
+    "align": "nopad.align",
+    "bench": "nopad.bench",
     "data": "nopad.data",
     "embed": "nopad.embedding.api",
     "iterate_features": "nopad.search.batches",

@@ -18,8 +18,10 @@ from nopad.pipeline.process_server import Process
 _MAX_ANSWER_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 16
 _MAX_INT = 2**31 - 1
-_MAX_PATIENCE = 3600.0  # seconds; the system takes no more than about 2**31 milliseconds
 _MAX_BUFFERS = 256  # of one read; the system takes up to 1,024
+
+MAX_PATIENCE = 3600.0
+"""Seconds of one wait; the system takes no more than about 2**31 milliseconds."""
 
 Result = TypeVar("Result")
 
@@ -145,7 +147,7 @@ class Channel:
             except StopIteration as stop:
                 return stop.value
             poll.register(self, select.POLLIN if events == selectors.EVENT_READ else select.POLLOUT)
-            while not poll.poll(1000 * min(max(0.0, end - time.monotonic()), _MAX_PATIENCE)):
+            while not poll.poll(1000 * min(max(0.0, end - time.monotonic()), MAX_PATIENCE)):
                 if time.monotonic() >= end:
                     raise TimeoutError(f"no answer after {timeout} s")
 

@@ -7,7 +7,7 @@ import selectors
 from contextlib import suppress
 from typing import Any
 
-_MAX_PATIENCE = 3600.0  # seconds; the system takes no more than about 2**31 milliseconds
+from nopad.pipeline.channel import MAX_PATIENCE
 
 
 class WakeableSelector:
@@ -30,7 +30,7 @@ class WakeableSelector:
 
     def select(self, timeout: float | None) -> list[Any]:
         """The data of those that are ready, none after `timeout` seconds or after `wake`."""
-        patience = None if timeout is None else min(timeout, _MAX_PATIENCE)
+        patience = None if timeout is None else min(timeout, MAX_PATIENCE)
         ready = [key.data for key, _ in self._selector.select(patience)]
         if None in ready:
             with suppress(BlockingIOError):
