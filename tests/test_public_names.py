@@ -19,7 +19,7 @@ def test_without_the_extra_it_is_told_what_to_install(package, name):
         f"except ImportError as error:\n    print(error.name, error)\n"
     )
     message = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert message == f"{package} nopad.{name} needs {package}: pip install 'nopad[embed]'\n"
+    assert message == f"{package} nopad.{name} needs {package}: pip install '.[embed]' in a clone of nopad\n"
 
 
 def test_read_is_an_alias_of_read_features():

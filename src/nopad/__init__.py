@@ -101,7 +101,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'nopad' has no attribute {name!r}")
     for package in _EXTRAS.get(name, ()):
         if importlib.util.find_spec(package) is None:
-            raise ImportError(f"nopad.{name} needs {package}: pip install 'nopad[embed]'", name=package)
+            from nopad.extras import install
+
+            raise ImportError(f"nopad.{name} needs {package}: {install('embed')}", name=package)
     home = importlib.import_module(_HOMES[name])
     return home if _HOMES[name] == f"nopad.{name}" else getattr(home, name)
 

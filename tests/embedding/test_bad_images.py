@@ -104,7 +104,7 @@ TABLE: dict[bytes, tuple[bytes, np.ndarray | str]] = {
     b"page.png": (b"<!DOCTYPE html><title>404</title>", "not an image that Pillow can read"),
     b"lfs.jpg": (b"version https://git-lfs.github.com/spec/v1\n", "not an image that Pillow can read"),
     b"noise.webp": (noise(4, 10, 10).tobytes(), "not an image that Pillow can read"),
-    b"photo.heic": (HEIC, "truncated or damaged" if find_spec("pillow_heif") else "pip install 'nopad[heic]'"),
+    b"photo.heic": (HEIC, "truncated or damaged" if find_spec("pillow_heif") else "pip install '.[heic]'"),
     b"photo.jxl": (b"\xff\x0a" + bytes(100), "JPEG XL is not read; convert it to PNG or JPEG"),
     # wrong extension
     b"png.jpg": (saved(RGB), RGB),

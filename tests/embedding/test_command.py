@@ -232,7 +232,7 @@ def test_a_package_that_is_missing_is_told(photos, tmp_path, capsys, monkeypatch
     monkeypatch.setitem(sys.modules, "rich", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "rich" else name)
     assert main(arguments(photos, tmp_path / "out", model)) == 2
-    assert "nopad embed: this needs rich: pip install 'nopad[embed]'" in capsys.readouterr().err
+    assert "nopad embed: this needs rich: pip install '.[embed]' in a clone of nopad" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_status_2(photos, tmp_path, capsys, monkeypatch, model):

@@ -26,7 +26,7 @@ ROWS = 4
 def ray():
     """Ray on two cores, without network and dashboard; ended before other tests, which would run on it."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'nopad[ray]'")
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
     ray.init(
         "local",
         num_cpus=2,
@@ -112,7 +112,7 @@ def test_ray_without_actors_is_refused(model, tmp_path):
 
 @pytest.fixture
 def without_cluster(monkeypatch):
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'nopad[ray]'")
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     return ray
 

@@ -18,6 +18,7 @@ from nopad.embedding.inputs.reaching import UnreachableSourceError
 from nopad.embedding.progress import Display, clock, display
 from nopad.embedding.settings import Settings
 from nopad.embedding.signals import stop_on_signals
+from nopad.extras import install
 from nopad.local_paths import check_local
 from nopad.pipeline import process_server
 from nopad.preprocessing.limits import MAX_PATCHES
@@ -106,7 +107,7 @@ def check_packages() -> None:
     """Raise ImportError where a package of the extra `embed` is missing."""
     for package in ("filelock", "pyarrow", "rich"):
         if importlib.util.find_spec(package) is None:
-            raise ImportError(f"this needs {package}: pip install 'nopad[embed]'")
+            raise ImportError(f"this needs {package}: {install('embed')}")
 
 
 def _unmade(summary: Summary) -> str:

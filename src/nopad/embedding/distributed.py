@@ -28,6 +28,7 @@ from nopad.embedding.progress import Ticker
 from nopad.embedding.run import Run
 from nopad.embedding.settings import Settings
 from nopad.environment import check_device
+from nopad.extras import install
 from nopad.pipeline.stats import Stats
 from nopad.pipeline.worker import num_cores
 
@@ -162,7 +163,7 @@ def _engine(config: ActorConfig, min_: int, max_: int, stop: threading.Event) ->
         import ray
         from ray.exceptions import RayError
     except ImportError as error:
-        raise ImportError(f"ray: this needs Ray ({error}): pip install 'nopad[ray]'") from error
+        raise ImportError(f"ray: this needs Ray ({error}): {install('ray')}") from error
     from nopad.embedding.actors.on_ray import RayEngine
     from nopad.embedding.actors.ray_head import connected
 

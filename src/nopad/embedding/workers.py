@@ -13,6 +13,7 @@ from nopad.embedding.job import make_reader
 from nopad.embedding.settings import Settings
 from nopad.encoder import PackedEncoder
 from nopad.environment import device_name, dtype_name
+from nopad.extras import install
 from nopad.inference.compile import compiles_by_default
 from nopad.inference.defaults import default_dtype
 from nopad.loading import load, processor
@@ -139,5 +140,5 @@ def describe_execution(worker: Worker) -> str:
         return f"{line}; compiled, a pack takes {_COMPILED_OVER_EAGER} times as long on an H200"
     is_hopper = torch.cuda.get_device_capability(encoder.device)[0] == 9
     if how == "fused by torch" and is_hopper and encoder.dtype != torch.float32:
-        return f"{line}; with quack, a pack takes {_QUACK_OVER_TORCH} times as long: pip install 'nopad[hopper]'"
+        return f"{line}; with quack, a pack takes {_QUACK_OVER_TORCH} times as long: {install('hopper')}"
     return line

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from nopad.extras import install
 from nopad.kernels.availability import has_triton
 from nopad.pipeline import nvjpeg
 from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
@@ -39,7 +40,7 @@ def why_unavailable(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"the encoder is on {device}"
     if simplejpeg is None or not nvjpeg.is_installed():
-        return "nvJPEG or simplejpeg is missing: pip install 'nopad[embed,gpu-decode]'"
+        return f"nvJPEG or simplejpeg is missing: {install('embed', 'gpu-decode')}"
     if not has_triton(device):
         return "Triton does not work here"
     file = io.BytesIO()

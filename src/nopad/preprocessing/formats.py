@@ -7,6 +7,8 @@ from functools import cache
 
 from PIL import Image, UnidentifiedImageError
 
+from nopad.extras import install
+
 FORMATS = frozenset(
     "AVIF BMP CUR DDS DIB GIF HEIF ICNS ICO JPEG JPEG2000 JXL MPO PCX PNG PPM PSD QOI SGI TGA TIFF WEBP XBM".split()  # noqa: SIM905
 )
@@ -30,7 +32,7 @@ def open_picture(data: bytes) -> Image.Image:
         try:
             from pillow_heif import HeifImageFile
         except ImportError as error:
-            raise UnidentifiedImageError("HEIC needs pillow-heif: pip install 'nopad[heic]'") from error
+            raise UnidentifiedImageError(f"HEIC needs pillow-heif: {install('heic')}") from error
         return HeifImageFile(file)
     try:
         return Image.open(file, formats=readable_formats())
@@ -40,7 +42,7 @@ def open_picture(data: bytes) -> Image.Image:
 
 def _why_unidentified(data: bytes) -> str:
     if _format_of_brands(data) == "AVIF":
-        needs = "AVIF needs Pillow 11.3 or newer: pip install 'nopad[heic]'"
+        needs = f"AVIF needs Pillow 11.3 or newer: {install('heic')}"
         return "truncated or damaged; get the file again" if "AVIF" in readable_formats() else needs
     if data.startswith(_JPEG_XL_MAGIC):
         return "JPEG XL is not read; convert it to PNG or JPEG"

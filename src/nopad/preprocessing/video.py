@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nopad.counts import counted
+from nopad.extras import install
 from nopad.preprocessing.decode import ImageError
 from nopad.preprocessing.last_frame import LastPackets
 from nopad.preprocessing.limits import MAX_PIXELS
@@ -70,7 +71,7 @@ def read_frames(
     try:
         import av.error
     except ImportError as error:
-        raise ImageError(name, "reading a video needs PyAV: pip install 'nopad[video]'") from error
+        raise ImageError(name, f"reading a video needs PyAV: {install('video')}") from error
     try:
         pictures = _pictures(source, num_frames, span, max_pixels)
     except UnusableVideoError as error:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nopad.extras import install
 from nopad.search.exact import blocks, unit
 
 
@@ -23,7 +24,7 @@ def import_faiss() -> Any:
         ImportError: it is not installed.
     """
     if not has_faiss():
-        raise ImportError("this needs faiss-cpu: pip install 'nopad[search]'", name="faiss")
+        raise ImportError(f"this needs faiss-cpu: {install('search')}", name="faiss")
     import faiss
 
     return faiss

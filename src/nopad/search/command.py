@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nopad import html
 from nopad.command_options import FAILURE, SUCCESS, add_prefix_option, check_prefix, check_report
 from nopad.counts import counted
+from nopad.extras import install
 from nopad.local_paths import check_local
 from nopad.preprocessing.formats import image_suffixes
 from nopad.terminal import columns, configure_transformers, json_text, print_progress, print_summary, printable
@@ -70,7 +71,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 def _open(options: argparse.Namespace) -> Features:
     for package in ("pyarrow",):
         if importlib.util.find_spec(package) is None:
-            raise ImportError(f"this needs {package}: pip install 'nopad[embed]'")
+            raise ImportError(f"this needs {package}: {install('embed')}")
     check_local("FOLDER", options.folder)
     check_report(getattr(options, "html", None))
     from nopad.search.reading import read_features

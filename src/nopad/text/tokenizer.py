@@ -10,6 +10,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from nopad.extras import install
+
 _SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
 _HUB = ("revision", "subfolder", "cache_dir", "local_files_only", "force_download", "proxies")
 
@@ -31,7 +33,7 @@ def load_tokenizer(name: str, opened: Mapping[str, Any]) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except ImportError as error:
-        raise ImportError(f"the tokenizer of {name!r} needs a package: pip install 'nopad[text]' ({error})") from error
+        raise ImportError(f"the tokenizer of {name!r} needs a package: {install('text')} ({error})") from error
     except (
         OSError,
         ValueError,

@@ -13,6 +13,7 @@ import torch
 
 from nopad.counts import check_count, counted
 from nopad.encoder import PackedEncoder
+from nopad.extras import install
 from nopad.search.clusters import has_faiss
 from nopad.search.features import Features, Group
 from nopad.search.query import Match
@@ -146,7 +147,7 @@ def _clusters(
 ) -> list[Group] | None:
     if number is None:
         if not has_faiss():
-            left_out.append("clusters, which need faiss-cpu: pip install 'nopad[search]'")
+            left_out.append(f"clusters, which need faiss-cpu: {install('search')}")
             return None
         number = min(30, round((len(features) / 2) ** 0.5))
         if number < 2:

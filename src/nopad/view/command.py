@@ -11,6 +11,7 @@ from typing import Any
 from nopad import html
 from nopad.command_options import SUCCESS, add_device_options, add_prefix_option, check_prefix, resolve_device
 from nopad.counts import counted
+from nopad.extras import install
 from nopad.local_paths import check_local
 from nopad.preprocessing.size import parse_size
 from nopad.terminal import configure_transformers, json_text, print_progress, print_summary, printable
@@ -145,7 +146,7 @@ def _run_table(options: argparse.Namespace) -> int:
     if Path(options.out).suffix != ".html":
         raise ValueError(f"--out: expected a file .html, got {options.out!r}")
     if importlib.util.find_spec("pyarrow") is None:
-        raise ImportError("this needs pyarrow: pip install 'nopad[embed]'")
+        raise ImportError(f"this needs pyarrow: {install('embed')}")
     for folder in options.sources:
         check_local("SOURCE", folder)
     from nopad.search.query import load_encoder

@@ -24,7 +24,7 @@ HAS_QUACK = (
     and torch.cuda.is_available()
     and torch.cuda.get_device_capability()[0] == 9  # the condition is evaluated without a GPU, too
 )
-NEEDS_QUACK = pytest.mark.skipif(not HAS_QUACK, reason="needs quack on a Hopper GPU: pip install 'nopad[hopper]'")
+NEEDS_QUACK = pytest.mark.skipif(not HAS_QUACK, reason="needs quack on a Hopper GPU: pip install '.[hopper]'")
 
 
 def backend_named(name):

@@ -218,13 +218,16 @@ def test_quack_takes_layers_with_a_final_layer_norm_alone(tmp_path, monkeypatch)
         assert (reason is None) == use_head
 
 
+NO_QUACK = "quack is not installed: pip install '.[hopper]' in a clone of nopad"
+
+
 @pytest.mark.parametrize(
     ("capability", "triton", "quack", "precision", "backends", "reason"),
     [
         ((9, 0), True, True, None, ["_quack_gemm", "_torch_gemm"], None),
         ((9, 0), True, True, "fp8", ["_quack_gemm"], None),
-        ((9, 0), True, False, None, ["_torch_gemm"], "quack is not installed: pip install 'nopad[hopper]'"),
-        ((9, 0), True, False, "fp8", [], "quack is not installed: pip install 'nopad[hopper]'"),
+        ((9, 0), True, False, None, ["_torch_gemm"], NO_QUACK),
+        ((9, 0), True, False, "fp8", [], NO_QUACK),
         ((9, 0), False, True, None, [], "Triton is not installed or does not work"),
         (
             (8, 0),

@@ -1,7 +1,7 @@
 """Layers as four GEMMs and one attention call.
 
 `nopad.inference.fusion.folding` folds a block into four weights. The GEMM backend decides how much is fused into
-epilogues: `QuackGemm` (Hopper, `pip install 'nopad[hopper]'`) fuses everything else, `TorchGemm` (any GPU with Triton)
+epilogues: `QuackGemm` (Hopper, `pip install '.[hopper]'`) fuses everything else, `TorchGemm` (any GPU with Triton)
 needs a kernel for each norm and activation, and on Hopper none for SwiGLU. Both are tested against `ReferenceGemm`.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nopad.extras import install
 from nopad.inference.float8.modules import Float8Linear
 from nopad.inference.fusion.folding import FoldedBlock, can_fold
 from nopad.inference.fusion.gemm import GemmBackend, InterleavedRope, subtract_mean
@@ -56,7 +57,7 @@ def gemm_backends_for(
     elif keeps_mean(encoder):
         reason = "quack's epilogues drop the mean of each row, which only a LayerNorm after the layers would ignore"
     elif util.find_spec("quack") is None:
-        reason = "quack is not installed: pip install 'nopad[hopper]'"
+        reason = f"quack is not installed: {install('hopper')}"
     else:
         backends.append(_quack_gemm)
     if triton_works() and not isinstance(encoder.layers[0].mlp.down, Float8Linear):
