@@ -18,6 +18,9 @@ SUCCESS, FAILURE, WRONG_USE, UNFINISHED, INTERRUPTED = 0, 1, 2, 75, 130
 """Exit statuses: done or passed; not passed, or nothing embedded; wrong use or an error; unfinished, since something
 could not be reached, and worth another try (EX_TEMPFAIL of sysexits.h); stopped by a signal."""
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""Choices of `--dtype`."""
+
 
 def add_checkpoint_options(parser: argparse.ArgumentParser, *, without: str | None = None) -> None:
     """Add the checkpoint and how it is loaded; `without` says what the command does where none is given."""

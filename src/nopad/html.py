@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -77,6 +78,15 @@ def _write(html: str, path: Path) -> None:
         return
     with atomic_write(path) as file:
         file.write(html.encode("utf-8", "backslashreplace"))  # paths that are not UTF-8 come with surrogates
+
+
+def jpeg(image: Any, side: int, quality: int) -> bytes:
+    """A Pillow image of at most `side` pixels a side, encoded; the image itself is not changed."""
+    image = image.copy()
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
 
 
 def section(heading: str, *parts: str) -> str:

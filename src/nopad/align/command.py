@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nopad.align.report import AlignReport
 from nopad.command_options import (
+    DTYPES,
     FAILURE,
     SUCCESS,
     add_checkpoint_options,
@@ -23,7 +24,6 @@ from nopad.terminal import columns, configure_transformers, print_progress, prin
 if TYPE_CHECKING:
     from nopad.align.batch_invariance import BatchInvarianceReport
 
-DTYPES = ("float32", "bfloat16", "float16")
 LAYERS_SHOWN = 12
 THRESHOLD = 0.99
 

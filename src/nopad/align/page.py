@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from nopad.align.report import DISTANCE_LIMIT, POOLED_LIMIT, RELATIVE_LIMIT, AlignReport
 from nopad.counts import counted
 from nopad.html import (
     element,
     gallery,
+    jpeg,
     line_chart,
     near_one,
     page,
@@ -107,8 +106,12 @@ def _worst(report: AlignReport) -> list[str]:
     place = divmod(int(worst.difference.argmax()), worst.difference.shape[1])
     shown = worst.difference.clamp(1e-12, 1e12).log10()
     pictures = [
-        (_jpeg(picture), "as the models saw it", [f"{picture.width} × {picture.height} pixels"]),
-        (_jpeg(overlay(picture, shown, opacity=0.8)), "difference of each token", ["bright is more, log scale"]),
+        (jpeg(picture, SIDE, 85), "as the models saw it", [f"{picture.width} × {picture.height} pixels"]),
+        (
+            jpeg(overlay(picture, shown, opacity=0.8), SIDE, 85),
+            "difference of each token",
+            ["bright is more, log scale"],
+        ),
     ]
     lead = (
         f"{worst.case}: the token in row {place[0] + 1}, column {place[1] + 1} differs most, by {scientific(largest)} "
@@ -116,13 +119,6 @@ def _worst(report: AlignReport) -> list[str]:
     )
     lead += f"; the limit is {RELATIVE_LIMIT:.0e}." if report.dtype == "float32" and report.precision is None else "."
     return [section("Where a token differs most", element("p", lead), gallery(pictures, whole=True))]
-
-
-def _jpeg(picture: Any) -> bytes:
-    picture.thumbnail((SIDE, SIDE))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
 
 
 def _drift(report: AlignReport) -> str:

@@ -10,6 +10,7 @@ from nopad.bench.defaults import ON_CPU, ON_GPU
 from nopad.bench.report import MIN_COSINE, BenchReport, Row
 from nopad.bench.suite_report import SuiteReport, SuiteWorkload, format_of
 from nopad.command_options import (
+    DTYPES,
     SUCCESS,
     add_checkpoint_options,
     add_device_options,
@@ -21,7 +22,6 @@ from nopad.command_options import (
 from nopad.counts import counted
 from nopad.terminal import columns, configure_transformers, print_progress, printable
 
-DTYPES = ("bfloat16", "float16", "float32")
 SUITE_HEADER = ("", "runs", "ms", "min … max", "images/s", "×", "× float32", "cosine", "")
 HEADER = ("", "capacity", "ms", "min … max", "images/s", "tokens/s", "TFLOP/s", "of peak", "GiB", "cosine", "")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from nopad.checkpoints.formats import Checkpoint
 from nopad.counts import is_count
+from nopad.preprocessing.config import values_and_filter
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -37,7 +38,6 @@ timm_drop_path
 """
 _TEXT_UNUSED = "output_tokens pad_id hf_tokenizer_name hf_model_pretrained hf_proj_type hf_pooler_type"
 _COUNTS = ("layers", "width", "head_width", "heads", "vocab_size", "context_length")
-_RESAMPLE = {"bilinear": 2, "bicubic": 3}
 
 
 def is_open_clip(names: Iterable[str]) -> bool:
@@ -130,11 +130,7 @@ def preprocessor_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     fields = config.get("preprocess_cfg")
     if not isinstance(fields, dict):
         return None
-    names = {"mean": "image_mean", "std": "image_std", "interpolation": "resample"}
-    preprocessor = {names[name]: fields[name] for name in names if fields.get(name) is not None}
-    interpolation = preprocessor.setdefault("resample", "bicubic")
-    if isinstance(interpolation, str):
-        preprocessor["resample"] = _RESAMPLE.get(interpolation, interpolation)
+    preprocessor = values_and_filter(fields)
     size, mode = fields.get("size"), fields.get("resize_mode") or "shortest"
     if size is None:
         model = config.get("model_cfg")

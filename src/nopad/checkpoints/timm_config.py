@@ -9,6 +9,7 @@ from typing import Any
 
 from nopad.checkpoints.formats import Checkpoint
 from nopad.counts import is_count
+from nopad.preprocessing.config import values_and_filter
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -29,7 +30,6 @@ PLAIN_VIT = {
 CLASSIFIER = (r"^head\.(weight|bias)$", r"^fc_norm\.")
 """Tensors of a classifier, which is no part of an encoder."""
 _USUAL_CROP_PCT = 0.875  # timm's DEFAULT_CROP_PCT
-_RESAMPLE = {"bilinear": 2, "bicubic": 3}
 # Arguments that tensor shapes give as well, that concern training or classes alone, or images of other sizes.
 _NOT_NEEDED = """
 img_size patch_size in_chans embed_dim depth mlp_ratio num_classes global_pool qkv_bias proj_bias init_values
@@ -98,11 +98,7 @@ def preprocessor_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     fields = config.get("pretrained_cfg", config)
     if not is_timm(config) or not isinstance(fields, dict):
         return None
-    names = {"mean": "image_mean", "std": "image_std", "interpolation": "resample"}
-    preprocessor = {names[name]: fields[name] for name in names if fields.get(name) is not None}
-    interpolation = preprocessor.setdefault("resample", "bicubic")
-    if isinstance(interpolation, str):
-        preprocessor["resample"] = _RESAMPLE.get(interpolation, interpolation)
+    preprocessor = values_and_filter(fields)
     size = fields.get("input_size")
     if str(config.get("architecture")).startswith("naflexvit"):
         return {"image_processor_type": "Siglip2ImageProcessor", **preprocessor}

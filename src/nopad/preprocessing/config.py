@@ -194,3 +194,19 @@ def _side(size: Any, key: str) -> int:
 def _three(values: Any) -> tuple[Any, ...]:
     """One number for all colours, or one for each, which `Preprocessing` checks."""
     return tuple(values) if isinstance(values, list | tuple) else (values,) * 3
+
+
+def values_and_filter(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`mean`, `std` and `interpolation` of timm's and OpenCLIP's configs, as a preprocessor config has them.
+
+    Bicubic unless given; a filter that has no number there is returned as it is, and refused when the rule is read.
+    """
+    names = {"mean": "image_mean", "std": "image_std"}
+    interpolation = fields.get("interpolation")
+    numbers: dict[Any, int] = {name: number for number, name in _RESAMPLE.items()}
+    if interpolation is None:
+        interpolation = "bicubic"
+    if isinstance(interpolation, str):
+        interpolation = numbers.get(interpolation, interpolation)
+    values = {names[name]: fields[name] for name in names if fields.get(name) is not None}
+    return {**values, "resample": interpolation}

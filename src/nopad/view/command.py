@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from nopad import html
-from nopad.command_options import SUCCESS, add_device_options, add_prefix_option, check_prefix, resolve_device
+from nopad.command_options import DTYPES, SUCCESS, add_device_options, add_prefix_option, check_prefix, resolve_device
 from nopad.counts import counted
 from nopad.extras import install
 from nopad.local_paths import check_local
 from nopad.preprocessing.size import parse_size
 from nopad.terminal import configure_transformers, json_text, print_progress, print_summary, printable
 
-DTYPES = ("float32", "bfloat16", "float16")
 MAX_PATCHES = 1024
 _OF_PICTURES = ("kind", "layers", "size", "max_patches", "revision", "device", "attention", "dtype")
 _OF_TABLES = ("query", "k", "clusters", "threshold", "map", "thumbnails")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -112,7 +111,7 @@ def _section(number: int, picture: ViewedImage) -> str:
 def _picture(picture: ViewedImage) -> dict[str, Any]:
     directions = _num_directions(picture)
     data = {
-        "source": f"data:image/jpeg;base64,{_text(_jpeg(picture.image))}",
+        "source": f"data:image/jpeg;base64,{_text(html.jpeg(picture.image, SIDE, 80))}",
         "models": [_model(model, picture.image, directions) for model in picture.models],
     }
     assert len(json.dumps(data)) <= MAX_BYTES
@@ -126,7 +125,7 @@ def _num_directions(picture: ViewedImage) -> int:
         ValueError: for too few.
     """
     patches = sum(layer.norms.numel() for model in picture.models for layer in model.layers)
-    room = (MAX_BYTES - 50_000 - len(_jpeg(picture.image)) * 4 // 3) * 3 // 4
+    room = (MAX_BYTES - 50_000 - len(html.jpeg(picture.image, SIDE, 80)) * 4 // 3) * 3 // 4
     directions = min(MAX_DIRECTIONS, room // patches - 5)
     if directions < MIN_DIRECTIONS:
         raise ValueError(
@@ -134,14 +133,6 @@ def _num_directions(picture: ViewedImage) -> int:
             f"fewer layers, or less with max_patches"
         )
     return min(directions, picture.models[0].layers[0].tokens.shape[-1])
-
-
-def _jpeg(image: Image.Image) -> bytes:
-    image = image.copy()
-    image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    return buffer.getvalue()
 
 
 def _model(model: ModelMaps, image: Image.Image, directions: int) -> dict[str, Any]:
