@@ -105,13 +105,10 @@ def _worst(report: AlignReport) -> list[str]:
     largest = float(worst.difference.max())
     place = divmod(int(worst.difference.argmax()), worst.difference.shape[1])
     shown = worst.difference.clamp(1e-12, 1e12).log10()
+    heat = overlay(picture, shown, opacity=0.8)
     pictures = [
         (jpeg(picture, SIDE, 85), "as the models saw it", [f"{picture.width} × {picture.height} pixels"]),
-        (
-            jpeg(overlay(picture, shown, opacity=0.8), SIDE, 85),
-            "difference of each token",
-            ["bright is more, log scale"],
-        ),
+        (jpeg(heat, SIDE, 85), "difference of each token", ["bright is more, log scale"]),
     ]
     lead = (
         f"{worst.case}: the token in row {place[0] + 1}, column {place[1] + 1} differs most, by {scientific(largest)} "

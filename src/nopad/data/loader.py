@@ -20,6 +20,7 @@ from nopad.data.ranks import check_agreement, rank_and_world_size
 from nopad.data.samples import Sample, collate_targets
 from nopad.data.sizes import measure_sizes, read_sizes, size_of
 from nopad.data.worker import PackMaker
+from nopad.inference.defaults import default_max_segments
 from nopad.packing import Pack
 from nopad.pipeline.pack_processor import PackProcessor
 from nopad.preprocessing.decode import ImageError
@@ -109,7 +110,7 @@ class PackLoader:
         self.processor, self.image, self.seed = processor, image, seed
         self.planner = Planner(
             capacity=capacity,
-            max_segments=max(1, capacity // 64) if max_segments is None else max_segments,
+            max_segments=default_max_segments(capacity) if max_segments is None else max_segments,
             world_size=world_size,
             window=(STREAM_WINDOW if self.is_iterable else WINDOW) if window is None else window,
             shuffle=shuffle,

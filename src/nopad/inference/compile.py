@@ -13,7 +13,7 @@ import torch
 
 from nopad.counts import check_count
 from nopad.inference.cuda_graphs import CUDAGraphLayers
-from nopad.inference.defaults import default_capacity
+from nopad.inference.defaults import default_capacity, default_max_segments
 from nopad.inference.dispatch import is_dispatched
 from nopad.inference.fusion import blocked
 from nopad.inference.fusion import layers as fused
@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 
 MAX_GRAPH_CAPACITY = 49152
 """Largest capacity that is recorded as CUDA graphs; larger packs are not launch-bound (docs/tuning.md)."""
-MEAN_SEGMENT, MEAN_SEGMENT_ON_CPU = 64, 16
-"""Tokens per segment of a full pack of the default `max_segments`. On a CPU only pooling depends on their number."""
 MIN_INPUTS_ON_CPU = 32
 """A job of fewer inputs does not compile on a CPU: laying out the weights would take longer than it saves."""
 UNAVAILABLE_ERRORS = (
@@ -81,7 +79,7 @@ def compile_encoder(
         capacity = default_capacity(encoder.device)
     check_count("capacity", capacity, encoder.num_prefix_tokens + 1)
     if max_segments is None:
-        max_segments = max(1, capacity // (MEAN_SEGMENT_ON_CPU if encoder.device.type == "cpu" else MEAN_SEGMENT))
+        max_segments = default_max_segments(capacity, encoder.device)
     check_count("max_segments", max_segments)
     encoder._runner = _static_runner(encoder, capacity, max_segments, compiled)
 

@@ -8,6 +8,8 @@ CAPACITY, CAPACITY_ON_CPU = 16384, 2048
 """Tokens of a pack. What a layer makes of 2048 stays in a CPU's cache and off its allocator's slow path: from 32 MiB on
 glibc maps fresh pages for every tensor. On a GPU of NVIDIA's: see `default_capacity`."""
 MIN_CAPACITY_ON_GPU = 8192
+MEAN_SEGMENT, MEAN_SEGMENT_ON_CPU = 64, 16
+"""Tokens per segment of a full pack of the default `max_segments`."""
 ROWS_PER_PROCESSOR = 128
 """Rows of a GEMM that one multiprocessor computes at a time."""
 
@@ -22,6 +24,12 @@ def default_capacity(device: torch.device) -> int:
         return CAPACITY_ON_CPU if device.type == "cpu" else CAPACITY
     wave = ROWS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
     return wave * -(-MIN_CAPACITY_ON_GPU // wave)
+
+
+def default_max_segments(capacity: int, device: torch.device | None = None) -> int:
+    """Segments of a pack of so many tokens; more on a CPU in inference, where only pooling depends on their number."""
+    on_cpu = device is not None and device.type == "cpu"
+    return max(1, capacity // (MEAN_SEGMENT_ON_CPU if on_cpu else MEAN_SEGMENT))
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

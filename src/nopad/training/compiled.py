@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nopad.inference.defaults import default_capacity
+from nopad.inference.defaults import default_capacity, default_max_segments
 from nopad.inference.dispatch import is_dispatched
 from nopad.inference.layer_stack import RECOMPILE_LIMIT
 from nopad.inference.padding import pad_segments
@@ -48,7 +48,7 @@ def compile_for_training(
             or an attention backend without a backward.
     """
     capacity = default_capacity(encoder.device) if capacity is None else capacity
-    max_segments = max(1, capacity // 64) if max_segments is None else max_segments
+    max_segments = default_max_segments(capacity) if max_segments is None else max_segments
     if capacity <= encoder.num_prefix_tokens or max_segments < 1:
         min_capacity = encoder.num_prefix_tokens + 1
         raise ValueError(f"expected capacity ≥ {min_capacity} and max_segments ≥ 1, got {capacity} and {max_segments}")
