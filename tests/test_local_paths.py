@@ -91,7 +91,7 @@ def test_command_refuses_an_address_first_of_all(capsys, arguments, message):
 def test_without_obstore_the_extra_is_named(capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "obstore" else find_spec(name))
     assert main(["embed", "s3://b/photos", "--out", "o", "--model", "anything"]) == 2
-    expected = "nopad embed: SOURCE: reading s3:// needs obstore: pip install 'nopad[cloud]'\n"
+    expected = "nopad embed: SOURCE: reading s3:// needs obstore: pip install '.[cloud]' in a clone of nopad\n"
     assert capsys.readouterr().err == expected
 
 

@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
+from nopad.extras import install
+
 CLOUDS = ("s3", "gs", "az", "abfs", "abfss")
 WEB = ("https", "http")
 HUB = "hf"
@@ -58,7 +60,7 @@ def check_address(name: str, address: str) -> None:
     if not address[match.end() :].strip("/"):
         raise ValueError(f"{name}: expected a bucket or a host behind {scheme}://, got {address!r}")
     if scheme != HUB and importlib.util.find_spec("obstore") is None:
-        raise ImportError(f"{name}: reading {scheme}:// needs obstore: pip install 'nopad[cloud]'")
+        raise ImportError(f"{name}: reading {scheme}:// needs obstore: {install('cloud')}")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
+from nopad.extras import install
 from nopad.storage.addresses import CLOUDS, HUB, WEB, Address
 from nopad.storage.store import Store, Stored
 
@@ -62,7 +63,7 @@ class ObjectStore:
             from_url = import_module("obstore.store").from_url
             errors = import_module("obstore.exceptions").BaseError, ValueError  # OSErrors are obstore's own, too
         except ImportError as error:
-            raise ImportError(f"{base}: reading it needs obstore ({error}): pip install 'nopad[cloud]'") from error
+            raise ImportError(f"{base}: reading it needs obstore ({error}): {install('cloud')}") from error
         self._errors: tuple[type[Exception], ...] = errors
         self._base = base
         self._is_web = base.startswith(tuple(f"{scheme}://" for scheme in WEB))
