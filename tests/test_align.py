@@ -163,7 +163,8 @@ def test_fault_of_the_compiled_path_alone_is_found(native, monkeypatch):
         def __call__(self, *arguments):
             return super().__call__(*arguments) + 0.1
 
-    monkeypatch.setattr(compile, "_candidates", lambda encoder: iter([lambda: Faulty(encoder.layers)]))
+    candidates = lambda encoder: iter([(lambda: Faulty(encoder.layers), ())])  # noqa: E731
+    monkeypatch.setattr(compile, "_candidates", candidates)
     report = align(native, compile=True)
     assert not any(case.passed for case in report.cases)
     # Per-layer numbers are of the uncompiled layers.

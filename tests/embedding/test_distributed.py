@@ -101,7 +101,7 @@ def test_a_stop_does_not_wait_for_actors_that_cannot_start(ray, model, tmp_path,
 def test_without_ray(monkeypatch, model, tmp_path):
     photos = write_photos(tmp_path / "photos", 1)
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"pip install 'nopad\[ray\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[ray\]'"):
         embed(photos, tmp_path / "out", model=model, actors=2, ray="auto")
 
 

@@ -394,7 +394,7 @@ def test_the_number_is_checked():
 def test_without_pyav_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "av", None)
     monkeypatch.setitem(sys.modules, "av.error", None)
-    with pytest.raises(ImageError, match=r"pip install 'nopad\[video\]'"):
+    with pytest.raises(ImageError, match=r"pip install '\.\[video\]'"):
         read_frames(b"", 1)
 
 

@@ -53,7 +53,7 @@ def test_heic_is_read_upright():
 @pytest.mark.parametrize("brands", [b"heic\0\0\0\0mif1", b"mif1\0\0\0\0heic", b"msf1\0\0\0\0hevc"])
 def test_heic_without_pillow_heif_says_what_to_install(monkeypatch, brands):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    with pytest.raises(ImageError, match=r"HEIC needs pillow-heif: pip install 'nopad\[heic\]'"):
+    with pytest.raises(ImageError, match=r"HEIC needs pillow-heif: pip install '\.\[heic\]'"):
         load_image(b"\0\0\0\x14ftyp" + brands + bytes(99))
 
 
@@ -61,7 +61,7 @@ def test_heic_without_pillow_heif_says_what_to_install(monkeypatch, brands):
 def test_avif_says_what_is_wrong(monkeypatch, is_read):
     monkeypatch.setattr(formats, "readable_formats", lambda: ("PNG", "AVIF")[: 1 + is_read])
     monkeypatch.setitem(Image.OPEN, "AVIF", (None, lambda _: False))
-    reason = "truncated or damaged" if is_read else r"AVIF needs Pillow 11.3 or newer: pip install 'nopad\[heic\]'"
+    reason = "truncated or damaged" if is_read else r"AVIF needs Pillow 11.3 or newer: pip install '\.\[heic\]'"
     with pytest.raises(ImageError, match=reason):
         load_image(b"\0\0\0\x1cftypmif1\0\0\0\0mif1avif" + bytes(99))
 
