@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         gpu, cpu = ON_GPU.describe(name), ON_CPU.describe(name)
         return f"(default: {gpu} on a GPU, {cpu} on a CPU)"
 
-    without = "without one, on a CPU, a large and a small model with random weights, in less than three minutes"
+    without = "without one, on a CPU, a large and a small model with random weights, in a few minutes"
     add_checkpoint_options(parser, without=without)
     add_device_options(parser)
     parser.add_argument("--dtype", choices=DTYPES, help=f"of all candidates {default('dtype')}")

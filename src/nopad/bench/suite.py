@@ -71,7 +71,7 @@ def bench_suite(
 ) -> SuiteReport:
     """Time the packed encoder and transformers' model on a CPU, workload by workload, and how long loading takes.
 
-    On two cores it takes less than three minutes.
+    On two cores it takes a few minutes.
 
     Args:
         runs: timed runs of each candidate, as many as fit into 20 seconds a workload unless given.
