@@ -55,6 +55,9 @@ def test_norms_are_lengths():
     [
         (lambda: maps.pca([]), r"tokens: expected tensors \(…, D\) of one width, got \[\]"),
         (lambda: maps.pca([torch.zeros(0, 4)]), r"tokens: expected tensors .*, got \[\(0, 4\)\]"),
+        (lambda: maps.pca(None), "tokens: expected a tensor .* of each image, in a list, got None"),
+        (lambda: maps.norms([[1.0]]), r"tokens: expected a tensor .* of each image, in a list, got \[\[1.0\]\]"),
+        (lambda: maps.overlay("a.jpg", torch.zeros(2, 2)), "picture: expected a PIL image, got str"),
         (lambda: maps.norms([torch.zeros(2, 4), torch.zeros(2, 5)]), r"of one width, got \[\(2, 4\), \(2, 5\)\]"),
         (lambda: maps.pca(TOKENS, components=7), "components: expected 1 to 6, the values of a token, got 7"),
         (lambda: maps.similarity(TOKENS, torch.zeros(5)), r"query: expected \(6,\) values like a token, got \(5,\)"),

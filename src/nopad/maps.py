@@ -131,6 +131,8 @@ def overlay(picture: Image.Image, values: Any, box: Box | None = None, opacity: 
     Raises:
         ValueError: another shape, or a box without area.
     """
+    if not isinstance(picture, Image.Image):
+        raise ValueError(f"picture: expected a PIL image, got {type(picture).__name__}")
     array = np.asarray(values.detach().float().cpu() if isinstance(values, Tensor) else values)
     if array.ndim == 2:
         array = colours(array)
@@ -151,6 +153,8 @@ def overlay(picture: Image.Image, values: Any, box: Box | None = None, opacity: 
 
 def _rows(tokens: Sequence[Tensor]) -> Tensor:
     """All tokens as `(T, D)` float64 on the CPU."""
+    if not isinstance(tokens, Sequence | Tensor) or not all(isinstance(part, Tensor) for part in tokens):
+        raise ValueError(f"tokens: expected a tensor (…, D) of each image, in a list, got {tokens!r:.80}")
     widths = sorted({part.shape[-1] for part in tokens if part.ndim})
     if len(widths) != 1 or not sum(part.numel() for part in tokens):
         raise ValueError(f"tokens: expected tensors (…, D) of one width, got {[tuple(part.shape) for part in tokens]}")
