@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test reaches for the network
+os.environ["OMP_NUM_THREADS"] = "1"  # as below, in the processes that tests start: with more a CPU's bits are others
 # torch's cache of compiled code does not tell instruction sets apart: what was compiled for another corrupts memory.
 _CAPABILITY = os.environ.get("ATEN_CPU_CAPABILITY", "default")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/nopad-tests-{os.getuid()}-{_CAPABILITY}")

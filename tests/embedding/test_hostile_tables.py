@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -94,8 +95,12 @@ def test_a_process_that_is_killed_costs_no_row(tmp_path: Path):
 
 def _processes() -> list[psutil.Process]:
     """What the servers of this process have forked and still runs."""
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if child.parent() != psutil.Process() and child.status() != "zombie"]
+    running = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            if child.parent() != psutil.Process() and child.status() != "zombie":
+                running.append(child)
+    return running
 
 
 @pytest.mark.parametrize("compression", ["zstd", "none"])

@@ -32,8 +32,8 @@ def run(options):
     exec("raise KeyboardInterrupt")
 
 class Parser:
-    def parse_args(self, arguments):
-        return argparse.Namespace(command="embed", run=run)
+    def parse_known_args(self, arguments):
+        return argparse.Namespace(command="embed", run=run), []
 
 cli.build_parser = Parser
 sys.exit(cli.main([]))

@@ -405,7 +405,7 @@ def test_clips_beside_an_image_change_none_of_its_bits_once_compiled(encoder, tm
     if joint:
         original = onevision_checkpoints.tiny_original()
         encoder = nopad.load(onevision_checkpoints.write(tmp_path, original.state_dict(), original.config.to_dict()))
-    encoder.compile(512, 8, compiled=False)
+    encoder.compile(640, 8, compiled=False)
     image, short, long = noise(0, 28, 28), [noise(n, 8, 8) for n in range(6)], [noise(n, 8, 8) for n in range(12)]
     (alone,), (short_alone,), (long_alone,) = (encoder.embed([each]) for each in (image, short, long))
     before = caplog.text
