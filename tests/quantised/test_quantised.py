@@ -167,6 +167,8 @@ def assert_same_tokens(family, encoder, original):
         expected = siglip2_checkpoints.run(original, image)[0]
     elif family in clip_checkpoints.CLASSES:
         expected = clip_checkpoints.run(original, image)[0]
+    elif family in vit_checkpoints.CLASSES:
+        expected = vit_checkpoints.run(original, image)[0]
     elif family == "qwen3_vl":
         expected = qwen3_vl_checkpoints.run(original, image).tokens
     else:

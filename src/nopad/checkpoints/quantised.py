@@ -127,9 +127,17 @@ def _key_mapping(table: NameTable) -> dict[str, str]:
             file, model = file[:-1], model[:-1]
         while file and model and file[0] == model[0]:
             file, model = file[1:], model[1:]
-        if file and model:
-            mapping[rf"\.{re.escape('.'.join(file))}\."] = f".{'.'.join(model)}."
+        # What stands before and behind the number of a layer is renamed on its own.
+        for number, (old, new) in enumerate(zip(_parts(file), _parts(model), strict=True)):
+            if old and new and old != new:
+                start = "^" if number == 0 and "*" in file else r"\."
+                mapping[rf"{start}{re.escape(old)}\."] = f"{'' if start == '^' else '.'}{new}."
     return mapping
+
+
+def _parts(names: list[str]) -> list[str]:
+    """Dotted names without their `*`, which is between them."""
+    return [part.strip(".") for part in ".".join(names).split("*")]
 
 
 def _check(checkpoint: Checkpoint, dialect: Dialect, needed: Mapping[str, Tensor]) -> None:
