@@ -38,7 +38,7 @@ def online(monkeypatch):
         requested = []
         session = SimpleNamespace(head=lambda url, timeout: answer(requested.append((url, timeout))))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("nopad.checkpoints.files.get_session", lambda: session)
+        monkeypatch.setattr("nopad.checkpoints.hub.get_session", lambda: session)
         return requested
 
     return answered_by
@@ -77,7 +77,7 @@ def test_hub_names_are_found_by_revision(tmp_path, monkeypatch):
         requested.append((name, filename, revision))
         return str(folder / filename) if (folder / filename).exists() else None
 
-    monkeypatch.setattr("nopad.checkpoints.files.cached_file", hub)
+    monkeypatch.setattr("nopad.checkpoints.hub.cached_file", hub)
     assert same_weights(nopad.load("someone/aimv2", revision="abc"), original)
     assert {(name, revision) for name, _, revision in requested} == {("someone/aimv2", "abc")}
     assert {filename for _, filename, _ in requested} >= {
@@ -107,7 +107,7 @@ def test_without_the_hub_its_cache_is_read(tmp_path, monkeypatch, caplog, online
 @pytest.mark.parametrize(("answer", "local"), [(lambda request: None, None), (nobody, True)])
 def test_files_are_asked_for_where_the_hub_answers(monkeypatch, caplog, online, answer, local):
     options, seen = {} if local is None else {"local_files_only": local}, []
-    monkeypatch.setattr("nopad.checkpoints.files.cached_file", lambda *names, **hub: seen.append(hub))
+    monkeypatch.setattr("nopad.checkpoints.hub.cached_file", lambda *names, **hub: seen.append(hub))
     requested = online(answer)
     with pytest.raises(OSError, match="no weights of that name"):
         nopad.AIMv2Packing.from_pretrained("someone/aimv2", **options)
@@ -124,7 +124,7 @@ def test_a_token_opens_the_checkpoint_again_and_is_neither_printed_nor_pickled(t
         tokens.add(token)
         return str(folder / filename) if (folder / filename).exists() else None
 
-    monkeypatch.setattr("nopad.checkpoints.files.cached_file", hub)
+    monkeypatch.setattr("nopad.checkpoints.hub.cached_file", hub)
     encoder = AIMv2Packing.from_pretrained("someone/gated", token="hf_secret")
     open_checkpoint("someone/gated", **encoder.opened_with)
     open_checkpoint("someone/gated", **copy.deepcopy(encoder).opened_with)

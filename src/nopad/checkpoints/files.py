@@ -10,16 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_session
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from transformers.utils.hub import cached_file
-
 from nopad.checkpoints import open_clip_config, timm_config
 from nopad.checkpoints.contents import PICKLE_SUFFIXES, SUFFIXES, check_regular, read_json, read_tensors
 from nopad.checkpoints.formats import Checkpoint
+from nopad.checkpoints.hub import advice, file_on_hub, published_names, why_offline
 from nopad.checkpoints.stored_tensor import StoredTensor
 from nopad.counts import are, counted
-from nopad.published import published_models
 from nopad.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -122,12 +118,12 @@ def _open(
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1 or path.suffix in SUFFIXES:
         raise OSError(
             f"checkpoint {name!r}: neither a file nor a folder, and no name on the Hub (owner/model)"
-            f"{did_you_mean(name, _published_names())}"
+            f"{did_you_mean(name, published_names())}"
         )
-    offline_reason = _why_offline(name, **hub)
+    offline_reason = why_offline(name, **hub)
     if offline_reason is not None:
         hub["local_files_only"] = True
-    find = partial(_on_hub, name, revision=revision, subfolder=subfolder or "", **hub)
+    find = partial(file_on_hub, name, revision=revision, subfolder=subfolder or "", **hub)
     tensors = _weights(name, None, find, offline_reason, prefix_of, **choice)
     return _with_json(Checkpoint(name, tensors, choice=choice), find)
 
@@ -189,48 +185,6 @@ def _in_folder(folder: Path, filename: str) -> Path | None:
     return path
 
 
-def _on_hub(name: str, filename: str, **hub: Any) -> Path | None:
-    try:
-        path = cached_file(name, filename, _raise_exceptions_for_missing_entries=False, **hub)
-    except OSError as error:  # of several lines
-        raise OSError(f"checkpoint {name!r}: {_hub_error(name, error, hub.get('revision'))}") from error
-    return None if path is None else Path(path)
-
-
-def _hub_error(name: str, error: OSError, revision: str | None) -> str:
-    """What the Hub has refused, for a message."""
-    cause = error.__cause__ or error
-    if isinstance(cause, GatedRepoError):  # also a RepositoryNotFoundError
-        return (
-            f"gated on the Hub, and this account may not read it: accept its terms at {constants.ENDPOINT}/{name} and "
-            f"log in with `hf auth login`, or set HF_TOKEN{_untrained_advice(name)}"
-        )
-    if isinstance(cause, RepositoryNotFoundError):
-        return (
-            f"neither a file nor a folder, and the Hub has no model of that name, or it is private, which takes "
-            f"`hf auth login` or HF_TOKEN{_advice(name)}"
-        )
-    if isinstance(cause, RevisionNotFoundError):
-        return f"revision: the Hub has no branch, tag or commit {revision!r} of it"
-    return " ".join(str(error).split())
-
-
-def _why_offline(name: str, *, local_files_only: bool = False, **hub: Any) -> str | None:
-    """The reason why only the Hub's cache is read; `None` where the Hub can be reached.
-
-    Otherwise huggingface_hub would retry every file for half a minute.
-    """
-    if local_files_only or constants.HF_HUB_OFFLINE:
-        return "as local_files_only or HF_HUB_OFFLINE requires"
-    try:
-        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except Exception as error:  # of a client that is another one in each version of huggingface_hub
-        reason = f"which cannot be reached: {str(error) or repr(error)}"
-        logger.warning("looking for %s in the Hub's cache alone, without the Hub, %s", name, reason)
-        return reason
-    return None
-
-
 def _weights(
     name: str,
     folder: Path | None,
@@ -267,23 +221,8 @@ def _weights(
     where = "on the Hub" if offline_reason is None else f"in the Hub's cache, without the Hub, {offline_reason}"
     raise OSError(
         f"checkpoint {name!r}: neither a file nor a folder, and no weights of that name {where}; expected one of "
-        f"{names}{_advice(name)}"
+        f"{names}{advice(name)}"
     )
-
-
-def _advice(name: str) -> str:
-    """Advice for a name that the Hub does not have, for the end of a message."""
-    known = _published_names()
-    return _untrained_advice(name) or did_you_mean(name, known) or "; `nopad models` lists published names"
-
-
-def _untrained_advice(name: str) -> str:
-    is_published = name in _published_names()
-    return f". 'untrained:{name}' gives its architecture with random weights" if is_published else ""
-
-
-def _published_names() -> list[str]:
-    return [model["name"] for model in published_models()]
 
 
 def _of_variant(file: str, variant: str | None) -> str:

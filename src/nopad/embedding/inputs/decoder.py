@@ -17,7 +17,7 @@ from nopad.embedding.inputs.reaching import retry
 from nopad.embedding.inputs.spans import span_of
 from nopad.embedding.inputs.spool import Spool
 from nopad.embedding.inputs.table_process import TableImages
-from nopad.embedding.inputs.table_program import Table
+from nopad.embedding.inputs.table_requests import Table
 from nopad.pipeline.memory import Remote, Unread
 from nopad.pipeline.process_server import ProcessServerError
 from nopad.pipeline.request_process import UnreachableFileError, UnreadableError

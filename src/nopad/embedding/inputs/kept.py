@@ -24,7 +24,7 @@ from nopad.embedding.inputs.media import read_range
 from nopad.embedding.inputs.reaching import UnreachableSourceError, retry
 from nopad.embedding.inputs.spans import time_of
 from nopad.embedding.inputs.table_process import TableProcess
-from nopad.embedding.inputs.table_program import Table
+from nopad.embedding.inputs.table_requests import Table
 from nopad.pipeline.channel import valid_text
 from nopad.pipeline.request_process import UnreachableFileError, UnreadableError
 from nopad.preprocessing.decode import ImageError, UnreachableError

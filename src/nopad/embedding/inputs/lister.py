@@ -22,7 +22,7 @@ from nopad.embedding.inputs.remote import below, is_object
 from nopad.embedding.inputs.spans import Spans
 from nopad.embedding.inputs.spool import Spool
 from nopad.embedding.inputs.table_process import TableProcess
-from nopad.embedding.inputs.table_program import Table
+from nopad.embedding.inputs.table_requests import Table
 from nopad.embedding.inputs.tables import NoImageColumnError, is_dataset
 from nopad.embedding.inputs.walk import Hidden, match, walk
 from nopad.embedding.table.names import METADATA_FOLDER, parse_shard_name

@@ -16,7 +16,8 @@ import pyarrow as pa
 from nopad.embedding.inputs.listing import Input
 from nopad.embedding.inputs.names import as_text
 from nopad.embedding.inputs.reaching import UnreachableSourceError, retry
-from nopad.embedding.inputs.table_program import Cells, Listing, Schema, Table, TableProgram, Values
+from nopad.embedding.inputs.table_program import TableProgram
+from nopad.embedding.inputs.table_requests import Cells, Listing, Schema, Table, Values
 from nopad.embedding.inputs.tables import MAX_ROWS, Broken, NoImageColumnError, Rows
 from nopad.pipeline.channel import checked_count, count_in, text_in, valid_text
 from nopad.pipeline.request_process import (
