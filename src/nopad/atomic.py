@@ -61,7 +61,7 @@ def _put_if_absent(temporary: Path, path: Path) -> None:
         os.link(temporary, path)
     except FileExistsError:
         pass
-    except OSError:  # a file system without links; two that come at the same time are not told apart there
+    except OSError:  # a file system without links; of two at the same time the later one wins there
         if not path.exists():
             os.replace(temporary, path)
             return

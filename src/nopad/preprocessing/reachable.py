@@ -1,4 +1,4 @@
-"""What cannot be reached now, told apart from what is damaged or gone; and reads that are tried again.
+"""Distinguishes what cannot be reached now from what is damaged or gone, and tries reads again.
 
 A disk, a mount or a server that fails says nothing about the file: the same read may succeed in a second or tomorrow.
 """

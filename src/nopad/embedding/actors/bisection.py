@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 
 NUM_CONFIRMATIONS = 2
-"""Processes that must die over a picture alone: one may have been killed by somebody."""
+"""Processes that must die over a picture alone: one may have been killed from outside."""
 
 
 def find_fatal(rows: Sequence[int]) -> Generator[Sequence[int], bool, int | None]:

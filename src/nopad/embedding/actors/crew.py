@@ -24,7 +24,7 @@ class Actor:
     Attributes:
         place: `None` until its process has started.
         is_loaded: it has its encoder.
-        is_second: it was told the choices of the first actor, which it had not made itself.
+        is_second: it was started again with the choices of the first actor.
         work: in its hands.
         progress, since: as its last beat had it, and when that changed.
     """

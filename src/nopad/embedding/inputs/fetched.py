@@ -1,4 +1,4 @@
-"""Objects as files in a process that has no network of its own: the job fetches what it asks for."""
+"""Objects as files in a process that has no network of its own: the job fetches what it requests."""
 
 from __future__ import annotations
 

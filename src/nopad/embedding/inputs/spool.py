@@ -63,7 +63,7 @@ class Spool:
         self._is_interrupted = True
 
     def close(self) -> None:
-        """Remove the copies that nobody reads."""
+        """Remove the copies that are not being read."""
         self._copies.clear()
 
     def _copied(self, address: str) -> Copy:
