@@ -1,4 +1,4 @@
-"""The examples of docs/api.md run and print what they say; the commands of all pages are ones that nopad has."""
+"""The examples of the API run and print what they say; the commands of all pages are ones that nopad has."""
 
 import contextlib
 import importlib.util
@@ -16,20 +16,24 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "api.md"
 
 
-def blocks(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+def blocks(text: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_examples_of_the_api_print_what_they_say(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "section"), [("api", ""), ("encoders", ""), ("training", "## Names")])
+def test_examples_of_a_page_print_what_they_say(page, section, tmp_path, monkeypatch):
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    if section:
+        text = re.search(rf"^{section}$.*?(?=^## )", text, flags=re.MULTILINE | re.DOTALL)[0]
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    for block in blocks(PAGE):
+    for block in blocks(text):
         expected = re.findall(r"^ *print\(.*\)  # (.*)$", block, flags=re.MULTILINE)
         assert block.count("print(") == len(expected), f"a print without its output: {block}"
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(block, str(PAGE), "exec"), names)
+            exec(compile(block, page, "exec"), names)
         assert printed.getvalue().splitlines() == expected, block
 
 
