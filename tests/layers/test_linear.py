@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import prune
 
-from nopad.layers.linear import SharedInput, is_plain_linear, joined
+from nopad.layers.linear import StackedLinears, is_plain_linear, joined
 
 
-class Layers(SharedInput):
+class Layers(StackedLinears):
     """Three linear layers of one input, registered under other names than their roles."""
 
     siblings = ("q", "k", "v")
@@ -23,7 +23,7 @@ class Layers(SharedInput):
         self.q, self.k, self.v = (nn.Linear(8, size, bias=bias) for size, bias in zip(sizes, biases, strict=True))
 
     def multiply_each(self, rows):
-        joint = self.multiply_at_once(rows)
+        joint = self.stacked_forward(rows)
         return (self.q(rows), self.k(rows), self.v(rows)) if joint is None else joint.chunk(3, dim=1)
 
     def one_by_one(self, rows):
@@ -32,8 +32,8 @@ class Layers(SharedInput):
 
 def laid_out(*biases):
     layers = Layers(*biases)
-    layers.lay_out()
-    assert layers._one_gemm is not None
+    layers.stack_weights()
+    assert layers._stacked is not None
     return layers
 
 
@@ -49,9 +49,9 @@ def test_joint_gemm_equals_single_layers(biases):
     layers, rows = Layers(*map(bool, biases)), torch.randn(5, 8)
     expected = layers.one_by_one(rows)
     state = {name: tensor.clone() for name, tensor in layers.state_dict().items()}
-    layers.lay_out()
-    assert layers._one_gemm.weight.shape == (24, 8)
-    assert (layers._one_gemm.bias is not None) == any(biases)
+    layers.stack_weights()
+    assert layers._stacked.weight.shape == (24, 8)
+    assert (layers._stacked.bias is not None) == any(biases)
     with torch.no_grad():
         assert_close(layers.multiply_each(rows), expected)
     assert state.keys() == layers.state_dict().keys()
@@ -74,9 +74,9 @@ def test_joint_gemm_reads_trained_weights():
     sum(part.square().sum() for part in layers.multiply_each(rows)).backward()
     optimizer.step()
     with torch.no_grad():
-        assert layers._one_gemm.is_current(layers)
+        assert layers._stacked.is_current(layers)
         assert_close(layers.multiply_each(rows), layers.one_by_one(rows))
-    assert not layers._one_gemm.bias[8:16].any()  # for the missing bias
+    assert not layers._stacked.bias[8:16].any()  # for the missing bias
 
 
 def hook(layers):
@@ -170,8 +170,8 @@ def test_autocast_runs_layers_one_by_one(monkeypatch):
 @pytest.mark.parametrize("layers", [Layers(True, True, True, sizes=(8, 4, 8)), Layers(True, True, True).to("meta")])
 def test_layers_of_other_sizes_or_devices_are_not_moved(layers):
     before = [linear.weight.data_ptr() for linear in (layers.q, layers.k, layers.v)]
-    layers.lay_out()
-    assert layers._one_gemm is None
+    layers.stack_weights()
+    assert layers._stacked is None
     assert [linear.weight.data_ptr() for linear in (layers.q, layers.k, layers.v)] == before
 
 
@@ -182,7 +182,7 @@ def test_other_modules_are_not_plain():
 def test_layout_made_in_inference_mode_can_be_trained():
     layers = Layers(True, True, True)
     with torch.inference_mode():
-        layers.lay_out()
+        layers.stack_weights()
     sum(part.sum() for part in layers.multiply_each(torch.randn(5, 8))).backward()
     assert layers.k.weight.grad is not None
 
@@ -191,20 +191,20 @@ def test_moved_cast_copied_and_pickled_layers_lie_side_by_side():
     layers, rows = laid_out(True, False, True), torch.randn(5, 8)
     expected = layers.one_by_one(rows)
     for twin in (copy.deepcopy(layers), pickle.loads(pickle.dumps(layers)), copy.deepcopy(layers).double().float()):
-        assert twin._one_gemm.is_current(twin)
-        assert twin._one_gemm.weight.data_ptr() != layers._one_gemm.weight.data_ptr()
+        assert twin._stacked.is_current(twin)
+        assert twin._stacked.weight.data_ptr() != layers._stacked.weight.data_ptr()
         with torch.no_grad():
             assert_close(twin.multiply_each(rows), expected)
-    assert layers._one_gemm.is_current(layers)
+    assert layers._stacked.is_current(layers)
 
 
 def test_copy_that_shares_parameters_shares_their_joint_weight():
     layers, rows = laid_out(True, False, True), torch.randn(5, 8)
     twin = copy.deepcopy(layers, {id(parameter): parameter for parameter in layers.parameters()})
     assert twin.q.weight is layers.q.weight
-    assert twin._one_gemm.weight is layers._one_gemm.weight
-    assert twin._one_gemm.is_current(twin)
-    assert layers._one_gemm.is_current(layers)
+    assert twin._stacked.weight is layers._stacked.weight
+    assert twin._stacked.is_current(twin)
+    assert layers._stacked.is_current(layers)
     with torch.no_grad():
         layers.q.weight.mul_(2)
         assert_close(twin.multiply_each(rows), layers.one_by_one(rows))
@@ -212,7 +212,7 @@ def test_copy_that_shares_parameters_shares_their_joint_weight():
 
 def test_pickle_holds_each_weight_once():
     layers, separate = laid_out(True, True, True), laid_out(True, True, True)
-    separate.__dict__.pop("_one_gemm")
+    separate.__dict__.pop("_stacked")
     assert len(pickle.dumps(layers)) < len(pickle.dumps(separate)) + 200
 
 
@@ -250,7 +250,7 @@ def test_second_lay_out_does_not_move_weights():
     layers = laid_out(True, True, True)
     before = [parameter.data_ptr() for parameter in layers.parameters()]
     layers.to("cpu")
-    layers.lay_out()
+    layers.stack_weights()
     assert [parameter.data_ptr() for parameter in layers.parameters()] == before
 
 
@@ -282,4 +282,4 @@ def test_layers_whose_parameters_were_replaced_run_one_by_one(change):
     with torch.no_grad():
         assert_close(layers.multiply_each(rows), expected)
         assert_close(layers.to(torch.float32).multiply_each(rows), expected)
-    assert layers._one_gemm is None
+    assert layers._stacked is None

@@ -28,7 +28,7 @@ from nopad.checkpoints.quantised import load_quantised, with_weight_names
 from nopad.checkpoints.strict import check_numbers, check_sizes, load_strictly, with_options
 from nopad.checkpoints.towers import open_tower
 from nopad.checkpoints.untrained import UNTRAINED
-from nopad.layers.linear import lay_out
+from nopad.layers.linear import stack_weights
 from nopad.layers.roles import registered_path
 from nopad.patches import PatchOrder
 from nopad.suggestions import did_you_mean
@@ -137,7 +137,7 @@ def from_checkpoint(
     model.preprocessor_config, model.checkpoint_config = checkpoint.preprocessor, checkpoint.config
     model.set_attention(attention or implementation)
     freeze_mask_tokens(model)  # transformers' loader makes new parameters
-    lay_out(model)
+    stack_weights(model)
     return (model, info) if output_loading_info else model
 
 

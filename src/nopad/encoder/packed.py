@@ -27,10 +27,10 @@ from nopad.inspection.attention import attention_maps
 from nopad.inspection.layers import LayerRunner, check_layers, features_and_output, layer_features
 from nopad.kernels.attention import resolve_backend
 from nopad.layers.attention import Rope
-from nopad.layers.linear import lay_out
+from nopad.layers.linear import stack_weights
 from nopad.layers.pooling import segment_mean
 from nopad.layers.position_table import example_positions
-from nopad.layers.roles import ByRole
+from nopad.layers.roles import RoleAliases
 from nopad.layout import Layout
 from nopad.outputs import PackedOutput, Trunk
 from nopad.packing import Pack
@@ -49,7 +49,7 @@ from nopad.training.finetuning import lora_targets, parameter_groups
 from nopad.training.frozen import freeze_mask_tokens
 
 
-class PackedEncoder(ByRole, Sizes, ImageRules, Stored):
+class PackedEncoder(RoleAliases, Sizes, ImageRules, Stored):
     """A vision encoder over packs: any mix of image and video sizes in one forward, nothing padded.
 
     The constructor takes a config, or a checkpoint as `from_pretrained` does. docs/adding-a-family.md lists what a
@@ -110,7 +110,7 @@ class PackedEncoder(ByRole, Sizes, ImageRules, Stored):
         self._no_split_modules = {type(module).__name__ for module in whole if module is not None}
         self.post_init()
         freeze_mask_tokens(self)
-        lay_out(self)
+        stack_weights(self)
 
     # Defined by a family.
 

@@ -28,7 +28,7 @@ from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.pooling import attention_pool
 from nopad.layers.position_table import PositionTable
 from nopad.layers.positions import is_strict, sincos_2d
-from nopad.layers.roles import ByRole
+from nopad.layers.roles import RoleAliases
 from nopad.layout import Layout
 from nopad.outputs import Trunk
 from nopad.preprocessing.rules import Preprocessing
@@ -39,7 +39,7 @@ MLP_NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 BLOCK_NAMES = {"norm1": "rms_norm1", "norm2": "rms_norm2", "mlp": "ffn"}
 
 
-class AIMv2Embeddings(ByRole):
+class AIMv2Embeddings(RoleAliases):
     """Patches to tokens: a linear map, RMSNorm, then positions, sine-cosine or learned."""
 
     names: Mapping[str, str] = {"proj": "patch_embed", "norm": "rms_norm"}
@@ -82,7 +82,7 @@ class AIMv2Embeddings(ByRole):
         return self.position_embedding(layout)
 
 
-class AIMv2Head(ByRole):
+class AIMv2Head(RoleAliases):
     """Attention pooling with one learned query that has no projection of its own."""
 
     names: Mapping[str, str] = {"k": "k_proj", "v": "v_proj", "proj": "output_proj"}

@@ -30,13 +30,13 @@ from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.position_table import PositionTable
 from nopad.layers.positions import is_strict
 from nopad.layers.prefix import PrefixLayout
-from nopad.layers.roles import ByRole
+from nopad.layers.roles import RoleAliases
 from nopad.layout import Layout
 from nopad.outputs import Trunk
 from nopad.preprocessing.transforms import Preprocessing
 
 
-class CLIPEmbeddings(ByRole):
+class CLIPEmbeddings(RoleAliases):
     """Patches to tokens with learned positions, and in front of each segment the CLS token with a position of its own.
 
     Other grids get the table resampled as `interpolate_pos_encoding` of transformers' model does.
@@ -55,11 +55,11 @@ class CLIPEmbeddings(ByRole):
             trained_grid(config), size, mode="bicubic", antialias=antialias, strict=strict, num_prefix_tokens=1
         )
 
-    def forward(self, patches: Tensor, layout: Layout, places: PrefixLayout, runner: Runner) -> Tensor:
+    def forward(self, patches: Tensor, layout: Layout, prefix_layout: PrefixLayout, runner: Runner) -> Tensor:
         """`(T, P)` to `(T + S, D)`."""
         tokens = runner.embed(self.proj, patches) + self.position_embedding(layout)
         cls_token = self.class_embedding + self.position_embedding(None)
-        return places.join(tokens, cls_token.expand(places.segments.num_segments, -1, -1))
+        return prefix_layout.join(tokens, cls_token.expand(prefix_layout.segments.num_segments, -1, -1))
 
 
 class CLIPPacking(PackedEncoder):
@@ -99,10 +99,10 @@ class CLIPPacking(PackedEncoder):
 
     def trunk(self, patches: Tensor, layout: Layout, runner: Runner) -> Trunk:
         """Patches to normed tokens."""
-        places = PrefixLayout.of(layout, self.num_prefix_tokens)
-        tokens = self.norm_pre(self.embeddings(patches, layout, places, runner))
-        tokens = self.norm(runner.run(self.layers, tokens, places.segments, None))
-        return Trunk(places.take_patches(tokens), places.take_prefix(tokens))
+        prefix_layout = PrefixLayout.of(layout, self.num_prefix_tokens)
+        tokens = self.norm_pre(self.embeddings(patches, layout, prefix_layout, runner))
+        tokens = self.norm(runner.run(self.layers, tokens, prefix_layout.segments, None))
+        return Trunk(prefix_layout.take_patches(tokens), prefix_layout.take_prefix(tokens))
 
     @staticmethod
     def count_prefix_tokens(config: CLIPConfigs) -> int:

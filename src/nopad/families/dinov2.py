@@ -48,9 +48,9 @@ class DINOv2Embeddings(ViTEmbeddings):
         if isinstance(config, DINOv2WithRegistersPackingConfig):
             self.register_tokens = nn.Parameter(torch.empty(1, config.num_register_tokens, size))
 
-    def forward(self, patches: Tensor, layout: Layout, places: PrefixLayout | None, runner: Runner) -> Tensor:
+    def forward(self, patches: Tensor, layout: Layout, prefix_layout: PrefixLayout | None, runner: Runner) -> Tensor:
         """See `ViTEmbeddings`."""
-        return self.dropout(super().forward(patches, layout, places, runner))
+        return self.dropout(super().forward(patches, layout, prefix_layout, runner))
 
     def prefix(self) -> Tensor:
         """CLS and register tokens, `(1, num_prefix_tokens, D)`."""
@@ -101,10 +101,10 @@ class DINOv2Packing(PackedEncoder):
 
     def trunk(self, patches: Tensor, layout: Layout, runner: Runner) -> Trunk:
         """Patches to normed tokens."""
-        places = PrefixLayout.of(layout, self.num_prefix_tokens)
-        tokens = self.embeddings(patches, layout, places, runner)
-        tokens = self.norm(runner.run(self.layers, tokens, places.segments, None))
-        return Trunk(places.take_patches(tokens), places.take_prefix(tokens))
+        prefix_layout = PrefixLayout.of(layout, self.num_prefix_tokens)
+        tokens = self.embeddings(patches, layout, prefix_layout, runner)
+        tokens = self.norm(runner.run(self.layers, tokens, prefix_layout.segments, None))
+        return Trunk(prefix_layout.take_patches(tokens), prefix_layout.take_prefix(tokens))
 
     def example_positions(self) -> Tensor:
         """Positions on the trained grid."""

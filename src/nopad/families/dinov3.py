@@ -21,7 +21,7 @@ from nopad.layers.block import Block
 from nopad.layers.mlp import MLP, GatedMLP
 from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.prefix import PrefixLayout
-from nopad.layers.roles import ByRole
+from nopad.layers.roles import RoleAliases
 from nopad.layers.rope import apply_rotary, axial_angles, patch_centres, rope_periods, stored_periods
 from nopad.layout import Layout
 from nopad.outputs import Trunk
@@ -46,7 +46,7 @@ def _log_statistics(source: str | None) -> None:
     )
 
 
-class DINOv3Embeddings(ByRole):
+class DINOv3Embeddings(RoleAliases):
     """Patches to tokens, and each segment's CLS and register tokens in front of them."""
 
     names: Mapping[str, str] = {"proj": "patch_embeddings"}
@@ -61,11 +61,11 @@ class DINOv3Embeddings(ByRole):
         # For masked training alone; kept so that a saved checkpoint is complete.
         self.mask_token = nn.Parameter(torch.empty(1, 1, size))
 
-    def forward(self, patches: Tensor, places: PrefixLayout, runner: Runner) -> Tensor:
+    def forward(self, patches: Tensor, prefix_layout: PrefixLayout, runner: Runner) -> Tensor:
         """`(T, P)` to `(T + S · num_prefix_tokens, D)`."""
         tokens = runner.embed(self.proj, patches)
         prefix = torch.cat((self.cls_token, self.register_tokens), dim=1)
-        return places.join(tokens, prefix.expand(places.segments.num_segments, -1, -1))
+        return prefix_layout.join(tokens, prefix.expand(prefix_layout.segments.num_segments, -1, -1))
 
 
 class DINOv3Rope(nn.Module):
@@ -92,13 +92,13 @@ class DINOv3Rope(nn.Module):
         self.jitter = config.pos_embed_jitter
         self.rescale = config.pos_embed_rescale
 
-    def forward(self, layout: Layout, places: PrefixLayout) -> Rope:
+    def forward(self, layout: Layout, prefix_layout: PrefixLayout) -> Rope:
         """Rotary embedding of every row of the pack."""
         centres = patch_centres(layout)
         if self.training:
             centres = self.augment(centres, layout)
         # Prefix tokens get a centre of zero, so an angle of zero: exactly no rotation.
-        centres = places.join(centres, centres.new_zeros(*places.prefix.shape, 2))
+        centres = prefix_layout.join(centres, centres.new_zeros(*prefix_layout.prefix.shape, 2))
         angles = axial_angles(centres, self.periods_on(layout.device))[:, None]
         return Rope(apply_rotary, angles.cos(), angles.sin())
 
@@ -180,10 +180,10 @@ class DINOv3ViTPacking(PackedEncoder):
                 "patch_positions: DINOv3's rope places a patch within the rows and columns of its image, which "
                 "patch_positions do not contain; give whole images or frames and their (t, h, w) in grid_thw"
             )
-        places = PrefixLayout.of(layout, self.num_prefix_tokens)
-        tokens = self.embeddings(patches, places, runner)
-        tokens = runner.run(self.layers, tokens, places.segments, self.rope(layout, places))
-        return self.norm_trunk(Trunk(places.take_patches(tokens), places.take_prefix(tokens)))
+        prefix_layout = PrefixLayout.of(layout, self.num_prefix_tokens)
+        tokens = self.embeddings(patches, prefix_layout, runner)
+        tokens = runner.run(self.layers, tokens, prefix_layout.segments, self.rope(layout, prefix_layout))
+        return self.norm_trunk(Trunk(prefix_layout.take_patches(tokens), prefix_layout.take_prefix(tokens)))
 
     def norm_trunk(self, trunk: Trunk) -> Trunk:
         """The final norm, and that of CLS and register tokens where it is another."""

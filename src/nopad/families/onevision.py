@@ -16,7 +16,7 @@ from nopad.inference.runner import Runner
 from nopad.layers.attention import Rope
 from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.pooling import MAPHead
-from nopad.layers.roles import ByRole
+from nopad.layers.roles import RoleAliases
 from nopad.layers.rope_3d import check_head_dim, rope_3d
 from nopad.layout import Layout
 from nopad.outputs import Trunk
@@ -36,7 +36,7 @@ def onevision_norm(config: OneVisionPackingConfig) -> nn.Module:
     return _NORMS[config.layer_norm_type](config.hidden_size, eps=config.layer_norm_eps)
 
 
-class OneVisionEmbeddings(ByRole):
+class OneVisionEmbeddings(RoleAliases):
     """Patches to tokens: a linear map without bias; positions come with the attention."""
 
     names: Mapping[str, str] = {"proj": "patch_embedding"}

@@ -27,7 +27,7 @@ from nopad.layers.patch_embed import PatchEmbedding, reorder_patches
 from nopad.layers.pooling import MAPAttention, MAPHead
 from nopad.layers.position_table import PositionTable
 from nopad.layers.positions import is_strict
-from nopad.layers.roles import ByRole
+from nopad.layers.roles import RoleAliases
 from nopad.layout import Layout
 from nopad.outputs import Trunk
 from nopad.preprocessing.rules import Preprocessing
@@ -38,7 +38,7 @@ def is_naflex(config: SiglipConfigs) -> bool:
     return isinstance(config, Siglip2PackingConfig)
 
 
-class Siglip2Embeddings(ByRole):
+class Siglip2Embeddings(RoleAliases):
     """Patches to tokens: a linear map, then learned positions.
 
     NaFlex resizes them as its `resize_positional_embeddings`, SigLIP as its `interpolate_pos_encoding`.

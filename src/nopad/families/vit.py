@@ -98,10 +98,14 @@ class ViTPacking(PackedEncoder):
 
     def trunk(self, patches: Tensor, layout: Layout, runner: Runner) -> Trunk:
         """Patches to normed tokens."""
-        places = PrefixLayout.of(layout, self.num_prefix_tokens) if self.num_prefix_tokens else None
-        tokens = self.embeddings(patches, layout, places, runner)
-        tokens = self.norm(runner.run(self.layers, tokens, layout.frames if places is None else places.segments, None))
-        return Trunk(tokens) if places is None else Trunk(places.take_patches(tokens), places.take_prefix(tokens))
+        number = self.num_prefix_tokens
+        prefix_layout = PrefixLayout.of(layout, number) if number else None
+        segments = layout.frames if prefix_layout is None else prefix_layout.segments
+        tokens = self.embeddings(patches, layout, prefix_layout, runner)
+        tokens = self.norm(runner.run(self.layers, tokens, segments, None))
+        if prefix_layout is None:
+            return Trunk(tokens)
+        return Trunk(prefix_layout.take_patches(tokens), prefix_layout.take_prefix(tokens))
 
     def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
         """One vector per segment, `(S, D)`: the CLS token, through the pooler where there is one, else the mean."""

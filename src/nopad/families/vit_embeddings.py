@@ -14,11 +14,11 @@ from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.position_table import table_positions
 from nopad.layers.positions import is_strict
 from nopad.layers.prefix import PrefixLayout
-from nopad.layers.roles import ByRole
+from nopad.layers.roles import RoleAliases
 from nopad.layout import Layout
 
 
-class ViTEmbeddings(ByRole):
+class ViTEmbeddings(RoleAliases):
     """Patches to tokens with learned positions, and each segment's CLS token in front of them.
 
     CLS has a position of its own, the first row of the table. Other grids get the table resampled as
@@ -42,12 +42,12 @@ class ViTEmbeddings(ByRole):
         rows, columns = self.grid
         self.position_embeddings = nn.Parameter(torch.empty(1, with_cls + rows * columns, size))
 
-    def forward(self, patches: Tensor, layout: Layout, places: PrefixLayout | None, runner: Runner) -> Tensor:
-        """`(T, P)` to `(T + S · num_prefix_tokens, D)`; `places` of the prefix tokens, `None` without them."""
+    def forward(self, patches: Tensor, layout: Layout, prefix_layout: PrefixLayout | None, runner: Runner) -> Tensor:
+        """`(T, P)` to `(T + S · num_prefix_tokens, D)`; `prefix_layout` of the prefix tokens, `None` without them."""
         tokens = runner.embed(self.proj, patches) + self.positions(layout)
-        if places is None:
+        if prefix_layout is None:
             return tokens
-        return places.join(tokens, self.prefix().expand(places.segments.num_segments, -1, -1))
+        return prefix_layout.join(tokens, self.prefix().expand(prefix_layout.segments.num_segments, -1, -1))
 
     def prefix(self) -> Tensor:
         """The prefix tokens of a segment, `(1, num_prefix_tokens, D)`."""

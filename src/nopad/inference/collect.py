@@ -42,8 +42,8 @@ def packed_output(
     projected = runner.project(encoder, pooled)
     projected = None if projected is None else projected.to(layout.device)
     if states and encoder.num_prefix_tokens:
-        places = PrefixLayout.of(layout, encoder.num_prefix_tokens)
-        states = [places.take_patches(state) for state in states]
+        prefix_layout = PrefixLayout.of(layout, encoder.num_prefix_tokens)
+        states = [prefix_layout.take_patches(state) for state in states]
     hidden_states = None if states is None else tuple(states)
     merged = None if encoder.merger is None else merge(encoder, encoder.merger, trunk.tokens, layout, runner)
     features = None

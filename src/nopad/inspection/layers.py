@@ -154,8 +154,8 @@ def split_rows(encoder: PackedEncoder, rows: Tensor, layout: Layout) -> Trunk:
     """All rows of a pack as patch tokens and prefix tokens."""
     if not encoder.num_prefix_tokens:
         return Trunk(rows)
-    places = PrefixLayout.of(layout, encoder.num_prefix_tokens)
-    return Trunk(places.take_patches(rows), places.take_prefix(rows))
+    prefix_layout = PrefixLayout.of(layout, encoder.num_prefix_tokens)
+    return Trunk(prefix_layout.take_patches(rows), prefix_layout.take_prefix(rows))
 
 
 def on_device(patches: Tensor) -> Any:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nopad.kernels.attention import varlen_attention
-from nopad.layers.linear import SharedInput
+from nopad.layers.linear import StackedLinears
 from nopad.segments import Segments
 
 
@@ -48,7 +48,7 @@ class Rope:
         return Rope(self.apply, F.pad(self.cos, padding, value=1.0), F.pad(self.sin, padding))
 
 
-class PackedAttention(SharedInput):
+class PackedAttention(StackedLinears):
     """Multi-head self-attention within the segments of a pack.
 
     Args:
@@ -58,7 +58,7 @@ class PackedAttention(SharedInput):
         proj_bias: whether the output projection has a bias.
         dropout_p: dropout probability of the attention weights in training.
         one_qkv: whether queries, keys and values are one linear layer of the original, with one `qkv_bias`.
-        names: see `ByRole`; the roles are `q`, `k`, `v` and `proj`, with `one_qkv` `qkv` and `proj`.
+        names: see `RoleAliases`; the roles are `q`, `k`, `v` and `proj`, with `one_qkv` `qkv` and `proj`.
 
     Attributes:
         qkv: one linear layer in place of `q`, `k` and `v`, with `one_qkv` and in formats for inference only; else
@@ -118,7 +118,7 @@ class PackedAttention(SharedInput):
 
     def _project(self, hidden_states: Tensor) -> Sequence[Tensor]:
         """Queries, keys and values, `(T, H, K)` each."""
-        qkv = self.multiply_at_once(hidden_states) if self.qkv is None else self.qkv(hidden_states)
+        qkv = self.stacked_forward(hidden_states) if self.qkv is None else self.qkv(hidden_states)
         if qkv is not None:
             return qkv.view(-1, 3, self.num_heads, self.head_dim).unbind(1)
         return [linear(hidden_states).view(-1, self.num_heads, self.head_dim) for linear in self.qkv_linears]

@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nopad.layers.attention import PackedAttention, Rope
 from nopad.layers.dtypes import at_least_float32
-from nopad.layers.roles import ByRole
+from nopad.layers.roles import RoleAliases
 from nopad.segments import Segments
 
 
@@ -44,14 +44,14 @@ def drop_path(hidden_states: Tensor, cu_seqlens: Tensor, rate: float) -> Tensor:
     return hidden_states.div(keep) * torch.floor(drawn + keep)[segment, None]
 
 
-class Block(ByRole, GradientCheckpointingLayer):
+class Block(RoleAliases, GradientCheckpointingLayer):
     """Pre-norm transformer block: attention, then feed-forward, each with a residual connection.
 
     Args:
         norm1, attention, norm2, mlp: the parts.
         layer_scale: multiply both branches by a learned factor per channel.
         drop_path: probability that a branch is skipped in training, for each segment separately.
-        names: see `ByRole`; the roles are those of the arguments, `layer_scale1` and `layer_scale2`.
+        names: see `RoleAliases`; the roles are those of the arguments, `layer_scale1` and `layer_scale2`.
 
     Attributes:
         recompute_mlp: keep the MLP's input for the backward instead of its activations, and compute these again.

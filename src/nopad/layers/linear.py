@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 
-from nopad.layers.roles import ByRole
+from nopad.layers.roles import RoleAliases
 
 
-class SharedInput(ByRole):
+class StackedLinears(RoleAliases):
     """A module with linear layers that take the same input: one GEMM in inference, separate GEMMs in training.
 
     On a GPU, small packs are bound by kernel launches, and on a CPU one large GEMM is faster than three. The weights
@@ -28,36 +28,36 @@ class SharedInput(ByRole):
     """
 
     siblings: ClassVar[tuple[str, ...]]
-    _one_gemm: OneGemm | None = None
+    _stacked: StackedWeights | None = None
 
-    def multiply_at_once(self, input: Tensor) -> Tensor | None:
+    def stacked_forward(self, input: Tensor) -> Tensor | None:
         """All outputs, concatenated: `(T, K)` to `(T, siblings · N)`; `None` where the layers must run one by one."""
-        gemm = self._one_gemm
-        if gemm is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or not gemm.is_current(self):
+        stacked = self._stacked
+        if stacked is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or not stacked.is_current(self):
             return None
         if torch.is_autocast_enabled(input.device.type):
             return None
-        return F.linear(input, gemm.weight, gemm.bias)
+        return F.linear(input, stacked.weight, stacked.bias)
 
-    def lay_out(self) -> None:
-        """Move the weights side by side, if the layers are plain `nn.Linear`s of one size; else leave them."""
-        if self._one_gemm is not None and self._one_gemm.is_current(self):
+    def stack_weights(self) -> None:
+        """Move the weights into one tensor if the layers are plain `nn.Linear`s of one size; else leave them."""
+        if self._stacked is not None and self._stacked.is_current(self):
             return
         names = [self.names.get(role, role) for role in self.siblings]
-        self.__dict__["_one_gemm"] = OneGemm.of({name: self._modules.get(name) for name in names})
+        self.__dict__["_stacked"] = StackedWeights.of({name: self._modules.get(name) for name in names})
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        self.lay_out()
+        self.stack_weights()
         return self
 
     def __setstate__(self, state: Any) -> None:  # a copy, or unpickled
         super().__setstate__(state)
-        self.lay_out()
+        self.stack_weights()
 
 
 @dataclass(frozen=True)
-class OneGemm:
+class StackedWeights:
     """Weight and bias of several linear layers as one tensor each, over the memory of their parameters.
 
     Attributes:
@@ -72,7 +72,7 @@ class OneGemm:
     parts: tuple[tuple[Any, ...], ...]
 
     @classmethod
-    def of(cls, linears: dict[str, nn.Module | None]) -> OneGemm | None:
+    def of(cls, linears: dict[str, nn.Module | None]) -> StackedWeights | None:
         """Move the weights of plain layers of one size into one tensor, and their biases into another.
 
         Returns `None` where that is not possible.
@@ -98,16 +98,16 @@ class OneGemm:
             bias = _side_by_side(biases, first[:, 0]) if any(bias is not None for bias in biases) else None
         return cls(weight, bias, tuple(_part(name, linear) for name, linear in plain.items()))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> OneGemm | None:
-        """For a copy that shares the parameters by `memo`, the same weight; other copies lay their own out."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> StackedWeights | None:
+        """For a copy that shares the parameters by `memo`, the same weight; other copies stack their own."""
         tensors = [tensor for part in self.parts for tensor in (part[2], part[4]) if tensor is not None]
         if any(memo.get(id(tensor)) is not tensor for tensor in tensors):
             return None
         parts = (_part(name, copy.deepcopy(linear, memo)) for name, linear, *_ in self.parts)
-        return OneGemm(self.weight, self.bias, tuple(parts))
+        return StackedWeights(self.weight, self.bias, tuple(parts))
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()  # what is loaded lays its own weights out
+        return type(None), ()  # what is loaded stacks its own weights
 
     def is_current(self, module: nn.Module) -> bool:
         """Whether these are still the layers of `module`, with weights at the same addresses and without hooks."""
@@ -194,8 +194,8 @@ def _biases(linears: Sequence[nn.Linear]) -> Iterator[Tensor]:
         yield linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
 
 
-def lay_out(model: nn.Module) -> None:
-    """Call `lay_out` of every `SharedInput` in `model`."""
+def stack_weights(model: nn.Module) -> None:
+    """Call `stack_weights` of every `StackedLinears` in `model`."""
     for module in model.modules():
-        if isinstance(module, SharedInput):
-            module.lay_out()
+        if isinstance(module, StackedLinears):
+            module.stack_weights()

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from nopad.layers.linear import SharedInput
-from nopad.layers.roles import ByRole
+from nopad.layers.linear import StackedLinears
+from nopad.layers.roles import RoleAliases
 
 Activation = Callable[[Tensor], Tensor]
 
 
-class MLP(ByRole):
+class MLP(RoleAliases):
     """`down(activation(up(x)))`; the roles for `names` are `up` and `down`."""
 
     def __init__(
@@ -29,7 +29,7 @@ class MLP(ByRole):
         return self.down(self.activation(self.up(hidden_states)))
 
 
-class GatedMLP(SharedInput):
+class GatedMLP(StackedLinears):
     """`down(activation(gate(x)) · up(x))` (Shazeer, arXiv:2002.05202); roles `gate`, `up`, `down`."""
 
     siblings = ("gate", "up")
@@ -46,6 +46,6 @@ class GatedMLP(SharedInput):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`(T, D)` to `(T, D)`."""
-        gate_up = self.multiply_at_once(hidden_states)
+        gate_up = self.stacked_forward(hidden_states)
         gate, up = (self.gate(hidden_states), self.up(hidden_states)) if gate_up is None else gate_up.chunk(2, dim=1)
         return self.down(self.activation(gate) * up)

@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from nopad.kernels.attention import varlen_attention
 from nopad.layers.dtypes import at_least_float32
 from nopad.layers.mlp import MLP
-from nopad.layers.roles import ByRole
+from nopad.layers.roles import RoleAliases
 from nopad.segments import Segments
 
 
@@ -77,10 +77,10 @@ class MAPAttention(nn.Module):
         return self.out_proj(attention_pool(query, key, value, segments, self.num_heads, self.backend))
 
 
-class MAPHead(ByRole):
+class MAPHead(RoleAliases):
     """Multi-head attention pooling (MAP) with one learned probe, then a residual MLP (Zhai et al., arXiv:2106.04560).
 
-    `names` as `ByRole` takes them; the roles are `attention`, `norm` and `mlp`.
+    `names` as `RoleAliases` takes them; the roles are `attention`, `norm` and `mlp`.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, norm: nn.Module, mlp: MLP, *, names: Mapping[str, str]):

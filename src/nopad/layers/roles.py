@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 
-class ByRole(nn.Module):
+class RoleAliases(nn.Module):
     """A module whose attributes are roles, mapped to the names in the original model's state dict.
 
     `block.norm1` is one spelling for every family; the state dict of an AIMv2 block has `rms_norm1`, that of a SigLIP
@@ -54,7 +54,7 @@ def registered_path(module: nn.Module, path: str) -> str:
     """
     registered = []
     for role in path.split("."):
-        name = module.names.get(role, role) if isinstance(module, ByRole) else role
+        name = module.names.get(role, role) if isinstance(module, RoleAliases) else role
         registered.append(name)
         module = reduce(getattr, name.split("."), module)
     return ".".join(registered)

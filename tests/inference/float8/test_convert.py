@@ -95,7 +95,7 @@ def test_dead_gates_and_ups_stay_finite(tmp_path):
 def test_joint_weights_of_the_checkpoint_are_let_go(tmp_path):
     encoder = nopad.load(tiny("aimv2", tmp_path / "aimv2"))
     attention = encoder.layers[0].attention
-    joint = weakref.ref(attention._one_gemm.weight)
+    joint = weakref.ref(attention._stacked.weight)
     encoder.to_precision("fp8")
     gc.collect()
     assert joint() is None

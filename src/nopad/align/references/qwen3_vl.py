@@ -52,8 +52,8 @@ class Qwen3VLReference(ReferenceModel):
         return self._row_by_row(states, grid, model.config.spatial_merge_size)
 
     def _row_by_row(self, tokens: Tensor, grids: Tensor, merge_size: int) -> Tensor:
-        places = merge(torch.arange(len(tokens))[:, None], grids, merge_size).flatten()
-        return tokens[places.argsort().to(tokens.device)]
+        row_order = merge(torch.arange(len(tokens))[:, None], grids, merge_size).flatten()
+        return tokens[row_order.argsort().to(tokens.device)]
 
 
 REFERENCE = Qwen3VLReference()

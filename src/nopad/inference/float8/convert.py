@@ -56,7 +56,7 @@ def to_float8(layers: nn.ModuleList) -> None:
         else:
             attention.qkv = Float8Linear(qkv)
         attention.q = attention.k = attention.v = None
-        attention.lay_out()  # lets go of their joint weight
+        attention.stack_weights()  # lets go of their joint weight
 
 
 def check_block(block: Any, index: int) -> None:

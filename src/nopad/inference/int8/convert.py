@@ -31,12 +31,12 @@ def to_int8(layers: nn.ModuleList) -> None:
         attention, mlp = block.attention, block.mlp
         attention.qkv = Int8Linear(joined(attention.qkv_linears))
         attention.q = attention.k = attention.v = None
-        attention.lay_out()  # lets go of their joint weight
+        attention.stack_weights()  # lets go of their joint weight
         attention.proj = Int8Linear(attention.proj)
         for name in mlp_linears(mlp):
             setattr(mlp, name, Int8Linear(getattr(mlp, name)))
         if isinstance(mlp, GatedMLP):
-            mlp.lay_out()
+            mlp.stack_weights()
 
 
 def mlp_linears(mlp: nn.Module) -> tuple[str, ...]:
