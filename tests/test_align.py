@@ -143,13 +143,13 @@ def test_compiled_path_is_compared(native, learned, quick_compile):
 
 
 def test_compiled_path_has_room_for_prefix_tokens_and_frames(goldens, monkeypatch, quick_compile):
-    admits, requested = StaticRunner.admits, []
+    accepts, requested = StaticRunner.accepts, []
 
     def noted(self, rows, segments):
-        requested.append(admits(self, rows, segments))
+        requested.append(accepts(self, rows, segments))
         return requested[-1]
 
-    monkeypatch.setattr(StaticRunner, "admits", noted)
+    monkeypatch.setattr(StaticRunner, "accepts", noted)
     report = align(goldens / "dinov3-meta", compile=True)
     assert report.passed, [case.failures for case in report.cases]
     assert requested

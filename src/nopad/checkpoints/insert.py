@@ -15,7 +15,7 @@ from torch import Tensor
 from nopad.atomic import sync, sync_folder
 from nopad.checkpoints.contents import check_regular, read_json
 from nopad.checkpoints.files import PROJECTION, PROJECTION_FILE, SAFETENSORS
-from nopad.checkpoints.headless import without_head
+from nopad.checkpoints.head_removal import remove_head
 from nopad.checkpoints.strict import check_strictly
 from nopad.checkpoints.towers import open_tower
 from nopad.inference.precision import check_saving
@@ -77,7 +77,7 @@ def _stored(encoder: PackedEncoder, source: Path, prefix: str | None) -> dict[st
         )
     part, state = dialect.select(checkpoint), dialect.table.to_file(encoder.state_dict())
     if encoder.head is None and encoder.projection is None:  # those of the source stay as they are
-        part = without_head(type(encoder), part, dialect)
+        part = remove_head(type(encoder), part, dialect)
     check_strictly(part, state, dialect)
     names = {dialect.strip(name): name for name in checkpoint.tensors}
     if state.keys() - names.keys():  # which the dialect has prepared

@@ -15,7 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from nopad.checkpoints.files import checkpoint_name
 from nopad.checkpoints.formats import Checkpoint, Dialect, matching_dialect
-from nopad.checkpoints.headless import headless_config, without_head
+from nopad.checkpoints.head_removal import remove_head, remove_head_from_config
 from nopad.checkpoints.keywords import (
     HUB,
     check_config_class,
@@ -121,7 +121,7 @@ def from_checkpoint(
     quantised = checkpoint.quantization_config is not None
     options = {"patch_order": patch_order, "positions": positions}
     skeleton = _skeleton(cls, dialect.convert(part), config, changes, options, head=head)
-    part = part if head else without_head(cls, part, dialect)
+    part = part if head else remove_head(cls, part, dialect)
     if isinstance(kwargs.get("device_map"), Mapping):
         kwargs["device_map"] = {_registered(skeleton, path): to for path, to in kwargs["device_map"].items()}
     implementation = kwargs.pop("attn_implementation", None) or "auto"
@@ -168,7 +168,7 @@ def _skeleton(
 ) -> PackedEncoder:
     """The encoder that a checkpoint under the packed model's names describes, on the meta device."""
     config = read_architecture(cls, checkpoint, config, changes, options)
-    config = config if head else headless_config(cls, config)
+    config = config if head else remove_head_from_config(cls, config)
     with _config_errors(checkpoint), torch.device("meta"):
         return cls(config)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from nopad.checkpoints.headless import headless_config
+from nopad.checkpoints.head_removal import remove_head_from_config
 from nopad.checkpoints.strict import check_dtype, with_options
 from nopad.layers.block import LayerScale
 from nopad.layers.patch_embed import PatchEmbedding
@@ -40,7 +40,7 @@ def untrained(
         ValueError: not a published name of this family.
     """
     config = with_options(cls.published_config(name), patch_order=patch_order, positions=positions)
-    config = config if head else headless_config(cls, config)
+    config = config if head else remove_head_from_config(cls, config)
     with torch.device("meta"):
         model: Any = cls(config)
     if isinstance(dtype, str):

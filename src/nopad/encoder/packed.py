@@ -224,10 +224,10 @@ class PackedEncoder(RoleAliases, Sizes, ImageRules, Stored):
         segments = len(self.segments_of(layout))
         rows = layout.num_patches + self.num_prefix_tokens * segments
         if states is not None:
-            if isinstance(self._runner, TrainingRunner) and self._runner.admits(rows, segments):
+            if isinstance(self._runner, TrainingRunner) and self._runner.accepts(rows, segments):
                 return self._runner.collecting(states)
             return EagerRunner(states)
-        return current_runner(self) if self._runner.admits(rows, segments) else EagerRunner()
+        return current_runner(self) if self._runner.accepts(rows, segments) else EagerRunner()
 
     # Ready for inference.
 

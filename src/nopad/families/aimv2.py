@@ -136,7 +136,7 @@ class AIMv2Packing(PackedEncoder):
     published = PUBLISHED
     read_config = staticmethod(read_config)
     text_rules = TEXT_RULES
-    headless = MappingProxyType({"use_head": False, "projection_dim": None})
+    config_without_head = MappingProxyType({"use_head": False, "projection_dim": None})
     names: Mapping[str, str] = {"layers": "encoder.layers", "norm": "rms_norm", "projection": "visual_projection"}
 
     def build(self) -> None:

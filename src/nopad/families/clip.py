@@ -76,7 +76,7 @@ class CLIPPacking(PackedEncoder):
     family = "clip"
     published = PUBLISHED
     read_config = staticmethod(read_config)
-    headless = MappingProxyType({"with_projection": False})
+    config_without_head = MappingProxyType({"with_projection": False})
     names: Mapping[str, str] = {
         "norm_pre": "pre_layrnorm",
         "layers": "encoder.layers",

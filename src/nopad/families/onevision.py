@@ -66,7 +66,7 @@ class OneVisionEncoderPacking(PackedEncoder):
     published = PUBLISHED
     read_config = staticmethod(read_config)
     frames_attend_jointly = True
-    headless = "has its final norm only with the head, and its tokens are normed"
+    config_without_head = "has its final norm only with the head, and its tokens are normed"
     names: Mapping[str, str] = {"layers": "encoder.layers", "norm": "layernorm_post"}
 
     def build(self) -> None:

@@ -77,7 +77,7 @@ class Qwen3VLPacking(PackedEncoder):
     family = "qwen3_vl"
     published = PUBLISHED
     read_config = staticmethod(read_config)
-    headless = "has its merger in the original, too"
+    config_without_head = "has its merger in the original, too"
     names: Mapping[str, str] = {
         "embeddings": "patch_embed",
         "position_embedding": "pos_embed",

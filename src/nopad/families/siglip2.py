@@ -84,7 +84,7 @@ class Siglip2NaflexPacking(PackedEncoder):
     published = PUBLISHED
     read_config = staticmethod(read_config)
     text_rules = TEXT_RULES
-    headless = MappingProxyType({"vision_use_head": False})
+    config_without_head = MappingProxyType({"vision_use_head": False})
     names: Mapping[str, str] = {"layers": "encoder.layers", "norm": "post_layernorm"}
 
     def build(self) -> None:

@@ -84,7 +84,7 @@ class ViTPacking(PackedEncoder):
     family = "vit"
     published = PUBLISHED
     read_config = staticmethod(read_config)
-    headless = MappingProxyType({"with_pooler": False})
+    config_without_head = MappingProxyType({"with_pooler": False})
     names: Mapping[str, str] = {"norm": "layernorm", "head": "pooler"}
 
     def build(self) -> None:
@@ -137,7 +137,7 @@ class ViTMAEPacking(ViTPacking):
     """MAE's encoder over all patches, with fixed positions; what `ViTPacking` makes of such a config or checkpoint."""
 
     config_class = ViTMAEPackingConfig
-    headless = MappingProxyType({})
+    config_without_head = MappingProxyType({})
 
     def build(self) -> None:
         """As `ViTPacking`; positions are not trained."""
@@ -157,4 +157,4 @@ class IJepaPacking(ViTPacking):
     """I-JEPA's encoder, without a CLS token; what `ViTPacking` makes of such a config or checkpoint."""
 
     config_class = IJepaPackingConfig
-    headless = MappingProxyType({})
+    config_without_head = MappingProxyType({})

@@ -1,7 +1,7 @@
 """Runners: `EagerRunner` runs a pack as it is, `StaticRunner` pads it to a fixed shape.
 
-An encoder calls `admits` once per pack and runs the whole pack, from the patch embedding to the projection, through the
-runner that this selects.
+An encoder calls `accepts` once per pack and runs the whole pack, from the patch embedding to the projection, through
+the runner that this selects.
 
 For another number of rows, a GEMM may select another kernel, and with it another order of addition. `StaticRunner`
 gives every GEMM `capacity` rows: one compiled graph serves all packs, and an image's features are bit-equal in any
@@ -50,7 +50,7 @@ class Runner(Protocol):
         """How these layers run: `"eager"`, `"compiled"`, `"fused by quack"` or `"fused by torch"`."""
         ...
 
-    def admits(self, rows: int, segments: int) -> bool:
+    def accepts(self, rows: int, segments: int) -> bool:
         """Whether this runner takes a pack of this many rows, prefix tokens included, and segments."""
         ...
 
@@ -92,7 +92,7 @@ class EagerRunner:
         """See `Runner`."""
         return "eager"
 
-    def admits(self, rows: int, segments: int) -> bool:
+    def accepts(self, rows: int, segments: int) -> bool:
         """Always `True`."""
         return True
 
@@ -158,7 +158,7 @@ class StaticRunner:
         """How these layers run: as `compile` chose, or `"eager"` where they have changed since."""
         return self.stack.execution if self._structure_unchanged(layers) else "eager"
 
-    def admits(self, rows: int, segments: int) -> bool:
+    def accepts(self, rows: int, segments: int) -> bool:
         """Whether a pack fits and needs no gradient; others run eagerly."""
         if torch.is_grad_enabled():
             self.trained = True
@@ -247,7 +247,7 @@ class DeferredRunner(EagerRunner):
         self.warnings = Warnings()
         self.lock = threading.Lock()
 
-    def admits(self, rows: int, segments: int) -> bool:
+    def accepts(self, rows: int, segments: int) -> bool:
         """See `StaticRunner`."""
         if torch.is_grad_enabled():
             return False

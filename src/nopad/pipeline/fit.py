@@ -32,7 +32,7 @@ def fit_packs(worker: Worker, *, compiled: bool, may_halve: bool = True) -> None
             if compiled:
                 encoder.compile(worker.capacity)
             if on_gpu:
-                worker.rehearse()
+                worker.warm_up()
             return
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]

@@ -123,7 +123,7 @@ class Worker:
             return f"resize={self.image_processor.resize!r} is bit-exact with Pillow, which the GPU is not"
         return why_unavailable(self.encoder.device)
 
-    def rehearse(self) -> None:
+    def warm_up(self) -> None:
         """Run as many full packs of large images as are ever on the device at once.
 
         Raises:

@@ -86,7 +86,7 @@ class TrainingRunner(EagerRunner):
         """`"compiled"`, or `"eager"` where torch ran a layer of the last pack uncompiled."""
         return "eager" if self.last_pack.ran_uncompiled else "compiled"
 
-    def admits(self, rows: int, segments: int) -> bool:
+    def accepts(self, rows: int, segments: int) -> bool:
         """Whether a pack fits."""
         return fits(self, rows, segments)
 

@@ -12,24 +12,24 @@ if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
 
 
-def headless_config(cls: type[PackedEncoder], config: Any) -> Any:
+def remove_head_from_config(cls: type[PackedEncoder], config: Any) -> Any:
     """A copy of a family's config without head and projection, as the original class has them without.
 
     Raises:
         ValueError: a family whose original has no such config.
     """
-    if isinstance(cls.headless, str):
+    if isinstance(cls.config_without_head, str):
         raise ValueError(
-            f"head: {cls.family} {cls.headless}; load it whole, and in training leave out what no loss is of by "
-            f"requires_grad_(False)"
+            f"head: {cls.family} {cls.config_without_head}; load it whole, and in training leave out what no loss is "
+            f"of by requires_grad_(False)"
         )
     config = copy.deepcopy(config)
-    for name, value in cls.headless.items():
+    for name, value in cls.config_without_head.items():
         setattr(config, name, value)
     return config
 
 
-def without_head(cls: type[PackedEncoder], checkpoint: Checkpoint, dialect: Dialect) -> Checkpoint:
+def remove_head(cls: type[PackedEncoder], checkpoint: Checkpoint, dialect: Dialect) -> Checkpoint:
     """A selected checkpoint without the tensors of head and projection.
 
     Raises:
