@@ -1,6 +1,10 @@
 """Blocks in int8: rounding, GEMMs, conversion, and blocks of rows on a CPU."""
 
 import copy
+import os
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -11,8 +15,8 @@ from torch import nn
 import nopad
 from nopad.inference.fusion import blocked_int8
 from nopad.inference.fusion.blocked_int8 import Int8Weight, onednn_works
-from nopad.inference.int8 import format
-from nopad.inference.int8.format import is_exact, multiply_integers, quantize_rows, scaled_mm
+from nopad.inference.int8 import convert, format
+from nopad.inference.int8.format import is_exact, is_reference, is_usable, multiply_integers, quantize_rows, scaled_mm
 from nopad.inference.int8.modules import Int8Linear
 from nopad.layers.block import LayerScale
 
@@ -59,9 +63,9 @@ def test_a_row_does_not_depend_on_its_neighbours():
     assert torch.equal(alone_scale, scale[3:4])
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_integers_are_multiplied_exactly(monkeypatch, exact):
-    monkeypatch.setattr(format, "is_exact", lambda int_mm: exact and is_exact(int_mm))
+@pytest.mark.parametrize("usable", [True, False])
+def test_integers_are_multiplied_exactly(monkeypatch, usable):
+    monkeypatch.setattr(format, "is_usable", lambda int_mm: usable and is_usable(int_mm))
     a, b = (torch.randint(-127, 128, (rows, 1040), dtype=torch.int8) for rows in (40, 24))
     a[0], b[0] = 127, -127
     assert torch.equal(multiply_integers(a, b), (a.long() @ b.long().T).float())
@@ -77,6 +81,32 @@ def test_a_gemm_that_saturates_is_not_exact():
     assert not is_exact(saturating)
     assert not is_exact(missing)
     assert is_exact(lambda a, b: a.long() @ b.long())
+
+
+def test_a_gemm_by_loops_is_a_reference():
+    def by_loops(a, b):
+        time.sleep(0.02)  # what oneDNN's takes for this size
+        return (a.long() @ b.long()).float()
+
+    assert is_exact(by_loops)
+    assert is_reference(by_loops)
+    assert not is_usable(by_loops)
+    assert not is_reference(lambda a, b: a.float() @ b.float())
+
+
+@pytest.mark.skipif(not onednn_works(), reason="this processor has no usable GEMM of int8 in oneDNN")
+def test_packed_weights_run_by_an_optimised_gemm():
+    """As oneDNN names it: its reference loops take a thousand times as long."""
+    script = (
+        "import torch; from torch import nn; from nopad.inference.fusion.blocked_int8 import Int8Weight;"
+        "from nopad.inference.int8.modules import Int8Linear;"
+        "Int8Weight(Int8Linear(nn.Linear(64, 96)), 64)(torch.ones(64, 64, dtype=torch.int8), torch.float32)"
+    )
+    environment = {**os.environ, "ONEDNN_VERBOSE": "1"}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    executed = [line for line in run.stdout.splitlines() if ",exec,cpu,matmul," in line]
+    assert executed
+    assert "ref" not in executed[-1].split(",")[5], executed[-1]
 
 
 def test_scaled_products_approximate_the_layer():
@@ -105,6 +135,13 @@ def test_packed_weights_equal_the_layer(gemm, bias, scaled):
     expected = linear(x) * factor
     torch.testing.assert_close(weight.scaled(weight(quantized, x.dtype), scale), expected)
     torch.testing.assert_close(weight.added(weight(quantized, x.dtype), scale, other), expected + other)
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_a_processor_without_int8_is_logged(usable, monkeypatch, caplog):
+    monkeypatch.setattr(format, "is_usable", lambda int_mm: usable)
+    convert.to_int8(nn.ModuleList())
+    assert ("int8 is slower than float32 on this processor" in caplog.text) is not usable
 
 
 @torch.no_grad()

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from nopad.inference.fusion.blocked_qkv import split_heads, store_qkv
-from nopad.inference.int8.format import is_exact, multiply_integers, quantize_rows
+from nopad.inference.int8.format import is_usable, multiply_integers, quantize_rows
 from nopad.inference.int8.modules import Int8Linear
 from nopad.layers.attention import PackedAttention, Rope
 from nopad.layers.block import Block, LayerScale
 from nopad.layers.mlp import MLP, GatedMLP
+
+ZERO_POINT = 128
 
 
 def can_pack_int8(block: nn.Module) -> bool:
@@ -70,7 +72,7 @@ class Int8Weight:
         if not self.packed:
             return (multiply_integers(quantized, self.weight) * self.scale).to(dtype)
         weight = self.weight, self.scale, self.zero_points
-        return self.run(quantized, 1.0, 0, *weight, None, 1.0, 0, dtype, "none", [], "")
+        return self.run(to_unsigned(quantized), 1.0, ZERO_POINT, *weight, None, 1.0, 0, dtype, "none", [], "")
 
     def scaled(self, output: Tensor, scale: Tensor) -> Tensor:
         """What `__call__` returned, with the scales of its rows and the bias; overwritten."""
@@ -82,18 +84,30 @@ class Int8Weight:
         return total if self.bias is None else total.add_(self.bias)
 
 
+def to_unsigned(quantized: Tensor) -> Tensor:
+    """int8 to uint8 with the zero point 128.
+
+    VNNI multiplies unsigned activations by signed weights. For signed ones oneDNN has no optimised GEMM with a
+    prepacked weight on processors without AMX.
+    """
+    return quantized.view(torch.uint8).bitwise_xor(ZERO_POINT)
+
+
 @lru_cache
 def onednn_works() -> bool:
-    """Whether torch has oneDNN's GEMM of int8, and it is exact on this processor."""
+    """Whether torch has oneDNN's GEMM of int8, and it is exact and fast on this processor."""
     onednn: Any = torch.ops.onednn
+    packed: dict[tuple[int, ...], Tensor] = {}
 
     def multiply(a: Tensor, b: Tensor) -> Tensor:
-        ones, zeros = torch.ones(b.shape[1]), torch.zeros(b.shape[1], dtype=torch.int32)
-        weight = onednn.qlinear_prepack(b.T.contiguous(), list(a.shape))
-        return onednn.qlinear_pointwise(a, 1.0, 0, weight, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+        size = b.shape[1]
+        weight = packed.setdefault((*a.shape, size), onednn.qlinear_prepack(b.T.contiguous(), list(a.shape)))
+        scale, zero_points = torch.ones(size), torch.zeros(size, dtype=torch.int32)
+        operands = to_unsigned(a), 1.0, ZERO_POINT, weight, scale, zero_points
+        return onednn.qlinear_pointwise(*operands, None, 1.0, 0, torch.float32, "none", [], "")
 
     known = torch.backends.mkldnn.is_available() and hasattr(onednn, "qlinear_pointwise")
-    return known and is_exact(multiply)
+    return known and is_usable(multiply)
 
 
 @dataclass(frozen=True)

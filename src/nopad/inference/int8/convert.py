@@ -5,14 +5,18 @@ Patch embedding, norms, attention, activations, residual sums and pooling keep t
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import nn
 
+from nopad.inference.int8.format import int_mm_is_usable
 from nopad.inference.int8.modules import Int8Linear
 from nopad.inference.quantized import check_hooks
 from nopad.layers.linear import joined
 from nopad.layers.mlp import GatedMLP
+
+logger = logging.getLogger(__name__)
 
 
 def to_int8(layers: nn.ModuleList) -> None:
@@ -24,6 +28,10 @@ def to_int8(layers: nn.ModuleList) -> None:
     Raises:
         ValueError: see `check_block`.
     """
+    if not int_mm_is_usable():
+        logger.warning(
+            "int8 is slower than float32 on this processor, which has no fast and exact GEMM of int8 (VNNI or AMX)"
+        )
     blocks: Any = list(layers)
     for index, block in enumerate(blocks):
         check_block(block, index)
