@@ -25,7 +25,7 @@ def clip_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder of twelve pictures of different sizes."""
+    """A folder of twelve images of different sizes."""
     return write_photos(tmp_path / "photos", 12)
 
 

@@ -29,9 +29,9 @@ SHARDS, ROWS = 8, 5
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> Path:
+def images(tmp_path_factory) -> Path:
     """Photos of many sizes, one of them no photo at all."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for number in range(SHARDS * ROWS - 1):
         height, width = random.integers(30, 120, 2)
@@ -47,10 +47,10 @@ def model(goldens) -> Path:
 
 
 @pytest.fixture(scope="session")
-def local(pictures, model, tmp_path_factory):
+def local(images, model, tmp_path_factory):
     """The job done in one process."""
     folder = tmp_path_factory.mktemp("local")
-    embed(pictures, folder, model=model, shard_size=ROWS, tokens=True)
+    embed(images, folder, model=model, shard_size=ROWS, tokens=True)
     return folder
 
 
@@ -63,12 +63,12 @@ def left(folder: Path) -> list[str]:
 
 
 def actor_processes() -> list[psutil.Process]:
-    found = []
+    processes = []
     for process in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):
             if "nopad.embedding.actors.processes" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 class Killer(threading.Thread):
@@ -88,14 +88,14 @@ class Killer(threading.Thread):
                 self.killed.add(actors[0].pid)
 
 
-def test_shards_are_those_of_one_process_though_an_actor_died(local, pictures, model, tmp_path):
+def test_shards_are_those_of_one_process_though_an_actor_died(local, images, model, tmp_path):
     shutil.copytree(local, tmp_path, dirs_exist_ok=True)
     for path in sorted(tmp_path.glob("*.parquet"))[2:]:
         path.unlink()
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.parquet")}
     killer = Killer(tmp_path, 3)
     killer.start()
-    summary = embed(pictures, tmp_path, model=model, shard_size=ROWS, tokens=True, actors=2)
+    summary = embed(images, tmp_path, model=model, shard_size=ROWS, tokens=True, actors=2)
     assert len(killer.killed) == 1
     assert shards(tmp_path) == shards(local)
     assert left(tmp_path) == ["inputs.parquet", "job.json", "lock", "manifest.parquet", "stamps.parquet"]
@@ -105,12 +105,12 @@ def test_shards_are_those_of_one_process_though_an_actor_died(local, pictures, m
     assert actor_processes() == []
 
 
-def test_a_picture_that_ends_its_process_is_a_row_and_all_others_are_made(pictures, model, tmp_path, monkeypatch):
+def test_an_image_that_ends_its_process_is_a_row_and_all_others_are_made(images, model, tmp_path, monkeypatch):
     """The others have the features that they have where it cannot be decoded."""
-    album = shutil.copytree(pictures, tmp_path / "album")
+    album = shutil.copytree(images, tmp_path / "album")
     (album / "kill-a.jpg").write_bytes(b"no photo")
     embed(album, tmp_path / "expected", model=model, shard_size=10)
-    shutil.copy(pictures / "000.jpg", album / "kill-a.jpg")
+    shutil.copy(images / "000.jpg", album / "kill-a.jpg")
     monkeypatch.setattr(distributed, "ShardMaker", FaultyMaker)
     out = tmp_path / "out"
     summary = embed(album, out, model=model, shard_size=10, actors=2)
@@ -122,9 +122,9 @@ def test_a_picture_that_ends_its_process_is_a_row_and_all_others_are_made(pictur
     assert made == expected
 
 
-def test_an_actor_that_hangs_is_ended_and_its_shard_reported(pictures, model, tmp_path, monkeypatch, caplog):
-    album = shutil.copytree(pictures, tmp_path / "album")
-    shutil.copy(pictures / "000.jpg", album / "stop-a.jpg")
+def test_an_actor_that_hangs_is_ended_and_its_shard_reported(images, model, tmp_path, monkeypatch, caplog):
+    album = shutil.copytree(images, tmp_path / "album")
+    shutil.copy(images / "000.jpg", album / "stop-a.jpg")
     monkeypatch.setattr(distributed, "ShardMaker", FaultyMaker)
     monkeypatch.setattr("nopad.embedding.actors.work.MAX_STALLS", 1)
     out = tmp_path / "out"
@@ -138,8 +138,8 @@ def test_an_actor_that_hangs_is_ended_and_its_shard_reported(pictures, model, tm
     assert embed(album, out, model=model, shard_size=10).missing == 0
 
 
-def test_failed_rows_are_tried_again_by_actors(pictures, model, tmp_path):
-    album = shutil.copytree(pictures, tmp_path / "album")
+def test_failed_rows_are_tried_again_by_actors(images, model, tmp_path):
+    album = shutil.copytree(images, tmp_path / "album")
     whole = (album / "003.jpg").read_bytes()
     (album / "003.jpg").write_bytes(b"no photo")
     options = {"model": model, "shard_size": ROWS}
@@ -151,8 +151,8 @@ def test_failed_rows_are_tried_again_by_actors(pictures, model, tmp_path):
     assert shards(tmp_path / "out") == shards(tmp_path / "expected")
 
 
-def test_the_summary_is_json_alone_though_an_actor_dies(pictures, model, tmp_path):
-    command = [sys.executable, "-m", "nopad", "embed", str(pictures), "--out", str(tmp_path), "--shard-size", "1"]
+def test_the_summary_is_json_alone_though_an_actor_dies(images, model, tmp_path):
+    command = [sys.executable, "-m", "nopad", "embed", str(images), "--out", str(tmp_path), "--shard-size", "1"]
     command += ["--model", str(model), "--device", "cpu", "--actors", "1", "--json"]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while job.poll() is None and not list(tmp_path.glob("*.parquet")):
@@ -167,11 +167,11 @@ def test_the_summary_is_json_alone_though_an_actor_dies(pictures, model, tmp_pat
 
 @pytest.mark.parametrize("signals", [1, 3])
 def test_ctrl_c_ends_every_process(model, tmp_path, signals):
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     Image.effect_noise((420, 300), 50).convert("RGB").save(tmp_path / "one.jpg")
     for number in range(400):
-        os.link(tmp_path / "one.jpg", tmp_path / f"pictures/{number:03}.jpg")
-    command = [sys.executable, "-m", "nopad", "embed", "pictures", "--out", "out", "--shard-size", "4"]
+        os.link(tmp_path / "one.jpg", tmp_path / f"images/{number:03}.jpg")
+    command = [sys.executable, "-m", "nopad", "embed", "images", "--out", "out", "--shard-size", "4"]
     command += ["--model", str(model), "--device", "cpu", "--actors", "1"]
     # A group of its own, which gets the signal as a whole, as from a terminal.
     job = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, process_group=0)
@@ -192,8 +192,8 @@ def test_ctrl_c_ends_every_process(model, tmp_path, signals):
     assert alive == []
 
 
-def test_actors_end_with_a_command_that_is_killed(pictures, model, tmp_path):
-    command = [sys.executable, "-m", "nopad", "embed", *[str(pictures)] * 20, "--out", str(tmp_path)]
+def test_actors_end_with_a_command_that_is_killed(images, model, tmp_path):
+    command = [sys.executable, "-m", "nopad", "embed", *[str(images)] * 20, "--out", str(tmp_path)]
     command += ["--model", str(model), "--device", "cpu", "--actors", "1", "--shard-size", "2"]
     job = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while job.poll() is None and not list(tmp_path.glob("*.parquet")):
@@ -204,11 +204,11 @@ def test_actors_end_with_a_command_that_is_killed(pictures, model, tmp_path):
     assert psutil.wait_procs(processes, timeout=30)[1] == []
 
 
-def test_actor_writes_to_no_folder_that_is_another_jobs(pictures, model, tmp_path):
+def test_actor_writes_to_no_folder_that_is_another_jobs(images, model, tmp_path):
     settings = Settings(model=str(model), device="cpu", shard_size=ROWS)
     stop = threading.Event()
     stop.set()
-    embed(pictures, tmp_path, model=settings.model, shard_size=ROWS, stop=stop)
+    embed(images, tmp_path, model=settings.model, shard_size=ROWS, stop=stop)
     with FolderLock(tmp_path) as lock:
         for token, number in (("another token", 0), (lock.token, 1)):
             maker = ShardMaker(ActorConfig(str(tmp_path), settings, settings, SHARDS * ROWS, token))
@@ -221,26 +221,26 @@ def test_actor_writes_to_no_folder_that_is_another_jobs(pictures, model, tmp_pat
             assert len(shards(tmp_path)) == number
 
 
-def test_a_stop_before_an_encoder_is_loaded(pictures, model, tmp_path):
+def test_a_stop_before_an_encoder_is_loaded(images, model, tmp_path):
     stop = threading.Event()
     stop.set()
-    summary = embed(pictures, tmp_path, model=model, shard_size=ROWS, actors=2, stop=stop)
+    summary = embed(images, tmp_path, model=model, shard_size=ROWS, actors=2, stop=stop)
     assert (summary.done, summary.missing, summary.to_go) == (0, SHARDS * ROWS, SHARDS * ROWS)
 
 
-def test_an_update_by_actors_is_that_of_one_process(pictures, model, tmp_path):
-    """New, changed and gone pictures: the same shards, old and new, and the update's own list of inputs."""
+def test_an_update_by_actors_is_that_of_one_process(images, model, tmp_path):
+    """New, changed and gone images: the same shards, old and new, and the update's own list of inputs."""
     album, tables = tmp_path / "album", [tmp_path / "local", tmp_path / "actors"]
     album.mkdir()
     for number in range(2 * ROWS):
-        shutil.copy(pictures / f"{number:03}.jpg", album)
+        shutil.copy(images / f"{number:03}.jpg", album)
     options = {"model": model, "shard_size": ROWS, "thumbnails": 32}
     embed(album, tables[0], **options)
     shutil.copytree(tables[0], tables[1])
     (album / "001.jpg").unlink()
-    shutil.copy(pictures / "020.jpg", album / "002.jpg")
+    shutil.copy(images / "020.jpg", album / "002.jpg")
     for number in range(30, 30 + ROWS):
-        shutil.copy(pictures / f"{number:03}.jpg", album)
+        shutil.copy(images / f"{number:03}.jpg", album)
     for table, actors in zip(tables, (None, 1), strict=True):
         summary = embed(album, table, update=True, actors=actors, **options)
         assert (summary.rows, summary.failed, summary.done) == (3 * ROWS - 1, 0, ROWS + 1)
@@ -254,6 +254,6 @@ def test_an_update_by_actors_is_that_of_one_process(pictures, model, tmp_path):
 
 
 @pytest.mark.parametrize("actors", [(3, 2), (1, 2, 3), (0, 2)])
-def test_numbers_of_actors_that_are_none(pictures, model, tmp_path, actors):
-    with pytest.raises(ValueError, match=r"actors: expected (≥ 1|a least and a most number, as \(2, 8\)), got"):
-        embed(pictures, tmp_path, model=model, actors=actors)
+def test_numbers_of_actors_that_are_none(images, model, tmp_path, actors):
+    with pytest.raises(ValueError, match=r"actors: expected (≥ 1|a minimum and a maximum, as \(2, 8\)), got"):
+        embed(images, tmp_path, model=model, actors=actors)

@@ -1,4 +1,4 @@
-"""Pictures in datasets that were saved to disk."""
+"""Images in datasets that were saved to disk."""
 
 import contextlib
 import json
@@ -67,7 +67,7 @@ def test_a_damaged_dataset_is_a_broken_input(tmp_path: Path):
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """The Arrow file of a saved dataset: 60 pictures in batches of 20."""
+    """The Arrow file of a saved dataset: 60 images in batches of 20."""
     datasets = pytest.importorskip("datasets")
     table = pa.table({"label": range(60), "image": [picture(i) + bytes(500) for i in range(60)]})
     data = datasets.Dataset(table)

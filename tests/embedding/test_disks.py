@@ -67,20 +67,20 @@ def test_links_at_the_places_of_a_jobs_files_are_not_written_through(photos, tmp
     victim = tmp_path / "victim"
     if leads == "to a file":
         victim.write_text("{}")
-    own = tmp_path / "out" / ".nopad"
-    own.mkdir(parents=True)
+    metadata = tmp_path / "out" / ".nopad"
+    metadata.mkdir(parents=True)
     names = [
         "owner.json",
         "inputs.parquet",
         *([] if leads == "to a file" else ["job.json", *table(tmp_path / "whole")]),
     ]
     for name in names:
-        ((own.parent if name.startswith("shard") else own) / name).symlink_to(victim)
+        ((metadata.parent if name.startswith("shard") else metadata) / name).symlink_to(victim)
     if leads == "nowhere":
         with pytest.raises(OSError, match="No such file"):  # a shard that is there by its name
             embed(photos, tmp_path / "out", model)
         for name in table(tmp_path / "whole"):
-            (own.parent / name).unlink()
+            (metadata.parent / name).unlink()
     embed(photos, tmp_path / "out", model)
     assert table(tmp_path / "out") == table(tmp_path / "whole")
     assert victim.exists() == (leads == "to a file")

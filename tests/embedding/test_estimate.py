@@ -34,7 +34,7 @@ def test_mean_patches_are_those_of_the_rule(tmp_path, model, clip_model):
 
 def test_headers_that_cannot_be_read_do_not_count(tmp_path, model):
     write_pictures(tmp_path / "a", [(40, 80), (40, 40), (2000, 2000)])  # the last is refused for its pixels
-    (tmp_path / "a" / "x.png").write_bytes(b"no picture")
+    (tmp_path / "a" / "x.png").write_bytes(b"no image")
     (tmp_path / "a" / "y.png").touch()
     Image.new("RGB", (40, 60)).save(tmp_path / "a" / "z.png")
     assert mean(tmp_path / "a", model) == 150

@@ -23,7 +23,7 @@ PLACE = {1: "S", 2: (33.0, 51.0, 30.0), 3: "E", 4: (151.0, 12.0, 36.0)}
 
 
 def photo(*, taken="2024:05:01 12:30:00", place=PLACE, orientation=1, size=(40, 24), format="JPEG"):
-    """A picture, red on its left half and blue on its right, with an EXIF."""
+    """An image, red on its left half and blue on its right, with an EXIF."""
     image = Image.new("RGB", size, "blue")
     image.paste("red", (0, 0, size[0] // 2, size[1]))
     exif = Image.Exif()
@@ -43,7 +43,7 @@ def album(tmp_path):
     folder.mkdir()
     (folder / "a.jpg").write_bytes(photo(orientation=6, size=(400, 240)))
     Image.new("RGB", (300, 200), "green").save(folder / "b.png")
-    (folder / "c.jpg").write_bytes(b"no picture")
+    (folder / "c.jpg").write_bytes(b"no image")
     return folder
 
 
@@ -172,11 +172,11 @@ def test_sides_that_are_none(album, model, tmp_path, thumbnails):
         nopad.embed(album, tmp_path / "table", model=model, thumbnails=thumbnails)
 
 
-def test_of_a_film_the_frame_in_the_middle_of_each_row(model, tmp_path):
-    film = write_video(tmp_path / "film.mp4", 50)
-    nopad.embed(film, tmp_path / "table", model=model, every=1, frames=3, thumbnails=32, workers=1)
+def test_of_a_video_the_frame_in_the_middle_of_each_row(model, tmp_path):
+    video = write_video(tmp_path / "video.mp4", 50)
+    nopad.embed(video, tmp_path / "table", model=model, every=1, frames=3, thumbnails=32, workers=1)
     features = nopad.read_features(tmp_path / "table")
-    frames = read_frames(film, 50)
+    frames = read_frames(video, 50)
     assert features.thumbnails[:] == [thumbnail(frames[12], 32), thumbnail(frames[37], 32)]
     assert features.columns.column_names == ["time"]
 
@@ -228,7 +228,7 @@ def test_exif_that_is_damaged_is_left_out(changes, expected):
     assert list(read_exif(photo(**changes))) == expected
 
 
-@pytest.mark.parametrize("cut", [b"", b"\xff\xd8", b"no picture"])
+@pytest.mark.parametrize("cut", [b"", b"\xff\xd8", b"no image"])
 def test_files_without_exif(cut):
     assert read_exif(cut) == {}
     whole = photo()

@@ -25,8 +25,8 @@ def hub(monkeypatch):
             return {**info, "name": info["name"].lstrip("/")}
 
         def find(self, path, **options):
-            found = files.find(f"/{path}", **options)
-            return {name.lstrip("/"): {**info, "name": name.lstrip("/")} for name, info in found.items()}
+            infos = files.find(f"/{path}", **options)
+            return {name.lstrip("/"): {**info, "name": name.lstrip("/")} for name, info in infos.items()}
 
         def cat_file(self, path, **options):
             return files.cat_file(f"/{path}", **options)

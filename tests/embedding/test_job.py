@@ -62,10 +62,10 @@ def test_one_row_per_input_in_order_and_all_that_is_to_be_known_in_the_schema(ph
     assert (summary.stats.images, summary.stats.failed, summary.stats.fill) == (12, 1, 1.0)
     assert summary.stats.patches == sum(row["grid_h"] * row["grid_w"] for row in written if row["status"] == "ok")
     assert summary.shards_with_failures == [sorted(table(tmp_path / "out"))[1]]
-    told = summary.to_dict()
-    assert json.loads(json.dumps(told)) == told
-    assert told["per_second"]["images"] == pytest.approx(12 / summary.seconds)
-    assert told["fill"] == 1.0
+    as_dict = summary.to_dict()
+    assert json.loads(json.dumps(as_dict)) == as_dict
+    assert as_dict["per_second"]["images"] == pytest.approx(12 / summary.seconds)
+    assert as_dict["fill"] == 1.0
 
 
 def test_other_programs_read_it_as_it_is(photos, tmp_path, model):
@@ -77,8 +77,8 @@ def test_other_programs_read_it_as_it_is(photos, tmp_path, model):
     assert frame["id"].tolist() == features.ids
     np.testing.assert_array_equal(np.stack(frame["embedding"].tolist()), matrix)
     np.testing.assert_array_equal(np.array(pq.read_table(tmp_path / "out")["embedding"].to_pylist()), matrix)
-    found = duckdb.connect().execute(f"select embedding from '{tmp_path}/out/*.parquet' order by id").fetchall()
-    np.testing.assert_array_equal(np.array([row[0] for row in found]), matrix)
+    matches = duckdb.connect().execute(f"select embedding from '{tmp_path}/out/*.parquet' order by id").fetchall()
+    np.testing.assert_array_equal(np.array([row[0] for row in matches]), matrix)
 
 
 def test_features_are_those_of_encoder_embed_bit_for_bit(photos, tmp_path, model):

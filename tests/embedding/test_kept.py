@@ -1,4 +1,4 @@
-"""Columns that stay with their pictures."""
+"""Columns that stay with their images."""
 
 import io
 import json
@@ -26,7 +26,7 @@ TAGS = [["a", "b"], [], None, ["c"], ["d", None]]
 
 @pytest.fixture
 def images(tmp_path) -> list[bytes]:
-    folder = write_photos(tmp_path / "pictures", 5)
+    folder = write_photos(tmp_path / "images", 5)
     return [path.read_bytes() for path in sorted(folder.iterdir())]
 
 
@@ -62,9 +62,9 @@ def test_all_columns_keep_their_types_and_a_name_of_the_tables_own_gets_another(
     features = embed(parquet, tmp_path / "out", model, keep="all")
     there = pq.read_table(parquet).drop_columns(["image"])
     assert features.columns.column_names == ["label", "caption", "tags", "when", "kept_id"]
-    for name, own in zip(features.columns.column_names, there.column_names, strict=True):
-        assert features.columns[name].type == there[own].type
-        assert features.columns[name].to_pylist() == there[own].to_pylist()
+    for name, original in zip(features.columns.column_names, there.column_names, strict=True):
+        assert features.columns[name].type == there[original].type
+        assert features.columns[name].to_pylist() == there[original].to_pylist()
 
 
 def test_names_of_rows_come_from_a_column(parquet, tmp_path, model):
@@ -78,13 +78,13 @@ def test_names_of_rows_come_from_a_column(parquet, tmp_path, model):
         with pytest.raises(ValueError, match=message):
             list_inputs([parquet], id_column=column)
     with pytest.raises(ValueError, match="id_column: no source has columns"):
-        list_inputs([tmp_path / "pictures"], id_column="id")
+        list_inputs([tmp_path / "images"], id_column="id")
 
 
 def test_a_saved_dataset(images, tmp_path, model):
     def split(rows: slice) -> datasets.Dataset:
-        pictures = [{"bytes": data, "path": None} for data in images[rows]]
-        columns = {"image": pictures, "label": LABELS[rows], "name": [f"n{i}" for i in range(5)][rows]}
+        cells = [{"bytes": data, "path": None} for data in images[rows]]
+        columns = {"image": cells, "label": LABELS[rows], "name": [f"n{i}" for i in range(5)][rows]}
         return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
 
     whole = datasets.DatasetDict({"train": split(slice(0, 3)), "test": split(slice(3, 5))})
@@ -126,7 +126,7 @@ def test_fields_and_texts_of_webdataset_samples(tar, tmp_path, model):
 def test_sources_with_and_without_columns(parquet, tar, tmp_path, model):
     with pytest.raises(ValueError, match="keep: column 'label' is int16 in one source, string in another"):
         embed([parquet, tar], tmp_path / "out", model, keep="label")
-    features = embed([parquet, tar, tmp_path / "pictures"], tmp_path / "out", model, keep="caption")
+    features = embed([parquet, tar, tmp_path / "images"], tmp_path / "out", model, keep="caption")
     assert features.columns["caption"].to_pylist() == [*CAPTIONS, "<script>", *[None] * 9]
 
 
@@ -142,7 +142,7 @@ def test_a_column_that_no_source_has(parquet, tmp_path, model, keep, message):
     with pytest.raises(ValueError, match=message):
         embed(parquet, tmp_path / "out", model, keep=keep)
     with pytest.raises(ValueError, match="keep: no source has columns; Parquet files, saved datasets and WebDataset"):
-        embed(tmp_path / "pictures", tmp_path / "out", model, keep="all")
+        embed(tmp_path / "images", tmp_path / "out", model, keep="all")
 
 
 def test_halves_of_characters_are_written_as_escapes(images, tmp_path, model):
@@ -199,7 +199,7 @@ def test_a_column_of_a_type_that_no_table_holds_is_refused_before_anything_is_em
 
 def test_failed_and_marked_rows_keep_their_columns(parquet, tmp_path, model):
     table = pq.read_table(parquet)
-    broken = table.set_column(0, "image", pa.array([b"no picture", *table["image"].to_pylist()[1:]], pa.binary()))
+    broken = table.set_column(0, "image", pa.array([b"no image", *table["image"].to_pylist()[1:]], pa.binary()))
     pq.write_table(broken, parquet)
     embed(parquet, tmp_path / "out", model, keep="label,tags")
     more = write_photos(tmp_path / "more", 2)
@@ -207,7 +207,7 @@ def test_failed_and_marked_rows_keep_their_columns(parquet, tmp_path, model):
     nopad.embed([parquet, more], tmp_path / "out", update=True, **options)
     nopad.embed(parquet, tmp_path / "out", retry_failed=True, **options)
     parquet.unlink()
-    nopad.embed([tmp_path / "more", tmp_path / "pictures"], tmp_path / "out", update=True, **options)
+    nopad.embed([tmp_path / "more", tmp_path / "images"], tmp_path / "out", update=True, **options)
     rows = pq.read_table(tmp_path / "out").to_pylist()
     of_table = [row for row in rows if row["source"] == str(parquet)]
     assert [row["label"] for row in of_table] == LABELS
@@ -244,7 +244,7 @@ def test_shards_that_declare_columns_which_they_do_not_have(tmp_path):
         ShardFormat(dimension=1, kept=pa.schema({"id": pa.int8()}))
 
 
-def test_pictures_are_those_of_the_rows(parquet, tmp_path, model):
+def test_images_are_those_of_the_rows(parquet, tmp_path, model):
     features = embed(parquet, tmp_path / "out", model, keep="label")
     for row in range(5):
         image = Image.open(io.BytesIO(features.read(row)))

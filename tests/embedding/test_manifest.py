@@ -18,7 +18,7 @@ def opened(monkeypatch) -> list[str]:
 
 
 def test_it_has_every_shard(photos, tmp_path, model):
-    (photos / "002.png").write_bytes(b"no picture")
+    (photos / "002.png").write_bytes(b"no image")
     summary = embed(photos, tmp_path / "out", model)
     rows = pq.read_table(tmp_path / "out" / ".nopad" / "manifest.parquet").to_pylist()
     paths = sorted((tmp_path / "out").glob("*.parquet"))

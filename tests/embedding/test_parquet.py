@@ -1,4 +1,4 @@
-"""Pictures in Parquet files."""
+"""Images in Parquet files."""
 
 import os
 import random
@@ -40,9 +40,9 @@ def test_the_image_column(tmp_path: Path):
     path = tmp_path / "a.parquet"
     chosen = [({"x": data, "n": [1]}, None, "x"), ({"mask": data, "jpg": data}, None, "jpg")]
     chosen += [({"mask": data, "jpg": data}, "mask", "mask")]
-    for table, wanted, expected in chosen:
+    for table, requested, expected in chosen:
         write_parquet(path, table)
-        assert list_inputs([path], image_column=wanted).inputs[0].note == expected
+        assert list_inputs([path], image_column=requested).inputs[0].note == expected
     refused = [
         ({"n": [1], "s": ["x"]}, None, r"no column of image bytes in n \(int64\), s \(string\)"),
         ({"x": data, "y": data}, None, r"2 columns of bytes in x \(binary\), y \(binary\); .*--image-column"),
@@ -50,10 +50,10 @@ def test_the_image_column(tmp_path: Path):
         ({"img": data, "n": [1]}, "n", "--image-column n is no column of image bytes"),
         ({"img": data}, "gone", "--image-column gone is no column"),
     ]
-    for table, wanted, message in refused:
+    for table, requested, message in refused:
         write_parquet(path, table)
         with pytest.raises(ValueError, match=message):
-            list_inputs([path], image_column=wanted)
+            list_inputs([path], image_column=requested)
 
 
 def test_values_without_bytes(tmp_path: Path):

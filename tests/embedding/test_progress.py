@@ -70,22 +70,22 @@ def test_a_bar_on_a_terminal(monkeypatch):
 
 def test_estimate_comes_once_after_a_few_packs():
     estimate = Estimate()
-    said = [
+    lines = [
         list(estimate.lines(state(images, rows=200_000, seconds=seconds, packs=packs, mean=310.0)))
         for images, seconds, packs in ((0, 0, 0), (10, 8, 1), (20, 10, 2), (60, 18, 5), (70, 19, 6))
     ]
     # 5,000 patches in 10 s, and 62,000,000 in all
     estimated = "200,000 images, about 310 patches each: 34 h at 500 patches/s"
-    assert said == [["200,000 images, about 310 patches each"], [], [], [estimated], []]
+    assert lines == [["200,000 images, about 310 patches each"], [], [], [estimated], []]
 
 
 def test_estimate_by_images_where_headers_do_not_say():
     estimate = Estimate()
-    said = [
+    lines = [
         list(estimate.lines(state(images, rows=5000, seconds=seconds, packs=packs)))
         for images, seconds, packs in ((0, 0, 0), (10, 8, 1), (20, 10, 2), (60, 18, 5))
     ]
-    assert said == [["5,000 images"], [], [], ["5,000 images: 17 min at 5.0 images/s"]]
+    assert lines == [["5,000 images"], [], [], ["5,000 images: 17 min at 5.0 images/s"]]
 
 
 def test_short_run_is_not_estimated():

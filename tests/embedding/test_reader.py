@@ -34,7 +34,7 @@ def test_content_tells_the_format(tmp_path: Path):
     ("data", "expected"),
     [
         (b"", "empty: 0 bytes"),
-        (b"not a picture", "not an image that Pillow can read"),
+        (b"not an image", "not an image that Pillow can read"),
         (picture(width=64, height=64, format="JPEG")[:-200], "truncated or damaged"),
         (picture(width=300, height=300, format="JPEG"), "300×300 is 90000 pixels, expected 1 to max_pixels 10000"),
     ],
@@ -137,12 +137,12 @@ def test_a_video_gives_its_frames_and_its_errors(tmp_path: Path):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((16, 32, 3), 50 * i, np.uint8))))
         container.mux(stream.encode())
     (tmp_path / "text.mp4").write_bytes(b"text")
-    text, film = list_inputs([tmp_path]).inputs
-    assert (film.kind, film.id) == ("video", "\\xff.mkv")
+    text, video = list_inputs([tmp_path]).inputs
+    assert (video.kind, video.id) == ("video", "\\xff.mkv")
     with Reader(MediaDecoder(frames=2)) as source:
-        assert source.pixels(film).shape == (2, 3, 16, 32)
+        assert source.pixels(video).shape == (2, 3, 16, 32)
     assert "no video that can be read" in reason(text)
-    assert "expected at most 500" in reason(film, max_pixels=500)
+    assert "expected at most 500" in reason(video, max_pixels=500)
 
 
 def test_a_reader_checks_its_arguments():

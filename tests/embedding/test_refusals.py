@@ -48,14 +48,14 @@ def begun(tmp_path_factory, model) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_setting_is_told(begun, model, change):
-    options, told = CHANGES[change]
+    options, line = CHANGES[change]
     before = table(begun[1])
     with pytest.raises(ValueError, match="holds a job with other settings:\n") as caught:
         embed(*begun, model, **options)
     lines = str(caught.value).splitlines()
     assert lines[0] == f"{begun[1]} holds a job with other settings:"
     assert len(lines) == 3
-    assert re.fullmatch(told, lines[1].strip())
+    assert re.fullmatch(line, lines[1].strip())
     assert lines[2] == "use the settings that it was begun with, or another folder"
     assert table(begun[1]) == before
 
@@ -339,7 +339,7 @@ def test_wrong_sources_and_models_begin_no_job(photos, tmp_path, model):
     for sources, message in (
         ([], "sources: expected a list"),
         (tmp_path / "nothing", "nothing: cannot be opened: No such file"),
-        (model, "no picture or video in it; left out: 1 .json, 1 .safetensors"),
+        (model, "no image or video in it; left out: 1 .json, 1 .safetensors"),
     ):
         with pytest.raises(ValueError, match=message):
             embed(sources, tmp_path / "out", model)

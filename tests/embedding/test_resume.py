@@ -15,7 +15,7 @@ from nopad.encoder import PackedEncoder
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("tokens", [False, True])
 def test_a_stopped_job_goes_on_to_what_an_uninterrupted_one_gives(photos, tmp_path, model, number, tokens, stop_after):
-    (photos / "007.png").write_bytes(b"no picture")
+    (photos / "007.png").write_bytes(b"no image")
     options = {"tokens": tokens, "capacity": 64}
     embed(photos, tmp_path / "whole", model, **options)
     summary = embed(photos, tmp_path / "out", model, **options, **stop_after(number))

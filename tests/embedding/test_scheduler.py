@@ -129,7 +129,7 @@ def rows_of(task):
 
 
 @pytest.mark.parametrize("poison", [{0}, {63}, {17}, {5, 6, 40}])
-def test_pictures_that_end_their_process_are_found_and_all_others_made(poison):
+def test_images_that_end_their_process_are_isolated_and_all_others_made(poison):
     def does(node, task):
         if task.shard == 2 and poison & {*rows_of(task)}:
             raise KilledError
@@ -142,7 +142,7 @@ def test_pictures_that_end_their_process_are_found_and_all_others_made(poison):
     assert {**made} == {shard: {} for shard in (0, 1, 3, 4, 5)}
 
 
-def test_reason_of_a_picture_that_ends_its_process():
+def test_reason_of_an_image_that_ends_its_process():
     def does(node, task):
         if 3 in rows_of(task):
             raise KilledError
@@ -206,7 +206,7 @@ def test_a_shard_that_is_too_much_at_once_is_given_up_and_the_others_made():
 
     made, given_up = run(FakeEngine(does), actors=2)
     assert {*made} == {0, 2, 3, 4, 5}
-    assert "died while it made it: it was ended by SIGSEGV; with its pictures in parts none did" in given_up[1]
+    assert "died while it made it: it was ended by SIGSEGV; with its images in parts none did" in given_up[1]
 
 
 def test_where_every_process_dies_the_job_ends():

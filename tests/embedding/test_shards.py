@@ -111,8 +111,8 @@ def test_columns_types_and_metadata(tmp_path):
         "tokens": "large_binary",
     }
     assert schema.metadata[b"nopad.model"] == b"x"
-    own = {"format": "1", "embedding.width": "3", "tokens.dtype": "float16", "tokens.width": "2"}
-    assert read_metadata(path) == {"model": "x", **own}
+    of_format = {"format": "1", "embedding.width": "3", "tokens.dtype": "float16", "tokens.width": "2"}
+    assert read_metadata(path) == {"model": "x", **of_format}
 
 
 def test_metadata_of_a_shard_with_tokens_does_not_promise_tokens_where_there_are_none(tmp_path):

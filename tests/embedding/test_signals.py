@@ -7,7 +7,7 @@ import sys
 
 import psutil
 
-# The main thread sits in one operation of torch, as it does at a large picture, and a forked process runs beside it.
+# The main thread sits in one operation of torch, as it does at a large image, and a forked process runs beside it.
 BUSY = """
 import multiprocessing, sys, time
 import torch

@@ -149,7 +149,7 @@ def test_a_list_file_without_lines_is_not_read_into_memory(tmp_path: Path):
 LEFT = ["._a.png", ".thumbnails/b.png", ".trash/deep/c.png", "@eaDir/d.png", "x/#recycle/e.png", "__MACOSX/x/._f.png"]
 
 
-def test_what_systems_leave_beside_pictures_is_counted(tmp_path: Path):
+def test_what_systems_leave_beside_images_is_counted(tmp_path: Path):
     fill(tmp_path / "d", "a.png", ".one.png", *LEFT)
     listing = list_inputs([tmp_path / "d"])
     assert ids(listing) == [".one.png", "a.png"]
@@ -212,7 +212,7 @@ def test_braces_in_a_source(tmp_path: Path):
         list_inputs([f"{tmp_path}/{{0..99999999999}}.tar"])
 
 
-def test_tables_and_tars_without_pictures_cost_the_others_nothing(tmp_path: Path):
+def test_tables_and_tars_without_images_cost_the_others_nothing(tmp_path: Path):
     write_tar(tmp_path / "0.tar", [("0.png", picture(0)), ("0.json", b"{}")])
     write_tar(tmp_path / "1.tar", [])
     write_parquet(tmp_path / "0.parquet", {"key": ["0"], "url": ["u"]})  # as img2dataset writes beside its tars
@@ -226,7 +226,7 @@ def test_tables_and_tars_without_pictures_cost_the_others_nothing(tmp_path: Path
         assert {key: listing.left_out[key] for key in (".tar", ".parquet")} == {".tar": 1, ".parquet": 2}
     with pytest.raises(ValueError, match=r"0\.parquet: no column of image bytes in key \(string\), url \(string\)"):
         list_inputs([tmp_path / "0.parquet", tmp_path / "1.tar"])
-    with pytest.raises(ValueError, match=r"1\.tar: no picture or video in it; left out: 1 \.tar"):
+    with pytest.raises(ValueError, match=r"1\.tar: no image or video in it; left out: 1 \.tar"):
         list_inputs([tmp_path / "1.tar"])
 
 
@@ -243,7 +243,7 @@ def test_a_compressed_tar_among_others_is_a_broken_input(tmp_path: Path):
 
 @pytest.fixture
 def deep(tmp_path: Path) -> Iterator[str]:
-    """The relative path of a picture below 1,100 folders, one in the other."""
+    """The relative path of an image below 1,100 folders, one in the other."""
     here = os.getcwd()
     os.chdir(tmp_path)
     for _ in range(1100):
@@ -275,9 +275,9 @@ def test_sources_keep_their_order_and_repetitions(tmp_path: Path):
         ("gone*", "matches nothing"),
         ("gone/*/x", "matches nothing"),
         ("texts/a.md/*", "matches nothing"),
-        ("texts", "no picture or video in it; left out: 2 .md, 1 without suffix"),
-        ("empty", "no picture or video in it$"),
-        ("empty.lst", "no picture or video in it$"),
+        ("texts", "no image or video in it; left out: 2 .md, 1 without suffix"),
+        ("empty", "no image or video in it$"),
+        ("empty.lst", "no image or video in it$"),
         ("zipped", "left out: 1 .tar.gz; compressed tars must be decompressed first"),
         ("x.tar.gz", "a compressed tar has no random access"),
         ("really.tar", "a compressed tar has no random access"),

@@ -1,4 +1,4 @@
-"""Pictures in tars."""
+"""Images in tars."""
 
 import io
 import os
@@ -78,8 +78,8 @@ def test_a_hard_link_in_a_tar_gives_the_picture_that_it_stands_for(tmp_path: Pat
             archive.addfile(info, io.BytesIO(data))
     inputs = list_inputs([tmp_path / "a.tar"]).inputs
     assert reason(inputs[0]) == "a hard link to a.png, which is not in the tar before it"
-    pictures = [(item.id, level(item)) for item in inputs[1:]]
-    assert pictures == [("a.png", 1), ("b.png", 1), ("c.png", 2), ("a.png", 3), ("d.png", 3), ("e.png", 1)]
+    images = [(item.id, level(item)) for item in inputs[1:]]
+    assert images == [("a.png", 1), ("b.png", 1), ("c.png", 2), ("a.png", 3), ("d.png", 3), ("e.png", 1)]
 
 
 def long_name(size: int = 4) -> bytes:

@@ -17,7 +17,7 @@ from nopad.preprocessing.decode import ImageError
 from nopad.preprocessing.video import read_frames
 
 
-def film(
+def encoded_video(
     count: int,
     format: str = "mp4",
     codec: str = "libx264",
@@ -59,26 +59,26 @@ def numbers(frames: Tensor) -> list[int]:
 
 
 def test_frames_are_the_middles_of_equal_spans_in_the_order_shown():
-    frames = read_frames(film(40), 4)
+    frames = read_frames(encoded_video(40), 4)
     assert frames.dtype == torch.uint8
     assert frames.shape == (4, 3, 32, 64)
     assert numbers(frames) == [5, 15, 25, 35]  # libx264 stores B-frames out of this order
 
 
 def test_a_video_of_fewer_frames_gives_all():
-    assert numbers(read_frames(film(3), 8)) == [0, 1, 2]
-    assert numbers(read_frames(film(1), 8)) == [0]
+    assert numbers(read_frames(encoded_video(3), 8)) == [0, 1, 2]
+    assert numbers(read_frames(encoded_video(1), 8)) == [0]
 
 
 @pytest.mark.parametrize(
     ("format", "codec"), [("matroska", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mpeg4"), ("mpeg", "mpeg2video")]
 )
 def test_the_count_needs_no_header(format: str, codec: str):
-    assert numbers(read_frames(film(30, format, codec), 3)) == [5, 15, 25]
+    assert numbers(read_frames(encoded_video(30, format, codec), 3)) == [5, 15, 25]
 
 
 def test_key_frames_are_used_and_change_nothing(monkeypatch: pytest.MonkeyPatch):
-    data = film(40)
+    data = encoded_video(40)
     decoded = 0
     upright = video._upright
 
@@ -90,21 +90,21 @@ def test_key_frames_are_used_and_change_nothing(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(video, "_decode", None)  # what reads from the start
     monkeypatch.setattr(video, "_upright", count)
     over_keys = read_frames(data, 8)
-    assert decoded == 8  # only what is wanted becomes an array
+    assert decoded == 8  # only requested frames become arrays
     monkeypatch.undo()
     monkeypatch.setattr(video, "_seek", lambda *_: None)
     assert torch.equal(read_frames(data, 8), over_keys)
 
 
 def test_where_packets_are_no_frames_the_decoded_ones_count(monkeypatch: pytest.MonkeyPatch):
-    data = film(20)
+    data = encoded_video(20)
     monkeypatch.setattr(video, "_scan", lambda *_: video._Index(50, None, []))
     assert numbers(read_frames(data, 2)) == [5, 15]
 
 
 @pytest.mark.parametrize(("rotation", "dark"), [(90, (1, 0)), (-90, (0, 1)), (180, (1, 1))])
 def test_a_turned_video_comes_upright(rotation: int, dark: tuple[int, int]):
-    frames = read_frames(film(2, rotation=rotation), 1)
+    frames = read_frames(encoded_video(2, rotation=rotation), 1)
     assert frames.shape[2:] == ((64, 32) if abs(rotation) == 90 else (32, 64))
     quarters = frames[0].float().mean(0).unflatten(0, (2, -1)).unflatten(2, (2, -1)).mean((1, 3))
     assert divmod(int(quarters.argmin()), 2) == dark
@@ -123,7 +123,7 @@ def test_a_turned_video_comes_upright(rotation: int, dark: tuple[int, int]):
 def test_pixels_that_are_not_square_become_square(format, codec, ratio, rotation, expected):
     if rotation and format != "mp4":
         pytest.skip("no display matrix in this container")
-    data = film(20, format, codec, pixel_ratio=ratio, rotation=rotation)
+    data = encoded_video(20, format, codec, pixel_ratio=ratio, rotation=rotation)
     frames = read_frames(data, 2)
     assert frames.shape == (2, 3, *expected)
     assert numbers(frames) == pytest.approx([5, 15], abs=1)  # FFmpeg's resize is 2 grey levels off
@@ -134,18 +134,18 @@ def test_pixels_that_are_not_square_become_square(format, codec, ratio, rotation
 
 def test_the_limit_is_of_square_pixels():
     with pytest.raises(ImageError, match="frames of 96×32 are 3072 pixels, expected at most 3071"):
-        read_frames(film(2, pixel_ratio=Fraction(3, 2)), 2, max_pixels=3071)
+        read_frames(encoded_video(2, pixel_ratio=Fraction(3, 2)), 2, max_pixels=3071)
 
 
 def test_reading_is_deterministic_and_the_same_from_a_path(tmp_path: Path):
-    data = film(40)
+    data = encoded_video(40)
     (tmp_path / "a:b.mp4").write_bytes(data)
     assert torch.equal(read_frames(tmp_path / "a:b.mp4", 5), read_frames(data, 5))
 
 
 @pytest.mark.parametrize("script", ["ffconcat version 1.0\nfile clip.mp4\n", "#EXTM3U\n#EXTINF:1,\nclip.mp4\n"])
 def test_no_other_file_is_opened(tmp_path: Path, script: str):
-    (tmp_path / "clip.mp4").write_bytes(film(4))
+    (tmp_path / "clip.mp4").write_bytes(encoded_video(4))
     (tmp_path / "script.mp4").write_text(script)
     with pytest.raises(ImageError, match="no video that can be read"):
         read_frames(tmp_path / "script.mp4", 2)
@@ -177,21 +177,21 @@ def words(*values: int) -> bytes:
 
 
 def fragmented() -> bytes:
-    return film(4, options={"movflags": "frag_keyframe+empty_moov"})
+    return encoded_video(4, options={"movflags": "frag_keyframe+empty_moov"})
 
 
 def edited(edits: int) -> bytes:
-    """A film of 40 frames with so many edit lists entries, each for the whole of it."""
+    """A video of 40 frames with so many edit lists entries, each for the whole of it."""
     table = words(0, edits) + words(1600, 0, 65536) * edits
     box = struct.pack(">I4s", len(table) + 8, b"elst") + table
-    return rebuilt(film(40), {b"edts": box})
+    return rebuilt(encoded_video(40), {b"edts": box})
 
 
 MANY = 88_000_000
 SOUND = {b"hdlr": words(0, 0) + b"soun" + bytes(13), b"stts": words(0, 1, MANY, 1)}
 BOMBS = {
     "samples of one size": (
-        lambda: rebuilt(film(4), {b"stsz": words(0, 1, MANY)}),
+        lambda: rebuilt(encoded_video(4), {b"stsz": words(0, 1, MANY)}),
         "claims 88000000 samples in a file of",
     ),
     "samples of a fragment": (
@@ -200,15 +200,18 @@ BOMBS = {
     ),
     "edits": (lambda: edited(300_000), "claims 12000000 samples, expected at most"),
     "samples of a chunk": (
-        lambda: rebuilt(film(4), SOUND | {b"stsc": words(0, 1, 1, 2**31, 1), b"stco": words(0, 9, *range(9))}),
+        lambda: rebuilt(encoded_video(4), SOUND | {b"stsc": words(0, 1, 1, 2**31, 1), b"stco": words(0, 9, *range(9))}),
         "claims 18874368 samples, expected at most",
     ),
-    "table behind its box": (lambda: rebuilt(film(4), {b"stsz": words(0, 0, 1000)}), "table stsz claims 4000 bytes"),
+    "table behind its box": (
+        lambda: rebuilt(encoded_video(4), {b"stsz": words(0, 0, 1000)}),
+        "table stsz claims 4000 bytes",
+    ),
     "chunk behind the file": (
-        lambda: rebuilt(film(4), {b"stco": words(0, 1, 2**31)}),
+        lambda: rebuilt(encoded_video(4), {b"stco": words(0, 1, 2**31)}),
         "truncated: its data go on to byte",
     ),
-    "compressed": (lambda: rebuilt(film(4), {b"mvhd+": words(8) + b"cmov"}), r"compressed \(cmov\)"),
+    "compressed": (lambda: rebuilt(encoded_video(4), {b"mvhd+": words(8) + b"cmov"}), r"compressed \(cmov\)"),
 }
 
 
@@ -225,7 +228,7 @@ def test_an_index_that_claims_what_the_file_cannot_hold_is_refused_before_ffmpeg
 
 
 def test_uncompressed_sound_of_many_samples_is_no_bomb():
-    data = rebuilt(film(4), SOUND | {b"stsc": words(0, 1, 1, MANY, 1), b"stco": words(0, 1, 48)})
+    data = rebuilt(encoded_video(4), SOUND | {b"stsc": words(0, 1, 1, MANY, 1), b"stco": words(0, 1, 48)})
     assert containers.problem(io.BytesIO(data)) == ""
 
 
@@ -236,7 +239,7 @@ def test_packets_that_claim_the_same_bytes_again_and_again_end_the_reading():
 
 
 def test_a_frame_larger_than_its_header_says_is_refused():
-    header = rebuilt(film(4), {})
+    header = rebuilt(encoded_video(4), {})
     at = header.rindex(b"avc1") + 4 + 24
     assert header[at : at + 4] == struct.pack(">HH", 64, 32)
     liar = header[:at] + struct.pack(">HH", 16, 16) + header[at + 4 :]
@@ -285,7 +288,7 @@ CONTAINERS = {
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_truncation_is_noticed_in_every_container(container: str):
     format, codec, options = CONTAINERS[container]
-    data = film(40, format, codec, options=options, noise=True)
+    data = encoded_video(40, format, codec, options=options, noise=True)
     assert len(read_frames(data, 4)) == 4
     # Whole packets, as a download that stopped leaves them; the program stream's last tenth is padding.
     for share in (0.3, 0.5, 0.8):
@@ -306,7 +309,7 @@ def test_truncation_is_noticed_in_every_container(container: str):
     ids=["h265", "h265 in slices", "h264", "mpeg2"],
 )
 def test_a_transport_stream_may_end_between_frames_and_nowhere_else(codec: str, encoder: dict[str, str]):
-    data = film(14, "mpegts", codec, encoder=encoder, noise=True)
+    data = encoded_video(14, "mpegts", codec, encoder=encoder, noise=True)
     packets = [data[start : start + 188] for start in range(0, len(data), 188)]
     is_picture = [int.from_bytes(packet[1:3], "big") & 0x1FFF == 256 for packet in packets]
     begins = [here and packet[1] & 0x40 > 0 for here, packet in zip(is_picture, packets, strict=True)]
@@ -325,7 +328,7 @@ def test_a_transport_stream_may_end_between_frames_and_nowhere_else(codec: str, 
 
 @pytest.mark.parametrize(("format", "slack"), [("matroska", 0), ("avi", 8), ("flv", 4), ("mpegts", 0)])
 def test_each_byte_that_is_missing_at_the_end_is_noticed(format: str, slack: int):
-    data = film(10, format, "flv" if format == "flv" else "mpeg4")
+    data = encoded_video(10, format, "flv" if format == "flv" else "mpeg4")
     for missing in (1, 2, 5, 20, 100):
         with pytest.raises(ImageError, match="truncated"):
             read_frames(data[: -missing - slack], 2)
@@ -357,13 +360,13 @@ def sound() -> bytes:
         (b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n", "no video that can be read"),
         (b"just text", "no video that can be read"),
         (
-            film(4, "matroska", "libx264").replace(b"V_MPEG4/ISO/AVC", b"V_MPEG4/ISO/ZZZ"),
+            encoded_video(4, "matroska", "libx264").replace(b"V_MPEG4/ISO/AVC", b"V_MPEG4/ISO/ZZZ"),
             "its codec is unknown to FFmpeg",
         ),
-        (film(4, "avi", "zmbv"), "its codec is zmbv, which is not read; convert it: ffmpeg"),
-        (film(4, "nut", "mpeg4"), "no video that can be read"),
+        (encoded_video(4, "avi", "zmbv"), "its codec is zmbv, which is not read; convert it: ffmpeg"),
+        (encoded_video(4, "nut", "mpeg4"), "no video that can be read"),
         (sound(), "no video stream in it"),
-        (film(0, "matroska"), "no video|no frame"),
+        (encoded_video(0, "matroska"), "no video|no frame"),
     ],
 )
 def test_what_is_no_video_is_an_error(data: bytes, reason: str):
@@ -374,13 +377,13 @@ def test_what_is_no_video_is_an_error(data: bytes, reason: str):
 
 def test_the_path_is_named_once():
     with pytest.raises(ImageError) as error:
-        read_frames("/nowhere/film.mp4", 2)
-    assert error.value.source == "/nowhere/film.mp4"
+        read_frames("/nowhere/video.mp4", 2)
+    assert error.value.source == "/nowhere/video.mp4"
     assert "/nowhere" not in error.value.reason
 
 
 def test_large_frames_are_refused_before_they_are_decoded(monkeypatch: pytest.MonkeyPatch):
-    data = film(2)
+    data = encoded_video(2)
     monkeypatch.setattr(video, "_scan", None)
     with pytest.raises(ImageError, match="64×32 are 2048 pixels, expected at most 2047"):
         read_frames(data, 2, max_pixels=2047)
@@ -398,7 +401,7 @@ def test_without_pyav_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
         read_frames(b"", 1)
 
 
-def test_a_picture_is_no_video_stream_of_a_song():
+def test_an_image_is_no_video_stream_of_a_song():
     """A cover is a video stream to FFmpeg."""
     buffer, cover = io.BytesIO(), io.BytesIO()
     Image.new("RGB", (8, 8)).save(cover, "JPEG")

@@ -97,10 +97,10 @@ class ByActors:
             Errors of making shards in one process, and those of actors; finished shards are kept in any case.
         """
         assert self.encoder is not None
-        threads, own = run.job.threads or 0, int(self.encoder.record["threads"] or 0)
-        if threads > own and run.missing:
+        job_threads, actor_threads = run.job.threads or 0, int(self.encoder.record["threads"] or 0)
+        if job_threads > actor_threads and run.missing:
             what = "actors: this job computes with %s, an actor has %s; set OMP_NUM_THREADS=%d when a job begins"
-            logger.warning(what, counted(threads, "thread"), counted(own, "core"), own)
+            logger.warning(what, counted(job_threads, "thread"), counted(actor_threads, "core"), actor_threads)
         works, number = _works(run), len(run.again) + len(run.missing)
         run.device = self.encoder.device
         run.encoders = max(1, min(self._max, number))
@@ -219,7 +219,7 @@ def _processes(config: ActorConfig, actors: int) -> ProcessEngine:
         places = len(environments)
     if actors > places:
         what = "a GPU" if device.type == "cuda" else "a core"
-        logger.warning("actors: %d wanted, there is room for %d with %s each", actors, places, what)
+        logger.warning("actors: %d requested, there is room for %d with %s each", actors, places, what)
         actors = places
     cores = max(1, num_cores() // actors)
     if device.type == "cpu":
@@ -245,6 +245,6 @@ def cores_of_an_actor(nodes: Sequence[Mapping[str, Any]], actors: int, *, on_gpu
     if num_fitting(1) == 0:
         raise ValueError(f"actors: got {actors}, but no node of the Ray cluster has {what} for one: {alive}")
     if num_fitting(1) < actors:
-        logger.warning("actors: %d wanted, there is room for %d with %s each", actors, num_fitting(1), what)
+        logger.warning("actors: %d requested, there is room for %d with %s each", actors, num_fitting(1), what)
     max_cores = max(int(node.get("CPU", 0)) for node in alive)
     return next((cores for cores in range(max_cores, 1, -1) if num_fitting(cores) >= actors), 1)

@@ -30,7 +30,7 @@ MAX_SECONDS = 2.0
 def mean_patches(inputs: InputList, reader: Reader, image_processor: ImageProcessor) -> float | None:
     """Patches of an input on average, `None` where no header can be read.
 
-    Headers are read where pictures are decoded: in a process of its own, see `DecodeProcesses`.
+    Headers are read where images are decoded: in a process of its own, see `DecodeProcesses`.
     """
     processes = DecodeProcesses(_HeaderDecoder(reader.decoder), _GridOf.by(image_processor), timeout=MAX_SECONDS)
     budget = MemoryBudget()

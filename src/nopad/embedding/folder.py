@@ -39,8 +39,8 @@ class JobFolder:
         check_local("out", folder)
         self.path = Path(folder)
         self.update = update
-        own = self.path / METADATA_FOLDER
-        self.metadata = own / UPDATES / f"{update:05}" if update else own
+        of_table = self.path / METADATA_FOLDER
+        self.metadata = of_table / UPDATES / f"{update:05}" if update else of_table
 
     @property
     def has_job(self) -> bool:

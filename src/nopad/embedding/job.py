@@ -216,7 +216,7 @@ def begin_or_resume(
 
 
 def kept_columns(settings: Settings, inputs: InputList) -> Kept | None:
-    """The columns that a new job keeps: of its inputs' own, times of films, and values found in files.
+    """The columns that a new job keeps: of its inputs' own, times of videos, and values found in files.
 
     Raises:
         ValueError: no input has such a column, or the table needs its name.

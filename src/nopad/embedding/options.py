@@ -81,7 +81,7 @@ def stall(default: float, help: str) -> Any:
 
 
 def actors(help: str) -> Any:
-    """An option that is a number of actors, or a least and a most one; none by default."""
+    """An option that is a number of actors, or the minimum and maximum; none by default."""
     return option(None, help, _check_actors, recorded=False, type=_parse_actors, metavar="N")
 
 
@@ -139,7 +139,7 @@ def _check_actors(name: str, value: Any) -> None:
     for limit in value:
         check_count(name, limit)
     if len(value) != 2 or value[0] > value[1]:
-        raise ValueError(f"{name}: expected a least and a most number, as (2, 8), got {value!r:.80}")
+        raise ValueError(f"{name}: expected a minimum and a maximum, as (2, 8), got {value!r:.80}")
 
 
 def _check_part(name: str, value: Any) -> None:
@@ -152,9 +152,9 @@ def _slashed(value: Any) -> str:
     return "/".join(map(str, value)) if isinstance(value, tuple) else f"{value!r:.80}"
 
 
-def _check_between(unit: str, least: float, most: float, name: str, value: Any) -> None:
-    if not (is_number(value) and least <= value <= most):
-        raise ValueError(f"{name}: expected {unit}, {least:g} to {most:g}, got {value!r:.80}")
+def _check_between(unit: str, min_: float, max_: float, name: str, value: Any) -> None:
+    if not (is_number(value) and min_ <= value <= max_):
+        raise ValueError(f"{name}: expected {unit}, {min_:g} to {max_:g}, got {value!r:.80}")
 
 
 def _check_text(name: str, value: Any) -> None:

@@ -26,14 +26,14 @@ class Progress:
 
     Attributes:
         rows: inputs that this run has to do.
-        kept: rows of earlier runs.
+        rows_before: rows that earlier runs have made.
         stats: what is done.
         seconds: since the first input was read.
         mean_patches: patches of an input on average, by the headers of a few; `None` if unknown.
     """
 
     rows: int
-    kept: int
+    rows_before: int
     stats: Stats
     seconds: float
     mean_patches: float | None = None
@@ -65,8 +65,10 @@ class Display:
         if (is_over and not self.was_over) or (not is_over and time.monotonic() >= self.next):
             self.next = time.monotonic() + LINE_INTERVAL_SECONDS
             self.was_over = is_over
-            kept = f" (and {progress.kept:,} from before)" if progress.kept else ""
-            self.message(f"{progress.stats.images:,} of {counted(progress.rows, 'image')}{kept} · {describe(progress)}")
+            before = f" (and {progress.rows_before:,} from before)" if progress.rows_before else ""
+            self.message(
+                f"{progress.stats.images:,} of {counted(progress.rows, 'image')}{before} · {describe(progress)}"
+            )
 
 
 class _Bar(Display):
@@ -82,7 +84,7 @@ class _Bar(Display):
             self.bar.console.print(message_lines(text), markup=False, highlight=False, soft_wrap=True)
 
     def update(self, progress: Progress) -> None:
-        total, completed = progress.rows + progress.kept, progress.stats.images + progress.kept
+        total, completed = progress.rows + progress.rows_before, progress.stats.images + progress.rows_before
         self.bar.update(self.task, total=total, completed=completed, description=describe(progress))
 
 

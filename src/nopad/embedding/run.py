@@ -52,7 +52,7 @@ class Run:
         self.again = {shard: num_failed for shard, num_failed in failed.items() if num_failed}
         self.to_retry = sum(self.again.values())
         self.to_do = self.to_retry + sum(job.size(shard) for shard in self.missing)
-        self.kept = sum(map(job.size, job.part)) - self.to_do
+        self.rows_before = sum(map(job.size, job.part)) - self.to_do
         self.begin()
         self.mean_patches: float | None = None
 
@@ -67,14 +67,14 @@ class Run:
     def report(self) -> None:
         """Report how far the run is."""
         seconds = time.perf_counter() - self.start
-        self.progress(Progress(self.to_do, self.kept, self.tally.stats, seconds, self.mean_patches))
+        self.progress(Progress(self.to_do, self.rows_before, self.tally.stats, seconds, self.mean_patches))
 
     def summary(self, left_out: Mapping[str, int], changes: Sequence[str]) -> Summary:
         """Counts of the table as it is now, and of this run."""
         job = self.job
         finished = {*job.finished()}
         missing = len(job.inputs) - sum(map(job.size, finished))
-        own_missing = sum(job.size(shard) for shard in job.part if shard not in finished)
+        missing_in_part = sum(job.size(shard) for shard in job.part if shard not in finished)
         # A part counts its own rows, and those of the whole table once all are there.
         counted = [shard for shard in sorted(finished) if not missing or shard in job.part]
         counts = {job.path(shard).name: self.manifest.count(job.path(shard)) for shard in counted}
@@ -84,7 +84,7 @@ class Run:
             rows=rows,
             failed=sum(each.failed for each in counts.values()),
             missing=missing,
-            to_go=own_missing + self.to_retry - self.tally.retried,
+            to_go=missing_in_part + self.to_retry - self.tally.retried,
             done=self.tally.done,
             seconds=self.seconds,
             stats=self.tally.stats,

@@ -45,7 +45,7 @@ class Summary:
         write_seconds: spent writing shards, beside the encoder.
         device: what the encoder ran on, `"GPU"` or `"CPU"`.
         encoders, decode_processes: how many worked at the same time.
-        left_out: files in the sources that are no pictures or videos, by suffix.
+        left_out: files in the sources that are no images or videos, by suffix.
         changes: inputs that are new in the sources or gone from them since the job began, in words.
         shards_with_failures: the shards that hold failed rows, by name.
         part: of the job that this run was to do, as "3/8".

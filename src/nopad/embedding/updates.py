@@ -53,7 +53,7 @@ def compare(jobs: Sequence[Job], listed: InputList, names: Collection[str], *, c
     are known, by its contents. Of sources that are not among `names` nothing is gone.
     """
     stamps = take_stamps(listed, contents=contents)
-    current, known = _current(jobs)
+    current, stamps_of = _current(jobs)
     new, marks = [], {}
     for item, stamp in zip(listed, stamps, strict=True):
         places = current.get((item.source, item.id))
@@ -61,7 +61,7 @@ def compare(jobs: Sequence[Job], listed: InputList, names: Collection[str], *, c
             new.append((item, stamp))
             continue
         place, before = places.pop(0)
-        old = known[place]
+        old = stamps_of[place]
         if before != item or (old is not None and old.differs(stamp)):
             marks[place] = CHANGED
             new.append((item, stamp))
@@ -83,7 +83,7 @@ def _current(
 ) -> tuple[dict[tuple[str, str], list[tuple[Place, Input]]], dict[Place, Stamp | None]]:
     """The rows that are not marked by source and name, and their stamps."""
     rows: dict[tuple[str, str], list[tuple[Place, Input]]] = defaultdict(list)
-    known: dict[Place, Stamp | None] = {}
+    stamps_of: dict[Place, Stamp | None] = {}
     for number, job in enumerate(jobs):
         stamps = load_stamps(job.folder.stamps_file(job.record["inputs"]), len(job.inputs))
         size = job.settings.rows_per_shard
@@ -94,8 +94,8 @@ def _current(
                     continue
                 place = Place(number, shard, row)
                 rows[item.source, item.id].append((place, item))
-                known[place] = None if stamps is None else stamps[shard * size + row]
-    return rows, known
+                stamps_of[place] = None if stamps is None else stamps[shard * size + row]
+    return rows, stamps_of
 
 
 def begin_update(folder: JobFolder, jobs: Sequence[Job], record: Mapping[str, str], difference: Difference) -> Job:

@@ -133,6 +133,12 @@ class MemoryBudget:
 class Reservation:
     """The bytes of one image: of its file where that is large, then of decoding it, then of the result.
 
+    Its states, in order; `release` ends it from any of them:
+
+    - waiting: no bytes, or those of the file after `hold`; all later reservations wait behind it;
+    - decoding, after `reserve`: the peak of decoding, and the next reservation is served; `renounce` goes back;
+    - decoded, after `finish_decoding`: the bytes of the result.
+
     Attributes:
         budget: that it is made of.
     """

@@ -52,10 +52,10 @@ def check_address(name: str, address: str) -> None:
         return
     scheme = match[1]
     if scheme not in SCHEMES:
-        known = ", ".join(f"{each}://" for each in SCHEMES)
+        schemes = ", ".join(f"{each}://" for each in SCHEMES)
         raise ValueError(
-            f"{name}: expected a path or an address that begins with {known} or file:///, got {address!r}; mount it as "
-            f"a folder (rclone mount, sshfs, …) or copy it first"
+            f"{name}: expected a path or an address that begins with {schemes} or file:///, got {address!r}; mount it "
+            f"as a folder (rclone mount, sshfs, …) or copy it first"
         )
     if not address[match.end() :].strip("/"):
         raise ValueError(f"{name}: expected a bucket or a host behind {scheme}://, got {address!r}")

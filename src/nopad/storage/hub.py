@@ -49,8 +49,8 @@ class HubStore:
 
     def list(self, prefix: str) -> Iterator[Stored]:
         """See `nopad.storage.store.Store`."""
-        found = self._call(lambda: self._files.find(self._path(prefix), detail=True))
-        yield from (self._stored(info) for info in found.values() if info["type"] == "file")
+        infos = self._call(lambda: self._files.find(self._path(prefix), detail=True))
+        yield from (self._stored(info) for info in infos.values() if info["type"] == "file")
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}" if key else self._root

@@ -103,7 +103,7 @@ class ShardMaker:
         job = self._job(task.update)
         is_new = not (task.retry or task.replace or task.probe)
         if is_new and job.path(task.shard).exists():
-            return _found(job.path(task.shard))
+            return _existing(job.path(task.shard))
         assert self._worker is not None
         before = replace(self._tally, stats=replace(self._tally.stats))
         maker = Maker(job, self._worker, self._tally)
@@ -117,7 +117,7 @@ class ShardMaker:
             except OSError:
                 if not job.path(task.shard).exists():
                     raise
-                return _found(job.path(task.shard))  # another part was faster, and has tidied up behind it
+                return _existing(job.path(task.shard))  # another part was faster, and has tidied up behind it
         done = {name: value - getattr(before.stats, name) for name, value in asdict(self._tally.stats).items()}
         stats, seconds = Stats(**done), self._tally.write_seconds - before.write_seconds
         if (unmade := self._tally.unmade.pop(task.shard, None)) is not None:
@@ -140,7 +140,7 @@ class ShardMaker:
         return Job(settings, folder, record, inputs, check)
 
 
-def _found(path: Path) -> dict[str, Any]:
+def _existing(path: Path) -> dict[str, Any]:
     """The result of a shard that is there: its actor died after it had put it there, or another part has made it."""
     ok, failed = count(path)
     return _result(ok + failed, failed, 0.0, Stats(images=ok + failed, failed=failed))

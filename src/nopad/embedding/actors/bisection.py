@@ -1,11 +1,11 @@
-"""The search for the picture that ends the process that embeds it."""
+"""The search for the image that ends the process that embeds it."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
 NUM_CONFIRMATIONS = 2
-"""Processes that must die over a picture alone: one may have been killed from outside."""
+"""Processes that must die over an image alone: one may have been killed from outside."""
 
 
 def find_fatal(rows: Sequence[int]) -> Generator[Sequence[int], bool, int | None]:

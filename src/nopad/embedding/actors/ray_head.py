@@ -1,4 +1,4 @@
-"""The head of a Ray cluster: found, connected to, and watched."""
+"""The head of a Ray cluster: looking it up, connecting to it, watching it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _CURRENT_CLUSTER = Path("/tmp/ray/ray_current_cluster")  # by `ray start`
 
 
 class RayHead:
-    """The head's address, as far as it is known."""
+    """The head's address, or the one that was requested until it is connected."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -96,7 +96,7 @@ def connected(address: str | None, stop: threading.Event) -> Iterator[RayHead]:
     if address == "local":
         options |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
     else:
-        address = _found(address)
+        address = _answering_address(address)
     on_terminate = signal.getsignal(signal.SIGTERM)
     _init(address, options, stop)
     try:
@@ -107,22 +107,22 @@ def connected(address: str | None, stop: threading.Event) -> Iterator[RayHead]:
         ray.shutdown()
 
 
-def _found(address: str | None) -> str:
+def _answering_address(address: str | None) -> str:
     """`host:port` of a cluster that something answers for."""
     if address in (None, "", "auto"):
         try:
-            found = _CURRENT_CLUSTER.read_text().strip()
+            address = _CURRENT_CLUSTER.read_text().strip()
         except OSError:
             raise ConnectionError(
                 "ray: no cluster was started on this machine; start one with `ray start --head`, or give the address "
                 "of one as HOST:PORT"
             ) from None
-        if problem := why_unreachable(found):
+        if problem := why_unreachable(address):
             raise ConnectionError(
-                f"ray: the cluster that was started on this machine, {found} in {_CURRENT_CLUSTER}, does not answer "
+                f"ray: the cluster that was started on this machine, {address} in {_CURRENT_CLUSTER}, does not answer "
                 f"({problem}); `ray stop` removes what is left of it, `ray start --head` starts another"
             )
-        return found
+        return address
     assert address is not None
     if "://" in address:
         raise ValueError(f"ray: expected HOST:PORT, auto or local, got {address!r}; run the command on a node instead")

@@ -20,7 +20,7 @@ MAX_LOST_NODES = 3
 """When so many machines have failed over a shard, it counts as a death."""
 
 MAX_DEATHS = 2
-"""When so many processes have died over a shard, the picture that ends them is searched."""
+"""When so many processes have died over a shard, the image that ends them is searched."""
 
 
 @dataclass(eq=False)
@@ -63,18 +63,18 @@ class Work:
         self._deaths += 1
         if self._search is not None:
             self._go_on(survived=False, reason=reason)
-            return "its pictures are tried in parts"
+            return "its images are tried in parts"
         if self._deaths < MAX_DEATHS:
             return "it is made again"
         if self._was_searched:
             self.not_made = (
-                f"{place} died while it made it: {reason}; with its pictures in parts none did: is memory short?"
+                f"{place} died while it made it: {reason}; with its images in parts none did: is memory short?"
             )
             return "it is left to the next run"
         self._was_searched = True
         self._search = find_fatal([row for row in self.rows if row not in self.task.skipped])
         self._probe(next(self._search))
-        return "its pictures are tried in parts"
+        return "its images are tried in parts"
 
     def lost_node(self) -> bool:
         """Its machine has failed; whether that may be no fault of it."""
@@ -110,7 +110,7 @@ class Work:
             self._probe(None)
             self._deaths = MAX_DEATHS - 1
             if end.value is not None:
-                self._was_searched = False  # there may be another such picture
+                self._was_searched = False  # there may be another such image
                 reason = f"the process that embedded it died, also with it alone: {reason}"
                 self._set(skipped={**self.task.skipped, end.value: reason})
 

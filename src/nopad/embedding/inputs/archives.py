@@ -1,4 +1,4 @@
-"""Pictures in tars, listed without reading one."""
+"""Images in tars, listed without reading one."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class CompressedTarError(ValueError):
 def tar_inputs(
     path: str, text: str, left_out: Counter[str], *, hidden: bool = False, timeout: float | None = None
 ) -> Iterator[Input]:
-    """The pictures of an uncompressed tar, by seeking from header to header.
+    """The images of an uncompressed tar, by seeking from header to header.
 
-    A hard link gives the picture that it stands for. Members of other suffixes are counted in `left_out`, those that
+    A hard link gives the image that it stands for. Members of other suffixes are counted in `left_out`, those that
     are no regular file under `link`, `folder` and `special file`, those that `is_in_hidden` under `hidden`, unless
     `hidden` takes them. A tar that is cut short or damaged gives its whole members and one `"broken"` input that says
     where it ends.

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from nopad.embedding.inputs.arrow_stream import ArrowStream
 from nopad.embedding.inputs.fetched import table_size
-from nopad.embedding.inputs.tables import ARROW_DAMAGE, files_of, open_parquet
+from nopad.embedding.inputs.saved_datasets import files_of
+from nopad.embedding.inputs.tables import ARROW_DAMAGE, open_parquet
 from nopad.preprocessing.files import why
 from nopad.preprocessing.reachable import is_unreachable
 

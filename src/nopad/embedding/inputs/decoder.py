@@ -75,7 +75,7 @@ class Reader:
             table.interrupt()
 
     def media(self, item: Input) -> Media | Unread | Remote:
-        """The place of an encoded picture, its bytes, or the name of a video; of a large one in a table not yet these.
+        """The place of an encoded image, its bytes, or the name of a video; of a large one in a table not yet these.
 
         Raises:
             ImageError: an input that cannot be read; its source is `item.id`.
@@ -101,7 +101,7 @@ class Reader:
             raise ImageError(item.id, f"cannot be read: {why(error)}") from error
 
     def media_now(self, item: Input) -> Media:
-        """See `media`; a large picture, or a remote one, is read at once."""
+        """See `media`; a large image, or a remote one, is read at once."""
         media = self.media(item)
         if isinstance(media, Remote):
             media = media.fetch()

@@ -202,7 +202,7 @@ def _by_file(items: Iterable[Input]) -> Iterator[list[Input]]:
 
 
 def _schemas(inputs: InputList, requested: Sequence[str] | None, timeout: float | None) -> Iterator[pa.Schema]:
-    """The columns of each file among the inputs, without those of the pictures."""
+    """The columns of each file among the inputs, without those of the images."""
     seen = set()
     with closing(TableProcess(timeout)) as tables:
         for item in inputs:

@@ -19,11 +19,12 @@ from nopad.embedding.inputs.media import Video, check_reachable
 from nopad.embedding.inputs.names import COMPRESSED_TARS, HIDDEN, as_text, check_source, is_list, suffix_of
 from nopad.embedding.inputs.reaching import UnreachableSourceError, location_of, retry
 from nopad.embedding.inputs.remote import below, is_object
+from nopad.embedding.inputs.saved_datasets import is_dataset
 from nopad.embedding.inputs.spans import Spans
 from nopad.embedding.inputs.spool import Spool
 from nopad.embedding.inputs.table_process import TableProcess
 from nopad.embedding.inputs.table_requests import Table
-from nopad.embedding.inputs.tables import NoImageColumnError, is_dataset
+from nopad.embedding.inputs.tables import NoImageColumnError
 from nopad.embedding.inputs.walk import Hidden, match, walk
 from nopad.embedding.table.names import METADATA_FOLDER, parse_shard_name
 from nopad.preprocessing.decode import ImageError, UnreachableError
@@ -162,7 +163,7 @@ class Lister:
             yield replace(item, kind="broken", note=f"cannot be listed: {error.reason}")
 
     def _archive(self, path: str) -> Iterator[Input]:
-        """The inputs in a tar or a Parquet file; one that holds no pictures is left out."""
+        """The inputs in a tar or a Parquet file; one that holds no images is left out."""
         before = self.left_out.total()
         is_empty = True
         try:
@@ -193,26 +194,26 @@ class Lister:
             yield from self._table("dataset", folder)
             return
         archives = []
-        has_pictures = False
+        has_images = False
         if scheme_of(folder):
             below_it = below(folder, self._hidden, self.processes.tables.timeout)
         else:
             below_it = walk(folder, self._hidden)
-        for found in below_it:
-            id, path, suffix = prefix + found.path, os.path.join(folder, found.path), suffix_of(found.path)
-            if found.reason:
-                yield self._broken(path, id, found.reason)
+        for entry in below_it:
+            id, path, suffix = prefix + entry.path, os.path.join(folder, entry.path), suffix_of(entry.path)
+            if entry.reason:
+                yield self._broken(path, id, entry.reason)
             elif _is_shard(path):
                 continue
             elif suffix in VIDEO_SUFFIXES or suffix in image_suffixes():
-                has_pictures = True
+                has_images = True
                 yield from self._file(path, id)
             elif suffix in _ARCHIVES:
                 archives.append((path, id))
             else:
                 self.left_out[as_text(suffix)] += 1
         for path, id in archives:
-            if has_pictures:
+            if has_images:
                 self.left_out[suffix_of(path)] += 1
             else:
                 yield from self._file(path, id)
@@ -234,16 +235,16 @@ class Lister:
             if not self._may_be_missing:
                 raise ValueError(printable(f"{self.source}: {reason}"))
             yield self._broken(self.name, self.name, reason)
-        for found in matches:
-            path = os.path.join(base, found.path)
-            if found.reason:
-                yield self._broken(path, found.path, found.reason)
+        for entry in matches:
+            path = os.path.join(base, entry.path)
+            if entry.reason:
+                yield self._broken(path, entry.path, entry.reason)
             elif _is_shard(path):
                 continue
-            elif not found.is_folder:
-                yield from self._file(path, found.path)
+            elif not entry.is_folder:
+                yield from self._file(path, entry.path)
             elif "**" not in parts[fixed:]:
-                yield from self._folder(path, f"{found.path}/")
+                yield from self._folder(path, f"{entry.path}/")
 
     def _list(self) -> Iterator[Input]:
         folder = os.path.dirname(os.fsdecode(location_of(self.name)))

@@ -1,4 +1,4 @@
-"""The list of a job's inputs, one row per picture or video."""
+"""The list of a job's inputs, one row per image or video."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """The place of one picture or video.
+    """The place of one image or video.
 
     Attributes:
         id: its name within `source`: relative path, name in the tar, line of the list file; the row number in Parquet

@@ -1,4 +1,4 @@
-"""From the bytes of a picture, or the name of a video, to pixels: what the decode processes run."""
+"""From the bytes of an image, or the name of a video, to pixels: what the decode processes run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PROBE_BYTES = 1 << 12
 _Read = TypeVar("_Read")
 
 Media = FileRange | bytes | str
-"""The place of an encoded picture, its bytes, or the name of a video."""
+"""The place of an encoded image, its bytes, or the name of a video."""
 
 
 class Video(str):
@@ -72,11 +72,11 @@ class Video(str):
 
 @dataclass(frozen=True)
 class MediaDecoder:
-    """Decodes pictures, as `bytes`, and videos, by name.
+    """Decodes images, as `bytes`, and videos, by name.
 
     Args:
         frames: frames of a video, see `nopad.preprocessing.video.read_frames`.
-        max_pixels: refuse larger pictures and frames.
+        max_pixels: refuse larger images and frames.
         thumbnails: pixels of a side of thumbnails, `None` for none.
         exif: read when and where photos were taken.
 
@@ -94,7 +94,7 @@ class MediaDecoder:
             raise ValueError(f"frames, max_pixels: expected ≥ 1, got {self.frames} and {self.max_pixels}")
 
     def is_quick(self, media: Media) -> bool:
-        """See `Decoder.is_quick`: pictures are, but for very large ones; videos are not."""
+        """See `Decoder.is_quick`: images are, but for very large ones; videos are not."""
         return not isinstance(media, str) and not (isinstance(media, bytes) and len(media) >= _LARGE_BYTES)
 
     def size(self, media: Media) -> int:
@@ -105,7 +105,7 @@ class MediaDecoder:
             return 0
 
     def read(self, media: Media) -> bytes | str:
-        """The bytes of a picture; a video is left where it is. What cannot be reached is tried again.
+        """The bytes of an image; a video is left where it is. What cannot be reached is tried again.
 
         Raises:
             UnreachableError: a file that cannot be reached.
@@ -150,7 +150,7 @@ class MediaDecoder:
         return frames[0] if video.is_one_frame else frames
 
     def scaled(
-        self, media: bytes | str, least_size: Callable[[int, int], tuple[int, int]]
+        self, media: bytes | str, min_size: Callable[[int, int], tuple[int, int]]
     ) -> tuple[Tensor, tuple[int, int]]:
         """See `Decoder.scaled`; large enough for thumbnails.
 
@@ -158,14 +158,14 @@ class MediaDecoder:
             ImageError: see `__call__`.
         """
         if isinstance(media, bytes):
-            least = self.thumbnails or 0
+            thumbnail_side = self.thumbnails or 0
 
-            def least_with_thumbnail(height: int, width: int) -> tuple[int, int]:
-                scale = min(1.0, 2 * least / max(height, width))
-                sides = least_size(height, width)
+            def min_size_with_thumbnail(height: int, width: int) -> tuple[int, int]:
+                scale = min(1.0, 2 * thumbnail_side / max(height, width))
+                sides = min_size(height, width)
                 return max(sides[0], round(height * scale)), max(sides[1], round(width * scale))
 
-            if (decoded := scaled_jpeg(media, least_with_thumbnail, max_pixels=self.max_pixels)) is not None:
+            if (decoded := scaled_jpeg(media, min_size_with_thumbnail, max_pixels=self.max_pixels)) is not None:
                 return decoded
         pixels = self(media)
         height, width = pixels.shape[-2:]
@@ -179,10 +179,10 @@ class MediaDecoder:
 
     def extras(self, media: bytes | str, pixels: Tensor) -> dict[str, Any]:
         """See `Decoder.extras`: the columns of `nopad.embedding.inputs.extras` that were requested."""
-        found: dict[str, Any] = read_exif(media) if self.exif and isinstance(media, bytes) else {}
+        extras: dict[str, Any] = read_exif(media) if self.exif and isinstance(media, bytes) else {}
         if self.thumbnails is not None:
-            found[THUMBNAIL] = base64.b64encode(thumbnail(pixels, self.thumbnails)).decode()
-        return found
+            extras[THUMBNAIL] = base64.b64encode(thumbnail(pixels, self.thumbnails)).decode()
+        return extras
 
 
 def read_range(place: FileRange) -> bytes:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from nopad.embedding.inputs.names import is_hidden
 from nopad.embedding.inputs.reaching import retry
-from nopad.embedding.inputs.walk import Found, Hidden
+from nopad.embedding.inputs.walk import Hidden, PathEntry
 from nopad.embedding.table.names import METADATA_FOLDER, parse_shard_name
 from nopad.storage.addresses import Address
 from nopad.storage.store import Stored
@@ -34,7 +34,7 @@ def is_object(address: str, timeout: float | None) -> bool:
     return True
 
 
-def below(address: str, hidden: Hidden, timeout: float | None) -> Iterator[Found]:
+def below(address: str, hidden: Hidden, timeout: float | None) -> Iterator[PathEntry]:
     """The objects below a prefix, in the order of the bytes of their keys; tables of features are passed over.
 
     Raises:
@@ -53,10 +53,10 @@ def below(address: str, hidden: Hidden, timeout: float | None) -> Iterator[Found
         if METADATA_FOLDER in folders or (parse_shard_name(base) and name[: -len(base)] in tables):
             continue
         if not _is_left_out(address, folders, base, hidden):
-            yield Found(name)
+            yield PathEntry(name)
 
 
-def match(address: str, parts: tuple[str, ...], hidden: Hidden, timeout: float | None) -> list[Found]:
+def match(address: str, parts: tuple[str, ...], hidden: Hidden, timeout: float | None) -> list[PathEntry]:
     """What a glob's parts match below a prefix; see `nopad.embedding.inputs.walk.match`."""
     matches = set()
     for name in _names(address, timeout):
@@ -67,9 +67,9 @@ def match(address: str, parts: tuple[str, ...], hidden: Hidden, timeout: float |
                 continue
             if METADATA_FOLDER not in steps and _matches(steps[:depth], parts):
                 if not _is_left_out(address, list(steps[: depth - 1]), steps[depth - 1], hidden):
-                    matches.add(Found("/".join(steps[:depth]), is_folder))
+                    matches.add(PathEntry("/".join(steps[:depth]), is_folder))
                 break
-    return sorted(matches, key=lambda found: os.fsencode(found.path))
+    return sorted(matches, key=lambda entry: os.fsencode(entry.path))
 
 
 def _names(address: str, timeout: float | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""From what the user names to the list of pictures and videos to read."""
+"""From what the user names to the list of images and videos to read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nopad.terminal import printable
 
 @dataclass(frozen=True)
 class Listing:
-    """The inputs of a job, and how many files of which suffix (`""` for none) were left out as no picture or video."""
+    """The inputs of a job, and how many files of which suffix (`""` for none) were left out as no image or video."""
 
     inputs: InputList
     left_out: dict[str, int]
@@ -40,12 +40,12 @@ def list_inputs(
     spans: Spans | None = None,
     timeout: float | None = INPUT_TIMEOUT_SECONDS,
 ) -> Listing:
-    """List the pictures and videos of each source, in the order given; nothing is decoded.
+    """List the images and videos of each source, in the order given; nothing is decoded.
 
     A path that exists is taken as such, any other as a glob or, with braces (`{00000..00099}.tar`, `{a,b}/*.jpg`), as
     the several sources that a shell would make of it; those of them that are missing are `"broken"` inputs:
 
-    - A **folder** gives the pictures and videos below it, by suffix and in the order of the bytes of their paths; other
+    - A **folder** gives the images and videos below it, by suffix and in the order of the bytes of their paths; other
       files are left out. Where it has none, but tars or Parquet files, it gives what is in those. Links are followed, a
       folder that holds itself only once. A folder that cannot be listed is a `"broken"` input. Tables of features are
       passed over.
@@ -53,12 +53,12 @@ def list_inputs(
     - A **glob** gives every match in that order: folders as above (with `**`, which finds their files, folders are
       passed over), files as in a list. As in a shell, `*` finds no name that begins with a dot.
     - A **list file** (`.txt`, `.lst`) has a path in each line, taken whatever its suffix: tars and Parquet files for
-      what is in them, videos by suffix, the rest as pictures. Relative paths start at the list file's folder or, for
+      what is in them, videos by suffix, the rest as images. Relative paths start at the list file's folder or, for
       what is only there, at the current one. Blank lines are skipped.
-    - A **tar** gives its pictures, a **Parquet file** its rows, any other **file** itself. Tars and Parquet files that
-      hold no pictures are left out where other sources do.
+    - A **tar** gives its images, a **Parquet file** its rows, any other **file** itself. Tars and Parquet files that
+      hold no images are left out where other sources do.
 
-    Pictures have a suffix of a format that is read. What is listed twice is read twice. What is hidden or left by a
+    Images have a suffix of a format that is read. What is listed twice is read twice. What is hidden or left by a
     system (`._*`, `.thumbnails` and other folders with a dot, `@eaDir`, `#recycle`, …; see `names.is_hidden`) is left
     out and counted under `"hidden"`, in folders, globs and tars, unless it is named.
 
@@ -68,7 +68,7 @@ def list_inputs(
     Args:
         sources: paths, addresses and globs.
         image_column: the column of image bytes in Parquet files and datasets; by default the only one, or the only one
-            with a usual name.
+            with a common name.
         id_column: the column of names for the rows of Parquet files and datasets; by default, and where there is none
             of at most 4,096 characters, their numbers.
         hidden: take what is hidden, too.
@@ -108,7 +108,7 @@ def list_inputs(
                         first_broken.append(item)
                     yield item
             if is_empty:
-                reason = f"{lister.source}: no picture or video in it{_summary(lister.left_out)}"
+                reason = f"{lister.source}: no image or video in it{_summary(lister.left_out)}"
                 nothing_in.append(lister.refusals[0] if lister.refusals else reason)
                 if not (lister.is_archive or is_expanded):
                     raise ValueError(printable(nothing_in[-1]))

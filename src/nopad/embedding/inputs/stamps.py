@@ -39,7 +39,7 @@ class Stamp:
     sha256: str = ""
 
     def differs(self, other: Stamp) -> bool:
-        """Whether the file is another one: by its contents where both are known, else by size and time."""
+        """Whether the file is another one: by its contents where both have its SHA-256, else by size and time."""
         if self.sha256 and other.sha256:
             return self.sha256 != other.sha256
         return (self.size, self.mtime_ns) != (other.size, other.mtime_ns)
@@ -82,7 +82,7 @@ def _stat(item: Input, stats: _RemoteStats) -> tuple[int, int]:
 
 
 class _RemoteStats:
-    """Sizes and times of objects: of a prefix by listing it once, of tars and tables by asking for each.
+    """Sizes and times of objects: of a prefix by listing it once, of tars and tables by a request for each.
 
     Objects that were named in a list have none: a request for each of millions would take hours.
     """
@@ -92,7 +92,7 @@ class _RemoteStats:
         self._stored: dict[str, tuple[int, int]] = {}
 
     def of(self, item: Input) -> tuple[int, int]:
-        """Size and time of an object; -1 where they are not known."""
+        """Size and time of an object; -1 where they are unknown."""
         try:
             if item.kind in ("tar", "parquet"):
                 stored = retry(lambda: objects.stat(item.path, INPUT_TIMEOUT_SECONDS))
@@ -103,8 +103,8 @@ class _RemoteStats:
             if root != self._root:
                 address = Address.of(root)
                 prefix = f"{address.key}/" if address.key else ""
-                found = retry(lambda: list(store_of(address, INPUT_TIMEOUT_SECONDS).list(prefix)))
-                self._stored = {each.key: (each.size, each.mtime_ns) for each in found}
+                listed = retry(lambda: list(store_of(address, INPUT_TIMEOUT_SECONDS).list(prefix)))
+                self._stored = {each.key: (each.size, each.mtime_ns) for each in listed}
                 self._root = root
             return self._stored.get(Address.of(item.path).key, (-1, -1))
         except FileNotFoundError:
@@ -164,4 +164,4 @@ def load_stamps(path: Path, number: int) -> list[Stamp] | None:
             raise ValueError(f"expected {number} rows of {', '.join(_SCHEMA.names)}")
         return [Stamp(*row) for row in zip(*(column.to_pylist() for column in table.columns), strict=True)]
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{path}: damaged ({error}); remove it, and changed files are not found") from error
+        raise ValueError(f"{path}: damaged ({error}); remove it, and changed files go unnoticed") from error

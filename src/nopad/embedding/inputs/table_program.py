@@ -15,13 +15,13 @@ from nopad.embedding.inputs.arrow_stream import ArrowStream
 from nopad.embedding.inputs.columns import Column, DatasetColumn, ParquetColumn
 from nopad.embedding.inputs.fetched import set_current
 from nopad.embedding.inputs.names import as_text
+from nopad.embedding.inputs.saved_datasets import files_of
 from nopad.embedding.inputs.table_requests import Cells, Listing, Schema, Table, Values
 from nopad.embedding.inputs.tables import (
     ARROW_DAMAGE,
     Broken,
     NoImageColumnError,
     dataset_rows,
-    files_of,
     open_parquet,
     parquet_rows,
     plain_type,

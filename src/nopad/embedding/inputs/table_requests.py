@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nopad.embedding.inputs.listing import Input
-from nopad.embedding.inputs.tables import ARROW_DAMAGE, files_of, saved_splits
+from nopad.embedding.inputs.saved_datasets import files_of, saved_splits
+from nopad.embedding.inputs.tables import ARROW_DAMAGE
 from nopad.storage.addresses import scheme_of
 
 MIN_VALUE_BYTES, VALUE_BYTES_PER_BYTE = 1 << 26, 16

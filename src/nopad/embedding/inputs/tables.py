@@ -1,4 +1,4 @@
-"""Pictures in Parquet files and saved datasets, listed without reading one; in a process that may be ended."""
+"""Images in Parquet files and saved datasets, listed without reading one; in a process that may be ended."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nopad.checkpoints.contents import read_json
 from nopad.counts import counted
 from nopad.embedding.inputs.arrow_stream import MAX_ROWS, ArrowStream
 from nopad.embedding.inputs.fetched import open_arrow, table_size
 from nopad.embedding.inputs.names import as_text
+from nopad.embedding.inputs.saved_datasets import saved_splits
 from nopad.preprocessing.files import why
 from nopad.preprocessing.reachable import is_unreachable, missing_mount
 from nopad.storage.addresses import scheme_of
@@ -54,7 +53,7 @@ class NoImageColumnError(ValueError):
     """A table without the column of images."""
 
 
-def image_column(schema: pa.Schema, text: str, wanted: str | None) -> str:
+def image_column(schema: pa.Schema, text: str, requested: str | None) -> str:
     """Choose the column of encoded images: binary, or a struct with binary `bytes`, dictionary-encoded or not.
 
     Raises:
@@ -63,10 +62,10 @@ def image_column(schema: pa.Schema, text: str, wanted: str | None) -> str:
     """
     candidates = [field.name for field in schema if _holds_images(field.type)]
     columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
-    if wanted is not None:
-        if wanted in candidates:
-            return wanted
-        reason = f"--image-column {wanted} is no column of image bytes; got the columns {columns}"
+    if requested is not None:
+        if requested in candidates:
+            return requested
+        reason = f"--image-column {requested} is no column of image bytes; got the columns {columns}"
         raise NoImageColumnError(f"{text}: {reason}")
     conventional = [name for name in candidates if name in IMAGE_COLUMNS]
     if len(candidates) == 1 or len(conventional) == 1:
@@ -226,63 +225,6 @@ def open_parquet(path: bytes, *, in_pages: bool = True) -> pq.ParquetFile:
     # Not mapped: a mapped file that is cut short while it is read would kill the process. With pre_buffer, Arrow's
     # default, whole row groups would be held.
     return pq.ParquetFile(open_arrow(path), buffer_size=1 << 20 if in_pages else 0, pre_buffer=False)
-
-
-@dataclass(frozen=True, slots=True)
-class SavedSplit:
-    """One split of a dataset saved by `datasets`, named `""` where there are none, and its Arrow files in order."""
-
-    name: str
-    files: tuple[bytes, ...]
-
-
-def is_dataset(folder: str) -> bool:
-    """Whether a folder was written by `datasets`' `save_to_disk`."""
-    has = {name: os.path.isfile(os.path.join(folder, name)) for name in ("dataset_info.json", "state.json")}
-    return all(has.values()) or os.path.isfile(os.path.join(folder, "dataset_dict.json"))
-
-
-def saved_splits(folder: bytes) -> list[SavedSplit]:
-    """The splits of a saved dataset, as its JSON files list them.
-
-    Raises:
-        One of `ARROW_DAMAGE`: they cannot be read, or name files elsewhere.
-    """
-    whole = os.path.join(folder, b"dataset_dict.json")
-    if not os.path.isfile(whole):
-        return [SavedSplit("", _data_files(folder))]
-    names = _plain(read_json(Path(os.fsdecode(whole)))["splits"])
-    return [SavedSplit(name, _data_files(os.path.join(folder, os.fsencode(name)))) for name in names]
-
-
-def files_of(folder: bytes, split: str) -> tuple[bytes, ...]:
-    """The Arrow files of one split of a saved dataset.
-
-    Raises:
-        One of `ARROW_DAMAGE`: see `saved_splits`; or no such split.
-    """
-    for saved in saved_splits(folder):
-        if saved.name == split:
-            return saved.files
-    raise ValueError(f"it has no split {split!r} any more")
-
-
-def _data_files(folder: bytes) -> tuple[bytes, ...]:
-    state = read_json(Path(os.fsdecode(folder), "state.json"))
-    if state.get("_indices_data_files"):
-        raise ValueError("it was saved by an old version of datasets; load and save it again")
-    names = _plain([file["filename"] for file in state["_data_files"]])
-    return tuple(os.path.join(folder, os.fsencode(name)) for name in names)
-
-
-def _plain(names: list[str]) -> list[str]:
-    """Names of files or folders beside the one that lists them, each once."""
-    for name in names:
-        if os.path.basename(name) != name or name in ("", ".", ".."):
-            raise ValueError(f"expected the name of a file or folder in it, got {name!r}")
-    if len({*names}) < len(names):
-        raise ValueError(f"{len(names)} names, of which {len({*names})} differ; expected each once")
-    return names
 
 
 def _dataset_names(stream: ArrowStream, text: str, id_column: str | None) -> Iterator[str]:

@@ -17,7 +17,7 @@ from nopad.preprocessing.reachable import is_unreachable
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class PathEntry:
     """A path below where the walk began, whether it is a folder, and why it cannot be listed."""
 
     path: str
@@ -40,33 +40,35 @@ class Hidden:
         return True
 
 
-def walk(folder: str, hidden: Hidden) -> Iterator[Found]:
+def walk(folder: str, hidden: Hidden) -> Iterator[PathEntry]:
     """The files below a folder, and folders that cannot be listed; a folder that holds itself is walked once.
 
     Raises:
         OSError: a folder that cannot be reached.
     """
-    todo: list[tuple[Found, frozenset]] = [(Found("", True), frozenset())]
+    todo: list[tuple[PathEntry, frozenset]] = [(PathEntry("", True), frozenset())]
     while todo:
-        found, above = todo.pop()
-        if not found.is_folder:
-            yield found
+        entry, above = todo.pop()
+        if not entry.is_folder:
+            yield entry
             continue
-        path = os.path.join(folder, found.path)
+        path = os.path.join(folder, entry.path)
         try:
             identity = retry(partial(_identity, path))
             entries = retry(partial(_entries, path)) if identity not in above else []
         except OSError as error:
             if is_unreachable(error):
                 raise
-            yield Found(found.path, True, f"folder cannot be listed: {why(error)}")
+            yield PathEntry(entry.path, True, f"folder cannot be listed: {why(error)}")
             continue
         entries = [entry for entry in entries if entry[0] != METADATA_FOLDER and not hidden.leaves_out(path, *entry)]
         within = above | {identity}
-        todo += [(Found(os.path.join(found.path, name), is_folder), within) for name, is_folder in reversed(entries)]
+        todo += [
+            (PathEntry(os.path.join(entry.path, name), is_folder), within) for name, is_folder in reversed(entries)
+        ]
 
 
-def match(base: str, parts: tuple[str, ...], hidden: Hidden) -> list[Found]:
+def match(base: str, parts: tuple[str, ...], hidden: Hidden) -> list[PathEntry]:
     """Paths below a folder that a glob's parts match. As in a shell, `*` finds no name that begins with a dot."""
     matches = set()
     todo: list[tuple[str, tuple[str, ...], frozenset]] = [("", parts, frozenset())]
@@ -79,7 +81,7 @@ def match(base: str, parts: tuple[str, ...], hidden: Hidden) -> list[Found]:
             if rest and os.path.isdir(path):
                 todo.append((os.path.join(relative, part), rest, above))
             elif not rest and os.path.lexists(path):
-                matches.add(Found(os.path.join(relative, part), os.path.isdir(path)))
+                matches.add(PathEntry(os.path.join(relative, part), os.path.isdir(path)))
             continue
         try:
             identity = retry(partial(_identity, folder))
@@ -89,7 +91,7 @@ def match(base: str, parts: tuple[str, ...], hidden: Hidden) -> list[Found]:
         except OSError as error:
             if is_unreachable(error):
                 raise
-            matches.add(Found(relative, True, f"folder cannot be listed: {why(error)}"))
+            matches.add(PathEntry(relative, True, f"folder cannot be listed: {why(error)}"))
             continue
         if part[0] != ".":  # otherwise the pattern matches hidden names
             entries = [entry for entry in entries if not (entry[1] and hidden.leaves_out(folder, *entry))]
@@ -103,8 +105,8 @@ def match(base: str, parts: tuple[str, ...], hidden: Hidden) -> list[Found]:
         else:
             for is_folder in (False, True):
                 names = _shown(entries, part, is_folder)
-                matches |= {Found(os.path.join(relative, name), is_folder) for name in names}
-    return sorted(matches, key=lambda found: os.fsencode(found.path))
+                matches |= {PathEntry(os.path.join(relative, name), is_folder) for name in names}
+    return sorted(matches, key=lambda entry: os.fsencode(entry.path))
 
 
 def _shown(entries: Iterable[tuple[str, bool]], pattern: str, folders: bool) -> list[str]:

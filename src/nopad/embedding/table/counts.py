@@ -52,7 +52,7 @@ class Manifest:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._path = folder / METADATA_FOLDER / NAME
-        self._known = self._load()
+        self._counts = self._load()
         self._is_changed = False
 
     def _load(self) -> dict[str, ShardCount]:
@@ -67,13 +67,13 @@ class Manifest:
         return {name: ShardCount(*numbers) for name, *numbers in zip(*columns, strict=True)}
 
     def has(self, path: Path) -> bool:
-        """Whether a shard is known, as it is now."""
-        known = self._known.get(path.name)
+        """Whether it has the rows of a shard as its file is now."""
+        count = self._counts.get(path.name)
         status = path.stat()
-        return known is not None and (known.bytes, known.modified_ns) == (status.st_size, status.st_mtime_ns)
+        return count is not None and (count.bytes, count.modified_ns) == (status.st_size, status.st_mtime_ns)
 
     def count(self, path: Path) -> ShardCount:
-        """The rows of a shard; opens it only where it is not known.
+        """The rows of a shard; opens it only where `has` is false.
 
         Raises:
             ValueError, OSError: see `statuses`.
@@ -82,22 +82,22 @@ class Manifest:
             status = path.stat()  # before it is opened: a file that is replaced meanwhile is counted again
             rows = statuses(path)
             numbers = len(rows), rows.count(OK), rows.count(FAILED)
-            self._known[path.name] = ShardCount(*numbers, status.st_size, status.st_mtime_ns)
+            self._counts[path.name] = ShardCount(*numbers, status.st_size, status.st_mtime_ns)
             self._is_changed = True
-        return self._known[path.name]
+        return self._counts[path.name]
 
     def save(self, paths: Iterable[Path], check: Callable[[], None]) -> None:
-        """Keep what is known of these shards; nothing is written where that is kept already.
+        """Write the counts of these shards, unless the file has them already.
 
         Raises:
             LostLockError: by `check`, before anything is put in its place.
             OSError: the folder cannot be written.
         """
-        names = sorted(path.name for path in paths if path.name in self._known)
+        names = sorted(path.name for path in paths if path.name in self._counts)
         if not self._is_changed:
             return
-        known = [self._known[name] for name in names]
-        columns = [[getattr(each, field) for each in known] for field in _SCHEMA.names[1:]]
+        counts = [self._counts[name] for name in names]
+        columns = [[getattr(each, field) for each in counts] for field in _SCHEMA.names[1:]]
         table = pa.table([pa.array(names, pa.string()), *(pa.array(each, pa.int64()) for each in columns)], _SCHEMA)
         with atomic_write(self._path, check=check) as file:
             pq.write_table(table, file, compression="zstd", write_page_checksum=True)

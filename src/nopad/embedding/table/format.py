@@ -32,7 +32,7 @@ MAX_TOKEN_BYTES = 2**31 - 1
 class Row:
     """The result of one input: its features, or the reason why there are none.
 
-    `width` and `height` are the pixels of the upright picture, `grid` its `(t, h, w)` patches; `embedding` is `(D,)`,
+    `width` and `height` are the pixels of the upright image, `grid` its `(t, h, w)` patches; `embedding` is `(D,)`,
     `tokens` is `(t * h * w, D)` float16. An ok row has all of them (tokens where the format stores them), a failed row
     no features. `kept` has the values of the format's further columns, as Python's or Arrow's, or is empty for null.
     """
