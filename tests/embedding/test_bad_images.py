@@ -1,4 +1,4 @@
-"""Every kind of bad or odd picture in one job, run by the command line: what becomes of each."""
+"""Every kind of bad or odd image in one job, run by the command line: what becomes of each."""
 
 import contextlib
 import errno
@@ -20,7 +20,7 @@ from PIL import Image
 
 import nopad
 from nopad.cli import main
-from nopad.embedding import api
+from nopad.embedding import table_run
 
 MAX_PIXELS = 50_000
 RGB = noise(0, 24, 20)
@@ -28,7 +28,7 @@ GREY = RGB[:, :, 0]
 
 
 def saved(pixels, format: str = "PNG", **options) -> bytes:
-    """A picture as a file's bytes."""
+    """An image as a file's bytes."""
     buffer = io.BytesIO()
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     image.save(buffer, format, **options)
@@ -100,7 +100,7 @@ TABLE: dict[bytes, tuple[bytes, np.ndarray | str]] = {
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n{ } loop\n",
         "not an image that Pillow can read",
     ),
-    b"text.jpg": (b"not a picture\n", "not an image that Pillow can read"),
+    b"text.jpg": (b"not an image\n", "not an image that Pillow can read"),
     b"page.png": (b"<!DOCTYPE html><title>404</title>", "not an image that Pillow can read"),
     b"lfs.jpg": (b"version https://git-lfs.github.com/spec/v1\n", "not an image that Pillow can read"),
     b"noise.webp": (noise(4, 10, 10).tobytes(), "not an image that Pillow can read"),
@@ -208,10 +208,10 @@ def a_hostile_system(folder: Path):
         (folder / "photos" / "vanished.png").unlink()
         return listing
 
-    real = api.list_inputs
+    real = table_run.list_inputs
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "scandir", refusing(os.scandir, "locked"))
-        patch.setattr(api, "list_inputs", list_inputs)
+        patch.setattr(table_run, "list_inputs", list_inputs)
         yield
 
 
@@ -273,7 +273,7 @@ def test_nothing_else_came_of_it(done):
     assert failures["loop.png"] == MADE["loop.png"]
 
 
-def test_raising_the_limit_lets_larger_pictures_in(tmp_path, model):
+def test_raising_the_limit_lets_larger_images_in(tmp_path, model):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_bytes(saved(np.zeros((400, 400), np.uint8)))
     with pytest.MonkeyPatch.context() as patch:

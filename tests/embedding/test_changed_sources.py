@@ -9,7 +9,7 @@ from pictures import write_photos
 from PIL import Image
 
 import nopad
-from nopad.embedding import api
+from nopad.embedding import table_run
 from nopad.embedding.inputs.decoder import Reader
 
 
@@ -19,10 +19,12 @@ def test_a_source_that_grows_and_shrinks_is_told_and_the_list_is_kept(photos, tm
     write_photos(photos, 2, start=50)
     (photos / "011.png").unlink()
     summary = embed(photos, tmp_path / "out", model)
-    told = "since this job began, its sources have 2 new inputs and 1 is gone; it keeps to the list that it began with"
+    message = (
+        "since this job began, its sources have 2 new inputs and 1 is gone; it keeps to the list that it began with"
+    )
     assert len(summary.changes) == 1
-    assert summary.changes[0].startswith(told)
-    assert told in caplog.text
+    assert summary.changes[0].startswith(message)
+    assert message in caplog.text
     assert (summary.rows, summary.failed) == (12, 1)
     assert errors(tmp_path / "out") == {"011.png": "cannot be read: No such file or directory"}
     whole, out = table(tmp_path / "whole"), table(tmp_path / "out")
@@ -66,14 +68,14 @@ def test_the_same_name_for_another_folder_is_refused(photos, tmp_path, monkeypat
         embed("photos", tmp_path / "out", model)
 
 
-def test_a_picture_that_vanishes_between_listing_and_reading(photos, tmp_path, monkeypatch, model):
+def test_an_image_that_vanishes_between_listing_and_reading(photos, tmp_path, monkeypatch, model):
     def list_inputs(*arguments, **options):
         listing = real(*arguments, **options)
         (photos / "004.png").unlink()
         return listing
 
-    real = api.list_inputs
-    monkeypatch.setattr(api, "list_inputs", list_inputs)
+    real = table_run.list_inputs
+    monkeypatch.setattr(table_run, "list_inputs", list_inputs)
     summary = embed(photos, tmp_path / "out", model)
     assert (summary.rows, summary.failed) == (12, 1)
     assert errors(tmp_path / "out") == {"004.png": "cannot be read: No such file or directory"}

@@ -29,7 +29,7 @@ def arguments(source: Path, out: Path, model: Path, *options: str) -> list[str]:
     return ["embed", str(source), "--model", str(model), "--out", str(out), *size, *options]
 
 
-# What is said
+# Output
 
 
 def test_a_job_ends_with_a_summary(photos, tmp_path, capsys, model):
@@ -45,7 +45,7 @@ def test_a_job_ends_with_a_summary(photos, tmp_path, capsys, model):
     busy = r"\d+ decode process(es)? \d+% busy, CPU \d+%, writing \d+%"
     assert re.fullmatch(rf"limited by [a-z, ]+: {busy}", lines[2])
     assert lines[3] == (
-        "left out as no pictures or videos: 1 without suffix, 1 .md; name them in a list file to take them"
+        "left out as no images or videos: 1 without suffix, 1 .md; name them in a list file to take them"
     )
     assert len(lines) == 4
     last = err.splitlines()[-1]
@@ -58,27 +58,27 @@ def test_a_job_ends_with_a_summary(photos, tmp_path, capsys, model):
 
 
 def test_it_says_where_the_failures_are(photos, tmp_path, capsys, model):
-    (photos / "002.png").write_bytes(b"no picture")
-    (photos / "010.png").write_bytes(b"no picture")
+    (photos / "002.png").write_bytes(b"no image")
+    (photos / "010.png").write_bytes(b"no image")
     assert main(arguments(photos, tmp_path / "out", model)) == 0
-    told = capsys.readouterr().out.splitlines()[-1]
+    output = capsys.readouterr().out.splitlines()[-1]
     first = min(table(tmp_path / "out"))
-    assert f"in 2 shards ({first}, …); --retry-failed tries them again" in told
-    expression = re.search(r"nopad\.read_features\(.*\)\.failures", told)[0]
+    assert f"in 2 shards ({first}, …); --retry-failed tries them again" in output
+    expression = re.search(r"nopad\.read_features\(.*\)\.failures", output)[0]
     assert [failure.id for failure in eval(expression, {"nopad": nopad})] == ["002.png", "010.png"]
 
     write_photos(photos, 3)
     assert main(arguments(photos, tmp_path / "out", model, "--retry-failed")) == 0
-    told = capsys.readouterr().out
-    assert "11 embedded, 1 failed" in told
-    assert "this run: 2 in " in told
-    assert "in 1 shard (shard-00002" in told
+    output = capsys.readouterr().out
+    assert "11 embedded, 1 failed" in output
+    assert "this run: 2 in " in output
+    assert "in 1 shard (shard-00002" in output
 
 
 def test_nothing_embedded_is_status_1(tmp_path, capsys, model):
     (tmp_path / "photos").mkdir()
     for number in range(6):
-        (tmp_path / "photos" / f"{number}.png").write_bytes(b"no picture")
+        (tmp_path / "photos" / f"{number}.png").write_bytes(b"no image")
     assert main(arguments(tmp_path / "photos", tmp_path / "out", model)) == 1
     assert "0 embedded, 6 failed" in capsys.readouterr().out
     features = nopad.read_features(tmp_path / "out")
@@ -102,17 +102,17 @@ def test_stdout_is_for_the_summary_alone(photos, tmp_path, capsys, model, monkey
 
 
 def test_first_line_comes_before_anything_heavy_is_imported(photos, tmp_path, model):
-    command = (
+    program = (
         "import sys\n"
         "for name in ('torch', 'transformers', 'numpy'): sys.modules[name] = None\n"
         "from nopad.cli import main\n"
         "main(sys.argv[1:])\n"
     )
-    given = [*arguments(photos, tmp_path / "out", model), "--actors", "1"]  # without a server of decode processes
-    done = subprocess.run([sys.executable, "-c", command, *given], capture_output=True, text=True, check=False)
+    command = [*arguments(photos, tmp_path / "out", model), "--actors", "1"]  # without a server of decode processes
+    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[:2] == [
         f"embedding {photos} into {tmp_path}/out by {model} in bfloat16 on a GPU that has it, else float32 (--dtype); "
-        "pictures of more than 4,096 patches are scaled down where the model has no limit of its own (--max-patches N, "
+        "images of more than 4,096 patches are scaled down where the model has no limit of its own (--max-patches N, "
         "or none)",
         "importing torch and transformers",
     ]
@@ -121,8 +121,8 @@ def test_first_line_comes_before_anything_heavy_is_imported(photos, tmp_path, mo
 
 def test_steps_before_the_first_input_are_shown(photos, tmp_path, capsys, model):
     sources = [str(photos / "000.png"), str(photos / "001.png")]
-    given = arguments(photos, tmp_path / "out", model, "--max-patches", "none", "--dtype", "float32")
-    assert main([given[0], *sources, *given[2:]]) == 0
+    command = arguments(photos, tmp_path / "out", model, "--max-patches", "none", "--dtype", "float32")
+    assert main([command[0], *sources, *command[2:]]) == 0
     err = capsys.readouterr().err.splitlines()
     assert err[0] == f"embedding 2 sources into {tmp_path}/out by {model}"
     sizes = nopad.read_features(tmp_path / "out").grids.prod(axis=1)
@@ -135,11 +135,13 @@ def test_steps_before_the_first_input_are_shown(photos, tmp_path, capsys, model)
 
 
 def test_the_summary_as_json(photos, tmp_path, capsys, model):
-    (photos / "002.png").write_bytes(b"no picture")
+    (photos / "002.png").write_bytes(b"no image")
     assert main(arguments(photos, tmp_path / "out", model, "--json")) == 0
-    told = json.loads(capsys.readouterr().out)
-    kept = {key: told[key] for key in ("folder", "rows", "failed", "missing", "to_go", "done", "left_out", "changes")}
-    assert kept == {
+    summary = json.loads(capsys.readouterr().out)
+    counts = {
+        key: summary[key] for key in ("folder", "rows", "failed", "missing", "to_go", "done", "left_out", "changes")
+    }
+    assert counts == {
         "folder": f"{tmp_path}/out",
         "rows": 12,
         "failed": 1,
@@ -149,11 +151,11 @@ def test_the_summary_as_json(photos, tmp_path, capsys, model):
         "left_out": {},
         "changes": [],
     }
-    assert told["shards_with_failures"] == [min(table(tmp_path / "out"))]
-    assert (told["stats"]["images"], told["stats"]["failed"], told["fill"]) == (12, 1, 1.0)
+    assert summary["shards_with_failures"] == [min(table(tmp_path / "out"))]
+    assert (summary["stats"]["images"], summary["stats"]["failed"], summary["fill"]) == (12, 1, 1.0)
     patches = int(nopad.read_features(tmp_path / "out").grids.prod(axis=1).sum())
-    assert told["stats"]["patches"] == patches
-    assert told["per_second"]["patches"] == pytest.approx(patches / told["seconds"])
+    assert summary["stats"]["patches"] == patches
+    assert summary["per_second"]["patches"] == pytest.approx(patches / summary["seconds"])
 
 
 def test_all_options_reach_the_job(photos, tmp_path, capsys, model):
@@ -206,9 +208,9 @@ def test_wrong_use_is_one_line_and_status_2(photos, tmp_path, capsys, model, opt
     assert main(arguments(photos, tmp_path / "out", model, *options)) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    told = [line for line in err.splitlines() if line.startswith("nopad embed: ")]
-    assert len(told) == 1
-    assert message in told[0]
+    errors = [line for line in err.splitlines() if line.startswith("nopad embed: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
     assert "Traceback" not in err
 
 
@@ -242,8 +244,8 @@ def test_a_full_disk_is_status_2(photos, tmp_path, capsys, monkeypatch, model):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", refuse)
         assert main(arguments(photos, tmp_path / "out", model)) == 2
-    told = f"{tmp_path}/out: No space left on device; free space on its disk and run the job again; finished shards"
-    assert told in capsys.readouterr().err
+    message = f"{tmp_path}/out: No space left on device; free space on its disk and run the job again; finished shards"
+    assert message in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("*.part*"))
     assert table(tmp_path / "out") == {}
 
@@ -252,7 +254,7 @@ def test_a_full_disk_is_status_2(photos, tmp_path, capsys, monkeypatch, model):
 
 
 def at(number: int, act: Callable[[], None], monkeypatch) -> None:
-    """Act when so many pictures have been read."""
+    """Act when so many images have been read."""
     real = Reader.media
     count = iter(range(1, 1000))
 
@@ -338,7 +340,7 @@ def shard(descriptor: int) -> bool:
 
 def test_a_signal_while_failures_are_retried(photos, tmp_path, capsys, monkeypatch, model):
     for path in photos.iterdir():
-        path.write_bytes(b"no picture")
+        path.write_bytes(b"no image")
     assert main(arguments(photos, tmp_path / "out", model)) == 1
     write_photos(photos, 12)
     with monkeypatch.context() as patch:
@@ -365,13 +367,13 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> None
 
 def test_killed_stopped_and_gone_on_with(tmp_path, capfd, model):
     source, out = write_photos(tmp_path / "photos", 40, scale=4), tmp_path / "out"
-    (source / "017.png").write_bytes(b"no picture")
-    given = [*arguments(source, out, model, "--shard-size", "3"), "--tokens"]
+    (source / "017.png").write_bytes(b"no image")
+    command = [*arguments(source, out, model, "--shard-size", "3"), "--tokens"]
     in_one_go = arguments(source, tmp_path / "whole", model, "--shard-size", "3", "--tokens")
     assert main(in_one_go) == 0
 
     def start() -> subprocess.Popen:
-        call = [sys.executable, "-m", "nopad", *given]
+        call = [sys.executable, "-m", "nopad", *command]
         return subprocess.Popen(call, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     process = start()
@@ -385,9 +387,9 @@ def test_killed_stopped_and_gone_on_with(tmp_path, capfd, model):
     wait_for(lambda: len(table(out)) > len(left), process)
     process.send_signal(signal.SIGSTOP)  # it holds the folder, for as long as it takes to look
     capfd.readouterr()
-    assert main(given) == 2
-    told = rf"nopad embed: .*{out} is being written by another job: process {process.pid} of .* on .*, since"
-    assert re.search(told, capfd.readouterr().err)
+    assert main(command) == 2
+    owner = rf"nopad embed: .*{out} is being written by another job: process {process.pid} of .* on .*, since"
+    assert re.search(owner, capfd.readouterr().err)
     process.send_signal(signal.SIGCONT)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
@@ -420,12 +422,12 @@ out = sys.argv[sys.argv.index("--out") + 1]
 killed, status = 0, -signal.SIGKILL
 while status == -signal.SIGKILL:
     shards = len(glob.glob(f"{out}/*.parquet"))
-    wanted, pause = random.choice([(shards, 0.2), (shards + 1, 0.01), (shards + 2, 0.01)])
+    num_shards, pause = random.choice([(shards, 0.2), (shards + 1, 0.01), (shards + 2, 0.01)])
     child = os.fork()
     if not child:
         os._exit(main(sys.argv[1:]))
     over = lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    while len(glob.glob(f"{out}/*.parquet")) < wanted and over() is None:
+    while len(glob.glob(f"{out}/*.parquet")) < num_shards and over() is None:
         time.sleep(0.0002)
     time.sleep(random.uniform(0, pause))
     os.kill(child, signal.SIGKILL)
@@ -440,9 +442,9 @@ def test_killed_at_any_moment(tmp_path, model):
     assert main(arguments(source, tmp_path / "whole", model, "--shard-size", "2")) == 0
     call = [sys.executable, "-c", KILLS, *arguments(source, out, model, "--shard-size", "2")]
     done = subprocess.run(call, env=ENVIRONMENT, capture_output=True, text=True)
-    told = re.search(r"killed (\d+) status 0", done.stdout)
-    assert told, done.stdout + done.stderr
-    assert int(told[1]) >= 5
+    killed = re.search(r"killed (\d+) status 0", done.stdout)
+    assert killed, done.stdout + done.stderr
+    assert int(killed[1]) >= 5
     assert table(out) == table(tmp_path / "whole")
 
 

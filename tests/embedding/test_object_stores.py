@@ -11,7 +11,7 @@ from jobs import embed, errors, rows, table
 from pictures import write_photos, write_video
 
 from nopad.cli import main
-from nopad.embedding import api
+from nopad.embedding import table_run
 from nopad.embedding.inputs.reaching import UnreachableSourceError
 from nopad.embedding.inputs.sources import list_inputs
 from nopad.storage import objects, remote_file
@@ -31,7 +31,7 @@ def picture_of(number: int) -> bytes:
 def test_a_prefix_is_a_folder(s3, photos, tmp_path, model):
     (photos / "below").mkdir()
     (photos / "below" / "ü b#?%+.png").write_bytes(picture_of(3))
-    (photos / "notes.md").write_text("no picture")
+    (photos / "notes.md").write_text("no image")
     s3.put_all(photos, "a/")
     s3.put("ab/other.png", picture_of(1))
     embed(photos, tmp_path / "local", model)
@@ -123,12 +123,12 @@ def test_a_table_names_addresses_below_its_own_alone(s3, tmp_path, model):
         s3.put(key, picture_of(1))
     s3.server.requests.clear()
     assert embed("s3://photos/t/t.parquet", tmp_path / "out", model).rows == len(image)
-    found = errors(tmp_path / "out")
+    reasons = errors(tmp_path / "out")
     numbers = range(len(inside), len(image))
-    assert list(map(int, found)) == list(numbers)
+    assert list(map(int, reasons)) == list(numbers)
     for number, name in zip(numbers, outside, strict=False):
-        assert found[str(number)].startswith(f"its path {name} leads out of the table's folder")
-    assert found[str(len(image) - 1)] == "its address ftp://x/y has a scheme that is not read"
+        assert reasons[str(number)].startswith(f"its path {name} leads out of the table's folder")
+    assert reasons[str(len(image) - 1)] == "its address ftp://x/y has a scheme that is not read"
     assert not [line for line in s3.server.requests if "out.png" in line or "/tt/" in line]
     (tmp_path / "a.png").write_bytes(picture_of(1))
     embed(tmp_path / "t.parquet", tmp_path / "local", model)  # a table here names no address
@@ -225,10 +225,10 @@ def test_tables_and_tars_that_cannot_be_reached(s3, tmp_path, model, monkeypatch
         return listing
 
     embed(address, tmp_path / "whole", model)
-    real = api.list_inputs
+    real = table_run.list_inputs
     with monkeypatch.context() as patch:
-        patch.setattr(api, "list_inputs", list_inputs)
-        patch.setattr(api, "begin_or_resume", begin_before_faults(api.begin_or_resume, s3))
+        patch.setattr(table_run, "list_inputs", list_inputs)
+        patch.setattr(table_run, "begin_or_resume", begin_before_faults(table_run.begin_or_resume, s3))
         summary = embed(address, tmp_path / "out", model)
     assert (summary.rows, len(summary.unmade)) == (0, 2)
     with pytest.raises(UnreachableSourceError, match=rf"{address}: cannot be reached now: .*503 Service Unavailable"):
@@ -268,7 +268,7 @@ def test_the_command_says_what_it_could_not_list(s3, tmp_path, model, capsys):
     [
         ("s3://photos/none", "s3://photos/none: cannot be opened: No such object, and none below it"),
         ("s3://photos/none/*.png", "does not exist and, as a glob, matches nothing"),
-        ("s3://photos/d", "s3://photos/d: no picture or video in it; left out: 1 .md"),
+        ("s3://photos/d", "s3://photos/d: no image or video in it; left out: 1 .md"),
         ("s3://photos/saved", "s3://photos/saved: a dataset that was saved to disk is read from local folders alone"),
     ],
 )

@@ -22,7 +22,7 @@ from nopad.preprocessing.reachable import Retries, is_unreachable
 
 @pytest.fixture
 def fail(tmp_path, monkeypatch):
-    """Makes the next reads of a picture fail."""
+    """Makes the next reads of an image fail."""
     faults = tmp_path / "faults"
     faults.mkdir()
     monkeypatch.setattr(decoder, "FileRange", partial(FlakyRange, faults=str(faults)))
@@ -90,16 +90,16 @@ def test_unreachable_rows_on_request_are_told_apart_from_damaged_ones(photos, tm
     embed(photos, tmp_path / "whole", model)
     fail("006.png", errno.EIO, FOR_EVER)
     damaged = (photos / "007.png").read_bytes()
-    (photos / "007.png").write_bytes(b"no picture")
+    (photos / "007.png").write_bytes(b"no image")
     summary = embed(photos, tmp_path / "out", model, unreachable_rows=True)
     assert (summary.failed, summary.to_go) == (2, 0)
-    found = errors(tmp_path / "out")
-    assert found["006.png"] == "unreachable: Input/output error"
-    assert "unreachable" not in found["007.png"]
+    reasons = errors(tmp_path / "out")
+    assert reasons["006.png"] == "unreachable: Input/output error"
+    assert "unreachable" not in reasons["007.png"]
     (photos / "007.png").write_bytes(damaged)
     summary = embed(photos, tmp_path / "out", model, retry_failed=True)
     assert (summary.to_go, len(summary.unmade)) == (2, 1)  # the rows are as they were
-    assert errors(tmp_path / "out") == found
+    assert errors(tmp_path / "out") == reasons
     fail("006.png", errno.EIO, 0)
     assert embed(photos, tmp_path / "out", model, retry_failed=True).failed == 0
     assert table(tmp_path / "out") == table(tmp_path / "whole")
@@ -116,9 +116,9 @@ def test_a_source_that_is_not_mounted_is_no_failed_rows(photos, tmp_path, model,
             photos.mkdir()
         return listing
 
-    real = nopad.embedding.api.list_inputs
+    real = nopad.embedding.table_run.list_inputs
     with monkeypatch.context() as patch:
-        patch.setattr(nopad.embedding.api, "list_inputs", list_inputs)
+        patch.setattr(nopad.embedding.table_run, "list_inputs", list_inputs)
         summary = embed(photos, tmp_path / "out", model)
     assert (summary.rows, len(summary.unmade)) == (0, 3)
     assert all("is a file system not mounted" in reason for reason in summary.unmade.values())
@@ -175,8 +175,8 @@ def test_a_file_that_has_vanished_is_a_row(photos, tmp_path, model, monkeypatch)
         (photos / "003.png").unlink()
         return listing
 
-    real = nopad.embedding.api.list_inputs
-    monkeypatch.setattr(nopad.embedding.api, "list_inputs", list_inputs)
+    real = nopad.embedding.table_run.list_inputs
+    monkeypatch.setattr(nopad.embedding.table_run, "list_inputs", list_inputs)
     summary = embed(photos, tmp_path / "out", model)
     assert (summary.failed, summary.to_go) == (1, 0)
     assert errors(tmp_path / "out") == {"003.png": "cannot be read: No such file or directory"}

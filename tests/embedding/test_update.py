@@ -10,12 +10,12 @@ from pictures import write_photos
 
 import nopad
 from nopad.cli import main
-from nopad.embedding import api
+from nopad.embedding import table_run
 
 
 @pytest.fixture
 def made(photos, model, tmp_path):
-    """Twelve pictures and their table of three shards."""
+    """Twelve images and their table of three shards."""
     out = tmp_path / "features"
     nopad.embed(photos, out, model=model, shard_size=5, workers=1)
     return photos, out
@@ -40,7 +40,7 @@ def touch(path, seconds: float = 10) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + int(seconds * 1e9)))
 
 
-def test_new_pictures_become_new_shards(made, model):
+def test_new_images_become_new_shards(made, model):
     photos, out = made
     before = files(out)
     write_photos(photos, 7, start=12)
@@ -82,7 +82,7 @@ def test_gone_and_changed_are_marked_in_their_shards_alone(made, model):
     assert features.path(10) == str(photos / "003.png")
 
 
-def test_a_picture_that_comes_back_is_new(made, model):
+def test_an_image_that_comes_back_is_new(made, model):
     photos, out = made
     data = (photos / "001.png").read_bytes()
     (photos / "001.png").unlink()
@@ -142,11 +142,11 @@ def test_killed_at_any_step_the_same_command_goes_on(made, model, monkeypatch, s
 
     with monkeypatch.context() as patch:
         if step == "make":  # the update is begun and one of its shards written
-            job, real, written = api.Job, api.Job.write, []
+            job, real, written = table_run.Job, table_run.Job.write, []
             once = lambda self, *a: killed() if self.folder.update and written else written.append(1) or real(self, *a)  # noqa: E731
             patch.setattr(job, "write", once)
         else:
-            patch.setattr(api, step, killed)
+            patch.setattr(table_run, step, killed)
         with pytest.raises(KeyboardInterrupt):
             update(photos, out, model)
     update(photos, out, model)
@@ -158,7 +158,7 @@ def test_an_update_that_was_stopped_is_finished_without_the_option(made, model, 
     photos, out = made
     write_photos(photos, 7, start=12)
     with monkeypatch.context() as patch:
-        patch.setattr(api.InProcess, "work", lambda *_: None)
+        patch.setattr(table_run.InProcess, "work", lambda *_: None)
         update(photos, out, model)
     summary = nopad.embed(photos, out, model=model, shard_size=5, workers=1)
     assert (summary.rows, summary.done, summary.missing) == (19, 7, 0)
@@ -167,7 +167,7 @@ def test_an_update_that_was_stopped_is_finished_without_the_option(made, model, 
 def test_an_unfinished_first_job_is_finished_first(photos, model, tmp_path, monkeypatch):
     out = tmp_path / "features"
     with monkeypatch.context() as patch:
-        patch.setattr(api.InProcess, "work", lambda *_: None)
+        patch.setattr(table_run.InProcess, "work", lambda *_: None)
         nopad.embed(photos, out, model=model, shard_size=5, workers=1)
     write_photos(photos, 1, start=12)
     summary = update(photos, out, model)
@@ -192,15 +192,15 @@ def test_the_command(made, model, capsys):
     assert main(command) == 0
     assert "1 new input and 0 are gone; it keeps to the list that it began with: --update" in capsys.readouterr().err
     assert main([*command, "--update"]) == 0
-    printed, told = capsys.readouterr()
+    printed, messages = capsys.readouterr()
     assert printed.splitlines()[0].endswith("13 embedded, 0 failed")
-    assert "in the sources 1 are new, 0 have changed, 0 are gone" in told
+    assert "in the sources 1 are new, 0 have changed, 0 are gone" in messages
 
 
 def test_a_failed_picture_that_was_repaired_is_a_change(made, model):
     photos, out = made
     data = (photos / "002.png").read_bytes()
-    (photos / "new.png").write_bytes(b"no picture")
+    (photos / "new.png").write_bytes(b"no image")
     assert update(photos, out, model).failed == 1
     (photos / "new.png").write_bytes(data)
     summary = update(photos, out, model)

@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from torch import nn
 
-from nopad.counts import counted
-from nopad.embedding.distributed import ByActors
 from nopad.embedding.folder import JobFolder
-from nopad.embedding.in_process import InProcess
 from nopad.embedding.inputs.names import check_source
-from nopad.embedding.inputs.sources import Listing, list_inputs
-from nopad.embedding.inputs.spans import Spans
-from nopad.embedding.job import Job, begin_or_resume, changes_of, kept_columns
-from nopad.embedding.lock import FolderLock, PartLock
-from nopad.embedding.making import Tally
 from nopad.embedding.progress import Progress
-from nopad.embedding.run import Run
 from nopad.embedding.settings import Settings
-from nopad.embedding.summary import Summary, summary_of
-from nopad.embedding.table.counts import Manifest
-from nopad.embedding.updates import begin_update, compare, mark
+from nopad.embedding.summary import Summary
+from nopad.embedding.table_run import TableRun
 from nopad.embedding.workers import check_features
 from nopad.encoder import PackedEncoder
 from nopad.pipeline import process_server
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS, MAX_PIXELS, NUM_FRAMES, MaxPatches
 from nopad.preprocessing.rules import Resize
 from nopad.preprocessing.size import Size
-
-logger = logging.getLogger(__name__)
 
 
 def embed(
@@ -89,7 +74,7 @@ def embed(
     stop: threading.Event | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Summary:
-    """Embed pictures and videos into a folder of Parquet shards, one row per input, failed ones too.
+    """Embed images and videos into a folder of Parquet shards, one row per input, failed ones too.
 
     Called again with the same arguments, it goes on where it was stopped or killed, and gives what an uninterrupted run
     would have given. A slash at the end of a path, `.` and `..` in it do not make it another argument.
@@ -105,15 +90,15 @@ def embed(
         compile: compile the model for full packs; unless given on a GPU, and on a CPU for at least 32 inputs where
             that takes no compiler.
         precision: `"fp8"` or `"int8"` as `nopad.load` takes it, or the checkpoint's own.
-        tokens: store each picture's tokens, too, in float16.
+        tokens: store each image's tokens, too, in float16.
         layers: whose tokens are stored, and by which `pool` makes embeddings, from 0 or from the end; the last one
             unless given. The final norm is applied to all.
         pool: what an embedding is: `"model"` the model's own vector, whatever the layers; `"cls"` the CLS token,
             `"mean"` the mean of the patches, `"cls+mean"` both, of each layer, one behind the other.
         tokens_pool: store the mean of each square of so many by so many tokens.
-        size, min_patches, multiple_of: as `PackedEncoder.pack` takes them, of pictures and of a video's frames.
-        max_patches: most patches of a picture, its aspect ratio kept: `"auto"` is 4,096 where the rule has no limit, so
-            that one photo does not hold up a job; `None` is no limit but the rule's own.
+        size, min_patches, multiple_of: as `PackedEncoder.pack` takes them, of images and of a video's frames.
+        max_patches: maximum patches of an image, its aspect ratio kept: `"auto"` is 4,096 where the rule has no limit,
+            so that one photo does not hold up a job; `None` is no limit but the rule's own.
         resize: as `PackedEncoder.pack` takes it.
         decode: of JPEGs: `"gpu"` by the engines of a GPU, at most a grey level from the CPU's pixels, which needs the
             extra `gpu-decode`; `"auto"` is `"gpu"` where that is possible, which the job's record has; `"scaled"` on
@@ -123,7 +108,7 @@ def embed(
         frames: frames of a video, spread evenly over it.
         fps: rows of a video for each second, each of the frame that is shown then; a video is one row unless given.
         every: seconds of a video for each row, with `frames` frames of them.
-        max_pixels: pictures of more are failures.
+        max_pixels: images of more are failures.
         embedding_dtype: `"float32"` or `"float16"`, in the table.
         embedding_list: `"fixed"`, or `"variable"` for databases that cannot read lists of fixed size.
         shard_size: rows of a shard, 2048 unless given, 512 with tokens.
@@ -131,13 +116,13 @@ def embed(
             of its own; `None` is no limit.
         unreachable_rows: an input that cannot be reached, since a disk, mount or server fails again and again, becomes
             a failed row; by default its shard is not made, the summary has it in `unmade`, and the next call makes it.
-        decode_memory: bytes for pictures that are decoded and read ahead; half of what is free unless given. One that
+        decode_memory: bytes for images that are decoded and read ahead; half of what is free unless given. One that
             needs more is a failure.
         image_column: the column of image bytes in Parquet files and datasets, where it is not clear.
         id_column: the column of names for the rows of Parquet files and datasets; by default their numbers.
         keep: columns of Parquet files and datasets to keep in the table, names with commas between or `"all"`; of
             WebDataset samples fields of their JSON, or `txt`, `json` and `cls` as a whole.
-        thumbnails: store a JPEG of each picture, of at most so many pixels a side, 16 to 512; of a video that of the
+        thumbnails: store a JPEG of each image, of at most so many pixels a side, 16 to 512; of a video that of the
             frame in the middle.
         exif: store when and where photos were taken, by their EXIF: columns `taken`, by the camera's clock, `latitude`
             and `longitude`.
@@ -167,84 +152,30 @@ def embed(
         ImportError: a source or `actors` needs a package that is not installed.
     """
     arguments = locals()
-    names, label = _paths(sources), _label(model)
     folder = JobFolder(out)
-    label, names = folder.spelling(label, names)
+    label, names = folder.spelling(_label(model), _paths(sources))
     layers = tuple(layers) if isinstance(layers, list | range) else layers
     settings = Settings.of({**arguments, "model": label, "layers": layers})
-    of_encoder = [device, revision, prefix, precision, actors, part]
-    of_encoder += [option for option in (dtype, attention) if option != "auto"]
-    if isinstance(model, PackedEncoder) and (any(of_encoder) or compile is not None):
+    encoder = model if isinstance(model, PackedEncoder) else None
+    if encoder is not None:
+        _check_of_encoder(settings)
+    if not isinstance(stop, threading.Event | None):
+        raise ValueError(f"stop: expected a threading.Event, got {stop!r}")
+    check_features(model, settings)
+    if settings.in_process:
+        process_server.start()  # it imports torch while the sources are listed and the model is loaded
+    return TableRun(folder, names, settings, encoder, stop or threading.Event(), progress)()
+
+
+def _check_of_encoder(settings: Settings) -> None:
+    """Raise `ValueError` for options that an encoder in memory decides itself."""
+    of_encoder = (settings.device, settings.revision, settings.prefix, settings.precision, settings.compile)
+    is_default = settings.dtype == settings.attention == "auto" and all(option is None for option in of_encoder)
+    if not (is_default and settings.in_process):
         raise ValueError(
             "model: an encoder brings its own device, dtype, precision, revision, prefix and attention, is compiled "
             "already or not, and cannot be sent to actors; give its name or path instead"
         )
-    if not isinstance(stop, threading.Event | None):
-        raise ValueError(f"stop: expected a threading.Event, got {stop!r}")
-    check_features(model, settings)
-    in_process = actors is None and part is None
-    if in_process:
-        process_server.start()  # it imports torch while the sources are listed and the model is loaded
-    logger.info("listing %s", names[0] if len(names) == 1 else f"{len(names):,} sources")
-    spans = Spans(1 / fps, whole=False) if fps else Spans(every, whole=True) if every else None
-    columns = {"image_column": image_column, "id_column": id_column}
-    listing = list_inputs(names, **columns, hidden=hidden, spans=spans, timeout=settings.input_timeout)
-    stop = stop or threading.Event()
-    with FolderLock(out) if part is None else PartLock(out) as lock, ExitStack() as ends:
-        if part is None:
-            folder.clean()
-        kept = None if folder.has_job else kept_columns(settings, listing.inputs)
-        logger.info("%s; loading the model", counted(len(listing.inputs), "input"))
-        num_inputs, begun, manifest = len(listing.inputs), folder.recorded(), Manifest(folder.path)
-        if in_process:
-            encoder = model if isinstance(model, PackedEncoder) else None
-            maker = InProcess(settings, encoder, num_inputs, begun, estimates=progress is not None)
-        else:
-            maker = ByActors(settings, folder, num_inputs, begun, lock.token, stop)
-        ends.callback(maker.close)
-        if maker.encoder is None:
-            return _stopped(settings, folder, lock, listing)
-        logger.info(maker.encoder.description)
-        record = {
-            **maker.encoder.record,
-            "sources": json.dumps(names),
-            "inputs": listing.inputs.digest(),
-        }
-        jobs = begin_or_resume(folder, lock.check, settings, record, listing.inputs, kept, manifest)
-        changes = []
-        if not update and jobs[0].record["inputs"] != record["inputs"] and len(jobs) == 1:
-            changes = [changes_of(jobs[0].inputs, listing.inputs, folder.path)]
-            logger.warning(changes[0])
-        runs = []
-
-        def run(job: Job) -> None:
-            runs.append(Run(job, maker.tally(), manifest, stop=stop, progress=progress))
-            maker.work(runs[-1])
-
-        for job in jobs:
-            run(job)
-        if update and all(len(job.finished()) == len(job) for job in jobs):
-            difference = compare(jobs, listing.inputs, names, contents=content_hash)
-            changes = difference.describe()
-            logger.info(changes[0])
-            mark(jobs, difference.marks, maker.encoder.sizes)
-            if difference.new:
-                run(begin_update(folder, jobs, record, difference))
-        summary = summary_of([each.summary(listing.left_out, changes) for each in runs])
-        with suppress(OSError):  # it saves time alone
-            manifest.save([each.job.path(shard) for each in runs for shard in each.job.finished()], lock.check)
-        if part is not None and not summary.missing and not retry_failed:
-            folder.clean()  # what parts that were killed have left
-        return summary
-
-
-def _stopped(settings: Settings, folder: JobFolder, lock: FolderLock | PartLock, listing: Listing) -> Summary:
-    """The summary of a run that was stopped before it had an encoder."""
-    jobs = [Job(settings, each, *each.read(), lock.check) for each in folder.all()]
-    manifest = Manifest(folder.path)
-    if jobs:
-        return summary_of([Run(job, Tally(), manifest).summary(listing.left_out, []) for job in jobs])
-    return Summary.of_nothing(str(folder.path), len(listing.inputs), listing.left_out)
 
 
 def _paths(sources: str | Path | Sequence[str | Path]) -> list[str]:

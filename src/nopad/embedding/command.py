@@ -124,7 +124,7 @@ def _beginning(options: argparse.Namespace) -> str:
     cap = ""
     if options.max_patches == "auto":
         cap = (
-            f"; pictures of more than {MAX_PATCHES:,} patches are scaled down where the model has no limit of its own "
+            f"; images of more than {MAX_PATCHES:,} patches are scaled down where the model has no limit of its own "
             f"(--max-patches N, or none)"
         )
     dtype = " in bfloat16 on a GPU that has it, else float32 (--dtype)" if options.dtype == "auto" else ""
@@ -137,7 +137,7 @@ class _Messages(logging.Handler):
     def __init__(self, shown: Display) -> None:
         super().__init__()
         self.shown = shown
-        self.logger = logging.getLogger("nopad.embedding.api")
+        self.logger = logging.getLogger("nopad.embedding.table_run")
 
     def emit(self, record: logging.LogRecord) -> None:
         self.shown.message(record.getMessage())
@@ -184,7 +184,7 @@ def describe(summary: Summary) -> str:
     if summary.left_out:
         counts = ", ".join(f"{count:,} {suffix or 'without suffix'}" for suffix, count in summary.left_out.items())
         hint = ", --hidden takes what is hidden" if HIDDEN in summary.left_out else ""
-        lines.append(f"left out as no pictures or videos: {counts}; name them in a list file to take them{hint}")
+        lines.append(f"left out as no images or videos: {counts}; name them in a list file to take them{hint}")
     if summary.failed:
         shards = summary.shards_with_failures
         lines.append(

@@ -14,8 +14,6 @@ from typing import Any
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.in_process import InProcess
 from nopad.embedding.inputs.listing import InputList
-from nopad.embedding.inputs.sources import list_inputs
-from nopad.embedding.inputs.spans import Spans
 from nopad.embedding.job import begin_or_resume, kept_columns
 from nopad.embedding.lock import FolderLock
 from nopad.embedding.progress import Progress
@@ -23,6 +21,7 @@ from nopad.embedding.run import Run
 from nopad.embedding.settings import Settings
 from nopad.embedding.table.counts import Manifest
 from nopad.embedding.table.reader import failed_rows
+from nopad.embedding.table_run import list_sources
 from nopad.embedding.workers import check_features
 from nopad.pipeline.worker import num_cores
 
@@ -117,12 +116,7 @@ def plan(sources: Sequence[str], settings: Settings, *, sample: int = SAMPLE, ou
     """
     check_features(settings.model, settings)
     start = time.perf_counter()
-    spans = None
-    if settings.fps or settings.every:
-        spans = Spans(1 / settings.fps, whole=False) if settings.fps else Spans(settings.every or 0.0, whole=True)
-    columns: dict[str, Any] = {"image_column": settings.image_column, "id_column": settings.id_column}
-    options: dict[str, Any] = {**columns, "hidden": settings.hidden, "timeout": settings.input_timeout}
-    inputs = list_inputs(sources, **options, spans=spans).inputs
+    inputs = list_sources(sources, settings).inputs
     listed = time.perf_counter()
     chosen = InputList.of(inputs[place] for place in sample_places(len(inputs), sample))
     local = replace(settings, actors=None, ray=None, part=None, retry_failed=False, unreachable_rows=True)

@@ -41,7 +41,7 @@ class Settings:
     prefix: str | None = options.text(
         None, "of the vision tower's tensors in the checkpoint of a larger model (default: searched)"
     )
-    tokens: bool = options.flag("store each picture's tokens, too, in float16")
+    tokens: bool = options.flag("store each image's tokens, too, in float16")
     layers: tuple[int, ...] | None = options.layers(
         "whose tokens are stored, and of which --pool makes embeddings, as -4,-1: from 0, or from the end (default: "
         "the last one)"
@@ -53,15 +53,15 @@ class Settings:
     )
     tokens_pool: int = options.count(1, "store the mean of each square of N × N tokens")
     size: Size | None = options.size(  # noqa: RUF009 - a field
-        "of pictures: model (its own rule, the default), native (as they are), pixels of the short side with the "
+        "of images: model (its own rule, the default), native (as they are), pixels of the short side with the "
         "aspect ratio kept, or HEIGHTxWIDTH"
     )
     min_patches: int | None = options.count(
-        None, "least patches of a picture, which is scaled up in its aspect ratio; for --size native or pixels"
+        None, "minimum patches of an image, which is scaled up in its aspect ratio; for --size native or pixels"
     )
     multiple_of: int | None = options.count(None, "rows and columns of patches are multiples of this")
     max_patches: MaxPatches = options.max_patches(  # noqa: RUF009 - a field
-        "most patches of a picture, aspect ratio kept; not for pictures of one fixed size; none is no limit but the "
+        "maximum patches of an image, aspect ratio kept; not for images of one fixed size; none is no limit but the "
         f"model's own, auto is {MAX_PATCHES} where it has none"
     )
     device: str | None = options.device("cpu, cuda, cuda:1, …; cuda where there is one, unless given")
@@ -102,7 +102,7 @@ class Settings:
     every: float | None = options.duration(
         "seconds of a video for each row, as 2s, 500ms or 1m, with --frames frames of them"
     )
-    max_pixels: int = options.count(MAX_PIXELS, "pictures of more pixels are failures")
+    max_pixels: int = options.count(MAX_PIXELS, "images of more pixels are failures")
     input_timeout: float | None = options.time_limit(
         INPUT_TIMEOUT_SECONDS, "seconds that decoding one input, or listing one table, may take, none for no limit"
     )
@@ -112,7 +112,7 @@ class Settings:
         recorded=False,
     )
     decode_memory: int | None = options.memory(
-        "memory for pictures that are decoded and read ahead, as 4GB or in bytes (default: half of what is free)"
+        "memory for images that are decoded and read ahead, as 4GB or in bytes (default: half of what is free)"
     )
     image_column: str | None = options.text(
         None,
@@ -132,7 +132,7 @@ class Settings:
         metavar="NAMES",
     )
     thumbnails: int | None = options.thumbnails(
-        "store a JPEG of each picture, of at most N pixels a side, {} to {}".format(*THUMBNAIL_SIDES)
+        "store a JPEG of each image, of at most N pixels a side, {} to {}".format(*THUMBNAIL_SIDES)
     )
     exif: bool = options.flag(
         "store when and where photos were taken, by their EXIF: columns taken, latitude, longitude"
@@ -194,6 +194,11 @@ class Settings:
             raise ValueError("part: an update is made by one command; leave part or update out")
         if self.ray is not None and self.actors is None:
             raise ValueError(f"ray: {self.ray!r} is the cluster of actors; give how many with actors, too")
+
+    @property
+    def in_process(self) -> bool:
+        """Whether shards are made in the command's own process, not by actors."""
+        return self.actors is None and self.part is None
 
     @property
     def num_actors(self) -> tuple[int, int]:

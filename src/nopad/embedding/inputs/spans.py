@@ -32,6 +32,13 @@ class Spans:
     seconds: float
     whole: bool
 
+    @classmethod
+    def of_options(cls, fps: float | None, every: float | None) -> Spans | None:
+        """Those of `nopad.embed`'s options, of which one is given at most; `None` where a video is one row."""
+        if fps is not None:
+            return cls(1 / fps, whole=False)
+        return None if every is None else cls(every, whole=True)
+
     def of(self, item: Input, durations: DurationProcess, path: str | None = None) -> Iterator[Input]:
         """The parts of a video, as inputs named by a media fragment: `a.mp4#t=2`, `a.mp4#t=2,4`; the last ends with it.
 

@@ -1,0 +1,142 @@
+"""One call of `nopad.embed`: the jobs of a table are begun or resumed, run, and summed up."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+
+from nopad.counts import counted
+from nopad.embedding.distributed import ByActors
+from nopad.embedding.folder import JobFolder
+from nopad.embedding.in_process import InProcess
+from nopad.embedding.inputs.sources import Listing, list_inputs
+from nopad.embedding.inputs.spans import Spans
+from nopad.embedding.job import Job, begin_or_resume, changes_of, kept_columns
+from nopad.embedding.lock import FolderLock, PartLock
+from nopad.embedding.making import Tally
+from nopad.embedding.progress import Progress
+from nopad.embedding.run import Run
+from nopad.embedding.settings import Settings
+from nopad.embedding.summary import Summary, summary_of
+from nopad.embedding.table.counts import Manifest
+from nopad.embedding.updates import begin_update, compare, mark
+from nopad.encoder import PackedEncoder
+
+logger = logging.getLogger(__name__)
+
+
+def list_sources(sources: Sequence[str], settings: Settings) -> Listing:
+    """The inputs of sources, listed by the options of a job.
+
+    Raises:
+        ValueError, OSError, ImportError: see `list_inputs`.
+    """
+    spans = Spans.of_options(settings.fps, settings.every)
+    columns = {"image_column": settings.image_column, "id_column": settings.id_column}
+    return list_inputs(sources, **columns, hidden=settings.hidden, spans=spans, timeout=settings.input_timeout)
+
+
+@dataclass
+class TableRun:
+    """Makes what is missing of a table: of its first job, of its updates, and of what is new where that is requested.
+
+    Attributes:
+        sources: as the table's first job spells them.
+        encoder: the caller's own, `None` to load that of the settings.
+        stop: once set, shards in hand are finished and no others.
+        progress: called with how far the run in hand is.
+        runs: those of the jobs, as they are begun.
+    """
+
+    folder: JobFolder
+    sources: Sequence[str]
+    settings: Settings
+    encoder: PackedEncoder | None
+    stop: threading.Event
+    progress: Callable[[Progress], None] | None
+    runs: list[Run] = field(default_factory=list)
+
+    def __call__(self) -> Summary:
+        """List the sources, make the shards and return the summary.
+
+        Raises:
+            ValueError, OSError, ImportError: see `nopad.embed`.
+        """
+        sources, settings = self.sources, self.settings
+        logger.info("listing %s", sources[0] if len(sources) == 1 else f"{len(sources):,} sources")
+        listing = list_sources(sources, settings)
+        path = self.folder.path
+        with FolderLock(path) if settings.part is None else PartLock(path) as lock, ExitStack() as ends:
+            if settings.part is None:
+                self.folder.clean()
+            manifest = Manifest(path)
+            kept = None if self.folder.has_job else kept_columns(settings, listing.inputs)
+            logger.info("%s; loading the model", counted(len(listing.inputs), "input"))
+            maker = self._maker(len(listing.inputs), lock)
+            ends.callback(maker.close)
+            if maker.encoder is None:
+                return self._summary_without_encoder(listing, lock)
+            logger.info(maker.encoder.description)
+            sources_record = {"sources": json.dumps(sources), "inputs": listing.inputs.digest()}
+            record = {**maker.encoder.record, **sources_record}
+            jobs = begin_or_resume(self.folder, lock.check, settings, record, listing.inputs, kept, manifest)
+            changes = self._changes(jobs, record, listing)
+            for job in jobs:
+                self._run(job, maker, manifest)
+            if settings.update and all(len(job.finished()) == len(job) for job in jobs):
+                changes = self._update(jobs, record, listing, maker, manifest)
+            summary = summary_of([run.summary(listing.left_out, changes) for run in self.runs])
+            with suppress(OSError):  # it saves time alone
+                manifest.save([run.job.path(shard) for run in self.runs for shard in run.job.finished()], lock.check)
+            if settings.part is not None and not summary.missing and not settings.retry_failed:
+                self.folder.clean()  # what parts that were killed have left
+            return summary
+
+    def _maker(self, num_inputs: int, lock: FolderLock | PartLock) -> InProcess | ByActors:
+        begun = self.folder.recorded()
+        if self.settings.in_process:
+            estimates = self.progress is not None
+            return InProcess(self.settings, self.encoder, num_inputs, begun, estimates=estimates)
+        return ByActors(self.settings, self.folder, num_inputs, begun, lock.token, self.stop)
+
+    def _run(self, job: Job, maker: InProcess | ByActors, manifest: Manifest) -> None:
+        self.runs.append(Run(job, maker.tally(), manifest, stop=self.stop, progress=self.progress))
+        maker.work(self.runs[-1])
+
+    def _changes(self, jobs: Sequence[Job], record: dict[str, str], listing: Listing) -> list[str]:
+        """How the sources have changed since a table without updates was begun; logged, too."""
+        if self.settings.update or len(jobs) > 1 or jobs[0].record["inputs"] == record["inputs"]:
+            return []
+        changes = changes_of(jobs[0].inputs, listing.inputs, self.folder.path)
+        logger.warning(changes)
+        return [changes]
+
+    def _update(
+        self,
+        jobs: Sequence[Job],
+        record: dict[str, str],
+        listing: Listing,
+        maker: InProcess | ByActors,
+        manifest: Manifest,
+    ) -> list[str]:
+        """Mark rows whose inputs have changed or are gone, and make a job of what is new; the changes in words."""
+        assert maker.encoder is not None
+        difference = compare(jobs, listing.inputs, self.sources, contents=self.settings.content_hash)
+        changes = difference.describe()
+        logger.info(changes[0])
+        mark(jobs, difference.marks, maker.encoder.sizes)
+        if difference.new:
+            self._run(begin_update(self.folder, jobs, record, difference), maker, manifest)
+        return changes
+
+    def _summary_without_encoder(self, listing: Listing, lock: FolderLock | PartLock) -> Summary:
+        """The summary of a call that was stopped before it had an encoder."""
+        jobs = [Job(self.settings, each, *each.read(), lock.check) for each in self.folder.all()]
+        manifest = Manifest(self.folder.path)
+        if jobs:
+            return summary_of([Run(job, Tally(), manifest).summary(listing.left_out, []) for job in jobs])
+        return Summary.of_nothing(str(self.folder.path), len(listing.inputs), listing.left_out)
