@@ -15,7 +15,7 @@ import psutil
 import pytest
 from pipeline.hostile_decoder import HostileDecoder
 
-from nopad.pipeline import isolation, process_server
+from nopad.pipeline import decode_work, process_server
 from nopad.pipeline.decode_channel import DecodeChannel
 from nopad.pipeline.decode_process import DecodeProgram
 from nopad.pipeline.decode_queue import DecodeQueue, Task
@@ -345,7 +345,7 @@ def test_files_of_a_batch_that_is_answered_with_nonsense_are_tried_alone(image_p
 
 @pytest.mark.parametrize("timeout", [None, 20.0])
 def test_a_batch_that_takes_too_long_is_tried_one_by_one(image_processor, monkeypatch, timeout):
-    monkeypatch.setattr(isolation, "_BATCH_SECONDS", 0.5)
+    monkeypatch.setattr(decode_work, "_BATCH_SECONDS", 0.5)
     monkeypatch.setattr(HostileDecoder, "is_quick", lambda self, source: True)
     images = prepare_all(image_processor, ["slow 3 4", "slow 1 2", "slow 2 2"], timeout=timeout)
     assert [image.grid[1:] for image in images] == [(3, 4), (1, 2), (2, 2)]

@@ -17,7 +17,7 @@ from PIL import Image, ImageSequence
 import nopad
 from nopad.encoder import PackedEncoder
 from nopad.pipeline.image_processor import ImageProcessor
-from nopad.pipeline.memory import Reservation
+from nopad.pipeline.memory import MemoryReservation
 from nopad.pipeline.pack_runner import EmbeddingResult, PackRunner
 from nopad.pipeline.processor import rule_for
 from nopad.pipeline.read_ahead import ReadAhead
@@ -417,8 +417,8 @@ def test_clips_beside_an_image_change_none_of_its_bits_once_compiled(encoder, tm
 def test_embed_reserves_the_memory_of_every_image_before_it_is_decoded(encoder, monkeypatch, tmp_path):
     Image.new("RGB", (64, 48)).save(tmp_path / "photo.png")
     reserved = []
-    reserve = Reservation.reserve
-    monkeypatch.setattr(Reservation, "reserve", lambda self, size: (reserved.append(size), reserve(self, size)))
+    reserve = MemoryReservation.reserve
+    monkeypatch.setattr(MemoryReservation, "reserve", lambda self, size: (reserved.append(size), reserve(self, size)))
     data = (tmp_path / "photo.png").read_bytes()
     array = np.zeros((48, 64, 3), np.uint8)
     encoder.embed([tmp_path / "photo.png", data, array, [tmp_path / "photo.png", data]], size="native", threads=1)

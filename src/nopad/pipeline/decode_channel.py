@@ -12,12 +12,13 @@ import torch
 from nopad.pipeline.channel import Channel, count_in
 from nopad.pipeline.decode_process import Batch, DecodeProgram
 from nopad.pipeline.image_processor import PreparedImage
-from nopad.pipeline.memory import Reservation
+from nopad.pipeline.memory import MemoryReservation
 from nopad.pipeline.process_server import Process
 from nopad.preprocessing.jpegs import simplejpeg, upright_size
 
-MEMORY = 0
-"""Beside `selectors.EVENT_READ` and `EVENT_WRITE`: waits for memory."""
+NO_EVENTS = 0
+"""Yielded in place of `selectors.EVENT_READ` or `EVENT_WRITE` while there is no memory: no event of the connection ends
+that wait, but `notify`."""
 
 Answer = PreparedImage | dict[str, Any]
 """An image, or what went wrong, as the `"error"` and perhaps the `"traceback"` or `"unreachable"`; of a batch also
@@ -44,9 +45,9 @@ class DecodeChannel(Channel):
         self._start = self._waited = 0.0
 
     def prepare(
-        self, data: Any, reservation: Reservation, timeout: float | None, notify: Callable[[], None]
+        self, data: Any, reservation: MemoryReservation, timeout: float | None, notify: Callable[[], None]
     ) -> Generator[int, None, Answer]:
-        """Send a file and receive its patches; yields what it waits for, whenever it has to, and is resumed then.
+        """Send a file and receive its patches; yields the events of the connection to wait for, or `NO_EVENTS`.
 
         Args:
             data: the file, as the decoder takes it.
@@ -89,7 +90,7 @@ class DecodeChannel(Channel):
     def prepare_batch(
         self,
         files: Sequence[Any],
-        reservations: Sequence[Reservation],
+        reservations: Sequence[MemoryReservation],
         allowance: int,
         timeout: float | None,
         notify: Callable[[], None],
@@ -158,7 +159,7 @@ class DecodeChannel(Channel):
     def _wait(self, is_granted: Callable[[], bool]) -> Generator[int, None, None]:
         start = time.monotonic()
         while not is_granted():
-            yield MEMORY
+            yield NO_EVENTS
         waited = time.monotonic() - start
         self._waited += waited
         self.deadline += waited

@@ -10,7 +10,7 @@ from operator import attrgetter
 from typing import Any
 
 from nopad.pipeline.image_processor import PreparedImage
-from nopad.pipeline.memory import Reservation
+from nopad.pipeline.memory import MemoryReservation
 from nopad.pipeline.process_server import Attempts
 
 MAX_BATCH = 8
@@ -31,7 +31,7 @@ class Task:
     """
 
     data: Any
-    reservation: Reservation
+    reservation: MemoryReservation
     done: Done
     alone: bool
     number: int = 0

@@ -9,36 +9,24 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Generator
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from nopad.pipeline import process_server
-from nopad.pipeline.decode_channel import MEMORY, Answer, DecodeChannel
+from nopad.pipeline.decode_channel import NO_EVENTS, Answer, DecodeChannel
 from nopad.pipeline.decode_process import DecodeProgram, Decoder
-from nopad.pipeline.decode_queue import MAX_BATCH, DecodeQueue, Done, Task
+from nopad.pipeline.decode_queue import DecodeQueue, Done, Task
+from nopad.pipeline.decode_work import DecodeWork
 from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
-from nopad.pipeline.memory import Reservation
+from nopad.pipeline.memory import MemoryReservation
 from nopad.pipeline.wakeable_selector import WakeableSelector
-from nopad.preprocessing.decode import ImageError, UnreachableError
+from nopad.preprocessing.decode import ImageError
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 
 logger = logging.getLogger(__name__)
 
-_BATCH_SECONDS = 10.0  # for all of a batch; then each of its files has its own time
 _FOR_EVER = 1e9  # seconds
-
-
-@dataclass(eq=False, slots=True)
-class _Busy:
-    """A process at work: `steps` is what it does for `tasks`, `events` what it waits for."""
-
-    process: DecodeChannel
-    tasks: list[Task]
-    steps: Generator[int, None, list[Answer]]
-    events: int = 0
 
 
 class DecodeProcesses:
@@ -76,7 +64,7 @@ class DecodeProcesses:
         self._lock = threading.Lock()
         self._queue = DecodeQueue()
         self._idle: list[DecodeChannel] = []
-        self._busy: dict[DecodeChannel, _Busy] = {}
+        self._busy: dict[DecodeChannel, DecodeWork] = {}
         self._is_served = False
         self._selector = WakeableSelector()
         process_server.start()
@@ -95,7 +83,7 @@ class DecodeProcesses:
                         return
                     self._idle.append(process)
 
-    def submit(self, data: Any, reservation: Reservation, done: Done) -> None:
+    def submit(self, data: Any, reservation: MemoryReservation, done: Done) -> None:
         """Decode and prepare a file in one of the processes.
 
         `done` is called from another thread: with the image; with an `ImageError`, which is what the decoder raised,
@@ -111,7 +99,7 @@ class DecodeProcesses:
         if not is_full:  # else it is begun once a process is idle
             self._selector.wake()
 
-    def prepare(self, data: Any, reservation: Reservation) -> PreparedImage:
+    def prepare(self, data: Any, reservation: MemoryReservation) -> PreparedImage:
         """Decode and prepare a file, and wait for it.
 
         Raises:
@@ -141,7 +129,7 @@ class DecodeProcesses:
             while self._start():
                 self._serve_once()
         except BaseException as error:  # every waiting task must end
-            tasks = [task for busy in list(self._busy.values()) for task in self._end(busy)]
+            tasks = [task for work in list(self._busy.values()) for task in self._end(work)]
             with self._lock:
                 tasks += self._queue.take_all()
                 self._is_served = False
@@ -196,121 +184,91 @@ class DecodeProcesses:
         self._advance(self._busy[process])
 
     def _begin(self, process: DecodeChannel, tasks: list[Task]) -> None:
-        if tasks[0].alone:
-            steps = self._one(process, tasks[0])
-        else:
-            allowance = tasks[0].reservation.budget.allowance(MAX_BATCH * self.max_processes)
-            files, reservations = [task.data for task in tasks], [task.reservation for task in tasks]
-            timeout = min(self.timeout or _BATCH_SECONDS, _BATCH_SECONDS)
-            steps = process.prepare_batch(files, reservations, allowance, timeout, self._selector.wake)
-        self._busy[process] = _Busy(process, tasks, steps)
-
-    def _one(self, process: DecodeChannel, task: Task) -> Generator[int, None, list[Answer]]:
-        answer = yield from process.prepare(task.data, task.reservation, self.timeout, self._selector.wake)
-        return [answer]
+        options: dict[str, Any] = {"max_processes": self.max_processes, "notify": self._selector.wake}
+        self._busy[process] = DecodeWork.begin(process, tasks, timeout=self.timeout, **options)
 
     def _serve_once(self) -> None:
         """Wait until a process can go on, and let all that can."""
-        for busy in self._selector.select(self._seconds_to_deadline()):
-            self._advance(busy)
+        for work in self._selector.select(self._seconds_to_deadline()):
+            self._advance(work)
         now = time.monotonic()
-        for busy in list(self._busy.values()):
-            if busy.events == MEMORY:
-                self._advance(busy)
-            elif now >= busy.process.deadline:
-                limit = f"{self.timeout or _BATCH_SECONDS:g} s"
-                self._fail(busy, _too_slow(limit, is_reading=busy.process.is_reading))
+        for work in list(self._busy.values()):
+            if work.waits_for_memory:
+                self._advance(work)
+            elif now >= work.process.deadline:
+                self._fail(work, work.timeout_error())
 
     def _seconds_to_deadline(self) -> float | None:
         if self._queue and len(self._busy) < self.max_processes:
             return 0  # the next process is started
-        times = [busy.process.deadline for busy in self._busy.values() if busy.events != MEMORY]
+        times = [work.process.deadline for work in self._busy.values() if not work.waits_for_memory]
         first = min(times, default=float("inf"))
         return None if first == float("inf") else max(0.0, first - time.monotonic())
 
-    def _advance(self, busy: _Busy) -> None:
+    def _advance(self, work: DecodeWork) -> None:
         """Let a process go on until it has to wait or its files are done."""
         try:
-            self._wait_for(busy, next(busy.steps))
+            self._wait_for(work, next(work.steps))
         except StopIteration as end:
-            self._finish(busy, end.value)
+            self._finish(work, end.value)
         except ImageError as error:
-            self._fail(busy, error)  # it waits for memory that will not come
+            self._fail(work, error)  # it waits for memory that will not come
         except (EOFError, OSError, ValueError, LookupError, TypeError) as error:
-            self._died(busy, error)
+            self._died(work, error)
         except Exception as error:
-            self._fail(busy, error)  # it waits for an answer that will not come
+            self._fail(work, error)  # it waits for an answer that will not come
 
-    def _wait_for(self, busy: _Busy, events: int) -> None:
-        if events == busy.events:
+    def _wait_for(self, work: DecodeWork, events: int) -> None:
+        if events == work.events:
             return
-        if busy.events != MEMORY:
-            self._selector.unregister(busy.process)
-        if events != MEMORY:
-            self._selector.register(busy.process, events, busy)
-        busy.events = events
+        if not work.waits_for_memory:
+            self._selector.unregister(work.process)
+        if events != NO_EVENTS:
+            self._selector.register(work.process, events, work)
+        work.events = events
 
-    def _finish(self, busy: _Busy, answers: list[Answer]) -> None:
-        seconds = busy.process.seconds() / len(answers)
-        self._let_go(busy)
-        self._idle.append(busy.process)
-        again = []
-        for task, answer in zip(busy.tasks, answers, strict=True):
-            if isinstance(answer, PreparedImage):
-                task.done(answer, seconds)
-            elif "alone" in answer:
-                again.append(task)
-            else:
-                if "traceback" in answer:
-                    logger.error("unexpected error in a decoder:\n%s", answer["traceback"])
-                kind = UnreachableError if answer.get("unreachable") is True else ImageError
-                task.done(kind("image", str(answer["error"])), seconds)
-        self._try_alone(again)
+    def _finish(self, work: DecodeWork, answers: list[Answer]) -> None:
+        seconds = work.process.seconds() / len(answers)
+        self._let_go(work)
+        self._idle.append(work.process)
+        self._try_alone(work.deliver(answers, seconds))
 
-    def _died(self, busy: _Busy, error: Exception) -> None:
+    def _died(self, work: DecodeWork, error: Exception) -> None:
         """The process has died, of its file or with its server, or it ends as its connection is closed."""
-        task = busy.tasks[0]
-        may_try = not task.alone or task.attempts.count(has_lost_server=busy.process.has_lost_server)
+        task = work.tasks[0]
+        may_try = not task.alone or task.attempts.count(has_lost_server=work.process.has_lost_server)
         if may_try and not task.reservation.is_closed:
             logger.info("a decode process died: %s", error)
-            self._try_alone(self._end(busy, kill=False))
+            self._try_alone(self._end(work, kill=False))
         else:
             reason = "its decoder crashed; a damaged file, or too little memory"
-            self._fail(busy, ImageError("image", reason), kill=False)
+            self._fail(work, ImageError("image", reason), kill=False)
 
-    def _fail(self, busy: _Busy, error: Exception, *, kill: bool = True) -> None:
+    def _fail(self, work: DecodeWork, error: Exception, *, kill: bool = True) -> None:
         """End a process whose file fails; files of a batch are tried again, each alone."""
-        tasks = self._end(busy, kill=kill)
+        tasks = self._end(work, kill=kill)
         if tasks[0].alone:
-            tasks[0].done(error, busy.process.seconds())
+            tasks[0].done(error, work.process.seconds())
         else:
             self._try_alone(tasks)
 
-    def _end(self, busy: _Busy, *, kill: bool = True) -> list[Task]:
+    def _end(self, work: DecodeWork, *, kill: bool = True) -> list[Task]:
         """End a process in the middle of its files, which are returned."""
-        self._let_go(busy)
+        self._let_go(work)
         if kill:
-            busy.process.kill()
-        busy.process.close()
-        return busy.tasks
+            work.process.kill()
+        work.process.close()
+        return work.tasks
 
     def _try_alone(self, tasks: list[Task]) -> None:
         with self._lock:
             self._queue.put_back(tasks)
 
-    def _let_go(self, busy: _Busy) -> None:
-        busy.steps.close()
-        self._wait_for(busy, MEMORY)
+    def _let_go(self, work: DecodeWork) -> None:
+        work.steps.close()
+        self._wait_for(work, NO_EVENTS)
         with self._lock:
-            del self._busy[busy.process]
+            del self._busy[work.process]
 
     def _fork(self) -> DecodeChannel:
         return DecodeChannel(process_server.fork(self._program), self._program)
-
-
-def _too_slow(limit: str, *, is_reading: bool) -> ImageError:
-    """The error of a file that takes too long: while it is read, its disk or mount does."""
-    advice = "input_timeout sets another limit"
-    if is_reading:
-        return UnreachableError("image", f"unreachable: reading it takes more than {limit}; {advice}")
-    return ImageError("image", f"decoding it takes more than {limit}; {advice}")

@@ -91,18 +91,18 @@ class MemoryBudget:
         """Bytes that each of so many images may take before its size is known; together a quarter of the limit."""
         return min(MAX_ALLOWANCE_BYTES, self.limit // (4 * parallel))
 
-    def reservation(self) -> Reservation:
+    def reservation(self) -> MemoryReservation:
         """A new reservation, granted after all earlier ones."""
         self._tickets += 1
-        return Reservation(self, self._tickets - 1)
+        return MemoryReservation(self, self._tickets - 1)
 
-    def try_reserve_all(self, reservations: Sequence[Reservation], size: int, notify: Callable[[], None]) -> bool:
+    def try_reserve_all(self, reservations: Sequence[MemoryReservation], size: int, notify: Callable[[], None]) -> bool:
         """Reserve `size` bytes for each of some images, in their order, or for none where they are not free for all.
 
         With a part of them granted a larger image before them would wait for these, and the rest for that one.
 
         Raises:
-            ImageError: see `Reservation.reserve`.
+            ImageError: see `MemoryReservation.reserve`.
         """
         reservations[0].check(size)
         with self.changed:
@@ -130,7 +130,7 @@ class MemoryBudget:
             self._listeners.pop()()
 
 
-class Reservation:
+class MemoryReservation:
     """The bytes of one image: of its file where that is large, then of decoding it, then of the result.
 
     Its states, in order; `release` ends it from any of them:

@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from nopad.pipeline.decode_queue import MAX_BATCH, Done
 from nopad.pipeline.image_processor import PreparedImage
 from nopad.pipeline.isolation import DecodeProcesses
-from nopad.pipeline.memory import MemoryBudget, Remote, Reservation, Unread
+from nopad.pipeline.memory import MemoryBudget, MemoryReservation, Remote, Unread
 from nopad.pipeline.process_server import ProcessServerError
 from nopad.pipeline.stats import Stats
 from nopad.preprocessing.decode import ImageError
@@ -42,7 +42,7 @@ class Preparer(Protocol[_Input]):
 
     def __enter__(self) -> Any: ...
     def __exit__(self, *_: object) -> None: ...
-    def submit(self, item: _Input, reservation: Reservation, done: Done) -> None:
+    def submit(self, item: _Input, reservation: MemoryReservation, done: Done) -> None:
         """Prepare an item and call `done`, from any thread."""
         ...
 
@@ -55,7 +55,7 @@ class InThreads(Generic[Item]):
         threads: number of threads.
     """
 
-    def __init__(self, prepare: Callable[[Item, Reservation], PreparedImage], threads: int) -> None:
+    def __init__(self, prepare: Callable[[Item, MemoryReservation], PreparedImage], threads: int) -> None:
         self._prepare = prepare
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="nopad-decode")
 
@@ -65,11 +65,11 @@ class InThreads(Generic[Item]):
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def submit(self, item: Item, reservation: Reservation, done: Done) -> None:
+    def submit(self, item: Item, reservation: MemoryReservation, done: Done) -> None:
         """See `Preparer`."""
         self._pool.submit(self._run, item, reservation, done)
 
-    def _run(self, item: Item, reservation: Reservation, done: Done) -> None:
+    def _run(self, item: Item, reservation: MemoryReservation, done: Done) -> None:
         start = time.perf_counter()
         try:
             outcome = self._prepare(item, reservation)
@@ -94,8 +94,8 @@ class InProcesses(Generic[Item]):
     def __init__(self, read: Callable[[Item], Any], processes: DecodeProcesses) -> None:
         self._read = read
         self._processes = processes
-        self._queue: deque[tuple[Item, Reservation, Done]] = deque()
-        self._fetching: deque[tuple[Future[Any], Reservation, _Leave]] = deque()
+        self._queue: deque[tuple[Item, MemoryReservation, Done]] = deque()
+        self._fetching: deque[tuple[Future[Any], MemoryReservation, _Leave]] = deque()
         self._fetchers: ThreadPoolExecutor | None = None
         self._changed = threading.Condition()
         self._started = self._bytes = 0  # of items that were read and are not done
@@ -117,7 +117,7 @@ class InProcesses(Generic[Item]):
         if self._fetchers is not None:
             self._fetchers.shutdown(wait=False, cancel_futures=True)
 
-    def submit(self, item: Item, reservation: Reservation, done: Done) -> None:
+    def submit(self, item: Item, reservation: MemoryReservation, done: Done) -> None:
         """See `Preparer`."""
         with self._changed:
             self._queue.append((item, reservation, done))
@@ -143,7 +143,7 @@ class InProcesses(Generic[Item]):
     def _has_room(self, items: int) -> bool:
         return self._started < items and self._bytes < MAX_BYTES_AHEAD
 
-    def _begin(self, item: Item, reservation: Reservation, done: Done) -> None:
+    def _begin(self, item: Item, reservation: MemoryReservation, done: Done) -> None:
         leave = _Leave(self, done)
         with self._changed:
             self._started += 1
@@ -172,7 +172,7 @@ class InProcesses(Generic[Item]):
                 self._bytes += leave.size
             self._changed.notify()
 
-    def _submit(self, data: Any, reservation: Reservation, leave: _Leave) -> None:
+    def _submit(self, data: Any, reservation: MemoryReservation, leave: _Leave) -> None:
         try:
             if isinstance(data, Future):
                 data = data.result()
@@ -230,7 +230,7 @@ class ReadAhead(Generic[Item]):
         )
         self._preparer = preparer
         self._max_waiting = ahead
-        self._waiting: deque[tuple[Future[Outcome], Reservation] | None] = deque()
+        self._waiting: deque[tuple[Future[Outcome], MemoryReservation] | None] = deque()
         self._budget = budget
         self._stats = stats
         self._lock = threading.Lock()
@@ -285,7 +285,7 @@ class ReadAhead(Generic[Item]):
             self._waiting.append((future, reservation))
             self._preparer.submit(entry[0], reservation, self._done(entry[0], reservation, future))
 
-    def _done(self, item: Item, reservation: Reservation, future: Future[Outcome]) -> Done:
+    def _done(self, item: Item, reservation: MemoryReservation, future: Future[Outcome]) -> Done:
         def done(outcome: PreparedImage | Exception, seconds: float) -> None:
             reservation.finish_decoding(outcome.data.nbytes if isinstance(outcome, PreparedImage) else 0)
             with self._lock:

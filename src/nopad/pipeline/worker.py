@@ -17,7 +17,7 @@ from nopad.pipeline.decode_process import Decoder
 from nopad.pipeline.device_decode import DeviceDecoder, as_jpeg, why_unavailable
 from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.pipeline.isolation import DecodeProcesses
-from nopad.pipeline.memory import MemoryBudget, Reservation
+from nopad.pipeline.memory import MemoryBudget, MemoryReservation
 from nopad.pipeline.normalize import Normalizer
 from nopad.pipeline.pack_runner import MAX_RUNNING, EmbeddingResult, PackRunner, num_segments, num_tokens
 from nopad.pipeline.packer import BestFitPacker
@@ -194,7 +194,7 @@ class Worker:
     ) -> ReadAhead[Item]:
         """The images of groups as `run` has them, prepared ahead."""
 
-        def in_thread(item: Item, reservation: Reservation) -> PreparedImage:
+        def in_thread(item: Item, reservation: MemoryReservation) -> PreparedImage:
             if measure is not None:
                 reservation.reserve(self.image_processor.peak_bytes(*measure(item)))
             return self.image_processor(read(item))
