@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     search_command.add_commands(commands)
 
-    view = commands.add_parser("view", help="show a table as a map to explore, or what models see in pictures")
+    view = commands.add_parser("view", help="show a table as a map to explore, or what models see in images")
     view_command.add_arguments(view)
     view.set_defaults(run=view_command.run)
 

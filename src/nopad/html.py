@@ -125,16 +125,16 @@ def table(caption: str, header: Sequence[str], rows: Iterable[tuple[Sequence[str
     return _scroll(caption, "<table>" + "\n".join(lines) + "</tbody></table>")
 
 
-def gallery(pictures: Iterable[tuple[bytes, str, Sequence[str]]], *, whole: bool = False) -> str:
-    """Pictures beside each other, each a JPEG (`b""` for none), a name and lines below it.
+def gallery(images: Iterable[tuple[bytes, str, Sequence[str]]], *, whole: bool = False) -> str:
+    """Images beside each other, each a JPEG (`b""` for none), a name and lines below it.
 
     They are cut to squares, unless `whole`.
     """
-    return f'<div class="gallery{" whole" if whole else ""}">' + "\n".join(map(_figure, pictures)) + "</div>"
+    return f'<div class="gallery{" whole" if whole else ""}">' + "\n".join(map(_figure, images)) + "</div>"
 
 
-def _figure(picture: tuple[bytes, str, Sequence[str]]) -> str:
-    data, name, lines = picture
+def _figure(entry: tuple[bytes, str, Sequence[str]]) -> str:
+    data, name, lines = entry
     notes = "".join(element("span", line) for line in lines)
     caption = f"<figcaption>{escape(name)}{notes}</figcaption>"
     source = f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"

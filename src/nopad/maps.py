@@ -1,4 +1,4 @@
-"""Maps of tokens as arrays and pictures: principal components, similarity, norms, and any map over its picture."""
+"""Maps of tokens as arrays and images: principal components, similarity, norms, and any map over its image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 Box = Sequence[float] | Tensor
-"""`[x0, y0, x1, y1]` in pixels of a picture, as in `Pack.boxes`."""
+"""`[x0, y0, x1, y1]` in pixels of an image, as in `Pack.boxes`."""
 
 SHARE = 0.01
 """Share of the values at each end that are cut off where a range of colours is chosen."""
@@ -120,12 +120,12 @@ def colours(values: Any, low: float | None = None, high: float | None = None) ->
 
 
 def overlay(picture: Image.Image, values: Any, box: Box | None = None, opacity: float = 0.6) -> Image.Image:
-    """A map over its picture, each patch a rectangle.
+    """A map over its image, each patch a rectangle.
 
     Args:
         picture: upright.
         values: `(h, w)` numbers, or `(h, w, 3)` colours: uint8, or from 0 to 1.
-        box: the rectangle that the map covers, as in `Pack.boxes`; the whole picture unless given.
+        box: the rectangle that the map covers, as in `Pack.boxes`; the whole image unless given.
         opacity: of the map, 0 to 1.
 
     Raises:

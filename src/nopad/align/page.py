@@ -23,7 +23,7 @@ from nopad.html import (
 )
 
 SIDE = 640
-"""Longest side of a picture on the page, in pixels."""
+"""Longest side of an image on the page, in pixels."""
 
 
 def align_page(report: AlignReport) -> str:
@@ -101,21 +101,21 @@ def _worst(report: AlignReport) -> list[str]:
 
     from nopad.maps import overlay
 
-    worst, picture = report.worst, Image.fromarray(report.worst.pixels)
+    worst, image = report.worst, Image.fromarray(report.worst.pixels)
     largest = float(worst.difference.max())
-    place = divmod(int(worst.difference.argmax()), worst.difference.shape[1])
+    row, column = divmod(int(worst.difference.argmax()), worst.difference.shape[1])
     shown = worst.difference.clamp(1e-12, 1e12).log10()
-    heat = overlay(picture, shown, opacity=0.8)
-    pictures = [
-        (jpeg(picture, SIDE, 85), "as the models saw it", [f"{picture.width} × {picture.height} pixels"]),
+    heat = overlay(image, shown, opacity=0.8)
+    images = [
+        (jpeg(image, SIDE, 85), "as the models saw it", [f"{image.width} × {image.height} pixels"]),
         (jpeg(heat, SIDE, 85), "difference of each token", ["bright is more, log scale"]),
     ]
     lead = (
-        f"{worst.case}: the token in row {place[0] + 1}, column {place[1] + 1} differs most, by {scientific(largest)} "
+        f"{worst.case}: the token in row {row + 1}, column {column + 1} differs most, by {scientific(largest)} "
         f"of the norm of the reference's"
     )
     lead += f"; the limit is {RELATIVE_LIMIT:.0e}." if report.dtype == "float32" and report.precision is None else "."
-    return [section("Where a token differs most", element("p", lead), gallery(pictures, whole=True))]
+    return [section("Where a token differs most", element("p", lead), gallery(images, whole=True))]
 
 
 def _drift(report: AlignReport) -> str:

@@ -105,13 +105,15 @@ def run(options: argparse.Namespace) -> int:
 def run_suite(options: argparse.Namespace) -> int:
     """`nopad bench` without a checkpoint."""
     fixed = "dtype", "workload", "images", "capacity", "compile", "revision", "report"
-    given = [f"--{name}" for name in fixed if getattr(options, name) is not None]
-    given += [f"--{name.replace('_', '-')}" for name in ("fp8", "int8", "trust_remote_code") if getattr(options, name)]
-    given += [] if options.baselines else ["--no-baselines"]
-    given += [] if options.attention == "auto" else ["--attention"]
-    if given:
+    needs_checkpoint = [f"--{name}" for name in fixed if getattr(options, name) is not None]
+    needs_checkpoint += [
+        f"--{name.replace('_', '-')}" for name in ("fp8", "int8", "trust_remote_code") if getattr(options, name)
+    ]
+    needs_checkpoint += [] if options.baselines else ["--no-baselines"]
+    needs_checkpoint += [] if options.attention == "auto" else ["--attention"]
+    if needs_checkpoint:
         raise ValueError(
-            f"{', '.join(given)}: expected a checkpoint; without one, nopad bench chooses models and sizes"
+            f"{', '.join(needs_checkpoint)}: expected a checkpoint; without one, nopad bench chooses models and sizes"
         )
     print_progress("importing torch and transformers")
     device = resolve_device(options.device)

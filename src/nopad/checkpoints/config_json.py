@@ -49,8 +49,8 @@ def read_fields(
         ValueError: another value of a fixed field.
     """
     fields, fixed = checkpoint.vision_config, {**_FIXED, **(fixed or {})}
-    own_names = {name: name for name in names} | dict(aliases or {})
-    fixed = {name: value for name, value in fixed.items() if name not in own_names}
+    config_names = {name: name for name in names} | dict(aliases or {})
+    fixed = {name: value for name, value in fixed.items() if name not in config_names}
     for name, value in fixed.items():
         if name in fields and fields[name] not in (None, value):
             raise ValueError(
@@ -58,11 +58,11 @@ def read_fields(
                 f"implemented, got {fields[name]!r:.80}"
             )
     general = {*_NO_ARITHMETIC_NAMES.split(), *PreTrainedConfig().to_dict(), *GenerationConfig().to_dict()}
-    unread = sorted(fields.keys() - own_names.keys() - fixed.keys() - general - set(unused))
+    unread = sorted(fields.keys() - config_names.keys() - fixed.keys() - general - set(unused))
     if unread:
         shown = ", ".join(f"{name}={fields[name]!r:.40}" for name in unread[:10])
         _log_unread(checkpoint.name, shown + (", …" if len(unread) > 10 else ""))
-    return {own_names[name]: value for name, value in fields.items() if name in own_names}
+    return {config_names[name]: value for name, value in fields.items() if name in config_names}
 
 
 @lru_cache

@@ -65,8 +65,7 @@ def why_offline(name: str, *, local_files_only: bool = False, **hub: Any) -> str
 
 def advice(name: str) -> str:
     """Advice for a name that the Hub does not have, for the end of a message."""
-    known = published_names()
-    return _untrained_advice(name) or did_you_mean(name, known) or "; `nopad models` lists published names"
+    return _untrained_advice(name) or did_you_mean(name, published_names()) or "; `nopad models` lists published names"
 
 
 def _untrained_advice(name: str) -> str:

@@ -79,7 +79,7 @@ def with_changes(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTra
     Raises:
         TypeError: a field that the config does not have.
     """
-    check_known("from_pretrained", changes, encoder_fields(config), LOADER | _ENCODER | HUB | {"torch_dtype"})
+    check_keywords("from_pretrained", changes, encoder_fields(config), LOADER | _ENCODER | HUB | {"torch_dtype"})
     config = copy.deepcopy(config) if changes else config
     for name, value in changes.items():
         setattr(config, name, value)
@@ -91,21 +91,21 @@ def encoder_fields(config: PreTrainedConfig) -> set[str]:
     return config.to_dict().keys() - PreTrainedConfig().to_dict().keys()
 
 
-def check_known(caller: str, names: Iterable[str], known: Iterable[str], others: Iterable[str] = ()) -> None:
+def check_keywords(caller: str, names: Iterable[str], accepted: Iterable[str], others: Iterable[str] = ()) -> None:
     """Raise for unknown arguments.
 
     Args:
         caller: for the message.
         names: of arguments.
-        known: names that are taken.
+        accepted: names that are taken.
         others: further names that may have been meant.
 
     Raises:
         TypeError: an unknown argument; the message suggests similar names.
     """
     for name in names:
-        if name not in known:
-            raise TypeError(f"{caller}: got an unexpected argument {name!r}{did_you_mean(name, {*known, *others})}")
+        if name not in accepted:
+            raise TypeError(f"{caller}: got an unexpected argument {name!r}{did_you_mean(name, {*accepted, *others})}")
 
 
 def config_classes(cls: type[PackedEncoder]) -> tuple[Any, ...]:
@@ -144,5 +144,5 @@ def read_saving(directory: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     del arguments["self"]
     further = arguments.pop("kwargs", {})
     if not arguments["push_to_hub"]:
-        check_known("save_pretrained", further, (), signature.parameters.keys() - {"self", "kwargs"})
+        check_keywords("save_pretrained", further, (), signature.parameters.keys() - {"self", "kwargs"})
     return {**arguments, **further}

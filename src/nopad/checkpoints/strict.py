@@ -166,6 +166,6 @@ def check_dtype(dtype: Any, label: str = "dtype") -> None:
     Raises:
         ValueError: integers, float8, or no dtype.
     """
-    known = {str(each).removeprefix("torch.") for each in FLOATS}
-    if str(dtype).removeprefix("torch.") not in known:
-        raise ValueError(f"{label}: expected one of {', '.join(sorted(known))}, got {dtype}")
+    names = {str(each).removeprefix("torch.") for each in FLOATS}
+    if str(dtype).removeprefix("torch.") not in names:
+        raise ValueError(f"{label}: expected one of {', '.join(sorted(names))}, got {dtype}")

@@ -11,7 +11,7 @@ from nopad.layout import Layout
 from nopad.packing import Pack
 
 
-def num_kept(patches: int, rate: float) -> int:
+def num_retained(patches: int, rate: float) -> int:
     """Patches of a frame that are kept: rounded, and at least one."""
     return max(1, round(patches * (1 - rate)))
 
@@ -43,7 +43,7 @@ def drop_patches(pack: Pack, rate: float, generator: torch.Generator | None = No
     if pack.patch_positions is not None:
         raise ValueError("drop_patches: expected whole grids, got a pack with patch_positions")
     layout = Layout.of_grid(pack.grid_thw.tolist(), torch.device("cpu"))
-    counts = torch.tensor([num_kept(length, rate) for length in layout.frames.lengths], dtype=torch.int64)
+    counts = torch.tensor([num_retained(length, rate) for length in layout.frames.lengths], dtype=torch.int64)
     frames, scores = layout.frame_index, torch.rand(layout.num_patches, generator=generator, dtype=torch.float64)
     ranking = torch.argsort(frames + scores)  # frame by frame, each in a random order
     place = torch.arange(layout.num_patches) - layout.frames.cu_seqlens[:-1].long()[frames]

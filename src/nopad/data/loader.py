@@ -127,7 +127,7 @@ class PackLoader:
             seed=seed,
         )
         self.epoch = 0
-        self._given_sizes, self._num_workers = sizes, options.get("num_workers", 0)
+        self._sizes, self._num_workers = sizes, options.get("num_workers", 0)
         self._past: list[tuple[Planner, int]] = []  # steps of this epoch that were made by other settings
         self._start = self._step = 0
         generator = torch.Generator().manual_seed(0)  # else DataLoader draws from torch's own
@@ -224,8 +224,8 @@ class PackLoader:
     @cached_property
     def sizes(self) -> Tensor:
         """Frames, height and width of every image of a map-style dataset, `(N, 3)`; measured unless given."""
-        if self._given_sizes is not None:
-            return read_sizes(self._given_sizes, len(self.dataset))
+        if self._sizes is not None:
+            return read_sizes(self._sizes, len(self.dataset))
         return measure_sizes(self.dataset, image=self.image, num_workers=self._num_workers)
 
     @cached_property

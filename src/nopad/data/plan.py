@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from nopad.counts import check_count, is_number
-from nopad.data.dropping import check_rate, num_kept
+from nopad.data.dropping import check_rate, num_retained
 from nopad.data.samples import Sample, segment_lengths
 from nopad.pipeline.pack_processor import PackProcessor
 from nopad.pipeline.packer import LOOKAHEAD, BestFitPacker
@@ -71,7 +71,7 @@ class Planner:
             number, frames, frame_patches, item: see `Sample`.
             processor: that makes its patches.
         """
-        num_patches = num_kept(frame_patches, self.drop_patches) if self.drop_patches else frame_patches
+        num_patches = num_retained(frame_patches, self.drop_patches) if self.drop_patches else frame_patches
         lengths = segment_lengths(processor, -(-frames // processor.temporal_patch_size), num_patches)
         quadratic, linear = self.cost
         cost = sum(quadratic * length**2 + linear * length for length in lengths)

@@ -94,7 +94,7 @@ def read_sizes(sizes: Any, num_samples: int) -> Tensor:
         )
     min_size = tensor.min().item() if tensor.numel() else None
     if tensor.is_floating_point() or tensor.dtype == torch.bool or (min_size is not None and min_size < 1):
-        least = "" if min_size is None else f" with a minimum of {min_size}"
-        raise ValueError(f"sizes: expected integers ≥ 1, got {tensor.dtype}{least}")
+        minimum = "" if min_size is None else f" with a minimum of {min_size}"
+        raise ValueError(f"sizes: expected integers ≥ 1, got {tensor.dtype}{minimum}")
     tensor = tensor.long()
     return tensor if tensor.shape[1] == 3 else torch.nn.functional.pad(tensor, (1, 0), value=1)

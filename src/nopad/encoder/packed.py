@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
 from nopad.arguments import check_output, read_arguments
-from nopad.checkpoints.keywords import check_config_class, check_known
+from nopad.checkpoints.keywords import check_config_class, check_keywords
 from nopad.checkpoints.strict import check_numbers
 from nopad.encoder.images import ImageRules
 from nopad.encoder.sizes import Sizes
@@ -98,7 +98,7 @@ class PackedEncoder(RoleAliases, Sizes, ImageRules, Stored):
             loaded = type(self).from_pretrained(config, **kwargs)
             self.__class__, self.__dict__ = type(loaded), loaded.__dict__
             return
-        check_known(type(self).__name__, kwargs, ())
+        check_keywords(type(self).__name__, kwargs, ())
         check_config_class(type(self), config)
         super().__init__(config)
         check_numbers(config, type(config).__name__)

@@ -38,10 +38,10 @@ def family_of(checkpoint: Checkpoint) -> type[PackedEncoder]:
     """
     matches = [family for family in ENCODERS if matching_dialect(DIALECTS[family], checkpoint) is not None]
     if len(matches) != 1:
-        known = "; ".join(f"{family} ({', '.join(d.name for d in DIALECTS[family])})" for family in ENCODERS)
+        layouts = "; ".join(f"{family} ({', '.join(d.name for d in DIALECTS[family])})" for family in ENCODERS)
         problem = f"the tensors of {' and '.join(matches)}" if matches else "tensors of an unknown family"
         raise ValueError(
-            f"checkpoint {checkpoint.name!r}: {problem}, such as {sorted(checkpoint.tensors)[:10]}; known are {known}"
+            f"checkpoint {checkpoint.name!r}: {problem}, such as {sorted(checkpoint.tensors)[:10]}; known are {layouts}"
             + describe(checkpoint)
         )
     return encoder_class(matches[0])

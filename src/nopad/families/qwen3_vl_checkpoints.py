@@ -63,12 +63,12 @@ def read_config(checkpoint: Checkpoint) -> Qwen3VLConfigs:
     Raises:
         ValueError: a config of another architecture, or none and a width that no published model has.
     """
-    known = {f"{name}{part}" for name in (*_WITH_DEEPSTACK, *_WITHOUT) for part in ("", "_vision")}
-    checkpoint.check_model_type(*sorted(known))
+    model_types = {f"{name}{part}" for name in (*_WITH_DEEPSTACK, *_WITHOUT) for part in ("", "_vision")}
+    checkpoint.check_model_type(*sorted(model_types))
     model_type = checkpoint.vision_config.get("model_type", checkpoint.config.get("model_type"))
     deepstack = checkpoint.count("deepstack_merger_list.") > 0
     config_class: Any = Qwen3VLPackingConfig if deepstack else Qwen3_5PackingConfig
-    if model_type in known:
+    if model_type in model_types:
         is_3_5 = model_type.removesuffix("_vision") in _WITHOUT
         config_class = Qwen3_5PackingConfig if is_3_5 else Qwen3VLPackingConfig
     if is_timm(checkpoint.config):
@@ -77,7 +77,7 @@ def read_config(checkpoint: Checkpoint) -> Qwen3VLConfigs:
         fields = read_fields(checkpoint, [*_NAMES.split(), _INDEXES])
     else:
         fields = read_fields(checkpoint, _NAMES.split(), fixed={_INDEXES: []})
-    if model_type not in known:
+    if model_type not in model_types:
         fields = _infer_from_tensors(checkpoint, fields, deepstack=deepstack) | fields
     fields = checkpoint.with_sides(fields, "patch_size", "temporal_patch_size")
     _check(checkpoint, fields)

@@ -90,8 +90,8 @@ def read_config(checkpoint: Checkpoint) -> SiglipConfigs:
         )
     config_class = Siglip2PackingConfig if ndim == 2 else SiglipPackingConfig
     fields = _read_timm_config(checkpoint) if is_timm(checkpoint.config) else _read_config_json(checkpoint, ndim)
-    own_types = {config_class.model_type, config_class.model_type.removesuffix("_vision_model")}
-    if own_types.isdisjoint({checkpoint.vision_config.get("model_type"), checkpoint.config.get("model_type")}):
+    model_types = {config_class.model_type, config_class.model_type.removesuffix("_vision_model")}
+    if model_types.isdisjoint({checkpoint.vision_config.get("model_type"), checkpoint.config.get("model_type")}):
         fields = {**_infer_from_tensors(checkpoint, fields), **fields}
     if checkpoint.table is TIMM:
         if "hidden_act" not in fields:

@@ -152,16 +152,16 @@ def _of_head(encoder: PackedEncoder, patches: Tensor, layout: Layout) -> list[Te
 
 def _check_queries(encoder: PackedEncoder, queries: Any, *, last: bool) -> None:
     has_cls, has_head = encoder.num_prefix_tokens > 0, hasattr(encoder.head, "query_and_keys")
-    known = [*["'cls'"] * has_cls, *["'pooled'"] * has_head, "indices of patches"]
+    accepted = [*["'cls'"] * has_cls, *["'pooled'"] * has_head, "indices of patches"]
     if isinstance(queries, str):
-        if f"{queries!r}" not in known:
+        if f"{queries!r}" not in accepted:
             lacks = {"cls": ", which has no CLS token", "pooled": ", which has no head"}.get(queries, "")
-            raise ValueError(f"queries: expected {' or '.join(known)} for this model{lacks}, got {queries!r:.80}")
+            raise ValueError(f"queries: expected {' or '.join(accepted)} for this model{lacks}, got {queries!r:.80}")
         if queries == "pooled" and not last:
             raise ValueError("layers: the head reads the tokens after the last layer; use layers=-1 for 'pooled'")
         return
     if not isinstance(queries, Sequence) or not queries or any(type(patch) is not int for patch in queries):
-        raise ValueError(f"queries: expected {' or '.join(known)}, got {queries!r:.80}")
+        raise ValueError(f"queries: expected {' or '.join(accepted)}, got {queries!r:.80}")
 
 
 def _check_patches(queries: Queries, layout: Layout) -> None:

@@ -39,9 +39,9 @@ def _look_up(
     CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = place < num_values
-    level = tl.load(levels + place, mask=mask, other=0).to(tl.int32)
-    column = (place % PATCH_DIM).to(tl.int32)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < num_values
+    level = tl.load(levels + index, mask=mask, other=0).to(tl.int32)
+    column = (index % PATCH_DIM).to(tl.int32)
     channel = column % CHANNELS if CHANNELS_LAST else column // (PATCH_DIM // CHANNELS)
-    tl.store(out + place, tl.load(table + channel * 256 + level), mask=mask)
+    tl.store(out + index, tl.load(table + channel * 256 + level), mask=mask)

@@ -62,8 +62,8 @@ def _poison_segments(tokens, finite, cu_seqlens, out, hidden_size, num_blocks, R
     if row < end:
         nonfinite = tl.zeros((1024,), tl.int32)
         for first in range(start, end, 1024):
-            place = first + tl.arange(0, 1024)
-            nonfinite |= (tl.load(finite + place, mask=place < end, other=1) == 0).to(tl.int32)
+            index = first + tl.arange(0, 1024)
+            nonfinite |= (tl.load(finite + index, mask=index < end, other=1) == 0).to(tl.int32)
         is_finite = tl.max(nonfinite, 0) == 0
         column = tl.arange(0, BLOCK)
         for step in range(ROWS):

@@ -21,7 +21,7 @@ WEIGHT_BLOCK, ROWS, COLUMNS = 64, 8, 64
 
 def resize_to_patches(
     images: Tensor,
-    most: tuple[int, int, int],
+    max_sizes: tuple[int, int, int],
     weights: Tensor,
     starts: Tensor,
     between: Tensor,
@@ -36,7 +36,7 @@ def resize_to_patches(
 
     Args:
         images: `(N, FIELDS)` int64.
-        most: pixels of a side, rows and columns that are kept, of the largest image each: (rows before, rows, columns).
+        max_sizes: rows before the resize, and rows and columns that are kept, of the largest image each.
         weights, starts: int32, room for all images.
         between: uint8, room for all images.
         patches: `(T, P)` uint8, written to.
@@ -44,7 +44,7 @@ def resize_to_patches(
         bicubic: the filter, else bilinear.
     """
     number = len(images)
-    rows_before, rows, columns = most
+    rows_before, rows, columns = max_sizes
     blocks = triton.cdiv(max(rows, columns), WEIGHT_BLOCK)
     _weights[(number, 2, blocks)](images, weights, starts, FIELDS, bicubic, WEIGHT_BLOCK)  # pyright: ignore
     grid = (triton.cdiv(rows_before, ROWS), triton.cdiv(columns, COLUMNS), number)
@@ -84,11 +84,11 @@ def _weights(images, weights, starts, FIELDS: tl.constexpr, BICUBIC: tl.constexp
     before = tl.load(image + 3 + axis)
     after = tl.load(image + 5 + axis)
     first = tl.load(image + 7 + axis)
-    kept = tl.load(image + 9 + axis)
-    place = tl.load(image + 11 + axis)
+    length = tl.load(image + 9 + axis)
+    offset = tl.load(image + 11 + axis)
     width = tl.load(image + 13 + axis).to(tl.int32)
     index = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    mask = index < kept
+    mask = index < length
     scale = before.to(tl.float64) / after.to(tl.float64)
     stretch = tl.maximum(scale, 1.0)
     support = (2.0 if BICUBIC else 1.0) * stretch
@@ -103,8 +103,8 @@ def _weights(images, weights, starts, FIELDS: tl.constexpr, BICUBIC: tl.constexp
         x = ((low + k).to(tl.float64) - centre + 0.5) / stretch
         weight = tl.where(low + k < high, _filter(x, BICUBIC), 0.0) / total * 4194304.0
         rounded = (weight + tl.where(weight < 0, -0.5, 0.5)).to(tl.int32)
-        tl.store(weights + place + index * width + k, rounded, mask=mask)
-    tl.store(starts + place + index * width, low.to(tl.int32), mask=mask)
+        tl.store(weights + offset + index * width + k, rounded, mask=mask)
+    tl.store(starts + offset + index * width, low.to(tl.int32), mask=mask)
 
 
 @triton.jit
@@ -112,32 +112,32 @@ def _horizontal(images, weights, starts, between, FIELDS: tl.constexpr, ROWS: tl
     """`(rows before, columns kept, 3)` of each image."""
     image = images + tl.program_id(2).to(tl.int64) * FIELDS
     height = tl.load(image + 3)
-    kept = tl.load(image + 10)
-    if (tl.program_id(0) * ROWS < height) & (tl.program_id(1) * COLUMNS < kept):
+    columns = tl.load(image + 10)
+    if (tl.program_id(0) * ROWS < height) & (tl.program_id(1) * COLUMNS < columns):
         pixels = tl.load(image).to(tl.pointer_type(tl.uint8))
         row_stride = tl.load(image + 1)
         column_stride = tl.load(image + 2)
-        most = tl.load(image + 4) - 1
-        place = tl.load(image + 12)
+        last = tl.load(image + 4) - 1
+        offset = tl.load(image + 12)
         width = tl.load(image + 14).to(tl.int32)
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         row_mask = row < height
-        column_mask = column < kept
+        column_mask = column < columns
         mask = row_mask[:, None] & column_mask[None, :]
-        first = tl.load(starts + place + column * width, mask=column_mask, other=0)
+        first = tl.load(starts + offset + column * width, mask=column_mask, other=0)
         red = tl.full((ROWS, COLUMNS), 2097152, tl.int32)
         green = tl.full((ROWS, COLUMNS), 2097152, tl.int32)
         blue = tl.full((ROWS, COLUMNS), 2097152, tl.int32)
         line = pixels + row.to(tl.int64)[:, None] * row_stride
         for k in range(width):
-            weight = tl.load(weights + place + column * width + k, mask=column_mask, other=0)[None, :]
-            x = tl.minimum((first + k).to(tl.int64), most)
+            weight = tl.load(weights + offset + column * width + k, mask=column_mask, other=0)[None, :]
+            x = tl.minimum((first + k).to(tl.int64), last)
             at = line + x[None, :] * column_stride
             red += weight * tl.load(at, mask=mask, other=0).to(tl.int32)
             green += weight * tl.load(at + 1, mask=mask, other=0).to(tl.int32)
             blue += weight * tl.load(at + 2, mask=mask, other=0).to(tl.int32)
-        out = between + tl.load(image + 15) + (row.to(tl.int64)[:, None] * kept + column[None, :]) * 3
+        out = between + tl.load(image + 15) + (row.to(tl.int64)[:, None] * columns + column[None, :]) * 3
         tl.store(out, _level(red), mask=mask)
         tl.store(out + 1, _level(green), mask=mask)
         tl.store(out + 2, _level(blue), mask=mask)
@@ -168,21 +168,21 @@ def _vertical(
     height = tl.load(image + 9)
     columns = tl.load(image + 10)
     if (tl.program_id(0) * ROWS < height) & (tl.program_id(1) * COLUMNS < columns):
-        most = tl.load(image + 3) - 1
-        place = tl.load(image + 11)
+        last = tl.load(image + 3) - 1
+        offset = tl.load(image + 11)
         width = tl.load(image + 13).to(tl.int32)
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         row_mask = row < height
         mask = row_mask[:, None] & (column < columns)[None, :]
-        first = tl.load(starts + place + row * width, mask=row_mask, other=0)
+        first = tl.load(starts + offset + row * width, mask=row_mask, other=0)
         red = tl.full((ROWS, COLUMNS), 2097152, tl.int32)
         green = tl.full((ROWS, COLUMNS), 2097152, tl.int32)
         blue = tl.full((ROWS, COLUMNS), 2097152, tl.int32)
         source = between + tl.load(image + 15) + column[None, :] * 3
         for k in range(width):
-            weight = tl.load(weights + place + row * width + k, mask=row_mask, other=0)[:, None]
-            y = tl.minimum((first + k).to(tl.int64), most)
+            weight = tl.load(weights + offset + row * width + k, mask=row_mask, other=0)[:, None]
+            y = tl.minimum((first + k).to(tl.int64), last)
             at = source + y[:, None] * (columns * 3)
             red += weight * tl.load(at, mask=mask, other=0).to(tl.int32)
             green += weight * tl.load(at + 1, mask=mask, other=0).to(tl.int32)

@@ -1,1 +1,1 @@
-"""From pictures to features in memory: decode threads, packs, the encoder."""
+"""From images to features in memory: decode threads, packs, the encoder."""

@@ -54,8 +54,8 @@ class Decoder(Protocol):
         """Decode to uint8 `(3, H, W)` or `(frames, 3, H, W)`."""
         ...
 
-    def scaled(self, data: Any, least_size: Callable[[int, int], tuple[int, int]], /) -> tuple[Tensor, tuple[int, int]]:
-        """Decode, a JPEG perhaps at a fraction of its size; also height and width of the whole picture."""
+    def scaled(self, data: Any, min_size: Callable[[int, int], tuple[int, int]], /) -> tuple[Tensor, tuple[int, int]]:
+        """Decode, a JPEG perhaps at a fraction of its size; also height and width of the whole image."""
         ...
 
     def check_jpeg(self, data: Any, /) -> CheckedJpeg | None:
@@ -152,8 +152,8 @@ class DecodeProgram:
         limit_address_space(limit + allowance)
         data = self.decoder.read(source)
         limit_address_space(limit + 2 * len(data) + allowance)
-        if (kept := self._keep(data)) is not None:  # at an eighth of its size it takes little
-            return kept
+        if (jpeg := self._keep(data)) is not None:  # at an eighth of its size it takes little
+            return jpeg
         if self._peak_bytes(data) > allowance:
             return {"alone": True}, None
         return self._decode(data)

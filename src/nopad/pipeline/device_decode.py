@@ -150,16 +150,16 @@ class DeviceDecoder:
     def _run(self, call: Sequence[tuple[PreparedImage, int]], patches: Tensor) -> None:
         decoded = self._engines.decode([image.data.numpy() for image, _ in call])
         descriptions = []
-        layout = _Layout()
+        scratch = _ScratchSizes()
         for (image, start), pixels in zip(call, decoded, strict=True):
             assert image.orientation is not None
             stored = upright_size(image.width, image.height, image.orientation)  # turned back it is what it was
             if pixels is None or pixels.shape != (*stored, 3):
                 self._on_cpu(image, start, patches)
             else:
-                descriptions.append(self._describe(image, start, pixels, layout))
+                descriptions.append(self._describe(image, start, pixels, scratch))
         if descriptions:
-            self._resize(descriptions, layout, patches)
+            self._resize(descriptions, scratch, patches)
 
     def _on_cpu(self, image: PreparedImage, start: int, patches: Tensor) -> None:
         """Of a file that was checked, and that the engines refuse all the same."""
@@ -167,7 +167,7 @@ class DeviceDecoder:
         prepared = self._image_processor(load_image(image.data.numpy().tobytes()))
         patches[start : start + prepared.num_patches] = prepared.data.to(self._device)
 
-    def _describe(self, image: PreparedImage, start: int, pixels: Tensor, layout: _Layout) -> list[int]:
+    def _describe(self, image: PreparedImage, start: int, pixels: Tensor, scratch: _ScratchSizes) -> list[int]:
         processor = self._image_processor
         height, width, _ = pixels.shape
         assert image.orientation is not None
@@ -180,24 +180,24 @@ class DeviceDecoder:
             (to_column, image.width, place.width, place.left, place.columns * patch),
         ]
         is_turned = is_vertical_first(image.height, image.width, place.height, place.width)
-        strides, before, after, first, kept = zip(*(reversed(axes) if is_turned else axes), strict=True)
+        strides, before, after, first, cropped = zip(*(reversed(axes) if is_turned else axes), strict=True)
         widths = [math.ceil(support * max(b / a, 1.0)) * 2 + 1 for b, a in zip(before, after, strict=True)]
-        places = [layout.add_weights(number * width) for number, width in zip(kept, widths, strict=True)]
-        between = layout.add_pixels(before[0] * kept[1] * 3)
-        layout.most = tuple(map(max, layout.most, (before[0], *kept)))  # pyright: ignore
+        offsets = [scratch.add_weights(number * width) for number, width in zip(cropped, widths, strict=True)]
+        between = scratch.add_pixels(before[0] * cropped[1] * 3)
+        scratch.max_sizes = tuple(map(max, scratch.max_sizes, (before[0], *cropped)))  # pyright: ignore
         address = pixels.data_ptr() + offset
-        return [address, *strides, *before, *after, *first, *kept, *places, *widths, between, start, is_turned]
+        return [address, *strides, *before, *after, *first, *cropped, *offsets, *widths, between, start, is_turned]
 
-    def _resize(self, descriptions: list[list[int]], layout: _Layout, patches: Tensor) -> None:
+    def _resize(self, descriptions: list[list[int]], scratch: _ScratchSizes, patches: Tensor) -> None:
         from nopad.kernels.triton_resize import resize_to_patches
 
         processor = self._image_processor
         host = torch.tensor(descriptions, dtype=torch.int64).pin_memory()
-        weights, starts = torch.empty(2, layout.weights, dtype=torch.int32, device=self._device)
-        between = torch.empty(layout.pixels, dtype=torch.uint8, device=self._device)
+        weights, starts = torch.empty(2, scratch.weights, dtype=torch.int32, device=self._device)
+        between = torch.empty(scratch.pixels, dtype=torch.uint8, device=self._device)
         resize_to_patches(
             host.to(self._device, non_blocking=True),
-            layout.most,
+            scratch.max_sizes,
             weights,
             starts,
             between,
@@ -209,12 +209,12 @@ class DeviceDecoder:
         )
 
 
-class _Layout:
+class _ScratchSizes:
     """Room for the weights and the pixels between the passes of all images of a call."""
 
     def __init__(self) -> None:
         self.weights = self.pixels = 0
-        self.most = (0, 0, 0)
+        self.max_sizes = (0, 0, 0)
 
     def add_weights(self, number: int) -> int:
         start = self.weights

@@ -69,7 +69,7 @@ class ImageProcessor(Processor):
         """Resize and patchify uint8 `(3, H, W)`, or `(frames, 3, H, W)` for a clip; normalise it if it is float then.
 
         Args:
-            size: height and width of the picture where `image` was scaled down already.
+            size: height and width of the image where `image` was scaled down already.
 
         Raises:
             ImageError: an aspect ratio that the rule cannot follow.

@@ -100,7 +100,7 @@ class InProcesses(Generic[Item]):
         self._changed = threading.Condition()
         self._started = self._bytes = 0  # of items that were read and are not done
         one_batch = MAX_BATCH * processes.max_processes
-        self._most, self._low = 2 * one_batch, one_batch + one_batch // 2
+        self._max_started, self._refill_below = 2 * one_batch, one_batch + one_batch // 2
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="nopad-read", daemon=True)
 
@@ -128,13 +128,15 @@ class InProcesses(Generic[Item]):
         while True:
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._is_closed or self._is_fetched() or (self._queue and self._has_room(self._low))
+                    lambda: (
+                        self._is_closed or self._is_fetched() or (self._queue and self._has_room(self._refill_below))
+                    )
                 )
                 if self._is_closed:
                     return
             while self._is_fetched() and not self._is_closed:
                 self._submit(*self._fetching.popleft())
-            while self._queue and self._has_room(self._most) and not self._is_closed:
+            while self._queue and self._has_room(self._max_started) and not self._is_closed:
                 self._begin(*self._queue.popleft())
 
     def _is_fetched(self) -> bool:
@@ -191,10 +193,10 @@ class InProcesses(Generic[Item]):
     def leave(self, size: int) -> None:
         """Count an item of so many bytes as done."""
         with self._changed:
-            had_room = self._has_room(self._low)
+            had_room = self._has_room(self._refill_below)
             self._started -= 1
             self._bytes -= size
-            if not had_room and self._has_room(self._low):
+            if not had_room and self._has_room(self._refill_below):
                 self._changed.notify()
 
 

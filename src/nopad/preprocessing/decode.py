@@ -15,7 +15,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from nopad.preprocessing.file_structure import MAX_SCANS, START_OF_SCAN, count_scans, is_cut_short, without_metadata
-from nopad.preprocessing.formats import open_picture
+from nopad.preprocessing.formats import open_image
 from nopad.preprocessing.limits import MAX_PIXELS
 
 try:  # libjpeg-turbo, twice as fast as Pillow's way from a JPEG to an array, the same bits
@@ -115,7 +115,7 @@ def load_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 
 def image_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height by the header of an encoded picture, `None` where it cannot be read."""
+    """Width and height by the header of an encoded image, `None` where it cannot be read."""
     measured = measure_image(data)
     return None if measured is None else measured[:2]
 
@@ -123,11 +123,11 @@ def image_size(data: bytes) -> tuple[int, int] | None:
 def measure_image(data: bytes) -> tuple[int, int, int] | None:
     """Width, height and the bytes that decoding takes, by the header; `None` where that cannot be read.
 
-    Measured as peak resident memory on pictures of 24 megapixels: a colour JPEG goes straight to its array; what Pillow
+    Measured as peak resident memory on images of 24 megapixels: a colour JPEG goes straight to its array; what Pillow
     decodes stands there as Pillow's image, as RGB and as an array, for some formats beside the whole file decoded.
     """
     try:
-        with open_picture(data) as image:
+        with open_image(data) as image:
             is_direct = simplejpeg is not None and image.format in ("JPEG", "MPO") and image.mode == "RGB"
             return image.width, image.height, image.width * image.height * (10 if is_direct else 24)
     except (*DAMAGE, *_BOMB, ImageError):
@@ -170,7 +170,7 @@ def _decode_file(data: bytes, name: str, max_pixels: int) -> Tensor:
 
 
 def _decode_once(data: bytes, name: str, max_pixels: int) -> Tensor:
-    with open_picture(data) as image:
+    with open_image(data) as image:
         return _decode(image, name, max_pixels, data)
 
 

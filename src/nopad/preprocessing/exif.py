@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from nopad.preprocessing.decode import DAMAGE, ImageError
-from nopad.preprocessing.formats import open_picture
+from nopad.preprocessing.formats import open_image
 
 TAKEN, LATITUDE, LONGITUDE = "taken", "latitude", "longitude"
 _EXIF, _GPS = 0x8769, 0x8825
@@ -16,14 +16,14 @@ _ORIGINAL, _DIGITIZED = 0x9003, 0x9004
 
 
 def read_exif(data: bytes) -> dict[str, str | float]:
-    """Fields of the EXIF of an encoded picture, as JSON.
+    """Fields of the EXIF of an encoded image, as JSON.
 
     Returns:
         Some of `taken`, as `2024-05-01T12:30:00` by the camera's clock, whose time zone is rarely there; `latitude` and
         `longitude` in degrees, north and east above 0. What is missing or damaged is left out.
     """
     try:
-        with open_picture(data) as image:
+        with open_image(data) as image:
             exif = image.getexif()
             times, place = dict(exif.get_ifd(_EXIF)), dict(exif.get_ifd(_GPS))
     except (*DAMAGE, ImageError):

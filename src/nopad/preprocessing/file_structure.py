@@ -1,4 +1,4 @@
-"""The structure of picture files, read without decoding: scans of a JPEG, whole animations, metadata of a PNG."""
+"""The structure of image files, read without decoding: scans of a JPEG, whole animations, metadata of a PNG."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator
 
 MAX_SCANS = 100
-"""Most scans of a JPEG: each costs time for the whole picture, however empty it is. libtiff has the same limit."""
+"""Most scans of a JPEG: each costs time for the whole image, however empty it is. libtiff has the same limit."""
 START_OF_SCAN = b"\xff\xda"
 """The marker that begins each scan of a JPEG."""
 
@@ -19,7 +19,7 @@ _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
 
 def count_scans(data: bytes) -> int:
-    """The scans of the first picture of a JPEG file, by its markers; where those have no end, their number."""
+    """The scans of the first image of a JPEG file, by its markers; where those have no end, their number."""
     scans = 0
     position = 0
     for _ in range(_MAX_STEPS):

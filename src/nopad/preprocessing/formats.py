@@ -1,4 +1,4 @@
-"""The picture formats that are read, and how a file of one is opened."""
+"""The image formats that are read, and how a file of one is opened."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _AVIF_BRANDS = frozenset((b"avif", b"avis"))
 _JPEG_XL_MAGIC = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 
 
-def open_picture(data: bytes) -> Image.Image:
-    """Open a picture of one of `FORMATS`; nothing is decoded yet.
+def open_image(data: bytes) -> Image.Image:
+    """Open an image of one of `FORMATS`; nothing is decoded yet.
 
     Raises:
         UnidentifiedImageError: another format, or one that this installation does not read.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nopad.preprocessing.decode import DAMAGE, UPRIGHT, as_tensor, orientation
 from nopad.preprocessing.file_structure import MAX_SCANS, START_OF_SCAN
-from nopad.preprocessing.formats import open_picture
+from nopad.preprocessing.formats import open_image
 
 try:
     import simplejpeg
@@ -52,9 +52,9 @@ def check_jpeg(data: bytes, *, max_pixels: int, min_side: int = 1) -> CheckedJpe
 
     Args:
         max_pixels: of larger ones the CPU words the error.
-        min_side: pixels that the longer side of `small` has at least, where the picture has as many.
+        min_side: pixels that the longer side of `small` has at least, where the image has as many.
     """
-    if simplejpeg is None or data.count(START_OF_SCAN) > 1:  # scans of single colours, or a second picture
+    if simplejpeg is None or data.count(START_OF_SCAN) > 1:  # scans of single colours, or a second image
         return None
     frame = _FRAME.search(data)
     if frame is None or frame[0] != _BASELINE:
@@ -69,24 +69,24 @@ def check_jpeg(data: bytes, *, max_pixels: int, min_side: int = 1) -> CheckedJpe
             return None
         side = min(min_side, max(width, height))
         scale = side / max(width, height)
-        least = {"min_width": max(1, int(width * scale)), "min_height": max(1, int(height * scale))}
-        small = simplejpeg.decode_jpeg(data, "RGB", strict=True, **least)
+        min_sides = {"min_width": max(1, int(width * scale)), "min_height": max(1, int(height * scale))}
+        small = simplejpeg.decode_jpeg(data, "RGB", strict=True, **min_sides)
     except DAMAGE:
         return None
     return CheckedJpeg(width, height, turn, small)
 
 
 def scaled_jpeg(
-    data: bytes, least_size: Callable[[int, int], tuple[int, int]], *, max_pixels: int
+    data: bytes, min_size: Callable[[int, int], tuple[int, int]], *, max_pixels: int
 ) -> tuple[Tensor, tuple[int, int]] | None:
     """Decode a colour JPEG at a half, a quarter or an eighth of its size where that is large enough, otherwise whole.
 
     Args:
-        least_size: from height and width of the upright picture to those that its pixels have at least.
+        min_size: from height and width of the upright image to those that its pixels have at least.
         max_pixels: of larger ones `load_image` words the error.
 
     Returns:
-        Upright uint8 `(3, h, w)`, and the picture's own height and width; `None` for what `load_image` has to decide.
+        Upright uint8 `(3, h, w)`, and the image's own height and width; `None` for what `load_image` has to decide.
     """
     if simplejpeg is None or data.count(START_OF_SCAN) > MAX_SCANS:
         return None
@@ -95,7 +95,7 @@ def scaled_jpeg(
         if header is None:
             return None
         size = upright_size(header.width, header.height, header.orientation)
-        width, height = upright_size(*least_size(*size), header.orientation)  # as it is stored
+        width, height = upright_size(*min_size(*size), header.orientation)  # as it is stored
         pixels = simplejpeg.decode_jpeg(
             data, "RGB", strict=True, min_width=width, min_height=height, min_factor=_MIN_FACTOR
         )
@@ -114,7 +114,7 @@ class _Header:
 
 def _header(data: bytes, max_pixels: int) -> _Header | None:
     """That of a colour JPEG of at most so many pixels; may raise `DAMAGE`."""
-    with open_picture(data) as image:
+    with open_image(data) as image:
         width, height = image.size
         if image.format not in ("JPEG", "MPO") or image.mode != "RGB" or not 0 < width * height <= max_pixels:
             return None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 MAX_SAMPLES = 1 << 23
-"""Most samples of all tracks: 30 hours of film and sound. FFmpeg takes about 40 bytes for each."""
+"""Most samples of all tracks: 30 hours of video and sound. FFmpeg takes about 40 bytes for each."""
 
 MAX_BOXES = 1 << 20
 

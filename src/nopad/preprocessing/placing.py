@@ -21,12 +21,12 @@ def place(rule: Preprocessing, height: int, width: int, patch_size: int) -> Plac
     if rule.rule == "native" and rule.min_patches is None and min(height, width) < unit:
         raise _too_small(height, width, patch_size, rule.multiple_of)
     height, width = resized_size(rule, height, width, patch_size)
-    kept_height, kept_width, top, left = height, width, 0, 0
+    cropped_height, cropped_width, top, left = height, width, 0, 0
     if rule.rule == "crop":
         assert isinstance(rule.size, int)
-        kept_height = kept_width = rule.size
+        cropped_height = cropped_width = rule.size
         top, left = (height - rule.size) // 2, (width - rule.size) // 2
-    rows, columns = (side // unit * rule.multiple_of for side in (kept_height, kept_width))
+    rows, columns = (side // unit * rule.multiple_of for side in (cropped_height, cropped_width))
     if not rows * columns:
         raise ValueError(_less_than_a_patch(rule, patch_size))
     return Placement(height, width, top, left, rows, columns)
@@ -64,9 +64,9 @@ def _too_small(height: int, width: int, patch_size: int, multiple_of: int) -> Ex
     """The `ImageError` of an image without a whole patch."""
     from nopad.preprocessing.decode import ImageError  # late, since it imports torch
 
-    least = "a patch" if multiple_of == 1 else f"{multiple_of} × {multiple_of} patches"
+    minimum = "a patch" if multiple_of == 1 else f"{multiple_of} × {multiple_of} patches"
     reason = (
-        f"{height}×{width} pixels (height×width), smaller than {least} of {patch_size} × {patch_size} pixels; "
+        f"{height}×{width} pixels (height×width), smaller than {minimum} of {patch_size} × {patch_size} pixels; "
         f"min_patches={multiple_of**2}, or a size in pixels, enlarges it"
     )
     return ImageError("image", reason)

@@ -1,4 +1,4 @@
-"""Small JPEGs of pictures."""
+"""Small JPEGs of images."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ MAX_BYTES = 512 << 10
 
 
 def thumbnail(pixels: Tensor, side: int) -> bytes:
-    """A picture as a JPEG of at most `side` pixels a side; of a clip the frame in its middle.
+    """An image as a JPEG of at most `side` pixels a side; of a clip the frame in its middle.
 
     Args:
         pixels: upright, uint8 `(3, H, W)` or `(frames, 3, H, W)`.
-        side: at least 1; smaller pictures stay as they are.
+        side: at least 1; smaller images stay as they are.
     """
     frame = pixels if pixels.ndim == 3 else pixels[len(pixels) // 2]
     image = Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy())

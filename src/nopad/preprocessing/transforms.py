@@ -53,7 +53,7 @@ def resize_image(
     """The first half of `preprocess`, with its arguments and errors: resize and crop.
 
     Args:
-        size: height and width of the picture where `image` was scaled down already.
+        size: height and width of the image where `image` was scaled down already.
 
     Returns:
         `(3, rows * patch_size, columns * patch_size)`, with `frames` in front for a clip: uint8, or rescaled float32

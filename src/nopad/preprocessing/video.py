@@ -73,16 +73,16 @@ def read_frames(
     except ImportError as error:
         raise ImageError(name, f"reading a video needs PyAV: {install('video')}") from error
     try:
-        pictures = _pictures(source, num_frames, span, max_pixels)
+        images = _read_frames(source, num_frames, span, max_pixels)
     except UnusableVideoError as error:
         raise ImageError(name, str(error)) from error
     except (av.error.FFmpegError, OSError, ValueError, LookupError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ImageError(name, f"no video that can be read, or damaged ({type(error).__name__}: {reason})") from error
-    sizes = sorted({picture.shape[:2] for picture in pictures})
+    sizes = sorted({image.shape[:2] for image in images})
     if len(sizes) != 1:
         raise ImageError(name, f"expected frames of one size, got (height, width) {', '.join(map(str, sizes))}")
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class _Index:
     keys: list[int]
 
 
-def _pictures(source: Video, num_frames: int, span: tuple[float, float] | None, max_pixels: int) -> list[np.ndarray]:
+def _read_frames(source: Video, num_frames: int, span: tuple[float, float] | None, max_pixels: int) -> list[np.ndarray]:
     size = check_container(source)
     with open_video(source, max_pixels) as container:
         stream = video_stream(container, max_pixels)
@@ -106,18 +106,18 @@ def _pictures(source: Video, num_frames: int, span: tuple[float, float] | None, 
         times = index.times if span is None else _within(index.times, unit, span)
         chosen = [times[i] for i in _middles(len(times), num_frames)]
         with open_video(source, max_pixels) as container:
-            pictures = _seek(container, video_stream(container, max_pixels), chosen, index, max_pixels)
-        if pictures is not None:
-            return pictures
+            images = _seek(container, video_stream(container, max_pixels), chosen, index, max_pixels)
+        if images is not None:
+            return images
         if span is not None:
             raise UnusableVideoError(f"no frame can be decoded at {span[0]:g} s, damaged?")
-    pictures, num_decoded = _decode(source, index.count, num_frames, max_pixels)
+    images, num_decoded = _decode(source, index.count, num_frames, max_pixels)
     # A packet is a frame in most codecs; where it is not, the decoded frames are what counts.
     if num_decoded != index.count:
-        pictures, _ = _decode(source, num_decoded, num_frames, max_pixels)
-    if not pictures:
+        images, _ = _decode(source, num_decoded, num_frames, max_pixels)
+    if not images:
         raise UnusableVideoError("no frame in its video stream")
-    return pictures
+    return images
 
 
 def _within(times: list[int], unit: float, span: tuple[float, float]) -> list[int]:
@@ -182,7 +182,7 @@ def _seek(
     assert index.times is not None
     position = index.times[0]
     frames: Iterator[VideoFrame] = container.decode(stream)
-    pictures = []
+    images = []
     for time in chosen:
         before = bisect.bisect_right(index.keys, time)
         try:
@@ -195,13 +195,13 @@ def _seek(
         if frame is None or frame.pts != time or frame.is_corrupt:
             return None
         position = time
-        pictures.append(_upright(frame, stream, max_pixels))
-    return pictures
+        images.append(_upright(frame, stream, max_pixels))
+    return images
 
 
 def _decode(source: Video, total: int, num_frames: int, max_pixels: int) -> tuple[list[np.ndarray], int]:
     """The chosen frames of `total`, and how many frames there are; decodes all."""
-    pictures = []
+    images = []
     count = 0
     chosen = set(_middles(total, num_frames))
     with open_video(source, max_pixels) as container:
@@ -210,9 +210,9 @@ def _decode(source: Video, total: int, num_frames: int, max_pixels: int) -> tupl
             if count in chosen:
                 if frame.is_corrupt:
                     raise UnusableVideoError(f"frame {count} is damaged; get the file again")
-                pictures.append(_upright(frame, stream, max_pixels))
+                images.append(_upright(frame, stream, max_pixels))
             count += 1
-    return pictures, count
+    return images, count
 
 
 def _upright(frame: VideoFrame, stream: VideoStream, max_pixels: int) -> np.ndarray:

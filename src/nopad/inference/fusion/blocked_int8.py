@@ -106,8 +106,8 @@ def onednn_works() -> bool:
         operands = to_unsigned(a), 1.0, ZERO_POINT, weight, scale, zero_points
         return onednn.qlinear_pointwise(*operands, None, 1.0, 0, torch.float32, "none", [], "")
 
-    known = torch.backends.mkldnn.is_available() and hasattr(onednn, "qlinear_pointwise")
-    return known and is_usable(multiply)
+    has_operator = torch.backends.mkldnn.is_available() and hasattr(onednn, "qlinear_pointwise")
+    return has_operator and is_usable(multiply)
 
 
 @dataclass(frozen=True)

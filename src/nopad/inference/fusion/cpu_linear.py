@@ -88,7 +88,7 @@ class TorchLinear:
 def linear_class(dtype: torch.dtype) -> type[OneDNNLinear] | type[TorchLinear]:
     """The fastest that runs in `dtype` on this processor."""
     mkldnn: Any = torch.ops.mkldnn
-    known = torch.backends.mkldnn.is_available() and hasattr(mkldnn, "_linear_pointwise")
-    if known and (dtype == torch.float32 or (dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported())):
+    has_operator = torch.backends.mkldnn.is_available() and hasattr(mkldnn, "_linear_pointwise")
+    if has_operator and (dtype == torch.float32 or (dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported())):
         return OneDNNLinear
     return TorchLinear

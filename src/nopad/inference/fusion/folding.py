@@ -183,18 +183,18 @@ def can_fold(block: nn.Module) -> bool:
         split_value, qkv = isinstance(attention.qkv, Float8QKV), attention.qkv
         float8 = (mlp.gate_up, mlp.down, qkv.query_key if split_value else qkv)
         plain = (attention.proj, qkv.value) if split_value else (attention.proj,)
-        known = all(isinstance(linear, Float8Linear) for linear in float8) and all(map(is_plain_linear, plain))
-        return absorbed and unscaled and known and all(linear.bias is None for linear in float8 + plain)
+        foldable = all(isinstance(linear, Float8Linear) for linear in float8) and all(map(is_plain_linear, plain))
+        return absorbed and unscaled and foldable and all(linear.bias is None for linear in float8 + plain)
     if type(mlp) not in (MLP, GatedMLP) or norm1.weight is None or norm2.weight is None:
         return False
     if attention.qkv is not None and attention.q is not None:  # of which the first alone is used
         return False
     supported = ("silu",) if isinstance(mlp, GatedMLP) else ("silu", "quick_gelu", "gelu", "gelu_tanh")
-    known = activation_name(mlp.activation) in supported
+    has_supported_activation = activation_name(mlp.activation) in supported
     scaled = type(parts.layer_scale1) is type(parts.layer_scale2) is LayerScale
     up = (mlp.gate, mlp.up) if isinstance(mlp, GatedMLP) else (mlp.up,)
     linears = (*attention.qkv_linears, attention.proj, *up, mlp.down)
-    return known and (unscaled or scaled) and all(map(is_plain_linear, linears))
+    return has_supported_activation and (unscaled or scaled) and all(map(is_plain_linear, linears))
 
 
 def _first_linear(mlp: MLP | GatedMLP | Float8GatedMLP) -> Any:
