@@ -69,11 +69,7 @@ def align(
         ValueError: an argument out of its range, no photo in the folder, a checkpoint that does not load, or no
             reference.
     """
-    check_count("batch_size", batch_size)
-    if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int)):
-        check_count("image_size", image_size)  # integers are checked further by `check_image_size`
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not -1 <= threshold <= 1:
-        raise ValueError(f"threshold: expected a number in [-1, 1], got {threshold!r}")
+    _check(batch_size, image_size, threshold)
     check_device("device", device)
     photos = None if images is None else photos_in(images)
     progress(f"loading {checkpoint}")
@@ -101,21 +97,21 @@ def align(
         worst_images = worst_images[-1:]
     return AlignReport(
         checkpoint=str(checkpoint),
-        family=packed.family,
-        reference=reference.describe(sides.model),
         weights=weights,
-        device=device_name(device),
-        dtype=dtype_name(dtype),
-        precision=packed.precision,
-        attention=packed.attention_backend,
-        execution=packed.execution,
-        capacity=packed.compiled_capacity,
         threshold=threshold,
-        versions=versions(device),
         cases=tuple(results),
         skipped=tuple(skipped),
         worst=max(worst_images, key=lambda image: float(image.difference.max()), default=None),
+        **sides.describe(),
     )
+
+
+def _check(batch_size: int, image_size: int | None, threshold: float) -> None:
+    check_count("batch_size", batch_size)
+    if image_size is not None and (isinstance(image_size, bool) or not isinstance(image_size, int)):
+        check_count("image_size", image_size)  # integers are checked further by `check_image_size`
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not -1 <= threshold <= 1:
+        raise ValueError(f"threshold: expected a number in [-1, 1], got {threshold!r}")
 
 
 @dataclass(frozen=True)
@@ -141,6 +137,21 @@ class _Sides:
         if packed.dtype == torch.float32:
             return cls(packed, reference, model_fp32, model_fp32)
         return cls(packed, reference, reference.load(packed, state, packed.dtype).to(device=packed.device), model_fp32)
+
+    def describe(self) -> dict[str, Any]:
+        """The fields of an `AlignReport` that say what was compared, and on what."""
+        packed = self.packed
+        return {
+            "family": packed.family,
+            "reference": self.reference.describe(self.model),
+            "device": device_name(packed.device),
+            "dtype": dtype_name(self.model.dtype),
+            "precision": packed.precision,
+            "attention": packed.attention_backend,
+            "execution": packed.execution,
+            "capacity": packed.compiled_capacity,
+            "versions": versions(packed.device),
+        }
 
 
 def _compare_all(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +12,12 @@ import torch
 
 from nopad.bench.candidates import Baseline, Images, candidates
 from nopad.bench.defaults import Defaults, defaults_on
-from nopad.bench.report import BenchReport, Row, WorkloadStats
+from nopad.bench.report import BenchReport, MeasuredPeak, Row, WorkloadStats
 from nopad.bench.runner import block_parameters, run_candidates
 from nopad.bench.timing import timer
 from nopad.bench.workloads import Workload, fixed, mixed, small
 from nopad.counts import check_count
+from nopad.encoder import PackedEncoder
 from nopad.environment import check_device, device_name, dtype_name, versions
 from nopad.loading import load
 
@@ -75,7 +76,6 @@ def bench(
     for name, requested in (("float8", float8), ("int8", int8)):
         if requested and compile is False:
             raise ValueError(f"{name}: runs the packed encoder compiled, got compile=False too; give one of them")
-    precisions = ["fp8"] * float8 + ["int8"] * int8
     device = check_device("device", device)
     default = defaults_on(device.type)
     settings = Defaults(
@@ -89,52 +89,86 @@ def bench(
     progress(f"loading {checkpoint}")
     options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "attention": attention}
     encoder = load(checkpoint, revision=revision, prefix=prefix, device=device, **options)
-    size = encoder.default_preprocessing.size
-    side, multiple = size if isinstance(size, int) else 224, encoder.merge_size
-    squares = fixed(settings.images, side - side % (encoder.patch_size * multiple), encoder.patch_size)
-    named = {"mixed": mixed(settings.images, seed), "small": small(settings.images, seed)}
-    named = {name: each.in_multiples_of(multiple) for name, each in named.items()} | {"224": squares}
-    workloads = [named["mixed"], squares] if workload == "all" else [named[workload]]
-    _check_capacities(settings.capacities, workloads, encoder.num_prefix_tokens)
+    workloads = _workloads(encoder, settings.images, seed)
+    _check_capacities(settings.capacities, [workloads[name] for name in _NAMES[workload]], encoder.num_prefix_tokens)
     baseline = None
     if baselines:
         progress("loading the reference")
         baseline = Baseline.of(encoder, str(checkpoint), revision=revision, trust_remote_code=trust_remote_code)
     stats: list[WorkloadStats] = []
     rows: list[Row] = []
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        if device.type == "cuda":
-            stack.enter_context(torch.cuda.device(device))
-        if settings.compile:
-            from torch._dynamo import config as dynamo
-
-            # Beyond the limit torch runs a function uncompiled, without an error.
-            stack.enter_context(dynamo.patch(recompile_limit=RECOMPILE_LIMIT))
-        square_images = Images.of(squares, encoder, seed)
-        for each in workloads:
-            inputs = square_images if each is squares else Images.of(each, encoder, seed)
+    with _timing_context(device, compile=settings.compile):
+        square_images = Images.of(workloads["224"], encoder, seed)
+        for name in _NAMES[workload]:
+            inputs = square_images if name == "224" else Images.of(workloads[name], encoder, seed)
+            precisions = ["fp8"] * float8 + ["int8"] * int8
             of_workload, peak = run_candidates(
                 encoder,
                 candidates(encoder, baseline, inputs, square_images, settings.capacities, precisions),
-                workload=each.name,
+                workload=workloads[name].name,
                 compile=settings.compile or compile,
                 runs=settings.runs,
                 timer=timer(device),
                 progress=progress,
             )
             rows += of_workload
-            sizes, longest = len(set(each.grids)), max(each.lengths)
-            stats.append(WorkloadStats(each.name, len(each.grids), sizes, each.tokens, longest, peak))
+            stats.append(_stats(workloads[name], peak))
+    return _report(encoder, checkpoint, baseline, settings, seed, stats, rows)
+
+
+_NAMES = {"mixed": ("mixed",), "small": ("small",), "224": ("224",), "all": ("mixed", "224")}
+"""The workloads of each `workload`."""
+
+
+def _workloads(encoder: PackedEncoder, images: int, seed: int) -> dict[str, Workload]:
+    """Each workload by its name; `"224"` is the model's own size where that is fixed."""
+    size, multiple = encoder.default_preprocessing.size, encoder.merge_size
+    side = size if isinstance(size, int) else 224
+    drawn = {"mixed": mixed(images, seed), "small": small(images, seed)}
+    squares = fixed(images, side - side % (encoder.patch_size * multiple), encoder.patch_size)
+    return {name: each.in_multiples_of(multiple) for name, each in drawn.items()} | {"224": squares}
+
+
+@contextmanager
+def _timing_context(device: torch.device, *, compile: bool) -> Iterator[None]:
+    """Without gradients, on the GPU, with as many graphs as candidates compile."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        if compile:
+            from torch._dynamo import config as dynamo
+
+            # Beyond the limit torch runs a function uncompiled, without an error.
+            stack.enter_context(dynamo.patch(recompile_limit=RECOMPILE_LIMIT))
+        yield
+
+
+def _stats(workload: Workload, peak: MeasuredPeak) -> WorkloadStats:
+    sizes, longest = len(set(workload.grids)), max(workload.lengths)
+    return WorkloadStats(workload.name, len(workload.grids), sizes, workload.tokens, longest, peak)
+
+
+def _report(
+    encoder: PackedEncoder,
+    checkpoint: str | Path,
+    baseline: Baseline | None,
+    settings: Defaults,
+    seed: int,
+    stats: Sequence[WorkloadStats],
+    rows: Sequence[Row],
+) -> BenchReport:
+    has_model = baseline is not None and baseline.model is not None
+    description = "not requested" if baseline is None else baseline.description
     return BenchReport(
         checkpoint=str(checkpoint),
         family=encoder.family,
-        reference=None if baseline is None or baseline.model is None else baseline.description,
-        no_reference="not requested" if baseline is None else baseline.description if baseline.model is None else None,
-        device=device_name(device),
+        reference=description if has_model else None,
+        no_reference=None if has_model else description,
+        device=device_name(encoder.device),
         dtype=settings.dtype,
         attention=encoder.attention_backend,
-        versions=versions(device),
+        versions=versions(encoder.device),
         parameters=block_parameters(encoder),
         seed=seed,
         runs=settings.runs,
@@ -146,7 +180,7 @@ def bench(
 def _check(device: torch.device, workload: str, settings: Defaults) -> None:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, which this can time, got {str(device)!r}")
-    if workload not in ("mixed", "small", "224", "all"):
+    if workload not in _NAMES:
         raise ValueError(f"workload: expected 'mixed', 'small', '224' or 'all', got {workload!r}")
     check_count("images", settings.images)
     check_count("runs", settings.runs)
