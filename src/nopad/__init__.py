@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
+
+from nopad.lazy import lazy_names
 
 if TYPE_CHECKING:
     from nopad import align, bench, data, maps
@@ -96,16 +97,16 @@ _EXTRAS = {
 }
 
 
+_import = lazy_names(__name__, _HOMES)
+
+
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'nopad' has no attribute {name!r}")
     for package in _EXTRAS.get(name, ()):
         if importlib.util.find_spec(package) is None:
             from nopad.extras import install
 
             raise ImportError(f"nopad.{name} needs {package}: {install('embed')}", name=package)
-    home = importlib.import_module(_HOMES[name])
-    return home if _HOMES[name] == f"nopad.{name}" else getattr(home, name)
+    return _import(name)
 
 
 def __dir__() -> list[str]:

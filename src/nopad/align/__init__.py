@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nopad.lazy import lazy_names
 
 if TYPE_CHECKING:
     from nopad.align.report import AlignReport
@@ -12,10 +13,4 @@ if TYPE_CHECKING:
 __all__ = ["AlignReport", "align"]
 
 # Imported when first used: the command line reads this package's options, which need no torch.
-_HOMES = {"AlignReport": "nopad.align.report", "align": "nopad.align.run"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'nopad.align' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = lazy_names(__name__, {"AlignReport": "nopad.align.report", "align": "nopad.align.run"})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nopad.lazy import lazy_names
 
 if TYPE_CHECKING:
     from nopad.bench.report import BenchReport, Row
@@ -12,10 +13,6 @@ if TYPE_CHECKING:
 __all__ = ["BenchReport", "Row", "bench"]
 
 # Imported when first used: the command line reads this package's options, which need no torch.
-_HOMES = {"BenchReport": "nopad.bench.report", "Row": "nopad.bench.report", "bench": "nopad.bench.run"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'nopad.bench' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = lazy_names(
+    __name__, {"BenchReport": "nopad.bench.report", "Row": "nopad.bench.report", "bench": "nopad.bench.run"}
+)

@@ -25,6 +25,9 @@ task_specific_params text_config tf_legacy_loss tie_encoder_decoder tie_word_emb
 torchscript use_bfloat16 vision_config
 """
 
+BACKBONE_FIELDS = ("apply_layernorm", "reshape_hidden_states", "out_features", "out_indices", "stage_names")
+"""Of the backbones that transformers makes of a model, not of its encoder."""
+
 
 def read_fields(
     checkpoint: Checkpoint,

@@ -13,6 +13,7 @@ from nopad.checkpoints.dialects.clip import OPEN_CLIP, TIMM, timm_head_projects
 from nopad.checkpoints.formats import Checkpoint
 from nopad.checkpoints.open_clip_config import read_vision_cfg
 from nopad.checkpoints.timm_config import PLAIN_VIT, is_timm, read_model_args
+from nopad.families.sizes import configs_by_name, size_fields
 
 
 class CLIPPackingConfig(CLIPVisionConfig):
@@ -155,26 +156,18 @@ _MODELS = {
 }
 
 
-def _published() -> dict[str, dict[str, Any]]:
-    models = {}
-    for (size, patch_size, image_size, activation_name), names in _MODELS.items():
-        hidden_size, num_heads, num_layers, intermediate_size, projection_dim = _SIZES[size]
-        for name in names.split():
-            models[name] = {
-                "hidden_size": hidden_size,
-                "intermediate_size": intermediate_size,
-                "num_hidden_layers": num_layers,
-                "num_attention_heads": num_heads,
-                "num_channels": 3,
-                "image_size": image_size,
-                "patch_size": patch_size,
-                "hidden_act": activation_name,
-                "layer_norm_eps": 1e-5,
-                "projection_dim": projection_dim,
-                "with_projection": True,
-                **({"model_type": MetaCLIP2PackingConfig.model_type} if "metaclip-2" in name else {}),
-            }
-    return models
+def _config(name: str, size: str, patch_size: int, image_size: int, activation_name: str) -> dict[str, Any]:
+    *sizes, projection_dim = _SIZES[size]
+    return {
+        **size_fields(*sizes),
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "hidden_act": activation_name,
+        "layer_norm_eps": 1e-5,
+        "projection_dim": projection_dim,
+        "with_projection": True,
+        **({"model_type": MetaCLIP2PackingConfig.model_type} if "metaclip-2" in name else {}),
+    }
 
 
-PUBLISHED = _published()
+PUBLISHED = configs_by_name(_MODELS, _config)

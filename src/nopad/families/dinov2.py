@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +19,11 @@ from nopad.families.dinov2_checkpoints import (
     read_config,
     swiglu_size,
 )
+from nopad.families.vit_blocks import vit_block, vit_mlp
 from nopad.families.vit_embeddings import ViTEmbeddings
 from nopad.inference.runner import Runner
-from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
-from nopad.layers.mlp import MLP, GatedMLP
+from nopad.layers.mlp import GatedMLP
 from nopad.layers.prefix import PrefixLayout
 from nopad.layout import Layout
 from nopad.outputs import Trunk
@@ -60,22 +59,13 @@ class DINOv2Embeddings(ViTEmbeddings):
 
 def dinov2_block(config: DINOv2Configs) -> Block:
     """One transformer block of the family."""
-    size, mlp_size = config.hidden_size, config.hidden_size * config.mlp_ratio
-    norm = partial(nn.LayerNorm, size, eps=config.layer_norm_eps)
-    attention = PackedAttention(
-        size,
-        config.num_attention_heads,
-        qkv_bias=config.qkv_bias,
-        proj_bias=True,
-        dropout_p=config.attention_probs_dropout_prob,
-        names={"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "o_proj"},
-    )
+    mlp_size = config.hidden_size * config.mlp_ratio
     if config.use_swiglu_ffn:
         names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-        mlp = GatedMLP(size, swiglu_size(mlp_size), ACT2FN["silu"], bias=True, names=names)
+        mlp = GatedMLP(config.hidden_size, swiglu_size(mlp_size), ACT2FN["silu"], bias=True, names=names)
     else:
-        mlp = MLP(size, mlp_size, ACT2FN[config.hidden_act], bias=True, names={"up": "fc1", "down": "fc2"})
-    return Block(norm(), attention, norm(), mlp, layer_scale=True, drop_path=config.drop_path_rate, names={})
+        mlp = vit_mlp(config, mlp_size)
+    return vit_block(config, mlp, layer_scale=True, drop_path=config.drop_path_rate, names={})
 
 
 class DINOv2Packing(PackedEncoder):
@@ -105,11 +95,6 @@ class DINOv2Packing(PackedEncoder):
         tokens = self.embeddings(patches, layout, prefix_layout, runner)
         tokens = self.norm(runner.run(self.layers, tokens, prefix_layout.segments, None))
         return Trunk(prefix_layout.take_patches(tokens), prefix_layout.take_prefix(tokens))
-
-    def example_positions(self) -> Tensor:
-        """Positions on the trained grid."""
-        rows, columns = self.embeddings.grid
-        return self.embeddings.positions(Layout.of_image(rows, columns, self.device))
 
     @staticmethod
     def count_prefix_tokens(config: DINOv2Configs) -> int:

@@ -7,10 +7,11 @@ from typing import Any
 from transformers.models.dinov2.configuration_dinov2 import Dinov2Config
 from transformers.models.dinov2_with_registers.configuration_dinov2_with_registers import Dinov2WithRegistersConfig
 
-from nopad.checkpoints.config_json import read_fields
+from nopad.checkpoints.config_json import BACKBONE_FIELDS, read_fields
 from nopad.checkpoints.dialects.dinov2 import TIMM_REGISTERS
 from nopad.checkpoints.formats import Checkpoint, grid_side
 from nopad.checkpoints.timm_config import NAMES, PLAIN_VIT, is_timm, read_model_args
+from nopad.families.sizes import configs_by_name
 
 HEAD_DIM = 64
 """Head size of every published model, for files without a config."""
@@ -62,7 +63,6 @@ use_swiglu_ffn use_mask_token patch_order positions positions_antialias
 _TIMM_NAMES = {**NAMES, "attn_drop_rate": "attention_probs_dropout_prob"}
 _TIMM_ARCHITECTURES = r"vit_(small|base|large|giant)_patch14(_reg4)?_dinov2"
 _TIMM_HEADS = {"small": 6, "base": 12, "large": 16, "giant": 24}
-_OF_BACKBONES = ("apply_layernorm", "reshape_hidden_states", "out_features", "out_indices", "stage_names")
 _KERNEL, _POSITIONS = "embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings"
 _REGISTERS, _FIRST = "embeddings.register_tokens", "encoder.layer.0"
 
@@ -80,7 +80,7 @@ def read_config(checkpoint: Checkpoint) -> DINOv2Configs:
     if is_timm(checkpoint.config):
         fields = _read_timm(checkpoint)
     else:
-        fields = read_fields(checkpoint, names, unused=_OF_BACKBONES)
+        fields = read_fields(checkpoint, names, unused=BACKBONE_FIELDS)
     if config_class is None:
         with_registers = _REGISTERS in checkpoint.tensors
         config_class = DINOv2WithRegistersPackingConfig if with_registers else DINOv2PackingConfig
@@ -140,31 +140,27 @@ def _infer_from_tensors(checkpoint: Checkpoint, config_fields: dict[str, Any]) -
     return fields
 
 
-def _published() -> dict[str, dict[str, Any]]:
-    sizes = {  # hidden_size, num_hidden_layers, num_attention_heads
-        "small": (384, 12, 6),
-        "base": (768, 12, 12),
-        "large": (1024, 24, 16),
-        "giant": (1536, 40, 24),
-    }
-    models = {}
+_SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "giant": (1536, 40, 24)}
+"""`hidden_size`, `num_hidden_layers`, `num_attention_heads`"""
+_MODELS = {(kind, size): f"facebook/{kind}-{size}" for kind in ("dinov2", "dinov2-with-registers") for size in _SIZES}
+
+
+def _config(name: str, kind: str, size: str) -> dict[str, Any]:
+    hidden_size, num_layers, num_heads = _SIZES[size]
     registers = {"num_register_tokens": 4, "model_type": DINOv2WithRegistersPackingConfig.model_type}
-    for kind, more in (("dinov2", {}), ("dinov2-with-registers", registers)):
-        for size, (hidden_size, num_layers, num_heads) in sizes.items():
-            models[f"facebook/{kind}-{size}"] = {
-                "hidden_size": hidden_size,
-                "num_hidden_layers": num_layers,
-                "num_attention_heads": num_heads,
-                "mlp_ratio": 4,
-                "use_swiglu_ffn": size == "giant",
-                "hidden_act": "gelu",
-                "layer_norm_eps": 1e-6,
-                "image_size": 518,
-                "patch_size": 14,
-                "num_channels": 3,
-                **more,
-            }
-    return models
+    return {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "mlp_ratio": 4,
+        "use_swiglu_ffn": size == "giant",
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "image_size": 518,
+        "patch_size": 14,
+        "num_channels": 3,
+        **(registers if kind == "dinov2-with-registers" else {}),
+    }
 
 
-PUBLISHED = _published()
+PUBLISHED = configs_by_name(_MODELS, _config)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.models.dinov3_vit.configuration_dinov3_vit import DINOv3ViTConfig
 
-from nopad.checkpoints.config_json import read_fields
+from nopad.checkpoints.config_json import BACKBONE_FIELDS, read_fields
 from nopad.checkpoints.dialects.dinov3 import META_GATED, META_PLAIN, PERIODS, TIMM_GATED, TIMM_PLAIN
 from nopad.checkpoints.formats import Checkpoint
 from nopad.checkpoints.timm_config import is_timm, read_model_args
@@ -40,7 +40,6 @@ attention_dropout layer_norm_eps rope_theta query_bias key_bias value_bias proj_
 drop_path_rate use_gated_mlp num_register_tokens pos_embed_shift pos_embed_jitter pos_embed_rescale initializer_range
 patch_order untie_cls_norm pixel_statistics rope_periods
 """
-_OF_BACKBONES = ("apply_layernorm", "reshape_hidden_states", "out_features", "out_indices", "stage_names")
 _TIMM_NAMES = {
     "num_heads": "num_attention_heads",
     "attn_drop_rate": "attention_dropout",
@@ -115,7 +114,7 @@ def _model_types(checkpoint: Checkpoint) -> set[Any]:
 def _from_transformers(checkpoint: Checkpoint) -> dict[str, Any]:
     """The config of transformers' `config.json`."""
     checkpoint.check_model_type("dinov3_vit")
-    return read_fields(checkpoint, _NAMES.split(), unused=_OF_BACKBONES)
+    return read_fields(checkpoint, _NAMES.split(), unused=BACKBONE_FIELDS)
 
 
 def _from_timm(checkpoint: Checkpoint) -> dict[str, Any]:

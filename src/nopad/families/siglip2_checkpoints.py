@@ -12,6 +12,7 @@ from nopad.checkpoints.config_json import read_fields
 from nopad.checkpoints.dialects.siglip2 import TIMM, TIMM_NAFLEX
 from nopad.checkpoints.formats import Checkpoint, grid_side
 from nopad.checkpoints.timm_config import PLAIN_VIT, is_timm, read_model_args
+from nopad.families.sizes import size_fields
 
 
 class Siglip2PackingConfig(Siglip2VisionConfig):
@@ -179,14 +180,9 @@ def _published() -> dict[str, dict[str, Any]]:
     models = {}
     for model, variants in _VARIANTS.items():
         size, patch_size = model.split("-", 1)[1].split("-patch")
-        hidden_size, num_heads, num_layers, intermediate_size = _SIZES[size]
         for variant in variants.split():
             models[f"google/{model}-{variant}"] = {
-                "hidden_size": hidden_size,
-                "intermediate_size": intermediate_size,
-                "num_hidden_layers": num_layers,
-                "num_attention_heads": num_heads,
-                "num_channels": 3,
+                **size_fields(*_SIZES[size]),
                 "patch_size": int(patch_size),
                 "hidden_act": "gelu_pytorch_tanh",
                 "layer_norm_eps": 1e-6,

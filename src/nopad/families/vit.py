@@ -5,7 +5,6 @@ the encoder of MAE (He et al., arXiv:2111.06377) and I-JEPA (Assran et al., arXi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers.utils.constants import (
 )
 
 from nopad.encoder import PackedEncoder
+from nopad.families.vit_blocks import vit_block, vit_mlp
 from nopad.families.vit_checkpoints import (
     PUBLISHED,
     IJepaPackingConfig,
@@ -32,9 +32,7 @@ from nopad.families.vit_checkpoints import (
 )
 from nopad.families.vit_embeddings import ViTEmbeddings
 from nopad.inference.runner import Runner
-from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
-from nopad.layers.mlp import MLP
 from nopad.layers.positions import sincos_2d
 from nopad.layers.prefix import PrefixLayout
 from nopad.layout import Layout
@@ -56,21 +54,9 @@ class ViTPooler(nn.Module):
         return self.activation(self.dense(cls_tokens))
 
 
-def vit_block(config: ViTConfigs) -> Block:
-    """One transformer block of the family."""
-    size = config.hidden_size
-    norm = partial(nn.LayerNorm, size, eps=config.layer_norm_eps)
-    attention = PackedAttention(
-        size,
-        config.num_attention_heads,
-        qkv_bias=config.qkv_bias,
-        proj_bias=True,
-        dropout_p=config.attention_probs_dropout_prob,
-        names={"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "o_proj"},
-    )
-    names = {"up": "fc1", "down": "fc2"}
-    mlp = MLP(size, config.intermediate_size, ACT2FN[config.hidden_act], bias=True, names=names)
-    return Block(norm(), attention, norm(), mlp, names={"norm1": "layernorm_before", "norm2": "layernorm_after"})
+def _block(config: ViTConfigs) -> Block:
+    mlp = vit_mlp(config, config.intermediate_size)
+    return vit_block(config, mlp, names={"norm1": "layernorm_before", "norm2": "layernorm_after"})
 
 
 class ViTPacking(PackedEncoder):
@@ -91,7 +77,7 @@ class ViTPacking(PackedEncoder):
         """Embeddings, blocks, norm, and where the checkpoint has it the pooler."""
         config = self.config
         self.embeddings = ViTEmbeddings(config, with_cls=self.num_prefix_tokens > 0)
-        self.layers = nn.ModuleList(vit_block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(_block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         if getattr(config, "with_pooler", False):
             self.head = ViTPooler(config)
@@ -112,11 +98,6 @@ class ViTPacking(PackedEncoder):
         if self.head is None or trunk.prefix_tokens is None:
             return super().pool_segments(trunk, segments)
         return self.head(trunk.prefix_tokens[:, 0])
-
-    def example_positions(self) -> Tensor:
-        """Positions on the trained grid."""
-        rows, columns = self.embeddings.grid
-        return self.embeddings.positions(Layout.of_image(rows, columns, self.device))
 
     @staticmethod
     def count_prefix_tokens(config: ViTConfigs) -> int:

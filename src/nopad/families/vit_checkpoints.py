@@ -11,6 +11,7 @@ from transformers.models.vit_mae.configuration_vit_mae import ViTMAEConfig
 from nopad.checkpoints.config_json import read_fields
 from nopad.checkpoints.formats import Checkpoint, grid_side
 from nopad.checkpoints.timm_config import NAMES, PLAIN_VIT, is_timm, read_model_args
+from nopad.families.sizes import configs_by_name, size_fields
 
 
 class ViTPackingConfig(ViTConfig):
@@ -163,26 +164,17 @@ _MODELS = {
 }
 
 
-def _published() -> dict[str, dict[str, Any]]:
-    models = {}
-    for (size, patch_size, image_size), names in _MODELS.items():
-        hidden_size, num_heads, num_layers, intermediate_size = _SIZES[size]
-        for name in names.split():
-            kind = next((kind for kind in ("ijepa", "vit_mae") if kind.replace("_", "-") in name), None)
-            models[name] = {
-                "hidden_size": hidden_size,
-                "intermediate_size": intermediate_size,
-                "num_hidden_layers": num_layers,
-                "num_attention_heads": num_heads,
-                "num_channels": 3,
-                "image_size": image_size,
-                "patch_size": patch_size,
-                "hidden_act": "gelu",
-                "layer_norm_eps": 1e-6 if kind == "ijepa" else 1e-12,
-                **({"with_pooler": True} if "in21k" in name else {}),
-                **({"model_type": kind} if kind else {}),
-            }
-    return models
+def _config(name: str, size: str, patch_size: int, image_size: int) -> dict[str, Any]:
+    kind = next((kind for kind in ("ijepa", "vit_mae") if kind.replace("_", "-") in name), None)
+    return {
+        **size_fields(*_SIZES[size]),
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6 if kind == "ijepa" else 1e-12,
+        **({"with_pooler": True} if "in21k" in name else {}),
+        **({"model_type": kind} if kind else {}),
+    }
 
 
-PUBLISHED = _published()
+PUBLISHED = configs_by_name(_MODELS, _config)

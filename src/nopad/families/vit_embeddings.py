@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from nopad.checkpoints.formats import trained_grid
 from nopad.inference.runner import Runner
 from nopad.layers.patch_embed import PatchEmbedding
-from nopad.layers.position_table import table_positions
+from nopad.layers.position_table import LearnedPositions, table_positions
 from nopad.layers.positions import is_strict
 from nopad.layers.prefix import PrefixLayout
 from nopad.layers.roles import RoleAliases
 from nopad.layout import Layout
 
 
-class ViTEmbeddings(RoleAliases):
+class ViTEmbeddings(LearnedPositions, RoleAliases):
     """Patches to tokens with learned positions, and each segment's CLS token in front of them.
 
     CLS has a position of its own, the first row of the table. Other grids get the table resampled as

@@ -13,7 +13,21 @@ from nopad.layout import Layout
 from nopad.traced import TracedLayout
 
 
-class PositionTable(nn.Module):
+class LearnedPositions:
+    """A module with positions that were learned on one grid.
+
+    Attributes:
+        grid: its rows and columns.
+    """
+
+    grid: tuple[int, int]
+
+    def positions(self, layout: Layout) -> Tensor:
+        """Positions of every patch, `(T, D)`."""
+        raise NotImplementedError
+
+
+class PositionTable(LearnedPositions, nn.Module):
     """Positions learned on one grid, with the parameter of `torch.nn.Embedding`; resampled for other grids.
 
     Args:
@@ -45,8 +59,10 @@ class PositionTable(nn.Module):
 
     def forward(self, layout: Layout | None) -> Tensor:
         """Positions of every patch, `(T, D)`, see `table_positions`; of the prefix tokens for `None`, one row each."""
-        if layout is None:
-            return self.weight[: self.num_prefix_tokens]
+        return self.weight[: self.num_prefix_tokens] if layout is None else self.positions(layout)
+
+    def positions(self, layout: Layout) -> Tensor:
+        """See `LearnedPositions`."""
         names = ("mode", "antialias", "align_corners", "strict", "native")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         return table_positions(layout, self.weight[self.num_prefix_tokens :], self.grid, **options)
@@ -125,8 +141,8 @@ def _(table, grid_thw, image_index, rows, columns, mode, antialias, align_corner
 
 
 def example_positions(embeddings: nn.Module, device: torch.device) -> Tensor | None:
-    """Positions of one image on the grid that a table of `embeddings` was learned on; `None` where there is none."""
+    """Positions of one image on the grid that those of `embeddings` were learned on; `None` where there are none."""
     for module in embeddings.modules():
-        if isinstance(module, PositionTable):
-            return module(Layout.of_image(*module.grid, device))
+        if isinstance(module, LearnedPositions):
+            return module.positions(Layout.of_image(*module.grid, device))
     return None
