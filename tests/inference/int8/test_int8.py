@@ -4,7 +4,6 @@ import copy
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -14,9 +13,9 @@ from torch import nn
 
 import nopad
 from nopad.inference.fusion import blocked_int8
-from nopad.inference.fusion.blocked_int8 import Int8Weight, onednn_works
+from nopad.inference.fusion.blocked_int8 import SIGNED, UNSIGNED, Int8Weight, onednn_operand
 from nopad.inference.int8 import convert, format
-from nopad.inference.int8.format import is_exact, is_reference, is_usable, multiply_integers, quantize_rows, scaled_mm
+from nopad.inference.int8.format import is_exact, multiply_integers, quantize_rows, scaled_mm
 from nopad.inference.int8.modules import Int8Linear
 from nopad.layers.block import LayerScale
 
@@ -31,9 +30,10 @@ def folder(request, tmp_path):
 @pytest.fixture(params=["onednn", "torch"])
 def gemm(request, monkeypatch):
     """The GEMM of blocks of rows."""
-    if request.param == "onednn" and not onednn_works():
+    operand = onednn_operand()
+    if request.param == "onednn" and operand is None:
         pytest.skip("this processor has no exact GEMM of int8 in oneDNN")
-    monkeypatch.setattr(blocked_int8, "onednn_works", lambda: request.param == "onednn")
+    monkeypatch.setattr(blocked_int8, "onednn_operand", lambda: operand if request.param == "onednn" else None)
     return request.param
 
 
@@ -63,9 +63,9 @@ def test_a_row_does_not_depend_on_its_neighbours():
     assert torch.equal(alone_scale, scale[3:4])
 
 
-@pytest.mark.parametrize("usable", [True, False])
-def test_integers_are_multiplied_exactly(monkeypatch, usable):
-    monkeypatch.setattr(format, "is_usable", lambda int_mm: usable and is_usable(int_mm))
+@pytest.mark.parametrize("exact", [True, False])
+def test_integers_are_multiplied_exactly(monkeypatch, exact):
+    monkeypatch.setattr(format, "is_exact", lambda int_mm: exact and is_exact(int_mm))
     a, b = (torch.randint(-127, 128, (rows, 1040), dtype=torch.int8) for rows in (40, 24))
     a[0], b[0] = 127, -127
     assert torch.equal(multiply_integers(a, b), (a.long() @ b.long().T).float())
@@ -83,18 +83,13 @@ def test_a_gemm_that_saturates_is_not_exact():
     assert is_exact(lambda a, b: a.long() @ b.long())
 
 
-def test_a_gemm_by_loops_is_a_reference():
-    def by_loops(a, b):
-        time.sleep(0.02)  # what oneDNN's takes for this size
-        return (a.long() @ b.long()).float()
-
-    assert is_exact(by_loops)
-    assert is_reference(by_loops)
-    assert not is_usable(by_loops)
-    assert not is_reference(lambda a, b: a.float() @ b.float())
+@pytest.mark.parametrize("operand", [SIGNED, UNSIGNED])
+def test_operands_are_the_same_numbers(operand):
+    quantized = torch.arange(-128, 128).to(torch.int8).view(2, 128)
+    assert torch.equal(operand(quantized).short() - operand.zero_point, quantized.short())
 
 
-@pytest.mark.skipif(not onednn_works(), reason="this processor has no usable GEMM of int8 in oneDNN")
+@pytest.mark.skipif(onednn_operand() is None, reason="this processor has no exact GEMM of int8 in oneDNN")
 def test_packed_weights_run_by_an_optimised_gemm():
     """As oneDNN names it: its reference loops take a thousand times as long."""
     script = (
@@ -137,11 +132,11 @@ def test_packed_weights_equal_the_layer(gemm, bias, scaled):
     torch.testing.assert_close(weight.added(weight(quantized, x.dtype), scale, other), expected + other)
 
 
-@pytest.mark.parametrize("usable", [True, False])
-def test_a_processor_without_int8_is_logged(usable, monkeypatch, caplog):
-    monkeypatch.setattr(format, "is_usable", lambda int_mm: usable)
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_processor_without_int8_is_logged(exact, monkeypatch, caplog):
+    monkeypatch.setattr(format, "is_exact", lambda int_mm: exact)
     convert.to_int8(nn.ModuleList())
-    assert ("int8 is slower than float32 on this processor" in caplog.text) is not usable
+    assert ("int8 is slower than float32 on this processor" in caplog.text) is not exact
 
 
 @torch.no_grad()

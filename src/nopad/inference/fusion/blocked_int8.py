@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from nopad.inference.fusion.blocked_qkv import split_heads, store_qkv
-from nopad.inference.int8.format import is_usable, multiply_integers, quantize_rows
+from nopad.inference.int8.format import is_exact, multiply_integers, quantize_rows
 from nopad.inference.int8.modules import Int8Linear
 from nopad.layers.attention import PackedAttention, Rope
 from nopad.layers.block import Block, LayerScale
 from nopad.layers.mlp import MLP, GatedMLP
-
-ZERO_POINT = 128
 
 
 def can_pack_int8(block: nn.Module) -> bool:
@@ -60,19 +58,15 @@ class Int8Weight:
             self.scale, bias = self.scale * factor, None if bias is None else (bias.float() * factor).to(dtype)
         self.bias: Tensor | None = bias
         self.weight: Tensor = linear.weight
-        self.packed = onednn_works()
-        if self.packed:
-            onednn: Any = torch.ops.onednn
-            self.zero_points = torch.zeros(linear.out_features, dtype=torch.int32)
-            self.weight = onednn.qlinear_prepack(linear.weight, [num_rows, linear.in_features])
-            self.run = onednn.qlinear_pointwise
+        self.operand = onednn_operand()
+        if self.operand is not None:
+            self.weight = torch.ops.onednn.qlinear_prepack(linear.weight, [num_rows, linear.in_features])
 
     def __call__(self, quantized: Tensor, dtype: torch.dtype) -> Tensor:
         """Rounded rows `(R, K)` to `(R, N)` in `dtype`, without the rows' scales and the bias."""
-        if not self.packed:
+        if self.operand is None:
             return (multiply_integers(quantized, self.weight) * self.scale).to(dtype)
-        weight = self.weight, self.scale, self.zero_points
-        return self.run(to_unsigned(quantized), 1.0, ZERO_POINT, *weight, None, 1.0, 0, dtype, "none", [], "")
+        return _gemm(self.operand, quantized, self.weight, self.scale, dtype)
 
     def scaled(self, output: Tensor, scale: Tensor) -> Tensor:
         """What `__call__` returned, with the scales of its rows and the bias; overwritten."""
@@ -84,30 +78,45 @@ class Int8Weight:
         return total if self.bias is None else total.add_(self.bias)
 
 
-def to_unsigned(quantized: Tensor) -> Tensor:
-    """int8 to uint8 with the zero point 128.
+@dataclass(frozen=True)
+class Operand:
+    """The integers that oneDNN's GEMM takes for activations."""
 
-    VNNI multiplies unsigned activations by signed weights. For signed ones oneDNN has no optimised GEMM with a
-    prepacked weight on processors without AMX.
-    """
-    return quantized.view(torch.uint8).bitwise_xor(ZERO_POINT)
+    zero_point: int
+
+    def __call__(self, quantized: Tensor) -> Tensor:
+        """int8 to the same numbers, plus the zero point."""
+        return quantized.view(torch.uint8).bitwise_xor(128) if self.zero_point else quantized
+
+
+SIGNED, UNSIGNED = Operand(0), Operand(128)
 
 
 @lru_cache
-def onednn_works() -> bool:
-    """Whether torch has oneDNN's GEMM of int8, and it is exact and fast on this processor."""
-    onednn: Any = torch.ops.onednn
-    packed: dict[tuple[int, ...], Tensor] = {}
+def onednn_operand() -> Operand | None:
+    """What oneDNN's GEMM takes on this processor, `None` where it is not exact or not built.
+
+    AMX multiplies signed activations by signed weights, VNNI alone unsigned ones. For signed ones and prepacked weights
+    oneDNN has reference loops there, which take a thousand times as long.
+    """
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return None
+    cpu: Any = torch.cpu
+    operand = SIGNED if cpu._is_amx_tile_supported() else UNSIGNED
 
     def multiply(a: Tensor, b: Tensor) -> Tensor:
-        size = b.shape[1]
-        weight = packed.setdefault((*a.shape, size), onednn.qlinear_prepack(b.T.contiguous(), list(a.shape)))
-        scale, zero_points = torch.ones(size), torch.zeros(size, dtype=torch.int32)
-        operands = to_unsigned(a), 1.0, ZERO_POINT, weight, scale, zero_points
-        return onednn.qlinear_pointwise(*operands, None, 1.0, 0, torch.float32, "none", [], "")
+        weight = torch.ops.onednn.qlinear_prepack(b.T.contiguous(), list(a.shape))
+        return _gemm(operand, a, weight, torch.ones(b.shape[1]), torch.float32)
 
-    has_operator = torch.backends.mkldnn.is_available() and hasattr(onednn, "qlinear_pointwise")
-    return has_operator and is_usable(multiply)
+    return operand if is_exact(multiply) else None
+
+
+def _gemm(operand: Operand, a: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """oneDNN's GEMM with a scale for each output."""
+    activations = operand(a), 1.0, operand.zero_point
+    zero_points = torch.zeros(len(scale), dtype=torch.int32)
+    run: Any = torch.ops.onednn.qlinear_pointwise
+    return run(*activations, weight, scale, zero_points, None, 1.0, 0, dtype, "none", [], "")
 
 
 @dataclass(frozen=True)
@@ -149,7 +158,7 @@ class Int8Block:
             norm2=layer.norm2,
             activation=mlp.activation,
             num_heads=attention.num_heads,
-            execution=f"int8 by {'onednn' if up.packed else 'torch'}",
+            execution=f"int8 by {'torch' if up.operand is None else 'onednn'}",
         )
 
     def qkv_into(self, out: Tensor, tokens: Tensor, rope: Rope | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from nopad.inference.int8.format import int_mm_is_usable
+from nopad.inference.int8.format import int_mm_is_exact
 from nopad.inference.int8.modules import Int8Linear
 from nopad.inference.quantized import check_hooks
 from nopad.layers.linear import joined
@@ -28,7 +28,7 @@ def to_int8(layers: nn.ModuleList) -> None:
     Raises:
         ValueError: see `check_block`.
     """
-    if not int_mm_is_usable():
+    if not int_mm_is_exact():
         logger.warning(
             "int8 is slower than float32 on this processor, which has no fast and exact GEMM of int8 (VNNI or AMX)"
         )

@@ -6,8 +6,6 @@ are exact, so it depends on no order of addition either.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -21,8 +19,6 @@ INT8_MAX = 127
 """Largest absolute value; -128 is left out, so that the range is symmetric."""
 MIN_AMAX = 1e-12
 """Lower bound of a row's largest absolute value, against division by zero; no activation of a model is so small."""
-MAX_SLOWDOWN = 20
-"""Of a small GEMM of int8 over one of float32, by which optimised ones are told from reference loops."""
 
 
 def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,54 +59,27 @@ def scaled_mm(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: tor
 def multiply_integers(a: Tensor, b: Tensor) -> Tensor:
     """`a @ bᵀ` of int8 matrices, `(M, K)` and `(N, K)`, as float32.
 
-    Without instructions for it (VNNI, AMX) torch's GEMM adds pairs of products in 16 bits, which overflow. There, and
-    where it is slow, float32 multiplies: exactly up to K = 1,040, beyond that as exactly as other numbers.
+    Without instructions for it (VNNI, AMX) torch's GEMM adds pairs of products in 16 bits, which overflow. There
+    float32 multiplies: exactly up to K = 1,040, beyond that as exactly as it multiplies other numbers.
     """
-    if int_mm_is_usable():
+    if int_mm_is_exact():
         return _int_mm(a, b.T).float()
     with without_autocast(a.device):
         return a.float() @ b.float().T
 
 
 @torch.compiler.assume_constant_result
-def int_mm_is_usable() -> bool:
-    """Whether torch's GEMM of int8 is exact and fast on this processor."""
-    return is_usable(_int_mm)
+def int_mm_is_exact() -> bool:
+    """Whether torch's GEMM of int8 is exact on this processor."""
+    return is_exact(_int_mm)
 
 
 @lru_cache
-def is_usable(int_mm: Any) -> bool:
-    """Whether a GEMM of int8, `(M, K)` by `(K, N)`, is exact and fast on this processor."""
-    return is_exact(int_mm) and not is_reference(int_mm)
-
-
 def is_exact(int_mm: Any) -> bool:
-    """Whether a GEMM of int8 is exact where sums are largest."""
+    """Whether a GEMM of int8, `(M, K)` by `(K, N)`, is exact on this processor where sums are largest."""
     a = torch.full((32, 64), INT8_MAX, dtype=torch.int8)
     a[1::2] = -INT8_MAX
     try:
         return torch.equal(int_mm(a, a.T).double(), a.double() @ a.double().T)
     except (RuntimeError, NotImplementedError):
         return False
-
-
-def is_reference(int_mm: Any) -> bool:
-    """Whether a GEMM of int8 is far slower than that of float32: loops that libraries have for what is not optimised.
-
-    oneDNN's take a thousand times as long, and which operands they are used for differs between processors.
-    """
-    a = torch.ones(64, 256, dtype=torch.int8)
-    b = a.float()
-    return best_seconds(lambda: int_mm(a, a.T)) > MAX_SLOWDOWN * best_seconds(lambda: b @ b.T)
-
-
-def best_seconds(run: Callable[[], object]) -> float:
-    """Seconds of the fastest of three runs, after one that is not counted."""
-    run()
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
-    return min(seconds() for _ in range(3))
