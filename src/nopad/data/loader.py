@@ -6,7 +6,7 @@ import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import asdict
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from nopad.counts import check_count
+from nopad.data.epoch import indexed_samples, iterable_samples
 from nopad.data.plan import Packed, Planner, PlanStatistics
 from nopad.data.ranks import check_agreement, rank_and_world_size
 from nopad.data.samples import Sample, collate_targets
-from nopad.data.sizes import measure_sizes, read_sizes, size_of
+from nopad.data.sizes import measure_sizes, read_sizes
 from nopad.data.worker import PackMaker
 from nopad.inference.defaults import default_max_segments
 from nopad.packing import Pack
 from nopad.pipeline.pack_processor import PackProcessor
-from nopad.preprocessing.decode import ImageError
 
 logger = logging.getLogger(__name__)
 WINDOW, STREAM_WINDOW = 64, 8
@@ -255,36 +255,11 @@ class PackLoader:
 
     def _samples(self, planner: Planner, taken: set[int]) -> Iterator[Sample]:
         """The samples of this epoch in their order, but for those that are taken."""
-        cached = lru_cache(maxsize=1 << 16)(self._frame_patches)
-
-        def frame_patches(number: int, height: int, width: int) -> int:
-            try:
-                return cached(height, width)
-            except ImageError as error:
-                raise ImageError(f"sample {number}", error.reason) from error
-
         if self.is_iterable:
             if hasattr(self.dataset, "set_epoch"):
                 self.dataset.set_epoch(self.epoch)
-            for number, item in enumerate(self.dataset):
-                if number not in taken:
-                    frames, height, width = size_of(number, item, self.image)
-                    yield planner.sample(number, frames, frame_patches(number, height, width), self.processor, item)
-            return
-        sizes = self.sizes.numpy()
-        for number in self._order(planner):
-            if number not in taken:
-                frames, height, width = map(int, sizes[number])
-                yield planner.sample(number, frames, frame_patches(number, height, width), self.processor)
-
-    def _order(self, planner: Planner) -> Iterator[int]:
-        if not planner.shuffle:
-            return iter(range(len(self.sizes)))
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {self.epoch}".encode()))
-        return map(int, torch.randperm(len(self.sizes), generator=generator).numpy())
-
-    def _frame_patches(self, height: int, width: int) -> int:
-        return self.processor.rule.place(height, width, self.processor.patch_size).num_patches
+            return iterable_samples(self.dataset, self.image, self.processor, planner, taken)
+        return indexed_samples(self.sizes, f"{self.seed} {self.epoch}", self.processor, planner, taken)
 
 
 class _OfRank(Sampler):

@@ -14,18 +14,15 @@ from transformers.configuration_utils import PreTrainedConfig
 from nopad.arguments import check_output, read_arguments
 from nopad.checkpoints.keywords import check_config_class, check_keywords
 from nopad.checkpoints.strict import check_numbers
+from nopad.encoder.execution import Execution
 from nopad.encoder.images import ImageRules
 from nopad.encoder.sizes import Sizes
 from nopad.encoder.stored import Stored
-from nopad.inference.attention import set_attention
 from nopad.inference.collect import packed_output
-from nopad.inference.compile import compile_encoder, current_runner
-from nopad.inference.dispatch import execution_device
-from nopad.inference.precision import to_precision
+from nopad.inference.compile import current_runner
 from nopad.inference.runner import EagerRunner, Runner
 from nopad.inspection.attention import attention_maps
 from nopad.inspection.layers import LayerRunner, check_layers, features_and_output, layer_features
-from nopad.kernels.attention import resolve_backend
 from nopad.layers.attention import Rope
 from nopad.layers.linear import stack_weights
 from nopad.layers.pooling import segment_mean
@@ -49,12 +46,13 @@ from nopad.training.finetuning import lora_targets, parameter_groups
 from nopad.training.frozen import freeze_mask_tokens
 
 
-class PackedEncoder(RoleAliases, Sizes, ImageRules, Stored):
+class PackedEncoder(RoleAliases, Execution, Sizes, ImageRules, Stored):
     """A vision encoder over packs: any mix of image and video sizes in one forward, nothing padded.
 
     The constructor takes a config, or a checkpoint as `from_pretrained` does. docs/adding-a-family.md lists what a
-    family brings. Methods that take more than a line to explain are functions of other modules. The parts of the class
-    that no forward needs are in `Sizes`, `ImageRules` and `Stored`, whose attributes an encoder has as well.
+    family brings. Methods that take more than a line to explain are functions of other modules. How the layers
+    run is in `Execution`, and what no forward needs in `Sizes`, `ImageRules` and `Stored`, whose attributes an encoder
+    has as well.
 
     Attributes:
         frames_attend_jointly: a whole clip is one segment, not each of its frames.
@@ -85,8 +83,6 @@ class PackedEncoder(RoleAliases, Sizes, ImageRules, Stored):
     merger: nn.Module | None
     deepstack_layers: tuple[int, ...] = ()
     deepstack_mergers: Sequence[nn.Module] = ()
-    _backend: str = "auto"
-    _runner: Runner = EagerRunner()
 
     def __new__(cls, config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Each config has a class of its own, as transformers' `AutoModel.register` expects."""
@@ -228,52 +224,6 @@ class PackedEncoder(RoleAliases, Sizes, ImageRules, Stored):
                 return self._runner.collecting(states)
             return EagerRunner(states)
         return current_runner(self) if self._runner.accepts(rows, segments) else EagerRunner()
-
-    # Ready for inference.
-
-    compile = compile_encoder  # pyright: ignore[reportAssignmentType] - other arguments than `nn.Module.compile`
-    set_attention = set_attention
-    to_precision = to_precision
-
-    def uncompile(self) -> None:
-        """Undo `compile`."""
-        self._runner = EagerRunner()
-
-    @property
-    def compiled_capacity(self) -> int | None:
-        """Tokens that every pack is padded to, `None` unless compiled."""
-        return self._runner.capacity
-
-    @property
-    def compiled_max_segments(self) -> int | None:
-        """Maximum number of segments of a compiled pack, `None` unless compiled."""
-        return self._runner.max_segments
-
-    @property
-    def execution(self) -> str:
-        """How the layers run in inference: `"eager"`, `"compiled"`, `"fused by quack"` or `"fused by torch"`."""
-        return current_runner(self).execution(self.layers)
-
-    @property
-    def device(self) -> torch.device:
-        """The device that patches go to, which is where the embeddings run.
-
-        Their weights may lie elsewhere between two packs: `device_map` offloads them.
-        """
-        return execution_device(self.embeddings)
-
-    @property
-    def attention_backend(self) -> str:
-        """The attention kernel in use on this device and in this dtype."""
-        return resolve_backend(self._backend, self.device, self.dtype, self._head_dim)
-
-    @property
-    def _head_dim(self) -> int:
-        return self.config.hidden_size // self.config.num_attention_heads
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.uncompile()  # what is moved or cast has to be compiled for its new place
-        return super()._apply(fn, recurse)
 
     # Training.
 

@@ -21,7 +21,8 @@ from nopad.pipeline.memory import MemoryBudget, MemoryReservation
 from nopad.pipeline.normalize import Normalizer
 from nopad.pipeline.pack_runner import MAX_RUNNING, EmbeddingResult, PackRunner, num_segments, num_tokens
 from nopad.pipeline.packer import BestFitPacker
-from nopad.pipeline.read_ahead import InProcesses, InThreads, ReadAhead
+from nopad.pipeline.preparers import InProcesses, InThreads
+from nopad.pipeline.read_ahead import ReadAhead
 from nopad.pipeline.selection import Selection
 from nopad.pipeline.stats import Stats
 from nopad.preprocessing.decode import ImageError
