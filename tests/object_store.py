@@ -17,7 +17,8 @@ class Fault:
     """What becomes of the next requests whose address has `part` in it.
 
     Attributes:
-        kind: "status 503", "drop" (the connection ends in the middle of the body), or "slow" (nothing comes).
+        kind: "status 503", "drop" (the connection ends in the middle of the body), "lost" (it ends without an answer
+            to a request that was done), or "slow" (nothing comes).
         left: of so many requests.
     """
 
@@ -75,6 +76,10 @@ def proxy(target: str, server: Server) -> ThreadingHTTPServer:
             connection.request(self.command, self.path, body, headers)
             response = connection.getresponse()
             data = response.read()
+            if kind == "lost":
+                self.close_connection = True
+                connection.close()
+                return
             self.send_response(response.status)
             for name, value in response.getheaders():
                 if name.lower() not in ("content-length", "connection", "transfer-encoding", "date", "server"):
@@ -121,3 +126,27 @@ class Bucket:
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 self.put(prefix + str(path.relative_to(folder)), path.read_bytes())
+
+    def keys(self, prefix: str) -> list[str]:
+        """The keys below a prefix, without it."""
+        import obstore
+
+        listed = [stored["path"] for chunk in obstore.list(self._store, prefix) for stored in chunk]
+        return sorted(key.removeprefix(prefix) for key in listed)
+
+    def get(self, key: str) -> bytes:
+        """Read an object."""
+        import obstore
+
+        return bytes(obstore.get(self._store, key).bytes())
+
+    def delete(self, key: str) -> None:
+        """Remove an object."""
+        import obstore
+
+        obstore.delete(self._store, key)
+
+    def table(self, prefix: str) -> dict[str, bytes]:
+        """Names and bytes of the shards of a table."""
+        names = [name for name in self.keys(f"{prefix}/") if name.endswith(".parquet") and "/" not in name]
+        return {name: self.get(f"{prefix}/{name}") for name in names}

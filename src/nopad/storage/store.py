@@ -8,12 +8,21 @@ from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
+class Version:
+    """Which version of an object it is, as its store names that; `None` where it does not."""
+
+    e_tag: str | None = None
+    number: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
-    """An object: its key, its bytes, and when it was written, in ns since 1970."""
+    """An object: its key, its bytes, when it was written, in ns since 1970, and its version."""
 
     key: str
     size: int
     mtime_ns: int
+    version: Version = Version()
 
 
 class Store(Protocol):

@@ -1,4 +1,4 @@
-"""Reading from stores: sizes, bytes and listings, with retries, and errors as those of the system's files."""
+"""Stores: sizes, bytes, listings and writing, with retries, and errors as those of the system's files."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from datetime import timedelta
 from functools import lru_cache
 from importlib import import_module
-from typing import Any
+from typing import Any, BinaryIO
 
 from nopad.extras import install
-from nopad.storage.addresses import CLOUDS, HUB, WEB, Address
-from nopad.storage.store import Store, Stored
+from nopad.storage.addresses import CLOUDS, HUB, WEB, Address, check_address
+from nopad.storage.store import Store, Stored, Version
 
 MAX_RETRIES = 5
 """Of one request, after 0.1 s and twice that each time."""
@@ -115,8 +115,64 @@ class ObjectStore:
         except (*self._errors, OSError) as error:
             raise self._as_os_error(error) from error
 
+    def get(self, key: str) -> tuple[bytes, Version]:
+        """All bytes, and which version of the object they are."""
+        try:
+            result = self._api.get(self._store, key)
+            return bytes(result.bytes()), _version(result.meta)
+        except (*self._errors, OSError) as error:
+            raise self._as_os_error(error) from error
+
+    def read_version(self, key: str, start: int, stop: int, version: Version) -> bytes:
+        """The bytes of a range of one version.
+
+        Raises:
+            OSError: of errno `ESTALE` where the object is another version now; else see `Store`.
+        """
+        options: dict[str, Any] = {"range": (start, stop)}
+        if version.e_tag is not None:
+            options["if_match"] = version.e_tag
+        try:
+            return bytes(self._api.get(self._store, key, options=options).bytes())
+        except (*self._errors, OSError) as error:
+            raise self._as_os_error(error) from error
+
+    def put(self, key: str, data: bytes | BinaryIO, mode: Version | str) -> Version:
+        """Write an object as a whole.
+
+        Args:
+            mode: `"overwrite"`; `"create"`, where there must be none; or the version that it must have.
+
+        Raises:
+            FileExistsError: there is one, or it has another version.
+            OSError: see `Store`.
+        """
+        how: Any = mode
+        if isinstance(mode, Version):
+            names = {"e_tag": mode.e_tag, "version": mode.number}
+            how = {name: value for name, value in names.items() if value is not None}
+        try:
+            result = self._api.put(
+                self._store, key, data, mode=how, use_multipart=None if mode == "overwrite" else False
+            )
+            return _version(result)
+        except (*self._errors, OSError) as error:
+            if type(error).__name__ in ("AlreadyExistsError", "PreconditionError"):
+                raise FileExistsError(errno.EEXIST, "Object exists, or is another version") from error
+            raise self._as_os_error(error) from error
+
+    def delete(self, key: str) -> None:
+        """Remove an object, if there is one."""
+        try:
+            self._api.delete(self._store, key)
+        except (*self._errors, OSError) as error:
+            if not isinstance(reason := self._as_os_error(error), FileNotFoundError):
+                raise reason from error
+
     def _as_os_error(self, error: BaseException) -> OSError:
         text = str(error)
+        if type(error).__name__ == "PreconditionError":
+            return OSError(errno.ESTALE, "replaced while it was read")
         status = int(match[1]) if (match := _STATUS.search(text)) else 0
         reason = match[0].removeprefix("status code: ") if match else _first_line(error)
         if "NoSuchBucket" in text:
@@ -137,12 +193,33 @@ class ObjectStore:
 
 
 def _stored(meta: Any) -> Stored:
-    return Stored(meta["path"], int(meta["size"]), round(meta["last_modified"].timestamp() * 1e9))
+    mtime_ns = round(meta["last_modified"].timestamp() * 1e9)
+    return Stored(meta["path"], int(meta["size"]), mtime_ns, _version(meta))
+
+
+def _version(meta: Any) -> Version:
+    return Version(meta.get("e_tag"), meta.get("version"))
 
 
 def _first_line(error: BaseException) -> str:
     """What an error says, without the request and its retries."""
     return str(error).split("\n", 1)[0].rsplit(" - ", 1)[-1][:_MAX_REASON]
+
+
+def check_writable(name: str, address: str) -> None:
+    """Check that an address lies in a store that tables can be written to.
+
+    Args:
+        name: of the argument, for the message.
+
+    Raises:
+        ValueError: it lies on a web server or on the Hub, or has another scheme.
+        ImportError: no obstore.
+    """
+    check_address(name, address)
+    if Address.of(address).scheme not in CLOUDS:
+        stores = ", ".join(f"{scheme}://" for scheme in CLOUDS)
+        raise ValueError(f"{name}: expected a folder or an address that begins with {stores}, got {address!r}")
 
 
 def can_list(address: Address) -> bool:
