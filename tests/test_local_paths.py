@@ -39,13 +39,20 @@ def test_path_is_none(path):
     check_local("out", path)
 
 
-@pytest.mark.parametrize("out", ["s3://b/out", Path("s3://b/out")])
-def test_table_at_an_address_begins_no_job(tmp_path, monkeypatch, out):
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("ftp://b/out", "expected a path or an address that begins with s3://"),
+        ("hf://datasets/o/n", "expected a folder or an address that begins with s3://"),
+        (Path("s3://b/out"), "expected a path of this machine"),
+    ],
+)
+def test_table_at_an_address_that_is_not_written_begins_no_job(tmp_path, monkeypatch, out, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
-    with pytest.raises(ValueError, match="out: expected a path of this machine"):
+    with pytest.raises(ValueError, match=f"out: {message}"):
         nopad.embed("photos", out, model="anything")
-    with pytest.raises(ValueError, match="folder: expected a path of this machine"):
+    with pytest.raises(ValueError, match=f"folder: {message}"):
         nopad.read_features(out)
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
@@ -76,7 +83,7 @@ def test_line_of_a_list_at_another_address_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["photos", "--out", "s3://b/out"], "--out: expected a path of this machine, got 's3://b/"),
+        (["photos", "--out", "https://b/out"], "--out: expected a folder or an address that begins with s3://"),
         (["ftp://b/photos", "--out", "o"], "SOURCE: expected a path or an address that begins with s3://"),
     ],
 )

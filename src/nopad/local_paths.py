@@ -18,7 +18,8 @@ def check_local(name: str, path: str | os.PathLike[str]) -> None:
     if isinstance(text, str) and (match := pattern.match(text)):
         raise ValueError(
             f"{name}: expected a path of this machine, got {text!r}; {match[0].rstrip('/')}//… is an address, which "
-            f"only the sources of nopad embed may be. Mount it as a folder (rclone mount, …), or copy it"
+            f"only the sources and the table of nopad embed may be, as text. Mount it as a folder (rclone mount, …), "
+            f"or copy it"
         )
 
 

@@ -67,13 +67,25 @@ def read_json(path: Path) -> dict[str, Any]:
     check_regular(path)
     if path.stat().st_size > MAX_HEADER_BYTES:
         raise ValueError(f"{path}: expected at most {MAX_HEADER_BYTES} bytes of JSON, got {path.stat().st_size}")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(data: bytes, name: str) -> dict[str, Any]:
+    """A JSON object from its bytes.
+
+    Args:
+        name: of its file, for messages.
+
+    Raises:
+        ValueError: see `read_json`.
+    """
     try:
-        content = json.loads(path.read_bytes().decode(), object_pairs_hook=_each_key_once)
+        content = json.loads(data.decode(), object_pairs_hook=_each_key_once)
         _check_depth(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from error
+        raise ValueError(f"{name}: expected JSON, got {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        raise ValueError(f"{name}: expected a JSON object, got {type(content).__name__}")
     return content
 
 

@@ -81,7 +81,8 @@ def embed(
 
     Args:
         sources: see `nopad.embedding.inputs.sources.list_inputs`.
-        out: the folder of the table; read it with `nopad.read_features`.
+        out: the folder of the table, or its address in a store (`s3://bucket/table`); read it with
+            `nopad.read_features`.
         model: as `nopad.load` takes it, or an encoder.
         revision, prefix, attention: as `nopad.load` takes them.
         device: `"cuda"` where there is one, unless given.
@@ -149,6 +150,7 @@ def embed(
     Raises:
         ValueError: a source, setting or checkpoint that is wrong, or a folder with a job of other settings.
         OSError: a folder that cannot be written, or that another job writes to.
+        UnreachableStoreError: the table's store cannot be reached, whatever was tried; finished shards are kept.
         ImportError: a source or `actors` needs a package that is not installed.
     """
     arguments = locals()

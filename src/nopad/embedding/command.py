@@ -22,7 +22,9 @@ from nopad.extras import install
 from nopad.local_paths import check_local
 from nopad.pipeline import process_server
 from nopad.preprocessing.limits import MAX_PATCHES
-from nopad.storage.addresses import check_address
+from nopad.storage.addresses import check_address, is_address
+from nopad.storage.object_path import UnreachableStoreError
+from nopad.storage.stores import check_writable
 from nopad.terminal import configure_transformers, json_text, print_error, print_summary, printable, shell_command
 
 if TYPE_CHECKING:
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `nopad embed`."""
     add_job_options(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the table; go on with the same command")
+    out = "folder of the table, or its address in a store (s3://bucket/table); go on with the same command"
+    parser.add_argument("--out", required=True, metavar="DIR", help=out)
     parser.add_argument("--json", action="store_true", help="print the summary as JSON; null for NaN and infinity")
 
 
@@ -60,7 +63,10 @@ def run(options: argparse.Namespace) -> int:
         ValueError, OSError, ImportError: wrong use, or a folder that cannot be written.
     """
     check_packages()
-    check_local("--out", options.out)
+    if is_address(options.out):
+        check_writable("--out", options.out)
+    else:
+        check_local("--out", options.out)
     for source in options.sources:
         check_address("SOURCE", source)
     go_on = f"to go on: {_command(options)}"
@@ -86,6 +92,9 @@ def run(options: argparse.Namespace) -> int:
                 )
     except UnreachableSourceError as error:
         print_error(f"{error}; {go_on}")
+        return UNFINISHED
+    except UnreachableStoreError as error:
+        print_error(f"{error.strerror}; finished shards are kept; {go_on}")
         return UNFINISHED
     except KeyboardInterrupt:
         print_error(f"stopped, the shard in hand is lost, finished ones are kept; {go_on}")

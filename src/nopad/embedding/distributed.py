@@ -27,6 +27,7 @@ from nopad.embedding.manifest import check_same
 from nopad.embedding.progress import Ticker
 from nopad.embedding.run import Run
 from nopad.embedding.settings import Settings
+from nopad.embedding.table.paths import absolute
 from nopad.environment import check_device
 from nopad.extras import install
 from nopad.pipeline.stats import Stats
@@ -77,7 +78,7 @@ class ByActors:
             settings,
             model=os.path.abspath(settings.model) if os.path.exists(settings.model) else settings.model,
         )
-        config = ActorConfig(os.path.abspath(folder.path), settings, local, num_inputs, token)
+        config = ActorConfig(absolute(folder.path), settings, local, num_inputs, token)
         with self._ends:
             engine = self._ends.enter_context(_engine(config, self._min, self._max, stop))
             if engine is not None:

@@ -9,17 +9,16 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from nopad.atomic import atomic_write
-from nopad.checkpoints.contents import read_json
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.embedding.inputs.listing import InputList
 from nopad.embedding.inputs.stamps import Stamp, save_stamps
 from nopad.embedding.lock import LostLockError
 from nopad.embedding.table.errors import folder_error
 from nopad.embedding.table.names import METADATA_FOLDER
-from nopad.local_paths import check_local
+from nopad.embedding.table.paths import TablePath, read_json, table_path, write_whole
 from nopad.preprocessing.files import why
 from nopad.storage.addresses import scheme_of
+from nopad.storage.object_path import ObjectPath, UnreachableStoreError
 
 UPDATES = "updates"
 """The folder, in `.nopad`, of the jobs that have added to a table."""
@@ -33,11 +32,10 @@ class JobFolder:
         update: 0 for the table's first job, else the number of an update.
     """
 
-    def __init__(self, folder: str | Path, update: int = 0) -> None:
-        if not os.fspath(folder):
+    def __init__(self, folder: str | TablePath, update: int = 0) -> None:
+        if not str(folder):
             raise ValueError("out: expected a folder, got ''; '.' is the current one")
-        check_local("out", folder)
-        self.path = Path(folder)
+        self.path = folder if isinstance(folder, ObjectPath) else table_path("out", folder)
         self.update = update
         of_table = self.path / METADATA_FOLDER
         self.metadata = of_table / UPDATES / f"{update:05}" if update else of_table
@@ -54,6 +52,8 @@ class JobFolder:
             there = [record["model"], *json.loads(record["sources"])]
             if not all(isinstance(name, str) for name in there):
                 return model, list(sources)
+        except UnreachableStoreError:
+            raise
         except (OSError, ValueError, LookupError, TypeError, RecursionError):  # no job yet, or one that `read` refuses
             return model, list(sources)
         here = [model, *sources]
@@ -65,6 +65,8 @@ class JobFolder:
         """The record of the job that was begun here; empty where there is none, or one that `read` refuses."""
         try:
             record = read_json(self.metadata / "job.json")
+        except UnreachableStoreError:
+            raise
         except (OSError, ValueError, RecursionError):
             return {}
         return {key: value for key, value in record.items() if isinstance(value, str)}
@@ -75,15 +77,15 @@ class JobFolder:
         folders = (JobFolder(self.path, number) for number in (0, *sorted(map(int, numbers))))
         return [folder for folder in folders if folder.has_job]
 
-    def inputs_file(self, digest: str) -> Path:
+    def inputs_file(self, digest: str) -> TablePath:
         """The list of inputs of the job, by its digest: parts that begin a job at once may have listed others."""
         return self._file("inputs", digest)
 
-    def stamps_file(self, digest: str) -> Path:
+    def stamps_file(self, digest: str) -> TablePath:
         """The stamps of these inputs."""
         return self._file("stamps", digest)
 
-    def _file(self, name: str, digest: str) -> Path:
+    def _file(self, name: str, digest: str) -> TablePath:
         of_parts = self.metadata / f"{name}-{digest[:12]}.parquet"
         return of_parts if of_parts.exists() else self.metadata / f"{name}.parquet"
 
@@ -107,13 +109,14 @@ class JobFolder:
         """
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         try:
-            self.metadata.mkdir(parents=True, exist_ok=True)
+            if isinstance(self.metadata, Path):
+                self.metadata.mkdir(parents=True, exist_ok=True)
             suffix = f"-{record['inputs'][:12]}" if by_parts else ""
             save_stamps(stamps, self.metadata / f"stamps{suffix}.parquet", check=check_lock)
             inputs.save(self.metadata / f"inputs{suffix}.parquet", check=check_lock)
-            with atomic_write(self.metadata / "job.json", check=check_lock, replace=not by_parts) as file:
+            with write_whole(self.metadata / "job.json", check=check_lock, replace=not by_parts) as file:
                 file.write(text.encode())
-        except LostLockError:
+        except (LostLockError, UnreachableStoreError):
             raise
         except OSError as error:
             raise folder_error(error, self.path) from error
@@ -133,18 +136,24 @@ class JobFolder:
                 raise ValueError(f"threads: expected 1 to 9999, got {record['threads']!r}")
             inputs = InputList.load(self.inputs_file(record["inputs"]))
             is_whole = record["inputs"] == inputs.digest()
+        except UnreachableStoreError:
+            raise
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{self.metadata}: the job's files cannot be read ({why(error)}); {advice}") from error
         if not is_whole:
             raise ValueError(f"{self.metadata}: inputs.parquet is not the list that job.json was begun with; {advice}")
         return record, inputs
 
-    def temporary(self, shard: Path) -> Path:
-        """A temporary file for a shard, another one each time: two actors may be at the same shard."""
+    def temporary(self, shard: TablePath) -> Path | None:
+        """A temporary file for a shard, another one each time, since two actors may be at it; `None` in a store."""
+        if not isinstance(self.metadata, Path):
+            return None
         return self.metadata / f"{shard.name}.{uuid.uuid4().hex}.part"
 
     def clean(self) -> None:
-        """Remove what a killed run left half-written."""
+        """Remove what a killed run left half-written; in a store there is nothing."""
+        if not isinstance(self.metadata, Path):
+            return
         for path in self.metadata.rglob("*.part"):  # of updates, too
             path.unlink(missing_ok=True)
 

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +24,7 @@ from nopad.embedding.settings import Settings
 from nopad.embedding.table.counts import Manifest
 from nopad.embedding.table.format import COLUMNS, TOKENS, Row, ShardFormat
 from nopad.embedding.table.names import parse_shard_name, shard_name
+from nopad.embedding.table.paths import TablePath
 from nopad.embedding.table.reader import failed_rows, num_rows, read_metadata
 from nopad.embedding.table.writer import write_shard
 from nopad.encoder import PackedEncoder
@@ -90,7 +90,7 @@ class Job:
         part, parts = self.settings.part or (0, 1)
         return range(len(self) * part // parts, len(self) * (part + 1) // parts)
 
-    def path(self, shard: int) -> Path:
+    def path(self, shard: int) -> TablePath:
         """The file of a shard."""
         return self.folder.path / shard_name(shard, len(self), self.fingerprint)
 
@@ -104,13 +104,13 @@ class Job:
         size = self.settings.rows_per_shard
         return min(size, len(self.inputs) - shard * size)
 
-    def finished(self) -> list[int]:
-        """Numbers of the shards that are there, by their names.
+    def finished(self) -> dict[int, TablePath]:
+        """The shards that are there, by their names: numbers, in order, and files.
 
         Raises:
             ValueError: a shard of another job.
         """
-        shards = []
+        shards = {}
         others = lists_of_inputs(self.folder.path).keys() - {self.fingerprint}
         for path in sorted(self.folder.path.glob("shard-*.parquet")):
             parsed = parse_shard_name(path.name)
@@ -118,7 +118,7 @@ class Job:
                 continue
             if parsed is None or parsed[1:] != (len(self), self.fingerprint) or parsed[0] >= len(self):
                 raise ValueError(printable(f"{path}: not a shard of this job; move it away or use another folder"))
-            shards.append(parsed[0])
+            shards[parsed[0]] = path
         return shards
 
     def check(self, shard: int) -> None:
@@ -241,12 +241,12 @@ def _may_differ(job: Job) -> dict[str, str]:
 
 
 def _check_shards(job: Job, manifest: Manifest) -> None:
-    for shard in job.finished():
-        if shard in job.part and not manifest.has(job.path(shard)):
+    for shard, path in job.finished().items():
+        if shard in job.part and not manifest.has(path):
             job.check(shard)
 
 
-def changes_of(retained: InputList, listed: InputList, folder: Path) -> str:
+def changes_of(retained: InputList, listed: InputList, folder: TablePath) -> str:
     """How the sources have changed since the job began.
 
     Raises:

@@ -14,13 +14,15 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from nopad.atomic import atomic_write
-from nopad.checkpoints.contents import read_json
 from nopad.embedding.table.errors import folder_error
 from nopad.embedding.table.names import METADATA_FOLDER
+from nopad.embedding.table.paths import TablePath, read_json
+from nopad.storage.object_path import UnreachableStoreError
 
 
 class LockedError(OSError):
@@ -131,15 +133,12 @@ class FolderLock:
         self.release(remove_empty=error is not None)
 
     def _write_owner(self) -> None:
-        since = datetime.now(UTC).isoformat(timespec="seconds")
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "since": since, "token": self.token}
         with atomic_write(self._owner) as file:
-            file.write(json.dumps(owner).encode())
+            file.write(json.dumps(owner_of(self.token)).encode())
 
     def _held(self) -> str:
         try:
-            owner = read_json(self._owner)
-            who = f"process {owner['pid']} of {owner['user']} on {owner['host']}, since {owner['since']}"
+            who = describe_owner(read_json(self._owner))
         except (OSError, ValueError, LookupError, TypeError):
             who = f"parts of it (--part), or a process that is not in {self._owner}"
         what = "wait for it, stop it, or choose another folder"
@@ -204,7 +203,22 @@ class PartLock:
             os.close(self._descriptor)
 
 
-def check_record(path: Path, record: Mapping[str, str]) -> None:
+def owner_of(token: str) -> dict[str, Any]:
+    """What `owner.json` has of this process."""
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "user": _user(), "since": since, "token": token}
+
+
+def describe_owner(owner: Mapping[str, Any]) -> str:
+    """An owner in words.
+
+    Raises:
+        LookupError: it is no owner.
+    """
+    return f"process {owner['pid']} of {owner['user']} on {owner['host']}, since {owner['since']}"
+
+
+def check_record(path: TablePath, record: Mapping[str, str]) -> None:
     """Check that a folder's job is still the one of a record, which is at `path`.
 
     Raises:
@@ -212,13 +226,15 @@ def check_record(path: Path, record: Mapping[str, str]) -> None:
     """
     try:
         is_same = read_json(path) == record
+    except UnreachableStoreError:
+        raise
     except (OSError, ValueError):
         is_same = False
     if not is_same:
         raise lost_lock(path.parent.parent)
 
 
-def check_owner(folder: Path, token: str) -> None:
+def check_owner(folder: TablePath, token: str) -> None:
     """Check, in another process than the holder's, on another machine perhaps, that `owner.json` names a lock.
 
     Raises:
@@ -226,13 +242,15 @@ def check_owner(folder: Path, token: str) -> None:
     """
     try:
         owner_token = read_json(folder / METADATA_FOLDER / "owner.json")["token"]
+    except UnreachableStoreError:
+        raise
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise lost_lock(folder) from error
     if owner_token != token:
         raise lost_lock(folder)
 
 
-def lost_lock(folder: Path) -> LostLockError:
+def lost_lock(folder: TablePath) -> LostLockError:
     """The error of a job whose folder is another one now."""
     return LostLockError(
         errno.ESTALE,

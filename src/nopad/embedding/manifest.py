@@ -7,21 +7,21 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from nopad import __version__
-from nopad.checkpoints.contents import read_json
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.names import as_text
 from nopad.embedding.settings import Settings
+from nopad.embedding.table.paths import TablePath, read_json
 from nopad.encoder import PackedEncoder
 from nopad.environment import dtype_name
 from nopad.pipeline.worker import Worker
 from nopad.preprocessing.rules import Preprocessing
 from nopad.preprocessing.size import Size
+from nopad.storage.object_path import UnreachableStoreError
 
 _FOLLOWS = {
     "weights": {"dtype"},
@@ -98,13 +98,15 @@ def fingerprint(record: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def lists_of_inputs(folder: Path) -> dict[str, Path]:
+def lists_of_inputs(folder: TablePath) -> dict[str, TablePath]:
     """The file of each job's list of inputs, by the fingerprint in its shards' names; damaged jobs are left out."""
     lists = {}
     for each in JobFolder(folder).all():
         try:
             record = read_json(each.metadata / "job.json")
             lists[fingerprint(record)] = each.inputs_file(record["inputs"])
+        except UnreachableStoreError:
+            raise
         except (OSError, ValueError, LookupError, TypeError):
             continue
     return lists
@@ -134,7 +136,7 @@ def _weights(encoder: PackedEncoder) -> dict[str, Any]:
     return dict(chain(encoder.named_parameters(), encoder.named_buffers()))
 
 
-def check_same(old: Mapping[str, str], new: Mapping[str, str], folder: Path) -> None:
+def check_same(old: Mapping[str, str], new: Mapping[str, str], folder: TablePath) -> None:
     """Refuse to mix two jobs in one folder; inputs may have changed, and a job keeps to its number of threads.
 
     Raises:

@@ -24,6 +24,7 @@ from nopad.embedding.table.reader import failed_rows
 from nopad.embedding.table_run import list_sources
 from nopad.embedding.workers import check_features
 from nopad.pipeline.worker import num_cores
+from nopad.storage.addresses import is_address
 
 SAMPLE = 512
 """Inputs that are embedded."""
@@ -153,7 +154,7 @@ def _measured(
         (job,) = begin_or_resume(JobFolder(folder), lock.check, settings, record, chosen, kept, manifest)
         run = Run(job, maker.tally(), manifest, progress=_recorder(times))
         maker.work(run)
-        paths = [job.path(shard) for shard in job.finished()]
+        paths = job.finished().values()
         failures = Counter(error for path in paths for *_, error in failed_rows(path))
         written = sum(path.stat().st_size for path in paths)
     number, stats = len(chosen), run.tally.stats
@@ -186,7 +187,7 @@ def _measured(
         vector_bytes=round(max(0, vectors) * scale),
         token_bytes=round(sampled_tokens * scale),
         stores_tokens=settings.tokens,
-        free_bytes=None if out is None else _free(Path(out)),
+        free_bytes=None if out is None or is_address(out) else _free(Path(out)),
     )
 
 

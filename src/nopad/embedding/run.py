@@ -44,10 +44,12 @@ class Run:
         self.stop = stop or threading.Event()
         self.progress = progress or (lambda _: None)
         self.device, self.encoders, self.decode_processes = "cpu", 1, 1
-        finished = [shard for shard in job.finished() if shard in job.part]
+        finished = {shard: path for shard, path in job.finished().items() if shard in job.part}
         self.missing = sorted({*job.part} - {*finished})
         failed = (
-            {shard: manifest.count(job.path(shard)).failed for shard in finished} if job.settings.retry_failed else {}
+            {shard: manifest.count(path).failed for shard, path in finished.items()}
+            if job.settings.retry_failed
+            else {}
         )
         self.again = {shard: num_failed for shard, num_failed in failed.items() if num_failed}
         self.to_retry = sum(self.again.values())
@@ -72,12 +74,12 @@ class Run:
     def summary(self, left_out: Mapping[str, int], changes: Sequence[str]) -> Summary:
         """Counts of the table as it is now, and of this run."""
         job = self.job
-        finished = {*job.finished()}
+        finished = job.finished()
         missing = len(job.inputs) - sum(map(job.size, finished))
         missing_in_part = sum(job.size(shard) for shard in job.part if shard not in finished)
         # A part counts its own rows, and those of the whole table once all are there.
-        counted = [shard for shard in sorted(finished) if not missing or shard in job.part]
-        counts = {job.path(shard).name: self.manifest.count(job.path(shard)) for shard in counted}
+        counted = [path for shard, path in finished.items() if not missing or shard in job.part]
+        counts = {path.name: self.manifest.count(path) for path in counted}
         rows = sum(each.ok + each.failed for each in counts.values())
         return Summary(
             folder=str(self.job.folder.path),

@@ -16,7 +16,7 @@ from nopad.embedding.in_process import InProcess
 from nopad.embedding.inputs.sources import Listing, list_inputs
 from nopad.embedding.inputs.spans import Spans
 from nopad.embedding.job import Job, begin_or_resume, changes_of, kept_columns
-from nopad.embedding.lock import FolderLock, PartLock
+from nopad.embedding.locks import Lock, lock_of
 from nopad.embedding.making import Tally
 from nopad.embedding.progress import Progress
 from nopad.embedding.run import Run
@@ -70,7 +70,7 @@ class TableRun:
         logger.info("listing %s", sources[0] if len(sources) == 1 else f"{len(sources):,} sources")
         listing = list_sources(sources, settings)
         path = self.folder.path
-        with FolderLock(path) if settings.part is None else PartLock(path) as lock, ExitStack() as ends:
+        with lock_of(path, is_part=settings.part is not None) as lock, ExitStack() as ends:
             if settings.part is None:
                 self.folder.clean()
             manifest = Manifest(path)
@@ -91,12 +91,12 @@ class TableRun:
                 changes = self._update(jobs, record, listing, maker, manifest)
             summary = summary_of([run.summary(listing.left_out, changes) for run in self.runs])
             with suppress(OSError):  # it saves time alone
-                manifest.save([run.job.path(shard) for run in self.runs for shard in run.job.finished()], lock.check)
+                manifest.save([path for run in self.runs for path in run.job.finished().values()], lock.check)
             if settings.part is not None and not summary.missing and not settings.retry_failed:
                 self.folder.clean()  # what parts that were killed have left
             return summary
 
-    def _maker(self, num_inputs: int, lock: FolderLock | PartLock) -> InProcess | ByActors:
+    def _maker(self, num_inputs: int, lock: Lock) -> InProcess | ByActors:
         begun = self.folder.recorded()
         if self.settings.in_process:
             estimates = self.progress is not None
@@ -133,7 +133,7 @@ class TableRun:
             self._run(begin_update(self.folder, jobs, record, difference), maker, manifest)
         return changes
 
-    def _summary_without_encoder(self, listing: Listing, lock: FolderLock | PartLock) -> Summary:
+    def _summary_without_encoder(self, listing: Listing, lock: Lock) -> Summary:
         """The summary of a call that was stopped before it had an encoder."""
         jobs = [Job(self.settings, each, *each.read(), lock.check) for each in self.folder.all()]
         manifest = Manifest(self.folder.path)

@@ -7,7 +7,6 @@ import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 from nopad.embedding.actors.engine import NodeError, Task
@@ -17,6 +16,7 @@ from nopad.embedding.lock import check_owner, check_record
 from nopad.embedding.making import Maker, Tally
 from nopad.embedding.manifest import record_of
 from nopad.embedding.settings import Settings
+from nopad.embedding.table.paths import TablePath
 from nopad.embedding.table.reader import count
 from nopad.embedding.workers import describe_execution, load_encoder, make_worker
 from nopad.pipeline.stats import Stats
@@ -140,7 +140,7 @@ class ShardMaker:
         return Job(settings, folder, record, inputs, check)
 
 
-def _existing(path: Path) -> dict[str, Any]:
+def _existing(path: TablePath) -> dict[str, Any]:
     """The result of a shard that is there: its actor died after it had put it there, or another part has made it."""
     ok, failed = count(path)
     return _result(ok + failed, failed, 0.0, Stats(images=ok + failed, failed=failed))

@@ -8,15 +8,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import overload
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nopad.atomic import atomic_write
-from nopad.preprocessing.files import open_regular
+from nopad.embedding.table.paths import TablePath, open_whole, write_whole
 
 _BLOCK = 1 << 16
 _FEW = pa.dictionary(pa.int32(), pa.string())
@@ -121,19 +119,17 @@ class InputList:
                     sha.update(b"".join(data.to_pylist()))
         return sha.hexdigest()
 
-    def save(self, path: str | Path, *, check: Callable[[], None] = lambda: None) -> None:
-        """Write the list as a Parquet file, all of it or nothing; `check` as in `atomic_write`."""
-        with atomic_write(path, check=check) as file:  # Arrow itself opens no path that is not UTF-8
+    def save(self, path: TablePath, *, check: Callable[[], None] = lambda: None) -> None:
+        """Write the list as a Parquet file, all of it or nothing; `check` as in `write_whole`."""
+        with write_whole(path, check=check) as file:  # Arrow itself opens no path that is not UTF-8
             pq.write_table(self._table, file, compression="zstd", row_group_size=_BLOCK)
 
     @classmethod
-    def load(cls, path: str | Path) -> InputList:
+    def load(cls, path: TablePath) -> InputList:
         """Read what `save` wrote.
 
         Raises:
             OSError, ValueError: a file that is missing, damaged or something else.
         """
-        open_regular(os.fsencode(path)).close()
-        # Not through a Python file: Arrow's threads let go of what they read when Python may have ended already.
-        with pa.OSFile(os.fsencode(path)) as file:
+        with open_whole(path) as file:
             return cls(pq.ParquetFile(file).read())

@@ -7,22 +7,22 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nopad.atomic import atomic_write
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input, InputList, root_of
 from nopad.embedding.inputs.names import is_list
 from nopad.embedding.inputs.reaching import UnreachableSourceError, retry
+from nopad.embedding.table.paths import TablePath, open_whole, write_whole
 from nopad.preprocessing.decode import ImageError, UnreachableError
-from nopad.preprocessing.files import FileRange, open_regular, open_source, size_of, why
+from nopad.preprocessing.files import FileRange, open_source, size_of, why
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 from nopad.preprocessing.reachable import is_unreachable
 from nopad.storage import objects
 from nopad.storage.addresses import Address, scheme_of
+from nopad.storage.object_path import UnreachableStoreError
 from nopad.storage.stores import can_list, store_of
 
 _SCHEMA = pa.schema({"size": pa.int64(), "mtime_ns": pa.int64(), "sha256": pa.string()})
@@ -140,15 +140,15 @@ def _sha256_of(media: FileRange) -> str:
     return digest.hexdigest()
 
 
-def save_stamps(stamps: list[Stamp], path: Path, *, check: Callable[[], None] = lambda: None) -> None:
-    """Write stamps as a Parquet file, all of it or nothing; `check` as in `atomic_write`."""
+def save_stamps(stamps: list[Stamp], path: TablePath, *, check: Callable[[], None] = lambda: None) -> None:
+    """Write stamps as a Parquet file, all of it or nothing; `check` as in `write_whole`."""
     columns = [[getattr(stamp, name) for stamp in stamps] for name in _SCHEMA.names]
     table = pa.table([pa.array(values, field.type) for values, field in zip(columns, _SCHEMA, strict=True)], _SCHEMA)
-    with atomic_write(path, check=check) as file:
+    with write_whole(path, check=check) as file:
         pq.write_table(table, file, compression="zstd", row_group_size=_BLOCK)
 
 
-def load_stamps(path: Path, number: int) -> list[Stamp] | None:
+def load_stamps(path: TablePath, number: int) -> list[Stamp] | None:
     """The stamps of `number` inputs, `None` where there are none.
 
     Raises:
@@ -157,11 +157,12 @@ def load_stamps(path: Path, number: int) -> list[Stamp] | None:
     if not path.exists():
         return None
     try:
-        open_regular(os.fsencode(path)).close()
-        with pa.OSFile(os.fsencode(path)) as file:
+        with open_whole(path) as file:
             table = pq.ParquetFile(file).read()
         if table.schema.remove_metadata() != _SCHEMA or len(table) != number:
             raise ValueError(f"expected {number} rows of {', '.join(_SCHEMA.names)}")
         return [Stamp(*row) for row in zip(*(column.to_pylist() for column in table.columns), strict=True)]
+    except UnreachableStoreError:
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path}: damaged ({error}); remove it, and changed files go unnoticed") from error

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nopad.atomic import atomic_write
 from nopad.embedding.table.format import FAILED, OK
 from nopad.embedding.table.names import METADATA_FOLDER
+from nopad.embedding.table.paths import TablePath, open_whole, write_whole
 from nopad.embedding.table.reader import statuses
 
 NAME = "manifest.parquet"
@@ -49,7 +47,7 @@ class Manifest:
         folder: of the table.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: TablePath) -> None:
         self._folder = folder
         self._path = folder / METADATA_FOLDER / NAME
         self._counts = self._load()
@@ -57,7 +55,7 @@ class Manifest:
 
     def _load(self) -> dict[str, ShardCount]:
         try:
-            with pa.OSFile(os.fsencode(self._path)) as file:
+            with open_whole(self._path) as file:
                 table = pq.ParquetFile(file, page_checksum_verification=True).read()
             if table.schema.remove_metadata() != _SCHEMA:
                 return {}
@@ -66,13 +64,13 @@ class Manifest:
         columns = [column.to_pylist() for column in table.columns]
         return {name: ShardCount(*numbers) for name, *numbers in zip(*columns, strict=True)}
 
-    def has(self, path: Path) -> bool:
+    def has(self, path: TablePath) -> bool:
         """Whether it has the rows of a shard as its file is now."""
         count = self._counts.get(path.name)
         status = path.stat()
         return count is not None and (count.bytes, count.modified_ns) == (status.st_size, status.st_mtime_ns)
 
-    def count(self, path: Path) -> ShardCount:
+    def count(self, path: TablePath) -> ShardCount:
         """The rows of a shard; opens it only where `has` is false.
 
         Raises:
@@ -86,7 +84,7 @@ class Manifest:
             self._is_changed = True
         return self._counts[path.name]
 
-    def save(self, paths: Iterable[Path], check: Callable[[], None]) -> None:
+    def save(self, paths: Iterable[TablePath], check: Callable[[], None]) -> None:
         """Write the counts of these shards, unless the file has them already.
 
         Raises:
@@ -99,6 +97,6 @@ class Manifest:
         counts = [self._counts[name] for name in names]
         columns = [[getattr(each, field) for each in counts] for field in _SCHEMA.names[1:]]
         table = pa.table([pa.array(names, pa.string()), *(pa.array(each, pa.int64()) for each in columns)], _SCHEMA)
-        with atomic_write(self._path, check=check) as file:
+        with write_whole(self._path, check=check) as file:
             pq.write_table(table, file, compression="zstd", write_page_checksum=True)
         self._is_changed = False

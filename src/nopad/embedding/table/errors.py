@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nopad.embedding.table.paths import TablePath
+
 _ADVICE = {
     errno.ENOSPC: "free space on its disk and run the job again; finished shards are kept",
     errno.EDQUOT: "the disk quota is used up: free some of it and run the job again; finished shards are kept",
@@ -20,7 +22,7 @@ _ADVICE = {
 }
 
 
-def folder_error(error: OSError, folder: Path) -> OSError:
+def folder_error(error: OSError, folder: TablePath) -> OSError:
     """The same error, of the same errno and class, with the folder and advice in its message."""
     advice = _ADVICE.get(error.errno or 0, "see to the disk and run the job again; finished shards are kept")
     return OSError(error.errno, f"{folder}: {error.strerror or error}; {advice}")

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -31,12 +28,13 @@ from nopad.embedding.table.format import (
     Row,
     ShardFormat,
 )
+from nopad.embedding.table.paths import TablePath, open_parts
 
 _OF_OK_ROWS = ("id", "source", *NUMBERS, "embedding")
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[pq.ParquetFile]:
+def opened(path: TablePath) -> Iterator[pq.ParquetFile]:
     """Open a shard and check its columns, their types and, as its pages are read, their checksums.
 
     Raises:
@@ -44,10 +42,8 @@ def opened(path: Path) -> Iterator[pq.ParquetFile]:
         OSError: a file that cannot be opened or read.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
-            raise ValueError(f"{path}: expected a shard, found no regular file; move it away and run the job again")
         with (
-            pa.OSFile(os.fsencode(path)) as source,  # Arrow opens no str that is not UTF-8
+            open_parts(path) as source,
             pq.ParquetFile(source, page_checksum_verification=True) as file,
         ):
             if problem := _problem(file.schema_arrow):
@@ -104,7 +100,7 @@ def _kept(schema: pa.Schema, metadata: dict[str, str]) -> pa.Schema | str | None
     return pa.schema([schema.field(name) for name in names])
 
 
-def ok_rows(path: Path, table: pa.Table) -> np.ndarray:
+def ok_rows(path: TablePath, table: pa.Table) -> np.ndarray:
     """A mask `(N,)` of the rows of a shard that are ok; checks the columns that are in `table`.
 
     Raises:
@@ -130,7 +126,7 @@ def ok_rows(path: Path, table: pa.Table) -> np.ndarray:
     return ok
 
 
-def damaged(path: Path, what: str) -> ValueError:
+def damaged(path: TablePath, what: str) -> ValueError:
     """The error of a shard whose rows cannot be right."""
     return ValueError(f"{path}: damaged ({what}); delete it and run the job again, which makes it anew")
 
@@ -169,7 +165,7 @@ def embedding_blocks(column: pa.ChunkedArray, width: int) -> list[np.ndarray]:
     return [chunk.flatten().to_numpy().reshape(-1, width) for chunk in chunks]
 
 
-def iterate_rows(path: Path) -> Iterator[Row]:
+def iterate_rows(path: TablePath) -> Iterator[Row]:
     """The rows of a shard in order, holding one row group at a time; `write_shard` makes the same file of them.
 
     Raises:
@@ -201,7 +197,7 @@ def _value(value: pa.Scalar) -> pa.Scalar | None:
     return value if value.is_valid else None
 
 
-def read_metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: TablePath) -> dict[str, str]:
     """The metadata that a shard was written with and the format's own (`format`, `embedding.width`, `tokens.…`)."""
     with opened(path) as file:
         return metadata_of(file.schema_arrow)
@@ -214,13 +210,13 @@ def metadata_of(schema: pa.Schema) -> dict[str, str]:
     return {key.removeprefix(PREFIX): value for key, value in pairs.items() if key.startswith(PREFIX)}
 
 
-def num_rows(path: Path) -> int:
+def num_rows(path: TablePath) -> int:
     """Rows of a shard, by its footer."""
     with opened(path) as file:
         return file.metadata.num_rows
 
 
-def failed_rows(path: Path) -> list[tuple[int, str, str, str]]:
+def failed_rows(path: TablePath) -> list[tuple[int, str, str, str]]:
     """`(row number in the shard, source, id, error)` of the failed rows; reads only these columns."""
     with opened(path) as file:
         rows = file.read(["source", "id", "error", "status"]).to_pylist()
@@ -231,7 +227,7 @@ def failed_rows(path: Path) -> list[tuple[int, str, str, str]]:
     ]
 
 
-def statuses(path: Path) -> list[str]:
+def statuses(path: TablePath) -> list[str]:
     """The status of each row; reads only this column."""
     with opened(path) as file:
         table = file.read(["status"])
@@ -239,7 +235,7 @@ def statuses(path: Path) -> list[str]:
         return table["status"].to_pylist()
 
 
-def count(path: Path) -> tuple[int, int]:
+def count(path: TablePath) -> tuple[int, int]:
     """Numbers of rows that are ok and that failed; reads only the status column."""
     row_statuses = statuses(path)
     return row_statuses.count(OK), row_statuses.count(FAILED)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,8 @@ import pyarrow.parquet as pq
 from nopad.atomic import sync_folder
 from nopad.embedding.table.errors import writing_to
 from nopad.embedding.table.format import NUMBERS, TEXTS, Row, ShardFormat, check_row
+from nopad.embedding.table.paths import TablePath
+from nopad.storage.object_path import ObjectPath
 
 _ROWS_PER_GROUP = 1024
 _ROWS_PER_GROUP_WITH_TOKENS = 16
@@ -23,12 +26,12 @@ _TOKEN_BYTES_PER_GROUP = 64 << 20
 
 
 def write_shard(
-    path: Path,
+    path: TablePath,
     rows: Iterable[Row],
     format: ShardFormat,
     metadata: Mapping[str, str],
     *,
-    temporary: Path,
+    temporary: Path | None,
     check: Callable[[], None] = lambda: None,
 ) -> None:
     """Write a shard under a temporary name and rename it to `path` once it is whole and on the disk.
@@ -40,13 +43,17 @@ def write_shard(
     Args:
         path: the shard's file; replaced where it exists.
         metadata: written into the file, see `read_metadata`.
-        temporary: a new file in an existing folder on the file system of `path`.
+        temporary: a new file in an existing folder on the file system of `path`; `None` for an object.
         check: called before the file is renamed; what it raises comes out.
 
     Raises:
         ValueError: a row that does not fit the format; the message names its id.
         OSError: of the errno that the system gave (no space, read-only, ...), naming the folder and what to do.
     """
+    if isinstance(path, ObjectPath):
+        _put(path, rows, format, metadata, check)
+        return
+    assert temporary is not None
     try:
         _write(temporary, rows, format, metadata, path.parent)
         check()
@@ -62,29 +69,53 @@ def write_shard(
 def _write(
     temporary: Path, rows: Iterable[Row], format: ShardFormat, metadata: Mapping[str, str], folder: Path
 ) -> None:
-    schema = format.schema(metadata)
     with writing_to(folder):
         file = open(temporary, "xb")  # noqa: SIM115 - follows no link
     try:
+        _write_to(file, rows, format, metadata, folder)
         with writing_to(folder):
-            writer = pq.ParquetWriter(file, schema, **_options(format))
-        try:
-            for group in _groups(rows, format):
-                batch = _batch(group, format, schema)
-                with writing_to(folder):
-                    writer.write_batch(batch)
-        except BaseException:
-            # A writer that is left open closes itself later, when its file is gone.
-            with suppress(OSError, pa.ArrowException):
-                writer.close()
-            raise
-        with writing_to(folder):
-            writer.close()
             file.flush()
             os.fsync(file.fileno())
     finally:
         with suppress(OSError):  # synced above, or of no use
             file.close()
+
+
+def _put(
+    path: ObjectPath,
+    rows: Iterable[Row],
+    format: ShardFormat,
+    metadata: Mapping[str, str],
+    check: Callable[[], None],
+) -> None:
+    """Write a shard to a temporary file of this machine, and put it into its store."""
+    folder = Path(tempfile.gettempdir())
+    with writing_to(folder):
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
+    with file:
+        _write_to(file, rows, format, metadata, folder)
+        check()
+        path.put(file)
+
+
+def _write_to(
+    file: BinaryIO, rows: Iterable[Row], format: ShardFormat, metadata: Mapping[str, str], folder: Path
+) -> None:
+    schema = format.schema(metadata)
+    with writing_to(folder):
+        writer = pq.ParquetWriter(file, schema, **_options(format))
+    try:
+        for group in _groups(rows, format):
+            batch = record_batch(group, format, schema)
+            with writing_to(folder):
+                writer.write_batch(batch)
+    except BaseException:
+        # A writer that is left open closes itself later, when its file is gone.
+        with suppress(OSError, pa.ArrowException):
+            writer.close()
+        raise
+    with writing_to(folder):
+        writer.close()
 
 
 def _options(format: ShardFormat) -> dict[str, Any]:
@@ -121,10 +152,11 @@ def _groups(rows: Iterable[Row], format: ShardFormat) -> Iterator[list[Row]]:
         yield group
 
 
-def _batch(rows: list[Row], format: ShardFormat, schema: pa.Schema) -> pa.RecordBatch:
+def record_batch(rows: list[Row], format: ShardFormat, schema: pa.Schema) -> pa.RecordBatch:
+    """Rows in the columns of a format, whose `schema` it is."""
     columns: list[pa.Array] = [pa.array([_utf8(getattr(row, name)) for row in rows], pa.string()) for name in TEXTS]
     sizes = [(row.width, row.height, *(row.grid or (None, None, None))) for row in rows]
-    columns += [pa.array(values, pa.int32()) for values in zip(*sizes, strict=True)]
+    columns += [pa.array([size[number] for size in sizes], pa.int32()) for number in range(len(NUMBERS))]
     columns += [_embeddings(rows, format)]
     if format.token_dimension is not None:
         values = [None if row.tokens is None else row.tokens.astype("<f2", copy=False).data.cast("B") for row in rows]
@@ -145,7 +177,7 @@ def _utf8(text: str | None) -> str | None:
 
 
 def _embeddings(rows: list[Row], format: ShardFormat) -> pa.Array:
-    missing = np.array([row.embedding is None for row in rows])
+    missing = np.array([row.embedding is None for row in rows], bool)
     matrix = np.zeros((len(rows), format.dimension), format.embedding_dtype)
     for values, row in zip(matrix, rows, strict=True):
         if row.embedding is not None:
