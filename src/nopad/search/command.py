@@ -72,7 +72,6 @@ def _open(options: argparse.Namespace) -> Features:
     for package in ("pyarrow",):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"this needs {package}: {install('embed')}")
-    check_local("FOLDER", options.folder)
     check_report(getattr(options, "html", None))
     from nopad.search.reading import read_features
 

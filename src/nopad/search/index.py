@@ -23,6 +23,7 @@ import torch
 from nopad.atomic import atomic_write
 from nopad.checkpoints.contents import read_json
 from nopad.embedding.table.names import METADATA_FOLDER
+from nopad.embedding.table.paths import TablePath
 from nopad.preprocessing.files import open_regular
 from nopad.search.clusters import import_faiss
 from nopad.search.exact import blocks, default_device, top_k, unit
@@ -90,7 +91,10 @@ def build(
         raise ValueError(f"recall: expected a share above 0, at most 1, got {recall!r}")
     folder = _folder(shards)
     if folder is None:
-        raise ValueError("an index lies beside one table; build it for each of them")
+        raise ValueError(
+            "an index lies beside one table in a folder of this machine; build it for each of them, and copy a table "
+            "that lies in a store to a folder first"
+        )
     if not len(embeddings):
         raise ValueError("the table has no rows to build an index of")
     folder.mkdir(exist_ok=True)
@@ -140,7 +144,9 @@ def open_index(shards: Sequence[Shard], rows: np.ndarray) -> Index | None:
 def _folder(shards: Sequence[Shard]) -> Path | None:
     folders = {shard.folder for shard in shards}
     metadata_folder = folders.pop() / METADATA_FOLDER
-    return metadata_folder / _FOLDER if not folders and metadata_folder.is_dir() else None
+    if folders or not isinstance(metadata_folder, Path) or not metadata_folder.is_dir():
+        return None
+    return metadata_folder / _FOLDER
 
 
 def _parts(shards: Sequence[Shard], counts: np.ndarray) -> Iterator[tuple[str, int, int]]:
@@ -155,8 +161,9 @@ def _parts(shards: Sequence[Shard], counts: np.ndarray) -> Iterator[tuple[str, i
             digest, start, size = hashlib.sha256(), stop, 0
 
 
-def _footer(path: Path) -> bytes:
+def _footer(path: TablePath) -> bytes:
     """The end of a shard: where its pages are and what statistics they have."""
+    assert isinstance(path, Path)  # else there is no folder of an index
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 8))

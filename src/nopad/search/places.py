@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.manifest import lists_of_inputs
+from nopad.embedding.table.paths import TablePath
 
 
 @dataclass(frozen=True)
 class Shard:
     """A shard's file: of which table's folder and job, and its number in that."""
 
-    folder: Path
-    path: Path
+    folder: TablePath
+    path: TablePath
     fingerprint: str
     number: int
 
@@ -35,7 +35,7 @@ class Places:
     shards: list[Shard]
     rows: np.ndarray
     sizes: list[int | None]
-    _lists: dict[tuple[Path, str], InputList] = field(default_factory=dict, repr=False, compare=False)
+    _lists: dict[tuple[TablePath, str], InputList] = field(default_factory=dict, repr=False, compare=False)
 
     def input(self, index: int) -> Input:
         """The input that a row is of.

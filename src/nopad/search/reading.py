@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from nopad.embedding.inputs.extras import THUMBNAIL
 from nopad.embedding.table import reader as stored
 from nopad.embedding.table.format import COLUMNS, TOKENS
+from nopad.embedding.table.paths import TablePath
 from nopad.search.features import Failure, Features
 from nopad.search.places import Places, Shard
 from nopad.search.shards import shards_of
@@ -35,8 +36,8 @@ def read_features(
     """Read what `nopad embed --out folder` wrote; embeddings come into memory, tokens stay on disk until indexed.
 
     Args:
-        folder: of one table, or a list of several, whose rows come one table after the other. They must be of the same
-            model.
+        folder: of one table, or its address in a store (`s3://bucket/table`), or a list of several, whose rows come
+            one table after the other. They must be of the same model.
         partial: take the shards of an unfinished job as they are.
         columns: those that the job kept of the inputs' own to take; all unless given.
         memory_map: a file `….npy` to write the embeddings to, from which they are mapped; it is replaced where it
@@ -81,8 +82,8 @@ def _value_type(schema: pa.Schema) -> np.dtype:
 
 def _survey(shards: Sequence[Shard]) -> _Survey:
     schemas: list[pa.Schema] = []
-    of_folder: dict[Path, tuple[Shard, pa.Schema]] = {}
-    of_job: dict[tuple[Path, str], tuple[Shard, pa.Schema]] = {}
+    of_folder: dict[TablePath, tuple[Shard, pa.Schema]] = {}
+    of_job: dict[tuple[TablePath, str], tuple[Shard, pa.Schema]] = {}
     rows = 0
     for shard in shards:
         with stored.opened(shard.path) as file:
@@ -119,7 +120,7 @@ def _check_job(shard: Shard, schema: pa.Schema, first: Shard, of_first: pa.Schem
         raise ValueError(f"{shard.path}: of another job: {difference}; move it away and run the job again")
 
 
-def _check_same_space(metadata: Mapping[Path, Mapping[str, str]]) -> None:
+def _check_same_space(metadata: Mapping[TablePath, Mapping[str, str]]) -> None:
     """Refuse tables whose vectors cannot be compared."""
     first, *others = metadata
     for folder in others:
@@ -206,7 +207,7 @@ def _on_disk(schema: pa.Schema) -> list[str]:
     return [name for name in (TOKENS, *([THUMBNAIL] if has_thumbnails else ())) if name in schema.names]
 
 
-def _paths_with(name: str, shards: Sequence[Shard], schemas: Sequence[pa.Schema]) -> list[Path | None]:
+def _paths_with(name: str, shards: Sequence[Shard], schemas: Sequence[pa.Schema]) -> list[TablePath | None]:
     """The shards' files, `None` for those without a column on the disk."""
     return [shard.path if name in _on_disk(schema) else None for shard, schema in zip(shards, schemas, strict=True)]
 

@@ -10,7 +10,7 @@ from typing import Any
 from nopad.counts import are, counted
 from nopad.embedding.table import reader as stored
 from nopad.embedding.table.names import METADATA_FOLDER, parse_shard_name
-from nopad.local_paths import check_local
+from nopad.embedding.table.paths import TablePath, table_path
 from nopad.search.places import Shard
 
 _SHOWN = 5
@@ -31,19 +31,19 @@ def shards_of(folder: str | Path | Sequence[str | Path], partial: bool) -> list[
     for each in folders:
         if not isinstance(each, str | os.PathLike):
             raise ValueError(f"folder: expected a path or a list of them, got {type(each).__name__}")
-        check_local("folder", each)
-    real = [os.path.realpath(each) for each in folders]
+    paths = [table_path("folder", each) for each in folders]
+    real = [os.path.realpath(each) if isinstance(each, Path) else str(each) for each in paths]
     if twice := [each for number, each in enumerate(folders) if real[number] in real[:number]]:
         raise ValueError(f"folder: {os.fspath(twice[0])!r} is named twice, and its rows would be there twice")
-    return [shard for each in folders for shard in _find(Path(each), partial)]
+    return [shard for each in paths for shard in _find(each, partial)]
 
 
-def _find(folder: Path, partial: bool) -> list[Shard]:
+def _find(folder: TablePath, partial: bool) -> list[Shard]:
     """The shards of a folder's table in order: those of its first job, then those of its updates."""
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise ValueError(f"{folder} {what}, expected the folder given to `nopad embed --out`")
-    jobs: dict[tuple[int, str], dict[int, Path]] = {}
+    jobs: dict[tuple[int, str], dict[int, TablePath]] = {}
     for path in folder.iterdir():
         if name := parse_shard_name(path.name):
             number, of, fingerprint = name
@@ -56,7 +56,7 @@ def _find(folder: Path, partial: bool) -> list[Shard]:
     return [shard for key in ordered for shard in _complete(folder, *key, jobs[key], partial)]
 
 
-def _with_updates(folder: Path, jobs: Mapping[tuple[int, str], Mapping[int, Path]]) -> list[tuple[int, str]]:
+def _with_updates(folder: TablePath, jobs: Mapping[tuple[int, str], Mapping[int, TablePath]]) -> list[tuple[int, str]]:
     """The jobs of one table in order, by the metadata of their shards."""
     metadata = {key: stored.read_metadata(next(iter(paths.values()))) for key, paths in jobs.items()}
     ordered = sorted(jobs, key=lambda key: int(metadata[key].get("update", "0")))
@@ -69,7 +69,9 @@ def _with_updates(folder: Path, jobs: Mapping[tuple[int, str], Mapping[int, Path
     return ordered
 
 
-def _complete(folder: Path, of: int, fingerprint: str, numbered: Mapping[int, Path], partial: bool) -> list[Shard]:
+def _complete(
+    folder: TablePath, of: int, fingerprint: str, numbered: Mapping[int, TablePath], partial: bool
+) -> list[Shard]:
     """The shards of one job in order."""
     if beyond := sorted(number for number in numbered if number >= of):
         raise ValueError(f"{numbered[beyond[0]]}: shard {beyond[0]} of {of}, expected 0 to {of - 1}")

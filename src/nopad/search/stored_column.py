@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from nopad.embedding.table import reader as stored
+from nopad.embedding.table.paths import TablePath
 
 _CACHED_GROUPS = 4
 
@@ -26,7 +26,7 @@ class StoredColumn:
         places: `(N, 2)`: shard and row in it.
     """
 
-    def __init__(self, name: str, paths: list[Path | None], starts: list[np.ndarray], places: np.ndarray) -> None:
+    def __init__(self, name: str, paths: list[TablePath | None], starts: list[np.ndarray], places: np.ndarray) -> None:
         self.name = name
         self.paths = paths
         self.starts = starts
