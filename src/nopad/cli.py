@@ -16,6 +16,7 @@ from nopad.embedding import command as embedding_command
 from nopad.embedding import plan_command
 from nopad.published import published_models
 from nopad.search import command as search_command
+from nopad.search import export_command
 from nopad.suggestions import did_you_mean
 from nopad.terminal import ArgumentParser, MessageFormatter, OnceFilter, columns, json_text, print_error, print_summary
 from nopad.view import command as view_command
@@ -64,6 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=plan_command.run)
 
     search_command.add_commands(commands)
+
+    export = commands.add_parser("export", help="write a finished table as one Parquet file, for Lance or for Iceberg")
+    export_command.add_arguments(export)
+    export.set_defaults(run=export_command.run)
 
     view = commands.add_parser("view", help="show a table as a map to explore, or what models see in images")
     view_command.add_arguments(view)
