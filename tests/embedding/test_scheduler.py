@@ -1,4 +1,4 @@
-"""The scheduler of actors, on an engine without processes and a clock that stands still between two looks."""
+"""Which actor makes which shard, and what happens where one dies, hangs or fails."""
 
 import logging
 import re
@@ -6,102 +6,12 @@ import threading
 from collections import Counter
 
 import pytest
+from fake_engine import NOTHING_SKIPPED, ROWS, FakeEngine, HangError, KilledError, PreemptedError, UnreachableError
 
 from nopad.embedding.actors.crew import Crew
-from nopad.embedding.actors.engine import Beat, Died, Finished, Loaded, NodeError, Place, Placed, Raised, Task
+from nopad.embedding.actors.engine import Died, NodeError, Task
 from nopad.embedding.actors.scheduler import Scheduler
 from nopad.embedding.actors.work import Work
-
-ROWS = 64
-NOTHING_SKIPPED = {shard: {} for shard in range(6)}
-
-
-class KilledError(Exception):
-    """The process ends over its task."""
-
-
-class UnreachableError(Exception):
-    """An input cannot be reached."""
-
-
-class PreemptedError(Exception):
-    """Its machine is taken away."""
-
-
-class HangError(Exception):
-    """The task makes no progress."""
-
-
-class FakeEngine:
-    """Actors on nodes in turn. `does` is called with node and task, and returns how many rows failed, or raises.
-
-    A task takes no time, on the nodes of `slow` so many seconds.
-    """
-
-    def __init__(
-        self, does, nodes=("a",), loads=lambda node: {"record": "same"}, starts=lambda number: True, slow=None
-    ):
-        self.does, self.nodes, self.loads, self.starts, self.slow = does, nodes, loads, starts, slow or {}
-        self.later = []
-        self.now = 0.0
-        self.number = 0
-        self.node_of: dict[int, str] = {}
-        self.hanging: set[int] = set()
-        self.aside: list[str] = []
-        self.events = []
-        self.log = []
-        self.killed = []
-
-    def start(self, begun):
-        self.number += 1
-        nodes = [node for node in self.nodes if node not in self.aside]
-        if not nodes or not self.starts(self.number):
-            return self.number
-        node = nodes[self.number % len(nodes)]
-        self.node_of[self.number] = node
-        self.events.append(Placed(self.number, Place(node, f"host-{node}", self.number)))
-        try:
-            self.events.append(Loaded(self.number, self.loads(node)))
-        except Exception as error:
-            self.events.append(Raised(self.number, error))
-        return self.number
-
-    def send(self, actor, task):
-        node = self.node_of[actor]
-        self.log.append((node, task))
-        try:
-            failed = self.does(node, task)
-        except KilledError:
-            self.events.append(Died(actor, "it was ended by SIGSEGV"))
-        except PreemptedError:
-            self.events.append(Died(actor, "preempted", preempted=True))
-        except HangError:
-            self.hanging.add(actor)
-        except UnreachableError as error:
-            self.events.append(Finished(actor, {"rows": 0, "num_failed": 0, "unmade": str(error)}))
-        except Exception as error:
-            self.events.append(Raised(actor, error))
-        else:
-            finished = Finished(actor, {"rows": ROWS, "num_failed": failed + len(task.skipped)})
-            self.later.append((self.now + self.slow.get(node, 0.0), finished))
-
-    def kill(self, actor):
-        self.killed.append(actor)
-        self.hanging.discard(actor)
-
-    def wait(self, seconds):
-        self.now += 1.0
-        assert self.now < 5e3, "the job does not end"
-        done = [event for end, event in self.later if end <= self.now]
-        self.later = [(end, event) for end, event in self.later if end > self.now]
-        events, self.events = self.events + done, [Beat(actor, "always the same") for actor in self.hanging]
-        return events
-
-    def set_aside(self, node):
-        self.aside.append(node)
-
-    def waiting_for(self):
-        return "a core, of which none is free"
 
 
 def scheduler(engine, actors=1, stall=600.0, stop=None, check=lambda first, record: None):
