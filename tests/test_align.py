@@ -300,7 +300,7 @@ def test_image_size_that_the_reference_does_not_take_raises(learned, photos, noi
     assert align(learned, images=photos, image_size=56, noise=noise).passed
 
 
-def test_photos_of_a_folder_are_the_pictures_that_nopad_embed_takes(photos):
+def test_photos_of_a_folder_are_the_images_that_nopad_embed_takes(photos):
     (photos / "0.png").rename(photos / "0.JFIF")
     (photos / "1.png").rename(photos / "1.ppm")
     odd = ("2.HEIC", ".3.png", "a b.jpg", "no.png.txt", "4.png~", "png", "5.", "notes.txt", "6.svg", "._0.JFIF")

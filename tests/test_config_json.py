@@ -27,7 +27,7 @@ def changed(folder, **changes):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fields_that_nothing_reads_are_told_once(tmp_path, family, caplog):
+def test_fields_that_nothing_reads_are_logged_once(tmp_path, family, caplog):
     folder = changed(tiny(family, tmp_path / family), surprise=0.5, architectures=["A"], top_k=50, _name_or_path="a")
     (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
     nopad.load(folder)
@@ -133,7 +133,7 @@ def test_statistics_do_not_depend_on_how_a_path_is_spelled(satellite, monkeypatc
     assert all(torch.equal(features[0], other) for other in features)
 
 
-def test_statistics_that_are_said_are_taken_without_a_word(satellite, tmp_path, caplog):
+def test_statistics_of_the_config_are_used_without_a_warning(satellite, tmp_path, caplog):
     encoder = DINOv3ViTPacking.from_pretrained(satellite, pixel_statistics="sat493m")
     assert encoder.preprocessing.mean == SATELLITE
     caplog.clear()

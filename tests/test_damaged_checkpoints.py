@@ -121,7 +121,7 @@ def test_the_image_processor_of_a_processor_config_wins(folder):
     assert nopad.load(folder / "saved").preprocessing.mean == (0.1, 0.2, 0.3)
 
 
-def test_sizes_that_a_config_tells_twice(tmp_path):
+def test_sizes_that_a_config_has_twice(tmp_path):
     folder = tiny("aimv2 with a head", tmp_path)
     expected = nopad.load(folder)
     size, patch_size = expected.config.image_size, expected.config.patch_size
@@ -356,7 +356,7 @@ def test_preprocessor_configs_of_other_types(folder, fields, expected, capsys):
     changed(folder / "preprocessor_config.json", **{"size": 28, **fields})
     with pytest.raises(ValueError, match=rf"{folder}': preprocessor config: {expected}"):
         nopad.load(folder).pack([torch.zeros(3, 28, 28, dtype=torch.uint8)])
-    picture = folder / "cat.png"
-    Image.new("RGB", (28, 28)).save(picture)
-    assert cli.main(["embed", str(picture), "--model", str(folder), "--out", str(folder / "out")]) == 2
+    image = folder / "cat.png"
+    Image.new("RGB", (28, 28)).save(image)
+    assert cli.main(["embed", str(image), "--model", str(folder), "--out", str(folder / "out")]) == 2
     assert "Traceback" not in capsys.readouterr().err

@@ -55,7 +55,7 @@ def online(monkeypatch):
         (HfHubHTTPError, "someone/aimv2", "specific connection error .*: 500 from the Hub$"),
     ],
 )
-def test_what_the_hub_refuses_is_told_apart_in_one_line(monkeypatch, capsys, online, kind, name, message):
+def test_each_refusal_of_the_hub_is_one_line_of_its_own(monkeypatch, capsys, online, kind, name, message):
     """huggingface_hub's errors reach transformers, which makes other ones of them, of several lines."""
 
     def refused(*arguments, **options):
@@ -105,7 +105,7 @@ def test_without_the_hub_its_cache_is_read(tmp_path, monkeypatch, caplog, online
 
 
 @pytest.mark.parametrize(("answer", "local"), [(lambda request: None, None), (nobody, True)])
-def test_files_are_asked_for_where_the_hub_answers(monkeypatch, caplog, online, answer, local):
+def test_files_are_requested_where_the_hub_answers(monkeypatch, caplog, online, answer, local):
     options, seen = {} if local is None else {"local_files_only": local}, []
     monkeypatch.setattr("nopad.checkpoints.hub.cached_file", lambda *names, **hub: seen.append(hub))
     requested = online(answer)

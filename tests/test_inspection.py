@@ -96,13 +96,13 @@ def test_features_are_the_feature_maps_of_a_backbone(family, folder, encoder):
 @torch.no_grad()
 def test_only_chosen_layers_are_kept_and_later_ones_not_run(tmp_path):
     encoder = nopad.load(tiny("dinov2", tmp_path))
-    alive, ran, most = [], [], [0]
+    alive, ran, counts = [], [], [0]
 
     def watch(index):
         def hook(module, inputs, output):
             ran.append(index)
             alive.append(weakref.ref(output))
-            most.append(sum(reference() is not None for reference in alive))
+            counts.append(sum(reference() is not None for reference in alive))
 
         return hook
 
@@ -111,7 +111,7 @@ def test_only_chosen_layers_are_kept_and_later_ones_not_run(tmp_path):
     pack, _ = pack_and_pixels(encoder, "dinov2")
     features = encoder.features(pack, [0, 1])
     assert ran == [0, 1]
-    assert max(most) <= 2  # the tokens of this layer, and of the one before while it runs
+    assert max(counts) <= 2  # the tokens of this layer, and of the one before while it runs
     assert all(reference() is None for reference in alive)
     assert len(features) == len(pack)
 

@@ -69,7 +69,7 @@ def test_changes_are_checked_like_a_config(folder):
         ("return_dict", None),
     ],
 )
-def test_arguments_that_nothing_knows(folder, name, meant):
+def test_arguments_that_nothing_takes(folder, name, meant):
     expected = rf"unexpected argument '{name}'" + (rf"; did you mean .*{meant}" if meant else "$")
     for load in (AIMv2Packing.from_pretrained, AIMv2Packing):
         with pytest.raises(TypeError, match=expected):

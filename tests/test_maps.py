@@ -82,11 +82,11 @@ def test_colours_go_from_dark_to_bright():
 
 
 def test_a_map_lies_where_its_box_is():
-    picture = Image.new("RGB", (10, 8), "black")
-    result = np.asarray(maps.overlay(picture, torch.ones(2, 2, 3), [2, 1, 8, 5], opacity=1.0))
+    image = Image.new("RGB", (10, 8), "black")
+    result = np.asarray(maps.overlay(image, torch.ones(2, 2, 3), [2, 1, 8, 5], opacity=1.0))
     assert (result[1:5, 2:8] == 255).all()
     assert result.sum() == 4 * 6 * 3 * 255
-    half = np.asarray(maps.overlay(picture, np.full((1, 1, 3), 200, np.uint8), opacity=0.5))
+    half = np.asarray(maps.overlay(image, np.full((1, 1, 3), 200, np.uint8), opacity=0.5))
     assert (half == 100).all()
 
 
@@ -134,10 +134,10 @@ def test_a_page_has_all_maps_and_needs_no_network(pictures, models, tmp_path, ca
     assert "&lt;img src=x&gt; &amp; co.png" in text
     encoder = nopad.load(models[0])
     pack = encoder.pack(pictures, size="native")
-    for picture, grid, box in zip(data["pictures"], pack.grid_thw.tolist(), pack.boxes.tolist(), strict=True):
-        assert picture["source"].startswith("data:image/jpeg;base64,")
-        assert len(json.dumps(picture)) < MAX_BYTES
-        dinov3, siglip = picture["models"]
+    for image, grid, box in zip(data["pictures"], pack.grid_thw.tolist(), pack.boxes.tolist(), strict=True):
+        assert image["source"].startswith("data:image/jpeg;base64,")
+        assert len(json.dumps(image)) < MAX_BYTES
+        dinov3, siglip = image["models"]
         assert [dinov3["rows"], dinov3["columns"]] == grid[1:]
         size = (43, 20) if grid[2] > grid[1] else (18, 33)
         assert dinov3["box"] == pytest.approx([side / size[place % 2] for place, side in enumerate(box)])
@@ -145,7 +145,7 @@ def test_a_page_has_all_maps_and_needs_no_network(pictures, models, tmp_path, ca
         assert [layer["attention"] is None for layer in siglip["layers"]] == [True, False]  # the head reads the last
 
 
-def test_a_sheet_is_one_picture(pictures, models, tmp_path):
+def test_a_sheet_is_one_image(pictures, models, tmp_path):
     out = tmp_path / "sheet.png"
     assert main(["view", *pictures, "--model", models[0], "--kind", "pca,similarity", "--out", str(out)]) == 0
     with Image.open(out) as sheet:
@@ -181,7 +181,7 @@ def test_views_that_there_are_not(pictures, models, options, message, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_that_is_none(models, tmp_path, monkeypatch, capsys):
+def test_an_image_that_is_none(models, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.png").write_text("no picture")
     assert main(["view", "text.png", "--model", models[0]]) == 2

@@ -129,12 +129,12 @@ def test_a_count_of_one_in_progress():
 
 
 @pytest.fixture
-def own_handlers(monkeypatch):
+def nopad_handlers(monkeypatch):
     """A list of handlers that a test may clear, so that the command line sets up its own."""
     monkeypatch.setattr(logging.root, "handlers", [])
 
 
-def test_a_command_shows_each_notice_once(monkeypatch, capsys, own_handlers):
+def test_a_command_shows_each_notice_once(monkeypatch, capsys, nopad_handlers):
     def several_steps(options):
         for name, text in (("nopad.a", "first"), ("nopad.a", "first"), ("nopad.a", "second"), ("nopad.b", "first")):
             logging.getLogger(name).warning("%s", text)
@@ -147,7 +147,7 @@ def test_a_command_shows_each_notice_once(monkeypatch, capsys, own_handlers):
         assert capsys.readouterr().err.splitlines() == ["nopad.a: first", "nopad.a: second", "nopad.b: first"]
 
 
-def test_embed_says_once_that_sources_have_changed(tmp_path, capsys, own_handlers, encoder):
+def test_embed_says_once_that_sources_have_changed(tmp_path, capsys, nopad_handlers, encoder):
     photos = write_photos(tmp_path / "photos", 2)
     arguments = ["--out", str(tmp_path / "out"), "--model", encoder.source]
     assert cli.main(["embed", str(photos), *arguments]) == 0
@@ -160,7 +160,7 @@ def test_embed_says_once_that_sources_have_changed(tmp_path, capsys, own_handler
 
 
 def test_a_name_that_goes_on_is_suggested_before_similar_ones():
-    known = ["facebook/dinov2-base", "facebook/dinov3-vits16-pretrain-lvd1689m", "facebook/dinov3-vitb16"]
-    assert did_you_mean("facebook/DINOv3-vits16", known) == f"; did you mean {known[1]!r}?"
-    assert did_you_mean("facebook/dinov2-bsae", known).startswith("; did you mean 'facebook/dinov2-base'")
-    assert did_you_mean("", known) == ""
+    names = ["facebook/dinov2-base", "facebook/dinov3-vits16-pretrain-lvd1689m", "facebook/dinov3-vitb16"]
+    assert did_you_mean("facebook/DINOv3-vits16", names) == f"; did you mean {names[1]!r}?"
+    assert did_you_mean("facebook/dinov2-bsae", names).startswith("; did you mean 'facebook/dinov2-base'")
+    assert did_you_mean("", names) == ""

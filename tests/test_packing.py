@@ -258,9 +258,15 @@ def test_sparse_positions_make_their_own_frames():
 
 @given(grids.filter(bool), st.randoms(use_true_random=False))
 def test_frames_of_patches_that_were_dropped(grid, random):
-    kept = [sorted(random.sample(full_positions([row]).tolist(), random.randint(1, area(row)))) for row in grid]
-    layout = layout_of([(1, 1, len(image)) for image in kept], tensor_of([row for image in kept for row in image]))
-    frames = [[sum(row[0] == t for row in image) for t in sorted({row[0] for row in image})] for image in kept]
+    rows_of_images = [
+        sorted(random.sample(full_positions([row]).tolist(), random.randint(1, area(row)))) for row in grid
+    ]
+    layout = layout_of(
+        [(1, 1, len(image)) for image in rows_of_images], tensor_of([row for image in rows_of_images for row in image])
+    )
+    frames = [
+        [sum(row[0] == t for row in image) for t in sorted({row[0] for row in image})] for image in rows_of_images
+    ]
     assert layout.frame_lengths == tuple(map(tuple, frames))
 
 
@@ -343,7 +349,7 @@ def test_what_a_layout_refuses(hidden_states, grid_thw, patch_positions, expecte
         Layout.read(hidden_states, grid_thw, patch_positions, P)
 
 
-def test_scattered_frames_are_refused_only_where_frames_are_asked_for():
+def test_scattered_frames_are_refused_only_where_frames_are_requested():
     layout = layout_of([(1, 1, 1), (1, 2, 2)], torch.cat((BACK[:1], BACK)))
     assert not layout.frames_whole
     assert layout.images.lengths == (1, 4)
@@ -481,9 +487,11 @@ def test_packs_beyond_int32_are_refused(grid):
 
 
 def test_prefix_tokens_beyond_int32_are_refused():
-    most = 2**31 - 1
-    layout = Layout.read(torch.empty(1, 1).expand(most, 1), torch.tensor([[1, 1, most]]), None, 1)
-    with pytest.raises(ValueError, match=f"segments: expected at most {most} tokens in a pack, got {most + 5}"):
+    max_tokens = 2**31 - 1
+    layout = Layout.read(torch.empty(1, 1).expand(max_tokens, 1), torch.tensor([[1, 1, max_tokens]]), None, 1)
+    with pytest.raises(
+        ValueError, match=f"segments: expected at most {max_tokens} tokens in a pack, got {max_tokens + 5}"
+    ):
         layout.frames.lengthened(5)
 
 

@@ -54,9 +54,12 @@ def test_joined_packs_are_the_pack_of_all_images(parts, positions):
     assert Pack.cat([Pack.cat(packs), packs[0]])[: sum(map(len, parts))] == Pack.cat(packs)
 
 
-def test_joined_packs_that_know_less():
-    known, unknown = made_of([0]), Pack.of(IMAGES[1:2], 2, mean=[0.5] * 3, std=[0.5] * 3, preprocessing="square 4")
-    joined = Pack.cat([known, unknown])
+def test_joined_packs_with_missing_fields():
+    declared, undeclared = (
+        made_of([0]),
+        Pack.of(IMAGES[1:2], 2, mean=[0.5] * 3, std=[0.5] * 3, preprocessing="square 4"),
+    )
+    joined = Pack.cat([declared, undeclared])
     assert (joined.boxes, joined.sizes) == (None, None)
     assert joined.preprocessing == "native | square 4"
 

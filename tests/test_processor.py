@@ -90,9 +90,9 @@ def test_a_processor_collates_in_the_workers_of_a_data_loader(method, siglip, tm
     if method == "fork" and threading.active_count() > 1:
         method = "forkserver"  # a fork of threads may hang
     paths = []
-    for number, picture in enumerate(PICTURES):
+    for number, image in enumerate(PICTURES):
         paths.append(tmp_path / f"{number}.png")
-        Image.fromarray(picture).save(paths[-1])
+        Image.fromarray(image).save(paths[-1])
     encoder = nopad.load(siglip, size="native")
     loader = DataLoader(
         paths, batch_size=2, collate_fn=encoder.processor, num_workers=1, multiprocessing_context=method
@@ -140,8 +140,8 @@ def test_a_box_is_the_part_of_the_image_that_the_grid_covers(rule, expected, sig
 
 
 def test_boxes_and_sizes_are_of_the_upright_image(siglip):
-    picture = Image.fromarray(noise(0, 40, 24))
-    picture.getexif()[0x0112] = 6
-    pack = nopad.load(siglip, size="native").pack([picture, noise(0, 9, 9)])
+    image = Image.fromarray(noise(0, 40, 24))
+    image.getexif()[0x0112] = 6
+    pack = nopad.load(siglip, size="native").pack([image, noise(0, 9, 9)])
     assert pack.sizes.tolist() == [[24, 40], [9, 9]]
     assert pack.boxes.tolist() == [[0, 0, 40, 24], [0, 0, 8, 8]]

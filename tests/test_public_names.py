@@ -11,7 +11,7 @@ import nopad
 @pytest.mark.parametrize(
     ("package", "name"), [("pyarrow", "embed"), ("filelock", "embed"), ("pyarrow", "read_features")]
 )
-def test_without_the_extra_it_is_told_what_to_install(package, name):
+def test_without_the_extra_the_error_names_it(package, name):
     code = (
         f"import sys, nopad\n"
         f"sys.modules[{package!r}] = None\n"

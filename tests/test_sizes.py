@@ -64,21 +64,21 @@ def test_limits_stay_from_one_size_of_the_aspect_ratio_to_another():
 @given(
     st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 500), st.integers(1, 2000), st.sampled_from([1, 2, 3])
 )
-def test_limits_hold_and_the_aspect_ratio_is_kept(height, width, least, most, multiple):
-    most = max(least, most, multiple**2)
-    rule = NATIVE.with_size(min_patches=least, max_patches=most, multiple_of=multiple)
+def test_limits_hold_and_the_aspect_ratio_is_kept(height, width, min_patches, max_patches, multiple):
+    max_patches = max(min_patches, max_patches, multiple**2)
+    rule = NATIVE.with_size(min_patches=min_patches, max_patches=max_patches, multiple_of=multiple)
     place, unit = rule.place(height, width, 14), 14 * multiple
     number = place.rows * place.columns
-    assert number <= most
+    assert number <= max_patches
     assert place.rows % multiple == place.columns % multiple == 0
-    free = NATIVE.with_size(min_patches=least, multiple_of=multiple).place(height, width, 14)
-    assert free.rows * free.columns >= least
-    if free.rows * free.columns <= most:
+    free = NATIVE.with_size(min_patches=min_patches, multiple_of=multiple).place(height, width, 14)
+    assert free.rows * free.columns >= min_patches
+    if free.rows * free.columns <= max_patches:
         assert place == free
     if number > (height // unit * multiple) * (width // unit * multiple) and min(height, width) >= unit:
         # As small as it can be: a grid of one row or column less, in this ratio, has too few.
         scale = max((place.rows - multiple) * 14 / height, (place.columns - multiple) * 14 / width)
-        assert (int(height * scale / unit) * multiple) * (int(width * scale / unit) * multiple) < least
+        assert (int(height * scale / unit) * multiple) * (int(width * scale / unit) * multiple) < min_patches
     if min(place.rows, place.columns) > multiple:
         assert abs(place.height * width - place.width * height) <= 2 * max(height, width)
 

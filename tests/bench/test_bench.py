@@ -449,8 +449,8 @@ def test_command_prints_a_table_with_every_row(native, monkeypatch, capsys, torc
     lines = printed.out.splitlines()
     assert "packed aimv2 beside transformers Aimv2VisionModel, sdpa attention" in lines[0]
     for name in ("nopad, eager", *BASELINES):
-        found = [line for line in lines if line.startswith(name + " ") and line.endswith("ok")]
-        assert len(found) == (4 if name == "nopad, eager" else 2)
+        matches = [line for line in lines if line.startswith(name + " ") and line.endswith("ok")]
+        assert len(matches) == (4 if name == "nopad, eager" else 2)
     assert sum(line.endswith("skipped") for line in lines) == 6
     workloads = [number for number, line in enumerate(lines) if line.startswith(("mixed: ", "224px: "))]
     assert len(workloads) == 2
@@ -527,14 +527,14 @@ def test_page_that_cannot_be_written_is_reported_before_the_run(native, tmp_path
     assert main(monkeypatch, native, *SMALL, "--no-baselines", "--report", tmp_path) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    told = f"nopad bench: --report: expected a file that can be written, got '{tmp_path}': Is a directory\n"
-    assert printed.err == told
+    message = f"nopad bench: --report: expected a file that can be written, got '{tmp_path}': Is a directory\n"
+    assert printed.err == message
 
 
 def test_page_that_can_no_longer_be_written_costs_no_figure(native, tmp_path, monkeypatch, capsys):
     (tmp_path / "page").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "check_report", lambda asked: None)
+    monkeypatch.setattr(command, "check_report", lambda path: None)
     assert main(monkeypatch, native, *SMALL, "--no-baselines", "--report", "./page") == 2
     printed = capsys.readouterr()
     assert "nopad, eager" in printed.out

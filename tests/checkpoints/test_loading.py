@@ -63,9 +63,9 @@ def test_index_that_names_an_absent_shard(tmp_path):
 def test_checkpoints_own_preprocessing_wins_and_is_saved(tmp_path):
     original = tiny_original(is_native=False)
     folder = write(tmp_path / "in", original.state_dict(), original.config.to_dict())
-    own = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5], "size": {"shortest_edge": 12}}
-    own |= {"crop_size": {"height": 12, "width": 12}, "resample": 2, "do_center_crop": True}
-    (folder / "preprocessor_config.json").write_text(json.dumps(own))
+    config = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5], "size": {"shortest_edge": 12}}
+    config |= {"crop_size": {"height": 12, "width": 12}, "resample": 2, "do_center_crop": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
     encoder = nopad.load(folder)
     encoder.save_pretrained(tmp_path / "out")
     for loaded in (encoder, nopad.load(tmp_path / "out")):
@@ -83,7 +83,7 @@ def test_duplicate_weights_with_and_without_prefix(tmp_path):
         nopad.load(write(tmp_path, twice, original.config.to_dict()))
 
 
-def test_a_folder_with_two_weights_files_asks_which(tmp_path):
+def test_a_folder_with_two_weights_files_is_an_error_that_names_both(tmp_path):
     for name in ("a", "b"):
         save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(ValueError, match=r"\['a\.safetensors', 'b\.safetensors'\]"):

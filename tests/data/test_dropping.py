@@ -17,13 +17,13 @@ def test_each_frame_keeps_its_share_in_order():
     dropped = drop_patches(pack, 0.5, torch.Generator().manual_seed(0))
     assert dropped.grid_thw.tolist() == [[1, 1, 10], [1, 1, 12], [1, 1, 1]]
     assert len(dropped.hidden_states) == len(dropped.patch_positions) == 23
-    for image, kept in zip(pack, dropped, strict=True):
+    for image, part in zip(pack, dropped, strict=True):
         t, h, w = image.grid_thw[0].tolist()
-        places = kept.patch_positions @ torch.tensor([h * w, w, 1])
-        assert torch.equal(places, places.sort().values)
-        assert len(places.unique()) == len(places)
-        assert torch.equal(image.hidden_states[places], kept.hidden_states)
-        assert kept.patch_positions[:, 0].bincount(minlength=t).unique().numel() == 1
+        indices = part.patch_positions @ torch.tensor([h * w, w, 1])
+        assert torch.equal(indices, indices.sort().values)
+        assert len(indices.unique()) == len(indices)
+        assert torch.equal(image.hidden_states[indices], part.hidden_states)
+        assert part.patch_positions[:, 0].bincount(minlength=t).unique().numel() == 1
     again = drop_patches(pack, 0.5, torch.Generator().manual_seed(0))
     assert again == dropped
     assert drop_patches(pack, 0.5, torch.Generator().manual_seed(1)) != dropped
@@ -33,8 +33,8 @@ def test_every_patch_is_as_likely():
     pack = pack_of([(1, 3, 3)] * 2)
     counts = torch.zeros(9)
     for seed in range(300):
-        kept = drop_patches(pack, 2 / 3, torch.Generator().manual_seed(seed)).patch_positions
-        counts += (kept[:, 1] * 3 + kept[:, 2]).bincount(minlength=9)
+        positions = drop_patches(pack, 2 / 3, torch.Generator().manual_seed(seed)).patch_positions
+        counts += (positions[:, 1] * 3 + positions[:, 2]).bincount(minlength=9)
     assert counts.sum() == 300 * 2 * 3
     assert counts.min() > 150
     assert counts.max() < 250

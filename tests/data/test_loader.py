@@ -125,7 +125,7 @@ def test_orders_follow_from_seed_and_epoch():
     assert labels(loader_of()) == labels(loader_of(seed=5))
 
 
-def test_an_iterable_dataset_is_told_its_epoch():
+def test_an_iterable_dataset_gets_its_epoch():
     loader = loader_of(Stream())
     list(loader), list(loader)
     assert loader.dataset.epochs == [0, 1]
@@ -276,8 +276,8 @@ def test_known_sizes_spare_the_first_reading(monkeypatch):
     sizes = measure_sizes(Images())
     assert sizes.tolist() == [[1, *image(number).shape[:2]] for number in range(90)]
     monkeypatch.setattr("nopad.data.loader.measure_sizes", None)
-    for given in (sizes, sizes[:, 1:], sizes.numpy(), sizes.tolist()):
-        assert labels(loader_of(shuffle=True, sizes=given)) == expected
+    for form in (sizes, sizes[:, 1:], sizes.numpy(), sizes.tolist()):
+        assert labels(loader_of(shuffle=True, sizes=form)) == expected
     alike = [np.zeros((8, 12, 3), np.uint8)] * 5
     assert [len(pack) for pack, _ in loader_of(alike, sizes=(8, 12), capacity=12)] == [2, 2, 1]
 
@@ -337,8 +337,8 @@ def test_dropped_patches_leave_room_for_more_images():
     whole, half = loader_of(), loader_of(drop_patches=0.5)
     assert half.statistics().steps < whole.statistics().steps
     for pack, targets in half:
-        kept = [max(1, round(len(PROCESSOR([image(n)]).hidden_states) / 2)) for n in targets["label"].tolist()]
-        assert pack.grid_thw.tolist() == [[1, 1, number] for number in kept]
+        counts = [max(1, round(len(PROCESSOR([image(n)]).hidden_states) / 2)) for n in targets["label"].tolist()]
+        assert pack.grid_thw.tolist() == [[1, 1, number] for number in counts]
         assert len(pack.hidden_states) == len(pack.patch_positions) <= CAPACITY
     assert next(iter(half)).pack != next(iter(_dropping(epoch=2))).pack
     assert next(iter(_dropping(epoch=2))).pack == next(iter(_dropping(epoch=2))).pack
@@ -353,7 +353,7 @@ def _dropping(epoch):
 # Arguments
 
 
-def test_packs_that_segments_keep_from_being_full_are_told_once(caplog):
+def test_packs_that_segments_keep_from_being_full_are_logged_once(caplog):
     assert [len(pack) for pack, _ in loader_of(capacity=640, max_segments=9)] == [9] * 10
     (message,) = caplog.messages
     assert message.startswith("a pack has max_segments, 9, in ")

@@ -128,9 +128,9 @@ def write(folder: Path, state: dict[str, Tensor], config: dict | None) -> Path:
 
 def flat_config(original: Aimv2VisionModel) -> dict:
     """Apple's flat config, which says neither native nor head."""
-    kept = (
+    names = (
         "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size "
         "rms_norm_eps attention_dropout qkv_bias"
     )
-    config = {name: getattr(original.config, name) for name in kept.split()}
+    config = {name: getattr(original.config, name) for name in names.split()}
     return {**config, "model_type": "aimv2", "use_bias": original.config.mlp_bias, "projection_dropout": 0.0}

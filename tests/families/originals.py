@@ -54,8 +54,8 @@ def read_by_original(family: str, folder: Path):
         return original.eval()
     pooled = family != "vit" or "pooler.dense.weight" in load_file(folder / "model.safetensors")
     options = {} if pooled else {"add_pooling_layer": False}
-    original, told = original_class(family).from_pretrained(folder, output_loading_info=True, **options)
-    assert not any(told.values()), told
+    original, info = original_class(family).from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(info.values()), info
     return original
 
 

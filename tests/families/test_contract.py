@@ -202,16 +202,16 @@ def test_half_precision_checkpoint_keeps_its_dtype(family, encoder, original, tm
 @pytest.mark.parametrize("family", SPARSE)
 def test_patch_positions_of_the_full_grid_change_nothing(encoder):
     pack, places = pack_of_grids(encoder, [(2, 5, 5)]), torch.cartesian_prod(*map(torch.arange, (2, 5, 5)))
-    kept = torch.arange(50) % 3 != 0
+    mask = torch.arange(50) % 3 != 0
     with torch.no_grad():
         full = encoder(pack.hidden_states, torch.tensor([[1, 1, 50]]), places)
         torch.testing.assert_close(full, encoder(pack))
-        sparse = encoder(pack.hidden_states[kept], torch.tensor([[1, 1, int(kept.sum())]]), places[kept])
-        second = kept & (places[:, 0] == 1)
+        sparse = encoder(pack.hidden_states[mask], torch.tensor([[1, 1, int(mask.sum())]]), places[mask])
+        second = mask & (places[:, 0] == 1)
         frame = encoder(pack.hidden_states[second], torch.tensor([[1, 1, int(second.sum())]]), places[second])
     if not encoder.frames_attend_jointly:
         torch.testing.assert_close(sparse[-len(frame) :], frame)
-    assert max_relative(sparse, full[kept]) > 1e-3
+    assert max_relative(sparse, full[mask]) > 1e-3
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in SPARSE])

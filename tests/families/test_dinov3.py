@@ -137,7 +137,7 @@ def test_rope_computes_with_the_periods_that_metas_file_has(tmp_path, theta, dty
     assert align(tmp_path / "weights.pth").passed
 
 
-def test_rounded_periods_are_saved_and_what_transformers_makes_of_them_is_told(tmp_path, caplog):
+def test_rounded_periods_are_saved_and_what_transformers_makes_of_them_is_logged(tmp_path, caplog):
     state = meta(original := tiny_original(hidden_size=64, num_attention_heads=2))
     nopad.load(save_meta(tmp_path / "exact.pth", state)).save_pretrained(tmp_path / "exact")
     assert not caplog.records
@@ -290,9 +290,9 @@ def test_preprocessing_is_the_checkpoints_own_else_of_its_images(tmp_path):
     for loaded in (satellite, nopad.load(tmp_path / "out")):
         assert loaded.preprocessing.mean == (0.430, 0.411, 0.296)
         assert loaded.preprocessing.std == (0.213, 0.156, 0.143)
-    own = {"image_processor_type": "DINOv3ViTImageProcessorFast", "image_mean": [0.1, 0.2, 0.3]}
-    own |= {"size": {"height": 12, "width": 12}, "resample": 2}
-    (folder / "preprocessor_config.json").write_text(json.dumps(own))
+    config = {"image_processor_type": "DINOv3ViTImageProcessorFast", "image_mean": [0.1, 0.2, 0.3]}
+    config |= {"size": {"height": 12, "width": 12}, "resample": 2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
     encoder = nopad.load(folder)
     assert encoder.preprocessing.mean == (0.1, 0.2, 0.3)
     pack = encoder.pack([torch.randint(0, 255, (3, 40, 30), dtype=torch.uint8)])

@@ -45,9 +45,9 @@ def test_golden_images_video_and_sparse_video_in_one_pack(goldens, order):
         patches, grid = nopad.patchify(inputs[f"image_{i}"][0], 14, "chw")
         parts.append((f"tokens_{i}", f"pooled_{i}", patches, grid, positions_of(grid)))
     patches, grid = nopad.patchify(inputs["video"][0].transpose(0, 1), 14, "chw")
-    positions, kept = inputs["video_patch_positions"][0], inputs["video_visible_indices"][0]
+    positions, visible = inputs["video_patch_positions"][0], inputs["video_visible_indices"][0]
     parts.append(("video_tokens", "video_pooled", patches, grid, positions))
-    parts.append(("sparse_tokens", "sparse_pooled", patches[kept], (1, 1, len(kept)), positions[kept]))
+    parts.append(("sparse_tokens", "sparse_pooled", patches[visible], (1, 1, len(visible)), positions[visible]))
     parts = [parts[i] for i in order]
     with torch.no_grad():
         output = encoder.encode(
@@ -113,14 +113,14 @@ def test_sparse_clips_in_any_order(folder, original):
     encoder = nopad.load(folder)
     (clip,) = pixels_of([(3, 2, 4)])
     patches, grid = nopad.patchify(clip, 4, "chw")
-    kept = torch.tensor([1, 2, 7, 9, 15, 16, 23])
+    visible = torch.tensor([1, 2, 7, 9, 15, 16, 23])
     shuffle = torch.tensor([4, 0, 6, 2, 1, 5, 3])
     positions = positions_of(grid)
-    row = torch.tensor([[1, 1, len(kept)]])
+    row = torch.tensor([[1, 1, len(visible)]])
     with torch.no_grad():
-        expected = original(clip.transpose(0, 1)[None], visible_indices=kept[None])
-        tokens = encoder(patches[kept], row, positions[kept])
-        mixed = encoder.encode(patches[kept[shuffle]], row, positions[kept[shuffle]])
+        expected = original(clip.transpose(0, 1)[None], visible_indices=visible[None])
+        tokens = encoder(patches[visible], row, positions[visible])
+        mixed = encoder.encode(patches[visible[shuffle]], row, positions[visible[shuffle]])
     assert max_relative(tokens, expected.last_hidden_state[0]) < 1e-4
     torch.testing.assert_close(mixed.tokens, tokens[shuffle])
     assert max_relative(mixed.pooled, expected.pooler_output) < 1e-4

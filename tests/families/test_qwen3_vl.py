@@ -60,13 +60,13 @@ def assert_same(encoder, original, grids=GRIDS):
     output = encoder.encode(pack, output_deepstack=bool(encoder.deepstack_layers))
     lengths = pack.lengths(encoder.merge_size)
     expected = [run(original, image) for image in pixels]
-    for found, each in zip(pack.unpack(output.tokens), expected, strict=True):
-        assert max_relative(found.flatten(0, 2), each.tokens) < 1e-4
-    for found, each in zip(output.merged.split(lengths), expected, strict=True):
-        assert max_relative(found, each.merged) < 1e-4
+    for actual, each in zip(pack.unpack(output.tokens), expected, strict=True):
+        assert max_relative(actual.flatten(0, 2), each.tokens) < 1e-4
+    for actual, each in zip(output.merged.split(lengths), expected, strict=True):
+        assert max_relative(actual, each.merged) < 1e-4
     for i, features in enumerate(output.deepstack_features or ()):
-        for found, each in zip(features.split(lengths), expected, strict=True):
-            assert max_relative(found, each.deepstack[i]) < 1e-4
+        for actual, each in zip(features.split(lengths), expected, strict=True):
+            assert max_relative(actual, each.deepstack[i]) < 1e-4
     return output
 
 
@@ -196,9 +196,9 @@ def test_exported_graph_takes_any_even_grid(encoder):
     sizes = {"hidden_states": {0: 4 * torch.export.Dim("blocks", min=2)}, "grid_thw": {0: torch.export.Dim("images")}}
     arguments = {"args": (pack.hidden_states, pack.grid_thw), "kwargs": {"output": "all"}}
     program = torch.export.export(encoder, **arguments, dynamic_shapes={**sizes, "output": None}, strict=True).module()
-    found, expected = program(other.hidden_states, other.grid_thw, output="all"), encoder.encode(other)
+    exported, expected = program(other.hidden_states, other.grid_thw, output="all"), encoder.encode(other)
     for name in ("tokens", "merged"):
-        assert relative(found[name], expected[name]) < 1e-5
+        assert relative(exported[name], expected[name]) < 1e-5
     with pytest.raises(RuntimeError, match="multiples of 2"):
         program(other.hidden_states[:12], torch.tensor([[1, 3, 4]]), output="all")
 

@@ -91,7 +91,7 @@ def test_bare_file_of_a_size_that_patches_do_not_fill(tmp_path):
     assert nopad.load(tmp_path / "model.safetensors").preprocessing.size == 384
 
 
-def test_bare_file_of_an_unknown_width_asks_for_a_config(tmp_path, kind):
+def test_bare_file_of_an_unknown_width_needs_a_config(tmp_path, kind):
     original = kind()
     write(tmp_path, original.state_dict(), None)
     with pytest.raises(ValueError, match=r"\[768, 1024, 1152, 1536\], but its width is 32; add a config\.json"):

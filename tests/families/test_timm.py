@@ -75,14 +75,14 @@ def test_features_of_layers_are_timms_forward_intermediates(goldens, case):
     compared = set()
     for kind, layers in (("plain", [0, 1]), ("normed", [0])):
         features = encoder.features(pack, layers, norm=kind == "normed", format="chw")
-        for number, found in enumerate(features):
+        for number, actual in enumerate(features):
             for place, layer in enumerate(layers):
                 name = f"{kind}_{layer}_{number}"
-                torch.testing.assert_close(found.tokens[place, 0], expected[name], atol=2e-5, rtol=0)
+                torch.testing.assert_close(actual.tokens[place, 0], expected[name], atol=2e-5, rtol=0)
                 compared.add(name)
-                if found.prefix_tokens is not None:
+                if actual.prefix_tokens is not None:
                     name = f"{kind}_{layer}_prefix_{number}"
-                    torch.testing.assert_close(found.prefix_tokens[place, 0], expected[name], atol=2e-5, rtol=0)
+                    torch.testing.assert_close(actual.prefix_tokens[place, 0], expected[name], atol=2e-5, rtol=0)
                     compared.add(name)
     assert compared == expected.keys()
 
@@ -125,8 +125,8 @@ def test_every_tensor_is_needed(copy, case):
         if name == "reg_token" and CASES[case] == "dinov3":  # timm's models without registers have none
             assert nopad.load(folder).num_prefix_tokens == 1
             continue
-        told = "architecture: expected" if (case, name) == ("timm-vit", "cls_token") else name  # SigLIP has none
-        with pytest.raises(ValueError, match=rf"{folder}.*{told}|unknown family"):
+        message = "architecture: expected" if (case, name) == ("timm-vit", "cls_token") else name  # SigLIP has none
+        with pytest.raises(ValueError, match=rf"{folder}.*{message}|unknown family"):
             nopad.load(folder)
     save_file({**state, "surprise": torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match="1 unexpected: surprise"):
@@ -256,8 +256,8 @@ def test_images_are_made_as_the_config_says(copy, case, changes, expected):
     config = json.loads((folder / "config.json").read_text())
     config["pretrained_cfg"] |= changes
     older = {name: value for name, value in config.items() if name != "pretrained_cfg"} | config["pretrained_cfg"]
-    for told in (config, older):
-        (folder / "config.json").write_text(json.dumps(told))
+    for fields in (config, older):
+        (folder / "config.json").write_text(json.dumps(fields))
         assert nopad.load(folder).preprocessing == Preprocessing(**expected)
 
 

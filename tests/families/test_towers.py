@@ -189,9 +189,9 @@ def test_two_towers_are_named(tmp_path):
     two_towers(tmp_path)
     with pytest.raises(
         ValueError, match=r"one vision tower, got .*'other\.' \(clip\).*; choose one by prefix="
-    ) as told:
+    ) as error:
         nopad.load(tmp_path)
-    assert "'vision_tower.' (siglip2)" in str(told.value)
+    assert "'vision_tower.' (siglip2)" in str(error.value)
     assert nopad.load(tmp_path, prefix="vision_tower").family == "siglip2"
     assert nopad.Siglip2NaflexPacking.from_pretrained(tmp_path).tower_prefix == "vision_tower."  # its family's only one
 

@@ -226,9 +226,9 @@ def test_a_copy_is_compiled_once_and_not_for_packs_that_run_eagerly(encoder, mon
         return twin(patches_of(encoder), GRIDS)
 
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(tokens, range(4)))
+        outputs = list(pool.map(tokens, range(4)))
     assert len(calls) == 1
-    assert all(torch.equal(each, encoder(patches_of(encoder), GRIDS)) for each in found)
+    assert all(torch.equal(each, encoder(patches_of(encoder), GRIDS)) for each in outputs)
 
 
 @torch.no_grad()

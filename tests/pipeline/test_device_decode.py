@@ -55,10 +55,10 @@ def prepare(worker: Worker, files):
 
 def test_processes_keep_jpegs_and_decode_the_rest(encoder):
     processor, budget = ImageProcessor.of(encoder), MemoryBudget(1 << 30)
-    kept = DecodeProcesses(MediaDecoder(thumbnails=32), processor, keep_jpegs=True)
+    keeping = DecodeProcesses(MediaDecoder(thumbnails=32), processor, keep_jpegs=True)
     here = DecodeProcesses(MediaDecoder(thumbnails=32), processor)
     for data in FILES:
-        image, expected = kept.prepare(data, budget.reservation()), here.prepare(data, budget.reservation())
+        image, expected = keeping.prepare(data, budget.reservation()), here.prepare(data, budget.reservation())
         assert (image.grid, image.width, image.height) == (expected.grid, expected.width, expected.height)
         assert image.extras.keys() == expected.extras.keys() == {"thumbnail"}
         if data.startswith(b"\xff\xd8") and b"\xff\xc2" not in data:

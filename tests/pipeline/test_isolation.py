@@ -227,9 +227,9 @@ def test_processes_end_with_their_owner(image_processor):
     processes = DecodeProcesses(HostileDecoder(), image_processor)
     before = set(psutil.Process().children(recursive=True))
     prepare(processes, "3 4")
-    (own,) = set(psutil.Process().children(recursive=True)) - before
+    (child,) = set(psutil.Process().children(recursive=True)) - before
     del processes
-    _, alive = psutil.wait_procs([own], timeout=20)
+    _, alive = psutil.wait_procs([child], timeout=20)
     assert alive == []
 
 
@@ -305,14 +305,14 @@ def test_nonsense_from_a_process_is_a_crash(image_processor, monkeypatch, answer
 
     def fork(program):
         process, end = answering(answers)
-        kept.append(end)
+        ends.append(end)
         return process
 
-    kept = []
+    ends = []
     monkeypatch.setattr(process_server, "fork", fork)
     with pytest.raises(ImageError, match="its decoder crashed"):
         prepare(DecodeProcesses(HostileDecoder(), image_processor), "3 4")
-    assert len(kept) == 2
+    assert len(ends) == 2
 
 
 @pytest.mark.parametrize(
@@ -329,18 +329,18 @@ def test_nonsense_from_a_process_is_a_crash(image_processor, monkeypatch, answer
     ],
 )
 def test_files_of_a_batch_that_is_answered_with_nonsense_are_tried_alone(image_processor, monkeypatch, answers):
-    fork, kept = process_server.fork, []
+    fork, ends = process_server.fork, []
 
     def lie(program):
         process, end = answering(answers)
-        kept.append(end)
+        ends.append(end)
         monkeypatch.setattr(process_server, "fork", fork)
         return process
 
     monkeypatch.setattr(process_server, "fork", lie)
     images = prepare_all(image_processor, ["3 4", "1 2", "2 2"])
     assert [image.grid for image in images] == [(1, 3, 4), (1, 1, 2), (1, 2, 2)]
-    assert len(kept) == 1
+    assert len(ends) == 1
 
 
 @pytest.mark.parametrize("timeout", [None, 20.0])
@@ -364,7 +364,7 @@ def test_an_error_of_the_thread_that_serves_ends_the_files_in_hand_alone(image_p
     assert len(outcomes) == 1
 
 
-def test_images_beyond_the_allowance_of_a_batch_are_asked_for_alone(image_processor, monkeypatch):
+def test_images_beyond_the_allowance_of_a_batch_are_decoded_alone(image_processor, monkeypatch):
     """In their order, and those behind them wait."""
     sizes = ["3 4", "40 40", "1 2", "30 30", "2 2"]
     need = image_processor.peak_bytes(*HostileDecoder().measure("40 40"))

@@ -40,10 +40,10 @@ def check(rule: Preprocessing, order, dtype: torch.dtype, resize, device: str = 
     images = [image(0), levels]
     prepared = [processor_of(rule, order, dtype, resize)(each) for each in images]
     upload, normalize = Uploader(torch.device(device)), Normalizer(rule, order, torch.device(device), dtype)
-    found = normalize(upload(prepared)())
+    values = normalize(upload(prepared)())
     expected = [patchify(preprocess(each, rule, 4, resize=resize), 4, order)[0] for each in images]
-    assert (found.device.type, found.dtype) == (device, dtype)
-    assert torch.equal(found.cpu(), torch.cat(expected).to(dtype))
+    assert (values.device.type, values.dtype) == (device, dtype)
+    assert torch.equal(values.cpu(), torch.cat(expected).to(dtype))
 
 
 @pytest.mark.parametrize("name", RULES)

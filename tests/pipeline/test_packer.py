@@ -67,7 +67,7 @@ def test_every_item_once_and_no_pack_too_full(lengths, capacity, lookahead):
 
 
 @given(st.lists(st.integers(1, 40), max_size=80))
-def test_nobody_waits_longer_than_the_window(lengths):
+def test_no_item_waits_longer_than_the_window(lengths):
     packer = BestFitPacker(50, lookahead=2)
     waiting, firsts = set(), []
     for index, length in enumerate(lengths):

@@ -49,15 +49,15 @@ def test_features_of_large_jpegs_are_nearly_the_same_and_those_of_others_are(enc
 
 
 def test_fewer_pixels_are_decoded(encoder):
-    decoder, least = (
+    decoder, processor = (
         MediaDecoder(),
         Worker(encoder, preprocessing=rule_for(encoder, "model", max_patches=100)).image_processor,
     )
-    pixels, size = decoder.scaled(FILES[0], least.resized_size)
+    pixels, size = decoder.scaled(FILES[0], processor.resized_size)
     assert (tuple(pixels.shape), size) == ((3, 60, 80), (480, 640))
-    pixels, size = MediaDecoder(thumbnails=64).scaled(FILES[0], least.resized_size)
+    pixels, size = MediaDecoder(thumbnails=64).scaled(FILES[0], processor.resized_size)
     assert (tuple(pixels.shape), size) == ((3, 120, 160), (480, 640))  # the thumbnail needs them
-    assert torch.equal(decoder.scaled(FILES[3], least.resized_size)[0], load_image(FILES[3]))
+    assert torch.equal(decoder.scaled(FILES[3], processor.resized_size)[0], load_image(FILES[3]))
 
 
 def test_damage_is_worded_as_without_it(encoder):

@@ -20,7 +20,7 @@ def encoder(tmp_path_factory):
 
 def results(encoder, capacity=40, **options):
     worker = Worker(encoder, capacity=capacity, selection=Selection(**options))
-    (group,) = worker.run([[torch.from_numpy(picture).permute(2, 0, 1) for picture in PICTURES]], lambda item: item)
+    (group,) = worker.run([[torch.from_numpy(image).permute(2, 0, 1) for image in PICTURES]], lambda item: item)
     return group
 
 
@@ -53,8 +53,8 @@ def test_a_pool_of_the_last_layer(encoder, pool, number):
 @torch.no_grad()
 def test_the_models_own_vector_beside_tokens_of_other_layers(encoder):
     expected = encoder.encode(encoder.pack(PICTURES)).pooled
-    found = results(encoder, tokens=True, layers=(0,))
-    torch.testing.assert_close(torch.stack([torch.from_numpy(result.embedding) for result in found]), expected)
+    vectors = results(encoder, tokens=True, layers=(0,))
+    torch.testing.assert_close(torch.stack([torch.from_numpy(result.embedding) for result in vectors]), expected)
 
 
 def test_means_of_squares_of_tokens(encoder):
@@ -63,12 +63,12 @@ def test_means_of_squares_of_tokens(encoder):
         _, h, w = result.grid
         tokens = torch.from_numpy(result.tokens).float().reshape(2, h, w, -1)
         rows, columns = -(-h // 2), -(-w // 2)
-        found = torch.from_numpy(pooled.tokens).float().reshape(2, rows, columns, -1)
+        squares = torch.from_numpy(pooled.tokens).float().reshape(2, rows, columns, -1)
         assert pooled.grid == result.grid
         for row in range(rows):
             for column in range(columns):
                 square = tokens[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].mean((1, 2))
-                torch.testing.assert_close(found[:, row, column], square, rtol=1e-2, atol=1e-2)
+                torch.testing.assert_close(squares[:, row, column], square, rtol=1e-2, atol=1e-2)
 
 
 def test_features_do_not_depend_on_the_pack(encoder):

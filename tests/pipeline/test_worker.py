@@ -27,13 +27,13 @@ from nopad.preprocessing.decode import ImageError
 from nopad.preprocessing.load import load
 
 
-def picture(seed: int, rows: int = 3, columns: int = 4) -> torch.Tensor:
+def make_image(seed: int, rows: int = 3, columns: int = 4) -> torch.Tensor:
     return torch.from_numpy(noise(seed, 4 * rows, 4 * columns)).permute(2, 0, 1)
 
 
 def mixed(number: int) -> list[torch.Tensor]:
     sizes = np.random.default_rng(0).integers(1, 9, (number, 2))
-    return [picture(seed, rows, columns) for seed, (rows, columns) in enumerate(sizes)]
+    return [make_image(seed, rows, columns) for seed, (rows, columns) in enumerate(sizes)]
 
 
 def by_itself(encoder: PackedEncoder, image: torch.Tensor) -> np.ndarray:
@@ -49,7 +49,7 @@ def bits(results: list[EmbeddingResult]) -> list[bytes]:
     return [b"" if result.embedding is None else result.embedding.tobytes() for result in results]
 
 
-def test_results_stand_where_their_pictures_stand(encoder):
+def test_results_are_in_the_order_of_the_images(encoder):
     images = mixed(30)
     (results,) = run(Worker(encoder, capacity=40, threads=3, selection=Selection(tokens=True)), [images])
     for image, result in zip(images, results, strict=True):
@@ -83,19 +83,19 @@ def test_a_group_owes_nothing_to_the_others(encoder):
 
 
 def test_groups_are_taken_as_they_are_needed(encoder):
-    results = Worker(encoder, capacity=64, threads=2).run(([picture(n)] for n in itertools.count()), load)
+    results = Worker(encoder, capacity=64, threads=2).run(([make_image(n)] for n in itertools.count()), load)
     assert len(next(results)) == 1
     assert len(next(results)) == 1
     results.close()
 
 
-def test_a_bad_picture_costs_nobody_else(encoder, caplog):
+def test_a_bad_image_fails_alone(encoder, caplog):
     def read(number: int) -> torch.Tensor:
         if number == 1:
             raise ImageError("one", "truncated")
         if number == 3:
             raise KeyError("a bug")
-        return picture(number)
+        return make_image(number)
 
     worker = Worker(encoder)
     (results,) = run(worker, [range(5)], read)
@@ -108,7 +108,7 @@ def test_a_bad_picture_costs_nobody_else(encoder, caplog):
     ]
     assert "unexpected error with 3" in caplog.text
     assert (results[1].embedding, results[1].grid, results[1].width) == (None, None, None)
-    np.testing.assert_allclose(results[4].embedding, by_itself(encoder, picture(4)), atol=1e-5)
+    np.testing.assert_allclose(results[4].embedding, by_itself(encoder, make_image(4)), atol=1e-5)
     assert (worker.stats.images, worker.stats.failed) == (5, 2)
 
 
@@ -153,7 +153,7 @@ def test_a_group_is_not_held_back_while_the_next_is_read(encoder, as_on_a_gpu):
     def read(number: int) -> torch.Tensor:
         if number:
             waited.append(may_read.wait(60))
-        return picture(number)
+        return make_image(number)
 
     results = Worker(encoder, threads=1).run([[0], [1]], read)
     assert len(next(results)) == 1
@@ -166,7 +166,7 @@ def test_a_group_is_not_held_back_while_the_next_is_read(encoder, as_on_a_gpu):
 def test_stop_finishes_what_was_begun(encoder, as_on_a_gpu):
     stop = threading.Event()
     sizes = []
-    for results in Worker(encoder).run(([picture(n)] * (n + 1) for n in range(50)), load, stop=stop):
+    for results in Worker(encoder).run(([make_image(n)] * (n + 1) for n in range(50)), load, stop=stop):
         sizes.append(len(results))
         stop.set()
     assert sizes in ([1], [1, 2])
@@ -182,7 +182,7 @@ def test_a_pack_for_which_memory_comes_free_is_run_whole(encoder, monkeypatch):
         return whole(patches, grid)
 
     monkeypatch.setattr(encoder, "encode", encode)
-    (results,) = run(Worker(encoder), [[picture(0), picture(1)]])
+    (results,) = run(Worker(encoder), [[make_image(0), make_image(1)]])
     assert all(result.error is None for result in results)
     assert sizes == [2, 2]
 
@@ -190,7 +190,7 @@ def test_a_pack_for_which_memory_comes_free_is_run_whole(encoder, monkeypatch):
 def test_stop_finishes_the_group_in_hand(encoder):
     stop = threading.Event()
     done = []
-    for results in Worker(encoder).run([[picture(0)], [picture(1)], [picture(2)]], load, stop=stop):
+    for results in Worker(encoder).run([[make_image(0)], [make_image(1)], [make_image(2)]], load, stop=stop):
         done.append(len(results))
         if len(done) == 2:
             stop.set()
@@ -200,11 +200,11 @@ def test_stop_finishes_the_group_in_hand(encoder):
 # Memory
 
 
-def limited(encoder, monkeypatch, most: int, error: RuntimeError) -> None:
+def limited(encoder, monkeypatch, max_patches: int, error: RuntimeError) -> None:
     whole = encoder.encode
 
     def encode(patches, grid):
-        if len(patches) > most:
+        if len(patches) > max_patches:
             raise error
         return whole(patches, grid)
 
@@ -215,8 +215,8 @@ CPU_ERROR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: 
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(CPU_ERROR)])
-def test_a_pack_that_does_not_fit_goes_one_by_one_and_a_picture_that_does_not_fails(encoder, monkeypatch, error):
-    images = [picture(0), picture(1, 10, 10), picture(2)]
+def test_a_pack_that_does_not_fit_goes_one_by_one_and_an_image_that_does_not_fails(encoder, monkeypatch, error):
+    images = [make_image(0), make_image(1, 10, 10), make_image(2)]
     limited(encoder, monkeypatch, 20, error)
     worker = Worker(encoder)
     (results,) = run(worker, [images])
@@ -231,7 +231,7 @@ def test_a_pack_that_does_not_fit_goes_one_by_one_and_a_picture_that_does_not_fa
 def test_other_errors_of_the_encoder_are_raised(encoder, monkeypatch):
     limited(encoder, monkeypatch, 0, RuntimeError("CUDA error: device-side assert"))
     with pytest.raises(RuntimeError, match="device-side assert"):
-        run(Worker(encoder), [[picture(0)]])
+        run(Worker(encoder), [[make_image(0)]])
 
 
 # Numbers that are none
@@ -251,7 +251,7 @@ def output_of(encoder, monkeypatch, **changes: float) -> None:
 
 def test_features_that_overflow_are_failures(encoder, monkeypatch):
     output_of(encoder, monkeypatch, pooled=float("inf"))
-    (results,) = run(Worker(encoder), [[picture(0), picture(1)]])
+    (results,) = run(Worker(encoder), [[make_image(0), make_image(1)]])
     assert results[0].error is None
     assert results[1].error.reason == "its features are not finite in torch.float32"
 
@@ -260,17 +260,17 @@ def test_float16_gets_a_hint(tmp_path):
     original = aimv2_checkpoints.tiny_original()
     original.rms_norm.weight.data.fill_(6e4)
     folder = aimv2_checkpoints.write(tmp_path, original.state_dict(), original.config.to_dict())
-    (results,) = run(Worker(nopad.load(folder, dtype=torch.float16)), [[picture(0)]])
+    (results,) = run(Worker(nopad.load(folder, dtype=torch.float16)), [[make_image(0)]])
     hint = "; float16 may overflow, bfloat16 and float32 do not"
     assert results[0].error.reason == f"its features are not finite in torch.float16{hint}"
 
 
 def test_tokens_that_float16_cannot_hold_are_failures(encoder, monkeypatch):
     output_of(encoder, monkeypatch, tokens=1e5)
-    (results,) = run(Worker(encoder, selection=Selection(tokens=True)), [[picture(0), picture(1)]])
+    (results,) = run(Worker(encoder, selection=Selection(tokens=True)), [[make_image(0), make_image(1)]])
     assert results[0].error is None
     assert results[1].error.reason == "its tokens are not finite in float16, in which they are stored"
-    (results,) = run(Worker(encoder), [[picture(0), picture(1)]])
+    (results,) = run(Worker(encoder), [[make_image(0), make_image(1)]])
     assert results[1].error is None
 
 
@@ -279,7 +279,7 @@ def test_tokens_that_float16_cannot_hold_are_failures(encoder, monkeypatch):
 
 def test_the_tally_counts_patches_packs_and_room(encoder):
     worker = Worker(encoder, capacity=24)
-    run(worker, [[picture(n) for n in range(5)], [picture(0, 6, 6)]])  # 12 patches each: 2 + 2 + 1; then 36 alone
+    run(worker, [[make_image(n) for n in range(5)], [make_image(0, 6, 6)]])  # 12 patches each: 2 + 2 + 1; then 36 alone
     stats = worker.stats
     assert (stats.images, stats.failed, stats.packs, stats.patches) == (6, 0, 4, 96)
     assert stats.capacity == 24 + 24 + 12 + 36
@@ -344,7 +344,7 @@ def test_one_pil_image_stands_in_the_list_many_times(encoder):
 
 def test_embed_raises_for_the_first_that_cannot_be_used(encoder, tmp_path):
     with pytest.raises(ImageError, match=r"missing\.png: cannot be opened"):
-        encoder.embed([picture(0), tmp_path / "missing.png", tmp_path / "other.png"])
+        encoder.embed([make_image(0), tmp_path / "missing.png", tmp_path / "other.png"])
     with pytest.raises(ImageError, match=r"missing\.png: cannot be opened"):
         encoder.embed([tmp_path / "missing.png", np.zeros((4, 4), np.float32)])
     with pytest.raises(ImageError, match="float32 array"):

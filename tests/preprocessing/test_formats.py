@@ -86,7 +86,7 @@ def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded():
         load_image(many_scans(MAX_SCANS + 1))
 
 
-def test_scans_of_thumbnails_and_what_follows_the_picture_are_not_counted():
+def test_scans_of_thumbnails_and_what_follows_the_image_are_not_counted():
     data = encoded(PHOTO.resize((64, 64)), "JPEG", exif=b"Exif\0\0" + b"\xff\xda\0\x08" * 200)
     assert count_scans(data + many_scans(300)) == 1
     assert count_scans(encoded(PHOTO, "JPEG", progressive=True, restart_marker_blocks=1)) == 10

@@ -13,7 +13,7 @@ from nopad.preprocessing.decode import UPRIGHT, ImageError, load_image
 from nopad.preprocessing.jpegs import CheckedJpeg, check_jpeg, scaled_jpeg, upright, upright_size, upright_strides
 
 
-def picture(width: int = 83, height: int = 61, mode: str = "RGB") -> Image.Image:
+def make_image(width: int = 83, height: int = 61, mode: str = "RGB") -> Image.Image:
     levels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(levels).convert(mode)
 
@@ -38,7 +38,7 @@ def decodes(data: bytes) -> bool:
 
 @pytest.mark.parametrize("options", [{"subsampling": n} for n in (0, 1, 2)] + [{"restart_marker_rows": 1}])
 def test_plain_ones_pass(options):
-    checked = check_jpeg(jpeg(picture(), **options), max_pixels=1 << 20)
+    checked = check_jpeg(jpeg(make_image(), **options), max_pixels=1 << 20)
     assert isinstance(checked, CheckedJpeg)
     assert (checked.width, checked.height, checked.orientation) == (83, 61, 1)
     assert checked.small.shape == (8, 11, 3)
@@ -47,11 +47,11 @@ def test_plain_ones_pass(options):
 @pytest.mark.parametrize(
     "data",
     [
-        jpeg(picture(), progressive=True),
-        jpeg(picture(mode="L")),
-        jpeg(picture(mode="CMYK")),
-        jpeg(picture(), keep_rgb=True),
-        jpeg(picture(2000, 1000)),
+        jpeg(make_image(), progressive=True),
+        jpeg(make_image(mode="L")),
+        jpeg(make_image(mode="CMYK")),
+        jpeg(make_image(), keep_rgb=True),
+        jpeg(make_image(2000, 1000)),
         b"",
         b"\xff\xd8\xff\xc0",
     ],
@@ -64,7 +64,7 @@ def test_others_are_left_to_the_cpu(data):
 def test_files_that_are_cut_or_damaged_pass_where_they_decode_whole():
     """What the GPU fills up without a word, libjpeg-turbo refuses at each of its scales."""
     draw = random.Random(0)
-    data = jpeg(picture(160, 120), quality=70)
+    data = jpeg(make_image(160, 120), quality=70)
     body = data.index(b"\xff\xda") + 14
     cuts = [data[:end] for end in (*range(body, len(data), 61), len(data) - 3, len(data) - 1)]
     ended = [cut + b"\xff\xd9" for cut in cuts[::5]]
@@ -81,7 +81,7 @@ def test_files_that_are_cut_or_damaged_pass_where_they_decode_whole():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pixels_are_read_upright_by_strides(orientation):
-    image = picture()
+    image = make_image()
     stored = np.array(image)
     expected = np.array(image.transpose(UPRIGHT[orientation]) if orientation > 1 else image)
     assert upright_size(83, 61, orientation) == expected.shape[:2]
@@ -92,27 +92,27 @@ def test_pixels_are_read_upright_by_strides(orientation):
     np.testing.assert_array_equal(upright(stored, orientation).permute(1, 2, 0), expected)
 
 
-def test_the_small_picture_is_as_large_as_a_thumbnail_needs():
-    data = jpeg(picture(400, 200))
+def test_the_small_image_is_as_large_as_a_thumbnail_needs():
+    data = jpeg(make_image(400, 200))
     checked = check_jpeg(data, max_pixels=1 << 20, min_side=130)
     assert checked is not None
     assert checked.small.shape == (75, 150, 3)  # at 3/8
-    small = check_jpeg(jpeg(picture(90, 40)), max_pixels=1 << 20, min_side=130)
+    small = check_jpeg(jpeg(make_image(90, 40)), max_pixels=1 << 20, min_side=130)
     assert small is not None
-    np.testing.assert_array_equal(small.small, load_image(jpeg(picture(90, 40))).permute(1, 2, 0))
+    np.testing.assert_array_equal(small.small, load_image(jpeg(make_image(90, 40))).permute(1, 2, 0))
 
 
 @pytest.mark.parametrize(
-    ("least", "scale"), [((200, 100), 1), ((101, 50), 1), ((100, 51), 1), ((100, 50), 2), ((26, 9), 4)]
+    ("min_size", "scale"), [((200, 100), 1), ((101, 50), 1), ((100, 51), 1), ((100, 50), 2), ((26, 9), 4)]
 )
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_scaled_pixels_are_upright_and_large_enough(least, scale, orientation):
-    image, exif = picture(200, 100).resize((200, 100)), Image.Exif()
+def test_scaled_pixels_are_upright_and_large_enough(min_size, scale, orientation):
+    image, exif = make_image(200, 100).resize((200, 100)), Image.Exif()
     exif[0x0112] = orientation
     is_turned = orientation >= 5
     data = jpeg(image, exif=exif, quality=95)
     whole = (200, 100) if is_turned else (100, 200)
-    decoded = scaled_jpeg(data, lambda *size: least if is_turned else least[::-1], max_pixels=1 << 20)
+    decoded = scaled_jpeg(data, lambda *size: min_size if is_turned else min_size[::-1], max_pixels=1 << 20)
     assert decoded is not None
     pixels, size = decoded
     assert size == whole == tuple(load_image(data).shape[1:])
@@ -125,10 +125,10 @@ def test_scaled_pixels_are_upright_and_large_enough(least, scale, orientation):
 @pytest.mark.parametrize(
     "data",
     [
-        jpeg(picture(mode="L")),
-        jpeg(picture(mode="CMYK")),
-        jpeg(picture(2000, 1000)),
-        jpeg(picture())[:900],
+        jpeg(make_image(mode="L")),
+        jpeg(make_image(mode="CMYK")),
+        jpeg(make_image(2000, 1000)),
+        jpeg(make_image())[:900],
         b"",
         b"GIF89a",
     ],
@@ -142,4 +142,4 @@ def test_a_size_that_the_rule_refuses_is_not_scaled():
     def refuse(height: int, width: int) -> tuple[int, int]:
         raise ImageError("image", f"{height}×{width}")
 
-    assert scaled_jpeg(jpeg(picture()), refuse, max_pixels=1 << 20) is None
+    assert scaled_jpeg(jpeg(make_image()), refuse, max_pixels=1 << 20) is None

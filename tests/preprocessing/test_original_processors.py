@@ -115,8 +115,8 @@ def name_of(which: object) -> str:
 @pytest.mark.parametrize("name", PIXEL_PROCESSORS, ids=name_of)
 def test_rule_of_a_family_equals_its_processor_bit_for_bit(name, which):
     rule, patch_size = published(name)
-    image, picture = subject(which)
-    expected = PIXEL_PROCESSORS[name](picture, return_tensors="pt")["pixel_values"][0]
+    image, pil_image = subject(which)
+    expected = PIXEL_PROCESSORS[name](pil_image, return_tensors="pt")["pixel_values"][0]
     rows, columns = (side // patch_size for side in expected.shape[1:])  # the stride of the original drops the rest
     pixels = preprocess(image, rule, patch_size, resize="pil")
     assert torch.equal(pixels, expected[:, : rows * patch_size, : columns * patch_size])
@@ -125,8 +125,8 @@ def test_rule_of_a_family_equals_its_processor_bit_for_bit(name, which):
 @pytest.mark.parametrize("which", SUBJECTS, ids=name_of)
 def test_rule_of_naflex_equals_siglip2_bit_for_bit(which):
     rule, patch_size = published("google/siglip2-so400m-patch16-naflex")
-    image, picture = subject(which)
-    expected = Siglip2ImageProcessorPil()(picture, return_tensors="pt")
+    image, pil_image = subject(which)
+    expected = Siglip2ImageProcessorPil()(pil_image, return_tensors="pt")
     patches, (_, rows, columns) = patchify(preprocess(image, rule, patch_size, resize="pil"), patch_size)
     assert [rows, columns] == expected["spatial_shapes"][0].tolist()
     assert torch.equal(patches, expected["pixel_values"][0, : rows * columns])
@@ -169,8 +169,8 @@ def test_rescale_equals_transformers_for_every_grey_level(factor):
     levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).repeat(3, 1, 1)
     processor = CLIPImageProcessorPil(do_resize=False, do_center_crop=False, rescale_factor=factor)
     expected = processor(levels.numpy(), input_data_format="channels_first")["pixel_values"][0]
-    own = Preprocessing(rule="native", resample="bicubic", mean=CROP.mean, std=CROP.std, rescale_factor=factor)
-    assert torch.equal(preprocess(levels, own, 16), torch.from_numpy(expected))
+    rule = Preprocessing(rule="native", resample="bicubic", mean=CROP.mean, std=CROP.std, rescale_factor=factor)
+    assert torch.equal(preprocess(levels, rule, 16), torch.from_numpy(expected))
 
 
 def page(height: int, width: int) -> Tensor:

@@ -65,8 +65,8 @@ def test_grid_is_that_of_preprocessed_pixels(rule, shape):
 
 
 def test_automatic_cap_is_for_rules_without_a_limit():
-    own = dataclasses.replace(NATIVE, max_patches=9000)
-    assert [rule.capped("auto") for rule in (NATIVE, own, CROP, NAFLEX, SQUARE)] == [4096, None, None, None, None]
+    limited = dataclasses.replace(NATIVE, max_patches=9000)
+    assert [rule.capped("auto") for rule in (NATIVE, limited, CROP, NAFLEX, SQUARE)] == [4096, None, None, None, None]
     assert [NATIVE.with_size(size).capped("auto") for size in (500, (500, 500))] == [4096, None]
     assert NATIVE.with_size(min_patches=5000).capped("auto") == 5000
     assert [NATIVE.capped(limit) for limit in (None, 5, 9000)] == [None, 5, 9000]

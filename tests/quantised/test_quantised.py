@@ -303,7 +303,7 @@ def test_a_misshapen_weight_is_named(family, method, saved, edited):
 
 @every_family
 @every_method
-def test_quantised_weights_that_no_config_tells_of_are_refused(family, method, edited):
+def test_quantised_weights_without_a_quantization_config_are_refused(family, method, edited):
     folder = edited()
     config = json.loads((folder / "config.json").read_text())
     assert config.pop("quantization_config")

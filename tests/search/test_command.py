@@ -67,7 +67,7 @@ def test_index(table, capsys, tmp_path):
         (["dog", "--html", "/proc/page.html"], "--report: expected a file that can be written"),
     ],
 )
-def test_wrong_use_is_told_in_one_line(table, arguments, message, capsys):
+def test_wrong_use_is_an_error_of_one_line(table, arguments, message, capsys):
     assert main(["search", str(table), *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""

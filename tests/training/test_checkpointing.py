@@ -22,10 +22,10 @@ def forwards_of_a_layer(encoder) -> int:
 def test_layers_are_computed_again_in_the_backward_until_disabled(name, tmp_path, monkeypatch):
     if name == "old":
         for verb in ("enable", "disable"):
-            own = getattr(PreTrainedModel, f"_activation_checkpointing_{verb}", None)
-            if own is not None:  # else this transformers is an old one itself
+            original = getattr(PreTrainedModel, f"_activation_checkpointing_{verb}", None)
+            if original is not None:  # else this transformers is an old one itself
                 monkeypatch.delattr(PreTrainedModel, f"activation_checkpointing_{verb}")
-                monkeypatch.setattr(PreTrainedModel, f"gradient_checkpointing_{verb}", own)
+                monkeypatch.setattr(PreTrainedModel, f"gradient_checkpointing_{verb}", original)
     encoder = nopad.load(tiny("aimv2", tmp_path)).train()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

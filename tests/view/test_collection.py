@@ -153,7 +153,7 @@ def test_of_a_large_table_a_part_is_on_the_map_with_all_that_is_shown(table, mon
         assert data["ids"][int(place)] == name
 
 
-def test_what_costs_too_much_or_is_not_installed_is_said(table, monkeypatch):
+def test_what_costs_too_much_or_is_not_installed_has_its_reason_on_the_page(table, monkeypatch):
     monkeypatch.setattr(module, "MAX_PAIRED_ROWS", 10)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(module, "has_faiss", lambda: False)
