@@ -114,7 +114,7 @@ def print_report(
 
     Args:
         report: with `to_dict`.
-        options: of `add_report_options`.
+        options: the options that `add_report_options` has added.
         table: makes the report a text.
         write_page: writes the report to a path; `None` where the report has no page.
     """

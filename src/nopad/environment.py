@@ -26,7 +26,7 @@ def check_device(name: str, device: Any) -> torch.device:
     """The device that a name such as `"cuda:1"` stands for.
 
     Args:
-        name: of the argument or option, for the message.
+        name: name of the argument or option, for the message.
         device: as `torch.device` takes it.
 
     Raises:

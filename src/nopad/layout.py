@@ -20,7 +20,7 @@ class Layout:
 
     Attributes:
         grid: `(frames, rows, columns)` of each image or clip.
-        frame_lengths: for each image or clip, the number of patches of each frame, in order.
+        frame_lengths: number of patches of each frame, for each image or clip.
         frames_whole: whether the patches of each frame are consecutive.
         extent: exclusive upper bounds of the rows and of the columns.
         device: device of the tokens.

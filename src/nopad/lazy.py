@@ -12,7 +12,7 @@ def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
 
     Args:
         package: its name.
-        homes: from each name to the module that has it; a module of that name in the package stands for itself.
+        homes: the module of each name; a module of that name in the package stands for itself.
     """
 
     def import_name(name: str) -> Any:

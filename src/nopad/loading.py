@@ -47,10 +47,10 @@ def load(
         checkpoint: a name on the Hugging Face Hub, a folder, a single `.safetensors` or `.pth` file, or
             `"untrained:<published name>"`: the published architecture with seeded random weights.
         revision: branch, tag or commit on the Hub.
-        device: where the encoder goes; the CPU unless given.
-        dtype: of the weights; the checkpoint's own unless given.
+        device: where the encoder goes; the CPU by default.
+        dtype: dtype of the weights; the checkpoint's by default.
         attention: the kernel, `"auto"` for the best that is there.
-        patch_order: layout inside a patch; the family's own unless given.
+        patch_order: layout inside a patch; the family's by default.
         positions: on another grid than the trained one, `"resample"` learned positions or `"strict"`ly refuse.
         precision: `"fp8"` makes the layers' linear maps float8 products, weights scaled by row once and their input by
             row as it comes, but for those behind the attention and values of the first half of the layers; for

@@ -42,7 +42,7 @@ def pca(tokens: Sequence[Tensor], components: int = 3) -> list[Tensor]:
 
     Args:
         tokens: of each image `(…, D)`, such as `(t, h, w, D)`.
-        components: at most D.
+        components: number of components, at most D.
 
     Returns:
         Of each image `(…, components)` float32 from 0 to 1, on the CPU.
@@ -69,7 +69,7 @@ def similarity(tokens: Sequence[Tensor], query: Tensor) -> list[Tensor]:
     """The cosine of every token to a query.
 
     Args:
-        tokens: of each image `(…, D)`.
+        tokens: tokens `(…, D)` of each image.
         query: `(D,)`, such as `tokens[0][0, row, column]`.
 
     Returns:
@@ -126,7 +126,7 @@ def overlay(picture: Image.Image, values: Any, box: Box | None = None, opacity: 
         picture: upright.
         values: `(h, w)` numbers, or `(h, w, 3)` colours: uint8, or from 0 to 1.
         box: the rectangle that the map covers, as in `Pack.boxes`; the whole image unless given.
-        opacity: of the map, 0 to 1.
+        opacity: opacity of the map, 0 to 1.
 
     Raises:
         ValueError: another shape, or a box without area.

@@ -20,7 +20,7 @@ class PackedOutput(ModelOutput):
         pooled: `(N, D)` one vector per image or clip.
         image_embeds: `(N, E)` `pooled` in the image-text space, `None` where the checkpoint has no projection.
         prefix_tokens: `(S, num_prefix_tokens, D)` CLS and register tokens after the final norm, `None` without them.
-        hidden_states: on request the `(T, D)` tokens before the first layer and after each, without the final norm.
+        hidden_states: the `(T, D)` tokens, on request, before the first layer and after each, without the final norm.
         merged: `(T / m², E)` tokens of m × m blocks merged to one each for the language model, block after block row by
             row, in the order of `nopad.merge`; `None` where the checkpoint has no merger.
         deepstack_features: on request `(T / m², E)` merged tokens of each DeepStack layer, in the order of the layers.

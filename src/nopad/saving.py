@@ -23,7 +23,7 @@ def save_pretrained(
     arguments; `state_dict` is written as it is.
 
     Args:
-        encoder: that is saved.
+        encoder: the encoder that is saved.
         save_directory: the folder, made where there is none.
         whole: write both towers, the tokenizer too, as the original class of both loads them (`SiglipModel`, …).
 

@@ -61,7 +61,7 @@ class Segments:
         return Segments.of([length + num_added for length in self.lengths], self.cu_seqlens.device)
 
     def of_one_token(self) -> Segments:
-        """As many segments of one token each."""
+        """One segment of one token for each of these."""
         return Segments.of([1] * len(self.lengths), self.cu_seqlens.device)
 
     def padded(self, num_tokens: int, num_segments: int) -> Segments:
@@ -117,7 +117,7 @@ class TracedSegments:
         return TracedSegments(self.cu_seqlens + more, self.num_tokens + num_added * self.num_segments)
 
     def of_one_token(self) -> TracedSegments:
-        """As many segments of one token each."""
+        """One segment of one token for each of these."""
         offsets = torch.arange(self.num_segments + 1, dtype=torch.int32, device=self.cu_seqlens.device)
         return TracedSegments(offsets, self.num_segments)
 

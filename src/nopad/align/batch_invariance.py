@@ -63,7 +63,7 @@ class BatchInvarianceReport:
         return bool(self.cases) and all(case.passed for case in self.cases)
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Plain values for `--json`."""
         cases = [{"passed": case.passed, **dataclasses.asdict(case)} for case in self.cases]
         return {"passed": self.passed, **dataclasses.asdict(self), "cases": cases}
 
@@ -82,10 +82,10 @@ def check_batch_invariance(
     where the layers do not compile, with eager ones alone.
 
     Args:
-        encoder: on the device and in the dtype to check; it is uncompiled afterwards.
+        encoder: the encoder, on the device and in the dtype to check; it is uncompiled afterwards.
         capacity: tokens of a pack.
         packs: number of packs; the image lies first, last and in between, among 1 to many others.
-        seed: of everything random.
+        seed: seed of everything random.
         progress: called with a line for each step.
 
     Raises:

@@ -49,7 +49,7 @@ def worst_image(
         pixels: normalised `(C, H, W)` or `(frames, C, H, W)`, image by image.
         packed, reference: outputs, image by image.
         patch_size: side of a patch in pixels.
-        mean, std: of each colour.
+        mean, std: the statistics of each colour.
     """
     differences = [_relative(*pair).nan_to_num(math.inf) for pair in _tokens(packed, reference)]
     index = max(range(len(pixels)), key=lambda image: float(differences[image].max()))

@@ -117,7 +117,7 @@ class AlignReport:
         return bool(self.cases) and all(case.passed for case in self.cases)
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Plain values for `--json`."""
         fields = dataclasses.asdict(dataclasses.replace(self, worst=None))
         del fields["worst"]
         return {"passed": self.passed, **fields}

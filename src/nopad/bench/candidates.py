@@ -58,10 +58,10 @@ class Candidate:
     """One candidate.
 
     Attributes:
-        name: for tables.
+        name: name in tables.
         images: its inputs.
         calls: forwards in one run.
-        weight_bytes: of its model.
+        weight_bytes: bytes of its model's weights.
         prepare: does all that is not timed. Returns what is timed, and the `execution` of a compiled encoder, `None`
             of others. Raises `Skipped`.
         capacity: tokens per pack, `None` where there are no packs.
@@ -86,7 +86,7 @@ class Baseline:
     It pools too, where it has a head that pools; that is less than two hundredths of its work.
 
     Attributes:
-        description: for reports; where there is no `model`, the reason.
+        description: its name in reports; where there is no `model`, the reason.
     """
 
     description: str

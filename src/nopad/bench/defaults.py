@@ -27,7 +27,7 @@ ON_GPU = Defaults(
     dtype="bfloat16", images=256, capacities=(2048, 4096, 8192, 16384, 32768, 65536), runs=5, compile=True
 )
 ON_CPU = Defaults(dtype="float32", images=2, capacities=(2048,), runs=3, compile=False)
-"""So few that a large model on two cores does not take long. Few CPUs have fast GEMMs in bfloat16."""
+"""Few images and runs, so that a large model on two cores does not take long. Few CPUs have fast GEMMs in bfloat16."""
 
 
 def defaults_on(device_type: str) -> Defaults:

@@ -26,9 +26,9 @@ class LoadTime:
     """A checkpoint in a local folder, in the page cache.
 
     Attributes:
-        checkpoint: as it was loaded.
-        bytes: of its weights.
-        load_seconds, read_seconds: of each load, and of reading the file into memory right after it.
+        checkpoint: the checkpoint as it was loaded.
+        bytes: bytes of its weights.
+        load_seconds, read_seconds: seconds of each load, and of reading the file into memory right after it.
         peak_bytes: the most resident memory while the first load ran, beyond that before it.
         skipped: the reason why it was not measured, else `None`.
     """
@@ -53,7 +53,7 @@ class LoadTime:
         return self.peak_bytes / self.bytes if self.bytes else None
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`: also what follows from the measurements."""
+        """Plain values for `--json`, with what follows from the measurements."""
         return {**asdict(self), "times_reading": self.times, "peak_over_weights": self.memory}
 
 

@@ -23,7 +23,7 @@ class Row:
         capacity: tokens per pack, `None` where there are no packs.
         images, tokens: inputs of one run; tokens without prefix tokens.
         calls: forwards in one run.
-        flops: of one run, by `nopad.bench.timing.flops`.
+        flops: floating-point operations of one run, by `nopad.bench.timing.flops`.
         skipped: the reason why it did not run, else `None`; where there is one, all that follows is empty.
         seconds: each timed run.
         peak_seconds: for each of them, the mean of the peak's runs right before and right after it.
@@ -84,7 +84,7 @@ class MeasuredPeak:
 
     Attributes:
         side: rows and columns of both matrices.
-        gemms: in one run.
+        gemms: number of GEMMs in one run.
         seconds: each timed run.
     """
 
@@ -114,7 +114,7 @@ class MeasuredPeak:
         return f"{counted(self.gemms, 'GEMM')} of {self.side:,}³ a run: {result}, {how}"
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`: also what follows from the measurements."""
+        """Plain values for `--json`, with what follows from the measurements."""
         names = "teraflops", "min_teraflops", "max_teraflops"
         return {**asdict(self), **{name: getattr(self, name) for name in names}, "description": self.describe()}
 
@@ -128,7 +128,7 @@ class WorkloadStats:
     """A workload in numbers, and the peak measured beside it.
 
     Attributes:
-        name: for tables.
+        name: name in tables.
         images: number of images.
         sizes: number of different sizes among them.
         tokens: patches of all images together.
@@ -156,8 +156,8 @@ class BenchReport:
         reference: the baselines' model, `None` where there is none.
         no_reference: the reason why there is none, else `None`.
         versions: of the software.
-        parameters: of the transformer blocks.
-        seed: of images and weights that are random.
+        parameters: number of parameters of the transformer blocks.
+        seed: seed of random images and weights.
         runs: timed runs of each candidate.
     """
 
@@ -189,7 +189,7 @@ class BenchReport:
         return statistics.median(shares) if shares else None
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`: also what follows from the measurements."""
+        """Plain values for `--json`, with what follows from the measurements."""
         rows = [
             {
                 **asdict(row),

@@ -57,13 +57,13 @@ def bench(
         checkpoint, device, dtype, attention, revision, prefix: as `nopad.load` takes them.
         workload: `"mixed"` sizes, `"224"` pixels (or the model's own fixed size), `"all"` of these, or `"small"`
             images of 16 to 100 patches.
-        images: of each workload.
+        images: number of images of each workload.
         capacities: tokens per pack; duplicates run once.
         baselines: run the reference, too.
         compile: run compiled candidates, too; on a CPU, by default, those that need no compiler.
         float8, int8: run the packed encoder with `precision="fp8"` or `"int8"`, too; they imply `compile`.
         runs: timed runs of each candidate.
-        seed: of sizes and pixels.
+        seed: seed of sizes and pixels.
         trust_remote_code: run the checkpoint's own code where its reference is not part of transformers.
         progress: called with a line for each step.
 

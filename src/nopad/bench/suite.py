@@ -74,8 +74,8 @@ def bench_suite(
     On two cores it takes a few minutes.
 
     Args:
-        runs: timed runs of each candidate, as many as fit into 20 seconds a workload unless given.
-        seed: of sizes and pixels.
+        runs: timed runs of each candidate; by default as many as fit into 20 seconds a workload.
+        seed: seed of sizes and pixels.
         entries: the workloads, `SUITE` unless given.
         progress: called with a line for each step.
 

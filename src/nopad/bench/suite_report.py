@@ -18,7 +18,7 @@ class SuiteWorkload:
     """One workload of one model.
 
     Attributes:
-        checkpoint: as it was loaded.
+        checkpoint: the checkpoint as it was loaded.
         name, description: of the images.
         rows: one for each candidate and format.
     """
@@ -39,7 +39,7 @@ class SuiteWorkload:
         return statistics.median(r / s for r, s in zip(reference.seconds, row.seconds, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`: also what follows from the measurements."""
+        """Plain values for `--json`, with what follows from the measurements."""
         rows = [{**asdict(row), **self._derived(row)} for row in self.rows]
         return {"checkpoint": self.checkpoint, "name": self.name, "description": self.description, "rows": rows}
 
@@ -63,7 +63,7 @@ class SuiteReport:
     load_time: LoadTime
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Plain values for `--json`."""
         return {
             "device": self.device,
             "versions": self.versions,

@@ -57,7 +57,7 @@ def flops(block_parameters: int, layers: int, hidden_size: int, lengths: Sequenc
     attention. Embedding, final norm and pooling do not count.
 
     Args:
-        block_parameters: of all transformer blocks together.
+        block_parameters: number of parameters of all transformer blocks.
         layers: transformer blocks.
         hidden_size: D, heads times head size.
         lengths: tokens of each segment, prefix tokens included.

@@ -24,7 +24,7 @@ class Workload:
     """Images by their sizes.
 
     Attributes:
-        name: for tables.
+        name: name in tables.
         grids: `(rows, columns)` of each image, in patches.
     """
 

@@ -26,7 +26,7 @@ torchscript use_bfloat16 vision_config
 """
 
 BACKBONE_FIELDS = ("apply_layernorm", "reshape_hidden_states", "out_features", "out_indices", "stage_names")
-"""Of the backbones that transformers makes of a model, not of its encoder."""
+"""Fields of the backbones that transformers makes of a model, which its encoder does not read."""
 
 
 def read_fields(
@@ -42,8 +42,8 @@ def read_fields(
     Fields that are in none of these lists are logged.
 
     Args:
-        checkpoint: whose vision config is read.
-        names: of the fields that are read.
+        checkpoint: the checkpoint whose vision config is read.
+        names: names of the fields that are read.
         aliases: further names in files, to those of the encoder's config.
         fixed: fields with the one value that is implemented; null counts as it.
         unused: fields that the original does not compute with either.

@@ -74,7 +74,7 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
     """A JSON object from its bytes.
 
     Args:
-        name: of its file, for messages.
+        name: name of its file, for messages.
 
     Raises:
         ValueError: see `read_json`.

@@ -152,7 +152,7 @@ class Part:
     """The place of a parameter's values in a file.
 
     Attributes:
-        names: of the tensor, or of several whose rows follow each other.
+        names: name of the tensor, or names of several whose rows follow each other.
         rename: what becomes of the tensor.
         index: the part of that.
     """

@@ -40,7 +40,7 @@ class Checkpoint:
     """A checkpoint before anything of it is loaded.
 
     Attributes:
-        name: as the user named it.
+        name: the checkpoint as the user named it.
         tensors: every tensor by its stored name.
         config: `config.json`, `{}` where there is none.
         preprocessor: `image_processor` of `processor_config.json` or `preprocessor_config.json`, `None` where there is
@@ -50,7 +50,7 @@ class Checkpoint:
         folder: where `config.json` was found, on this machine; `None` where there is none.
         choice: `variant` and `use_safetensors`, where the files were chosen by them.
         opened_with: all arguments of `open_checkpoint` beside the name that open it again; a token is not pickled.
-        prefix: of the tensors in the file, where they are a tower's in a larger model.
+        prefix: prefix of the tensors in the file, where they are a tower's in a larger model.
     """
 
     name: str
@@ -121,7 +121,7 @@ class Checkpoint:
         """Shape of a tensor.
 
         Args:
-            name: by the packed model's names.
+            name: the tensor's name in the packed model.
             ndim: how many sides it must have; any number unless given.
 
         Raises:

@@ -30,7 +30,7 @@ def file_on_hub(name: str, filename: str, **hub: Any) -> Path | None:
 
 
 def _hub_error(name: str, error: OSError, revision: str | None) -> str:
-    """What the Hub has refused, for a message."""
+    """Message for what the Hub has refused."""
     cause = error.__cause__ or error
     if isinstance(cause, GatedRepoError):  # also a RepositoryNotFoundError
         return (

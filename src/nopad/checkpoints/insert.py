@@ -32,7 +32,7 @@ def save_into(encoder: PackedEncoder, source: str | Path, target: str | Path, pr
     Args:
         source: a folder of safetensors, on this machine, with a tower of the same architecture.
         target: a folder that does not exist yet.
-        prefix: of the tower's tensors; that of the checkpoint that this encoder is from, else searched.
+        prefix: prefix of the tower's tensors; that of the checkpoint that this encoder is from, else searched.
 
     Raises:
         ValueError: a tower of another architecture, other files than safetensors, weights in another format, or a

@@ -95,9 +95,9 @@ def check_keywords(caller: str, names: Iterable[str], accepted: Iterable[str], o
     """Raise for unknown arguments.
 
     Args:
-        caller: for the message.
-        names: of arguments.
-        accepted: names that are taken.
+        caller: name of the function, for the message.
+        names: names of arguments.
+        accepted: names that the caller takes.
         others: further names that may have been meant.
 
     Raises:

@@ -70,9 +70,9 @@ def load_quantised(
     """Check the names and the shapes of what is not quantised, load by transformers, and check what came of it.
 
     Args:
-        from_pretrained: of `PreTrainedModel`, bound to the encoder's class.
-        checkpoint: as it was opened, with a `quantization_config`.
-        dialect: of its names.
+        from_pretrained: the method of `PreTrainedModel`, bound to the encoder's class.
+        checkpoint: the checkpoint as it was opened, with a `quantization_config`.
+        dialect: the dialect of its names.
         skeleton: the encoder on the meta device.
         kwargs: further arguments of `from_pretrained`.
 

@@ -26,9 +26,9 @@ def to_memory(encoder: PackedEncoder, state_dict: dict[str, Any], prefix: str) -
     """Rename the tensors under `prefix` to what the encoder has in memory; Trainer passes a file's as the file's.
 
     Args:
-        encoder: that they are for.
+        encoder: the encoder that they are for.
         state_dict: changed in place.
-        prefix: of the encoder's names, where it is part of another model.
+        prefix: prefix of the encoder's names, where it is part of another model.
 
     Raises:
         ValueError: nopad 0.1's fused matrices, another dialect, another family.
@@ -48,8 +48,8 @@ def to_file(encoder: PackedEncoder, arguments: Mapping[str, Any]) -> dict[str, A
     """The state dict that `save_pretrained` is to write: under the names of published files.
 
     Args:
-        encoder: that is saved.
-        arguments: of `save_pretrained`, by name.
+        encoder: the encoder that is saved.
+        arguments: the arguments of `save_pretrained`, by name.
 
     Returns:
         As given, `None` for the one that transformers would take: where names in memory are wanted, adapters are saved

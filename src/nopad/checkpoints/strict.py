@@ -126,7 +126,7 @@ def check_sizes(checkpoint: Checkpoint, fields: Mapping[str, Any], layers: str) 
 
     Args:
         checkpoint: with the packed model's names.
-        fields: of a config.
+        fields: fields of a config.
         layers: prefix of the tensor names of all layers.
 
     Raises:

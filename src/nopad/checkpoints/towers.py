@@ -46,7 +46,7 @@ def prefix_of(
     """The prefix of the one vision tower among tensor names; empty where the names are those of an encoder as a whole.
 
     Args:
-        names: of all tensors.
+        names: names of all tensors.
         config: the checkpoint's `config.json`.
         families: the dialects that are searched, by the family's name.
         label: the checkpoint, for messages.
@@ -180,7 +180,7 @@ def open_tower(
     Args:
         name: as `open_checkpoint` takes it.
         families: whose towers are searched: the dialects of each by its name, such as `dialects.DIALECTS`.
-        prefix: of the tower's tensors; searched unless given.
+        prefix: prefix of the tower's tensors; searched by default.
         options: further arguments of `open_checkpoint`.
 
     Raises:

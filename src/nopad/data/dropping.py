@@ -12,7 +12,7 @@ from nopad.packing import Pack
 
 
 def num_retained(patches: int, rate: float) -> int:
-    """Patches of a frame that are kept: rounded, and at least one."""
+    """Number of a frame's patches that are not dropped: rounded, and at least one."""
     return max(1, round(patches * (1 - rate)))
 
 
@@ -31,7 +31,7 @@ def drop_patches(pack: Pack, rate: float, generator: torch.Generator | None = No
     Args:
         pack: whole grids.
         rate: part of the patches that is dropped; a frame keeps `round(patches · (1 - rate))`, and at least one.
-        generator: on the CPU; torch's own unless given.
+        generator: a generator of the CPU; torch's default unless given.
 
     Returns:
         A pack whose `grid_thw` has `[1, 1, patches kept]` for each image or clip.

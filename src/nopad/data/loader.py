@@ -62,10 +62,10 @@ class PackLoader:
         capacity: tokens of a pack, prefix tokens included, as `compile_for_training` counts them.
         max_segments: segments of a pack; `capacity // 64` by default, as there.
         shuffle: a new order in each epoch; an iterable dataset has its own.
-        seed: of all that is random here.
+        seed: seed of all that is random here.
         rank, world_size: which pack of a step is this process's; those of torch.distributed, else 0 and 1.
-        sizes: of the images, where they are known: `(height, width)` of all, or `(N, 2)` or `(N, 3)` with the number of
-            frames in front, as `measure_sizes` returns them.
+        sizes: sizes of the images, where they are known: `(height, width)` of all, or `(N, 2)` or `(N, 3)` with the
+            number of frames in front, as `measure_sizes` returns them.
         cost: `(a, b)` of a segment's cost `a · n² + b · n`, of which the ratio counts: that of a transformer of width
             1,024 by default, whose `b / a` is 6 D.
         window: steps that are planned at once: 64; 8 of an iterable dataset, whose items wait in memory.

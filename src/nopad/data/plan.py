@@ -69,7 +69,7 @@ class Planner:
 
         Args:
             number, frames, frame_patches, item: see `Sample`.
-            processor: that makes its patches.
+            processor: makes its patches.
         """
         num_patches = num_retained(frame_patches, self.drop_patches) if self.drop_patches else frame_patches
         lengths = segment_lengths(processor, -(-frames // processor.temporal_patch_size), num_patches)
@@ -83,8 +83,8 @@ class Planner:
         The last steps may have packs that are less full. Samples are left out where fewer than `world_size` remain.
 
         Args:
-            samples: in the order in which they are trained on.
-            seed: of the shuffling of steps.
+            samples: samples in the order in which they are trained on.
+            seed: seed of the shuffling of steps.
 
         Raises:
             ValueError: a sample that does not fit into a pack.
@@ -106,7 +106,7 @@ class Planner:
             yield from self._window(packs[start : start + size], rng)
 
     def warning(self, pack: Packed) -> str | None:
-        """What to say where `max_segments` keeps a pack from being half full."""
+        """Warning where `max_segments` keeps a pack from being half full, else `None`."""
         if _segments(pack) < self.max_segments or 2 * _rows(pack) >= self.capacity:
             return None
         return (
@@ -208,9 +208,9 @@ class PlanStatistics:
     """Statistics of a plan.
 
     Attributes:
-        steps: of each rank.
-        samples: in all packs.
-        left_out: at the end, fewer than there are ranks.
+        steps: number of steps of each rank.
+        samples: number of samples in all packs.
+        left_out: number of samples left out at the end, fewer than there are ranks.
         fill: rows of packs over their capacity, on average.
         balance: mean cost of a step's packs over the largest, averaged over steps: the part of the time in which ranks
             do not wait for each other.

@@ -30,8 +30,8 @@ def check_agreement(rank: int, settings: Mapping[str, Any]) -> None:
     """Compare the settings of all ranks; every rank raises where they differ, so that none waits for another.
 
     Args:
-        rank: which packs this process takes.
-        settings: that all ranks must have alike, plain values. Where their `world_size` is not that of
+        rank: rank of this process, whose packs it takes.
+        settings: settings that all ranks must have alike, plain values. Where their `world_size` is not that of
             torch.distributed, ranks are not compared.
 
     Raises:

@@ -22,12 +22,12 @@ class Sample:
 
     Attributes:
         number: its index in a map-style dataset, its place in an iterable one.
-        frames: of a clip, 1 for an image.
+        frames: frames of a clip, 1 for an image.
         frame_patches: patches of a frame, before any are dropped.
-        rows: in a pack: patches that are kept, and prefix tokens.
+        rows: rows in a pack: patches that are not dropped, and prefix tokens.
         segments: how many attend to themselves.
-        cost: of a forward and a backward.
-        item: of an iterable dataset; one of a map-style dataset is read where its pixels are.
+        cost: cost of a forward and a backward.
+        item: the item of an iterable dataset; one of a map-style dataset is read where its pixels are.
     """
 
     number: int

@@ -23,7 +23,7 @@ class PackMaker(Dataset):
 
     Args:
         dataset: map-style, `None` where samples bring their items.
-        processor: of images.
+        processor: makes patches of images.
         image, augment, drop_rate, collate, seed: see `PackLoader`.
     """
 

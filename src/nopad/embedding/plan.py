@@ -100,7 +100,7 @@ class Plan:
         return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Plain values for `--json`."""
         return {**asdict(self), "table_bytes": self.table_bytes, "warnings": self.warnings}
 
 

@@ -80,7 +80,7 @@ class Summary:
         return cls(folder=folder, stats=Stats(), **counts, **more)
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Plain values for `--json`."""
         seconds = self.seconds or 1.0  # where there was nothing to do, nothing was done per second
         per_second = {"images": self.stats.images / seconds, "patches": self.stats.patches / seconds}
         busy = None if self.busy is None else asdict(self.busy)

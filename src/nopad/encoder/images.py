@@ -55,7 +55,7 @@ class ImageRules:
 
         Args:
             config: of the encoder.
-            preprocessor_config: of the checkpoint, `None` where it has none.
+            preprocessor_config: the checkpoint's, `None` where it has none.
             source: the checkpoint, for messages.
 
         Raises:

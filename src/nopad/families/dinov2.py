@@ -31,7 +31,7 @@ from nopad.preprocessing.rules import Preprocessing
 
 
 class DINOv2Embeddings(ViTEmbeddings):
-    """Those of plain vision transformers, and register tokens, which have no positions, behind CLS.
+    """Embeddings of plain vision transformers, and register tokens, which have no positions, behind CLS.
 
     transformers antialiases the positions of models with registers alone. Meta's own code computes the scale of models
     without registers from a side that is 0.1 patches longer.

@@ -12,8 +12,8 @@ def configs_by_name(
     """The config of each published model.
 
     Args:
-        models: from what models have in common to their names, divided by spaces.
-        config: from a name, and what it has in common with others, to the fields of its config.
+        models: names of models, divided by spaces, by what they have in common.
+        config: returns the fields of the config of a name and of what it has in common with others.
     """
     return {name: config(name, *shared) for shared, names in models.items() for name in names.split()}
 

@@ -42,7 +42,7 @@ UNAVAILABLE_ERRORS = (
 )
 """Exceptions that mean: this way to run the layers is not available, try the next."""
 ERRORS_OF_VERSIONS = (AssertionError, TypeError, AttributeError, LookupError)
-"""As other versions of quack, CUTLASS and Triton raise them; elsewhere they are faults, and `compile` raises them."""
+"""Exceptions of other versions of quack, CUTLASS and Triton; elsewhere they are faults, and `compile` raises them."""
 
 
 def compile_encoder(

@@ -21,7 +21,7 @@ class QuantizedLinear(nn.Module):
         precision: the format, as `nopad.load` takes it.
         weight: `(out, in)` in that format.
         scale: `(out, 1)` float32.
-        bias: in the layer's dtype, or `None`.
+        bias: the bias in the layer's dtype, or `None`.
 
     Raises:
         ValueError: see `check_linear`.

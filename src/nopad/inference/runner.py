@@ -278,7 +278,7 @@ class Warnings:
 
 
 class FixedShape(Protocol):
-    """What `fits` reads of a runner."""
+    """The attributes of a runner that `fits` reads."""
 
     capacity: int
     max_segments: int

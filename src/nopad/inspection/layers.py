@@ -28,7 +28,7 @@ class LayerRunner(EagerRunner):
     """Runs the layers one by one, and hands the rows after some of them on.
 
     Args:
-        visits: by the index of a layer, what is called with the `(rows, D)` that it returns.
+        visits: functions by the index of a layer, each called with the `(rows, D)` that it returns.
         whole: run the layers after the last of `visits`, too.
     """
 

@@ -54,7 +54,7 @@ def norm(tokens: Tensor, pending_bias: Tensor | None, eps: float, *, subtract_me
         tokens: `(T, D)`.
         pending_bias: `(D,)` float32 or `None`.
         eps: eps of the norm.
-        subtract_mean: of each row, as LayerNorm does.
+        subtract_mean: subtract the mean of each row, as LayerNorm does.
 
     Returns:
         `(T, D)` in the dtype of `tokens`.

@@ -38,7 +38,7 @@ class Channel:
         os.set_blocking(self.fileno(), False)
 
     def fileno(self) -> int:
-        """For selectors."""
+        """The connection's file descriptor, for selectors."""
         return self._process.connection.fileno()
 
     @property
@@ -77,7 +77,7 @@ class Channel:
         """An answer as JSON: a decoder that was taken over must not reach this process, as a pickle could.
 
         Args:
-            max_answers: so many of one file each it may hold.
+            max_answers: maximum number of files that it may answer for.
 
         Raises:
             EOFError, OSError, ValueError, TypeError: the process died, or answers nonsense.

@@ -51,7 +51,7 @@ class DecodeChannel(Channel):
 
         Args:
             data: the file, as the decoder takes it.
-            reservation: of the memory that it takes.
+            reservation: for the memory that it takes.
             timeout: seconds until `deadline`, which starts anew once patches come.
             notify: called when there may be memory.
 
@@ -150,7 +150,7 @@ class DecodeChannel(Channel):
         return PreparedImage(data, tuple(answer["grid"]), *sides, orientation=answer["orientation"])
 
     def seconds(self) -> float:
-        """For how long the process has worked on its file until now, without waiting for memory."""
+        """Seconds that the process has worked on its file until now, without waiting for memory."""
         return time.monotonic() - self._start - self._waited
 
     def _allow(self, seconds: float | None) -> None:

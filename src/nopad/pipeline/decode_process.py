@@ -28,7 +28,7 @@ LARGE_FILE_BYTES = 1 << 26
 
 
 class Decoder(Protocol):
-    """From the bytes or the name of an untrusted file to pixels; picklable."""
+    """Makes pixels of the bytes or the name of an untrusted file; picklable."""
 
     def is_quick(self, source: Any, /) -> bool:
         """Whether a file of its kind is decoded in an instant; then several are sent at once."""

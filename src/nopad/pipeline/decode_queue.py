@@ -25,9 +25,9 @@ class Task:
     """A file to decode.
 
     Attributes:
-        alone: in no batch.
+        alone: whether it must be in no batch.
         number: its place in the order.
-        attempts: of processes that were given it alone.
+        attempts: counts the processes that decoded it alone.
     """
 
     data: Any

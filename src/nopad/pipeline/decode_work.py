@@ -25,7 +25,7 @@ class DecodeWork:
         tasks: the files that it was sent.
         steps: its conversation with this process; resumed when what it has yielded has happened.
         timeout: seconds for all of it, `None` for no limit.
-        events: of the connection that `steps` waits for.
+        events: the events of the connection that `steps` waits for.
     """
 
     process: DecodeChannel

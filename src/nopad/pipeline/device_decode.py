@@ -54,7 +54,7 @@ def why_unavailable(device: torch.device) -> str | None:
 
 @lru_cache
 def _engines(device: torch.device) -> _Engines:
-    """Those of a device, made once: their first decoding takes a second."""
+    """The JPEG engines of a device, made once: their first decoding takes a second."""
     return _Engines(device)
 
 
@@ -133,7 +133,7 @@ class DeviceDecoder:
         """Write the patches of images that are encoded still.
 
         Args:
-            starts: of each image the first row of its patches.
+            starts: the first row of each image's patches.
             patches: `(T, P)` uint8 on the device.
         """
         call: list[tuple[PreparedImage, int]] = []
@@ -162,7 +162,7 @@ class DeviceDecoder:
             self._resize(descriptions, scratch, patches)
 
     def _on_cpu(self, image: PreparedImage, start: int, patches: Tensor) -> None:
-        """Of a file that was checked, and that the engines refuse all the same."""
+        """Decode here a file that was checked, and that the engines refuse all the same."""
         logger.info("a JPEG of %d×%d goes the way of the CPU: the GPU's engines refuse it", image.width, image.height)
         prepared = self._image_processor(load_image(image.data.numpy().tobytes()))
         patches[start : start + prepared.num_patches] = prepared.data.to(self._device)
@@ -210,7 +210,7 @@ class DeviceDecoder:
 
 
 class _ScratchSizes:
-    """Room for the weights and the pixels between the passes of all images of a call."""
+    """Sizes of the buffers of a call, for the weights and for the pixels between the passes of all its images."""
 
     def __init__(self) -> None:
         self.weights = self.pixels = 0

@@ -30,7 +30,7 @@ class PreparedImage:
         grid: `(frames, rows, columns)`.
         width, height: pixels of the upright image.
         extras: see `Decoder.extras`; of another process, and not trusted.
-        orientation: of a JPEG by its EXIF, 1 … 8; `None` for patches.
+        orientation: a JPEG's EXIF orientation, 1 … 8; `None` for patches.
     """
 
     data: Tensor
@@ -42,7 +42,7 @@ class PreparedImage:
 
     @property
     def num_patches(self) -> int:
-        """Of all frames."""
+        """Number of patches of all frames."""
         return math.prod(self.grid)
 
 
@@ -51,7 +51,7 @@ class ImageProcessor(Processor):
     """Turns the pixels of one image into patches.
 
     Attributes:
-        dtype: of the patches: uint8, or the encoder's where the rule resizes in float.
+        dtype: the patches' dtype: uint8, or the encoder's where the rule resizes in float.
     """
 
     @classmethod
@@ -103,7 +103,7 @@ class ImageProcessor(Processor):
         """About how much memory decoding and preparing take at once.
 
         Args:
-            frames, pixels: of the image or clip, all frames together.
+            frames, pixels: number of frames, and of pixels of all frames together.
             decode_bytes: bytes that decoding takes.
         """
         limit = self.rule.max_pixels(self.patch_size)

@@ -42,8 +42,8 @@ def pack_images(
         size: `"model"` by the model's own rule, `"native"` as the images are, an integer for the pixels of the short
             side, aspect ratio kept and nothing cropped, `(height, width)` for both sides; as the encoder was loaded,
             unless given.
-        min_patches, max_patches: least and most patches of an image, which is scaled in its aspect ratio; for sizes
-            that leave room for them.
+        min_patches, max_patches: limits of an image's patches; it is scaled in its aspect ratio. For sizes that
+            leave room for them.
         multiple_of: rows and columns of patches are multiples of this.
         resize: `"pil"` is bit-exact with the original's processor, `"torch"` is faster and has nearly all
             values equal, the others within 2 grey levels.
@@ -87,15 +87,15 @@ def embed_images(
     Args:
         images: as `pack` takes them.
         size, min_patches, multiple_of, resize, preprocessing: as `pack` takes them.
-        max_patches: most patches of an image, its aspect ratio kept: `"auto"` is 4,096 where the rule has no limit, so
-            that one photo does not hold up all others; `None` is no limit but the rule's own.
+        max_patches: maximum of an image's patches, in its aspect ratio: `"auto"` is 4,096 where the rule has no limit,
+            so that one photo does not hold up all others; `None` is no limit but the rule's own.
         capacity: tokens per pack; a larger image gets a pack of its own. What the encoder is
             compiled for unless given, else 2,048 on a CPU, 16,896 on an H100.
-        threads: that decode; one per core unless given.
+        threads: number of threads that decode; one per core by default.
         pool: `"model"` for the model's own vector, `"cls"` for the CLS token, `"mean"` for the mean of the patches,
             `"cls+mean"` for both.
-        layers: of which `pool` takes the normed tokens, from 0 or from the end, one vector behind the other; the last
-            one unless given.
+        layers: the layers whose normed tokens `pool` takes, from 0 or from the end, one vector behind the other; the
+            last one by default.
 
     Returns:
         `(N, E)` or `(N, D)` float32, on the CPU; with layers and `"cls+mean"` that many times D.

@@ -36,9 +36,9 @@ class DecodeProcesses:
     Idle processes end with this object, all with this process, however it ends. Ctrl-C does not reach them.
 
     Args:
-        decoder: from a file to pixels.
-        image_processor: from pixels to patches.
-        max_processes: so many at once.
+        decoder: makes pixels of a file.
+        image_processor: makes patches of pixels.
+        max_processes: maximum number of processes at once.
         timeout: seconds for one input, `None` for no limit. Waiting for memory does not count.
         keep_jpegs, scale_jpegs: see `DecodeProgram`.
 

@@ -140,7 +140,7 @@ class MemoryReservation:
     - decoded, after `finish_decoding`: the bytes of the result.
 
     Attributes:
-        budget: that it is made of.
+        budget: the budget that it is made of.
     """
 
     def __init__(self, budget: MemoryBudget, ticket: int) -> None:

@@ -79,7 +79,7 @@ class Nvjpeg:
         """Decode files that have a `size`.
 
         Args:
-            addresses, pitches: of each image where its pixels `(H, W, 3)` go on the device, and bytes of a row.
+            addresses, pitches: where the pixels `(H, W, 3)` of each image go on the device, and the bytes of a row.
             stream: the CUDA stream in whose order they are written.
 
         Raises:

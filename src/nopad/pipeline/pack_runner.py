@@ -47,7 +47,7 @@ class EmbeddingResult:
         grid: `(frames, rows, columns)` of patches.
         embedding: `(E,)` or `(D,)` float32: `image_embeds` where the checkpoint has a projection, else `pooled`.
         tokens: `(layers · frames · rows · columns, D)` float16, see `Selection`.
-        extras: of the image, see `PreparedImage`.
+        extras: values that are kept beside the patches, see `PreparedImage`.
     """
 
     error: ImageError | None = None
@@ -63,10 +63,10 @@ class PackRunner(Generic[Key]):
     """Runs packs of images, each with a key for its result; on a GPU one is computed while the one before is fetched.
 
     Args:
-        normalizer: of the patches.
+        normalizer: makes values of the patches.
         capacity: tokens of a full pack, for `stats`.
         selection: the features to return.
-        decoder: of images that are encoded still.
+        decoder: decodes images that are encoded still.
     """
 
     def __init__(
@@ -96,7 +96,8 @@ class PackRunner(Generic[Key]):
 
         Args:
             pack: keys and images.
-            is_last: of its group; in `stats` it counts as what it holds, unless the encoder fills it up.
+            is_last: whether it is the last of its group; in `stats` it counts as what it holds, unless the encoder
+                fills it up.
         """
         start = time.perf_counter()
         results = self._upload(pack)
@@ -130,7 +131,7 @@ class PackRunner(Generic[Key]):
         """Start a pack, or where it does not fit into memory each of its images alone; return what is done already.
 
         Args:
-            upload: of its patches, where that was begun.
+            upload: the upload of its patches, where that was begun.
         """
         reason = self._start(pack, upload)
         upload = None

@@ -25,7 +25,7 @@ MAX_FETCHERS = 64
 """Threads that fetch over a network."""
 
 DISK_PER_MEMORY = 64
-"""So many bytes of files on disk, beside those in memory, wait for a process or are with one."""
+"""Maximum bytes of files on disk that wait for a process or are with one, for each such byte in memory."""
 
 
 class Preparer(Protocol[_Input]):

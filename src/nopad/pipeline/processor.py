@@ -24,7 +24,7 @@ class Processor:
     Attributes:
         rule: sizes and statistics.
         resize: as `PackedEncoder.pack` takes it.
-        patch_size, patch_order, temporal_patch_size: of a patch.
+        patch_size, patch_order, temporal_patch_size: size and layout of a patch.
         dtype: of the patches.
 
     Raises:

@@ -30,9 +30,9 @@ class ReadAhead(Generic[Item]):
 
     Args:
         groups: taken one after another, as they are needed.
-        preparer: prepares them.
-        ahead: how many at most.
-        budget: of the memory; closed at the end.
+        preparer: prepares the images.
+        ahead: maximum number of images.
+        budget: bounds the memory; closed at the end.
         stats: `decode_seconds` and `wait_seconds` are added up here.
     """
 

@@ -26,7 +26,7 @@ class Selection:
 
     Attributes:
         tokens: keep the tokens, too.
-        layers: whose tokens, and by which `pool` makes vectors; `None` is the last layer. All get the final norm.
+        layers: the layers whose tokens are kept and pooled; `None` is the last layer. All get the final norm.
         pool: `"model"` is the model's own vector, `image_embeds` or `pooled`, whatever the layers; `"cls"` the CLS
             token, `"mean"` the mean of the patches and `"cls+mean"` both, of each layer, one behind the other.
         tokens_pool: keep the mean of each square of so many by so many tokens; at the right and the bottom of what is
@@ -75,7 +75,7 @@ class Selection:
         """Encode a pack.
 
         Args:
-            encoder: in evaluation mode.
+            encoder: an encoder in evaluation mode.
             patches: `(T, P)` on its device.
             grid_thw: `(N, 3)`.
 

@@ -15,9 +15,9 @@ class Stats:
         tokens, capacity: patches and their prefix tokens, and how many their packs could have held. The last pack of a
             group counts as what it holds, unless the encoder fills it up.
         packs: number of packs.
-        decode_seconds, encode_seconds, wait_seconds: in reading and preprocessing, in the encoder, and of the encoder
-            for images.
-        device_seconds: for which the encoder's device was at work; on a CPU the same as `encode_seconds`, nearly.
+        decode_seconds, encode_seconds, wait_seconds: time of reading and preprocessing, of the encoder, and of
+            waiting for images.
+        device_seconds: time in which the encoder's device was at work; on a CPU nearly `encode_seconds`.
     """
 
     images: int = 0

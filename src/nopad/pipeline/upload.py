@@ -24,7 +24,7 @@ class Uploader:
 
     Args:
         device: where the patches go.
-        decoder: of images that are encoded still.
+        decoder: decodes images that are encoded still.
     """
 
     def __init__(self, device: torch.device, decoder: DeviceDecoder | None = None) -> None:

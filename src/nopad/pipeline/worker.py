@@ -58,11 +58,12 @@ class Worker:
         resize: as `PackedEncoder.pack` takes it.
         preprocessing: how images are made; the rule of the encoder by default.
         selection: the features to return; vectors alone by default.
-        threads: that read and preprocess; one per core by default.
+        threads: number of threads that read and preprocess; one per core by default.
         timeout: seconds for one input that is decoded in a process of its own, `None` for no limit.
         memory: bytes that images may take between file and pack; by default half of what is free.
-        decode: of JPEGs that come from processes: `"gpu"`, see `nopad.pipeline.device_decode`; `"auto"` for that where
-            it is possible; `"scaled"` at a fraction of their size, see `nopad.preprocessing.jpegs.scaled_jpeg`.
+        decode: how JPEGs that come from processes are decoded: `"gpu"`, see `nopad.pipeline.device_decode`;
+            `"auto"` for that where it is possible; `"scaled"` at a fraction of their size, see
+            `nopad.preprocessing.jpegs.scaled_jpeg`.
 
     Attributes:
         decode: `"cpu"`, `"gpu"` or `"scaled"`.

@@ -46,7 +46,7 @@ def read_preprocessor_config(
     Args:
         config: the JSON object of the file.
         default: the family's rule.
-        whose: for messages.
+        whose: name of the config, for messages.
 
     Raises:
         ValueError: a value of another type than its key has, or a combination that no rule here reproduces.

@@ -48,7 +48,7 @@ class ImageError(ValueError):
     """An image that cannot be used.
 
     Attributes:
-        source: which image.
+        source: the image's name, for the message.
         reason: why, and what to do.
     """
 

@@ -13,7 +13,7 @@ class Placement:
     Attributes:
         height, width: pixels after the resize.
         top, left: pixels before the first row and the first column of patches.
-        rows, columns: of patches.
+        rows, columns: rows and columns of patches.
     """
 
     height: int

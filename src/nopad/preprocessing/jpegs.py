@@ -34,7 +34,7 @@ class CheckedJpeg:
 
     Attributes:
         width, height: pixels as they are stored.
-        orientation: by its EXIF, 1 … 8.
+        orientation: EXIF orientation, 1 … 8.
         small: upright pixels `(h, w, 3)` at a fraction of the size.
     """
 
@@ -51,7 +51,7 @@ def check_jpeg(data: bytes, *, max_pixels: int, min_side: int = 1) -> CheckedJpe
     smallest scale of libjpeg-turbo: all of its entropy-coded data are read, and few pixels are computed.
 
     Args:
-        max_pixels: of larger ones the CPU words the error.
+        max_pixels: larger images are left to `load_image`, which words the error.
         min_side: pixels that the longer side of `small` has at least, where the image has as many.
     """
     if simplejpeg is None or data.count(START_OF_SCAN) > 1:  # scans of single colours, or a second image
@@ -82,8 +82,8 @@ def scaled_jpeg(
     """Decode a colour JPEG at a half, a quarter or an eighth of its size where that is large enough, otherwise whole.
 
     Args:
-        min_size: from height and width of the upright image to those that its pixels have at least.
-        max_pixels: of larger ones `load_image` words the error.
+        min_size: returns the minimum height and width of the pixels, for those of the upright image.
+        max_pixels: larger images are left to `load_image`, which words the error.
 
     Returns:
         Upright uint8 `(3, h, w)`, and the image's own height and width; `None` for what `load_image` has to decide.
@@ -113,7 +113,7 @@ class _Header:
 
 
 def _header(data: bytes, max_pixels: int) -> _Header | None:
-    """That of a colour JPEG of at most so many pixels; may raise `DAMAGE`."""
+    """The header of a colour JPEG of at most so many pixels; may raise `DAMAGE`."""
     with open_image(data) as image:
         width, height = image.size
         if image.format not in ("JPEG", "MPO") or image.mode != "RGB" or not 0 < width * height <= max_pixels:

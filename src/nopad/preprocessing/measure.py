@@ -17,7 +17,7 @@ from nopad.preprocessing.load import load
 _BY_HEADER = frozenset(("BMP", "JPEG", "MPO", "PNG", "WEBP"))
 """Formats whose header has the size of what is decoded. A TIFF may be turned, and an ICO holds another picture."""
 _TRANSPOSED = 5
-"""From this EXIF orientation on, rows and columns change places."""
+"""The first EXIF orientation that swaps rows and columns, as all above it do."""
 
 
 def measure(source: Any) -> tuple[int, int, int]:

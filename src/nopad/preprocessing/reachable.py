@@ -36,7 +36,7 @@ def missing_mount(error: BaseException, path: bytes, root: bytes = b"") -> str:
     """Why a file that is not there may be on a file system that is not mounted; empty where it is just gone.
 
     Args:
-        error: of opening it.
+        error: the error of opening it.
         path: absolute.
         root: the source in which it was listed, empty for none.
     """

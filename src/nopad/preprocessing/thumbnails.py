@@ -17,7 +17,7 @@ def thumbnail(pixels: Tensor, side: int) -> bytes:
 
     Args:
         pixels: upright, uint8 `(3, H, W)` or `(frames, 3, H, W)`.
-        side: at least 1; smaller images stay as they are.
+        side: maximum pixels of a side, at least 1; smaller images stay as they are.
     """
     frame = pixels if pixels.ndim == 3 else pixels[len(pixels) // 2]
     image = Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy())

@@ -52,7 +52,7 @@ def read_frames(
 
     Args:
         source: see `Video`; the first video stream is read that is no cover picture.
-        num_frames: at least 1.
+        num_frames: number of frames, at least 1.
         span: seconds from the first frame, beginning and end: the frames are spread over those that begin in between.
             Where the two are equal it is the one frame that is shown at that time.
         max_pixels: refuse larger frames, by the header, before anything is decoded.

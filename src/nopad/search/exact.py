@@ -45,8 +45,8 @@ def top_k(
     Args:
         embeddings: `(N, D)`.
         queries: `(Q, D)`.
-        k: at least 1.
-        lengths: of the rows `(N,)`, for the next call; those that are NaN are computed and stored there.
+        k: number of rows, at least 1.
+        lengths: norms of the rows `(N,)`, kept for the next call; those that are NaN are computed and stored there.
 
     Returns:
         Cosines and rows, both `(Q, min(k, N))`, best first.

@@ -40,8 +40,8 @@ class Group:
     """Rows that belong together.
 
     Attributes:
-        rows: of a cluster the nearest to its centre first; of duplicates the largest picture first.
-        ids: of these rows.
+        rows: indices of the rows, of a cluster the nearest to its centre first, of duplicates the largest image first.
+        ids: the ids of these rows.
     """
 
     rows: np.ndarray
@@ -58,7 +58,7 @@ class Features:
     `features[i]` is a row as a dict, `features[i:j]` a list of them.
 
     Attributes:
-        ids, sources: which input each row is of.
+        ids, sources: the input of each row.
         embeddings: `(N, D)` float32 or float16, as the job stored them.
         grids: `(N, 3)` patches: frames, rows, columns.
         sizes: `(N, 2)` pixels of the upright pictures: height, width.
@@ -193,7 +193,7 @@ class Features:
             text: words, for tables of an encoder with a text tower.
             image: as `PackedEncoder.embed` takes it, prepared as the table's pictures were.
             vector: `(D,)` values.
-            id: of a row of this table; the row itself is not among the results.
+            id: the id of a row of this table; the row itself is not among the results.
             k: how many.
             encoder: for `text` and `image`, in place of `self.encoder`; of the table's own weights.
             exact: do not use the index.

@@ -78,7 +78,7 @@ def build(
 
     Args:
         shards, embeddings, rows: of one table, see `Features` and `Places`.
-        recall: of the 10 nearest rows, the share to be found on average.
+        recall: share of the 10 nearest rows that is found on average.
         progress: called with what is done, in words.
 
     Raises:

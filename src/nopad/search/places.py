@@ -27,7 +27,7 @@ class Places:
     """Shards, and for each ok row the shard and the row in it.
 
     Attributes:
-        shards: of all tables.
+        shards: the shards of all tables.
         rows: `(N, 2)`: index into `shards`, row in the shard.
         sizes: for each shard the rows of its job's shards, but for the last; `None` where that is unknown.
     """

@@ -32,7 +32,7 @@ class Match:
 
     Attributes:
         row: index into the table.
-        id, source: of its input.
+        id, source: id and source of its input.
         score: its cosine to the query.
     """
 

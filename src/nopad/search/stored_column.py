@@ -21,8 +21,8 @@ class StoredColumn:
 
     Args:
         name: of the column.
-        paths: of the shards, `None` for one without this column.
-        starts: for each shard the first row of each row group.
+        paths: paths of the shards, `None` for one without this column.
+        starts: the first row of each row group, for each shard.
         places: `(N, 2)`: shard and row in it.
     """
 

@@ -29,13 +29,13 @@ class TextRules:
     class that holds both towers.
 
     Attributes:
-        padding: as transformers' tokenizers take it; `"max_length"` pads to the positions that were learned.
-        published: from a published name to the fields of its text config, but for the vocabulary, for `untrained:`.
+        padding: the argument of transformers' tokenizers; `"max_length"` pads to the positions that were learned.
+        published: returns the fields of the text config of a published name, but for the vocabulary, for `untrained:`.
         has_bos: whether texts begin with a token of their own.
         normalize: of tokenizer and text, what is done to a text before it.
-        config_fields: from a checkpoint to the fields of the config of both towers.
-        check_tokenizer: of text config and tokenizer, raises `ValueError` where they do not belong together.
-        attn_implementation: of transformers' text model, where its default is not right.
+        config_fields: returns the fields of the config of both towers of a checkpoint.
+        check_tokenizer: takes a text config and a tokenizer, and raises `ValueError` where they do not belong together.
+        attn_implementation: the attention of transformers' text model, where its default is not right.
     """
 
     padding: Literal["max_length", "longest"]

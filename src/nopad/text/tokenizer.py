@@ -20,7 +20,7 @@ def load_tokenizer(name: str, opened: Mapping[str, Any]) -> Any:
     """The tokenizer beside a checkpoint's weights.
 
     Args:
-        name: of the checkpoint, as the user named it.
+        name: the checkpoint, as the user named it.
         opened: the arguments of `open_checkpoint` that it was opened by.
 
     Raises:

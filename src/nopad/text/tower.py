@@ -35,9 +35,9 @@ class TextTower(nn.Module):
 
     Attributes:
         text_model: transformers' own.
-        text_projection: to the image-text space, `None` where the class has none.
-        logit_scale, logit_bias: of the similarity; `logit_bias` is `None` where the class has none.
-        whole_config: of the class of both towers.
+        text_projection: the layer to the image-text space, `None` where the class has none.
+        logit_scale, logit_bias: scale and bias of the similarity; `logit_bias` is `None` where the class has none.
+        whole_config: config of the class of both towers.
         tokenizer: of the checkpoint.
     """
 
@@ -173,7 +173,7 @@ def whole_config(encoder: PackedEncoder, config_fields: Mapping[str, Any]) -> An
     """The config of the class of both towers, its vision part the encoder's own.
 
     Args:
-        encoder: of the vision tower.
+        encoder: the vision tower.
         config_fields: of that config; without `model_type`, the class is the one that the encoder's belongs to.
 
     Raises:

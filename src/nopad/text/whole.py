@@ -47,7 +47,7 @@ def save_whole(encoder: PackedEncoder, arguments: Mapping[str, Any]) -> None:
 
     Args:
         encoder: with a text tower.
-        arguments: of `save_pretrained`, by name.
+        arguments: the arguments of `save_pretrained`, by name.
 
     Raises:
         ValueError: see `whole_model`; or a `state_dict`, which has the encoder's part alone.

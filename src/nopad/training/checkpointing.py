@@ -29,7 +29,7 @@ def activation_checkpointing_enable(
 
     Args:
         encoder: the encoder.
-        activation_checkpointing_kwargs: for `torch.utils.checkpoint.checkpoint`.
+        activation_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`.
         options: transformers' own: `every_n_layers`, `offload`.
     """
     enable = getattr(PreTrainedModel, "activation_checkpointing_enable", None)

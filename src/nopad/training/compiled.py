@@ -60,7 +60,7 @@ def compile_for_training(
 
 @dataclass
 class _LastPack:
-    """What is known of the last pack of a runner, shared with those that `collecting` returns."""
+    """State of the last pack of a runner, shared with those that `collecting` returns."""
 
     ran_uncompiled: bool
 

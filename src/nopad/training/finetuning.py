@@ -37,7 +37,7 @@ def parameter_groups(
     Args:
         lr: learning rate of what is behind the blocks.
         layer_decay: factor from each layer to the one in front of it; 1 for one rate.
-        weight_decay: of matrices.
+        weight_decay: weight decay of matrices.
 
     Returns:
         Groups with `params`, `lr` and `weight_decay`, from the embeddings on; frozen parameters are in none.
@@ -64,7 +64,7 @@ def parameter_groups(
 
 
 def _depths(encoder: PackedEncoder) -> dict[int, int]:
-    """By a parameter's id 0 in front of the blocks, the number of its block from 1 on, or the next one behind them.
+    """Depth by a parameter's id: 0 before the blocks, the number of its block from 1 on, or the next one after.
 
     Parameters are registered in the order of the forward.
     """

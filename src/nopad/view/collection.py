@@ -42,13 +42,13 @@ class Collection:
 
     Attributes:
         features: the table.
-        rows: of the map, ascending.
+        rows: rows of the table on the map, ascending.
         places: `(len(rows), 2)` from 0 to 1.
         map: how they were placed, in words.
         directions: `(len(rows), d)` int8, from which cosines follow.
         labels: `(len(rows),)` index into `clusters`, -1 without.
         clusters, duplicates: `None` where they were not looked for.
-        results: of each query.
+        results: the results of each query.
         thumbnails: JPEGs by row.
         left_out: what the page does not show, and why.
     """
@@ -89,7 +89,7 @@ def collect(
             to compare all pairs on a CPU.
         map: UMAP where it is installed, else principal components, unless given.
         thumbnails: pictures of the page, at most.
-        encoder: for queries, see `Features.search`.
+        encoder: encodes queries, see `Features.search`.
         progress: called with what is being done.
 
     Raises:

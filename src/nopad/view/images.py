@@ -47,8 +47,8 @@ class ModelMaps:
     """Maps of one model over one image.
 
     Attributes:
-        model: as it was named.
-        query: whose attention is shown: `"cls"` or `"pooled"`, `None` where none is.
+        model: the model as it was named.
+        query: the query whose attention is shown: `"cls"` or `"pooled"`, `None` where none is.
         box: `[x0, y0, x1, y1]` in pixels of the image that the patches cover.
         layers: see `LayerMaps`.
     """
@@ -84,11 +84,11 @@ def view_images(
     Args:
         images: files.
         models: encoders, or names as `nopad.load` takes them.
-        kinds: of `KINDS`; all that the models have unless given.
-        layers: from 0 or from the end.
+        kinds: some of `KINDS`; all that the models have by default.
+        layers: indices of layers, from 0 or from the end.
         size, max_patches: as `PackedEncoder.pack` takes them.
         progress: called with what is being done.
-        options: of `nopad.load`.
+        options: further arguments of `nopad.load`.
 
     Raises:
         ImageError: an image that cannot be used, or a video.
@@ -167,7 +167,7 @@ def _maps(
 
 
 def _query(name: str, encoder: PackedEncoder, kinds: Sequence[str] | None) -> str | None:
-    """Whose attention is shown."""
+    """The query whose attention is shown."""
     if kinds is not None and "attention" not in kinds:
         return None
     query = "cls" if encoder.num_prefix_tokens else "pooled" if encoder.head is not None else None

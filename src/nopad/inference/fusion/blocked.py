@@ -164,8 +164,8 @@ class PackedBlock:
         activation: as in `FoldedBlock`.
         num_heads: H.
         layer_norm: whether the norms subtract the mean.
-        eps: of both norms.
-        execution: for reports.
+        eps: the epsilon of both norms.
+        execution: name of this way to run layers, for reports.
     """
 
     qkv: CPULinear

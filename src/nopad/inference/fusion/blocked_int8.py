@@ -126,9 +126,9 @@ class Int8Block:
     Attributes:
         qkv, proj, gate, up, down: the weights; `gate` is `None` where the block has none.
         norm1, norm2: the norms.
-        activation: of the gate, or of `up`.
+        activation: activation of the gate, or of `up`.
         num_heads: H.
-        execution: for reports.
+        execution: name of this way to run layers, for reports.
     """
 
     qkv: Int8Weight

@@ -178,7 +178,7 @@ def check_equal(
     Args:
         stack: takes the tokens.
         layers: the eager layers.
-        tokens, segments, rope: of a pack.
+        tokens, segments, rope: those of a pack.
         zero_mean: whether the stack's tokens lack the mean of each row.
 
     Raises:

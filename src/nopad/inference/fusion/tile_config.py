@@ -43,14 +43,14 @@ GENERAL = (
     _cluster_1x2(128, 160, 0.95),
     _cluster_1x2(128, 128, 0.92),
 )
-"""For most GEMMs."""
+"""Tiles of most GEMMs."""
 FP8_SMALL_K = (
     TileConfig(128, 192, epi_n=64),
     _cluster_1x2(128, 192, 0.995, epi_n=64),
     _cluster_1x2(128, 128, 0.875, epi_n=64),
     _cluster_1x2(128, 160, 0.85),
 )
-"""For a float8 GEMM of small K that reads the residual stream."""
+"""Tiles of a float8 GEMM of small K that reads the residual stream."""
 RESIDUAL_SMALL_K = (
     TileConfig(128, 128),
     _cluster_1x2(128, 128, 0.99),
@@ -58,7 +58,7 @@ RESIDUAL_SMALL_K = (
     TileConfig(128, 192, 0.97),
     TileConfig(128, 208, 0.92),
 )
-"""For a residual GEMM of small N and small K, whose epilogue takes as long as its main loop."""
+"""Tiles of a residual GEMM of small N and small K, whose epilogue takes as long as its main loop."""
 RESIDUAL_LARGE_K = (
     _cluster_1x2(128, 128),
     TileConfig(128, 128, 0.98),
@@ -66,7 +66,7 @@ RESIDUAL_LARGE_K = (
     TileConfig(128, 160, 0.98),
     TileConfig(128, 192, 0.955),
 )
-"""For a residual GEMM of small N and large K."""
+"""Tiles of a residual GEMM of small N and large K."""
 FP8_RESIDUAL = (
     TileConfig(128, 128),
     _cluster_1x2(128, 128, 0.988),
@@ -74,7 +74,7 @@ FP8_RESIDUAL = (
     TileConfig(128, 192),
     TileConfig(128, 208, 0.925),
 )
-"""For a float8 residual GEMM of small N."""
+"""Tiles of a float8 residual GEMM of small N."""
 LARGE_K = 1536
 """K from which `GENERAL` is fastest for a float8 GEMM that reads the residual stream."""
 LARGE_N = 1152
