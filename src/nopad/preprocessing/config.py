@@ -21,6 +21,7 @@ _PROCESSORS = {
     "ViTImageProcessor": "vit",
     "BitImageProcessor": "bit",
     "Qwen2VLImageProcessor": "qwen2_vl",
+    "PixtralImageProcessor": "pixtral",
 }
 _CLASS_KEYS = """
 size crop_size resample image_mean image_std do_resize do_center_crop do_rescale do_normalize default_to_square
@@ -68,11 +69,13 @@ def _read(fields: dict[str, Any], default: Preprocessing) -> Preprocessing:
         if not isinstance(config.get(key, True), bool):
             raise ValueError(f"{key}: expected true or false, got {config[key]!r:.80}")
     smart_resize = processor.startswith("Qwen2VL") or (not processor and default.rule == "smart_resize")
-    read = _PIXELS.values() if smart_resize else ()
+    longest_edge = processor.startswith("Pixtral") or (not processor and default.rule == "longest_edge")
+    # Pixtral's pads images to those of their batch alone.
+    read = _PIXELS.values() if smart_resize else ("do_pad",) if longest_edge else ()
     steps = {key: config[key] for key in _OTHER_STEPS.split() if config.get(key) and key not in read}
     if steps:
         raise ValueError(f"got {steps!r:.200}, steps that no rule here has; give pack and embed a preprocessing=")
-    of_rule = _pixels_of_smart_resize if smart_resize else _rule_and_size
+    of_rule = _pixels_of_smart_resize if smart_resize else _longest_edge if longest_edge else _rule_and_size
     rule, size, short_side = of_rule(config, processor, default)
     if rule != default.rule:
         logger.info("the checkpoint's preprocessor config has rule %r, not %r", rule, default.rule)
@@ -180,6 +183,24 @@ def _pixels_of_smart_resize(
     if not all(map(is_count, pixels)):
         raise ValueError(f"size: expected pixels for {' and '.join(_PIXELS)}, got {size!r:.80}")
     return "smart_resize", pixels, None  # pyright: ignore[reportReturnType] - two counts
+
+
+def _longest_edge(config: dict[str, Any], processor: str, default: Preprocessing) -> tuple[Rule, int | None, None]:
+    """The rule of a preprocessor config of PixtralImageProcessor, and the most pixels of the long side.
+
+    Its `patch_size` is not read: PixtralProcessor calls it with that of the model.
+    """
+    if config.get("do_center_crop"):
+        raise ValueError("do_center_crop: expected false for PixtralImageProcessor, whose sides are whole patches")
+    if not config.get("do_resize", True):
+        return "native", None, None
+    size = config.get("size", default.size)
+    if isinstance(size, Mapping):
+        sides = {value for value in size.values() if value is not None}
+        size = sides.pop() if "shortest_edge" not in size and len(sides) == 1 else size
+    if not is_count(size):
+        raise ValueError(f"size: expected {{'longest_edge': n}} or equal height and width, got {size!r:.80}")
+    return "longest_edge", size, None  # pyright: ignore[reportReturnType] - a count
 
 
 def _side(size: Any, key: str) -> int:

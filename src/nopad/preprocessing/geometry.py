@@ -41,6 +41,17 @@ def with_short_side(height: int, width: int, short: int) -> tuple[int, int]:
     return (long, short) if width <= height else (short, long)
 
 
+def with_long_side(height: int, width: int, longest: int, unit: int) -> tuple[int, int]:
+    """Transformers' size for Pixtral: scaled down to at most `longest`, then both sides up to multiples of `unit`.
+
+    A side that the original scales to nothing has one pixel before it is rounded up.
+    """
+    ratio = max(height / longest, width / longest)
+    if ratio > 1:
+        height, width = (max(math.floor(side / ratio), 1) for side in (height, width))
+    return height + -height % unit, width + -width % unit
+
+
 def at_most(height: int, width: int, unit: int, limit: int) -> tuple[int, int]:
     """The size, scaled down until it holds at most `limit` whole squares of `unit` pixels, but at least one."""
     if (height // unit) * (width // unit) <= limit:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nopad.preprocessing.geometry import Placement, at_least, at_most, with_short_side
+from nopad.preprocessing.geometry import Placement, at_least, at_most, with_long_side, with_short_side
 
 if TYPE_CHECKING:
     from nopad.preprocessing.rules import Preprocessing
@@ -47,6 +47,10 @@ def resized_size(rule: Preprocessing, height: int, width: int, patch_size: int) 
         return get_image_size_for_max_num_patches(height, width, unit, rule.limit // area)
     if rule.rule == "smart_resize":
         height, width = _smart_resize(height, width, unit, *rule.pixel_limits(patch_size))
+        return at_most(height, width, unit, rule.max_patches // area) if rule.max_patches else (height, width)
+    if rule.rule == "longest_edge":
+        assert isinstance(rule.size, int)
+        height, width = with_long_side(height, width, rule.size, unit)
         return at_most(height, width, unit, rule.max_patches // area) if rule.max_patches else (height, width)
     if isinstance(rule.size, tuple):
         return rule.size

@@ -11,7 +11,7 @@ from nopad.preprocessing.limits import MAX_PATCHES, MaxPatches
 from nopad.preprocessing.placing import place
 from nopad.preprocessing.size import Size, check_size, is_pair
 
-Rule = Literal["native", "crop", "square", "naflex", "smart_resize", "shortest_edge", "height_width"]
+Rule = Literal["native", "crop", "square", "naflex", "smart_resize", "longest_edge", "shortest_edge", "height_width"]
 Resample = Literal["bicubic", "bilinear"]
 Resize = Literal["pil", "torch"]
 
@@ -31,16 +31,17 @@ class Preprocessing:
     Attributes:
         rule: `"native"` keeps the size; an image smaller than a patch is then an error. `"shortest_edge"` resizes the
             short side and keeps the aspect ratio, `"height_width"` and `"square"` resize both sides, `"crop"` is CLIP's
-            short side and centre crop, `"naflex"` is SigLIP2's, `"smart_resize"` Qwen-VL's, which rounds both sides.
+            short side and centre crop, `"naflex"` is SigLIP2's, `"smart_resize"` Qwen-VL's, which rounds both sides,
+            `"longest_edge"` Pixtral's, which makes the long side no longer than `size` and rounds both sides up.
         size: in pixels: of the short side for `"shortest_edge"`, `(height, width)` for `"height_width"`, the side for
-            `"square"`, the side of the crop for `"crop"`, `(least, most)` of a frame for `"smart_resize"`; `None` for
-            the other two.
+            `"square"`, the side of the crop for `"crop"`, `(least, most)` of a frame for `"smart_resize"`, the most of
+            the long side for `"longest_edge"`; `None` for the other two.
         short_side: pixels that the short side is resized to before the crop, where they are more than `size`.
         min_patches: least patches of one frame, for `"native"` and `"shortest_edge"`, which scale up to them in the
             aspect ratio; where no whole rows and columns satisfy both limits, `max_patches` holds. For `"smart_resize"`
             in place of the least pixels.
-        max_patches: most patches of one frame, for `"native"`, `"shortest_edge"`, `"naflex"` and `"smart_resize"`;
-            `None` is no limit, for `"naflex"` 256, and for `"smart_resize"` the most pixels.
+        max_patches: most patches of one frame, for `"native"`, `"shortest_edge"`, `"longest_edge"`, `"naflex"` and
+            `"smart_resize"`; `None` is no limit, for `"naflex"` 256, and for `"smart_resize"` the most pixels.
         multiple_of: rows and columns of patches are multiples of this: 2 for models that merge 2 × 2 patches.
         resample: the filter of the resize, always antialiased.
         mean, std: the statistics of each colour, on the scale that `rescale_factor` makes.
@@ -200,6 +201,8 @@ class Preprocessing:
             return self.size[0] * self.size[1]
         if self.size is not None and self.rule in _FIXED:
             return self.size**2
+        if self.size is not None and self.rule == "longest_edge":
+            return (self.size + -self.size % (patch_size * self.multiple_of)) ** 2
         return None if self.limit is None else self.limit * patch_size**2
 
     def pixel_limits(self, patch_size: int) -> tuple[int, int]:
