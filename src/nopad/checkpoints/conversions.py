@@ -47,6 +47,14 @@ def split_rows(num_parts: int) -> Reshape:
     return Reshape(lambda tensor: tensor.chunk(num_parts), _stack_rows)
 
 
+def halves_of_pairs(num_heads: int) -> Reshape:
+    """Rows of rotated channels: in the file the two of a pair are neighbours, in the model half a head apart."""
+    return Reshape(
+        lambda tensor: (tensor.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2),),
+        lambda values: _only(values).unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2),
+    )
+
+
 SAME = Reshape(lambda tensor: (tensor,), _only)
 DROP_AXIS = Reshape(lambda tensor: (tensor.squeeze(0),), lambda values: _only(values).unsqueeze(0))
 """`(1, …)` in the file, `(…)` in the model."""

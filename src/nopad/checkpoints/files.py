@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nopad.checkpoints import open_clip_config, timm_config
+from nopad.checkpoints import mistral_params, open_clip_config, timm_config
 from nopad.checkpoints.contents import PICKLE_SUFFIXES, SUFFIXES, check_regular, read_json, read_tensors
 from nopad.checkpoints.formats import Checkpoint
 from nopad.checkpoints.hub import advice, file_on_hub, published_names, why_offline
@@ -137,6 +137,8 @@ def _with_json(checkpoint: Checkpoint, find: Callable[[str], Path | None]) -> Ch
     if path is None or open_clip_config.is_open_clip(checkpoint.tensors):  # others may lie there in two layouts
         path = find(open_clip_config.OPEN_CLIP_CONFIG) or path
     config = _json(path, "vision_config", "quantization_config")
+    if path is None:
+        config = mistral_params.as_config(_json(find(mistral_params.PARAMS)))
     if config.get("transformers_weights") not in (None, SAFETENSORS[0]):
         named = config["transformers_weights"]
         raise ValueError(
@@ -198,6 +200,8 @@ def _weights(
     """Every tensor, from the files that transformers would take, in its order of preference."""
     kinds = [kind for kind in (SAFETENSORS, PICKLES) if use_safetensors in (None, kind is SAFETENSORS)]
     expected = [tuple(_of_variant(file, variant) for file in kind) for kind in kinds]
+    if variant is None and SAFETENSORS in kinds:
+        expected.append(mistral_params.WEIGHTS)
     for single, index in expected:
         if (path := find(single)) is not None:
             return read_tensors(path)
