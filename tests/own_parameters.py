@@ -24,6 +24,7 @@ OTHERS = {
     "dinov2": "dinov3",
     "dinov3": "aimv2",
     "onevision": "siglip2",
+    "pixtral": "dinov2",
     "qwen3_vl": "clip",
     "vit": "dinov2",
     "vit_mae": "dinov2",

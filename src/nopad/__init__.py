@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nopad.families.dinov2 import DINOv2Packing
     from nopad.families.dinov3 import DINOv3ViTPacking
     from nopad.families.onevision import OneVisionEncoderPacking
+    from nopad.families.pixtral import PixtralPacking
     from nopad.families.qwen3_vl import Qwen3VLPacking
     from nopad.families.siglip2 import Siglip2NaflexPacking
     from nopad.families.vit import ViTPacking
@@ -40,6 +41,7 @@ __all__ = [
     "Pack",
     "PackedEncoder",
     "PackedOutput",
+    "PixtralPacking",
     "Qwen3VLPacking",
     "Siglip2NaflexPacking",
     "ViTPacking",
@@ -69,6 +71,7 @@ _HOMES = {
     "Pack": "nopad.packing",
     "PackedEncoder": "nopad.encoder",
     "PackedOutput": "nopad.outputs",
+    "PixtralPacking": "nopad.families.pixtral",
     "Qwen3VLPacking": "nopad.families.qwen3_vl",
     "Siglip2NaflexPacking": "nopad.families.siglip2",
     "ViTPacking": "nopad.families.vit",

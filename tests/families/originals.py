@@ -21,6 +21,7 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersModel
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 from transformers.models.metaclip_2.modeling_metaclip_2 import MetaClip2VisionModel
+from transformers.models.pixtral.modeling_pixtral import PixtralVisionModel
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
@@ -35,6 +36,7 @@ ORIGINALS = {
     "dinov2 gated": Dinov2WithRegistersModel,
     "dinov3": DINOv3ViTModel,
     "onevision": PlainOneVision,
+    "pixtral": PixtralVisionModel,
     "qwen3_vl": Qwen3VLVisionModel,
     "qwen3_5": Qwen3_5VisionModel,
     **{kind: model for kind, (_, model) in vit_checkpoints.CLASSES.items()},
@@ -65,7 +67,8 @@ def layers_of(original) -> nn.ModuleList:
         return original.blocks
     if hasattr(original, "layers"):
         return original.layers
-    backbone = original.encoder if hasattr(original, "encoder") else original.model
+    names = ("encoder", "transformer", "model")
+    backbone = next(getattr(original, name) for name in names if hasattr(original, name))
     return backbone.layers if hasattr(backbone, "layers") else backbone.layer
 
 
@@ -107,7 +110,7 @@ def run_original(family: str, original, pixels: Tensor) -> Features:
     if family in vit_checkpoints.CLASSES:
         return Features(*vit_checkpoints.run(original, pixels))
     output = original(pixels[None])
-    tokens, pooled = output.last_hidden_state[0], output.pooler_output
+    tokens, pooled = output.last_hidden_state[0], getattr(output, "pooler_output", None)
     number = 1 + getattr(original.config, "num_register_tokens", 0) if family.startswith("dino") else 0
     prefix = tokens[None, :number] if number else None
     return Features(tokens[number:], None if pooled is None else pooled[0], prefix)

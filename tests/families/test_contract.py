@@ -25,7 +25,7 @@ from nopad.layers import positions
 
 TABLES = ("aimv2 with a head", "siglip", "clip", "metaclip2", "dinov2", "dinov2 gated", "vit", "vit_mae", "ijepa")
 """Families with positions that were learned on one grid, 5 × 5 in these checkpoints."""
-SPARSE = ("aimv2", *TABLES, "onevision")
+SPARSE = ("aimv2", *TABLES, "onevision", "pixtral")
 """Families that take `patch_positions`."""
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

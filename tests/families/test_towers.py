@@ -36,6 +36,8 @@ def tokens_of(model_type, tower, image):
         return tower(image[None]).last_hidden_state[0]
     if model_type in QWEN:
         return run_qwen(tower, image).tokens
+    if kind == "pixtral":
+        return tower(image[None]).last_hidden_state[0]
     if kind == "clip_vision_model":
         output = tower(pixel_values=image[None], interpolate_pos_encoding=True)
         return tower.post_layernorm(output.last_hidden_state[0, 1:])
@@ -60,7 +62,7 @@ def test_every_model_type_in_the_table_is_tested():
 def test_tower_is_found_has_its_models_features_and_is_written_back(tmp_path, model_type):
     model = save(tmp_path / "whole", model_type)
     encoder = nopad.load(tmp_path / "whole")
-    assert encoder.tower_prefix.endswith(("vision_tower.", "vision_model.", "visual."))
+    assert encoder.tower_prefix.endswith(("vision_tower.", "vision_model.", "vision_encoder.", "visual."))
     assert_parity(model_type, encoder, model)
     with torch.no_grad():
         for parameter in encoder.parameters():

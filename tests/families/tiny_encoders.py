@@ -9,6 +9,7 @@ import clip_checkpoints
 import dinov2_checkpoints
 import dinov3_checkpoints
 import onevision_checkpoints
+import pixtral_checkpoints
 import qwen3_vl_checkpoints
 import siglip2_checkpoints
 import torch
@@ -34,6 +35,7 @@ FAMILIES = (
     "dinov3",
     "dinov3 gated",
     "onevision",
+    "pixtral",
     "qwen3_vl",
     "vit",
     "vit_mae",
@@ -51,6 +53,8 @@ def tiny(family: str, folder: Path, **changes) -> Path:
     if family == "qwen3_vl":  # merging blocks of one: of others grids are multiples, see test_qwen3_vl.py
         changes = {"spatial_merge_size": 1, **changes}
         return qwen3_vl_checkpoints.save(folder, qwen3_vl_checkpoints.tiny_original(**changes))
+    if family == "pixtral":
+        return pixtral_checkpoints.save(folder, pixtral_checkpoints.tiny_original(**changes))
     if family.startswith("siglip"):
         kind = siglip2_checkpoints.naflex if family == "siglip2" else siglip2_checkpoints.fixed
         return siglip2_checkpoints.folder_of(folder, kind(**changes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import aimv2_checkpoints
 import dinov3_checkpoints
 import onevision_checkpoints
+import pixtral_checkpoints
 import pytest
 import torch
 from originals import original_class, read_by_original
@@ -82,6 +83,7 @@ def test_every_dialects_table_leads_there_and_back(family, encoder):
         ("aimv2", "early transformers", aimv2_checkpoints.early),
         ("aimv2", "Apple", aimv2_checkpoints.apple),
         ("aimv2", "timm", aimv2_checkpoints.timm),
+        ("pixtral", "Mistral", pixtral_checkpoints.mistral),
         ("onevision", "preview v0", onevision_checkpoints.preview),
     ],
 )
@@ -104,6 +106,7 @@ def test_tables_write_what_meta_writes(tmp_path, variant):
 def test_parts_are_reached_and_set_by_role(family, encoder):
     before, names = features(encoder), encoder.state_dict().keys()
     path = {"dinov2": "encoder.layer", "dinov3": "model.layer", "qwen3_vl": "blocks", "vit": "layers"}
+    path["pixtral"] = "transformer.layers"
     path = path.get(encoder.family, "encoder.layers")
     assert encoder.layers is encoder.get_submodule(path)
     norm = {
@@ -118,7 +121,7 @@ def test_parts_are_reached_and_set_by_role(family, encoder):
     assert encoder.norm is (encoder.get_submodule(norm[encoder.family]) if encoder.family in norm else None)
     attention = {**dict.fromkeys(("siglip2", "clip", "onevision"), "self_attn"), "qwen3_vl": "attn"}
     attention = attention.get(encoder.family, "attention")
-    mlp = "ffn" if encoder.family == "aimv2" else "mlp"
+    mlp = {"aimv2": "ffn", "pixtral": "feed_forward"}.get(encoder.family, "mlp")
     for number, layer in enumerate(encoder.layers):
         assert layer.attention is encoder.get_submodule(f"{path}.{number}.{attention}")
         assert layer.mlp is encoder.get_submodule(f"{path}.{number}.{mlp}")

@@ -24,6 +24,7 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersModel
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 from transformers.models.metaclip_2.modeling_metaclip_2 import MetaClip2VisionModel
+from transformers.models.pixtral.modeling_pixtral import PixtralVisionModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 import nopad
@@ -36,7 +37,7 @@ pytest.importorskip("bitsandbytes", reason=f"bitsandbytes {_NOT_THERE}")
 Int8WeightOnlyConfig = pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig
 
 TORCHAO, EIGHT_BITS, FOUR_BITS = METHODS = ("torchao", "bitsandbytes, 8 bit", "bitsandbytes, 4 bit")
-BIASED = [family for family in FAMILIES if not family.startswith("aimv2")]
+BIASED = [family for family in FAMILIES if not family.startswith(("aimv2", "pixtral"))]
 
 every_method = pytest.mark.parametrize("method", METHODS)
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -67,6 +68,7 @@ ORIGINALS = {
     "dinov2 gated": Dinov2WithRegistersModel,
     "dinov3": DINOv3ViTModel,
     "onevision": PlainOneVision,
+    "pixtral": PixtralVisionModel,
     "qwen3_vl": PlainQwen3VL,
     **{kind: model for kind, (_, model) in vit_checkpoints.CLASSES.items()},
 }
@@ -247,7 +249,7 @@ def refuses(folder, name):
         nopad.load(folder)
 
 
-PLAIN = r"^(rms_norm|post_layernorm|norm|layernorm|layernorm_post|merger\.norm)\.weight$"
+PLAIN = r"^(rms_norm|ln_pre|post_layernorm|norm|layernorm|layernorm_post|merger\.norm)\.weight$"
 BIAS = r"(layers?|blocks)\.1\.(attention|self_attn|attn)\.((out|o)_)?proj\.bias$"
 Q = r"(layers?|blocks)\.1\..*\.(q_proj|qkv)"
 PARTS = {

@@ -16,6 +16,7 @@ from nopad.checkpoints.formats import Checkpoint, Dialect
 logger = logging.getLogger(__name__)
 
 _SIGLIP, _SIGLIP2, _CLIP, _AIMV2 = "siglip_vision_model", "siglip2_vision_model", "clip_vision_model", "ovis2_vision"
+_PIXTRAL = "pixtral"
 TOWERS = {
     **dict.fromkeys(("gemma3", "paligemma", "shieldgemma2", "aya_vision", "cohere2_vision"), _SIGLIP),
     **dict.fromkeys(("llava_onevision", "deepseek_vl", "deepseek_vl_hybrid", "modernvbert", "t5gemma2"), _SIGLIP),
@@ -23,17 +24,18 @@ TOWERS = {
     "lfm2_vl": _SIGLIP2,
     **dict.fromkeys(("llava", "llava_next", "llava_next_video", "vipllava"), _CLIP),
     "ovis2": _AIMV2,
+    **dict.fromkeys(("mistral3", "mistral_large4", "lighton_ocr"), _PIXTRAL),
     **{f"qwen3_{kind}": f"qwen3_{kind}_vision" for kind in ("vl", "vl_moe", "5", "5_moe")},
     **{kind: f"{kind}_vision" for kind in ("qwen4_exp", "cohere_compass")},
 }
 """`model_type` of models around a tower, and that of the tower where their `vision_config` has none."""
 MAX_DEPTH = 4
 """Parts of a prefix that is searched."""
-_OF_THE_WHOLE = ("dtype", "torch_dtype", "transformers_version")
+_OF_THE_WHOLE = ("dtype", "torch_dtype", "transformers_version", "spatial_merge_size")
 _ABOUT_PIXELS = ("image_mean", "image_std", "resample", "rescale_factor", "do_rescale", "do_normalize")
 # Processors that make one image of each, as a processor that `nopad.preprocessing.config` reads.
 _SAME_PROCESSORS = {"Gemma3ImageProcessor": "SiglipImageProcessor"}
-_PLAIN_PROCESSORS = ("CLIP", "Siglip", "Siglip2", "ViT", "Bit", "DINOv3ViT", "Qwen2VL")
+_PLAIN_PROCESSORS = ("CLIP", "Siglip", "Siglip2", "ViT", "Bit", "DINOv3ViT", "Qwen2VL", "Pixtral")
 
 
 def prefix_of(

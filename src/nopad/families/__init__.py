@@ -20,6 +20,7 @@ ENCODERS: Mapping[str, str] = {
     "onevision": "OneVisionEncoderPacking",
     "clip": "CLIPPacking",
     "qwen3_vl": "Qwen3VLPacking",
+    "pixtral": "PixtralPacking",
     "vit": "ViTPacking",
 }
 """The encoder of each family, by the family's name, which is that of its module here and of its dialects."""

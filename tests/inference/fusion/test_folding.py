@@ -118,8 +118,8 @@ def test_all_families_can_be_folded(tmp_path, family):
     layers = nopad.load(tiny(family, tmp_path / "checkpoint")).layers
     assert all(can_fold(layer) for layer in layers)
     block = FoldedBlock.of(layers[0])
-    assert block.zero_mean == (not family.startswith("aimv2"))
-    assert block.gated == ("aimv2" in family or "gated" in family)
+    assert block.zero_mean == (not family.startswith(("aimv2", "pixtral")))
+    assert block.gated == (family.startswith(("aimv2", "pixtral")) or "gated" in family)
 
 
 def test_biases_can_be_folded(tmp_path):
@@ -162,7 +162,7 @@ def test_other_modules_cannot_be_folded(encoder):
 def test_float8_gated_blocks_without_biases_can_be_folded(tmp_path):
     for number, family in enumerate(FAMILIES):
         encoder = nopad.load(tiny(family, tmp_path / str(number)), precision="fp8")
-        assert {can_fold(layer) for layer in encoder.layers} == {family.startswith("aimv2")}
+        assert {can_fold(layer) for layer in encoder.layers} == {family.startswith(("aimv2", "pixtral"))}
 
 
 def add_bias(linear):
