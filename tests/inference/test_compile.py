@@ -63,7 +63,7 @@ def beyond_the_recompile_limit(monkeypatch):
     yield
 
 
-OBSTACLES = {
+UNSUPPORTED = {
     "TORCHDYNAMO_DISABLE": lambda monkeypatch: torch._dynamo.config.patch(disable=True),  # what the variable sets
     "force_eager": lambda monkeypatch: torch.compiler.set_stance("force_eager"),
     "no C++ compiler": without_a_compiler,
@@ -71,13 +71,13 @@ OBSTACLES = {
 }
 
 
-@pytest.mark.parametrize("obstacle", OBSTACLES)
+@pytest.mark.parametrize("case", UNSUPPORTED)
 @torch.no_grad()
-def test_nothing_is_compiled_that_torch_runs_as_it_is(goldens, monkeypatch, caplog, obstacle, torch_compiles):
+def test_nothing_is_compiled_that_torch_runs_as_it_is(goldens, monkeypatch, caplog, case, torch_compiles):
     torch._dynamo.reset()
     encoder = nopad.load(goldens / "aimv2-apple-lit")
     expected = encoder.encode(patches_of(encoder), GRIDS)
-    with OBSTACLES[obstacle](monkeypatch):
+    with UNSUPPORTED[case](monkeypatch):
         encoder.compile(CAPACITY, MAX_SEGMENTS)
         assert (encoder.execution, encoder.compiled_capacity) == ("eager", CAPACITY)
         with torch.profiler.profile() as profile:

@@ -108,7 +108,7 @@ def test_without_a_gpu(encoder):
     ):
         Worker(encoder, decode="gpu", resize="pil")
     worker = Worker(encoder, decode="auto")
-    assert (worker.decode, worker.obstacle) == ("cpu", "the encoder is on cpu")
+    assert (worker.decode, worker.gpu_unsupported_reason) == ("cpu", "the encoder is on cpu")
     assert "GPU" not in worker.preprocessing
 
 

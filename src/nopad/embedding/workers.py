@@ -134,8 +134,8 @@ def describe_execution(worker: Worker) -> str:
         return line
     if worker.decode == "gpu":
         line += ", JPEGs decoded by its engines"
-    elif worker.obstacle is not None:
-        line += f"; JPEGs are decoded on the CPU: {worker.obstacle}"
+    elif worker.gpu_unsupported_reason is not None:
+        line += f"; JPEGs are decoded on the CPU: {worker.gpu_unsupported_reason}"
     if how in ("not compiled", "eager"):
         return f"{line}; compiled, a pack takes {_COMPILED_OVER_EAGER} times as long on an H200"
     is_hopper = torch.cuda.get_device_capability(encoder.device)[0] == 9

@@ -67,7 +67,7 @@ class Worker:
 
     Attributes:
         decode: `"cpu"`, `"gpu"` or `"scaled"`.
-        obstacle: why `"auto"` is not `"gpu"`.
+        gpu_unsupported_reason: why `"auto"` is not `"gpu"`.
 
     Raises:
         ValueError: a number below 1, a rule that fits no image, an encoder in training mode, or `"gpu"` where JPEGs
@@ -103,12 +103,13 @@ class Worker:
         self.selection.check(encoder)
         self.image_processor = ImageProcessor.of(encoder, resize=resize, preprocessing=preprocessing)
         self.normalizer = Normalizer(self.image_processor.rule, encoder.patch_order, encoder.device, encoder.dtype)
-        self.obstacle = self._obstacle_to_gpu() if decode in ("auto", "gpu") else None
-        if decode == "gpu" and self.obstacle is not None:
+        self.gpu_unsupported_reason = self._why_not_on_gpu() if decode in ("auto", "gpu") else None
+        if decode == "gpu" and self.gpu_unsupported_reason is not None:
             raise ValueError(
-                f"decode: expected 'auto', 'cpu' or 'scaled', got 'gpu', which does not work here: {self.obstacle}"
+                f"decode: expected 'auto', 'cpu' or 'scaled', got 'gpu', which does not work here: "
+                f"{self.gpu_unsupported_reason}"
             )
-        self.decode = decode if decode in ("cpu", "scaled") else "gpu" if self.obstacle is None else "cpu"
+        self.decode = decode if decode in ("cpu", "scaled") else "gpu" if self.gpu_unsupported_reason is None else "cpu"
         self._device_decoder = DeviceDecoder(self.image_processor, encoder.device) if self.decode == "gpu" else None
         self.stats = Stats()
         self.timeout = timeout
@@ -120,7 +121,7 @@ class Worker:
         """How pixels are made, in words."""
         return self.image_processor.describe() + _DECODED[self.decode]
 
-    def _obstacle_to_gpu(self) -> str | None:
+    def _why_not_on_gpu(self) -> str | None:
         if self.image_processor.resize != "torch":
             return f"resize={self.image_processor.resize!r} is bit-exact with Pillow, which the GPU is not"
         return why_unavailable(self.encoder.device)
