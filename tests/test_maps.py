@@ -1,4 +1,4 @@
-"""Maps of tokens as arrays and pictures, and the page that shows them."""
+"""Maps of tokens as arrays and images, and the page that shows them."""
 
 import json
 import re
@@ -124,7 +124,7 @@ def page_of(out):
 def test_a_page_has_all_maps_and_needs_no_network(pictures, models, tmp_path, capsys):
     out = tmp_path / "pages" / "view.html"
     assert main(["view", *pictures, "--model", ",".join(models[:2]), "--layers", "-2,-1", "--out", str(out)]) == 0
-    assert "view.html: 2 pictures, pca, similarity, norms, attention" in capsys.readouterr().out
+    assert "view.html: 2 images, pca, similarity, norms, attention" in capsys.readouterr().out
     text, data = page_of(out)
     assert data["kinds"] == ["pca", "similarity", "norms", "attention"]
     assert data["layers"] == [1, 2]
@@ -183,7 +183,7 @@ def test_views_that_there_are_not(pictures, models, options, message, tmp_path, 
 
 def test_an_image_that_is_none(models, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     assert main(["view", "text.png", "--model", models[0]]) == 2
     assert "text.png: " in capsys.readouterr().err
     assert main(["view", "film.MP4", "--model", models[0]]) == 2

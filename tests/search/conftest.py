@@ -10,11 +10,11 @@ import nopad
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve pictures, one of them twice and one that is damaged."""
+    """Twelve images, one of them twice and one that is damaged."""
     folder = write_photos(tmp_path_factory.mktemp("search") / "photos", 12)
     first = sorted(folder.iterdir())[0]
     (folder / "copy.png").write_bytes(first.read_bytes())
-    (folder / "damaged.jpg").write_bytes(b"no picture")
+    (folder / "damaged.jpg").write_bytes(b"no image")
     return folder
 
 

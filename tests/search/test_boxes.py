@@ -1,4 +1,4 @@
-"""Where the grids of a table lie in its pictures."""
+"""Where the grids of a table lie in its images."""
 
 import dataclasses
 

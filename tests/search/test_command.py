@@ -14,7 +14,7 @@ from nopad.search.query import Match
 def test_search_prints_pictures_best_first(table, photos, capsys):
     assert main(["search", str(table), "--id", "000.png", "-k", "2"]) == 0
     header, best, _second = capsys.readouterr().out.splitlines()
-    assert header.split() == ["cosine", "picture"]
+    assert header.split() == ["cosine", "image"]
     assert best.split() == ["1.000", str(photos / "copy.png")]
 
 
@@ -38,7 +38,7 @@ def test_duplicates_and_clusters(table, photos, capsys, tmp_path):
     page = tmp_path / "page.html"
     assert main(["duplicates", str(table), "--threshold", "0.99999", "--html", str(page)]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == "1 group of nearly the same picture, 1 picture more than one of each"
+    assert out[0] == "1 group of nearly the same image, 1 image more than one of each"
     assert sorted(out[3:]) == [f"  {photos}/000.png", f"  {photos}/copy.png"]
     assert page.read_text().count("data:image/jpeg") == 2
     assert main(["clusters", str(table), "-k", "3", "--json", "--html", str(page)]) == 0
@@ -56,9 +56,9 @@ def test_index(table, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "QUERY: expected words, the path of a picture, or one of --text, --image, --id, got none"),
+        ([], "QUERY: expected words, the path of an image, or one of --text, --image, --id, got none"),
         (["dog", "--id", "a"], "got 2: query, id"),
-        ([" "], "QUERY: expected words or the path of a picture, got ' '"),
+        ([" "], "QUERY: expected words or the path of an image, got ' '"),
         (["dog", "-k", "0"], "k: expected ≥ 1, got 0"),
         (["--image", "gone.jpg"], "gone.jpg"),
         (["photos/gone.JPG"], "QUERY: there is no file 'photos/gone.JPG'; --text searches for words"),

@@ -47,7 +47,7 @@ def test_without_its_list_a_table_has_no_paths(table, tmp_path):
     shutil.copytree(table, tmp_path / "copy", ignore=shutil.ignore_patterns(".nopad"))
     features = nopad.read(tmp_path / "copy")
     assert len(features.search(id="003.png", k=2)) == 2
-    with pytest.raises(ValueError, match=r"copy: where its pictures are is not known: .* copy .nopad with the shards"):
+    with pytest.raises(ValueError, match=r"copy: where its images are is not known: .* copy .nopad with the shards"):
         features.path(0)
 
 
@@ -218,7 +218,7 @@ def test_search_by_words_is_by_the_models_own_text_tower(described):
     result = features.search("a dog on a beach", k=5)
     rows = [match.row for match in result]
     torch.testing.assert_close(expected[rows], expected.sort(descending=True)[0][:5], atol=1e-6, rtol=1e-6)
-    assert rows.index(12) == rows.index(0) + 1  # the same picture: the first row first
+    assert rows.index(12) == rows.index(0) + 1  # the same image: the first row first
     scale, bias = encoder.__dict__["_text_tower"].logit_scale.exp(), encoder.__dict__["_text_tower"].logit_bias
     scores = torch.tensor([match.score for match in result])
     torch.testing.assert_close(scores * scale + bias, expected.sort(descending=True)[0][:5], atol=1e-4, rtol=1e-4)

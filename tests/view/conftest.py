@@ -15,11 +15,11 @@ NAMES = ["<script>alert(1)<∕script>.png", '" onerror="x.png', "\x1b[31mred\n.p
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight pictures, three of them twice under hostile names, and one that is damaged."""
+    """Eight images, three of them twice under hostile names, and one that is damaged."""
     folder = write_photos(tmp_path_factory.mktemp("view") / "photos", 8)
     for number, name in enumerate(NAMES):
         shutil.copy(folder / f"{number:03}.png", folder / name)
-    (folder / "damaged <b>.jpg").write_bytes(b"no picture")
+    (folder / "damaged <b>.jpg").write_bytes(b"no image")
     return folder
 
 

@@ -37,7 +37,7 @@ def array(text, dtype):
 def test_the_page_of_a_table(table, tmp_path, capsys):
     out = tmp_path / "pages" / "table.html"
     assert main(["view", str(table), "--out", str(out), "--clusters", "3", "--threshold", "0.9999"]) == 0
-    assert "table.html: 11 pictures, 1 failure" in capsys.readouterr().out
+    assert "table.html: 11 images, 1 failure" in capsys.readouterr().out
     features = nopad.read_features(table)
     text = out.read_text(encoding="utf-8")
     data = data_of(text)
@@ -48,7 +48,7 @@ def test_the_page_of_a_table(table, tmp_path, capsys):
     for number, group in enumerate(features.clusters(3)):
         assert (labels[group.rows] == number).all()
     assert [text.count(f"<h2>{name}</h2>") for name in ("Map", "Duplicates", "Clusters", "Failures")] == [1, 1, 1, 1]
-    assert "3 groups, 3 pictures more than one of each" in text
+    assert "3 groups, 3 images more than one of each" in text
     assert "not an image that Pillow can read" in text
 
 
@@ -118,7 +118,7 @@ def test_pictures_are_bounded_and_what_is_shown_comes_first(table, labelled, pho
     shown = collect(features, clusters=1, threshold=0.9999, thumbnails=3)
     assert len(shown.thumbnails) == 3
     assert set(shown.thumbnails) <= {int(row) for group in shown.duplicates for row in group.rows}
-    assert "8 pictures, whose names are here: --thumbnails 11 takes all" in shown.left_out
+    assert "8 images, whose names are here: --thumbnails 11 takes all" in shown.left_out
     assert collect(features, thumbnails=0).thumbnails == {}
     assert len(collect(nopad.read_features(labelled)).thumbnails) == 4  # read from the Parquet file
     with pytest.raises(ValueError, match="thumbnails: expected ≥ 0, got -1"):
@@ -132,7 +132,7 @@ def test_pictures_that_are_no_longer_there(photos, model, tmp_path):
     shown = collect(nopad.read_features(tmp_path / "features"))
     assert len(shown.thumbnails) == 10
     assert any(
-        line.startswith("1 picture could not be read again, the first for this reason: cannot be read")
+        line.startswith("1 image could not be read again, the first for this reason: cannot be read")
         for line in shown.left_out
     )
 
@@ -145,7 +145,7 @@ def test_of_a_large_table_a_part_is_on_the_map_with_all_that_is_shown(table, mon
     galleries = {int(row) for group in shown.duplicates for row in group.rows}
     galleries |= {int(row) for row in shown.clusters[0].rows[: module.CLUSTER_SHOWN]}
     assert galleries <= set(shown.rows.tolist())
-    assert "the map shows 9 pictures of 11, chosen at random" in shown.left_out
+    assert "the map shows 9 images of 11, chosen at random" in shown.left_out
     text = collection_page(shown)
     data = data_of(text)
     assert len(data["ids"]) == 9
@@ -170,9 +170,9 @@ def test_what_costs_too_much_or_is_not_installed_has_its_reason_on_the_page(tabl
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--kind", "pca"], "--kind: is for pictures; '{table}' is a folder"),
-        (["--device", "cpu"], "--device: is for pictures"),
-        (["--attention", "sdpa"], "--attention: is for pictures"),
+        (["--kind", "pca"], "--kind: is for images; '{table}' is a folder"),
+        (["--device", "cpu"], "--device: is for images"),
+        (["--attention", "sdpa"], "--attention: is for images"),
         (["--clusters", "12"], "k: expected at most the table's 11 rows, got 12"),
         (["--clusters", "251"], "clusters: expected at most 250 on a page, got 251"),
         (["--threshold", "2"], "threshold: expected a cosine above 0, at most 1, got 2"),
@@ -181,7 +181,7 @@ def test_what_costs_too_much_or_is_not_installed_has_its_reason_on_the_page(tabl
         (["--query", "a dog"], "checkpoint"),
         (["-k", "3"], "-k: expected a --query whose results it counts, got none"),
         (["--model", "x"], "--model: a table is shown without its model unless there is a --query"),
-        (["picture.png"], "SOURCE: expected pictures or folders of tables, got 'picture.png' beside '{table}'"),
+        (["picture.png"], "SOURCE: expected images or folders of tables, got 'picture.png' beside '{table}'"),
     ],
 )
 def test_tables_are_not_shown_by_wrong_options(table, options, message, tmp_path, monkeypatch, capsys):
@@ -197,7 +197,7 @@ def test_pictures_are_not_shown_by_options_for_tables(photos, model, option, cap
     assert main(["view", str(photos / "000.png"), "--model", str(model), *option]) == 2
     assert f"{option[0]}: is for tables; SOURCE names no folder" in capsys.readouterr().err
     assert main(["view", str(photos / "000.png")]) == 2
-    assert "--model: expected the models that see the pictures" in capsys.readouterr().err
+    assert "--model: expected the models that see the images" in capsys.readouterr().err
 
 
 def test_the_default_page_replaces_pages_alone(table, tmp_path, monkeypatch, capsys):
@@ -217,12 +217,12 @@ def test_a_folder_that_is_no_table(photos, tmp_path, capsys):
     assert main(["view", str(photos), "--out", str(tmp_path / "x.html")]) == 2
     assert "has no shards: expected shard-….parquet files" in capsys.readouterr().err
     (tmp_path / "none").mkdir()
-    (tmp_path / "none" / "a.jpg").write_bytes(b"no picture")
+    (tmp_path / "none" / "a.jpg").write_bytes(b"no image")
 
 
 def test_a_table_of_failures_alone(model, tmp_path):
     (tmp_path / "none").mkdir()
-    (tmp_path / "none" / "a.jpg").write_bytes(b"no picture")
+    (tmp_path / "none" / "a.jpg").write_bytes(b"no image")
     nopad.embed(tmp_path / "none", tmp_path / "features", model=model, workers=1)
     with pytest.raises(ValueError, match=r"the table has no rows to show; nopad.read_features\(FOLDER\).failures"):
         collect(nopad.read_features(tmp_path / "features"))

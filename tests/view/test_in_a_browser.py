@@ -123,7 +123,7 @@ def test_a_collection_by_pointer_and_keys(opened, table):
     for width, scheme in LOOKS[:1] + LOOKS[-1:]:
         page = opened("collection", width, scheme)
         canvas, panel = page.locator("#map"), page.locator("#panel")
-        # All pictures of the map lie on it.
+        # All images of the map lie on it.
         boxes = page.evaluate("(draw(), view.boxes)")
         size = page.evaluate("[canvas.width, canvas.height]")
         assert boxes
@@ -144,8 +144,8 @@ def test_a_collection_by_pointer_and_keys(opened, table):
         page.keyboard.press("0")
         assert canvas.evaluate(DRAWN) == before
         page.keyboard.press("Escape")
-        assert panel.inner_text() == "Choose a picture on the map."
-        # By the pointer: a picture of the map, then one that is similar.
+        assert panel.inner_text() == "Choose an image on the map."
+        # By the pointer: an image of the map, then one that is similar.
         box = page.evaluate("(draw(), view.boxes[0])")
         canvas.click(position={"x": box["x"] + box["w"] / 2, "y": box["y"] + box["h"] / 2})
         assert page.evaluate("view.chosen") == box["place"]

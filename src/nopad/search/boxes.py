@@ -1,4 +1,4 @@
-"""Where the grid of patches lies in each picture of a table, from what the job recorded of its preprocessing."""
+"""Where the grid of patches lies in each image of a table, from what the job recorded of its preprocessing."""
 
 from __future__ import annotations
 

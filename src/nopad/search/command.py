@@ -25,11 +25,11 @@ _SHOWN = 5
 
 def add_commands(commands: Any) -> None:
     """The four commands."""
-    search = commands.add_parser("search", help="search a table of features by words or a picture")
+    search = commands.add_parser("search", help="search a table of features by words or an image")
     _add_table(search)
-    search.add_argument("query", nargs="?", metavar="QUERY", help="words, or the path of a picture")
+    search.add_argument("query", nargs="?", metavar="QUERY", help="words, or the path of an image")
     search.add_argument("--text", help="words, also where a file is called so")
-    search.add_argument("--image", metavar="FILE", help="path of a picture")
+    search.add_argument("--image", metavar="FILE", help="path of an image")
     search.add_argument("--id", help="of a row of the table: what is like it")
     search.add_argument("-k", type=int, default=20, metavar="N", help="how many (default: 20)")
     search.add_argument("--model", help="where the model that made the table is now, if not where it was")
@@ -38,14 +38,14 @@ def add_commands(commands: Any) -> None:
     _add_output(search)
     search.set_defaults(run=run_search)
 
-    duplicates = commands.add_parser("duplicates", help="find pictures that are nearly the same")
+    duplicates = commands.add_parser("duplicates", help="find images that are nearly the same")
     _add_table(duplicates)
     help = "least cosine of two that count as the same (default: 0.97)"
     duplicates.add_argument("--threshold", type=float, default=0.97, metavar="COSINE", help=help)
     _add_output(duplicates)
     duplicates.set_defaults(run=run_duplicates)
 
-    clusters = commands.add_parser("clusters", help="group pictures by what they show")
+    clusters = commands.add_parser("clusters", help="group images by what they show")
     _add_table(clusters)
     clusters.add_argument("-k", type=int, required=True, metavar="N", help="how many groups")
     clusters.add_argument("--seed", type=int, default=0, metavar="N", help="of the first centres (default: 0)")
@@ -65,7 +65,7 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--html", metavar="FILE.html", help="write a page with the pictures")
+    parser.add_argument("--html", metavar="FILE.html", help="write a page with the images")
 
 
 def _open(options: argparse.Namespace) -> Features:
@@ -100,7 +100,7 @@ def run_search(options: argparse.Namespace) -> int:
 
     def lines() -> str:
         rows = [(f"{match['score']:z.3f}", _name(match["path"], match["id"])) for match in shown]
-        return "\n".join(columns([("cosine", "picture"), *rows])) if rows else "no rows"
+        return "\n".join(columns([("cosine", "image"), *rows])) if rows else "no rows"
 
     def page() -> str:
         from nopad.search.page import matches_page
@@ -121,10 +121,10 @@ def _query(options: argparse.Namespace) -> tuple[str, str]:
     queries = {kind: value for kind, value in sources.items() if value is not None}
     if len(queries) != 1:
         got = f"{len(queries)}: {', '.join(queries)}" if queries else "none"
-        raise ValueError(f"QUERY: expected words, the path of a picture, or one of --text, --image, --id, got {got}")
+        raise ValueError(f"QUERY: expected words, the path of an image, or one of --text, --image, --id, got {got}")
     [(kind, value)] = queries.items()
     if not value.strip():
-        raise ValueError(f"QUERY: expected words or the path of a picture, got {value!r}")
+        raise ValueError(f"QUERY: expected words or the path of an image, got {value!r}")
     if kind == "query":
         kind = "image" if os.path.isfile(value) else "text"
         if kind == "text" and os.path.splitext(value)[1].lower() in image_suffixes():
@@ -137,13 +137,11 @@ def _query(options: argparse.Namespace) -> tuple[str, str]:
 
 
 def run_duplicates(options: argparse.Namespace) -> int:
-    """Print the groups of pictures that are nearly the same, and return 0."""
+    """Print the groups of images that are nearly the same, and return 0."""
     features = _open(options)
     groups = features.duplicates(options.threshold)
     extra = sum(map(len, groups)) - len(groups)
-    title = (
-        f"{counted(len(groups), 'group')} of nearly the same picture, {counted(extra, 'picture')} more than one of each"
-    )
+    title = f"{counted(len(groups), 'group')} of nearly the same image, {counted(extra, 'image')} more than one of each"
     _print_groups(options, features, title, "group", groups)
     return SUCCESS
 
@@ -175,7 +173,7 @@ def _print_groups(
             names = [printable(_name(_path(features, row), features.ids[row])) for row in group.rows[:_SHOWN]]
             parts += [
                 "",
-                f"{kind} {number}, {counted(len(group), 'picture')}",
+                f"{kind} {number}, {counted(len(group), 'image')}",
                 *(f"  {name}" for name in [*names, *more]),
             ]
         return "\n".join(parts)
@@ -190,9 +188,9 @@ def _print_groups(
 
 
 def _name(path: str | None, id: str) -> str:
-    """A picture by its path, with the part of its film, such as `#t=2`."""
-    film, part, span = id.rpartition("#t=")
-    return id if path is None else f"{path}{part}{span}" if film and path.endswith(film) else path
+    """An image by its path, with the part of its video, such as `#t=2`."""
+    video, part, span = id.rpartition("#t=")
+    return id if path is None else f"{path}{part}{span}" if video and path.endswith(video) else path
 
 
 def _path(features: Features, row: int) -> str | None:

@@ -1,4 +1,4 @@
-"""Groups of rows that are nearly the same picture."""
+"""Groups of rows that are nearly the same image."""
 
 from __future__ import annotations
 

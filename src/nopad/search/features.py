@@ -61,13 +61,13 @@ class Features:
         ids, sources: the input of each row.
         embeddings: `(N, D)` float32 or float16, as the job stored them.
         grids: `(N, 3)` patches: frames, rows, columns.
-        sizes: `(N, 2)` pixels of the upright pictures: height, width.
+        sizes: `(N, 2)` pixels of the upright images: height, width.
         failures: the inputs without features.
         metadata: what the job recorded: model, revision, preprocessing and so on; of several tables, what all share.
         tokens: see `Tokens`; None where the job did not store them.
-        thumbnails: a JPEG of each picture, read from disk when indexed; None where the job did not store them.
+        thumbnails: a JPEG of each image, read from disk when indexed; None where the job did not store them.
         columns: what the job kept of the inputs' own columns.
-        places: where the pictures are.
+        places: where the images are.
     """
 
     ids: list[str]
@@ -112,7 +112,7 @@ class Features:
         return index % len(self)
 
     def path(self, index: int) -> str:
-        """The file of a row's picture, of a tar's member or a row of Parquet the file that holds it.
+        """The file of a row's image, of a tar's member or a row of Parquet the file that holds it.
 
         Raises:
             ValueError: the table's list of inputs is not beside it.
@@ -120,7 +120,7 @@ class Features:
         return os.fsdecode(self.places.input(self._row(index)).path)
 
     def read(self, index: int) -> bytes:
-        """The encoded picture of a row, wherever it is: a file, a tar, a Parquet file.
+        """The encoded image of a row, wherever it is: a file, a tar, a Parquet file.
 
         Raises:
             ImageError: it cannot be read.
@@ -139,9 +139,9 @@ class Features:
 
     @cached_property
     def boxes(self) -> np.ndarray:
-        """`(N, 4)` float32 `[x0, y0, x1, y1]`: what a row's grid covers, in pixels of the upright picture.
+        """`(N, 4)` float32 `[x0, y0, x1, y1]`: what a row's grid covers, in pixels of the upright image.
 
-        As `Pack.boxes`, so that tokens can be laid over the picture, for example by `nopad.maps.overlay`.
+        As `Pack.boxes`, so that tokens can be laid over the image, for example by `nopad.maps.overlay`.
 
         Raises:
             ValueError: tables of several rules, read as one.
@@ -191,7 +191,7 @@ class Features:
 
         Args:
             text: words, for tables of an encoder with a text tower.
-            image: as `PackedEncoder.embed` takes it, prepared as the table's pictures were.
+            image: as `PackedEncoder.embed` takes it, prepared as the table's images were.
             vector: `(D,)` values.
             id: the id of a row of this table; the row itself is not among the results.
             k: how many.
@@ -207,7 +207,7 @@ class Features:
         return query.search(self, given, k, encoder, None if exact else self.index)
 
     def duplicates(self, threshold: float = 0.97) -> list[Group]:
-        """Groups of nearly the same picture: in each, every row has one whose cosine to it is at least `threshold`.
+        """Groups of nearly the same image: in each, every row has one whose cosine to it is at least `threshold`.
 
         All pairs are compared, in blocks; memory grows with the number of rows, time with its square.
 

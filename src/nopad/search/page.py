@@ -15,9 +15,9 @@ MAX_GROUPS, MAX_ROWS = 200, 24
 
 
 def matches_page(features: Features, query: str, matches: Sequence[Match]) -> str:
-    """Pictures with their cosines, best first."""
-    pictures = (_picture(features, match.row, f"{match.score:z.3f}") for match in matches)
-    return html.page(query, [html.element("h1", query), _of(features), html.gallery(pictures)])
+    """Images with their cosines, best first."""
+    images = (_entry(features, match.row, f"{match.score:z.3f}") for match in matches)
+    return html.page(query, [html.element("h1", query), _of(features), html.gallery(images)])
 
 
 def groups_page(features: Features, title: str, kind: str, groups: Sequence[Group]) -> str:
@@ -30,17 +30,17 @@ def groups_page(features: Features, title: str, kind: str, groups: Sequence[Grou
 def _sections(features: Features, kind: str, groups: Sequence[Group]) -> Iterator[str]:
     for number, group in enumerate(islice(groups, MAX_GROUPS), 1):
         shown = f", {MAX_ROWS} shown" if len(group) > MAX_ROWS else ""
-        pictures = (_picture(features, int(row)) for row in group.rows[:MAX_ROWS])
-        yield html.section(f"{kind} {number}: {counted(len(group), 'picture')}{shown}", html.gallery(pictures))
+        images = (_entry(features, int(row)) for row in group.rows[:MAX_ROWS])
+        yield html.section(f"{kind} {number}: {counted(len(group), 'image')}{shown}", html.gallery(images))
 
 
 def _of(features: Features) -> str:
     return html.element(
-        "p", f"{counted(len(features), 'picture')} by {features.metadata.get('model', 'an unknown model')}"
+        "p", f"{counted(len(features), 'image')} by {features.metadata.get('model', 'an unknown model')}"
     )
 
 
-def _picture(features: Features, row: int, *notes: str) -> tuple[bytes, str, Sequence[str]]:
+def _entry(features: Features, row: int, *notes: str) -> tuple[bytes, str, Sequence[str]]:
     """An item of `html.gallery`: a thumbnail, the name, and lines below it."""
     data, reason = thumbnail_of(features, row)
     height, width = features.sizes[row]

@@ -1,4 +1,4 @@
-"""Where the pictures of a table's rows are: its lists of inputs, read when first used."""
+"""Where the images of a table's rows are: its lists of inputs, read when first used."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Places:
         return self._lists[key][shard.number * size + row]
 
     def read(self, index: int) -> bytes:
-        """The encoded picture of a row.
+        """The encoded image of a row.
 
         Raises:
             ImageError: it cannot be read.
@@ -62,7 +62,7 @@ class Places:
         """
         item = self.input(index)
         if item.kind == "video":
-            raise ValueError(f"{item.id}: a video, expected a picture")
+            raise ValueError(f"{item.id}: a video, expected an image")
         with Reader() as reader:
             data = reader.decoder.read(reader.media_now(item))
         assert isinstance(data, bytes)
@@ -73,7 +73,7 @@ def _list_of(shard: Shard) -> InputList:
     lists = lists_of_inputs(shard.folder)
     if shard.fingerprint not in lists:
         raise ValueError(
-            f"{shard.folder}: where its pictures are is not known: the list of inputs, which `nopad embed` keeps in "
+            f"{shard.folder}: where its images are is not known: the list of inputs, which `nopad embed` keeps in "
             f".nopad there, is missing or another one; copy .nopad with the shards"
         )
     return InputList.load(lists[shard.fingerprint])

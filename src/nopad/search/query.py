@@ -1,4 +1,4 @@
-"""From a text, a picture, a vector or an id to the rows that are most similar."""
+"""From a text, an image, a vector or an id to the rows that are most similar."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _checked(value: Any, width: int) -> np.ndarray:
 
 
 def _encoded(features: Features, kind: str, value: Any, encoder: PackedEncoder | None) -> np.ndarray:
-    """The vector of a text or a picture."""
+    """The vector of a text or an image."""
     if kind == "text" and (not isinstance(value, str) or not value.strip()):
         raise ValueError(f"text: expected words, got {value!r:.80}")
     if encoder is None:
@@ -112,7 +112,7 @@ def _encoded(features: Features, kind: str, value: Any, encoder: PackedEncoder |
 
 
 def _rule(encoder: PackedEncoder, metadata: Mapping[str, str], options: dict[str, Any]) -> Preprocessing:
-    """The rule that a table's pictures were made by: the checkpoint's, or what is assigned to the encoder.
+    """The rule that a table's images were made by: the checkpoint's, or what is assigned to the encoder.
 
     Args:
         options: of `PackedEncoder.embed`; sizes are taken out.
@@ -130,7 +130,7 @@ def _rule(encoder: PackedEncoder, metadata: Mapping[str, str], options: dict[str
             if expected.startswith(sized.describe(options["resize"])):  # behind it stands how JPEGs were decoded
                 return sized
     raise ValueError(
-        f"image: the table's pictures were made by {expected!r}, and this encoder makes them by "
+        f"image: the table's images were made by {expected!r}, and this encoder makes them by "
         f"{encoder.preprocessing.describe(options['resize'])!r}; assign that rule to encoder.preprocessing and give "
         f"encoder="
     )

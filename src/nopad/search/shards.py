@@ -14,9 +14,7 @@ from nopad.embedding.table.paths import TablePath, table_path
 from nopad.search.places import Shard
 
 _SHOWN = 5
-_NO_TABLE = (
-    "expected shard-….parquet files, as `nopad embed` writes them; pictures are named one by one, as photos/*.jpg"
-)
+_NO_TABLE = "expected shard-….parquet files, as `nopad embed` writes them; images are named one by one, as photos/*.jpg"
 
 
 def shards_of(folder: str | Path | Sequence[str | Path], partial: bool) -> list[Shard]:

@@ -1,4 +1,4 @@
-"""Small JPEGs of a table's pictures: those that it has, and for pages others made of the pictures."""
+"""Small JPEGs of a table's images: those that it has, and for pages others made of the images."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Pictures of what encoders see: `nopad view`."""
+"""Images of what encoders see: `nopad view`."""

@@ -289,7 +289,7 @@ function list(near) {
 
 function describe() {
   if (view.chosen < 0) {
-    panel.replaceChildren(element("p", "Choose a picture on the map."));
+    panel.replaceChildren(element("p", "Choose an image on the map."));
     return;
   }
   const place = view.chosen, figure = element("figure"), caption = element("figcaption");
@@ -309,7 +309,7 @@ function describe() {
   const words = width < data.width ? `By cosine, in the ${width} strongest of ${data.width} directions.` : "By cosine.";
   panel.replaceChildren(figure, facts, element("h3", "Most similar"), element("p", words), list(view.near));
   if (view.near.some((each) => !(each.place in data.thumbnails)) && pictured.length) {
-    panel.append(element("h3", "Most similar of those with a picture here"), list(nearest(place, pictured)));
+    panel.append(element("h3", "Most similar of those with an image here"), list(nearest(place, pictured)));
   }
   panel.scrollTop = 0;
 }

@@ -1,4 +1,4 @@
-"""Contents of the page of a table: a map of its pictures, results, duplicates, clusters, failures."""
+"""Contents of the page of a table: a map of its images, results, duplicates, clusters, failures."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ MAX_CLUSTERS = 250
 MAX_PAIRED_ROWS = 300_000
 """Larger tables are not searched for duplicates without a GPU, unless that is requested."""
 DIRECTION_BYTES = 8_000_000
-"""Bytes of vectors on the page, for cosines between any two pictures."""
+"""Bytes of vectors on the page, for cosines between any two images."""
 MIN_DIRECTIONS = 16
 THUMBNAILS, STORED_THUMBNAILS = 400, 5000
-"""How many pictures a page has: where they are read anew, and where the table has thumbnails."""
+"""How many images a page has: where they are read anew, and where the table has thumbnails."""
 MAX_GROUPS, DUPLICATES_SHOWN, CLUSTER_SHOWN = 100, 12, 8
 _THUMBNAIL_SIDE = 128
 
@@ -82,13 +82,13 @@ def collect(
 
     Args:
         features: a table of at least one row.
-        queries: words, or paths of pictures.
+        queries: words, or paths of images.
         k: results of each.
         clusters: how many; by default the square root of half of the rows, at most 30.
         threshold: of duplicates, see `Features.duplicates`; 0.97 by default, and then not for tables that are too large
             to compare all pairs on a CPU.
         map: UMAP where it is installed, else principal components, unless given.
-        thumbnails: pictures of the page, at most.
+        thumbnails: images of the page, at most.
         encoder: encodes queries, see `Features.search`.
         progress: called with what is being done.
 
@@ -115,8 +115,8 @@ def collect(
     )
     rows = _chosen(len(features), shown)
     if len(rows) < len(features):
-        left_out.append(f"the map shows {len(rows):,} pictures of {len(features):,}, chosen at random")
-    progress(f"a map of {len(rows):,} pictures")
+        left_out.append(f"the map shows {len(rows):,} images of {len(features):,}, chosen at random")
+    progress(f"a map of {len(rows):,} images")
     projection = Projection.of(features.embeddings if len(rows) == len(features) else features.embeddings[rows])
     places, words = _placed(projection, map, progress)
     number = max(MIN_DIRECTIONS, DIRECTION_BYTES // len(rows))
@@ -163,11 +163,11 @@ def _duplicates(
 ) -> list[Group] | None:
     if threshold is None and len(features) > MAX_PAIRED_ROWS and not torch.cuda.is_available():
         left_out.append(
-            f"duplicates, since {len(features):,} pictures are many to compare with each other without a GPU; "
+            f"duplicates, since {len(features):,} images are many to compare with each other without a GPU; "
             f"--threshold 0.97 does it"
         )
         return None
-    progress(f"duplicates among {len(features):,} pictures")
+    progress(f"duplicates among {len(features):,} images")
     return features.duplicates(0.97 if threshold is None else threshold)
 
 
@@ -191,8 +191,8 @@ def _placed(projection: Projection, kind: MapKind | None, progress: Callable[[st
         kind = "umap" if has_umap() and number > 3 else "pca"
     if kind == "umap":
         if number <= 3:
-            raise ValueError(f"map: UMAP needs at least 4 pictures, got {number}; take pca")
-        progress("UMAP, which takes minutes for 100,000 pictures")
+            raise ValueError(f"map: UMAP needs at least 4 images, got {number}; take pca")
+        progress("UMAP, which takes minutes for 100,000 images")
         places, words = projection.umap(), "UMAP: near each other is what is similar; large distances say little"
     else:
         places, share = projection.principal_map()
@@ -225,19 +225,19 @@ def _thumbnails(
     if len(chosen) < len(rows):
         quick = "" if features.thumbnails is not None else ", quickly if the table was made with --thumbnails"
         missing = len(rows) - len(chosen)
-        left_out.append(f"{missing:,} pictures, whose names are here: --thumbnails {len(rows)} takes all{quick}")
+        left_out.append(f"{missing:,} images, whose names are here: --thumbnails {len(rows)} takes all{quick}")
     if features.thumbnails is None:
-        progress(f"reading {len(chosen):,} pictures")
+        progress(f"reading {len(chosen):,} images")
     thumbnails = {row: thumbnail_of(features, row, _THUMBNAIL_SIDE) for row in chosen}
     if failed := [why for jpeg, why in thumbnails.values() if not jpeg]:
         left_out.append(
-            f"{counted(len(failed), 'picture')} could not be read again, the first for this reason: {failed[0]}"
+            f"{counted(len(failed), 'image')} could not be read again, the first for this reason: {failed[0]}"
         )
     return {row: jpeg for row, (jpeg, _) in thumbnails.items() if jpeg}
 
 
 def shown_failures(features: Features, number: int) -> list[tuple[str, int, list[str]]]:
-    """Reasons, the most frequent first, with how many pictures failed for each and the names of some."""
+    """Reasons, the most frequent first, with how many images failed for each and the names of some."""
     by_reason: dict[str, list[str]] = {}
     for failure in features.failures:
         by_reason.setdefault(failure.error, []).append(failure.id)

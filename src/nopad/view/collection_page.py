@@ -58,14 +58,14 @@ main { max-width: 90rem } section { scroll-margin-top: 1rem }
 def collection_page(collection: Collection) -> str:
     """The whole page."""
     features = collection.features
-    title = f"{counted(len(features), 'picture')} by {features.metadata.get('model', 'models of several names')}"
+    title = f"{counted(len(features), 'image')} by {features.metadata.get('model', 'models of several names')}"
     sections = list(_sections(collection))
     links = "".join(f'<a href="#{name}">{html.escape(heading)}</a>' for name, heading, _ in sections)
     parts = [_STYLE, html.element("h1", title), f'<nav class="sections">{links}</nav>']
     if collection.left_out:
         parts.append(html.element("p", f"Not on this page: {'; '.join(collection.left_out)}."))
     parts += [f'<section id="{name}">{html.element("h2", heading)}{body}</section>' for name, heading, body in sections]
-    parts.append("<noscript><p>This page shows its pictures with JavaScript.</p></noscript>")
+    parts.append("<noscript><p>This page shows its images with JavaScript.</p></noscript>")
     parts += [html.data(_data(collection)), html.script("nopad.view", "collection.js")]
     return html.page(title, parts)
 
@@ -75,28 +75,28 @@ def _sections(collection: Collection) -> Iterable[tuple[str, str, str]]:
     features = collection.features
     yield "collection", "Map", _map(collection)
     for number, (query, matches) in enumerate(collection.results):
-        pictures = ((match.row, f"{match.score:z.3f}") for match in matches)
-        yield f"results-{number}", f"Results: {query}", _gallery(collection, pictures)
+        images = ((match.row, f"{match.score:z.3f}") for match in matches)
+        yield f"results-{number}", f"Results: {query}", _gallery(collection, images)
     groups = collection.duplicates
     if groups:
         extra = sum(map(len, groups)) - len(groups)
-        words = f"{counted(len(groups), 'group')}, {counted(extra, 'picture')} more than one of each"
+        words = f"{counted(len(groups), 'group')}, {counted(extra, 'image')} more than one of each"
         items = [_gallery(collection, _rows(group.rows, DUPLICATES_SHOWN)) for group in islice(groups, MAX_GROUPS)]
         yield "duplicates", "Duplicates", _listed(f"{words}{_first(len(groups), MAX_GROUPS)}", items)
     if collection.clusters:
         items = [
-            html.element("h3", f"Cluster {number}: {counted(len(group), 'picture')}")
+            html.element("h3", f"Cluster {number}: {counted(len(group), 'image')}")
             + _gallery(collection, _rows(group.rows, CLUSTER_SHOWN))
             for number, group in enumerate(collection.clusters, 1)
         ]
-        yield "clusters", "Clusters", _listed("The pictures nearest to the centre of each", items)
+        yield "clusters", "Clusters", _listed("The images nearest to the centre of each", items)
     if features.failures:
         yield "failures", "Failures", _failures(features)
 
 
 def _map(collection: Collection) -> str:
     label = (
-        f"Map of {counted(len(collection.rows), 'picture')}. Arrow keys choose a picture, with shift they move the "
+        f"Map of {counted(len(collection.rows), 'image')}. Arrow keys choose an image, with shift they move the "
         f"map; plus and minus zoom, 0 shows all, escape chooses none."
     )
     buttons = "".join(
@@ -112,9 +112,9 @@ def _map(collection: Collection) -> str:
         f"{html.element('p', collection.map + '.')}"
         f'<form class="controls"><label>find <input type="search" id="find" autocomplete="off"></label>'
         f'<output id="found" aria-live="polite"></output>{buttons}'
-        f'<label><input type="checkbox" id="pictures" checked> pictures</label></form>'
+        f'<label><input type="checkbox" id="pictures" checked> images</label></form>'
         f'<div class="explorer"><canvas id="map" tabindex="0" role="application" aria-label="{html.escape(label)}">'
-        f'</canvas><div class="panel" id="panel"><p>Choose a picture on the map.</p></div></div>{clusters}'
+        f'</canvas><div class="panel" id="panel"><p>Choose an image on the map.</p></div></div>{clusters}'
     )
 
 
@@ -130,10 +130,10 @@ def _rows(rows: np.ndarray, number: int) -> Iterable[tuple[int, str]]:
     return ((int(row), "") for row in rows[:number])
 
 
-def _gallery(collection: Collection, pictures: Iterable[tuple[int, str]]) -> str:
-    """Pictures that choose themselves on the map, each with a line below its name."""
+def _gallery(collection: Collection, images: Iterable[tuple[int, str]]) -> str:
+    """Images that choose themselves on the map, each with a line below its name."""
     features, figures = collection.features, []
-    for row, note in pictures:
+    for row, note in images:
         height, width = features.sizes[row]
         place = int(np.searchsorted(collection.rows, row))
         lines = [line for line in (note, f"{width} × {height}") if line]

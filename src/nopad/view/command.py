@@ -17,7 +17,7 @@ from nopad.preprocessing.size import parse_size
 from nopad.terminal import configure_transformers, json_text, print_progress, print_summary, printable
 
 MAX_PATCHES = 1024
-_OF_PICTURES = ("kind", "layers", "size", "max_patches", "revision", "device", "attention", "dtype")
+_IMAGE_OPTIONS = ("kind", "layers", "size", "max_patches", "revision", "device", "attention", "dtype")
 _OF_TABLES = ("query", "k", "clusters", "threshold", "map", "thumbnails")
 
 
@@ -26,47 +26,47 @@ _PAGE = "view.html"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `nopad view`."""
-    sources = "pictures, to be shown as models see them; or the folder of a table, as `nopad embed --out` has made it"
+    sources = "images, to be shown as models see them; or the folder of a table, as `nopad embed --out` has made it"
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help=sources)
-    model = "of pictures: one or more, side by side, as for nopad embed; of a table: where its model is now"
+    model = "of images: one or more, side by side, as for nopad embed; of a table: where its model is now"
     parser.add_argument("--model", metavar="M[,M2]", help=model)
     add_prefix_option(parser)
-    out = "a page, .html, or for pictures a picture, .png (default: view.html)"
+    out = "a page, .html, or for images an image, .png (default: view.html)"
     parser.add_argument("--out", metavar="FILE", help=out)
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
-    pictures = parser.add_argument_group("options for pictures")
+    images = parser.add_argument_group("options for images")
     kinds = "pca, similarity, norms, attention, or several with commas (default: all that the models have)"
-    pictures.add_argument("--kind", metavar="KIND", help=kinds)
+    images.add_argument("--kind", metavar="KIND", help=kinds)
     layers = "layers to step through, as -4,-1, from 0 or from the end (default: the last one)"
-    pictures.add_argument("--layers", metavar="N,…", help=layers)
-    size = "of pictures: native (default), model, pixels of the short side, or HEIGHTxWIDTH"
-    pictures.add_argument("--size", metavar="SIZE", help=size)
-    patches = f"most patches of a picture (default: {MAX_PATCHES} where the size has room for a limit)"
-    pictures.add_argument("--max-patches", type=int, metavar="N", help=patches)
-    pictures.add_argument("--revision", help="branch, tag or commit on the Hub")
-    add_device_options(pictures)
-    pictures.set_defaults(attention=None)
-    pictures.add_argument("--dtype", choices=DTYPES, help="of the models (default: the checkpoint's own)")
+    images.add_argument("--layers", metavar="N,…", help=layers)
+    size = "of images: native (default), model, pixels of the short side, or HEIGHTxWIDTH"
+    images.add_argument("--size", metavar="SIZE", help=size)
+    patches = f"most patches of an image (default: {MAX_PATCHES} where the size has room for a limit)"
+    images.add_argument("--max-patches", type=int, metavar="N", help=patches)
+    images.add_argument("--revision", help="branch, tag or commit on the Hub")
+    add_device_options(images)
+    images.set_defaults(attention=None)
+    images.add_argument("--dtype", choices=DTYPES, help="of the models (default: the checkpoint's own)")
 
     tables = parser.add_argument_group("options for a table")
-    query = "words, or the path of a picture, whose results are shown; may be given several times"
+    query = "words, or the path of an image, whose results are shown; may be given several times"
     tables.add_argument("--query", action="append", metavar="QUERY", help=query)
     tables.add_argument("-k", type=int, metavar="N", help="results of each query (default: 20)")
-    tables.add_argument("--clusters", type=int, metavar="N", help="how many (default: by the number of pictures)")
+    tables.add_argument("--clusters", type=int, metavar="N", help="how many (default: by the number of images)")
     threshold = "least cosine of two that count as the same (default: 0.97)"
     tables.add_argument("--threshold", type=float, metavar="COSINE", help=threshold)
     map = "umap or pca (default: umap where umap-learn is installed)"
     tables.add_argument("--map", choices=("pca", "umap"), help=map)
-    thumbnails = "pictures on the page (default: 5000 of a table with thumbnails, else 400)"
+    thumbnails = "images on the page (default: 5000 of a table with thumbnails, else 400)"
     tables.add_argument("--thumbnails", type=int, metavar="N", help=thumbnails)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the page or the picture, and return the exit status.
+    """Write the page or the image, and return the exit status.
 
     Raises:
-        ValueError, OSError: wrong use, a picture, a model or a table that cannot be used.
+        ValueError, OSError: wrong use, an image, a model or a table that cannot be used.
         ImportError: a table, clusters or a map need a package that is not installed.
     """
     if options.out is None:
@@ -76,11 +76,11 @@ def run(options: argparse.Namespace) -> int:
     folders = [source for source in options.sources if os.path.isdir(source)]
     if not folders:
         _refuse(options, _OF_TABLES, "is for tables; SOURCE names no folder")
-        return _run_pictures(options)
+        return _run_images(options)
     if len(folders) < len(options.sources):
         other = next(source for source in options.sources if source not in folders)
-        raise ValueError(f"SOURCE: expected pictures or folders of tables, got {other!r} beside {folders[0]!r}")
-    _refuse(options, _OF_PICTURES, f"is for pictures; {folders[0]!r} is a folder")
+        raise ValueError(f"SOURCE: expected images or folders of tables, got {other!r} beside {folders[0]!r}")
+    _refuse(options, _IMAGE_OPTIONS, f"is for images; {folders[0]!r} is a folder")
     return _run_table(options)
 
 
@@ -91,9 +91,9 @@ def _refuse(options: argparse.Namespace, names: tuple[str, ...], why: str) -> No
             raise ValueError(f"{option}: {why}")
 
 
-def _run_pictures(options: argparse.Namespace) -> int:
+def _run_images(options: argparse.Namespace) -> int:
     if options.model is None:
-        raise ValueError("--model: expected the models that see the pictures, as for nopad embed, got none")
+        raise ValueError("--model: expected the models that see the images, as for nopad embed, got none")
     out = Path(options.out)
     if out.suffix not in (".html", ".png"):
         raise ValueError(f"--out: expected a file .html or .png, got {options.out!r}")
@@ -113,7 +113,7 @@ def _run_pictures(options: argparse.Namespace) -> int:
 
     check_kinds(kinds)
     configure_transformers()
-    pictures = view_images(
+    images = view_images(
         options.sources,
         options.model.split(","),
         kinds=kinds,
@@ -127,17 +127,17 @@ def _run_pictures(options: argparse.Namespace) -> int:
         attention=options.attention or "auto",
         dtype=None if options.dtype is None else getattr(torch, options.dtype),
     )
-    shown = shown_kinds(pictures, kinds)
+    shown = shown_kinds(images, kinds)
     if out.suffix == ".html":
-        html.write(view_page(pictures, shown), out)
+        html.write(view_page(images, shown), out)
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
-        sheet(pictures, shown).save(out)
+        sheet(images, shown).save(out)
     if options.json:
         names = {"pictures": options.sources, "models": options.model.split(",")}
         print_summary(json_text({"out": str(out), **names, "kinds": shown, "layers": layers}))
     else:
-        print_summary(f"{out}: {counted(len(pictures), 'picture')}, {', '.join(shown)}")
+        print_summary(f"{out}: {counted(len(images), 'image')}, {', '.join(shown)}")
     return SUCCESS
 
 
@@ -180,6 +180,6 @@ def _run_table(options: argparse.Namespace) -> int:
     if options.json:
         print_summary(json_text(summary))
     else:
-        lines = [f"{options.out}: {counted(len(features), 'picture')}, {counted(len(features.failures), 'failure')}"]
+        lines = [f"{options.out}: {counted(len(features), 'image')}, {counted(len(features.failures), 'failure')}"]
         print_summary("\n".join(map(printable, [*lines, *(f"left out: {each}" for each in collection.left_out)])))
     return SUCCESS

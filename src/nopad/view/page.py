@@ -1,4 +1,4 @@
-"""The page of `nopad view`: pictures with maps over them, in one file without a network."""
+"""The page of `nopad view`: images with maps over them, in one file without a network."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from nopad.view.images import LayerMaps, ModelMaps, ViewedImage
 from nopad.view.projection import Projection, in_8_bits
 
 MAX_BYTES = 1_000_000
-"""Bytes of a picture on the page."""
+"""Bytes of an image on the page."""
 SIDE = 800
-"""Longest side of a picture on the page, in pixels."""
+"""Longest side of an image on the page, in pixels."""
 MAX_DIRECTIONS, MIN_DIRECTIONS = 64, 8
 _ABOUT = {
-    "pca": "Principal components: the three directions in which the tokens of all pictures differ most, as red, green "
-    "and blue. The same colour is the same feature in every picture.",
+    "pca": "Principal components: the three directions in which the tokens of all images differ most, as red, green "
+    "and blue. The same colour is the same feature in every image.",
     "similarity": "Similarity: the cosine of every patch to the one pointed at; the least similar patch is darkest.",
-    "norms": "Norms: the length of each token, from the shortest to the longest of its picture.",
+    "norms": "Norms: the length of each token, from the shortest to the longest of its image.",
     "attention": "Attention: how much each patch counts for the CLS token, or for the head that pools; mean of all "
     "heads.",
 }
@@ -43,30 +43,30 @@ _STYLE = """<style>
 </style>"""
 
 
-def view_page(pictures: Sequence[ViewedImage], kinds: Sequence[str]) -> str:
+def view_page(images: Sequence[ViewedImage], kinds: Sequence[str]) -> str:
     """The whole page.
 
     Raises:
-        ValueError: more patches and layers than `MAX_BYTES` of a picture have room for.
+        ValueError: more patches and layers than `MAX_BYTES` of an image have room for.
     """
-    layers = max((model.layers for picture in pictures for model in picture.models), key=len)
+    layers = max((model.layers for viewed in images for model in viewed.models), key=len)
     data = {
         "kinds": list(kinds),
         "layers": [layer.layer for layer in layers],
         "colours": maps.colours(np.linspace(0, 1, 9), 0, 1).tolist(),
-        "pictures": [_picture(picture) for picture in pictures],
+        "pictures": [_viewed(viewed) for viewed in images],
     }
-    directions = min(_num_directions(picture) for picture in pictures)
-    parts = [_STYLE, html.element("h1", _title(pictures)), _controls(kinds, len(layers)), *_about(kinds, directions)]
-    parts += [_section(number, picture) for number, picture in enumerate(pictures)]
+    directions = min(_num_directions(viewed) for viewed in images)
+    parts = [_STYLE, html.element("h1", _title(images)), _controls(kinds, len(layers)), *_about(kinds, directions)]
+    parts += [_section(number, viewed) for number, viewed in enumerate(images)]
     parts.append("<noscript><p>This page draws its maps with JavaScript.</p></noscript>")
     parts += [html.data(data), html.script("nopad.view", "page.js")]
-    return html.page(_title(pictures), parts)
+    return html.page(_title(images), parts)
 
 
-def _title(pictures: Sequence[ViewedImage]) -> str:
-    names = " and ".join(model.model for model in pictures[0].models)
-    return f"{len(pictures)} picture{'' if len(pictures) == 1 else 's'} by {names}"
+def _title(images: Sequence[ViewedImage]) -> str:
+    names = " and ".join(model.model for model in images[0].models)
+    return f"{len(images)} image{'' if len(images) == 1 else 's'} by {names}"
 
 
 def _controls(kinds: Sequence[str], num_layers: int) -> str:
@@ -92,47 +92,47 @@ def _about(kinds: Sequence[str], directions: int) -> list[str]:
     return [f'<p data-about="{kind}">{html.escape(about[kind])}</p>' for kind in kinds]
 
 
-def _section(number: int, picture: ViewedImage) -> str:
+def _section(number: int, viewed: ViewedImage) -> str:
     figures = []
-    scale = min(1.0, SIDE / max(picture.image.size))
-    width, height = (max(round(side * scale), 1) for side in picture.image.size)
-    for place, model in enumerate(picture.models):
+    scale = min(1.0, SIDE / max(viewed.image.size))
+    width, height = (max(round(side * scale), 1) for side in viewed.image.size)
+    for place, model in enumerate(viewed.models):
         h, w = model.layers[0].pca.shape[:2]
-        label = f"{picture.name} by {model.model}: {h} by {w} patches. Arrow keys choose a patch."
+        label = f"{viewed.name} by {model.model}: {h} by {w} patches. Arrow keys choose a patch."
         canvas = f'<canvas tabindex="0" role="application" width="{width}" height="{height}"'
         figures.append(
             f'<figure data-picture="{number}" data-model="{place}">{canvas} aria-label="{html.escape(label)}"></canvas>'
             f"<figcaption>{html.escape(model.model)}<span>{h} × {w} patches</span></figcaption>"
             f'<output aria-live="polite"></output></figure>'
         )
-    return html.section(picture.name, f'<div class="models">{"".join(figures)}</div>')
+    return html.section(viewed.name, f'<div class="models">{"".join(figures)}</div>')
 
 
-def _picture(picture: ViewedImage) -> dict[str, Any]:
-    directions = _num_directions(picture)
+def _viewed(viewed: ViewedImage) -> dict[str, Any]:
+    directions = _num_directions(viewed)
     data = {
-        "source": f"data:image/jpeg;base64,{_text(html.jpeg(picture.image, SIDE, 80))}",
-        "models": [_model(model, picture.image, directions) for model in picture.models],
+        "source": f"data:image/jpeg;base64,{_text(html.jpeg(viewed.image, SIDE, 80))}",
+        "models": [_model(model, viewed.image, directions) for model in viewed.models],
     }
     assert len(json.dumps(data)) <= MAX_BYTES
     return data
 
 
-def _num_directions(picture: ViewedImage) -> int:
+def _num_directions(viewed: ViewedImage) -> int:
     """Directions of the tokens that there is room for.
 
     Raises:
         ValueError: for too few.
     """
-    patches = sum(layer.norms.numel() for model in picture.models for layer in model.layers)
-    room = (MAX_BYTES - 50_000 - len(html.jpeg(picture.image, SIDE, 80)) * 4 // 3) * 3 // 4
+    patches = sum(layer.norms.numel() for model in viewed.models for layer in model.layers)
+    room = (MAX_BYTES - 50_000 - len(html.jpeg(viewed.image, SIDE, 80)) * 4 // 3) * 3 // 4
     directions = min(MAX_DIRECTIONS, room // patches - 5)
     if directions < MIN_DIRECTIONS:
         raise ValueError(
-            f"{picture.name}: {patches} patches in all its layers and models are more than a page has room for; show "
+            f"{viewed.name}: {patches} patches in all its layers and models are more than a page has room for; show "
             f"fewer layers, or less with max_patches"
         )
-    return min(directions, picture.models[0].layers[0].tokens.shape[-1])
+    return min(directions, viewed.models[0].layers[0].tokens.shape[-1])
 
 
 def _model(model: ModelMaps, image: Image.Image, directions: int) -> dict[str, Any]:
