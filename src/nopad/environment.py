@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,26 @@ def check_device(name: str, device: Any) -> torch.device:
         if torch.device(device).type != "meta":
             return torch.device(device)
     raise ValueError(f"{name}: expected cpu, cuda, cuda:1, …, got {str(device)!r}")
+
+
+def start_cuda(device: str | None = None) -> threading.Thread:
+    """Import torch, and begin to create the context of a GPU in a thread, which takes a second or more.
+
+    Args:
+        device: where the caller is going to compute, a GPU if there is one unless given. Nothing is done for others,
+            nor where CUDA does not work: what uses the device raises.
+    """
+
+    import torch
+
+    def start() -> None:
+        with suppress(Exception):
+            if torch.device(device or "cuda").type == "cuda" and torch.cuda.is_available():
+                torch.empty(1, device=device or "cuda")
+
+    thread = threading.Thread(target=start, name="nopad-cuda", daemon=True)
+    thread.start()
+    return thread
 
 
 def device_name(device: torch.device | str) -> str:

@@ -18,6 +18,7 @@ from nopad.embedding.inputs.reaching import UnreachableSourceError
 from nopad.embedding.progress import Display, clock, display
 from nopad.embedding.settings import Settings
 from nopad.embedding.signals import stop_on_signals
+from nopad.environment import start_cuda
 from nopad.extras import install
 from nopad.local_paths import check_local
 from nopad.pipeline import process_server
@@ -77,6 +78,7 @@ def run(options: argparse.Namespace) -> int:
             in_process = options.actors is None and options.part is None
             if in_process:
                 process_server.start()  # it imports torch while this process does
+                start_cuda(options.device)  # while transformers is imported
             from nopad.embedding.api import embed
 
             configure_transformers()

@@ -1,0 +1,33 @@
+"""Starting a GPU ahead of its use."""
+
+import pytest
+import torch
+
+from nopad.environment import start_cuda
+
+
+@pytest.mark.parametrize(
+    ("device", "available", "expected"),
+    [
+        (None, True, ["cuda"]),
+        ("cuda:1", True, ["cuda:1"]),
+        (None, False, []),
+        ("cpu", True, []),
+        ("nonsense", True, []),
+    ],
+)
+def test_a_gpu_is_started_where_it_is_going_to_be_used(device, available, expected, monkeypatch):
+    started = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch, "empty", lambda size, device: started.append(device))
+    start_cuda(device).join()
+    assert started == expected
+
+
+def test_a_gpu_that_does_not_start_raises_where_it_is_used(monkeypatch):
+    def fail(size, device):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", fail)
+    start_cuda().join()  # a thread that ends by an error is an error of the test session
