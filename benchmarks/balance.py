@@ -15,14 +15,14 @@ SPREADS = {"uniform": None, "log-normal 0.8": (6.1, 0.8), "log-normal 1.2": (6.5
 """Mean and standard deviation of the logarithm of an image's tokens; uniform is 64 to 1,024."""
 
 
-def tokens(spread: str, number: int, most: int) -> torch.Tensor:
+def tokens(spread: str, number: int, max_tokens: int) -> torch.Tensor:
     """Tokens of `number` images."""
     generator = torch.Generator().manual_seed(0)
     parameters = SPREADS[spread]
     if parameters is None:
         return torch.randint(64, 1025, (number,), generator=generator)
     drawn = torch.empty(number).log_normal_(*parameters, generator=generator)
-    return drawn.long().clamp(16, most)
+    return drawn.long().clamp(16, max_tokens)
 
 
 def main() -> None:

@@ -169,8 +169,8 @@ def quack_gemm(epilogue: str, m: int, n: int, k: int, config: TileConfig) -> Cal
         operands["sum_sq"] = torch.empty(-(-n // config.tile_n), m, device="cuda").T
         if "fp8" in epilogue:
             operands["fp8"] = draw(m, n).to(FP8)
-    known = epilogues(k, 1e-5, (NUM_PARTS // 2, NUM_PARTS // 2))
-    selected = known.activations[epilogue] if epilogue.startswith("gelu") else getattr(known, epilogue)
+    library = epilogues(k, 1e-5, (NUM_PARTS // 2, NUM_PARTS // 2))
+    selected = library.activations[epilogue] if epilogue.startswith("gelu") else getattr(library, epilogue)
     gemm_weight = GemmWeight(weight)
 
     def multiply() -> None:

@@ -95,13 +95,13 @@ def main() -> None:
         for row in chance.sample(range(options.rows), options.queries + 2):
             query = unit[row] + 0.3 * np.random.default_rng(row).standard_normal(options.width, np.float32) / 27.7
             query /= np.linalg.norm(query)
-            found = {}
+            results = {}
             for name in chance.sample(list(answers), len(answers)):
                 started = time.perf_counter()
-                found[name] = answers[name](query)
+                results[name] = answers[name](query)
                 seconds[name].append(time.perf_counter() - started)
-            for name, rows in found.items():
-                shares[name].append(len(set(rows) & set(found["NumPy"])) / options.k)
+            for name, rows in results.items():
+                shares[name].append(len(set(rows) & set(results["NumPy"])) / options.k)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"{options.rows:,} rows of {options.width} values, k = {options.k}, medians of {options.queries}, {device}")
     base = statistics.median(seconds["faiss, IndexFlatIP"][2:])

@@ -80,9 +80,9 @@ def main() -> None:
     peers = options.peers.split(",") if options.peers else []
     if options.images > BATCH and options.images % BATCH:
         parser.error(f"--images: expected a multiple of {BATCH}, got {options.images}")
-    for given, known in ((ways, WAYS), (peers, PEERS)):
-        if set(given) - set(known):
-            parser.error(f"expected some of {known}, got {given}")
+    for requested, choices in ((ways, WAYS), (peers, PEERS)):
+        if set(requested) - set(choices):
+            parser.error(f"expected some of {choices}, got {requested}")
     for model in options.models:
         encoder = nopad.load(f"untrained:{model}", device=device, dtype=dtype, head=False).train()
         candidates = [*_packed(encoder, workload, options.attention.split(","), capacities, ways)]
@@ -209,12 +209,14 @@ def _compare_gradients(encoder: PackedEncoder, workload: Workload, capacity: int
     expected = gradients.pop("float32")
     norm = torch.stack([each.norm() for each in expected.values()]).norm()
     distances = {
-        name: float(torch.stack([(found[key] - expected[key]).norm() for key in expected]).norm() / norm)
-        for name, found in gradients.items()
+        name: float(torch.stack([(actual[key] - expected[key]).norm() for key in expected]).norm() / norm)
+        for name, actual in gradients.items()
     }
-    own = distances.pop("the original's")
-    told = ", ".join(f"{name} {distance:.4f} ({distance / own:.2f} ×)" for name, distance in distances.items())
-    print(f"distance of gradients to float32's: the original's {own:.4f}, {told}", flush=True)
+    of_original = distances.pop("the original's")
+    others = ", ".join(
+        f"{name} {distance:.4f} ({distance / of_original:.2f} ×)" for name, distance in distances.items()
+    )
+    print(f"distance of gradients to float32's: the original's {of_original:.4f}, {others}", flush=True)
 
 
 def _with_gradients(model: Any, step: Step) -> Step:

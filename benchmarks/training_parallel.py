@@ -257,14 +257,14 @@ def _rate(results: list[Result]) -> float:
     return sum(result.tokens for result in results) / max(result.seconds for result in results)
 
 
-def _compare(found: list[float], expected: list[float], reordered: list[float]) -> None:
+def _compare(actual: list[float], expected: list[float], reordered: list[float]) -> None:
     """Print how far losses are from those of one process, and how far these are in the other order."""
 
     def difference(losses: list[float]) -> float:
         return max(abs(loss - other) / other for loss, other in zip(losses, expected, strict=True))
 
     print(
-        f"  losses {expected[0]:.5f} to {expected[-1]:.5f}; largest relative difference {difference(found):.1e}, of "
+        f"  losses {expected[0]:.5f} to {expected[-1]:.5f}; largest relative difference {difference(actual):.1e}, of "
         f"packs in the other order {difference(reordered):.1e}",
         flush=True,
     )

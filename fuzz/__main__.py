@@ -110,9 +110,9 @@ class Fuzzer:
         if kind == "ok":
             self.outcomes[f"{case.partition(':')[0]} {text if text in ('refused', 'goes on') else 'ran'}"] += 1
             return True
-        kept = tempfile.mkdtemp(prefix=f"nopad-finding-{case.replace(':', '-')}-")
-        shutil.copytree(f"{root}/case", f"{kept}/case", symlinks=True)
-        self.findings.append(f"{case}: {answer}; make fuzz CASE={case} runs it again, its files are in {kept}")
+        saved = tempfile.mkdtemp(prefix=f"nopad-finding-{case.replace(':', '-')}-")
+        shutil.copytree(f"{root}/case", f"{saved}/case", symlinks=True)
+        self.findings.append(f"{case}: {answer}; make fuzz CASE={case} runs it again, its files are in {saved}")
         print(f"fuzz: FINDING {self.findings[-1]}", flush=True)
         self.outcomes[f"{case.partition(':')[0]} FINDING"] += 1
         return kind == "broken" and len(self.findings) < _MAX_FINDINGS

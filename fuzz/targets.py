@@ -56,7 +56,7 @@ class Bench:
         self.watch = Watch(self.neighbours, root / "bin")
 
     def embed(self, sources: list[Path], out: Path, **options) -> nopad.Features:
-        """Run a job, each picture in a pack of its own, so that no other changes its bits, and read its table."""
+        """Run a job, each image in a pack of its own, so that no other changes its bits, and read its table."""
         limits = {"input_timeout": INPUT_TIMEOUT, "decode_memory": DECODE_MEMORY, "workers": 2}
         summary = nopad.embed(sources, out, model=self.encoder, capacity=1, max_patches=64, **limits, **options)
         features = nopad.read_features(out)
@@ -169,8 +169,8 @@ def manifests(bench: Bench, random: Random) -> str:
     shutil.copytree(bench.job, out)
     for shard in random.sample(sorted(out.glob("*.parquet")), random.randint(0, 2)):
         shard.unlink()
-    own = out / ".nopad"
-    path = own / random.choice(("job.json", "job.json", "inputs.parquet", "owner.json", "lock"))
+    job = out / ".nopad"
+    path = job / random.choice(("job.json", "job.json", "inputs.parquet", "owner.json", "lock"))
     data = path.read_bytes() if path.exists() else b'{"host": "a", "pid": 1, "user": "b", "since": "c", "token": "d"}'
     path.write_bytes((mutate_json if path.suffix == ".json" else mutate)(data, random))
 

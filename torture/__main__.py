@@ -46,7 +46,7 @@ class Torture:
         """Run a job, or go on with it, to its end."""
         job = Job(self.pictures, out, *options)
         status = job.end()
-        assert status == 0, f"exit status {status}: {''.join(job.said)}"
+        assert status == 0, f"exit status {status}: {''.join(job.output)}"
         assert not list(out.rglob("*.part")), f"left half-written: {list(out.rglob('*.part'))}"
         return table(out)
 
@@ -89,7 +89,7 @@ def _signalled(torture: Torture, out: Path, random: random.Random, number: int) 
     status, come = job.end(), _come(out, torture)
     is_over = come == "all" and status in (-signal.SIGINT, -signal.SIGTERM)  # it was done, and Python at its own end
     ends = (0, 130, *((-signal.SIGINT, -signal.SIGTERM) if number == 3 else ()))  # the third, after the second
-    assert status in ends or is_over, f"exit status {status}: {''.join(job.said)}"
+    assert status in ends or is_over, f"exit status {status}: {''.join(job.output)}"
     return come
 
 
@@ -105,7 +105,7 @@ def _robbed_of_a_child(torture: Torture, out: Path, random: random.Random, *, of
         with suppress(psutil.NoSuchProcess):
             random.choice(victims).kill()
     status = job.end()
-    assert status == 0, f"exit status {status}: {''.join(job.said)}"
+    assert status == 0, f"exit status {status}: {''.join(job.output)}"
     return _come(out, torture)
 
 
@@ -119,7 +119,7 @@ def _robbed_of_an_actor(torture: Torture, out: Path, random: random.Random) -> s
         with suppress(psutil.NoSuchProcess):
             random.choice(actors).kill()
     status = job.end()
-    assert status == 0, f"exit status {status}: {''.join(job.said)}"
+    assert status == 0, f"exit status {status}: {''.join(job.output)}"
     return _come(out, torture)
 
 
@@ -131,7 +131,7 @@ def _part_killed(torture: Torture, out: Path, random: random.Random) -> str:
     parts[0].process.kill()
     parts[0].end()
     status = parts[1].end()
-    assert status == 0, f"exit status {status}: {''.join(parts[1].said)}"
+    assert status == 0, f"exit status {status}: {''.join(parts[1].output)}"
     come = _come(out, torture)
     Job(torture.pictures, out, "--part", "0/2").end()
     assert table(out) == torture.whole, "another table"
@@ -142,7 +142,7 @@ def _full_disk(torture: Torture, out: Path, random: random.Random) -> str:
     largest = max(map(len, torture.whole.values()))
     job = Job(torture.pictures, out, max_file_bytes=random.randint(0, largest - 1))
     status = job.end()
-    assert status == 2, f"exit status {status}: {''.join(job.said)}"
+    assert status == 2, f"exit status {status}: {''.join(job.output)}"
     assert not list(out.rglob("*.part")), f"left half-written: {list(out.rglob('*.part'))}"
     return _come(out, torture)
 
@@ -152,7 +152,7 @@ def _removed(torture: Torture, out: Path, random: random.Random) -> str:
     if torture.moment(job, random):
         _remove(out)
     status = job.end()
-    assert status in (0, 2), f"exit status {status}: {''.join(job.said)}"
+    assert status in (0, 2), f"exit status {status}: {''.join(job.output)}"
     return _come(out, torture)
 
 
@@ -167,7 +167,7 @@ def _begun_anew(torture: Torture, out: Path, random: random.Random) -> str:
         out.rename(torture.root / "away")
     assert torture.finished(out, *OTHER) == torture.other, "shards of two jobs"
     status = job.end()
-    assert status in (0, 2), f"exit status {status}: {''.join(job.said)}"
+    assert status in (0, 2), f"exit status {status}: {''.join(job.output)}"
     assert table(out) == torture.other, "shards of two jobs"
     shutil.rmtree(torture.root / "away", ignore_errors=True)
     shutil.rmtree(out)
@@ -224,8 +224,8 @@ def main() -> int:
                 print(f"torture: FAILED {kind}, seed {seed}: {error}", flush=True)
     for kind in kinds:
         had = {come: count for (of, come), count in outcomes.items() if of == kind}
-        told = ", ".join(f"{count} with {come}" for come, count in sorted(had.items()))
-        print(f"  {kind}: {sum(had.values())} went on to the same bits ({told})")
+        listed = ", ".join(f"{count} with {come}" for come, count in sorted(had.items()))
+        print(f"  {kind}: {sum(had.values())} went on to the same bits ({listed})")
     print(f"torture: {options.runs - failed} of {options.runs} runs held")
     return int(failed > 0)
 

@@ -56,7 +56,7 @@ class Job:
             command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment, preexec_fn=limit
         )
         self.has_begun = threading.Event()
-        self.said: list[str] = []
+        self.output: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self._seen: dict[int, psutil.Process] = {}
@@ -64,7 +64,7 @@ class Job:
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            self.said.append(line)
+            self.output.append(line)
             self.has_begun.set()  # its first line: it handles signals from here on
         self.has_begun.set()
 
@@ -95,7 +95,7 @@ class Job:
         _, alive = psutil.wait_procs(list(self._seen.values()), timeout=60)
         assert not alive, f"still alive: {[process.cmdline() for process in alive]}"
         self._reader.join(60)
-        text = "".join(self.said)
+        text = "".join(self.output)
         assert "Traceback" not in text, text
         return status
 

@@ -145,8 +145,8 @@ def original_class(family):
 
 
 def read_by_original(family, folder):
-    original, told = original_class(family).from_pretrained(folder, output_loading_info=True)
-    assert not any(told.values()), told
+    original, info = original_class(family).from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
     assert is_quantised(original)
     if family == "onevision":  # its rope tables are not saved, and `from_pretrained` does not make them
         original.video_rope = onevision_original.Rope(original.config)
@@ -244,8 +244,8 @@ def name_of(folder, pattern):
 
 def refuses(folder, name):
     """Whether the folder is refused because of a tensor; of a quantised weight's part its map is enough."""
-    told = re.sub(r"^model\.", "", re.split(r"\._weight_|\.weight\.|\.SCB$", name)[0])
-    with pytest.raises(ValueError, match=re.escape(told)):
+    message = re.sub(r"^model\.", "", re.split(r"\._weight_|\.weight\.|\.SCB$", name)[0])
+    with pytest.raises(ValueError, match=re.escape(message)):
         nopad.load(folder)
 
 
@@ -320,7 +320,7 @@ def test_another_dialect_of_quantised_weights_is_refused(family, method, saved, 
     early = {"gate_proj": "fc1", "down_proj": "fc2", "up_proj": "fc3"}
     changes = {}
     for name, tensor in load_file(saved / "model.safetensors").items():
-        other = re.sub("|".join(early), lambda found: early[found[0]], name)
+        other = re.sub("|".join(early), lambda match: early[match[0]], name)
         changes |= {name: None, other: tensor}
     with pytest.raises(ValueError, match=r"expected the original's names for quantised weights, .* early transformers"):
         nopad.load(edited(**changes))

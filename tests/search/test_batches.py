@@ -56,7 +56,7 @@ def test_embeddings_are_mapped_from_a_file(features, tmp_path):
     assert mapped.ids == whole.ids
 
 
-@pytest.mark.parametrize("read", [read_features, lambda *given, **options: list(iterate_features(*given, **options))])
+@pytest.mark.parametrize("read", [read_features, lambda *args, **options: list(iterate_features(*args, **options))])
 @pytest.mark.parametrize(
     ("columns", "message"), [(["labels"], "no 'labels'"), ("label", "a list of names, got 'label'")]
 )

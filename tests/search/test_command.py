@@ -11,14 +11,14 @@ from nopad.cli import main
 from nopad.search.query import Match
 
 
-def test_search_prints_pictures_best_first(table, photos, capsys):
+def test_search_prints_images_best_first(table, photos, capsys):
     assert main(["search", str(table), "--id", "000.png", "-k", "2"]) == 0
     header, best, _second = capsys.readouterr().out.splitlines()
     assert header.split() == ["cosine", "image"]
     assert best.split() == ["1.000", str(photos / "copy.png")]
 
 
-def test_a_query_that_is_a_file_is_a_picture(table, photos, capsys, tmp_path):
+def test_a_query_that_is_a_file_is_an_image(table, photos, capsys, tmp_path):
     page = tmp_path / "page.html"
     assert main(["search", str(table), str(photos / "004.png"), "-k", "3", "--json", "--html", str(page)]) == 0
     content = json.loads(capsys.readouterr().out)
@@ -110,7 +110,7 @@ def test_no_cosine_is_minus_zero(table, features, tmp_path, capsys, monkeypatch)
     assert "-0.000" not in out.read_text(encoding="utf-8")
 
 
-def test_a_part_of_a_film_is_named_by_its_time(model, tmp_path, capsys):
+def test_a_part_of_a_video_is_named_by_its_time(model, tmp_path, capsys):
     (tmp_path / "films").mkdir()
     write_video(tmp_path / "films/film.mp4", 75)  # of 25 a second
     nopad.embed(tmp_path / "films", tmp_path / "table", model=model, fps=1, workers=1)

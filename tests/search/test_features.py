@@ -26,7 +26,7 @@ def test_rows_are_dicts(features, photos):
         features[13]
 
 
-def test_paths_and_pictures_of_rows_behind_a_failed_one(features, photos):
+def test_paths_and_images_of_rows_behind_a_failed_one(features, photos):
     assert [failure.id for failure in features.failures] == ["damaged.jpg"]
     for row, id in enumerate(features.ids):
         assert features.path(row) == str(photos / id)
@@ -74,7 +74,7 @@ def test_search_by_id_leaves_the_row_itself_out(features):
     assert [match.score for match in others] == sorted((match.score for match in others), reverse=True)
 
 
-def test_search_by_a_picture_finds_it(features, photos):
+def test_search_by_an_image_finds_it(features, photos):
     for image in (photos / "004.png", (photos / "004.png").read_bytes()):
         best = features.search(image=image, k=1)[0]
         assert best.id == "004.png"
@@ -239,7 +239,7 @@ def test_a_table_of_another_model_than_the_words(features, described):
     [{"mean": (0, 0, 0), "std": (1, 1, 1)}, {"rule": "square", "size": 56}],
     ids=["statistics", "size"],
 )
-def test_a_picture_is_searched_by_the_rule_that_made_the_table(photos, model, tmp_path, changes):
+def test_an_image_is_searched_by_the_rule_that_made_the_table(photos, model, tmp_path, changes):
     encoder = nopad.load(model)
     encoder.preprocessing = dataclasses.replace(encoder.preprocessing, **changes)
     nopad.embed(photos, tmp_path / "table", model=encoder, workers=1)

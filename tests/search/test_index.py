@@ -145,12 +145,12 @@ def test_an_index_that_is_a_pipe_is_not_waited_for(folder):
 
 def test_a_damaged_index_and_what_has_none(folder, tmp_path):
     nopad.read(folder).build_index()
-    own = folder / ".nopad" / "index"
-    next(own.glob("part-*.faiss")).write_bytes(b"no index")
+    index = folder / ".nopad" / "index"
+    next(index.glob("part-*.faiss")).write_bytes(b"no index")
     with pytest.raises(ValueError, match=r"damaged; remove .*index and build the index again"):
         _ = nopad.read(folder).index
-    record = json.loads((own / "index.json").read_text())
-    (own / "index.json").write_text(json.dumps(record)[:-3])
+    record = json.loads((index / "index.json").read_text())
+    (index / "index.json").write_text(json.dumps(record)[:-3])
     with pytest.raises(ValueError, match="damaged"):
         _ = nopad.read(folder).index
     with pytest.raises(ValueError, match=r"recall: expected a share above 0, at most 1, got 1.5"):

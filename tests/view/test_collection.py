@@ -113,7 +113,7 @@ def test_results_of_queries(table, photos, tmp_path, capsys):
     assert f"{expected[1].score:.3f}" in results
 
 
-def test_pictures_are_bounded_and_what_is_shown_comes_first(table, labelled, photos):
+def test_images_are_bounded_and_what_is_shown_comes_first(table, labelled, photos):
     features = nopad.read_features(table)
     shown = collect(features, clusters=1, threshold=0.9999, thumbnails=3)
     assert len(shown.thumbnails) == 3
@@ -125,7 +125,7 @@ def test_pictures_are_bounded_and_what_is_shown_comes_first(table, labelled, pho
         collect(features, thumbnails=-1)
 
 
-def test_pictures_that_are_no_longer_there(photos, model, tmp_path):
+def test_images_that_are_no_longer_there(photos, model, tmp_path):
     folder = shutil.copytree(photos, tmp_path / "photos")
     nopad.embed(folder, tmp_path / "features", model=model, workers=1)
     (folder / "003.png").unlink()
@@ -193,7 +193,7 @@ def test_tables_are_not_shown_by_wrong_options(table, options, message, tmp_path
 
 
 @pytest.mark.parametrize("option", [["--query", "a"], ["-k", "3"], ["--threshold", "0.9"], ["--thumbnails", "3"]])
-def test_pictures_are_not_shown_by_options_for_tables(photos, model, option, capsys):
+def test_images_are_not_shown_by_options_for_tables(photos, model, option, capsys):
     assert main(["view", str(photos / "000.png"), "--model", str(model), *option]) == 2
     assert f"{option[0]}: is for tables; SOURCE names no folder" in capsys.readouterr().err
     assert main(["view", str(photos / "000.png")]) == 2
@@ -228,7 +228,7 @@ def test_a_table_of_failures_alone(model, tmp_path):
         collect(nopad.read_features(tmp_path / "features"))
 
 
-def test_a_table_of_one_picture(photos, model, tmp_path):
+def test_a_table_of_one_image(photos, model, tmp_path):
     nopad.embed(photos / "000.png", tmp_path / "features", model=model, workers=1)
     shown = collect(nopad.read_features(tmp_path / "features"))
     assert shown.places.tolist() == [[0.5, 0.5]]

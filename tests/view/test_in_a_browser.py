@@ -99,7 +99,7 @@ def test_nothing_is_cut_in_light_and_dark(opened, tmp_path, name):
         page.screenshot(path=folder / f"{name}-{width}-{scheme}.png", full_page=True)
 
 
-def test_pictures_by_pointer_and_keys(opened):
+def test_images_by_pointer_and_keys(opened):
     for width, scheme in LOOKS[:1] + LOOKS[-1:]:
         page = opened("pictures", width, scheme)
         canvas, message = page.locator("canvas").first, page.locator("output").first

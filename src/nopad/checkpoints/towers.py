@@ -131,11 +131,11 @@ def narrowed(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
         name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)
     }
     outer, config = _around_vision_config(checkpoint.config), {}
-    own_type = TOWERS.get(outer.get("model_type", ""), outer.get("model_type"))
+    model_type = TOWERS.get(outer.get("model_type", ""), outer.get("model_type"))
     if "vision_config" in outer or outer.get("model_type") in TOWERS:
         config = {name: checkpoint.config[name] for name in _OF_THE_WHOLE if name in checkpoint.config}
-        config |= {"model_type": own_type, **outer.get("vision_config", {})}
-    preprocessor = _own_preprocessor(checkpoint)
+        config |= {"model_type": model_type, **outer.get("vision_config", {})}
+    preprocessor = _single_image_preprocessor(checkpoint)
     return replace(checkpoint, tensors=tensors, config=config, preprocessor=preprocessor, prefix=prefix)
 
 
@@ -147,7 +147,7 @@ def _around_vision_config(config: dict[str, Any]) -> dict[str, Any]:
     return parts[0] if len(parts) == 1 else config
 
 
-def _own_preprocessor(checkpoint: Checkpoint) -> dict[str, Any] | None:
+def _single_image_preprocessor(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The preprocessor config of a larger model, as far as it is about one image; not how images are cut into tiles."""
     config = checkpoint.preprocessor
     processor = None if config is None else config.get("image_processor_type")

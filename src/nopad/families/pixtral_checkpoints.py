@@ -78,13 +78,13 @@ def _rope_parameters(checkpoint: Checkpoint, parameters: Any, theta: Any) -> dic
     Raises:
         ValueError: another kind of rotary embedding.
     """
-    given = {"rope_theta": ROPE_THETA if theta is None else theta, "rope_type": "axial", **(parameters or {})}
-    if given["rope_type"] not in ("axial", "default") or given.keys() != {"rope_type", "rope_theta"}:
+    merged = {"rope_theta": ROPE_THETA if theta is None else theta, "rope_type": "axial", **(parameters or {})}
+    if merged["rope_type"] not in ("axial", "default") or merged.keys() != {"rope_type", "rope_theta"}:
         raise ValueError(
             f"checkpoint {checkpoint.name!r}: rope_parameters: expected rope_type 'axial' and rope_theta, got "
             f"{parameters!r:.80}"
         )
-    return {**given, "rope_type": "axial"}
+    return {**merged, "rope_type": "axial"}
 
 
 def _check(checkpoint: Checkpoint, config: PixtralPackingConfig) -> None:

@@ -205,8 +205,8 @@ def _longest_edge(config: dict[str, Any], processor: str, default: Preprocessing
 
 def _side(size: Any, key: str) -> int:
     """The one number in a size of a preprocessor config."""
-    known = isinstance(size, Mapping) and set(size) in ({"shortest_edge"}, {"height", "width"})
-    side, *others = size.values() if known else (size,)
+    has_one_side = isinstance(size, Mapping) and set(size) in ({"shortest_edge"}, {"height", "width"})
+    side, *others = size.values() if has_one_side else (size,)
     if not isinstance(side, int) or not is_count(side) or any(other != side for other in others):
         raise ValueError(f"{key}: expected pixels, {{'shortest_edge': n}} or equal height and width, got {size!r:.80}")
     return side

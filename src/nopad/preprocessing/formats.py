@@ -73,5 +73,5 @@ VIDEO_SUFFIXES = frozenset((".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".m
 @cache
 def image_suffixes() -> frozenset[str]:
     """The suffixes of `FORMATS`, also where this Pillow lacks one, so that such files fail one by one and are seen."""
-    known = {suffix for suffix, format in Image.registered_extensions().items() if format in FORMATS}
-    return frozenset(known | _SUFFIXES_OF_ADDITIONS)
+    registered = {suffix for suffix, format in Image.registered_extensions().items() if format in FORMATS}
+    return frozenset(registered | _SUFFIXES_OF_ADDITIONS)

@@ -169,8 +169,8 @@ def _scan(container: InputContainer, stream: VideoStream, size: int) -> _Index:
             tail.append(packet)
     if is_cut or tail.is_last_damaged(stream):
         raise UnusableVideoError(f"truncated: the last of {counted(count, 'frame')} is not whole; get the file again")
-    known = np.unique(np.frombuffer(times, np.int64))
-    return _Index(count, known.tolist() if len(known) == count > 0 else None, sorted(keys))
+    distinct = np.unique(np.frombuffer(times, np.int64))
+    return _Index(count, distinct.tolist() if len(distinct) == count > 0 else None, sorted(keys))
 
 
 def _seek(

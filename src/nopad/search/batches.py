@@ -31,10 +31,10 @@ def iterate_features(
     for shard in shards_of(folder, partial):
         with stored.opened(shard.path) as file:
             names = file.schema_arrow.names
-            wanted = names if columns is None else list(columns)
-            if unknown := [name for name in wanted if name not in names]:
+            selected = names if columns is None else list(columns)
+            if unknown := [name for name in selected if name not in names]:
                 raise ValueError(f"columns: {shard.path} has no {unknown[0]!r:.80}, but {', '.join(names)}")
             for number in range(file.num_row_groups):
-                table = file.read_row_group(number, list(dict.fromkeys([*wanted, "status"])))
+                table = file.read_row_group(number, list(dict.fromkeys([*selected, "status"])))
                 ok = pa.array(stored.ok_rows(shard.path, table))
-                yield from table.filter(ok).select(wanted).replace_schema_metadata().combine_chunks().to_batches()
+                yield from table.filter(ok).select(selected).replace_schema_metadata().combine_chunks().to_batches()

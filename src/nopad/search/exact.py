@@ -55,13 +55,13 @@ def top_k(
     best = [(torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)) for _ in unit_queries]
     for start, block in blocks(embeddings):
         candidates = _on(device, block)
-        known_lengths = None if lengths is None else lengths[start : start + len(block)]
-        if known_lengths is None or np.isnan(known_lengths).any():
+        block_lengths = None if lengths is None else lengths[start : start + len(block)]
+        if block_lengths is None or np.isnan(block_lengths).any():
             of_block = candidates.norm(dim=1)
-            if known_lengths is not None:
-                known_lengths[:] = of_block.cpu().numpy()
+            if block_lengths is not None:
+                block_lengths[:] = of_block.cpu().numpy()
         else:
-            of_block = _on(device, known_lengths)
+            of_block = _on(device, block_lengths)
         # Products by lengths: rows of length one would be a copy of the table for each query.
         cosines = (unit_queries @ candidates.T).div_(of_block.clamp_min(_NO_LENGTH))
         lowest = cosines.topk(min(k, len(block)), dim=1).values[:, -1:] - 2 * ROUNDING

@@ -103,8 +103,8 @@ class Features:
         index = self._row(index)
         height, width = map(int, self.sizes[index])
         row = {"id": self.ids[index], "source": self.sources[index], "width": width, "height": height}
-        kept = {name: self.columns[name][index].as_py() for name in self.columns.column_names}
-        return {**row, "grid": tuple(map(int, self.grids[index])), **kept, "embedding": self.embeddings[index]}
+        values = {name: self.columns[name][index].as_py() for name in self.columns.column_names}
+        return {**row, "grid": tuple(map(int, self.grids[index])), **values, "embedding": self.embeddings[index]}
 
     def _row(self, index: int) -> int:
         if not -len(self) <= index < len(self):
@@ -203,8 +203,8 @@ class Features:
                 tower, a vector of another width.
         """
         check_count("k", k)
-        given = {"text": text, "image": image, "vector": vector, "id": id}
-        return query.search(self, given, k, encoder, None if exact else self.index)
+        queries = {"text": text, "image": image, "vector": vector, "id": id}
+        return query.search(self, queries, k, encoder, None if exact else self.index)
 
     def duplicates(self, threshold: float = 0.97) -> list[Group]:
         """Groups of nearly the same image: in each, every row has one whose cosine to it is at least `threshold`.

@@ -53,8 +53,8 @@ def read_features(
         raise ValueError(f"columns: expected a list of names, got {columns!r:.80}")
     shards = shards_of(folder, partial)
     survey = _survey(shards)
-    if unknown := [name for name in columns or () if all(name not in _kept_names(each) for each in survey.schemas)]:
-        there = ", ".join(sorted({name for each in survey.schemas for name in _kept_names(each)})) or "none"
+    if unknown := [name for name in columns or () if all(name not in _extra_columns(each) for each in survey.schemas)]:
+        there = ", ".join(sorted({name for each in survey.schemas for name in _extra_columns(each)})) or "none"
         raise ValueError(f"columns: the table keeps no {unknown[0]!r:.80} of the inputs' own columns, but {there}")
     return _read(shards, survey, columns, None if memory_map is None else Path(memory_map))
 
@@ -137,11 +137,11 @@ def _read(shards: Sequence[Shard], survey: _Survey, columns: Sequence[str] | Non
     ids: list[str] = []
     sources: list[str] = []
     failures: list[Failure] = []
-    starts, rows, grids, sizes, kept_columns = [], [], [], [], []
+    starts, rows, grids, sizes, columns_of_shards = [], [], [], [], []
     for shard, schema in zip(shards, survey.schemas, strict=True):
         with stored.opened(shard.path) as file:
             groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            others = () if columns is None else {*_kept_names(schema)} - {*columns}
+            others = () if columns is None else {*_extra_columns(schema)} - {*columns}
             table = file.read([name for name in schema.names if name not in (*_on_disk(schema), *others)])
             ok = stored.ok_rows(shard.path, table)
             filled = len(ids)
@@ -158,7 +158,7 @@ def _read(shards: Sequence[Shard], survey: _Survey, columns: Sequence[str] | Non
         rows.append(np.flatnonzero(ok))
         grids.append(np.stack([good[name].to_numpy() for name in ("grid_t", "grid_h", "grid_w")], axis=1))
         sizes.append(np.stack([good[name].to_numpy() for name in ("height", "width")], axis=1))
-        kept_columns.append(good.drop_columns([name for name in COLUMNS if name in good.column_names]))
+        columns_of_shards.append(good.drop_columns([name for name in COLUMNS if name in good.column_names]))
 
     places = Places(list(shards), _numbered(rows), list(map(_shard_size, survey.schemas)))
     grid = np.concatenate(grids).astype(np.int64)
@@ -183,7 +183,7 @@ def _read(shards: Sequence[Shard], survey: _Survey, columns: Sequence[str] | Non
         tokens=tokens,
         thumbnails=Thumbnails(on_disk[THUMBNAIL]) if THUMBNAIL in on_disk else None,
         columns=pa.concat_tables(
-            [table.replace_schema_metadata() for table in kept_columns], promote_options="default"
+            [table.replace_schema_metadata() for table in columns_of_shards], promote_options="default"
         ),
         places=places,
     )
@@ -196,7 +196,7 @@ def _space(shape: tuple[int, int], dtype: np.dtype, memory_map: Path | None) -> 
     return np.lib.format.open_memmap(memory_map, mode="w+", dtype=dtype, shape=shape)
 
 
-def _kept_names(schema: pa.Schema) -> list[str]:
+def _extra_columns(schema: pa.Schema) -> list[str]:
     """The columns that a shard has of the inputs' own."""
     return [name for name in schema.names if name not in (*COLUMNS, *_on_disk(schema))]
 
