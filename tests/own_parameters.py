@@ -22,6 +22,7 @@ OTHERS = {
     "clip": "siglip2",
     "metaclip2": "dinov2",
     "dinov2": "dinov3",
+    "tipsv2": "dinov3",
     "dinov3": "aimv2",
     "onevision": "siglip2",
     "pixtral": "dinov2",
@@ -29,6 +30,7 @@ OTHERS = {
     "vit": "dinov2",
     "vit_mae": "dinov2",
     "ijepa": "siglip2",
+    "pixio": "dinov2",
 }
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -61,10 +63,13 @@ def features(encoder):
 def spoken_by(encoder):
     """The dialects that there are of an architecture.
 
-    timm's have no mask token of DINOv2's, one frame of Qwen3-VL's, and a CLS token of plain vision transformers'.
+    timm's have no mask token of DINOv2's, one frame of Qwen3-VL's, and a CLS token of plain vision transformers'; those
+    of TIPSv2 are Meta's of a gated layer.
     """
     gated = getattr(encoder.config, "use_gated_mlp", False)
     others = {"Meta" if gated else "Meta, gated"}
+    if getattr(encoder.config, "use_swiglu_ffn", False):
+        others |= {"transformers, TIPSv2"}
     if encoder.family in ("dinov2", "qwen3_vl") or isinstance(encoder, IJepaPacking):
         others |= {"timm", "timm, registers"}
     return [dialect for dialect in encoder.dialects if dialect.name not in others]

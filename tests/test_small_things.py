@@ -65,9 +65,11 @@ def test_every_encoder_registers_with_auto_model(tmp_path, family):
     [
         ("siglip2", "siglip", Siglip2NaflexPacking),
         ("dinov2", "dinov2 gated", DINOv2Packing),
+        ("dinov2", "tipsv2", DINOv2Packing),
         ("clip", "metaclip2", CLIPPacking),
         ("vit", "vit_mae", ViTPacking),
         ("vit", "ijepa", ViTPacking),
+        ("vit", "pixio", ViTPacking),
     ],
 )
 def test_each_config_of_a_family_has_a_class_of_its_own(tmp_path, first, second, cls):

@@ -1,4 +1,4 @@
-"""Tiny DINOv2 checkpoints in every dialect, written by renaming tensors of transformers' own models one by one."""
+"""Tiny DINOv2 and TIPSv2 checkpoints in every dialect, written by renaming transformers' tensors one by one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from transformers.models.dinov2.configuration_dinov2 import Dinov2Config
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
 from transformers.models.dinov2_with_registers.configuration_dinov2_with_registers import Dinov2WithRegistersConfig
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersModel
+from transformers.models.tipsv2.configuration_tipsv2 import Tipsv2VisionConfig
+from transformers.models.tipsv2.modeling_tipsv2 import Tipsv2VisionModel
 
 GATED = {"use_swiglu_ffn": True, "mlp_ratio": 3}
 VARIANTS = {
@@ -40,6 +42,14 @@ def tiny_original(**changes) -> Dinov2Model | Dinov2WithRegistersModel:
         model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**fields))
     else:
         model = Dinov2Model(Dinov2Config(**fields))
+    randomize(model)
+    return model.eval()
+
+
+def tiny_tipsv2(**changes) -> Tipsv2VisionModel:
+    """Of one register and a width of feed-forward layers that is no multiple of the others'."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "mlp_ratio": 1.5}
+    model = Tipsv2VisionModel(Tipsv2VisionConfig(**{**sizes, "image_size": 20, "patch_size": 4, **changes}))
     randomize(model)
     return model.eval()
 
@@ -94,6 +104,17 @@ def meta(original) -> dict[str, Tensor]:
         if ".query." in name:
             parts = [state[name.replace("query", part)] for part in ("query", "key", "value")]
             name, tensor = name.replace("attention.attention.query", "attn.qkv"), torch.cat(parts)
+        for old, new in table:
+            name = name.replace(old, new)
+        named[name] = tensor
+    return named
+
+
+def tipsv2(original) -> dict[str, Tensor]:
+    """The names by which transformers saves TIPSv2."""
+    table = [("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")]
+    named = {}
+    for name, tensor in meta(original).items():
         for old, new in table:
             name = name.replace(old, new)
         named[name] = tensor

@@ -25,6 +25,7 @@ from transformers.models.pixtral.modeling_pixtral import PixtralVisionModel
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel
+from transformers.models.tipsv2.modeling_tipsv2 import Tipsv2VisionModel
 
 ORIGINALS = {
     "aimv2": Aimv2VisionModel,
@@ -34,6 +35,7 @@ ORIGINALS = {
     "metaclip2": MetaClip2VisionModel,
     "dinov2": Dinov2Model,
     "dinov2 gated": Dinov2WithRegistersModel,
+    "tipsv2": Tipsv2VisionModel,
     "dinov3": DINOv3ViTModel,
     "onevision": PlainOneVision,
     "pixtral": PixtralVisionModel,
@@ -111,7 +113,7 @@ def run_original(family: str, original, pixels: Tensor) -> Features:
         return Features(*vit_checkpoints.run(original, pixels))
     output = original(pixels[None])
     tokens, pooled = output.last_hidden_state[0], getattr(output, "pooler_output", None)
-    number = 1 + getattr(original.config, "num_register_tokens", 0) if family.startswith("dino") else 0
+    number = 1 + getattr(original.config, "num_register_tokens", 0) if family.startswith(("dino", "tips")) else 0
     prefix = tokens[None, :number] if number else None
     return Features(tokens[number:], None if pooled is None else pooled[0], prefix)
 

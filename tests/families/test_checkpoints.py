@@ -35,6 +35,7 @@ SMALLEST = {
 TIMM = {
     "dinov2": "",
     "dinov2 gated": "",
+    "tipsv2": "",
     "qwen3_vl": "",
     "ijepa": "",
     "siglip2": "timm, NaFlex",
@@ -45,6 +46,7 @@ DIALECTS = [
     for family in FAMILIES
     for dialect in encoder_class(family).dialects
     if (family.split()[0], dialect.name.split(",")[0]) != ("dinov3", "Meta")
+    and (family, dialect.name) != ("dinov2 gated", "transformers, TIPSv2")  # which are Meta's of a gated layer
     and (not dialect.name.startswith("timm") or dialect.name == TIMM.get(family, "timm"))
 ]
 PREFIXES = [

@@ -23,7 +23,10 @@ import nopad
 from nopad.align.run import align
 from nopad.layers import positions
 
-TABLES = ("aimv2 with a head", "siglip", "clip", "metaclip2", "dinov2", "dinov2 gated", "vit", "vit_mae", "ijepa")
+TABLES = (
+    *("aimv2 with a head", "siglip", "clip", "metaclip2", "dinov2", "dinov2 gated", "tipsv2"),
+    *("vit", "vit_mae", "ijepa", "pixio"),
+)
 """Families with positions that were learned on one grid, 5 × 5 in these checkpoints."""
 SPARSE = ("aimv2", *TABLES, "onevision", "pixtral")
 """Families that take `patch_positions`."""
@@ -222,7 +225,7 @@ def test_patch_positions_are_refused_where_the_whole_grid_is_needed(encoder):
 
 
 @pytest.mark.parametrize("family", TABLES)
-def test_learned_positions_on_another_grid_are_logged_once_or_refused(folder, encoder, caplog):
+def test_learned_positions_on_another_grid_are_logged_once_or_refused(family, folder, encoder, caplog):
     positions._log_resampling.cache_clear()
     strict = nopad.load(folder, positions="strict")
     trained, other = pack_of_grids(encoder, [(2, 5, 5)]), pack_of_grids(encoder, [(1, 3, 7)])
@@ -231,8 +234,9 @@ def test_learned_positions_on_another_grid_are_logged_once_or_refused(folder, en
         assert not caplog.records
         encoder(other)
         encoder(other)
+    mode = "bilinear" if family == "tipsv2" else "bicubic"
     assert [record.message for record in caplog.records] == [
-        "positions were learned on 5 × 5 patches; they are resampled (bicubic) for other grids"
+        f"positions were learned on 5 × 5 patches; they are resampled ({mode}) for other grids"
     ]
     with pytest.raises(ValueError, match=r"grid_thw: .*'strict'.*\(5, 5\), got \(3, 7\)"):
         strict(other)

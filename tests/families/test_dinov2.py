@@ -1,20 +1,32 @@
-"""DINOv2: goldens of Meta's code, parity with transformers for all variants, and what a checkpoint may leave out."""
+"""DINOv2: goldens of Meta's code, parity with transformers for all variants, and what a checkpoint may leave out.
+
+TIPSv2: what it has other than DINOv2.
+"""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
 from aimv2_checkpoints import randomize, write
-from dinov2_checkpoints import GATED, VARIANTS, in_memory, meta, published, save, tiny_original
-from originals import assert_parity
+from dinov2_checkpoints import GATED, VARIANTS, in_memory, meta, published, save, tiny_original, tiny_tipsv2, tipsv2
+from originals import assert_parity, pixels_of
 from safetensors.torch import load_file
-from transformers.models.dinov2.modeling_dinov2 import Dinov2ForImageClassification, Dinov2Model
-from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersModel
+from transformers.models.dinov2.modeling_dinov2 import Dinov2ForImageClassification
+from transformers.models.tipsv2.modeling_tipsv2 import Tipsv2VisionModel
 
 import nopad
 from model_factory import vit_dinov2_packing_hf as spec
 from nopad.align.run import align
-from nopad.families.dinov2_checkpoints import DINOv2PackingConfig, DINOv2WithRegistersPackingConfig, swiglu_size
+from nopad.families.dinov2 import TIPSv2Packing
+from nopad.families.dinov2_checkpoints import (
+    DINOv2PackingConfig,
+    DINOv2WithRegistersPackingConfig,
+    TIPSv2PackingConfig,
+    swiglu_size,
+)
+from nopad.preprocessing.rules import Preprocessing
 
 OF_META = {name: VARIANTS[name] for name in ("plain", "gated", "registers", "gated, registers")}
 HEADS_OF_64 = {"hidden_size": 128, "num_attention_heads": 2}  # which files without config have
@@ -148,6 +160,68 @@ def test_fresh_layer_scales_are_the_configs():
     assert 0.01 < encoder.embeddings.position_embeddings.std() < 0.03
 
 
+TIPSV2 = {
+    "plain": {},
+    "gated": GATED,
+    "no registers": {"num_register_tokens": 0},
+    "tanh": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-3, "mlp_ratio": 2, "qkv_bias": False},
+}
+
+
+@pytest.mark.parametrize("variant", TIPSV2)
+@pytest.mark.parametrize("dialect", [meta, tipsv2, in_memory])
+def test_tipsv2_is_loaded_and_saved_by_its_published_names(tmp_path, dialect, variant):
+    original = tiny_tipsv2(**TIPSV2[variant])
+    encoder = nopad.load(save(tmp_path / "in", original, dialect))
+    assert type(encoder) is TIPSv2Packing
+    assert encoder.num_parameters() == original.num_parameters()
+    assert_parity("tipsv2", encoder, original, tolerance=1e-5)
+    encoder.save_pretrained(tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == meta(original).keys()
+    reloaded, info = Tipsv2VisionModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    assert_parity("tipsv2", nopad.load(tmp_path / "out"), reloaded)
+
+
+def test_files_that_transformers_saves_of_tipsv2(tmp_path):
+    original = tiny_tipsv2()
+    original.save_pretrained(tmp_path)
+    encoder = nopad.load(tmp_path)
+    assert encoder.dialect == "transformers, TIPSv2"
+    assert_parity("tipsv2", encoder, original, tolerance=1e-5)
+    report = align(tmp_path)
+    assert report.passed, [case.failures for case in report.cases]
+    assert report.reference == "transformers Tipsv2VisionModel"
+
+
+@pytest.mark.parametrize("changes", [{}, {"mlp_ratio": 1.5}, {**GATED, "mlp_ratio": 4}])
+def test_bare_file_of_one_register_is_tipsv2(tmp_path, changes):
+    original = tiny_tipsv2(hidden_size=768, num_attention_heads=12, num_hidden_layers=2, **changes)
+    encoder = nopad.load(save_meta(tmp_path / "weights.pth", original))
+    assert type(encoder) is TIPSv2Packing
+    assert encoder.config.mlp_ratio == original.config.mlp_ratio
+    assert_parity("tipsv2", encoder, original, grids=[(1, 3, 4)])
+
+
+def test_positions_of_tipsv2_are_resampled_bilinearly(tmp_path):
+    """As of no other class: the same weights in one with registers have other features where the grid differs."""
+    folder = save(tmp_path, tiny_tipsv2(mlp_ratio=2), meta)
+    bilinear, bicubic = nopad.load(folder), TIPSv2Packing.from_pretrained(folder, positions_mode="bicubic")
+    for grid, equal in (((1, 5, 5), True), ((1, 3, 2), False)):
+        pack = nopad.Pack.of(pixels_of([grid]), 4)
+        with torch.no_grad():
+            assert torch.equal(bilinear(pack), bicubic(pack)) == equal
+
+
+@pytest.mark.parametrize("more", [{}, {"size": {"height": 28, "width": 28}, "do_normalize": False}])
+def test_images_of_tipsv2_are_squares_without_statistics(tmp_path, more):
+    folder = save(tmp_path, tiny_tipsv2(image_size=28), meta)
+    config = {"image_processor_type": "Tipsv2ImageProcessor", "image_mean": [0.5] * 3, **more}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    plain = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    assert nopad.load(folder).preprocessing == Preprocessing(rule="square", size=28, resample="bilinear", **plain)
+
+
 # Counted by transformers' own models.
 PARAMETERS = {
     "facebook/dinov2-small": 22_056_576,
@@ -158,7 +232,12 @@ PARAMETERS = {
     "facebook/dinov2-with-registers-base": 86_583_552,
     "facebook/dinov2-with-registers-large": 304_372_736,
     "facebook/dinov2-with-registers-giant": 1_136_486_912,
+    "google/tipsv2-b14": 86_316_288,
+    "google/tipsv2-l14": 304_016_384,
+    "google/tipsv2-so400m14": 413_393_904,
+    "google/tipsv2-g14": 1_135_952_384,
 }
+CLASSES = {"tipsv2": TIPSv2PackingConfig, "registers": DINOv2WithRegistersPackingConfig, "": DINOv2PackingConfig}
 
 
 def test_published_models_have_their_published_sizes():
@@ -168,12 +247,11 @@ def test_published_models_have_their_published_sizes():
         config = nopad.DINOv2Packing.published_config(name)
         with torch.device("meta"):
             model = nopad.DINOv2Packing(config)
-            original = Dinov2WithRegistersModel if "registers" in name else Dinov2Model
-        assert type(config) is (DINOv2WithRegistersPackingConfig if "registers" in name else DINOv2PackingConfig)
+        kind = next(kind for kind in CLASSES if kind in name)
+        assert type(config) is CLASSES[kind]
         assert model.num_parameters() == PARAMETERS[name]
-        assert original.config_class.model_type == config.model_type
-        assert (model.patch_size, model.num_prefix_tokens) == (14, 5 if "registers" in name else 1)
-        assert config.hidden_size // config.num_attention_heads == 64
+        assert (model.patch_size, model.num_prefix_tokens) == (14, {"tipsv2": 2, "registers": 5, "": 1}[kind])
+        assert config.hidden_size // config.num_attention_heads == (72 if "so400m" in name else 64)
 
 
 def test_module_at_the_address_of_the_others(tmp_path):

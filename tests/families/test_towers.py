@@ -38,6 +38,8 @@ def tokens_of(model_type, tower, image):
         return run_qwen(tower, image).tokens
     if kind == "pixtral":
         return tower(image[None]).last_hidden_state[0]
+    if kind == "tipsv2_vision_model":
+        return tower(image[None]).last_hidden_state[0, 2:]
     if kind == "clip_vision_model":
         output = tower(pixel_values=image[None], interpolate_pos_encoding=True)
         return tower.post_layernorm(output.last_hidden_state[0, 1:])

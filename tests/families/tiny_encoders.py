@@ -18,9 +18,9 @@ from torch import Tensor
 
 from nopad import Pack, PackedEncoder, families
 from nopad.families.clip import MetaCLIP2Packing
-from nopad.families.dinov2 import DINOv2WithRegistersPacking
+from nopad.families.dinov2 import DINOv2WithRegistersPacking, TIPSv2Packing
 from nopad.families.siglip2 import SiglipPacking
-from nopad.families.vit import IJepaPacking, ViTMAEPacking
+from nopad.families.vit import IJepaPacking, PixioPacking, ViTMAEPacking
 
 GRIDS = torch.tensor([[1, 4, 5], [1, 7, 3], [2, 2, 2], [1, 1, 1]])
 FAMILIES = (
@@ -32,6 +32,7 @@ FAMILIES = (
     "metaclip2",
     "dinov2",
     "dinov2 gated",
+    "tipsv2",
     "dinov3",
     "dinov3 gated",
     "onevision",
@@ -40,6 +41,7 @@ FAMILIES = (
     "vit",
     "vit_mae",
     "ijepa",
+    "pixio",
 )
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2}
 """Heads of 64 values, which every kernel of a GPU takes."""
@@ -62,6 +64,10 @@ def tiny(family: str, folder: Path, **changes) -> Path:
         return clip_checkpoints.save(folder, clip_checkpoints.tiny_original(family, **changes))
     if family in vit_checkpoints.CLASSES:
         return vit_checkpoints.save(folder, vit_checkpoints.tiny_original(family, **changes))
+    if family == "tipsv2":
+        changes.pop("intermediate_size", None)  # which follows the width
+        original = dinov2_checkpoints.tiny_tipsv2(**changes)
+        return dinov2_checkpoints.save(folder, original, dinov2_checkpoints.meta)
     if family.startswith("dinov2"):
         changes.pop("intermediate_size", None)  # which follows the width
         gated = {**dinov2_checkpoints.GATED, "num_register_tokens": 2} if family == "dinov2 gated" else {}
@@ -77,7 +83,7 @@ def tiny(family: str, folder: Path, **changes) -> Path:
 def encoder_class(family: str) -> type[PackedEncoder]:
     """The class that packs a family of `FAMILIES`."""
     variants = {"siglip": SiglipPacking, "dinov2 gated": DINOv2WithRegistersPacking, "metaclip2": MetaCLIP2Packing}
-    variants |= {"vit_mae": ViTMAEPacking, "ijepa": IJepaPacking}
+    variants |= {"tipsv2": TIPSv2Packing, "vit_mae": ViTMAEPacking, "ijepa": IJepaPacking, "pixio": PixioPacking}
     if family in variants:
         return variants[family]
     return families.encoder_class(family.split()[0])

@@ -1,4 +1,4 @@
-"""Tiny ViT, MAE and I-JEPA checkpoints, written by renaming tensors of transformers' own models one by one."""
+"""Tiny ViT, MAE, I-JEPA and Pixio checkpoints, written by renaming tensors of transformers' own models one by one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from aimv2_checkpoints import randomize, write
 from torch import Tensor
 from transformers.models.ijepa.configuration_ijepa import IJepaConfig
 from transformers.models.ijepa.modeling_ijepa import IJepaModel
+from transformers.models.pixio.configuration_pixio import PixioConfig
+from transformers.models.pixio.modeling_pixio import PixioModel
 from transformers.models.vit.configuration_vit import ViTConfig
 from transformers.models.vit.modeling_vit import ViTModel
 from transformers.models.vit_mae.configuration_vit_mae import ViTMAEConfig
@@ -23,7 +25,12 @@ FIELDS = {
     "image_size": 22,  # 5 × 5 patches and two pixels that no patch covers
     "patch_size": 4,
 }
-CLASSES = {"vit": (ViTConfig, ViTModel), "vit_mae": (ViTMAEConfig, ViTMAEModel), "ijepa": (IJepaConfig, IJepaModel)}
+CLASSES = {
+    "vit": (ViTConfig, ViTModel),
+    "vit_mae": (ViTMAEConfig, ViTMAEModel),
+    "ijepa": (IJepaConfig, IJepaModel),
+    "pixio": (PixioConfig, PixioModel),
+}
 
 
 def tiny_original(kind: str = "vit", *, pooler: bool = True, **changes):
@@ -31,7 +38,11 @@ def tiny_original(kind: str = "vit", *, pooler: bool = True, **changes):
     config_class, model_class = CLASSES[kind]
     masks = {"mask_ratio": 0.0} if kind == "vit_mae" else {}
     arguments = {"add_pooling_layer": pooler} if kind == "vit" else {}
-    model = model_class(config_class(**{**FIELDS, **masks, **changes}), **arguments)
+    fields = {**FIELDS, **masks, **changes}
+    if kind == "pixio":
+        del fields["intermediate_size"]  # which follows the width
+        fields = {"mlp_ratio": 2, "n_cls_tokens": 3, **fields}
+    model = model_class(config_class(**fields), **arguments)
     randomize(model)
     return model.eval()
 
@@ -42,7 +53,7 @@ def in_memory(original) -> dict[str, Tensor]:
 
 
 def published(original) -> dict[str, Tensor]:
-    """The names of the published files."""
+    """The names of the published files, of Pixio those of files that transformers saves."""
     table = [
         ("layers.", "encoder.layer."),
         ("attention.q_proj", "attention.attention.query"),
@@ -52,8 +63,35 @@ def published(original) -> dict[str, Tensor]:
         ("mlp.fc1", "intermediate.dense"),
         ("mlp.fc2", "output.dense"),
     ]
+    if isinstance(original, PixioModel):
+        table = [*table, ("layernorm_before", "norm1"), ("layernorm_after", "norm2")]
     named = {}
     for name, tensor in original.state_dict().items():
+        for old, new in table:
+            name = name.replace(old, new)
+        named[name] = tensor
+    return named
+
+
+def meta(original) -> dict[str, Tensor]:
+    """Meta's names of Pixio, which are timm's."""
+    table = [
+        ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
+        ("embeddings.position_embeddings", "pos_embed"),
+        ("embeddings.cls_token", "cls_token"),
+        ("layernorm_before", "norm1"),
+        ("layernorm_after", "norm2"),
+        ("attention.o_proj", "attn.proj"),
+        ("layers.", "blocks."),
+        ("layernorm.", "norm."),
+    ]
+    named, state = {}, original.state_dict()
+    for name, tensor in state.items():
+        if ".k_proj." in name or ".v_proj." in name:
+            continue
+        if ".q_proj." in name:
+            tensor = torch.cat([state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
+            name = name.replace("attention.q_proj", "attn.qkv")
         for old, new in table:
             name = name.replace(old, new)
         named[name] = tensor
@@ -69,14 +107,16 @@ def arguments(original, pixels: Tensor) -> dict[str, Any]:
     size = original.config.patch_size
     noise = torch.arange(pixels.shape[1] // size * (pixels.shape[2] // size))[None]
     masks = {"noise": noise} if isinstance(original, ViTMAEModel) else {}
+    if isinstance(original, PixioModel):
+        return {"pixel_values": pixels[None]}
     return {"pixel_values": pixels[None], "interpolate_pos_encoding": True, **masks}
 
 
 def run(original, pixels: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Patch tokens `(T, D)`, the pooled vector `(D,)` and the CLS token `(1, 1, D)` of one image `(C, H, W)`."""
-    number = 1 - isinstance(original, IJepaModel)
+    number = getattr(original.config, "n_cls_tokens", 1 - isinstance(original, IJepaModel))
     output = original(**arguments(original, pixels))
     tokens, pooled = output.last_hidden_state[0], getattr(output, "pooler_output", None)
     if number and pooled is None:
         pooled = tokens[:1]
-    return tokens[number:], None if pooled is None else pooled[0], tokens[None, :1] if number else None
+    return tokens[number:], None if pooled is None else pooled[0], tokens[None, :number] if number else None

@@ -14,6 +14,7 @@ from transformers.models.modernvbert.modeling_modernvbert import ModernVBertMode
 from transformers.models.ovis2.modeling_ovis2 import Ovis2ForConditionalGeneration
 from transformers.models.shieldgemma2.modeling_shieldgemma2 import ShieldGemma2ForImageClassification
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2ForConditionalGeneration
+from transformers.models.tipsv2.modeling_tipsv2 import Tipsv2Model
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4}
 SIGLIP = {**SIZES, "model_type": "siglip_vision_model", "image_size": 20, "vision_use_head": False}
@@ -22,6 +23,7 @@ CLIP = {**SIZES, "model_type": "clip_vision_model", "image_size": 20, "projectio
 PIXTRAL = {**SIZES, "model_type": "pixtral", "image_size": 20, "hidden_act": "silu"}
 LARGE4 = {**PIXTRAL, "hidden_size": 128, "num_attention_heads": 16}  # in files under Mistral's names
 OVIS = {**SIZES, "model_type": "ovis2_vision", "image_size": 16, "vocab_size": 40, "hidden_stride": 2}
+TIPSV2 = {**SIZES, "model_type": "tipsv2_vision_model", "image_size": 20, "mlp_ratio": 1.5}
 QWEN = {
     "depth": 2,
     "hidden_size": 32,
@@ -58,6 +60,7 @@ TEXT = {
 }
 # Of text models, where `TEXT` does not suffice.
 TEXT_OF = {
+    "tipsv2_text_model": {"hidden_size": 32},
     "qwen3_vl_moe_text": EXPERTS,
     "qwen3_5_moe_text": EXPERTS,
     "qwen4_exp_text": EXPERTS,
@@ -84,6 +87,7 @@ KINDS: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
     "mistral3": (PIXTRAL, "mistral", "model.vision_tower", {"spatial_merge_size": 2}),
     "mistral_large4": (LARGE4, "mistral_large4_text", "model.vision_tower", {"spatial_merge_size": 2}),
     "lighton_ocr": (PIXTRAL, "qwen3", "model.vision_encoder", {"spatial_merge_size": 2}),
+    "tipsv2": (TIPSV2, "tipsv2_text_model", "vision_model", {}),
     "ovis2": (
         {**OVIS, "num_visual_indicator_tokens": 5},
         "qwen2",
@@ -99,6 +103,7 @@ KINDS: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
 CLASSES = {
     "shieldgemma2": ShieldGemma2ForImageClassification,
     "ovis2": Ovis2ForConditionalGeneration,
+    "tipsv2": Tipsv2Model,
     "modernvbert": ModernVBertModel,
     "colpali": ColPaliForRetrieval,
     "t5gemma2": T5Gemma2ForConditionalGeneration,

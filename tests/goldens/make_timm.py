@@ -26,6 +26,7 @@ CASES = {
         {"img_size": 20, "dynamic_img_size": True, "mlp_ratio": 2.0},
         GRIDS,
     ),
+    "timm-tipsv2": ("vit_so400m_patch14_reg1_tipsv2", {"img_size": 20, "dynamic_img_size": True}, GRIDS),
     "timm-dinov3": ("vit_small_patch16_dinov3", {"img_size": 20}, GRIDS),
     "timm-dinov3-gated": ("vit_huge_plus_patch16_dinov3_qkvb", {"img_size": 20, "rope_temperature": 50.0}, GRIDS),
     "timm-siglip": ("vit_base_patch16_siglip_224", {"img_size": 20}, GRIDS[:1]),

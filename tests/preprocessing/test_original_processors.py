@@ -86,11 +86,16 @@ PIXEL_PROCESSORS = {
     "facebook/dinov2-base": BitImageProcessorPil(
         size={"shortest_edge": 256}, crop_size=squared(224), image_mean=list(SQUARE.mean), image_std=list(SQUARE.std)
     ),
+    # Its processor of transformers needs torchvision; Google's own code makes the same by Pillow.
+    "google/tipsv2-b14": ViTImageProcessorPil(size=squared(448), do_normalize=False),
     "google/vit-base-patch16-224": ViTImageProcessorPil(),
     "google/vit-large-patch32-384": ViTImageProcessorPil(size=squared(384)),
     "facebook/vit-mae-base": ViTImageProcessorPil(image_mean=list(SQUARE.mean), image_std=list(SQUARE.std)),
     "facebook/ijepa_vith16_1k": ViTImageProcessorPil(
         size=squared(448), image_mean=list(SQUARE.mean), image_std=list(SQUARE.std)
+    ),
+    "facebook/pixio-vitb16": ViTImageProcessorPil(
+        size=squared(256), resample=3, image_mean=list(SQUARE.mean), image_std=list(SQUARE.std)
     ),
     "google/siglip2-base-patch16-256": SiglipImageProcessorPil(size=squared(256)),
     "google/siglip-so400m-patch14-384": SiglipImageProcessorPil(size=squared(384)),

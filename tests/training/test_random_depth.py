@@ -9,7 +9,7 @@ import nopad
 from nopad.layers.block import drop_path
 from nopad.segments import Segments
 
-FAMILIES = ("dinov2", "dinov2 gated", "dinov3", "dinov3 gated")
+FAMILIES = ("dinov2", "dinov2 gated", "tipsv2", "dinov3", "dinov3 gated", "pixio")
 STILL = {"pos_embed_rescale": None}
 """DINOv3's coordinates, which are drawn image by image here and batch by batch there, stay."""
 
@@ -38,7 +38,7 @@ def test_branches_are_dropped_as_the_original_drops_them(family, tmp_path):
     assert_trained_alike(family, folder_of(family, tmp_path, drop_path_rate=0.4))
 
 
-@pytest.mark.parametrize("family", FAMILIES[:2])
+@pytest.mark.parametrize("family", FAMILIES[:3])
 def test_embeddings_are_dropped_as_the_original_drops_them(family, tmp_path):
     assert_trained_alike(family, folder_of(family, tmp_path, hidden_dropout_prob=0.3))
 

@@ -121,6 +121,7 @@ def from_checkpoint(
     quantised = checkpoint.quantization_config is not None
     options = {"patch_order": patch_order, "positions": positions}
     skeleton = _skeleton(cls, dialect.convert(part), config, changes, options, head=head)
+    dialect = next(each for each in skeleton.dialects if each.name == dialect.name)  # as the architecture's own
     part = part if head else remove_head(cls, part, dialect)
     if isinstance(kwargs.get("device_map"), Mapping):
         kwargs["device_map"] = {_registered(skeleton, path): to for path, to in kwargs["device_map"].items()}

@@ -36,7 +36,9 @@ def to_memory(encoder: PackedEncoder, state_dict: dict[str, Any], prefix: str) -
     names = [name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)]
     _check_names(encoder, names)
     inputs = {name: state_dict.pop(prefix + name) for name in names}
-    for name, part in encoder.original_dialect().table.parts(names).items():
+    originals = (dialect for dialect in encoder.dialects if dialect.is_original and dialect.matches(names))
+    table = next(originals, encoder.original_dialect()).table
+    for name, part in table.parts(names).items():
         (stored,) = part.names  # the original's tables join nothing
         tensor = inputs[stored]
         if len(part.rename.model) > 1:  # of its own memory, or savers take the parts for tied parameters

@@ -85,12 +85,13 @@ def check_strictly(checkpoint: Checkpoint, expected: Mapping[str, Tensor], diale
 
 
 _SIDES = ("hidden_size", "intermediate_size", "num_channels", "patch_size", "num_register_tokens", "projection_dim")
-_OTHER_COUNTS = ("mlp_ratio", "num_hidden_layers", "num_attention_heads", "image_size", "num_patches")
+_OTHER_COUNTS = ("num_hidden_layers", "num_attention_heads", "image_size", "num_patches")
 _COUNTS = {**dict.fromkeys((*_SIDES, *_OTHER_COUNTS), 1), "num_register_tokens": 0}
 """Minimum of each count; `None` is allowed where an architecture has no such part."""
 _NUMBERS = {
     **dict.fromkeys(("layer_norm_eps", "rms_norm_eps", "rope_theta"), (0, 1e12)),
     **dict.fromkeys(("attention_dropout", "drop_path_rate"), (0, 1)),
+    "mlp_ratio": (0, 1e3),
 }
 """Minimum and maximum of each number."""
 

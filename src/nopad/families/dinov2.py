@@ -1,4 +1,6 @@
-"""DINOv2 (Oquab et al., arXiv:2304.07193), with and without registers (Darcet et al., arXiv:2309.16588)."""
+"""DINOv2 (Oquab et al., arXiv:2304.07193), with and without registers (Darcet et al., arXiv:2309.16588), and the image
+encoder of TIPSv2 (Cao et al., arXiv:2604.12012).
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,15 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from nopad.checkpoints.dialects.dinov2 import TIPSV2_DIALECTS
 from nopad.encoder import PackedEncoder
 from nopad.families.dinov2_checkpoints import (
     PUBLISHED,
     DINOv2Configs,
     DINOv2PackingConfig,
     DINOv2WithRegistersPackingConfig,
+    TIPSv2PackingConfig,
+    num_registers,
     read_config,
     swiglu_size,
 )
@@ -33,8 +38,8 @@ from nopad.preprocessing.rules import Preprocessing
 class DINOv2Embeddings(ViTEmbeddings):
     """Embeddings of plain vision transformers, and register tokens, which have no positions, behind CLS.
 
-    transformers antialiases the positions of models with registers alone. Meta's own code computes the scale of models
-    without registers from a side that is 0.1 patches longer.
+    transformers antialiases the positions of models with registers alone, and resamples those of TIPSv2 bilinearly.
+    Meta's own code computes the scale of models without registers from a side that is 0.1 patches longer.
     """
 
     def __init__(self, config: DINOv2Configs):
@@ -43,9 +48,8 @@ class DINOv2Embeddings(ViTEmbeddings):
         # For masked training alone; kept so that a saved checkpoint is complete.
         self.mask_token = nn.Parameter(torch.empty(1, size)) if config.use_mask_token else None
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.register_tokens = None
-        if isinstance(config, DINOv2WithRegistersPackingConfig):
-            self.register_tokens = nn.Parameter(torch.empty(1, config.num_register_tokens, size))
+        number = num_registers(config)
+        self.register_tokens = None if number is None else nn.Parameter(torch.empty(1, number, size))
 
     def forward(self, patches: Tensor, layout: Layout, prefix_layout: PrefixLayout | None, runner: Runner) -> Tensor:
         """See `ViTEmbeddings`."""
@@ -59,7 +63,7 @@ class DINOv2Embeddings(ViTEmbeddings):
 
 def dinov2_block(config: DINOv2Configs) -> Block:
     """One transformer block of the family."""
-    mlp_size = config.hidden_size * config.mlp_ratio
+    mlp_size = int(config.hidden_size * config.mlp_ratio)
     if config.use_swiglu_ffn:
         names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
         mlp = GatedMLP(config.hidden_size, swiglu_size(mlp_size), ACT2FN["silu"], bias=True, names=names)
@@ -99,11 +103,18 @@ class DINOv2Packing(PackedEncoder):
     @staticmethod
     def count_prefix_tokens(config: DINOv2Configs) -> int:
         """The CLS token, and registers."""
-        return 1 + (config.num_register_tokens if isinstance(config, DINOv2WithRegistersPackingConfig) else 0)
+        return 1 + (num_registers(config) or 0)
 
     @staticmethod
     def published_preprocessing(config: DINOv2Configs) -> Preprocessing:
-        """The short side to 256 pixels and a crop of 224, whatever size the positions were learned on."""
+        """The short side to 256 pixels and a crop of 224, whatever size the positions were learned on.
+
+        TIPSv2's is a square of the trained size, without statistics.
+        """
+        if isinstance(config, TIPSv2PackingConfig):
+            trained: Any = config.image_size
+            plain: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+            return Preprocessing(rule="square", size=trained, resample="bilinear", **plain)
         statistics: dict[str, Any] = {"mean": tuple(IMAGENET_DEFAULT_MEAN), "std": tuple(IMAGENET_DEFAULT_STD)}
         return Preprocessing(rule="crop", size=224, short_side=256, resample="bicubic", **statistics)
 
@@ -112,3 +123,13 @@ class DINOv2WithRegistersPacking(DINOv2Packing):
     """DINOv2 with registers; what `DINOv2Packing` makes of such a config or checkpoint."""
 
     config_class = DINOv2WithRegistersPackingConfig
+
+
+class TIPSv2Packing(DINOv2Packing):
+    """TIPSv2's image encoder; what `DINOv2Packing` makes of such a config or checkpoint.
+
+    Its register is the second CLS token of the original. The pooled vector is the first, as transformers' is.
+    """
+
+    config_class = TIPSv2PackingConfig
+    dialects = TIPSV2_DIALECTS

@@ -1,11 +1,13 @@
-"""DINOv2's checkpoints: the configs, what decides the architecture, and the published models."""
+"""Checkpoints of DINOv2 and TIPSv2: the configs, what decides the architecture, and the published models."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from transformers.models.dinov2.configuration_dinov2 import Dinov2Config
 from transformers.models.dinov2_with_registers.configuration_dinov2_with_registers import Dinov2WithRegistersConfig
+from transformers.models.tipsv2.configuration_tipsv2 import Tipsv2VisionConfig
 
 from nopad.checkpoints.config_json import BACKBONE_FIELDS, read_fields
 from nopad.checkpoints.dialects.dinov2 import TIMM_REGISTERS
@@ -14,7 +16,7 @@ from nopad.checkpoints.timm_config import NAMES, PLAIN_VIT, is_timm, read_model_
 from nopad.families.sizes import configs_by_name
 
 HEAD_DIM = 64
-"""Head size of every published model, for files without a config."""
+"""Head size of every published DINOv2, for files without a config."""
 
 
 class DINOv2PackingConfig(Dinov2Config):
@@ -47,10 +49,36 @@ class DINOv2WithRegistersPackingConfig(Dinov2WithRegistersConfig):
     positions_antialias: bool = True
 
 
-DINOv2Configs = DINOv2PackingConfig | DINOv2WithRegistersPackingConfig
+class TIPSv2PackingConfig(Tipsv2VisionConfig):
+    """transformers' config of TIPSv2's image encoder and what packing adds to it.
+
+    Attributes:
+        use_mask_token: always; this config of transformers does not have it.
+        patch_order: layout inside a patch.
+        positions: on another grid than the trained one, `"resample"` learned positions or refuse: `"strict"`.
+        positions_antialias: antialias them, as transformers and timm do.
+        positions_mode: how they are resampled, `"bicubic"` as timm does.
+    """
+
+    use_mask_token: bool = True
+    patch_order: str = "hwc"
+    positions: str = "resample"
+    positions_antialias: bool = True
+    positions_mode: str = "bilinear"
 
 
-def swiglu_size(mlp_size: int) -> int:
+DINOv2Configs = DINOv2PackingConfig | DINOv2WithRegistersPackingConfig | TIPSv2PackingConfig
+_CONFIG_CLASSES = {
+    kind.model_type: kind for kind in (DINOv2PackingConfig, DINOv2WithRegistersPackingConfig, TIPSv2PackingConfig)
+}
+
+
+def num_registers(config: DINOv2Configs) -> int | None:
+    """Number of register tokens, `None` of a class that has no parameter for them."""
+    return None if isinstance(config, DINOv2PackingConfig) else config.num_register_tokens
+
+
+def swiglu_size(mlp_size: float) -> int:
     """Width of a gated feed-forward layer in place of a plain one: two thirds, rounded up to a multiple of 8."""
     return (int(mlp_size * 2 / 3) + 7) // 8 * 8
 
@@ -58,11 +86,11 @@ def swiglu_size(mlp_size: int) -> int:
 _COMMON_NAMES = """
 hidden_size num_hidden_layers num_attention_heads mlp_ratio hidden_act hidden_dropout_prob attention_probs_dropout_prob
 initializer_range layer_norm_eps image_size patch_size num_channels qkv_bias layerscale_value drop_path_rate
-use_swiglu_ffn use_mask_token patch_order positions positions_antialias
+use_swiglu_ffn use_mask_token patch_order positions positions_antialias positions_mode
 """
 _TIMM_NAMES = {**NAMES, "attn_drop_rate": "attention_probs_dropout_prob"}
-_TIMM_ARCHITECTURES = r"vit_(small|base|large|giant)_patch14(_reg4)?_dinov2"
-_TIMM_HEADS = {"small": 6, "base": 12, "large": 16, "giant": 24}
+_TIMM_ARCHITECTURES = r"vit_(small|base|large|so400m|giant)_patch14((_reg4)?_dinov2|_reg1_tipsv2)"
+_TIMM_HEADS = {"small": 6, "base": 12, "large": 16, "so400m": 16, "giant": 24}
 _KERNEL, _POSITIONS = "embeddings.patch_embeddings.projection.weight", "embeddings.position_embeddings"
 _REGISTERS, _FIRST = "embeddings.register_tokens", "encoder.layer.0"
 
@@ -73,50 +101,61 @@ def read_config(checkpoint: Checkpoint) -> DINOv2Configs:
     Raises:
         ValueError: no `config.json`, and shapes that no published model has.
     """
-    config_classes = {kind.model_type: kind for kind in (DINOv2PackingConfig, DINOv2WithRegistersPackingConfig)}
-    checkpoint.check_model_type(*config_classes)
-    config_class = config_classes.get(checkpoint.vision_config.get("model_type", ""))
+    checkpoint.check_model_type(*_CONFIG_CLASSES)
+    config_class = _CONFIG_CLASSES.get(checkpoint.vision_config.get("model_type", ""))
     names = (*_COMMON_NAMES.split(), "num_register_tokens")
     if is_timm(checkpoint.config):
         fields = _read_timm(checkpoint)
     else:
         fields = read_fields(checkpoint, names, unused=BACKBONE_FIELDS)
     if config_class is None:
-        with_registers = _REGISTERS in checkpoint.tensors
-        config_class = DINOv2WithRegistersPackingConfig if with_registers else DINOv2PackingConfig
-        fields = {**_infer_from_tensors(checkpoint, fields), **fields}
-    if config_class is DINOv2PackingConfig:
-        fields.pop("num_register_tokens", None)
+        config_class = _class_of_tensors(checkpoint)
+        fields = {**_infer_from_tensors(checkpoint, fields, config_class), **fields}
+    fields = {name: value for name, value in fields.items() if hasattr(config_class, name)}
     fields = checkpoint.with_sides(fields, "image_size", "patch_size")
     return config_class(**fields)
+
+
+def _class_of_tensors(checkpoint: Checkpoint) -> type[DINOv2Configs]:
+    """The class of a config that does not name it: where it names no architecture of timm's, TIPSv2 has one register.
+
+    Published DINOv2 has four or none.
+    """
+    if _REGISTERS not in checkpoint.tensors:
+        return DINOv2PackingConfig
+    architecture = checkpoint.config.get("architecture")
+    is_tipsv2 = "tipsv2" in architecture if architecture else checkpoint.shape(_REGISTERS, ndim=3)[1] == 1
+    return TIPSv2PackingConfig if is_tipsv2 else DINOv2WithRegistersPackingConfig
 
 
 def _read_timm(checkpoint: Checkpoint) -> dict[str, Any]:
     """The fields that timm's `config.json` has.
 
     Raises:
-        ValueError: no architecture; see also `read_model_args`.
+        ValueError: no architecture, or one with another number of registers; see also `read_model_args`.
     """
     with_registers = checkpoint.table is TIMM_REGISTERS
     fixed = {**PLAIN_VIT, "class_token": True, "no_embed_class": with_registers}
     architecture, fields = read_model_args(checkpoint, _TIMM_ARCHITECTURES, fixed=fixed, names=_TIMM_NAMES)
-    if with_registers != ("_reg4" in architecture):
+    expected = re.search(r"_reg(\d)_", architecture)
+    if with_registers != (expected is not None):
         raise ValueError(
             f"checkpoint {checkpoint.name!r}: tensor 'reg_token' is {'unexpected' if with_registers else 'missing'}, "
             f"since the architecture in config.json is {architecture!r}"
         )
     heads = _TIMM_HEADS[architecture.split("_")[1]]
-    return {"num_attention_heads": heads, "positions_antialias": True} | fields
+    return {"num_attention_heads": heads, "positions_antialias": True, "positions_mode": "bicubic"} | fields
 
 
-def _infer_from_tensors(checkpoint: Checkpoint, config_fields: dict[str, Any]) -> dict[str, Any]:
+def _infer_from_tensors(
+    checkpoint: Checkpoint, config_fields: dict[str, Any], config_class: type[DINOv2Configs]
+) -> dict[str, Any]:
     """The fields of a config from the shapes of the tensors; `config_fields` are those that `config.json` has."""
     hidden_size, channels, patch_size, _ = checkpoint.shape(_KERNEL, ndim=4)
     gated = f"{_FIRST}.mlp.gate_proj.weight" in checkpoint.tensors
     mlp_size = checkpoint.shape(f"{_FIRST}.mlp.{'gate_proj' if gated else 'fc1'}.weight")[0]
-    mlp_sizes = {ratio: hidden_size * ratio for ratio in range(1, 2 + 2 * mlp_size // hidden_size)}
-    ratios = [ratio for ratio, size in mlp_sizes.items() if mlp_size == (swiglu_size(size) if gated else size)]
-    if not ratios and "mlp_ratio" not in config_fields:
+    mlp_ratio = _mlp_ratio(hidden_size, mlp_size, gated=gated, whole=config_class is not TIPSv2PackingConfig)
+    if mlp_ratio is None and "mlp_ratio" not in config_fields:
         raise ValueError(
             f"checkpoint {checkpoint.name!r}: expected a feed-forward layer of a whole number of times the width "
             f"{hidden_size}{', of which a gated one has two thirds' if gated else ''}, got {mlp_size}"
@@ -133,11 +172,22 @@ def _infer_from_tensors(checkpoint: Checkpoint, config_fields: dict[str, Any]) -
         "use_swiglu_ffn": gated,
         "use_mask_token": "embeddings.mask_token" in checkpoint.tensors,
         "num_register_tokens": checkpoint.shape(_REGISTERS, ndim=3)[1] if _REGISTERS in checkpoint.tensors else 0,
-        **({"mlp_ratio": ratios[0]} if ratios else {}),
+        **({} if mlp_ratio is None else {"mlp_ratio": mlp_ratio}),
     }
-    if "num_attention_heads" not in config_fields:
-        fields["num_attention_heads"] = checkpoint.num_heads(hidden_size, HEAD_DIM)
-    return fields
+    if "num_attention_heads" in config_fields:
+        return fields
+    if config_class is TIPSv2PackingConfig:
+        heads = {width: heads for width, _, heads, _ in _TIPSV2_SIZES.values()}
+        return fields | {"num_attention_heads": checkpoint.num_heads_by_width(hidden_size, heads)}
+    return fields | {"num_attention_heads": checkpoint.num_heads(hidden_size, HEAD_DIM)}
+
+
+def _mlp_ratio(hidden_size: int, mlp_size: int, *, gated: bool, whole: bool) -> float | None:
+    """`mlp_ratio` of a feed-forward width, `None` where no whole number is it and a `whole` one is needed."""
+    sizes = {ratio: hidden_size * ratio for ratio in range(1, 2 + 2 * mlp_size // hidden_size)}
+    ratios = [ratio for ratio, size in sizes.items() if mlp_size == (swiglu_size(size) if gated else size)]
+    fraction = None if whole or gated else mlp_size / hidden_size
+    return ratios[0] if ratios else fraction
 
 
 _SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "giant": (1536, 40, 24)}
@@ -163,4 +213,32 @@ def _config(name: str, kind: str, size: str) -> dict[str, Any]:
     }
 
 
-PUBLISHED = configs_by_name(_MODELS, _config)
+_TIPSV2_SIZES = {
+    "b14": (768, 12, 12, 4),
+    "l14": (1024, 24, 16, 4),
+    "so400m14": (1152, 27, 16, 4304 / 1152),
+    "g14": (1536, 40, 24, 4),
+}
+"""`hidden_size`, `num_hidden_layers`, `num_attention_heads`, `mlp_ratio`"""
+_TIPSV2_MODELS = {(size,): f"google/tipsv2-{size}" for size in _TIPSV2_SIZES}
+
+
+def _tipsv2_config(name: str, size: str) -> dict[str, Any]:
+    hidden_size, num_layers, num_heads, mlp_ratio = _TIPSV2_SIZES[size]
+    return {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "mlp_ratio": mlp_ratio,
+        "use_swiglu_ffn": size == "g14",
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "image_size": 448,
+        "patch_size": 14,
+        "num_channels": 3,
+        "num_register_tokens": 1,
+        "model_type": TIPSv2PackingConfig.model_type,
+    }
+
+
+PUBLISHED = configs_by_name(_MODELS, _config) | configs_by_name(_TIPSV2_MODELS, _tipsv2_config)

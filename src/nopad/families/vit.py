@@ -1,5 +1,6 @@
 """Plain vision transformers (Dosovitskiy et al., arXiv:2010.11929), among them DINO (Caron et al., arXiv:2104.14294),
-the encoder of MAE (He et al., arXiv:2111.06377) and I-JEPA (Assran et al., arXiv:2301.08243).
+the encoder of MAE (He et al., arXiv:2111.06377), I-JEPA (Assran et al., arXiv:2301.08243) and Pixio (Yang et al.,
+arXiv:2512.15715).
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ from transformers.utils.constants import (
     IMAGENET_STANDARD_STD,
 )
 
+from nopad.checkpoints.dialects.vit import PIXIO_DIALECTS
 from nopad.encoder import PackedEncoder
 from nopad.families.vit_blocks import vit_block, vit_mlp
 from nopad.families.vit_checkpoints import (
     PUBLISHED,
     IJepaPackingConfig,
+    PixioPackingConfig,
     ViTConfigs,
     ViTMAEPackingConfig,
     ViTPackingConfig,
+    mlp_size,
     read_config,
 )
 from nopad.families.vit_embeddings import ViTEmbeddings
@@ -55,8 +59,9 @@ class ViTPooler(nn.Module):
 
 
 def _block(config: ViTConfigs) -> Block:
-    mlp = vit_mlp(config, config.intermediate_size)
-    return vit_block(config, mlp, names={"norm1": "layernorm_before", "norm2": "layernorm_after"})
+    names = {"norm1": "layernorm_before", "norm2": "layernorm_after"}
+    drop_path = getattr(config, "drop_path_rate", 0.0)
+    return vit_block(config, vit_mlp(config, mlp_size(config)), drop_path=drop_path, names=names)
 
 
 class ViTPacking(PackedEncoder):
@@ -76,7 +81,7 @@ class ViTPacking(PackedEncoder):
     def build(self) -> None:
         """Embeddings, blocks, norm, and where the checkpoint has it the pooler."""
         config = self.config
-        self.embeddings = ViTEmbeddings(config, with_cls=self.num_prefix_tokens > 0)
+        self.embeddings = ViTEmbeddings(config, num_cls_tokens=self.num_prefix_tokens)
         self.layers = nn.ModuleList(_block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         if getattr(config, "with_pooler", False):
@@ -101,7 +106,9 @@ class ViTPacking(PackedEncoder):
 
     @staticmethod
     def count_prefix_tokens(config: ViTConfigs) -> int:
-        """The CLS token, which I-JEPA does not have."""
+        """The CLS token, which I-JEPA does not have and of which Pixio has several."""
+        if isinstance(config, PixioPackingConfig):
+            return config.n_cls_tokens
         return 0 if isinstance(config, IJepaPackingConfig) else 1
 
     @staticmethod
@@ -111,7 +118,8 @@ class ViTPacking(PackedEncoder):
         statistics: dict[str, Any] = {"mean": tuple(IMAGENET_STANDARD_MEAN), "std": tuple(IMAGENET_STANDARD_STD)}
         if not isinstance(config, ViTPackingConfig):
             statistics = {"mean": tuple(IMAGENET_DEFAULT_MEAN), "std": tuple(IMAGENET_DEFAULT_STD)}
-        return Preprocessing(rule="square", size=size, resample="bilinear", **statistics)
+        resample = "bicubic" if isinstance(config, PixioPackingConfig) else "bilinear"
+        return Preprocessing(rule="square", size=size, resample=resample, **statistics)
 
 
 class ViTMAEPacking(ViTPacking):
@@ -139,3 +147,16 @@ class IJepaPacking(ViTPacking):
 
     config_class = IJepaPackingConfig
     config_without_head = MappingProxyType({})
+
+
+class PixioPacking(ViTPacking):
+    """Pixio, pooled as the mean of its CLS tokens; what `ViTPacking` makes of such a config or checkpoint."""
+
+    config_class = PixioPackingConfig
+    dialects = PIXIO_DIALECTS
+    config_without_head = MappingProxyType({})
+
+    def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
+        """One vector per segment, `(S, D)`: the mean of its CLS tokens."""
+        assert trunk.prefix_tokens is not None
+        return trunk.prefix_tokens.mean(dim=1)

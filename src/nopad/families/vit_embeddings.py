@@ -19,28 +19,30 @@ from nopad.layout import Layout
 
 
 class ViTEmbeddings(LearnedPositions, RoleAliases):
-    """Patches to tokens with learned positions, and each segment's CLS token in front of them.
+    """Patches to tokens with learned positions, and each segment's CLS tokens in front of them.
 
-    CLS has a position of its own, the first row of the table. Other grids get the table resampled as
-    `interpolate_pos_encoding` of transformers' models does, or with `positions_antialias` as timm does.
+    Each CLS token has a position of its own, the first rows of the table. Other grids get the table resampled as
+    `interpolate_pos_encoding` of transformers' models does, or with `positions_antialias` as timm does; bicubically
+    unless the config has a `positions_mode` (TIPSv2).
 
     Args:
         config: of the family.
-        with_cls: whether there is a CLS token.
+        num_cls_tokens: 0 without.
     """
 
     names: Mapping[str, str] = {"proj": "patch_embeddings.projection"}
 
-    def __init__(self, config: Any, *, with_cls: bool = True):
+    def __init__(self, config: Any, *, num_cls_tokens: int = 1):
         super().__init__()
         size = config.hidden_size
         self.patch_embeddings = nn.Module()
         self.proj = PatchEmbedding(config.num_channels, size, config.patch_size, config.patch_order)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, size)) if with_cls else None
+        self.num_cls_tokens = num_cls_tokens
+        self.cls_token = nn.Parameter(torch.empty(1, num_cls_tokens, size)) if num_cls_tokens else None
         self.grid, self.strict = trained_grid(config), is_strict(config.positions)
-        self.antialias = config.positions_antialias
+        self.mode, self.antialias = getattr(config, "positions_mode", "bicubic"), config.positions_antialias
         rows, columns = self.grid
-        self.position_embeddings = nn.Parameter(torch.empty(1, with_cls + rows * columns, size))
+        self.position_embeddings = nn.Parameter(torch.empty(1, num_cls_tokens + rows * columns, size))
 
     def forward(self, patches: Tensor, layout: Layout, prefix_layout: PrefixLayout | None, runner: Runner) -> Tensor:
         """`(T, P)` to `(T + S · num_prefix_tokens, D)`; `prefix_layout` of the prefix tokens, `None` without them."""
@@ -52,7 +54,7 @@ class ViTEmbeddings(LearnedPositions, RoleAliases):
     def prefix(self) -> Tensor:
         """The prefix tokens of a segment, `(1, num_prefix_tokens, D)`."""
         assert self.cls_token is not None
-        return self.cls_token + self.position_embeddings[:, :1]
+        return self.cls_token + self.position_embeddings[:, : self.num_cls_tokens]
 
     def positions(self, layout: Layout) -> Tensor:
         """`(T, D)` positions of the patches, rounded to the dtype of the weights.
@@ -61,4 +63,4 @@ class ViTEmbeddings(LearnedPositions, RoleAliases):
             ValueError: see `table_positions`.
         """
         table = self.position_embeddings[0, -self.grid[0] * self.grid[1] :]
-        return table_positions(layout, table, self.grid, mode="bicubic", antialias=self.antialias, strict=self.strict)
+        return table_positions(layout, table, self.grid, mode=self.mode, antialias=self.antialias, strict=self.strict)

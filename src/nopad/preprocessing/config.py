@@ -23,6 +23,8 @@ _PROCESSORS = {
     "Qwen2VLImageProcessor": "qwen2_vl",
     "PixtralImageProcessor": "pixtral",
 }
+# Of models whose processors need torchvision: what the rules of their families do not say.
+_OTHER_PROCESSORS = {"DINOv3ViTImageProcessor": {}, "Tipsv2ImageProcessor": {"do_normalize": False}}
 _CLASS_KEYS = """
 size crop_size resample image_mean image_std do_resize do_center_crop do_rescale do_normalize default_to_square
 rescale_factor max_num_patches
@@ -118,10 +120,12 @@ def _processors_of_transformers() -> set[str]:
 def _class_defaults(processor: str) -> dict[str, Any]:
     """Defaults of the processor class of transformers that a preprocessor config names."""
     name = processor.removesuffix("Fast").removesuffix("Pil")
+    if name in _OTHER_PROCESSORS:
+        return _OTHER_PROCESSORS[name]
     if name not in _PROCESSORS:
-        if name != "DINOv3ViTImageProcessor" and name in _processors_of_transformers():
+        if name in _processors_of_transformers():
             raise ValueError(
-                f"image_processor_type: expected {', '.join(_PROCESSORS)} or DINOv3ViTImageProcessor, got "
+                f"image_processor_type: expected {', '.join(_PROCESSORS)} or {' or '.join(_OTHER_PROCESSORS)}, got "
                 f"{processor!r}, whose steps no rule here has; give pack and embed a preprocessing="
             )
         return {}

@@ -1,4 +1,4 @@
-"""The references of plain vision transformers, MAE and I-JEPA."""
+"""The references of plain vision transformers, MAE, I-JEPA and Pixio."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.ijepa.modeling_ijepa import IJepaModel
+from transformers.models.pixio.modeling_pixio import PixioModel
 from transformers.models.vit.modeling_vit import ViTModel
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEModel
 
@@ -16,11 +17,11 @@ from nopad.align.reference_model import ReferenceModel
 from nopad.checkpoints.formats import trained_grid
 from nopad.encoder import PackedEncoder
 
-_CLASSES = {"vit": ViTModel, "vit_mae": ViTMAEModel, "ijepa": IJepaModel}
+_CLASSES = {"vit": ViTModel, "vit_mae": ViTMAEModel, "ijepa": IJepaModel, "pixio": PixioModel}
 
 
 class ViTReference(ReferenceModel):
-    """transformers' ViT, MAE with nothing masked, and I-JEPA."""
+    """transformers' ViT, MAE with nothing masked, I-JEPA and Pixio."""
 
     model_class = ViTModel
 
@@ -49,6 +50,8 @@ class ViTReference(ReferenceModel):
 
     def forward(self, model: Any, pixels: Tensor) -> Any:
         """Images of one size `(B, C, H, W)` to the reference's output."""
+        if isinstance(model, PixioModel):  # which always resamples
+            return model(pixel_values=pixels)
         options: dict[str, Any] = {"interpolate_pos_encoding": True}
         if isinstance(model, ViTMAEModel):  # which orders patches by its noise
             size: Any = model.config.patch_size

@@ -1,4 +1,4 @@
-"""DINOv2's dialects: how transformers, Meta and timm name its tensors."""
+"""DINOv2's dialects, and TIPSv2's: how transformers, Meta and timm name their tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _PUBLISHED_NAMES = NameTable(
     Rename(f"{_LAYER}.mlp.weights_in.*", *_GATE_UP, reshape=split_rows(2)),
     Rename(f"{_LAYER}.mlp.weights_out.**", f"{_LAYER}.mlp.down_proj.**"),
 )
-_META_LINES = (
+_MLP_LINES = tuple(Rename(f"blocks.*.mlp.{name}.*", f"{_LAYER}.mlp.{name}.*") for name in ("fc1", "fc2"))
+_BLOCK_LINES = (
     Rename("cls_token", "embeddings.cls_token"),
     Rename("mask_token", "embeddings.mask_token"),
     Rename("patch_embed.proj.*", "embeddings.patch_embeddings.projection.*"),
@@ -34,17 +35,21 @@ _META_LINES = (
     Rename("blocks.*.attn.proj.*", f"{_ATTENTION}.o_proj.*"),
     Rename("blocks.*.ls1.gamma", f"{_LAYER}.layer_scale1.lambda1"),
     Rename("blocks.*.norm2.*", f"{_LAYER}.norm2.*"),
-    Rename("blocks.*.mlp.fc1.*", f"{_LAYER}.mlp.fc1.*"),
-    Rename("blocks.*.mlp.fc2.*", f"{_LAYER}.mlp.fc2.*"),
     Rename("blocks.*.ls2.gamma", f"{_LAYER}.layer_scale2.lambda1"),
     Rename("norm.*", "layernorm.*"),
 )
 _POSITIONS_LINE = Rename("pos_embed", "embeddings.position_embeddings")
-_META = NameTable(
+_META_LINES = (
     Rename("register_tokens", "embeddings.register_tokens"),
     _POSITIONS_LINE,
     Rename("blocks.*.mlp.w12.*", *_GATE_UP, reshape=split_rows(2)),
     Rename("blocks.*.mlp.w3.*", f"{_LAYER}.mlp.down_proj.*"),
+    *_BLOCK_LINES,
+)
+_META = NameTable(*_META_LINES, *_MLP_LINES)
+_TIPSV2 = NameTable(  # that of transformers' class, which reads Meta's names too
+    Rename("blocks.*.mlp.c_fc.*", f"{_LAYER}.mlp.fc1.*"),
+    Rename("blocks.*.mlp.c_proj.*", f"{_LAYER}.mlp.fc2.*"),
     *_META_LINES,
 )
 _GATED = " (gated)"
@@ -62,7 +67,8 @@ _TIMM_LINES = (
             Rename(f"blocks.*.mlp.fc2.{kind}{_GATED}", f"{_LAYER}.mlp.down_proj.{kind}"),
         )
     ),
-    *_META_LINES,
+    *_BLOCK_LINES,
+    *_MLP_LINES,
 )
 TIMM = NameTable(_POSITIONS_LINE, *_TIMM_LINES)
 TIMM_REGISTERS = NameTable(
@@ -98,12 +104,18 @@ _TRANSFORMERS: dict[str, Any] = {
     "is_original": True,
 }
 
-_NOT_TIMMS = (r"^mask_token$", r"^norm_pre\.", r"\.(q|k)_norm\.")  # Meta's, and other vision transformers'
+_NOT_TIMMS = (
+    r"^(mask_token|register_tokens)$",
+    r"^norm_pre\.",
+    r"\.(q|k)_norm\.",
+)
+"""Meta's, and other vision transformers'."""
 _TIMMS: dict[str, Any] = {
     "requires": (r"^pos_embed$", r"^cls_token$", r"^blocks\.\d+\.ls1\.gamma$"),
     "dropped": CLASSIFIER,
     "prepare": _prepare_timm,
 }
+_C_FC = r"^blocks\.\d+\.mlp\.c_fc\."
 DIALECTS = (
     Dialect("transformers", r"^encoder\.layer\.\d+\.attention\.attention\.query\.", _PUBLISHED_NAMES, **_TRANSFORMERS),
     Dialect("transformers, in memory", r"^encoder\.layer\.\d+\.attention\.q_proj\.", **_TRANSFORMERS),
@@ -111,8 +123,15 @@ DIALECTS = (
         "Meta",
         r"^blocks\.\d+\.ls1\.gamma$",
         _META,
-        requires=(r"^pos_embed$", r"^mask_token$"),  # which timm's files do not have
+        requires=(r"^(mask_token|register_tokens)$",),  # which timm's files do not have
+        excludes=(_C_FC, r"^(storage_tokens|rope_embed\.periods)$"),  # DINOv3's
     ),
+    Dialect("transformers, TIPSv2", _C_FC, _TIPSV2, requires=(r"^blocks\.\d+\.ls1\.gamma$",)),
     Dialect("timm", r"^blocks\.\d+\.ls1\.gamma$", TIMM, excludes=(r"^reg_token$", *_NOT_TIMMS), **_TIMMS),
     Dialect("timm, registers", r"^reg_token$", TIMM_REGISTERS, excludes=_NOT_TIMMS, **_TIMMS),
 )
+_META_FIRST = sorted(DIALECTS, key=lambda dialect: dialect.name != "Meta")
+TIPSV2_DIALECTS = tuple(
+    replace(dialect, is_original=dialect.name in ("Meta", "transformers, in memory")) for dialect in _META_FIRST
+)
+"""The same for TIPSv2, whose published files have Meta's names, which are saved and which transformers' class reads."""
