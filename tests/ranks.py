@@ -97,15 +97,16 @@ def by_compiled_fsdp(encoder, arguments):
     return by_fsdp(encoder, arguments)
 
 
-def shard(encoder) -> None:
-    """FSDP2 by layers, each fetching the next, as docs/training.md says."""
-    layers: Any = encoder.layers
-    for layer in layers:
-        fully_shard(layer)
+def shard(encoder, blocks: int = 2) -> None:
+    """FSDP2 by groups of layers, each fetching the next, as docs/training.md says."""
+    layers: Any = list(encoder.layers)
+    groups = [layers[start : start + blocks] for start in range(0, len(layers), blocks)]
+    for group in groups:
+        fully_shard(group)
     fully_shard(encoder)
-    for layer, following in itertools.pairwise(layers):
-        layer.set_modules_to_forward_prefetch([following])
-        following.set_modules_to_backward_prefetch([layer])
+    for (first, *_), (following, *_) in itertools.pairwise(groups):
+        first.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([first])
 
 
 def save(encoder, optimizer, folder: Path) -> None:
