@@ -87,7 +87,7 @@ class FakeEngine:
         events, self.events = self.events + done, [Beat(actor, "always the same") for actor in self.hanging]
         return events
 
-    def set_aside(self, node):
+    def exclude_node(self, node):
         self.aside.append(node)
 
     def waiting_for(self):

@@ -8,15 +8,15 @@ from collections import Counter
 import pytest
 from fake_engine import NOTHING_SKIPPED, ROWS, FakeEngine, HangError, KilledError, PreemptedError, UnreachableError
 
-from nopad.embedding.actors.crew import Crew
+from nopad.embedding.actors.actor_pool import ActorPool
 from nopad.embedding.actors.engine import Died, NodeError, Task
 from nopad.embedding.actors.scheduler import Scheduler
 from nopad.embedding.actors.work import Work
 
 
 def scheduler(engine, actors=1, stall=600.0, stop=None, check=lambda first, record: None):
-    crew = Crew(engine, begun={}, record=lambda value: value, check=check, clock=lambda: engine.now)
-    return Scheduler(crew, actors, stall=stall, stop=stop or threading.Event())
+    pool = ActorPool(engine, begun={}, record=lambda value: value, check=check, clock=lambda: engine.now)
+    return Scheduler(pool, actors, stall=stall, stop=stop or threading.Event())
 
 
 def works(number):

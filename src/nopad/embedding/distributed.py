@@ -16,7 +16,7 @@ import torch
 
 from nopad.counts import counted
 from nopad.embedding.actors.actor import ActorConfig, LoadedEncoder, ShardMaker
-from nopad.embedding.actors.crew import Crew
+from nopad.embedding.actors.actor_pool import ActorPool
 from nopad.embedding.actors.engine import Engine, Task
 from nopad.embedding.actors.processes import ProcessEngine
 from nopad.embedding.actors.scheduler import Scheduler
@@ -82,8 +82,8 @@ class ByActors:
         with self._ends:
             engine = self._ends.enter_context(_engine(config, self._min, self._max, stop))
             if engine is not None:
-                crew = Crew(engine, begun=begun, record=_record, check=partial(_check, folder))
-                self._scheduler = Scheduler(crew, self._max, stall=settings.stall, stop=stop)
+                pool = ActorPool(engine, begun=begun, record=_record, check=partial(_check, folder))
+                self._scheduler = Scheduler(pool, self._max, stall=settings.stall, stop=stop)
                 self.encoder = self._scheduler.load()
             self._ends = self._ends.pop_all()
 
@@ -102,7 +102,7 @@ class ByActors:
         if job_threads > actor_threads and run.missing:
             what = "actors: this job computes with %s, an actor has %s; set OMP_NUM_THREADS=%d when a job begins"
             logger.warning(what, counted(job_threads, "thread"), counted(actor_threads, "core"), actor_threads)
-        works, number = _works(run), len(run.again) + len(run.missing)
+        works, number = _works(run), len(run.failed_shards) + len(run.missing)
         run.device = self.encoder.device
         run.encoders = max(1, min(self._max, number))
         run.decode_processes = run.encoders * self.encoder.decode_processes
@@ -124,7 +124,7 @@ class ByActors:
 
 def _works(run: Run) -> Iterator[Work]:
     job = run.job
-    for shard in run.again:
+    for shard in run.failed_shards:
         yield Work(Task(job.folder.update, shard, retry=True), job.path(shard).name, job.failed(shard))
     for shard in run.missing:
         yield Work(Task(job.folder.update, shard), job.path(shard).name, range(job.size(shard)))

@@ -56,7 +56,7 @@ class InProcess:
         run.begin()
         with Ticker(run.report):
             maker = Maker(run.job, self._worker, run.tally, run.stop)
-            maker.retry(list(run.again))
+            maker.retry(list(run.failed_shards))
             maker.make(run.missing)
         run.end()
 

@@ -24,7 +24,7 @@ class Run:
 
     Attributes:
         missing: shards to make.
-        again: shards with failed rows to try again, and how many.
+        failed_shards: shards with failed rows to try again, and how many.
         device: what encoders run on, `"cpu"` or `"cuda"`.
         encoders, decode_processes: how many work at the same time.
     """
@@ -51,8 +51,8 @@ class Run:
             if job.settings.retry_failed
             else {}
         )
-        self.again = {shard: num_failed for shard, num_failed in failed.items() if num_failed}
-        self.to_retry = sum(self.again.values())
+        self.failed_shards = {shard: num_failed for shard, num_failed in failed.items() if num_failed}
+        self.to_retry = sum(self.failed_shards.values())
         self.to_do = self.to_retry + sum(job.size(shard) for shard in self.missing)
         self.rows_before = sum(map(job.size, job.part)) - self.to_do
         self.begin()

@@ -136,7 +136,7 @@ class Engine(Protocol):
         """
         ...
 
-    def set_aside(self, node: str) -> None:
+    def exclude_node(self, node: str) -> None:
         """Start no more actors on a node."""
         ...
 

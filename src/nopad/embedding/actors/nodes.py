@@ -34,10 +34,10 @@ class NodeRecord:
         number = self._suspicious[node]
         return number & (number - 1) == 0
 
-    def made(self, node: str, went_wrong_on: Iterable[str]) -> list[str]:
+    def made(self, node: str, failed_on: Iterable[str]) -> list[str]:
         """Count a shard that a node has made after it went wrong on others; those of them to set aside."""
         self._made[node] += 1
-        others = {*went_wrong_on} - {node}
+        others = {*failed_on} - {node}
         self._faults.update(others)
         return [other for other in sorted(others) if self._is_far_above(other)]
 
@@ -49,7 +49,7 @@ class NodeRecord:
         return faults >= MIN_FAULTS and rate >= MIN_FAULT_RATE and rate > MAX_FAULT_RATIO * rate_of_others
 
 
-def sicker(first: tuple[str, int], second: tuple[str, int]) -> str | None:
+def worse_node(first: tuple[str, int], second: tuple[str, int]) -> str | None:
     """The node that failed with far more rows of a shard than the other, `None` if neither did.
 
     Args:

@@ -73,7 +73,7 @@ class RayEngine:
         done, _ = self._ray.wait([*self._calls], timeout=seconds)
         return [event for call in done if call in self._calls and (event := self._event(call)) is not None]
 
-    def set_aside(self, node: str) -> None:
+    def exclude_node(self, node: str) -> None:
         """See `Engine`."""
         self._aside.append(node)
 

@@ -76,7 +76,7 @@ class ProcessEngine:
                 events.append(Died(number, process.reason()))
         return events
 
-    def set_aside(self, node: str) -> None:
+    def exclude_node(self, node: str) -> None:
         """See `Engine`; there is one node."""
 
     def waiting_for(self) -> str:

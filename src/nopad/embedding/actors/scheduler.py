@@ -10,9 +10,9 @@ from itertools import islice
 from typing import Any
 
 from nopad.embedding.actors import engine as events
-from nopad.embedding.actors.crew import Actor, Crew
+from nopad.embedding.actors.actor_pool import Actor, ActorPool
 from nopad.embedding.actors.engine import Event
-from nopad.embedding.actors.nodes import NodeRecord, sicker
+from nopad.embedding.actors.nodes import NodeRecord, worse_node
 from nopad.embedding.actors.work import Work
 
 logger = logging.getLogger(__name__)
@@ -43,35 +43,35 @@ class Scheduler:
 
     def __init__(
         self,
-        crew: Crew,
+        pool: ActorPool,
         max_actors: int,
         *,
         stall: float | None,
         stop: threading.Event,
     ) -> None:
-        self.crew = crew
+        self.pool = pool
         self.max_actors = max_actors
         self.stall = stall
         self.stop = stop
         self._nodes = NodeRecord()
-        self._again: deque[Work] = deque()
-        self._fresh: Iterator[Work] = iter(())
+        self._retries: deque[Work] = deque()
+        self._new: Iterator[Work] = iter(())
         self._next: Work | None = None
-        self._left = 0
+        self._num_left = 0
         self._outcomes: list[Outcome] = []
         self._with_failures: defaultdict[str, dict[tuple[int, int], Work]] = defaultdict(dict)
-        self._aside: set[str] = set()
+        self._excluded: set[str] = set()
         self._deaths_in_a_row = 0
-        self._idle_since, self._idle_limit = crew.clock(), MAX_IDLE_SECONDS
+        self._idle_since, self._idle_limit = pool.clock(), MAX_IDLE_SECONDS
 
     def load(self) -> Any:
         """Start an actor unless there is one, and return what loading it returned; `None` after a stop."""
-        self._idle_since = self.crew.clock()
-        while self.crew.first is None and not self.stop.is_set():
-            if not len(self.crew):
-                self.crew.start()
+        self._idle_since = self.pool.clock()
+        while self.pool.first is None and not self.stop.is_set():
+            if not len(self.pool):
+                self.pool.start()
             self._step()
-        return self.crew.first
+        return self.pool.first
 
     def make(self, works: Iterable[Work], number: int) -> Iterator[Outcome]:
         """Make `number` shards; each comes once it is done, and again where another node makes it again.
@@ -80,44 +80,44 @@ class Scheduler:
             ChildProcessError: actors die whatever they do.
             Exception: what an actor raised.
         """
-        self._fresh, self._left = iter(works), number
+        self._new, self._num_left = iter(works), number
         self._with_failures.clear()
         self._advance()
-        self._idle_since = self.crew.clock()
-        while self.crew.busy() or (self._has_waiting() and not self.stop.is_set()):
+        self._idle_since = self.pool.clock()
+        while self.pool.busy() or (self._has_waiting() and not self.stop.is_set()):
             if not self.stop.is_set():
-                while len(self.crew) < min(self.max_actors, max(1, self._left)):
-                    self.crew.start()
+                while len(self.pool) < min(self.max_actors, max(1, self._num_left)):
+                    self.pool.start()
                 self._assign()
             self._step()
             outcomes, self._outcomes = self._outcomes, []
             yield from outcomes
 
     def _step(self) -> None:
-        for event in self.crew.engine.wait(POLL_SECONDS):
-            if (actor := self.crew.get(event.actor)) is not None:  # else it was killed meanwhile
+        for event in self.pool.engine.wait(POLL_SECONDS):
+            if (actor := self.pool.get(event.actor)) is not None:  # else it was killed meanwhile
                 self._handle(actor, event)
         self._end_stalls()
         self._warn_if_idle()
 
     def _has_waiting(self) -> bool:
-        return self._next is not None or bool(self._again)
+        return self._next is not None or bool(self._retries)
 
     def _advance(self) -> None:
-        self._next = next(islice(self._fresh, 1), None)
+        self._next = next(islice(self._new, 1), None)
 
     def _assign(self) -> None:
-        for actor in self.crew.idle():
+        for actor in self.pool.idle():
             if (work := self._take(actor)) is not None:
-                actor.work, actor.since, actor.progress = work, self.crew.clock(), None
-                self.crew.engine.send(actor.number, work.task)
+                actor.work, actor.since, actor.progress = work, self.pool.clock(), None
+                self.pool.engine.send(actor.number, work.task)
 
     def _take(self, actor: Actor) -> Work | None:
         """The next shard for an actor: one that went wrong on its node goes to another, if there is one."""
-        for work in [*self._again]:
-            if actor.node in work.avoid and self.crew.has_other_node(work.avoid):
+        for work in [*self._retries]:
+            if actor.node in work.avoid and self.pool.has_other_node(work.avoid):
                 continue
-            self._again.remove(work)
+            self._retries.remove(work)
             if work.compared is None or actor.node not in work.avoid:
                 return work
             # Nobody is left to compare with: it stays as it is.
@@ -129,13 +129,13 @@ class Scheduler:
         match event:
             case events.Placed() | events.Loaded():
                 try:
-                    self.crew.started(actor, event)
+                    self.pool.started(actor, event)
                 except ValueError as error:
-                    self._node_failed(actor, error)
+                    self._exclude_or_raise(actor, error)
             case events.Beat():
                 # A download may take long: an actor that loads need only be alive.
                 if event.progress != actor.progress or actor.work is None:
-                    actor.progress, actor.since = event.progress, self.crew.clock()
+                    actor.progress, actor.since = event.progress, self.pool.clock()
             case events.Finished():
                 self._deaths_in_a_row = 0
                 work, actor.work = actor.work, None
@@ -153,37 +153,39 @@ class Scheduler:
             return
         assert actor.node is not None
         if reason := result.get("unmade"):
-            is_last = not self.crew.has_other_node({actor.node, *work.avoid})
-            self._went_wrong(actor, work, work.failed(str(actor), reason, is_last=is_last), f"is not made: {reason}")
+            is_last = not self.pool.has_other_node({actor.node, *work.avoid})
+            self._attempt_failed(
+                actor, work, work.failed(str(actor), reason, is_last=is_last), f"is not made: {reason}"
+            )
             return
         key, failed = (work.task.update, work.task.shard), result["num_failed"]
-        sick = None if work.compared is None else sicker(work.compared, (actor.node, failed))
+        worse = None if work.compared is None else worse_node(work.compared, (actor.node, failed))
         if work.compared is None:
-            self._left -= 1
+            self._num_left -= 1
         else:
             self._with_failures[work.compared[0]].pop(key, None)
         self._outcomes.append((work, result))
         if failed:
             self._with_failures[actor.node][key] = work
         for node in self._nodes.made(actor.node, work.avoid if work.compared is None else ()):
-            self._set_aside(node, "shards that went wrong there are made elsewhere")
-        if sick is not None:
-            self._set_aside(sick, f"most inputs of {work.name} failed there, and not elsewhere")
+            self._exclude_node(node, "shards that went wrong there are made elsewhere")
+        if worse is not None:
+            self._exclude_node(worse, f"most inputs of {work.name} failed there, and not elsewhere")
         elif work.compared is None and self._nodes.should_compare(actor.node, result["rows"], failed):
             again = work.again()
             again.compared = actor.node, failed
             again.avoid = {actor.node}
-            if self.crew.has_other_node(again.avoid):
-                self._again.append(again)
+            if self.pool.has_other_node(again.avoid):
+                self._retries.append(again)
 
     def _raised(self, actor: Actor, error: Exception) -> None:
         if actor.work is None or isinstance(error, events.NodeError):
-            self._node_failed(actor, error)
+            self._exclude_or_raise(actor, error)
         else:
             raise error
 
     def _died(self, actor: Actor, event: events.Died) -> None:
-        self.crew.remove(actor)
+        self.pool.remove(actor)
         work = actor.work
         if event.preempted or (event.with_node and (work is None or work.lost_node())):
             logger.warning("actors: %s was lost with its machine: %s", actor, event.reason)
@@ -191,79 +193,79 @@ class Scheduler:
                 self._put_back(work)
             return
         self._deaths_in_a_row += 1
-        if self._deaths_in_a_row >= MAX_DEATHS_IN_A_ROW * (1 + len(self.crew)):
+        if self._deaths_in_a_row >= MAX_DEATHS_IN_A_ROW * (1 + len(self.pool)):
             raise ChildProcessError(
                 f"actors: {self._deaths_in_a_row} processes died one after another and no shard was made, the last was "
                 f"{actor}: {event.reason}; too little memory, or a GPU or driver that fails? finished shards are kept"
             )
         if work is None:
-            self.crew.died_loading(actor, event.reason)
+            self.pool.died_loading(actor, event.reason)
         else:
-            self._went_wrong(actor, work, work.died(str(actor), event.reason), f"died: {event.reason}")
+            self._attempt_failed(actor, work, work.died(str(actor), event.reason), f"died: {event.reason}")
 
     def _end_stalls(self) -> None:
         if self.stall is None:
             return
-        for actor in self.crew.all():
-            if actor.place is None or self.crew.clock() - actor.since < self.stall or actor in self.crew.idle():
+        for actor in self.pool.all():
+            if actor.place is None or self.pool.clock() - actor.since < self.stall or actor in self.pool.idle():
                 continue
-            self.crew.kill(actor)
+            self.pool.kill(actor)
             reason = f"no progress in {self.stall:g} s"
             if actor.work is None:
-                self.crew.died_loading(actor, reason)
+                self.pool.died_loading(actor, reason)
             else:
-                self._went_wrong(actor, actor.work, actor.work.stalled(str(actor), self.stall), reason)
+                self._attempt_failed(actor, actor.work, actor.work.stalled(str(actor), self.stall), reason)
 
-    def _went_wrong(self, actor: Actor, work: Work, what_is_done: str, reason: str) -> None:
+    def _attempt_failed(self, actor: Actor, work: Work, what_is_done: str, reason: str) -> None:
         logger.warning("%s: %s (%s); %s", work.name, reason, actor, what_is_done)
         if actor.node is not None:
             work.avoid.add(actor.node)
         if not work.not_made:
             self._put_back(work)
         elif work.compared is None:
-            self._left -= 1
+            self._num_left -= 1
             self._outcomes.append((work, None))
 
     def _put_back(self, work: Work) -> None:
-        self._again.appendleft(work)
+        self._retries.appendleft(work)
 
-    def _node_failed(self, actor: Actor, error: Exception) -> None:
+    def _exclude_or_raise(self, actor: Actor, error: Exception) -> None:
         """Set the node of an actor aside, where there are others.
 
         Raises:
             Exception: the error, where there are none.
         """
-        if actor.node is None or not self.crew.has_other_node({actor.node}):
+        if actor.node is None or not self.pool.has_other_node({actor.node}):
             raise error
-        self._set_aside(actor.node, str(error))
+        self._exclude_node(actor.node, str(error))
 
-    def _set_aside(self, node: str, why: str) -> None:
+    def _exclude_node(self, node: str, why: str) -> None:
         """Use a node no more, and make its shards with failed rows again on others; unless it is the only one."""
-        if node in self._aside or not self.crew.has_other_node({node}):
+        if node in self._excluded or not self.pool.has_other_node({node}):
             return
-        self._aside.add(node)
-        there = [actor for actor in self.crew.all() if actor.node == node]
+        self._excluded.add(node)
+        there = [actor for actor in self.pool.all() if actor.node == node]
         host = next((actor.place.host for actor in there if actor.place), node)
         again = self._with_failures.pop(node, {}).values()
         logger.warning("actors: %s is set aside: %s; %d of its shards are made again", host, why, len(again))
-        self.crew.engine.set_aside(node)
+        self.pool.engine.exclude_node(node)
         for actor in there:
-            self.crew.kill(actor)
+            self.pool.kill(actor)
             if actor.work is not None:
                 self._put_back(actor.work)
         for work in again:
             redone = work.again()
             redone.avoid = {node}
             redone.compared = None
-            self._left += 1
-            self._again.append(redone)
+            self._num_left += 1
+            self._retries.append(redone)
 
     def _warn_if_idle(self) -> None:
-        now = self.crew.clock()
-        if any(actor.place is not None for actor in self.crew.all()):
+        now = self.pool.clock()
+        if any(actor.place is not None for actor in self.pool.all()):
             self._idle_since, self._idle_limit = now, MAX_IDLE_SECONDS
         elif now - self._idle_since >= self._idle_limit:
             logger.warning(
-                "actors: none has started in %.0f s: %s", now - self._idle_since, self.crew.engine.waiting_for()
+                "actors: none has started in %.0f s: %s", now - self._idle_since, self.pool.engine.waiting_for()
             )
             self._idle_limit *= 2

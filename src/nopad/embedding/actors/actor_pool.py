@@ -1,4 +1,4 @@
-"""The actors of a run: which are there, what they have in hand, and that they are alike."""
+"""The actors of a run: which there are, what each is making, and that their encoders are alike."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ MAX_LOAD_DEATHS = 3
 
 @dataclass(eq=False)
 class Actor:
-    """What is known of an actor.
+    """The state of an actor, as far as its events show it.
 
     Attributes:
         place: `None` until its process has started.
         is_loaded: it has its encoder.
-        is_second: it was started again with the choices of the first actor.
-        work: in its hands.
-        progress, since: as its last beat had it, and when that changed.
+        is_restart: it was started again, to load its encoder by the choices of the first actor.
+        work: what it is making.
+        progress, since: what its last heartbeat reported, and when that changed.
     """
 
     number: int
     since: float
-    is_second: bool = False
+    is_restart: bool = False
     place: Place | None = None
     is_loaded: bool = False
     work: Work | None = None
@@ -45,7 +45,7 @@ class Actor:
         return "a process that had not started" if self.place is None else str(self.place)
 
 
-class Crew:
+class ActorPool:
     """The actors of a run.
 
     Args:
@@ -93,17 +93,17 @@ class Crew:
         return [actor for actor in self._actors.values() if actor.is_loaded and actor.work is None]
 
     def busy(self) -> list[Actor]:
-        """Actors that have work in hand."""
+        """Actors that are making something."""
         return [actor for actor in self._actors.values() if actor.work is not None]
 
     def has_other_node(self, nodes: set[str]) -> bool:
         """Whether an actor runs on a node that is not among `nodes`, or starts, there perhaps."""
         return any(actor.node not in nodes for actor in self._actors.values())
 
-    def start(self, *, is_second: bool = False) -> None:
+    def start(self, *, is_restart: bool = False) -> None:
         """Start an actor."""
         number = self.engine.start(self._begun if self.first is None else self._record(self.first))
-        self._actors[number] = Actor(number, self.clock(), is_second)
+        self._actors[number] = Actor(number, self.clock(), is_restart)
 
     def remove(self, actor: Actor) -> None:
         """Forget an actor that has ended."""
@@ -130,11 +130,11 @@ class Crew:
             try:
                 self._check(self._record(self.first), self._record(event.value))
             except ValueError as error:
-                if actor.is_second:
+                if actor.is_restart:
                     host = actor.place.host if actor.place else "a node"
                     raise ValueError(f"{host} has another checkpoint or installation: {error}") from None
                 self.kill(actor)  # it made its own choices: of a capacity that fits its GPU, for example
-                self.start(is_second=True)
+                self.start(is_restart=True)
 
     def died_loading(self, actor: Actor, reason: str) -> None:
         """Count an actor that has died before it had its encoder.
