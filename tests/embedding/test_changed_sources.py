@@ -13,7 +13,7 @@ from nopad.embedding import table_run
 from nopad.embedding.inputs.decoder import Reader
 
 
-def test_a_source_that_grows_and_shrinks_is_told_and_the_list_is_kept(photos, tmp_path, caplog, model, stop_after):
+def test_a_source_that_grows_and_shrinks_is_reported_and_the_list_is_kept(photos, tmp_path, caplog, model, stop_after):
     embed(photos, tmp_path / "whole", model)
     embed(photos, tmp_path / "out", model, **stop_after(1))
     write_photos(photos, 2, start=50)
@@ -31,7 +31,7 @@ def test_a_source_that_grows_and_shrinks_is_told_and_the_list_is_kept(photos, tm
     assert [whole[name] == out[name] for name in whole] == [True, True, False]
 
 
-def test_a_list_in_another_order_is_told(photos, tmp_path, model):
+def test_a_list_in_another_order_is_reported(photos, tmp_path, model):
     (tmp_path / "list.txt").write_text("photos/000.png\nphotos/001.png\n")
     embed(tmp_path / "list.txt", tmp_path / "out", model)
     (tmp_path / "list.txt").write_text("photos/001.png\nphotos/000.png\n")

@@ -52,7 +52,7 @@ def test_a_job_ends_with_a_summary(photos, tmp_path, capsys, model):
     assert "images/s" not in err
 
 
-def test_it_says_where_the_failures_are(photos, tmp_path, capsys, model):
+def test_the_summary_says_where_the_failures_are(photos, tmp_path, capsys, model):
     (photos / "002.png").write_bytes(b"no image")
     (photos / "010.png").write_bytes(b"no image")
     assert main(arguments(photos, tmp_path / "out", model)) == 0
@@ -209,11 +209,11 @@ def test_wrong_use_is_one_line_and_status_2(photos, tmp_path, capsys, model, opt
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("nobody", ["a closed pipe", "/dev/full"])
-def test_a_summary_that_nobody_takes_is_no_failure(photos, tmp_path, model, nobody):
+@pytest.mark.parametrize("redirection", ["a closed pipe", "/dev/full"])
+def test_a_summary_that_cannot_be_printed_is_no_failure(photos, tmp_path, model, redirection):
     command = [sys.executable, "-m", "nopad", *arguments(photos, tmp_path / "out", model)]
-    if nobody == "/dev/full":
-        stdout = os.open(nobody, os.O_WRONLY)
+    if redirection == "/dev/full":
+        stdout = os.open(redirection, os.O_WRONLY)
     else:
         reading, stdout = os.pipe()
         os.close(reading)
@@ -225,7 +225,7 @@ def test_a_summary_that_nobody_takes_is_no_failure(photos, tmp_path, model, nobo
     assert len(nopad.read_features(tmp_path / "out")) == 12
 
 
-def test_a_package_that_is_missing_is_told(photos, tmp_path, capsys, monkeypatch, model):
+def test_a_package_that_is_missing_is_named(photos, tmp_path, capsys, monkeypatch, model):
     monkeypatch.setitem(sys.modules, "rich", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "rich" else name)
     assert main(arguments(photos, tmp_path / "out", model)) == 2

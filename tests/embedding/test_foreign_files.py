@@ -13,7 +13,7 @@ from nopad.embedding.inputs.listing import Input
 from nopad.embedding.lock import LostLockError
 
 
-def test_shards_of_somebody_else(photos, tmp_path, model):
+def test_shards_of_another_job(photos, tmp_path, model):
     (tmp_path / "out").mkdir()
     foreign = tmp_path / "out" / "shard-00000-of-00001-abcdef123456.parquet"
     foreign.touch()

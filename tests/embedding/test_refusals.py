@@ -43,7 +43,7 @@ def begun(tmp_path_factory, model) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_setting_is_told(begun, model, change):
+def test_a_changed_setting_is_refused(begun, model, change):
     options, line = CHANGES[change]
     before = table(begun[1])
     with pytest.raises(ValueError, match="holds a job with other settings:\n") as caught:
@@ -85,7 +85,7 @@ def test_features_are_those_of_evaluation_in_the_encoders_dtype(begun, tmp_path,
             run_it()
 
 
-def test_another_version_model_or_source_is_told(begun, tmp_path, monkeypatch, model, clip_model):
+def test_another_version_model_or_source_is_refused(begun, tmp_path, monkeypatch, model, clip_model):
     shutil.copytree(begun[0], tmp_path / "photos")
     with pytest.raises(ValueError, match=r'sources: \[".*photos"\] there, \[".*photos/"\] now'):
         embed(f"{tmp_path}/photos/", begun[1], model)
@@ -96,7 +96,7 @@ def test_another_version_model_or_source_is_told(begun, tmp_path, monkeypatch, m
         embed(*begun, model)
 
 
-def test_a_model_that_changed_in_place_is_told(photos, tmp_path, model):
+def test_a_model_that_changed_in_place_is_refused(photos, tmp_path, model):
     changed = shutil.copytree(model, tmp_path / "model")
     embed(photos, tmp_path / "out", changed)
     config = json.loads((changed / "config.json").read_text())
@@ -114,7 +114,7 @@ def test_a_model_that_changed_in_place_is_told(photos, tmp_path, model):
         embed(photos, tmp_path / "out", changed)
 
 
-def test_layers_that_run_otherwise_are_told(photos, tmp_path, model):
+def test_layers_that_run_otherwise_are_refused(photos, tmp_path, model):
     encoder = nopad.load(model)
     nopad.embed(photos, tmp_path / "out", model=encoder, capacity=2048)
     encoder.compile(2048, compiled=False)

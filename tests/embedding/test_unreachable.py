@@ -86,7 +86,7 @@ def test_the_command_ends_with_what_could_not_be_read_and_goes_on(photos, tmp_pa
     assert main(command) == 0
 
 
-def test_unreachable_rows_on_request_are_told_apart_from_damaged_ones(photos, tmp_path, model, fail):
+def test_unreachable_rows_on_request_differ_from_damaged_ones(photos, tmp_path, model, fail):
     embed(photos, tmp_path / "whole", model)
     fail("006.png", errno.EIO, FOR_EVER)
     damaged = (photos / "007.png").read_bytes()

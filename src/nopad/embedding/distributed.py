@@ -22,7 +22,7 @@ from nopad.embedding.actors.processes import ProcessEngine
 from nopad.embedding.actors.scheduler import Scheduler
 from nopad.embedding.actors.work import Work
 from nopad.embedding.folder import JobFolder
-from nopad.embedding.making import Tally
+from nopad.embedding.making import RunCounts
 from nopad.embedding.manifest import check_same
 from nopad.embedding.progress import Ticker
 from nopad.embedding.run import Run
@@ -87,9 +87,9 @@ class ByActors:
                 self.encoder = self._scheduler.load()
             self._ends = self._ends.pop_all()
 
-    def tally(self) -> Tally:
+    def new_counts(self) -> RunCounts:
         """Of a run; the jobs of a table have their counts and seconds in common."""
-        return Tally(self._stats)
+        return RunCounts(self._stats)
 
     def work(self, run: Run) -> None:
         """Make the shards of a run, and try failed rows again.
@@ -131,15 +131,15 @@ def _works(run: Run) -> Iterator[Work]:
 
 
 def _add(run: Run, work: Work, result: Mapping[str, Any] | None) -> None:
-    tally = run.tally
+    counts = run.counts
     if result is None:
-        tally.unmade[work.task.shard] = work.not_made
+        counts.unmade[work.task.shard] = work.not_made
         return
     for field in fields(Stats):
-        setattr(tally.stats, field.name, getattr(tally.stats, field.name) + result["stats"][field.name])
-    tally.write_seconds += result["write_seconds"]
-    tally.done += result["rows"]
-    tally.retried += result["rows"] if work.task.retry and not work.task.replace else 0
+        setattr(counts.stats, field.name, getattr(counts.stats, field.name) + result["stats"][field.name])
+    counts.write_seconds += result["write_seconds"]
+    counts.done += result["rows"]
+    counts.retried += result["rows"] if work.task.retry and not work.task.replace else 0
 
 
 def _record(encoder: LoadedEncoder) -> Mapping[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from nopad.embedding.actors.actor import LoadedEncoder
 from nopad.embedding.estimate import mean_patches
 from nopad.embedding.job import Job, make_reader
-from nopad.embedding.making import Maker, Tally
+from nopad.embedding.making import Maker, RunCounts
 from nopad.embedding.progress import Ticker
 from nopad.embedding.run import Run
 from nopad.embedding.settings import Settings
@@ -42,9 +42,9 @@ class InProcess:
         self._estimates = estimates
         self.encoder = LoadedEncoder.of(settings, self._worker)
 
-    def tally(self) -> Tally:
+    def new_counts(self) -> RunCounts:
         """Of a run; the jobs of a table have their counts and seconds in common."""
-        return Tally(self._worker.stats)
+        return RunCounts(self._worker.stats)
 
     def work(self, run: Run) -> None:
         """Make the shards of a run, after failed rows that are tried again."""
@@ -55,7 +55,7 @@ class InProcess:
             run.mean_patches = self._mean_patches(run.job)
         run.begin()
         with Ticker(run.report):
-            maker = Maker(run.job, self._worker, run.tally, run.stop)
+            maker = Maker(run.job, self._worker, run.counts, run.stop)
             maker.retry(list(run.failed_shards))
             maker.make(run.missing)
         run.end()

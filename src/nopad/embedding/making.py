@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Tally:
-    """What was done.
+class RunCounts:
+    """What a run has done so far.
 
     Attributes:
         write_seconds: spent writing shards, beside the encoder.
@@ -50,14 +50,14 @@ class Maker:
 
     Args:
         worker: made by the job's settings.
-        tally: counts what is done.
+        counts: what the run has done so far.
         stop: once set, the shard in hand is finished and no other.
     """
 
-    def __init__(self, job: Job, worker: Worker, tally: Tally, stop: threading.Event | None = None) -> None:
+    def __init__(self, job: Job, worker: Worker, counts: RunCounts, stop: threading.Event | None = None) -> None:
         self.job = job
         self.worker = worker
-        self.tally = tally
+        self.counts = counts
         self.stop = stop or threading.Event()
         self.sizes = FeatureSizes.of(worker.encoder, job.settings.selection)
 
@@ -137,8 +137,8 @@ class Maker:
                 check_reached(items, results)
             self._put(shard, items, results, *how)
         except UnreachableError as error:
-            self.tally.unmade[shard] = printable(str(error))
-            logger.warning("%s is not made: %s", self.job.path(shard).name, self.tally.unmade[shard])
+            self.counts.unmade[shard] = printable(str(error))
+            logger.warning("%s is not made: %s", self.job.path(shard).name, self.counts.unmade[shard])
 
     def _put(
         self,
@@ -151,8 +151,8 @@ class Maker:
         start = time.perf_counter()
         kept = self._kept(items, results, tables)
         keep(shard, table_rows(items, results, self.job.settings.embedding_dtype, kept))
-        self.tally.write_seconds += time.perf_counter() - start
-        self.tally.done += len(results)
+        self.counts.write_seconds += time.perf_counter() - start
+        self.counts.done += len(results)
 
     def _kept(
         self, items: Sequence[Input], results: Sequence[EmbeddingResult], tables: TableProcess
@@ -168,7 +168,7 @@ class Maker:
         retried = iter(rows)
         whole = [next(retried) if row.status == "failed" else row for row in iterate_rows(self.job.path(shard))]
         self.job.write(shard, whole, self.sizes)
-        self.tally.retried += len(rows)
+        self.counts.retried += len(rows)
 
 
 def _skip(item: Input, reason: str | None) -> Input:

@@ -152,12 +152,12 @@ def _measured(
         record = {**maker.encoder.record, "sources": str(sources), "inputs": chosen.digest()}
         kept, manifest = kept_columns(settings, chosen), Manifest(folder)
         (job,) = begin_or_resume(JobFolder(folder), lock.check, settings, record, chosen, kept, manifest)
-        run = Run(job, maker.tally(), manifest, progress=_recorder(times))
+        run = Run(job, maker.new_counts(), manifest, progress=_recorder(times))
         maker.work(run)
         paths = job.finished().values()
         failures = Counter(error for path in paths for *_, error in failed_rows(path))
         written = sum(path.stat().st_size for path in paths)
-    number, stats = len(chosen), run.tally.stats
+    number, stats = len(chosen), run.counts.stats
     per_second = _rate(times, run.seconds, number)
     scale = len(inputs) / number
     sizes = maker.encoder.sizes

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from nopad.embedding.job import Job
-from nopad.embedding.making import Tally
+from nopad.embedding.making import RunCounts
 from nopad.embedding.progress import Progress
 from nopad.embedding.summary import Summary
 from nopad.embedding.table.counts import Manifest
@@ -17,7 +17,7 @@ class Run:
     """The shards of a job that are missing and, on request, those with failed rows to try again.
 
     Args:
-        tally: counts what is done.
+        counts: what the run has done so far.
         manifest: of the table.
         stop: once set, shards in hand are finished and no others.
         progress: called with how far the run is, a few times a second.
@@ -32,14 +32,14 @@ class Run:
     def __init__(
         self,
         job: Job,
-        tally: Tally,
+        counts: RunCounts,
         manifest: Manifest,
         *,
         stop: threading.Event | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.job = job
-        self.tally = tally
+        self.counts = counts
         self.manifest = manifest
         self.stop = stop or threading.Event()
         self.progress = progress or (lambda _: None)
@@ -69,7 +69,7 @@ class Run:
     def report(self) -> None:
         """Report how far the run is."""
         seconds = time.perf_counter() - self.start
-        self.progress(Progress(self.to_do, self.rows_before, self.tally.stats, seconds, self.mean_patches))
+        self.progress(Progress(self.to_do, self.rows_before, self.counts.stats, seconds, self.mean_patches))
 
     def summary(self, left_out: Mapping[str, int], changes: Sequence[str]) -> Summary:
         """Counts of the table as it is now, and of this run."""
@@ -79,24 +79,24 @@ class Run:
         missing_in_part = sum(job.size(shard) for shard in job.part if shard not in finished)
         # A part counts its own rows, and those of the whole table once all are there.
         counted = [path for shard, path in finished.items() if not missing or shard in job.part]
-        counts = {path.name: self.manifest.count(path) for path in counted}
-        rows = sum(each.ok + each.failed for each in counts.values())
+        shards = {path.name: self.manifest.count(path) for path in counted}
+        rows = sum(shard.ok + shard.failed for shard in shards.values())
         return Summary(
             folder=str(self.job.folder.path),
             rows=rows,
-            failed=sum(each.failed for each in counts.values()),
+            failed=sum(shard.failed for shard in shards.values()),
             missing=missing,
-            to_go=missing_in_part + self.to_retry - self.tally.retried,
-            done=self.tally.done,
+            to_go=missing_in_part + self.to_retry - self.counts.retried,
+            done=self.counts.done,
             seconds=self.seconds,
-            stats=self.tally.stats,
-            write_seconds=self.tally.write_seconds,
+            stats=self.counts.stats,
+            write_seconds=self.counts.write_seconds,
             device="GPU" if self.device == "cuda" else self.device.upper(),
             encoders=self.encoders,
             decode_processes=self.decode_processes,
             left_out=dict(left_out),
             changes=list(changes),
-            shards_with_failures=[name for name, each in counts.items() if each.failed],
+            shards_with_failures=[name for name, shard in shards.items() if shard.failed],
             part=job.settings.part and "/".join(map(str, job.settings.part)),
-            unmade={self.job.path(shard).name: reason for shard, reason in sorted(self.tally.unmade.items())},
+            unmade={self.job.path(shard).name: reason for shard, reason in sorted(self.counts.unmade.items())},
         )

@@ -17,7 +17,7 @@ from nopad.embedding.inputs.sources import Listing, list_inputs
 from nopad.embedding.inputs.spans import Spans
 from nopad.embedding.job import Job, begin_or_resume, changes_of, kept_columns
 from nopad.embedding.locks import Lock, lock_of
-from nopad.embedding.making import Tally
+from nopad.embedding.making import RunCounts
 from nopad.embedding.progress import Progress
 from nopad.embedding.run import Run
 from nopad.embedding.settings import Settings
@@ -104,7 +104,7 @@ class TableRun:
         return ByActors(self.settings, self.folder, num_inputs, begun, lock.token, self.stop)
 
     def _run(self, job: Job, maker: InProcess | ByActors, manifest: Manifest) -> None:
-        self.runs.append(Run(job, maker.tally(), manifest, stop=self.stop, progress=self.progress))
+        self.runs.append(Run(job, maker.new_counts(), manifest, stop=self.stop, progress=self.progress))
         maker.work(self.runs[-1])
 
     def _changes(self, jobs: Sequence[Job], record: dict[str, str], listing: Listing) -> list[str]:
@@ -138,5 +138,5 @@ class TableRun:
         jobs = [Job(self.settings, each, *each.read(), lock.check) for each in self.folder.all()]
         manifest = Manifest(self.folder.path)
         if jobs:
-            return summary_of([Run(job, Tally(), manifest).summary(listing.left_out, []) for job in jobs])
+            return summary_of([Run(job, RunCounts(), manifest).summary(listing.left_out, []) for job in jobs])
         return Summary.of_nothing(str(self.folder.path), len(listing.inputs), listing.left_out)

@@ -13,7 +13,7 @@ from nopad.embedding.actors.engine import NodeError, Task
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.job import FeatureSizes, Job
 from nopad.embedding.lock import check_owner, check_record
-from nopad.embedding.making import Maker, Tally
+from nopad.embedding.making import Maker, RunCounts
 from nopad.embedding.manifest import record_of
 from nopad.embedding.settings import Settings
 from nopad.embedding.table.paths import TablePath
@@ -76,7 +76,7 @@ class ShardMaker:
     def __init__(self, config: ActorConfig) -> None:
         self.config = config
         self._worker: Worker | None = None
-        self._tally = Tally()
+        self._counts = RunCounts()
         self._job = cache(self._read_job)
 
     def place(self) -> tuple[str, int]:
@@ -87,13 +87,13 @@ class ShardMaker:
         """Load the encoder, by the choices of a job that was begun."""
         settings = self.config.local_settings
         self._worker = make_worker(settings, load_encoder(settings), self.config.num_inputs, begun)
-        self._tally = Tally(self._worker.stats)
+        self._counts = RunCounts(self._worker.stats)
         return LoadedEncoder.of(self.config.settings, self._worker)
 
     def progress(self) -> tuple[Any, ...]:
         """Differs after anything was done; may be called from another thread."""
-        tally = self._tally
-        return *asdict(tally.stats).values(), tally.done, tally.write_seconds
+        counts = self._counts
+        return *asdict(counts.stats).values(), counts.done, counts.write_seconds
 
     def do(self, task: Task) -> dict[str, Any]:
         """Do a task: counts and seconds by the names of `Stats`, `write_seconds`, and the shard's `rows`.
@@ -105,8 +105,8 @@ class ShardMaker:
         if is_new and job.path(task.shard).exists():
             return _existing(job.path(task.shard))
         assert self._worker is not None
-        before = replace(self._tally, stats=replace(self._tally.stats))
-        maker = Maker(job, self._worker, self._tally)
+        before = replace(self._counts, stats=replace(self._counts.stats))
+        maker = Maker(job, self._worker, self._counts)
         if task.probe is not None:
             maker.probe(task.shard, task.probe)
         elif task.retry:
@@ -118,11 +118,11 @@ class ShardMaker:
                 if not job.path(task.shard).exists():
                     raise
                 return _existing(job.path(task.shard))  # another part was faster, and has tidied up behind it
-        done = {name: value - getattr(before.stats, name) for name, value in asdict(self._tally.stats).items()}
-        stats, seconds = Stats(**done), self._tally.write_seconds - before.write_seconds
-        if (unmade := self._tally.unmade.pop(task.shard, None)) is not None:
+        done = {name: value - getattr(before.stats, name) for name, value in asdict(self._counts.stats).items()}
+        stats, seconds = Stats(**done), self._counts.write_seconds - before.write_seconds
+        if (unmade := self._counts.unmade.pop(task.shard, None)) is not None:
             return {**_result(0, 0, seconds, stats), "unmade": unmade}
-        return _result(self._tally.done - before.done, stats.failed, seconds, stats)
+        return _result(self._counts.done - before.done, stats.failed, seconds, stats)
 
     def _read_job(self, update: int) -> Job:
         folder = JobFolder(self.config.folder, update)
