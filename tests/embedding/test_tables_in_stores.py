@@ -18,6 +18,9 @@ import nopad
 from nopad.cli import main
 from nopad.embedding import store_lock
 from nopad.embedding.actors.processes import _portable
+from nopad.embedding.folder import JobFolder
+from nopad.embedding.inputs.listing import Input, InputList
+from nopad.embedding.inputs.stamps import Stamp
 from nopad.embedding.lock import LockedError, LostLockError
 from nopad.embedding.store_lock import StoreLock, StorePartLock
 from nopad.storage import object_path
@@ -94,6 +97,16 @@ def test_parts_by_actors_make_the_same_table(s3, photos, local, model, stop_afte
     embed(photos, OUT, model, **stop_after(1))
     assert embed(photos, OUT, model, part=(1, 2)).missing == 0
     assert shards(s3) == local
+
+
+def test_of_two_parts_that_begin_a_job_the_first_ones_record_stays(s3):
+    folder = JobFolder(OUT)
+    for name in ("first", "second"):
+        inputs = InputList.of([Input(name, "s", "image", b"/p")])
+        record = {"inputs": inputs.digest(), "threads": "1", "model": name}
+        folder.begin(record, inputs, [Stamp(1, 2)], lambda: None, by_parts=True)
+    record, inputs = folder.read()
+    assert (record["model"], [item.id for item in inputs]) == ("first", ["first"])
 
 
 def test_failed_rows_are_tried_again(s3, photos, local, model):

@@ -21,6 +21,8 @@ WAITS = (0.5, 2.0, 8.0)
 
 REQUEST_SECONDS = 120.0
 
+_NUM_AHEAD = 3  # blocks that are fetched ahead where reading goes on
+
 Result = TypeVar("Result")
 
 
@@ -131,7 +133,7 @@ class ObjectPath:
         def fetch(start: int, stop: int) -> bytes:
             return self._request(lambda store, key: store.read_version(key, start, stop, stored.version))
 
-        return RemoteFile(Blocks(fetch, stored.size))
+        return RemoteFile(Blocks(fetch, stored.size, _NUM_AHEAD))
 
     def put(self, file: BinaryIO, *, replace: bool = True) -> bool:
         """Write the whole object; others see all of it or nothing.
