@@ -195,7 +195,12 @@ def test_put_if_absent(s3):
     assert path.put(io.BytesIO(b"first"), replace=False)
     assert not path.put(io.BytesIO(b"second"), replace=False)
     assert (s3.get("x/y"), path.exists(), (path / "z").exists()) == (b"first", True, False)
-    assert [str(each) for each in ObjectPath("s3://photos").iterdir()] == ["s3://photos/x"]
+    s3.put("x/y2/z", b"")
+    s3.put("x2", b"four")
+    assert [str(each) for each in ObjectPath("s3://photos").iterdir()] == ["s3://photos/x", "s3://photos/x2"]
+    assert [str(each) for each in ObjectPath("s3://photos/x").iterdir()] == ["s3://photos/x/y", "s3://photos/x/y2"]
+    assert [each.stat().st_size for each in ObjectPath("s3://photos").glob("*2")] == [4]
+    assert [ObjectPath(f"s3://photos/{name}").is_dir() for name in ("x", "x/y", "none")] == [True, False, False]
 
 
 # Locks
@@ -223,8 +228,9 @@ def owner(**changes: object) -> bytes:
     return json.dumps({**content, **changes}).encode()
 
 
-def test_a_lease_that_is_not_renewed_is_taken_over(s3, quick):
-    s3.put(OWNER, owner())
+@pytest.mark.parametrize("content", [owner(), b"damaged"])
+def test_a_lease_that_is_not_renewed_is_taken_over(s3, quick, content):
+    s3.put(OWNER, content)
     with StoreLock(ObjectPath(OUT)) as lock:
         lock.check()
 

@@ -140,7 +140,10 @@ def _abandoned(table: ObjectPath, owner: ObjectPath, token: str) -> Version | No
         content = _parsed(data)
         if content.get("token") == token or _has_died(content):
             return version
-        who = describe_owner(content)
+        try:
+            who = describe_owner(content)
+        except LookupError:
+            who = f"the writer of {owner}"
         logger.warning("%s: watching for up to %.0f s whether %s is alive", table, LEASE_SECONDS, who)
         end = time.monotonic() + LEASE_SECONDS
         while time.monotonic() < end:

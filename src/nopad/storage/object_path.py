@@ -97,19 +97,15 @@ class ObjectPath:
 
     def is_dir(self) -> bool:
         """Whether there is an object below it."""
-        return next(self._below(), None) is not None
+        return next(self.iterdir(), None) is not None
 
     def iterdir(self) -> Iterator[ObjectPath]:
         """The objects and prefixes in it, in order."""
-        paths: dict[str, ObjectPath] = {}
-        prefix = self._prefix()
-        for stored in self._below():
-            name, slash, _ = stored.key[len(prefix) :].partition("/")
-            if slash:
-                paths.setdefault(name, self / name)
-            elif name:
-                paths[name] = ObjectPath(Address(self.address.base, stored.key), stored)
-        yield from sorted(paths.values())
+        prefixes, objects = self._request(lambda store, key: store.list_folder(f"{key}/" if key else ""))
+        base = self.address.base
+        paths = [ObjectPath(Address(base, prefix)) for prefix in prefixes]
+        paths += [ObjectPath(Address(base, stored.key), stored) for stored in objects if stored.key != self.address.key]
+        yield from sorted(paths)
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
         """Those in it whose names a pattern without slashes matches."""
@@ -174,14 +170,6 @@ class ObjectPath:
     def unlink(self) -> None:
         """Remove the object, if there is one."""
         self._request(lambda store, key: store.delete(key))
-
-    def _prefix(self) -> str:
-        return f"{self.address.key}/" if self.address.key else ""
-
-    def _below(self) -> Iterator[Stored]:
-        prefix = self._prefix()
-        listed = self._request(lambda store, _: list(store.list(prefix)))
-        return (stored for stored in listed if stored.key.startswith(prefix))
 
     def _request(self, call: Callable[[ObjectStore, str], Result]) -> Result:
         store = store_of(self.address, REQUEST_SECONDS)

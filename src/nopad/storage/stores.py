@@ -115,6 +115,14 @@ class ObjectStore:
         except (*self._errors, OSError) as error:
             raise self._as_os_error(error) from error
 
+    def list_folder(self, prefix: str) -> tuple[list[str], list[Stored]]:
+        """What is in a prefix but not below another one in it: prefixes, without slashes at their ends, and objects."""
+        try:
+            listed = self._api.list_with_delimiter(self._store, prefix or None)
+        except (*self._errors, OSError) as error:
+            raise self._as_os_error(error) from error
+        return [each.rstrip("/") for each in listed["common_prefixes"]], [_stored(meta) for meta in listed["objects"]]
+
     def get(self, key: str) -> tuple[bytes, Version]:
         """All bytes, and which version of the object they are."""
         try:
@@ -150,7 +158,7 @@ class ObjectStore:
         how: Any = mode
         if isinstance(mode, Version):
             names = {"e_tag": mode.e_tag, "version": mode.number}
-            how = {name: value for name, value in names.items() if value is not None}
+            how = {name: value for name, value in names.items() if value is not None} or "overwrite"
         try:
             result = self._api.put(
                 self._store, key, data, mode=how, use_multipart=None if mode == "overwrite" else False
