@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -131,62 +132,95 @@ def _check_same_space(metadata: Mapping[TablePath, Mapping[str, str]]) -> None:
                 raise ValueError(f"{folder}: a table of another model, whose vectors cannot be compared: {values}")
 
 
-def _read(shards: Sequence[Shard], survey: _Survey, columns: Sequence[str] | None, memory_map: Path | None) -> Features:
-    width = stored.embedding_width(survey.schemas[0])
-    embeddings = _space((survey.rows, width), survey.dtype, memory_map)  # cut to the ok rows below
-    ids: list[str] = []
-    sources: list[str] = []
-    failures: list[Failure] = []
-    starts, rows, grids, sizes, columns_of_shards = [], [], [], [], []
-    for shard, schema in zip(shards, survey.schemas, strict=True):
+@dataclass(frozen=True)
+class _Part:
+    """What is read of one shard, of its rows that are ok; embeddings and what stays on the disk are not part of it.
+
+    Attributes:
+        starts: the first row of each row group.
+        rows: indices of the rows.
+        grids, sizes: integers, `(rows, 3)` and `(rows, 2)`.
+        columns: the inputs' own columns.
+        failures: the rows that failed.
+    """
+
+    starts: np.ndarray
+    rows: np.ndarray
+    ids: list[str]
+    sources: list[str]
+    grids: np.ndarray
+    sizes: np.ndarray
+    columns: pa.Table
+    failures: list[Failure]
+
+    @classmethod
+    def read(cls, shard: Shard, schema: pa.Schema, columns: Sequence[str] | None, embeddings: np.ndarray) -> _Part:
+        """Read a shard; its embeddings are written to the first rows of `embeddings`."""
         with stored.opened(shard.path) as file:
             groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             others = () if columns is None else {*_extra_columns(schema)} - {*columns}
             table = file.read([name for name in schema.names if name not in (*_on_disk(schema), *others)])
             ok = stored.ok_rows(shard.path, table)
-            filled = len(ids)
-            for block in stored.embedding_blocks(table["embedding"], width):
+            filled = 0
+            for block in stored.embedding_blocks(table["embedding"], embeddings.shape[1]):
                 embeddings[filled : filled + len(block)] = block
                 filled += len(block)
             small = table.drop_columns(["embedding"])
             good = small.filter(pa.array(ok))
             bad = small.filter(pc.call_function("equal", [table["status"], "failed"]))
-            ids += good["id"].to_pylist()
-            sources += good["source"].to_pylist()
-            failures += [Failure(row["id"], row["source"], row["error"] or "") for row in bad.to_pylist()]
-        starts.append(np.cumsum([0, *groups])[:-1])
-        rows.append(np.flatnonzero(ok))
-        grids.append(np.stack([good[name].to_numpy() for name in ("grid_t", "grid_h", "grid_w")], axis=1))
-        sizes.append(np.stack([good[name].to_numpy() for name in ("height", "width")], axis=1))
-        columns_of_shards.append(good.drop_columns([name for name in COLUMNS if name in good.column_names]))
+            return cls(
+                starts=np.cumsum([0, *groups])[:-1],
+                rows=np.flatnonzero(ok),
+                ids=good["id"].to_pylist(),
+                sources=good["source"].to_pylist(),
+                grids=_side_by_side(good, "grid_t", "grid_h", "grid_w"),
+                sizes=_side_by_side(good, "height", "width"),
+                columns=good.drop_columns([name for name in COLUMNS if name in good.column_names]),
+                failures=[Failure(row["id"], row["source"], row["error"] or "") for row in bad.to_pylist()],
+            )
 
-    places = Places(list(shards), _numbered(rows), list(map(_shard_size, survey.schemas)))
-    grid = np.concatenate(grids).astype(np.int64)
-    kinds = {(stored.token_width(each), stored.token_layers(each), stored.tokens_pool(each)) for each in survey.schemas}
-    width_of_tokens, layers, pool = min(kinds, key=str)
+
+def _side_by_side(table: pa.Table, *names: str) -> np.ndarray:
+    return np.stack([table[name].to_numpy() for name in names], axis=1)
+
+
+def _read(shards: Sequence[Shard], survey: _Survey, columns: Sequence[str] | None, memory_map: Path | None) -> Features:
+    width = stored.embedding_width(survey.schemas[0])
+    embeddings = _space((survey.rows, width), survey.dtype, memory_map)  # cut to the ok rows below
+    parts: list[_Part] = []
+    filled = 0
+    for shard, schema in zip(shards, survey.schemas, strict=True):
+        parts.append(_Part.read(shard, schema, columns, embeddings[filled:]))
+        filled += len(parts[-1].rows)
+    grids = np.concatenate([part.grids for part in parts]).astype(np.int64)
+    places = Places(list(shards), _numbered([part.rows for part in parts]), list(map(_shard_size, survey.schemas)))
     on_disk = {
-        name: StoredColumn(name, paths, starts, places.rows)
+        name: StoredColumn(name, paths, [part.starts for part in parts], places.rows)
         for name in (TOKENS, THUMBNAIL)
         if any(paths := _paths_with(name, shards, survey.schemas))
     }
-    tokens = None
-    if width_of_tokens is not None and len(kinds) == 1:
-        tokens = Tokens(on_disk[TOKENS], grid, width_of_tokens, layers, pool)
     return Features(
-        ids=ids,
-        sources=sources,
-        embeddings=embeddings[: len(ids)],
-        grids=grid,
-        sizes=np.concatenate(sizes).astype(np.int64),
-        failures=failures,
+        ids=list(chain.from_iterable(part.ids for part in parts)),
+        sources=list(chain.from_iterable(part.sources for part in parts)),
+        embeddings=embeddings[:filled],
+        grids=grids,
+        sizes=np.concatenate([part.sizes for part in parts]).astype(np.int64),
+        failures=[failure for part in parts for failure in part.failures],
         metadata=survey.metadata,
-        tokens=tokens,
+        tokens=_tokens(survey, on_disk, grids),
         thumbnails=Thumbnails(on_disk[THUMBNAIL]) if THUMBNAIL in on_disk else None,
-        columns=pa.concat_tables(
-            [table.replace_schema_metadata() for table in columns_of_shards], promote_options="default"
-        ),
+        columns=pa.concat_tables([part.columns.replace_schema_metadata() for part in parts], promote_options="default"),
         places=places,
     )
+
+
+def _tokens(survey: _Survey, on_disk: Mapping[str, StoredColumn], grids: np.ndarray) -> Tokens | None:
+    """The tokens of a table; `None` where it has none, or shards have different ones."""
+    kinds = {(stored.token_width(each), stored.token_layers(each), stored.tokens_pool(each)) for each in survey.schemas}
+    width, layers, pool = min(kinds, key=str)
+    if width is None or len(kinds) > 1:
+        return None
+    return Tokens(on_disk[TOKENS], grids, width, layers, pool)
 
 
 def _space(shape: tuple[int, int], dtype: np.dtype, memory_map: Path | None) -> np.ndarray:

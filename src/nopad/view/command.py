@@ -98,14 +98,7 @@ def _run_images(options: argparse.Namespace) -> int:
     if out.suffix not in (".html", ".png"):
         raise ValueError(f"--out: expected a file .html or .png, got {options.out!r}")
     kinds = None if options.kind is None else options.kind.split(",")
-    try:
-        layers = [int(layer) for layer in (options.layers or "-1").split(",")]
-    except ValueError:
-        raise ValueError(f"--layers: expected numbers as -4,-1, got {options.layers!r}") from None
-    size = parse_size(options.size or "native")
-    limit = options.max_patches
-    if limit is None and size != "model" and not isinstance(size, tuple):
-        limit = MAX_PATCHES
+    layers, size = _layers(options.layers or "-1"), parse_size(options.size or "native")
     import torch
 
     from nopad.view.images import check_kinds, sheet, shown_kinds, view_images
@@ -119,7 +112,7 @@ def _run_images(options: argparse.Namespace) -> int:
         kinds=kinds,
         layers=layers,
         size=size,
-        max_patches=limit,
+        max_patches=_max_patches(options.max_patches, size),
         progress=print_progress,
         revision=options.revision,
         prefix=options.prefix,
@@ -139,6 +132,18 @@ def _run_images(options: argparse.Namespace) -> int:
     else:
         print_summary(f"{out}: {counted(len(images), 'image')}, {', '.join(shown)}")
     return SUCCESS
+
+
+def _layers(numbers: str) -> list[int]:
+    try:
+        return [int(layer) for layer in numbers.split(",")]
+    except ValueError:
+        raise ValueError(f"--layers: expected numbers as -4,-1, got {numbers!r}") from None
+
+
+def _max_patches(limit: int | None, size: Any) -> int | None:
+    """The limit of an image's patches; `MAX_PATCHES` by default where the size has room for one."""
+    return MAX_PATCHES if limit is None and size != "model" and not isinstance(size, tuple) else limit
 
 
 def _run_table(options: argparse.Namespace) -> int:
