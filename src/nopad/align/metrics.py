@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -72,6 +72,11 @@ def _cosine(features: Tensor, reference: Tensor) -> Tensor:
     return torch.cosine_similarity(features.double(), reference.double(), dim=-1)
 
 
+def _all_tokens(outputs: list[ModelOutput]) -> Tensor:
+    """`(T, D)` of all images."""
+    return torch.cat([output.tokens for output in outputs])
+
+
 def _pooled(outputs: list[ModelOutput]) -> Tensor | None:
     """`(N, D)`, `None` where the model does not pool."""
     vectors = [output.pooled for output in outputs if output.pooled is not None]
@@ -90,13 +95,13 @@ def compare(
     """All numbers of a case; NaN fails every limit.
 
     Args:
-        name: of the case.
+        name: name of the case.
         packed, reference: outputs of the packed model and of the reference, image by image.
         reference_fp32: outputs of the reference in float32, unless `reference` is that.
         threshold: every cosine has to be above it.
         same_arithmetic: both ran in one number format, so the limits on differences apply, too.
     """
-    tokens, expected = (torch.cat([output.tokens for output in side]) for side in (packed, reference))
+    tokens, expected = _all_tokens(packed), _all_tokens(reference)
     cosine = _cosine(tokens, expected)
     relative, absolute = _relative(tokens, expected), (tokens - expected).abs()
     # Reduced by torch: Python's min and max pass over a NaN that does not stand first.
@@ -105,24 +110,14 @@ def compare(
     if pooled is not None and expected_pooled is not None:
         min_pooled_cosine = float(_cosine(pooled, expected_pooled).min())
         max_pooled_relative = float(_relative(pooled, expected_pooled).max())
-    pairs = list(zip(packed, reference, strict=True))
-    layers = [
-        [(output.hidden_states[i], expected.hidden_states[i]) for output, expected in pairs]
-        for i in range(len(packed[0].hidden_states))
-    ]
     failures = _cosine_failures(float(cosine.min()), min_pooled_cosine, threshold)
-    distance = reference_distance = pooled_distance = reference_pooled_distance = None
-    if reference_fp32 is None:
-        if same_arithmetic:
-            failures += _relative_failures(float(relative.max()), max_pooled_relative)
-    else:
-        exact, exact_pooled = torch.cat([output.tokens for output in reference_fp32]), _pooled(reference_fp32)
-        distance, reference_distance = (float(_relative(each, exact).mean()) for each in (tokens, expected))
-        if pooled is not None and expected_pooled is not None and exact_pooled is not None:
-            pooled_distance = float(_relative(pooled, exact_pooled).mean())
-            reference_pooled_distance = float(_relative(expected_pooled, exact_pooled).mean())
-        if same_arithmetic:
-            failures += _distance_failures(distance, reference_distance, pooled_distance, reference_pooled_distance)
+    distances = _Distances()
+    if reference_fp32 is not None:
+        distances = _Distances.of(packed, reference, reference_fp32)
+        failures += distances.failures() if same_arithmetic else []
+    elif same_arithmetic:
+        failures += _relative_failures(float(relative.max()), max_pooled_relative)
+    layers = _layer_pairs(packed, reference)
     return CaseResult(
         name=name,
         images=len(packed),
@@ -135,10 +130,7 @@ def compare(
         mean_relative=float(relative.mean()),
         min_pooled_cosine=min_pooled_cosine,
         max_pooled_relative=max_pooled_relative,
-        distance=distance,
-        reference_distance=reference_distance,
-        pooled_distance=pooled_distance,
-        reference_pooled_distance=reference_pooled_distance,
+        **asdict(distances),
         drift=tuple(float(torch.stack([_relative(*pair).max() for pair in layer]).max()) for layer in layers),
         layer_cosines=tuple(float(torch.stack([_cosine(*pair).min() for pair in layer]).min()) for layer in layers),
         histogram=_histogram(cosine),
@@ -163,23 +155,60 @@ def _relative_failures(max_relative: float, max_pooled_relative: float | None) -
     ]
 
 
-def _distance_failures(
-    distance: float, reference_distance: float, pooled: float | None, reference_pooled: float | None
-) -> list[str]:
-    failures = []
-    if not distance <= DISTANCE_LIMIT * reference_distance:
-        failures.append(
-            f"distance to float32 {distance:.3e}, expected at most {DISTANCE_LIMIT} × the reference's own "
-            f"{reference_distance:.3e}"
-        )
-    if pooled is not None and reference_pooled is not None:
-        limit = max(reference_pooled, reference_distance)
-        if not pooled <= POOLED_LIMIT * limit:
+@dataclass(frozen=True)
+class _Distances:
+    """Mean distances to the reference in float32, relative to its norms; `None` where that is not compared.
+
+    Attributes:
+        distance, reference_distance: those of the packed model's tokens, and of the reference's.
+        pooled_distance, reference_pooled_distance: the same of pooled vectors.
+    """
+
+    distance: float | None = None
+    reference_distance: float | None = None
+    pooled_distance: float | None = None
+    reference_pooled_distance: float | None = None
+
+    @classmethod
+    def of(
+        cls, packed: list[ModelOutput], reference: list[ModelOutput], reference_fp32: list[ModelOutput]
+    ) -> _Distances:
+        """Distances of both sides to the same images' outputs in float32."""
+        exact = _all_tokens(reference_fp32)
+        tokens = [float(_relative(_all_tokens(side), exact).mean()) for side in (packed, reference)]
+        vectors = [_pooled(side) for side in (packed, reference, reference_fp32)]
+        if any(vector is None for vector in vectors):
+            return cls(*tokens)
+        pooled, expected, exact = (vector for vector in vectors if vector is not None)
+        return cls(*tokens, *(float(_relative(each, exact).mean()) for each in (pooled, expected)))
+
+    def failures(self) -> list[str]:
+        """The limits that the packed model exceeds; NaN exceeds all."""
+        assert self.distance is not None
+        assert self.reference_distance is not None
+        failures = []
+        if not self.distance <= DISTANCE_LIMIT * self.reference_distance:
             failures.append(
-                f"pooled distance to float32 {pooled:.3e}, expected at most {POOLED_LIMIT} × {limit:.3e}, the larger "
-                f"of the reference's own and its tokens'"
+                f"distance to float32 {self.distance:.3e}, expected at most {DISTANCE_LIMIT} × the reference's own "
+                f"{self.reference_distance:.3e}"
             )
-    return failures
+        if self.pooled_distance is not None and self.reference_pooled_distance is not None:
+            limit = max(self.reference_pooled_distance, self.reference_distance)
+            if not self.pooled_distance <= POOLED_LIMIT * limit:
+                failures.append(
+                    f"pooled distance to float32 {self.pooled_distance:.3e}, expected at most {POOLED_LIMIT} × "
+                    f"{limit:.3e}, the larger of the reference's own and its tokens'"
+                )
+        return failures
+
+
+def _layer_pairs(packed: list[ModelOutput], reference: list[ModelOutput]) -> list[list[tuple[Tensor, Tensor]]]:
+    """For each layer the tokens of both sides, image by image."""
+    pairs = list(zip(packed, reference, strict=True))
+    return [
+        [(output.hidden_states[i], expected.hidden_states[i]) for output, expected in pairs]
+        for i in range(len(packed[0].hidden_states))
+    ]
 
 
 def _histogram(cosine: Tensor) -> tuple[tuple[float, float, int], ...]:
