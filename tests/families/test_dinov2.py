@@ -211,6 +211,8 @@ def test_positions_of_tipsv2_are_resampled_bilinearly(tmp_path):
         pack = nopad.Pack.of(pixels_of([grid]), 4)
         with torch.no_grad():
             assert torch.equal(bilinear(pack), bicubic(pack)) == equal
+    with pytest.raises(ValueError, match=r"positions_mode: expected 'bicubic' or 'bilinear', got 'nearest'"):
+        TIPSv2Packing.from_pretrained(folder, positions_mode="nearest")
 
 
 @pytest.mark.parametrize("more", [{}, {"size": {"height": 28, "width": 28}, "do_normalize": False}])

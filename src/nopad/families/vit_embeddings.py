@@ -12,7 +12,7 @@ from nopad.checkpoints.formats import trained_grid
 from nopad.inference.runner import Runner
 from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.position_table import LearnedPositions, table_positions
-from nopad.layers.positions import is_strict
+from nopad.layers.positions import check_mode, is_strict
 from nopad.layers.prefix import PrefixLayout
 from nopad.layers.roles import RoleAliases
 from nopad.layout import Layout
@@ -40,7 +40,8 @@ class ViTEmbeddings(LearnedPositions, RoleAliases):
         self.num_cls_tokens = num_cls_tokens
         self.cls_token = nn.Parameter(torch.empty(1, num_cls_tokens, size)) if num_cls_tokens else None
         self.grid, self.strict = trained_grid(config), is_strict(config.positions)
-        self.mode, self.antialias = getattr(config, "positions_mode", "bicubic"), config.positions_antialias
+        self.mode = check_mode(getattr(config, "positions_mode", "bicubic"))
+        self.antialias = config.positions_antialias
         rows, columns = self.grid
         self.position_embeddings = nn.Parameter(torch.empty(1, num_cls_tokens + rows * columns, size))
 

@@ -203,6 +203,17 @@ def tables_of_grids(
     return torch.cat(tables)[start + layout.index_in_image % area]
 
 
+def check_mode(mode: str) -> str:
+    """A config's `positions_mode`, by which learned positions are resampled.
+
+    Raises:
+        ValueError: neither `'bicubic'` nor `'bilinear'`.
+    """
+    if mode not in ("bicubic", "bilinear"):
+        raise ValueError(f"positions_mode: expected 'bicubic' or 'bilinear', got {mode!r:.80}")
+    return mode
+
+
 def is_strict(positions: str) -> bool:
     """Whether a config's `positions` allows the trained grid only.
 
