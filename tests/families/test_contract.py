@@ -21,6 +21,8 @@ from tiny_encoders import GRIDS as PACK
 
 import nopad
 from nopad.align.run import align
+from nopad.encoder import PackedEncoder
+from nopad.families import ENCODERS, encoder_class
 from nopad.layers import positions
 
 TABLES = (
@@ -51,6 +53,16 @@ def original(family, folder):
 
 def pack_of_grids(encoder, grids, seed=0):
     return pack_of(encoder, pixels_of(grids, encoder.patch_size, seed))
+
+
+@pytest.mark.parametrize("family", sorted(ENCODERS))
+def test_a_family_defines_names_of_the_contract_alone(family):
+    """A name that the contract does not have, such as a misspelt one, would be read by nothing."""
+    contract = {
+        name for base in PackedEncoder.__mro__ for name in (*vars(base), *vars(base).get("__annotations__", ()))
+    }
+    roles = {"norm", "rope"}
+    assert {*vars(encoder_class(family))} <= contract | roles
 
 
 @every_family

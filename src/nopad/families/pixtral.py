@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -67,7 +66,6 @@ class PixtralPacking(PackedEncoder):
     family = "pixtral"
     published = PUBLISHED
     read_config = staticmethod(read_config)
-    headless = MappingProxyType({})
     names: Mapping[str, str] = {"embeddings": "patch_conv", "layers": "transformer.layers"}
     norm = None
 
