@@ -15,6 +15,8 @@ from nopad.embedding import table_run
 from nopad.embedding.inputs.reaching import UnreachableSourceError
 from nopad.embedding.inputs.sources import list_inputs
 from nopad.storage import objects, remote_file
+from nopad.storage.addresses import Address
+from nopad.storage.stores import store_of
 
 
 def without_source(folder: Path) -> list[dict]:
@@ -283,6 +285,16 @@ def test_sources_with_nothing_to_read(s3, source, message):
 def test_no_such_bucket_is_not_an_empty_one(s3):
     with pytest.raises(UnreachableSourceError, match="s3://nobucket: no such bucket"):
         list_inputs(["s3://nobucket/a"])
+
+
+def test_a_fault_is_not_the_end_of_an_object_whatever_its_key(s3):
+    """Servers answer 416 to a read behind the end; an error's text also has the key."""
+    s3.put("416.png", b"x")
+    store = store_of(Address.of("s3://photos"))
+    assert store.read("416.png", 1, 9) == b""
+    s3.server.fail("416.png", "status 503")
+    with pytest.raises(ConnectionError, match="503 Service Unavailable"):
+        store.read("416.png", 0, 1)
 
 
 def test_the_web(s3, tmp_path):

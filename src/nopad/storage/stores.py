@@ -94,7 +94,7 @@ class ObjectStore:
         try:
             return bytes(self._api.get_range(self._store, key, start=start, end=stop))
         except (*self._errors, OSError) as error:
-            if "416" in str(error):  # behind the end
+            if _status(error) == 416:  # behind the end
                 return b""
             raise self._as_os_error(error) from error
 
@@ -181,7 +181,7 @@ class ObjectStore:
         text = str(error)
         if type(error).__name__ == "PreconditionError":
             return OSError(errno.ESTALE, "replaced while it was read")
-        status = int(match[1]) if (match := _STATUS.search(text)) else 0
+        match, status = _STATUS.search(text), _status(error)
         reason = match[0].removeprefix("status code: ") if match else _first_line(error)
         if "NoSuchBucket" in text:
             return ConnectionError(errno.ECONNABORTED, f"{self._base}: no such bucket")
@@ -207,6 +207,11 @@ def _stored(meta: Any) -> Stored:
 
 def _version(meta: Any) -> Version:
     return Version(meta.get("e_tag"), meta.get("version"))
+
+
+def _status(error: BaseException) -> int:
+    """The status of a server's response, 0 for an error without one. The rest of an error's text has the key."""
+    return int(match[1]) if (match := _STATUS.search(str(error))) else 0
 
 
 def _first_line(error: BaseException) -> str:
