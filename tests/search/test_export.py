@@ -55,6 +55,9 @@ def test_iceberg(table, features, tmp_path, monkeypatch):
     for name, value in {"URI": f"sqlite:///{tmp_path}/c.db", "WAREHOUSE": f"file://{tmp_path}", "TYPE": "sql"}.items():
         monkeypatch.setenv(f"PYICEBERG_CATALOG__TESTED__{name}", value)
     monkeypatch.setattr("pyiceberg.catalog._ENV_CONFIG", type(catalogs._ENV_CONFIG)())
+    for out in ("features", "tested:ns.", "tested:.features"):
+        with pytest.raises(ValueError, match=r"out: expected \[CATALOG:\]NAMESPACE\.TABLE, got "):
+            export_features(table, out, to="iceberg")
     with pytest.raises(ValueError, match="out: the catalog has no namespace ns; create it"):
         export_features(table, "tested:ns.features", to="iceberg")
     catalog = catalogs.load_catalog("tested")
@@ -70,3 +73,9 @@ def test_what_is_refused(table, tmp_path):
         export_features(table, tmp_path / "x", to="csv")
     with pytest.raises(ValueError, match="out: expected a path of this machine"):
         export_features(table, "s3://bucket/x.parquet", to="parquet")
+    with pytest.raises(ValueError, match="out: expected a file, a folder or a table of a catalog, got ''"):
+        export_features(table, "", to="parquet")
+    for columns in ([], ["id", "width", "id"], "id"):
+        with pytest.raises(ValueError, match="columns: expected a list of different names, at least one, got"):
+            export_features(table, tmp_path / "x", to="parquet", columns=columns)
+    assert not (tmp_path / "x").exists()

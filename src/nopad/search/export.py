@@ -40,23 +40,28 @@ def export_features(
         folder: of the table, or its address in a store.
         out: a file for `"parquet"`; a folder or an address for `"lance"`, as Lance takes it; for `"iceberg"`
             `[CATALOG:]NAMESPACE.TABLE` of a catalog that PyIceberg is configured for.
-        columns: names of the table's columns; all unless given.
+        columns: names of the table's columns, each once; all unless given.
         progress: called with the number of rows so far.
 
     Returns:
         The number of rows.
 
     Raises:
-        ValueError: a table that `read_features` refuses, unknown columns, a dataset that exists, or no catalog.
+        ValueError: a table that `read_features` refuses, columns that are unknown or there twice, a dataset
+            that exists, or no catalog.
         OSError: what cannot be read or written.
         ImportError: a package is missing.
     """
+    if not os.fspath(out):
+        raise ValueError("out: expected a file, a folder or a table of a catalog, got ''")
     if to not in get_args(ExportFormat):
         raise ValueError(f"to: expected one of {', '.join(get_args(ExportFormat))}, got {to!r}")
     first, *_ = shards_of(folder, partial=False)
     with stored.opened(first.path) as file:
         schema = file.schema_arrow
     if columns is not None:
+        if isinstance(columns, str) or not columns or len({*columns}) < len(columns):
+            raise ValueError(f"columns: expected a list of different names, at least one, got {columns!r:.80}")
         if unknown := [name for name in columns if name not in schema.names]:
             raise ValueError(f"columns: {first.path} has no {unknown[0]!r:.80}, but {', '.join(schema.names)}")
         schema = pa.schema([schema.field(name) for name in columns], schema.metadata)
@@ -106,7 +111,7 @@ def _write_iceberg(batches: Iterator[pa.RecordBatch], schema: pa.Schema, out: st
     except ImportError as error:
         raise ImportError(f"to: 'iceberg' needs PyIceberg ({error}): {install('iceberg')}") from error
     catalog_name, _, identifier = out.rpartition(":")
-    if "." not in identifier:
+    if "." not in identifier or not all(identifier.split(".")):
         raise ValueError(f"out: expected [CATALOG:]NAMESPACE.TABLE, got {out!r}")
     catalog = load_catalog(catalog_name or None)
     if catalog.table_exists(identifier):
