@@ -110,6 +110,14 @@ def test_addresses_of_files_are_paths(tmp_path):
     assert [item.path for item in list_inputs([f"{tmp_path}/list.txt"]).inputs] == [os.fsencode(tmp_path / name)]
 
 
+def test_a_table_at_the_address_of_a_folder_is_in_that_folder(tmp_path, model):
+    fill(tmp_path, "a.png")
+    command = ["embed", str(tmp_path / "a.png"), "--out", f"file://{tmp_path}/a%20table", "--model", str(model)]
+    assert main([*command, "--workers", "1"]) == 0
+    assert nopad.read_features(f"file://{tmp_path}/a%20table").ids == ["a.png"]
+    assert [*(tmp_path / "a table").glob("*.parquet")]
+
+
 @pytest.mark.parametrize(
     ("address", "base", "key"),
     [

@@ -23,7 +23,7 @@ from nopad.extras import install
 from nopad.local_paths import check_local
 from nopad.pipeline import process_server
 from nopad.preprocessing.limits import MAX_PATCHES
-from nopad.storage.addresses import check_address, is_address
+from nopad.storage.addresses import check_address, is_address, local_path
 from nopad.storage.object_path import UnreachableStoreError
 from nopad.storage.stores import check_writable
 from nopad.terminal import configure_transformers, json_text, print_error, print_summary, printable, shell_command
@@ -64,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
         ValueError, OSError, ImportError: wrong use, or a folder that cannot be written.
     """
     check_packages()
+    options.out = local_path(options.out)
     if is_address(options.out):
         check_writable("--out", options.out)
     else:
