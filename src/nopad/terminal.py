@@ -134,12 +134,16 @@ def _strict(value: Any) -> Any:
 
 
 def print_summary(text: str) -> None:
-    """Print a summary, each line `printable`. A closed stdout is reported and does not change the exit status."""
+    """Print a summary, each line `printable`. What cannot be printed does not change the exit status.
+
+    Nothing is said where the reader has closed a pipe, as `head` does.
+    """
     try:
         print("\n".join(map(printable, text.split("\n"))), flush=True)
     except OSError as error:
         with suppress(OSError):
-            print(f"nopad: done, but the summary cannot be printed: {error}", file=sys.stderr)
+            if not isinstance(error, BrokenPipeError):
+                print(f"nopad: done, but the summary cannot be printed: {error}", file=sys.stderr)
         # Python flushes stdout again when it ends, and would fail with an exit status of its own.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

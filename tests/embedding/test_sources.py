@@ -96,6 +96,14 @@ def test_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert all(os.path.isabs(item.path) for item in list_inputs(["?/1.png"]).inputs)
 
 
+@pytest.mark.parametrize(("second", "is_said"), [("a", True), ("./a/", True), ("a/1.png", False), ("b", False)])
+def test_a_source_that_is_given_twice_is_logged(tmp_path, monkeypatch, caplog, second, is_said):
+    fill(tmp_path, "a/1.png", "b/1.png")
+    monkeypatch.chdir(tmp_path)
+    assert len(list_inputs(["a", second]).inputs) == 2
+    assert (f"{tmp_path}/a is given more than once" in caplog.text) is is_said
+
+
 def test_a_glob_takes_files_whatever_their_suffix_and_folders_as_folders(tmp_path: Path):
     fill(tmp_path, "p/a.png", "p/b.txt", "q.txt", "r", "s.mp4")
     write_tar(tmp_path / "t.tar", [("in.png", picture())])

@@ -196,16 +196,20 @@ def _paths(sources: str | Path | Sequence[str | Path]) -> list[str]:
 
 
 def _label(model: object) -> str:
-    """A model's name, for the record of the job.
+    """A model's name, for the record of the job; a path is absolute, so that it holds in other folders as well.
 
     Raises:
         ValueError: neither an encoder nor a name.
     """
     if isinstance(model, PackedEncoder):
-        return model.source or type(model).__name__
+        return _absolute(model.source) if model.source else type(model).__name__
     if isinstance(model, str | os.PathLike):
-        return str(model)
+        return _absolute(str(model))
     advice = ""
     if isinstance(model, nn.Module) and any(isinstance(module, PackedEncoder) for module in model.modules()):
         advice = "; give the encoder that it holds, of a PEFT model what merge_and_unload() returns"
     raise ValueError(f"model: expected an encoder of nopad, a name or a path, got {type(model).__name__}{advice}")
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).absolute()) if os.path.exists(name) else name

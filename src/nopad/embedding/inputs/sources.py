@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,8 @@ from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 from nopad.storage import objects
 from nopad.storage.addresses import local_path, scheme_of
 from nopad.terminal import printable
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ def list_inputs(
         raise ValueError(f"sources: expected a list of paths and globs, got {sources!r}")
     for source in sources:
         check_source("sources", source)
+    for source in _repeated(sources):
+        logger.warning("sources: %s is given more than once, and all in it has as many rows", printable(source))
     objects.forget()
     left_out: Counter[str] = Counter()
     first_broken: list[Input] = []
@@ -126,6 +131,12 @@ def list_inputs(
         if column is not None and kinds.isdisjoint({"parquet", "dataset"}):
             raise ValueError(f"{option}: no source has columns, as Parquet files and datasets do, got {column!r}")
     return Listing(inputs, dict(left_out))
+
+
+def _repeated(sources: Sequence[str | Path]) -> list[str]:
+    names = [os.fspath(source) for source in sources]
+    counts = Counter(name if scheme_of(name) else str(Path(name).absolute()) for name in names)
+    return [name for name, count in counts.items() if count > 1]
 
 
 def _names(sources: Sequence[str | Path]) -> Iterator[tuple[str, bool]]:
