@@ -11,12 +11,14 @@ from typing import Any
 from nopad import __version__
 from nopad.align import command as align_command
 from nopad.bench import command as bench_command
-from nopad.command_options import INTERRUPTED, SUCCESS, WRONG_USE
+from nopad.command_options import INTERRUPTED, SUCCESS, UNFINISHED, WRONG_USE
 from nopad.embedding import command as embedding_command
 from nopad.embedding import plan_command
+from nopad.embedding.inputs.reaching import UnreachableSourceError
 from nopad.published import published_models
 from nopad.search import command as search_command
 from nopad.search import export_command
+from nopad.storage.object_path import UnreachableStoreError
 from nopad.suggestions import did_you_mean
 from nopad.terminal import ArgumentParser, MessageFormatter, OnceFilter, columns, json_text, print_error, print_summary
 from nopad.view import command as view_command
@@ -34,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         return options.run(options)
+    except (UnreachableStoreError, UnreachableSourceError) as error:
+        reason = error.strerror or error
+        print_error(f"nopad {options.command}: {reason}; give the command again once it can be reached")
+        return UNFINISHED
     except (ValueError, OSError, ImportError) as error:
         print_error(f"nopad {options.command}: {error}")
         return WRONG_USE

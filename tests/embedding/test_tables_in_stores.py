@@ -277,3 +277,40 @@ def test_search_by_command(s3, photos, model, capsys):
     pytest.importorskip("faiss")
     assert main(["index", OUT]) == 2
     assert "copy a table that lies in a store to a folder first" in capsys.readouterr().err
+
+
+def test_a_table_that_cannot_be_reached_ends_a_command_that_reads_it(s3, photos, tmp_path, model, capsys):
+    embed(photos, OUT, model)
+    s3.server.fail("/shard-00001", "status 503")
+    s3.server.fail("/shard-00001", "status 503", method="HEAD")
+    page = str(tmp_path / "page.html")
+    for command in (
+        ["search", OUT, "--id", "000.png"],
+        ["duplicates", OUT],
+        ["view", OUT, "--out", page],
+        ["export", OUT, "--to", "parquet", "--out", str(tmp_path / "one.parquet")],
+    ):
+        assert main(command) == 75
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith(f"nopad {command[0]}: {OUT}/shard-00001-of-00003-")
+        assert last.endswith(
+            "cannot be reached now: s3://photos: 503 Service Unavailable; give the command again once it can be reached"
+        )
+    assert not list(tmp_path.glob("*.*ml")) + list(tmp_path.glob("one*"))
+
+
+@pytest.mark.parametrize("thumbnails", [None, 32])
+def test_view_by_command(s3, photos, tmp_path, model, capsys, thumbnails):
+    s3.put_all(photos, "photos/")
+    embed("s3://photos/photos", OUT, model, thumbnails=thumbnails)
+    page = tmp_path / "page.html"
+    assert main(["view", OUT, "--out", str(page), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["pictures"], summary["thumbnails"]) == (12, 12)
+    assert page.is_file()
+    assert main(["view", "s3://photos/tables/none", "--out", str(page)]) == 2
+    assert "s3://photos/tables/none does not exist, expected the folder given to `nopad embed --out`" in (
+        capsys.readouterr().err
+    )
+    assert main(["view", "https://host/a.png", "--out", str(page)]) == 2
+    assert "SOURCE: expected a folder or an address that begins with s3://" in capsys.readouterr().err

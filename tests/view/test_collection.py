@@ -170,7 +170,7 @@ def test_what_costs_too_much_or_is_not_installed_has_its_reason_on_the_page(tabl
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--kind", "pca"], "--kind: is for images; '{table}' is a folder"),
+        (["--kind", "pca"], "--kind: is for images; '{table}' is a table"),
         (["--device", "cpu"], "--device: is for images"),
         (["--attention", "sdpa"], "--attention: is for images"),
         (["--clusters", "12"], "k: expected at most the table's 11 rows, got 12"),
@@ -195,7 +195,7 @@ def test_tables_are_not_shown_by_wrong_options(table, options, message, tmp_path
 @pytest.mark.parametrize("option", [["--query", "a"], ["-k", "3"], ["--threshold", "0.9"], ["--thumbnails", "3"]])
 def test_images_are_not_shown_by_options_for_tables(photos, model, option, capsys):
     assert main(["view", str(photos / "000.png"), "--model", str(model), *option]) == 2
-    assert f"{option[0]}: is for tables; SOURCE names no folder" in capsys.readouterr().err
+    assert f"{option[0]}: is for tables; SOURCE names no folder or address" in capsys.readouterr().err
     assert main(["view", str(photos / "000.png")]) == 2
     assert "--model: expected the models that see the images" in capsys.readouterr().err
 

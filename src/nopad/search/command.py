@@ -60,7 +60,8 @@ def add_commands(commands: Any) -> None:
 
 
 def _add_table(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="FOLDER", help="a table, as `nopad embed --out FOLDER` has made it")
+    help = "a table, as `nopad embed --out` has made it: a folder, or its address in a store"
+    parser.add_argument("folder", metavar="FOLDER", help=help)
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:

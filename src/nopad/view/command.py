@@ -12,8 +12,8 @@ from nopad import html
 from nopad.command_options import DTYPES, SUCCESS, add_device_options, add_prefix_option, check_prefix, resolve_device
 from nopad.counts import counted
 from nopad.extras import install
-from nopad.local_paths import check_local
 from nopad.preprocessing.size import parse_size
+from nopad.storage.addresses import is_address, local_path
 from nopad.terminal import configure_transformers, json_text, print_progress, print_summary, printable
 
 MAX_PATCHES = 1024
@@ -26,7 +26,7 @@ _PAGE = "view.html"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `nopad view`."""
-    sources = "images, to be shown as models see them; or the folder of a table, as `nopad embed --out` has made it"
+    sources = "images, to be shown as models see them; or a table, as `nopad embed --out` has made it"
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help=sources)
     model = "of images: one or more, side by side, as for nopad embed; of a table: where its model is now"
     parser.add_argument("--model", metavar="M[,M2]", help=model)
@@ -73,15 +73,21 @@ def run(options: argparse.Namespace) -> int:
         if os.path.exists(_PAGE) and not html.is_page(_PAGE):
             raise ValueError(f"--out: {_PAGE} is there and no page of nopad; name another file")
         options.out = _PAGE
-    folders = [source for source in options.sources if os.path.isdir(source)]
+    folders = [source for source in options.sources if _is_table(source)]
     if not folders:
-        _refuse(options, _OF_TABLES, "is for tables; SOURCE names no folder")
+        _refuse(options, _OF_TABLES, "is for tables; SOURCE names no folder or address")
         return _run_images(options)
     if len(folders) < len(options.sources):
         other = next(source for source in options.sources if source not in folders)
         raise ValueError(f"SOURCE: expected images or folders of tables, got {other!r} beside {folders[0]!r}")
-    _refuse(options, _IMAGE_OPTIONS, f"is for images; {folders[0]!r} is a folder")
+    _refuse(options, _IMAGE_OPTIONS, f"is for images; {folders[0]!r} is a table")
     return _run_table(options)
+
+
+def _is_table(source: str) -> bool:
+    """Whether a source is a folder or an address: images are files of this machine."""
+    path = local_path(source)
+    return os.path.isdir(path) or is_address(path)
 
 
 def _refuse(options: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
@@ -151,13 +157,14 @@ def _run_table(options: argparse.Namespace) -> int:
         raise ValueError(f"--out: expected a file .html, got {options.out!r}")
     if importlib.util.find_spec("pyarrow") is None:
         raise ImportError(f"this needs pyarrow: {install('embed')}")
-    for folder in options.sources:
-        check_local("SOURCE", folder)
+    from nopad.embedding.table.paths import table_path
     from nopad.search.query import load_encoder
     from nopad.search.reading import read_features
     from nopad.view.collection import collect
     from nopad.view.collection_page import collection_page
 
+    for folder in options.sources:
+        table_path("SOURCE", folder)
     configure_transformers()
     check_prefix(options)
     features = read_features(options.sources)
