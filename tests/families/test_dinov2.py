@@ -148,6 +148,15 @@ def test_bare_file_of_unknown_sizes_says_what_is_missing(tmp_path):
         nopad.load(path)
 
 
+def test_bare_file_of_timm_is_refused_whatever_its_width(tmp_path):
+    """It has the names of Meta's but for the mask token; timm resamples positions in another way."""
+    state = meta(tiny_original(**HEADS_OF_64))
+    del state["mask_token"]
+    write(tmp_path, state, None)
+    with pytest.raises(ValueError, match=r"timm's layout needs timm's config\.json"):
+        nopad.load(tmp_path / "model.safetensors")
+
+
 def test_gated_width_is_that_of_the_giant():
     assert swiglu_size(4 * 1536) == 4096
     assert swiglu_size(4 * 32) == 88

@@ -43,6 +43,12 @@ def is_timm(config: Mapping[str, Any]) -> bool:
     return not config.keys().isdisjoint({"architecture", "model_args", "pretrained_cfg"})
 
 
+def check_is_timm(checkpoint: Checkpoint) -> None:
+    """Raise `ValueError` on tensors in timm's layout without timm's config, which says more than they do."""
+    if not is_timm(checkpoint.config):
+        raise ValueError(f"checkpoint {checkpoint.name!r}: a file in timm's layout needs timm's config.json beside it")
+
+
 def read_model_args(
     checkpoint: Checkpoint,
     architectures: str,

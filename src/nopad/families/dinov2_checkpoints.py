@@ -10,9 +10,9 @@ from transformers.models.dinov2_with_registers.configuration_dinov2_with_registe
 from transformers.models.tipsv2.configuration_tipsv2 import Tipsv2VisionConfig
 
 from nopad.checkpoints.config_json import BACKBONE_FIELDS, read_fields
-from nopad.checkpoints.dialects.dinov2 import TIMM_REGISTERS
+from nopad.checkpoints.dialects.dinov2 import TIMM, TIMM_REGISTERS
 from nopad.checkpoints.formats import Checkpoint, grid_side
-from nopad.checkpoints.timm_config import NAMES, PLAIN_VIT, is_timm, read_model_args
+from nopad.checkpoints.timm_config import NAMES, PLAIN_VIT, check_is_timm, is_timm, read_model_args
 from nopad.families.sizes import configs_by_name
 
 HEAD_DIM = 64
@@ -120,7 +120,12 @@ def _class_of_tensors(checkpoint: Checkpoint) -> type[DINOv2Configs]:
     """The class of a config that does not name it: where it names no architecture of timm's, TIPSv2 has one register.
 
     Published DINOv2 has four or none.
+
+    Raises:
+        ValueError: timm's names without its config.
     """
+    if checkpoint.table in (TIMM, TIMM_REGISTERS):
+        check_is_timm(checkpoint)
     if _REGISTERS not in checkpoint.tensors:
         return DINOv2PackingConfig
     architecture = checkpoint.config.get("architecture")

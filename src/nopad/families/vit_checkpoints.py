@@ -12,7 +12,7 @@ from transformers.models.vit_mae.configuration_vit_mae import ViTMAEConfig
 from nopad.checkpoints.config_json import BACKBONE_FIELDS, read_fields
 from nopad.checkpoints.dialects.vit import TIMM
 from nopad.checkpoints.formats import Checkpoint, grid_side
-from nopad.checkpoints.timm_config import NAMES, PLAIN_VIT, is_timm, read_model_args
+from nopad.checkpoints.timm_config import NAMES, PLAIN_VIT, check_is_timm, is_timm, read_model_args
 from nopad.families.sizes import configs_by_name, size_fields
 
 
@@ -127,8 +127,8 @@ def _class_of_tensors(checkpoint: Checkpoint) -> type[ViTConfigs]:
     num_cls_tokens = checkpoint.shape(_CLS, ndim=3)[1] if _CLS in checkpoint.tensors else 0
     if num_cls_tokens > 1:
         return PixioPackingConfig
-    if checkpoint.table is TIMM and not is_timm(checkpoint.config):
-        raise ValueError(f"checkpoint {checkpoint.name!r}: a file in timm's layout needs timm's config.json beside it")
+    if checkpoint.table is TIMM:
+        check_is_timm(checkpoint)
     return ViTPackingConfig if num_cls_tokens else IJepaPackingConfig
 
 
