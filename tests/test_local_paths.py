@@ -3,7 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
-from input_samples import fill, ids
+from input_samples import fill, ids, picture
 
 import nopad
 from nopad.cli import main
@@ -111,7 +111,7 @@ def test_addresses_of_files_are_paths(tmp_path):
 
 
 def test_a_table_at_the_address_of_a_folder_is_in_that_folder(tmp_path, model):
-    fill(tmp_path, "a.png")
+    (tmp_path / "a.png").write_bytes(picture(1, 9, 8))
     command = ["embed", str(tmp_path / "a.png"), "--out", f"file://{tmp_path}/a%20table", "--model", str(model)]
     assert main([*command, "--workers", "1"]) == 0
     assert nopad.read_features(f"file://{tmp_path}/a%20table").ids == ["a.png"]
