@@ -151,6 +151,18 @@ def test_compiled_pack_has_the_same_features_in_any_company(tmp_path, kind, comp
     assert check_batch_invariance(encoder, capacity=201, packs=3).passed
 
 
+@pytest.mark.parametrize(
+    ("number", "match"),
+    [(0, "n_cls_tokens: expected an integer ≥ 1, got 0"), (4, r"2 misshapen: embeddings.cls_token \(got \(1, 3, 32\)")],
+)
+def test_numbers_of_cls_tokens_that_pixio_does_not_have_are_refused(tmp_path, number, match):
+    folder = save(tmp_path, tiny_original("pixio"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_cls_tokens": number}))
+    with pytest.raises(ValueError, match=match):
+        nopad.load(folder)
+
+
 @pytest.mark.parametrize("variant", [{}, {"n_cls_tokens": 2, "qkv_bias": False, "hidden_act": "quick_gelu"}], ids=str)
 def test_files_that_transformers_saves_of_pixio(tmp_path, variant):
     original = tiny_original("pixio", **variant)

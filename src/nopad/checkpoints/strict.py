@@ -84,7 +84,10 @@ def check_strictly(checkpoint: Checkpoint, expected: Mapping[str, Tensor], diale
         )
 
 
-_SIDES = ("hidden_size", "intermediate_size", "num_channels", "patch_size", "num_register_tokens", "projection_dim")
+_SIDES = (
+    *("hidden_size", "intermediate_size", "num_channels", "patch_size", "num_register_tokens", "n_cls_tokens"),
+    "projection_dim",
+)
 _OTHER_COUNTS = ("num_hidden_layers", "num_attention_heads", "image_size", "num_patches")
 _COUNTS = {**dict.fromkeys((*_SIDES, *_OTHER_COUNTS), 1), "num_register_tokens": 0}
 """Minimum of each count; `None` is allowed where an architecture has no such part."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from transformers.models.dinov2.configuration_dinov2 import Dinov2Config
@@ -137,13 +136,12 @@ def _read_timm(checkpoint: Checkpoint) -> dict[str, Any]:
     """The fields that timm's `config.json` has.
 
     Raises:
-        ValueError: no architecture, or one with another number of registers; see also `read_model_args`.
+        ValueError: no architecture, or one with registers that the tensors do not have; see also `read_model_args`.
     """
     with_registers = checkpoint.table is TIMM_REGISTERS
     fixed = {**PLAIN_VIT, "class_token": True, "no_embed_class": with_registers}
     architecture, fields = read_model_args(checkpoint, _TIMM_ARCHITECTURES, fixed=fixed, names=_TIMM_NAMES)
-    expected = re.search(r"_reg(\d)_", architecture)
-    if with_registers != (expected is not None):
+    if with_registers != ("_reg" in architecture):
         raise ValueError(
             f"checkpoint {checkpoint.name!r}: tensor 'reg_token' is {'unexpected' if with_registers else 'missing'}, "
             f"since the architecture in config.json is {architecture!r}"
