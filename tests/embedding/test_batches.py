@@ -70,3 +70,16 @@ def test_what_is_refused(data, embedder, goldens):
         embedder(data.select(["name"]))
     with pytest.raises(ValueError, match="batch: its column status has the name of one that is added; rename it"):
         embedder(data.append_column("status", data["name"]))
+    with pytest.raises(TypeError, match=r'expected a pyarrow\.Table or RecordBatch, got builtins\.dict; .*"pyarrow"'):
+        embedder({"image": data["image"]})
+
+
+def test_other_columns_may_share_a_name(data, embedder):
+    twice = data[:1].append_column("name", pa.array(["again"]))
+    assert embedder(twice).select([0, 1]).to_pydict() == twice.select([0, 2]).to_pydict()
+
+
+def test_layers_are_taken_as_embed_takes_them(goldens):
+    model = str(goldens / "aimv2-apple-native")
+    for layers in ([0, -1], (0, -1)):
+        assert EmbedBatches(model, tokens=True, layers=layers).settings.layers == (0, -1)

@@ -52,6 +52,8 @@ class EmbedBatches:
     def __init__(self, model: str, **options: Any) -> None:
         if unknown := options.keys() - {*OPTIONS}:
             raise ValueError(f"{min(unknown)}: no option of EmbedBatches; expected some of {', '.join(OPTIONS)}")
+        if isinstance(options.get("layers"), list | range):
+            options["layers"] = tuple(options["layers"])
         self.settings = Settings(model=model, **options)
         check_features(model, self.settings)
         self._loaded: Worker | None = None
@@ -74,6 +76,7 @@ class EmbedBatches:
             Its other columns and those of `schema`, in the order of its rows.
 
         Raises:
+            TypeError: no table or batch of Arrow.
             ValueError: no column of images, several, or a column of a name that is added.
         """
         with closing(self.map([batch])) as embedded:
@@ -97,6 +100,10 @@ class EmbedBatches:
                 yield self._joined(batch, name, of_batch)
 
     def _image_column(self, batch: Batch) -> str:
+        if not isinstance(batch, pa.Table | pa.RecordBatch):
+            kind = f"{type(batch).__module__}.{type(batch).__name__}"
+            how = 'Ray Data gives tables with batch_format="pyarrow"'
+            raise TypeError(f"batch: expected a pyarrow.Table or RecordBatch, got {kind}; {how}")
         if taken := [name for name in batch.schema.names if name in self.schema.names]:
             raise ValueError(f"batch: its column {taken[0]} has the name of one that is added; rename it")
         return image_column(batch.schema, "batch", self.settings.image_column)
@@ -106,7 +113,7 @@ class EmbedBatches:
         rows = table_rows(inputs, results, self.settings.embedding_dtype, [()] * len(inputs))
         format = self._format()
         added = record_batch(rows, format, format.schema({})).select(self.schema.names)
-        others = batch.select([other for other in batch.schema.names if other != name])
+        others = batch.select([at for at, other in enumerate(batch.schema.names) if other != name])
         schema = pa.schema([*others.schema, *self.schema], others.schema.metadata)
         return type(batch).from_arrays([*others.columns, *added.columns], schema=schema)
 
