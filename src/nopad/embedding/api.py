@@ -112,7 +112,8 @@ def embed(
         max_pixels: images of more are failures.
         embedding_dtype: `"float32"` or `"float16"`, in the table.
         embedding_list: `"fixed"`, or `"variable"` for databases that cannot read lists of fixed size.
-        shard_size: rows of a shard, 2048 unless given, 512 with tokens.
+        shard_size: rows of a shard. Unless given it is 2048, doubled until 10,000 shards are enough or it is 131,072,
+            512 with tokens; a job that was begun keeps its own.
         input_timeout: seconds that decoding one input, listing a table, or reading a part of it, may take, in a process
             of its own; `None` is no limit.
         unreachable_rows: an input that cannot be reached, since a disk, mount or server fails again and again, becomes

@@ -19,6 +19,7 @@ from nopad.embedding.lock import FolderLock
 from nopad.embedding.progress import Progress
 from nopad.embedding.run import Run
 from nopad.embedding.settings import Settings
+from nopad.embedding.shard_sizes import too_many_files
 from nopad.embedding.table.counts import Manifest
 from nopad.embedding.table.reader import failed_rows
 from nopad.embedding.table_run import list_sources
@@ -28,9 +29,6 @@ from nopad.storage.addresses import is_address
 
 SAMPLE = 512
 """Inputs that are embedded."""
-
-MAX_FILES = 10_000
-"""Files in a folder, before listing it takes long."""
 
 _RUN = 8  # neighbours in a tar or table, of which one costs as much to read as a few
 _WARM = 0.25  # of the sample, before the pipeline is full
@@ -88,9 +86,8 @@ class Plan:
         lines = []
         if (failed := sum(self.failures.values())) > 0.01 * self.sample:
             lines.append(f"{failed / self.sample:.1%} of the sample would be failed rows: see the reasons")
-        if self.shards > MAX_FILES:
-            size = -(-self.inputs // MAX_FILES)
-            lines.append(f"{self.shards:,} files in one folder: --shard-size {size} makes {MAX_FILES:,} of them")
+        if too_many := too_many_files(self.inputs, self.shard_rows):
+            lines.append(too_many)
         if self.free_bytes is not None and self.table_bytes > self.free_bytes:
             lines.append("the table is larger than the free space on its disk")
         if self.cores_per_encoder > self.cores:
@@ -120,6 +117,7 @@ def plan(sources: Sequence[str], settings: Settings, *, sample: int = SAMPLE, ou
     inputs = list_sources(sources, settings).inputs
     listed = time.perf_counter()
     chosen = InputList.of(inputs[place] for place in sample_places(len(inputs), sample))
+    settings = settings.for_inputs(len(inputs), {})
     local = replace(settings, actors=None, ray=None, part=None, retry_failed=False, unreachable_rows=True)
     maker = InProcess(local, None, len(inputs), {}, estimates=False)
     loaded = time.perf_counter()

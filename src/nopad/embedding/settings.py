@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from argparse import BooleanOptionalAction
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from nopad.embedding import options
+from nopad.embedding.shard_sizes import SHARD_SIZE, SHARD_SIZE_WITH_TOKENS, default_shard_size
 from nopad.preprocessing.limits import (
     INPUT_TIMEOUT_SECONDS,
     MAX_PATCHES,
@@ -24,8 +25,6 @@ from nopad.preprocessing.size import Size
 
 if TYPE_CHECKING:
     from nopad.pipeline.selection import Selection
-
-SHARD_SIZE, SHARD_SIZE_WITH_TOKENS = 2048, 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +150,8 @@ class Settings:
         "fixed-size lists, or variable ones for databases that cannot read those",
     )
     shard_size: int | None = options.count(
-        None, f"rows of a shard (default: {SHARD_SIZE}, with tokens {SHARD_SIZE_WITH_TOKENS})"
+        None,
+        f"rows of a shard (default: {SHARD_SIZE}, more for many inputs; with tokens {SHARD_SIZE_WITH_TOKENS})",
     )
     update: bool = options.flag(
         "take into a finished table what is new in the sources, and mark what is gone or has changed", recorded=False
@@ -221,5 +221,16 @@ class Settings:
 
     @property
     def rows_per_shard(self) -> int:
-        """Rows of every shard but the last."""
-        return self.shard_size or (SHARD_SIZE_WITH_TOKENS if self.tokens else SHARD_SIZE)
+        """Rows of every shard but the last, of settings that are `for_inputs`."""
+        assert self.shard_size is not None
+        return self.shard_size
+
+    def for_inputs(self, num_inputs: int, begun: Mapping[str, str]) -> Settings:
+        """These for a number of inputs: with the rows of a shard.
+
+        Args:
+            begun: the record of the job that was begun in the folder.
+        """
+        if self.shard_size is not None:
+            return self
+        return replace(self, shard_size=default_shard_size(num_inputs, begun, tokens=self.tokens))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
@@ -21,6 +21,7 @@ from nopad.embedding.making import RunCounts
 from nopad.embedding.progress import Progress
 from nopad.embedding.run import Run
 from nopad.embedding.settings import Settings
+from nopad.embedding.shard_sizes import too_many_files
 from nopad.embedding.summary import Summary, summary_of
 from nopad.embedding.table.counts import Manifest
 from nopad.embedding.updates import begin_update, compare, mark
@@ -66,17 +67,21 @@ class TableRun:
         Raises:
             ValueError, OSError, ImportError: see `nopad.embed`.
         """
-        sources, settings = self.sources, self.settings
+        sources = self.sources
         logger.info("listing %s", sources[0] if len(sources) == 1 else f"{len(sources):,} sources")
-        listing = list_sources(sources, settings)
+        listing = list_sources(sources, self.settings)
         path = self.folder.path
-        with lock_of(path, is_part=settings.part is not None) as lock, ExitStack() as ends:
+        with lock_of(path, is_part=self.settings.part is not None) as lock, ExitStack() as ends:
+            begun = self.folder.recorded()
+            self.settings = settings = self.settings.for_inputs(len(listing.inputs), begun)
+            if not begun and (too_many := too_many_files(len(listing.inputs), settings.rows_per_shard)):
+                logger.warning(too_many)
             if settings.part is None:
                 self.folder.clean()
             manifest = Manifest(path)
             kept = None if self.folder.has_job else kept_columns(settings, listing.inputs)
             logger.info("%s; loading the model", counted(len(listing.inputs), "input"))
-            maker = self._maker(len(listing.inputs), lock)
+            maker = self._maker(len(listing.inputs), begun, lock)
             ends.callback(maker.close)
             if maker.encoder is None:
                 return self._summary_without_encoder(listing, lock)
@@ -96,8 +101,7 @@ class TableRun:
                 self.folder.clean()  # what parts that were killed have left
             return summary
 
-    def _maker(self, num_inputs: int, lock: Lock) -> InProcess | ByActors:
-        begun = self.folder.recorded()
+    def _maker(self, num_inputs: int, begun: Mapping[str, str], lock: Lock) -> InProcess | ByActors:
         if self.settings.in_process:
             estimates = self.progress is not None
             return InProcess(self.settings, self.encoder, num_inputs, begun, estimates=estimates)

@@ -1,0 +1,70 @@
+"""Rows of a shard by the number of inputs."""
+
+import pytest
+from jobs import embed
+from pictures import write_photos
+
+import nopad
+from nopad.embedding import shard_sizes
+from nopad.embedding.plan import plan
+from nopad.embedding.settings import Settings
+from nopad.embedding.shard_sizes import default_shard_size, too_many_files
+
+
+@pytest.mark.parametrize(
+    ("inputs", "tokens", "rows"),
+    [
+        (0, False, 2048),
+        (20_480_000, False, 2048),
+        (20_480_001, False, 4096),
+        (100_000_000, False, 16_384),
+        (5_000_000_000, False, 131_072),
+        (5_000_000_000, True, 512),
+    ],
+)
+def test_the_default_grows_with_the_number_of_inputs(inputs, tokens, rows):
+    assert default_shard_size(inputs, {}, tokens=tokens) == rows
+
+
+def test_a_job_that_was_begun_keeps_its_default():
+    assert default_shard_size(100_000_000, {"shard_size": "2048"}, tokens=False) == 2048
+    assert default_shard_size(1, {"shard_size": "16384"}, tokens=False) == 16_384
+    assert default_shard_size(1, {"shard_size": "5"}, tokens=False) == 2048  # it was given, and has to be again
+
+
+def test_too_many_files():
+    assert too_many_files(10_000, 1) == too_many_files(0, 1) == ""
+    assert too_many_files(20_001, 2) == (
+        "10,001 files in one folder: --shard-size 3 makes 6,667 files, or split the sources into several tables, which "
+        "are read as one"
+    )
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(shard_sizes, "MAX_FILES", 3)
+    monkeypatch.setattr(shard_sizes, "SHARD_SIZE", 2)
+
+
+def test_a_table_has_no_more_files_and_goes_on_with_its_size(small, tmp_path, model, stop_after, caplog):
+    photos = write_photos(tmp_path / "photos", 9)
+    out = tmp_path / "out"
+    settings = Settings(model=str(model), device="cpu")
+    assert plan([str(photos)], settings).shards == 3
+    assert embed(photos, out, model, shard_size=None, **stop_after(1)).to_go == 5
+    write_photos(photos, 13)
+    assert plan([str(photos)], settings).shard_rows == 8
+    assert embed(photos, out, model, shard_size=None).rows == 9
+    assert len(list(out.glob("*.parquet"))) == 3
+    assert not [line for line in caplog.messages if "files in one folder" in line]
+    embed(photos, out, model, shard_size=None, update=True)
+    assert len(nopad.read_features(out)) == 13
+
+
+def test_a_size_that_makes_too_many_files_is_logged_once(small, photos, tmp_path, model, caplog):
+    for _ in range(2):
+        embed(photos, tmp_path / "out", model, shard_size=3)
+    assert [line for line in caplog.messages if "files in one folder" in line] == [
+        "4 files in one folder: --shard-size 4 makes 3 files, or split the sources into several tables, which are read "
+        "as one"
+    ]
