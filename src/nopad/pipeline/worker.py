@@ -124,6 +124,8 @@ class Worker:
     def _why_not_on_gpu(self) -> str | None:
         if self.image_processor.resize != "torch":
             return f"resize={self.image_processor.resize!r} is bit-exact with Pillow, which the GPU is not"
+        if self.image_processor.rule.rule == "navit":
+            return "rule 'navit' adds pixels, which the GPU's resize does not"
         return why_unavailable(self.encoder.device)
 
     def warm_up(self) -> None:

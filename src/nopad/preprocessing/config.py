@@ -24,7 +24,11 @@ _PROCESSORS = {
     "PixtralImageProcessor": "pixtral",
 }
 # Of models whose processors need torchvision: what the rules of their families do not say.
-_OTHER_PROCESSORS = {"DINOv3ViTImageProcessor": {}, "Tipsv2ImageProcessor": {"do_normalize": False}}
+_OTHER_PROCESSORS = {
+    "DINOv3ViTImageProcessor": {},
+    "Tipsv2ImageProcessor": {"do_normalize": False},
+    "Kimi_K25ImageProcessor": {},
+}
 _CLASS_KEYS = """
 size crop_size resample image_mean image_std do_resize do_center_crop do_rescale do_normalize default_to_square
 rescale_factor max_num_patches
@@ -71,6 +75,7 @@ def _read(fields: dict[str, Any], default: Preprocessing) -> Preprocessing:
         if not isinstance(config.get(key, True), bool):
             raise ValueError(f"{key}: expected true or false, got {config[key]!r:.80}")
     smart_resize = processor.startswith("Qwen2VL") or (not processor and default.rule == "smart_resize")
+    navit = processor.startswith("Kimi_K25") or (not processor and default.rule == "navit")
     longest_edge = processor.startswith("Pixtral") or (not processor and default.rule == "longest_edge")
     # Pixtral's pads images to those of their batch alone.
     read = _PIXELS.values() if smart_resize else ("do_pad",) if longest_edge else ()
@@ -78,6 +83,7 @@ def _read(fields: dict[str, Any], default: Preprocessing) -> Preprocessing:
     if steps:
         raise ValueError(f"got {steps!r:.200}, steps that no rule here has; give pack and embed a preprocessing=")
     of_rule = _pixels_of_smart_resize if smart_resize else _longest_edge if longest_edge else _rule_and_size
+    of_rule = _patches_of_navit if navit else of_rule
     rule, size, short_side = of_rule(config, processor, default)
     if rule != default.rule:
         logger.info("the checkpoint's preprocessor config has rule %r, not %r", rule, default.rule)
@@ -205,6 +211,19 @@ def _longest_edge(config: dict[str, Any], processor: str, default: Preprocessing
     if not is_count(size):
         raise ValueError(f"size: expected {{'longest_edge': n}} or equal height and width, got {size!r:.80}")
     return "longest_edge", size, None  # pyright: ignore[reportReturnType] - a count
+
+
+def _patches_of_navit(
+    config: dict[str, Any], processor: str, default: Preprocessing
+) -> tuple[Rule, tuple[int, int] | None, None]:
+    """The rule of a preprocessor config of Kimi_K25ImageProcessor, and the most patches, of all and of a side."""
+    if not config.get("do_resize", True):
+        return "native", None, None
+    most, side = default.size if default.rule == "navit" and isinstance(default.size, tuple) else (16384, 512)
+    size = config.get("size", {"max_height": side, "max_width": side})
+    if not isinstance(size, Mapping) or size.keys() != {"max_height", "max_width"} or len({*size.values()}) != 1:
+        raise ValueError(f"size: expected equal max_height and max_width in patches, got {size!r:.80}")
+    return "navit", (config.get("max_patches", most), size["max_height"]), None
 
 
 def _side(size: Any, key: str) -> int:

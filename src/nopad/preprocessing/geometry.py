@@ -13,7 +13,7 @@ class Placement:
     Attributes:
         height, width: pixels after the resize.
         top, left: pixels before the first row and the first column of patches.
-        rows, columns: rows and columns of patches.
+        rows, columns: rows and columns of patches; the rule that adds pixels makes them more than the image fills.
     """
 
     height: int
@@ -50,6 +50,15 @@ def with_long_side(height: int, width: int, longest: int, unit: int) -> tuple[in
     if ratio > 1:
         height, width = (max(math.floor(side / ratio), 1) for side in (height, width))
     return height + -height % unit, width + -width % unit
+
+
+def within_patches(height: int, width: int, patch_size: int, limit: int, limit_of_side: int) -> tuple[int, int]:
+    """Transformers' size for Kimi: scaled down to about `limit` patches, and at most `limit_of_side` along a side."""
+    number = max(height // patch_size, 1) * max(width // patch_size, 1)
+    longest = limit_of_side * patch_size
+    scale = min(1.0, math.sqrt(limit / number), longest / height, longest / width)
+    height, width = (min(max(int(side * scale), 1), longest) for side in (height, width))
+    return height, width
 
 
 def at_most(height: int, width: int, unit: int, limit: int) -> tuple[int, int]:

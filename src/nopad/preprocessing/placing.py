@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nopad.preprocessing.geometry import Placement, at_least, at_most, with_long_side, with_short_side
+from nopad.preprocessing.geometry import Placement, at_least, at_most, with_long_side, with_short_side, within_patches
 
 if TYPE_CHECKING:
     from nopad.preprocessing.rules import Preprocessing
@@ -21,6 +21,9 @@ def place(rule: Preprocessing, height: int, width: int, patch_size: int) -> Plac
     if rule.rule == "native" and rule.min_patches is None and min(height, width) < unit:
         raise _too_small(height, width, patch_size, rule.multiple_of)
     height, width = resized_size(rule, height, width, patch_size)
+    if rule.rule == "navit":
+        rows, columns = (-(-side // unit) * rule.multiple_of for side in (height, width))
+        return Placement(height, width, 0, 0, rows, columns)
     cropped_height, cropped_width, top, left = height, width, 0, 0
     if rule.rule == "crop":
         assert isinstance(rule.size, int)
@@ -52,6 +55,9 @@ def resized_size(rule: Preprocessing, height: int, width: int, patch_size: int) 
         assert isinstance(rule.size, int)
         height, width = with_long_side(height, width, rule.size, unit)
         return at_most(height, width, unit, rule.max_patches // area) if rule.max_patches else (height, width)
+    if rule.rule == "navit":
+        assert isinstance(rule.size, tuple)
+        return within_patches(height, width, patch_size, *rule.size)
     if isinstance(rule.size, tuple):
         return rule.size
     if rule.rule == "square":

@@ -11,7 +11,9 @@ from nopad.preprocessing.limits import MAX_PATCHES, MaxPatches
 from nopad.preprocessing.placing import place
 from nopad.preprocessing.size import Size, check_size, is_pair
 
-Rule = Literal["native", "crop", "square", "naflex", "smart_resize", "longest_edge", "shortest_edge", "height_width"]
+Rule = Literal[
+    "native", "crop", "square", "naflex", "smart_resize", "longest_edge", "navit", "shortest_edge", "height_width"
+]
 Resample = Literal["bicubic", "bilinear"]
 Resize = Literal["pil", "torch"]
 
@@ -21,6 +23,7 @@ MAX_ABS_VALUE = 1e9
 """Limit on mean, std and rescale factor."""
 
 _FIXED = ("crop", "square", "height_width")
+_HAVE_THEIR_OWN_LIMITS = (*_FIXED, "navit")
 _KEEP_ASPECT_RATIO = ("native", "shortest_edge")
 
 
@@ -32,10 +35,12 @@ class Preprocessing:
         rule: `"native"` keeps the size; an image smaller than a patch is then an error. `"shortest_edge"` resizes the
             short side and keeps the aspect ratio, `"height_width"` and `"square"` resize both sides, `"crop"` is CLIP's
             short side and centre crop, `"naflex"` is SigLIP2's, `"smart_resize"` Qwen-VL's, which rounds both sides,
-            `"longest_edge"` Pixtral's, which makes the long side no longer than `size` and rounds both sides up.
+            `"longest_edge"` Pixtral's, which makes the long side no longer than `size` and rounds both sides up,
+            `"navit"` Kimi's, which never enlarges and adds black pixels at the right and bottom up to whole patches.
         size: in pixels: of the short side for `"shortest_edge"`, `(height, width)` for `"height_width"`, the side for
             `"square"`, the side of the crop for `"crop"`, `(least, most)` of a frame for `"smart_resize"`, the most of
-            the long side for `"longest_edge"`; `None` for the other two.
+            the long side for `"longest_edge"`, `(most, most of a side)` in patches for `"navit"`; `None` for the
+            other two.
         short_side: pixels that the short side is resized to before the crop, where they are more than `size`.
         min_patches: least patches of one frame, for `"native"` and `"shortest_edge"`, which scale up to them in the
             aspect ratio; where no whole rows and columns satisfy both limits, `max_patches` holds. For `"smart_resize"`
@@ -88,6 +93,8 @@ class Preprocessing:
         elif self.rule == "smart_resize":
             expected = "(least, most) pixels ≥ 1"
             fits = isinstance(self.size, tuple) and is_pair(self.size) and self.size[0] <= self.size[1]
+        elif self.rule == "navit":
+            expected, fits = "(most, most of a side) in patches ≥ 1", is_pair(self.size)
         else:
             expected, fits = "pixels ≥ 1", is_count(self.size)
         if not fits:
@@ -104,7 +111,7 @@ class Preprocessing:
             raise ValueError(f"multiple_of: expected an integer ≥ 1, got {self.multiple_of!r:.80}")
         limits = {
             "min_patches": (self.min_patches, 1, self.rule in (*_KEEP_ASPECT_RATIO, "smart_resize")),
-            "max_patches": (self.max_patches, self.multiple_of**2, self.rule not in _FIXED),
+            "max_patches": (self.max_patches, self.multiple_of**2, self.rule not in _HAVE_THEIR_OWN_LIMITS),
         }
         for name, (value, min_value, is_of_use) in limits.items():
             if value is not None and not is_of_use:
@@ -121,6 +128,8 @@ class Preprocessing:
         """The effect of a rule on every image, for messages."""
         if self.rule == "naflex":
             return "fills up to max_patches"
+        if self.rule == "navit":
+            return "has its own limit on patches"
         height, width = self.size if isinstance(self.size, tuple) else (self.size, self.size)
         return f"makes every image {height} × {width} pixels"
 
@@ -163,7 +172,7 @@ class Preprocessing:
     def describe(self, resize: Resize = "torch") -> str:
         """One line for a table of features: what `preprocess` does with the same `resize`."""
         check_resize(resize)
-        between = " to " if self.rule == "smart_resize" else "×"
+        between = {"smart_resize": " to ", "navit": " patches, a side "}.get(self.rule, "×")
         size = between.join(map(str, self.size)) if isinstance(self.size, tuple) else self.size
         with_size = f"{self.rule} {size}" if size else self.rule
         with_size += f" of short side {self.short_side}" if self.short_side else ""
@@ -197,6 +206,10 @@ class Preprocessing:
         """Most pixels of a frame after the resize and the crop, `None` without a limit."""
         if self.rule == "smart_resize":
             return self.pixel_limits(patch_size)[1]
+        if self.rule == "navit":
+            assert isinstance(self.size, tuple)
+            most, side = self.size  # and what is added to both sides
+            return (most + 2 * side * self.multiple_of) * patch_size**2
         if isinstance(self.size, tuple):
             return self.size[0] * self.size[1]
         if self.size is not None and self.rule in _FIXED:

@@ -76,6 +76,8 @@ def resize_image(
         pixels = resized(clip, place.height, place.width, preprocessing.resample)
     bottom, right = place.top + place.rows * patch_size, place.left + place.columns * patch_size
     pixels = pixels[:, :, place.top : bottom, place.left : right]
+    if pixels.shape[2:] != (place.rows * patch_size, place.columns * patch_size):  # black, where the rule adds pixels
+        pixels = functional.pad(pixels, (0, right - pixels.shape[3], 0, bottom - pixels.shape[2]))
     return pixels if image.ndim == 4 else pixels[0]
 
 
