@@ -25,6 +25,7 @@ OTHERS = {
     "tipsv2": "dinov3",
     "dinov3": "aimv2",
     "onevision": "siglip2",
+    "moonvit": "vit",
     "pixtral": "dinov2",
     "qwen3_vl": "clip",
     "vit": "dinov2",

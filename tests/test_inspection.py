@@ -35,7 +35,7 @@ def pack_and_pixels(encoder, family):
 
 def frames_of(family, image):
     """What the original runs at once."""
-    return [image] if family in ("onevision", "qwen3_vl") or image.ndim == 3 else list(image)
+    return [image] if family in ("onevision", "moonvit", "qwen3_vl") or image.ndim == 3 else list(image)
 
 
 @every_family
@@ -150,7 +150,7 @@ def test_features_that_there_are_not(family, encoder, arguments, message):
 # Attention
 
 
-WITH_ATTENTIONS = [family for family in FAMILIES if family not in ("onevision", "qwen3_vl")]
+WITH_ATTENTIONS = [family for family in FAMILIES if family not in ("onevision", "moonvit", "qwen3_vl")]
 """Whose original returns its attention."""
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nopad.families.clip import CLIPPacking
     from nopad.families.dinov2 import DINOv2Packing
     from nopad.families.dinov3 import DINOv3ViTPacking
+    from nopad.families.moonvit import MoonViTPacking
     from nopad.families.onevision import OneVisionEncoderPacking
     from nopad.families.pixtral import PixtralPacking
     from nopad.families.qwen3_vl import Qwen3VLPacking
@@ -37,6 +38,7 @@ __all__ = [
     "DINOv2Packing",
     "DINOv3ViTPacking",
     "Features",
+    "MoonViTPacking",
     "OneVisionEncoderPacking",
     "Pack",
     "PackedEncoder",
@@ -67,6 +69,7 @@ _HOMES = {
     "DINOv2Packing": "nopad.families.dinov2",
     "DINOv3ViTPacking": "nopad.families.dinov3",
     "Features": "nopad.search.features",
+    "MoonViTPacking": "nopad.families.moonvit",
     "OneVisionEncoderPacking": "nopad.families.onevision",
     "Pack": "nopad.packing",
     "PackedEncoder": "nopad.encoder",

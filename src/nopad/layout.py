@@ -91,6 +91,15 @@ class Layout:
                     f"encoder's own rule"
                 )
 
+    def check_frames(self, limit: int) -> None:
+        """Raise `ValueError` unless all clips have at most `limit` frames."""
+        longest = max((frames for frames, _, _ in self.grid), default=0)
+        if longest > limit:
+            raise ValueError(
+                f"grid_thw: expected clips of at most {limit} frames, for which the model has positions, got "
+                f"{longest}; cut the clip"
+            )
+
     def check_on_grid(self, rows: int, columns: int) -> None:
         """Raise `ValueError` unless all `patch_positions` are on a trained grid."""
         if self.extent[0] > rows or self.extent[1] > columns:

@@ -69,6 +69,11 @@ class TracedLayout:
         on_grid = (row < rows).all() & (column < columns).all()
         check(on_grid, f"patch_positions: expected rows and columns on the trained {rows} × {columns} grid")
 
+    def check_frames(self, limit: int) -> None:
+        """See `Layout`; when the graph runs."""
+        check: Any = torch._assert_async  # pyright: ignore[reportPrivateImportUsage]
+        check((self.grid_thw[:, 0] <= limit).all(), f"grid_thw: expected clips of at most {limit} frames")
+
     def check_multiple(self, size: int) -> None:
         """See `Layout`; when the graph runs."""
         check: Any = torch._assert_async  # pyright: ignore[reportPrivateImportUsage]

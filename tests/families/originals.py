@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import clip_checkpoints
+import moonvit_checkpoints
 import onevision_checkpoints
 import qwen3_vl_checkpoints
 import siglip2_checkpoints
@@ -38,6 +39,7 @@ ORIGINALS = {
     "tipsv2": Tipsv2VisionModel,
     "dinov3": DINOv3ViTModel,
     "onevision": PlainOneVision,
+    "moonvit": moonvit_checkpoints.Kimi_K25VisionModel,
     "pixtral": PixtralVisionModel,
     "qwen3_vl": Qwen3VLVisionModel,
     "qwen3_5": Qwen3_5VisionModel,
@@ -91,12 +93,14 @@ class Features(NamedTuple):
 def run_original(family: str, original, pixels: Tensor) -> Features:
     """Features of one image `(C, H, W)`, or of one clip `(frames, C, H, W)`.
 
-    Clips go through OneVision and Qwen3-VL as a whole, else frame by frame.
+    Clips go through OneVision, MoonViT and Qwen3-VL as a whole, else frame by frame.
     """
     if family == "onevision":
         return Features(*onevision_checkpoints.run(original, pixels))
     if family.startswith("qwen3"):
         return Features(qwen3_vl_checkpoints.run(original, pixels).tokens, None)
+    if family == "moonvit":
+        return Features(moonvit_checkpoints.run(original, pixels), None)
     if pixels.ndim == 4:
         frames = [run_original(family, original, frame) for frame in pixels]
         tokens, pooled, prefix = zip(*frames, strict=True)

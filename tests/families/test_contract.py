@@ -62,7 +62,9 @@ def test_a_family_defines_names_of_the_contract_alone(family):
         name for base in PackedEncoder.__mro__ for name in (*vars(base), *vars(base).get("__annotations__", ()))
     }
     roles = {"norm", "rope"}
-    assert {*vars(encoder_class(family))} <= contract | roles
+    # transformers keeps values of its own on the class of a model that it has loaded.
+    names = {name for name in vars(encoder_class(family)) if not name.endswith("_cached_value")}
+    assert names <= contract | roles
 
 
 @every_family

@@ -12,6 +12,7 @@ import torch
 import vlm_checkpoints
 from aimv2_checkpoints import write
 from clip_checkpoints import tiny_original
+from moonvit_checkpoints import run as run_moonvit
 from originals import max_relative
 from qwen3_vl_checkpoints import run as run_qwen
 from safetensors.torch import load_file, save_file
@@ -36,6 +37,8 @@ def tokens_of(model_type, tower, image):
         return tower(image[None]).last_hidden_state[0]
     if model_type in QWEN:
         return run_qwen(tower, image).tokens
+    if kind == "kimi_k25_vision":
+        return run_moonvit(tower, image)
     if kind == "pixtral":
         return tower(image[None]).last_hidden_state[0]
     if kind == "tipsv2_vision_model":

@@ -8,6 +8,7 @@ import aimv2_checkpoints
 import clip_checkpoints
 import dinov2_checkpoints
 import dinov3_checkpoints
+import moonvit_checkpoints
 import onevision_checkpoints
 import pixtral_checkpoints
 import qwen3_vl_checkpoints
@@ -36,6 +37,7 @@ FAMILIES = (
     "dinov3",
     "dinov3 gated",
     "onevision",
+    "moonvit",
     "pixtral",
     "qwen3_vl",
     "vit",
@@ -55,6 +57,8 @@ def tiny(family: str, folder: Path, **changes) -> Path:
     if family == "qwen3_vl":  # merging blocks of one: of others grids are multiples, see test_qwen3_vl.py
         changes = {"spatial_merge_size": 1, **changes}
         return qwen3_vl_checkpoints.save(folder, qwen3_vl_checkpoints.tiny_original(**changes))
+    if family == "moonvit":
+        return moonvit_checkpoints.save(folder, moonvit_checkpoints.tiny_original(**changes))
     if family == "pixtral":
         return pixtral_checkpoints.save(folder, pixtral_checkpoints.tiny_original(**changes))
     if family.startswith("siglip"):

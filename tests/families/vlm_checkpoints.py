@@ -21,6 +21,17 @@ SIGLIP = {**SIZES, "model_type": "siglip_vision_model", "image_size": 20, "visio
 SIGLIP2 = {**SIZES, "model_type": "siglip2_vision_model", "num_patches": 25, "vision_use_head": False}
 CLIP = {**SIZES, "model_type": "clip_vision_model", "image_size": 20, "projection_dim": 16}
 PIXTRAL = {**SIZES, "model_type": "pixtral", "image_size": 20, "hidden_act": "silu"}
+MOONVIT = {
+    "model_type": "kimi_k25_vision",
+    "hidden_size": 128,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 16,
+    "patch_size": 4,
+    "pos_emb_height": 5,
+    "pos_emb_width": 5,
+    "merge_kernel_size": [1, 1],
+}
 LARGE4 = {**PIXTRAL, "hidden_size": 128, "num_attention_heads": 16}  # in files under Mistral's names
 OVIS = {**SIZES, "model_type": "ovis2_vision", "image_size": 16, "vocab_size": 40, "hidden_stride": 2}
 TIPSV2 = {**SIZES, "model_type": "tipsv2_vision_model", "image_size": 20, "mlp_ratio": 1.5}
@@ -86,6 +97,7 @@ KINDS: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
     "vipllava": (CLIP, "llama", "model.vision_tower", {"vision_feature_layers": [-2]}),
     "mistral3": (PIXTRAL, "mistral", "model.vision_tower", {"spatial_merge_size": 2}),
     "mistral_large4": (LARGE4, "mistral_large4_text", "model.vision_tower", {"spatial_merge_size": 2}),
+    "kimi_k25": (MOONVIT, "deepseek_v3", "model.vision_tower", {"projection_hidden_size": 128}),
     "lighton_ocr": (PIXTRAL, "qwen3", "model.vision_encoder", {"spatial_merge_size": 2}),
     "tipsv2": (TIPSV2, "tipsv2_text_model", "vision_model", {}),
     "ovis2": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import aimv2_checkpoints
 import dinov3_checkpoints
+import moonvit_checkpoints
 import onevision_checkpoints
 import pixtral_checkpoints
 import pytest
@@ -83,6 +84,7 @@ def test_every_dialects_table_leads_there_and_back(family, encoder):
         ("aimv2", "early transformers", aimv2_checkpoints.early),
         ("aimv2", "Apple", aimv2_checkpoints.apple),
         ("aimv2", "timm", aimv2_checkpoints.timm),
+        ("moonvit", "Moonshot", moonvit_checkpoints.moonshot),
         ("pixtral", "Mistral", pixtral_checkpoints.mistral),
         ("onevision", "preview v0", onevision_checkpoints.preview),
     ],
@@ -106,7 +108,7 @@ def test_tables_write_what_meta_writes(tmp_path, variant):
 def test_parts_are_reached_and_set_by_role(family, encoder):
     before, names = features(encoder), encoder.state_dict().keys()
     path = {"dinov2": "encoder.layer", "dinov3": "model.layer", "qwen3_vl": "blocks", "vit": "layers"}
-    path["pixtral"] = "transformer.layers"
+    path |= {"pixtral": "transformer.layers", "moonvit": "layers"}
     path = path.get(encoder.family, "encoder.layers")
     assert encoder.layers is encoder.get_submodule(path)
     norm = {
@@ -115,11 +117,12 @@ def test_parts_are_reached_and_set_by_role(family, encoder):
         "clip": "post_layernorm",
         "dinov2": "layernorm",
         "dinov3": "norm",
+        "moonvit": "final_layernorm",
         "onevision": "layernorm_post",
         "vit": "layernorm",
     }
     assert encoder.norm is (encoder.get_submodule(norm[encoder.family]) if encoder.family in norm else None)
-    attention = {**dict.fromkeys(("siglip2", "clip", "onevision"), "self_attn"), "qwen3_vl": "attn"}
+    attention = {**dict.fromkeys(("siglip2", "clip", "onevision"), "self_attn"), "qwen3_vl": "attn", "moonvit": "attn"}
     attention = attention.get(encoder.family, "attention")
     mlp = {"aimv2": "ffn", "pixtral": "feed_forward"}.get(encoder.family, "mlp")
     for number, layer in enumerate(encoder.layers):

@@ -7,6 +7,7 @@ import re
 import shutil
 
 import clip_checkpoints
+import moonvit_checkpoints
 import onevision_original
 import pytest
 import qwen3_vl_checkpoints
@@ -54,6 +55,13 @@ class PlainOneVision(onevision_original.PlainOneVision):
         return self.embeddings["patch_embedding"]
 
 
+class PlainMoonViT(moonvit_checkpoints.Kimi_K25VisionModel):
+    """transformers' own, with what torchao asks of a model."""
+
+    def get_input_embeddings(self):
+        return self.patch_embed
+
+
 class PlainQwen3VL(Qwen3VLVisionModel):
     """transformers' own, with what torchao asks of a model."""
 
@@ -72,6 +80,7 @@ ORIGINALS = {
     "tipsv2": Tipsv2VisionModel,
     "dinov3": DINOv3ViTModel,
     "onevision": PlainOneVision,
+    "moonvit": PlainMoonViT,
     "pixtral": PixtralVisionModel,
     "qwen3_vl": PlainQwen3VL,
     **{kind: model for kind, (_, model) in vit_checkpoints.CLASSES.items()},
@@ -175,6 +184,8 @@ def assert_same_tokens(family, encoder, original):
         expected = clip_checkpoints.run(original, image)[0]
     elif family in vit_checkpoints.CLASSES:
         expected = vit_checkpoints.run(original, image)[0]
+    elif family == "moonvit":
+        expected = moonvit_checkpoints.run(original, image)
     elif family == "qwen3_vl":
         expected = qwen3_vl_checkpoints.run(original, image).tokens
     else:
@@ -257,7 +268,7 @@ def refuses(folder, name):
         nopad.load(folder)
 
 
-PLAIN = r"^(rms_norm|ln_pre|post_layernorm|norm|layernorm|layernorm_post|merger\.norm)\.weight$"
+PLAIN = r"^(rms_norm|ln_pre|final_layernorm|post_layernorm|norm|layernorm|layernorm_post|merger\.norm)\.weight$"
 BIAS = r"(layers?|blocks)\.1\.(attention|self_attn|attn)\.((out|o)_)?proj\.bias$"
 Q = r"(layers?|blocks)\.1\..*\.(q_proj|qkv)"
 PARTS = {

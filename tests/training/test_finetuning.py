@@ -28,7 +28,19 @@ def _downs(encoder):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "family",
-    ["aimv2", "siglip2", "clip", "dinov2 gated", "tipsv2", "dinov3", "onevision", "pixtral", "qwen3_vl", "vit"],
+    [
+        "aimv2",
+        "siglip2",
+        "clip",
+        "dinov2 gated",
+        "tipsv2",
+        "dinov3",
+        "onevision",
+        "moonvit",
+        "pixtral",
+        "qwen3_vl",
+        "vit",
+    ],
 )
 def test_adapters_are_trained_merged_and_read_by_the_original(family, method, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is a development dependency")

@@ -25,6 +25,7 @@ TOWERS = {
     **dict.fromkeys(("llava", "llava_next", "llava_next_video", "vipllava"), _CLIP),
     "ovis2": _AIMV2,
     **dict.fromkeys(("mistral3", "mistral_large4", "lighton_ocr"), _PIXTRAL),
+    "kimi_k25": "kimi_k25_vision",
     "tipsv2": "tipsv2_vision_model",
     **{f"qwen3_{kind}": f"qwen3_{kind}_vision" for kind in ("vl", "vl_moe", "5", "5_moe")},
     **{kind: f"{kind}_vision" for kind in ("qwen4_exp", "cohere_compass")},
@@ -36,7 +37,7 @@ _OF_THE_WHOLE = ("dtype", "torch_dtype", "transformers_version", "spatial_merge_
 _ABOUT_PIXELS = ("image_mean", "image_std", "resample", "rescale_factor", "do_rescale", "do_normalize")
 # Processors that make one image of each, as a processor that `nopad.preprocessing.config` reads.
 _SAME_PROCESSORS = {"Gemma3ImageProcessor": "SiglipImageProcessor"}
-_PLAIN_PROCESSORS = ("CLIP", "Siglip", "Siglip2", "ViT", "Bit", "DINOv3ViT", "Qwen2VL", "Pixtral", "Tipsv2")
+_PLAIN_PROCESSORS = ("CLIP", "Siglip", "Siglip2", "ViT", "Bit", "DINOv3ViT", "Qwen2VL", "Pixtral", "Tipsv2", "Kimi_K25")
 
 
 def prefix_of(

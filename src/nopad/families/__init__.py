@@ -20,6 +20,7 @@ ENCODERS: Mapping[str, str] = {
     "onevision": "OneVisionEncoderPacking",
     "clip": "CLIPPacking",
     "qwen3_vl": "Qwen3VLPacking",
+    "moonvit": "MoonViTPacking",
     "pixtral": "PixtralPacking",
     "vit": "ViTPacking",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nopad.checkpoints.dialects import aimv2, clip, dinov2, dinov3, onevision, pixtral, qwen3_vl, siglip2, vit
+from nopad.checkpoints.dialects import aimv2, clip, dinov2, dinov3, moonvit, onevision, pixtral, qwen3_vl, siglip2, vit
 from nopad.checkpoints.formats import Dialect
 
 DIALECTS: Mapping[str, tuple[Dialect, ...]] = {
@@ -15,6 +15,7 @@ DIALECTS: Mapping[str, tuple[Dialect, ...]] = {
     "onevision": onevision.DIALECTS,
     "clip": clip.DIALECTS,
     "qwen3_vl": qwen3_vl.DIALECTS,
+    "moonvit": moonvit.DIALECTS,
     "pixtral": pixtral.DIALECTS,
     "vit": vit.DIALECTS,
 }
