@@ -9,7 +9,7 @@ from transformers.models.pixtral.configuration_pixtral import PixtralVisionConfi
 from nopad.checkpoints.config_json import read_fields
 from nopad.checkpoints.dialects.pixtral import MISTRAL_HEADS
 from nopad.checkpoints.formats import Checkpoint
-from nopad.counts import is_count
+from nopad.counts import is_count, is_number
 
 ROPE_THETA = 10_000.0
 """Base of the rotary frequencies of every published model, for files without a config."""
@@ -76,15 +76,24 @@ def _rope_parameters(checkpoint: Checkpoint, parameters: Any, theta: Any) -> dic
     """As transformers 5 has them: older files have `rope_theta` beside them, and `"default"` for this one type.
 
     Raises:
-        ValueError: another kind of rotary embedding.
+        ValueError: another kind of rotary embedding, or a base that is no number above 0.
     """
-    merged = {"rope_theta": ROPE_THETA if theta is None else theta, "rope_type": "axial", **(parameters or {})}
-    if merged["rope_type"] not in ("axial", "default") or merged.keys() != {"rope_type", "rope_theta"}:
+    merged: Any = {"rope_theta": ROPE_THETA if theta is None else theta, "rope_type": "axial"}
+    if parameters is not None:
+        merged = {**merged, **parameters} if isinstance(parameters, dict) else parameters
+    if not _is_axial(merged):
         raise ValueError(
-            f"checkpoint {checkpoint.name!r}: rope_parameters: expected rope_type 'axial' and rope_theta, got "
-            f"{parameters!r:.80}"
+            f"checkpoint {checkpoint.name!r}: rope_parameters: expected rope_type 'axial' and a rope_theta above "
+            f"0, got {merged!r:.80}"
         )
     return {**merged, "rope_type": "axial"}
+
+
+def _is_axial(parameters: Any) -> bool:
+    if not isinstance(parameters, dict) or parameters.keys() != {"rope_type", "rope_theta"}:
+        return False
+    theta = parameters["rope_theta"]
+    return parameters["rope_type"] in ("axial", "default") and is_number(theta) and theta > 0
 
 
 def _check(checkpoint: Checkpoint, config: PixtralPackingConfig) -> None:
