@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import re
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import lru_cache
@@ -11,16 +10,14 @@ from importlib import import_module
 from typing import Any, BinaryIO
 
 from nopad.extras import install
-from nopad.storage.addresses import CLOUDS, HUB, WEB, Address, check_address
+from nopad.storage.addresses import CLOUDS, HUB, WEB, Address, check_address, scheme_of
+from nopad.storage.errors import SETTINGS, as_os_error, first_line, status_of
 from nopad.storage.store import Store, Stored, Version
 
 MAX_RETRIES = 5
 """Of one request, after 0.1 s and twice that each time."""
 
 _FOR_EVER = 86400.0 * 365
-_STATUS = re.compile(r"status code: (\d{3})[ A-Za-z-]*")
-_TRANSIENT = (408, 425, 429)
-_MAX_REASON = 300
 
 
 def store_of(address: Address, timeout: float | None = None) -> Store:
@@ -66,7 +63,7 @@ class ObjectStore:
             raise ImportError(f"{base}: reading it needs obstore ({error}): {install('cloud')}") from error
         self._errors: tuple[type[Exception], ...] = errors
         self._base = base
-        self._is_web = base.startswith(tuple(f"{scheme}://" for scheme in WEB))
+        self._is_web = scheme_of(base) in WEB
         seconds = timedelta(seconds=min(timeout or _FOR_EVER, _FOR_EVER))
         options: dict[str, Any] = {
             "client_options": {"timeout": seconds, "allow_http": True},
@@ -75,7 +72,7 @@ class ObjectStore:
         try:
             self._store: Any = from_url(base, **options)
         except self._errors as error:
-            raise ValueError(f"{base}: cannot be used: {_first_line(error)}") from error
+            raise ValueError(f"{base}: cannot be used: {first_line(error)}; {SETTINGS[scheme_of(base)]}") from error
 
     def stat(self, key: str) -> Stored:
         """See `Store`."""
@@ -85,7 +82,7 @@ class ObjectStore:
             # Addresses may be signed for GET alone.
             return _stored(self._api.get(self._store, key, options={"range": (0, 1)}).meta)
         except (*self._errors, OSError) as error:
-            raise self._as_os_error(error) from error
+            raise as_os_error(error, self._base) from error
 
     def read(self, key: str, start: int, stop: int) -> bytes:
         """See `Store`."""
@@ -94,9 +91,9 @@ class ObjectStore:
         try:
             return bytes(self._api.get_range(self._store, key, start=start, end=stop))
         except (*self._errors, OSError) as error:
-            if _status(error) == 416:  # behind the end
+            if status_of(error) == 416:  # behind the end
                 return b""
-            raise self._as_os_error(error) from error
+            raise as_os_error(error, self._base) from error
 
     def read_all(self, key: str, max_bytes: int) -> bytes | int:
         """See `Store`."""
@@ -105,7 +102,7 @@ class ObjectStore:
             size = int(result.meta["size"])
             return size if size > max_bytes else bytes(result.bytes())
         except (*self._errors, OSError) as error:
-            raise self._as_os_error(error) from error
+            raise as_os_error(error, self._base) from error
 
     def list(self, prefix: str) -> Iterator[Stored]:
         """See `Store`."""
@@ -113,14 +110,14 @@ class ObjectStore:
             for chunk in self._api.list(self._store, prefix or None, chunk_size=1000):
                 yield from map(_stored, chunk)
         except (*self._errors, OSError) as error:
-            raise self._as_os_error(error) from error
+            raise as_os_error(error, self._base) from error
 
     def list_folder(self, prefix: str) -> tuple[list[str], list[Stored]]:
         """What is in a prefix but not below another one in it: prefixes, without slashes at their ends, and objects."""
         try:
             listed = self._api.list_with_delimiter(self._store, prefix or None)
         except (*self._errors, OSError) as error:
-            raise self._as_os_error(error) from error
+            raise as_os_error(error, self._base) from error
         return [each.rstrip("/") for each in listed["common_prefixes"]], [_stored(meta) for meta in listed["objects"]]
 
     def get(self, key: str) -> tuple[bytes, Version]:
@@ -129,7 +126,7 @@ class ObjectStore:
             result = self._api.get(self._store, key)
             return bytes(result.bytes()), _version(result.meta)
         except (*self._errors, OSError) as error:
-            raise self._as_os_error(error) from error
+            raise as_os_error(error, self._base) from error
 
     def read_version(self, key: str, start: int, stop: int, version: Version) -> bytes:
         """The bytes of a range of one version.
@@ -143,7 +140,7 @@ class ObjectStore:
         try:
             return bytes(self._api.get(self._store, key, options=options).bytes())
         except (*self._errors, OSError) as error:
-            raise self._as_os_error(error) from error
+            raise as_os_error(error, self._base) from error
 
     def put(self, key: str, data: bytes | BinaryIO, mode: Version | str) -> Version:
         """Write an object as a whole.
@@ -167,37 +164,15 @@ class ObjectStore:
         except (*self._errors, OSError) as error:
             if type(error).__name__ in ("AlreadyExistsError", "PreconditionError"):
                 raise FileExistsError(errno.EEXIST, "Object exists, or is another version") from error
-            raise self._as_os_error(error) from error
+            raise as_os_error(error, self._base, writing=True) from error
 
     def delete(self, key: str) -> None:
         """Remove an object, if there is one."""
         try:
             self._api.delete(self._store, key)
         except (*self._errors, OSError) as error:
-            if not isinstance(reason := self._as_os_error(error), FileNotFoundError):
+            if not isinstance(reason := as_os_error(error, self._base, writing=True), FileNotFoundError):
                 raise reason from error
-
-    def _as_os_error(self, error: BaseException) -> OSError:
-        text = str(error)
-        if type(error).__name__ == "PreconditionError":
-            return OSError(errno.ESTALE, "replaced while it was read")
-        match, status = _STATUS.search(text), _status(error)
-        reason = match[0].removeprefix("status code: ") if match else _first_line(error)
-        if "NoSuchBucket" in text:
-            return ConnectionError(errno.ECONNABORTED, f"{self._base}: no such bucket")
-        if isinstance(error, FileNotFoundError) or status == 404:
-            return FileNotFoundError(errno.ENOENT, "No such object")
-        if status in (401, 403) and not self._is_web:
-            return ConnectionError(errno.ECONNABORTED, f"{self._base}: {reason}; are the credentials right?")
-        if status in (401, 403):
-            return PermissionError(errno.EACCES, reason)
-        if self._is_web and 300 <= status < 500 and status not in _TRANSIENT:
-            return OSError(errno.EINVAL, reason)
-        if "Could not parse path" in text:
-            return OSError(errno.EINVAL, reason)
-        if type(error).__name__ == "NotSupportedError" or "Content-Length" in text:
-            return OSError(errno.EOPNOTSUPP, f"{self._base}: {reason}")
-        return ConnectionError(errno.ECONNABORTED, f"{self._base}: {reason}")
 
 
 def _stored(meta: Any) -> Stored:
@@ -207,16 +182,6 @@ def _stored(meta: Any) -> Stored:
 
 def _version(meta: Any) -> Version:
     return Version(meta.get("e_tag"), meta.get("version"))
-
-
-def _status(error: BaseException) -> int:
-    """The status of a server's response, 0 for an error without one. The rest of an error's text has the key."""
-    return int(match[1]) if (match := _STATUS.search(str(error))) else 0
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error says, without the request and its retries."""
-    return str(error).split("\n", 1)[0].rsplit(" - ", 1)[-1][:_MAX_REASON]
 
 
 def check_writable(name: str, address: str) -> None:
