@@ -74,6 +74,8 @@ def test_command(photos, model, capsys, tmp_path):
     assert {"inputs", "seconds", "limit", "cores_per_encoder", "table_bytes", "warnings"} <= planned.keys()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
     assert main(["plan", str(photos), "--model", model, "--sample", "0"]) == 2
+    assert main(["plan", str(photos), "--model", model, "--out", "https://host/table"]) == 2
+    assert "--out: expected a folder or an address that begins with s3://" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*arguments, "--actors", "2"])
 

@@ -12,7 +12,8 @@ from nopad.counts import check_count
 from nopad.embedding.command import add_job_options, check_packages
 from nopad.embedding.progress import duration
 from nopad.embedding.settings import Settings
-from nopad.storage.addresses import check_address
+from nopad.storage.addresses import check_address, is_address
+from nopad.storage.stores import check_writable
 from nopad.terminal import configure_transformers, json_text, print_error, print_summary, printable
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _OF_A_RUN = ("actors", "part", "ray", "stall", "update", "content_hash", "retry_
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `nopad plan`: those of `nopad embed` that concern what is made, and the size of the sample."""
     add_job_options(parser, without=_OF_A_RUN)
-    parser.add_argument("--out", metavar="DIR", help="folder of the table, for the free space on its disk")
+    parser.add_argument("--out", metavar="DIR", help="of the table; of a folder, its free space is printed")
     parser.add_argument("--sample", type=int, default=512, metavar="N", help="inputs to embed (default: 512)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON; null for NaN and infinity")
 
@@ -40,6 +41,8 @@ def run(options: argparse.Namespace) -> int:
     """
     check_packages()
     check_count("--sample", options.sample)
+    if options.out is not None and is_address(options.out):
+        check_writable("--out", options.out)
     for source in options.sources:
         check_address("SOURCE", source)
     settings = Settings(
