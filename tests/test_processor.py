@@ -145,3 +145,10 @@ def test_boxes_and_sizes_are_of_the_upright_image(siglip):
     pack = nopad.load(siglip, size="native").pack([image, noise(0, 9, 9)])
     assert pack.sizes.tolist() == [[24, 40], [9, 9]]
     assert pack.boxes.tolist() == [[0, 0, 40, 24], [0, 0, 8, 8]]
+
+
+def test_blocks_larger_than_any_image_are_refused():
+    processor = nopad.processor("untrained:google/siglip2-base-patch16-naflex", size="native", multiple_of=2)
+    rule = dataclasses.replace(processor.rule, multiple_of=10**9)
+    with pytest.raises(ValueError, match=r"multiple_of: expected images of at most 178,956,970 pixels, got 1000000000"):
+        dataclasses.replace(processor, rule=rule)

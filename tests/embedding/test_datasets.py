@@ -32,7 +32,7 @@ def test_saved_datasets(tmp_path: Path):
     assert set(kinds(listing)) == {"dataset"}
     assert [item.source for item in listing.inputs][::4] == [str(tmp_path / "one"), str(tmp_path / "two")]
     assert [level(item) for item in listing.inputs] == [2, 0, 10, 11, 12, 20, 21, 22]
-    with pytest.raises(ValueError, match="--image-column label is no column"):
+    with pytest.raises(ValueError, match="image_column: label is no column"):
         list_inputs([tmp_path / "one"], image_column="label")
 
 

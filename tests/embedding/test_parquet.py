@@ -47,8 +47,8 @@ def test_the_image_column(tmp_path: Path):
         ({"n": [1], "s": ["x"]}, None, r"no column of image bytes in n \(int64\), s \(string\)"),
         ({"x": data, "y": data}, None, r"2 columns of bytes in x \(binary\), y \(binary\); .*--image-column"),
         ({"img": data, "png": data}, None, "2 columns of bytes"),
-        ({"img": data, "n": [1]}, "n", "--image-column n is no column of image bytes"),
-        ({"img": data}, "gone", "--image-column gone is no column"),
+        ({"img": data, "n": [1]}, "n", "image_column: n is no column of image bytes"),
+        ({"img": data}, "gone", "image_column: gone is no column"),
     ]
     for table, requested, message in refused:
         write_parquet(path, table)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nopad.patches import PatchOrder
-from nopad.preprocessing.limits import MaxPatches
+from nopad.preprocessing.limits import MAX_PIXELS, MaxPatches
 from nopad.preprocessing.rules import Preprocessing, Resize, check_resize
 from nopad.preprocessing.size import Size
 
@@ -45,8 +45,17 @@ class Processor:
 
     @property
     def blank_image(self) -> Tensor:
-        """The smallest image that every rule takes: uint8 `(3, H, W)` of zeros."""
+        """The smallest image that every rule takes: uint8 `(3, H, W)` of zeros.
+
+        Raises:
+            ValueError: `multiple_of` or the patch size is larger than any image.
+        """
         side = self.patch_size * self.rule.multiple_of
+        if side**2 > MAX_PIXELS:
+            raise ValueError(
+                f"multiple_of: expected images of at most {MAX_PIXELS:,} pixels, got {self.rule.multiple_of} × "
+                f"{self.rule.multiple_of} patches of {self.patch_size} pixels each"
+            )
         return torch.zeros(3, side, side, dtype=torch.uint8)
 
     @classmethod

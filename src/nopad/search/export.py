@@ -85,6 +85,7 @@ def _write_parquet(batches: Iterator[pa.RecordBatch], schema: pa.Schema, out: st
     check_local("out", out)
     if os.path.lexists(out):
         raise ValueError(f"out: {out} exists; name another file, or remove it")
+    Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for batch in batches:
             writer.write_batch(batch)

@@ -65,14 +65,16 @@ def image_column(schema: pa.Schema, text: str, requested: str | None) -> str:
     if requested is not None:
         if requested in candidates:
             return requested
-        reason = f"--image-column {requested} is no column of image bytes; got the columns {columns}"
+        reason = f"image_column: {requested} is no column of image bytes; got the columns {columns}"
         raise NoImageColumnError(f"{text}: {reason}")
     conventional = [name for name in candidates if name in IMAGE_COLUMNS]
     if len(candidates) == 1 or len(conventional) == 1:
         return (conventional if len(conventional) == 1 else candidates)[0]
     if not candidates:
         raise NoImageColumnError(f"{text}: no column of image bytes in {columns}")
-    raise ValueError(f"{text}: {len(candidates)} columns of bytes in {columns}; choose one with --image-column")
+    raise ValueError(
+        f"{text}: {len(candidates)} columns of bytes in {columns}; choose one with image_column (--image-column)"
+    )
 
 
 def _holds_images(type: pa.DataType) -> bool:
