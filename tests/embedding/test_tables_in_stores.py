@@ -229,7 +229,7 @@ def owner(**changes: object) -> bytes:
     return json.dumps({**content, **changes}).encode()
 
 
-@pytest.mark.parametrize("content", [owner(), b"damaged"])
+@pytest.mark.parametrize("content", [owner(), b"damaged"], ids=["another machine", "damaged"])
 def test_a_lease_that_is_not_renewed_is_taken_over(s3, quick, content):
     s3.put(OWNER, content)
     with StoreLock(ObjectPath(OUT)) as lock:

@@ -99,7 +99,7 @@ def test_moonshots_own_config(tmp_path):
         (dict, {"positions": "strict"}, "positions: these checkpoints resample theirs"),
         (dict, {"model_type": "siglip_vision_model"}, "expected model_type kimi_k25"),
     ],
-    ids=str,
+    ids=lambda value: value.__name__ if callable(value) else str(value),
 )
 def test_config_that_does_not_fit_is_refused(tmp_path, layout, fields, problem):
     original = tiny_original()
