@@ -124,6 +124,7 @@ def _row(model: dict[str, Any]) -> tuple[str, ...]:
     numbers = [word for word in words if word.isdigit()]
     if rule == "smart_resize":
         rule, numbers = f"{numbers[0]}+ px", []
+    rule = {"longest_edge": "edge", "navit": "max"}.get(rule.rstrip(","), rule)
     return (
         model["name"],
         model["family"],

@@ -42,11 +42,7 @@ class MoonViTPositions(LearnedPositions, nn.Module):
         self.position_embeddings = nn.Parameter(torch.empty(*self.grid, config.hidden_size))
 
     def forward(self, layout: Layout) -> Tensor:
-        """See `positions`; called as a module, which accelerate loads offloaded weights for."""
-        return self.positions(layout)
-
-    def positions(self, layout: Layout) -> Tensor:
-        """`(T, D)`, rounded to the dtype of the weights.
+        """Positions of every patch, `(T, D)`, rounded to the dtype of the weights.
 
         Raises:
             ValueError: more frames than the model has positions for; see also `table_positions`.

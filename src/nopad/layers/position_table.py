@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ class LearnedPositions:
     """
 
     grid: tuple[int, int]
+    __call__: Callable[..., Any]
 
     def positions(self, layout: Layout) -> Tensor:
-        """Positions of every patch, `(T, D)`."""
-        raise NotImplementedError
+        """Positions of every patch, `(T, D)`: what the module returns; its hooks load offloaded weights."""
+        return self(layout)
 
 
 class PositionTable(LearnedPositions, nn.Module):
@@ -59,10 +61,8 @@ class PositionTable(LearnedPositions, nn.Module):
 
     def forward(self, layout: Layout | None) -> Tensor:
         """Positions of every patch, `(T, D)`, see `table_positions`; of the prefix tokens for `None`, one row each."""
-        return self.weight[: self.num_prefix_tokens] if layout is None else self.positions(layout)
-
-    def positions(self, layout: Layout) -> Tensor:
-        """See `LearnedPositions`."""
+        if layout is None:
+            return self.weight[: self.num_prefix_tokens]
         names = ("mode", "antialias", "align_corners", "strict", "native")
         options: dict[str, Any] = {name: getattr(self, name) for name in names}
         return table_positions(layout, self.weight[self.num_prefix_tokens :], self.grid, **options)
