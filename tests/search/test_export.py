@@ -19,13 +19,13 @@ def check(exported: pa.Table, features) -> None:
 
 def test_one_parquet_file(table, features, tmp_path):
     reported = []
-    rows = export_features(table, tmp_path / "new" / "all.parquet", to="parquet", progress=reported.append)
-    exported = pq.read_table(tmp_path / "new" / "all.parquet")
+    rows = export_features(table, tmp_path / "a" / "new" / "all.parquet", to="parquet", progress=reported.append)
+    exported = pq.read_table(tmp_path / "a" / "new" / "all.parquet")
     check(exported, features)
     assert rows == reported[-1] == len(features)
     assert exported.schema.metadata[b"nopad.weights"].decode() == features.metadata["weights"]
     with pytest.raises(ValueError, match=r"out: .*all\.parquet exists; name another file"):
-        export_features(table, tmp_path / "new" / "all.parquet", to="parquet")
+        export_features(table, tmp_path / "a" / "new" / "all.parquet", to="parquet")
 
 
 def test_some_columns_by_command(table, features, tmp_path, capsys):
