@@ -9,37 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shard_samples import FORMATS, PLAIN, ok_row, write
 
 from nopad.embedding.table import writer as shards
 from nopad.embedding.table.format import Row, ShardFormat
 from nopad.embedding.table.names import parse_shard_name, shard_name
 from nopad.embedding.table.reader import count, failed_rows, iterate_rows, read_metadata
-from nopad.embedding.table.writer import write_shard
 
-PLAIN = ShardFormat(dimension=3)
-FORMATS = {
-    "plain": PLAIN,
-    "variable": ShardFormat(dimension=3, embedding_list="variable"),
-    "float16": ShardFormat(dimension=3, embedding_dtype="float16"),
-    "variable float16": ShardFormat(dimension=3, embedding_dtype="float16", embedding_list="variable"),
-    "tokens": ShardFormat(dimension=3, token_dimension=2),
-}
 FAILED = Row(id="broken.jpg", source="photos", status="failed", error="truncated", width=640, height=480)
-
-
-def ok_row(number: int, format: ShardFormat = PLAIN, grid: tuple[int, int, int] = (1, 2, 3)) -> Row:
-    t, h, w = grid
-    random = np.random.default_rng(number)
-    tokens = None
-    if format.token_dimension is not None:
-        tokens = random.standard_normal((t * h * w, format.token_dimension)).astype(np.float16)
-    embedding = random.standard_normal(format.dimension).astype(format.embedding_dtype)
-    return Row(f"{number}.jpg", "photos", "ok", None, w * 14, h * 14, grid, embedding, tokens)
-
-
-def write(path: Path, rows, format: ShardFormat = PLAIN, metadata=None) -> Path:
-    write_shard(path, rows, format, metadata or {}, temporary=path.with_suffix(".part"))
-    return path
 
 
 def plain(row: Row) -> tuple:

@@ -118,15 +118,7 @@ class EmbedBatches:
         return type(batch).from_arrays([*others.columns, *added.columns], schema=schema)
 
     def _format(self) -> ShardFormat:
-        sizes = FeatureSizes.of(self._worker().encoder, self.settings.selection)
-        return ShardFormat(
-            dimension=sizes.embedding,
-            embedding_dtype=self.settings.embedding_dtype,
-            embedding_list=self.settings.embedding_list,
-            token_dimension=sizes.tokens,
-            token_layers=sizes.layers,
-            tokens_pool=self.settings.tokens_pool,
-        )
+        return FeatureSizes.of(self._worker().encoder, self.settings.selection).shard_format(self.settings)
 
     def _worker(self) -> Worker:
         if self._loaded is None:

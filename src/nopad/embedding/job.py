@@ -52,6 +52,22 @@ class FeatureSizes:
         layers = selection.layers and encoder.layer_indices(selection.layers)
         return cls(selection.embedding_size(encoder), encoder.hidden_size if selection.tokens else None, layers)
 
+    def shard_format(self, settings: Settings, kept: pa.Schema | None = None) -> ShardFormat:
+        """The columns of a table of such features.
+
+        Args:
+            kept: columns of the data.
+        """
+        return ShardFormat(
+            dimension=self.embedding,
+            embedding_dtype=settings.embedding_dtype,
+            embedding_list=settings.embedding_list,
+            token_dimension=self.tokens,
+            token_layers=self.layers,
+            tokens_pool=settings.tokens_pool,
+            kept=kept,
+        )
+
 
 @dataclass
 class Job:
@@ -151,15 +167,7 @@ class Job:
             OSError: see `write_shard`.
         """
         path = self.path(shard)
-        format = ShardFormat(
-            dimension=sizes.embedding,
-            embedding_dtype=self.settings.embedding_dtype,
-            embedding_list=self.settings.embedding_list,
-            token_dimension=sizes.tokens,
-            token_layers=sizes.layers,
-            tokens_pool=self.settings.tokens_pool,
-            kept=None if self.kept is None else self.kept.schema,
-        )
+        format = sizes.shard_format(self.settings, None if self.kept is None else self.kept.schema)
         temporary = self.folder.temporary(path)
         self.check_lock()
         write_shard(path, rows, format, self.metadata(shard), temporary=temporary, check=self.check_lock)
