@@ -136,7 +136,7 @@ def _strict(value: Any) -> Any:
 def print_summary(text: str) -> None:
     """Print a summary, each line `printable`. What cannot be printed does not change the exit status.
 
-    Nothing is said where the reader has closed a pipe, as `head` does.
+    No message is printed where the reader has closed a pipe, as `head` does.
     """
     try:
         print("\n".join(map(printable, text.split("\n"))), flush=True)

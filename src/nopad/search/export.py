@@ -141,7 +141,7 @@ def _large(batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> Iterator[pa.
 
 
 def _iceberg_type(kind: pa.DataType) -> pa.DataType:
-    """The nearest type that Iceberg has: it knows no lists of fixed size and no float16."""
+    """The nearest type that Iceberg has: there, lists have no fixed size, and floats no 16 bits."""
     if pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind):
         return pa.list_(_iceberg_type(kind.value_type))
     return pa.float32() if pa.types.is_float16(kind) else kind
