@@ -25,7 +25,10 @@ def jpeg(image: Image.Image, **options) -> bytes:
 
 
 def passes(data: bytes) -> bool:
-    return check_jpeg(data, max_pixels=1 << 20) is not None
+    """Whether a file passes, with the small image and without it."""
+    with_pixels, without = (check_jpeg(data, max_pixels=1 << 20, min_side=side) is not None for side in (1, None))
+    assert with_pixels == without
+    return without
 
 
 def decodes(data: bytes) -> bool:
@@ -41,7 +44,7 @@ def test_plain_ones_pass(options):
     checked = check_jpeg(jpeg(make_image(), **options), max_pixels=1 << 20)
     assert isinstance(checked, CheckedJpeg)
     assert (checked.width, checked.height, checked.orientation) == (83, 61, 1)
-    assert checked.small.shape == (8, 11, 3)
+    assert checked.small is None
 
 
 @pytest.mark.parametrize(

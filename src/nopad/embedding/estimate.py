@@ -94,7 +94,7 @@ class _HeaderDecoder:
     def check_jpeg(self, media: bytes | str) -> None:
         return None
 
-    def extras(self, media: bytes | str, pixels: Tensor) -> dict[str, Any]:
+    def extras(self, media: bytes | str, pixels: Tensor | None) -> dict[str, Any]:
         return {}
 
 

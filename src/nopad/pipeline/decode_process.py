@@ -62,8 +62,12 @@ class Decoder(Protocol):
         """What a GPU needs to decode it; `None` for anything that is decoded here."""
         ...
 
-    def extras(self, data: Any, pixels: Tensor, /) -> dict[str, Any]:
-        """Values of a file that are kept beside its patches, as JSON of less than a megabyte."""
+    def extras(self, data: Any, pixels: Tensor | None, /) -> dict[str, Any]:
+        """Values of a file that are kept beside its patches, as JSON of less than a megabyte.
+
+        Args:
+            pixels: upright `(3, H, W)`, maybe at a fraction of the size; `None` where `check_jpeg` left them out.
+        """
         ...
 
 
@@ -167,7 +171,8 @@ class DecodeProgram:
             return None
         assert isinstance(data, bytes)
         height, width = upright_size(jpeg.width, jpeg.height, jpeg.orientation)
-        extras = self.decoder.extras(data, upright(jpeg.small, jpeg.orientation))
+        small = None if jpeg.small is None else upright(jpeg.small, jpeg.orientation)
+        extras = self.decoder.extras(data, small)
         fields = {"jpeg": len(data), "orientation": jpeg.orientation, "width": width, "height": height}
         return {**fields, "grid": self.image_processor.grid_of(height, width), "extras": extras}, memoryview(data)
 

@@ -175,12 +175,14 @@ class MediaDecoder:
         """See `Decoder.check_jpeg`."""
         if isinstance(media, str):
             return None
-        return check_jpeg(media, max_pixels=self.max_pixels, min_side=2 * (self.thumbnails or 0) or 1)
+        min_side = None if self.thumbnails is None else 2 * self.thumbnails
+        return check_jpeg(media, max_pixels=self.max_pixels, min_side=min_side)
 
-    def extras(self, media: bytes | str, pixels: Tensor) -> dict[str, Any]:
+    def extras(self, media: bytes | str, pixels: Tensor | None) -> dict[str, Any]:
         """See `Decoder.extras`: the columns of `nopad.embedding.inputs.extras` that were requested."""
         extras: dict[str, Any] = read_exif(media) if self.exif and isinstance(media, bytes) else {}
         if self.thumbnails is not None:
+            assert pixels is not None
             extras[THUMBNAIL] = base64.b64encode(thumbnail(pixels, self.thumbnails)).decode()
         return extras
 
