@@ -18,7 +18,7 @@ from nopad.embedding.inputs.reaching import UnreachableSourceError
 from nopad.published import published_models
 from nopad.search import command as search_command
 from nopad.search import export_command
-from nopad.storage.object_path import UnreachableStoreError
+from nopad.storage.errors import UnreachableStoreError, UnusableStoreError
 from nopad.suggestions import did_you_mean
 from nopad.terminal import ArgumentParser, MessageFormatter, OnceFilter, columns, json_text, print_error, print_summary
 from nopad.view import command as view_command
@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         return options.run(options)
+    except UnusableStoreError as error:
+        print_error(f"nopad {options.command}: {error}")
+        return WRONG_USE
     except (UnreachableStoreError, UnreachableSourceError) as error:
         reason = error.strerror or error
         print_error(f"nopad {options.command}: {reason}; give the command again once it can be reached")

@@ -1,13 +1,19 @@
 """Sources on the Hub, whose file system is a stand-in here."""
 
+import re
+from types import SimpleNamespace
+
 import fsspec
 import pytest
+from huggingface_hub import errors
 from input_samples import ids, level, picture, write_parquet
 
 from nopad.embedding.inputs import reaching
 from nopad.embedding.inputs.reaching import UnreachableSourceError
 from nopad.embedding.inputs.sources import list_inputs
+from nopad.storage import hub as hub_store
 from nopad.storage import objects, stores
+from nopad.storage.errors import UnusableStoreError
 from nopad.storage.hub import HubStore
 
 
@@ -63,3 +69,70 @@ def test_errors_of_the_hub_are_unreachable(monkeypatch):
     monkeypatch.setattr(reaching.retry, "waits", ())
     with pytest.raises(UnreachableSourceError, match=r"hf://datasets/o/n: 429 Too Many Requests$"):
         list_inputs(["hf://datasets/o/n/x.png"])
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (errors.RepositoryNotFoundError, "no such thing; check its name; if it is private or gated, set HF_TOKEN"),
+        (errors.GatedRepoError, "no such thing; check its name; if it is private or gated, set HF_TOKEN"),
+        (errors.RevisionNotFoundError, "no such thing; check the repository's name and revision"),
+        (errors.HFValidationError, "no such thing; check the repository's name and revision"),
+        (errors.OfflineModeIsEnabled, "the Hub is switched off; unset HF_HUB_OFFLINE"),
+        ("status 403", "no such thing; check its name; if it is private or gated, set HF_TOKEN"),
+    ],
+    ids=["repository", "gated", "revision", "name", "offline", "403"],
+)
+@pytest.mark.parametrize("as_missing", [False, True])
+def test_what_the_hub_refuses_is_not_tried_again(monkeypatch, error, message, as_missing):
+    calls = []
+    status = int(error.split()[1]) if isinstance(error, str) else 404
+    response = SimpleNamespace(status_code=status, headers={}, request=None)
+    kind = errors.HfHubHTTPError if isinstance(error, str) else error
+    is_http = issubclass(kind, errors.HfHubHTTPError)
+
+    class Refusing:
+        def info(self, path):
+            calls.append(path)
+            refusal = kind("no such thing", response=response) if is_http else kind("no such thing")
+            if as_missing:  # as `HfFileSystem` raises most of them
+                raise FileNotFoundError("no such thing") from refusal
+            raise refusal
+
+    monkeypatch.setattr(stores, "_store", lambda base, timeout: HubStore(base, Refusing()))
+    with pytest.raises(UnusableStoreError, match=re.escape(f"hf://datasets/o/n: {message}")):
+        list_inputs(["hf://datasets/o/n/x.png"])
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("failures", "reason", "error"),
+    [
+        (1, "[Errno -2] Name or service not known", None),
+        (9, "[Errno -2] Name or service not known", UnusableStoreError),
+        (9, "[Errno -3] Temporary failure in name resolution", ConnectionError),
+    ],
+    ids=["once", "unknown", "temporary"],
+)
+def test_a_name_that_is_not_resolved(monkeypatch, failures, reason, error):
+    left = [failures]
+    monkeypatch.setattr(hub_store, "CONNECT_WAITS", (0.001, 0.001))
+
+    class ConnectError(Exception):
+        """As httpx names it."""
+
+    class Failing:
+        def info(self, path):
+            left[0] -= 1
+            if left[0] >= 0:
+                raise ConnectError(reason)
+            return {"type": "file", "name": path, "size": 1}
+
+    store = HubStore("hf://datasets/o/n", Failing())
+    if error is None:
+        assert store.stat("x.png").size == 1
+    else:
+        with pytest.raises(error, match=re.escape(f"hf://datasets/o/n: {reason}")) as caught:
+            store.stat("x.png")
+        assert type(caught.value) is error
+        assert left[0] == failures - 3

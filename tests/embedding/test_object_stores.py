@@ -282,11 +282,6 @@ def test_sources_with_nothing_to_read(s3, source, message):
         list_inputs([source])
 
 
-def test_no_such_bucket_is_not_an_empty_one(s3):
-    with pytest.raises(UnreachableSourceError, match="s3://nobucket: no such bucket"):
-        list_inputs(["s3://nobucket/a"])
-
-
 def test_a_fault_is_not_the_end_of_an_object_whatever_its_key(s3):
     """Servers answer 416 to a read behind the end; an error's text also has the key."""
     s3.put("416.png", b"x")

@@ -23,9 +23,9 @@ from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.stamps import Stamp
 from nopad.embedding.lock import LockedError, LostLockError
 from nopad.embedding.store_lock import StoreLock, StorePartLock
-from nopad.storage import object_path, stores
-from nopad.storage.errors import as_os_error
-from nopad.storage.object_path import ObjectPath, UnreachableStoreError
+from nopad.storage import object_path
+from nopad.storage.errors import UnreachableStoreError, UnusableStoreError
+from nopad.storage.object_path import ObjectPath
 
 OUT = "s3://photos/tables/a"
 OWNER = "tables/a/.nopad/owner.json"
@@ -170,11 +170,16 @@ def test_a_store_that_fails_ends_the_command_and_the_next_one_goes_on(s3, photos
 
 def test_an_actors_error_is_that_of_the_command(s3):
     s3.server.fail("/shard-00000", "status 403", method="PUT")
-    with pytest.raises(UnreachableStoreError) as error:
-        ObjectPath(f"{OUT}/shard-00000").put(io.BytesIO(b""))
-    sent = pickle.loads(pickle.dumps(_portable(error.value)))
-    assert isinstance(sent, UnreachableStoreError)
-    assert sent.strerror.startswith(f"{OUT}/shard-00000: cannot be reached now: s3://photos: 403 Forbidden")
+    s3.server.fail("/shard-00001", "status 503", method="PUT")
+    for number, kind, text in (
+        (0, UnusableStoreError, "s3://photos: 403 Forbidden: writing is refused"),
+        (1, UnreachableStoreError, f"{OUT}/shard-00001: cannot be reached now: s3://photos: 503"),
+    ):
+        with pytest.raises(kind) as error:
+            ObjectPath(f"{OUT}/shard-0000{number}").put(io.BytesIO(b""))
+        sent = pickle.loads(pickle.dumps(_portable(error.value)))
+        assert type(sent) is kind
+        assert sent.strerror.startswith(text)
 
 
 def test_reading_one_version(s3):
@@ -315,69 +320,3 @@ def test_view_by_command(s3, photos, tmp_path, model, capsys, thumbnails):
     )
     assert main(["view", "https://host/a.png", "--out", str(page)]) == 2
     assert "SOURCE: expected a folder or an address that begins with s3://" in capsys.readouterr().err
-
-
-# What users meet first
-
-
-def first_error(capsys, photos, out, model) -> tuple[int, str]:
-    """The status of `nopad embed`, and its last line without the command that goes on."""
-    status = main(["embed", str(photos), "--out", out, "--model", str(model)])
-    return status, capsys.readouterr().err.splitlines()[-1].split("; finished shards are kept")[0]
-
-
-def test_no_such_bucket(s3, photos, model, capsys):
-    status, line = first_error(capsys, photos, "s3://photo/tables", model)
-    assert status == 75
-    assert line.endswith("cannot be reached now: s3://photo: no such bucket; create it, or correct its name")
-
-
-def test_a_name_that_no_bucket_has(s3, photos, model, capsys):
-    status, line = first_error(capsys, photos, "s3://my photos/tables", model)
-    assert status == 2
-    assert "s3://my photos: cannot be used: " in line
-    assert "; check the bucket's name, AWS_ACCESS_KEY_ID, " in line
-
-
-def test_no_credentials(s3, photos, model, capsys, monkeypatch):
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
-    stores._store.cache_clear()
-    status, line = first_error(capsys, photos, OUT, model)
-    assert status == 75
-    assert "s3://photos: no credentials in the environment; check the bucket's name, AWS_ACCESS_KEY_ID, " in line
-
-
-def test_a_bucket_that_is_read_only(s3, photos, model, capsys):
-    s3.server.fail("", "status 403", method="PUT")
-    status, line = first_error(capsys, photos, OUT, model)
-    assert status == 75
-    assert line.endswith(
-        "s3://photos: 403 Forbidden: writing is refused; use credentials that may write there, or another --out"
-    )
-
-
-def test_another_region(s3, photos, model, capsys):
-    for method in ("GET", "HEAD", "PUT"):
-        s3.server.fail("", "status 301", method=method)
-    status, line = first_error(capsys, photos, OUT, model)
-    assert status == 75
-    assert line.endswith("s3://photos: it is in another region; set AWS_REGION to that of the bucket")
-    malformed = as_os_error(
-        OSError("status code: 400 Bad Request: <Code>AuthorizationHeaderMalformed</Code>"), "s3://b"
-    )
-    assert malformed.strerror == "s3://b: it is in another region; set AWS_REGION to that of the bucket"
-
-
-def test_credentials_that_are_refused(s3, photos, model, capsys):
-    for method in ("GET", "HEAD", "PUT"):
-        s3.server.fail("", "status 403", method=method)
-    status, line = first_error(capsys, photos, OUT, model)
-    assert status == 75
-    assert "s3://photos: 403 Forbidden; check the bucket's name, AWS_ACCESS_KEY_ID, " in line
-
-
-def test_keys_that_read_like_errors(s3):
-    for key in ("NoSuchBucket", "latest/meta-data", "PermanentRedirect"):
-        assert not ObjectPath(f"s3://photos/{key}").exists()

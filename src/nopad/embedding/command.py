@@ -12,7 +12,7 @@ from contextlib import redirect_stdout
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING
 
-from nopad.command_options import FAILURE, INTERRUPTED, SUCCESS, UNFINISHED, resolve_device
+from nopad.command_options import FAILURE, INTERRUPTED, SUCCESS, UNFINISHED, WRONG_USE, resolve_device
 from nopad.counts import counted
 from nopad.embedding.inputs.reaching import UnreachableSourceError
 from nopad.embedding.progress import Display, clock, display
@@ -24,7 +24,7 @@ from nopad.local_paths import check_local
 from nopad.pipeline import process_server
 from nopad.preprocessing.limits import MAX_PATCHES
 from nopad.storage.addresses import check_address, is_address, local_path
-from nopad.storage.object_path import UnreachableStoreError
+from nopad.storage.errors import UnreachableStoreError, UnusableStoreError
 from nopad.storage.stores import check_writable
 from nopad.terminal import configure_transformers, json_text, print_error, print_summary, printable, shell_command
 
@@ -93,6 +93,9 @@ def run(options: argparse.Namespace) -> int:
                     stop=stop,
                     progress=shown.report,
                 )
+    except UnusableStoreError as error:
+        print_error(f"{error}; finished shards are kept; {go_on}")
+        return WRONG_USE
     except UnreachableSourceError as error:
         print_error(f"{error}; {go_on}")
         return UNFINISHED

@@ -18,7 +18,8 @@ from nopad.embedding.table.names import METADATA_FOLDER
 from nopad.embedding.table.paths import TablePath, read_json, table_path, write_whole
 from nopad.preprocessing.files import why
 from nopad.storage.addresses import scheme_of
-from nopad.storage.object_path import ObjectPath, UnreachableStoreError
+from nopad.storage.errors import UnreachableStoreError
+from nopad.storage.object_path import ObjectPath
 
 UPDATES = "updates"
 """The folder, in `.nopad`, of the jobs that have added to a table."""

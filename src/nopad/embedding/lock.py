@@ -22,7 +22,7 @@ from nopad.atomic import atomic_write
 from nopad.embedding.table.errors import folder_error
 from nopad.embedding.table.names import METADATA_FOLDER
 from nopad.embedding.table.paths import TablePath, read_json
-from nopad.storage.object_path import UnreachableStoreError
+from nopad.storage.errors import UnreachableStoreError
 
 
 class LockedError(OSError):

@@ -21,7 +21,7 @@ from nopad.environment import dtype_name
 from nopad.pipeline.worker import Worker
 from nopad.preprocessing.rules import Preprocessing
 from nopad.preprocessing.size import Size
-from nopad.storage.object_path import UnreachableStoreError
+from nopad.storage.errors import UnreachableStoreError
 
 _FOLLOWS = {
     "weights": {"dtype"},

@@ -11,7 +11,9 @@ import numpy as np
 from nopad.embedding.inputs.listing import Input
 from nopad.embedding.table.format import MAX_TOKEN_BYTES, Row
 from nopad.pipeline.pack_runner import EmbeddingResult
-from nopad.preprocessing.decode import UnreachableError
+from nopad.preprocessing.decode import RefusedError, UnreachableError
+from nopad.storage.addresses import WEB, scheme_of
+from nopad.storage.errors import UnusableStoreError
 
 
 def table_rows(
@@ -30,7 +32,15 @@ def table_rows(
 
 
 def check_reached(inputs: Sequence[Input], results: Sequence[EmbeddingResult]) -> None:
-    """Raise `UnreachableError` for the first input that could not be reached: its row would say nothing about it."""
+    """Check that all inputs could be reached; a row of one that could not would say nothing about it.
+
+    Raises:
+        UnreachableError: one could not.
+        UnusableStoreError: access to all was refused.
+    """
+    if results and scheme_of(inputs[0].path) not in WEB and all(isinstance(r.error, RefusedError) for r in results):
+        assert results[0].error is not None
+        raise UnusableStoreError(f"{inputs[0].id} of {inputs[0].source}: {results[0].error.reason}")
     for item, result in zip(inputs, results, strict=True):
         if isinstance(result.error, UnreachableError):
             raise UnreachableError(f"{item.id} of {item.source}", result.error.reason)

@@ -17,6 +17,7 @@ from torch import Tensor
 from nopad.preprocessing.file_structure import MAX_SCANS, START_OF_SCAN, count_scans, is_cut_short, without_metadata
 from nopad.preprocessing.formats import open_image
 from nopad.preprocessing.limits import MAX_PIXELS
+from nopad.storage.errors import unusable_store
 
 try:  # libjpeg-turbo, twice as fast as Pillow's way from a JPEG to an array, the same bits
     import simplejpeg
@@ -63,6 +64,16 @@ class ImageError(ValueError):
 
 class UnreachableError(ImageError):
     """An image of which nothing is known: its disk, mount or server failed, also when it was tried again."""
+
+
+class RefusedError(UnreachableError):
+    """An image of which nothing is known: its store refuses access, see `UnusableStoreError`."""
+
+
+def unreachable_error(source: str, reason: str, cause: BaseException) -> UnreachableError:
+    """The error of an image that could not be reached for a cause."""
+    kind = UnreachableError if unusable_store(cause) is None else RefusedError
+    return kind(source, f"unreachable: {reason}")
 
 
 def load_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Tensor:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from nopad.storage.errors import unusable_store
+
 Result = TypeVar("Result")
 
 # By name, since no system has all of them.
@@ -79,7 +81,7 @@ class Retries:
         """What `read` returns.
 
         Args:
-            may_try: whether an error may be gone the next time.
+            may_try: whether an error may be gone the next time; that of a store that cannot be used never is.
             timeout: seconds after which it is not tried again; once it always is.
 
         Raises:
@@ -91,6 +93,8 @@ class Retries:
             try:
                 return read()
             except Exception as error:
+                if unusable_store(error) is not None:
+                    raise
                 if is_late or not may_try(error):
                     self._has_given_up = bool(may_try(error))
                     raise

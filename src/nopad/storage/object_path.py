@@ -12,6 +12,7 @@ from functools import partial
 from typing import BinaryIO, TypeVar
 
 from nopad.storage.addresses import Address
+from nopad.storage.errors import UnreachableStoreError, UnusableStoreError
 from nopad.storage.remote_file import Blocks, RemoteFile
 from nopad.storage.store import Stored, Version
 from nopad.storage.stores import ObjectStore, store_of
@@ -24,10 +25,6 @@ REQUEST_SECONDS = 120.0
 _NUM_AHEAD = 3  # blocks that are fetched ahead where reading goes on
 
 Result = TypeVar("Result")
-
-
-class UnreachableStoreError(ConnectionError):
-    """The store of a table cannot be reached now; the same command may work later."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class ObjectPath:
     Raises:
         FileNotFoundError: no such object.
         UnreachableStoreError: by all methods that make a request, after `WAITS`.
-        ValueError: no account or other settings that are wrong.
+        UnusableStoreError: by the same, at once.
         ImportError: no obstore.
     """
 
@@ -182,14 +179,19 @@ def with_retries(call: Callable[[], Result], name: str) -> Result:
 
     Raises:
         UnreachableStoreError: nor could it be at last; the message has `name`.
+        UnusableStoreError: raised by `call`.
     """
     for wait in WAITS:
         try:
             return call()
+        except UnusableStoreError:
+            raise
         except (ConnectionError, TimeoutError):
             time.sleep(wait)
     try:
         return call()
+    except UnusableStoreError:
+        raise
     except (ConnectionError, TimeoutError) as error:
         reason = f"{name}: cannot be reached now: {error.strerror or error}"
         raise UnreachableStoreError(errno.ECONNABORTED, reason) from error

@@ -31,7 +31,8 @@ class Store(Protocol):
     Raises:
         FileNotFoundError: no such object.
         PermissionError: a server on the web refuses it.
-        ConnectionError: it cannot be reached; credentials are missing or refused; no such bucket.
+        ConnectionError: it cannot be reached.
+        UnusableStoreError: credentials are missing or refused, no such bucket, no such host.
         OSError: it answers in another way that is none.
     """
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
 from importlib import import_module
@@ -11,7 +13,14 @@ from typing import Any, BinaryIO
 
 from nopad.extras import install
 from nopad.storage.addresses import CLOUDS, HUB, WEB, Address, check_address, scheme_of
-from nopad.storage.errors import SETTINGS, as_os_error, first_line, status_of
+from nopad.storage.errors import (
+    SETTINGS,
+    UnusableStoreError,
+    as_os_error,
+    check_endpoint,
+    first_line,
+    status_of,
+)
 from nopad.storage.store import Store, Stored, Version
 
 MAX_RETRIES = 5
@@ -27,7 +36,7 @@ def store_of(address: Address, timeout: float | None = None) -> Store:
         timeout: seconds for one request, `None` for no limit.
 
     Raises:
-        ValueError: its settings are wrong.
+        UnusableStoreError: its settings are wrong.
         ImportError: a package is missing.
     """
     return _store(address.base, timeout)
@@ -50,7 +59,7 @@ class ObjectStore:
         timeout: see `store_of`.
 
     Raises:
-        ValueError: obstore's, for example no account.
+        UnusableStoreError: its settings are wrong, for example no account.
         ImportError: no obstore.
     """
 
@@ -64,6 +73,8 @@ class ObjectStore:
         self._errors: tuple[type[Exception], ...] = errors
         self._base = base
         self._is_web = scheme_of(base) in WEB
+        self._has_answered = False
+        check_endpoint(base, os.environ)
         seconds = timedelta(seconds=min(timeout or _FOR_EVER, _FOR_EVER))
         options: dict[str, Any] = {
             "client_options": {"timeout": seconds, "allow_http": True},
@@ -72,61 +83,74 @@ class ObjectStore:
         try:
             self._store: Any = from_url(base, **options)
         except self._errors as error:
-            raise ValueError(f"{base}: cannot be used: {first_line(error)}; {SETTINGS[scheme_of(base)]}") from error
+            advice = SETTINGS[scheme_of(base)]
+            raise UnusableStoreError(f"{base}: cannot be used: {first_line(error)}; {advice}") from error
+
+    @contextmanager
+    def _request(self, *, writing: bool = False) -> Iterator[None]:
+        """Raise what obstore raises within the block as errors of the system's files."""
+        try:
+            yield
+        except BaseException as error:
+            is_panic = type(error).__name__ == "PanicException"  # of the client, over settings that it does not check
+            if not (is_panic or isinstance(error, (*self._errors, OSError))):
+                raise
+            if is_panic:
+                reason = f"{self._base}: its client fails: {first_line(error)}; {SETTINGS[scheme_of(self._base)]}"
+                raise UnusableStoreError(reason) from error
+            self._has_answered |= status_of(error) > 0
+            raise as_os_error(error, self._base, writing=writing, has_answered=self._has_answered) from error
+        self._has_answered = True
 
     def stat(self, key: str) -> Stored:
         """See `Store`."""
-        try:
+        with self._request():
             if not self._is_web:
                 return _stored(self._api.head(self._store, key))
             # Addresses may be signed for GET alone.
             return _stored(self._api.get(self._store, key, options={"range": (0, 1)}).meta)
-        except (*self._errors, OSError) as error:
-            raise as_os_error(error, self._base) from error
 
     def read(self, key: str, start: int, stop: int) -> bytes:
         """See `Store`."""
         if start >= stop:
             return b""
         try:
-            return bytes(self._api.get_range(self._store, key, start=start, end=stop))
-        except (*self._errors, OSError) as error:
-            if status_of(error) == 416:  # behind the end
+            with self._request():
+                return bytes(self._api.get_range(self._store, key, start=start, end=stop))
+        except OSError as error:
+            if error.__cause__ is not None and status_of(error.__cause__) == 416:  # behind the end
                 return b""
-            raise as_os_error(error, self._base) from error
+            raise
 
     def read_all(self, key: str, max_bytes: int) -> bytes | int:
         """See `Store`."""
-        try:
+        with self._request():
             result = self._api.get(self._store, key)
             size = int(result.meta["size"])
             return size if size > max_bytes else bytes(result.bytes())
-        except (*self._errors, OSError) as error:
-            raise as_os_error(error, self._base) from error
 
     def list(self, prefix: str) -> Iterator[Stored]:
         """See `Store`."""
-        try:
-            for chunk in self._api.list(self._store, prefix or None, chunk_size=1000):
-                yield from map(_stored, chunk)
-        except (*self._errors, OSError) as error:
-            raise as_os_error(error, self._base) from error
+        chunks: Any = None
+        while True:
+            with self._request():
+                chunks = chunks or iter(self._api.list(self._store, prefix or None, chunk_size=1000))
+                chunk = next(chunks, None)
+            if chunk is None:
+                return
+            yield from map(_stored, chunk)
 
     def list_folder(self, prefix: str) -> tuple[list[str], list[Stored]]:
         """What is in a prefix but not below another one in it: prefixes, without slashes at their ends, and objects."""
-        try:
+        with self._request():
             listed = self._api.list_with_delimiter(self._store, prefix or None)
-        except (*self._errors, OSError) as error:
-            raise as_os_error(error, self._base) from error
         return [each.rstrip("/") for each in listed["common_prefixes"]], [_stored(meta) for meta in listed["objects"]]
 
     def get(self, key: str) -> tuple[bytes, Version]:
         """All bytes, and which version of the object they are."""
-        try:
+        with self._request():
             result = self._api.get(self._store, key)
             return bytes(result.bytes()), _version(result.meta)
-        except (*self._errors, OSError) as error:
-            raise as_os_error(error, self._base) from error
 
     def read_version(self, key: str, start: int, stop: int, version: Version) -> bytes:
         """The bytes of a range of one version.
@@ -137,10 +161,8 @@ class ObjectStore:
         options: dict[str, Any] = {"range": (start, stop)}
         if version.e_tag is not None:
             options["if_match"] = version.e_tag
-        try:
+        with self._request():
             return bytes(self._api.get(self._store, key, options=options).bytes())
-        except (*self._errors, OSError) as error:
-            raise as_os_error(error, self._base) from error
 
     def put(self, key: str, data: bytes | BinaryIO, mode: Version | str) -> Version:
         """Write an object as a whole.
@@ -157,22 +179,20 @@ class ObjectStore:
             names = {"e_tag": mode.e_tag, "version": mode.number}
             how = {name: value for name, value in names.items() if value is not None} or "overwrite"
         try:
-            result = self._api.put(
-                self._store, key, data, mode=how, use_multipart=None if mode == "overwrite" else False
-            )
-            return _version(result)
-        except (*self._errors, OSError) as error:
-            if type(error).__name__ in ("AlreadyExistsError", "PreconditionError"):
+            with self._request(writing=True):
+                result = self._api.put(
+                    self._store, key, data, mode=how, use_multipart=None if mode == "overwrite" else False
+                )
+                return _version(result)
+        except OSError as error:
+            if type(error.__cause__).__name__ in ("AlreadyExistsError", "PreconditionError"):
                 raise FileExistsError(errno.EEXIST, "Object exists, or is another version") from error
-            raise as_os_error(error, self._base, writing=True) from error
+            raise
 
     def delete(self, key: str) -> None:
         """Remove an object, if there is one."""
-        try:
+        with suppress(FileNotFoundError), self._request(writing=True):
             self._api.delete(self._store, key)
-        except (*self._errors, OSError) as error:
-            if not isinstance(reason := as_os_error(error, self._base, writing=True), FileNotFoundError):
-                raise reason from error
 
 
 def _stored(meta: Any) -> Stored:

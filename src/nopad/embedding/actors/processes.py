@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from nopad.embedding.actors.engine import Beat, Died, Event, Finished, Loaded, NodeError, Place, Placed, Raised, Task
-from nopad.storage.object_path import UnreachableStoreError
+from nopad.storage.errors import UnreachableStoreError, UnusableStoreError
 from nopad.terminal import configure_transformers
 
 BEAT_SECONDS = 1.0
@@ -187,6 +187,8 @@ def main(descriptor: int) -> None:
 
 def _portable(error: Exception) -> Exception:
     """An error that can be pickled, of the nearest class of Python's own or of the engine's."""
+    if isinstance(error, UnusableStoreError):
+        return UnusableStoreError(str(error))
     if isinstance(error, UnreachableStoreError):
         return UnreachableStoreError(error.errno, error.strerror)
     for kind in (NodeError, ImportError, OSError, ValueError):

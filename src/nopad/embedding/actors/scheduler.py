@@ -14,6 +14,7 @@ from nopad.embedding.actors.actor_pool import Actor, ActorPool
 from nopad.embedding.actors.engine import Event
 from nopad.embedding.actors.nodes import NodeRecord, worse_node
 from nopad.embedding.actors.work import Work
+from nopad.storage.errors import UnusableStoreError
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +180,8 @@ class Scheduler:
                 self._retries.append(again)
 
     def _raised(self, actor: Actor, error: Exception) -> None:
-        if actor.work is None or isinstance(error, events.NodeError):
+        # A store may be refused for the credentials in the environment of one node.
+        if actor.work is None or isinstance(error, (events.NodeError, UnusableStoreError)):
             self._exclude_or_raise(actor, error)
         else:
             raise error

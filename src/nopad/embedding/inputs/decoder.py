@@ -21,7 +21,7 @@ from nopad.embedding.inputs.table_requests import Table
 from nopad.pipeline.memory import Remote, Unread
 from nopad.pipeline.process_server import ProcessServerError
 from nopad.pipeline.request_process import UnreachableFileError, UnreadableError
-from nopad.preprocessing.decode import ImageError, UnreachableError
+from nopad.preprocessing.decode import ImageError, unreachable_error
 from nopad.preprocessing.files import FileRange, why
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 from nopad.storage.addresses import is_address, is_below, join, local_path, scheme_of
@@ -132,7 +132,7 @@ class Reader:
                 lambda error: isinstance(error, UnreachableFileError),
             )
         except UnreachableFileError as error:
-            raise UnreachableError(item.id, f"unreachable: {error}") from error
+            raise unreachable_error(item.id, str(error), error) from error
         except UnreadableError as error:
             raise ImageError(item.id, f"row {item.offset} cannot be read, damaged? ({error})") from error
         if isinstance(value, int):

@@ -21,13 +21,13 @@ from nopad.embedding.inputs import extras as extra_columns
 from nopad.embedding.inputs.archives import members_of
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.media import read_range
-from nopad.embedding.inputs.reaching import UnreachableSourceError, retry
+from nopad.embedding.inputs.reaching import retry, unreachable_source
 from nopad.embedding.inputs.spans import time_of
 from nopad.embedding.inputs.table_process import TableProcess
 from nopad.embedding.inputs.table_requests import Table
 from nopad.pipeline.channel import valid_text
 from nopad.pipeline.request_process import UnreachableFileError, UnreadableError
-from nopad.preprocessing.decode import ImageError, UnreachableError
+from nopad.preprocessing.decode import ImageError, UnreachableError, unreachable_error
 from nopad.preprocessing.files import FileRange, why
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 
@@ -164,7 +164,7 @@ class Kept:
                     lambda error: isinstance(error, UnreachableFileError),
                 )
             except UnreachableFileError as error:
-                raise UnreachableError(f"{items[0].id} of {items[0].source}", f"unreachable: {error}") from error
+                raise unreachable_error(f"{items[0].id} of {items[0].source}", str(error), error) from error
             except UnreadableError as error:
                 if tables.is_interrupted:
                     raise
@@ -175,7 +175,7 @@ class Kept:
             try:
                 samples = _samples(items[0].path)
             except OSError as error:
-                raise UnreachableError(f"{items[0].id} of {items[0].source}", f"unreachable: {why(error)}") from error
+                raise unreachable_error(f"{items[0].id} of {items[0].source}", why(error), error) from error
             yield from (self._of_sample(item, samples.get(_key(item.id), {})) for item in items)
         else:
             yield from ((None,) * len(self.names) for _ in items)
@@ -217,7 +217,7 @@ def _schemas(inputs: InputList, requested: Sequence[str] | None, timeout: float 
             try:
                 yield pa.schema([field for field in tables.schema(table) if field.name != image])
             except UnreachableFileError as error:
-                raise UnreachableSourceError(f"{item.source}: cannot be reached now: {error}") from error
+                raise unreachable_source(item.source, f"cannot be reached now: {error}", error) from error
             except UnreadableError as error:
                 raise ValueError(f"keep: {item.source}: its columns cannot be read: {error}") from error
 

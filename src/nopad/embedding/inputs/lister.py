@@ -17,7 +17,7 @@ from nopad.embedding.inputs.durations import DurationProcess
 from nopad.embedding.inputs.listing import Input, root_of
 from nopad.embedding.inputs.media import Video, check_reachable
 from nopad.embedding.inputs.names import COMPRESSED_TARS, HIDDEN, as_text, check_source, is_list, suffix_of
-from nopad.embedding.inputs.reaching import UnreachableSourceError, location_of, retry
+from nopad.embedding.inputs.reaching import location_of, retry, unreachable_source
 from nopad.embedding.inputs.remote import below, is_object
 from nopad.embedding.inputs.saved_datasets import is_dataset
 from nopad.embedding.inputs.spans import Spans
@@ -158,7 +158,7 @@ class Lister:
                 check_reachable(Video.of(path, root=root_of(item)))
                 yield from spans.of(item, self.processes.durations)
         except UnreachableError as error:
-            raise UnreachableSourceError(printable(f"{item.id} of {self.source}: {error.reason}")) from error
+            raise unreachable_source(f"{item.id} of {self.source}", error.reason, error) from error
         except ImageError as error:
             yield replace(item, kind="broken", note=f"cannot be listed: {error.reason}")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from nopad.embedding.inputs.extras import THUMBNAIL
 from nopad.embedding.inputs.reaching import retry
 from nopad.pipeline.memory import Unread
-from nopad.preprocessing.decode import ImageError, UnreachableError, load_image, measure_image
+from nopad.preprocessing.decode import ImageError, load_image, measure_image, unreachable_error
 from nopad.preprocessing.exif import read_exif
 from nopad.preprocessing.files import FileRange, open_regular, why
 from nopad.preprocessing.jpegs import CheckedJpeg, check_jpeg, scaled_jpeg
@@ -252,5 +252,5 @@ def _reached(read: Callable[[], _Read], place: FileRange, timeout: float | None 
         return retry(read, why_unreachable, timeout)
     except (OSError, ValueError) as error:
         if reason := why_unreachable(error):
-            raise UnreachableError("file", f"unreachable: {reason}") from error
+            raise unreachable_error("file", reason, error) from error
         raise ImageError("file", f"cannot be read: {why(error)}") from error

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from nopad.preprocessing.files import why
 from nopad.preprocessing.reachable import Retries, is_unreachable
 from nopad.storage.addresses import scheme_of
+from nopad.storage.errors import unusable_store
 from nopad.terminal import printable
 
 retry = Retries()
@@ -21,7 +22,7 @@ class UnreachableSourceError(OSError):
 
 @contextmanager
 def source_errors(source: str) -> Iterator[None]:
-    """Raise `UnreachableSourceError` for errors that say that a source could not be reached."""
+    """Raise errors that say that a source could not be reached as `unreachable_source` has them."""
     try:
         yield
     except UnreachableSourceError:
@@ -29,7 +30,16 @@ def source_errors(source: str) -> Iterator[None]:
     except OSError as error:
         if not is_unreachable(error):
             raise
-        raise UnreachableSourceError(printable(f"{source}: cannot be reached now: {why(error)}")) from error
+        raise unreachable_source(source, f"cannot be reached now: {why(error)}", error) from error
+
+
+def unreachable_source(source: str, reason: str, cause: BaseException) -> OSError:
+    """The error of a source that could not be reached for a cause.
+
+    Returns:
+        The cause's `UnusableStoreError`, where trying again is of no use; else an `UnreachableSourceError`.
+    """
+    return unusable_store(cause) or UnreachableSourceError(printable(f"{source}: {reason}"))
 
 
 def location_of(name: str) -> bytes:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input, InputList, root_of
 from nopad.embedding.inputs.names import is_list
-from nopad.embedding.inputs.reaching import UnreachableSourceError, retry
+from nopad.embedding.inputs.reaching import retry, unreachable_source
 from nopad.embedding.table.paths import TablePath, open_whole, write_whole
 from nopad.preprocessing.decode import ImageError, UnreachableError
 from nopad.preprocessing.files import FileRange, open_source, size_of, why
@@ -22,7 +22,7 @@ from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 from nopad.preprocessing.reachable import is_unreachable
 from nopad.storage import objects
 from nopad.storage.addresses import Address, scheme_of
-from nopad.storage.object_path import UnreachableStoreError
+from nopad.storage.errors import UnreachableStoreError
 from nopad.storage.stores import can_list, store_of
 
 _SCHEMA = pa.schema({"size": pa.int64(), "mtime_ns": pa.int64(), "sha256": pa.string()})
@@ -76,7 +76,7 @@ def _stat(item: Input, stats: _RemoteStats) -> tuple[int, int]:
         status = retry(lambda: os.stat(item.path))
     except (OSError, ValueError) as error:
         if is_unreachable(error):
-            raise UnreachableSourceError(f"{item.id} of {item.source}: unreachable: {why(error)}") from error
+            raise unreachable_source(f"{item.id} of {item.source}", f"unreachable: {why(error)}", error) from error
         return -1, -1
     return status.st_size, status.st_mtime_ns
 
@@ -110,7 +110,7 @@ class _RemoteStats:
         except FileNotFoundError:
             return -1, -1
         except OSError as error:
-            raise UnreachableSourceError(f"{item.source}: cannot be reached now: {why(error)}") from error
+            raise unreachable_source(item.source, f"cannot be reached now: {why(error)}", error) from error
 
 
 def _sha256(item: Input, reader: Reader) -> str:
@@ -122,10 +122,10 @@ def _sha256(item: Input, reader: Reader) -> str:
             return _sha256_of(media)
         return hashlib.sha256(media if isinstance(media, bytes) else media.encode()).hexdigest()
     except UnreachableError as error:
-        raise UnreachableSourceError(f"{item.id} of {item.source}: {error.reason}") from error
+        raise unreachable_source(f"{item.id} of {item.source}", error.reason, error) from error
     except (ImageError, OSError, ValueError) as error:
         if is_unreachable(error):
-            raise UnreachableSourceError(f"{item.id} of {item.source}: unreachable: {why(error)}") from error
+            raise unreachable_source(f"{item.id} of {item.source}", f"unreachable: {why(error)}", error) from error
         return ""
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from nopad.embedding.inputs.listing import Input
 from nopad.embedding.inputs.names import as_text
-from nopad.embedding.inputs.reaching import UnreachableSourceError, retry
+from nopad.embedding.inputs.reaching import retry, unreachable_source
 from nopad.embedding.inputs.table_program import TableProgram
 from nopad.embedding.inputs.table_requests import Cells, Listing, Schema, Table, Values
 from nopad.embedding.inputs.tables import MAX_ROWS, Broken, NoImageColumnError, Rows
@@ -31,7 +31,6 @@ from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS, MAX_BYTES
 from nopad.preprocessing.reachable import is_unreachable
 from nopad.storage import objects
 from nopad.storage.addresses import scheme_of
-from nopad.terminal import printable
 
 Scalars = list[pa.Scalar | None]
 Result = TypeVar("Result")
@@ -66,7 +65,7 @@ class TableProcess(RequestProcess):
             max_rows = max(MAX_ROWS, table.size())
             parts = self.request(Listing(table, source, column, id_column), lambda: self._parts(max_rows))
         except UnreachableFileError as error:
-            raise UnreachableSourceError(printable(f"{source}: cannot be reached now: {error}")) from error
+            raise unreachable_source(source, f"cannot be reached now: {error}", error) from error
         except UnreadableError as error:
             parts = [Broken(as_text(os.path.basename(table.path)), f"cannot be listed: {error}")]
         if isinstance(parts, ValueError):
