@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -68,19 +69,11 @@ class Maker:
             skipped: rows of a shard that become failed rows without being read, and their reasons.
         """
 
-        def inputs_of(shard: int) -> list[Input]:
-            return [_skip(item, (skipped or {}).get(row)) for row, item in enumerate(self.job.of(shard))]
-
-        self._work(shards, inputs_of, self.job.of, self._keep)
+        self._work(shards, lambda shard: range(self.job.size(shard)), skipped or {}, self._keep)
 
     def retry(self, shards: Sequence[int], skipped: Mapping[int, str] | None = None) -> None:
         """Try the failed rows of finished shards again, each shard replaced as a whole."""
-
-        def failed(shard: int, skipped: Mapping[int, str]) -> list[Input]:
-            inputs = self.job.of(shard)
-            return [_skip(inputs[row], skipped.get(row)) for row in self.job.failed(shard)]
-
-        self._work(shards, lambda shard: failed(shard, skipped or {}), lambda shard: failed(shard, {}), self._replace)
+        self._work(shards, self.job.failed, skipped or {}, self._replace)
 
     def probe(self, shard: int, rows: Sequence[int]) -> None:
         """Embed some rows of a shard and keep nothing."""
@@ -103,22 +96,25 @@ class Maker:
     def _work(
         self,
         shards: Sequence[int],
-        read: Callable[[int], list[Input]],
-        named: Callable[[int], list[Input]],
+        rows_of: Callable[[int], Sequence[int]],
+        skipped: Mapping[int, str],
         keep: Callable[[int, list[Row]], None],
     ) -> None:
-        """Embed the inputs of shards and keep their rows.
-
-        Args:
-            read: the inputs of a shard as they are read.
-            named: the same as they are listed, for their names and columns.
-        """
+        """Embed rows of shards and keep them."""
         if not shards or self.stop.is_set():
             return
+        read_ahead: deque[list[Input]] = deque()  # as they are listed, for their names and columns
+
+        def groups() -> Iterator[list[Input]]:
+            for shard in shards:
+                inputs, rows = self.job.of(shard), rows_of(shard)
+                read_ahead.append([inputs[row] for row in rows])
+                yield [_skip(inputs[row], skipped.get(row)) for row in rows]
+
         with (
             closing(TableProcess(self.job.settings.input_timeout)) as tables,
             ThreadPoolExecutor(1, thread_name_prefix="nopad-write") as writer,
-            self._embedded(read(shard) for shard in shards) as results,
+            self._embedded(groups()) as results,
             ExitStack() as ends,
         ):
             ends.callback(tables.interrupt)
@@ -126,7 +122,7 @@ class Maker:
             for shard, embedded in zip(shards, results, strict=False):
                 if writing is not None:
                     writing.result()
-                writing = writer.submit(self._try_to_put, shard, named(shard), embedded, keep, tables)
+                writing = writer.submit(self._try_to_put, shard, read_ahead.popleft(), embedded, keep, tables)
             if writing is not None:
                 writing.result()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ def table_rows(
     """
     dtype = np.dtype(embedding_dtype)
     every = zip(inputs, results, kept, strict=True)
-    return [replace(_row(item, result, dtype), kept=values) for item, result, values in every]
+    return [_row(item, result, dtype, values) for item, result, values in every]
 
 
 def check_reached(inputs: Sequence[Input], results: Sequence[EmbeddingResult]) -> None:
@@ -46,21 +45,28 @@ def check_reached(inputs: Sequence[Input], results: Sequence[EmbeddingResult]) -
             raise UnreachableError(f"{item.id} of {item.source}", result.error.reason)
 
 
-def _row(item: Input, result: EmbeddingResult, dtype: np.dtype) -> Row:
-    if result.error is not None or result.embedding is None:
-        return Row(item.id, item.source, "failed", result.error.reason if result.error is not None else "no features")
-    if (largest := np.abs(result.embedding).max()) > np.finfo(dtype).max:
-        reason = f"its embedding goes up to {largest:g}, which {dtype} cannot hold; store it as float32"
-        return Row(item.id, item.source, "failed", reason)
-    if result.tokens is not None and result.tokens.nbytes > MAX_TOKEN_BYTES:
-        reason = f"its tokens are {result.tokens.nbytes} bytes, a table takes {MAX_TOKEN_BYTES}; set max_patches"
-        return Row(item.id, item.source, "failed", reason)
+def _row(item: Input, result: EmbeddingResult, dtype: np.dtype, kept: tuple[Any, ...]) -> Row:
+    if (reason := _why_failed(result, dtype)) is not None:
+        return Row(item.id, item.source, "failed", reason, kept=kept)
+    assert result.embedding is not None
     return Row(
         id=item.id,
         source=item.source,
         width=result.width,
         height=result.height,
         grid=result.grid,
-        embedding=result.embedding.astype(dtype),
+        embedding=result.embedding.astype(dtype, copy=False),
         tokens=result.tokens,
+        kept=kept,
     )
+
+
+def _why_failed(result: EmbeddingResult, dtype: np.dtype) -> str | None:
+    if result.error is not None or result.embedding is None:
+        return "no features" if result.error is None else result.error.reason
+    narrows = dtype.itemsize < result.embedding.itemsize
+    if narrows and (largest := np.abs(result.embedding).max()) > np.finfo(dtype).max:
+        return f"its embedding goes up to {largest:g}, which {dtype} cannot hold; store it as float32"
+    if result.tokens is not None and result.tokens.nbytes > MAX_TOKEN_BYTES:
+        return f"its tokens are {result.tokens.nbytes} bytes, a table takes {MAX_TOKEN_BYTES}; set max_patches"
+    return None

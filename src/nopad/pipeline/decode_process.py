@@ -20,7 +20,7 @@ from nopad.pipeline.forked import (
 )
 from nopad.pipeline.image_processor import ImageProcessor
 from nopad.preprocessing.decode import ImageError, UnreachableError
-from nopad.preprocessing.jpegs import CheckedJpeg, upright, upright_size
+from nopad.preprocessing.jpegs import CheckedJpeg, load_decoders, upright, upright_size
 from nopad.preprocessing.limits import MAX_BYTES
 
 LARGE_FILE_BYTES = 1 << 26
@@ -101,7 +101,8 @@ class DecodeProgram:
     scale_jpegs: bool = False
 
     def prepare(self) -> None:
-        """Import what the image processor needs."""
+        """Load what decoding and the image processor need, which each process would do at its first file."""
+        load_decoders()
         self.image_processor(self.image_processor.blank_image)
 
     def serve(self, connection: Connection) -> None:

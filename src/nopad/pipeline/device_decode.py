@@ -59,7 +59,10 @@ def _engines(device: torch.device) -> _Engines:
 
 
 class _Engines:
-    """The JPEG engines of a GPU, by one decoder: where two are at work, each image waits for what the GPU computes."""
+    """The JPEG engines of a GPU, by one decoder: where two are at work, each image waits for what the GPU computes.
+
+    A second thread reads the headers of its files and describes what is to be resized while they decode for the first.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -71,21 +74,19 @@ class _Engines:
 
     def decode(self, files: Sequence[np.ndarray]) -> Sequence[Tensor | None]:
         """Pixels `(H, W, 3)` on the device, for kernels of the current stream; `None` where the engines refuse."""
-        with self._lock:
+        images = _empty([self._decoder.size(file) for file in files], self._device)
+        supported = [(file, image) for file, image in zip(files, images, strict=True) if image is not None]
+        stream = torch.cuda.current_stream(self._device)
+        with self._lock, torch.cuda.device(self._device):
             self._done.synchronize()  # the decoder has one set of buffers
             self._in_use = files
-            sizes = [self._decoder.size(file) for file in files]
-            images = _empty(sizes, self._device)
-            supported = [(file, image) for file, image in zip(files, images, strict=True) if image is not None]
-            stream = torch.cuda.current_stream(self._device)
             try:
-                with torch.cuda.device(self._device):
-                    self._decoder.decode(
-                        [file for file, _ in supported],
-                        [image.data_ptr() for _, image in supported],
-                        [image.stride(0) for _, image in supported],
-                        stream.cuda_stream,
-                    )
+                self._decoder.decode(
+                    [file for file, _ in supported],
+                    [image.data_ptr() for _, image in supported],
+                    [image.stride(0) for _, image in supported],
+                    stream.cuda_stream,
+                )
             except nvjpeg.NvjpegError as error:
                 logger.warning("a GPU's engines decode nothing of %d JPEGs, the CPU does: %s", len(files), error)
                 images = [None] * len(files)

@@ -7,6 +7,7 @@ it decodes at 0.9 of its speed while an encoder runs; nvImageCodec, which is mad
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from ctypes import byref, c_int, c_size_t, c_uint, c_void_p
 from glob import glob
@@ -43,7 +44,7 @@ class _Image(ctypes.Structure):
 
 
 class Nvjpeg:
-    """One decoder; each thread needs its own.
+    """One decoder, for one call of `decode` at a time; `size` may be called from several threads, beside it.
 
     Its device is the one that is current where it is made.
 
@@ -53,16 +54,16 @@ class Nvjpeg:
 
     def __init__(self) -> None:
         self._library, self._quick = _load()
-        self._handle, self._state, self._stream = c_void_p(), c_void_p(), c_void_p()
+        self._handle, self._state = c_void_p(), c_void_p()
+        self._headers = threading.local()
         flags = c_uint(_NO_PIPELINE | _FANCY_UPSAMPLING)
         self._call("nvjpegCreateEx", _ENGINES, None, None, flags, byref(self._handle))
         self._call("nvjpegJpegStateCreate", self._handle, byref(self._state))
-        self._call("nvjpegJpegStreamCreate", self._handle, byref(self._stream))
         self._batch_size = 0
 
     def size(self, file: np.ndarray) -> tuple[int, int] | None:
         """Height and width of a file, by its header; `None` for one that the engines do not decode."""
-        stream, supported = self._stream, c_int(-1)
+        stream, supported = self._header_of_thread(), c_int(-1)
         quick = self._quick  # the interpreter's lock is not given up for calls of microseconds
         if quick.nvjpegJpegStreamParseHeader(self._handle, c_void_p(file.ctypes.data), c_size_t(file.size), stream):
             return None
@@ -72,6 +73,14 @@ class Nvjpeg:
         if quick.nvjpegJpegStreamGetFrameDimensions(stream, byref(width), byref(height)):
             return None
         return height.value, width.value
+
+    def _header_of_thread(self) -> c_void_p:
+        """Where the headers of files are parsed, of each thread its own."""
+        if not hasattr(self._headers, "stream"):
+            stream = c_void_p()
+            self._call("nvjpegJpegStreamCreate", self._handle, byref(stream))
+            self._headers.stream = stream
+        return self._headers.stream
 
     def decode(
         self, files: Sequence[np.ndarray], addresses: Sequence[int], pitches: Sequence[int], stream: int

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -88,7 +87,7 @@ class PackRunner(Generic[Key]):
         self.selection = selection
         self.max_running = MAX_RUNNING if encoder.device.type == "cuda" else 0
         self.running: deque[Callable[[], dict[Key, EmbeddingResult]]] = deque()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="nopad-upload") if self.max_running else None
+        self._pool = ThreadPoolExecutor(MAX_RUNNING, thread_name_prefix="nopad-upload") if self.max_running else None
         self._uploading: deque[tuple[Sequence[tuple[Key, PreparedImage]], Future[Callable[[], Tensor]]]] = deque()
 
     def submit(self, pack: Sequence[tuple[Key, PreparedImage]], *, is_last: bool = False) -> dict[Key, EmbeddingResult]:
@@ -174,9 +173,7 @@ class PackRunner(Generic[Key]):
             take_patches: gives its patches, where they were uploaded already.
         """
         if take_patches is None:
-            images = [image for _, image in pack]  # in the thread of all uploads, which share the decoder's buffers
-            upload = partial(self.uploader, images)
-            take_patches = upload() if self._pool is None else self._pool.submit(upload).result()
+            take_patches = self.uploader([image for _, image in pack])
         with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
             return self._encode(pack, take_patches)
 

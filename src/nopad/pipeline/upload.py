@@ -33,7 +33,7 @@ class Uploader:
         self.decoder = decoder
 
     def __call__(self, images: Sequence[PreparedImage]) -> Callable[[], Tensor]:
-        """Start the copy of a pack, from any one thread; what is returned gives the patches `(T, P)`.
+        """Start the copy of a pack, from any thread; what is returned gives the patches `(T, P)`.
 
         They are for kernels of the stream that is current where it is called.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from nopad.preprocessing.decode import DAMAGE, UPRIGHT, as_tensor, orientation
+from nopad.preprocessing.decode import DAMAGE, UPRIGHT, as_tensor, load_image, orientation
 from nopad.preprocessing.file_structure import MAX_SCANS, START_OF_SCAN
 from nopad.preprocessing.formats import open_image
 
@@ -42,6 +43,16 @@ class CheckedJpeg:
     height: int
     orientation: int
     small: np.ndarray | None
+
+
+def load_decoders() -> None:
+    """Load Pillow's plugins and libjpeg-turbo, a tenth of a second, by decoding a small JPEG."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "JPEG")
+    load_image(file.getvalue())
+    check_jpeg(file.getvalue(), max_pixels=MAX_DEVICE_PIXELS)
 
 
 def check_jpeg(data: bytes, *, max_pixels: int, min_side: int | None = None) -> CheckedJpeg | None:
