@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 import nopad
 from nopad.atomic import atomic_write
-from nopad.bench.candidates import Baseline
+from nopad.bench.baselines import Baseline
 from nopad.embedding.api import embed
 from nopad.encoder import PackedEncoder
 from nopad.environment import dtype_name

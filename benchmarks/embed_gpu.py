@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import nopad
 from nopad.atomic import atomic_write
-from nopad.bench.candidates import Baseline
+from nopad.bench.baselines import Baseline
 from nopad.embedding.api import embed
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.sources import list_inputs

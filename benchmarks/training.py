@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 import nopad
-from nopad.bench.candidates import Baseline, Images
+from nopad.bench.baselines import Baseline
+from nopad.bench.candidates import Images
 from nopad.bench.runner import block_parameters
 from nopad.bench.timing import PEAK_GEMMS, Skipped, flops, gemms, interleave, timer
 from nopad.bench.workloads import Workload, mixed

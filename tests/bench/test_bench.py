@@ -20,7 +20,7 @@ from siglip2_checkpoints import KINDS, folder_of
 
 from nopad import cli
 from nopad.align.references.aimv2 import AIMv2Reference
-from nopad.bench import bench, command, runner, timing
+from nopad.bench import bench, command, runner, timing, timm_naflex
 from nopad.bench import run as bench_run
 from nopad.bench.defaults import defaults_on
 from nopad.bench.page import bench_page
@@ -251,6 +251,23 @@ def test_siglip_baselines_agree_one_by_one_and_in_batches(tmp_path, kind):
         report = bench(folder, workload=workload, compile=False, **{**OPTIONS, "capacities": (4096,)})
         padded = ["reference, padded batches"] if "naflex" in kind else []
         assert [row.name for row in report.rows if row.agrees] == ["nopad, eager", *BASELINES, *padded]
+
+
+def test_timm_takes_padded_batches_too(tmp_path):
+    pytest.importorskip("timm", reason="timm needs torchvision, which this torch may lack", exc_type=ImportError)
+    naflex = next(kind for kind in KINDS if "naflex" in kind)
+    report = bench(folder_of(tmp_path / naflex, KINDS[naflex]()), **OPTIONS)
+    assert by_name(report)["timm NaFlexViT, padded batches", None].agrees
+
+
+def test_timm_that_does_not_work_is_skipped_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)  # importing it fails
+    monkeypatch.setattr(timm_naflex, "is_there", lambda: True)
+    naflex = next(kind for kind in KINDS if "naflex" in kind)
+    row = by_name(bench(folder_of(tmp_path / naflex, KINDS[naflex]()), **OPTIONS))[
+        "timm NaFlexViT, padded batches", None
+    ]
+    assert row.skipped.startswith("timm does not work here: ")
 
 
 def test_prefix_tokens_are_counted_and_cut_off(tmp_path, torch_compiles):

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from nopad.bench.candidates import Baseline, Images, candidates
+from nopad.bench.baselines import Baseline, candidates
+from nopad.bench.candidates import Images
 from nopad.bench.defaults import Defaults, defaults_on
 from nopad.bench.report import BenchReport, MeasuredPeak, Row, WorkloadStats
 from nopad.bench.runner import block_parameters, run_candidates

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from nopad.bench.candidates import Baseline, Candidate, Images, expected_features, one_by_one, packed
+from nopad.bench.baselines import Baseline, one_by_one
+from nopad.bench.candidates import Candidate, Images, expected_features, packed
 from nopad.bench.load_time import measure_load_time
 from nopad.bench.report import Row
 from nopad.bench.runner import as_job, checked, empty_row, warm_up

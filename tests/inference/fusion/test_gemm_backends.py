@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_encoders import FAMILIES, GRIDS, WIDE, patches_of, relative, tiny
+from torch import nn
 
 import nopad
 from nopad.inference.compile import MAX_GRAPH_CAPACITY
@@ -209,9 +210,11 @@ def test_fused_encoders_are_as_close_to_float32_as_eager_ones(tmp_path, monkeypa
     encoder = encoder.to(BF16)
     encoder.set_attention("auto")
     eager_error = relative(encoder(patches.to(BF16), grids), reference_fp32)
+    # Without a final norm the mean of rows, which folded LayerNorms drop, would be missing.
+    by_quack = quack and (encoder.norm is not None or isinstance(encoder.layers[0].norm1, nn.RMSNorm))
     for capacity in (2048, MAX_GRAPH_CAPACITY + 128):  # with a graph and without
         encoder.compile(capacity)
-        assert encoder.execution == ("fused by quack" if quack and encoder.norm is not None else "fused by torch")
+        assert encoder.execution == ("fused by quack" if by_quack else "fused by torch")
         assert relative(encoder(patches.to(BF16), grids), reference_fp32) <= 1.1 * eager_error
     encoder.compile(2048)
     encoder(patches.to(BF16), grids)
