@@ -3,9 +3,14 @@
 import os
 import signal
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from nopad.embedding.actors.actor import ShardMaker
+from nopad.embedding.actors.node_samples import unreadable
+from nopad.embedding.inputs.listing import Input
+from nopad.embedding.settings import Settings
 from nopad.pipeline.worker import Worker
 
 
@@ -38,3 +43,10 @@ def _watched(maker):
         yield
     finally:
         Worker.run = real
+
+
+def unreadable_where_unmounted(settings: Settings, items: Sequence[Input]) -> dict[str, int]:
+    """As `unreadable`, on a node whose environment names a folder that is not mounted there."""
+    unmounted = os.environ.get("UNMOUNTED")
+    away = [replace(item, path=item.path + b".none") if unmounted else item for item in items]
+    return unreadable(settings, away)

@@ -8,10 +8,14 @@ from jobs import embed
 from pictures import write_photos
 
 from nopad.cli import main
-from nopad.embedding import plan as planning
-from nopad.embedding.plan import Plan, plan, sample_places
+from nopad.embedding import sampling
+from nopad.embedding.actors.node_samples import NodeSample
+from nopad.embedding.plan import Plan, plan
 from nopad.embedding.plan_command import describe, size
+from nopad.embedding.sampling import sample_places
 from nopad.embedding.settings import Settings
+from nopad.embedding.summary import Summary
+from nopad.pipeline.stats import Stats
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +60,34 @@ def test_sample_places():
     assert len(sample_places(100, 99)) <= 99
 
 
-def test_rate_leaves_out_the_beginning():
-    """Ten seconds until the pipeline is full, then ten images a second."""
-    times = [(10.0, 0), (12.5, 25), (20.0, 100)]
-    assert planning._rate(times, 20.0, 100) == pytest.approx(10)
-    assert planning._rate(times[2:], 20.0, 100) == pytest.approx(5)
+def summary_of(seconds: float, **stats: float) -> Summary:
+    counts = {"rows": 100, "failed": 0, "missing": 0, "to_go": 0, "done": 100, "write_seconds": 0.0, "device": "CPU"}
+    more = {"encoders": 1, "decode_processes": 2, "left_out": {}, "changes": [], "shards_with_failures": []}
+    return Summary(folder="f", seconds=seconds, stats=Stats(images=100, **stats), **counts, **more)
+
+
+def test_rate_is_that_of_the_stage_that_works_longest():
+    """Four seconds until the processes run, then all is decoded in six by two of them, the last while one drains."""
+    times = [(5.0, 10), (7.0, 20), (10.0, 100)]
+    assert sampling.rate(summary_of(10.0, decode_seconds=12.0, device_seconds=2.0), times) == pytest.approx(100 / 6)
+    assert sampling.rate(summary_of(10.0, decode_seconds=12.0, device_seconds=8.0), times) == pytest.approx(100 / 8)
+
+
+def test_rate_of_a_pipeline_that_waits_for_reads():
+    times = [(2.0, 20), (10.0, 100)]
+    assert sampling.rate(summary_of(10.0, decode_seconds=1.0, device_seconds=2.0), times) == pytest.approx(80 / 8)
+    assert sampling.rate(summary_of(10.0, decode_seconds=1.0), [(10.0, 100)]) == pytest.approx(100 / 10)
+
+
+def test_a_sample_of_no_number_takes_as_many_as_give_a_speed(photos, model, monkeypatch):
+    monkeypatch.setattr(sampling, "SAMPLE", 8)
+    monkeypatch.setattr(sampling, "MIN_SECONDS", 1e9)
+    planned = plan([str(photos)], Settings(model=model))
+    assert planned.sample == 41
+    assert sum(planned.failures.values()) < 41
+    assert planned.patches * (41 - sum(planned.failures.values())) * 64 * 2 == planned.token_bytes
+    monkeypatch.setattr(sampling, "MIN_SECONDS", 0.0)
+    assert plan([str(photos)], Settings(model=model)).sample == 8
 
 
 def test_command(photos, model, capsys, tmp_path):
@@ -91,6 +118,7 @@ PLAN = Plan(
     encoder_per_second=1500.0,
     decode_core_seconds=0.01,
     cores=8,
+    gpus=0,
     cores_per_encoder=15.0,
     limit="limited by decoding",
     patches=256.0,
@@ -116,4 +144,16 @@ def test_warnings_and_the_text():
     assert "  20 × cannot be read" in text
     assert "time: 116 days with one encoder" in text
     assert replace(PLAN, stores_tokens=True).table_bytes == 15 * 10**12 + 26 * 10**14
+    nodes = (
+        NodeSample(node="1", host="a", cores=16, gpus=1, unreadable={}),
+        NodeSample(node="2", host="b", cores=16, gpus=2, unreadable={"no such folder": 9}),
+        NodeSample(node="3", host="c", cores=0, gpus=0, unreadable={}, problem="it is gone"),
+    )
+    planned = replace(PLAN, nodes=nodes)
+    assert planned.warnings[-3:] == [
+        "decoding needs 15 cores for each encoder, b has 16 for 2 GPUs",
+        "b cannot read 9 of the sample of 512: no such folder",
+        "c has not read the sample: it is gone",
+    ]
+    assert "a: 16 cores, 1 GPU; reads the whole sample\nb: 16 cores, 2 GPUs; cannot read 9 of the" in describe(planned)
     assert [size(number) for number in (5, 4600, 10**18)] == ["5 B", "4.6 kB", "1,000.0 PB"]

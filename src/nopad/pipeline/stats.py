@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass
@@ -35,3 +35,7 @@ class Stats:
     def fill(self) -> float:
         """Share of the packs' capacity that was used, 0 … 1."""
         return self.tokens / self.capacity if self.capacity else 0.0
+
+    def since(self, before: Stats) -> Stats:
+        """What was added to an earlier state."""
+        return Stats(**{name: value - getattr(before, name) for name, value in asdict(self).items()})

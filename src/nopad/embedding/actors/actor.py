@@ -118,8 +118,7 @@ class ShardMaker:
                 if not job.path(task.shard).exists():
                     raise
                 return _existing(job.path(task.shard))  # another part was faster, and has tidied up behind it
-        done = {name: value - getattr(before.stats, name) for name, value in asdict(self._counts.stats).items()}
-        stats, seconds = Stats(**done), self._counts.write_seconds - before.write_seconds
+        stats, seconds = self._counts.stats.since(before.stats), self._counts.write_seconds - before.write_seconds
         if (unmade := self._counts.unmade.pop(task.shard, None)) is not None:
             return {**_result(0, 0, seconds, stats), "unmade": unmade}
         return _result(self._counts.done - before.done, stats.failed, seconds, stats)
