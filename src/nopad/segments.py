@@ -24,11 +24,13 @@ class Segments:
         lengths: tokens in each segment, S ints.
         cu_seqlens: `(S + 1,)` int32 offsets on the device of the tokens.
         max_seqlen: tokens in the longest segment, 0 for an empty pack, or any upper bound.
+        windows: parts of these segments over the same tokens, for layers that attend within windows; else `None`.
     """
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
     max_seqlen: int
+    windows: Windows | None = None
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str) -> Segments:
@@ -87,14 +89,53 @@ class Segments:
             return self
         copies = self.__dict__.setdefault("_copies", {})
         if device not in copies:
-            copies[device] = Segments(self.lengths, self.cu_seqlens.to(device), self.max_seqlen)
+            windows = None if self.windows is None else self.windows.to(device)
+            copies[device] = dataclasses.replace(self, cu_seqlens=self.cu_seqlens.to(device), windows=windows)
         return copies[device]
+
+    def first(self) -> Segments:
+        """The first segment alone."""
+        first = Segments.of(self.lengths[:1], self.cu_seqlens.device)
+        if self.windows is None:
+            return first
+        number = list(accumulate(self.windows.lengths)).index(self.lengths[0]) + 1
+        return dataclasses.replace(first, windows=self.windows.with_lengths(self.windows.lengths[:number]))
 
     def index(self) -> Tensor:
         """Index of each token's segment, `(T,)` int64 on the device; no host read."""
         lengths = self.cu_seqlens.diff().long()
         indices = torch.arange(len(self), device=lengths.device)
         return indices.repeat_interleave(lengths, output_size=self.num_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows(Segments):
+    """Windows of a pack's segments.
+
+    Attributes:
+        max_seqlen: tokens in a whole window; those at the edges of an image have fewer.
+        stride: a segment has one window, and for each `stride` further tokens at most one more.
+    """
+
+    stride: int = 1
+
+    def with_lengths(self, lengths: Sequence[int]) -> Windows:
+        """Other windows of the same size."""
+        segments = Segments.of(lengths, self.cu_seqlens.device)
+        return Windows(segments.lengths, segments.cu_seqlens, self.max_seqlen, stride=self.stride)
+
+    def padded_to(self, num_tokens: int, num_segments: int | None) -> Windows:
+        """Append windows of padding, up to `num_tokens` tokens.
+
+        Args:
+            num_tokens: tokens in all.
+            num_segments: maximum number of segments of a pack, all of which get the same number of windows; `None` for
+                as few as possible.
+        """
+        num_windows = len(self) + (num_tokens - self.num_tokens) // self.max_seqlen + 1
+        if num_segments is not None:
+            num_windows = num_segments + num_tokens // self.stride + 1
+        return self.with_lengths(self.padded(num_tokens, num_windows).lengths)
 
 
 class TracedSegments:
@@ -104,10 +145,12 @@ class TracedSegments:
         cu_seqlens: `(S + 1,)` int32 offsets.
         num_tokens, num_segments: T and S.
         max_seqlen: T, an upper bound.
+        windows: as `Segments` has them.
     """
 
-    def __init__(self, cu_seqlens: Tensor, num_tokens: int) -> None:
+    def __init__(self, cu_seqlens: Tensor, num_tokens: int, windows: TracedSegments | None = None) -> None:
         self.cu_seqlens = cu_seqlens
+        self.windows = windows
         self.num_segments = cu_seqlens.shape[0] - 1
         self.num_tokens = self.max_seqlen = num_tokens
 

@@ -12,7 +12,7 @@ from nopad.inference.cuda_graphs import CUDAGraphLayers
 from nopad.inference.layer_stack import LayerStack
 from nopad.layers.attention import Rope
 from nopad.layers.rope import apply_rotary
-from nopad.segments import Segments
+from nopad.segments import Segments, Windows
 
 
 class Recorder(LayerStack):
@@ -21,6 +21,8 @@ class Recorder(LayerStack):
     def __call__(self, tokens, segments, rope):
         starts = segments.cu_seqlens[: len(tokens)].float()[:, None]
         output = tokens * 2 + starts + rope.cos[:, 0] - rope.sin[:, 0] + segments.max_seqlen
+        if segments.windows is not None:
+            output = output + 10 * segments.windows.cu_seqlens[:-1].float()[:, None] + segments.windows.max_seqlen
         self.recorded = tokens, segments, rope, output
         tokens.fill_(7.0)  # as layers that add in place do
         return output
@@ -66,10 +68,13 @@ def layers(monkeypatch):
     return layers
 
 
-def draw(lengths, max_seqlen):
+def draw(lengths, max_seqlen, windows=None):
     offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
     rope = Rope(apply_rotary, torch.randn(4, 1, 4), torch.randn(4, 1, 4))
-    return torch.randn(4, 4), Segments(tuple(lengths), offsets, max_seqlen), rope
+    if windows is not None:
+        of_windows = Segments.of(windows, "cpu")
+        windows = Windows(of_windows.lengths, of_windows.cu_seqlens, 2, stride=1)
+    return torch.randn(4, 4), Segments(tuple(lengths), offsets, max_seqlen, windows), rope
 
 
 def expected_of(tokens, segments, rope):
@@ -87,6 +92,19 @@ def test_every_pack_is_computed_from_its_own_values(layers):
     # One stream of their own: torch's is on the GPU of the first capture, and graphs of one stream share memory.
     assert len(layers.made) == 1
     assert layers.streams == layers.made * 2
+
+
+def test_windows_of_every_pack_are_its_own(layers):
+    graphs = CUDAGraphLayers(layers)
+    for lengths, max_seqlen, windows in (
+        ([1, 1, 1, 1], 4, [1, 1, 1, 1]),
+        ([2, 2, 0, 0], 4, [2, 0, 1, 1]),
+        ([2, 2, 0, 0], 2, [1, 1, 2, 0]),
+        ([3, 1, 0, 0], 4, [2, 1, 1, 0]),
+    ):
+        inputs = draw(lengths, max_seqlen, windows)
+        torch.testing.assert_close(graphs(*inputs), expected_of(*inputs))
+    assert sorted(graphs.graphs) == [2, 4]  # windows add none
 
 
 def test_tokens_in_the_static_input_are_not_copied(layers):

@@ -27,6 +27,7 @@ from nopad.layers.attention import Rope
 from nopad.layers.linear import stack_weights
 from nopad.layers.pooling import segment_mean
 from nopad.layers.position_table import example_positions
+from nopad.layers.prefix import PrefixLayout
 from nopad.layers.roles import RoleAliases
 from nopad.layout import Layout
 from nopad.outputs import PackedOutput, Trunk
@@ -139,6 +140,16 @@ class PackedEncoder(RoleAliases, Execution, Sizes, ImageRules, Stored):
     def example_rope(self, rows: int) -> Rope | None:
         """Rotary embedding as `trunk` makes it for `rows` rows; `None` where the model has none."""
         return None
+
+    def example_segments(self, length: int) -> Segments:
+        """One segment of so many rows, as `trunk` makes it."""
+        return Segments.of([length], self.device)
+
+    def patch_rows(self, layout: Layout) -> Tensor | None:
+        """Row of each patch in the layers, `(T,)`; `None` where rows are the patches in their order."""
+        if not self.num_prefix_tokens:
+            return None
+        return PrefixLayout.of(layout, self.num_prefix_tokens).patches
 
     def example_positions(self) -> Tensor | None:
         """Learned positions of one image, for `compile` to warm up with; `None` where there are none."""

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from nopad.inference.runner import Runner
 from nopad.layers.merger import in_blocks
 from nopad.layers.pooling import segment_mean
-from nopad.layers.prefix import PrefixLayout
 from nopad.layout import Layout
 from nopad.outputs import PackedOutput, Trunk
 
@@ -41,16 +40,21 @@ def packed_output(
         pooled = segment_mean(pooled, layout.frames_per_image)
     projected = runner.project(encoder, pooled)
     projected = None if projected is None else projected.to(layout.device)
-    if states and encoder.num_prefix_tokens:
-        prefix_layout = PrefixLayout.of(layout, encoder.num_prefix_tokens)
-        states = [prefix_layout.take_patches(state) for state in states]
+    if states:
+        states = take_patches(encoder, states, layout)
     hidden_states = None if states is None else tuple(states)
     merged = None if encoder.merger is None else merge(encoder, encoder.merger, trunk.tokens, layout, runner)
     features = None
     if deepstack is not None:
-        pairs = zip(encoder.deepstack_mergers, deepstack, strict=True)
+        pairs = zip(encoder.deepstack_mergers, take_patches(encoder, deepstack, layout), strict=True)
         features = tuple(merge(encoder, merger, rows, layout, runner) for merger, rows in pairs)
     return PackedOutput(trunk.tokens, pooled, projected, trunk.prefix_tokens, hidden_states, merged, features)
+
+
+def take_patches(encoder: PackedEncoder, states: list[Tensor], layout: Layout) -> list[Tensor]:
+    """All rows of the layers as tokens of the patches, `(T, D)` in their order on the layout's device each."""
+    rows = encoder.patch_rows(layout)
+    return states if rows is None else [state.to(rows.device).index_select(0, rows) for state in states]
 
 
 def merge(encoder: PackedEncoder, merger: nn.Module, tokens: Tensor, layout: Layout, runner: Runner) -> Tensor:

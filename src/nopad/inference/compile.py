@@ -201,8 +201,8 @@ def warm_up(encoder: PackedEncoder, layers: LayerStack, capacity: int, max_segme
     lengths = sorted({round_up_max_seqlen(1 << power, capacity) for power in range(capacity.bit_length() + 1)})
     foldable = isinstance(layers, fused.FusedLayers | blocked.BlockedLayers)
     if foldable and not ModuleGuard(encoder.layers).structure_changed():  # no user hooks
-        layers.check(tokens, pad_segments(Segments.of(lengths[:1], encoder.device), capacity, None), rope)
+        layers.check(tokens, pad_segments(encoder.example_segments(lengths[0]), capacity, None), rope)
     for length in lengths:
-        segments = pad_segments(Segments.of([length], encoder.device), capacity, max_segments)
+        segments = pad_segments(encoder.example_segments(length), capacity, max_segments)
         with layers.exclusive():
             layers(tokens, segments, rope)

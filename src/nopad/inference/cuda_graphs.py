@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,7 +15,10 @@ from nopad.segments import Segments
 
 
 class CUDAGraphLayers(LayerStack):
-    """Layers recorded as CUDA graphs, one for each `max_seqlen`; the graphs share their static inputs."""
+    """Layers recorded as CUDA graphs, one for each `max_seqlen`; the graphs share their static inputs.
+
+    Windows of all packs have one `max_seqlen`, and none changes the number of graphs.
+    """
 
     def __init__(self, layers: LayerStack) -> None:
         self.layers = layers
@@ -53,6 +57,8 @@ class CUDAGraphLayers(LayerStack):
     def __call__(self, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
         """`(capacity, D)` to `(capacity, D)`, which the next call overwrites."""
         inputs = [tokens, segments.cu_seqlens, *(() if rope is None else (rope.cos, rope.sin))]
+        if segments.windows is not None:
+            inputs.append(segments.windows.cu_seqlens)
         if not self.inputs:
             self.inputs = [tensor.clone() for tensor in inputs]
         for static, tensor in zip(self.inputs, inputs, strict=True):
@@ -73,7 +79,10 @@ class CUDAGraphLayers(LayerStack):
 
     def _record(self, segments: Segments, rope: Rope | None) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         tokens, cu_seqlens, *cos_sin = self.inputs
-        static_segments = Segments(segments.lengths, cu_seqlens, segments.max_seqlen)
+        windows = segments.windows
+        if windows is not None:
+            windows = dataclasses.replace(windows, cu_seqlens=cos_sin.pop())
+        static_segments = dataclasses.replace(segments, cu_seqlens=cu_seqlens, windows=windows)
         static_rope = None if rope is None else Rope(rope.apply, *cos_sin)
         if self.stream is None:
             self.stream = torch.cuda.Stream()

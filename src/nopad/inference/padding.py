@@ -75,14 +75,16 @@ def pad_segments(segments: Segments, capacity: int, max_segments: int | None) ->
     """Append padding segments up to `capacity` tokens, and round `max_seqlen` up.
 
     With `max_segments`, all packs of at most that many segments get the same number of segments; with `None`, as few as
-    possible.
+    possible. Windows are padded alike.
     """
     if max_segments is None:
         num_segments = len(segments) + (capacity - segments.num_tokens) // MAX_PADDING_SEQLEN + 1
     else:
         num_segments = max_segments + capacity // MAX_PADDING_SEQLEN + 1
     padded = segments.padded(capacity, num_segments)
-    return dataclasses.replace(padded, max_seqlen=round_up_max_seqlen(padded.max_seqlen, capacity))
+    windows = None if segments.windows is None else segments.windows.padded_to(capacity, max_segments)
+    max_seqlen = round_up_max_seqlen(padded.max_seqlen, capacity)
+    return dataclasses.replace(padded, max_seqlen=max_seqlen, windows=windows)
 
 
 def round_up_max_seqlen(max_seqlen: int, capacity: int) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,7 +79,7 @@ def _of_layers(
             query, key, _ = attention._project(hidden_states)
             if rope is not None:
                 query, key = rope(query), rope(key)
-            collected[index] = _maps(encoder, query, key, segments, layout, queries)
+            collected[index] = _maps(encoder, query, key, attention.segments_of(segments), layout, queries)
 
         return hook
 
@@ -94,33 +96,47 @@ def _maps(
     encoder: PackedEncoder, query: Tensor, key: Tensor, segments: Segments, layout: Layout, queries: Queries
 ) -> list[Tensor]:
     """The maps of all images in one layer, from `(rows, H, K)` queries and keys."""
-    number = encoder.num_prefix_tokens
+    if queries == "cls":
+        return _of_cls(encoder, query, key, segments, layout)
+    rows = encoder.patch_rows(layout)
+    rows = torch.arange(len(query)) if rows is None else rows.cpu()
+    ends = list(accumulate(segments.lengths))
+    maps = []
+    for image, grid in zip(rows.split([t * h * w for t, h, w in layout.grid]), layout.grid, strict=True):
+        of_patches = []
+        for patch in queries:
+            row = int(image[int(patch)])
+            number = bisect_right(ends, row)
+            start, end = ends[number] - segments.lengths[number], ends[number]
+            of_patches.append(_of_row(query[row, None], key[start:end], image - start))
+        maps.append(torch.stack(of_patches).unflatten(2, grid))
+    return maps
+
+
+def _of_cls(encoder: PackedEncoder, query: Tensor, key: Tensor, segments: Segments, layout: Layout) -> list[Tensor]:
+    """The maps of each frame's CLS token."""
     rows = list(segments.lengths)
     pairs = zip(query.split(rows), key.split(rows), strict=True)
     maps = []
     for grid, lengths in zip(layout.grid, _lengths_per_image(encoder, layout), strict=True):
         frames = [next(pairs) for _ in lengths]
-        if queries == "cls":
-            weights = [_weights(q[:1], k)[0, :, number:] for q, k in frames]
-            maps.append(torch.cat(weights, dim=1).unflatten(1, grid))
-        else:
-            of_patches = [_of_patch(int(patch), frames, lengths, number) for patch in queries]
-            maps.append(torch.stack(of_patches).unflatten(2, grid))
+        weights = [_weights(q[:1], k)[0, :, encoder.num_prefix_tokens :] for q, k in frames]
+        maps.append(torch.cat(weights, dim=1).unflatten(1, grid))
     return maps
 
 
-def _of_patch(
-    patch: int, frames: Sequence[tuple[Tensor, Tensor]], lengths: Sequence[int], num_prefix_tokens: int
-) -> Tensor:
-    """The map `(H, t · h · w)` of one patch: nothing in other frames than its own."""
-    parts = []
-    for (query, key), length in zip(frames, lengths, strict=True):
-        if 0 <= patch < length:
-            parts.append(_weights(query[num_prefix_tokens + patch, None], key)[0, :, num_prefix_tokens:])
-        else:
-            parts.append(query.new_zeros(query.shape[1], length, dtype=torch.float32))
-        patch -= length
-    return torch.cat(parts, dim=1)
+def _of_row(query: Tensor, key: Tensor, patches: Tensor) -> Tensor:
+    """The map `(H, t · h · w)` of one query `(1, H, K)` over the keys of its segment: nothing outside of it.
+
+    Args:
+        query, key: of the row, and of its segment.
+        patches: `(t · h · w,)` row of each patch of the image in that segment, or beyond it.
+    """
+    inside = ((patches >= 0) & (patches < len(key))).nonzero().flatten()
+    weights = _weights(query, key)[0]
+    output = weights.new_zeros(weights.shape[0], len(patches))
+    output[:, inside.to(weights.device)] = weights[:, patches[inside].to(weights.device)]
+    return output
 
 
 def _lengths_per_image(encoder: PackedEncoder, layout: Layout) -> list[tuple[int, ...]]:

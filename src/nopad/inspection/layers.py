@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nopad.arguments import read_arguments
-from nopad.inference.collect import packed_output
+from nopad.inference.collect import packed_output, take_patches
 from nopad.inference.runner import EagerRunner
 from nopad.layers.attention import Rope
 from nopad.layers.prefix import PrefixLayout
@@ -152,10 +152,10 @@ def check_layers(encoder: PackedEncoder, layers: Any) -> tuple[int, ...]:
 
 def split_rows(encoder: PackedEncoder, rows: Tensor, layout: Layout) -> Trunk:
     """All rows of a pack as patch tokens and prefix tokens."""
+    (tokens,) = take_patches(encoder, [rows], layout)
     if not encoder.num_prefix_tokens:
-        return Trunk(rows)
-    prefix_layout = PrefixLayout.of(layout, encoder.num_prefix_tokens)
-    return Trunk(prefix_layout.take_patches(rows), prefix_layout.take_prefix(rows))
+        return Trunk(tokens)
+    return Trunk(tokens, PrefixLayout.of(layout, encoder.num_prefix_tokens).take_prefix(rows))
 
 
 def on_device(patches: Tensor) -> Any:

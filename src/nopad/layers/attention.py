@@ -58,6 +58,7 @@ class PackedAttention(StackedLinears):
         proj_bias: whether the output projection has a bias.
         dropout_p: dropout probability of the attention weights in training.
         one_qkv: whether queries, keys and values are one linear layer of the original, with one `qkv_bias`.
+        windowed: whether tokens attend to their window alone, and not to their whole segment.
         names: see `RoleAliases`; the roles are `q`, `k`, `v` and `proj`, with `one_qkv` `qkv` and `proj`.
 
     Attributes:
@@ -83,6 +84,7 @@ class PackedAttention(StackedLinears):
         proj_bias: bool,
         dropout_p: float,
         one_qkv: bool = False,
+        windowed: bool = False,
         names: Mapping[str, str],
     ):
         super().__init__()
@@ -92,6 +94,7 @@ class PackedAttention(StackedLinears):
         self.num_heads = num_heads
         self.head_dim = hidden_size // num_heads
         self.dropout_p = dropout_p
+        self.windowed = windowed
         self.backend = "auto"
         biases = (qkv_bias,) * 3 if isinstance(qkv_bias, bool) else qkv_bias
         if one_qkv:
@@ -112,9 +115,20 @@ class PackedAttention(StackedLinears):
         query, key, value = self._project(hidden_states)
         if rope is not None:
             query, key = rope(query), rope(key)
+        return self.proj(self.attend(query, key, value, segments).flatten(1))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Tensor:
+        """Queries, keys and values `(T, H, K)` to `(T, H, K)`, within the segments of a pack or their windows."""
         dropout_p = self.dropout_p if self.training else 0.0
-        attn_output = varlen_attention(query, key, value, segments, dropout_p=dropout_p, backend=self.backend)
-        return self.proj(attn_output.flatten(1))
+        segments = self.segments_of(segments)
+        return varlen_attention(query, key, value, segments, dropout_p=dropout_p, backend=self.backend)
+
+    def segments_of(self, segments: Segments) -> Segments:
+        """What attends to itself in this layer: the segments of a pack, or their windows."""
+        if not self.windowed:
+            return segments
+        assert segments.windows is not None
+        return segments.windows
 
     def _project(self, hidden_states: Tensor) -> Sequence[Tensor]:
         """Queries, keys and values, `(T, H, K)` each."""

@@ -26,7 +26,6 @@ from nopad.inference.fusion.folding import FoldedBlock, GemmWeight, can_fold, qk
 from nopad.inference.fusion.layers import check_equal
 from nopad.inference.guards import ModuleGuard
 from nopad.inference.layer_stack import LayerStack
-from nopad.kernels.attention import varlen_attention
 from nopad.kernels.sdpa import without_autocast
 from nopad.layers.attention import Rope
 from nopad.layers.block import Block
@@ -91,7 +90,7 @@ class BlockedLayers(LayerStack):
             return self._run(tokens, segments, rope)
 
     def _run(self, tokens: Tensor, segments: Segments, rope: Rope | None) -> Tensor:
-        order = order_by_length(segments.lengths)
+        order = None if segments.windows is not None else order_by_length(segments.lengths)
         if order is not None:  # equal lengths side by side are one call of attention without a copy
             lengths, rows = order
             tokens, segments = tokens[rows], Segments.of(lengths, tokens.device)
@@ -105,7 +104,7 @@ class BlockedLayers(LayerStack):
         following = (*self.packed[1:], None)
         for layer, packed, after in zip(self.layers, self.packed, following, strict=True):
             query, key, value = qkv.unbind(1)
-            attended = varlen_attention(query, key, value, segments, backend=layer.attention.backend).flatten(1)
+            attended = layer.attention.attend(query, key, value, segments).flatten(1)
             for number, rows in enumerate(attended.split(self.block_rows)):
                 blocks[number] = packed.after_attention(rows, blocks[number])
                 if after is not None:

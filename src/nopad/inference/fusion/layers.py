@@ -20,7 +20,6 @@ from nopad.inference.fusion.folding import FoldedBlock, can_fold
 from nopad.inference.fusion.gemm import GemmBackend, InterleavedRope, subtract_mean
 from nopad.inference.guards import ModuleGuard
 from nopad.inference.layer_stack import LayerStack
-from nopad.kernels.attention import varlen_attention
 from nopad.kernels.availability import triton_works
 from nopad.layers.attention import Rope
 from nopad.layers.block import Block
@@ -122,7 +121,7 @@ class FusedLayers(LayerStack):
         state = gemm.start(tokens, self.blocks[0])
         for layer, block in zip(self.layers, self.blocks, strict=True):
             query, key, value = gemm.qkv(state, block, prepared_rope)
-            attn_output = varlen_attention(query, key, value, segments, backend=layer.attention.backend)
+            attn_output = layer.attention.attend(query, key, value, segments)
             state = gemm.residual_gemm(attn_output.flatten(1), block.proj, state, block)
             state = gemm.residual_gemm(gemm.up(state, block), block.down, state, block)
         return gemm.finish(state)
@@ -186,7 +185,7 @@ def check_equal(
     """
     rows = segments.lengths[0]
     first_rope = None if rope is None else Rope(rope.apply, rope.cos[:rows], rope.sin[:rows])
-    expected, first_segment = tokens[:rows], Segments.of([rows], tokens.device)
+    expected, first_segment = tokens[:rows], segments.first()
     for layer in layers:
         expected = layer(expected, first_segment, first_rope)
     output = stack(tokens.clone(), segments, rope)[:rows].float()
