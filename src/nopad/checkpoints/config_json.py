@@ -11,6 +11,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.configuration_utils import GenerationConfig
 
 from nopad.checkpoints.formats import Checkpoint
+from nopad.counts import is_number
 
 logger = logging.getLogger(__name__)
 
@@ -71,3 +72,19 @@ def read_fields(
 @lru_cache
 def _log_unread(name: str, fields: str) -> None:
     logger.warning("checkpoint %r: fields of config.json that are not read: %s", name, fields)
+
+
+def check_axial_rope(checkpoint: Checkpoint, parameters: Any) -> None:
+    """Check the `rope_parameters` of a config, `None` where it has none.
+
+    Raises:
+        ValueError: another kind of rotary embedding than over rows and columns, or a base that is no number above 0.
+    """
+    rope = {} if parameters is None else parameters
+    known = isinstance(rope, Mapping) and not rope.keys() - {"rope_type", "rope_theta"}
+    theta: Any = rope.get("rope_theta", 1.0) if known else None
+    if not known or rope.get("rope_type", "axial") != "axial" or not is_number(theta) or theta <= 0:
+        raise ValueError(
+            f"checkpoint {checkpoint.name!r}: rope_parameters: expected rope_type 'axial' and a rope_theta above 0, "
+            f"got {parameters!r:.80}"
+        )

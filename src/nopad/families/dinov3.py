@@ -22,7 +22,7 @@ from nopad.layers.mlp import MLP, GatedMLP
 from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.prefix import PrefixLayout
 from nopad.layers.roles import RoleAliases
-from nopad.layers.rope import apply_rotary, axial_angles, patch_centres, rope_periods, stored_periods
+from nopad.layers.rope import apply_rotary, axial_angles, check_two_axes, patch_centres, rope_periods, stored_periods
 from nopad.layout import Layout
 from nopad.outputs import Trunk
 from nopad.preprocessing.rules import Preprocessing
@@ -78,8 +78,7 @@ class DINOv3Rope(nn.Module):
     def __init__(self, config: DINOv3ViTPackingConfig):
         super().__init__()
         self.head_dim = config.hidden_size // config.num_attention_heads
-        if self.head_dim % 4:
-            raise ValueError(f"head size: expected a multiple of 4 for rope over two axes, got {self.head_dim}")
+        check_two_axes(self.head_dim)
         self.base = config.rope_theta
         self.periods = None if config.rope_periods is None else tuple(config.rope_periods)
         num_periods = self.head_dim // 4

@@ -21,7 +21,7 @@ from nopad.layers.mlp import MLP
 from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.position_table import LearnedPositions, table_positions
 from nopad.layers.positions import sincos_axis
-from nopad.layers.rope import apply_rotary, channel_frequencies
+from nopad.layers.rope import apply_rotary, channel_frequencies, check_two_axes
 from nopad.layout import Layout
 from nopad.outputs import Trunk
 from nopad.preprocessing.rules import Preprocessing
@@ -103,8 +103,7 @@ class MoonViTPacking(PackedEncoder):
     def build(self) -> None:
         """Embeddings, blocks and norm."""
         config = self.config
-        if self._head_dim % 4:
-            raise ValueError(f"head size: expected a multiple of 4 for rope over two axes, got {self._head_dim}")
+        check_two_axes(self._head_dim)
         self.embeddings = MoonViTEmbeddings(config)
         self.layers = nn.ModuleList(moonvit_block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=EPS)

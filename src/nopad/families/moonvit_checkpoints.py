@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.models.kimi_k25.configuration_kimi_k25 import Kimi_K25VisionConfig
 
-from nopad.checkpoints.config_json import read_fields
+from nopad.checkpoints.config_json import check_axial_rope, read_fields
 from nopad.checkpoints.dialects.moonvit import MOONSHOT_HEADS
 from nopad.checkpoints.formats import Checkpoint
 from nopad.counts import is_count
@@ -54,7 +54,7 @@ def read_config(checkpoint: Checkpoint) -> MoonViTPackingConfig:
     fields = read_fields(checkpoint, _NAMES.split(), aliases=_ALIASES, fixed=_FIXED, unused=_UNUSED)
     if not checkpoint.vision_config:
         fields = _infer_from_tensors(checkpoint)
-    _check_rope(checkpoint, fields.get("rope_parameters") or {})
+    check_axial_rope(checkpoint, fields.get("rope_parameters"))
     config = MoonViTPackingConfig(**checkpoint.with_sides(fields, "patch_size"))
     _check(checkpoint, config)
     return config
@@ -73,15 +73,6 @@ def _infer_from_tensors(checkpoint: Checkpoint) -> dict[str, Any]:
         "num_hidden_layers": checkpoint.count("layers."),
         "num_attention_heads": MOONSHOT_HEADS,
     }
-
-
-def _check_rope(checkpoint: Checkpoint, rope: dict[str, Any]) -> None:
-    """Raise `ValueError` on another kind of rotary embedding."""
-    if rope.get("rope_type", "axial") != "axial" or rope.keys() - {"rope_type", "rope_theta"}:
-        raise ValueError(
-            f"checkpoint {checkpoint.name!r}: rope_parameters: expected rope_type 'axial' and rope_theta, got "
-            f"{rope!r:.80}"
-        )
 
 
 def _check(checkpoint: Checkpoint, config: MoonViTPackingConfig) -> None:

@@ -18,7 +18,7 @@ from nopad.layers.attention import PackedAttention, Rope
 from nopad.layers.block import Block
 from nopad.layers.mlp import GatedMLP
 from nopad.layers.patch_embed import PatchEmbedding
-from nopad.layers.rope import apply_rotary, channel_frequencies
+from nopad.layers.rope import apply_rotary, channel_frequencies, check_two_axes
 from nopad.layout import Layout
 from nopad.outputs import Trunk
 from nopad.preprocessing.rules import Preprocessing
@@ -72,8 +72,7 @@ class PixtralPacking(PackedEncoder):
     def build(self) -> None:
         """Embeddings, the norm behind them, and blocks."""
         config = self.config
-        if self._head_dim % 4:
-            raise ValueError(f"head size: expected a multiple of 4 for rope over two axes, got {self._head_dim}")
+        check_two_axes(self._head_dim)
         size = config.hidden_size
         self.embeddings = PixtralEmbeddings(
             config.num_channels, size, config.patch_size, config.patch_order, bias=False

@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers.models.pixtral.configuration_pixtral import PixtralVisionConfig
 
-from nopad.checkpoints.config_json import read_fields
+from nopad.checkpoints.config_json import check_axial_rope, read_fields
 from nopad.checkpoints.dialects.pixtral import MISTRAL_HEADS
 from nopad.checkpoints.formats import Checkpoint
-from nopad.counts import is_count, is_number
+from nopad.counts import is_count
 
 ROPE_THETA = 10_000.0
 """Base of the rotary frequencies of every published model, for files without a config."""
@@ -81,19 +81,10 @@ def _rope_parameters(checkpoint: Checkpoint, parameters: Any, theta: Any) -> dic
     merged: Any = {"rope_theta": ROPE_THETA if theta is None else theta, "rope_type": "axial"}
     if parameters is not None:
         merged = {**merged, **parameters} if isinstance(parameters, dict) else parameters
-    if not _is_axial(merged):
-        raise ValueError(
-            f"checkpoint {checkpoint.name!r}: rope_parameters: expected rope_type 'axial' and a rope_theta above "
-            f"0, got {merged!r:.80}"
-        )
-    return {**merged, "rope_type": "axial"}
-
-
-def _is_axial(parameters: Any) -> bool:
-    if not isinstance(parameters, dict) or parameters.keys() != {"rope_type", "rope_theta"}:
-        return False
-    theta = parameters["rope_theta"]
-    return parameters["rope_type"] in ("axial", "default") and is_number(theta) and theta > 0
+    if isinstance(merged, dict) and merged["rope_type"] == "default":
+        merged["rope_type"] = "axial"
+    check_axial_rope(checkpoint, merged)
+    return merged
 
 
 def _check(checkpoint: Checkpoint, config: PixtralPackingConfig) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from nopad.checkpoints.formats import grid_side
-from nopad.encoder import PackedEncoder
 from nopad.families.qwen3_vl_checkpoints import (
     PUBLISHED,
     Qwen3_5PackingConfig,
@@ -18,36 +17,21 @@ from nopad.families.qwen3_vl_checkpoints import (
     Qwen3VLPackingConfig,
     read_config,
 )
+from nopad.families.qwen_vl import QwenVLEmbeddings, QwenVLEncoder
 from nopad.inference.runner import Runner
-from nopad.layers.attention import PackedAttention, Rope
+from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block
 from nopad.layers.merger import PatchMerger
 from nopad.layers.mlp import MLP
-from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.position_table import PositionTable
 from nopad.layers.positions import is_strict
-from nopad.layers.rope import angles_along_axes, apply_rotary
+from nopad.layers.rope import check_two_axes
 from nopad.layout import Layout
 from nopad.outputs import Trunk
 from nopad.preprocessing.rules import Preprocessing
 
 MIN_PIXELS, MAX_PIXELS = 65_536, 16_777_216
 """Pixels of an image, in the published preprocessor configs."""
-
-
-class Qwen3VLEmbeddings(nn.Module):
-    """Patches of two frames to tokens: a three-dimensional convolution as one linear map."""
-
-    def __init__(self, config: Qwen3VLConfigs):
-        super().__init__()
-        size: Any = config.patch_size
-        frames: Any = config.temporal_patch_size
-        order = config.patch_order
-        self.proj = PatchEmbedding(config.in_channels, config.hidden_size, size, order, temporal_patch_size=frames)
-
-    def forward(self, patches: Tensor, runner: Runner) -> Tensor:
-        """`(T, P)` to `(T, D)`."""
-        return runner.embed(self.proj, patches)
 
 
 def qwen3_vl_block(config: Qwen3VLConfigs) -> Block:
@@ -62,7 +46,7 @@ def qwen3_vl_block(config: Qwen3VLConfigs) -> Block:
     return Block(norm(), attention, norm(), mlp, names={"attention": "attn"})
 
 
-class Qwen3VLPacking(PackedEncoder):
+class Qwen3VLPacking(QwenVLEncoder):
     """Qwen3-VL's and Qwen3.5's vision encoder over packs; a clip's frames, two by two, are separate segments.
 
     A patch is of two frames; in an image of the same one twice. Rows and columns are even, since 2 × 2 tokens are
@@ -77,13 +61,7 @@ class Qwen3VLPacking(PackedEncoder):
     family = "qwen3_vl"
     published = PUBLISHED
     read_config = staticmethod(read_config)
-    config_without_head = "has its merger in the original, too"
-    names: Mapping[str, str] = {
-        "embeddings": "patch_embed",
-        "position_embedding": "pos_embed",
-        "layers": "blocks",
-    }
-    norm = None
+    names: Mapping[str, str] = {**QwenVLEncoder.names, "position_embedding": "pos_embed"}
 
     def build(self) -> None:
         """Embeddings, positions, blocks and mergers."""
@@ -91,10 +69,9 @@ class Qwen3VLPacking(PackedEncoder):
         size, merge_size = config.hidden_size, config.spatial_merge_size
         if is_strict(config.positions):
             raise ValueError("positions: these checkpoints resample theirs for every image, got 'strict'")
-        if self._head_dim % 4:
-            raise ValueError(f"head size: expected a multiple of 4 for rope over two axes, got {self._head_dim}")
+        check_two_axes(self._head_dim)
         side = grid_side(config.num_position_embeddings, "num_position_embeddings")
-        self.embeddings = Qwen3VLEmbeddings(config)
+        self.embeddings = QwenVLEmbeddings(config, size, bias=True)
         options = {"mode": "bilinear", "antialias": False, "align_corners": True, "native": True}
         self.position_embedding = PositionTable((side, side), size, **options)
         self.layers = nn.ModuleList(qwen3_vl_block(config) for _ in range(config.depth))
@@ -118,17 +95,7 @@ class Qwen3VLPacking(PackedEncoder):
             )
         layout.check_multiple(self.merge_size)
         tokens = self.embeddings(patches, runner) + self.position_embedding(layout)
-        return Trunk(runner.run(self.layers, tokens, layout.frames, self.rope(layout)))
-
-    def rope(self, layout: Layout) -> Rope:
-        """Rotary embedding over row and column, half of the angles each."""
-        theta, sizes = self.config.rope_parameters["rope_theta"], (self._head_dim // 4,) * 2
-        angles = angles_along_axes(layout.coordinates[:, 1:], sizes, theta)[:, None]
-        return Rope(apply_rotary, angles.cos(), angles.sin())
-
-    def example_rope(self, rows: int) -> Rope:
-        """Rotary embedding of `rows` patches in a row."""
-        return self.rope(Layout.of_image(1, rows, self.device))
+        return Trunk(runner.run(self.layers, tokens, layout.frames, self.rope(layout.coordinates)))
 
     def example_positions(self) -> Tensor:
         """Positions on the trained grid."""
@@ -139,25 +106,6 @@ class Qwen3VLPacking(PackedEncoder):
         """The merger of each of `deepstack_layers`; the list has them in the order of the config."""
         indexes: list[int] = [*getattr(self.config, "deepstack_visual_indexes", ())]
         return [self.deepstack_merger_list[indexes.index(layer)] for layer in self.deepstack_layers]
-
-    @classmethod
-    def read_preprocessing(
-        cls, config: Qwen3VLConfigs, preprocessor_config: Mapping[str, Any] | None, source: str | None
-    ) -> Preprocessing:
-        """See `PackedEncoder.read_preprocessing`.
-
-        Raises:
-            ValueError: also patches or blocks of other sizes than the encoder's.
-        """
-        for name in ("patch_size", "temporal_patch_size", "merge_size"):
-            value = (preprocessor_config or {}).get(name)
-            expected = getattr(config, name.replace("merge_size", "spatial_merge_size"))
-            if value not in (None, expected):
-                raise ValueError(
-                    f"checkpoint {source!r}: preprocessor config: {name}: expected {expected} as in config.json, got "
-                    f"{value!r:.80}"
-                )
-        return super().read_preprocessing(config, preprocessor_config, source)
 
     @staticmethod
     def published_preprocessing(config: Qwen3VLConfigs) -> Preprocessing:

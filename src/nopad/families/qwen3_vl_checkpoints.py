@@ -7,7 +7,7 @@ from typing import Any
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5VisionConfig
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 
-from nopad.checkpoints.config_json import read_fields
+from nopad.checkpoints.config_json import check_axial_rope, read_fields
 from nopad.checkpoints.formats import Checkpoint
 from nopad.checkpoints.timm_config import is_timm, read_model_args
 from nopad.counts import is_count
@@ -95,10 +95,8 @@ def _read_timm(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _check(checkpoint: Checkpoint, fields: dict[str, Any]) -> None:
     """Raise `ValueError` on values that transformers' config does not check."""
-    rope = fields.get("rope_parameters") or {}
     label = f"checkpoint {checkpoint.name!r}"
-    if rope.get("rope_type", "axial") != "axial" or rope.keys() - {"rope_type", "rope_theta"}:
-        raise ValueError(f"{label}: rope_parameters: expected rope_type 'axial' and rope_theta, got {rope!r:.80}")
+    check_axial_rope(checkpoint, fields.get("rope_parameters"))
     for name in ("spatial_merge_size", "temporal_patch_size", "out_hidden_size", "num_position_embeddings"):
         if not is_count(fields.get(name, 1)):
             raise ValueError(f"{label}: {name}: expected an integer ≥ 1, got {fields[name]!r:.80}")

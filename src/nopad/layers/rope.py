@@ -11,6 +11,12 @@ from nopad.layers.cached import cached_per_device
 from nopad.layout import Layout
 
 
+def check_two_axes(head_dim: int) -> None:
+    """Raise `ValueError` unless two axes share the pairs of channels of a head equally."""
+    if head_dim % 4:
+        raise ValueError(f"head size: expected a multiple of 4 for rope over two axes, got {head_dim}")
+
+
 @cached_per_device
 def rope_periods(head_dim: int, base: float, device: torch.device | str) -> Tensor:
     """Period of each frequency, in half image sides: `base ** (4i / K)`.
