@@ -27,6 +27,8 @@ OTHERS = {
     "onevision": "siglip2",
     "moonvit": "vit",
     "pixtral": "dinov2",
+    "qwen2_vl": "qwen3_vl",
+    "qwen2_5_vl": "siglip2",
     "qwen3_vl": "clip",
     "vit": "dinov2",
     "vit_mae": "dinov2",

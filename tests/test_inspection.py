@@ -5,13 +5,15 @@ import weakref
 import pytest
 import torch
 import vit_checkpoints
-from originals import grids_of, layers_of, max_relative, pixels_of, read_by_original, run_original
+from originals import grids_of, layers_of, max_relative, patch_rows_of, pixels_of, read_by_original, run_original
 from tiny_encoders import FAMILIES, pack_of, tiny
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Backbone
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersBackbone
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTBackbone
 
 import nopad
+from nopad.inference.collect import take_patches
+from nopad.layout import Layout
 
 BACKBONES = {"dinov2": Dinov2Backbone, "dinov2 gated": Dinov2WithRegistersBackbone, "dinov3": DINOv3ViTBackbone}
 
@@ -33,9 +35,13 @@ def pack_and_pixels(encoder, family):
     return pack_of(encoder, pixels), pixels
 
 
+JOINT = ("onevision", "moonvit", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Families whose original takes whole clips."""
+
+
 def frames_of(family, image):
     """What the original runs at once."""
-    return [image] if family in ("onevision", "moonvit", "qwen3_vl") or image.ndim == 3 else list(image)
+    return [image] if family in JOINT or image.ndim == 3 else list(image)
 
 
 @every_family
@@ -56,7 +62,8 @@ def test_features_of_layers_are_the_originals(family, folder, encoder):
             for frame in frames_of(family, image):
                 run_original(family, original, frame)
             for place, layer in enumerate(result.layers):
-                rows = torch.stack([state.reshape(-1, encoder.hidden_size) for state in seen[layer::3]])
+                frames = zip(seen[layer::3], frames_of(family, image), strict=True)
+                rows = torch.stack([patch_rows_of(family, original, *each) for each in frames])
                 assert max_relative(result.tokens[place].reshape(rows[:, number:].shape), rows[:, number:]) < 1e-4
                 if number:
                     assert max_relative(result.prefix_tokens[place], rows[:, :number]) < 1e-4
@@ -150,7 +157,7 @@ def test_features_that_there_are_not(family, encoder, arguments, message):
 # Attention
 
 
-WITH_ATTENTIONS = [family for family in FAMILIES if family not in ("onevision", "moonvit", "qwen3_vl")]
+WITH_ATTENTIONS = [family for family in FAMILIES if family not in JOINT]
 """Whose original returns its attention."""
 
 
@@ -198,22 +205,23 @@ def attentions(family, original, image):
     return result
 
 
-@pytest.mark.parametrize("family", ["aimv2", "onevision", "qwen3_vl"], scope="module")
+@pytest.mark.parametrize("family", ["aimv2", "onevision", "qwen2_5_vl", "qwen3_vl"], scope="module")
 @torch.no_grad()
 def test_attention_times_values_is_what_a_layer_adds(family, encoder):
     pack, _ = pack_and_pixels(encoder, family)
     pack = pack[[0, 2, 5]]
     seen = []
-    attention = encoder.layers[1].attention
+    attention = encoder.layers[2].attention
     hook = attention.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
     encoder(pack)
     hook.remove()
-    ((hidden_states, output),) = seen
+    layout = Layout.of_grid(pack.grid_thw.tolist(), torch.device("cpu"))
+    hidden_states, output = take_patches(encoder, [*seen[0]], layout)
     starts = [0, *pack.grid_thw.prod(1).cumsum(0).tolist()]
     values = attention.qkv_linears[-1](hidden_states)[:, -encoder.hidden_size :]  # the last third of one linear layer
     value = values.unflatten(1, (attention.num_heads, -1))
     for image, start, end in zip(pack, starts, starts[1:], strict=False):
-        (maps,) = encoder.attention(image, 1, queries=range(end - start))
+        (maps,) = encoder.attention(image, 2, queries=range(end - start))
         added = torch.einsum("qhn,nhk->qhk", maps.flatten(2), value[start:end]).flatten(1)
         torch.testing.assert_close(attention.proj(added), output[start:end], rtol=1e-3, atol=1e-4)
 

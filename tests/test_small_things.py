@@ -19,6 +19,7 @@ from nopad.families.aimv2 import AIMv2Packing
 from nopad.families.aimv2_checkpoints import AIMv2PackingConfig
 from nopad.families.clip import CLIPPacking
 from nopad.families.dinov2 import DINOv2Packing
+from nopad.families.qwen2_vl import Qwen2VLPacking
 from nopad.families.siglip2 import Siglip2NaflexPacking
 from nopad.families.vit import ViTPacking
 
@@ -67,6 +68,7 @@ def test_every_encoder_registers_with_auto_model(tmp_path, family):
         ("dinov2", "dinov2 gated", DINOv2Packing),
         ("dinov2", "tipsv2", DINOv2Packing),
         ("clip", "metaclip2", CLIPPacking),
+        ("qwen2_vl", "qwen2_5_vl", Qwen2VLPacking),
         ("vit", "vit_mae", ViTPacking),
         ("vit", "ijepa", ViTPacking),
         ("vit", "pixio", ViTPacking),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nopad.families.moonvit import MoonViTPacking
     from nopad.families.onevision import OneVisionEncoderPacking
     from nopad.families.pixtral import PixtralPacking
+    from nopad.families.qwen2_vl import Qwen2VLPacking
     from nopad.families.qwen3_vl import Qwen3VLPacking
     from nopad.families.siglip2 import Siglip2NaflexPacking
     from nopad.families.vit import ViTPacking
@@ -44,6 +45,7 @@ __all__ = [
     "PackedEncoder",
     "PackedOutput",
     "PixtralPacking",
+    "Qwen2VLPacking",
     "Qwen3VLPacking",
     "Siglip2NaflexPacking",
     "ViTPacking",
@@ -75,6 +77,7 @@ _HOMES = {
     "PackedEncoder": "nopad.encoder",
     "PackedOutput": "nopad.outputs",
     "PixtralPacking": "nopad.families.pixtral",
+    "Qwen2VLPacking": "nopad.families.qwen2_vl",
     "Qwen3VLPacking": "nopad.families.qwen3_vl",
     "Siglip2NaflexPacking": "nopad.families.siglip2",
     "ViTPacking": "nopad.families.vit",

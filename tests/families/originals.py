@@ -8,6 +8,7 @@ from typing import NamedTuple
 import clip_checkpoints
 import moonvit_checkpoints
 import onevision_checkpoints
+import qwen2_vl_checkpoints
 import qwen3_vl_checkpoints
 import siglip2_checkpoints
 import torch
@@ -41,6 +42,7 @@ ORIGINALS = {
     "onevision": PlainOneVision,
     "moonvit": moonvit_checkpoints.Kimi_K25VisionModel,
     "pixtral": PixtralVisionModel,
+    **qwen2_vl_checkpoints.CLASSES,
     "qwen3_vl": Qwen3VLVisionModel,
     "qwen3_5": Qwen3_5VisionModel,
     **{kind: model for kind, (_, model) in vit_checkpoints.CLASSES.items()},
@@ -93,10 +95,12 @@ class Features(NamedTuple):
 def run_original(family: str, original, pixels: Tensor) -> Features:
     """Features of one image `(C, H, W)`, or of one clip `(frames, C, H, W)`.
 
-    Clips go through OneVision, MoonViT and Qwen3-VL as a whole, else frame by frame.
+    Clips go through OneVision, MoonViT and Qwen's encoders as a whole, else frame by frame.
     """
     if family == "onevision":
         return Features(*onevision_checkpoints.run(original, pixels))
+    if family.startswith("qwen2"):
+        return Features(qwen2_vl_checkpoints.run(original, pixels).tokens, None)
     if family.startswith("qwen3"):
         return Features(qwen3_vl_checkpoints.run(original, pixels).tokens, None)
     if family == "moonvit":
@@ -120,6 +124,14 @@ def run_original(family: str, original, pixels: Tensor) -> Features:
     number = 1 + getattr(original.config, "num_register_tokens", 0) if family.startswith(("dino", "tips")) else 0
     prefix = tokens[None, :number] if number else None
     return Features(tokens[number:], None if pooled is None else pooled[0], prefix)
+
+
+def patch_rows_of(family: str, original, states: Tensor, pixels: Tensor) -> Tensor:
+    """Rows of a layer of an original `(1, T, D)` or `(T, D)` for one image or clip, as `(T, D)` in their order."""
+    states = states if states.ndim == 2 else states[0]
+    if not family.startswith("qwen2"):
+        return states
+    return qwen2_vl_checkpoints.to_rows(original, states, qwen3_vl_checkpoints.blocks_of(pixels, original.config)[1])
 
 
 GRIDS = [(1, 3, 5), (1, 1, 1), (3, 2, 4), (1, 60, 1), (1, 1, 60), (2, 5, 5)]

@@ -14,6 +14,7 @@ from aimv2_checkpoints import write
 from clip_checkpoints import tiny_original
 from moonvit_checkpoints import run as run_moonvit
 from originals import max_relative
+from qwen2_vl_checkpoints import run as run_qwen2
 from qwen3_vl_checkpoints import run as run_qwen
 from safetensors.torch import load_file, save_file
 from siglip2_checkpoints import run as run_siglip
@@ -35,6 +36,8 @@ def tokens_of(model_type, tower, image):
     kind = KINDS[model_type][0]["model_type"]
     if kind == "ovis2_vision":
         return tower(image[None]).last_hidden_state[0]
+    if kind.startswith("qwen2"):
+        return run_qwen2(tower, image).tokens
     if model_type in QWEN:
         return run_qwen(tower, image).tokens
     if kind == "kimi_k25_vision":
@@ -309,7 +312,7 @@ def test_quantised_towers_are_refused(tmp_path):
         nopad.load(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["llava", "qwen3_vl", "qwen3_5_moe"])
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5_moe"])
 def test_alignment_of_a_tower_and_its_own_folder(tmp_path, model_type):
     """What `save_pretrained` writes is the encoder alone."""
     save(tmp_path / "whole", model_type)

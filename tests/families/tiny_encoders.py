@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import aimv2_checkpoints
@@ -11,6 +12,7 @@ import dinov3_checkpoints
 import moonvit_checkpoints
 import onevision_checkpoints
 import pixtral_checkpoints
+import qwen2_vl_checkpoints
 import qwen3_vl_checkpoints
 import siglip2_checkpoints
 import torch
@@ -20,8 +22,10 @@ from torch import Tensor
 from nopad import Pack, PackedEncoder, families
 from nopad.families.clip import MetaCLIP2Packing
 from nopad.families.dinov2 import DINOv2WithRegistersPacking, TIPSv2Packing
+from nopad.families.qwen2_vl import Qwen2_5_VLPacking
 from nopad.families.siglip2 import SiglipPacking
 from nopad.families.vit import IJepaPacking, PixioPacking, ViTMAEPacking
+from nopad.segments import Segments
 
 GRIDS = torch.tensor([[1, 4, 5], [1, 7, 3], [2, 2, 2], [1, 1, 1]])
 FAMILIES = (
@@ -39,6 +43,8 @@ FAMILIES = (
     "onevision",
     "moonvit",
     "pixtral",
+    "qwen2_vl",
+    "qwen2_5_vl",
     "qwen3_vl",
     "vit",
     "vit_mae",
@@ -54,6 +60,9 @@ def tiny(family: str, folder: Path, **changes) -> Path:
     if family == "onevision":
         original = onevision_checkpoints.tiny_original(**changes)
         return onevision_checkpoints.write(folder, original.state_dict(), original.config.to_dict())
+    if family.startswith("qwen2"):
+        changes = {"spatial_merge_size": 1, **({"window_size": 8} if family == "qwen2_5_vl" else {}), **changes}
+        return qwen2_vl_checkpoints.save(folder, qwen2_vl_checkpoints.tiny_original(family, **changes))
     if family == "qwen3_vl":  # merging blocks of one: of others grids are multiples, see test_qwen3_vl.py
         changes = {"spatial_merge_size": 1, **changes}
         return qwen3_vl_checkpoints.save(folder, qwen3_vl_checkpoints.tiny_original(**changes))
@@ -88,6 +97,7 @@ def encoder_class(family: str) -> type[PackedEncoder]:
     """The class that packs a family of `FAMILIES`."""
     variants = {"siglip": SiglipPacking, "dinov2 gated": DINOv2WithRegistersPacking, "metaclip2": MetaCLIP2Packing}
     variants |= {"tipsv2": TIPSv2Packing, "vit_mae": ViTMAEPacking, "ijepa": IJepaPacking, "pixio": PixioPacking}
+    variants |= {"qwen2_5_vl": Qwen2_5_VLPacking}
     if family in variants:
         return variants[family]
     return families.encoder_class(family.split()[0])
@@ -104,6 +114,15 @@ def patches_of(encoder, grids: Tensor = GRIDS, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     patches = torch.randn(int(grids.prod(dim=1).sum()), encoder.patch_dim, dtype=torch.float32, generator=generator)
     return patches.to(encoder.device, encoder.dtype)
+
+
+def segments_of(encoder, *lengths: int) -> Segments:
+    """Segments as the layers of an encoder take them, in windows where these attend within windows."""
+    segments, each = Segments.of(lengths, encoder.device), [encoder.example_segments(length) for length in lengths]
+    if each[0].windows is None:
+        return segments
+    windows = [length for segment in each for length in segment.windows.lengths]
+    return dataclasses.replace(segments, windows=each[0].windows.with_lengths(windows))
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:

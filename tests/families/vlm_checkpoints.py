@@ -44,6 +44,13 @@ QWEN = {
     "out_hidden_size": 16,
     "num_position_embeddings": 25,
 }
+QWEN2 = {"depth": 2, "embed_dim": 32, "hidden_size": 16, "mlp_ratio": 2, "num_heads": 2, "patch_size": 4}
+QWEN2_5 = {
+    **{name: value for name, value in QWEN.items() if name != "num_position_embeddings"},
+    "model_type": "qwen2_5_vl_vision",
+    "window_size": 16,
+    "fullatt_block_indexes": [1],
+}
 QWEN3_5 = ("qwen3_5", "qwen3_5_moe", "qwen4_exp")
 QWEN3_VL = {**QWEN, "deepstack_visual_indexes": [0]}
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
@@ -106,6 +113,9 @@ KINDS: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
         "model.vision_tower.transformer",
         {"vocab_size": 40, "hidden_size": 16, "visual_indicator_token_ids": [1, 2, 3, 4, 5]},
     ),
+    "qwen2_vl": ({**QWEN2, "model_type": "qwen2_vl_vision"}, "qwen2_vl_text", "model.visual", {}),
+    "qwen2_5_vl": (QWEN2_5, "qwen2_5_vl_text", "model.visual", {}),
+    "hyperclovax_vision_v2": (QWEN2_5, "llama", "model.vision_model", {}),
     **{
         kind: ({**tower, "model_type": f"{kind}_vision"}, f"{kind}_text", "model.visual", {})
         for tower, kinds in ((QWEN3_VL, ("qwen3_vl", "qwen3_vl_moe", "cohere_compass")), (QWEN, QWEN3_5))

@@ -107,8 +107,8 @@ def test_tables_write_what_meta_writes(tmp_path, variant):
 @every_family
 def test_parts_are_reached_and_set_by_role(family, encoder):
     before, names = features(encoder), encoder.state_dict().keys()
-    path = {"dinov2": "encoder.layer", "dinov3": "model.layer", "qwen3_vl": "blocks", "vit": "layers"}
-    path |= {"pixtral": "transformer.layers", "moonvit": "layers"}
+    path = {"dinov2": "encoder.layer", "dinov3": "model.layer", "vit": "layers"}
+    path |= {"pixtral": "transformer.layers", "moonvit": "layers", "qwen2_vl": "blocks", "qwen3_vl": "blocks"}
     path = path.get(encoder.family, "encoder.layers")
     assert encoder.layers is encoder.get_submodule(path)
     norm = {
@@ -122,7 +122,8 @@ def test_parts_are_reached_and_set_by_role(family, encoder):
         "vit": "layernorm",
     }
     assert encoder.norm is (encoder.get_submodule(norm[encoder.family]) if encoder.family in norm else None)
-    attention = {**dict.fromkeys(("siglip2", "clip", "onevision"), "self_attn"), "qwen3_vl": "attn", "moonvit": "attn"}
+    attention = dict.fromkeys(("siglip2", "clip", "onevision"), "self_attn")
+    attention |= dict.fromkeys(("qwen2_vl", "qwen3_vl", "moonvit"), "attn")
     attention = attention.get(encoder.family, "attention")
     mlp = {"aimv2": "ffn", "pixtral": "feed_forward"}.get(encoder.family, "mlp")
     for number, layer in enumerate(encoder.layers):

@@ -10,6 +10,7 @@ import clip_checkpoints
 import moonvit_checkpoints
 import onevision_original
 import pytest
+import qwen2_vl_checkpoints
 import qwen3_vl_checkpoints
 import siglip2_checkpoints
 import torch
@@ -82,6 +83,7 @@ ORIGINALS = {
     "onevision": PlainOneVision,
     "moonvit": PlainMoonViT,
     "pixtral": PixtralVisionModel,
+    **qwen2_vl_checkpoints.CLASSES,
     "qwen3_vl": PlainQwen3VL,
     **{kind: model for kind, (_, model) in vit_checkpoints.CLASSES.items()},
 }
@@ -186,6 +188,8 @@ def assert_same_tokens(family, encoder, original):
         expected = vit_checkpoints.run(original, image)[0]
     elif family == "moonvit":
         expected = moonvit_checkpoints.run(original, image)
+    elif family.startswith("qwen2"):
+        expected = qwen2_vl_checkpoints.run(original, image).tokens
     elif family == "qwen3_vl":
         expected = qwen3_vl_checkpoints.run(original, image).tokens
     else:

@@ -38,6 +38,8 @@ def _downs(encoder):
         "onevision",
         "moonvit",
         "pixtral",
+        "qwen2_vl",
+        "qwen2_5_vl",
         "qwen3_vl",
         "vit",
     ],

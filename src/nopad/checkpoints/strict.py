@@ -86,7 +86,7 @@ def check_strictly(checkpoint: Checkpoint, expected: Mapping[str, Tensor], diale
 
 _SIDES = (
     *("hidden_size", "intermediate_size", "num_channels", "patch_size", "num_register_tokens", "n_cls_tokens"),
-    "projection_dim",
+    *("projection_dim", "embed_dim"),
 )
 _OTHER_COUNTS = ("num_hidden_layers", "num_attention_heads", "image_size", "num_patches")
 _COUNTS = {**dict.fromkeys((*_SIDES, *_OTHER_COUNTS), 1), "num_register_tokens": 0}
@@ -97,6 +97,11 @@ _NUMBERS = {
     "mlp_ratio": (0, 1e3),
 }
 """Minimum and maximum of each number."""
+
+
+def hidden_size(config: Any) -> int:
+    """Values of a token: `embed_dim` where a config has it, whose `hidden_size` is that of a language model."""
+    return getattr(config, "embed_dim", config.hidden_size)
 
 
 def check_numbers(config: PreTrainedConfig, label: str) -> None:
@@ -114,9 +119,9 @@ def check_numbers(config: PreTrainedConfig, label: str) -> None:
         absent = value is None and name not in ("num_attention_heads", "patch_size", "hidden_size")
         if not absent and not is_count(value, min_value):
             raise ValueError(f"{label}: {name}: expected an integer ≥ {min_value}, got {value!r:.80}")
-    if config.hidden_size % config.num_attention_heads:
+    if hidden_size(config) % config.num_attention_heads:
         raise ValueError(
-            f"{label}: num_attention_heads: expected a divisor of hidden_size {config.hidden_size}, got "
+            f"{label}: num_attention_heads: expected a divisor of hidden_size {hidden_size(config)}, got "
             f"{config.num_attention_heads!r:.80}"
         )
     for name, (min_value, max_value) in _NUMBERS.items():

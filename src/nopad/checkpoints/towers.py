@@ -27,6 +27,8 @@ TOWERS = {
     **dict.fromkeys(("mistral3", "mistral_large4", "lighton_ocr"), _PIXTRAL),
     "kimi_k25": "kimi_k25_vision",
     "tipsv2": "tipsv2_vision_model",
+    **{kind: f"{kind}_vision" for kind in ("qwen2_vl", "qwen2_5_vl")},
+    "hyperclovax_vision_v2": "qwen2_5_vl_vision",
     **{f"qwen3_{kind}": f"qwen3_{kind}_vision" for kind in ("vl", "vl_moe", "5", "5_moe")},
     **{kind: f"{kind}_vision" for kind in ("qwen4_exp", "cohere_compass")},
 }

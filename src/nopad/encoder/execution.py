@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
+from nopad.checkpoints.strict import hidden_size
 from nopad.inference.attention import set_attention
 from nopad.inference.compile import compile_encoder, current_runner
 from nopad.inference.dispatch import execution_device
@@ -64,7 +65,7 @@ class Execution(PreTrainedModel):
 
     @property
     def _head_dim(self) -> int:
-        return self.config.hidden_size // self.config.num_attention_heads
+        return hidden_size(self.config) // self.config.num_attention_heads
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.uncompile()  # what is moved or cast has to be compiled for its new place

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from nopad.checkpoints.strict import hidden_size
 from nopad.patches import PatchOrder
 
 
@@ -43,7 +44,7 @@ class Sizes:
     @property
     def hidden_size(self) -> int:
         """Values of a token."""
-        return self.config.hidden_size
+        return hidden_size(self.config)
 
     @property
     def projection_dim(self) -> int | None:

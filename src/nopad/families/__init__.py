@@ -19,6 +19,7 @@ ENCODERS: Mapping[str, str] = {
     "siglip2": "Siglip2NaflexPacking",
     "onevision": "OneVisionEncoderPacking",
     "clip": "CLIPPacking",
+    "qwen2_vl": "Qwen2VLPacking",
     "qwen3_vl": "Qwen3VLPacking",
     "moonvit": "MoonViTPacking",
     "pixtral": "PixtralPacking",

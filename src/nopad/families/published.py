@@ -27,7 +27,7 @@ def _describe(family: type[PackedEncoder], name: str) -> dict[str, Any]:
     return {
         "name": name,
         "family": model.family,
-        "hidden_size": model.config.hidden_size,
+        "hidden_size": model.hidden_size,
         "layers": model.config.num_hidden_layers,
         "heads": model.config.num_attention_heads,
         "patch_size": model.config.patch_size,

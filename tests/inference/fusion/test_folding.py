@@ -113,13 +113,17 @@ def test_activation_names():
     assert names == ["silu", "gelu", "gelu_tanh", "quick_gelu", None]
 
 
+RMS_NORM = ("aimv2", "pixtral", "qwen2_5_vl")
+"""Families with RMSNorm and gated layers."""
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_families_can_be_folded(tmp_path, family):
     layers = nopad.load(tiny(family, tmp_path / "checkpoint")).layers
     assert all(can_fold(layer) for layer in layers)
     block = FoldedBlock.of(layers[0])
-    assert block.zero_mean == (not family.startswith(("aimv2", "pixtral")))
-    assert block.gated == (family.startswith(("aimv2", "pixtral")) or "gated" in family)
+    assert block.zero_mean == (not family.startswith(RMS_NORM))
+    assert block.gated == (family.startswith(RMS_NORM) or "gated" in family)
 
 
 def test_biases_can_be_folded(tmp_path):

@@ -5,7 +5,7 @@ from importlib import util
 
 import pytest
 import torch
-from tiny_encoders import GRIDS, WIDE, is_batch_invariant, patches_of, relative, tiny
+from tiny_encoders import GRIDS, WIDE, is_batch_invariant, patches_of, relative, segments_of, tiny
 from torch import nn
 
 import nopad
@@ -24,14 +24,13 @@ from nopad.inference.layer_stack import EagerLayers
 from nopad.layers.attention import Rope
 from nopad.layers.rope import apply_rotary
 from nopad.layers.rope_3d import apply_rotary_interleaved
-from nopad.segments import Segments
 
 CAPACITY, MAX_SEGMENTS = 160, 9
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
 
 
 def tokens_of(encoder, *lengths):
-    return torch.randn(sum(lengths), encoder.hidden_size).to(encoder.dtype), Segments.of(lengths, "cpu")
+    return torch.randn(sum(lengths), encoder.hidden_size).to(encoder.dtype), segments_of(encoder, *lengths)
 
 
 def expected_of(encoder, tokens, segments, rope=None):

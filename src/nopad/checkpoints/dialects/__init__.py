@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nopad.checkpoints.dialects import aimv2, clip, dinov2, dinov3, moonvit, onevision, pixtral, qwen3_vl, siglip2, vit
+from nopad.checkpoints.dialects import (
+    aimv2,
+    clip,
+    dinov2,
+    dinov3,
+    moonvit,
+    onevision,
+    pixtral,
+    qwen2_vl,
+    qwen3_vl,
+    siglip2,
+    vit,
+)
 from nopad.checkpoints.formats import Dialect
 
 DIALECTS: Mapping[str, tuple[Dialect, ...]] = {
@@ -14,6 +26,7 @@ DIALECTS: Mapping[str, tuple[Dialect, ...]] = {
     "siglip2": siglip2.DIALECTS,
     "onevision": onevision.DIALECTS,
     "clip": clip.DIALECTS,
+    "qwen2_vl": qwen2_vl.DIALECTS,
     "qwen3_vl": qwen3_vl.DIALECTS,
     "moonvit": moonvit.DIALECTS,
     "pixtral": pixtral.DIALECTS,
