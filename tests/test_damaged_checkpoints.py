@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, quantised or told wrongly: what is said of them."""
 
 import json
+import re
 import signal
 
 import pytest
@@ -80,6 +81,37 @@ def test_configs_that_describe_no_encoder(folder, name, value, expected, capsys)
         nopad.load(folder)
     assert cli.main(["align", str(folder)]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def numbers_in(config, path=()):
+    """The paths of all numbers in a config."""
+    items = config.items() if isinstance(config, dict) else enumerate(config)
+    for key, value in items:
+        if isinstance(value, dict | list):
+            yield from numbers_in(value, (*path, key))
+        elif type(value) in (int, float):
+            yield (*path, key)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")], ids=str)
+def test_numbers_of_a_config_are_finite(tmp_path, family, value):
+    folder = tiny(family, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    if family.startswith(("qwen", "moonvit", "pixtral")):
+        config.setdefault("rope_parameters", {"rope_type": "axial", "rope_theta": 1e4})
+        assert ("rope_parameters", "rope_theta") in [*numbers_in(config)]
+    for path in numbers_in(config):
+        *containers, last = path
+        changed_config = json.loads(json.dumps(config))
+        part = changed_config
+        for key in containers:
+            part = part[key]
+        part[last] = value
+        (folder / "config.json").write_text(json.dumps(changed_config))
+        name = ".".join(map(str, path))
+        with pytest.raises(ValueError, match=rf"{re.escape(name)}: expected a finite number, got {value}$"):
+            nopad.load(folder)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -25,7 +25,7 @@ from nopad.checkpoints.keywords import (
     with_changes,
 )
 from nopad.checkpoints.quantised import load_quantised, with_weight_names
-from nopad.checkpoints.strict import check_numbers, check_sizes, load_strictly, with_options
+from nopad.checkpoints.strict import check_finite, check_numbers, check_sizes, load_strictly, with_options
 from nopad.checkpoints.towers import open_tower
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.layers.linear import stack_weights
@@ -188,6 +188,7 @@ def read_architecture(
         TypeError: a change of a field that there is not.
     """
     layers = f"{cls.names.get('layers', 'layers')}."
+    check_finite(checkpoint.vision_config, f"checkpoint {checkpoint.name!r}")
     check_sizes(checkpoint, checkpoint.vision_config, layers)  # transformers' configs make a list of all layers
     with _config_errors(checkpoint):
         config = config or cls.read_config(checkpoint)

@@ -104,6 +104,20 @@ def hidden_size(config: Any) -> int:
     return getattr(config, "embed_dim", config.hidden_size)
 
 
+def check_finite(fields: Any, label: str, path: str = "") -> None:
+    """Check the numbers in the fields of a config, and in lists and objects in them.
+
+    Raises:
+        ValueError: NaN or infinity.
+    """
+    items = fields.items() if isinstance(fields, Mapping) else enumerate(fields)
+    for name, value in items:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{label}: {path}{name}: expected a finite number, got {value}")
+        if isinstance(value, Mapping | list | tuple):
+            check_finite(value, label, f"{path}{name}.")
+
+
 def check_numbers(config: PreTrainedConfig, label: str) -> None:
     """Check the numbers of a config.
 
@@ -111,9 +125,7 @@ def check_numbers(config: PreTrainedConfig, label: str) -> None:
         ValueError: NaN or infinity, a count that is no integer or below 1, heads that do not fill the width, an eps or
             a base below 0, a probability outside of 0 to 1.
     """
-    for name, value in config.to_dict().items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{label}: {name}: expected a finite number, got {value}")
+    check_finite(config.to_dict(), label)
     for name, min_value in _COUNTS.items():
         value = getattr(config, name, None)
         absent = value is None and name not in ("num_attention_heads", "patch_size", "hidden_size")
