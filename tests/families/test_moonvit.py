@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 
@@ -12,6 +11,7 @@ from aimv2_checkpoints import write
 from image_samples import noise
 from moonvit_checkpoints import moonshot, run, save, tiny_original
 from originals import assert_parity, max_relative, pixels_of
+from preprocessor_configs import assert_preprocessing
 from torch.nn import functional
 
 import nopad
@@ -154,13 +154,7 @@ def test_rule_equals_the_steps_of_the_processor(shape, limits):
     ids=str,
 )
 def test_preprocessor_config(tmp_path, config, expected):
-    (save(tmp_path, tiny_original()) / "preprocessor_config.json").write_text(json.dumps(config))
-    encoder = nopad.load(tmp_path)
-    if isinstance(expected, str):
-        with pytest.raises(ValueError, match=expected):
-            encoder.preprocessing  # noqa: B018 - reads it
-    else:
-        assert (encoder.preprocessing.rule, encoder.preprocessing.size) == expected
+    assert_preprocessing(save(tmp_path, tiny_original()), config, expected)
 
 
 def test_limit_on_patches_is_refused(tmp_path):

@@ -14,6 +14,7 @@ from image_samples import PHOTOS, noise
 from originals import assert_parity
 from PIL import Image
 from pixtral_checkpoints import mistral, save, tiny_original, write_consolidated
+from preprocessor_configs import assert_preprocessing
 from safetensors.torch import load_file
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
@@ -183,13 +184,7 @@ def test_limit_on_patches_scales_down():
     ids=str,
 )
 def test_preprocessor_config(tmp_path, config, expected):
-    (save(tmp_path, tiny_original()) / "preprocessor_config.json").write_text(json.dumps(config))
-    encoder = nopad.load(tmp_path)
-    if isinstance(expected, str):
-        with pytest.raises(ValueError, match=expected):
-            encoder.preprocessing  # noqa: B018 - reads it
-    else:
-        assert (encoder.preprocessing.rule, encoder.preprocessing.size) == expected
+    assert_preprocessing(save(tmp_path, tiny_original()), config, expected)
 
 
 PARAMETERS = {"mistral-community/pixtral-12b": 403_489_792}
