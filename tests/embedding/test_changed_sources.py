@@ -10,7 +10,10 @@ from PIL import Image
 
 import nopad
 from nopad.embedding import table_run
+from nopad.embedding.inputs import changes
+from nopad.embedding.inputs.changes import changes_of
 from nopad.embedding.inputs.decoder import Reader
+from nopad.embedding.inputs.listing import Input, InputList
 
 
 def test_a_source_that_grows_and_shrinks_is_reported_and_the_list_is_kept(photos, tmp_path, caplog, model, stop_after):
@@ -66,6 +69,25 @@ def test_the_same_name_for_another_folder_is_refused(photos, tmp_path, monkeypat
     where = rf"000\.png of photos: {photos}/000\.png there, {tmp_path}/other/photos/000\.png now"
     with pytest.raises(ValueError, match=f"12 inputs are elsewhere now; the first is {where}"):
         embed("photos", tmp_path / "out", model)
+
+
+def test_long_lists_are_compared_in_parts(monkeypatch):
+    def of(numbers, offset: int = 0) -> InputList:
+        tars = [(f"{i}.tar", "tar", b"/%d.tar" % i) for i in range(3)]
+        return InputList.of(Input(f"{i}.jpg", *tars[i % 3], i + offset, 1) for i in numbers)
+
+    now = of([*range(7, 60), 7, 7])
+    whole = changes_of(of(range(50)), now, "out")
+    assert "12 new inputs and 7 are gone" in whole
+    moved = r"43 inputs are elsewhere now; the first is 7\.jpg of 1\.tar: /1\.tar at byte 7, 1 bytes there, .* byte 8"
+    with pytest.raises(ValueError, match=moved):
+        changes_of(of(range(50)), of(range(7, 60), offset=1), "out")
+    monkeypatch.setattr(changes, "_PART", 8)
+    assert changes_of(of(range(50)), now, "out") == whole
+    assert "but they come in another order" in changes_of(of(range(50)), of(range(49, -1, -1)), "out")
+    assert "50 new inputs" in changes_of(of([]), of(range(50)), "out")
+    with pytest.raises(ValueError, match=moved):
+        changes_of(of(range(50)), of(range(7, 60), offset=1), "out")
 
 
 def test_an_image_that_vanishes_between_listing_and_reading(photos, tmp_path, monkeypatch, model):

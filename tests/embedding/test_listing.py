@@ -1,16 +1,18 @@
 """The list of inputs: what it holds, its file and its digest."""
 
+import errno
 import io
 import os
+import tempfile
 import threading
 from pathlib import Path
 
-import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from input_samples import write_parquet
 
 from nopad.embedding.inputs import listing as inputs
-from nopad.embedding.inputs.listing import Input, InputList
+from nopad.embedding.inputs.listing import Input, InputList, InputWriter
 
 
 def rows(count: int) -> list[Input]:
@@ -55,8 +57,11 @@ def test_no_thread_of_arrow_holds_what_python_read(tmp_path, monkeypatch):
 def test_a_digest_tells_content_and_order_but_not_chunks():
     items = rows(10)
     inputs = InputList.of(items)
-    table = inputs._table
-    assert InputList(pa.concat_tables([table[:3], table[3:4], table[4:]])).digest() == inputs.digest()
+    (table,) = inputs.tables()
+    with InputWriter() as writer:
+        for part in (table[:3], table[3:4], table[4:]):
+            writer.add_table(part)
+        assert writer.finish().digest() == inputs.digest()
     one = items[0]
     others = [
         [*items[1:], one],
@@ -71,7 +76,54 @@ def test_a_digest_tells_content_and_order_but_not_chunks():
     assert InputList.of(pair).digest() != InputList.of(moved).digest()
 
 
+@pytest.mark.parametrize("size", [1, 3, 10, 100])
+def test_a_list_is_read_by_blocks(tmp_path: Path, monkeypatch, size):
+    items = rows(10)
+    digest = InputList.of(items).digest()
+    monkeypatch.setattr(inputs, "BLOCK", size)
+    monkeypatch.setattr(inputs, "_BATCH", 2)
+    InputList.of(items).save(tmp_path / "inputs")
+    monkeypatch.undo()
+    retained, read = InputList.load(tmp_path / "inputs"), []
+    read_row_group = pq.ParquetFile.read_row_group
+
+    def watched(file, group, **how):
+        read.append(group)
+        return read_row_group(file, group, **how)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", watched)
+    assert (retained[5:7], retained[6]) == (items[5:7], items[6])
+    assert read == sorted({5 // size, 6 // size})
+    assert (list(retained), retained.digest()) == (items, digest)
+    assert [item for table in retained.tables(2, 9) for item in inputs.inputs_in(table)] == items[2:9]
+
+
+def test_a_list_of_before_blocks_had_checksums_is_read(tmp_path: Path):
+    items = rows(10)
+    (table,) = InputList.of(items).tables()
+    pq.write_table(table, tmp_path / "inputs", compression="zstd", row_group_size=1 << 16)
+    assert list(InputList.load(tmp_path / "inputs")) == items
+
+
+def test_a_writer_that_is_not_finished_leaves_nothing(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with InputWriter() as writer:
+        writer.add(rows(1)[0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_of_temporary_files_is_named(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with InputWriter() as writer:
+        writer.add(rows(1)[0])
+        monkeypatch.setattr(writer._file, "write", full, raising=False)
+        with pytest.raises(OSError, match=r"the list of inputs cannot be written \(No space left on device\); TMPDIR"):
+            writer.finish()
+
+
 def test_a_list_that_is_a_pipe_is_not_waited_for(tmp_path: Path):
     os.mkfifo(tmp_path / "inputs.parquet")
-    with pytest.raises(OSError, match="expected a regular file, got a named pipe"):
+    with pytest.raises(ValueError, match="no regular file"):
         InputList.load(tmp_path / "inputs.parquet")

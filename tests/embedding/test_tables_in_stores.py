@@ -20,7 +20,7 @@ from nopad.embedding import store_lock
 from nopad.embedding.actors.processes import _portable
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.listing import Input, InputList
-from nopad.embedding.inputs.stamps import Stamp
+from nopad.embedding.inputs.stamps import Stamp, stamps_table
 from nopad.embedding.lock import LockedError, LostLockError
 from nopad.embedding.store_lock import StoreLock, StorePartLock
 from nopad.storage import object_path
@@ -105,7 +105,7 @@ def test_of_two_parts_that_begin_a_job_the_first_ones_record_stays(s3):
     for name in ("first", "second"):
         inputs = InputList.of([Input(name, "s", "image", b"/p")])
         record = {"inputs": inputs.digest(), "threads": "1", "model": name}
-        folder.begin(record, inputs, [Stamp(1, 2)], lambda: None, by_parts=True)
+        folder.begin(record, inputs, [stamps_table([Stamp(1, 2)])], lambda: None, by_parts=True)
     record, inputs = folder.read()
     assert (record["model"], [item.id for item in inputs]) == ("first", ["first"])
 

@@ -6,12 +6,15 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+
+import pyarrow as pa
 
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.embedding.inputs.listing import InputList
-from nopad.embedding.inputs.stamps import Stamp, save_stamps
+from nopad.embedding.inputs.reaching import UnreachableSourceError
+from nopad.embedding.inputs.stamps import save_stamps
 from nopad.embedding.lock import LostLockError
 from nopad.embedding.table.errors import folder_error
 from nopad.embedding.table.names import METADATA_FOLDER
@@ -94,7 +97,7 @@ class JobFolder:
         self,
         record: Mapping[str, str],
         inputs: InputList,
-        stamps: list[Stamp],
+        stamps: Iterable[pa.Table],
         check_lock: Callable[[], None],
         *,
         by_parts: bool = False,
@@ -102,10 +105,12 @@ class JobFolder:
         """Keep a new job's list, its stamps and record; it is begun once all are there.
 
         Args:
+            stamps: see `take_stamps`.
             by_parts: other commands may begin it at the same time; the record of the first one stays.
 
         Raises:
             LostLockError: by `check_lock`, before anything is put in its place.
+            UnreachableSourceError: by `stamps`.
             OSError: the folder cannot be written.
         """
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
@@ -117,13 +122,16 @@ class JobFolder:
             inputs.save(self.metadata / f"inputs{suffix}.parquet", check=check_lock)
             with write_whole(self.metadata / "job.json", check=check_lock, replace=not by_parts) as file:
                 file.write(text.encode())
-        except (LostLockError, UnreachableStoreError):
+        except (LostLockError, UnreachableSourceError, UnreachableStoreError):
             raise
         except OSError as error:
             raise folder_error(error, self.path) from error
 
-    def read(self) -> tuple[dict[str, str], InputList]:
+    def read(self, *, is_checked: bool = False) -> tuple[dict[str, str], InputList]:
         """The record and the list of the job that was begun here.
+
+        Args:
+            is_checked: another process has compared the list with the record, which takes seconds for millions.
 
         Raises:
             ValueError: one of them is damaged.
@@ -136,7 +144,7 @@ class JobFolder:
             if not re.fullmatch(r"[1-9]\d{0,3}|", record["threads"]):
                 raise ValueError(f"threads: expected 1 to 9999, got {record['threads']!r}")
             inputs = InputList.load(self.inputs_file(record["inputs"]))
-            is_whole = record["inputs"] == inputs.digest()
+            is_whole = is_checked or record["inputs"] == inputs.digest()
         except UnreachableStoreError:
             raise
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,14 +9,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from nopad.counts import are, counted
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.extras import EXIF, THUMBNAIL
 from nopad.embedding.inputs.kept import TIME, Kept
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.media import MediaDecoder
-from nopad.embedding.inputs.names import as_text
 from nopad.embedding.inputs.stamps import take_stamps
 from nopad.embedding.manifest import check_same, fingerprint, lists_of_inputs
 from nopad.embedding.settings import Settings
@@ -252,34 +249,3 @@ def _check_shards(job: Job, manifest: Manifest) -> None:
     for shard, path in job.finished().items():
         if shard in job.part and not manifest.has(path):
             job.check(shard)
-
-
-def changes_of(retained: InputList, listed: InputList, folder: TablePath) -> str:
-    """How the sources have changed since the job began.
-
-    Raises:
-        ValueError: inputs that are elsewhere now; their old places may hold anything.
-    """
-    before, now = Counter(retained), Counter(listed)
-    new, gone = now - before, before - now
-    old_places = {(item.source, item.id): item for item in gone if item.kind != "broken"}
-    moved = [(old_places[key], item) for item in new if (key := (item.source, item.id)) in old_places]
-    if moved:
-        old, item = moved[0]
-        message = (
-            f"{folder} holds a job of which {counted(len(moved), 'input')} {are(len(moved))} elsewhere now; the first "
-            f"is {item.id} of {item.source}: {_place(old)} there, {_place(item)} now; put them back, or use another "
-            f"folder"
-        )
-        raise ValueError(printable(message))
-    return (
-        f"since this job began, its sources have {counted(new.total(), 'new input')} and {gone.total():,} "
-        f"{are(gone.total())} gone"
-        f"{'' if new or gone else ', but they come in another order'}; it keeps to the list that it began with: "
-        f"--update takes what is new into the table"
-    )
-
-
-def _place(item: Input) -> str:
-    where = {"tar": f" at byte {item.offset}, {item.size} bytes", "parquet": f" column {item.note}"}
-    return as_text(item.path) + where.get(item.kind, f" {item.note}" if item.note else "")

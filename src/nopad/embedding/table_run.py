@@ -13,9 +13,10 @@ from nopad.counts import counted
 from nopad.embedding.distributed import ByActors
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.in_process import InProcess
+from nopad.embedding.inputs.changes import changes_of
 from nopad.embedding.inputs.sources import Listing, list_inputs
 from nopad.embedding.inputs.spans import Spans
-from nopad.embedding.job import Job, begin_or_resume, changes_of, kept_columns
+from nopad.embedding.job import Job, begin_or_resume, kept_columns
 from nopad.embedding.locks import Lock, lock_of
 from nopad.embedding.making import RunCounts
 from nopad.embedding.progress import Progress

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.kept import Kept
 from nopad.embedding.inputs.listing import Input, InputList
-from nopad.embedding.inputs.stamps import Stamp, load_stamps, take_stamps
+from nopad.embedding.inputs.stamps import Stamp, load_stamps, stamps_in, stamps_table, take_stamps
 from nopad.embedding.job import FeatureSizes, Job
 from nopad.embedding.table.format import CHANGED, GONE, Row
 from nopad.embedding.table.reader import iterate_rows, statuses
@@ -52,7 +52,7 @@ def compare(jobs: Sequence[Job], listed: InputList, names: Collection[str], *, c
     Inputs are the same if their source and name are, their place in it, and their file: by size and time or, where both
     are known, by its contents. Of sources that are not among `names` nothing is gone.
     """
-    stamps = take_stamps(listed, contents=contents)
+    stamps = (stamp for table in take_stamps(listed, contents=contents) for stamp in stamps_in(table))
     current, stamps_of = _current(jobs)
     new, marks = [], {}
     for item, stamp in zip(listed, stamps, strict=True):
@@ -111,7 +111,7 @@ def begin_update(folder: JobFolder, jobs: Sequence[Job], record: Mapping[str, st
     if "columns" in first.record:
         update_record["columns"] = first.record["columns"]
     part = JobFolder(folder.path, number)
-    part.begin(update_record, inputs, [stamp for _, stamp in difference.new], first.check_lock)
+    part.begin(update_record, inputs, [stamps_table([stamp for _, stamp in difference.new])], first.check_lock)
     return Job(first.settings, part, update_record, inputs, first.check_lock)
 
 

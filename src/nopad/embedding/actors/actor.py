@@ -131,7 +131,7 @@ class ShardMaker:
                 f"on a file system that all machines see under the same path"
             )
         settings = replace(self.config.settings, retry_failed=False)
-        record, inputs = folder.read()
+        record, inputs = folder.read(is_checked=True)
         if self.config.token:
             check = partial(check_owner, folder.path, self.config.token)
         else:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nopad.embedding.inputs.decoder import Reader
-from nopad.embedding.inputs.listing import Input, InputList, root_of
+from nopad.embedding.inputs.listing import Input, InputList, inputs_in, root_of
 from nopad.embedding.inputs.names import is_list
 from nopad.embedding.inputs.reaching import retry, unreachable_source
 from nopad.embedding.table.paths import TablePath, open_whole, write_whole
@@ -26,7 +27,6 @@ from nopad.storage.errors import UnreachableStoreError
 from nopad.storage.stores import can_list, store_of
 
 _SCHEMA = pa.schema({"size": pa.int64(), "mtime_ns": pa.int64(), "sha256": pa.string()})
-_BLOCK = 1 << 16
 _CHUNK = 1 << 20
 
 
@@ -45,26 +45,37 @@ class Stamp:
         return (self.size, self.mtime_ns) != (other.size, other.mtime_ns)
 
 
-def take_stamps(inputs: InputList, *, contents: bool) -> list[Stamp]:
-    """The stamp of each input; of a tar or a table that of the whole file.
-
-    Raises:
-        UnreachableSourceError: a file that cannot be reached.
+def take_stamps(inputs: InputList, *, contents: bool) -> Iterator[pa.Table]:
+    """The stamps of inputs, in tables of some at a time; of a tar or a table that of the whole file.
 
     Args:
         inputs: of a job.
         contents: read every input and take its SHA-256.
+
+    Raises:
+        UnreachableSourceError: a file that cannot be reached.
     """
-    return list(_stamps(inputs, contents))
-
-
-def _stamps(inputs: InputList, contents: bool) -> Iterator[Stamp]:
     path, stat, stats = b"", (-1, -1), _RemoteStats()
     with Reader(allow_outside_paths=True) as reader:
-        for item in inputs:
-            if item.path != path:  # rows of one file follow each other
-                path, stat = item.path, _stat(item, stats)
-            yield Stamp(*stat, _sha256(item, reader) if contents else "")
+        for table in inputs.tables():
+            starts = _files_in(table)
+            statuses = []
+            for item in inputs_in(table.take(starts)):
+                if item.path != path:
+                    path, stat = item.path, _stat(item, stats)
+                statuses.append(stat)
+            repeated = np.repeat(np.array(statuses, np.int64), np.diff(starts, append=len(table)), axis=0)
+            if contents:
+                digests = pa.array([_sha256(item, reader) for item in inputs_in(table)], pa.string())
+            else:
+                digests = pa.repeat("", len(table))
+            yield pa.table([*map(pa.array, repeated.T), digests], _SCHEMA)
+
+
+def _files_in(table: pa.Table) -> np.ndarray:
+    """Where the inputs of another file begin: those of one follow each other."""
+    paths = table.unify_dictionaries()["path"].combine_chunks().indices.to_numpy()
+    return np.flatnonzero(np.diff(paths, prepend=-1))
 
 
 def _stat(item: Input, stats: _RemoteStats) -> tuple[int, int]:
@@ -140,12 +151,25 @@ def _sha256_of(media: FileRange) -> str:
     return digest.hexdigest()
 
 
-def save_stamps(stamps: list[Stamp], path: TablePath, *, check: Callable[[], None] = lambda: None) -> None:
-    """Write stamps as a Parquet file, all of it or nothing; `check` as in `write_whole`."""
+def stamps_table(stamps: Sequence[Stamp]) -> pa.Table:
+    """Stamps as an Arrow table."""
     columns = [[getattr(stamp, name) for stamp in stamps] for name in _SCHEMA.names]
-    table = pa.table([pa.array(values, field.type) for values, field in zip(columns, _SCHEMA, strict=True)], _SCHEMA)
-    with write_whole(path, check=check) as file:
-        pq.write_table(table, file, compression="zstd", row_group_size=_BLOCK)
+    return pa.table([pa.array(values, field.type) for values, field in zip(columns, _SCHEMA, strict=True)], _SCHEMA)
+
+
+def stamps_in(table: pa.Table) -> list[Stamp]:
+    """The stamps of an Arrow table."""
+    return [Stamp(*row) for row in zip(*(column.to_pylist() for column in table.columns), strict=True)]
+
+
+def save_stamps(tables: Iterable[pa.Table], path: TablePath, *, check: Callable[[], None] = lambda: None) -> None:
+    """Write stamps as a Parquet file, all of it or nothing; `check` as in `write_whole`."""
+    with (
+        write_whole(path, check=check) as file,
+        pq.ParquetWriter(file, _SCHEMA, compression="zstd", write_page_checksum=True) as writer,
+    ):
+        for table in tables:
+            writer.write_table(table)
 
 
 def load_stamps(path: TablePath, number: int) -> list[Stamp] | None:
@@ -161,7 +185,7 @@ def load_stamps(path: TablePath, number: int) -> list[Stamp] | None:
             table = pq.ParquetFile(file).read()
         if table.schema.remove_metadata() != _SCHEMA or len(table) != number:
             raise ValueError(f"expected {number} rows of {', '.join(_SCHEMA.names)}")
-        return [Stamp(*row) for row in zip(*(column.to_pylist() for column in table.columns), strict=True)]
+        return stamps_in(table)
     except UnreachableStoreError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:

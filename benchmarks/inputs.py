@@ -1,0 +1,108 @@
+"""Seconds and memory of a job's list of inputs, for images in tars: what the command and each actor need beside models.
+
+python benchmarks/inputs.py --images 1000000
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from nopad.embedding.folder import JobFolder
+from nopad.embedding.inputs.listing import InputList
+from nopad.embedding.inputs.sources import list_inputs
+from nopad.embedding.inputs.stamps import take_stamps
+
+Result = TypeVar("Result")
+
+MEMBERS = 10_000
+SHARD_SIZE = 2048
+
+
+def write_tars(folder: Path, images: int) -> None:
+    """One tar of 10,000 images of a byte, under as many names as there are tars."""
+    with tarfile.open(folder / "members", "w") as tar:
+        for number in range(MEMBERS):
+            member = tarfile.TarInfo(f"{number * 7919 % MEMBERS:09}.jpg")
+            member.size = 1
+            tar.addfile(member, io.BytesIO(b"x"))
+    for number in range(-(-images // MEMBERS)):
+        (folder / f"{number:05}.tar").symlink_to("members")
+
+
+def measure(step: str, function: Callable[[], Result]) -> Result:
+    """Call a function and print its seconds, and the peak of the process's memory above what it was before."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = peak(), time.perf_counter()
+    result = function()
+    seconds = time.perf_counter() - start
+    print(f"  {step:32}{seconds:8.1f} s{peak() - before:8.0f} MB", flush=True)
+    return result
+
+
+def peak() -> float:
+    """The peak of this process's memory in MB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def command(sources: Path, out: Path) -> None:
+    """What the command does before its first shard."""
+
+    def listed() -> InputList:
+        return list_inputs([str(sources)]).inputs
+
+    def begun() -> None:
+        stamps = take_stamps(inputs, contents=False)
+        JobFolder(out).begin({"inputs": digest, "threads": ""}, inputs, stamps, lambda: None)
+
+    inputs = measure("list", listed)
+    digest = measure("digest", inputs.digest)
+    if not JobFolder(out).has_job:
+        measure("stamps, list and record written", begun)
+    measure("retained list read and checked", JobFolder(out).read)
+
+
+def actor(sources: Path, out: Path) -> None:
+    """What an actor does: reads the job and the inputs of some shards."""
+
+    def shards() -> None:
+        _, inputs = JobFolder(out).read(is_checked=True)
+        number = -(-len(inputs) // SHARD_SIZE)
+        for shard in range(0, number, -(-number // 100)):
+            assert inputs[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
+
+    measure("job read, inputs of 100 shards", shards)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=1_000_000)
+    parser.add_argument("--step", choices=("command", "actor"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.step:
+        steps = {"command": command, "actor": actor}
+        steps[arguments.step](arguments.folder / "tars", arguments.folder / "out")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tars = Path(folder) / "tars"
+        tars.mkdir()
+        write_tars(tars, arguments.images)
+        for step, title in (("command", "command"), ("command", "command, again"), ("actor", "actor")):
+            print(f"{arguments.images:,} images, {title}", flush=True)
+            steps = [sys.executable, __file__, "--step", step, "--folder", folder]
+            subprocess.run(steps, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+if __name__ == "__main__":
+    main()
