@@ -59,7 +59,7 @@ def command(sources: Path, out: Path) -> None:
     """What the command does before its first shard."""
 
     def listed() -> InputList:
-        return list_inputs([str(sources)]).inputs
+        return list_inputs([str(sources)], cache=JobFolder(out).listing_cache()).inputs
 
     def begun() -> None:
         stamps = take_stamps(inputs, contents=False)
@@ -98,6 +98,7 @@ def main() -> None:
         tars = Path(folder) / "tars"
         tars.mkdir()
         write_tars(tars, arguments.images)
+        time.sleep(3)  # listings of files of this moment are not kept
         for step, title in (("command", "command"), ("command", "command, again"), ("actor", "actor")):
             print(f"{arguments.images:,} images, {title}", flush=True)
             steps = [sys.executable, __file__, "--step", step, "--folder", folder]

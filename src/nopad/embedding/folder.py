@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from nopad.checkpoints.untrained import UNTRAINED
 from nopad.embedding.inputs.listing import InputList
+from nopad.embedding.inputs.listing_cache import ListingCache
 from nopad.embedding.inputs.reaching import UnreachableSourceError
 from nopad.embedding.inputs.stamps import save_stamps
 from nopad.embedding.lock import LostLockError
@@ -74,6 +75,10 @@ class JobFolder:
         except (OSError, ValueError, RecursionError):
             return {}
         return {key: value for key, value in record.items() if isinstance(value, str)}
+
+    def listing_cache(self) -> ListingCache:
+        """What was listed before for this table, or on the way to it."""
+        return ListingCache(self.path / METADATA_FOLDER / "listing")
 
     def all(self) -> list[JobFolder]:
         """The files of the table's first job and of its updates, as far as they were begun."""

@@ -14,6 +14,7 @@ from nopad.embedding.distributed import ByActors
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.in_process import InProcess
 from nopad.embedding.inputs.changes import changes_of
+from nopad.embedding.inputs.listing_cache import ListingCache
 from nopad.embedding.inputs.sources import Listing, list_inputs
 from nopad.embedding.inputs.spans import Spans
 from nopad.embedding.job import Job, begin_or_resume, kept_columns
@@ -31,15 +32,19 @@ from nopad.encoder import PackedEncoder
 logger = logging.getLogger(__name__)
 
 
-def list_sources(sources: Sequence[str], settings: Settings) -> Listing:
+def list_sources(sources: Sequence[str], settings: Settings, cache: ListingCache | None = None) -> Listing:
     """The inputs of sources, listed by the options of a job.
+
+    Args:
+        cache: see `list_inputs`.
 
     Raises:
         ValueError, OSError, ImportError: see `list_inputs`.
     """
     spans = Spans.of_options(settings.fps, settings.every)
     columns = {"image_column": settings.image_column, "id_column": settings.id_column}
-    return list_inputs(sources, **columns, hidden=settings.hidden, spans=spans, timeout=settings.input_timeout)
+    options = {"hidden": settings.hidden, "spans": spans, "timeout": settings.input_timeout, "cache": cache}
+    return list_inputs(sources, **columns, **options)
 
 
 @dataclass
@@ -70,7 +75,8 @@ class TableRun:
         """
         sources = self.sources
         logger.info("listing %s", sources[0] if len(sources) == 1 else f"{len(sources):,} sources")
-        listing = list_sources(sources, self.settings)
+        cache = self.folder.listing_cache()
+        listing = list_sources(sources, self.settings, cache)
         path = self.folder.path
         with lock_of(path, is_part=self.settings.part is not None) as lock, ExitStack() as ends:
             begun = self.folder.recorded()
@@ -79,6 +85,7 @@ class TableRun:
                 logger.warning(too_many)
             if settings.part is None:
                 self.folder.clean()
+                cache.clean()
             manifest = Manifest(path)
             kept = None if self.folder.has_job else kept_columns(settings, listing.inputs)
             logger.info("%s; loading the model", counted(len(listing.inputs), "input"))

@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow as pa
+
 from nopad.embedding.inputs import remote
 from nopad.embedding.inputs.archives import COMPRESSED, CompressedTarError, tar_inputs
 from nopad.embedding.inputs.durations import DurationProcess
 from nopad.embedding.inputs.listing import Input, root_of
+from nopad.embedding.inputs.listing_cache import ListingCache
 from nopad.embedding.inputs.media import Video, check_reachable
 from nopad.embedding.inputs.names import COMPRESSED_TARS, HIDDEN, as_text, check_source, is_list, suffix_of
 from nopad.embedding.inputs.reaching import location_of, retry, unreachable_source
@@ -25,13 +28,13 @@ from nopad.embedding.inputs.spool import Spool
 from nopad.embedding.inputs.table_process import TableProcess
 from nopad.embedding.inputs.table_requests import Table
 from nopad.embedding.inputs.tables import NoImageColumnError
-from nopad.embedding.inputs.walk import Hidden, match, walk
-from nopad.embedding.table.names import METADATA_FOLDER, parse_shard_name
+from nopad.embedding.inputs.walk import Hidden, is_shard, match, walk
 from nopad.preprocessing.decode import ImageError, UnreachableError
 from nopad.preprocessing.files import open_source, why
 from nopad.preprocessing.formats import VIDEO_SUFFIXES, image_suffixes
 from nopad.preprocessing.reachable import is_unreachable
 from nopad.storage.addresses import WEB, join, local_path, scheme_of
+from nopad.storage.store import Stored
 from nopad.terminal import printable
 
 _MAX_LINE = 1 << 16  # bytes; of a path Linux takes 4096
@@ -52,7 +55,7 @@ class Lister:
 
     Args:
         name: of the source.
-        column, id_column, spans, hidden: see `nopad.embedding.inputs.sources.list_inputs`.
+        column, id_column, spans, hidden, cache: see `nopad.embedding.inputs.sources.list_inputs`.
         may_be_missing: it is one of several that braces stand for; what is missing is a `"broken"` input.
     """
 
@@ -66,6 +69,7 @@ class Lister:
         *,
         hidden: bool,
         may_be_missing: bool,
+        cache: ListingCache,
     ) -> None:
         self.name = name
         self.source = as_text(name)
@@ -73,6 +77,9 @@ class Lister:
         self.column = column
         self.id_column = id_column
         self.spans = spans
+        self.cache = cache
+        self.file_of = 0, 0
+        """Which of how many tars, tables or matches is listed; zeros where that is not known."""
         self.left_out: Counter[str] = Counter()
         self.refusals: list[str] = []
         """Reasons for which tables were left out that may have been meant."""
@@ -81,8 +88,8 @@ class Lister:
         self._hidden = Hidden(included=hidden)
         self._may_be_missing = may_be_missing
 
-    def inputs(self) -> Iterator[Input]:
-        """All inputs; `left_out` is complete afterwards."""
+    def inputs(self) -> Iterator[Input | pa.Table]:
+        """All inputs, of files that were listed before in tables; `left_out` is complete afterwards."""
         try:
             yield from self._all()
         except FileNotFoundError as error:  # a prefix with nothing below it
@@ -93,7 +100,7 @@ class Lister:
         if self._hidden.left_out:
             self.left_out[HIDDEN] += len(self._hidden.left_out)
 
-    def _all(self) -> Iterator[Input]:
+    def _all(self) -> Iterator[Input | pa.Table]:
         if scheme := scheme_of(self.name):
             return self._glob() if scheme not in WEB and glob.has_magic(self.name) else self._remote()
         try:
@@ -110,7 +117,7 @@ class Lister:
             return self._folder(self.name, "")
         return self._named()
 
-    def _remote(self) -> Iterator[Input]:
+    def _remote(self) -> Iterator[Input | pa.Table]:
         try:
             if is_object(self.name, self.processes.tables.timeout):
                 return self._named()
@@ -125,7 +132,7 @@ class Lister:
             return iter([self._broken(self.name, os.path.basename(self.name), reason)])
         raise ValueError(printable(f"{self.source}: {reason}"))
 
-    def _named(self) -> Iterator[Input]:
+    def _named(self) -> Iterator[Input | pa.Table]:
         """The inputs of a source that is a file or an object."""
         if is_list(self.name):
             return self._list()
@@ -133,12 +140,12 @@ class Lister:
             raise CompressedTarError(self.source)
         return self._file(self.name, os.path.basename(self.name))
 
-    def _file(self, path: str, id: str) -> Iterator[Input]:
+    def _file(self, path: str, id: str, stored: Stored | None = None) -> Iterator[Input | pa.Table]:
         suffix = suffix_of(path)
         if suffix in COMPRESSED_TARS:
             yield self._broken(path, id, COMPRESSED)
         elif suffix in _ARCHIVES:
-            yield from self._archive(path)
+            yield from self._archive(path, stored)
         else:
             kind = "video" if suffix in VIDEO_SUFFIXES else "image"
             item = Input(as_text(id), self.source, kind, location_of(path))
@@ -162,19 +169,16 @@ class Lister:
         except ImageError as error:
             yield replace(item, kind="broken", note=f"cannot be listed: {error.reason}")
 
-    def _archive(self, path: str) -> Iterator[Input]:
+    def _archive(self, path: str, stored: Stored | None) -> Iterator[Input | pa.Table]:
         """The inputs in a tar or a Parquet file; one that holds no images is left out."""
-        before = self.left_out.total()
+        left_out: Counter[str] = Counter()
         is_empty = True
+        how = [as_text(path), self._include_hidden, self.column, self.id_column]
+        location = location_of(path)
         try:
-            if suffix_of(path) == ".tar":
-                options: dict[str, Any] = {"hidden": self._include_hidden, "timeout": self.processes.tables.timeout}
-                inputs = tar_inputs(path, as_text(path), self.left_out, **options)
-            else:
-                inputs = self._table("parquet", path)
-            for item in inputs:
+            for rows in self.cache.inputs(location, how, stored, left_out, lambda: self._in_archive(path, left_out)):
                 is_empty = False
-                yield item
+                yield rows
         except CompressedTarError:
             if path == self.name:
                 raise
@@ -182,14 +186,21 @@ class Lister:
             yield self._broken(path, os.path.basename(path), COMPRESSED)
         except NoImageColumnError as error:
             self.refusals.append(str(error))
-        if is_empty and self.left_out.total() == before:
+        self.left_out.update(left_out)
+        if is_empty and not left_out:
             self.left_out[suffix_of(path)] += 1
+
+    def _in_archive(self, path: str, left_out: Counter[str]) -> Iterator[Input]:
+        if suffix_of(path) == ".parquet":
+            return self._table("parquet", path)
+        options: dict[str, Any] = {"hidden": self._include_hidden, "timeout": self.processes.tables.timeout}
+        return tar_inputs(path, as_text(path), left_out, **options)
 
     def _table(self, kind: str, path: str) -> Iterator[Input]:
         table = Table(kind, location_of(path))
         return self.processes.tables.inputs(table, as_text(path), self.column, self.id_column)
 
-    def _folder(self, folder: str, prefix: str) -> Iterator[Input]:
+    def _folder(self, folder: str, prefix: str) -> Iterator[Input | pa.Table]:
         if is_dataset(folder):
             yield from self._table("dataset", folder)
             return
@@ -203,25 +214,26 @@ class Lister:
             id, path, suffix = prefix + entry.path, os.path.join(folder, entry.path), suffix_of(entry.path)
             if entry.reason:
                 yield self._broken(path, id, entry.reason)
-            elif _is_shard(path):
+            elif is_shard(path):
                 continue
             elif suffix in VIDEO_SUFFIXES or suffix in image_suffixes():
                 has_images = True
                 yield from self._file(path, id)
             elif suffix in _ARCHIVES:
-                archives.append((path, id))
+                archives.append((path, id, entry.stored))
             else:
                 self.left_out[as_text(suffix)] += 1
-        for path, id in archives:
+        for number, (path, id, stored) in enumerate(archives, 1):
             if has_images:
                 self.left_out[suffix_of(path)] += 1
             else:
-                yield from self._file(path, id)
+                self.file_of = number, len(archives)
+                yield from self._file(path, id, stored)
 
     def _broken(self, path: str, id: str, reason: str) -> Input:
         return Input(as_text(id) or ".", self.source, "broken", location_of(path), note=reason)
 
-    def _glob(self) -> Iterator[Input]:
+    def _glob(self) -> Iterator[Input | pa.Table]:
         scheme = f"{scheme_of(self.name)}://" if scheme_of(self.name) else ""
         parts = [part for part in self.name.removeprefix(scheme).split("/") if part]
         fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
@@ -235,18 +247,19 @@ class Lister:
             if not self._may_be_missing:
                 raise ValueError(printable(f"{self.source}: {reason}"))
             yield self._broken(self.name, self.name, reason)
-        for entry in matches:
+        for number, entry in enumerate(matches, 1):
+            self.file_of = number, len(matches)
             path = os.path.join(base, entry.path)
             if entry.reason:
                 yield self._broken(path, entry.path, entry.reason)
-            elif _is_shard(path):
+            elif is_shard(path):
                 continue
             elif not entry.is_folder:
-                yield from self._file(path, entry.path)
+                yield from self._file(path, entry.path, entry.stored)
             elif "**" not in parts[fixed:]:
                 yield from self._folder(path, f"{entry.path}/")
 
-    def _list(self) -> Iterator[Input]:
+    def _list(self) -> Iterator[Input | pa.Table]:
         folder = os.path.dirname(os.fsdecode(location_of(self.name)))
         is_remote = bool(scheme_of(self.name))
         for number, line in enumerate(self._lines(), 1):
@@ -282,9 +295,3 @@ class Lister:
             if is_unreachable(error):
                 raise
             raise ValueError(printable(f"{self.source}: cannot be read: {why(error)}")) from error
-
-
-def _is_shard(path: str) -> bool:
-    """Whether a file was written by a job, this one perhaps: tables may lie in the folders that they are made from."""
-    folder, name = os.path.split(path)
-    return parse_shard_name(name) is not None and os.path.isdir(os.path.join(folder, METADATA_FOLDER))

@@ -9,7 +9,7 @@ import os
 import tempfile
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -152,6 +152,12 @@ class InputList:
             raise ValueError(f"inputs: block {block} of its file is damaged")
         return table
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The texts beside the inputs in the file."""
+        entries = self._parquet.metadata.metadata or {}
+        return {name.decode(): text.decode() for name, text in entries.items()}
+
     def digest(self) -> str:
         """The SHA-256 in hex of all fields in order, the same however the file is cut into blocks."""
         sha = hashlib.sha256(str(len(self)).encode())
@@ -203,10 +209,15 @@ class InputWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove what was written, unless it is finished."""
         if self._writer is not None:
             self._file.close()  # first: what Arrow holds back is of no use
             with suppress(OSError, ValueError):
                 self._writer.close()
+            self._writer = None
 
     def add(self, item: Input) -> None:
         """Add an input behind the others."""
@@ -221,12 +232,13 @@ class InputWriter:
         self.num_inputs += len(table)
         self._wait(table)
 
-    def finish(self) -> InputList:
-        """The list of all that were added."""
+    def finish(self, metadata: Mapping[str, str] | None = None) -> InputList:
+        """The list of all that were added, see `InputList.metadata`."""
         self._take_items()
         with _writing():
             while self._num_waiting:
                 self._write()
+            self._writer.add_key_value_metadata(dict(metadata or {}))
             self._writer.close()
         self._writer = None
         self._file.seek(0)

@@ -42,7 +42,8 @@ def below(address: str, hidden: Hidden, timeout: float | None) -> Iterator[PathE
         FileNotFoundError: there are none.
         OSError: it cannot be reached.
     """
-    names = _names(address, timeout)
+    stored = _stored(address, timeout)
+    names = [*stored]
     if not names:
         raise FileNotFoundError(errno.ENOENT, "No such object, and none below it")
     if {"dataset_dict.json"} <= {*names} or {"dataset_info.json", "state.json"} <= {*names}:
@@ -53,13 +54,13 @@ def below(address: str, hidden: Hidden, timeout: float | None) -> Iterator[PathE
         if METADATA_FOLDER in folders or (parse_shard_name(base) and name[: -len(base)] in tables):
             continue
         if not _is_left_out(address, folders, base, hidden):
-            yield PathEntry(name)
+            yield PathEntry(name, stored=stored[name])
 
 
 def match(address: str, parts: tuple[str, ...], hidden: Hidden, timeout: float | None) -> list[PathEntry]:
     """What a glob's parts match below a prefix; see `nopad.embedding.inputs.walk.match`."""
     matches = set()
-    for name in _names(address, timeout):
+    for name, stored in _stored(address, timeout).items():
         steps = tuple(name.split("/"))
         for depth in range(1, len(steps) + 1):
             is_folder = depth < len(steps)
@@ -67,12 +68,14 @@ def match(address: str, parts: tuple[str, ...], hidden: Hidden, timeout: float |
                 continue
             if METADATA_FOLDER not in steps and _matches(steps[:depth], parts):
                 if not _is_left_out(address, list(steps[: depth - 1]), steps[depth - 1], hidden):
-                    matches.add(PathEntry("/".join(steps[:depth]), is_folder))
+                    object_ = None if is_folder else stored
+                    matches.add(PathEntry("/".join(steps[:depth]), is_folder, stored=object_))
                 break
     return sorted(matches, key=lambda entry: os.fsencode(entry.path))
 
 
-def _names(address: str, timeout: float | None) -> list[str]:
+def _stored(address: str, timeout: float | None) -> dict[str, Stored]:
+    """The objects below a prefix by their names there, in the order of the bytes of these."""
     parts = Address.of(address)
     if not can_list(parts):
         raise ValueError(f"{address}: {parts.scheme}:// cannot be listed; name its files, for example in a list file")
@@ -81,9 +84,12 @@ def _names(address: str, timeout: float | None) -> list[str]:
     def listed() -> list[Stored]:
         return list(store_of(parts, timeout).list(prefix))
 
-    keys = (stored.key for stored in retry(listed))
-    names = (key.removeprefix(prefix) for key in keys if key.startswith(prefix) and not key.endswith("/"))
-    return sorted(filter(None, names), key=os.fsencode)
+    by_name = {stored.key.removeprefix(prefix): stored for stored in retry(listed) if _is_below(stored.key, prefix)}
+    return {name: by_name[name] for name in sorted(by_name, key=os.fsencode)}
+
+
+def _is_below(key: str, prefix: str) -> bool:
+    return key.startswith(prefix) and key != prefix and not key.endswith("/")
 
 
 def _is_left_out(address: str, folders: list[str], base: str, hidden: Hidden) -> bool:

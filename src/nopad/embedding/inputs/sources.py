@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+
+from nopad.counts import counted
 from nopad.embedding.inputs.durations import DurationProcess
 from nopad.embedding.inputs.lister import Lister, Processes
-from nopad.embedding.inputs.listing import Input, InputList
+from nopad.embedding.inputs.listing import Input, InputList, InputWriter
+from nopad.embedding.inputs.listing_cache import ListingCache
 from nopad.embedding.inputs.names import COMPRESSED_TARS, check_source, expand_braces
 from nopad.embedding.inputs.reaching import source_errors
 from nopad.embedding.inputs.spans import Spans
@@ -24,6 +30,12 @@ from nopad.storage.addresses import local_path, scheme_of
 from nopad.terminal import printable
 
 logger = logging.getLogger(__name__)
+
+
+REPORT_SECONDS = 10.0
+"""Seconds until the first line on how far a listing is; then as long as it has taken so far, ten minutes at most."""
+
+_MAX_REPORT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,7 @@ def list_inputs(
     hidden: bool = False,
     spans: Spans | None = None,
     timeout: float | None = INPUT_TIMEOUT_SECONDS,
+    cache: ListingCache | None = None,
 ) -> Listing:
     """List the images and videos of each source, in the order given; nothing is decoded.
 
@@ -77,6 +90,7 @@ def list_inputs(
         hidden: take what is hidden, too.
         spans: the rows that a video gives; one unless given.
         timeout: seconds for what is read of a table in one go, and to open a video; `None` for no limit.
+        cache: finds and keeps the inputs of tars and Parquet files.
 
     Raises:
         ValueError: a source or a line of a list file that is an address of another scheme; a source that is missing,
@@ -92,26 +106,31 @@ def list_inputs(
     for source in _repeated(sources):
         logger.warning("sources: %s is given more than once, and all in it has as many rows", printable(source))
     objects.forget()
+    cache = cache or ListingCache(None)
     left_out: Counter[str] = Counter()
     first_broken: list[Input] = []
     nothing_in: list[str] = []
     kinds = set()
     is_any_whole = False
 
-    def every(processes: Processes) -> Iterator[Input]:
+    def every(processes: Processes) -> Iterator[tuple[Lister, Input | pa.Table]]:
         nonlocal is_any_whole
         for name, is_expanded in _names(sources):
-            lister = Lister(name, processes, image_column, id_column, spans, hidden=hidden, may_be_missing=is_expanded)
+            options: dict[str, Any] = {"hidden": hidden, "may_be_missing": is_expanded, "cache": cache}
+            lister = Lister(name, processes, image_column, id_column, spans, **options)
             is_empty = True
             with source_errors(lister.source):
-                for item in lister.inputs():
+                for rows in lister.inputs():
                     is_empty = False
-                    kinds.add(item.kind)
-                    if item.kind != "broken":
+                    if not isinstance(rows, Input):  # of files without anything broken
+                        kinds.update(rows["kind"].unique().to_pylist())
                         is_any_whole = True
-                    elif not first_broken:
-                        first_broken.append(item)
-                    yield item
+                    else:
+                        kinds.add(rows.kind)
+                        is_any_whole = is_any_whole or rows.kind != "broken"
+                        if rows.kind == "broken" and not first_broken:
+                            first_broken.append(rows)
+                    yield lister, rows
             if is_empty:
                 reason = f"{lister.source}: no image or video in it{_summary(lister.left_out)}"
                 nothing_in.append(lister.refusals[0] if lister.refusals else reason)
@@ -120,8 +139,15 @@ def list_inputs(
             left_out.update(lister.left_out)
 
     processes = closing(TableProcess(timeout)), closing(DurationProcess(timeout)), closing(Spool(timeout))
-    with processes[0] as tables, processes[1] as durations, processes[2] as videos:
-        inputs = InputList.of(every(Processes(tables, durations, videos)))
+    with processes[0] as tables, processes[1] as durations, processes[2] as videos, InputWriter() as writer, cache:
+        progress = ListingProgress()
+        for lister, rows in every(Processes(tables, durations, videos)):
+            if isinstance(rows, Input):
+                writer.add(rows)
+            else:
+                writer.add_table(rows)
+            progress.report(writer.num_inputs, lister)
+        inputs = writer.finish()
     if not is_any_whole:
         if not first_broken:
             raise ValueError(printable(nothing_in[0]))
@@ -131,6 +157,23 @@ def list_inputs(
         if column is not None and kinds.isdisjoint({"parquet", "dataset"}):
             raise ValueError(f"{option}: no source has columns, as Parquet files and datasets do, got {column!r}")
     return Listing(inputs, dict(left_out))
+
+
+class ListingProgress:
+    """Logs how far a listing is, now and then."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._next = REPORT_SECONDS
+
+    def report(self, num_inputs: int, lister: Lister) -> None:
+        """Log it if it is time."""
+        if (seconds := time.monotonic() - self._start) < self._next:
+            return
+        self._next = seconds + min(max(seconds, REPORT_SECONDS), _MAX_REPORT_SECONDS)
+        number, total = lister.file_of
+        of_files = f", file {number:,} of {total:,}" if total else ""
+        logger.info("listing: %s so far%s of %s", counted(num_inputs, "input"), of_files, printable(lister.source))
 
 
 def _repeated(sources: Sequence[str | Path]) -> list[str]:

@@ -6,23 +6,25 @@ import fnmatch
 import glob
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from nopad.embedding.inputs.names import is_hidden
 from nopad.embedding.inputs.reaching import retry
-from nopad.embedding.table.names import METADATA_FOLDER
+from nopad.embedding.table.names import METADATA_FOLDER, parse_shard_name
 from nopad.preprocessing.files import why
 from nopad.preprocessing.reachable import is_unreachable
+from nopad.storage.store import Stored
 
 
 @dataclass(frozen=True, slots=True)
 class PathEntry:
-    """A path below where the walk began, whether it is a folder, and why it cannot be listed."""
+    """A path below where the walk began, whether it is a folder, why it cannot be listed, and the object that it is."""
 
     path: str
     is_folder: bool = False
     reason: str = ""
+    stored: Stored | None = field(default=None, compare=False)
 
 
 class Hidden:
@@ -107,6 +109,12 @@ def match(base: str, parts: tuple[str, ...], hidden: Hidden) -> list[PathEntry]:
                 names = _shown(entries, part, is_folder)
                 matches |= {PathEntry(os.path.join(relative, name), is_folder) for name in names}
     return sorted(matches, key=lambda entry: os.fsencode(entry.path))
+
+
+def is_shard(path: str) -> bool:
+    """Whether a file was written by a job, this one perhaps: tables may lie in the folders that they are made from."""
+    folder, name = os.path.split(path)
+    return parse_shard_name(name) is not None and os.path.isdir(os.path.join(folder, METADATA_FOLDER))
 
 
 def _shown(entries: Iterable[tuple[str, bool]], pattern: str, folders: bool) -> list[str]:

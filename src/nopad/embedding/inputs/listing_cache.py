@@ -1,0 +1,183 @@
+"""The inputs of tars and Parquet files that were listed before, kept beside a table while these files are the same."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from nopad import __version__
+from nopad.embedding.inputs.listing import Input, InputList, InputWriter
+from nopad.embedding.inputs.reaching import retry
+from nopad.embedding.table.paths import TablePath
+from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
+from nopad.storage import objects
+from nopad.storage.addresses import scheme_of
+from nopad.storage.object_path import UnreachableStoreError
+from nopad.storage.store import Stored
+
+logger = logging.getLogger(__name__)
+
+MIN_SECONDS = 60.0
+"""Seconds of listing that a killed command may lose; what takes a sixth of it is kept when it is done."""
+
+_MAX_LOST = 0.02  # of a long listing, so that it has few files
+_SETTLED_NS = 2_000_000_000  # of file systems whose times are coarse: a younger file may change once more unseen
+_SUFFIX = ".parquet"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Inputs of one file, in a list that was kept.
+
+    Attributes:
+        path: of the list.
+        start, stop: their places in the list.
+        left_out: see `Lister`.
+    """
+
+    path: TablePath
+    start: int
+    stop: int
+    left_out: dict[str, int]
+
+
+class ListingCache:
+    """Keeps the inputs of files in lists in a folder, and finds those of files that have the same size and time.
+
+    It is no state of a job: without it, files are listed again.
+
+    Args:
+        folder: for its lists; `None` keeps nothing.
+    """
+
+    def __init__(self, folder: TablePath | None) -> None:
+        parents = (folder, folder.parent) if isinstance(folder, Path) else ()
+        self._folder = None if any(path.is_symlink() for path in parents) else folder
+        self._entries: dict[str, _Entry] = {}
+        self._files: set[TablePath] = set()
+        self._used: set[TablePath] = set()
+        self._writer: InputWriter | None = None
+        self._new: list[list[Any]] = []
+        self._open = lru_cache(1)(InputList.load)
+        self._began = self._kept = time.monotonic()
+        self._load()
+
+    def _load(self) -> None:
+        if self._folder is None or not self._folder.is_dir():
+            return
+        for path in self._folder.glob(f"*{_SUFFIX}"):
+            self._files.add(path)
+            try:
+                for key, *values in json.loads(InputList.load(path).metadata["files"]):
+                    self._entries[key] = _Entry(path, *values)
+            except UnreachableStoreError:
+                raise
+            except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+                logger.info("%s is not used, the files in it are listed again: %s", path, error)
+
+    def inputs(
+        self,
+        path: bytes,
+        how: list[Any],
+        stored: Stored | None,
+        left_out: Counter[str],
+        listed: Callable[[], Iterator[Input]],
+    ) -> Iterator[Input | pa.Table]:
+        """The inputs of a file: those that were kept, as Arrow tables, else those that are listed now.
+
+        Args:
+            path: or address.
+            how: all that its inputs depend on beside it.
+            stored: the object as it was found when its prefix was listed.
+            left_out: what was left out is added.
+            listed: lists it, and adds to `left_out`.
+        """
+        status = None if self._folder is None else _status(path, stored)
+        if status is None:
+            yield from listed()
+            return
+        key = json.dumps([__version__, path.hex(), *how, status])
+        if (entry := self._entries.get(key)) is not None:
+            self._used.add(entry.path)
+            left_out.update(entry.left_out)
+            yield from self._open(entry.path).tables(entry.start, entry.stop)
+            return
+        self._writer = self._writer or InputWriter()
+        start = self._writer.num_inputs
+        is_whole = True
+        for item in listed():
+            is_whole = is_whole and item.kind != "broken"
+            self._writer.add(item)
+            yield item
+        if is_whole and _status(path, None) == status and _is_settled(status):
+            self._new.append([key, start, self._writer.num_inputs, dict(left_out)])
+        now = time.monotonic()
+        if now - self._kept >= max(MIN_SECONDS, _MAX_LOST * (now - self._began)):
+            self._keep()
+
+    def __enter__(self) -> ListingCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """All is listed, or listing has failed: what took long is kept in both cases."""
+        if time.monotonic() - self._kept >= MIN_SECONDS / 6:
+            self._keep()
+        elif self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def clean(self) -> None:
+        """Remove lists that were of no use; not while other commands may use them."""
+        for path in self._files - self._used:
+            with suppress(OSError):
+                path.unlink()
+
+    def _keep(self) -> None:
+        """Write what was listed since the last time; a folder that cannot be written is no error."""
+        writer, new = self._writer, self._new
+        self._writer, self._new, self._kept = None, [], time.monotonic()
+        if writer is None or self._folder is None:
+            return
+        if not new:
+            writer.close()
+            return
+        try:
+            if isinstance(self._folder, Path):
+                self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._folder / f"{uuid.uuid4().hex}{_SUFFIX}"
+            writer.finish({"files": json.dumps(new)}).save(path)
+        except UnreachableStoreError:
+            raise
+        except OSError as error:
+            logger.warning("%s: what was listed is not kept: %s", self._folder, error)
+
+
+def _status(path: bytes, stored: Stored | None) -> list[Any] | None:
+    """Size and time of a file or an object, of one that has a version this; `None` where they cannot be read."""
+    try:
+        if not scheme_of(path):
+            status = os.stat(path)
+            return [status.st_size, [status.st_mtime_ns, status.st_ctime_ns], None]  # the second nobody can set
+        stored = stored or retry(lambda: objects.stat(path, INPUT_TIMEOUT_SECONDS))
+        if (e_tag := stored.version.e_tag) is not None:  # times are coarser here than in the listing of a prefix
+            return [stored.size, [], e_tag.strip('"')]
+        return [stored.size, [stored.mtime_ns], None]
+    except (OSError, ValueError):  # which is said where it is listed
+        return None
+
+
+def _is_settled(status: list[Any]) -> bool:
+    _, times, _ = status
+    return all(time.time_ns() - each > _SETTLED_NS for each in times)

@@ -1,0 +1,237 @@
+"""Listings of tars and tables that are kept: files that are the same are not listed again."""
+
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from input_samples import write_parquet
+from jobs import embed, table
+from pictures import write_photos
+
+from nopad.embedding.inputs import lister, listing_cache
+from nopad.embedding.inputs.listing_cache import ListingCache
+from nopad.embedding.inputs.sources import Listing, list_inputs
+from nopad.storage import objects
+from nopad.storage.object_path import ObjectPath
+
+LONG_AGO = 10**18
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    """A folder of four tars, each of two images and a text."""
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for number in range(4):
+        write_tar(folder / f"{number}.tar", f"{number}-a.png", f"{number}-b.png", "note.txt")
+    return folder
+
+
+def write_tar(path: Path, *names: str) -> None:
+    photos = write_photos(path.parent.parent / "photos", 1)
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            archive.add(photos / "000.png", name)
+    os.utime(path, ns=(LONG_AGO, LONG_AGO))
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[str]:
+    """The names of tars that are read to be listed."""
+    names = []
+
+    def watched(path, *arguments, **options):
+        names.append(os.path.basename(path))
+        return real(path, *arguments, **options)
+
+    real = lister.tar_inputs
+    monkeypatch.setattr(lister, "tar_inputs", watched)
+    return names
+
+
+@pytest.fixture(autouse=True)
+def keep_all(monkeypatch) -> None:
+    monkeypatch.setattr(listing_cache, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(listing_cache, "_SETTLED_NS", -1)
+
+
+def listed(source: Path, cache: Path | None, **options) -> Listing:
+    return list_inputs([str(source)], cache=ListingCache(cache), **options)
+
+
+def content(listing: Listing) -> tuple:
+    return list(listing.inputs), listing.inputs.digest(), listing.left_out
+
+
+def test_tars_are_listed_once(tars, tmp_path, read):
+    without = content(listed(tars, None))
+    assert without[2] == {".txt": 4}
+    assert content(listed(tars, tmp_path / "cache")) == without
+    assert read == ["0.tar", "1.tar", "2.tar", "3.tar"] * 2
+    read.clear()
+    assert content(listed(tars, tmp_path / "cache")) == without
+    assert read == []
+
+
+def test_a_listing_that_was_killed_goes_on(tars, tmp_path, read):
+    program = f"""
+import os, signal
+from nopad.embedding.inputs import lister, listing_cache, sources
+
+def killed_at_the_third(path, *arguments, **options):
+    if path.endswith("2.tar"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(path, *arguments, **options)
+
+real, lister.tar_inputs, listing_cache.MIN_SECONDS = lister.tar_inputs, killed_at_the_third, 0
+listing_cache._SETTLED_NS = -1
+sources.list_inputs([{str(tars)!r}], cache=listing_cache.ListingCache(listing_cache.Path({str(tmp_path / "cache")!r})))
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
+    assert content(listed(tars, tmp_path / "cache"))[0] == list(listed(tars, None).inputs)
+    assert read[:2] == ["2.tar", "3.tar"]
+
+
+def test_a_tar_that_cannot_be_listed_leaves_the_others(tars, tmp_path, read, monkeypatch):
+    def interrupted(path, *arguments, **options):
+        if path.endswith("3.tar"):
+            raise KeyboardInterrupt
+        return real(path, *arguments, **options)
+
+    real = lister.tar_inputs
+    with monkeypatch.context() as patch:
+        patch.setattr(lister, "tar_inputs", interrupted)
+        patch.setattr(listing_cache, "MIN_SECONDS", 1e-9)
+        with pytest.raises(KeyboardInterrupt):
+            listed(tars, tmp_path / "cache")
+    read.clear()
+    listed(tars, tmp_path / "cache")
+    assert read == ["3.tar"]
+
+
+@pytest.mark.parametrize("how", ["size", "time", "moved", "options", "damaged"])
+def test_what_is_another_now_is_listed_again(tars, tmp_path, read, how):
+    listed(tars, tmp_path / "cache")
+    read.clear()
+    options = {}
+    if how == "size":
+        write_tar(tars / "1.tar", *(f"{number}.png" for number in range(30)))
+    elif how == "time":
+        os.utime(tars / "1.tar", ns=(LONG_AGO, LONG_AGO + 1))
+    elif how == "moved":  # of one size and time
+        (tars / "0.tar").rename(tars / "1.tar")
+        write_tar(tars / "0.tar", "0-a.png", "0-b.png", "note.txt")
+    elif how == "options":
+        options["hidden"] = True
+    else:
+        for path in (tmp_path / "cache").iterdir():
+            path.write_bytes(path.read_bytes()[:-20])
+    got = content(listed(tars, tmp_path / "cache", **options))
+    again = {"size": ["1.tar"], "time": ["1.tar"], "moved": ["0.tar", "1.tar"]}
+    assert read == again.get(how, ["0.tar", "1.tar", "2.tar", "3.tar"])
+    assert got == content(listed(tars, None, **options))
+    read.clear()
+    assert content(listed(tars, tmp_path / "cache", **options)) == got
+    assert read == []
+
+
+def test_a_file_of_this_moment_is_not_trusted(tars, tmp_path, read, monkeypatch):
+    """It may change again without its size and time: file systems have times of up to two seconds."""
+    monkeypatch.setattr(listing_cache, "_SETTLED_NS", 3600 * 10**9)
+    for _ in range(2):
+        read.clear()
+        listed(tars, tmp_path / "cache")
+    assert read == ["0.tar", "1.tar", "2.tar", "3.tar"]
+
+
+def test_a_damaged_tar_is_listed_again(tars, tmp_path, read):
+    (tars / "1.tar").write_bytes((tars / "1.tar").read_bytes()[:1024])
+    os.utime(tars / "1.tar", ns=(LONG_AGO, LONG_AGO))
+    for _ in range(2):
+        read.clear()
+        assert [item.kind for item in listed(tars, tmp_path / "cache").inputs].count("broken") == 1
+    assert read == ["1.tar"]
+
+
+def test_tables_are_listed_once(tmp_path, monkeypatch):
+    (tmp_path / "tables").mkdir()
+    for number in range(2):
+        write_parquet(tmp_path / "tables" / f"{number}.parquet", {"image": [b"a", b"b"], "name": ["x", "y"]})
+    first = content(listed(tmp_path / "tables", tmp_path / "cache", id_column="name"))
+    numbered = content(listed(tmp_path / "tables", tmp_path / "cache"))
+    assert [item.id for item in first[0]] == ["x", "y"] * 2
+    assert [item.id for item in numbered[0]] == ["0", "1"] * 2
+    monkeypatch.setattr(lister.Lister, "_table", None)
+    assert content(listed(tmp_path / "tables", tmp_path / "cache", id_column="name")) == first
+
+
+def test_lists_of_no_use_are_removed(tars, tmp_path):
+    cache = tmp_path / "cache"
+    listed(tars, cache)
+    before = set(cache.iterdir())
+    write_tar(tars / "1.tar", "x.png")
+    again = ListingCache(cache)
+    list_inputs([str(tars)], cache=again)
+    again.clean()
+    left = set(cache.iterdir())
+    assert len(before - left) == 1
+    assert len(left - before) == 1
+
+
+def test_no_link_is_written_through(tars, tmp_path, read):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "cache").symlink_to("elsewhere")
+    for _ in range(2):
+        listed(tars, tmp_path / "cache")
+    assert len(read) == 8
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_job_that_goes_on_reads_no_tar_to_list_it(tars, tmp_path, model, read, stop_after):
+    embed(tars, tmp_path / "whole", model)
+    embed(tars, tmp_path / "out", model, **stop_after(1))
+    read.clear()
+    assert embed(tars, tmp_path / "out", model).done == 3
+    assert read == []
+    assert table(tmp_path / "out") == table(tmp_path / "whole")
+    write_tar(tars / "4.tar", "4-a.png")
+    summary = embed(tars, tmp_path / "out", model, update=True)
+    assert summary.changes == ["in the sources 1 are new, 0 have changed, 0 are gone"]
+    assert read == ["4.tar"]
+
+
+def test_a_listing_reports_how_far_it_is(tars, monkeypatch, caplog):
+    from nopad.embedding.inputs import sources
+
+    monkeypatch.setattr(sources, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(sources, "_MAX_REPORT_SECONDS", 0.0)
+    with caplog.at_level("INFO", "nopad"):
+        listed(tars, None)
+    assert f"listing: 3 inputs so far, file 2 of 4 of {tars}" in caplog.text
+
+
+@pytest.mark.parametrize("source", ["s3://photos/tars", "s3://photos/tars/*.tar", "s3://photos/tars/{0,1,2,3}.tar"])
+def test_tars_in_a_store_are_listed_once(s3, tars, source):
+    s3.put_all(tars, "tars/")
+
+    def listed() -> tuple:
+        objects.forget()
+        s3.server.requests.clear()
+        cache = ListingCache(ObjectPath("s3://photos/table/.nopad/listing"))
+        return content(list_inputs([source], cache=cache))
+
+    def reads() -> list[str]:
+        return [line for line in s3.server.requests if line.startswith("GET") and ".tar" in line]
+
+    first = listed()
+    assert (len(first[0]), len(reads())) == (8, 4)
+    assert listed() == first
+    assert reads() == []
+    write_tar(tars / "1.tar", "another.png")
+    s3.put_all(tars, "tars/")
+    assert [item.id for item in listed()[0]].count("another.png") == 1
+    assert len(reads()) == 1
