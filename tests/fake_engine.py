@@ -1,6 +1,6 @@
 """An engine whose actors do what a test says, on a clock of its own."""
 
-from nopad.embedding.actors.engine import Beat, Died, Finished, Loaded, Place, Placed, Raised
+from nopad.embedding.actors.engine import Beat, Died, Finished, Loaded, Place, Placed, Raised, Ready
 
 ROWS = 64
 NOTHING_SKIPPED = {shard: {} for shard in range(6)}
@@ -25,12 +25,21 @@ class HangError(Exception):
 class FakeEngine:
     """Actors on nodes in turn. `does` is called with node and task, and returns how many rows failed, or raises.
 
-    A task takes no time, on the nodes of `slow` so many seconds.
+    A task takes no time, on the nodes of `slow` so many seconds. An actor `is_ready` for another at once, or never.
     """
 
     def __init__(
-        self, does, nodes=("a",), loads=lambda node: {"record": "same"}, starts=lambda number: True, slow=None
+        self,
+        does,
+        nodes=("a",),
+        loads=lambda node: {"record": "same"},
+        starts=lambda number: True,
+        slow=None,
+        is_ready=False,
     ):
+        self.is_ready = is_ready
+        self.in_hand: dict[int, list] = {}
+        self.together = []
         self.does, self.nodes, self.loads, self.starts, self.slow = does, nodes, loads, starts, slow or {}
         self.later = []
         self.now = 0.0
@@ -59,6 +68,10 @@ class FakeEngine:
     def send(self, actor, task):
         node = self.node_of[actor]
         self.log.append((node, task))
+        self.in_hand.setdefault(actor, []).append(task)
+        self.together.append([each.shard for each in self.in_hand[actor]])
+        if self.is_ready:
+            self.events.append(Ready(actor))
         try:
             failed = self.does(node, task)
         except KilledError:
@@ -68,7 +81,8 @@ class FakeEngine:
         except HangError:
             self.hanging.add(actor)
         except UnreachableError as error:
-            self.events.append(Finished(actor, {"rows": 0, "num_failed": 0, "unmade": str(error)}))
+            unmade = Finished(actor, {"rows": 0, "num_failed": 0, "unmade": str(error)})
+            self.later.append((self.now, unmade))
         except Exception as error:
             self.events.append(Raised(actor, error))
         else:
@@ -84,6 +98,8 @@ class FakeEngine:
         assert self.now < 5e3, "the job does not end"
         done = [event for end, event in self.later if end <= self.now]
         self.later = [(end, event) for end, event in self.later if end > self.now]
+        for event in done:
+            self.in_hand[event.actor].pop(0)
         events, self.events = self.events + done, [Beat(actor, "always the same") for actor in self.hanging]
         return events
 

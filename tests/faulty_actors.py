@@ -4,7 +4,6 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 
 from nopad.embedding.actors.actor import ShardMaker
@@ -17,13 +16,12 @@ from nopad.pipeline.worker import Worker
 class FaultyMaker(ShardMaker):
     """Ends or hangs where a picture is decoded whose name says so: `kill-….jpg`, `stop-….jpg`."""
 
-    def do(self, task):
-        with _watched(self):
-            return super().do(task)
+    def __init__(self, config):
+        super().__init__(config)
+        _watch()
 
 
-@contextmanager
-def _watched(maker):
+def _watch():
     real = Worker.run
 
     def run(self, groups, read, **options):
@@ -39,10 +37,6 @@ def _watched(maker):
         return real(self, groups, media, **options)
 
     Worker.run = run
-    try:
-        yield
-    finally:
-        Worker.run = real
 
 
 def unreadable_where_unmounted(settings: Settings, items: Sequence[Input]) -> dict[str, int]:

@@ -313,6 +313,62 @@ def test_a_stop_finishes_shards_in_hand():
     assert {*made} == {0}
 
 
+def test_an_actor_that_is_ready_gets_the_next_shard_before_the_last_is_done():
+    engine = FakeEngine(lambda node, task: 0, slow={"a": 5.0}, is_ready=True)
+    assert run(engine) == (NOTHING_SKIPPED, {})
+    assert engine.together == [[0], [0, 1], [1, 2], [2, 3], [3, 4], [4, 5]]
+    engine = FakeEngine(lambda node, task: 0, slow={"a": 5.0})
+    run(engine)
+    assert engine.together == [[shard] for shard in range(6)]
+
+
+@pytest.mark.parametrize("poison", [0, 1, 3])
+def test_of_two_shards_that_end_their_process_the_right_one_is_found(poison):
+    """An actor dies that had two: both are made alone then, and the one without fault is made whole."""
+
+    def does(node, task):
+        if task.shard == poison and 17 in rows_of(task):
+            raise KilledError
+        return 0
+
+    engine = FakeEngine(does, slow={"a": 5.0}, is_ready=True)
+    made, given_up = run(engine)
+    assert given_up == {}
+    assert {shard: {*skipped} for shard, skipped in made.items()} == {**{i: set() for i in range(6)}, poison: {17}}
+    probes = [task.shard for _, task in engine.log if task.probe is not None]
+    assert {*probes} == {poison}
+    first = next(number for number, (_, task) in enumerate(engine.log) if task.shard == poison)
+    again = [shards for shards in engine.together[first + 1 :] if poison in shards]
+    assert again == [[poison]] * len(again)
+
+
+@pytest.mark.parametrize("what", ["hang", "preempted"])
+def test_a_shard_that_waits_behind_another_is_made_elsewhere(what):
+    tried = Counter()
+
+    def does(node, task):
+        tried[task.shard] += 1
+        if task.shard == 1 and tried[1] == 1:
+            raise {"hang": HangError, "preempted": PreemptedError}[what]
+        return 0
+
+    engine = FakeEngine(does, slow={"a": 5.0}, is_ready=True)
+    assert run(engine, actors=1, stall=60.0) == (NOTHING_SKIPPED, {})
+
+
+def test_a_stop_does_not_wait_for_shards_that_are_read_ahead():
+    def does(node, task):
+        if task.shard == 3:
+            stop.set()
+        return 0
+
+    stop = threading.Event()
+    engine = FakeEngine(does, slow={"a": 5.0}, is_ready=True)
+    assert run(engine, actors=2, stop=stop) == ({0: {}, 1: {}}, {})
+    assert [task.shard for _, task in engine.log] == [0, 1, 2, 3]
+    assert sorted(engine.killed) == [1, 2]
+
+
 def test_no_more_actors_than_shards():
     engine = FakeEngine(lambda node, task: 0)
     run(engine, number=2, actors=8)

@@ -56,8 +56,10 @@ class InProcess:
         run.begin()
         with Ticker(run.report):
             maker = Maker(run.job, self._worker, run.counts, run.stop)
-            maker.retry(list(run.failed_shards))
-            maker.make(run.missing)
+            if run.failed_shards:
+                maker.retry(run.failed_shards)
+            if run.missing:
+                maker.make(run.missing)
         run.end()
 
     def close(self) -> None:

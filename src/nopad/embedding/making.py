@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -53,25 +53,35 @@ class Maker:
         worker: made by the job's settings.
         counts: what the run has done so far.
         stop: once set, the shard in hand is finished and no other.
+        report: called with a shard that is written, or is not made now, its inputs and how many of them failed.
     """
 
-    def __init__(self, job: Job, worker: Worker, counts: RunCounts, stop: threading.Event | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        worker: Worker,
+        counts: RunCounts,
+        stop: threading.Event | None = None,
+        report: Callable[[int, int, int], None] = lambda shard, number, num_failed: None,
+    ) -> None:
         self.job = job
         self.worker = worker
         self.counts = counts
         self.stop = stop or threading.Event()
+        self.report = report
         self.sizes = FeatureSizes.of(worker.encoder, job.settings.selection)
 
-    def make(self, shards: Sequence[int], skipped: Mapping[int, str] | None = None) -> None:
+    def make(self, shards: Iterable[int], skipped: Mapping[int, str] | None = None) -> None:
         """Make shards, whether they are there or not.
 
         Args:
+            shards: see `ReadAhead` for an iterator that goes on later.
             skipped: rows of a shard that become failed rows without being read, and their reasons.
         """
 
         self._work(shards, lambda shard: range(self.job.size(shard)), skipped or {}, self._keep)
 
-    def retry(self, shards: Sequence[int], skipped: Mapping[int, str] | None = None) -> None:
+    def retry(self, shards: Iterable[int], skipped: Mapping[int, str] | None = None) -> None:
         """Try the failed rows of finished shards again, each shard replaced as a whole."""
         self._work(shards, self.job.failed, skipped or {}, self._replace)
 
@@ -83,7 +93,7 @@ class Maker:
                 pass
 
     @contextmanager
-    def _embedded(self, groups: Iterator[list[Input]] | list[list[Input]]) -> Iterator[Iterator[list[EmbeddingResult]]]:
+    def _embedded(self, groups: Iterable[list[Input]]) -> Iterator[Iterator[list[EmbeddingResult]]]:
         with (
             make_reader(self.job.settings) as reader,
             cpu_threads(self.job.threads),
@@ -95,39 +105,39 @@ class Maker:
 
     def _work(
         self,
-        shards: Sequence[int],
+        shards: Iterable[int],
         rows_of: Callable[[int], Sequence[int]],
         skipped: Mapping[int, str],
         keep: Callable[[int, list[Row]], None],
     ) -> None:
         """Embed rows of shards and keep them."""
-        if not shards or self.stop.is_set():
+        if self.stop.is_set():
             return
-        read_ahead: deque[list[Input]] = deque()  # as they are listed, for their names and columns
+        begun: deque[tuple[int, list[Input]]] = deque()  # as they are listed, for their names and columns
 
-        def groups() -> Iterator[list[Input]]:
-            for shard in shards:
-                inputs, rows = self.job.of(shard), rows_of(shard)
-                read_ahead.append([inputs[row] for row in rows])
-                yield [_skip(inputs[row], skipped.get(row)) for row in rows]
+        def read(shard: int) -> list[Input]:
+            inputs, rows = self.job.of(shard), rows_of(shard)
+            begun.append((shard, [inputs[row] for row in rows]))
+            return [_skip(inputs[row], skipped.get(row)) for row in rows]
 
         with (
             closing(TableProcess(self.job.settings.input_timeout)) as tables,
             ThreadPoolExecutor(1, thread_name_prefix="nopad-write") as writer,
-            self._embedded(groups()) as results,
+            self._embedded(map(read, shards)) as results,
             ExitStack() as ends,
         ):
             ends.callback(tables.interrupt)
             writing = None
-            for shard, embedded in zip(shards, results, strict=False):
+            for embedded in results:
+                shard, items = begun.popleft()
                 if writing is not None:
                     writing.result()
-                writing = writer.submit(self._try_to_put, shard, read_ahead.popleft(), embedded, keep, tables)
+                writing = writer.submit(self._try_to_put, shard, items, embedded, keep, tables)
             if writing is not None:
                 writing.result()
 
     def _try_to_put(self, shard: int, items: list[Input], results: list[EmbeddingResult], *how: Any) -> None:
-        """Write a shard, or note why it cannot be made now; in a thread, beside the encoder."""
+        """Write a shard, or note why it cannot be made now, and report it; in a thread, beside the encoder."""
         try:
             if not self.job.settings.unreachable_rows:
                 check_reached(items, results)
@@ -135,6 +145,7 @@ class Maker:
         except UnreachableError as error:
             self.counts.unmade[shard] = printable(str(error))
             logger.warning("%s is not made: %s", self.job.path(shard).name, self.counts.unmade[shard])
+        self.report(shard, len(results), sum(result.error is not None for result in results))
 
     def _put(
         self,

@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from itertools import chain
 from typing import Generic, TypeVar
 
 from nopad.pipeline.decode_queue import Done
@@ -29,7 +28,8 @@ class ReadAhead(Generic[Item]):
     """Prepares the images of groups, a bounded number and a bounded size ahead of the consumer.
 
     Args:
-        groups: taken one after another, as they are needed.
+        groups: taken one after another, as they are needed. An iterator that has ended may go on: it is asked again
+            whenever there is room, and for the last time when all images were taken.
         preparer: prepares the images.
         ahead: maximum number of images.
         budget: bounds the memory; closed at the end.
@@ -39,9 +39,8 @@ class ReadAhead(Generic[Item]):
     def __init__(
         self, groups: Iterable[Iterable[Item]], preparer: Preparer[Item], ahead: int, budget: MemoryBudget, stats: Stats
     ) -> None:
-        self._items: Iterator[tuple[Item] | None] = chain.from_iterable(  # `None` ends a group
-            chain(((item,) for item in group), (None,)) for group in groups
-        )
+        self._groups = iter(groups)
+        self._items: Iterator[Item] | None = None
         self._preparer = preparer
         self._max_waiting = ahead
         self._waiting: deque[tuple[Future[Outcome], MemoryReservation] | None] = deque()
@@ -71,6 +70,7 @@ class ReadAhead(Generic[Item]):
         self._submit()
         while self._waiting:
             yield self._group()
+            self._submit()
 
     def _group(self) -> Iterator[Outcome]:
         while (entry := self._waiting.popleft()) is not None:
@@ -88,16 +88,18 @@ class ReadAhead(Generic[Item]):
 
     def _submit(self) -> None:
         while len(self._waiting) <= self._max_waiting:
-            try:
-                entry = next(self._items)
-            except StopIteration:
-                return
-            if entry is None:
-                self._waiting.append(None)
-                continue
-            reservation, future = self._budget.reservation(), Future[Outcome]()
-            self._waiting.append((future, reservation))
-            self._preparer.submit(entry[0], reservation, self._done(entry[0], reservation, future))
+            if self._items is None:
+                if (group := next(self._groups, None)) is None:
+                    return
+                self._items = iter(group)
+            for item in self._items:
+                reservation, future = self._budget.reservation(), Future[Outcome]()
+                self._waiting.append((future, reservation))
+                self._preparer.submit(item, reservation, self._done(item, reservation, future))
+                break
+            else:
+                self._items = None
+                self._waiting.append(None)  # ends the group
 
     def _done(self, item: Item, reservation: MemoryReservation, future: Future[Outcome]) -> Done:
         def done(outcome: PreparedImage | Exception, seconds: float) -> None:

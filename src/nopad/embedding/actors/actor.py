@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -71,13 +74,25 @@ class LoadedEncoder:
 
 
 class ShardMaker:
-    """An actor: makes one shard after another with an encoder that it loads once."""
+    """An actor: makes one shard after another with an encoder that it loads once.
+
+    Loading and all tasks run in one thread, in their order. While one shard is encoded, the inputs of the next are read
+    and decoded, if there is a task for it by then.
+
+    Attributes:
+        on_ready: called, in any thread, when all inputs of the last task are read ahead.
+    """
 
     def __init__(self, config: ActorConfig) -> None:
         self.config = config
+        self.on_ready: Callable[[], None] = lambda: None
         self._worker: Worker | None = None
         self._counts = RunCounts()
         self._job = cache(self._read_job)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="nopad-encode")
+        self._tasks: deque[_Entry] = deque()
+        self._lock = threading.Lock()
+        self._told = RunCounts()  # what earlier results had
 
     def place(self) -> tuple[str, int]:
         """The machine and the process."""
@@ -85,9 +100,12 @@ class ShardMaker:
 
     def load(self, begun: Mapping[str, str]) -> LoadedEncoder:
         """Load the encoder, by the choices of a job that was begun."""
+        return self._thread.submit(self._load, begun).result()
+
+    def _load(self, begun: Mapping[str, str]) -> LoadedEncoder:
         settings = self.config.local_settings
         self._worker = make_worker(settings, load_encoder(settings), self.config.num_inputs, begun)
-        self._counts = RunCounts(self._worker.stats)
+        self._counts, self._told = RunCounts(self._worker.stats), RunCounts(replace(self._worker.stats))
         return LoadedEncoder.of(self.config.settings, self._worker)
 
     def progress(self) -> tuple[Any, ...]:
@@ -96,32 +114,98 @@ class ShardMaker:
         return *asdict(counts.stats).values(), counts.done, counts.write_seconds
 
     def do(self, task: Task) -> dict[str, Any]:
-        """Do a task: counts and seconds by the names of `Stats`, `write_seconds`, and the shard's `rows`.
+        """Do a task and return its result, see `submit`."""
+        return self.submit(task).result()
 
-        One that cannot be made now has the reason as `unmade`, and no rows.
+    def submit(self, task: Task) -> Future[dict[str, Any]]:
+        """Begin a task, or after those before it; they end in their order.
+
+        Returns:
+            Counts and seconds by the names of `Stats`, `write_seconds`, and the shard's `rows`. Of a task that cannot
+            be done now the reason as `unmade`, and no rows.
         """
+        entry = _Entry(task, Future())
+        with self._lock:
+            self._tasks.append(entry)
+        self._thread.submit(self._work)
+        return entry.future
+
+    def _work(self) -> None:
+        """Do the tasks that are there."""
+        while self._tasks:
+            for entry in [*self._tasks]:  # begun, perhaps, when another failed
+                entry.is_begun = False
+            entry = self._tasks[0]
+            try:
+                if entry.task.is_plain and not self._job(entry.task.update).path(entry.task.shard).exists():
+                    self._make(entry.task.update)
+                else:
+                    self._finish(entry, self._do(entry.task))
+            except OSError as error:
+                self._failed(error)
+            except Exception as error:
+                self._fail(error)
+
+    def _make(self, update: int) -> None:
+        """Make the shards of the plain tasks that are first, and of those that come before the last is done."""
+        assert self._worker is not None
+        job = self._job(update)
+
+        def report(shard: int, number: int, num_failed: int) -> None:
+            self._finish(self._tasks[0], self._result(shard, number, num_failed))
+
+        Maker(job, self._worker, self._counts, report=report).make(_Shards(self._tasks, update, job, self.on_ready))
+
+    def _do(self, task: Task) -> dict[str, Any]:
         job = self._job(task.update)
         is_new = not (task.retry or task.replace or task.probe)
         if is_new and job.path(task.shard).exists():
             return _existing(job.path(task.shard))
         assert self._worker is not None
-        before = replace(self._counts, stats=replace(self._counts.stats))
-        maker = Maker(job, self._worker, self._counts)
+        counts = 0, 0
+
+        def report(shard: int, number: int, num_failed: int) -> None:
+            nonlocal counts
+            counts = number, num_failed
+
+        maker = Maker(job, self._worker, self._counts, report=report)
         if task.probe is not None:
             maker.probe(task.shard, task.probe)
         elif task.retry:
             maker.retry([task.shard], task.skipped)
         else:
-            try:
-                maker.make([task.shard], task.skipped)
-            except OSError:
-                if not job.path(task.shard).exists():
-                    raise
-                return _existing(job.path(task.shard))  # another part was faster, and has tidied up behind it
-        stats, seconds = self._counts.stats.since(before.stats), self._counts.write_seconds - before.write_seconds
-        if (unmade := self._counts.unmade.pop(task.shard, None)) is not None:
+            maker.make([task.shard], task.skipped)
+        return self._result(task.shard, *counts)
+
+    def _result(self, shard: int, number: int, num_failed: int) -> dict[str, Any]:
+        """The result of a shard: its inputs, and all else that was counted since the last one."""
+        counts, told = replace(self._counts, stats=replace(self._counts.stats)), self._told
+        self._told = counts
+        stats = counts.stats.since(told.stats)
+        stats.images, stats.failed = number, num_failed  # others are of the next shard, which may be lost yet
+        seconds = counts.write_seconds - told.write_seconds
+        if (unmade := self._counts.unmade.pop(shard, None)) is not None:
             return {**_result(0, 0, seconds, stats), "unmade": unmade}
-        return _result(self._counts.done - before.done, stats.failed, seconds, stats)
+        return _result(number, num_failed, seconds, stats)
+
+    def _finish(self, entry: _Entry, result: dict[str, Any]) -> None:
+        with self._lock:
+            assert self._tasks.popleft() is entry
+        entry.future.set_result(result)
+
+    def _failed(self, error: OSError) -> None:
+        """The first task has failed; unless another part was faster to make its shard, and has tidied up behind it."""
+        task = self._tasks[0].task
+        path = self._job(task.update).path(task.shard)
+        if not (task.retry or task.probe) and path.exists():
+            self._finish(self._tasks[0], _existing(path))
+        else:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        with self._lock:
+            entry = self._tasks.popleft()
+        entry.future.set_exception(error)
 
     def _read_job(self, update: int) -> Job:
         folder = JobFolder(self.config.folder, update)
@@ -137,6 +221,47 @@ class ShardMaker:
         else:
             check = partial(check_record, folder.metadata / "job.json", record)
         return Job(settings, folder, record, inputs, check)
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A task, and what becomes of it."""
+
+    task: Task
+    future: Future[dict[str, Any]]
+    is_begun: bool = False
+
+
+class _Shards:
+    """The shards of the plain tasks of a job, in their order; goes on when there are more of them.
+
+    Args:
+        tasks: those that are not done.
+        on_ready: called when all are begun, once for each.
+    """
+
+    def __init__(self, tasks: deque[_Entry], update: int, job: Job, on_ready: Callable[[], None]) -> None:
+        self._tasks = tasks
+        self._update = update
+        self._job = job
+        self._on_ready = on_ready
+        self._was_ready = False
+
+    def __iter__(self) -> _Shards:
+        return self
+
+    def __next__(self) -> int:
+        entry = next((entry for entry in [*self._tasks] if not entry.is_begun), None)
+        if entry is None:
+            if not self._was_ready:
+                self._was_ready = True
+                self._on_ready()
+            raise StopIteration
+        task = entry.task
+        if not task.is_plain or task.update != self._update or self._job.path(task.shard).exists():
+            raise StopIteration  # it is done when those before it are
+        entry.is_begun, self._was_ready = True, False
+        return task.shard
 
 
 def _existing(path: TablePath) -> dict[str, Any]:

@@ -26,6 +26,8 @@ class Actor:
         is_loaded: it has its encoder.
         is_restart: it was started again, to load its encoder by the choices of the first actor.
         work: what it is making.
+        next_work: what it makes after that, and reads already.
+        is_ready: its inputs are read ahead, those of the next can be.
         progress, since: what its last heartbeat reported, and when that changed.
     """
 
@@ -35,6 +37,8 @@ class Actor:
     place: Place | None = None
     is_loaded: bool = False
     work: Work | None = None
+    next_work: Work | None = None
+    is_ready: bool = False
     progress: Any = None
 
     @property
@@ -95,6 +99,10 @@ class ActorPool:
     def busy(self) -> list[Actor]:
         """Actors that are making something."""
         return [actor for actor in self._actors.values() if actor.work is not None]
+
+    def ready(self) -> list[Actor]:
+        """Actors that can begin to read another shard beside that which they make."""
+        return [actor for actor in self.busy() if actor.is_ready and actor.next_work is None]
 
     def has_other_node(self, nodes: set[str]) -> bool:
         """Whether an actor runs on a node that is not among `nodes`, or starts, there perhaps."""

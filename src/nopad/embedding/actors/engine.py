@@ -49,6 +49,11 @@ class Task:
     probe: Sequence[int] | None = None
     skipped: Mapping[int, str] = field(default_factory=dict)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it makes all rows of a shard that is missing."""
+        return self == Task(self.update, self.shard)
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -75,8 +80,15 @@ class Beat:
 
 
 @dataclass(frozen=True)
+class Ready:
+    """An actor has read all inputs of its task ahead: it can begin to read those of the next."""
+
+    actor: int
+
+
+@dataclass(frozen=True)
 class Finished:
-    """A task is done."""
+    """A task is done, the first of those that the actor has."""
 
     actor: int
     result: dict[str, Any]
@@ -84,7 +96,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Raised:
-    """Loading or a task raised an error; the actor lives on."""
+    """Loading, or the first of its tasks, raised an error; the actor lives on."""
 
     actor: int
     error: Exception
@@ -106,11 +118,12 @@ class Died:
     with_node: bool = False
 
 
-Event = Placed | Loaded | Beat | Finished | Raised | Died
+Event = Placed | Loaded | Beat | Ready | Finished | Raised | Died
 
 
 class Engine(Protocol):
-    """Starts actors and carries tasks to them. Each actor gets one task at a time; one thread calls all methods."""
+    """Starts actors and carries tasks to them. An actor gets one task at a time, and one more once it is `Ready`; one
+    thread calls all methods."""
 
     def start(self, begun: Mapping[str, str]) -> int:
         """Start an actor, at once or when there is room, and return its number; `Placed` and `Loaded` will follow.
@@ -121,7 +134,7 @@ class Engine(Protocol):
         ...
 
     def send(self, actor: int, task: Task) -> None:
-        """Give a task to an actor that has none."""
+        """Give a task to an actor that has none, or is ready for another."""
         ...
 
     def kill(self, actor: int) -> None:

@@ -5,14 +5,19 @@ Which actor makes which shard is decided by the scheduler: Ray's own queues woul
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
-from nopad.embedding.actors.engine import Beat, Died, Event, Finished, Loaded, Place, Placed, Raised, Task
+from nopad.embedding.actors.engine import Beat, Died, Event, Finished, Loaded, Place, Placed, Raised, Ready, Task
 from nopad.embedding.actors.ray_head import RayHead
 
 MAX_BEAT_SECONDS = 5.0
+
+_READY_SECONDS = 30.0  # a call of `ready` waits; a task may end without it
 
 _LOST_NODE = "because its node has died"
 
@@ -32,11 +37,13 @@ class RayEngine:
         self._ray = ray
         self._needs = dict(needs)
         self._head = head
-        options: dict[str, Any] = {**self._needs, "max_concurrency": 2}  # a task, and `progress` beside it
+        # Two tasks, and beside them `progress` and `ready`.
+        options: dict[str, Any] = {**self._needs, "max_concurrency": 4}
         self._make: Any = ray.remote(**options)(RayActor)
         self._program = program
         self._actors: dict[int, Any] = {}
         self._calls: dict[Any, tuple[int, str]] = {}
+        self._tasks: defaultdict[int, deque[Any]] = defaultdict(deque)
         self._begun: dict[int, Mapping[str, str]] = {}
         self._next_beat: dict[int, float] = {}
         self._aside: list[str] = []
@@ -56,7 +63,14 @@ class RayEngine:
 
     def send(self, actor: int, task: Task) -> None:
         """See `Engine`."""
-        self._calls[self._actors[actor].do.remote(task)] = actor, "finished"
+        call = self._actors[actor].do.remote(task)
+        self._calls[call] = actor, "finished"
+        self._tasks[actor].append(call)
+        self._ask_ready(actor)
+
+    def _ask_ready(self, actor: int) -> None:
+        if (actor, "ready") not in self._calls.values():
+            self._calls[self._actors[actor].ready.remote()] = actor, "ready"
 
     def kill(self, actor: int) -> None:
         """See `Engine`."""
@@ -70,7 +84,8 @@ class RayEngine:
         if not self._calls:
             time.sleep(seconds)
             return []
-        done, _ = self._ray.wait([*self._calls], timeout=seconds)
+        later = {call for calls in self._tasks.values() for call in islice(calls, 1, None)}
+        done, _ = self._ray.wait([call for call in self._calls if call not in later], timeout=seconds)
         return [event for call in done if call in self._calls and (event := self._event(call)) is not None]
 
     def exclude_node(self, node: str) -> None:
@@ -98,6 +113,8 @@ class RayEngine:
         from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
         actor, kind = self._calls.pop(call)
+        if kind == "finished":
+            self._tasks[actor].popleft()
         try:
             value = self._ray.get(call)
         except RayTaskError as error:
@@ -112,12 +129,17 @@ class RayEngine:
             self._calls[self._actors[actor].load.remote(self._begun.pop(actor))] = actor, "loaded"
             self._next_beat[actor] = time.monotonic() + MAX_BEAT_SECONDS
             return Placed(actor, Place(node, host, pid))
+        if kind == "ready":
+            if not value and self._tasks[actor]:
+                self._ask_ready(actor)
+            return Ready(actor) if value else None
         return {"loaded": Loaded, "finished": Finished, "beat": Beat}[kind](actor, value)
 
     def _forget(self, actor: int) -> Any:
         self._calls = {call: of for call, of in self._calls.items() if of[0] != actor}
         self._next_beat.pop(actor, None)
         self._begun.pop(actor, None)
+        self._tasks.pop(actor, None)
         return self._actors.pop(actor)
 
 
@@ -127,11 +149,13 @@ class RayActor:
     def __init__(self, program: Callable[[], Any]) -> None:
         self._program = program
         self._actor: Any = None
+        self._is_ready = threading.Event()
 
     def place(self) -> tuple[str, int, str]:
         import ray
 
         self._actor = self._program()
+        self._actor.on_ready = self._is_ready.set
         return *self._actor.place(), ray.get_runtime_context().get_node_id()
 
     def load(self, begun: Mapping[str, str]) -> Any:
@@ -139,6 +163,12 @@ class RayActor:
 
     def progress(self) -> Any:
         return self._actor.progress()
+
+    def ready(self) -> bool:
+        """Wait until all inputs of the task are read ahead; false where that takes long."""
+        is_ready = self._is_ready.wait(_READY_SECONDS)
+        self._is_ready.clear()
+        return is_ready
 
     def do(self, task: Task) -> dict[str, Any]:
         return self._actor.do(task)

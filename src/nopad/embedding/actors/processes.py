@@ -10,11 +10,25 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from nopad.embedding.actors.engine import Beat, Died, Event, Finished, Loaded, NodeError, Place, Placed, Raised, Task
+from nopad.embedding.actors.engine import (
+    Beat,
+    Died,
+    Event,
+    Finished,
+    Loaded,
+    NodeError,
+    Place,
+    Placed,
+    Raised,
+    Ready,
+    Task,
+)
 from nopad.storage.errors import UnreachableStoreError, UnusableStoreError
 from nopad.terminal import configure_transformers
 
@@ -136,10 +150,15 @@ def _placed(number: int, value: tuple[str, int]) -> Placed:
     return Placed(number, Place(host, host, pid))
 
 
+def _ready(number: int, _: None) -> Ready:
+    return Ready(number)
+
+
 _EVENTS: dict[str, Callable[[int, Any], Event]] = {
     "placed": _placed,
     "loaded": Loaded,
     "beat": Beat,
+    "ready": _ready,
     "finished": Finished,
     "raised": Raised,
 }
@@ -161,13 +180,11 @@ def main(descriptor: int) -> None:
         while not over.wait(BEAT_SECONDS):
             send("beat", actor.progress())
 
-    def call(kind: str, function: Callable[..., Any], *arguments: Any) -> None:
-        try:
-            value = function(*arguments)
-        except Exception as error:
-            send("raised", _portable(error))
+    def report(kind: str, done: Future[Any]) -> None:
+        if (error := done.exception()) is None:
+            send(kind, done.result())
         else:
-            send(kind, value)
+            send("raised", _portable(error))
 
     over = threading.Event()
     configure_transformers()
@@ -178,14 +195,25 @@ def main(descriptor: int) -> None:
         actor = program()
         threading.Thread(target=beat, daemon=True).start()
         send("placed", actor.place())
-        call("loaded", actor.load, begun)
+        actor.on_ready = lambda: send("ready", None)
+        report("loaded", _future(actor.load, begun))
         while True:
-            call("finished", actor.do, connection.recv())
+            actor.submit(connection.recv()).add_done_callback(partial(report, "finished"))
     over.set()
     os._exit(0)  # not held up by threads of libraries
 
 
-def _portable(error: Exception) -> Exception:
+def _future(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """What a function returns or raises."""
+    future: Future[Any] = Future()
+    try:
+        future.set_result(function(*arguments))
+    except Exception as error:
+        future.set_exception(error)
+    return future
+
+
+def _portable(error: BaseException) -> Exception:
     """An error that can be pickled, of the nearest class of Python's own or of the engine's."""
     if isinstance(error, UnusableStoreError):
         return UnusableStoreError(str(error))

@@ -33,8 +33,9 @@ Outcome = tuple[Work, dict[str, Any] | None]
 class Scheduler:
     """Gives shards to actors until all are made or given up.
 
-    An actor gets one shard at a time, once it has loaded its encoder: a shard that waits behind another could be made
-    by an actor that has nothing to do, and after a stop only shards in hand are waited for.
+    An actor gets a shard once it has loaded its encoder, and the next once it has read all inputs of that: a shard that
+    waits behind another for longer could be made by an actor that has nothing to do. After a stop only the shards that
+    are encoded are waited for. A shard that went wrong is made with no other beside it.
 
     Args:
         max_actors: as many are started, and as there are shards, when there is room for them.
@@ -110,7 +111,15 @@ class Scheduler:
     def _assign(self) -> None:
         for actor in self.pool.idle():
             if (work := self._take(actor)) is not None:
-                actor.work, actor.since, actor.progress = work, self.pool.clock(), None
+                actor.work, actor.since, actor.progress, actor.is_ready = work, self.pool.clock(), None, False
+                self.pool.engine.send(actor.number, work.task)
+        for actor in self.pool.ready():
+            if self._next is not None and actor.work is not None and actor.work.is_shareable:
+                work = self._next
+                if not work.is_shareable:
+                    continue
+                self._advance()
+                actor.next_work, actor.is_ready = work, False
                 self.pool.engine.send(actor.number, work.task)
 
     def _take(self, actor: Actor) -> Work | None:
@@ -137,11 +146,17 @@ class Scheduler:
                 # A download may take long: an actor that loads need only be alive.
                 if event.progress != actor.progress or actor.work is None:
                     actor.progress, actor.since = event.progress, self.pool.clock()
+            case events.Ready():
+                actor.is_ready = True
             case events.Finished():
                 self._deaths_in_a_row = 0
-                work, actor.work = actor.work, None
+                work, actor.work, actor.next_work = actor.work, actor.next_work, None
+                actor.since = self.pool.clock()
                 assert work is not None
                 self._finished(actor, work, event.result)
+                if actor.work is not None and self.stop.is_set() and actor in self.pool:
+                    self.pool.kill(actor)
+                    self._put_back(actor.work)
             case events.Raised():
                 self._raised(actor, event.error)
             case events.Died():
@@ -189,6 +204,9 @@ class Scheduler:
     def _died(self, actor: Actor, event: events.Died) -> None:
         self.pool.remove(actor)
         work = actor.work
+        if actor.next_work is not None and work is not None and not event.preempted:
+            work.is_alone = actor.next_work.is_alone = True  # either may be why
+        self._put_back_next(actor)
         if event.preempted or (event.with_node and (work is None or work.lost_node())):
             logger.warning("actors: %s was lost with its machine: %s", actor, event.reason)
             if work is not None:
@@ -212,6 +230,7 @@ class Scheduler:
             if actor.place is None or self.pool.clock() - actor.since < self.stall or actor in self.pool.idle():
                 continue
             self.pool.kill(actor)
+            self._put_back_next(actor)
             reason = f"no progress in {self.stall:g} s"
             if actor.work is None:
                 self.pool.died_loading(actor, reason)
@@ -230,6 +249,10 @@ class Scheduler:
 
     def _put_back(self, work: Work) -> None:
         self._retries.appendleft(work)
+
+    def _put_back_next(self, actor: Actor) -> None:
+        if actor.next_work is not None:
+            self._put_back(actor.next_work)
 
     def _exclude_or_raise(self, actor: Actor, error: Exception) -> None:
         """Set the node of an actor aside, where there are others.
@@ -253,6 +276,7 @@ class Scheduler:
         self.pool.engine.exclude_node(node)
         for actor in there:
             self.pool.kill(actor)
+            self._put_back_next(actor)
             if actor.work is not None:
                 self._put_back(actor.work)
         for work in again:

@@ -33,6 +33,7 @@ class Work:
         rows: those that the task embeds.
         compared: the node that has made it, and how many rows failed there; another is to make it as well.
         avoid: nodes where it went wrong.
+        is_alone: its actor reads no other beside it: a process has died that had two.
         not_made: why it is given up.
     """
 
@@ -41,6 +42,7 @@ class Work:
     rows: Sequence[int]
     compared: tuple[str, int] | None = None
     avoid: set[str] = field(default_factory=set)
+    is_alone: bool = False
     not_made: str = ""
     _deaths: int = 0
     _errors: int = 0
@@ -53,6 +55,12 @@ class Work:
     def is_probe(self) -> bool:
         """Whether its task keeps nothing."""
         return self.task.probe is not None
+
+    @property
+    def is_shareable(self) -> bool:
+        """Whether its actor may read another shard beside it: nothing has gone wrong with it."""
+        failures = self._deaths + self._errors + self._lost_nodes + self._stalls
+        return self.task.is_plain and not self.is_alone and not failures
 
     def survived(self) -> None:
         """A probe is done."""

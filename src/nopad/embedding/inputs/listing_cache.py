@@ -24,7 +24,7 @@ from nopad.embedding.table.paths import TablePath
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 from nopad.storage import objects
 from nopad.storage.addresses import scheme_of
-from nopad.storage.object_path import UnreachableStoreError
+from nopad.storage.errors import UnreachableStoreError
 from nopad.storage.store import Stored
 
 logger = logging.getLogger(__name__)
