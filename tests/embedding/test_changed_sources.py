@@ -10,7 +10,7 @@ from PIL import Image
 
 import nopad
 from nopad.embedding import table_run
-from nopad.embedding.inputs import changes
+from nopad.embedding.inputs import parts
 from nopad.embedding.inputs.changes import changes_of
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input, InputList
@@ -82,7 +82,7 @@ def test_long_lists_are_compared_in_parts(monkeypatch):
     moved = r"43 inputs are elsewhere now; the first is 7\.jpg of 1\.tar: /1\.tar at byte 7, 1 bytes there, .* byte 8"
     with pytest.raises(ValueError, match=moved):
         changes_of(of(range(50)), of(range(7, 60), offset=1), "out")
-    monkeypatch.setattr(changes, "_PART", 8)
+    monkeypatch.setattr(parts, "PART", 8)
     assert changes_of(of(range(50)), now, "out") == whole
     assert "but they come in another order" in changes_of(of(range(50)), of(range(49, -1, -1)), "out")
     assert "50 new inputs" in changes_of(of([]), of(range(50)), "out")

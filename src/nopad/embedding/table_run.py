@@ -141,7 +141,7 @@ class TableRun:
         changes = difference.describe()
         logger.info(changes[0])
         mark(jobs, difference.marks, maker.encoder.sizes)
-        if difference.new:
+        if len(difference.new):
             self._run(begin_update(self.folder, jobs, record, difference), maker, manifest)
         return changes
 

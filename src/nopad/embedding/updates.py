@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from array import array
+from collections import defaultdict, deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
 
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.kept import Kept
-from nopad.embedding.inputs.listing import Input, InputList
-from nopad.embedding.inputs.stamps import Stamp, load_stamps, stamps_in, stamps_table, take_stamps
+from nopad.embedding.inputs.listing import Input, InputList, InputWriter, inputs_in
+from nopad.embedding.inputs.parts import num_parts, parts_by_name
+from nopad.embedding.inputs.stamps import Stamp, StampSpool, no_stamps, saved_stamps, stamps_in, take_stamps
 from nopad.embedding.job import FeatureSizes, Job
 from nopad.embedding.table.format import CHANGED, GONE, Row
 from nopad.embedding.table.reader import iterate_rows, statuses
 
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A row of a table: of which job, in which shard, and where in it."""
-
-    job: int
-    shard: int
-    row: int
+_ROW = ("job", "shard", "row")
 
 
 @dataclass(frozen=True)
@@ -30,20 +28,32 @@ class Difference:
     """The difference between a table and its sources.
 
     Attributes:
-        new: inputs to embed, those that have changed among them, and their stamps.
-        marks: rows whose input is gone or has changed.
+        listed: the inputs of the sources.
+        stamps: theirs.
+        new: places in `listed` of those to embed, in order; those that have changed are among them.
+        marks: `(N, 4)`: job, shard and row of what is gone or has changed, and 1 for changed; in order.
     """
 
-    new: list[tuple[Input, Stamp]]
-    marks: dict[Place, str]
+    listed: InputList
+    stamps: StampSpool
+    new: np.ndarray
+    marks: np.ndarray
 
     def describe(self) -> list[str]:
         """The changes in words, for a summary."""
-        counts = Counter(self.marks.values())
-        new = len(self.new) - counts[CHANGED]
-        if not self.new and not self.marks:
+        changed = int(self.marks[:, 3].sum())
+        new, gone = len(self.new) - changed, len(self.marks) - changed
+        if not len(self.new) and not len(self.marks):
             return ["nothing has changed in the sources"]
-        return [f"in the sources {new:,} are new, {counts[CHANGED]:,} have changed, {counts[GONE]:,} are gone"]
+        return [f"in the sources {new:,} are new, {changed:,} have changed, {gone:,} are gone"]
+
+    def of_new(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """The rows of new inputs among those of all that are listed."""
+        first = 0
+        for table in tables:
+            start, stop = np.searchsorted(self.new, (first, first + len(table)))
+            yield table.take(self.new[start:stop] - first)
+            first += len(table)
 
 
 def compare(jobs: Sequence[Job], listed: InputList, names: Collection[str], *, contents: bool) -> Difference:
@@ -52,50 +62,74 @@ def compare(jobs: Sequence[Job], listed: InputList, names: Collection[str], *, c
     Inputs are the same if their source and name are, their place in it, and their file: by size and time or, where both
     are known, by its contents. Of sources that are not among `names` nothing is gone.
     """
-    stamps = (stamp for table in take_stamps(listed, contents=contents) for stamp in stamps_in(table))
-    current, stamps_of = _current(jobs)
-    new, marks = [], {}
-    for item, stamp in zip(listed, stamps, strict=True):
-        places = current.get((item.source, item.id))
-        if not places:
-            new.append((item, stamp))
-            continue
-        place, before = places.pop(0)
-        old = stamps_of[place]
-        if before != item or (old is not None and old.differs(stamp)):
-            marks[place] = CHANGED
-            new.append((item, stamp))
-    sources = {item.source for item in listed}
-    whole = {number for number, job in enumerate(jobs) if {*json.loads(job.record["sources"])} <= {*names}}
-    for (source, _), places in current.items():
-        for place, _ in places:
-            if place.job in whole or source in sources or any(_is_below(source, name) for name in names):
-                marks[place] = GONE
-    return Difference(new, marks)
+    spool, sources = StampSpool(), set[str]()
+
+    def listed_rows() -> Iterator[pa.Table]:
+        first = 0
+        for table, stamps in zip(listed.tables(), take_stamps(listed, contents=contents), strict=True):
+            spool.add(stamps)
+            sources.update(table["source"].unique().to_pylist())
+            yield _beside(table, stamps).append_column("place", pa.array(np.arange(first, first + len(table))))
+            first += len(table)
+
+    number = num_parts(len(listed), *(len(job.inputs) for job in jobs))
+    whole = {index for index, job in enumerate(jobs) if {*json.loads(job.record["sources"])} <= {*names}}
+    new, marks = array("q"), [np.empty((0, 4), np.int64)]
+    # All that is listed is read, and `sources` complete, before the first part is compared.
+    for now, before in zip(parts_by_name(listed_rows(), number), parts_by_name(_current(jobs), number), strict=True):
+        rows: dict[tuple[str, str], deque[tuple[Input, Stamp, tuple[int, ...]]]] = defaultdict(deque)
+        for row in _rows(before, _ROW):
+            rows[row[0].source, row[0].id].append(row)
+        of_part = []
+        for item, stamp, (place,) in _rows(now, ("place",)):
+            if not (there := rows.get((item.source, item.id))):
+                new.append(place)
+                continue
+            old, old_stamp, at = there.popleft()
+            if old != item or (old_stamp.mtime_ns is not None and old_stamp.differs(stamp)):
+                of_part.append((*at, 1))
+                new.append(place)
+        for (source, _), there in rows.items():
+            is_named = source in sources or any(_is_below(source, name) for name in names)
+            of_part += [(*at, 0) for _, _, at in there if is_named or at[0] in whole]
+        marks.append(np.array(of_part, np.int64).reshape(-1, 4))
+    every = np.concatenate(marks)
+    return Difference(listed, spool, np.sort(np.array(new, np.int64)), every[np.lexsort(every.T[::-1])])
 
 
 def _is_below(source: str, name: str) -> bool:
     return source == name or source.startswith(name.rstrip("/") + "/")
 
 
-def _current(
-    jobs: Sequence[Job],
-) -> tuple[dict[tuple[str, str], list[tuple[Place, Input]]], dict[Place, Stamp | None]]:
-    """The rows that are not marked by source and name, and their stamps."""
-    rows: dict[tuple[str, str], list[tuple[Place, Input]]] = defaultdict(list)
-    stamps_of: dict[Place, Stamp | None] = {}
+def _current(jobs: Sequence[Job]) -> Iterator[pa.Table]:
+    """The rows of jobs that are not marked, and their stamps, null where they are not known."""
     for number, job in enumerate(jobs):
-        stamps = load_stamps(job.folder.stamps_file(job.record["inputs"]), len(job.inputs))
         size = job.settings.rows_per_shard
+        of_shards = saved_stamps(job.folder.stamps_file(job.record["inputs"]), len(job.inputs), size)
         for shard in range(len(job)):
-            row_statuses = statuses(job.path(shard))
-            for row, (item, status) in enumerate(zip(job.of(shard), row_statuses, strict=True)):
-                if status in (GONE, CHANGED):
-                    continue
-                place = Place(number, shard, row)
-                rows[item.source, item.id].append((place, item))
-                stamps_of[place] = None if stamps is None else stamps[shard * size + row]
-    return rows, stamps_of
+            table = pa.concat_tables(job.inputs.tables(shard * size, (shard + 1) * size))
+            stamps = no_stamps(len(table)) if of_shards is None else next(of_shards)
+            marked = np.isin(statuses(job.path(shard)), (GONE, CHANGED))
+            rows = np.arange(len(table))
+            places = (np.full(len(table), number), np.full(len(table), shard), rows)
+            yield _beside(table, stamps, **dict(zip(_ROW, places, strict=True))).take(rows[~marked])
+
+
+def _beside(table: pa.Table, stamps: pa.Table, **columns: np.ndarray) -> pa.Table:
+    for name in stamps.column_names:
+        table = table.append_column(f"stamp_{name}", stamps[name])
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values))
+    return table
+
+
+def _rows(table: pa.Table | None, places: Sequence[str]) -> Iterator[tuple[Input, Stamp, tuple[int, ...]]]:
+    if table is None:
+        return
+    stamps = table.select([name for name in table.column_names if name.startswith("stamp_")])
+    columns = (table[name].to_pylist() for name in places)
+    items = inputs_in(table.drop_columns([*stamps.column_names, *places]))
+    yield from zip(items, stamps_in(stamps), zip(*columns, strict=True), strict=True)
 
 
 def begin_update(folder: JobFolder, jobs: Sequence[Job], record: Mapping[str, str], difference: Difference) -> Job:
@@ -106,27 +140,32 @@ def begin_update(folder: JobFolder, jobs: Sequence[Job], record: Mapping[str, st
     """
     first = jobs[0]
     number = 1 + max(each.update for each in folder.all())
-    inputs = InputList.of(item for item, _ in difference.new)
+    with InputWriter() as writer:
+        for table in difference.of_new(difference.listed.tables()):
+            writer.add_table(table)
+        inputs = writer.finish()
     update_record = {**record, "inputs": inputs.digest(), "table": first.fingerprint, "update": str(number)}
     if "columns" in first.record:
         update_record["columns"] = first.record["columns"]
     part = JobFolder(folder.path, number)
-    part.begin(update_record, inputs, [stamps_table([stamp for _, stamp in difference.new])], first.check_lock)
+    part.begin(update_record, inputs, difference.of_new(difference.stamps.tables()), first.check_lock)
     return Job(first.settings, part, update_record, inputs, first.check_lock)
 
 
-def mark(jobs: Sequence[Job], marks: Mapping[Place, str], sizes: FeatureSizes) -> None:
+def mark(jobs: Sequence[Job], marks: np.ndarray, sizes: FeatureSizes) -> None:
     """Put marks into the shards that need them, each replaced as a whole; a marked row has neither features nor what
     was found in its file.
+
+    Args:
+        marks: see `Difference`.
 
     Raises:
         LostLockError, OSError: see `Job.write`.
     """
-    by_shard: dict[tuple[int, int], dict[int, str]] = defaultdict(dict)
-    for place, status in marks.items():
-        by_shard[place.job, place.shard][place.row] = status
-    for (number, shard), marked in by_shard.items():
-        job = jobs[number]
+    starts = np.flatnonzero(np.diff(marks[:, :2], axis=0, prepend=-1).any(axis=1))
+    for of_shard in np.split(marks, starts[1:]) if len(marks) else ():
+        job, shard = jobs[of_shard[0, 0]], int(of_shard[0, 1])
+        marked = {row: CHANGED if is_changed else GONE for row, is_changed in of_shard[:, 2:].tolist()}
         rows = [_marked(row, marked.get(at), job.kept) for at, row in enumerate(iterate_rows(job.path(shard)))]
         job.write(shard, rows, sizes)
 

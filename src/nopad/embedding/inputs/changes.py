@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +12,8 @@ import pyarrow as pa
 from nopad.counts import are, counted
 from nopad.embedding.inputs.listing import Input, InputList, inputs_in
 from nopad.embedding.inputs.names import as_text
+from nopad.embedding.inputs.parts import num_parts, parts_by_name
 from nopad.terminal import printable
-
-_PART = 1 << 17
-"""Inputs that are compared at a time, about 100 MB."""
-
-_MAX_PARTS = 256  # of each list there is an open file for each
 
 
 @dataclass
@@ -62,9 +55,9 @@ def changes_of(retained: InputList, listed: InputList, folder: object) -> str:
         ValueError: inputs that are elsewhere now; their old places may hold anything.
     """
     changes = Changes()
-    number = min(_MAX_PARTS, 1 + max(len(retained), len(listed)) // _PART)
-    for before, now in zip(_by_name(retained, number), _by_name(listed, number), strict=True):
-        changes.add(before, now)
+    number = num_parts(len(retained), len(listed))
+    for before, now in zip(*(parts_by_name(_numbered(inputs), number) for inputs in (retained, listed)), strict=True):
+        changes.add(_items(before), _items(now))
     if changes.first_moved is not None:
         _, old, item = changes.first_moved
         message = (
@@ -81,31 +74,16 @@ def changes_of(retained: InputList, listed: InputList, folder: object) -> str:
     )
 
 
-def _by_name(inputs: InputList, number: int) -> Iterator[list[tuple[int, Input]]]:
-    """The inputs in so many parts, with their places; those of one name are in one part, the same for each list."""
-    if number == 1:
-        yield list(enumerate(inputs))
-        return
-    with ExitStack() as ends:
-        files = [ends.enter_context(tempfile.TemporaryFile()) for _ in range(number)]
-        schema = pa.schema([("place", pa.int64()), *next(inputs.tables()).schema]) if len(inputs) else None
-        writers = [pa.ipc.new_stream(file, schema) for file in files] if schema else []
-        first = 0
-        for table in inputs.tables():
-            names = (zlib.crc32(name.encode()) for name in table["id"].to_pylist())
-            parts = np.fromiter(names, np.uint32, len(table)) % number
-            numbered = table.add_column(0, "place", pa.array(np.arange(first, first + len(table))))
-            for part in range(number):
-                writers[part].write_table(numbered.filter(pa.array(parts == part)).unify_dictionaries())
-            first += len(table)
-        for writer, file in zip(writers, files, strict=False):
-            writer.close()
-            file.seek(0)
-        for file in files:
-            yield _numbered(pa.ipc.open_stream(file).read_all()) if schema else []
+def _numbered(inputs: InputList) -> Iterator[pa.Table]:
+    first = 0
+    for table in inputs.tables():
+        yield table.append_column("place", pa.array(np.arange(first, first + len(table))))
+        first += len(table)
 
 
-def _numbered(table: pa.Table) -> list[tuple[int, Input]]:
+def _items(table: pa.Table | None) -> list[tuple[int, Input]]:
+    if table is None:
+        return []
     return list(zip(table["place"].to_pylist(), inputs_in(table.drop_columns("place")), strict=True))
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +18,7 @@ from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input, InputList, inputs_in, root_of
 from nopad.embedding.inputs.names import is_list
 from nopad.embedding.inputs.reaching import retry, unreachable_source
-from nopad.embedding.table.paths import TablePath, open_whole, write_whole
+from nopad.embedding.table.paths import TablePath, open_parts, write_whole
 from nopad.preprocessing.decode import ImageError, UnreachableError
 from nopad.preprocessing.files import FileRange, open_source, size_of, why
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
@@ -172,21 +174,54 @@ def save_stamps(tables: Iterable[pa.Table], path: TablePath, *, check: Callable[
             writer.write_table(table)
 
 
-def load_stamps(path: TablePath, number: int) -> list[Stamp] | None:
-    """The stamps of `number` inputs, `None` where there are none.
+def saved_stamps(path: TablePath, number: int, size: int) -> Iterator[pa.Table] | None:
+    """The stamps of `number` inputs, in tables of `size`; `None` where there are none.
 
     Raises:
         ValueError: a file that is damaged or of another list.
     """
-    if not path.exists():
-        return None
+    return _saved_stamps(path, number, size) if path.exists() else None
+
+
+def _saved_stamps(path: TablePath, number: int, size: int) -> Iterator[pa.Table]:
     try:
-        with open_whole(path) as file:
-            table = pq.ParquetFile(file).read()
-        if table.schema.remove_metadata() != _SCHEMA or len(table) != number:
-            raise ValueError(f"expected {number} rows of {', '.join(_SCHEMA.names)}")
-        return stamps_in(table)
+        with open_parts(path) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
+            if file.schema_arrow.remove_metadata() != _SCHEMA or file.metadata.num_rows != number:
+                raise ValueError(f"expected {number} rows of {', '.join(_SCHEMA.names)}")
+            waiting = no_stamps(0)
+            for batch in file.iter_batches(use_threads=False):
+                waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch])])
+                while len(waiting) >= size:
+                    yield waiting[:size]
+                    waiting = waiting[size:]
+            if len(waiting):
+                yield waiting
     except UnreachableStoreError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path}: damaged ({error}); remove it, and changed files go unnoticed") from error
+
+
+def no_stamps(number: int) -> pa.Table:
+    """Null for each of so many inputs."""
+    return pa.table([pa.nulls(number, field.type) for field in _SCHEMA], _SCHEMA)
+
+
+class StampSpool:
+    """Stamps in a temporary file, to be read again in their order."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        self._writer: Any = pa.ipc.new_stream(self._file, _SCHEMA, options=options)
+
+    def add(self, table: pa.Table) -> None:
+        """Add stamps behind the others."""
+        self._writer.write_table(table)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """All of them; none can be added afterwards."""
+        self._writer.close()
+        self._file.seek(0)
+        for batch in pa.ipc.open_stream(self._file):
+            yield pa.Table.from_batches([batch])
