@@ -75,9 +75,7 @@ class ListingCache:
         self._load()
 
     def _load(self) -> None:
-        if self._folder is None or not self._folder.is_dir():
-            return
-        for path in self._folder.glob(f"*{_SUFFIX}"):
+        for path in self._lists():
             self._files.add(path)
             try:
                 for key, *values in json.loads(InputList.load(path).metadata["files"]):
@@ -86,6 +84,14 @@ class ListingCache:
                 raise
             except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
                 logger.info("%s is not used, the files in it are listed again: %s", path, error)
+
+    def _lists(self) -> list[TablePath]:
+        try:
+            return [] if self._folder is None else [*self._folder.glob(f"*{_SUFFIX}")]
+        except UnreachableStoreError:
+            raise
+        except OSError:  # which is said where the folder is written to
+            return []
 
     def inputs(
         self,
