@@ -12,7 +12,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any, BinaryIO, overload
 
@@ -100,7 +99,7 @@ class InputList:
             raise ValueError(f"inputs: its footer says {metadata.num_rows} rows, its parts {sum(rows)}; damaged")
         self._ends = [*accumulate(rows)]
         self._lock = threading.Lock()
-        self._block = lru_cache(_NUM_BLOCKS)(self._read_block)
+        self._blocks: dict[int, pa.Table] = {}
 
     @classmethod
     def of(cls, items: Iterable[Input]) -> InputList:
@@ -144,12 +143,17 @@ class InputList:
             begin = max(start - first, 0)
             yield table.slice(begin, min(stop, self._ends[block]) - first - begin)
 
-    def _read_block(self, block: int) -> pa.Table:
+    def _block(self, block: int) -> pa.Table:
+        if (table := self._blocks.get(block)) is not None:
+            return table
         table = self._parquet.read_row_group(block, use_threads=False)
         if len(table) != self._ends[block] - (self._ends[block - 1] if block else 0) or any(
             column.null_count for column in table.columns
         ):
             raise ValueError(f"inputs: block {block} of its file is damaged")
+        while len(self._blocks) >= _NUM_BLOCKS:
+            del self._blocks[next(iter(self._blocks))]
+        self._blocks[block] = table
         return table
 
     @property
