@@ -70,6 +70,8 @@ class FakeEngine:
         self.log.append((node, task))
         self.in_hand.setdefault(actor, []).append(task)
         self.together.append([each.shard for each in self.in_hand[actor]])
+        if actor in self.hanging:
+            return
         if self.is_ready:
             self.events.append(Ready(actor))
         try:

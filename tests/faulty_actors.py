@@ -21,6 +21,12 @@ class FaultyMaker(ShardMaker):
         _watch()
 
 
+class OneByOneMaker(FaultyMaker):
+    """Is never ready for a second shard."""
+
+    on_ready = property(lambda self: lambda: None, lambda self, value: None)
+
+
 def _watch():
     real = Worker.run
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from faulty_actors import FaultyMaker
+from faulty_actors import FaultyMaker, OneByOneMaker
 from jobs import errors, rows
 from PIL import Image
 
@@ -128,7 +128,7 @@ def test_an_image_that_ends_its_process_is_a_row_and_all_others_are_made(images,
 def test_an_actor_that_hangs_is_ended_and_its_shard_reported(images, model, tmp_path, monkeypatch, caplog):
     album = shutil.copytree(images, tmp_path / "album")
     shutil.copy(images / "000.jpg", album / "stop-a.jpg")
-    monkeypatch.setattr(distributed, "ShardMaker", FaultyMaker)
+    monkeypatch.setattr(distributed, "ShardMaker", OneByOneMaker)
     monkeypatch.setattr("nopad.embedding.actors.work.MAX_STALLS", 1)
     out = tmp_path / "out"
     summary = embed(album, out, model=model, shard_size=10, actors=2, stall=20.0)

@@ -342,6 +342,17 @@ def test_of_two_shards_that_end_their_process_the_right_one_is_found(poison):
     assert again == [[poison]] * len(again)
 
 
+def test_a_shard_that_hangs_costs_none_beside_it():
+    def does(node, task):
+        if task.shard == 1:
+            raise HangError
+        return 0
+
+    made, given_up = run(FakeEngine(does, slow={"a": 50.0}, is_ready=True), stall=60.0)
+    assert {*made} == {0, 2, 3, 4, 5}
+    assert {*given_up} == {1}
+
+
 @pytest.mark.parametrize("what", ["hang", "preempted"])
 def test_a_shard_that_waits_behind_another_is_made_elsewhere(what):
     tried = Counter()

@@ -102,7 +102,8 @@ class ActorPool:
 
     def ready(self) -> list[Actor]:
         """Actors that can begin to read another shard beside that which they make."""
-        return [actor for actor in self.busy() if actor.is_ready and actor.next_work is None]
+        actors = [actor for actor in self.busy() if actor.is_ready and actor.next_work is None]
+        return [actor for actor in actors if actor.work is not None and actor.work.is_shareable]
 
     def has_other_node(self, nodes: set[str]) -> bool:
         """Whether an actor runs on a node that is not among `nodes`, or starts, there perhaps."""

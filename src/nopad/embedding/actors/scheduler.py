@@ -33,9 +33,8 @@ Outcome = tuple[Work, dict[str, Any] | None]
 class Scheduler:
     """Gives shards to actors until all are made or given up.
 
-    An actor gets a shard once it has loaded its encoder, and the next once it has read all inputs of that: a shard that
-    waits behind another for longer could be made by an actor that has nothing to do. After a stop only the shards that
-    are encoded are waited for. A shard that went wrong is made with no other beside it.
+    An actor gets a shard once it has loaded its encoder, and the next once it has read all inputs of that: one that waits
+    longer could be made by an actor that has nothing to do. After a stop only shards that are encoded are waited for.
 
     Args:
         max_actors: as many are started, and as there are shards, when there is room for them.
@@ -114,10 +113,7 @@ class Scheduler:
                 actor.work, actor.since, actor.progress, actor.is_ready = work, self.pool.clock(), None, False
                 self.pool.engine.send(actor.number, work.task)
         for actor in self.pool.ready():
-            if self._next is not None and actor.work is not None and actor.work.is_shareable:
-                work = self._next
-                if not work.is_shareable:
-                    continue
+            if (work := self._next) is not None and work.is_shareable:
                 self._advance()
                 actor.next_work, actor.is_ready = work, False
                 self.pool.engine.send(actor.number, work.task)
@@ -156,7 +152,7 @@ class Scheduler:
                 self._finished(actor, work, event.result)
                 if actor.work is not None and self.stop.is_set() and actor in self.pool:
                     self.pool.kill(actor)
-                    self._put_back(actor.work)
+                    self._put_back_all(actor)
             case events.Raised():
                 self._raised(actor, event.error)
             case events.Died():
@@ -204,13 +200,10 @@ class Scheduler:
     def _died(self, actor: Actor, event: events.Died) -> None:
         self.pool.remove(actor)
         work = actor.work
-        if actor.next_work is not None and work is not None and not event.preempted:
-            work.is_alone = actor.next_work.is_alone = True  # either may be why
-        self._put_back_next(actor)
-        if event.preempted or (event.with_node and (work is None or work.lost_node())):
+        is_shared = actor.next_work is not None
+        if event.preempted or (event.with_node and (work is None or is_shared or work.lost_node())):
             logger.warning("actors: %s was lost with its machine: %s", actor, event.reason)
-            if work is not None:
-                self._put_back(work)
+            self._put_back_all(actor, alone=not event.preempted)
             return
         self._deaths_in_a_row += 1
         if self._deaths_in_a_row >= MAX_DEATHS_IN_A_ROW * (1 + len(self.pool)):
@@ -220,6 +213,8 @@ class Scheduler:
             )
         if work is None:
             self.pool.died_loading(actor, event.reason)
+        elif is_shared:
+            self._attempts_failed(actor, f"died: {event.reason}")
         else:
             self._attempt_failed(actor, work, work.died(str(actor), event.reason), f"died: {event.reason}")
 
@@ -230,10 +225,11 @@ class Scheduler:
             if actor.place is None or self.pool.clock() - actor.since < self.stall or actor in self.pool.idle():
                 continue
             self.pool.kill(actor)
-            self._put_back_next(actor)
             reason = f"no progress in {self.stall:g} s"
             if actor.work is None:
                 self.pool.died_loading(actor, reason)
+            elif actor.next_work is not None:
+                self._attempts_failed(actor, reason)
             else:
                 self._attempt_failed(actor, actor.work, actor.work.stalled(str(actor), self.stall), reason)
 
@@ -247,12 +243,20 @@ class Scheduler:
             self._num_left -= 1
             self._outcomes.append((work, None))
 
+    def _attempts_failed(self, actor: Actor, reason: str) -> None:
+        """Put both shards of an actor back, either of which may be why; neither is counted as failed."""
+        names = " and ".join(work.name for work in (actor.work, actor.next_work) if work is not None)
+        logger.warning("%s: %s (%s); each is made again alone", names, reason, actor)
+        self._put_back_all(actor, alone=True)
+
     def _put_back(self, work: Work) -> None:
         self._retries.appendleft(work)
 
-    def _put_back_next(self, actor: Actor) -> None:
-        if actor.next_work is not None:
-            self._put_back(actor.next_work)
+    def _put_back_all(self, actor: Actor, *, alone: bool = False) -> None:
+        for work in (actor.next_work, actor.work):
+            if work is not None:
+                work.is_alone = work.is_alone or (alone and actor.next_work is not None)
+                self._put_back(work)
 
     def _exclude_or_raise(self, actor: Actor, error: Exception) -> None:
         """Set the node of an actor aside, where there are others.
@@ -276,9 +280,7 @@ class Scheduler:
         self.pool.engine.exclude_node(node)
         for actor in there:
             self.pool.kill(actor)
-            self._put_back_next(actor)
-            if actor.work is not None:
-                self._put_back(actor.work)
+            self._put_back_all(actor)
         for work in again:
             redone = work.again()
             redone.avoid = {node}
