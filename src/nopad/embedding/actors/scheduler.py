@@ -33,8 +33,8 @@ Outcome = tuple[Work, dict[str, Any] | None]
 class Scheduler:
     """Gives shards to actors until all are made or given up.
 
-    An actor gets a shard once it has loaded its encoder, and the next once it has read all inputs of that: one that waits
-    longer could be made by an actor that has nothing to do. After a stop only shards that are encoded are waited for.
+    An actor gets a shard once it has loaded its encoder, and the next once it has read all inputs of that: a shard that
+    waits longer could be made by an actor that is idle. After a stop only shards that are encoded are waited for.
 
     Args:
         max_actors: as many are started, and as there are shards, when there is room for them.
