@@ -13,15 +13,13 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 
 from nopad.layers.positions import (
     TABLE_SIZE,
-    axis_weights,
     learned_positions,
-    patch_weights,
-    resample,
     resampled_positions,
     sincos_2d,
     sincos_axis,
     tables_of_grids,
 )
+from nopad.layers.resampling import axis_weights, patch_weights, resample
 from nopad.layout import Layout
 
 # Computed in float64 and rounded once: half of the last place of a number below one, and what float64 itself leaves.

@@ -14,7 +14,7 @@ BLOCK = 512
 def resample(table: Tensor, weights: Tensor, spans: Tensor, index: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """Position of each patch: the sum of a table's rows, weighted by the patch's row and column.
 
-    The arguments `weights`, `spans` and `index` are what `nopad.layers.positions.patch_weights` returns.
+    The arguments `weights`, `spans` and `index` are what `nopad.layers.resampling.patch_weights` returns.
 
     Args:
         table: `(rows · columns, D)` float32.

@@ -8,12 +8,12 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nopad.kernels.availability import has_triton
 from nopad.layers.cached import cached_per_device
 from nopad.layers.dtypes import at_least_float32
+from nopad.layers.resampling import patch_weights, resample
 from nopad.layout import Layout
 
 logger = logging.getLogger(__name__)
@@ -60,88 +60,6 @@ def sincos_2d(layout: Layout, hidden_size: int, dtype: torch.dtype = torch.float
 def sincos_table(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`sincos_axis` of the first `TABLE_SIZE` positions, rounded to `dtype`: `(TABLE_SIZE, dim)`."""
     return sincos_axis(torch.arange(TABLE_SIZE, device=device), dim).to(dtype)
-
-
-def resample(
-    table: Tensor,
-    source: tuple[int, int],
-    target: tuple[int, int],
-    mode: str,
-    *,
-    antialias: bool = True,
-    align_corners: bool = False,
-    channels_last: bool = True,
-) -> Tensor:
-    """Resize a learned position table to another grid.
-
-    Args:
-        table: `(rows · columns, D)` on the `source` grid.
-        source: `(rows, columns)` of the table.
-        target: `(rows, columns)` of the result.
-        mode: `"bicubic"` as in timm's `resample_abs_pos_embed`, `"bilinear"` as in SigLIP2's
-            `resize_positional_embeddings`.
-        antialias: `False` as in `interpolate_pos_encoding` of transformers' models.
-        align_corners: the first and the last row and column of both grids coincide, as in Qwen3-VL's
-            `get_vision_interpolation_indices_and_weights`; without `antialias`.
-        channels_last: `False` as in transformers' SigLIP2. torch 2.13 antialiases to a grid of one column wrongly on a
-            CPU unless the table is in this memory format, as that of the other originals is.
-
-    Returns:
-        `(rows · columns, D)` float32 on the `target` grid, or float64 like the table.
-    """
-    table = at_least_float32(table)
-    if source == target:
-        return table
-    image = table.unflatten(0, (1, *source)).permute(0, 3, 1, 2)
-    if not channels_last:
-        image = image[0].unsqueeze(0)  # with the strides of the original
-    return _interpolate(image, target, mode, antialias, align_corners)[0].flatten(1).T
-
-
-def _interpolate(image: Tensor, size: tuple[int, int], mode: str, antialias: bool, align_corners: bool) -> Tensor:
-    return F.interpolate(image, size=size, mode=mode, align_corners=align_corners, antialias=antialias)
-
-
-@lru_cache(maxsize=4096)
-def axis_weights(source: int, target: int, mode: str, antialias: bool, align_corners: bool = False) -> Tensor:
-    """Interpolation weights of the source positions for each target position: `(target, source)` float32."""
-    identity = torch.eye(source, dtype=torch.float32)[
-        None, None
-    ]  # torch 2.13's antialiasing is wrong for single columns on a CPU
-    return _interpolate(identity, (target, source), mode, antialias, align_corners)[0, 0]
-
-
-def patch_weights(
-    layout: Layout, source: tuple[int, int], mode: str, *, antialias: bool = True, align_corners: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights of a table's rows and columns in the resampled position of each patch.
-
-    Args:
-        layout: the pack; every frame is a full grid.
-        source: `(rows, columns)` of the table.
-        mode, antialias, align_corners: as in `resample`.
-
-    Returns:
-        weights: `(M, n)` float32 weights of the table's n rows or columns, for M target positions: those along the
-            distinct heights and widths of all grids.
-        spans: `(M, 2)` int32 range of the weights that are not zero, end exclusive.
-        index: `(T, 2)` int64 target positions of each patch's row and column.
-    """
-    parts, starts, total = [], {}, 0
-    for axis, sides in enumerate(zip(*((h, w) for _, h, w in layout.grid), strict=True)):
-        for side in dict.fromkeys(sides):
-            starts[axis, side] = total
-            total += side
-            weights = axis_weights(source[axis], side, mode, antialias, align_corners)
-            parts.append(F.pad(weights, (0, max(source) - source[axis])))
-    weights = torch.cat(parts)
-    used = (weights != 0).int()
-    spans = torch.stack((used.argmax(1), weights.shape[1] - used.flip(1).argmax(1)), dim=1).int()
-    image_starts = torch.tensor([(starts[0, h], starts[1, w]) for _, h, w in layout.grid], dtype=torch.int64)
-    weights, spans, image_starts = (
-        tensor.to(layout.device, non_blocking=True) for tensor in (weights, spans, image_starts)
-    )
-    return weights, spans, image_starts[layout.image_index] + layout.coordinates[:, 1:]
 
 
 def resampled_positions(
