@@ -157,6 +157,45 @@ def test_bilinear_resample_equals_transformers_siglip2(target):
     assert torch.equal(resample(table, (4, 4), target, "bilinear", channels_last=False), theirs[0])
 
 
+def square_and_crop(table: Tensor, source: tuple[int, int], target: tuple[int, int], align_corners: bool) -> Tensor:
+    """The arithmetic of C-RADIO's patch generator, with the whole square."""
+    side = max(target)
+    image = table.unflatten(0, (1, *source)).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=(side, side), mode="bilinear", align_corners=align_corners)
+    return image[0, :, : target[0], : target[1]].flatten(1).T
+
+
+CROPS = [(3, 8), (8, 3), (5, 5), (5, 2), (1, 1), (1, 60), (60, 1), (4, 6), (31, 17)]
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("source", [(5, 5), (1, 1), (6, 4)], ids=str)
+@pytest.mark.parametrize("target", CROPS, ids=str)
+def test_crop_equals_that_of_the_whole_square(source, target, align_corners):
+    table = noise(math.prod(source), 5).requires_grad_()
+    options = {"antialias": False, "align_corners": align_corners, "crop": True}
+    ours = resample(table, source, target, "bilinear", **options)
+    theirs = square_and_crop(table, source, target, align_corners)
+    if source[0] == source[1]:  # the original's tables are square; a table of this very grid stays as it is
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        weights = noise(*ours.shape)
+        (gradient,) = torch.autograd.grad((ours * weights).sum(), table)
+        (expected,) = torch.autograd.grad((theirs * weights).sum(), table)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+    layout = layout_of([(1, *target), (2, 2, 3), (1, *target)])
+    weights, _, index = patch_weights(layout, source, "bilinear", **options)
+    of_row, of_column = (weights[index[:, axis], : source[axis]] for axis in range(2))
+    positions = torch.einsum("tr,tc,rcd->td", of_row, of_column, table.view(*source, 5))
+    torch.testing.assert_close(positions, resampled_positions(layout, table, source, "bilinear", **options))
+
+
+def test_crop_of_a_row_of_thousands_of_patches_computes_no_square():
+    table = noise(16, 3)
+    positions = resample(table, (4, 4), (1, 100_000), "bilinear", antialias=False, crop=True)
+    assert positions.shape == (100_000, 3)
+    torch.testing.assert_close(positions[[0, -1]], table[[0, 3]])
+
+
 @pytest.mark.parametrize("grid", [[(1, 2, 3)], [(1, 2, 3), (1, 3, 2), (1, 2, 3)], [(3, 2, 2), (1, 4, 1), (2, 2, 2)]])
 def test_tables_of_grids_computes_each_grid_once(grid):
     tables, computed = {}, []

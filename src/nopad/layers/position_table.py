@@ -78,6 +78,7 @@ def table_positions(
     align_corners: bool = False,
     strict: bool = False,
     native: bool = False,
+    crop: bool = False,
 ) -> Tensor:
     """Positions of every patch, computed in at least float32 and rounded to the dtype of the table.
 
@@ -88,6 +89,7 @@ def table_positions(
         layout: the pack.
         table: `(rows · columns, D)` on the `grid`.
         grid, mode, antialias, align_corners, strict, native: as in `PositionTable`.
+        crop: with `native`, as in `resample`.
 
     Returns:
         `(T, D)`.
@@ -98,7 +100,7 @@ def table_positions(
     dtype = table.dtype
     if isinstance(layout, TracedLayout) and layout.patch_positions is None:
         return positions_of_grids(
-            table, layout.grid_thw, layout.image_index, *grid, mode, antialias, align_corners, strict, native
+            table, layout.grid_thw, layout.image_index, *grid, mode, antialias, align_corners, strict, native, crop
         ).to(dtype)
     options: dict[str, Any] = {"antialias": antialias, "align_corners": align_corners, "dtype": dtype}
     if not native:
@@ -110,7 +112,7 @@ def table_positions(
         )
     if not layout.grid:
         return table[:0]
-    return resampled_positions(layout, table, grid, mode, channels_last=False, **options).to(dtype)
+    return resampled_positions(layout, table, grid, mode, channels_last=False, crop=crop, **options).to(dtype)
 
 
 @torch.library.custom_op("nopad::positions_of_grids", mutates_args=())
@@ -125,17 +127,19 @@ def positions_of_grids(
     align_corners: bool,
     strict: bool,
     native: bool,
+    crop: bool,
 ) -> Tensor:
     """Positions as one operator of an exported graph, in which the grid is not known; without a gradient."""
     layout = Layout.of_grid(grid_thw.tolist(), table.device)
     options: dict[str, Any] = {"antialias": antialias, "align_corners": align_corners}
     if native:
-        return resampled_positions(layout, table, (rows, columns), mode, channels_last=False, **options).contiguous()
+        options |= {"channels_last": False, "crop": crop}
+        return resampled_positions(layout, table, (rows, columns), mode, **options).contiguous()
     return learned_positions(layout, table, (rows, columns), mode=mode, strict=strict, **options).contiguous()
 
 
 @positions_of_grids.register_fake
-def _(table, grid_thw, image_index, rows, columns, mode, antialias, align_corners, strict, native):
+def _(table, grid_thw, image_index, rows, columns, mode, antialias, align_corners, strict, native, crop):
     dtype = torch.promote_types(table.dtype, torch.float32)
     return table.new_empty(image_index.shape[0], table.shape[1], dtype=dtype)
 

@@ -71,6 +71,7 @@ def resampled_positions(
     antialias: bool = True,
     align_corners: bool = False,
     channels_last: bool = True,
+    crop: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Positions of every patch from one table, resampled to the grid of each image.
@@ -79,7 +80,7 @@ def resampled_positions(
         layout: the pack, at least one image; every frame is a full grid.
         table: `(rows · columns, D)` on the `source` grid.
         source: `(rows, columns)` of the table.
-        mode, antialias, align_corners, channels_last: as in `resample`.
+        mode, antialias, align_corners, channels_last, crop: as in `resample`.
         dtype: as in `tables_of_grids`.
 
     Returns:
@@ -88,9 +89,10 @@ def resampled_positions(
     if not torch.is_grad_enabled() and table.dtype != torch.float64 and has_triton(table.device):
         from nopad.kernels import triton_positions
 
-        weights, spans, index = patch_weights(layout, source, mode, antialias=antialias, align_corners=align_corners)
+        options = {"antialias": antialias, "align_corners": align_corners, "crop": crop}
+        weights, spans, index = patch_weights(layout, source, mode, **options)
         return triton_positions.resample(table.float().contiguous(), weights, spans, index, source[1], dtype)
-    options = {"antialias": antialias, "align_corners": align_corners, "channels_last": channels_last}
+    options = {"antialias": antialias, "align_corners": align_corners, "channels_last": channels_last, "crop": crop}
     return tables_of_grids(layout, lambda grid: resample(table, source, grid, mode, **options), dtype)
 
 
