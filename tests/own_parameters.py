@@ -30,6 +30,7 @@ OTHERS = {
     "qwen2_vl": "qwen3_vl",
     "qwen2_5_vl": "siglip2",
     "qwen3_vl": "clip",
+    "radio": "dinov2",
     "vit": "dinov2",
     "vit_mae": "dinov2",
     "ijepa": "siglip2",
@@ -58,9 +59,9 @@ def blank(encoder):
 
 @torch.no_grad()
 def features(encoder):
-    """Tokens and pooled vectors of one pack."""
+    """Tokens and pooled vectors of one pack, rows of the hidden size."""
     output = encoder.encode(patches_of(encoder), GRIDS)
-    return torch.cat((output.tokens, output.pooled))
+    return torch.cat((output.tokens, output.pooled.reshape(-1, encoder.hidden_size)))
 
 
 def spoken_by(encoder):

@@ -65,7 +65,8 @@ def parts_of(encoder):
     """Names of the parts that a `device_map` may put on different devices."""
     layers = encoder.layers
     children = [name for name, child in encoder.named_children() if layers not in (child, *child.children())]
-    return [*children, *(f"layers.{number}" for number in range(len(encoder.layers)))]
+    buffers = [name for name, _ in encoder.named_buffers(recurse=False)]
+    return [*buffers, *children, *(f"layers.{number}" for number in range(len(encoder.layers)))]
 
 
 @every_family

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nopad.families.pixtral import PixtralPacking
     from nopad.families.qwen2_vl import Qwen2VLPacking
     from nopad.families.qwen3_vl import Qwen3VLPacking
+    from nopad.families.radio import RadioPacking
     from nopad.families.siglip2 import Siglip2NaflexPacking
     from nopad.families.vit import ViTPacking
     from nopad.loading import load, processor
@@ -47,6 +48,7 @@ __all__ = [
     "PixtralPacking",
     "Qwen2VLPacking",
     "Qwen3VLPacking",
+    "RadioPacking",
     "Siglip2NaflexPacking",
     "ViTPacking",
     "align",
@@ -79,6 +81,7 @@ _HOMES = {
     "PixtralPacking": "nopad.families.pixtral",
     "Qwen2VLPacking": "nopad.families.qwen2_vl",
     "Qwen3VLPacking": "nopad.families.qwen3_vl",
+    "RadioPacking": "nopad.families.radio",
     "Siglip2NaflexPacking": "nopad.families.siglip2",
     "ViTPacking": "nopad.families.vit",
     "align": "nopad.align",

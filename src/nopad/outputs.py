@@ -17,7 +17,7 @@ class PackedOutput(ModelOutput):
 
     Attributes:
         tokens: `(T, D)` patch tokens after the final norm, in the order of the patches.
-        pooled: `(N, D)` one vector per image or clip.
+        pooled: `(N, D)` one vector per image or clip; of C-RADIO several CLS tokens, one behind the other.
         image_embeds: `(N, E)` `pooled` in the image-text space, `None` where the checkpoint has no projection.
         prefix_tokens: `(S, num_prefix_tokens, D)` CLS and register tokens after the final norm, `None` without them.
         hidden_states: the `(T, D)` tokens, on request, before the first layer and after each, without the final norm.

@@ -42,7 +42,9 @@ def save_pretrained(
     apart = arguments["state_dict"] is None and state_dicts.may_lie_apart(encoder)
     if apart:
         arguments["state_dict"] = state_dicts.without_projection(encoder)
-    arguments["state_dict"] = state_dicts.to_file(encoder, arguments)
+    state = state_dicts.to_file(encoder, arguments)
+    if state is not arguments["state_dict"]:  # under the names of files already, which transformers would convert again
+        arguments |= {"state_dict": state, "save_original_format": False}
     PreTrainedModel.save_pretrained(encoder, **arguments)
     if arguments["is_main_process"]:
         state_dicts.save_beside(encoder, save_directory, with_projection=apart)

@@ -32,7 +32,7 @@ def test_every_parameter_takes_part_in_the_tokens(family, tmp_path):
     unused = {name for name, parameter in trained.items() if parameter.grad is None}
     assert not unused
     assert trained.keys() >= {name for name, _ in encoder.named_parameters() if "layers." in name or ".layer." in name}
-    assert encoder.encode(patches_of(encoder), GRIDS).pooled.shape == (len(GRIDS), encoder.hidden_size)
+    assert encoder.encode(patches_of(encoder), GRIDS).pooled.shape == (len(GRIDS), encoder.pooled_size)
 
 
 @pytest.mark.parametrize("family", HEADLESS)

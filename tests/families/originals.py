@@ -10,6 +10,7 @@ import moonvit_checkpoints
 import onevision_checkpoints
 import qwen2_vl_checkpoints
 import qwen3_vl_checkpoints
+import radio_checkpoints
 import siglip2_checkpoints
 import torch
 import vit_checkpoints
@@ -45,6 +46,7 @@ ORIGINALS = {
     **qwen2_vl_checkpoints.CLASSES,
     "qwen3_vl": Qwen3VLVisionModel,
     "qwen3_5": Qwen3_5VisionModel,
+    "radio": radio_checkpoints.RadioModel,
     **{kind: model for kind, (_, model) in vit_checkpoints.CLASSES.items()},
 }
 
@@ -113,6 +115,8 @@ def run_original(family: str, original, pixels: Tensor) -> Features:
             None if pooled[0] is None else torch.stack(pooled).mean(dim=0),
             None if prefix[0] is None else torch.cat(prefix),
         )
+    if family == "radio":
+        return Features(*radio_checkpoints.run(original, pixels))
     if family.startswith("siglip"):
         return Features(*siglip2_checkpoints.run(original, pixels))
     if family in ("clip", "metaclip2"):

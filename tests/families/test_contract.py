@@ -202,7 +202,8 @@ def test_forward_gives_all_that_encode_gives(encoder):
 @every_family
 def test_empty_pack_has_no_features(encoder):
     output = encoder.encode(torch.empty(0, encoder.patch_dim), torch.empty(0, 3, dtype=torch.int64))
-    assert output.tokens.shape == output.pooled.shape == (0, encoder.hidden_size)
+    assert output.tokens.shape == (0, encoder.hidden_size)
+    assert output.pooled.shape == (0, encoder.pooled_size)
     if encoder.num_prefix_tokens:
         assert output.prefix_tokens.shape == (0, encoder.num_prefix_tokens, encoder.hidden_size)
 

@@ -24,8 +24,8 @@ from nopad.families.dinov2_checkpoints import (
     DINOv2PackingConfig,
     DINOv2WithRegistersPackingConfig,
     TIPSv2PackingConfig,
-    swiglu_size,
 )
+from nopad.families.sizes import swiglu_size
 from nopad.preprocessing.rules import Preprocessing
 
 OF_META = {name: VARIANTS[name] for name in ("plain", "gated", "registers", "gated, registers")}

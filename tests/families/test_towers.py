@@ -16,6 +16,7 @@ from moonvit_checkpoints import run as run_moonvit
 from originals import max_relative
 from qwen2_vl_checkpoints import run as run_qwen2
 from qwen3_vl_checkpoints import run as run_qwen
+from radio_checkpoints import run as run_radio
 from safetensors.torch import load_file, save_file
 from siglip2_checkpoints import run as run_siglip
 from tiny_encoders import pack_of
@@ -28,6 +29,8 @@ from nopad.cli import main
 
 PHOTO = Path(__file__).parents[2] / "examples" / "images" / "cat_eye_small.png"
 GRIDS = [(5, 5), (3, 7), (1, 6)]
+NO_PARAMETERS = r"head_|\.summary_idxs$|\.video_embedder\."
+"""Of a tower's tensors, those that are no parameters of its encoder."""
 QWEN = [name for name in KINDS if KINDS[name][2] == "model.visual"]
 
 
@@ -42,6 +45,8 @@ def tokens_of(model_type, tower, image):
         return run_qwen(tower, image).tokens
     if kind == "kimi_k25_vision":
         return run_moonvit(tower, image)
+    if kind == "radio":
+        return run_radio(tower, image)[0]
     if kind == "pixtral":
         return tower(image[None]).last_hidden_state[0]
     if kind == "tipsv2_vision_model":
@@ -81,7 +86,7 @@ def test_tower_is_found_has_its_models_features_and_is_written_back(tmp_path, mo
     assert_parity(model_type, encoder, changed)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "changed"))
     assert before.keys() == after.keys()
-    rest = {name for name in before if not name.startswith(encoder.tower_prefix) or "head_" in name}
+    rest = {name for name in before if not name.startswith(encoder.tower_prefix) or re.search(NO_PARAMETERS, name)}
     assert rest
     assert {name for name in before if torch.equal(before[name], after[name])} == rest
 
@@ -312,7 +317,9 @@ def test_quantised_towers_are_refused(tmp_path):
         nopad.load(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5_moe"])
+@pytest.mark.parametrize(
+    "model_type", ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5_moe", "nemotron_h_omni"]
+)
 def test_alignment_of_a_tower_and_its_own_folder(tmp_path, model_type):
     """What `save_pretrained` writes is the encoder alone."""
     save(tmp_path / "whole", model_type)

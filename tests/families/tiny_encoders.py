@@ -14,6 +14,7 @@ import onevision_checkpoints
 import pixtral_checkpoints
 import qwen2_vl_checkpoints
 import qwen3_vl_checkpoints
+import radio_checkpoints
 import siglip2_checkpoints
 import torch
 import vit_checkpoints
@@ -46,6 +47,7 @@ FAMILIES = (
     "qwen2_vl",
     "qwen2_5_vl",
     "qwen3_vl",
+    "radio",
     "vit",
     "vit_mae",
     "ijepa",
@@ -70,6 +72,9 @@ def tiny(family: str, folder: Path, **changes) -> Path:
         return moonvit_checkpoints.save(folder, moonvit_checkpoints.tiny_original(**changes))
     if family == "pixtral":
         return pixtral_checkpoints.save(folder, pixtral_checkpoints.tiny_original(**changes))
+    if family == "radio":
+        changes.pop("intermediate_size", None)  # which follows the width
+        return radio_checkpoints.save(folder, radio_checkpoints.tiny_original(**changes))
     if family.startswith("siglip"):
         kind = siglip2_checkpoints.naflex if family == "siglip2" else siglip2_checkpoints.fixed
         return siglip2_checkpoints.folder_of(folder, kind(**changes))

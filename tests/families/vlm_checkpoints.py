@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.colpali.modeling_colpali import ColPaliForRetrieval
 from transformers.models.modernvbert.modeling_modernvbert import ModernVBertModel
+from transformers.models.nemotron_h_omni.modeling_nemotron_h_omni import NemotronH_Omni_Reasoning_V3
 from transformers.models.ovis2.modeling_ovis2 import Ovis2ForConditionalGeneration
 from transformers.models.shieldgemma2.modeling_shieldgemma2 import ShieldGemma2ForImageClassification
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2ForConditionalGeneration
@@ -31,6 +32,15 @@ MOONVIT = {
     "pos_emb_height": 5,
     "pos_emb_width": 5,
     "merge_kernel_size": [1, 1],
+}
+RADIO = {
+    "model_type": "radio",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "max_img_size": 24,
+    "video_temporal_patch_size": 2,
 }
 LARGE4 = {**PIXTRAL, "hidden_size": 128, "num_attention_heads": 16}  # in files under Mistral's names
 OVIS = {**SIZES, "model_type": "ovis2_vision", "image_size": 16, "vocab_size": 40, "hidden_stride": 2}
@@ -82,6 +92,7 @@ TEXT_OF = {
     "qwen3_vl_moe_text": EXPERTS,
     "qwen3_5_moe_text": EXPERTS,
     "qwen4_exp_text": EXPERTS,
+    "nemotron_h": {"hybrid_override_pattern": "*"},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
 }
 # The tower, the text model, the path of the tower in the model, further fields.
@@ -105,6 +116,7 @@ KINDS: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
     "mistral3": (PIXTRAL, "mistral", "model.vision_tower", {"spatial_merge_size": 2}),
     "mistral_large4": (LARGE4, "mistral_large4_text", "model.vision_tower", {"spatial_merge_size": 2}),
     "kimi_k25": (MOONVIT, "deepseek_v3", "model.vision_tower", {"projection_hidden_size": 128}),
+    "nemotron_h_omni": (RADIO, "nemotron_h", "vision_model", {"vision_hidden_size": 32, "projector_hidden_size": 16}),
     "lighton_ocr": (PIXTRAL, "qwen3", "model.vision_encoder", {"spatial_merge_size": 2}),
     "tipsv2": (TIPSV2, "tipsv2_text_model", "vision_model", {}),
     "ovis2": (
@@ -129,6 +141,7 @@ CLASSES = {
     "modernvbert": ModernVBertModel,
     "colpali": ColPaliForRetrieval,
     "t5gemma2": T5Gemma2ForConditionalGeneration,
+    "nemotron_h_omni": NemotronH_Omni_Reasoning_V3,
 }
 
 

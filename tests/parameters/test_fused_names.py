@@ -11,7 +11,10 @@ from tiny_encoders import FAMILIES, tiny
 import nopad
 from nopad.checkpoints.fused_names import from_fused_names
 
-LATER = ("dinov2", "clip", "metaclip2", "moonvit", "pixtral", "qwen2", "qwen3_vl", "vit", "ijepa", "tipsv2", "pixio")
+LATER = (
+    *("dinov2", "clip", "metaclip2", "moonvit", "pixtral", "qwen2", "qwen3_vl", "radio"),
+    *("vit", "ijepa", "tipsv2", "pixio"),
+)
 OF_0_1 = [family for family in FAMILIES if not family.startswith(LATER)]
 
 

@@ -109,6 +109,7 @@ def test_parts_are_reached_and_set_by_role(family, encoder):
     before, names = features(encoder), encoder.state_dict().keys()
     path = {"dinov2": "encoder.layer", "dinov3": "model.layer", "vit": "layers"}
     path |= {"pixtral": "transformer.layers", "moonvit": "layers", "qwen2_vl": "blocks", "qwen3_vl": "blocks"}
+    path["radio"] = "encoder.layer"
     path = path.get(encoder.family, "encoder.layers")
     assert encoder.layers is encoder.get_submodule(path)
     norm = {

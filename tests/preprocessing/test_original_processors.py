@@ -89,6 +89,7 @@ PIXEL_PROCESSORS = {
     # Its processor of transformers needs torchvision; Google's own code makes the same by Pillow.
     "google/tipsv2-b14": ViTImageProcessorPil(size=squared(448), do_normalize=False),
     "google/vit-base-patch16-224": ViTImageProcessorPil(),
+    "nvidia/C-RADIOv4-H": CLIPImageProcessorPil(do_resize=False, do_center_crop=False, do_normalize=False),
     "google/vit-large-patch32-384": ViTImageProcessorPil(size=squared(384)),
     "facebook/vit-mae-base": ViTImageProcessorPil(image_mean=list(SQUARE.mean), image_std=list(SQUARE.std)),
     "facebook/ijepa_vith16_1k": ViTImageProcessorPil(

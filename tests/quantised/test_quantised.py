@@ -12,6 +12,7 @@ import onevision_original
 import pytest
 import qwen2_vl_checkpoints
 import qwen3_vl_checkpoints
+import radio_checkpoints
 import siglip2_checkpoints
 import torch
 import vit_checkpoints
@@ -63,6 +64,13 @@ class PlainMoonViT(moonvit_checkpoints.Kimi_K25VisionModel):
         return self.patch_embed
 
 
+class PlainRadio(radio_checkpoints.RadioModel):
+    """transformers' own, with what torchao asks of a model."""
+
+    def get_input_embeddings(self):
+        return self.embeddings.patch_projection
+
+
 class PlainQwen3VL(Qwen3VLVisionModel):
     """transformers' own, with what torchao asks of a model."""
 
@@ -85,6 +93,7 @@ ORIGINALS = {
     "pixtral": PixtralVisionModel,
     **qwen2_vl_checkpoints.CLASSES,
     "qwen3_vl": PlainQwen3VL,
+    "radio": PlainRadio,
     **{kind: model for kind, (_, model) in vit_checkpoints.CLASSES.items()},
 }
 

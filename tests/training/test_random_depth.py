@@ -9,7 +9,7 @@ import nopad
 from nopad.layers.block import drop_path
 from nopad.segments import Segments
 
-FAMILIES = ("dinov2", "dinov2 gated", "tipsv2", "dinov3", "dinov3 gated", "pixio")
+FAMILIES = ("dinov2", "dinov2 gated", "tipsv2", "dinov3", "dinov3 gated", "pixio", "radio")
 STILL = {"pos_embed_rescale": None}
 """DINOv3's coordinates, which are drawn image by image here and batch by batch there, stay."""
 
@@ -21,7 +21,7 @@ def folder_of(family, path, **changes):
 def assert_trained_alike(family, folder, tolerance=1e-4):
     encoder, original = nopad.load(folder).train(), read_by_original(family, folder).train()
     images = torch.randn(6, 3, 20, 12)
-    pack = nopad.Pack.of(list(images), 4)
+    pack = nopad.Pack.of(list(images), 4, encoder.patch_order)
     torch.manual_seed(1)
     output = encoder.encode(pack)
     torch.manual_seed(1)

@@ -70,7 +70,8 @@ def check_strictly(checkpoint: Checkpoint, expected: Mapping[str, Tensor], diale
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
         if names
     ]
-    numbers = {name: tensor.dtype for name, tensor in tensors.items() if tensor.dtype not in FLOATS}
+    integers = {name: (tensor.dtype,) for name, tensor in expected.items() if not tensor.is_floating_point()}
+    numbers = {name: t.dtype for name, t in tensors.items() if t.dtype not in integers.get(name, FLOATS)}
     if numbers:
         dtypes = ", ".join(sorted({str(dtype) for dtype in numbers.values()}))
         problems.append(

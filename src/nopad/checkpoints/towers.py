@@ -26,6 +26,7 @@ TOWERS = {
     "ovis2": _AIMV2,
     **dict.fromkeys(("mistral3", "mistral_large4", "lighton_ocr"), _PIXTRAL),
     "kimi_k25": "kimi_k25_vision",
+    "nemotron_h_omni": "radio",
     "tipsv2": "tipsv2_vision_model",
     **{kind: f"{kind}_vision" for kind in ("qwen2_vl", "qwen2_5_vl")},
     "hyperclovax_vision_v2": "qwen2_5_vl_vision",

@@ -48,6 +48,9 @@ def untrained(
     check_dtype(dtype or torch.float32)
     model = model.to(dtype=dtype or torch.float32).to_empty(device="cpu")
     fill(model, seed)
+    for module in model.modules():
+        if next(module.buffers(recurse=False), None) is not None:
+            model._init_weights(module)
     model.source = model.name_or_path = model.config.name_or_path = UNTRAINED + name
     model.set_attention(attention or "auto")
     return model.eval()

@@ -47,11 +47,16 @@ class Sizes:
         return hidden_size(self.config)
 
     @property
+    def pooled_size(self) -> int:
+        """Values of `pooled`: D for most."""
+        return self.hidden_size
+
+    @property
     def projection_dim(self) -> int | None:
         """Values of `image_embeds`, `None` where the checkpoint has no projection."""
         return None if self.projection is None else self.projection.out_features
 
     @property
     def embedding_size(self) -> int:
-        """Values of the vector that `embed` gives for an image: E or D."""
-        return self.projection_dim or self.hidden_size
+        """Values of the vector that `embed` gives for an image: E, or those of `pooled`."""
+        return self.projection_dim or self.pooled_size

@@ -23,6 +23,7 @@ ENCODERS: Mapping[str, str] = {
     "qwen3_vl": "Qwen3VLPacking",
     "moonvit": "MoonViTPacking",
     "pixtral": "PixtralPacking",
+    "radio": "RadioPacking",
     "vit": "ViTPacking",
 }
 """The encoder of each family, by the family's name, which is that of its module here and of its dialects."""

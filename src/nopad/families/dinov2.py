@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from nopad.checkpoints.dialects.dinov2 import TIPSV2_DIALECTS
@@ -22,13 +21,11 @@ from nopad.families.dinov2_checkpoints import (
     TIPSv2PackingConfig,
     num_registers,
     read_config,
-    swiglu_size,
 )
-from nopad.families.vit_blocks import vit_block, vit_mlp
+from nopad.families.vit_blocks import mlp_by_ratio, vit_block
 from nopad.families.vit_embeddings import ViTEmbeddings
 from nopad.inference.runner import Runner
 from nopad.layers.block import Block
-from nopad.layers.mlp import GatedMLP
 from nopad.layers.prefix import PrefixLayout
 from nopad.layout import Layout
 from nopad.outputs import Trunk
@@ -63,13 +60,7 @@ class DINOv2Embeddings(ViTEmbeddings):
 
 def dinov2_block(config: DINOv2Configs) -> Block:
     """One transformer block of the family."""
-    mlp_size = int(config.hidden_size * config.mlp_ratio)
-    if config.use_swiglu_ffn:
-        names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-        mlp = GatedMLP(config.hidden_size, swiglu_size(mlp_size), ACT2FN["silu"], bias=True, names=names)
-    else:
-        mlp = vit_mlp(config, mlp_size)
-    return vit_block(config, mlp, layer_scale=True, drop_path=config.drop_path_rate, names={})
+    return vit_block(config, mlp_by_ratio(config), layer_scale=True, drop_path=config.drop_path_rate, names={})
 
 
 class DINOv2Packing(PackedEncoder):

@@ -12,7 +12,7 @@ from nopad.checkpoints.config_json import BACKBONE_FIELDS, read_fields
 from nopad.checkpoints.dialects.dinov2 import TIMM, TIMM_REGISTERS
 from nopad.checkpoints.formats import Checkpoint, grid_side
 from nopad.checkpoints.timm_config import NAMES, PLAIN_VIT, check_is_timm, is_timm, read_model_args
-from nopad.families.sizes import configs_by_name
+from nopad.families.sizes import configs_by_name, swiglu_size
 
 HEAD_DIM = 64
 """Head size of every published DINOv2, for files without a config."""
@@ -75,11 +75,6 @@ _CONFIG_CLASSES = {
 def num_registers(config: DINOv2Configs) -> int | None:
     """Number of register tokens, `None` of a class that has no parameter for them."""
     return None if isinstance(config, DINOv2PackingConfig) else config.num_register_tokens
-
-
-def swiglu_size(mlp_size: float) -> int:
-    """Width of a gated feed-forward layer in place of a plain one: two thirds, rounded up to a multiple of 8."""
-    return (int(mlp_size * 2 / 3) + 7) // 8 * 8
 
 
 _COMMON_NAMES = """

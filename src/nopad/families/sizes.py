@@ -27,3 +27,8 @@ def size_fields(hidden_size: int, num_heads: int, num_layers: int, intermediate_
         "num_attention_heads": num_heads,
         "num_channels": 3,
     }
+
+
+def swiglu_size(mlp_size: float) -> int:
+    """Width of a gated feed-forward layer in place of a plain one: two thirds, rounded up to a multiple of 8."""
+    return (int(mlp_size * 2 / 3) + 7) // 8 * 8

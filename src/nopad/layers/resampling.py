@@ -58,7 +58,7 @@ def _cropped(table: Tensor, source: tuple[int, int], target: tuple[int, int], al
     """The first rows and columns of a square, of which no more is computed: it may be of thousands of patches."""
     image = table.unflatten(0, source)
     for axis in range(2):
-        weights = axis_weights(source[axis], max(target), "bilinear", False, align_corners)[: target[axis]]
+        weights = _axis_weights(source[axis], max(target), "bilinear", False, align_corners)[: target[axis]]
         values, taps = weights.to(image).topk(min(2, source[axis]))
         values = values.unsqueeze(-1) if axis else values[..., None, None]
         parts = [image.index_select(axis, taps[:, i]) * values[:, i] for i in range(taps.shape[1])]
@@ -73,6 +73,11 @@ def _interpolate(image: Tensor, size: tuple[int, int], mode: str, antialias: boo
 @lru_cache(maxsize=4096)
 def axis_weights(source: int, target: int, mode: str, antialias: bool, align_corners: bool = False) -> Tensor:
     """Interpolation weights of the source positions for each target position: `(target, source)` float32."""
+    return _axis_weights(source, target, mode, antialias, align_corners)
+
+
+def _axis_weights(source: int, target: int, mode: str, antialias: bool, align_corners: bool) -> Tensor:
+    """`axis_weights` without its cache, which torch's compiler does not take."""
     identity = torch.eye(source, dtype=torch.float32)[
         None, None
     ]  # torch 2.13's antialiasing is wrong for single columns on a CPU

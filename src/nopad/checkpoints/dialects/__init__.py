@@ -14,6 +14,7 @@ from nopad.checkpoints.dialects import (
     pixtral,
     qwen2_vl,
     qwen3_vl,
+    radio,
     siglip2,
     vit,
 )
@@ -30,6 +31,7 @@ DIALECTS: Mapping[str, tuple[Dialect, ...]] = {
     "qwen3_vl": qwen3_vl.DIALECTS,
     "moonvit": moonvit.DIALECTS,
     "pixtral": pixtral.DIALECTS,
+    "radio": radio.DIALECTS,
     "vit": vit.DIALECTS,
 }
 """By the names of the families, which are those of the modules in `nopad.families`."""

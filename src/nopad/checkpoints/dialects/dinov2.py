@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from nopad.checkpoints.conversions import WITHOUT_FIRST, NameTable, Rename, split_qkv, split_rows
+from nopad.checkpoints.dialects.radio import EMBEDDINGS as RADIO_EMBEDDINGS
 from nopad.checkpoints.formats import Checkpoint, Dialect
 from nopad.checkpoints.stored_tensor import StoredTensor
 from nopad.checkpoints.timm_config import CLASSIFIER
@@ -118,7 +119,12 @@ _TIMMS: dict[str, Any] = {
 _C_FC = r"^blocks\.\d+\.mlp\.c_fc\."
 DIALECTS = (
     Dialect("transformers", r"^encoder\.layer\.\d+\.attention\.attention\.query\.", _PUBLISHED_NAMES, **_TRANSFORMERS),
-    Dialect("transformers, in memory", r"^encoder\.layer\.\d+\.attention\.q_proj\.", **_TRANSFORMERS),
+    Dialect(
+        "transformers, in memory",
+        r"^encoder\.layer\.\d+\.attention\.q_proj\.",
+        excludes=(RADIO_EMBEDDINGS,),
+        **_TRANSFORMERS,
+    ),
     Dialect(
         "Meta",
         r"^blocks\.\d+\.ls1\.gamma$",

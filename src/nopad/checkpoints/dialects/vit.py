@@ -59,13 +59,14 @@ _TRANSFORMERS: dict[str, Any] = {
 }
 _OF_PIXIO = {**_TRANSFORMERS, "is_original": False}
 _NORM1, _DENSE = r"^encoder\.layer\.\d+\.norm1\.", r"^encoder\.layer\.\d+\.intermediate\.dense\."
-_OF_DINOV2 = (r"\.layer_scale[12]\.",)
+_OF_OTHERS = (r"\.layer_scale[12]\.", r"^encoder\.layer\.\d+\.attention\.[qkv]_proj\.")
+"""DINOv2's, and C-RADIO's in memory."""
 
 DIALECTS = (
     Dialect("transformers", r"^encoder\.layer\.\d+\.layernorm_before\.", _PUBLISHED_NAMES, **_TRANSFORMERS),
     Dialect("transformers, in memory", r"^layers\.\d+\.layernorm_before\.", **_TRANSFORMERS),
-    Dialect("transformers, Pixio", _NORM1, _PIXIO, requires=(_DENSE,), excludes=_OF_DINOV2, **_OF_PIXIO),
-    Dialect("transformers, Pixio on the Hub", _NORM1, _PIXIO_HUB, excludes=(_DENSE, *_OF_DINOV2), **_OF_PIXIO),
+    Dialect("transformers, Pixio", _NORM1, _PIXIO, requires=(_DENSE,), excludes=_OF_OTHERS, **_OF_PIXIO),
+    Dialect("transformers, Pixio on the Hub", _NORM1, _PIXIO_HUB, excludes=(_DENSE, *_OF_OTHERS), **_OF_PIXIO),
     Dialect(
         "timm",
         r"^blocks\.\d+\.mlp\.fc1\.bias$",
