@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_encoders import FAMILIES, tiny
+from tiny_encoders import FAMILIES, GRIDS, patches_of, relative, segments_of, tiny
 from torch import nn
 from transformers.activations import ACT2FN
 
@@ -18,6 +18,8 @@ from nopad.inference.fusion.folding import (
     interleave_gate_up,
     qkv_head_permutation,
 )
+from nopad.inference.fusion.gemm_reference import ReferenceGemm
+from nopad.inference.fusion.layers import FusedLayers
 from nopad.kernels.gemm_formats import FP8
 from nopad.layers.block import Block, LayerScale
 
@@ -124,6 +126,28 @@ def test_all_families_can_be_folded(tmp_path, family):
     block = FoldedBlock.of(layers[0])
     assert block.zero_mean == (not family.startswith(RMS_NORM))
     assert block.gated == (family.startswith(RMS_NORM) or "gated" in family)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_feed_forward_widths_are_padded_to_whole_rows_of_16_bytes(tmp_path, family):
+    """Qwen2.5-VL's is 3,420: a GEMM in half precision would read rows that begin anywhere."""
+    encoder = nopad.load(tiny(family, tmp_path, intermediate_size=44))
+    block = FoldedBlock.of(encoder.layers[0])
+    assert block.down.weight.shape == (32, 48)
+    assert block.up.weight.shape == (48 * (1 + block.gated), 32)
+    assert not block.down.weight[:, 44:].any()
+    segments = segments_of(encoder, 20, 9)
+    tokens, rope = torch.randn(29, 32), encoder.example_rope(29)
+    expected = tokens
+    for layer in encoder.layers:
+        expected = layer(expected, segments, rope)
+    output = FusedLayers(encoder.layers, ReferenceGemm(), rope, centre=False)(tokens, segments, rope)
+    assert relative(output, expected) < 1e-5
+    before = encoder(patches_of(encoder), GRIDS)
+    encoder.compile(160, 9)
+    assert encoder.execution == "fused by onednn"
+    assert relative(encoder(patches_of(encoder), GRIDS), before) < 1e-5
 
 
 def test_biases_can_be_folded(tmp_path):

@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, QuickGELUActivation, SiLUActivation
 
 from nopad.inference.float8.modules import Float8GatedMLP, Float8Linear, Float8QKV
-from nopad.kernels.gemm_formats import FP8
+from nopad.kernels.gemm_formats import FP8, HALF_ALIGNMENT
 from nopad.layers.attention import PackedAttention
 from nopad.layers.block import Block, LayerScale
 from nopad.layers.linear import is_plain_linear, joined
@@ -125,6 +126,8 @@ class FoldedBlock:
         assert isinstance(norm, nn.RMSNorm | nn.LayerNorm)
         assert norm.eps is not None
         assert activation is not None
+        down = fold_layer_scale(mlp.down, block.layer_scale2, zero_mean, factor)
+        up, down = pad_features(up, down, 2 if gated else 1)
         qkv: Any = attention.qkv or joined(attention.qkv_linears)
         value, num_parts = None, 3
         if isinstance(qkv, Float8QKV):
@@ -134,7 +137,7 @@ class FoldedBlock:
             qkv=fold_norm(qkv, norm)[head_order],
             proj=fold_layer_scale(attention.proj, block.layer_scale1, zero_mean),
             up=up[interleave_gate_up(len(up.weight) // 2)] if gated else up,
-            down=fold_layer_scale(mlp.down, block.layer_scale2, zero_mean, factor),
+            down=down,
             activation=activation,
             gated=gated,
             eps=norm.eps,
@@ -271,6 +274,22 @@ def qkv_head_permutation(num_heads: int, head_dim: int, rope_permutation: Tensor
     if rope_permutation is not None:
         rows = torch.cat((rows[:2, :, rope_permutation], rows[2:]))
     return rows.transpose(0, 1).flatten()
+
+
+def pad_features(up: GemmWeight, down: GemmWeight, num_parts: int) -> tuple[GemmWeight, GemmWeight]:
+    """Feed-forward weights with zero features up to a multiple of `HALF_ALIGNMENT`; all activations of zero are zero.
+
+    Args:
+        up: `(num_parts · I, D)`.
+        down: `(D, I)`.
+        num_parts: 2 where `up` contains gates.
+    """
+    missing = -down.weight.shape[1] % HALF_ALIGNMENT
+    if not missing:
+        return up, down
+    weight = F.pad(up.weight.unflatten(0, (num_parts, -1)), (0, 0, 0, missing)).flatten(0, 1)
+    bias = None if up.bias is None else F.pad(up.bias.unflatten(0, (num_parts, -1)), (0, missing)).flatten()
+    return GemmWeight(weight, bias), dataclasses.replace(down, weight=F.pad(down.weight, (0, missing)))
 
 
 def interleave_gate_up(size: int) -> Tensor:
