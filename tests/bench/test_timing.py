@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_encoders import tiny
 
+import nopad
 from nopad.bench.report import BenchReport, MeasuredPeak, Row, WorkloadStats
-from nopad.bench.runner import block_parameters
+from nopad.bench.runner import block_parameters, empty_row
 from nopad.bench.timing import Sample, Skipped, flops, gemms, interleave, timer
+from nopad.bench.workloads import Workload
 
 CPU = torch.device("cpu")
 
 
 def test_flops_of_an_example_by_hand():
     # 100 parameters on 2 + 3 tokens: 2 · 100 · 5; 7 layers of width 11 over 2² + 3² pairs: 4 · 7 · 11 · 13.
-    assert flops(100, 7, 11, [2, 3]) == 1000 + 4004
+    assert flops(100, 11, [[2, 3]] * 7) == 1000 + 4004
+
+
+def test_flops_of_layers_that_attend_within_windows(tmp_path):
+    encoder = nopad.load(tiny("qwen2_5_vl", tmp_path))  # windows of 2 × 2 patches in two of three layers
+    images = SimpleNamespace(workload=Workload("one image", ((4, 6),)))
+    row = empty_row(encoder, "one image", SimpleNamespace(name="", capacity=None, calls=1, images=images))
+    assert row.flops == 2 * block_parameters(encoder) * 24 + 4 * 32 * (24**2 + 2 * 6 * 4**2)
 
 
 def test_flops_are_those_of_the_products_of_a_block():
@@ -28,7 +39,7 @@ def test_flops_are_those_of_the_products_of_a_block():
     matrices = 2 * length * (3 * width * width + width * width + 2 * width * hidden)
     scores_and_mixing = 2 * (2 * length * length * width)
     encoder = torch.nn.ModuleDict({"layers": block, "norm": torch.nn.LayerNorm(width)})
-    assert flops(block_parameters(encoder), 1, width, [length]) == matrices + scores_and_mixing
+    assert flops(block_parameters(encoder), width, [[length]]) == matrices + scores_and_mixing
 
 
 def test_run_on_a_host_is_timed_by_the_clock_and_has_no_peak_memory(monkeypatch):

@@ -79,7 +79,8 @@ def _setting(report: BenchReport) -> str:
     lead = (
         f"From patches on the device to normed tokens, the whole workload per run: medians of "
         f"{counted(report.runs, 'run')}, those of the candidates interleaved. All have the same weights and images, of "
-        f"random pixels. FLOPs are 2 · parameters of the blocks · tokens + 4 · layers · width · Σ length². The peak of "
+        f"random pixels. FLOPs are 2 · parameters of the blocks · tokens + 4 · width · Σ length² of the "
+        f"segments or windows of each layer, as if all windows were whole. The peak of "
         f"a workload is measured by plain GEMMs of random matrices in {report.dtype}, right before and after each run "
         f"of a candidate; a candidate's share is of both. Memory is the weights and the most allocated on top. "
         f"Features agree where every token of the checked images is that of the image packed alone."

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
 from textwrap import shorten
+from typing import Any
 
 import torch
 
@@ -159,8 +160,9 @@ def _skipping(action: Callable[[], object], *, compiled: bool = False) -> Callab
 def empty_row(encoder: PackedEncoder, workload: str, candidate: Candidate) -> Row:
     """The row of a candidate that has not run."""
     inputs = candidate.images.workload
-    lengths = [length + encoder.num_prefix_tokens for length in inputs.lengths]
-    layers, size = encoder.config.num_hidden_layers, encoder.hidden_size
+    segments = [encoder.example_segments(length + encoder.num_prefix_tokens) for length in inputs.lengths]
+    attentions: list[Any] = [layer.attention for layer in encoder.layers]
+    lengths = [[n for each in segments for n in attention.segments_of(each).lengths] for attention in attentions]
     return Row(
         workload=workload,
         name=candidate.name,
@@ -168,5 +170,5 @@ def empty_row(encoder: PackedEncoder, workload: str, candidate: Candidate) -> Ro
         images=len(inputs.grids),
         tokens=inputs.tokens,
         calls=candidate.calls,
-        flops=flops(block_parameters(encoder), layers, size, lengths),
+        flops=flops(block_parameters(encoder), encoder.hidden_size, lengths),
     )

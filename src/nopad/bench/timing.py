@@ -50,19 +50,19 @@ def _time_cuda(run: Callable[[], object]) -> Sample:
     return Sample(start.elapsed_time(stop) / 1e3, torch.cuda.max_memory_allocated() - before)
 
 
-def flops(block_parameters: int, layers: int, hidden_size: int, lengths: Sequence[int]) -> int:
+def flops(block_parameters: int, hidden_size: int, lengths: Sequence[Sequence[int]]) -> int:
     """Floating-point operations of a forward, a multiplication and an addition counted as two.
 
-    `2 · parameters of the blocks · tokens` for the GEMMs, and `4 · layers · D · Σ length²` for the two products of
-    attention. Embedding, final norm and pooling do not count.
+    `2 · parameters of the blocks · tokens` for the GEMMs, and for the two products of attention `4 · D · Σ length²` of
+    each layer. Embedding, final norm and pooling do not count.
 
     Args:
         block_parameters: number of parameters of all transformer blocks.
-        layers: transformer blocks.
         hidden_size: D, heads times head size.
-        lengths: tokens of each segment, prefix tokens included.
+        lengths: for each block the tokens of each segment or window, prefix tokens included.
     """
-    return 2 * block_parameters * sum(lengths) + 4 * layers * hidden_size * sum(length**2 for length in lengths)
+    tokens = sum(lengths[0]) if lengths else 0
+    return 2 * block_parameters * tokens + 4 * hidden_size * sum(length**2 for each in lengths for length in each)
 
 
 def gemms(side: int, count: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
