@@ -137,7 +137,7 @@ class TableRun:
     ) -> list[str]:
         """Mark rows whose inputs have changed or are gone, and make a job of what is new; the changes in words."""
         assert maker.encoder is not None
-        difference = compare(jobs, listing.inputs, self.sources, contents=self.settings.content_hash)
+        difference = compare(jobs, listing.inputs, self.sources, manifest, contents=self.settings.content_hash)
         changes = difference.describe()
         logger.info(changes[0])
         mark(jobs, difference.marks, maker.encoder.sizes)

@@ -17,6 +17,7 @@ from nopad.embedding.inputs.listing import Input, InputList, InputWriter, inputs
 from nopad.embedding.inputs.parts import num_parts, parts_by_name
 from nopad.embedding.inputs.stamps import Stamp, StampSpool, no_stamps, saved_stamps, stamps_in, take_stamps
 from nopad.embedding.job import FeatureSizes, Job
+from nopad.embedding.table.counts import Manifest
 from nopad.embedding.table.format import CHANGED, GONE, Row
 from nopad.embedding.table.reader import iterate_rows, statuses
 
@@ -56,7 +57,9 @@ class Difference:
             first += len(table)
 
 
-def compare(jobs: Sequence[Job], listed: InputList, names: Collection[str], *, contents: bool) -> Difference:
+def compare(
+    jobs: Sequence[Job], listed: InputList, names: Collection[str], manifest: Manifest, *, contents: bool
+) -> Difference:
     """The difference between a table, all of whose shards are there, and its sources.
 
     Inputs are the same if their source and name are, their place in it, and their file: by size and time or, where both
@@ -76,7 +79,9 @@ def compare(jobs: Sequence[Job], listed: InputList, names: Collection[str], *, c
     whole = {index for index, job in enumerate(jobs) if {*json.loads(job.record["sources"])} <= {*names}}
     new, marks = array("q"), [np.empty((0, 4), np.int64)]
     # All that is listed is read, and `sources` complete, before the first part is compared.
-    for now, before in zip(parts_by_name(listed_rows(), number), parts_by_name(_current(jobs), number), strict=True):
+    for now, before in zip(
+        parts_by_name(listed_rows(), number), parts_by_name(_current(jobs, manifest), number), strict=True
+    ):
         rows: dict[tuple[str, str], deque[tuple[Input, Stamp, tuple[int, ...]]]] = defaultdict(deque)
         for row in _rows(before, _ROW):
             rows[row[0].source, row[0].id].append(row)
@@ -101,7 +106,7 @@ def _is_below(source: str, name: str) -> bool:
     return source == name or source.startswith(name.rstrip("/") + "/")
 
 
-def _current(jobs: Sequence[Job]) -> Iterator[pa.Table]:
+def _current(jobs: Sequence[Job], manifest: Manifest) -> Iterator[pa.Table]:
     """The rows of jobs that are not marked, and their stamps, null where they are not known."""
     for number, job in enumerate(jobs):
         size = job.settings.rows_per_shard
@@ -109,7 +114,9 @@ def _current(jobs: Sequence[Job]) -> Iterator[pa.Table]:
         for shard in range(len(job)):
             table = pa.concat_tables(job.inputs.tables(shard * size, (shard + 1) * size))
             stamps = no_stamps(len(table)) if of_shards is None else next(of_shards)
-            marked = np.isin(statuses(job.path(shard)), (GONE, CHANGED))
+            count = manifest.count(path := job.path(shard))
+            is_marked = count.rows != count.ok + count.failed  # else it need not be opened
+            marked = np.isin(statuses(path), (GONE, CHANGED)) if is_marked else np.zeros(len(table), bool)
             rows = np.arange(len(table))
             places = (np.full(len(table), number), np.full(len(table), shard), rows)
             yield _beside(table, stamps, **dict(zip(_ROW, places, strict=True))).take(rows[~marked])
