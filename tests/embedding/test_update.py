@@ -11,6 +11,9 @@ from pictures import write_photos
 import nopad
 from nopad.cli import main
 from nopad.embedding import table_run, updates
+from nopad.embedding.inputs import parts
+
+LISTS = ("inputs", "stamps")
 
 
 @pytest.fixture
@@ -115,6 +118,25 @@ def test_contents_of_a_pipe_are_not_waited_for(tmp_path, model):
     os.mkfifo(photos / "pipe.mp4")
     nopad.embed(photos, tmp_path / "out", model=model, workers=1, content_hash=True)
     assert rows(tmp_path / "out") == [("000.png", "ok"), ("pipe.mp4", "failed"), ("pipe.png", "failed")]
+
+
+def test_long_lists_are_compared_in_parts(made, model, monkeypatch):
+    photos, out = made
+    write_photos(photos, 7, start=12)
+    for name in ("001.png", "008.png"):
+        (photos / name).unlink()
+    for name in ("003.png", "011.png"):
+        touch(photos / name)
+    whole = shutil.copytree(out, out.parent / "whole")
+    changes = ["in the sources 7 are new, 2 have changed, 2 are gone"]
+    assert update(photos, whole, model).changes == changes
+    monkeypatch.setattr(parts, "PART", 4)
+    assert update(photos, out, model).changes == changes
+    assert files(out) == files(whole)
+    listed, stamps = (pq.read_table(out / ".nopad" / "updates" / "00001" / f"{name}.parquet") for name in LISTS)
+    assert listed["id"].to_pylist() == ["003.png", "011.png", *(f"{number:03}.png" for number in range(12, 19))]
+    assert stamps["mtime_ns"].to_pylist() == [(photos / id).stat().st_mtime_ns for id in listed["id"].to_pylist()]
+    assert update(photos, out, model).changes == ["nothing has changed in the sources"]
 
 
 def test_other_sources_are_added_and_nothing_of_the_first_is_gone(made, model, tmp_path):
