@@ -5,14 +5,18 @@ import signal
 import subprocess
 import sys
 import tarfile
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from input_samples import write_parquet
 from jobs import embed, table
 from pictures import write_photos
 
-from nopad.embedding.inputs import lister, listing_cache
+from nopad.embedding.inputs import lister, listing, listing_cache
+from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.listing_cache import ListingCache
 from nopad.embedding.inputs.sources import Listing, list_inputs
 from nopad.storage import objects
@@ -137,6 +141,49 @@ def test_what_is_another_now_is_listed_again(tars, tmp_path, read, how):
     read.clear()
     assert content(listed(tars, tmp_path / "cache", **options)) == got
     assert read == []
+
+
+def test_a_list_that_ends_in_damage_is_none(tars, tmp_path, read, monkeypatch):
+    """Its first blocks are read before the damage is seen."""
+    monkeypatch.setattr(listing, "BLOCK", 2)
+    write_tar(tars / "3.tar", *(f"{number}.png" for number in range(7)), "note.txt")
+    expected = content(listed(tars, tmp_path / "cache"))
+    (path,) = (path for path in (tmp_path / "cache").iterdir() if "3.tar" in InputList.load(path).metadata["files"])
+    ids = pq.ParquetFile(path).metadata.row_group(2).column(0)
+    data = bytearray(path.read_bytes())
+    data[ids.data_page_offset + 20 : ids.data_page_offset + 60] = bytes(40)
+    path.write_bytes(data)
+    read.clear()
+    cache = ListingCache(tmp_path / "cache")
+    result = list_inputs([str(tars)], cache=cache)
+    assert content(result) == expected
+    assert read == ["3.tar"]
+    cache.clean()
+    assert not path.exists()
+    assert content(listed(tars, tmp_path / "cache")) == expected
+    assert read == ["3.tar"]
+
+
+def test_lists_that_another_command_removes_are_none(tars, tmp_path, read):
+    expected = content(listed(tars, tmp_path / "cache"))
+    cache = ListingCache(tmp_path / "cache")
+    for path in (tmp_path / "cache").iterdir():
+        path.unlink()
+    read.clear()
+    assert content(list_inputs([str(tars)], cache=cache)) == expected
+    assert read == ["0.tar", "1.tar", "2.tar", "3.tar"]
+
+
+def test_inputs_of_short_files_do_not_bring_a_block_each(tars, tmp_path):
+    """The dictionaries of a block have the names of all files: with each file they would take the square of these."""
+    paths = [os.fsencode(path) for path in sorted(tars.iterdir())]
+    items = [Input("a.png", path.decode(), "tar", path, 512, 1) for path in paths]
+    for listed_now in (items, [None] * 4):
+        with ListingCache(tmp_path / "cache") as cache:
+            got = []
+            for path, item in zip(paths, listed_now, strict=True):
+                got += cache.inputs(path, [], None, Counter(), partial(iter, [item]))
+        assert got == items
 
 
 def test_a_file_of_this_moment_is_not_trusted(tars, tmp_path, read, monkeypatch):

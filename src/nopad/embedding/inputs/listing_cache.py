@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from nopad import __version__
-from nopad.embedding.inputs.listing import Input, InputList, InputWriter
+from nopad.embedding.inputs.listing import Input, InputList, InputWriter, inputs_in
 from nopad.embedding.inputs.reaching import retry
 from nopad.embedding.table.paths import TablePath
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
@@ -34,6 +34,7 @@ MIN_SECONDS = 60.0
 
 _MAX_LOST = 0.02  # of a long listing, so that it has few files
 _SETTLED_NS = 2_000_000_000  # of file systems whose times are coarse: a younger file may change once more unseen
+_FEW_ROWS = 1 << 12
 _SUFFIX = ".parquet"
 
 
@@ -83,7 +84,13 @@ class ListingCache:
             except UnreachableStoreError:
                 raise
             except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-                logger.info("%s is not used, the files in it are listed again: %s", path, error)
+                self._forget(path, error)
+
+    def _forget(self, path: TablePath, error: Exception) -> None:
+        """Use a list no more, of which something cannot be read."""
+        logger.info("%s is not used, the files in it are listed again: %s", path, error)
+        self._used.discard(path)
+        self._entries = {key: entry for key, entry in self._entries.items() if entry.path != path}
 
     def _lists(self) -> list[TablePath]:
         try:
@@ -115,18 +122,31 @@ class ListingCache:
             yield from listed()
             return
         key = json.dumps([__version__, path.hex(), *how, status])
+        num_taken = 0
         if (entry := self._entries.get(key)) is not None:
-            self._used.add(entry.path)
-            left_out.update(entry.left_out)
-            yield from self._open(entry.path).tables(entry.start, entry.stop)
-            return
+            try:
+                for table in self._open(entry.path).tables(entry.start, entry.stop):
+                    num_taken += len(table)
+                    # A slice has the dictionaries of its whole block, which many short ones would multiply.
+                    yield from inputs_in(table) if len(table) < _FEW_ROWS else (table,)
+                if num_taken != entry.stop - entry.start:
+                    raise ValueError(f"expected inputs {entry.start} to {entry.stop}, got {num_taken:,}")
+                left_out.update(entry.left_out)
+            except UnreachableStoreError:
+                raise
+            except (pa.ArrowException, OSError, ValueError, TypeError) as error:  # removed by another command, perhaps
+                self._forget(entry.path, error)
+            else:
+                self._used.add(entry.path)
+                return
         self._writer = self._writer or InputWriter()
         start = self._writer.num_inputs
         is_whole = True
-        for item in listed():
+        for place, item in enumerate(listed()):
             is_whole = is_whole and item.kind != "broken"
             self._writer.add(item)
-            yield item
+            if place >= num_taken:
+                yield item
         if is_whole and _status(path, None) == status and _is_settled(status):
             self._new.append([key, start, self._writer.num_inputs, dict(left_out)])
         now = time.monotonic()
