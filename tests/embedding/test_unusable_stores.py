@@ -1,7 +1,7 @@
 """Stores that are named wrongly or refuse access: the command ends at once, and says what to change."""
 
 import pytest
-from jobs import embed
+from jobs import embed, errors
 
 from nopad.cli import main
 from nopad.embedding.inputs.sources import list_inputs
@@ -192,6 +192,22 @@ def test_a_shard_whose_inputs_are_all_refused_ends_the_job(s3, photos, tmp_path,
         embed("s3://photos/a", tmp_path / "out", model, actors=actors)
     requested = [line for line in s3.server.requests if ".png" in line and line.startswith("GET")]
     assert len(requested) == len(set(requested))  # none was tried again
+
+
+@pytest.mark.parametrize("actors", [None, 1])
+def test_a_failed_row_that_is_refused_does_not_keep_others_from_being_tried_again(s3, photos, tmp_path, model, actors):
+    s3.put_all(photos, "a/")
+    for name in ("001.png", "007.png"):  # of the first and of the second shard
+        s3.put(f"a/{name}", b"no image")
+    embed("s3://photos/a", tmp_path / "out", model)
+    s3.put("a/007.png", (photos / "007.png").read_bytes())
+    s3.server.fail("001.png", "status 403")
+    summary = embed("s3://photos/a", tmp_path / "out", model, retry_failed=True, actors=actors)
+    assert [*errors(tmp_path / "out")] == ["001.png"]
+    assert [*summary.unmade.values()] == [
+        "001.png of s3://photos/a: unreachable: s3://photos: 403 Forbidden; "
+        "check the bucket's name, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL"
+    ]
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.tar"])

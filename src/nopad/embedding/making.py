@@ -140,7 +140,7 @@ class Maker:
         """Write a shard, or note why it cannot be made now, and report it; in a thread, beside the encoder."""
         try:
             if not self.job.settings.unreachable_rows:
-                check_reached(items, results)
+                check_reached(items, results, is_whole=len(items) == self.job.size(shard))
             self._put(shard, items, results, *how)
         except UnreachableError as error:
             self.counts.unmade[shard] = printable(str(error))

@@ -30,14 +30,18 @@ def table_rows(
     return [_row(item, result, dtype, values) for item, result, values in every]
 
 
-def check_reached(inputs: Sequence[Input], results: Sequence[EmbeddingResult]) -> None:
+def check_reached(inputs: Sequence[Input], results: Sequence[EmbeddingResult], *, is_whole: bool) -> None:
     """Check that all inputs could be reached; a row of one that could not would say nothing about it.
+
+    Args:
+        is_whole: whether they are all inputs of a shard, not a few that failed before.
 
     Raises:
         UnreachableError: one could not.
-        UnusableStoreError: access to all was refused.
+        UnusableStoreError: access to all of a shard was refused.
     """
-    if results and scheme_of(inputs[0].path) not in WEB and all(isinstance(r.error, RefusedError) for r in results):
+    are_refused = is_whole and results and all(isinstance(result.error, RefusedError) for result in results)
+    if are_refused and scheme_of(inputs[0].path) not in WEB:
         assert results[0].error is not None
         raise UnusableStoreError(f"{inputs[0].id} of {inputs[0].source}: {results[0].error.reason}")
     for item, result in zip(inputs, results, strict=True):
