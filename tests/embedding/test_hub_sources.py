@@ -1,6 +1,9 @@
 """Sources on the Hub, whose file system is a stand-in here."""
 
+import hashlib
+import io
 import re
+import tarfile
 from types import SimpleNamespace
 
 import fsspec
@@ -8,13 +11,15 @@ import pytest
 from huggingface_hub import errors
 from input_samples import ids, level, picture, write_parquet
 
-from nopad.embedding.inputs import reaching
+from nopad.embedding.inputs import listing_cache, reaching
+from nopad.embedding.inputs.listing_cache import ListingCache
 from nopad.embedding.inputs.reaching import UnreachableSourceError
 from nopad.embedding.inputs.sources import list_inputs
 from nopad.storage import hub as hub_store
 from nopad.storage import objects, stores
 from nopad.storage.errors import UnusableStoreError
 from nopad.storage.hub import HubStore
+from nopad.storage.store import Stored
 
 
 @pytest.fixture
@@ -23,16 +28,22 @@ def hub(monkeypatch):
     files = fsspec.filesystem("memory", skip_instance_cache=True)
     files.store.clear()
 
+    def of_hub(info):
+        named = {**info, "name": info["name"].lstrip("/")}
+        if info["type"] != "file":
+            return named
+        contents = hashlib.sha1(files.cat_file(info["name"])).hexdigest()
+        return {**named, **({"xet_hash": contents} if "buckets/" in info["name"] else {"blob_id": contents})}
+
     class Hub(type(files)):
         """`HfFileSystem` names files without a slash at the beginning."""
 
         def info(self, path, **options):
-            info = files.info(f"/{path}", **options)
-            return {**info, "name": info["name"].lstrip("/")}
+            return of_hub(files.info(f"/{path}", **options))
 
         def find(self, path, **options):
             infos = files.find(f"/{path}", **options)
-            return {name.lstrip("/"): {**info, "name": name.lstrip("/")} for name, info in infos.items()}
+            return {name.lstrip("/"): of_hub(info) for name, info in infos.items()}
 
         def cat_file(self, path, **options):
             return files.cat_file(f"/{path}", **options)
@@ -58,6 +69,34 @@ def test_files_of_a_repository(hub, tmp_path):
     assert [level(item) for item in list_inputs(["hf://datasets/o/n/data/*.parquet"]).inputs] == [0, 1, 2]
     with pytest.raises(ValueError, match="cannot be opened: No such object, and none below it"):
         list_inputs(["hf://datasets/o/n/none"])
+
+
+def tar_of(name: str) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo(name))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("repository", ["datasets/o/n", "buckets/o/n"])
+@pytest.mark.parametrize("source", ["a", "a/t.tar"])
+def test_a_tar_of_the_same_size_is_listed_again(hub, tmp_path, monkeypatch, repository, source):
+    """A listing has no times."""
+    monkeypatch.setattr(listing_cache, "MIN_SECONDS", 0.0)
+    for name in ("x.png", "y.png"):
+        hub(f"{repository}/a/t.tar", tar_of(name))
+        for _ in range(2):
+            assert ids(list_inputs([f"hf://{repository}/{source}"], cache=ListingCache(tmp_path / "cache"))) == [name]
+    assert len([*(tmp_path / "cache").iterdir()]) == 2
+
+
+def test_a_file_without_time_and_version_is_listed_again(hub, tmp_path, monkeypatch):
+    """As servers of the web may have them."""
+    monkeypatch.setattr(listing_cache, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(HubStore, "_stored", lambda self, info: Stored("a/t.tar", info["size"], 0))
+    for name in ("x.png", "y.png"):
+        hub("datasets/o/n/a/t.tar", tar_of(name))
+        assert ids(list_inputs(["hf://datasets/o/n/a/t.tar"], cache=ListingCache(tmp_path / "cache"))) == [name]
 
 
 def test_errors_of_the_hub_are_unreachable(monkeypatch):

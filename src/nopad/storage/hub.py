@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any, TypeVar
 
 from nopad.storage.errors import MAYBE_LATER, UnusableStoreError
-from nopad.storage.store import Stored
+from nopad.storage.store import Stored, Version
 
 Result = TypeVar("Result")
 
@@ -68,7 +68,8 @@ class HubStore:
         commit = info.get("last_commit")
         date = getattr(commit, "date", None)
         mtime = round(date.timestamp() * 1e9) if isinstance(date, datetime) else 0
-        return Stored(info["name"].removeprefix(f"{self._root}/"), int(info["size"] or 0), mtime)
+        contents = info.get("blob_id") or info.get("xet_hash")  # of a repository, of a bucket
+        return Stored(info["name"].removeprefix(f"{self._root}/"), int(info["size"] or 0), mtime, Version(contents))
 
     def _call(self, call: Callable[[], Result]) -> Result:
         """What a call returns; where nothing has answered yet, made again for a while before that is an error."""

@@ -199,7 +199,7 @@ def _status(path: bytes, stored: Stored | None) -> list[Any] | None:
         stored = stored or retry(lambda: objects.stat(path, INPUT_TIMEOUT_SECONDS))
         if (e_tag := stored.version.e_tag) is not None:  # times are coarser here than in the listing of a prefix
             return [stored.size, [], e_tag.strip('"')]
-        return [stored.size, [stored.mtime_ns], None]
+        return [stored.size, [stored.mtime_ns], None] if stored.mtime_ns else None
     except (OSError, ValueError):  # which is said where it is listed
         return None
 
