@@ -3,6 +3,8 @@
 import io
 import os
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import Pipe
 
 import numpy as np
@@ -195,3 +197,39 @@ def test_a_process_that_lies_about_a_jpeg_is_a_crash(encoder, monkeypatch, lie):
     processes = DecodeProcesses(MediaDecoder(), processor, keep_jpegs=True)
     with pytest.raises(ImageError, match="its decoder crashed"):
         processes.prepare(data, MemoryBudget(1 << 30).reservation())
+
+
+class HeadersAlone:
+    """Stands in for the library: each function succeeds, and a file's size is read where its header was parsed."""
+
+    def __init__(self) -> None:
+        self.created: list[str] = []
+        self.parsed = 0
+
+    def __getattr__(self, name: str):
+        def function(*arguments) -> int:
+            if name.endswith("Create"):
+                self.created.append(name)
+            elif name == "nvjpegJpegStreamParseHeader":
+                self.parsed = arguments[2].value
+                time.sleep(0)  # another thread may go on
+            elif name == "nvjpegDecodeBatchedSupported":
+                arguments[2]._obj.value = 0
+            elif name == "nvjpegJpegStreamGetFrameDimensions":
+                arguments[1]._obj.value = arguments[2]._obj.value = self.parsed
+            return 0
+
+        return function
+
+
+def test_threads_that_come_and_go_read_headers_with_one_decoder(monkeypatch):
+    """Each run has upload threads of its own; what is made for a thread is never freed."""
+    library = HeadersAlone()
+    monkeypatch.setattr(nvjpeg, "_load", lambda: (library, library))
+    decoder = nvjpeg.Nvjpeg()
+    created = list(library.created)
+    files = [np.zeros(size, np.uint8) for size in range(1, 301)]
+    for _ in range(2):
+        with ThreadPoolExecutor(4) as threads:
+            assert list(threads.map(decoder.size, files)) == [(len(file), len(file)) for file in files]
+    assert library.created == created

@@ -54,33 +54,26 @@ class Nvjpeg:
 
     def __init__(self) -> None:
         self._library, self._quick = _load()
-        self._handle, self._state = c_void_p(), c_void_p()
-        self._headers = threading.local()
+        self._handle, self._state, self._header = c_void_p(), c_void_p(), c_void_p()
+        self._header_lock = threading.Lock()
         flags = c_uint(_NO_PIPELINE | _FANCY_UPSAMPLING)
         self._call("nvjpegCreateEx", _ENGINES, None, None, flags, byref(self._handle))
         self._call("nvjpegJpegStateCreate", self._handle, byref(self._state))
+        self._call("nvjpegJpegStreamCreate", self._handle, byref(self._header))
         self._batch_size = 0
 
     def size(self, file: np.ndarray) -> tuple[int, int] | None:
         """Height and width of a file, by its header; `None` for one that the engines do not decode."""
-        stream, supported = self._header_of_thread(), c_int(-1)
-        quick = self._quick  # the interpreter's lock is not given up for calls of microseconds
-        if quick.nvjpegJpegStreamParseHeader(self._handle, c_void_p(file.ctypes.data), c_size_t(file.size), stream):
-            return None
-        if quick.nvjpegDecodeBatchedSupported(self._handle, stream, byref(supported)) or supported.value != 0:
-            return None
+        header, quick, supported = self._header, self._quick, c_int(-1)
         width, height = c_uint(), c_uint()
-        if quick.nvjpegJpegStreamGetFrameDimensions(stream, byref(width), byref(height)):
-            return None
+        with self._header_lock:  # the interpreter's own is not given up for calls of microseconds, but between them
+            if quick.nvjpegJpegStreamParseHeader(self._handle, c_void_p(file.ctypes.data), c_size_t(file.size), header):
+                return None
+            if quick.nvjpegDecodeBatchedSupported(self._handle, header, byref(supported)) or supported.value != 0:
+                return None
+            if quick.nvjpegJpegStreamGetFrameDimensions(header, byref(width), byref(height)):
+                return None
         return height.value, width.value
-
-    def _header_of_thread(self) -> c_void_p:
-        """Where the headers of files are parsed, of each thread its own."""
-        if not hasattr(self._headers, "stream"):
-            stream = c_void_p()
-            self._call("nvjpegJpegStreamCreate", self._handle, byref(stream))
-            self._headers.stream = stream
-        return self._headers.stream
 
     def decode(
         self, files: Sequence[np.ndarray], addresses: Sequence[int], pitches: Sequence[int], stream: int
