@@ -1,6 +1,5 @@
 """The list of inputs: what it holds, its file and its digest."""
 
-import errno
 import io
 import os
 import tempfile
@@ -12,7 +11,9 @@ import pytest
 from input_samples import write_parquet
 
 from nopad.embedding.inputs import listing as inputs
-from nopad.embedding.inputs.listing import Input, InputList, InputWriter
+from nopad.embedding.inputs.listing import Input, InputList, InputWriter, inputs_in, table_of
+from nopad.embedding.inputs.parts import parts_by_name
+from nopad.embedding.inputs.stamps import Stamp, StampSpool, stamps_table
 
 
 def rows(count: int) -> list[Input]:
@@ -112,15 +113,40 @@ def test_a_writer_that_is_not_finished_leaves_nothing(tmp_path: Path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_of_temporary_files_is_named(monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with InputWriter() as writer:
-        writer.add(rows(1)[0])
-        monkeypatch.setattr(writer._file, "write", full, raising=False)
-        with pytest.raises(OSError, match=r"the list of inputs cannot be written \(No space left on device\); TMPDIR"):
+@pytest.mark.parametrize("what", ["the list of inputs", "lists to compare", "the sizes and times of inputs"])
+def test_a_full_disk_of_temporary_files_is_named(monkeypatch, what):
+    def write_list() -> None:
+        with InputWriter() as writer:
+            writer.add(rows(1)[0])
             writer.finish()
+
+    def compare() -> None:
+        list(parts_by_name([table_of(rows(9))], 3))
+
+    def spool() -> None:
+        stamps = StampSpool()
+        stamps.add(stamps_table([Stamp(1, 2)]))
+        list(stamps.tables())
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "w+b"))  # noqa: SIM115
+    write = {"the list of inputs": write_list, "lists to compare": compare}.get(what, spool)
+    with pytest.raises(OSError, match=rf"{what} cannot be written \(No space left on device\); TMPDIR"):
+        write()
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 50])
+def test_parts_have_the_rows_of_their_names_in_order(number):
+    items = [Input(f"{i % 5}.png", f"{i}.tar", "tar", b"/%d.tar" % i, i, 1) for i in range(20)]
+    tables = [table_of(items[:7]), table_of(items[7:9]), table_of(items[9:])]  # of other dictionaries
+    divided = [[] if part is None else inputs_in(part) for part in parts_by_name(tables, number)]
+    assert len(divided) == number
+    for part in divided:
+        assert part == [item for item in items if item in part]
+    of_names = [{item.id for item in part} for part in divided]
+    assert sum(map(len, of_names)) == 5
+    assert sum(map(len, divided)) == 20
+    again = [table_of(items[::-1])]
+    assert [set() if part is None else {*part["id"].to_pylist()} for part in parts_by_name(again, number)] == of_names
 
 
 def test_a_list_that_is_a_pipe_is_not_waited_for(tmp_path: Path):

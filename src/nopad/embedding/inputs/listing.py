@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import os
 import tempfile
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, BinaryIO, overload
@@ -19,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nopad.embedding.inputs.temporary import writing_temporary
 from nopad.embedding.table.paths import TablePath, open_parts, write_whole
-from nopad.preprocessing.files import why
 
 BLOCK = 1 << 16
 """Inputs that are read and written at a time."""
@@ -28,6 +27,7 @@ BLOCK = 1 << 16
 _BATCH = 1 << 12  # that are Python objects at a time
 _NUM_BLOCKS = 2  # in memory: a shard may begin in one and end in the next
 _COPY_BYTES = 1 << 20
+_LIST = "the list of inputs"
 _FEW = pa.dictionary(pa.int32(), pa.string())
 _SCHEMA = pa.schema(
     {
@@ -204,8 +204,9 @@ class InputWriter:
     """
 
     def __init__(self) -> None:
-        self._file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - closed on exit, or the list's
-        self._writer: Any = pq.ParquetWriter(self._file, _SCHEMA, compression="zstd", write_page_checksum=True)
+        with writing_temporary(_LIST):
+            self._file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - closed on exit, or the list's
+            self._writer: Any = pq.ParquetWriter(self._file, _SCHEMA, compression="zstd", write_page_checksum=True)
         self._items: list[Input] = []
         self._waiting: list[pa.Table] = []
         self._num_waiting = 0
@@ -221,7 +222,8 @@ class InputWriter:
     def close(self) -> None:
         """Remove what was written, unless it is finished."""
         if self._writer is not None:
-            self._file.close()  # first: what Arrow holds back is of no use
+            with suppress(OSError):
+                self._file.close()  # first: what Arrow holds back is of no use
             with suppress(OSError, ValueError):
                 self._writer.close()
             self._writer = None
@@ -242,13 +244,13 @@ class InputWriter:
     def finish(self, metadata: Mapping[str, str] | None = None) -> InputList:
         """The list of all that were added, see `InputList.metadata`."""
         self._take_items()
-        with _writing():
+        with writing_temporary(_LIST):
             while self._num_waiting:
                 self._write()
             self._writer.add_key_value_metadata(dict(metadata or {}))
             self._writer.close()
+            self._file.seek(0)  # writes what is held back
         self._writer = None
-        self._file.seek(0)
         return InputList(pa.PythonFile(self._file, "r"))
 
     def _take_items(self) -> None:
@@ -260,7 +262,7 @@ class InputWriter:
         self._waiting.append(table)
         self._num_waiting += len(table)
         while self._num_waiting >= BLOCK:
-            with _writing():
+            with writing_temporary(_LIST):
                 self._write()
 
     def _write(self) -> None:
@@ -294,13 +296,3 @@ def in_blocks(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
             waiting = [whole[BLOCK:]]
     if any(map(len, waiting)):
         yield pa.concat_tables(waiting)
-
-
-@contextmanager
-def _writing() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        folder = tempfile.gettempdir()
-        reason = f"{folder}: the list of inputs cannot be written ({why(error)}); TMPDIR names another folder"
-        raise OSError(error.errno or errno.EIO, reason) from error

@@ -18,6 +18,7 @@ from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input, InputList, inputs_in, root_of
 from nopad.embedding.inputs.names import is_list
 from nopad.embedding.inputs.reaching import retry, unreachable_source
+from nopad.embedding.inputs.temporary import writing_temporary
 from nopad.embedding.table.paths import TablePath, open_parts, write_whole
 from nopad.preprocessing.decode import ImageError, UnreachableError
 from nopad.preprocessing.files import FileRange, open_source, size_of, why
@@ -30,6 +31,7 @@ from nopad.storage.stores import can_list, store_of
 
 _SCHEMA = pa.schema({"size": pa.int64(), "mtime_ns": pa.int64(), "sha256": pa.string()})
 _CHUNK = 1 << 20
+_STAMPS = "the sizes and times of inputs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,20 +210,27 @@ def no_stamps(number: int) -> pa.Table:
 
 
 class StampSpool:
-    """Stamps in a temporary file, to be read again in their order."""
+    """Stamps in a temporary file, to be read again in their order.
+
+    Raises:
+        OSError: by all methods, the file cannot be written.
+    """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
         options = pa.ipc.IpcWriteOptions(compression="zstd")
-        self._writer: Any = pa.ipc.new_stream(self._file, _SCHEMA, options=options)
+        with writing_temporary(_STAMPS):
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
+            self._writer: Any = pa.ipc.new_stream(self._file, _SCHEMA, options=options)
 
     def add(self, table: pa.Table) -> None:
         """Add stamps behind the others."""
-        self._writer.write_table(table)
+        with writing_temporary(_STAMPS):
+            self._writer.write_table(table)
 
     def tables(self) -> Iterator[pa.Table]:
         """All of them; none can be added afterwards."""
-        self._writer.close()
-        self._file.seek(0)
+        with writing_temporary(_STAMPS):
+            self._writer.close()
+            self._file.seek(0)
         for batch in pa.ipc.open_stream(self._file):
             yield pa.Table.from_batches([batch])
