@@ -143,6 +143,14 @@ def test_what_is_another_now_is_listed_again(tars, tmp_path, read, how):
     assert read == []
 
 
+def test_what_another_version_listed_is_listed_again(tars, tmp_path, read, monkeypatch):
+    listed(tars, tmp_path / "cache")
+    read.clear()
+    monkeypatch.setattr(listing_cache, "__version__", "another")
+    listed(tars, tmp_path / "cache")
+    assert read == ["0.tar", "1.tar", "2.tar", "3.tar"]
+
+
 def test_a_list_that_ends_in_damage_is_none(tars, tmp_path, read, monkeypatch):
     """Its first blocks are read before the damage is seen."""
     monkeypatch.setattr(listing, "BLOCK", 2)

@@ -12,6 +12,7 @@ import nopad
 from nopad.cli import main
 from nopad.embedding import table_run, updates
 from nopad.embedding.inputs import parts
+from nopad.embedding.job import Job
 
 LISTS = ("inputs", "stamps")
 
@@ -131,8 +132,17 @@ def test_long_lists_are_compared_in_parts(made, model, monkeypatch):
     changes = ["in the sources 7 are new, 2 have changed, 2 are gone"]
     assert update(photos, whole, model).changes == changes
     monkeypatch.setattr(parts, "PART", 4)
+    written = []
+
+    def write(self, shard, *how):
+        written.append((self.folder.update, shard))
+        return real(self, shard, *how)
+
+    real = Job.write
+    monkeypatch.setattr(Job, "write", write)
     assert update(photos, out, model).changes == changes
     assert files(out) == files(whole)
+    assert written == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     listed, stamps = (pq.read_table(out / ".nopad" / "updates" / "00001" / f"{name}.parquet") for name in LISTS)
     assert listed["id"].to_pylist() == ["003.png", "011.png", *(f"{number:03}.png" for number in range(12, 19))]
     assert stamps["mtime_ns"].to_pylist() == [(photos / id).stat().st_mtime_ns for id in listed["id"].to_pylist()]

@@ -22,7 +22,7 @@ from nopad.embedding.inputs.temporary import writing_temporary
 from nopad.embedding.table.paths import TablePath, open_parts, write_whole
 
 BLOCK = 1 << 16
-"""Inputs that are read and written at a time."""
+"""Inputs that are read and written at a time; with another number, digests are others."""
 
 _BATCH = 1 << 12  # that are Python objects at a time
 _NUM_BLOCKS = 2  # in memory: a shard may begin in one and end in the next
