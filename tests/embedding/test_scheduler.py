@@ -322,6 +322,27 @@ def test_an_actor_that_is_ready_gets_the_next_shard_before_the_last_is_done():
     assert engine.together == [[shard] for shard in range(6)]
 
 
+def test_a_shard_whose_rows_are_tried_again_waits_for_an_actor_of_its_own():
+    """It is not read ahead: where it waited behind another, an actor that is idle could have it."""
+    engine = FakeEngine(lambda node, task: 0, slow={"a": 5.0}, is_ready=True)
+    given = works(2)
+    given.insert(1, Work(Task(0, 7, retry=True), "shard-7", range(ROWS)))
+    outcomes = [work.task.shard for work, _ in scheduler(engine).make(given, 3)]
+    assert outcomes == [0, 7, 1]
+    assert engine.together == [[0], [7], [1]]
+
+
+def test_an_actor_that_was_ready_for_one_shard_is_asked_again_for_the_next():
+    class Engine(FakeEngine):
+        def send(self, actor, task):
+            self.is_ready = task.shard == 0
+            super().send(actor, task)
+
+    engine = Engine(lambda node, task: 0, slow={"a": 5.0})
+    assert run(engine, number=4)[1] == {}
+    assert engine.together == [[0], [0, 1], [2], [3]]
+
+
 @pytest.mark.parametrize("poison", [0, 1, 3])
 def test_of_two_shards_that_end_their_process_the_right_one_is_found(poison):
     """An actor dies that had two: both are made alone then, and the one without fault is made whole."""
