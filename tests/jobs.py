@@ -1,5 +1,9 @@
 """Jobs to run, and what their tables hold."""
 
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -23,3 +27,15 @@ def rows(folder: Path) -> list[dict]:
 
 def errors(folder: Path) -> dict[str, str]:
     return {row["id"]: row["error"] for row in rows(folder) if row["status"] == "failed"}
+
+
+@contextmanager
+def logged() -> Iterator[io.StringIO]:
+    """What the library logs meanwhile, in any thread."""
+    handler = logging.StreamHandler(messages := io.StringIO())
+    logger = logging.getLogger("nopad")
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)

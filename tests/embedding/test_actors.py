@@ -8,18 +8,21 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from faulty_actors import FaultyMaker, OneByOneMaker
-from jobs import errors, rows
+from faulty_actors import OneByOneMaker
+from jobs import errors, logged, rows
 from PIL import Image
 
 from nopad import embed, read_features
 from nopad.embedding import distributed
+from nopad.embedding.summary import Summary
 
 SHARDS, ROWS = 8, 5
 
@@ -42,14 +45,6 @@ def model(goldens) -> Path:
     return goldens / "aimv2-apple-native"
 
 
-@pytest.fixture(scope="session")
-def local(images, model, tmp_path_factory):
-    """The job done in one process."""
-    folder = tmp_path_factory.mktemp("local")
-    embed(images, folder, model=model, shard_size=ROWS, tokens=True)
-    return folder
-
-
 def shards(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
 
@@ -67,137 +62,156 @@ def actor_processes() -> list[psutil.Process]:
     return processes
 
 
-class Killer(threading.Thread):
-    """Kills an actor once a shard of a folder is there."""
+@dataclass(frozen=True)
+class FaultyRun:
+    """A table that one process began and actors went on with, and what one process makes without faults.
 
-    def __init__(self, folder: Path, number: int) -> None:
-        super().__init__(daemon=True)
-        self.folder, self.number = folder, number
-        self.killed: set[int] = set()
+    Attributes:
+        untouched: the time of a shard that was there and has no failed row, before and after.
+    """
 
-    def run(self) -> None:
-        while not self.killed:
-            time.sleep(0.01)
-            actors = actor_processes()
-            if actors and len(list(self.folder.glob("*.parquet"))) >= self.number:
-                actors[0].kill()
-                self.killed.add(actors[0].pid)
-
-
-def test_shards_are_those_of_one_process_though_an_actor_died(local, images, model, tmp_path):
-    shutil.copytree(local, tmp_path, dirs_exist_ok=True)
-    for path in sorted(tmp_path.glob("*.parquet"))[2:]:
-        path.unlink()
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.parquet")}
-    killer = Killer(tmp_path, 3)
-    killer.start()
-    summary = embed(images, tmp_path, model=model, shard_size=ROWS, tokens=True, actors=2)
-    assert len(killer.killed) == 1
-    assert shards(tmp_path) == shards(local)
-    assert left(tmp_path) == ["inputs.parquet", "job.json", "lock", "manifest.parquet", "stamps.parquet"]
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert (summary.rows, summary.failed, summary.done) == (SHARDS * ROWS, 1, (SHARDS - 2) * ROWS)
-    assert (summary.stats.images, summary.stats.failed, summary.missing) == ((SHARDS - 2) * ROWS, 1, 0)
-    assert actor_processes() == []
+    album: Path
+    out: Path
+    expected: Path
+    summary: Summary
+    messages: str
+    untouched: tuple[int, int]
 
 
-def test_an_image_that_ends_its_process_is_a_row_and_all_others_are_made(images, model, tmp_path, monkeypatch):
-    """The others have the features that they have where it cannot be decoded."""
-    album = shutil.copytree(images, tmp_path / "album")
-    (album / "kill-a.jpg").write_bytes(b"no photo")
-    embed(album, tmp_path / "expected", model=model, shard_size=10)
+@pytest.fixture(scope="module")
+def faulty(images, model, tmp_path_factory) -> FaultyRun:
+    """An image of the first shard was repaired; of the last two one ends its process, and one stops it.
+
+    The first two shards of ten are there.
+    """
+    folder, options = tmp_path_factory.mktemp("faulty"), {"model": model, "shard_size": ROWS, "tokens": True}
+    album, out = shutil.copytree(images, folder / "album"), folder / "out"
+    for name in ("040.jpg", "041.jpg", "042.jpg", "043.jpg", "stop-a.jpg"):
+        shutil.copy(images / "000.jpg", album / name)
+    for name in ("003.jpg", "kill-a.jpg"):
+        (album / name).write_bytes(b"no photo")
+    embed(album, out, **options)
+    shutil.copy(images / "003.jpg", album)
+    embed(album, folder / "expected", **options)
     shutil.copy(images / "000.jpg", album / "kill-a.jpg")
-    monkeypatch.setattr(distributed, "ShardMaker", FaultyMaker)
-    out = tmp_path / "out"
-    summary = embed(album, out, model=model, shard_size=10, actors=2)
-    assert (summary.rows, summary.failed, summary.missing) == (SHARDS * ROWS + 1, 2, 0)
-    assert summary.unmade == {}
+    for path in sorted(out.glob("*.parquet"))[2:]:
+        path.unlink()
+    untouched = sorted(out.glob("*.parquet"))[1]
+    before = untouched.stat().st_mtime_ns
+    with logged() as messages, pytest.MonkeyPatch.context() as patch:
+        # How often each is tried is tested with the scheduler.
+        patch.setattr("nopad.embedding.actors.work.MAX_DEATHS", 1)
+        patch.setattr("nopad.embedding.actors.bisection.NUM_CONFIRMATIONS", 1)
+        patch.setattr("nopad.embedding.actors.work.MAX_STALLS", 1)
+        patch.setattr(distributed, "ShardMaker", OneByOneMaker)
+        summary = embed(album, out, actors=2, stall=20.0, retry_failed=True, **options)
+    times = before, untouched.stat().st_mtime_ns
+    return FaultyRun(album, out, folder / "expected", summary, messages.getvalue(), times)
+
+
+def test_shards_are_those_of_one_process_though_actors_died(faulty):
+    made, expected = shards(faulty.out), shards(faulty.expected)
+    *whole, _, _ = sorted(expected)
+    assert {name: made[name] for name in whole} == {name: expected[name] for name in whole}
+    assert faulty.untouched[0] == faulty.untouched[1]
+    assert left(faulty.out) == ["inputs.parquet", "job.json", "lock", "manifest.parquet", "stamps.parquet"]
+    assert actor_processes() == []
+    summary, num_new = faulty.summary, (SHARDS + 1 - 2) * ROWS
+    assert (summary.rows, summary.missing, summary.to_go) == ((SHARDS + 1) * ROWS, 1, 1)
+    assert (summary.done, summary.stats.images, summary.stats.failed) == (num_new + 1, num_new + 1, 2)
+
+
+def test_an_image_that_ends_its_process_is_a_row_and_all_others_are_made(faulty):
+    """The others have the features that they have where it cannot be decoded."""
     reason = "the process that embedded it died, also with it alone: it was ended by SIGKILL"
-    assert errors(out)["kill-a.jpg"] == reason
-    made, expected = ([{**row, "error": None} for row in rows(folder)] for folder in (out, tmp_path / "expected"))
-    assert made == expected
+    assert errors(faulty.out)["kill-a.jpg"] == reason
+    made, expected = ([{**row, "error": None} for row in rows(folder)] for folder in (faulty.out, faulty.expected))
+    assert made == expected[:-1]
 
 
-def test_an_actor_that_hangs_is_ended_and_its_shard_reported(images, model, tmp_path, monkeypatch, caplog):
-    album = shutil.copytree(images, tmp_path / "album")
-    shutil.copy(images / "000.jpg", album / "stop-a.jpg")
-    monkeypatch.setattr(distributed, "ShardMaker", OneByOneMaker)
-    monkeypatch.setattr("nopad.embedding.actors.work.MAX_STALLS", 1)
-    out = tmp_path / "out"
-    summary = embed(album, out, model=model, shard_size=10, actors=2, stall=20.0)
-    (name,) = summary.unmade
-    assert name.startswith("shard-00004-of-00005-")
-    assert summary.unmade[name].startswith("no progress in 20 s, in 1 process, the last was process ")
-    assert f"{name}: no progress in 20 s (process " in caplog.text
-    assert (summary.missing, summary.to_go) == (1, 1)
-    monkeypatch.undo()
-    assert embed(album, out, model=model, shard_size=10).missing == 0
+def test_failed_rows_are_tried_again_by_actors(faulty):
+    assert faulty.summary.failed == 2
+    assert set(errors(faulty.out)) == {"broken.jpg", "kill-a.jpg"}
 
 
-def test_failed_rows_are_tried_again_by_actors(images, model, tmp_path):
-    album = shutil.copytree(images, tmp_path / "album")
-    whole = (album / "003.jpg").read_bytes()
-    (album / "003.jpg").write_bytes(b"no photo")
-    options = {"model": model, "shard_size": ROWS}
-    embed(album, tmp_path / "out", **options)
-    (album / "003.jpg").write_bytes(whole)
-    summary = embed(album, tmp_path / "out", retry_failed=True, actors=1, **options)
-    assert (summary.failed, summary.to_go) == (1, 0)
-    embed(album, tmp_path / "expected", **options)
-    assert shards(tmp_path / "out") == shards(tmp_path / "expected")
+def test_an_actor_that_hangs_is_ended_and_its_shard_reported(faulty, model, tmp_path):
+    ((name, reason),) = faulty.summary.unmade.items()
+    assert name == max(shards(faulty.expected))
+    assert reason.startswith("no progress in 20 s, in 1 process, the last was process ")
+    assert f"{name}: no progress in 20 s (process " in faulty.messages
+    out = shutil.copytree(faulty.out, tmp_path / "out")
+    assert embed(faulty.album, out, model=model, shard_size=ROWS, tokens=True).missing == 0
+    assert shards(out)[name] == shards(faulty.expected)[name]
 
 
-def test_the_summary_is_json_alone_though_an_actor_dies(images, model, tmp_path):
-    command = [sys.executable, "-m", "nopad", "embed", str(images), "--out", str(tmp_path), "--shard-size", "1"]
-    command += ["--model", str(model), "--device", "cpu", "--actors", "1", "--json"]
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while job.poll() is None and not list(tmp_path.glob("*.parquet")):
-        time.sleep(0.02)
-    for child in psutil.Process(job.pid).children():
-        child.kill()
-    output, messages = job.communicate(timeout=120)
-    assert job.returncode == 0, messages
-    assert json.loads(output)["rows"] == SHARDS * ROWS
-    assert "it was ended by SIGKILL" in messages
-
-
-@pytest.mark.parametrize("signals", [1, 3])
-def test_ctrl_c_ends_every_process(model, tmp_path, signals):
+@pytest.fixture
+def job(model, tmp_path) -> Iterator[subprocess.Popen[str]]:
+    """A command of 100 shards in `out`, whose one actor has made the first of them."""
     (tmp_path / "images").mkdir()
     Image.effect_noise((420, 300), 50).convert("RGB").save(tmp_path / "one.jpg")
     for number in range(400):
         os.link(tmp_path / "one.jpg", tmp_path / f"images/{number:03}.jpg")
     command = [sys.executable, "-m", "nopad", "embed", "images", "--out", "out", "--shard-size", "4"]
-    command += ["--model", str(model), "--device", "cpu", "--actors", "1"]
+    command += ["--model", str(model), "--device", "cpu", "--actors", "1", "--json"]
     # A group of its own, which gets the signal as a whole, as from a terminal.
-    job = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, process_group=0)
-    while job.poll() is None and not list((tmp_path / "out").glob("*.parquet")):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, process_group=0, **pipes) as job:
+        try:
+            wait_for_shards(job, tmp_path / "out", 1)
+            yield job
+        finally:
+            job.kill()
+
+
+def wait_for_shards(job: subprocess.Popen[str], out: Path, number: int) -> None:
+    end = time.monotonic() + 120
+    while len(shards(out)) < number:
+        assert job.poll() is None, job.communicate()
+        assert time.monotonic() < end, "it hangs"
         time.sleep(0.02)
+
+
+def test_stdout_is_json_alone_though_an_actor_dies_and_ctrl_c_ends_the_job(job, tmp_path):
+    for child in psutil.Process(job.pid).children():
+        child.kill()
+    wait_for_shards(job, tmp_path / "out", len(shards(tmp_path / "out")) + 2)  # one may have been on its way
     processes = psutil.Process(job.pid).children(recursive=True)
-    for _ in range(signals):
+    os.killpg(job.pid, signal.SIGINT)
+    output, messages = job.communicate(timeout=60)
+    assert job.returncode == 130, messages
+    summary = json.loads(output)
+    made = len(shards(tmp_path / "out"))
+    assert 0 < made < 100
+    assert (summary["rows"], summary["missing"]) == (4 * made, 400 - 4 * made)
+    assert "it was ended by SIGKILL" in messages
+    assert "to go on: " in messages
+    # The shards in hand were finished.
+    assert left(tmp_path / "out") == ["inputs.parquet", "job.json", "lock", "manifest.parquet", "stamps.parquet"]
+    assert_ended(processes)
+
+
+def test_a_third_signal_ends_every_process(job):
+    processes = psutil.Process(job.pid).children(recursive=True)
+    for _ in range(3):
         os.killpg(job.pid, signal.SIGINT)
         time.sleep(0.01)  # signals that come while one waits are one
     _, messages = job.communicate(timeout=60)
     assert job.returncode == 130, messages
     assert "to go on: " in messages
-    assert 0 < len(shards(tmp_path / "out")) < 100
-    if signals == 1:  # the shards in hand were finished
-        assert left(tmp_path / "out") == ["inputs.parquet", "job.json", "lock", "manifest.parquet", "stamps.parquet"]
-    gone, alive = psutil.wait_procs(processes, timeout=30)
-    assert len(gone) > 1
-    assert alive == []
+    assert_ended(processes)
 
 
-def test_actors_end_with_a_command_that_is_killed(images, model, tmp_path):
-    command = [sys.executable, "-m", "nopad", "embed", *[str(images)] * 20, "--out", str(tmp_path)]
-    command += ["--model", str(model), "--device", "cpu", "--actors", "1", "--shard-size", "2"]
-    job = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while job.poll() is None and not list(tmp_path.glob("*.parquet")):
-        time.sleep(0.02)
+def test_actors_end_with_a_command_that_is_killed(job):
     processes = psutil.Process(job.pid).children(recursive=True)
     job.kill()
     job.wait()
-    assert psutil.wait_procs(processes, timeout=30)[1] == []
+    assert_ended(processes)
+
+
+def assert_ended(processes: list[psutil.Process]) -> None:
+    gone, alive = psutil.wait_procs(processes, timeout=30)
+    assert len(gone) > 1
+    assert alive == []
 
 
 def test_a_stop_before_an_encoder_is_loaded(images, model, tmp_path):
