@@ -14,7 +14,10 @@ from nopad.pipeline.worker import Worker
 
 
 class FaultyMaker(ShardMaker):
-    """Ends or hangs where a picture is decoded whose name says so: `kill-….jpg`, `stop-….jpg`."""
+    """Ends, hangs or waits where an image is decoded whose name says so: `kill-….jpg`, `stop-….jpg`, `wait-….jpg`.
+
+    It waits for the file `GATE` of its environment, and finds no image where that has `UNMOUNTED`.
+    """
 
     def __init__(self, config):
         super().__init__(config)
@@ -36,9 +39,9 @@ def _watch():
                 os.kill(os.getpid(), signal.SIGKILL)
             if item.kind != "broken" and item.id.startswith("stop-"):
                 os.kill(os.getpid(), signal.SIGSTOP)
-            if item.kind != "broken" and item.id.startswith("slow-"):
-                time.sleep(0.05)
-            return read(item)
+            while item.id.startswith("wait-") and not os.path.exists(os.environ["GATE"]):
+                time.sleep(0.02)
+            return read(_away(item))
 
         return real(self, groups, media, **options)
 
@@ -46,7 +49,9 @@ def _watch():
 
 
 def unreadable_where_unmounted(settings: Settings, items: Sequence[Input]) -> dict[str, int]:
-    """As `unreadable`, on a node whose environment names a folder that is not mounted there."""
-    unmounted = os.environ.get("UNMOUNTED")
-    away = [replace(item, path=item.path + b".none") if unmounted else item for item in items]
-    return unreadable(settings, away)
+    """As `unreadable`, on a node whose environment has `UNMOUNTED`: the sources are not mounted there."""
+    return unreadable(settings, [*map(_away, items)])
+
+
+def _away(item: Input) -> Input:
+    return replace(item, path=item.path + b".none") if os.environ.get("UNMOUNTED") else item
