@@ -3,7 +3,6 @@
 import errno
 import os
 
-import pyarrow.parquet as pq
 import pytest
 from jobs import embed, table
 
@@ -18,7 +17,7 @@ def test_a_disk_that_refuses_leaves_nothing_half_written(photos, tmp_path, monke
         raise OSError(number, os.strerror(number))
 
     def fsync(descriptor):
-        if "shard" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        if {"list": "inputs", "shard": "shard"}[where] in os.readlink(f"/proc/self/fd/{descriptor}"):
             refuse()
 
     def replace(source, target):
@@ -26,10 +25,7 @@ def test_a_disk_that_refuses_leaves_nothing_half_written(photos, tmp_path, monke
 
     real = os.replace
     with monkeypatch.context() as patch:
-        if where == "list":
-            patch.setattr(pq, "write_table", refuse)
-        else:
-            patch.setattr(os, *{"shard": ("fsync", fsync), "rename": ("replace", replace)}[where])
+        patch.setattr(os, *(("replace", replace) if where == "rename" else ("fsync", fsync)))
         with pytest.raises(OSError, match=f"{out}: {os.strerror(number)}; ") as caught:
             embed(photos, out, model)
     assert caught.value.errno == number

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 import nopad
 from nopad.checkpoints.files import open_checkpoint
 from nopad.embedding import manifest, workers
+from nopad.embedding.plan import plan
+from nopad.embedding.settings import Settings
 
 CHANGES = {
     "dtype": ({"dtype": "bfloat16"}, "dtype: float32 there, bfloat16 now"),
@@ -214,7 +216,10 @@ def test_wrong_sources_and_models_begin_no_job(photos, tmp_path, model):
 
 @pytest.mark.parametrize("out", ["photo.jpg", "photo.jpg/table"])
 def test_a_file_instead_of_the_folder(begun, model, tmp_path, out):
+    """Said before sources are listed, of which this one is none."""
     (tmp_path / "photo.jpg").write_bytes(b"mine")
     with pytest.raises(OSError, match=r"; it (lies in|is) a file; name a folder"):
-        embed(begun[0], tmp_path / out, model)
+        embed(begun[0] / "nothing", tmp_path / out, model)
+    with pytest.raises(OSError, match=r"; it (lies in|is) a file; name a folder"):
+        plan([str(begun[0] / "nothing")], Settings(model=str(model)), out=str(tmp_path / out))
     assert (tmp_path / "photo.jpg").read_bytes() == b"mine"

@@ -18,6 +18,7 @@ from nopad.embedding.in_process import InProcess
 from nopad.embedding.sampling import Sample, take_sample
 from nopad.embedding.settings import Settings
 from nopad.embedding.shard_sizes import too_many_files
+from nopad.embedding.table.errors import check_place
 from nopad.embedding.table_run import list_sources
 from nopad.embedding.workers import check_features
 from nopad.pipeline.worker import num_cores
@@ -129,6 +130,8 @@ def plan(
         ValueError, OSError, ImportError: as `nopad.embed`.
     """
     check_features(settings.model, settings)
+    if out is not None and not is_address(out):
+        check_place(Path(out))
     start = time.perf_counter()
     inputs = list_sources(sources, settings).inputs
     listed = time.perf_counter()

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from nopad.counts import counted
 from nopad.embedding.distributed import ByActors
@@ -26,6 +27,7 @@ from nopad.embedding.settings import Settings
 from nopad.embedding.shard_sizes import too_many_files
 from nopad.embedding.summary import Summary, summary_of
 from nopad.embedding.table.counts import Manifest
+from nopad.embedding.table.errors import check_place
 from nopad.embedding.updates import begin_update, compare, mark
 from nopad.encoder import PackedEncoder
 
@@ -74,6 +76,8 @@ class TableRun:
             ValueError, OSError, ImportError: see `nopad.embed`.
         """
         sources = self.sources
+        if isinstance(self.folder.path, Path):
+            check_place(self.folder.path)  # before sources are listed for minutes
         logger.info("listing %s", sources[0] if len(sources) == 1 else f"{len(sources):,} sources")
         cache = self.folder.listing_cache()
         listing = list_sources(sources, self.settings, cache)

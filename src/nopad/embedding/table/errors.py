@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,22 @@ def folder_error(error: OSError, folder: TablePath) -> OSError:
     """The same error, of the same errno and class, with the folder and advice in its message."""
     advice = _ADVICE.get(error.errno or 0, "see to the disk and run the job again; finished shards are kept")
     return OSError(error.errno, f"{folder}: {error.strerror or error}; {advice}")
+
+
+def check_place(folder: Path) -> None:
+    """Check that a folder is there and can be written, or can be made, by what is there now.
+
+    Raises:
+        OSError: see `folder_error`.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        number = errno.EEXIST if there == folder else errno.ENOTDIR
+    elif not os.access(there, os.W_OK | os.X_OK):
+        number = errno.EACCES
+    else:
+        return
+    raise folder_error(OSError(number, os.strerror(number)), folder)
 
 
 @contextmanager
