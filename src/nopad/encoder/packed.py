@@ -61,6 +61,7 @@ class PackedEncoder(RoleAliases, Execution, Sizes, ImageRules, Stored):
         embeddings: patches to tokens; its `proj` is the patches' GEMM.
         layers: the transformer blocks.
         head: pools tokens and segments to one vector per segment, `None` where the checkpoint has no head.
+        head_reads_prefix: whether it pools CLS and register tokens as well.
         projection: pooled vectors to the image-text space, `None` where the checkpoint has no projection.
         merger: merges blocks of tokens for a language model, `None` where the checkpoint has no merger.
         deepstack_layers: indices of the layers whose tokens are merged as well, in order; empty for most.
@@ -75,6 +76,7 @@ class PackedEncoder(RoleAliases, Execution, Sizes, ImageRules, Stored):
 
     config: Any
     frames_attend_jointly: ClassVar[bool] = False
+    head_reads_prefix: ClassVar[bool] = False
     text_rules: ClassVar[TextRules | None] = None
     num_prefix_tokens: int
     embeddings: Any
@@ -127,8 +129,15 @@ class PackedEncoder(RoleAliases, Execution, Sizes, ImageRules, Stored):
     def pool_segments(self, trunk: Trunk, segments: Segments) -> Tensor:
         """One vector per segment, `(S, D)`: by `head`, else the first prefix token, else the mean of the patches."""
         if self.head is not None:
-            return self.head(trunk.tokens, segments)
+            return self.head(*self.head_input(trunk, segments))
         return segment_mean(trunk.tokens, segments) if trunk.prefix_tokens is None else trunk.prefix_tokens[:, 0]
+
+    def head_input(self, trunk: Trunk, segments: Segments) -> tuple[Tensor, Segments]:
+        """The tokens that `head` pools, with the prefix tokens in front where it reads them, and their segments."""
+        if not self.head_reads_prefix or trunk.prefix_tokens is None:
+            return trunk.tokens, segments
+        prefix_layout = PrefixLayout.of_segments(segments, segments.index(), trunk.prefix_tokens.shape[1])
+        return prefix_layout.join(trunk.tokens, trunk.prefix_tokens), prefix_layout.segments
 
     def norm_trunk(self, trunk: Trunk) -> Trunk:
         """The final norm, of tokens that are not normed yet; as they are where the model has none."""

@@ -208,12 +208,14 @@ class StaticRunner:
         num_segments = self.max_segments + 1
         num_rows = self.capacity + num_segments
         tokens = F.pad(tokens, (0, 0, 0, num_rows - tokens.shape[0]))
-        prefix = trunk.prefix_tokens
+        prefix, poisoned = trunk.prefix_tokens, ~finite_segments(finite, segments)
+        if prefix is not None and encoder.head_reads_prefix:
+            finite, rows = mask_nonfinite_rows(prefix.flatten(0, 1))
+            prefix, poisoned = rows.view_as(prefix), poisoned | ~finite.view(prefix.shape[:2]).all(dim=1)
         if prefix is not None:
             prefix = F.pad(prefix, (0, 0, 0, 0, 0, num_segments - len(prefix)))
         padded_segments = segments.padded(num_rows, num_segments)
         pooled = encoder.pool_segments(Trunk(tokens, prefix), padded_segments).to(tokens.device)
-        poisoned = ~finite_segments(finite, segments)
         return pooled[: len(segments)].masked_fill(poisoned[:, None], float("nan"))
 
     def merge(self, merger: nn.Module, tokens: Tensor, num_tokens: int) -> Tensor:

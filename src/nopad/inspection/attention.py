@@ -154,13 +154,13 @@ def _weights(query: Tensor, key: Tensor) -> Tensor:
 
 def _of_head(encoder: PackedEncoder, patches: Tensor, layout: Layout) -> list[Tensor]:
     """The maps of all images in the head's attention, which reads the normed tokens."""
-    tokens = encoder.trunk(patches, layout, LayerRunner({}, whole=True)).tokens
+    trunk, segments = encoder.trunk(patches, layout, LayerRunner({}, whole=True)), encoder.segments_of(layout)
     head: Any = encoder.head
+    tokens, rows = encoder.head_input(trunk, segments)
     query, key = head.query_and_keys(tokens)
-    heads = encoder.config.num_attention_heads
-    query, key = query.view(1, heads, -1), key.unflatten(1, (heads, -1))
-    segments = encoder.segments_of(layout)
-    weights = iter([_weights(query, part)[0] for part in key.split(list(segments.lengths))])
+    query, key = query.view(1, head.num_heads, -1), key.unflatten(1, (head.num_heads, -1))
+    pairs = zip(key.split(list(rows.lengths)), segments.lengths, strict=True)
+    weights = iter([_weights(query, part)[0, :, len(part) - length :] for part, length in pairs])
     lengths = _lengths_per_image(encoder, layout)
     parts = [torch.cat([next(weights) for _ in of_image], dim=1) for of_image in lengths]
     return [part.unflatten(1, grid) for part, grid in zip(parts, layout.grid, strict=True)]

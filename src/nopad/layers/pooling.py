@@ -96,6 +96,11 @@ class MAPHead(RoleAliases):
         pooled = self.attention(self.probe.view(1, -1), tokens, segments)
         return pooled + self.mlp(self.norm(pooled))
 
+    @property
+    def num_heads(self) -> int:
+        """Heads of the attention."""
+        return self.attention.num_heads
+
     def query_and_keys(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The query `(1, D)` and the keys `(T, D)` of the attention."""
         size = tokens.shape[1]

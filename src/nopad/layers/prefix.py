@@ -28,9 +28,14 @@ class PrefixLayout:
     @classmethod
     def of(cls, layout: Layout, num_prefix_tokens: int) -> PrefixLayout:
         """Layout with `num_prefix_tokens` rows before each frame; no host read."""
-        device = layout.device
-        segments = layout.frames.lengthened(num_prefix_tokens)
-        patches = torch.arange(layout.num_patches, device=device) + num_prefix_tokens * (layout.frame_index + 1)
+        return cls.of_segments(layout.frames, layout.frame_index, num_prefix_tokens)
+
+    @classmethod
+    def of_segments(cls, segments: Segments, index: Tensor, num_prefix_tokens: int) -> PrefixLayout:
+        """Layout with `num_prefix_tokens` rows before each segment; `index` is the segment of each patch, `(T,)`."""
+        device = index.device
+        segments = segments.lengthened(num_prefix_tokens)
+        patches = torch.arange(index.shape[0], device=device) + num_prefix_tokens * (index + 1)
         prefix = segments.cu_seqlens[:-1].long()[:, None] + torch.arange(num_prefix_tokens, device=device)
         return cls(segments, patches, prefix)
 
