@@ -12,7 +12,7 @@ from nopad.checkpoints.formats import Checkpoint
 from nopad.checkpoints.stored_tensor import StoredTensor
 from nopad.families.vit import IJepaPacking
 
-HEADS = ("aimv2 with a head", "siglip2", "siglip", "onevision", "vit")
+HEADS = ("aimv2 with a head", "siglip2", "siglip", "onevision", "vit", "pe")
 WITH_A_HEAD = [family for family in FAMILIES if family in HEADS]
 
 OTHERS = {
@@ -31,6 +31,7 @@ OTHERS = {
     "qwen2_5_vl": "siglip2",
     "qwen3_vl": "clip",
     "radio": "dinov2",
+    "pe": "clip",
     "vit": "dinov2",
     "vit_mae": "dinov2",
     "ijepa": "siglip2",
@@ -68,7 +69,7 @@ def spoken_by(encoder):
     """The dialects that there are of an architecture.
 
     timm's have no mask token of DINOv2's, one frame of Qwen3-VL's, and a CLS token of plain vision transformers'; those
-    of TIPSv2 are Meta's of a gated layer.
+    of TIPSv2 are Meta's of a gated layer. Perception Encoder's tell what a model has.
     """
     gated = getattr(encoder.config, "use_gated_mlp", False)
     others = {"Meta" if gated else "Meta, gated"}
@@ -76,6 +77,8 @@ def spoken_by(encoder):
         others |= {"transformers, TIPSv2"}
     if encoder.family in ("dinov2", "qwen3_vl") or isinstance(encoder, IJepaPacking):
         others |= {"timm", "timm, registers"}
+    if encoder.family == "pe":
+        others |= {"timm, plain"} | ({"Meta, both towers"} if encoder.head is None else set())
     return [dialect for dialect in encoder.dialects if dialect.name not in others]
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nopad.families.dinov3 import DINOv3ViTPacking
     from nopad.families.moonvit import MoonViTPacking
     from nopad.families.onevision import OneVisionEncoderPacking
+    from nopad.families.pe import PEPacking
     from nopad.families.pixtral import PixtralPacking
     from nopad.families.qwen2_vl import Qwen2VLPacking
     from nopad.families.qwen3_vl import Qwen3VLPacking
@@ -42,6 +43,7 @@ __all__ = [
     "Features",
     "MoonViTPacking",
     "OneVisionEncoderPacking",
+    "PEPacking",
     "Pack",
     "PackedEncoder",
     "PackedOutput",
@@ -76,6 +78,7 @@ _HOMES = {
     "MoonViTPacking": "nopad.families.moonvit",
     "OneVisionEncoderPacking": "nopad.families.onevision",
     "Pack": "nopad.packing",
+    "PEPacking": "nopad.families.pe",
     "PackedEncoder": "nopad.encoder",
     "PackedOutput": "nopad.outputs",
     "PixtralPacking": "nopad.families.pixtral",

@@ -13,7 +13,14 @@ import nopad
 
 HEADLESS = [family for family in FAMILIES if family not in ("onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")]
 # Checkpoints of each layout that holds a head or a projection.
-LAYOUTS = ("aimv2-apple-lit", "open-clip", "timm-clip-projection", "timm-siglip", "timm-naflexvit")
+LAYOUTS = (
+    "aimv2-apple-lit",
+    "open-clip",
+    "timm-clip-projection",
+    "timm-siglip",
+    "timm-naflexvit",
+    "timm-pe-core-projection",
+)
 
 
 def assert_same_tokens(encoder, whole):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import clip_checkpoints
 import moonvit_checkpoints
 import onevision_checkpoints
+import pe_checkpoints
 import qwen2_vl_checkpoints
 import qwen3_vl_checkpoints
 import radio_checkpoints
@@ -15,6 +16,7 @@ import siglip2_checkpoints
 import torch
 import vit_checkpoints
 from onevision_original import PlainConfig, PlainOneVision
+from pe_original import PlainPE
 from safetensors.torch import load_file
 from tiny_encoders import pack_of
 from torch import Tensor, nn
@@ -47,6 +49,7 @@ ORIGINALS = {
     "qwen3_vl": Qwen3VLVisionModel,
     "qwen3_5": Qwen3_5VisionModel,
     "radio": radio_checkpoints.RadioModel,
+    "pe": PlainPE,
     **{kind: model for kind, (_, model) in vit_checkpoints.CLASSES.items()},
 }
 
@@ -62,6 +65,8 @@ def read_by_original(family: str, folder: Path):
         original = PlainOneVision(PlainConfig.from_pretrained(folder))
         original.load_state_dict(load_file(folder / "model.safetensors"))
         return original.eval()
+    if family.startswith("pe"):
+        return pe_checkpoints.read(folder)
     pooled = family != "vit" or "pooler.dense.weight" in load_file(folder / "model.safetensors")
     options = {} if pooled else {"add_pooling_layer": False}
     original, info = original_class(family).from_pretrained(folder, output_loading_info=True, **options)
@@ -77,6 +82,8 @@ def layers_of(original) -> nn.ModuleList:
         return original.layers
     names = ("encoder", "transformer", "model")
     backbone = next(getattr(original, name) for name in names if hasattr(original, name))
+    if isinstance(backbone, nn.ModuleDict):
+        return next(iter(backbone.values()))
     return backbone.layers if hasattr(backbone, "layers") else backbone.layer
 
 
@@ -115,6 +122,8 @@ def run_original(family: str, original, pixels: Tensor) -> Features:
             None if pooled[0] is None else torch.stack(pooled).mean(dim=0),
             None if prefix[0] is None else torch.cat(prefix),
         )
+    if family.startswith("pe"):
+        return Features(*pe_checkpoints.run(original, pixels))
     if family == "radio":
         return Features(*radio_checkpoints.run(original, pixels))
     if family.startswith("siglip"):

@@ -30,9 +30,11 @@ from nopad.layout import Layout
 
 TABLES = (
     *("aimv2 with a head", "siglip", "clip", "metaclip2", "dinov2", "dinov2 gated", "tipsv2"),
-    *("vit", "vit_mae", "ijepa", "pixio"),
+    *("vit", "vit_mae", "ijepa", "pixio", "pe", "pe lang"),
 )
 """Families with positions that were learned on one grid, 5 × 5 in these checkpoints."""
+WITH_A_REFERENCE = [family for family in FAMILIES if family not in ("onevision", "pe", "pe lang")]
+"""Families whose original is part of transformers."""
 SPARSE = ("aimv2", *TABLES, "onevision", "pixtral")
 """Families that take `patch_positions`."""
 
@@ -253,7 +255,7 @@ def test_learned_positions_on_another_grid_are_logged_once_or_refused(family, fo
         assert not caplog.records
         encoder(other)
         encoder(other)
-    mode = "bilinear" if family == "tipsv2" else "bicubic"
+    mode = "bilinear" if family == "tipsv2" or family.startswith("pe") else "bicubic"
     assert [record.message for record in caplog.records] == [
         f"positions were learned on 5 × 5 patches; they are resampled ({mode}) for other grids"
     ]
@@ -298,7 +300,7 @@ def test_adapters_alone_are_trained(encoder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "onevision"])  # whose code is remote
+@pytest.mark.parametrize("family", WITH_A_REFERENCE)
 def test_alignment_passes(family, folder, original, dtype):
     report = align(folder, dtype=dtype)
     assert report.passed, [case.failures for case in report.cases]

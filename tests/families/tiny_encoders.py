@@ -11,6 +11,7 @@ import dinov2_checkpoints
 import dinov3_checkpoints
 import moonvit_checkpoints
 import onevision_checkpoints
+import pe_checkpoints
 import pixtral_checkpoints
 import qwen2_vl_checkpoints
 import qwen3_vl_checkpoints
@@ -48,6 +49,8 @@ FAMILIES = (
     "qwen2_5_vl",
     "qwen3_vl",
     "radio",
+    "pe",
+    "pe lang",
     "vit",
     "vit_mae",
     "ijepa",
@@ -72,6 +75,8 @@ def tiny(family: str, folder: Path, **changes) -> Path:
         return moonvit_checkpoints.save(folder, moonvit_checkpoints.tiny_original(**changes))
     if family == "pixtral":
         return pixtral_checkpoints.save(folder, pixtral_checkpoints.tiny_original(**changes))
+    if family.startswith("pe"):
+        return pe_checkpoints.save(folder, pe_checkpoints.tiny_original(family, **changes))
     if family == "radio":
         changes.pop("intermediate_size", None)  # which follows the width
         return radio_checkpoints.save(folder, radio_checkpoints.tiny_original(**changes))

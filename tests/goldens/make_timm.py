@@ -34,6 +34,14 @@ CASES = {
     "timm-siglip-gap": ("vit_large_patch16_siglip_gap_256", {"img_size": 20, "dynamic_img_size": True}, GRIDS),
     "timm-clip": ("vit_large_patch14_clip_224", {"img_size": 20, "dynamic_img_size": True}, GRIDS),
     "timm-clip-projection": ("vit_base_patch32_clip_quickgelu_224.openai", {"img_size": 20}, GRIDS[:1]),
+    "timm-pe-core": ("vit_pe_core_base_patch16_224", {"img_size": 20, "dynamic_img_size": True}, GRIDS),
+    "timm-pe-core-projection": ("vit_pe_core_gigantic_patch14_448.fb", {"img_size": 20}, GRIDS[:1]),
+    "timm-pe-lang": (
+        "vit_pe_lang_gigantic_patch14_448",
+        {"img_size": 20, "dynamic_img_size": True, "rope_temperature": 50.0},
+        GRIDS,
+    ),
+    "timm-pe-spatial": ("vit_pe_spatial_base_patch16_512", {"img_size": 20, "ref_feat_shape": (5, 5)}, GRIDS[:1]),
     "timm-qwen3": (
         "qwen3_vit_306m_enc",
         {"pos_embed_grid_size": 5, "out_features": 16, "rope_temperature": 50.0},
@@ -68,6 +76,8 @@ def run(model: torch.nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, torc
     if hasattr(model, "merger"):  # without a final norm, row by row
         tokens = tokens.flatten(1, 2)
         return tokens[0], tokens[0].mean(dim=0)
+    if type(getattr(model, "rope", None)).__name__ == "RotaryEmbeddingCat":  # PE, which does not pool by CLS
+        return tokens[0, model.num_prefix_tokens :], model.forward_head(tokens, pre_logits=True)[0]
     if model.num_prefix_tokens:
         return tokens[0, model.num_prefix_tokens :], tokens[0, 0]
     return tokens[0], model.forward_head(tokens, pre_logits=True)[0]
@@ -81,7 +91,11 @@ def intermediates(model: torch.nn.Module, image: torch.Tensor) -> dict[str, torc
     result = {}
     for name, norm in (("plain", False), ("normed", True)):
         layers = model.forward_intermediates(
-            image, indices=[0] if norm else [0, 1], norm=norm, return_prefix_tokens=True, intermediates_only=True
+            image,
+            indices=[0] if norm else [0, 1],
+            norm=norm,
+            return_prefix_tokens=bool(model.num_prefix_tokens),
+            intermediates_only=True,
         )
         for layer, tensors in enumerate(layers):
             maps, *prefix = tensors if model.num_prefix_tokens else [tensors]

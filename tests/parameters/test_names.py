@@ -109,7 +109,7 @@ def test_parts_are_reached_and_set_by_role(family, encoder):
     before, names = features(encoder), encoder.state_dict().keys()
     path = {"dinov2": "encoder.layer", "dinov3": "model.layer", "vit": "layers"}
     path |= {"pixtral": "transformer.layers", "moonvit": "layers", "qwen2_vl": "blocks", "qwen3_vl": "blocks"}
-    path["radio"] = "encoder.layer"
+    path |= {"radio": "encoder.layer", "pe": "transformer.resblocks"}
     path = path.get(encoder.family, "encoder.layers")
     assert encoder.layers is encoder.get_submodule(path)
     norm = {
@@ -122,9 +122,11 @@ def test_parts_are_reached_and_set_by_role(family, encoder):
         "onevision": "layernorm_post",
         "vit": "layernorm",
     }
+    if family == "pe":
+        norm["pe"] = "ln_post"
     assert encoder.norm is (encoder.get_submodule(norm[encoder.family]) if encoder.family in norm else None)
     attention = dict.fromkeys(("siglip2", "clip", "onevision"), "self_attn")
-    attention |= dict.fromkeys(("qwen2_vl", "qwen3_vl", "moonvit"), "attn")
+    attention |= dict.fromkeys(("qwen2_vl", "qwen3_vl", "moonvit", "pe"), "attn")
     attention = attention.get(encoder.family, "attention")
     mlp = {"aimv2": "ffn", "pixtral": "feed_forward"}.get(encoder.family, "mlp")
     for number, layer in enumerate(encoder.layers):
@@ -152,8 +154,9 @@ def test_parts_are_reached_and_set_by_role(family, encoder):
         assert relative(features(encoder), without) > 1e-3
     if family in WITH_A_HEAD:
         encoder.head = None
-        assert not [name for name in encoder.state_dict() if name.startswith(("head.", "pooler."))]
+        assert not [name for name in encoder.state_dict() if name.startswith(("head.", "pooler.", "attn_pool."))]
         output = encoder.encode(patches_of(encoder), GRIDS)
         first = int(GRIDS[0].prod())
-        plain = output.prefix_tokens[0, 0] if encoder.num_prefix_tokens else output.tokens[:first].mean(dim=0)
+        by_cls = encoder.num_prefix_tokens and family != "pe"
+        plain = output.prefix_tokens[0, 0] if by_cls else output.tokens[:first].mean(dim=0)
         torch.testing.assert_close(output.pooled[0], plain)

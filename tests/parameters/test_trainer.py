@@ -72,7 +72,7 @@ def test_a_trainer_ends_with_the_best_weights(family, encoder, tmp_path):
     assert same(encoder.state_dict(), first)
 
 
-RENAMED = ("dino", "tips", "vit", "ijepa", "pixio", "radio")
+RENAMED = ("dino", "tips", "vit", "ijepa", "pixio", "radio", "pe")
 """Families whose originals have other names in files than in memory."""
 
 

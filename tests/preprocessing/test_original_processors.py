@@ -90,6 +90,8 @@ PIXEL_PROCESSORS = {
     "google/tipsv2-b14": ViTImageProcessorPil(size=squared(448), do_normalize=False),
     "google/vit-base-patch16-224": ViTImageProcessorPil(),
     "nvidia/C-RADIOv4-H": CLIPImageProcessorPil(do_resize=False, do_center_crop=False, do_normalize=False),
+    # Meta's own code makes the same by torchvision, which resizes by Pillow.
+    "facebook/PE-Core-L14-336": ViTImageProcessorPil(size=squared(336)),
     "google/vit-large-patch32-384": ViTImageProcessorPil(size=squared(384)),
     "facebook/vit-mae-base": ViTImageProcessorPil(image_mean=list(SQUARE.mean), image_std=list(SQUARE.std)),
     "facebook/ijepa_vith16_1k": ViTImageProcessorPil(

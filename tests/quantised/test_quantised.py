@@ -9,6 +9,7 @@ import shutil
 import clip_checkpoints
 import moonvit_checkpoints
 import onevision_original
+import pe_original
 import pytest
 import qwen2_vl_checkpoints
 import qwen3_vl_checkpoints
@@ -64,6 +65,13 @@ class PlainMoonViT(moonvit_checkpoints.Kimi_K25VisionModel):
         return self.patch_embed
 
 
+class PlainPE(pe_original.PlainPE):
+    """As the reference, with what torchao asks of a model."""
+
+    def get_input_embeddings(self):
+        return self.embeddings.patch_embedding
+
+
 class PlainRadio(radio_checkpoints.RadioModel):
     """transformers' own, with what torchao asks of a model."""
 
@@ -94,6 +102,7 @@ ORIGINALS = {
     **qwen2_vl_checkpoints.CLASSES,
     "qwen3_vl": PlainQwen3VL,
     "radio": PlainRadio,
+    "pe": PlainPE,
     **{kind: model for kind, (_, model) in vit_checkpoints.CLASSES.items()},
 }
 

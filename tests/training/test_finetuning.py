@@ -42,6 +42,7 @@ def _downs(encoder):
         "qwen2_5_vl",
         "qwen3_vl",
         "radio",
+        "pe",
         "vit",
     ],
 )

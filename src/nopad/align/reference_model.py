@@ -129,6 +129,21 @@ class ReferenceModel:
         return tokens[..., self.num_prefix_tokens :, :]
 
 
+class NoReference(ReferenceModel):
+    """Of a family that can be compared with no model here.
+
+    Args:
+        reason: why.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def of(self, checkpoint: str, *, revision: str | None, trust_remote_code: bool) -> ReferenceModel:
+        """Raise `ValueError`."""
+        raise ValueError(f"checkpoint {checkpoint!r}: no reference is at hand: {self.reason}")
+
+
 class RemoteCodeReference(ReferenceModel):
     """A reference that transformers does not have: the model code beside the checkpoint's weights.
 

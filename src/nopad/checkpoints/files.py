@@ -209,6 +209,8 @@ def _weights(
             return _indexed(path, Path(single).suffix, find, prefix_of)
     if variant is None:
         named = [META, *open_clip_config.OPEN_CLIP_WEIGHTS]
+        if folder is None:
+            named.append(f"{name.rpartition('/')[2]}.pt")  # Perception Encoder's
         for file in named if PICKLES in kinds else named[1:2]:
             if (path := find(file)) is not None:
                 return read_tensors(path)

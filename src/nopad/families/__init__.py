@@ -24,6 +24,7 @@ ENCODERS: Mapping[str, str] = {
     "moonvit": "MoonViTPacking",
     "pixtral": "PixtralPacking",
     "radio": "RadioPacking",
+    "pe": "PEPacking",
     "vit": "ViTPacking",
 }
 """The encoder of each family, by the family's name, which is that of its module here and of its dialects."""

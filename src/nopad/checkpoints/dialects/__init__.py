@@ -11,6 +11,7 @@ from nopad.checkpoints.dialects import (
     dinov3,
     moonvit,
     onevision,
+    pe,
     pixtral,
     qwen2_vl,
     qwen3_vl,
@@ -32,6 +33,7 @@ DIALECTS: Mapping[str, tuple[Dialect, ...]] = {
     "moonvit": moonvit.DIALECTS,
     "pixtral": pixtral.DIALECTS,
     "radio": radio.DIALECTS,
+    "pe": pe.DIALECTS,
     "vit": vit.DIALECTS,
 }
 """By the names of the families, which are those of the modules in `nopad.families`."""

@@ -57,13 +57,13 @@ TIMM = NameTable(
 
 
 def timm_head_projects(config: Mapping[str, Any]) -> bool:
-    """Whether the head of timm's model is CLIP's projection, and not the classifier of tuned weights (`_ft_`)."""
+    """Whether the head of timm's model is the original's projection, and no classifier of tuned weights (`_ft_`)."""
     pretrained = config.get("pretrained_cfg")
     tag = pretrained.get("tag") if isinstance(pretrained, dict) else None
     return bool(config.get("num_classes")) and isinstance(tag, str) and tag != "" and "ft" not in tag.split("_")
 
 
-def _prepare_timm(checkpoint: Checkpoint) -> Checkpoint:
+def prepare_timm_head(checkpoint: Checkpoint) -> Checkpoint:
     """Without the classifier, and without the bias of a projection, which is zero.
 
     Raises:
@@ -74,8 +74,8 @@ def _prepare_timm(checkpoint: Checkpoint) -> Checkpoint:
     if timm_head_projects(checkpoint.config) and "head.weight" in head:
         if "head.bias" in head and head["head.bias"].read().any():
             raise ValueError(
-                f"checkpoint {checkpoint.name!r}: head.bias: expected zeros, since CLIP's projection has no bias and "
-                f"config.json names CLIP's own weights, got other values"
+                f"checkpoint {checkpoint.name!r}: head.bias: expected zeros, since the original's projection has no "
+                f"bias and config.json names the original's weights, got other values"
             )
         tensors["head.weight"] = head.pop("head.weight")
     return replace(checkpoint, tensors=tensors, left_out={**checkpoint.left_out, **head})
@@ -99,6 +99,7 @@ DIALECTS = (
         "OpenCLIP",
         r"^visual\.transformer\.resblocks\.\d+\.attn\.in_proj_weight$",
         OPEN_CLIP,
+        excludes=(r"^visual\.attn_pool\.",),  # Perception Encoder's
         dropped=(
             r"^(text|token_embedding|transformer|ln_final)\.",
             r"^(positional_embedding|text_projection|logit_scale|logit_bias|attn_mask)$",
@@ -111,9 +112,10 @@ DIALECTS = (
         "timm",
         r"^norm_pre\.",
         TIMM,
-        requires=(r"^cls_token$", r"^blocks\.\d+\.attn\.qkv\.bias$"),
-        excludes=(r"\.gamma_[12]$", r"\.ls[12]\.", r"\.(q|k)_norm\.", r"^reg_token$"),
+        requires=(r"^cls_token$", r"^blocks\.\d+\.attn\.qkv\.bias$", r"^(norm|fc_norm)\."),
+        # Of other vision transformers, among them Perception Encoder's, of which the plain ones have no final norm.
+        excludes=(r"\.gamma_[12]$", r"\.ls[12]\.", r"\.(q|k)_norm\.", r"^reg_token$", r"^attn_pool\."),
         dropped=(r"^fc_norm\.",),
-        prepare=_prepare_timm,
+        prepare=prepare_timm_head,
     ),
 )
