@@ -36,7 +36,7 @@ class PatchMerger(RoleAliases):
         names: Mapping[str, str] = MappingProxyType({}),
     ):
         super().__init__()
-        self.names = names
+        self.names = dict(names)  # a copy can be pickled, as all that a module holds must be
         for container in {path.split(".")[0] for path in names.values() if "." in path}:
             self.add_module(container, nn.Module())
         size = hidden_size * merge_size**2
