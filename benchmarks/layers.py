@@ -23,7 +23,7 @@ import torch
 
 import nopad
 from nopad.bench.candidates import Images
-from nopad.bench.runner import block_parameters
+from nopad.bench.runner import attention_lengths, block_parameters
 from nopad.bench.timing import PEAK_GEMMS, flops, gemms, timer
 from nopad.bench.workloads import mixed
 from nopad.encoder import PackedEncoder
@@ -104,7 +104,7 @@ def measure(options: argparse.Namespace, ways: list[str]) -> None:
     for _ in range(options.runs):
         for name, run in runs.items():
             seconds_of[name].append(clock(run).seconds)
-    work = flops(block_parameters(encoder), encoder.config.num_hidden_layers, encoder.hidden_size, lengths)
+    work = flops(block_parameters(encoder), encoder.hidden_size, attention_lengths(encoder, lengths))
     peak_rate = 2 * side**3 * count / statistics.median(seconds_of.pop("peak"))
     print(f"measured peak: {count} GEMMs of {side}³ a run: {peak_rate / 1e12:.4g} TFLOP/s")
     for way, samples in seconds_of.items():

@@ -26,7 +26,7 @@ from torch import Tensor
 import nopad
 from nopad.bench.baselines import Baseline
 from nopad.bench.candidates import Images
-from nopad.bench.runner import block_parameters
+from nopad.bench.runner import attention_lengths, block_parameters
 from nopad.bench.timing import PEAK_GEMMS, Skipped, flops, gemms, interleave, timer
 from nopad.bench.workloads import Workload, mixed
 from nopad.encoder import PackedEncoder
@@ -238,7 +238,7 @@ def _measure(encoder: PackedEncoder, candidates: Iterable[Candidate], runs: int)
     for name, lengths, prepare in candidates:
         torch._dynamo.reset()
         rows = [length + encoder.num_prefix_tokens for length in lengths]
-        total = 3 * flops(block_parameters(encoder), encoder.config.num_hidden_layers, encoder.hidden_size, rows)
+        total = 3 * flops(block_parameters(encoder), encoder.hidden_size, attention_lengths(encoder, rows))
         try:
             step = prepare()
             warm_ups = [measure(step) for _ in range(WARM_UPS)]

@@ -34,7 +34,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import nopad
-from nopad.bench.runner import block_parameters
+from nopad.bench.runner import attention_lengths, block_parameters
 from nopad.bench.timing import PEAK_GEMMS, flops, gemms, timer
 from nopad.bench.workloads import mixed
 from nopad.encoder import PackedEncoder
@@ -153,7 +153,7 @@ class Bench:
         if self.options.compiled:
             encoder.compile_for_training(self.options.capacity, self.options.capacity // 64)
         optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-5, fused=cuda)
-        parameters, layers = block_parameters(encoder), len(encoder.layers)
+        parameters = block_parameters(encoder)
         losses: list[Tensor] = []
         timed, lengths, waited, start = [], [], 0.0, 0.0
         if cuda:
@@ -180,7 +180,7 @@ class Bench:
             losses.append(loss)
         self.synchronize()
         seconds = time.perf_counter() - start
-        total = flops(parameters, layers, encoder.hidden_size, lengths)
+        total = flops(parameters, encoder.hidden_size, attention_lengths(encoder, lengths))
         memory = torch.cuda.max_memory_allocated() if cuda else 0
         forwards = [_seconds(first, last) for first, last in timed]
         packs_of_steps.close()

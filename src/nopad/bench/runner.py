@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
 from textwrap import shorten
@@ -157,12 +157,17 @@ def _skipping(action: Callable[[], object], *, compiled: bool = False) -> Callab
     return job
 
 
+def attention_lengths(encoder: PackedEncoder, rows: Iterable[int]) -> list[list[int]]:
+    """The segments or windows of each layer for images of so many rows, prefix tokens among them; see `flops`."""
+    segments = [encoder.example_segments(number) for number in rows]
+    attentions: list[Any] = [layer.attention for layer in encoder.layers]
+    return [[n for each in segments for n in attention.segments_of(each).lengths] for attention in attentions]
+
+
 def empty_row(encoder: PackedEncoder, workload: str, candidate: Candidate) -> Row:
     """The row of a candidate that has not run."""
     inputs = candidate.images.workload
-    segments = [encoder.example_segments(length + encoder.num_prefix_tokens) for length in inputs.lengths]
-    attentions: list[Any] = [layer.attention for layer in encoder.layers]
-    lengths = [[n for each in segments for n in attention.segments_of(each).lengths] for attention in attentions]
+    rows = [length + encoder.num_prefix_tokens for length in inputs.lengths]
     return Row(
         workload=workload,
         name=candidate.name,
@@ -170,5 +175,5 @@ def empty_row(encoder: PackedEncoder, workload: str, candidate: Candidate) -> Ro
         images=len(inputs.grids),
         tokens=inputs.tokens,
         calls=candidate.calls,
-        flops=flops(block_parameters(encoder), encoder.hidden_size, lengths),
+        flops=flops(block_parameters(encoder), encoder.hidden_size, attention_lengths(encoder, rows)),
     )

@@ -119,6 +119,11 @@ def from_checkpoint(
         check_config_class(cls, config)
     dialect, part = select_part(cls, checkpoint)
     quantised = checkpoint.quantization_config is not None
+    if not cls.can_be_quantised and (quantised or kwargs.get("quantization_config") is not None):
+        raise ValueError(
+            f"checkpoint {checkpoint.name!r}: quantised weights of {cls.family} are neither made nor read, since "
+            f"transformers splits its queries, keys and values; load plain weights, with precision='int8' or 'fp8'"
+        )
     options = {"patch_order": patch_order, "positions": positions}
     skeleton = _skeleton(cls, dialect.convert(part), config, changes, options, head=head)
     dialect = next(each for each in skeleton.dialects if each.name == dialect.name)  # as the architecture's own

@@ -29,6 +29,7 @@ class Stored(PreTrainedModel):
         published: the config of each published model, by its name on the Hub; with `model_type` where it is not one of
             `config_class`.
         read_config: returns the architecture of a checkpoint whose tensors have the packed model's names.
+        can_be_quantised: whether weights quantised by transformers' loader are made and read.
         config_without_head: the config's fields without head and projection; a string that says why the original has
             no such config, where it has none.
         dialect: the dialect of the tensor names of the checkpoint that this encoder was loaded from.
@@ -42,6 +43,7 @@ class Stored(PreTrainedModel):
     dialects: ClassVar[tuple[Dialect, ...]]
     published: ClassVar[dict[str, dict[str, Any]]]
     read_config: ClassVar[Callable[[Checkpoint], PreTrainedConfig]]
+    can_be_quantised: ClassVar[bool] = True
     config_without_head: ClassVar[Mapping[str, Any] | str] = MappingProxyType({})
     dialect: str | None = None
     opened_with: Mapping[str, Any] = MappingProxyType({})

@@ -93,6 +93,7 @@ class RadioPacking(PackedEncoder):
 
     config_class = RadioPackingConfig
     family = "radio"
+    can_be_quantised = False
     published = PUBLISHED
     read_config = staticmethod(read_config)
     names: Mapping[str, str] = {"layers": "encoder.layer"}
