@@ -69,7 +69,7 @@ def spoken_by(encoder):
     """The dialects that there are of an architecture.
 
     timm's have no mask token of DINOv2's, one frame of Qwen3-VL's, and a CLS token of plain vision transformers'; those
-    of TIPSv2 are Meta's of a gated layer. Perception Encoder's tell what a model has.
+    of TIPSv2 are Meta's of a gated layer. Perception Encoder's are about what parts a model has.
     """
     gated = getattr(encoder.config, "use_gated_mlp", False)
     others = {"Meta" if gated else "Meta, gated"}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
 from aimv2_checkpoints import randomize, write
+from renaming import joined_qkv, renamed
 from torch import Tensor
 from transformers.models.clip.configuration_clip import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
@@ -77,24 +77,16 @@ def open_clip(original) -> dict[str, Tensor]:
         ("vision_model.encoder.layers", "visual.transformer.resblocks"),
         ("text_model.encoder.layers", "transformer.resblocks"),
         ("layer_norm", "ln_"),
+        ("self_attn.q_proj.", "attn.in_proj_"),
         ("self_attn.out_proj", "attn.out_proj"),
         ("mlp.fc1", "mlp.c_fc"),
         ("mlp.fc2", "mlp.c_proj"),
     ]
-    named: dict[str, Tensor] = {"logit_scale": torch.tensor(1.0)}
-    state = original.state_dict()
-    for name, tensor in state.items():
-        if re.search(r"\.[kv]_proj", name):
-            continue
-        if "q_proj" in name:
-            tensor = torch.cat([state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
-            name = name.replace("self_attn.q_proj.", "attn.in_proj_")
-        if name.endswith("_projection.weight"):
-            tensor = tensor.T.contiguous()
-        for old, new in table:
-            name = name.replace(old, new)
-        named[name] = tensor
-    return named
+    state = {
+        name: tensor.T.contiguous() if name.endswith("_projection.weight") else tensor
+        for name, tensor in joined_qkv(original.state_dict()).items()
+    }
+    return {"logit_scale": torch.tensor(1.0), **renamed(state, table)}
 
 
 def open_clip_config(original) -> dict:

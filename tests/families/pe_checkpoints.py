@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from aimv2_checkpoints import randomize, write
 from pe_original import PlainPE, PlainPEConfig
+from renaming import joined_qkv, renamed
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,18 +41,10 @@ def meta(state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
         ("lambda1", "gamma"),
         ("attn.q_proj.", "attn.in_proj_"),
     ]
-    named = {}
-    for name, tensor in state.items():
-        if re.search(r"\.[kv]_proj", name):
-            continue
-        if "q_proj" in name:
-            tensor = torch.cat([state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
-        if name == "projection.weight":
-            tensor = tensor.T.contiguous()
-        for old, new in table:
-            name = name.replace(old, new)
-        named[prefix + name] = tensor
-    return named
+    named = renamed(joined_qkv(state), table)
+    if "proj" in named:
+        named["proj"] = named["proj"].T.contiguous()
+    return {prefix + name: tensor for name, tensor in named.items()}
 
 
 def both_towers(state: dict[str, Tensor]) -> dict[str, Tensor]:

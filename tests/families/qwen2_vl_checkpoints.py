@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -43,12 +42,6 @@ def tiny_original(kind: str = "qwen2_5_vl", **changes):
         model = CLASSES[kind](Qwen2VLVisionConfig(**{**QWEN2, **changes}))
     randomize(model)
     return model.eval()
-
-
-def save(folder: Path, original) -> Path:
-    """The folder that transformers writes."""
-    original.save_pretrained(folder)
-    return folder
 
 
 class Output(NamedTuple):

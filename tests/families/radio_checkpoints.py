@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from aimv2_checkpoints import randomize, write
+from renaming import joined_qkv, renamed
 from torch import Tensor
 from transformers.models.radio.configuration_radio import RadioConfig
 from transformers.models.radio.modeling_radio import RadioModel
@@ -51,23 +51,15 @@ def nvidia(original: RadioModel, *, scales: bool = True) -> dict[str, Tensor]:
         ("embeddings.position_embedding", "radio_model.model.patch_generator.pos_embed"),
         ("embeddings.cls_register_token", "radio_model.model.patch_generator.cls_token.token"),
         ("encoder.layer.", "radio_model.model.blocks."),
+        ("attention.q_proj", "attn.qkv"),
         ("attention.o_proj", "attn.proj"),
         ("layer_scale1.lambda1", "ls1.grandma"),
         ("layer_scale2.lambda1", "ls2.grandma"),
         ("input_conditioner.", "radio_model.input_conditioner."),
         ("summary_idxs", "radio_model.summary_idxs"),
     ]
-    named, state = {}, original.state_dict()
-    for name, tensor in state.items():
-        if ".k_proj." in name or ".v_proj." in name or ("layer_scale" in name and not scales):
-            continue
-        if ".q_proj." in name:
-            tensor = torch.cat([state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
-            name = name.replace("attention.q_proj", "attn.qkv")
-        for old, new in table:
-            name = name.replace(old, new)
-        named[name] = tensor
-    return named
+    state = {name: tensor for name, tensor in original.state_dict().items() if scales or "layer_scale" not in name}
+    return renamed(joined_qkv(state), table)
 
 
 def nvidia_config(original: RadioModel, version: str = "c-radio_v4-h", **args) -> dict[str, Any]:

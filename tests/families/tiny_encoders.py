@@ -67,7 +67,7 @@ def tiny(family: str, folder: Path, **changes) -> Path:
         return onevision_checkpoints.write(folder, original.state_dict(), original.config.to_dict())
     if family.startswith("qwen2"):
         changes = {"spatial_merge_size": 1, **({"window_size": 8} if family == "qwen2_5_vl" else {}), **changes}
-        return qwen2_vl_checkpoints.save(folder, qwen2_vl_checkpoints.tiny_original(family, **changes))
+        return qwen3_vl_checkpoints.save(folder, qwen2_vl_checkpoints.tiny_original(family, **changes))
     if family == "qwen3_vl":  # merging blocks of one: of others grids are multiples, see test_qwen3_vl.py
         changes = {"spatial_merge_size": 1, **changes}
         return qwen3_vl_checkpoints.save(folder, qwen3_vl_checkpoints.tiny_original(**changes))

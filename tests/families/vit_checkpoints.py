@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from aimv2_checkpoints import randomize, write
+from renaming import joined_qkv, renamed
 from torch import Tensor
 from transformers.models.ijepa.configuration_ijepa import IJepaConfig
 from transformers.models.ijepa.modeling_ijepa import IJepaModel
@@ -65,12 +66,7 @@ def published(original) -> dict[str, Tensor]:
     ]
     if isinstance(original, PixioModel):
         table = [*table, ("layernorm_before", "norm1"), ("layernorm_after", "norm2")]
-    named = {}
-    for name, tensor in original.state_dict().items():
-        for old, new in table:
-            name = name.replace(old, new)
-        named[name] = tensor
-    return named
+    return renamed(original.state_dict(), table)
 
 
 def meta(original) -> dict[str, Tensor]:
@@ -81,21 +77,12 @@ def meta(original) -> dict[str, Tensor]:
         ("embeddings.cls_token", "cls_token"),
         ("layernorm_before", "norm1"),
         ("layernorm_after", "norm2"),
+        ("attention.q_proj", "attn.qkv"),
         ("attention.o_proj", "attn.proj"),
         ("layers.", "blocks."),
         ("layernorm.", "norm."),
     ]
-    named, state = {}, original.state_dict()
-    for name, tensor in state.items():
-        if ".k_proj." in name or ".v_proj." in name:
-            continue
-        if ".q_proj." in name:
-            tensor = torch.cat([state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
-            name = name.replace("attention.q_proj", "attn.qkv")
-        for old, new in table:
-            name = name.replace(old, new)
-        named[name] = tensor
-    return named
+    return renamed(joined_qkv(original.state_dict()), table)
 
 
 def save(folder: Path, original, dialect=published) -> Path:

@@ -56,35 +56,35 @@ every_biased_family = pytest.mark.parametrize("family", BIASED)
 
 
 class PlainOneVision(onevision_original.PlainOneVision):
-    """As the reference, with what torchao asks of a model."""
+    """As the reference, with what torchao needs of a model."""
 
     def get_input_embeddings(self):
         return self.embeddings["patch_embedding"]
 
 
 class PlainMoonViT(moonvit_checkpoints.Kimi_K25VisionModel):
-    """transformers' own, with what torchao asks of a model."""
+    """transformers' own, with what torchao needs of a model."""
 
     def get_input_embeddings(self):
         return self.patch_embed
 
 
 class PlainPE(pe_original.PlainPE):
-    """As the reference, with what torchao asks of a model."""
+    """As the reference, with what torchao needs of a model."""
 
     def get_input_embeddings(self):
         return self.embeddings.patch_embedding
 
 
 class PlainRadio(radio_checkpoints.RadioModel):
-    """transformers' own, with what torchao asks of a model."""
+    """transformers' own, with what torchao needs of a model."""
 
     def get_input_embeddings(self):
         return self.embeddings.patch_projection
 
 
 class PlainQwen3VL(Qwen3VLVisionModel):
-    """transformers' own, with what torchao asks of a model."""
+    """transformers' own, with what torchao needs of a model."""
 
     def get_input_embeddings(self):
         return self.patch_embed

@@ -25,7 +25,7 @@ SAMPLE = 512
 """Inputs that are embedded unless their number is given."""
 
 MIN_SECONDS = 8.0
-"""Where these take less time, more are: over a shorter time a machine's speed says little."""
+"""Where these take less time, more are: speeds over a shorter time vary too much."""
 
 _MAX_SAMPLE = 32 * SAMPLE
 _RUN = 8  # neighbours in a tar or table, of which one costs as much to read as a few

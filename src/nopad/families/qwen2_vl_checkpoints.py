@@ -46,7 +46,7 @@ _NAMES_OF = {
     Qwen2VLPackingConfig: ("embed_dim", "mlp_ratio"),
     Qwen2_5_VLPackingConfig: ("intermediate_size", "out_hidden_size", *_WINDOWS),
 }
-# Of Qwen's own files; the second says again what `patch_size` says, and the third how a language model counts time.
+# Of Qwen's own files; the second repeats `patch_size`, and the third is how a language model counts time.
 _ALIASES, _UNUSED = {"in_chans": "in_channels"}, ("spatial_patch_size", "tokens_per_second")
 _KERNEL, _GATE, _FC1 = "patch_embed.proj.weight", "blocks.0.mlp.gate_proj.weight", "blocks.0.mlp.fc1.weight"
 _WIDTH, _HEADS, _DEPTH = 1280, 16, 32

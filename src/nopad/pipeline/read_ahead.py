@@ -28,8 +28,8 @@ class ReadAhead(Generic[Item]):
     """Prepares the images of groups, a bounded number and a bounded size ahead of the consumer.
 
     Args:
-        groups: taken one after another, as they are needed. An iterator that has ended may go on: it is asked again
-            whenever there is room, and for the last time when all images were taken.
+        groups: taken one after another, as they are needed. An iterator that has ended may go on: its next item is
+            tried again whenever there is room, and for the last time when all images were taken.
         preparer: prepares the images.
         ahead: maximum number of images.
         budget: bounds the memory; closed at the end.

@@ -44,7 +44,7 @@ class UnreachableStoreError(ConnectionError):
 class UnusableStoreError(UnreachableStoreError):
     """A store that refuses access, or is none by its name and settings; trying again is of no use until these change.
 
-    Its message says what to change.
+    Its message has what to change.
     """
 
     def __init__(self, reason: str) -> None:

@@ -30,7 +30,7 @@ _NVIDIA = NameTable(*_LINES, *(Rename(f"{_BLOCK}.ls{i}.grandma", f"{_LAYER}.laye
 _SIGNATURE = r"^radio_model\.model\.blocks\.\d+\.attn\.qkv\."
 _SCALES = r"^radio_model\.model\.blocks\.\d+\.ls[12]\.grandma$"
 EMBEDDINGS = r"^embeddings\.(cls_register_token|position_embedding|patch_projection\.\w+)$"
-"""Names in memory that tell C-RADIO from DINOv2, whose layers have the same."""
+"""Names in memory that C-RADIO has and DINOv2, whose layers have the same names, has not."""
 
 
 def _prepare(checkpoint: Checkpoint) -> Checkpoint:

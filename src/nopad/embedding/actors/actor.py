@@ -92,7 +92,7 @@ class ShardMaker:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="nopad-encode")
         self._tasks: deque[_Entry] = deque()
         self._lock = threading.Lock()
-        self._told = RunCounts()  # what earlier results had
+        self._reported = RunCounts()  # what earlier results had
 
     def place(self) -> tuple[str, int]:
         """The machine and the process."""
@@ -105,7 +105,7 @@ class ShardMaker:
     def _load(self, begun: Mapping[str, str]) -> LoadedEncoder:
         settings = self.config.local_settings
         self._worker = make_worker(settings, load_encoder(settings), self.config.num_inputs, begun)
-        self._counts, self._told = RunCounts(self._worker.stats), RunCounts(replace(self._worker.stats))
+        self._counts, self._reported = RunCounts(self._worker.stats), RunCounts(replace(self._worker.stats))
         return LoadedEncoder.of(self.config.settings, self._worker)
 
     def progress(self) -> tuple[Any, ...]:
@@ -179,11 +179,11 @@ class ShardMaker:
 
     def _result(self, shard: int, number: int, num_failed: int) -> dict[str, Any]:
         """The result of a shard: its inputs, and all else that was counted since the last one."""
-        counts, told = replace(self._counts, stats=replace(self._counts.stats)), self._told
-        self._told = counts
-        stats = counts.stats.since(told.stats)
+        counts, reported = replace(self._counts, stats=replace(self._counts.stats)), self._reported
+        self._reported = counts
+        stats = counts.stats.since(reported.stats)
         stats.images, stats.failed = number, num_failed  # others are of the next shard, which may be lost yet
-        seconds = counts.write_seconds - told.write_seconds
+        seconds = counts.write_seconds - reported.write_seconds
         if (unmade := self._counts.unmade.pop(shard, None)) is not None:
             return {**_result(0, 0, seconds, stats), "unmade": unmade}
         return _result(number, num_failed, seconds, stats)

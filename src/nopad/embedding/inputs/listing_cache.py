@@ -195,7 +195,7 @@ def _status(path: bytes, stored: Stored | None) -> list[Any] | None:
     try:
         if not scheme_of(path):
             status = os.stat(path)
-            return [status.st_size, [status.st_mtime_ns, status.st_ctime_ns], None]  # the second nobody can set
+            return [status.st_size, [status.st_mtime_ns, status.st_ctime_ns], None]  # utime does not set the second
         stored = stored or retry(lambda: objects.stat(path, INPUT_TIMEOUT_SECONDS))
         if (e_tag := stored.version.e_tag) is not None:  # times are coarser here than in the listing of a prefix
             return [stored.size, [], e_tag.strip('"')]
