@@ -9,7 +9,7 @@ import torch
 from aimv2_checkpoints import tiny_original, write
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_encoders import FAMILIES, GRIDS, patches_of, tiny
+from tiny_encoders import FAMILIES, GRIDS, encoder_class, patches_of, tiny
 from transformers.models.aimv2.modeling_aimv2 import Aimv2VisionModel
 
 import nopad
@@ -303,6 +303,18 @@ def test_sizes_that_the_tensors_do_not_have(tmp_path, family, value):
         (folder / "config.json").write_text(json.dumps({**config, name: value}))
         with pytest.raises(ValueError, match=rf"{folder}.*{name}"):
             nopad.load(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_the_tensors_do_not_have_are_not_built(tmp_path, family, monkeypatch):
+    folder, kind = tiny(family, tmp_path), encoder_class(family)
+    name = kind.config_class.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    monkeypatch.setattr(kind, "build", lambda self: pytest.fail("it was built"))
+    with pytest.raises(ValueError, match=rf"{folder}.*{name}: got 1000000, but by its tensors it has at most "):
+        kind.from_pretrained(folder, **{name: 10**6})
+    changed(folder / "config.json", **{name: 10**6})
+    with pytest.raises(ValueError, match=rf"{folder}.*{name}: got 1000000, but by its tensors it has at most "):
+        nopad.load(folder)
 
 
 @pytest.mark.parametrize("value", ["xy", [1.0, "2"], [1.0, True], [1.0, 0], [1.0, [2.0]], [1.0], {"a": 1, "b": 2}, 1.0])

@@ -195,6 +195,7 @@ def test_config_is_optional_for_published_widths(kind, tmp_path):
         ({"spatial_merge_size": 0}, "spatial_merge_size: expected an integer ≥ 1, got 0"),
         ({"num_position_embeddings": 26}, "misshapen: pos_embed|expected a square number"),
         ({"deepstack_visual_indexes": [1, 1]}, r"deepstack_visual_indexes: expected different layers, got \[1, 1\]"),
+        ({"deepstack_visual_indexes": [*range(10**5)]}, r"deepstack_visual_indexes: got 100000, but .* at most 3"),
         ({"deepstack_visual_indexes": [1]}, r"6 unexpected: deepstack_merger_list\.1\."),
         ({"model_type": "qwen2_vl_vision"}, "got 'qwen2_vl_vision', another architecture"),
         ({"num_heads": 16}, "head size: expected a multiple of 4 for rope over two axes, got 2"),

@@ -200,7 +200,7 @@ def read_architecture(
     config = with_changes(config, changes)
     with _config_errors(checkpoint):
         check_numbers(config, f"checkpoint {checkpoint.name!r}")
-        check_sizes(checkpoint, config.to_dict(), layers)
+        check_sizes(checkpoint, config.to_dict(), layers, config.attribute_map)
         return with_options(config, **options)
 
 

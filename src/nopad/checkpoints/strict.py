@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -143,13 +144,16 @@ def check_numbers(config: PreTrainedConfig, label: str) -> None:
             raise ValueError(f"{label}: {name}: expected a number from {min_value} to {max_value:g}, got {value!r:.80}")
 
 
-def check_sizes(checkpoint: Checkpoint, fields: Mapping[str, Any], layers: str) -> None:
+def check_sizes(
+    checkpoint: Checkpoint, fields: Mapping[str, Any], layers: str, names: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Compare the sizes of a config with the tensors before anything of such a size is built.
 
     Args:
         checkpoint: with the packed model's names.
         fields: fields of a config.
         layers: prefix of the tensor names of all layers.
+        names: `attribute_map` of the config's class: names that its fields have in place of the usual ones.
 
     Raises:
         ValueError: a side that no tensor has, or more than twice the layers that there are tensors of; up to that
@@ -159,7 +163,8 @@ def check_sizes(checkpoint: Checkpoint, fields: Mapping[str, Any], layers: str) 
     limits = dict.fromkeys(_SIDES, longest) | {"num_hidden_layers": 2 * checkpoint.count(layers)}
     if PROJECTION not in checkpoint.tensors:  # CLIP's configs give a width to every projection that there might be
         del limits["projection_dim"]
-    for name, limit in limits.items():
+    for usual_name, limit in limits.items():
+        name = names.get(usual_name, usual_name)
         value: Any = fields.get(name)
         if is_count(value) and value > limit:
             raise ValueError(

@@ -103,6 +103,9 @@ def _check(checkpoint: Checkpoint, fields: dict[str, Any]) -> None:
     indexes = fields.get(_INDEXES, ())
     if len({*indexes}) != len(indexes) or not all(is_count(index, 0) for index in indexes):
         raise ValueError(f"{label}: {_INDEXES}: expected different layers, got {indexes!r:.80}")
+    limit = max(checkpoint.count("blocks."), checkpoint.count("deepstack_merger_list."))
+    if len(indexes) > limit:
+        raise ValueError(f"{label}: {_INDEXES}: got {len(indexes)}, but by its tensors it has at most {limit}")
 
 
 def _infer_from_tensors(checkpoint: Checkpoint, config_fields: dict[str, Any], *, deepstack: bool) -> dict[str, Any]:
