@@ -2,7 +2,10 @@ import functools
 import gc
 import os
 import tempfile
+import warnings
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test reaches for the network
 os.environ["OMP_NUM_THREADS"] = "1"  # as below, in the processes that tests start: with more a CPU's bits are others
@@ -25,6 +28,28 @@ hypothesis.settings.load_profile("ci")
 def pytest_collection_finish() -> None:
     """Leave torch's modules and the tests out of garbage collections; transformers' Trainer makes two in a run."""
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Reports that pytest-xdist can send: names that are not UTF-8 in what a test printed would end the run."""
+    return _without_surrogates((yield))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_warning_recorded(warning_message: warnings.WarningMessage) -> None:
+    """The same of warnings; those of what is collected late come in any test."""
+    text = str(warning_message.message)
+    if text != _without_surrogates(text):
+        warning_message.message = UserWarning(f"{warning_message.category.__name__}: {_without_surrogates(text)}")
+
+
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
+    return type(value)(map(_without_surrogates, value)) if isinstance(value, list | tuple) else value
 
 
 @pytest.fixture(scope="session")
