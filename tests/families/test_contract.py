@@ -21,6 +21,7 @@ from tiny_encoders import FAMILIES, pack_of, patches_of, tiny
 from tiny_encoders import GRIDS as PACK
 
 import nopad
+from nopad.align.references.pe import PEReference
 from nopad.align.run import align
 from nopad.encoder import PackedEncoder
 from nopad.families import ENCODERS, encoder_class
@@ -33,8 +34,13 @@ TABLES = (
     *("vit", "vit_mae", "ijepa", "pixio", "pe", "pe lang"),
 )
 """Families with positions that were learned on one grid, 5 × 5 in these checkpoints."""
-WITH_A_REFERENCE = [family for family in FAMILIES if family not in ("onevision", "pe", "pe lang")]
-"""Families whose original is part of transformers."""
+_BY_TIMM = pytest.mark.skipif(
+    PEReference.why_missing() is not None, reason="timm, which has the reference, is no dependency"
+)
+WITH_A_REFERENCE = [
+    pytest.param(family, marks=[_BY_TIMM] * family.startswith("pe")) for family in FAMILIES if family != "onevision"
+]
+"""Families whose original is part of transformers or timm."""
 SPARSE = ("aimv2", *TABLES, "onevision", "pixtral")
 """Families that take `patch_positions`."""
 
@@ -304,7 +310,10 @@ def test_adapters_alone_are_trained(encoder):
 def test_alignment_passes(family, folder, original, dtype):
     report = align(folder, dtype=dtype)
     assert report.passed, [case.failures for case in report.cases]
-    assert report.reference == f"transformers {type(original).__name__}"
+    by_timm = family.startswith("pe")
+    assert report.reference == (
+        "timm vit_pe_core_base_patch16_224" if by_timm else f"transformers {type(original).__name__}"
+    )
     assert report.weights.startswith("read from the checkpoint as it is")
     assert all(case.min_pooled_cosine is None or case.min_pooled_cosine > 0.99 for case in report.cases)
     assert all(len(case.drift) == 4 for case in report.cases)

@@ -11,6 +11,7 @@ from pe_checkpoints import KINDS, both_towers, meta, tiny_original
 from safetensors.torch import load_file
 
 import nopad
+from nopad.align.references.pe import PEReference, timm_architecture, timm_arguments
 from nopad.align.run import align
 from nopad.families.pe_checkpoints import PUBLISHED, PEPackingConfig
 from nopad.preprocessing.rules import Preprocessing
@@ -19,6 +20,9 @@ from nopad.published import published_models
 CASES = ("pe-core", "pe-core-without-cls", "pe-lang", "pe-spatial", "pe-spatial-plain")
 CONFIG = {"num_attention_heads": 4}
 """Of the goldens, whose width no published model has."""
+by_timm = pytest.mark.skipif(
+    PEReference.why_missing() is not None, reason="timm, which has the reference, is no dependency"
+)
 
 
 @pytest.fixture
@@ -244,10 +248,64 @@ def test_attention_of_the_pooling_is_over_patches_and_cls(tmp_path):
     torch.testing.assert_close(maps[1], torch.cat(expected[1:], dim=1))
 
 
-def test_there_is_no_reference(tmp_path):
+def test_without_a_timm_that_works_there_is_no_reference(tmp_path, monkeypatch):
     folder = pe_checkpoints.save(tmp_path, tiny_original())
-    with pytest.raises(ValueError, match=r"no reference is at hand: .*not part of transformers"):
+    monkeypatch.setattr(PEReference, "package", "no_such_package")
+    with pytest.raises(
+        ValueError, match=r"at hand: the model is no_such_package's, which is not installed; pip install"
+    ):
         align(folder)
+    (tmp_path / "broken_package.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(PEReference, "package", "broken_package")
+    with pytest.raises(
+        ValueError, match=r"no reference is at hand: .*, which does not work here: operator torchvision"
+    ):
+        align(folder)
+
+
+@by_timm
+@pytest.mark.parametrize("case", ["timm-pe-core", "timm-pe-lang", "timm-pe-spatial"])
+def test_alignment_with_timms_model_of_timms_config(goldens, case):
+    report = align(goldens / case)
+    assert report.passed, [each.failures for each in report.cases]
+    assert "all sizes in one pack" in [each.name for each in report.cases]
+    assert report.reference.startswith("timm vit_pe_")
+
+
+@by_timm
+@pytest.mark.parametrize(("kind", "changes"), VARIANTS)
+def test_alignment_with_timms_model_of_the_same_sizes(tmp_path, kind, changes):
+    original = tiny_original(kind, **changes)
+    config = {**original.config.to_dict(), "positions_mode": "bicubic", "positions_antialias": True}
+    folder = write(tmp_path, meta(original.state_dict()), {**config, "rope_grid_side": 3})
+    report = align(folder)
+    assert report.passed, [each.failures for each in report.cases]
+
+
+@by_timm
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_timms_model_of_a_published_name_is_that_of_its_config(name):
+    from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
+    from transformers.models.timm_wrapper.modeling_timm_wrapper import TimmWrapperModel
+
+    config = PEPackingConfig(**PUBLISHED[name])
+    config.rope_grid_side = config.image_size // config.patch_size
+    with torch.device("meta"):
+        named, sized = (
+            TimmWrapperModel(TimmWrapperConfig(architecture=architecture, model_args=arguments)).timm_model
+            for architecture, arguments in (
+                (timm_architecture(name), {}),
+                ("vit_pe_core_base_patch16_224", timm_arguments(config)),
+            )
+        )
+    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in (named, sized)]
+    assert shapes[0] == shapes[1]
+    for attribute in ("grid_offset", "grid_indexing", "ref_feat_shape", "temperature", "dim"):
+        assert getattr(named.rope, attribute) == getattr(sized.rope, attribute), attribute
+    assert (named.global_pool, named.num_prefix_tokens) == (sized.global_pool, sized.num_prefix_tokens)
+    heads = [(model.blocks[0].attn.num_heads, getattr(model.attn_pool, "num_heads", None)) for model in (named, sized)]
+    assert heads[0] == heads[1]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from importlib import util
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,10 +25,12 @@ class ReferenceModel:
 
     Attributes:
         model_class: transformers' class.
+        package: a package that the reference needs beside those that nopad requires, `None` for none.
         num_prefix_tokens: CLS and register tokens in front of the patches, of the last model loaded.
     """
 
     model_class: ClassVar[type[PreTrainedModel]]
+    package: ClassVar[str | None] = None
     num_prefix_tokens: int = 0
 
     def of(self, checkpoint: str, *, revision: str | None, trust_remote_code: bool) -> ReferenceModel:
@@ -35,7 +39,22 @@ class ReferenceModel:
         Raises:
             ValueError: there is none, or none that may be run.
         """
+        if reason := self.why_missing():
+            raise ValueError(f"checkpoint {checkpoint!r}: no reference is at hand: {reason}")
         return type(self)()
+
+    @classmethod
+    def why_missing(cls) -> str | None:
+        """Why the package that the reference needs cannot be used; `None` where it can, or none is needed."""
+        if cls.package is None:
+            return None
+        if util.find_spec(cls.package) is None:
+            return f"the model is {cls.package}'s, which is not installed; pip install {cls.package}"
+        try:
+            importlib.import_module(cls.package)
+        except (ImportError, RuntimeError) as error:  # as a torchvision for another torch raises
+            return f"the model is {cls.package}'s, which does not work here: {error}"
+        return None
 
     def describe(self, model: PreTrainedModel) -> str:
         """The reference's name in reports."""
@@ -127,21 +146,6 @@ class ReferenceModel:
     def patch_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens of the reference, `(…, T, D)`, without prefix tokens."""
         return tokens[..., self.num_prefix_tokens :, :]
-
-
-class NoReference(ReferenceModel):
-    """Of a family that can be compared with no model here.
-
-    Args:
-        reason: why.
-    """
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-    def of(self, checkpoint: str, *, revision: str | None, trust_remote_code: bool) -> ReferenceModel:
-        """Raise `ValueError`."""
-        raise ValueError(f"checkpoint {checkpoint!r}: no reference is at hand: {self.reason}")
 
 
 class RemoteCodeReference(ReferenceModel):
