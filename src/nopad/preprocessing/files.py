@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from nopad.local_paths import irregular_kind
 from nopad.preprocessing.limits import MAX_BYTES
+from nopad.preprocessing.open_files import OpenFiles, read_part
 from nopad.storage import objects
 from nopad.storage.addresses import scheme_of
 
@@ -66,6 +67,9 @@ def _check_regular(status: os.stat_result) -> None:
         raise OSError(errno.EINVAL, f"expected a regular file, got {kind}")
 
 
+_open_files = OpenFiles(open_regular)
+
+
 @dataclass(frozen=True)
 class FileRange:
     """A range of bytes in a file or an object; the whole of it where `size` is `None`.
@@ -93,10 +97,11 @@ class FileRange:
         Raises:
             OSError, ValueError: see `read`.
         """
+        if self.size is not None:
+            return self._checked(self.size)
         if self.is_remote:
-            return self._checked(objects.stat(self.path, self.timeout).size) if self.size is None else self.size
-        with open_regular(self.path) as file:
-            return self._size_in(file)
+            return self._checked(objects.stat(self.path, self.timeout).size)
+        return self._checked(os.stat(self.path).st_size)
 
     def read(self) -> bytes:
         """The bytes.
@@ -105,27 +110,24 @@ class FileRange:
             OSError: as the system raises it, or not a regular file; or see `nopad.storage.store.Store`.
             ValueError: more than `MAX_BYTES`, or a file that ends before the range does.
         """
+        if self.size is None:
+            return self._read_object() if self.is_remote else self._read_file()
+        start, end = self.offset, self.offset + self._checked(self.size)
         if self.is_remote:
-            return self._read_object()
-        with open_regular(self.path) as file:
-            size = self._size_in(file)
-            parts = []
-            done = 0
-            while done < size and (part := os.pread(file.fileno(), size - done, self.offset + done)):
-                parts.append(part)
-                done += len(part)
-            if done < size:
-                raise ValueError(f"cut short while it was read: {done} of {size} bytes")
-            return b"".join(parts)
+            data = objects.read_range(self.path, start, end, self.timeout)
+        else:
+            data = _open_files.read(self.path, start, end)
+        if len(data) < self.size:
+            length = objects.stat(self.path, self.timeout).size if self.is_remote else os.stat(self.path).st_size
+            raise ValueError(f"truncated: expected bytes {start} to {end}, the file ends at {length}")
+        return data
 
-    def _size_in(self, file: io.FileIO) -> int:
-        length = os.fstat(file.fileno()).st_size
-        size = self._checked(length if self.size is None else self.size)
-        if self.offset + size > length:
-            raise ValueError(
-                f"truncated: expected bytes {self.offset} to {self.offset + size}, the file ends at {length}"
-            )
-        return size
+    def _read_file(self) -> bytes:
+        with open_regular(self.path) as file:
+            size = self._checked(os.fstat(file.fileno()).st_size)
+            if len(data := read_part(file.fileno(), 0, size)) < size:
+                raise ValueError(f"cut short while it was read: {len(data)} of {size} bytes")
+            return data
 
     def _checked(self, size: int) -> int:
         if size > MAX_BYTES:
@@ -133,14 +135,9 @@ class FileRange:
         return size
 
     def _read_object(self) -> bytes:
-        if self.size is None:
-            data = objects.read(self.path, MAX_BYTES, self.timeout)
-            if isinstance(data, int):
-                raise ValueError(f"{data} bytes, expected at most {MAX_BYTES}")
-            return data
-        data = objects.read_range(self.path, self.offset, self.offset + self._checked(self.size), self.timeout)
-        if len(data) < self.size:
-            raise ValueError(f"truncated: expected {self.size} bytes from byte {self.offset}, got {len(data)}")
+        data = objects.read(self.path, MAX_BYTES, self.timeout)
+        if isinstance(data, int):
+            raise ValueError(f"{data} bytes, expected at most {MAX_BYTES}")
         return data
 
 
