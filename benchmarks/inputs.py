@@ -17,15 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from nopad.embedding.borders import Borders, with_borders
 from nopad.embedding.folder import JobFolder
-from nopad.embedding.inputs.listing import InputList
-from nopad.embedding.inputs.sources import list_inputs
+from nopad.embedding.inputs.sources import Listing, list_inputs
 from nopad.embedding.inputs.stamps import take_stamps
 
 Result = TypeVar("Result")
 
 MEMBERS = 10_000
-SHARD_SIZE = 2048
 
 
 def write_tars(folder: Path, images: int) -> None:
@@ -58,14 +57,18 @@ def peak() -> float:
 def command(sources: Path, out: Path) -> None:
     """What the command does before its first shard."""
 
-    def listed() -> InputList:
-        return list_inputs([str(sources)], cache=JobFolder(out).listing_cache()).inputs
+    def listed() -> Listing:
+        return list_inputs([str(sources)], cache=JobFolder(out).listing_cache())
 
     def begun() -> None:
         stamps = take_stamps(inputs, contents=False)
-        JobFolder(out).begin({"inputs": digest, "threads": ""}, inputs, stamps, lambda: None)
+        record = {"inputs": digest, "threads": "", "shard_size": "2048..20480"}
+        borders = Borders.at_units(listing.units, (2048, 20_480), len(inputs))
+        record = with_borders(record, borders, len(inputs))
+        JobFolder(out).begin(record, inputs, borders, stamps, lambda: None)
 
-    inputs = measure("list", listed)
+    listing = measure("list", listed)
+    inputs = listing.inputs
     digest = measure("digest", inputs.digest)
     if not JobFolder(out).has_job:
         measure("stamps, list and record written", begun)
@@ -76,10 +79,9 @@ def actor(sources: Path, out: Path) -> None:
     """What an actor does: reads the job and the inputs of some shards."""
 
     def shards() -> None:
-        _, inputs = JobFolder(out).read(is_checked=True)
-        number = -(-len(inputs) // SHARD_SIZE)
-        for shard in range(0, number, -(-number // 100)):
-            assert inputs[shard * SHARD_SIZE : (shard + 1) * SHARD_SIZE]
+        _, inputs, borders = JobFolder(out).read(is_checked=True)
+        for shard in range(0, len(borders), -(-len(borders) // 100)):
+            assert inputs[borders[shard].start : borders[shard].stop]
 
     measure("job read, inputs of 100 shards", shards)
 

@@ -250,7 +250,7 @@ def test_a_job_that_goes_on_reads_no_tar_to_list_it(tars, tmp_path, model, read,
     embed(tars, tmp_path / "whole", model)
     embed(tars, tmp_path / "out", model, **stop_after(1))
     read.clear()
-    assert embed(tars, tmp_path / "out", model).done == 3
+    assert embed(tars, tmp_path / "out", model).done == 4
     assert read == []
     assert table(tmp_path / "out") == table(tmp_path / "whole")
     write_tar(tars / "4.tar", "4-a.png")

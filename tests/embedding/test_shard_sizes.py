@@ -1,24 +1,26 @@
 """Rows of a shard by the number of inputs."""
 
+import numpy as np
 import pytest
 from jobs import embed
 from pictures import write_photos
 
 import nopad
 from nopad.embedding import shard_sizes
+from nopad.embedding.borders import Borders, too_many_files
 from nopad.embedding.plan import plan
 from nopad.embedding.settings import Settings
-from nopad.embedding.shard_sizes import default_shard_size, too_many_files
+from nopad.embedding.shard_sizes import default_shard_size
 
 
 @pytest.mark.parametrize(
     ("inputs", "tokens", "rows"),
     [
-        (0, False, 2048),
-        (20_480_000, False, 2048),
-        (20_480_001, False, 4096),
-        (100_000_000, False, 16_384),
-        (5_000_000_000, False, 131_072),
+        (0, False, (2048, 20_480)),
+        (20_480_000, False, (2048, 20_480)),
+        (20_480_001, False, (4096, 40_960)),
+        (100_000_000, False, (16_384, 131_072)),
+        (5_000_000_000, False, (131_072, 131_072)),
         (5_000_000_000, True, 512),
     ],
 )
@@ -28,16 +30,27 @@ def test_the_default_grows_with_the_number_of_inputs(inputs, tokens, rows):
 
 def test_a_job_that_was_begun_keeps_its_default():
     assert default_shard_size(100_000_000, {"shard_size": "2048"}, tokens=False) == 2048
-    assert default_shard_size(1, {"shard_size": "16384"}, tokens=False) == 16_384
-    assert default_shard_size(1, {"shard_size": "5"}, tokens=False) == 2048  # it was given, and has to be again
+    assert default_shard_size(1, {"shard_size": "16384..131072"}, tokens=False) == (16_384, 131_072)
+    for given in ("5", "2048..4096"):  # which has to be given again
+        assert default_shard_size(1, {"shard_size": given}, tokens=False) == (2048, 20_480)
 
 
 def test_too_many_files():
-    assert too_many_files(10_000, 1) == too_many_files(0, 1) == ""
-    assert too_many_files(20_001, 2) == (
+    no_units = np.empty((0, 2), np.int64)
+    for number in (0, 10_000):
+        assert too_many_files(Borders.every(1, number), no_units, number) == ""
+    assert too_many_files(Borders.every(2, 20_001), no_units, 20_001) == (
         "10,001 files in one folder: --shard-size 3 makes 6,667 files, or split the sources into several tables, which "
         "are read as one"
     )
+
+
+def test_too_many_files_of_units():
+    """Units of four rows: no size below eight joins two of them."""
+    units = 4 * np.stack([np.arange(10_001), np.arange(1, 10_002)], axis=1)
+    borders = Borders.at_units(units, (5, 5), 40_004)
+    assert len(borders) == 10_001
+    assert "--shard-size 8 makes 5,001 files" in too_many_files(borders, units, 40_004)
 
 
 @pytest.fixture

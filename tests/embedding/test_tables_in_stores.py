@@ -18,6 +18,7 @@ import nopad
 from nopad.cli import main
 from nopad.embedding import store_lock
 from nopad.embedding.actors.processes import _portable
+from nopad.embedding.borders import Borders
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.stamps import Stamp, stamps_table
@@ -102,12 +103,14 @@ def test_parts_by_actors_make_the_same_table(s3, photos, local, model, stop_afte
 
 def test_of_two_parts_that_begin_a_job_the_first_ones_record_stays(s3):
     folder = JobFolder(OUT)
-    for name in ("first", "second"):
-        inputs = InputList.of([Input(name, "s", "image", b"/p")])
-        record = {"inputs": inputs.digest(), "threads": "1", "model": name}
-        folder.begin(record, inputs, [stamps_table([Stamp(1, 2)])], lambda: None, by_parts=True)
-    record, inputs = folder.read()
-    assert (record["model"], [item.id for item in inputs]) == ("first", ["first"])
+    for name, id, ends in (("first", "a", [1, 3]), ("second", "b", [2, 3]), ("third", "a", [2, 3])):
+        inputs = InputList.of([Input(id, "s", "image", b"/p")] * 3)
+        borders = Borders(np.array(ends))
+        record = {"inputs": inputs.digest(), "threads": "1", "model": name, "shards": borders.digest()}
+        folder.begin(record, inputs, borders, [stamps_table([Stamp(1, 2)] * 3)], lambda: None, by_parts=True)
+    record, inputs, borders = folder.read()
+    assert (record["model"], [item.id for item in inputs]) == ("first", ["a"] * 3)
+    assert [*borders] == [range(1), range(1, 3)]
 
 
 def test_failed_rows_are_tried_again(s3, photos, local, model):

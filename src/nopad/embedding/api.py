@@ -52,7 +52,7 @@ def embed(
     max_pixels: int = MAX_PIXELS,
     embedding_dtype: str = "float32",
     embedding_list: str = "fixed",
-    shard_size: int | None = None,
+    shard_size: int | tuple[int, int] | None = None,
     input_timeout: float | None = INPUT_TIMEOUT_SECONDS,
     unreachable_rows: bool = False,
     decode_memory: int | None = None,
@@ -112,8 +112,10 @@ def embed(
         max_pixels: images of more are failures.
         embedding_dtype: `"float32"` or `"float16"`, in the table.
         embedding_list: `"fixed"`, or `"variable"` for databases that cannot read lists of fixed size.
-        shard_size: rows of a shard. Unless given it is 2048, doubled until 10,000 shards are enough or it is 131,072,
-            512 with tokens; a job that was begun keeps its own.
+        shard_size: rows of a shard at most; or two numbers, as (1000, 5000): tars and row groups of Parquet files are
+            joined until there are 1000 rows, and one that makes them more than 5000 is divided into shards of at most
+            1000. Unless given it is (2048, 20480), doubled until 10,000 shards are enough or it is 131,072, and 512
+            with tokens; a job that was begun keeps its own.
         input_timeout: seconds that decoding one input, listing a table, or reading a part of it, may take, in a process
             of its own; `None` is no limit.
         unreachable_rows: an input that cannot be reached, since a disk, mount or server fails again and again, becomes

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from nopad.checkpoints.untrained import UNTRAINED
+from nopad.embedding.borders import Borders, regular_borders
 from nopad.embedding.inputs.listing import InputList
 from nopad.embedding.inputs.listing_cache import ListingCache
 from nopad.embedding.inputs.reaching import UnreachableSourceError
@@ -94,6 +95,19 @@ class JobFolder:
         """The stamps of these inputs."""
         return self._file("stamps", digest)
 
+    def _borders(self, record: Mapping[str, str], num_inputs: int) -> Borders:
+        """The shards of the job that was begun here.
+
+        Raises:
+            OSError, ValueError, LookupError: they cannot be read, or are others than it was begun with.
+        """
+        if "shards" not in record:
+            return regular_borders(record, num_inputs)
+        borders = Borders.load(self._file("shards", record["shards"]))
+        if borders.digest() != record["shards"]:
+            raise ValueError("shards.parquet is not what job.json was begun with")
+        return borders
+
     def _file(self, name: str, digest: str) -> TablePath:
         of_parts = self.metadata / f"{name}-{digest[:12]}.parquet"
         return of_parts if of_parts.exists() else self.metadata / f"{name}.parquet"
@@ -102,14 +116,16 @@ class JobFolder:
         self,
         record: Mapping[str, str],
         inputs: InputList,
+        borders: Borders,
         stamps: Iterable[pa.Table],
         check_lock: Callable[[], None],
         *,
         by_parts: bool = False,
     ) -> None:
-        """Keep a new job's list, its stamps and record; it is begun once all are there.
+        """Keep a new job's list, its shards, stamps and record; it is begun once all are there.
 
         Args:
+            borders: of its shards, as `record` has them, see `with_borders`.
             stamps: see `take_stamps`.
             by_parts: other commands may begin it at the same time; the record of the first one stays.
 
@@ -125,6 +141,9 @@ class JobFolder:
             suffix = f"-{record['inputs'][:12]}" if by_parts else ""
             save_stamps(stamps, self.metadata / f"stamps{suffix}.parquet", check=check_lock)
             inputs.save(self.metadata / f"inputs{suffix}.parquet", check=check_lock)
+            if "shards" in record:
+                suffix = f"-{record['shards'][:12]}" if by_parts else ""
+                borders.save(self.metadata / f"shards{suffix}.parquet", check=check_lock)
             with write_whole(self.metadata / "job.json", check=check_lock, replace=not by_parts) as file:
                 file.write(text.encode())
         except (LostLockError, UnreachableSourceError, UnreachableStoreError):
@@ -132,8 +151,8 @@ class JobFolder:
         except OSError as error:
             raise folder_error(error, self.path) from error
 
-    def read(self, *, is_checked: bool = False) -> tuple[dict[str, str], InputList]:
-        """The record and the list of the job that was begun here.
+    def read(self, *, is_checked: bool = False) -> tuple[dict[str, str], InputList, Borders]:
+        """The record, the list and the shards of the job that was begun here.
 
         Args:
             is_checked: another process has compared the list with the record, which takes seconds for millions.
@@ -149,6 +168,7 @@ class JobFolder:
             if not re.fullmatch(r"[1-9]\d{0,3}|", record["threads"]):
                 raise ValueError(f"threads: expected 1 to 9999, got {record['threads']!r}")
             inputs = InputList.load(self.inputs_file(record["inputs"]))
+            borders = self._borders(record, len(inputs))
             is_whole = is_checked or record["inputs"] == inputs.digest()
         except UnreachableStoreError:
             raise
@@ -156,7 +176,7 @@ class JobFolder:
             raise ValueError(f"{self.metadata}: the job's files cannot be read ({why(error)}); {advice}") from error
         if not is_whole:
             raise ValueError(f"{self.metadata}: inputs.parquet is not the list that job.json was begun with; {advice}")
-        return record, inputs
+        return record, inputs, borders
 
     def temporary(self, shard: TablePath) -> Path | None:
         """A temporary file for a shard, another one each time, since two actors may be at it; `None` in a store."""

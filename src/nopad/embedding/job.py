@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from nopad.embedding.borders import Borders, with_borders
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.extras import EXIF, THUMBNAIL
@@ -16,7 +17,7 @@ from nopad.embedding.inputs.kept import TIME, Kept
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.media import MediaDecoder
 from nopad.embedding.inputs.stamps import take_stamps
-from nopad.embedding.manifest import check_same, fingerprint, lists_of_inputs
+from nopad.embedding.manifest import check_same, fingerprint, jobs_in
 from nopad.embedding.settings import Settings
 from nopad.embedding.table.counts import Manifest
 from nopad.embedding.table.format import COLUMNS, TOKENS, Row, ShardFormat
@@ -71,6 +72,7 @@ class Job:
     """A job that was begun in a folder: what each shard holds, which are there, how to write the others.
 
     Attributes:
+        borders: which of the inputs each shard has.
         check_lock: raises `LostLockError` where the folder is no longer this job's.
     """
 
@@ -78,6 +80,7 @@ class Job:
     folder: JobFolder
     record: Mapping[str, str]
     inputs: InputList
+    borders: Borders
     check_lock: Callable[[], None]
     fingerprint: str = field(init=False)
 
@@ -85,7 +88,7 @@ class Job:
         self.fingerprint = fingerprint(self.record)
 
     def __len__(self) -> int:
-        return -(-len(self.inputs) // self.settings.rows_per_shard)
+        return len(self.borders)
 
     @property
     def threads(self) -> int | None:
@@ -109,13 +112,12 @@ class Job:
 
     def of(self, shard: int) -> list[Input]:
         """The inputs of a shard."""
-        size = self.settings.rows_per_shard
-        return self.inputs[shard * size : (shard + 1) * size]
+        rows = self.borders[shard]
+        return self.inputs[rows.start : rows.stop]
 
     def size(self, shard: int) -> int:
         """How many inputs a shard has."""
-        size = self.settings.rows_per_shard
-        return min(size, len(self.inputs) - shard * size)
+        return len(self.borders[shard])
 
     def finished(self) -> dict[int, TablePath]:
         """The shards that are there, by their names: numbers, in order, and files.
@@ -124,7 +126,7 @@ class Job:
             ValueError: a shard of another job.
         """
         shards = {}
-        others = lists_of_inputs(self.folder.path).keys() - {self.fingerprint}
+        others = jobs_in(self.folder.path).keys() - {self.fingerprint}
         for path in sorted(self.folder.path.glob("shard-*.parquet")):
             parsed = parse_shard_name(path.name)
             if parsed is not None and parsed[2] in others:  # of the table's first job, or of an update
@@ -183,6 +185,7 @@ def begin_or_resume(
     settings: Settings,
     record: Mapping[str, str],
     inputs: InputList,
+    borders: Borders,
     kept: Kept | None,
     manifest: Manifest,
 ) -> list[Job]:
@@ -193,6 +196,7 @@ def begin_or_resume(
     Args:
         record: of `settings`, see `record_of`.
         inputs: what is listed now.
+        borders: the shards of a new job.
         kept: the columns that a new job keeps, see `kept_columns`.
         manifest: of the table; shards that it has were checked before.
 
@@ -203,17 +207,18 @@ def begin_or_resume(
     if not folder.has_job:
         if kept is not None:
             record = {**record, "columns": kept.to_text()}
-        job = Job(settings, folder, record, inputs, check_lock)
+        record = with_borders(record, borders, len(inputs))
+        job = Job(settings, folder, record, inputs, borders, check_lock)
         _check_shards(job, manifest)  # before anything is written
         stamps = take_stamps(inputs, contents=settings.content_hash)
-        folder.begin(record, inputs, stamps, check_lock, by_parts=settings.part is not None)
+        folder.begin(record, inputs, borders, stamps, check_lock, by_parts=settings.part is not None)
         if settings.part is None:
             return [job]
         # Another part may have begun it meanwhile: it is gone on with as that has it.
     jobs = []
     for each in folder.all():
-        begun, retained = each.read()
-        job = Job(settings, each, begun, retained, check_lock)
+        begun, retained, borders = each.read()
+        job = Job(settings, each, begun, retained, borders, check_lock)
         check_same(begun, {**record, **_may_differ(job)}, folder.path)
         _check_shards(job, manifest)
         jobs.append(job)
@@ -237,7 +242,7 @@ def kept_columns(settings: Settings, inputs: InputList) -> Kept | None:
 
 def _may_differ(job: Job) -> dict[str, str]:
     """Entries of a job's record in which the command may differ, with the reason."""
-    keys = {"table", "update", "columns"}
+    keys = {"table", "update", "columns", "shards"}
     if job.settings.update or job.folder.update:
         keys |= {"sources"}
         if len(job.finished()) == len(job):

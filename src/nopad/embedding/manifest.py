@@ -29,6 +29,9 @@ _FOLLOWS = {
 }
 """Entries of a record that follow from options of the job."""
 
+_SEPARATORS = {"layers": ",", "shard_size": ".."}
+"""Of the numbers of an option, as it is typed."""
+
 
 def record_of(settings: Settings, worker: Worker) -> dict[str, str]:
     """Everything that a job's features depend on, in words, as it stands in the metadata of every shard; all but
@@ -49,10 +52,9 @@ def record_of(settings: Settings, worker: Worker) -> dict[str, str]:
         max_patches=rule.max_patches,
         multiple_of=rule.multiple_of,
         layers=None if settings.layers is None else encoder.layer_indices(settings.layers),
-        shard_size=settings.rows_per_shard,
     )
     options = {
-        option.name: _in_words(getattr(resolved, option.name), "," if option.name == "layers" else "x")
+        option.name: _in_words(getattr(resolved, option.name), _SEPARATORS.get(option.name, "x"))
         for option in fields(resolved)
         if option.metadata["recorded"]
     }
@@ -98,18 +100,17 @@ def fingerprint(record: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def lists_of_inputs(folder: TablePath) -> dict[str, TablePath]:
-    """The file of each job's list of inputs, by the fingerprint in its shards' names; damaged jobs are left out."""
-    lists = {}
+def jobs_in(folder: TablePath) -> dict[str, JobFolder]:
+    """The files of each job of a table, by the fingerprint in its shards' names; damaged jobs are left out."""
+    jobs = {}
     for each in JobFolder(folder).all():
         try:
-            record = read_json(each.metadata / "job.json")
-            lists[fingerprint(record)] = each.inputs_file(record["inputs"])
+            jobs[fingerprint(read_json(each.metadata / "job.json"))] = each
         except UnreachableStoreError:
             raise
         except (OSError, ValueError, LookupError, TypeError):
             continue
-    return lists
+    return jobs
 
 
 def architecture(encoder: PackedEncoder) -> dict[str, Any]:

@@ -82,7 +82,12 @@ def stall(default: float, help: str) -> Any:
 
 def actors(help: str) -> Any:
     """An option that is a number of actors, or the minimum and maximum; none by default."""
-    return option(None, help, _check_actors, recorded=False, type=_parse_actors, metavar="N")
+    return option(None, help, _check_range, recorded=False, type=_parse_range, metavar="N")
+
+
+def shard_size(help: str) -> Any:
+    """An option that is a `ShardSize`; none by default."""
+    return option(None, help, _check_range, recorded=True, type=_parse_range, metavar="N")
 
 
 def part(help: str) -> Any:
@@ -132,7 +137,7 @@ def check_seconds(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected seconds > 0 or None, got {value!r:.80}")
 
 
-def _check_actors(name: str, value: Any) -> None:
+def _check_range(name: str, value: Any) -> None:
     if not isinstance(value, tuple):
         check_count(name, value)
         return
@@ -223,7 +228,7 @@ def _parse_stall(text: str) -> float | None:
     return None if text == "none" else _parse_duration(text)
 
 
-def _parse_actors(text: str) -> int | tuple[int, int]:
+def _parse_range(text: str) -> int | tuple[int, int]:
     try:
         limits = [int(limit) for limit in text.split("..")]
         if len(limits) > 2:

@@ -14,10 +14,11 @@ import torch
 from nopad.counts import counted
 from nopad.embedding.actors.actor import LoadedEncoder
 from nopad.embedding.actors.node_samples import NodeSample, sample_nodes
+from nopad.embedding.borders import Borders, too_many_files
 from nopad.embedding.in_process import InProcess
+from nopad.embedding.inputs.sources import Listing
 from nopad.embedding.sampling import Sample, take_sample
 from nopad.embedding.settings import Settings
-from nopad.embedding.shard_sizes import too_many_files
 from nopad.embedding.table.errors import check_place
 from nopad.embedding.table_run import list_sources
 from nopad.embedding.workers import check_features
@@ -42,10 +43,11 @@ class Plan:
         cores_per_encoder: those that decode as fast as one encoder takes images.
         limit: what the run waits for.
         patches: of an image on average.
-        shard_rows, shards: rows of a shard, and how many shards there will be.
+        shard_rows, shards: most rows of a shard, and how many shards there will be.
         vector_bytes, token_bytes: of the whole table, without tokens and for tokens alone.
         stores_tokens: whether the job keeps tokens.
         free_bytes: on the disk of the table, `None` where it was not named.
+        too_many_files: what to do about the number of shards, if anything.
         nodes: of a Ray cluster, and what of the sample each cannot read.
     """
 
@@ -69,6 +71,7 @@ class Plan:
     token_bytes: int
     stores_tokens: bool
     free_bytes: int | None
+    too_many_files: str = ""
     nodes: tuple[NodeSample, ...] = ()
 
     @property
@@ -87,8 +90,8 @@ class Plan:
         lines = []
         if (failed := sum(self.failures.values())) > 0.01 * self.sample:
             lines.append(f"{failed / self.sample:.1%} of the sample would be failed rows: see the reasons")
-        if too_many := too_many_files(self.inputs, self.shard_rows):
-            lines.append(too_many)
+        if self.too_many_files:
+            lines.append(self.too_many_files)
         if self.free_bytes is not None and self.table_bytes > self.free_bytes:
             lines.append("the table is larger than the free space on its disk")
         machines = [(node.host, node.cores, node.gpus) for node in self.nodes if node.cores]
@@ -133,7 +136,8 @@ def plan(
     if out is not None and not is_address(out):
         check_place(Path(out))
     start = time.perf_counter()
-    inputs = list_sources(sources, settings).inputs
+    listing = list_sources(sources, settings)
+    inputs = listing.inputs
     listed = time.perf_counter()
     settings = settings.for_inputs(len(inputs), {})
     local = replace(settings, actors=None, ray=None, part=None, retry_failed=False, unreachable_rows=True)
@@ -142,26 +146,26 @@ def plan(
     taken = take_sample(inputs, sample, maker, local, list(sources))
     nodes = () if ray is None else tuple(sample_nodes(ray, list(taken.inputs), local))
     free = None if out is None or is_address(out) else _free(Path(out))
-    return _plan(taken, len(inputs), local, maker.encoder, (listed - start, loaded - listed), free, nodes)
+    return _plan(taken, listing, local, maker.encoder, (listed - start, loaded - listed), free, nodes)
 
 
 def _plan(
     sample: Sample,
-    num_inputs: int,
+    listing: Listing,
     settings: Settings,
     encoder: LoadedEncoder,
     seconds: tuple[float, float],
     free_bytes: int | None,
     nodes: tuple[NodeSample, ...],
 ) -> Plan:
-    number, stats = len(sample.inputs), sample.summary.stats
+    number, stats, num_inputs = len(sample.inputs), sample.summary.stats, len(listing.inputs)
     scale = num_inputs / number
     width = encoder.hidden_size * 2 * len(encoder.sizes.layers or (0,))
     sampled_tokens = stats.patches * width // settings.tokens_pool**2
     vectors = sample.num_bytes - sampled_tokens if settings.tokens else sample.num_bytes
     encoder_per_second = number / max(stats.device_seconds, 1e-9)
     decode = stats.decode_seconds / number
-    rows = settings.rows_per_shard
+    borders = Borders.at_units(listing.units, settings.rows_per_shard, num_inputs)
     return Plan(
         inputs=num_inputs,
         sample=number,
@@ -177,12 +181,13 @@ def _plan(
         cores_per_encoder=decode * encoder_per_second,
         limit=str(sample.summary.limit),
         patches=stats.patches / max(1, number - sample.summary.failed),
-        shard_rows=rows,
-        shards=-(-num_inputs // rows),
+        shard_rows=max(map(len, borders)),
+        shards=len(borders),
         vector_bytes=round(max(0, vectors) * scale),
         token_bytes=round(sampled_tokens * scale),
         stores_tokens=settings.tokens,
         free_bytes=free_bytes,
+        too_many_files=too_many_files(borders, listing.units, num_inputs),
         nodes=nodes,
     )
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nopad.embedding.borders import Borders
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.in_process import InProcess
 from nopad.embedding.inputs.listing import InputList
@@ -90,7 +91,8 @@ def _embedded(inputs: InputList, number: int, maker: InProcess, settings: Settin
     with tempfile.TemporaryDirectory(prefix="nopad-plan-") as name, FolderLock(folder := Path(name)) as lock:
         record = {**maker.encoder.record, "sources": json.dumps(names), "inputs": chosen.digest()}
         kept, manifest = kept_columns(settings, chosen), Manifest(folder)
-        (job,) = begin_or_resume(JobFolder(folder), lock.check, settings, record, chosen, kept, manifest)
+        borders = Borders.every(settings.rows_per_shard[0], len(chosen))
+        (job,) = begin_or_resume(JobFolder(folder), lock.check, settings, record, chosen, borders, kept, manifest)
         counts = maker.new_counts()
         before = replace(counts.stats)
 

@@ -12,7 +12,14 @@ from dataclasses import MISSING, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from nopad.embedding import options
-from nopad.embedding.shard_sizes import SHARD_SIZE, SHARD_SIZE_WITH_TOKENS, default_shard_size
+from nopad.embedding.shard_sizes import (
+    SHARD_SIZE,
+    SHARD_SIZE_WITH_TOKENS,
+    UNIT_FACTOR,
+    ShardSize,
+    default_shard_size,
+    row_limits,
+)
 from nopad.preprocessing.limits import (
     INPUT_TIMEOUT_SECONDS,
     MAX_PATCHES,
@@ -149,9 +156,10 @@ class Settings:
         ("fixed", "variable"),
         "fixed-size lists, or variable ones for databases that cannot read those",
     )
-    shard_size: int | None = options.count(
-        None,
-        f"rows of a shard (default: {SHARD_SIZE}, more for many inputs; with tokens {SHARD_SIZE_WITH_TOKENS})",
+    shard_size: ShardSize | None = options.shard_size(  # noqa: RUF009 - a field
+        "rows of a shard at most; as 1000..5000 tars and row groups of Parquet files are joined up to 1,000 rows, and "
+        f"divided above 5,000 (default: {SHARD_SIZE}..{UNIT_FACTOR * SHARD_SIZE}, more for many inputs; with tokens "
+        f"{SHARD_SIZE_WITH_TOKENS})"
     )
     update: bool = options.flag(
         "take into a finished table what is new in the sources, and mark what is gone or has changed", recorded=False
@@ -220,10 +228,10 @@ class Settings:
         return Selection(**{name: getattr(self, name) for name in names})
 
     @property
-    def rows_per_shard(self) -> int:
-        """Rows of every shard but the last, of settings that are `for_inputs`."""
+    def rows_per_shard(self) -> tuple[int, int]:
+        """See `row_limits`, of settings that are `for_inputs`."""
         assert self.shard_size is not None
-        return self.shard_size
+        return row_limits(self.shard_size)
 
     def for_inputs(self, num_inputs: int, begun: Mapping[str, str]) -> Settings:
         """These for a number of inputs: with the rows of a shard.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nopad.counts import counted
-
 SHARD_SIZE, SHARD_SIZE_WITH_TOKENS = 2048, 512
 """Rows of a shard, unless there are too many inputs."""
+
+UNIT_FACTOR = 10
+"""A tar or row group of so many times the rows of a shard is one shard, where there are no tokens."""
 
 MAX_FILES = 10_000
 """Files in a folder, before listing it takes long."""
@@ -15,8 +16,12 @@ MAX_FILES = 10_000
 MAX_SHARD_SIZE = 131_072
 """The most rows of a shard by default: those of two are in memory, 400 MB of vectors each at 768 values."""
 
+ShardSize = int | tuple[int, int]
+"""Rows of a shard at most; or the number up to which tars and row groups are joined, and that above which one is
+divided."""
 
-def default_shard_size(num_inputs: int, begun: Mapping[str, str], *, tokens: bool) -> int:
+
+def default_shard_size(num_inputs: int, begun: Mapping[str, str], *, tokens: bool) -> ShardSize:
     """Rows of a shard where the user gave none.
 
     It doubles until there are at most `MAX_FILES` shards, or `MAX_SHARD_SIZE` is reached. With tokens it stays, since
@@ -26,22 +31,25 @@ def default_shard_size(num_inputs: int, begun: Mapping[str, str], *, tokens: boo
         begun: the record of the job that was begun in the folder. Its size stays, if it is a default of any number.
         tokens: whether they are stored.
     """
-    smallest = SHARD_SIZE_WITH_TOKENS if tokens else SHARD_SIZE
-    sizes = [smallest]
+    sizes = [SHARD_SIZE_WITH_TOKENS if tokens else SHARD_SIZE]
     while not tokens and sizes[-1] < MAX_SHARD_SIZE:
         sizes.append(2 * sizes[-1])
-    by_record = {str(size): size for size in sizes}
+    defaults: list[ShardSize] = [*sizes]
+    if not tokens:
+        defaults = [(size, min(UNIT_FACTOR * size, MAX_SHARD_SIZE)) for size in sizes]
+    by_record = {describe_size(size): size for size in (*sizes, *defaults)}  # the first are those of older jobs
     if (size := by_record.get(begun.get("shard_size", ""))) is not None:
         return size
-    return next((size for size in sizes if size * MAX_FILES >= num_inputs), sizes[-1])
-
-
-def too_many_files(num_inputs: int, shard_size: int) -> str:
-    """What to change where a table would have more than `MAX_FILES` files; empty where it has not."""
-    if (files := -(-num_inputs // shard_size)) <= MAX_FILES:
-        return ""
-    size = -(-num_inputs // MAX_FILES)
-    return (
-        f"{files:,} files in one folder: --shard-size {size} makes {counted(-(-num_inputs // size), 'file')}, or split "
-        f"the sources into several tables, which are read as one"
+    return next(
+        (default for size, default in zip(sizes, defaults, strict=True) if size * MAX_FILES >= num_inputs), defaults[-1]
     )
+
+
+def describe_size(size: ShardSize) -> str:
+    """A size as it is typed, and recorded."""
+    return "..".join(map(str, size)) if isinstance(size, tuple) else str(size)
+
+
+def row_limits(size: ShardSize) -> tuple[int, int]:
+    """Rows up to which units are joined, and above which one is divided."""
+    return size if isinstance(size, tuple) else (size, size)

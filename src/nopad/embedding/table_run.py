@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nopad.counts import counted
+from nopad.embedding.borders import Borders, too_many_files
 from nopad.embedding.distributed import ByActors
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.in_process import InProcess
@@ -24,7 +25,6 @@ from nopad.embedding.making import RunCounts
 from nopad.embedding.progress import Progress
 from nopad.embedding.run import Run
 from nopad.embedding.settings import Settings
-from nopad.embedding.shard_sizes import too_many_files
 from nopad.embedding.summary import Summary, summary_of
 from nopad.embedding.table.counts import Manifest
 from nopad.embedding.table.errors import check_place
@@ -85,7 +85,8 @@ class TableRun:
         with lock_of(path, is_part=self.settings.part is not None) as lock, ExitStack() as ends:
             begun = self.folder.recorded()
             self.settings = settings = self.settings.for_inputs(len(listing.inputs), begun)
-            if not begun and (too_many := too_many_files(len(listing.inputs), settings.rows_per_shard)):
+            borders = Borders.at_units(listing.units, settings.rows_per_shard, len(listing.inputs))
+            if not begun and (too_many := too_many_files(borders, listing.units, len(listing.inputs))):
                 logger.warning(too_many)
             if settings.part is None:
                 self.folder.clean()
@@ -100,7 +101,8 @@ class TableRun:
             logger.info(maker.encoder.description)
             sources_record = {"sources": json.dumps(sources), "inputs": listing.inputs.digest()}
             record = {**maker.encoder.record, **sources_record}
-            jobs = begin_or_resume(self.folder, lock.check, settings, record, listing.inputs, kept, manifest)
+            new = listing.inputs, borders, kept
+            jobs = begin_or_resume(self.folder, lock.check, settings, record, *new, manifest)
             changes = self._changes(jobs, record, listing)
             for job in jobs:
                 self._run(job, maker, manifest)
@@ -141,7 +143,7 @@ class TableRun:
     ) -> list[str]:
         """Mark rows whose inputs have changed or are gone, and make a job of what is new; the changes in words."""
         assert maker.encoder is not None
-        difference = compare(jobs, listing.inputs, self.sources, manifest, contents=self.settings.content_hash)
+        difference = compare(jobs, listing, self.sources, manifest, contents=self.settings.content_hash)
         changes = difference.describe()
         logger.info(changes[0])
         mark(jobs, difference.marks, maker.encoder.sizes)

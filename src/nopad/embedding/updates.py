@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from nopad.embedding.borders import Borders, with_borders
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.kept import Kept
-from nopad.embedding.inputs.listing import Input, InputList, InputWriter, inputs_in
+from nopad.embedding.inputs.listing import Input, InputWriter, inputs_in
 from nopad.embedding.inputs.parts import num_parts, parts_by_name
+from nopad.embedding.inputs.sources import Listing
 from nopad.embedding.inputs.stamps import Stamp, StampSpool, no_stamps, saved_stamps, stamps_in, take_stamps
 from nopad.embedding.job import FeatureSizes, Job
 from nopad.embedding.table.counts import Manifest
@@ -29,13 +31,13 @@ class Difference:
     """The difference between a table and its sources.
 
     Attributes:
-        listed: the inputs of the sources.
+        listed: the sources.
         stamps: theirs.
         new: places in `listed` of those to embed, in order; those that have changed are among them.
         marks: `(N, 4)`: job, shard and row of what is gone or has changed, and 1 for changed; in order.
     """
 
-    listed: InputList
+    listed: Listing
     stamps: StampSpool
     new: np.ndarray
     marks: np.ndarray
@@ -58,14 +60,14 @@ class Difference:
 
 
 def compare(
-    jobs: Sequence[Job], listed: InputList, names: Collection[str], manifest: Manifest, *, contents: bool
+    jobs: Sequence[Job], listing: Listing, names: Collection[str], manifest: Manifest, *, contents: bool
 ) -> Difference:
     """The difference between a table, all of whose shards are there, and its sources.
 
     Inputs are the same if their source and name are, their place in it, and their file: by size and time or, where both
     are known, by its contents. Of sources that are not among `names` nothing is gone.
     """
-    spool, sources = StampSpool(), set[str]()
+    spool, sources, listed = StampSpool(), set[str](), listing.inputs
 
     def listed_rows() -> Iterator[pa.Table]:
         first = 0
@@ -99,7 +101,7 @@ def compare(
             of_part += [(*at, 0) for _, _, at in there if is_named or at[0] in whole]
         marks.append(np.array(of_part, np.int64).reshape(-1, 4))
     every = np.concatenate(marks)
-    return Difference(listed, spool, np.sort(np.array(new, np.int64)), every[np.lexsort(every.T[::-1])])
+    return Difference(listing, spool, np.sort(np.array(new, np.int64)), every[np.lexsort(every.T[::-1])])
 
 
 def _is_below(source: str, name: str) -> bool:
@@ -109,17 +111,17 @@ def _is_below(source: str, name: str) -> bool:
 def _current(jobs: Sequence[Job], manifest: Manifest) -> Iterator[pa.Table]:
     """The rows of jobs that are not marked, and their stamps, null where they are not known."""
     for number, job in enumerate(jobs):
-        size = job.settings.rows_per_shard
-        of_shards = saved_stamps(job.folder.stamps_file(job.record["inputs"]), len(job.inputs), size)
-        for shard in range(len(job)):
-            table = pa.concat_tables(job.inputs.tables(shard * size, (shard + 1) * size))
+        sizes = map(len, job.borders)
+        of_shards = saved_stamps(job.folder.stamps_file(job.record["inputs"]), len(job.inputs), sizes)
+        for shard, places in enumerate(job.borders):
+            table = pa.concat_tables(job.inputs.tables(places.start, places.stop))
             stamps = no_stamps(len(table)) if of_shards is None else next(of_shards)
             count = manifest.count(path := job.path(shard))
             is_marked = count.rows != count.ok + count.failed  # else it need not be opened
             marked = np.isin(statuses(path), (GONE, CHANGED)) if is_marked else np.zeros(len(table), bool)
             rows = np.arange(len(table))
-            places = (np.full(len(table), number), np.full(len(table), shard), rows)
-            yield _beside(table, stamps, **dict(zip(_ROW, places, strict=True))).take(rows[~marked])
+            columns = (np.full(len(table), number), np.full(len(table), shard), rows)
+            yield _beside(table, stamps, **dict(zip(_ROW, columns, strict=True))).take(rows[~marked])
 
 
 def _beside(table: pa.Table, stamps: pa.Table, **columns: np.ndarray) -> pa.Table:
@@ -148,15 +150,18 @@ def begin_update(folder: JobFolder, jobs: Sequence[Job], record: Mapping[str, st
     first = jobs[0]
     number = 1 + max(each.update for each in folder.all())
     with InputWriter() as writer:
-        for table in difference.of_new(difference.listed.tables()):
+        for table in difference.of_new(difference.listed.inputs.tables()):
             writer.add_table(table)
         inputs = writer.finish()
+    units = np.searchsorted(difference.new, difference.listed.units)
+    borders = Borders.at_units(units, first.settings.rows_per_shard, len(inputs))
     update_record = {**record, "inputs": inputs.digest(), "table": first.fingerprint, "update": str(number)}
+    update_record = with_borders(update_record, borders, len(inputs))
     if "columns" in first.record:
         update_record["columns"] = first.record["columns"]
     part = JobFolder(folder.path, number)
-    part.begin(update_record, inputs, difference.of_new(difference.stamps.tables()), first.check_lock)
-    return Job(first.settings, part, update_record, inputs, first.check_lock)
+    part.begin(update_record, inputs, borders, difference.of_new(difference.stamps.tables()), first.check_lock)
+    return Job(first.settings, part, update_record, inputs, borders, first.check_lock)
 
 
 def mark(jobs: Sequence[Job], marks: np.ndarray, sizes: FeatureSizes) -> None:

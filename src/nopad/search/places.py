@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from nopad.embedding.borders import Borders
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input, InputList
-from nopad.embedding.manifest import lists_of_inputs
+from nopad.embedding.manifest import jobs_in
 from nopad.embedding.table.paths import TablePath
 
 
@@ -22,6 +23,9 @@ class Shard:
     number: int
 
 
+_Inputs = tuple[InputList, Borders]
+
+
 @dataclass(frozen=True)
 class Places:
     """Shards, and for each ok row the shard and the row in it.
@@ -29,13 +33,11 @@ class Places:
     Attributes:
         shards: the shards of all tables.
         rows: `(N, 2)`: index into `shards`, row in the shard.
-        sizes: for each shard the rows of its job's shards, but for the last; `None` where that is unknown.
     """
 
     shards: list[Shard]
     rows: np.ndarray
-    sizes: list[int | None]
-    _lists: dict[tuple[TablePath, str], InputList] = field(default_factory=dict, repr=False, compare=False)
+    _jobs: dict[tuple[TablePath, str], _Inputs] = field(default_factory=dict, repr=False, compare=False)
 
     def input(self, index: int) -> Input:
         """The input that a row is of.
@@ -46,12 +48,10 @@ class Places:
         number, row = map(int, self.rows[index])
         shard = self.shards[number]
         key = shard.folder, shard.fingerprint
-        if key not in self._lists:
-            self._lists[key] = _list_of(shard)
-        size = self.sizes[number]
-        if size is None:
-            raise ValueError(f"{shard.folder}: its shards do not say how many rows each has, so places are not known")
-        return self._lists[key][shard.number * size + row]
+        if key not in self._jobs:
+            self._jobs[key] = _job_of(shard)
+        inputs, borders = self._jobs[key]
+        return inputs[borders[shard.number][row]]
 
     def read(self, index: int) -> bytes:
         """The encoded image of a row.
@@ -69,11 +69,12 @@ class Places:
         return data
 
 
-def _list_of(shard: Shard) -> InputList:
-    lists = lists_of_inputs(shard.folder)
-    if shard.fingerprint not in lists:
+def _job_of(shard: Shard) -> _Inputs:
+    jobs = jobs_in(shard.folder)
+    if shard.fingerprint not in jobs:
         raise ValueError(
             f"{shard.folder}: where its images are is not known: the list of inputs, which `nopad embed` keeps in "
             f".nopad there, is missing or another one; copy .nopad with the shards"
         )
-    return InputList.load(lists[shard.fingerprint])
+    _, inputs, borders = jobs[shard.fingerprint].read(is_checked=True)
+    return inputs, borders

@@ -193,7 +193,7 @@ def _read(shards: Sequence[Shard], survey: _Survey, columns: Sequence[str] | Non
         parts.append(_Part.read(shard, schema, columns, embeddings[filled:]))
         filled += len(parts[-1].rows)
     grids = np.concatenate([part.grids for part in parts]).astype(np.int64)
-    places = Places(list(shards), _numbered([part.rows for part in parts]), list(map(_shard_size, survey.schemas)))
+    places = Places(list(shards), _numbered([part.rows for part in parts]))
     on_disk = {
         name: StoredColumn(name, paths, [part.starts for part in parts], places.rows)
         for name in (TOKENS, THUMBNAIL)
@@ -251,8 +251,3 @@ def _numbered(rows: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate(
         [np.stack([np.full(len(of_shard), number), of_shard], axis=1) for number, of_shard in enumerate(rows)]
     )
-
-
-def _shard_size(schema: pa.Schema) -> int | None:
-    size = stored.metadata_of(schema).get("shard_size", "")
-    return int(size) if size.isdigit() else None

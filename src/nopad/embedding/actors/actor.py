@@ -215,12 +215,12 @@ class ShardMaker:
                 f"on a file system that all machines see under the same path"
             )
         settings = replace(self.config.settings, retry_failed=False)
-        record, inputs = folder.read(is_checked=True)
+        record, inputs, borders = folder.read(is_checked=True)
         if self.config.token:
             check = partial(check_owner, folder.path, self.config.token)
         else:
             check = partial(check_record, folder.metadata / "job.json", record)
-        return Job(settings, folder, record, inputs, check)
+        return Job(settings, folder, record, inputs, borders, check)
 
 
 @dataclass(eq=False)

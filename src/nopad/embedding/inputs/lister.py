@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import io
 import os
 import stat
 from collections import Counter
@@ -16,6 +15,7 @@ import pyarrow as pa
 from nopad.embedding.inputs import remote
 from nopad.embedding.inputs.archives import COMPRESSED, CompressedTarError, tar_inputs
 from nopad.embedding.inputs.durations import DurationProcess
+from nopad.embedding.inputs.list_files import MAX_LINE, lines_of
 from nopad.embedding.inputs.listing import Input, root_of
 from nopad.embedding.inputs.listing_cache import ListingCache
 from nopad.embedding.inputs.media import Video, check_reachable
@@ -28,16 +28,19 @@ from nopad.embedding.inputs.spool import Spool
 from nopad.embedding.inputs.table_process import TableProcess
 from nopad.embedding.inputs.table_requests import Table
 from nopad.embedding.inputs.tables import NoImageColumnError
+from nopad.embedding.inputs.units import UnitEdge
 from nopad.embedding.inputs.walk import Hidden, is_shard, match, walk
 from nopad.preprocessing.decode import ImageError, UnreachableError
-from nopad.preprocessing.files import open_source, why
+from nopad.preprocessing.files import why
 from nopad.preprocessing.formats import VIDEO_SUFFIXES, image_suffixes
 from nopad.preprocessing.reachable import is_unreachable
 from nopad.storage.addresses import WEB, join, local_path, scheme_of
 from nopad.storage.store import Stored
 from nopad.terminal import printable
 
-_MAX_LINE = 1 << 16  # bytes; of a path Linux takes 4096
+Listed = Iterator[Input | pa.Table | UnitEdge]
+"""Inputs one by one, or those of a file that was listed before in tables, and where units begin and end."""
+
 _ARCHIVES = (".tar", ".parquet")
 
 
@@ -88,7 +91,7 @@ class Lister:
         self._hidden = Hidden(included=hidden)
         self._may_be_missing = may_be_missing
 
-    def inputs(self) -> Iterator[Input | pa.Table]:
+    def inputs(self) -> Listed:
         """All inputs, of files that were listed before in tables; `left_out` is complete afterwards."""
         try:
             yield from self._all()
@@ -100,7 +103,7 @@ class Lister:
         if self._hidden.left_out:
             self.left_out[HIDDEN] += len(self._hidden.left_out)
 
-    def _all(self) -> Iterator[Input | pa.Table]:
+    def _all(self) -> Listed:
         if scheme := scheme_of(self.name):
             return self._glob() if scheme not in WEB and glob.has_magic(self.name) else self._remote()
         try:
@@ -117,7 +120,7 @@ class Lister:
             return self._folder(self.name, "")
         return self._named()
 
-    def _remote(self) -> Iterator[Input | pa.Table]:
+    def _remote(self) -> Listed:
         try:
             if is_object(self.name, self.processes.tables.timeout):
                 return self._named()
@@ -132,7 +135,7 @@ class Lister:
             return iter([self._broken(self.name, os.path.basename(self.name), reason)])
         raise ValueError(printable(f"{self.source}: {reason}"))
 
-    def _named(self) -> Iterator[Input | pa.Table]:
+    def _named(self) -> Listed:
         """The inputs of a source that is a file or an object."""
         if is_list(self.name):
             return self._list()
@@ -140,7 +143,7 @@ class Lister:
             raise CompressedTarError(self.source)
         return self._file(self.name, os.path.basename(self.name))
 
-    def _file(self, path: str, id: str, stored: Stored | None = None) -> Iterator[Input | pa.Table]:
+    def _file(self, path: str, id: str, stored: Stored | None = None) -> Listed:
         suffix = suffix_of(path)
         if suffix in COMPRESSED_TARS:
             yield self._broken(path, id, COMPRESSED)
@@ -169,15 +172,16 @@ class Lister:
         except ImageError as error:
             yield replace(item, kind="broken", note=f"cannot be listed: {error.reason}")
 
-    def _archive(self, path: str, stored: Stored | None) -> Iterator[Input | pa.Table]:
+    def _archive(self, path: str, stored: Stored | None) -> Listed:
         """The inputs in a tar or a Parquet file; one that holds no images is left out."""
         left_out: Counter[str] = Counter()
         is_empty = True
         how = [as_text(path), self._include_hidden, self.column, self.id_column]
         location = location_of(path)
+        yield UnitEdge.BEGIN
         try:
             for rows in self.cache.inputs(location, how, stored, left_out, lambda: self._in_archive(path, left_out)):
-                is_empty = False
+                is_empty = is_empty and isinstance(rows, UnitEdge)
                 yield rows
         except CompressedTarError:
             if path == self.name:
@@ -186,21 +190,22 @@ class Lister:
             yield self._broken(path, os.path.basename(path), COMPRESSED)
         except NoImageColumnError as error:
             self.refusals.append(str(error))
+        yield UnitEdge.END
         self.left_out.update(left_out)
         if is_empty and not left_out:
             self.left_out[suffix_of(path)] += 1
 
-    def _in_archive(self, path: str, left_out: Counter[str]) -> Iterator[Input]:
+    def _in_archive(self, path: str, left_out: Counter[str]) -> Iterator[Input | UnitEdge]:
         if suffix_of(path) == ".parquet":
             return self._table("parquet", path)
         options: dict[str, Any] = {"hidden": self._include_hidden, "timeout": self.processes.tables.timeout}
         return tar_inputs(path, as_text(path), left_out, **options)
 
-    def _table(self, kind: str, path: str) -> Iterator[Input]:
+    def _table(self, kind: str, path: str) -> Iterator[Input | UnitEdge]:
         table = Table(kind, location_of(path))
         return self.processes.tables.inputs(table, as_text(path), self.column, self.id_column)
 
-    def _folder(self, folder: str, prefix: str) -> Iterator[Input | pa.Table]:
+    def _folder(self, folder: str, prefix: str) -> Listed:
         if is_dataset(folder):
             yield from self._table("dataset", folder)
             return
@@ -233,7 +238,7 @@ class Lister:
     def _broken(self, path: str, id: str, reason: str) -> Input:
         return Input(as_text(id) or ".", self.source, "broken", location_of(path), note=reason)
 
-    def _glob(self) -> Iterator[Input | pa.Table]:
+    def _glob(self) -> Listed:
         scheme = f"{scheme_of(self.name)}://" if scheme_of(self.name) else ""
         parts = [part for part in self.name.removeprefix(scheme).split("/") if part]
         fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
@@ -259,15 +264,15 @@ class Lister:
             elif "**" not in parts[fixed:]:
                 yield from self._folder(path, f"{entry.path}/")
 
-    def _list(self) -> Iterator[Input | pa.Table]:
+    def _list(self) -> Listed:
         folder = os.path.dirname(os.fsdecode(location_of(self.name)))
         is_remote = bool(scheme_of(self.name))
-        for number, line in enumerate(self._lines(), 1):
+        for number, line in enumerate(lines_of(self.name, self.processes.tables.timeout), 1):
             name = os.fsdecode(line.removesuffix(b"\n").removesuffix(b"\r"))
             if not name.strip():
                 continue
-            if len(line) > _MAX_LINE:
-                reason = f"line {number} has more than {_MAX_LINE} bytes, expected a path; what follows is not read"
+            if len(line) > MAX_LINE:
+                reason = f"line {number} has more than {MAX_LINE} bytes, expected a path; what follows is not read"
                 yield self._broken(self.name, os.path.basename(self.name), reason)
                 return
             check_source(printable(f"{self.source}, line {number}"), name)
@@ -279,19 +284,3 @@ class Lister:
             if not (is_remote or os.path.isabs(local) or os.path.lexists(path)) and os.path.lexists(name):
                 path = os.path.abspath(name)
             yield from self._file(path, name)
-
-    def _lines(self) -> Iterator[bytes]:
-        """The lines of a list file; the last one may be cut off where it is longer than `_MAX_LINE`."""
-        try:
-            with (
-                retry(lambda: open_source(os.fsencode(self.name), self.processes.tables.timeout)) as raw,
-                io.BufferedReader(raw) as file,
-            ):
-                line = file.readline(_MAX_LINE + 1).removeprefix(b"\xef\xbb\xbf")
-                while line:
-                    yield line
-                    line = file.readline(_MAX_LINE + 1)
-        except OSError as error:
-            if is_unreachable(error):
-                raise
-            raise ValueError(printable(f"{self.source}: cannot be read: {why(error)}")) from error

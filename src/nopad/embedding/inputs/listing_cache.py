@@ -8,10 +8,11 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pyarrow as pa
 from nopad import __version__
 from nopad.embedding.inputs.listing import Input, InputList, InputWriter, inputs_in
 from nopad.embedding.inputs.reaching import retry
+from nopad.embedding.inputs.units import UnitEdge
 from nopad.embedding.table.paths import TablePath
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 from nopad.storage import objects
@@ -46,12 +48,14 @@ class _Entry:
         path: of the list.
         start, stop: their places in the list.
         left_out: see `Lister`.
+        ends: how many inputs there are before each end of a unit in it.
     """
 
     path: TablePath
     start: int
     stop: int
     left_out: dict[str, int]
+    ends: Sequence[int] = ()
 
 
 class ListingCache:
@@ -106,9 +110,10 @@ class ListingCache:
         how: list[Any],
         stored: Stored | None,
         left_out: Counter[str],
-        listed: Callable[[], Iterator[Input]],
-    ) -> Iterator[Input | pa.Table]:
-        """The inputs of a file: those that were kept, as Arrow tables, else those that are listed now.
+        listed: Callable[[], Iterator[Input | UnitEdge]],
+    ) -> Iterator[Input | pa.Table | UnitEdge]:
+        """The inputs of a file: those that were kept, as Arrow tables, else those that are listed now; and the ends of
+        units in it.
 
         Args:
             path: or address.
@@ -125,7 +130,10 @@ class ListingCache:
         num_taken = 0
         if (entry := self._entries.get(key)) is not None:
             try:
-                for table in self._open(entry.path).tables(entry.start, entry.stop):
+                for table in self._tables(entry):
+                    if isinstance(table, UnitEdge):
+                        yield table
+                        continue
                     num_taken += len(table)
                     # A slice has the dictionaries of its whole block, which many short ones would multiply.
                     yield from inputs_in(table) if len(table) < _FEW_ROWS else (table,)
@@ -141,17 +149,37 @@ class ListingCache:
                 return
         self._writer = self._writer or InputWriter()
         start = self._writer.num_inputs
+        ends: list[int] = []
         is_whole = True
-        for place, item in enumerate(listed()):
-            is_whole = is_whole and item.kind != "broken"
-            self._writer.add(item)
+        for item in listed():
+            place = self._writer.num_inputs - start
+            if isinstance(item, UnitEdge):
+                ends.append(place)
+            else:
+                is_whole = is_whole and item.kind != "broken"
+                self._writer.add(item)
             if place >= num_taken:
                 yield item
         if is_whole and _status(path, None) == status and _is_settled(status):
-            self._new.append([key, start, self._writer.num_inputs, dict(left_out)])
+            self._new.append([key, start, self._writer.num_inputs, dict(left_out), ends])
         now = time.monotonic()
         if now - self._kept >= max(MIN_SECONDS, _MAX_LOST * (now - self._began)):
             self._keep()
+
+    def _tables(self, entry: _Entry) -> Iterator[pa.Table | UnitEdge]:
+        """The kept inputs of a file, and the ends of units in it.
+
+        Raises:
+            OSError, ValueError, TypeError: they are damaged.
+        """
+        places = [entry.start, *(entry.start + end for end in entry.ends), entry.stop]
+        inputs = self._open(entry.path)
+        for number, (start, stop) in enumerate(pairwise(places)):
+            if number:
+                yield UnitEdge.END
+            if not start <= stop:
+                raise ValueError(f"expected ends of units in their order, got {start} and {stop}")
+            yield from inputs.tables(start, stop)
 
     def __enter__(self) -> ListingCache:
         return self

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from nopad.counts import counted
@@ -24,6 +25,7 @@ from nopad.embedding.inputs.reaching import source_errors
 from nopad.embedding.inputs.spans import Spans
 from nopad.embedding.inputs.spool import Spool
 from nopad.embedding.inputs.table_process import TableProcess
+from nopad.embedding.inputs.units import UnitEdge, Units
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 from nopad.storage import objects
 from nopad.storage.addresses import local_path, scheme_of
@@ -40,10 +42,16 @@ _MAX_REPORT_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class Listing:
-    """The inputs of a job, and how many files of which suffix (`""` for none) were left out as no image or video."""
+    """The inputs of a job.
+
+    Attributes:
+        left_out: how many files of which suffix (`""` for none) were left out as no image or video.
+        units: see `Units`.
+    """
 
     inputs: InputList
     left_out: dict[str, int]
+    units: np.ndarray
 
 
 def list_inputs(
@@ -113,7 +121,7 @@ def list_inputs(
     kinds = set()
     is_any_whole = False
 
-    def every(processes: Processes) -> Iterator[tuple[Lister, Input | pa.Table]]:
+    def every(processes: Processes) -> Iterator[tuple[Lister, Input | pa.Table | UnitEdge]]:
         nonlocal is_any_whole
         for name, is_expanded in _names(sources):
             options: dict[str, Any] = {"hidden": hidden, "may_be_missing": is_expanded, "cache": cache}
@@ -121,6 +129,9 @@ def list_inputs(
             is_empty = True
             with source_errors(lister.source):
                 for rows in lister.inputs():
+                    if isinstance(rows, UnitEdge):
+                        yield lister, rows
+                        continue
                     is_empty = False
                     if not isinstance(rows, Input):  # of files without anything broken
                         kinds.update(rows["kind"].unique().to_pylist())
@@ -140,9 +151,11 @@ def list_inputs(
 
     processes = closing(TableProcess(timeout)), closing(DurationProcess(timeout)), closing(Spool(timeout))
     with processes[0] as tables, processes[1] as durations, processes[2] as videos, InputWriter() as writer, cache:
-        progress = ListingProgress()
+        progress, units = ListingProgress(), Units()
         for lister, rows in every(Processes(tables, durations, videos)):
-            if isinstance(rows, Input):
+            if isinstance(rows, UnitEdge):
+                units.add(rows, writer.num_inputs)
+            elif isinstance(rows, Input):
                 writer.add(rows)
             else:
                 writer.add_table(rows)
@@ -156,7 +169,7 @@ def list_inputs(
     for option, column in {"image_column": image_column, "id_column": id_column}.items():
         if column is not None and kinds.isdisjoint({"parquet", "dataset"}):
             raise ValueError(f"{option}: no source has columns, as Parquet files and datasets do, got {column!r}")
-    return Listing(inputs, dict(left_out))
+    return Listing(inputs, dict(left_out), units.places())
 
 
 class ListingProgress:

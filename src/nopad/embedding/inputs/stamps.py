@@ -176,28 +176,26 @@ def save_stamps(tables: Iterable[pa.Table], path: TablePath, *, check: Callable[
             writer.write_table(table)
 
 
-def saved_stamps(path: TablePath, number: int, size: int) -> Iterator[pa.Table] | None:
-    """The stamps of `number` inputs, in tables of `size`; `None` where there are none.
+def saved_stamps(path: TablePath, number: int, sizes: Iterable[int]) -> Iterator[pa.Table] | None:
+    """The stamps of `number` inputs, in tables of these `sizes`; `None` where there are none.
 
     Raises:
         ValueError: a file that is damaged or of another list.
     """
-    return _saved_stamps(path, number, size) if path.exists() else None
+    return _saved_stamps(path, number, sizes) if path.exists() else None
 
 
-def _saved_stamps(path: TablePath, number: int, size: int) -> Iterator[pa.Table]:
+def _saved_stamps(path: TablePath, number: int, sizes: Iterable[int]) -> Iterator[pa.Table]:
     try:
         with open_parts(path) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
             if file.schema_arrow.remove_metadata() != _SCHEMA or file.metadata.num_rows != number:
                 raise ValueError(f"expected {number} rows of {', '.join(_SCHEMA.names)}")
-            waiting = no_stamps(0)
-            for batch in file.iter_batches(use_threads=False):
-                waiting = pa.concat_tables([waiting, pa.Table.from_batches([batch])])
-                while len(waiting) >= size:
-                    yield waiting[:size]
-                    waiting = waiting[size:]
-            if len(waiting):
-                yield waiting
+            waiting, batches = no_stamps(0), file.iter_batches(use_threads=False)
+            for size in sizes:
+                while len(waiting) < size:
+                    waiting = pa.concat_tables([waiting, pa.Table.from_batches([next(batches)])])
+                yield waiting[:size]
+                waiting = waiting[size:]
     except UnreachableStoreError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:

@@ -19,6 +19,7 @@ from nopad.embedding.inputs.reaching import retry, unreachable_source
 from nopad.embedding.inputs.table_program import TableProgram
 from nopad.embedding.inputs.table_requests import Cells, Listing, Schema, Table, Values
 from nopad.embedding.inputs.tables import MAX_ROWS, Broken, NoImageColumnError, Rows
+from nopad.embedding.inputs.units import UnitEdge
 from nopad.pipeline.channel import checked_count, count_in, text_in, valid_text
 from nopad.pipeline.request_process import (
     LostProcessError,
@@ -53,8 +54,10 @@ class TableProcess(RequestProcess):
         self.reading = _EVERY_ROW
         """The first row of those that were read last in one go, and the one behind the last of them."""
 
-    def inputs(self, table: Table, source: str, column: str | None, id_column: str | None) -> Iterator[Input]:
-        """The rows of a table, and `"broken"` inputs for what of it cannot be read.
+    def inputs(
+        self, table: Table, source: str, column: str | None, id_column: str | None
+    ) -> Iterator[Input | UnitEdge]:
+        """The rows of a table, the ends of its row groups, and `"broken"` inputs for what of it cannot be read.
 
         Raises:
             NoImageColumnError, ValueError: see `nopad.embedding.inputs.tables.image_column`; or no column `id_column`.
@@ -79,6 +82,8 @@ class TableProcess(RequestProcess):
             for row, name in zip(numbers, chain(part.names, repeat("")), strict=False):
                 id = f"{split}/{name or row}" if split else name or str(row)
                 yield Input(id, source, table.kind, table.path, row, 0, part.note)
+            if part.ends_group:
+                yield UnitEdge.END
 
     def _parts(self, max_rows: int) -> list[Rows | Broken] | ValueError:
         parts: list[Rows | Broken] = []
@@ -246,7 +251,8 @@ def _part(answer: dict[str, Any], max_rows: int) -> Rows | Broken:
     first, count, names = checked_count(answer["first"]), checked_count(answer["count"]), answer["names"]
     if count > max_rows or len(names) > count or not all(isinstance(name, str) for name in names):
         raise ValueError(f"got {count} rows with {len(names)} names, expected at most {max_rows} rows")
-    return Rows(first, count, text_in(answer, "note"), tuple(map(valid_text, names)))
+    ends_group = answer["ends_group"] is True
+    return Rows(first, count, text_in(answer, "note"), tuple(map(valid_text, names)), ends_group)
 
 
 def _scalars(data: bytearray, num_columns: int, count: int) -> list[Scalars]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -119,12 +119,14 @@ class Rows:
         count: how many.
         note: as in `Input`.
         names: theirs as far as they have one, fewer than rows where the column of names ends early; empty for none.
+        ends_group: whether a row group ends with them.
     """
 
     first: int
     count: int
     note: str
     names: tuple[str, ...] = ()
+    ends_group: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,20 +161,22 @@ def parquet_rows(path: bytes, text: str, column: str | None, id_column: str | No
         claim = f"its row groups claim {counted(total, 'row')} in {counted(size, 'byte')}"
         yield Broken(name, f"damaged: {claim}; get the file again")
         return
-    yield from _named(0, total, note, _parquet_names(path, schema, text, id_column))
+    names = _parquet_names(path, schema, text, id_column)
+    for first, rows in zip(accumulate(groups, initial=0), groups, strict=False):
+        yield from _named(first, rows, note, names, is_group=True)
     if metadata.num_rows != total:
         counts = f"its footer says {counted(metadata.num_rows, 'row')}, its row groups {total}, which are read"
         yield Broken(name, f"damaged: {counts}; get the file again")
 
 
-def _named(first: int, count: int, note: str, names: Iterator[str]) -> Iterator[Rows]:
+def _named(first: int, count: int, note: str, names: Iterator[str], *, is_group: bool = False) -> Iterator[Rows]:
     """Rows by their names, in parts whose names take little; the last part has those without."""
     names = islice(names, count)
     while part := _few(names):
-        yield Rows(first, len(part), note, part)
+        yield Rows(first, len(part), note, part, is_group and len(part) == count)
         first, count = first + len(part), count - len(part)
     if count:
-        yield Rows(first, count, note)
+        yield Rows(first, count, note, ends_group=is_group)
 
 
 def _few(names: Iterator[str]) -> tuple[str, ...]:

@@ -1,0 +1,130 @@
+"""Which inputs each shard has: where one shard ends and the next begins."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nopad.counts import counted
+from nopad.embedding import shard_sizes
+from nopad.embedding.table.paths import TablePath, open_whole, write_whole
+
+_SCHEMA = pa.schema({"end": pa.int64()})
+
+
+class Borders:
+    """The shards of a job, by the ends of their inputs in its list.
+
+    Args:
+        ends: for each shard the place behind its last input, increasing.
+    """
+
+    def __init__(self, ends: np.ndarray) -> None:
+        self._ends = ends
+
+    @classmethod
+    def every(cls, rows: int, num_inputs: int) -> Borders:
+        """Shards of so many rows; the last has the rest."""
+        return cls(np.minimum(np.arange(rows, num_inputs + rows, rows), num_inputs))
+
+    @classmethod
+    def at_units(cls, units: np.ndarray, rows: tuple[int, int], num_inputs: int) -> Borders:
+        """Shards of whole units, which are tars and row groups of Parquet files.
+
+        Units are joined until a shard has `rows[0]` inputs. One that makes it longer than `rows[1]` is divided evenly,
+        into shards of at most `rows[0]`, and so are inputs that are in no unit; a shard that is half full ends before
+        such a unit.
+
+        Args:
+            units: `(N, 2)`: the first input of each, and the one behind the last; in order.
+        """
+        return cls(np.fromiter(_ends(units, *rows, num_inputs), np.int64))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Borders) and np.array_equal(self._ends, other._ends)
+
+    def __getitem__(self, shard: int) -> range:
+        """The places of a shard's inputs in the list.
+
+        Raises:
+            IndexError: a job without this shard.
+        """
+        if not 0 <= shard < len(self):
+            raise IndexError(f"shard {shard} of {len(self)}")
+        return range(int(self._ends[shard - 1]) if shard else 0, int(self._ends[shard]))
+
+    def __iter__(self) -> Iterator[range]:
+        return map(self.__getitem__, range(len(self)))
+
+    def digest(self) -> str:
+        """The SHA-256 in hex of all ends."""
+        return hashlib.sha256(self._ends.astype("<i8").tobytes()).hexdigest()
+
+    def save(self, path: TablePath, *, check: Callable[[], None]) -> None:
+        """Write them as a Parquet file, all of it or nothing; `check` as in `write_whole`."""
+        with write_whole(path, check=check) as file:
+            pq.write_table(pa.table([pa.array(self._ends)], _SCHEMA), file, compression="zstd")
+
+    @classmethod
+    def load(cls, path: TablePath) -> Borders:
+        """Read what `save` wrote.
+
+        Raises:
+            OSError, ValueError: a file that is missing, damaged or something else.
+        """
+        with open_whole(path) as file:
+            table = pq.read_table(file, use_threads=False, pre_buffer=False)
+        if table.schema.remove_metadata() != _SCHEMA or table["end"].null_count:
+            raise ValueError(f"{path}: expected the column\n{_SCHEMA}\ngot\n{table.schema}")
+        return cls(table["end"].to_numpy())
+
+
+def regular_borders(record: Mapping[str, str], num_inputs: int) -> Borders:
+    """The shards of a job whose record names no others."""
+    return Borders.every(int(record["shard_size"].partition("..")[0]), num_inputs)
+
+
+def with_borders(record: Mapping[str, str], borders: Borders, num_inputs: int) -> dict[str, str]:
+    """The record of a job with these shards: `"shards"` is their digest, unless they are `regular_borders`."""
+    is_regular = borders == regular_borders(record, num_inputs)
+    return dict(record) if is_regular else {**record, "shards": borders.digest()}
+
+
+def _ends(units: np.ndarray, rows: int, max_rows: int, num_inputs: int) -> Iterator[int]:
+    start = 0  # of the shard in hand
+    for first, end in (*units.tolist(), (num_inputs, num_inputs)):
+        while first - start >= rows:
+            start += rows
+            yield start
+        if end - start > max_rows and 2 * (first - start) >= rows:
+            start = first
+            yield start
+        if end - start > max_rows:
+            parts = -(-(end - start) // rows)
+            yield from (start + (end - start) * part // parts for part in range(1, parts + 1))
+            start = end
+        elif end - start >= rows:
+            start = end
+            yield start
+    if start < num_inputs:
+        yield num_inputs
+
+
+def too_many_files(borders: Borders, units: np.ndarray, num_inputs: int) -> str:
+    """What to change where a table would have more than `shard_sizes.MAX_FILES` files; empty where it has not."""
+    if (files := len(borders)) <= shard_sizes.MAX_FILES:
+        return ""
+    size = -(-num_inputs // shard_sizes.MAX_FILES)
+    while (fewer := len(Borders.at_units(units, (size, size), num_inputs))) > shard_sizes.MAX_FILES:
+        size += -(-size // 10)
+    return (
+        f"{files:,} files in one folder: --shard-size {size} makes {counted(fewer, 'file')}, or split "
+        f"the sources into several tables, which are read as one"
+    )
