@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -92,3 +93,8 @@ def cpu_threads(num_threads: int | None) -> Iterator[None]:
 def dtype_name(dtype: torch.dtype) -> str:
     """`"bfloat16"` of `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")
+
+
+def num_cores() -> int:
+    """Number of cores that this process may use; all where the system has no such limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,7 +12,6 @@ from nopad.checkpoints.files import checkpoint_name
 from nopad.checkpoints.pretrained import read_architecture, select_part
 from nopad.checkpoints.strict import check_dtype, with_options
 from nopad.checkpoints.towers import open_tower
-from nopad.checkpoints.untrained import UNTRAINED
 from nopad.encoder import PackedEncoder
 from nopad.families import family_of, family_of_published
 from nopad.inference.attention import check_backend
@@ -22,6 +21,7 @@ from nopad.pipeline.pack_processor import PackProcessor
 from nopad.pipeline.processor import check_channels
 from nopad.preprocessing.rules import Resize
 from nopad.preprocessing.size import Size, check_size
+from nopad.published import UNTRAINED
 
 
 def load(

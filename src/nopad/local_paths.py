@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from pathlib import Path
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # pathlib makes one slash of two. A single letter is a drive.
@@ -29,3 +30,21 @@ def irregular_kind(mode: int) -> str | None:
         return None
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def check_regular(path: Path) -> None:
+    """Check that a path is a regular file before it is opened: reading a pipe would block, a device never end.
+
+    A symbolic link counts as what it leads to, as in the Hub's cache, whose files are links.
+
+    Raises:
+        ValueError: a folder, a named pipe, a device, a socket, or a link that leads nowhere.
+    """
+    try:
+        kind = irregular_kind(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        kind = "a link that leads nowhere"
+    except OSError as error:  # links in a circle, no permission
+        kind = str(error)
+    if kind is not None:
+        raise ValueError(f"{str(path)!r}: expected a file, got {kind}")

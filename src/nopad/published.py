@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+UNTRAINED = "untrained:"
+"""Before a published name: that architecture with random weights."""
+
 LIST = Path(__file__).with_name("published.json")
 """Written by `python -m nopad.families.published`, from what the families define."""
 

@@ -15,9 +15,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_utils import PreTrainedModel
 
-from nopad.checkpoints.untrained import UNTRAINED
 from nopad.counts import counted
 from nopad.encoder import PackedEncoder
+from nopad.published import UNTRAINED
 
 
 class ReferenceModel:

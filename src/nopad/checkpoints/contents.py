@@ -12,21 +12,20 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nopad.checkpoints.stored_tensor import StoredTensor
-from nopad.local_paths import irregular_kind
+from nopad.json_files import MAX_JSON_BYTES
+from nopad.local_paths import check_regular
 
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
 SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
-MAX_HEADER_BYTES = 16 << 20
-"""Limit on the parts of a file that are parsed whole: JSON, the header of a safetensors file, the pickle in a `.pth`
-file. An index of 100,000 tensors has about 10 MB."""
-MAX_JSON_DEPTH = 50
+MAX_HEADER_BYTES = MAX_JSON_BYTES
+"""Limit on the parts of a file that are parsed whole: the header of a safetensors file, the pickle in a `.pth` file."""
 
 # Globals that a pickled dict of tensors refers to.
 _TENSOR_GLOBALS = {
@@ -38,74 +37,6 @@ _TENSOR_GLOBALS = {
     ),
 }
 _LEGACY_PICKLES = 5  # magic number, protocol, system, the tensors, and the keys of their storages
-
-
-def check_regular(path: Path) -> None:
-    """Check that a path is a regular file before it is opened: reading a pipe would block, a device never end.
-
-    A symbolic link counts as what it leads to, as in the Hub's cache, whose files are links.
-
-    Raises:
-        ValueError: a folder, a named pipe, a device, a socket, or a link that leads nowhere.
-    """
-    try:
-        kind = irregular_kind(path.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        kind = "a link that leads nowhere"
-    except OSError as error:  # links in a circle, no permission
-        kind = str(error)
-    if kind is not None:
-        raise ValueError(f"checkpoint file {str(path)!r}: expected a file, got {kind}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        ValueError: no file, too large, no JSON or no object, nested too deeply, or a key twice with different values.
-    """
-    check_regular(path)
-    if path.stat().st_size > MAX_HEADER_BYTES:
-        raise ValueError(f"{path}: expected at most {MAX_HEADER_BYTES} bytes of JSON, got {path.stat().st_size}")
-    return parse_json(path.read_bytes(), str(path))
-
-
-def parse_json(data: bytes, name: str) -> dict[str, Any]:
-    """A JSON object from its bytes.
-
-    Args:
-        name: name of its file, for messages.
-
-    Raises:
-        ValueError: see `read_json`.
-    """
-    try:
-        content = json.loads(data.decode(), object_pairs_hook=_each_key_once)
-        _check_depth(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: expected JSON, got {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{name}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        twice = sorted({key for key, value in pairs if value != content[key]})
-        if twice:
-            raise ValueError(f"different values of one key: {twice[:10]}")
-    return content
-
-
-def _check_depth(content: Any) -> None:
-    level: list[Any] = [[content]]
-    for _ in range(MAX_JSON_DEPTH + 1):
-        inside = [each.values() if isinstance(each, dict) else each for each in level]
-        level = [value for values in inside for value in values if isinstance(value, dict | list)]
-        if not level:
-            return
-    raise ValueError(f"objects and lists in each other, more than {MAX_JSON_DEPTH} deep")
 
 
 def read_tensors(path: Path) -> dict[str, StoredTensor]:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from nopad.checkpoints import mistral_params, open_clip_config, timm_config
-from nopad.checkpoints.contents import PICKLE_SUFFIXES, SUFFIXES, check_regular, read_json, read_tensors
+from nopad.checkpoints.contents import PICKLE_SUFFIXES, SUFFIXES, read_tensors
 from nopad.checkpoints.formats import Checkpoint
 from nopad.checkpoints.hub import advice, file_on_hub, published_names, why_offline
 from nopad.checkpoints.stored_tensor import StoredTensor
 from nopad.counts import are, counted
+from nopad.json_files import read_json
+from nopad.local_paths import check_regular
 from nopad.suggestions import did_you_mean
 
 logger = logging.getLogger(__name__)

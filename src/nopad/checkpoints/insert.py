@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from nopad.atomic import sync, sync_folder
-from nopad.checkpoints.contents import check_regular, read_json
 from nopad.checkpoints.files import PROJECTION, PROJECTION_FILE, SAFETENSORS
 from nopad.checkpoints.head_removal import remove_head
 from nopad.checkpoints.strict import check_strictly
 from nopad.checkpoints.towers import open_tower
 from nopad.inference.precision import check_saving
+from nopad.json_files import read_json
+from nopad.local_paths import check_regular
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder

@@ -27,10 +27,10 @@ from nopad.checkpoints.keywords import (
 from nopad.checkpoints.quantised import load_quantised, with_weight_names
 from nopad.checkpoints.strict import check_finite, check_numbers, check_sizes, load_strictly, with_options
 from nopad.checkpoints.towers import open_tower
-from nopad.checkpoints.untrained import UNTRAINED
 from nopad.layers.linear import stack_weights
 from nopad.layers.roles import registered_path
 from nopad.patches import PatchOrder
+from nopad.published import UNTRAINED
 from nopad.suggestions import did_you_mean
 from nopad.training.frozen import freeze_mask_tokens
 

@@ -16,11 +16,10 @@ from nopad.layers.patch_embed import PatchEmbedding
 from nopad.layers.pooling import MAPAttention
 from nopad.layers.position_table import PositionTable
 from nopad.patches import PatchOrder
+from nopad.published import UNTRAINED
 
 if TYPE_CHECKING:
     from nopad.encoder import PackedEncoder
-
-UNTRAINED = "untrained:"
 
 
 def untrained(

@@ -11,17 +11,16 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from nopad.checkpoints.untrained import UNTRAINED
 from nopad.embedding.borders import Borders, regular_borders
 from nopad.embedding.inputs.listing import InputList
 from nopad.embedding.inputs.listing_cache import ListingCache
 from nopad.embedding.inputs.reaching import UnreachableSourceError
-from nopad.embedding.inputs.stamps import save_stamps
 from nopad.embedding.lock import LostLockError
 from nopad.embedding.table.errors import folder_error
 from nopad.embedding.table.names import METADATA_FOLDER
 from nopad.embedding.table.paths import TablePath, read_json, table_path, write_whole
 from nopad.preprocessing.files import why
+from nopad.published import UNTRAINED
 from nopad.storage.addresses import scheme_of
 from nopad.storage.errors import UnreachableStoreError
 from nopad.storage.object_path import ObjectPath
@@ -134,6 +133,8 @@ class JobFolder:
             UnreachableSourceError: by `stamps`.
             OSError: the folder cannot be written.
         """
+        from nopad.embedding.inputs.stamps import save_stamps  # imports torch
+
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         try:
             if isinstance(self.metadata, Path):

@@ -22,7 +22,7 @@ from nopad.embedding.settings import Settings
 from nopad.embedding.table.errors import check_place
 from nopad.embedding.table_run import list_sources
 from nopad.embedding.workers import check_features
-from nopad.pipeline.worker import num_cores
+from nopad.environment import num_cores
 from nopad.storage.addresses import is_address
 
 

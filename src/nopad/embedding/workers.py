@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from nopad.checkpoints.files import open_checkpoint
-from nopad.checkpoints.untrained import UNTRAINED
 from nopad.embedding.job import make_reader
 from nopad.embedding.settings import Settings
 from nopad.encoder import PackedEncoder
@@ -20,6 +19,7 @@ from nopad.loading import load, processor
 from nopad.pipeline.fit import fit_packs
 from nopad.pipeline.processor import Processor, rule_for
 from nopad.pipeline.worker import Worker
+from nopad.published import UNTRAINED
 
 # Time per pack of 16,896 tokens on an H200, AIMv2-L: `nopad bench untrained:apple/aimv2-large-patch14-native --capacity
 # 16896`, eager, without and with quack.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
+from nopad.environment import num_cores
 from nopad.inference.defaults import default_capacity
 from nopad.pipeline.decode_process import Decoder
 from nopad.pipeline.device_decode import DeviceDecoder, as_jpeg, why_unavailable
@@ -271,8 +271,3 @@ def _finished(groups: deque[_Group]) -> Iterator[list[EmbeddingResult]]:
     while groups and groups[0].is_whole and len(groups[0].results) == groups[0].size:
         group = groups.popleft()
         yield [group.results[index] for index in range(group.size)]
-
-
-def num_cores() -> int:
-    """Number of cores that this process may use; all where the system has no such limit."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from nopad.atomic import atomic_write
-from nopad.checkpoints.contents import read_json
 from nopad.embedding.table.names import METADATA_FOLDER
 from nopad.embedding.table.paths import TablePath
+from nopad.json_files import read_json
 from nopad.preprocessing.files import open_regular
 from nopad.search.clusters import import_faiss
 from nopad.search.exact import blocks, default_device, top_k, unit

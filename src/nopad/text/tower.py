@@ -18,7 +18,8 @@ from nopad.checkpoints.conversions import NameTable
 from nopad.checkpoints.files import open_checkpoint
 from nopad.checkpoints.formats import Dialect
 from nopad.checkpoints.strict import check_sizes, check_strictly
-from nopad.checkpoints.untrained import UNTRAINED, fill
+from nopad.checkpoints.untrained import fill
+from nopad.published import UNTRAINED
 from nopad.text.tokenizer import byte_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from nopad.checkpoints.contents import read_json
+from nopad.json_files import read_json
 
 
 @dataclass(frozen=True, slots=True)

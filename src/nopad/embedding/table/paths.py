@@ -12,8 +12,8 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from nopad import json_files
 from nopad.atomic import atomic_write
-from nopad.checkpoints import contents
 from nopad.local_paths import check_local
 from nopad.preprocessing.files import open_regular
 from nopad.storage.addresses import is_address, local_path
@@ -57,8 +57,8 @@ def read_json(path: TablePath) -> dict[str, Any]:
         UnreachableStoreError: see `ObjectPath`.
     """
     if isinstance(path, Path):
-        return contents.read_json(path)
-    return contents.parse_json(path.read_bytes(), str(path))
+        return json_files.read_json(path)
+    return json_files.parse_json(path.read_bytes(), str(path))
 
 
 def open_whole(path: TablePath) -> pa.NativeFile:
