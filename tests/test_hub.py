@@ -87,6 +87,20 @@ def test_hub_names_are_found_by_revision(tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.parametrize("load", [nopad.load, nopad.processor])
+def test_a_token_is_sent_to_the_hub_with_every_file(tmp_path, monkeypatch, load):
+    _, folder = write_tiny(tmp_path)
+    tokens = []
+
+    def hub(name, filename, token=None, **kwargs):
+        tokens.append(token)
+        return str(folder / filename) if (folder / filename).exists() else None
+
+    monkeypatch.setattr("nopad.checkpoints.hub.cached_file", hub)
+    load("someone/aimv2", token="hf_secret")
+    assert {*tokens} == {"hf_secret"}
+
+
 def test_without_the_hub_its_cache_is_read(tmp_path, monkeypatch, caplog, online):
     original, folder = write_tiny(tmp_path / "in")
     repository = tmp_path / "cache" / "models--someone--aimv2"  # as huggingface_hub keeps what it has fetched

@@ -28,6 +28,7 @@ def load(
     checkpoint: str | Path,
     *,
     revision: str | None = None,
+    token: str | bool | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     attention: str = "auto",
@@ -47,6 +48,8 @@ def load(
         checkpoint: a name on the Hugging Face Hub, a folder, a single `.safetensors` or `.pth` file, or
             `"untrained:<published name>"`: the published architecture with seeded random weights.
         revision: branch, tag or commit on the Hub.
+        token: of the Hub, for gated and private models; unless given, `HF_TOKEN` or that of `hf auth login`, and with
+            `False` none.
         device: where the encoder goes; the CPU by default.
         dtype: dtype of the weights; the checkpoint's by default.
         attention: the kernel, `"auto"` for the best that is there.
@@ -82,7 +85,7 @@ def load(
         published = _published_name(name, revision, prefix)
         encoder = family_of_published(published).untrained(published, **options)
     else:
-        opened = open_tower(name, DIALECTS, prefix, revision=revision)
+        opened = open_tower(name, DIALECTS, prefix, revision=revision, token=token)
         encoder = family_of(opened).from_checkpoint(opened, **options)
     limits = {"min_patches": min_patches, "max_patches": max_patches, "multiple_of": multiple_of}
     if size != "model" or any(limit is not None for limit in limits.values()):
@@ -104,6 +107,7 @@ def processor(
     checkpoint: str | Path,
     *,
     revision: str | None = None,
+    token: str | bool | None = None,
     size: Size = "model",
     min_patches: int | None = None,
     max_patches: int | None = None,
@@ -120,7 +124,7 @@ def processor(
     is not in `config.json` the few values that determine it.
 
     Args:
-        checkpoint, revision, dtype, patch_order, prefix: as `load` takes them.
+        checkpoint, revision, token, dtype, patch_order, prefix: as `load` takes them.
         size, min_patches, max_patches, multiple_of, resize: as `PackedEncoder.pack` takes them.
 
     Raises:
@@ -137,7 +141,7 @@ def processor(
         config = with_options(family.published_config(published), patch_order=patch_order)
         preprocessor, stored = None, torch.float32
     else:
-        opened = open_tower(name, DIALECTS, prefix, revision=revision)
+        opened = open_tower(name, DIALECTS, prefix, revision=revision, token=token)
         family = family_of(opened)
         dialect, part = select_part(family, opened)
         config = read_architecture(family, dialect.convert(part), None, {}, {"patch_order": patch_order})

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import nopad
 from nopad.families import clip_checkpoints, clip_text, siglip2_checkpoints, siglip2_text
+from nopad.text.tokenizer import load_tokenizer
 
 TEXTS = ["a Dog on a beach", "two cats", "A text of far more tokens than the model has learned positions for"]
 IMAGES = ["examples/images/cat.jpg", "examples/images/coffee.jpg", "examples/images/rocket_tall.jpg"]
@@ -263,3 +264,15 @@ def test_untrained_runs_offline_and_the_same_each_time(name, width, monkeypatch)
     assert not torch.equal(vectors[0], vectors[1])
     assert torch.equal(nopad.load(name).embed_text(["a cat"]), encoder.embed_text(["a cat"]))
     assert torch.equal(encoder.embed_text(["a Dog"]), encoder.embed_text(["a dog"])) == (name == UNTRAINED)
+
+
+def test_a_tokenizer_is_fetched_with_the_token_of_its_checkpoint(monkeypatch):
+    def refused(name, **options):
+        tokens.append(options["token"])
+        raise OSError("gated")
+
+    tokens = []
+    monkeypatch.setattr("nopad.text.tokenizer.AutoTokenizer.from_pretrained", refused)
+    with pytest.raises(ValueError, match="no tokenizer can be read"):
+        load_tokenizer("someone/clip", {"token": "hf_secret"})
+    assert tokens == ["hf_secret"]

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from nopad.extras import install
 
 _SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
-_HUB = ("revision", "subfolder", "cache_dir", "local_files_only", "force_download", "proxies")
+_HUB = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 
 def load_tokenizer(name: str, opened: Mapping[str, Any]) -> Any:
