@@ -72,6 +72,10 @@ def test_a_table_has_no_more_files_and_goes_on_with_its_size(small, tmp_path, mo
     assert not [line for line in caplog.messages if "files in one folder" in line]
     embed(photos, out, model, shard_size=None, update=True)
     assert len(nopad.read_features(out)) == 13
+    assert [line for line in caplog.messages if "files in one folder" in line] == [
+        "7 files in one folder with this update: embed what is new into a table of its own (another --out, without "
+        "--update); several tables are read as one"
+    ]
 
 
 def test_a_size_that_makes_too_many_files_is_logged_once(small, photos, tmp_path, model, caplog):

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import pickle
 import warnings
@@ -13,6 +14,7 @@ import pytest
 from datasets import load_dataset
 
 from nopad.embedding.table import reader as stored
+from nopad.embedding.table.counts import Manifest
 from nopad.embedding.table.format import Row, ShardFormat
 from nopad.embedding.table.names import shard_name
 from nopad.embedding.table.writer import write_shard
@@ -243,6 +245,46 @@ def test_a_damaged_shard_is_named(folder):
     path = folder / shard_name(1, 5, "abc")
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=f"{path}: damaged"):
+        read_features(folder)
+
+
+def with_manifest(folder: Path) -> Manifest:
+    manifest = Manifest(folder)
+    paths = sorted(folder.glob("shard-*"))
+    for path in paths:
+        manifest.count(path)
+    manifest.save(paths, lambda: None)
+    return manifest
+
+
+def test_shards_that_the_manifest_has_are_opened_once(folder, monkeypatch):
+    expected = read_features(folder)
+    opened, real = [], stored.opened
+    with_manifest(folder)
+    (folder / shard_name(3, 5, "abc")).touch()  # not as it was counted
+    monkeypatch.setattr(stored, "opened", lambda path: opened.append(path) or real(path))
+    features = read_features(folder)
+    assert [opened.count(path) for path in sorted(folder.glob("shard-*"))] == [2, 1, 1, 2, 1]
+    np.testing.assert_array_equal(features.embeddings, expected.embeddings)
+    assert (features.ids, features.failures, features.metadata) == (expected.ids, expected.failures, expected.metadata)
+
+
+@pytest.mark.parametrize(
+    ("ok", "message"),
+    [
+        (1, r"21 rows are ok, expected 1; .*manifest.parquet is wrong: remove that"),
+        (30, r"21 rows are ok, expected 30; .*manifest.parquet is wrong: remove that"),
+        (1 << 40, "more than it can hold"),
+        (-1, "more than it can hold"),
+    ],
+)
+def test_a_manifest_that_is_wrong_is_named(folder, ok, message):
+    manifest = with_manifest(folder)
+    path = folder / shard_name(1, 5, "abc")
+    manifest._counts[path.name] = dataclasses.replace(manifest._counts[path.name], ok=ok)
+    manifest._is_changed = True
+    manifest.save(sorted(folder.glob("shard-*")), lambda: None)
+    with pytest.raises(ValueError, match=message):
         read_features(folder)
 
 

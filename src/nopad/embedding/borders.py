@@ -128,3 +128,17 @@ def too_many_files(borders: Borders, units: np.ndarray, num_inputs: int) -> str:
         f"{files:,} files in one folder: --shard-size {size} makes {counted(fewer, 'file')}, or split "
         f"the sources into several tables, which are read as one"
     )
+
+
+def too_many_with_update(num_files: int) -> str:
+    """What to do where an update takes a table over `shard_sizes.MAX_FILES` files; empty where it does not.
+
+    Args:
+        num_files: of the table and its update.
+    """
+    if num_files <= shard_sizes.MAX_FILES:
+        return ""
+    return (
+        f"{num_files:,} files in one folder with this update: embed what is new into a table of its own (another "
+        f"--out, without --update); several tables are read as one"
+    )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nopad.counts import counted
-from nopad.embedding.borders import Borders, too_many_files
+from nopad.embedding.borders import Borders, too_many_files, too_many_with_update
 from nopad.embedding.distributed import ByActors
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.in_process import InProcess
@@ -148,7 +148,10 @@ class TableRun:
         logger.info(changes[0])
         mark(jobs, difference.marks, maker.encoder.sizes)
         if len(difference.new):
-            self._run(begin_update(self.folder, jobs, record, difference), maker, manifest)
+            update = begin_update(self.folder, jobs, record, difference)
+            if too_many := too_many_with_update(sum(map(len, (*jobs, update)))):
+                logger.warning(too_many)
+            self._run(update, maker, manifest)
         return changes
 
     def _summary_without_encoder(self, listing: Listing, lock: Lock) -> Summary:

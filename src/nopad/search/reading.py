@@ -13,18 +13,17 @@ import pyarrow.compute as pc
 
 from nopad.embedding.inputs.extras import THUMBNAIL
 from nopad.embedding.table import reader as stored
+from nopad.embedding.table.counts import NAME
 from nopad.embedding.table.format import COLUMNS, TOKENS
+from nopad.embedding.table.names import METADATA_FOLDER
 from nopad.embedding.table.paths import TablePath
 from nopad.search.features import Failure, Features
 from nopad.search.places import Places, Shard
 from nopad.search.shards import shards_of
 from nopad.search.stored_column import StoredColumn
+from nopad.search.survey import Firsts, Survey, survey_of
 from nopad.search.thumbnails import Thumbnails
 from nopad.search.tokens import Tokens
-
-_MAX_RATIO = 1000  # of values to bytes; other programs may have compressed the file
-SAME_SPACE = ("family", "architecture", "weights", "embedding", "embedding.width")
-"""Metadata that tables read together must share: else their vectors cannot be compared."""
 
 
 def read_features(
@@ -53,7 +52,7 @@ def read_features(
     if isinstance(columns, str):
         raise ValueError(f"columns: expected a list of names, got {columns!r:.80}")
     shards = shards_of(folder, partial)
-    survey = _survey(shards)
+    survey = survey_of(shards)
     if unknown := [name for name in columns or () if all(name not in _extra_columns(each) for each in survey.schemas)]:
         there = ", ".join(sorted({name for each in survey.schemas for name in _extra_columns(each)})) or "none"
         raise ValueError(f"columns: the table keeps no {unknown[0]!r:.80} of the inputs' own columns, but {there}")
@@ -61,75 +60,6 @@ def read_features(
 
 
 read = read_features  # an alias: the name until nopad 0.2
-
-
-@dataclass(frozen=True)
-class _Survey:
-    """Contents of the footers: the schema of each shard, how many rows are ok, and metadata that all shards share."""
-
-    schemas: list[pa.Schema]
-    rows: int
-    metadata: dict[str, str]
-
-    @property
-    def dtype(self) -> np.dtype:
-        """A dtype that holds the embeddings of all tables."""
-        return np.result_type(*{_value_type(schema) for schema in self.schemas})
-
-
-def _value_type(schema: pa.Schema) -> np.dtype:
-    return np.dtype(schema.field("embedding").type.value_type.to_pandas_dtype())
-
-
-def _survey(shards: Sequence[Shard]) -> _Survey:
-    schemas: list[pa.Schema] = []
-    of_folder: dict[TablePath, tuple[Shard, pa.Schema]] = {}
-    of_job: dict[tuple[TablePath, str], tuple[Shard, pa.Schema]] = {}
-    rows = 0
-    for shard in shards:
-        with stored.opened(shard.path) as file:
-            schema = file.schema_arrow
-            first, expected = of_folder.setdefault(shard.folder, (shard, schema))
-            if not schema.equals(expected):
-                advice = "run the job again into an empty folder"
-                raise ValueError(f"{shard.path}: other columns than {first.path}; {advice}")
-            _check_job(shard, schema, *of_job.setdefault((shard.folder, shard.fingerprint), (shard, schema)))
-            ok = int(stored.ok_rows(shard.path, file.read(["status"])).sum())
-            width = stored.embedding_width(schema)
-            if ok * width > _MAX_RATIO * shard.path.stat().st_size:
-                raise stored.damaged(shard.path, f"{ok} rows of {width} values, more than it can hold")
-            rows += ok
-            schemas.append(schema)
-    metadata = {folder: stored.metadata_of(schema) for folder, (_, schema) in of_folder.items()}
-    _check_same_space(metadata)
-    first, *others = metadata.values()
-    shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
-    for key in ("shard", "table", "update"):
-        shared.pop(key, None)
-    return _Survey(schemas, rows, shared)
-
-
-def _check_job(shard: Shard, schema: pa.Schema, first: Shard, of_first: pa.Schema) -> None:
-    """Refuse a shard whose metadata differ from those of the first of its job."""
-    number = str(shard.number)
-    expected = {**stored.metadata_of(of_first), "shard": number}
-    metadata = {"shard": number, **stored.metadata_of(schema)}  # nopad 0.1 did not write it
-    if metadata["shard"] != number:
-        raise ValueError(f"{shard.path}: a copy of shard {metadata['shard']}; move it away and run the job again")
-    if others := [key for key in {**expected, **metadata} if expected.get(key) != metadata.get(key)]:
-        difference = f"{others[0]} {metadata.get(others[0], 'none')}, {expected.get(others[0], 'none')} in {first.path}"
-        raise ValueError(f"{shard.path}: of another job: {difference}; move it away and run the job again")
-
-
-def _check_same_space(metadata: Mapping[TablePath, Mapping[str, str]]) -> None:
-    """Refuse tables whose vectors cannot be compared."""
-    first, *others = metadata
-    for folder in others:
-        for key in SAME_SPACE:
-            here, there = metadata[folder].get(key, "unset"), metadata[first].get(key, "unset")
-            if here != there:
-                values = f"{key} {here:.64}, {there:.64} in {first}"
-                raise ValueError(f"{folder}: a table of another model, whose vectors cannot be compared: {values}")
 
 
 @dataclass(frozen=True)
@@ -154,13 +84,20 @@ class _Part:
     failures: list[Failure]
 
     @classmethod
-    def read(cls, shard: Shard, schema: pa.Schema, columns: Sequence[str] | None, embeddings: np.ndarray) -> _Part:
-        """Read a shard; its embeddings are written to the first rows of `embeddings`."""
+    def read(cls, shard: Shard, firsts: Firsts, columns: Sequence[str] | None, embeddings: np.ndarray) -> _Part:
+        """Read a shard whose embeddings are written to `embeddings`, as many as there are."""
         with stored.opened(shard.path) as file:
+            schema = file.schema_arrow
+            firsts.check(shard, schema)
             groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             others = () if columns is None else {*_extra_columns(schema)} - {*columns}
             table = file.read([name for name in schema.names if name not in (*_on_disk(schema), *others)])
             ok = stored.ok_rows(shard.path, table)
+            if ok.sum() != len(embeddings):
+                raise ValueError(
+                    f"{shard.path}: {ok.sum():,} rows are ok, expected {len(embeddings):,}; it is being written, or "
+                    f"{shard.folder / METADATA_FOLDER / NAME} is wrong: remove that"
+                )
             filled = 0
             for block in stored.embedding_blocks(table["embedding"], embeddings.shape[1]):
                 embeddings[filled : filled + len(block)] = block
@@ -184,14 +121,14 @@ def _side_by_side(table: pa.Table, *names: str) -> np.ndarray:
     return np.stack([table[name].to_numpy() for name in names], axis=1)
 
 
-def _read(shards: Sequence[Shard], survey: _Survey, columns: Sequence[str] | None, memory_map: Path | None) -> Features:
+def _read(shards: Sequence[Shard], survey: Survey, columns: Sequence[str] | None, memory_map: Path | None) -> Features:
     width = stored.embedding_width(survey.schemas[0])
-    embeddings = _space((survey.rows, width), survey.dtype, memory_map)  # cut to the ok rows below
-    parts: list[_Part] = []
-    filled = 0
-    for shard, schema in zip(shards, survey.schemas, strict=True):
-        parts.append(_Part.read(shard, schema, columns, embeddings[filled:]))
-        filled += len(parts[-1].rows)
+    ends = np.cumsum([0, *survey.num_ok])
+    embeddings = _space((int(ends[-1]), width), survey.dtype, memory_map)
+    parts = [
+        _Part.read(shard, survey.firsts, columns, embeddings[start:end])
+        for shard, start, end in zip(shards, ends, ends[1:], strict=False)
+    ]
     grids = np.concatenate([part.grids for part in parts]).astype(np.int64)
     places = Places(list(shards), _numbered([part.rows for part in parts]))
     on_disk = {
@@ -202,7 +139,7 @@ def _read(shards: Sequence[Shard], survey: _Survey, columns: Sequence[str] | Non
     return Features(
         ids=list(chain.from_iterable(part.ids for part in parts)),
         sources=list(chain.from_iterable(part.sources for part in parts)),
-        embeddings=embeddings[:filled],
+        embeddings=embeddings,
         grids=grids,
         sizes=np.concatenate([part.sizes for part in parts]).astype(np.int64),
         failures=[failure for part in parts for failure in part.failures],
@@ -214,7 +151,7 @@ def _read(shards: Sequence[Shard], survey: _Survey, columns: Sequence[str] | Non
     )
 
 
-def _tokens(survey: _Survey, on_disk: Mapping[str, StoredColumn], grids: np.ndarray) -> Tokens | None:
+def _tokens(survey: Survey, on_disk: Mapping[str, StoredColumn], grids: np.ndarray) -> Tokens | None:
     """The tokens of a table; `None` where it has none, or shards have different ones."""
     kinds = {(stored.token_width(each), stored.token_layers(each), stored.tokens_pool(each)) for each in survey.schemas}
     width, layers, pool = min(kinds, key=str)
