@@ -21,7 +21,7 @@ from jobs import errors, logged, rows
 from PIL import Image
 
 from nopad import embed, read_features
-from nopad.embedding import distributed
+from nopad.embedding import distributed, table_run
 from nopad.embedding.summary import Summary
 
 SHARDS, ROWS = 8, 5
@@ -214,9 +214,16 @@ def assert_ended(processes: list[psutil.Process]) -> None:
     assert alive == []
 
 
-def test_a_stop_before_an_encoder_is_loaded(images, model, tmp_path):
+def test_a_stop_before_an_encoder_is_loaded(images, model, tmp_path, monkeypatch):
     stop = threading.Event()
-    stop.set()
+
+    def stopped_behind(*arguments, **options):
+        listing = real(*arguments, **options)
+        stop.set()
+        return listing
+
+    real = table_run.list_inputs
+    monkeypatch.setattr(table_run, "list_inputs", stopped_behind)
     summary = embed(images, tmp_path, model=model, shard_size=ROWS, actors=2, stop=stop)
     assert (summary.done, summary.missing, summary.to_go) == (0, SHARDS * ROWS, SHARDS * ROWS)
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from input_samples import write_parquet
 from jobs import embed, table
 from pictures import write_photos
 
+from nopad.cli import main
 from nopad.embedding.inputs import lister, listing, listing_cache
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.listing_cache import ListingCache
@@ -115,6 +117,43 @@ def test_a_tar_that_cannot_be_listed_leaves_the_others(tars, tmp_path, read, mon
     read.clear()
     listed(tars, tmp_path / "cache")
     assert read == ["3.tar"]
+
+
+def test_a_signal_ends_the_listing_and_what_was_listed_is_kept(tars, tmp_path, model, read, monkeypatch, capsys):
+    def interrupted(path, *arguments, **options):
+        if path.endswith("2.tar"):
+            signal.raise_signal(signal.SIGINT)
+        return real(path, *arguments, **options)
+
+    real = lister.tar_inputs
+    command = ["embed", str(tars), "--out", str(tmp_path / "out"), "--model", str(model)]
+    with monkeypatch.context() as patch:
+        patch.setattr(lister, "tar_inputs", interrupted)
+        assert main(command) == 130
+    assert "stopped while the sources were listed; to go on: " in capsys.readouterr().err
+    assert read == ["0.tar", "1.tar", "2.tar"]
+    read.clear()
+    assert main(command) == 0
+    assert read == ["2.tar", "3.tar"]
+
+
+def test_a_stop_ends_the_listing_of_a_folder_without_images(tmp_path):
+    (tmp_path / "sources" / "texts").mkdir(parents=True)
+    stop = threading.Event()
+    stop.set()
+    for source in (tmp_path / "sources", tmp_path / "sources/**/*.jpg"):
+        with pytest.raises(InterruptedError, match="stopped while the sources were listed"):
+            list_inputs([str(source)], stop=stop)
+
+
+def test_a_plan_leaves_its_listing_to_the_job_and_finds_that_of_one(tars, tmp_path, model, read):
+    options = [str(tars), "--out", str(tmp_path / "out"), "--model", str(model)]
+    assert main(["plan", *options, "--sample", "2"]) == 0
+    assert read == ["0.tar", "1.tar", "2.tar", "3.tar"]
+    read.clear()
+    assert main(["embed", *options]) == 0
+    assert main(["plan", *options, "--sample", "2"]) == 0
+    assert read == []
 
 
 @pytest.mark.parametrize("how", ["size", "time", "moved", "options", "damaged"])

@@ -12,8 +12,8 @@ from embedding.flaky_files import FlakyRange, FlakyTableProgram, fail_by_plan
 from input_samples import fill, ids, picture, write_parquet, write_tar
 from jobs import embed, errors, rows, table
 
-import nopad
 from nopad.cli import main
+from nopad.embedding import table_run
 from nopad.embedding.inputs import archives, decoder, kept, reaching, table_process
 from nopad.embedding.inputs.reaching import UnreachableSourceError
 from nopad.embedding.inputs.sources import list_inputs
@@ -116,9 +116,9 @@ def test_a_source_that_is_not_mounted_is_no_failed_rows(photos, tmp_path, model,
             photos.mkdir()
         return listing
 
-    real = nopad.embedding.table_run.list_inputs
+    real = table_run.list_inputs
     with monkeypatch.context() as patch:
-        patch.setattr(nopad.embedding.table_run, "list_inputs", list_inputs)
+        patch.setattr(table_run, "list_inputs", list_inputs)
         summary = embed(photos, tmp_path / "out", model)
     assert (summary.rows, len(summary.unmade)) == (0, 3)
     assert all("is a file system not mounted" in reason for reason in summary.unmade.values())
@@ -175,8 +175,8 @@ def test_a_file_that_has_vanished_is_a_row(photos, tmp_path, model, monkeypatch)
         (photos / "003.png").unlink()
         return listing
 
-    real = nopad.embedding.table_run.list_inputs
-    monkeypatch.setattr(nopad.embedding.table_run, "list_inputs", list_inputs)
+    real = table_run.list_inputs
+    monkeypatch.setattr(table_run, "list_inputs", list_inputs)
     summary = embed(photos, tmp_path / "out", model)
     assert (summary.failed, summary.to_go) == (1, 0)
     assert errors(tmp_path / "out") == {"003.png": "cannot be read: No such file or directory"}

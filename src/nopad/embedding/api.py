@@ -147,13 +147,14 @@ def embed(
             connected to.
         stall: seconds without progress after which an actor is ended and its shard is made elsewhere; `None` is no
             limit.
-        stop: once set, the shard in hand is finished and no other.
+        stop: once set, the shard in hand is finished and no other, and listing ends.
         progress: called with how far the run is, a few times a second, from another thread.
 
     Raises:
         ValueError: a source, setting or checkpoint that is wrong, or a folder with a job of other settings.
         OSError: a folder that cannot be written, or that another job writes to.
         UnreachableStoreError: the table's store cannot be reached, whatever was tried; finished shards are kept.
+        InterruptedError: `stop` was set while the sources were listed.
         ImportError: a source or `actors` needs a package that is not installed.
     """
     arguments = locals()

@@ -102,6 +102,9 @@ def run(options: argparse.Namespace) -> int:
     except UnreachableStoreError as error:
         print_error(f"{error.strerror}; finished shards are kept; {go_on}")
         return UNFINISHED
+    except InterruptedError as error:
+        print_error(f"{error}; {go_on}")
+        return INTERRUPTED
     except KeyboardInterrupt:
         print_error(f"stopped, the shard in hand is lost, finished ones are kept; {go_on}")
         return INTERRUPTED

@@ -15,6 +15,7 @@ from nopad.counts import counted
 from nopad.embedding.actors.actor import LoadedEncoder
 from nopad.embedding.actors.node_samples import NodeSample, sample_nodes
 from nopad.embedding.borders import Borders, too_many_files
+from nopad.embedding.folder import JobFolder
 from nopad.embedding.in_process import InProcess
 from nopad.embedding.inputs.sources import Listing
 from nopad.embedding.sampling import Sample, take_sample
@@ -126,7 +127,7 @@ def plan(
     Args:
         settings: of the job.
         sample: inputs at most; unless given `SAMPLE`, and more where these take less than `MIN_SECONDS`.
-        out: the table's folder, for the free space on its disk.
+        out: the table's folder, for the free space on its disk, and for what was listed: the job finds it there.
         ray: the cluster on whose nodes the sample is read as well, as `nopad.embed` takes it.
 
     Raises:
@@ -136,7 +137,7 @@ def plan(
     if out is not None and not is_address(out):
         check_place(Path(out))
     start = time.perf_counter()
-    listing = list_sources(sources, settings)
+    listing = list_sources(sources, settings, None if out is None else JobFolder(out).listing_cache())
     inputs = listing.inputs
     listed = time.perf_counter()
     settings = settings.for_inputs(len(inputs), {})

@@ -34,11 +34,13 @@ from nopad.encoder import PackedEncoder
 logger = logging.getLogger(__name__)
 
 
-def list_sources(sources: Sequence[str], settings: Settings, cache: ListingCache | None = None) -> Listing:
+def list_sources(
+    sources: Sequence[str], settings: Settings, cache: ListingCache | None, stop: threading.Event | None = None
+) -> Listing:
     """The inputs of sources, listed by the options of a job.
 
     Args:
-        cache: see `list_inputs`.
+        cache, stop: see `list_inputs`.
 
     Raises:
         ValueError, OSError, ImportError: see `list_inputs`.
@@ -46,7 +48,7 @@ def list_sources(sources: Sequence[str], settings: Settings, cache: ListingCache
     spans = Spans.of_options(settings.fps, settings.every)
     columns = {"image_column": settings.image_column, "id_column": settings.id_column}
     options = {"hidden": settings.hidden, "spans": spans, "timeout": settings.input_timeout, "cache": cache}
-    return list_inputs(sources, **columns, **options)
+    return list_inputs(sources, **columns, **options, stop=stop)
 
 
 @dataclass
@@ -80,7 +82,7 @@ class TableRun:
             check_place(self.folder.path)  # before sources are listed for minutes
         logger.info("listing %s", sources[0] if len(sources) == 1 else f"{len(sources):,} sources")
         cache = self.folder.listing_cache()
-        listing = list_sources(sources, self.settings, cache)
+        listing = list_sources(sources, self.settings, cache, self.stop)
         path = self.folder.path
         with lock_of(path, is_part=self.settings.part is not None) as lock, ExitStack() as ends:
             begun = self.folder.recorded()

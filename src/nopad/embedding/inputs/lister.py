@@ -6,7 +6,7 @@ import glob
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,6 +60,7 @@ class Lister:
         name: of the source.
         column, id_column, spans, hidden, cache: see `nopad.embedding.inputs.sources.list_inputs`.
         may_be_missing: it is one of several that braces stand for; what is missing is a `"broken"` input.
+        check: called for each path that is found; may raise.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Lister:
         hidden: bool,
         may_be_missing: bool,
         cache: ListingCache,
+        check: Callable[[], None],
     ) -> None:
         self.name = name
         self.source = as_text(name)
@@ -81,6 +83,7 @@ class Lister:
         self.id_column = id_column
         self.spans = spans
         self.cache = cache
+        self.check = check
         self.file_of = 0, 0
         """Which of how many tars, tables or matches is listed; zeros where that is not known."""
         self.left_out: Counter[str] = Counter()
@@ -212,9 +215,9 @@ class Lister:
         archives = []
         has_images = False
         if scheme_of(folder):
-            below_it = below(folder, self._hidden, self.processes.tables.timeout)
+            below_it = below(folder, self._hidden, self.check, self.processes.tables.timeout)
         else:
-            below_it = walk(folder, self._hidden)
+            below_it = walk(folder, self._hidden, self.check)
         for entry in below_it:
             id, path, suffix = prefix + entry.path, os.path.join(folder, entry.path), suffix_of(entry.path)
             if entry.reason:
@@ -244,9 +247,9 @@ class Lister:
         fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
         base = (scheme or "/" if self.name.startswith(scheme or "/") else "") + "/".join(parts[:fixed])
         if scheme:
-            matches = remote.match(base, tuple(parts[fixed:]), self._hidden, self.processes.tables.timeout)
+            matches = remote.match(base, tuple(parts[fixed:]), self._hidden, self.check, self.processes.tables.timeout)
         else:
-            matches = match(base, tuple(parts[fixed:]), self._hidden)
+            matches = match(base, tuple(parts[fixed:]), self._hidden, self.check)
         if not matches:
             reason = "does not exist and, as a glob, matches nothing"
             if not self._may_be_missing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import fnmatch
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from nopad.embedding.inputs.names import is_hidden
 from nopad.embedding.inputs.reaching import retry
@@ -34,15 +34,18 @@ def is_object(address: str, timeout: float | None) -> bool:
     return True
 
 
-def below(address: str, hidden: Hidden, timeout: float | None) -> Iterator[PathEntry]:
+def below(address: str, hidden: Hidden, check: Callable[[], None], timeout: float | None) -> Iterator[PathEntry]:
     """The objects below a prefix, in the order of the bytes of their keys; tables of features are passed over.
+
+    Args:
+        check: called for each object; may raise.
 
     Raises:
         ValueError: a web server, which cannot be listed; or a dataset that was saved to disk.
         FileNotFoundError: there are none.
         OSError: it cannot be reached.
     """
-    stored = _stored(address, timeout)
+    stored = _stored(address, check, timeout)
     names = [*stored]
     if not names:
         raise FileNotFoundError(errno.ENOENT, "No such object, and none below it")
@@ -57,10 +60,12 @@ def below(address: str, hidden: Hidden, timeout: float | None) -> Iterator[PathE
             yield PathEntry(name, stored=stored[name])
 
 
-def match(address: str, parts: tuple[str, ...], hidden: Hidden, timeout: float | None) -> list[PathEntry]:
+def match(
+    address: str, parts: tuple[str, ...], hidden: Hidden, check: Callable[[], None], timeout: float | None
+) -> list[PathEntry]:
     """What a glob's parts match below a prefix; see `nopad.embedding.inputs.walk.match`."""
     matches = set()
-    for name, stored in _stored(address, timeout).items():
+    for name, stored in _stored(address, check, timeout).items():
         steps = tuple(name.split("/"))
         for depth in range(1, len(steps) + 1):
             is_folder = depth < len(steps)
@@ -74,7 +79,7 @@ def match(address: str, parts: tuple[str, ...], hidden: Hidden, timeout: float |
     return sorted(matches, key=lambda entry: os.fsencode(entry.path))
 
 
-def _stored(address: str, timeout: float | None) -> dict[str, Stored]:
+def _stored(address: str, check: Callable[[], None], timeout: float | None) -> dict[str, Stored]:
     """The objects below a prefix by their names there, in the order of the bytes of these."""
     parts = Address.of(address)
     if not can_list(parts):
@@ -82,7 +87,11 @@ def _stored(address: str, timeout: float | None) -> dict[str, Stored]:
     prefix = f"{parts.key}/" if parts.key else ""
 
     def listed() -> list[Stored]:
-        return list(store_of(parts, timeout).list(prefix))
+        found = []
+        for stored in store_of(parts, timeout).list(prefix):
+            check()
+            found.append(stored)
+        return found
 
     by_name = {stored.key.removeprefix(prefix): stored for stored in retry(listed) if _is_below(stored.key, prefix)}
     return {name: by_name[name] for name in sorted(by_name, key=os.fsencode)}

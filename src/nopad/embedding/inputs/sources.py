@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -63,6 +64,7 @@ def list_inputs(
     spans: Spans | None = None,
     timeout: float | None = INPUT_TIMEOUT_SECONDS,
     cache: ListingCache | None = None,
+    stop: threading.Event | None = None,
 ) -> Listing:
     """List the images and videos of each source, in the order given; nothing is decoded.
 
@@ -99,6 +101,7 @@ def list_inputs(
         spans: the rows that a video gives; one unless given.
         timeout: seconds for what is read of a table in one go, and to open a video; `None` for no limit.
         cache: finds and keeps the inputs of tars and Parquet files.
+        stop: once set, listing ends.
 
     Raises:
         ValueError: a source or a line of a list file that is an address of another scheme; a source that is missing,
@@ -106,6 +109,7 @@ def list_inputs(
             of images and no `image_column`; `image_column` where nothing has columns.
         ImportError: an address needs a package that is not installed.
         UnreachableSourceError: a source cannot be reached now.
+        InterruptedError: `stop` was set.
     """
     if isinstance(sources, str | Path) or not sources:
         raise ValueError(f"sources: expected a list of paths and globs, got {sources!r}")
@@ -121,10 +125,14 @@ def list_inputs(
     kinds = set()
     is_any_whole = False
 
+    def check() -> None:
+        if stop is not None and stop.is_set():
+            raise InterruptedError("stopped while the sources were listed")
+
     def every(processes: Processes) -> Iterator[tuple[Lister, Input | pa.Table | UnitEdge]]:
         nonlocal is_any_whole
         for name, is_expanded in _names(sources):
-            options: dict[str, Any] = {"hidden": hidden, "may_be_missing": is_expanded, "cache": cache}
+            options: dict[str, Any] = {"hidden": hidden, "may_be_missing": is_expanded, "cache": cache, "check": check}
             lister = Lister(name, processes, image_column, id_column, spans, **options)
             is_empty = True
             with source_errors(lister.source):
@@ -153,6 +161,7 @@ def list_inputs(
     with processes[0] as tables, processes[1] as durations, processes[2] as videos, InputWriter() as writer, cache:
         progress, units = ListingProgress(), Units()
         for lister, rows in every(Processes(tables, durations, videos)):
+            check()
             if isinstance(rows, UnitEdge):
                 units.add(rows, writer.num_inputs)
             elif isinstance(rows, Input):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -42,14 +42,18 @@ class Hidden:
         return True
 
 
-def walk(folder: str, hidden: Hidden) -> Iterator[PathEntry]:
+def walk(folder: str, hidden: Hidden, check: Callable[[], None] = lambda: None) -> Iterator[PathEntry]:
     """The files below a folder, and folders that cannot be listed; a folder that holds itself is walked once.
+
+    Args:
+        check: called for each path; may raise.
 
     Raises:
         OSError: a folder that cannot be reached.
     """
     todo: list[tuple[PathEntry, frozenset]] = [(PathEntry("", True), frozenset())]
     while todo:
+        check()
         entry, above = todo.pop()
         if not entry.is_folder:
             yield entry
@@ -70,11 +74,16 @@ def walk(folder: str, hidden: Hidden) -> Iterator[PathEntry]:
         ]
 
 
-def match(base: str, parts: tuple[str, ...], hidden: Hidden) -> list[PathEntry]:
-    """Paths below a folder that a glob's parts match. As in a shell, `*` finds no name that begins with a dot."""
+def match(base: str, parts: tuple[str, ...], hidden: Hidden, check: Callable[[], None]) -> list[PathEntry]:
+    """Paths below a folder that a glob's parts match. As in a shell, `*` finds no name that begins with a dot.
+
+    Args:
+        check: called for each folder; may raise.
+    """
     matches = set()
     todo: list[tuple[str, tuple[str, ...], frozenset]] = [("", parts, frozenset())]
     while todo:
+        check()
         relative, (part, *others), above = todo.pop()
         rest = tuple(others)
         folder = os.path.join(base, relative)
