@@ -50,8 +50,9 @@ class FakeEngine:
         self.events = []
         self.log = []
         self.killed = []
+        self.loaded_by = []
 
-    def start(self, begun):
+    def start(self):
         self.number += 1
         nodes = [node for node in self.nodes if node not in self.aside]
         if not nodes or not self.starts(self.number):
@@ -59,11 +60,14 @@ class FakeEngine:
         node = nodes[self.number % len(nodes)]
         self.node_of[self.number] = node
         self.events.append(Placed(self.number, Place(node, f"host-{node}", self.number)))
-        try:
-            self.events.append(Loaded(self.number, self.loads(node)))
-        except Exception as error:
-            self.events.append(Raised(self.number, error))
         return self.number
+
+    def load(self, actor, program, begun):
+        self.loaded_by.append((actor, begun))
+        try:
+            self.events.append(Loaded(actor, self.loads(self.node_of[actor])))
+        except Exception as error:
+            self.events.append(Raised(actor, error))
 
     def send(self, actor, task):
         node = self.node_of[actor]

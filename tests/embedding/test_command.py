@@ -12,6 +12,8 @@ from pictures import write_photos
 
 import nopad
 from nopad.cli import main
+from nopad.embedding.actors.engine import LostEngineError
+from nopad.embedding.actors.scheduler import Scheduler
 from nopad.environment import device_name
 
 
@@ -112,6 +114,29 @@ def test_first_line_comes_before_anything_heavy_is_imported(photos, tmp_path, mo
         "importing torch and transformers",
     ]
     assert done.stdout == ""
+
+
+def test_actors_start_before_torch_is_imported(photos, tmp_path, model):
+    """Both take seconds."""
+    program = (
+        "import sys, nopad\n"
+        "from nopad.embedding import api\n"
+        "def start(*arguments): sys.exit(repr({'torch', 'transformers'} & {*sys.modules}))\n"
+        "api.StartingActors = start\n"
+        "nopad.embed(sys.argv[1], sys.argv[2], model=sys.argv[3], actors=1)\n"
+    )
+    command = [sys.executable, "-c", program, str(photos), str(tmp_path / "out"), str(model)]
+    assert subprocess.run(command, capture_output=True, text=True, check=False).stderr.strip() == "set()"
+
+
+def test_a_lost_head_is_no_wrong_use_and_the_command_goes_on(photos, tmp_path, model, monkeypatch, capsys):
+    def load(self, number):
+        raise LostEngineError("ray: the head has not answered; start it again: finished shards are kept")
+
+    monkeypatch.setattr(Scheduler, "load", load)
+    assert main(arguments(photos, tmp_path / "out", model, "--actors", "1")) == 75
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("ray: the head has not answered; start it again: finished shards are kept; to go on: ")
 
 
 def test_steps_before_the_first_input_are_shown(photos, tmp_path, capsys, model):

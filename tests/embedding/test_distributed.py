@@ -16,8 +16,7 @@ from jobs import table
 from pictures import write_photos
 
 from nopad import embed
-from nopad.embedding import distributed
-from nopad.embedding.actors import ray_head
+from nopad.embedding.actors import ray_head, starting
 
 ROWS = 4
 
@@ -181,9 +180,9 @@ def node(cores: float, gpus: float = 0, alive: bool = True) -> dict:
     ],
 )
 def test_cores_of_an_actor(nodes, actors, on_gpu, cores):
-    assert distributed.cores_of_an_actor(nodes, actors, on_gpu=on_gpu) == cores
+    assert starting.cores_of_an_actor(nodes, actors, on_gpu=on_gpu) == cores
 
 
 def test_a_cluster_without_room_is_refused():
     with pytest.raises(ValueError, match=r"actors: got 2, but no node .* a core and a GPU"):
-        distributed.cores_of_an_actor([node(8)], 2, on_gpu=True)
+        starting.cores_of_an_actor([node(8)], 2, on_gpu=True)

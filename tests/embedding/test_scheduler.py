@@ -9,13 +9,13 @@ import pytest
 from fake_engine import NOTHING_SKIPPED, ROWS, FakeEngine, HangError, KilledError, PreemptedError, UnreachableError
 
 from nopad.embedding.actors.actor_pool import ActorPool
-from nopad.embedding.actors.engine import Died, NodeError, Task
+from nopad.embedding.actors.engine import Beat, Died, Loaded, NodeError, Task
 from nopad.embedding.actors.scheduler import Scheduler
 from nopad.embedding.actors.work import Work
 
 
 def scheduler(engine, actors=1, stall=600.0, stop=None, check=lambda first, record: None):
-    pool = ActorPool(engine, begun={}, record=lambda value: value, check=check, clock=lambda: engine.now)
+    pool = ActorPool(engine, None, begun={}, record=lambda value: value, check=check, clock=lambda: engine.now)
     return Scheduler(pool, actors, stall=stall, stop=stop or threading.Event())
 
 
@@ -129,7 +129,7 @@ def test_where_every_process_dies_the_job_ends():
 
 def test_where_every_process_dies_loading_the_job_ends():
     class Engine(FakeEngine):
-        def start(self, begun):
+        def start(self):
             self.number += 1
             self.events.append(Died(self.number, "it was ended by SIGKILL"))
             return self.number
@@ -275,6 +275,45 @@ def test_a_node_with_another_installation_is_set_aside(caplog):
     assert {*made} == {*range(6)}
     assert {node for node, _ in engine.log} == {"a"}
     assert "host-b is set aside: host-b has another checkpoint or installation: weights" in caplog.text
+
+
+def test_processes_start_together_and_the_first_loads_before_the_others():
+    engine = FakeEngine(lambda node, task: 0)
+    schedule = scheduler(engine, actors=4)
+    assert schedule.load(3) == {"record": "same"}
+    assert engine.number == 3
+    assert engine.loaded_by == [(1, {}), (2, {"record": "same"}), (3, {"record": "same"})]
+
+
+def test_where_the_first_dies_loading_another_loads_first():
+    class Engine(FakeEngine):
+        def load(self, actor, program, begun):
+            if actor == 1:
+                self.loaded_by.append((actor, begun))
+                self.events.append(Died(actor, "it was ended by SIGKILL"))
+            else:
+                super().load(actor, program, begun)
+
+    engine = Engine(lambda node, task: 0)
+    assert scheduler(engine, actors=2).load(2) == {"record": "same"}
+    assert engine.loaded_by[:3] == [(1, {}), (2, {}), (3, {"record": "same"})]
+
+
+def test_an_actor_that_waits_for_the_first_to_load_does_not_stall():
+    class Engine(FakeEngine):
+        def load(self, actor, program, begun):
+            if actor == 1:
+                self.later.append((self.now + 50.0, Loaded(actor, {"record": "same"})))
+            else:
+                super().load(actor, program, begun)
+
+        def wait(self, seconds):
+            return [*super().wait(seconds), Beat(1, self.now)]
+
+    engine = Engine(lambda node, task: 0)
+    engine.in_hand[1] = [None]
+    scheduler(engine, actors=2, stall=10.0).load(2)
+    assert engine.killed == []
 
 
 def test_the_only_node_is_not_set_aside():

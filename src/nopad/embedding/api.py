@@ -1,26 +1,27 @@
-"""`nopad.embed`."""
+"""`nopad.embed`. What is heavy is imported when actors and decode processes are starting."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-
+from nopad.embedding.actors.starting import StartingActors
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.names import check_source
 from nopad.embedding.progress import Progress
 from nopad.embedding.settings import Settings
-from nopad.embedding.summary import Summary
-from nopad.embedding.table_run import TableRun
-from nopad.embedding.workers import check_features
-from nopad.encoder import PackedEncoder
 from nopad.pipeline import process_server
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS, MAX_PIXELS, NUM_FRAMES, MaxPatches
 from nopad.preprocessing.rules import Resize
 from nopad.preprocessing.size import Size
+
+if TYPE_CHECKING:
+    from nopad.embedding.summary import Summary
+    from nopad.encoder import PackedEncoder
 
 
 def embed(
@@ -162,15 +163,23 @@ def embed(
     label, names = folder.spelling(_label(model), _paths(sources))
     layers = tuple(layers) if isinstance(layers, list | range) else layers
     settings = Settings.of({**arguments, "model": label, "layers": layers})
-    encoder = model if isinstance(model, PackedEncoder) else None
+    encoder = None if isinstance(model, str | os.PathLike) else model
     if encoder is not None:
         _check_of_encoder(settings)
     if not isinstance(stop, threading.Event | None):
         raise ValueError(f"stop: expected a threading.Event, got {stop!r}")
-    check_features(model, settings)
-    if settings.in_process:
-        process_server.start()  # it imports torch while the sources are listed and the model is loaded
-    return TableRun(folder, names, settings, encoder, stop or threading.Event(), progress)()
+    stop = stop or threading.Event()
+    with ExitStack() as ends:
+        starting = None
+        if settings.in_process:
+            process_server.start()  # it imports torch while this process imports transformers and lists the sources
+        else:
+            starting = ends.enter_context(closing(StartingActors(settings, stop)))
+        from nopad.embedding.table_run import TableRun
+        from nopad.embedding.workers import check_features
+
+        check_features(model, settings)
+        return TableRun(folder, names, settings, encoder, starting, stop, progress)()
 
 
 def _check_of_encoder(settings: Settings) -> None:
@@ -205,10 +214,14 @@ def _label(model: object) -> str:
     Raises:
         ValueError: neither an encoder nor a name.
     """
-    if isinstance(model, PackedEncoder):
-        return _absolute(model.source) if model.source else type(model).__name__
     if isinstance(model, str | os.PathLike):
         return _absolute(str(model))
+    from torch import nn
+
+    from nopad.encoder import PackedEncoder
+
+    if isinstance(model, PackedEncoder):
+        return _absolute(model.source) if model.source else type(model).__name__
     advice = ""
     if isinstance(model, nn.Module) and any(isinstance(module, PackedEncoder) for module in model.modules()):
         advice = "; give the encoder that it holds, of a PEFT model what merge_and_unload() returns"

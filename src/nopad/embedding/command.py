@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from nopad.command_options import FAILURE, INTERRUPTED, SUCCESS, UNFINISHED, WRONG_USE, resolve_device
 from nopad.counts import counted
+from nopad.embedding.actors.engine import LostEngineError
 from nopad.embedding.inputs.reaching import UnreachableSourceError
 from nopad.embedding.progress import Display, clock, display
 from nopad.embedding.settings import Settings
@@ -96,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
     except UnusableStoreError as error:
         print_error(f"{error}; finished shards are kept; {go_on}")
         return WRONG_USE
-    except UnreachableSourceError as error:
+    except (UnreachableSourceError, LostEngineError) as error:
         print_error(f"{error}; {go_on}")
         return UNFINISHED
     except UnreachableStoreError as error:

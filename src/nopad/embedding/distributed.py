@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from nopad.counts import counted
 from nopad.embedding.actors.actor import ActorConfig, LoadedEncoder, ShardMaker
 from nopad.embedding.actors.actor_pool import ActorPool
-from nopad.embedding.actors.engine import Engine, Task
-from nopad.embedding.actors.processes import ProcessEngine
+from nopad.embedding.actors.engine import Task
 from nopad.embedding.actors.scheduler import Scheduler
+from nopad.embedding.actors.starting import StartingActors
 from nopad.embedding.actors.work import Work
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.making import RunCounts
@@ -28,22 +25,21 @@ from nopad.embedding.progress import Ticker
 from nopad.embedding.run import Run
 from nopad.embedding.settings import Settings
 from nopad.embedding.table.paths import absolute
-from nopad.environment import check_device
-from nopad.extras import install
 from nopad.pipeline.stats import Stats
-from nopad.pipeline.worker import num_cores
 
 logger = logging.getLogger(__name__)
 
 
 class ByActors:
-    """Makes shards by actors, one GPU each where the job's device is a GPU.
+    """Makes shards by actors, one GPU each where the job's device is a GPU; as many start as there are shards to make.
 
     This process loads no encoder: the first actor's is the job's, and others must be alike.
 
     Args:
+        starting: the engine, which this ends.
         folder: of the table.
         num_inputs: of the job.
+        num_shards: that are to be made, as far as is known before they are looked at.
         begun: the record of the job that was begun in the folder.
         token: of the lock that this process holds.
         stop: once set, shards in hand are finished and no others.
@@ -52,40 +48,45 @@ class ByActors:
         encoder: what the first actor has loaded; `None` where `stop` was set before.
 
     Raises:
-        ImportError: Ray is not installed.
         ValueError: a cluster without room for one actor, or a node whose checkpoint or installation is another.
         ChildProcessError: actors die whatever they do.
         ConnectionError: the cluster cannot be reached.
-        RuntimeError: Ray itself failed.
+        LostEngineError: its head is lost, or Ray itself failed.
     """
 
     def __init__(
         self,
+        starting: StartingActors,
         settings: Settings,
         folder: JobFolder,
         num_inputs: int,
+        num_shards: int,
         begun: Mapping[str, str],
         token: str,
         stop: threading.Event,
     ) -> None:
-        self._min, self._max = settings.num_actors
+        _, self._max = settings.num_actors
         self._folder = folder
         self._is_alone = settings.part is None  # else other parts may be writing there
         self._stats = Stats()
-        self._ends = ExitStack()
+        self._starting = starting
         self.encoder: LoadedEncoder | None = None
-        local = replace(
-            settings,
-            model=os.path.abspath(settings.model) if os.path.exists(settings.model) else settings.model,
-        )
+        if (actors := starting.wait()) is None:
+            return
+        model = os.path.abspath(settings.model) if os.path.exists(settings.model) else settings.model
+        workers = settings.workers or actors.cores
+        local = replace(settings, model=model, device=actors.device, workers=workers)
         config = ActorConfig(absolute(folder.path), settings, local, num_inputs, token)
-        with self._ends:
-            engine = self._ends.enter_context(_engine(config, self._min, self._max, stop))
-            if engine is not None:
-                pool = ActorPool(engine, begun=begun, record=_record, check=partial(_check, folder))
-                self._scheduler = Scheduler(pool, self._max, stall=settings.stall, stop=stop)
-                self.encoder = self._scheduler.load()
-            self._ends = self._ends.pop_all()
+        pool = ActorPool(
+            actors.engine,
+            partial(ShardMaker, config),
+            started=[actors.first],
+            begun=begun,
+            record=_record,
+            check=partial(_check, folder),
+        )
+        self._scheduler = Scheduler(pool, self._max, stall=settings.stall, stop=stop)
+        self.encoder = self._scheduler.load(num_shards)
 
     def new_counts(self) -> RunCounts:
         """Of a run; the jobs of a table have their counts and seconds in common."""
@@ -116,7 +117,7 @@ class ByActors:
 
     def close(self) -> None:
         """End the actors, and what they have left half-written."""
-        self._ends.close()
+        self._starting.close()
         if self._is_alone:
             with suppress(OSError):
                 self._folder.clean()
@@ -148,104 +149,3 @@ def _record(encoder: LoadedEncoder) -> Mapping[str, str]:
 
 def _check(folder: JobFolder, first: Mapping[str, str], other: Mapping[str, str]) -> None:
     check_same(first, other, folder.path)
-
-
-@contextmanager
-def _engine(config: ActorConfig, min_: int, max_: int, stop: threading.Event) -> Iterator[Engine | None]:
-    """What starts the actors; `None` where `stop` was set while it was looked for."""
-    if (address := _ray_address(config.settings)) is None:
-        engine = _processes(config, max_)
-        try:
-            yield engine
-        finally:
-            engine.close()
-        return
-    try:
-        import ray
-        from ray.exceptions import RayError
-    except ImportError as error:
-        raise ImportError(f"ray: this needs Ray ({error}): {install('ray')}") from error
-    from nopad.embedding.actors.on_ray import RayEngine
-    from nopad.embedding.actors.ray_head import connected
-
-    try:
-        with ExitStack() as ends:
-            try:
-                head = ends.enter_context(connected(address, stop))
-            except InterruptedError:
-                yield None
-                return
-            nodes = ray.nodes()
-            has_gpus = any(node["Alive"] and node["Resources"].get("GPU", 0) >= 1 for node in nodes)
-            device = check_device("device", config.settings.device or ("cuda" if has_gpus else "cpu")).type
-            cores = cores_of_an_actor(nodes, min_, on_gpu=device == "cuda")
-            local = replace(config.local_settings, device=device, workers=config.local_settings.workers or cores)
-            program = partial(ShardMaker, replace(config, local_settings=local))
-            engine = RayEngine(program, {"num_cpus": cores, "num_gpus": int(device == "cuda")}, head)
-            ends.callback(engine.close)
-            yield engine
-    except RayError as error:
-        raise RuntimeError(f"Ray failed; run the job again to go on: {error}") from error
-
-
-def _ray_address(settings: Settings) -> str | None:
-    """Of the cluster whose actors are used, `None` for processes of this machine."""
-    if settings.actors is None:
-        return None
-    if (address := settings.ray or os.environ.get("RAY_ADDRESS")) is not None:
-        return address
-    ray = sys.modules.get("ray")
-    return "auto" if ray is not None and ray.is_initialized() else None
-
-
-def _processes(config: ActorConfig, actors: int) -> ProcessEngine:
-    """Processes that share this machine's cores, or have a GPU each.
-
-    Raises:
-        ValueError: a GPU that several actors cannot share.
-    """
-    settings = config.settings
-    num_gpus = torch.cuda.device_count()
-    device = check_device("device", settings.device or ("cuda" if num_gpus else "cpu"))
-    places = num_cores()
-    environments: list[dict[str, str]] = [{}]
-    if device.type == "cuda":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
-        if device.index is not None and actors > 1:
-            raise ValueError(f"device: {device} is one GPU, which {actors} actors cannot share; give cuda alone")
-        indices = range(num_gpus) if device.index is None else [device.index]
-        environments = [{"CUDA_VISIBLE_DEVICES": visible[index]} for index in indices]
-        if not num_gpus or not all(index < num_gpus for index in indices):
-            raise ValueError(f"device: got {str(device)!r}, but torch sees {counted(num_gpus, 'CUDA device')}")
-        places = len(environments)
-    if actors > places:
-        what = "a GPU" if device.type == "cuda" else "a core"
-        logger.warning("actors: %d requested, there is room for %d with %s each", actors, places, what)
-        actors = places
-    cores = max(1, num_cores() // actors)
-    if device.type == "cpu":
-        threads = {} if actors == 1 or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(cores)}
-        environments = [threads] * actors
-    local = replace(config.local_settings, device=device.type, workers=settings.workers or cores)
-    return ProcessEngine(partial(ShardMaker, replace(config, local_settings=local)), environments[:actors])
-
-
-def cores_of_an_actor(nodes: Sequence[Mapping[str, Any]], actors: int, *, on_gpu: bool) -> int:
-    """Maximum number of cores that each of `actors` can have on the nodes of the cluster.
-
-    Raises:
-        ValueError: there is no room for one actor.
-    """
-    alive = [node["Resources"] for node in nodes if node["Alive"]]
-
-    def num_fitting(cores: int) -> int:
-        fit = [int(node.get("CPU", 0)) // cores for node in alive]
-        return sum(min(n, int(node.get("GPU", 0))) if on_gpu else n for n, node in zip(fit, alive, strict=True))
-
-    what = "a core and a GPU" if on_gpu else "a core"
-    if num_fitting(1) == 0:
-        raise ValueError(f"actors: got {actors}, but no node of the Ray cluster has {what} for one: {alive}")
-    if num_fitting(1) < actors:
-        logger.warning("actors: %d requested, there is room for %d with %s each", actors, num_fitting(1), what)
-    max_cores = max(int(node.get("CPU", 0)) for node in alive)
-    return next((cores for cores in range(max_cores, 1, -1) if num_fitting(cores) >= actors), 1)

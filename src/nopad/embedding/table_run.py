@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nopad.counts import counted
+from nopad.embedding.actors.starting import StartingActors
 from nopad.embedding.borders import Borders, too_many_files, too_many_with_update
 from nopad.embedding.distributed import ByActors
 from nopad.embedding.folder import JobFolder
@@ -58,6 +59,7 @@ class TableRun:
     Attributes:
         sources: as the table's first job spells them.
         encoder: the caller's own, `None` to load that of the settings.
+        starting: the engine of actors, where they make the shards.
         stop: once set, shards in hand are finished and no others.
         progress: called with how far the run in hand is.
         runs: those of the jobs, as they are begun.
@@ -67,6 +69,7 @@ class TableRun:
     sources: Sequence[str]
     settings: Settings
     encoder: PackedEncoder | None
+    starting: StartingActors | None
     stop: threading.Event
     progress: Callable[[Progress], None] | None
     runs: list[Run] = field(default_factory=list)
@@ -96,7 +99,7 @@ class TableRun:
             manifest = Manifest(path)
             kept = None if self.folder.has_job else kept_columns(settings, listing.inputs)
             logger.info("%s; loading the model", counted(len(listing.inputs), "input"))
-            maker = self._maker(len(listing.inputs), begun, lock)
+            maker = self._maker(len(listing.inputs), len(borders), begun, lock)
             ends.callback(maker.close)
             if maker.encoder is None:
                 return self._summary_without_encoder(listing, lock)
@@ -117,11 +120,16 @@ class TableRun:
                 self.folder.clean()  # what parts that were killed have left
             return summary
 
-    def _maker(self, num_inputs: int, begun: Mapping[str, str], lock: Lock) -> InProcess | ByActors:
-        if self.settings.in_process:
+    def _maker(self, num_inputs: int, num_shards: int, begun: Mapping[str, str], lock: Lock) -> InProcess | ByActors:
+        settings = self.settings
+        if self.starting is None:
             estimates = self.progress is not None
-            return InProcess(self.settings, self.encoder, num_inputs, begun, estimates=estimates)
-        return ByActors(self.settings, self.folder, num_inputs, begun, lock.token, self.stop)
+            return InProcess(settings, self.encoder, num_inputs, begun, estimates=estimates)
+        if settings.part is None:
+            num_shards -= sum(1 for _ in self.folder.path.glob("shard-*.parquet"))
+        else:
+            num_shards //= settings.part[1]
+        return ByActors(self.starting, settings, self.folder, num_inputs, num_shards, begun, lock.token, self.stop)
 
     def _run(self, job: Job, maker: InProcess | ByActors, manifest: Manifest) -> None:
         self.runs.append(Run(job, maker.new_counts(), manifest, stop=self.stop, progress=self.progress))

@@ -26,6 +26,11 @@ from nopad.pipeline.stats import Stats
 from nopad.pipeline.worker import Worker
 
 
+def place() -> tuple[str, int]:
+    """The machine and the process."""
+    return socket.gethostname(), os.getpid()
+
+
 @dataclass(frozen=True)
 class ActorConfig:
     """Arguments of an actor. The list of inputs, which may have millions, is read from the folder.
@@ -93,10 +98,6 @@ class ShardMaker:
         self._tasks: deque[_Entry] = deque()
         self._lock = threading.Lock()
         self._reported = RunCounts()  # what earlier results had
-
-    def place(self) -> tuple[str, int]:
-        """The machine and the process."""
-        return socket.gethostname(), os.getpid()
 
     def load(self, begun: Mapping[str, str]) -> LoadedEncoder:
         """Load the encoder, by the choices of a job that was begun."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nopad.embedding.actors.engine import Engine, Event, Loaded, Place, Placed
+from nopad.embedding.actors.engine import Engine, Event, Loaded, Place, Placed, Program
 from nopad.embedding.actors.work import Work
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ class Actor:
 
     Attributes:
         place: `None` until its process has started.
+        is_loading: loading its encoder was begun.
         is_loaded: it has its encoder.
         is_restart: it was started again, to load its encoder by the choices of the first actor.
         work: what it is making.
@@ -35,6 +36,7 @@ class Actor:
     since: float
     is_restart: bool = False
     place: Place | None = None
+    is_loading: bool = False
     is_loaded: bool = False
     work: Work | None = None
     next_work: Work | None = None
@@ -52,7 +54,11 @@ class Actor:
 class ActorPool:
     """The actors of a run.
 
+    Their processes start at the same time; the first to be there loads its encoder first, the others by its choices.
+
     Args:
+        program: of each, see `Engine.load`.
+        started: numbers of actors that the engine has started.
         begun: the record of the job that was begun in the folder, by which the first actor is loaded.
         record: that of what loading returned; the other actors are loaded by the first one's.
         check: raises ValueError where the record of an actor is not that of the first.
@@ -64,7 +70,9 @@ class ActorPool:
     def __init__(
         self,
         engine: Engine,
+        program: Program,
         *,
+        started: Sequence[int] = (),
         begun: Mapping[str, str],
         record: Callable[[Any], Mapping[str, str]],
         check: Callable[[Mapping[str, str], Mapping[str, str]], None],
@@ -73,10 +81,11 @@ class ActorPool:
         self.engine = engine
         self.clock = clock
         self.first: Any = None
+        self._program = program
         self._begun = begun
         self._record = record
         self._check = check
-        self._actors: dict[int, Actor] = {}
+        self._actors = {number: Actor(number, clock()) for number in started}
         self._load_deaths = 0
 
     def __len__(self) -> int:
@@ -111,12 +120,25 @@ class ActorPool:
 
     def start(self, *, is_restart: bool = False) -> None:
         """Start an actor."""
-        number = self.engine.start(self._begun if self.first is None else self._record(self.first))
+        number = self.engine.start()
         self._actors[number] = Actor(number, self.clock(), is_restart)
+
+    def _load(self) -> None:
+        """Have actors that are placed load their encoder, the first alone."""
+        for actor in self._actors.values():
+            if actor.place is None or actor.is_loading:
+                continue
+            if self.first is None and any(each.is_loading for each in self._actors.values()):
+                return
+            actor.is_loading, actor.since = True, self.clock()
+            self.engine.load(
+                actor.number, self._program, self._begun if self.first is None else self._record(self.first)
+            )
 
     def remove(self, actor: Actor) -> None:
         """Forget an actor that has ended."""
         self._actors.pop(actor.number, None)
+        self._load()
 
     def kill(self, actor: Actor) -> None:
         """End an actor."""
@@ -144,6 +166,7 @@ class ActorPool:
                     raise ValueError(f"{host} has another checkpoint or installation: {error}") from None
                 self.kill(actor)  # it made its own choices: of a capacity that fits its GPU, for example
                 self.start(is_restart=True)
+        self._load()
 
     def died_loading(self, actor: Actor, reason: str) -> None:
         """Count an actor that has died before it had its encoder.

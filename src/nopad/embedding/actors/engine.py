@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+Program = Callable[[], Any]
 
 
 class NodeError(ValueError):
     """Something is wrong with the node of an actor: its files, its installation."""
+
+
+class LostEngineError(ConnectionError):
+    """The engine itself has failed: shards that are finished are kept, and the same call goes on later."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Placed:
-    """An actor's process has started; it loads the encoder."""
+    """An actor's process has started, and has imported what it needs."""
 
     actor: int
     place: Place
@@ -125,10 +131,15 @@ class Engine(Protocol):
     """Starts actors and carries tasks to them. An actor gets one task at a time, and one more once it is `Ready`; one
     thread calls all methods."""
 
-    def start(self, begun: Mapping[str, str]) -> int:
-        """Start an actor, at once or when there is room, and return its number; `Placed` and `Loaded` will follow.
+    def start(self) -> int:
+        """Start the process of an actor, at once or when there is room, and return its number; `Placed` will follow."""
+        ...
+
+    def load(self, actor: int, program: Program, begun: Mapping[str, str]) -> None:
+        """Have an actor that is `Placed` load its encoder; `Loaded` will follow.
 
         Args:
+            program: makes an object with the methods of `ShardMaker`; it is pickled.
             begun: the record of a job whose choices the encoder is loaded by, see `make_worker`.
         """
         ...
@@ -145,7 +156,7 @@ class Engine(Protocol):
         """Events in their order, as soon as there is one, none after so many seconds.
 
         Raises:
-            ConnectionError, RuntimeError: the engine itself has failed.
+            LostEngineError: the engine itself has failed.
         """
         ...
 

@@ -8,12 +8,24 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
-from nopad.embedding.actors.engine import Beat, Died, Event, Finished, Loaded, Place, Placed, Raised, Ready, Task
-from nopad.embedding.actors.ray_head import RayHead
+from nopad.embedding.actors.engine import (
+    Beat,
+    Died,
+    Event,
+    Finished,
+    Loaded,
+    Place,
+    Placed,
+    Program,
+    Raised,
+    Ready,
+    Task,
+)
+from nopad.embedding.actors.ray_head import RayHead, ray_errors
 
 MAX_BEAT_SECONDS = 5.0
 
@@ -26,12 +38,11 @@ class RayEngine:
     """Starts actors on the cluster that this process is connected to.
 
     Args:
-        program: makes an actor: an object with the methods of `ShardMaker`.
         needs: resources of an actor, by the names of `ray.remote`'s arguments.
         head: the cluster's, whose end is an error.
     """
 
-    def __init__(self, program: Callable[[], Any], needs: Mapping[str, Any], head: RayHead) -> None:
+    def __init__(self, needs: Mapping[str, Any], head: RayHead) -> None:
         import ray
 
         self._ray = ray
@@ -40,27 +51,32 @@ class RayEngine:
         # Two tasks, and beside them `progress` and `ready`.
         options: dict[str, Any] = {**self._needs, "max_concurrency": 4}
         self._make: Any = ray.remote(**options)(RayActor)
-        self._program = program
         self._actors: dict[int, Any] = {}
         self._calls: dict[Any, tuple[int, str]] = {}
         self._tasks: defaultdict[int, deque[Any]] = defaultdict(deque)
-        self._begun: dict[int, Mapping[str, str]] = {}
         self._next_beat: dict[int, float] = {}
         self._aside: list[str] = []
         self._number = 0
 
-    def start(self, begun: Mapping[str, str]) -> int:
+    @ray_errors()
+    def start(self) -> int:
         """See `Engine`."""
         self._number += 1
         options: dict[str, Any] = {}
         if self._aside:
             options = {"label_selector": {"ray.io/node-id": f"!in({','.join(self._aside)})"}}
-        actor = self._make.options(**options).remote(self._program) if options else self._make.remote(self._program)
+        actor = self._make.options(**options).remote() if options else self._make.remote()
         self._actors[self._number] = actor
-        self._begun[self._number] = begun
         self._calls[actor.place.remote()] = self._number, "placed"
         return self._number
 
+    @ray_errors()
+    def load(self, actor: int, program: Program, begun: Mapping[str, str]) -> None:
+        """See `Engine`."""
+        self._calls[self._actors[actor].load.remote(program, begun)] = actor, "loaded"
+        self._next_beat[actor] = time.monotonic() + MAX_BEAT_SECONDS
+
+    @ray_errors()
     def send(self, actor: int, task: Task) -> None:
         """See `Engine`."""
         call = self._actors[actor].do.remote(task)
@@ -77,6 +93,7 @@ class RayEngine:
         handle = self._forget(actor)
         self._ray.kill(handle)
 
+    @ray_errors()
     def wait(self, seconds: float) -> list[Event]:
         """See `Engine`."""
         self._head.check()
@@ -126,8 +143,6 @@ class RayEngine:
             return Died(actor, _reason(error), is_preempted, with_node=_LOST_NODE in str(error))
         if kind == "placed":
             host, pid, node = value
-            self._calls[self._actors[actor].load.remote(self._begun.pop(actor))] = actor, "loaded"
-            self._next_beat[actor] = time.monotonic() + MAX_BEAT_SECONDS
             return Placed(actor, Place(node, host, pid))
         if kind == "ready":
             if not value and self._tasks[actor]:
@@ -138,31 +153,31 @@ class RayEngine:
     def _forget(self, actor: int) -> Any:
         self._calls = {call: of for call, of in self._calls.items() if of[0] != actor}
         self._next_beat.pop(actor, None)
-        self._begun.pop(actor, None)
         self._tasks.pop(actor, None)
         return self._actors.pop(actor)
 
 
 class RayActor:
-    """Ray's actor: what `program` makes, with its node. Not made in the constructor, whose errors are deaths to Ray."""
+    """Ray's actor: what a program makes, with its node."""
 
-    def __init__(self, program: Callable[[], Any]) -> None:
-        self._program = program
+    def __init__(self) -> None:
         self._actor: Any = None
         self._is_ready = threading.Event()
 
     def place(self) -> tuple[str, int, str]:
         import ray
 
-        self._actor = self._program()
-        self._actor.on_ready = self._is_ready.set
-        return *self._actor.place(), ray.get_runtime_context().get_node_id()
+        from nopad.embedding.actors.actor import place  # imports all that an actor needs
 
-    def load(self, begun: Mapping[str, str]) -> Any:
+        return *place(), ray.get_runtime_context().get_node_id()
+
+    def load(self, program: Program, begun: Mapping[str, str]) -> Any:
+        self._actor = program()
+        self._actor.on_ready = self._is_ready.set
         return self._actor.load(begun)
 
     def progress(self) -> Any:
-        return self._actor.progress()
+        return None if self._actor is None else self._actor.progress()
 
     def ready(self) -> bool:
         """Wait until all inputs of the task are read ahead; false where that takes long."""

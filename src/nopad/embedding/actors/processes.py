@@ -25,6 +25,7 @@ from nopad.embedding.actors.engine import (
     NodeError,
     Place,
     Placed,
+    Program,
     Raised,
     Ready,
     Task,
@@ -41,24 +42,25 @@ class ProcessEngine:
     """Starts actors as processes.
 
     Args:
-        program: makes an actor: an object with the methods of `ShardMaker`. It is pickled.
         environments: more variables of each actor's environment, in turn; as many as there may be actors.
     """
 
-    def __init__(self, program: Callable[[], Any], environments: list[dict[str, str]]) -> None:
-        self._program = program
+    def __init__(self, environments: list[dict[str, str]]) -> None:
         self._environments = environments
         self._free = list(range(len(environments)))[::-1]
         self._actors: dict[int, _Process] = {}
         self._number = 0
 
-    def start(self, begun: Mapping[str, str]) -> int:
+    def start(self) -> int:
         """See `Engine`."""
         self._number += 1
         slot = self._free.pop() if self._free else self._number % len(self._environments)
         self._actors[self._number] = self.process(slot)
-        self._actors[self._number].send((self._program, dict(begun)))
         return self._number
+
+    def load(self, actor: int, program: Program, begun: Mapping[str, str]) -> None:
+        """See `Engine`."""
+        self._actors[actor].send((program, dict(begun)))
 
     def process(self, slot: int) -> _Process:
         """A new process, in one of the environments."""
@@ -186,15 +188,17 @@ def main(descriptor: int) -> None:
         else:
             send("raised", _portable(error))
 
+    from nopad.embedding.actors.actor import place  # imports all that an actor needs
+
     over = threading.Event()
     configure_transformers()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("nopad").setLevel(logging.ERROR)  # the command logs what became of a task
     with suppress(EOFError, OSError):
+        send("placed", place())
         program, begun = connection.recv()
         actor = program()
         threading.Thread(target=beat, daemon=True).start()
-        send("placed", actor.place())
         actor.on_ready = lambda: send("ready", None)
         report("loaded", _future(actor.load, begun))
         while True:

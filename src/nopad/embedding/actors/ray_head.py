@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nopad.embedding.actors.engine import LostEngineError
+
 logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 20.0
@@ -44,7 +46,7 @@ class RayHead:
         """Check now and then that the head answers.
 
         Raises:
-            ConnectionError: it has not for a while.
+            LostEngineError: it has not for a while.
         """
         now = time.monotonic()
         if now < self._next:
@@ -55,10 +57,22 @@ class RayHead:
         if not problem:
             self._last = now
         elif now - self._last >= LOST_SECONDS:
-            raise ConnectionError(
+            raise LostEngineError(
                 f"ray: the head at {self._address} has not answered for {now - self._last:.0f} s ({problem}); start it "
                 f"again and give the same command: finished shards are kept"
             )
+
+
+@contextmanager
+def ray_errors() -> Iterator[None]:
+    """Raise errors of Ray itself as `LostEngineError`."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except RayError as error:
+        reason = " ".join(str(error).split())
+        raise LostEngineError(f"ray: it has failed: {reason}; finished shards are kept") from error
 
 
 def why_unreachable(address: str) -> str:
@@ -132,7 +146,10 @@ def _answering_address(address: str | None) -> str:
 
 
 def _init(address: str, options: dict[str, Any], stop: threading.Event) -> None:
-    """Connect in a thread of its own: where something else than a head answers, Ray waits without end."""
+    """Connect in a thread of its own: where something else than a head answers, Ray waits without end.
+
+    An instance of this process alone is waited for in any case, so that it can be ended.
+    """
     import ray
 
     errors: list[BaseException] = []
@@ -143,17 +160,14 @@ def _init(address: str, options: dict[str, Any], stop: threading.Event) -> None:
         except BaseException as error:
             errors.append(error)
 
-    if address == "local":
-        ray.init(address, **options)
-        return
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     end = time.monotonic() + CONNECT_SECONDS
     while thread.is_alive():
         thread.join(0.2)
-        if stop.is_set():
+        if stop.is_set() and address != "local":
             raise InterruptedError("stopped")
-        if time.monotonic() > end:
+        if address != "local" and time.monotonic() > end:
             raise ConnectionError(f"ray: what answers at {address} is no head, or a head that hangs")
     if errors:
         raise ConnectionError(f"ray: {address}: {errors[0]}") from errors[0]

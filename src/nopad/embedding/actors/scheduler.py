@@ -65,12 +65,11 @@ class Scheduler:
         self._deaths_in_a_row = 0
         self._idle_since, self._idle_limit = pool.clock(), MAX_IDLE_SECONDS
 
-    def load(self) -> Any:
-        """Start an actor unless there is one, and return what loading it returned; `None` after a stop."""
+    def load(self, number: int = 1) -> Any:
+        """Start the actors for `number` shards, and return what loading the first returned; `None` after a stop."""
         self._idle_since = self.pool.clock()
         while self.pool.first is None and not self.stop.is_set():
-            if not len(self.pool):
-                self.pool.start()
+            self._start(number)
             self._step()
         return self.pool.first
 
@@ -87,12 +86,15 @@ class Scheduler:
         self._idle_since = self.pool.clock()
         while self.pool.busy() or (self._has_waiting() and not self.stop.is_set()):
             if not self.stop.is_set():
-                while len(self.pool) < min(self.max_actors, max(1, self._num_left)):
-                    self.pool.start()
+                self._start(self._num_left)
                 self._assign()
             self._step()
             outcomes, self._outcomes = self._outcomes, []
             yield from outcomes
+
+    def _start(self, number: int) -> None:
+        while len(self.pool) < min(self.max_actors, max(1, number)):
+            self.pool.start()
 
     def _step(self) -> None:
         for event in self.pool.engine.wait(POLL_SECONDS):
@@ -222,7 +224,7 @@ class Scheduler:
         if self.stall is None:
             return
         for actor in self.pool.all():
-            if actor.place is None or self.pool.clock() - actor.since < self.stall or actor in self.pool.idle():
+            if not actor.is_loading or self.pool.clock() - actor.since < self.stall or actor in self.pool.idle():
                 continue
             self.pool.kill(actor)
             reason = f"no progress in {self.stall:g} s"
@@ -264,7 +266,8 @@ class Scheduler:
         Raises:
             Exception: the error, where there are none.
         """
-        if actor.node is None or not self.pool.has_other_node({actor.node}):
+        is_first = self.pool.first is None  # others have not even begun to load
+        if is_first or actor.node is None or not self.pool.has_other_node({actor.node}):
             raise error
         self._exclude_node(actor.node, str(error))
 
