@@ -35,21 +35,26 @@ _QUICK = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 500, "
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """A head without cores, to which this process is connected."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
-    from ray.cluster_utils import Cluster
-
+def cluster_utils() -> Iterator[Any]:
+    """Ray's module of that name, with the environment of clusters and drivers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # of the nodes' processes
-        head = {**_NODE, "num_cpus": 0, "include_dashboard": False, "_system_config": _QUICK}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        ray.init(cluster.address, log_to_driver=False, logging_level="error")
-        yield cluster
-        ray.shutdown()
-        cluster.shutdown()
+        yield pytest.importorskip("ray.cluster_utils", reason="Ray is not installed: pip install '.[ray]'")
+
+
+@pytest.fixture(scope="module")
+def cluster(cluster_utils) -> Iterator[Any]:
+    """A head without cores, to which this process is connected."""
+    import ray
+
+    head = {**_NODE, "num_cpus": 0, "include_dashboard": False, "_system_config": _QUICK}
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
+    ray.init(cluster.address, log_to_driver=False, logging_level="error")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
 
 
 @pytest.fixture
@@ -223,28 +228,65 @@ import sys
 from faulty_actors import FaultyMaker
 from nopad.cli import main
 from nopad.embedding import distributed
+from nopad.embedding.actors import ray_head
 distributed.ShardMaker = FaultyMaker
+ray_head.LOST_SECONDS, ray_head._CHECK_SECONDS = 2.0, 0.5
 sys.exit(main(sys.argv[1:]))
 """
+
+
+def driver(photos: Path, out: Path, model: str, address: str, **pipes: Any) -> subprocess.Popen[str]:
+    """A command beside the test, of one actor."""
+    arguments = ["embed", str(photos), "--out", str(out), "--model", model, "--shard-size", str(_ROWS)]
+    command = [sys.executable, "-c", _DRIVER, *arguments, "--actors", "1", "--ray", address]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, text=True, **pipes)
 
 
 def test_a_driver_that_is_killed_and_begun_again(cluster, add_node, begin, photos, undisturbed, model, gate, tmp_path):
     """Its actor ends with it."""
     node = add_node(env_vars={"GATE": str(gate)})
     out = tmp_path / "out"
-    arguments = ["embed", str(photos), "--out", str(out), "--model", model, "--shard-size", str(_ROWS)]
-    command = [sys.executable, "-c", _DRIVER, *arguments, "--actors", "1", "--ray", cluster.address]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as driver:
+    with driver(photos, out, model, cluster.address) as job:
         try:
-            wait_for_shards(out, 3, lambda: driver.poll() is None)
+            wait_for_shards(out, 3, lambda: job.poll() is None)
             actors = [worker for worker in workers_of(node) if worker.cmdline()[0].startswith("ray::RayActor")]
         finally:
-            driver.kill()
+            job.kill()
     assert len(actors) == 1
     assert psutil.wait_procs(actors, timeout=30)[1] == []
     left = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
     assert len(left) < _SHARDS
     gate.touch()
     assert begin(out, actors=1).result().missing == 0
+    assert table(out) == undisturbed
+    assert {path: path.stat().st_mtime_ns for path in left} == left
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["its node", "the head alone"])
+def test_a_head_that_is_killed_ends_the_job_which_goes_on(
+    cluster_utils, photos, undisturbed, model, gate, tmp_path, whole
+):
+    out = tmp_path / "out"
+    head = {**_NODE, "num_cpus": 1, "include_dashboard": False, "env_vars": {"GATE": str(gate)}}
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=head)
+    try:
+        with driver(photos, out, model, cluster.address, stderr=subprocess.PIPE) as job:
+            try:
+                wait_for_shards(out, 3, lambda: job.poll() is None)
+                (server,) = cluster.head_node.all_processes["gcs_server"]
+                server.process.kill()
+                if whole:
+                    kill_node(cluster, cluster.head_node)
+                _, messages = job.communicate(timeout=_SECONDS)
+            finally:
+                job.kill()
+    finally:
+        cluster.shutdown()
+    assert job.returncode == 75, messages
+    assert "start it again and give the same command: finished shards are kept" in messages.splitlines()[-1]
+    assert "Traceback" not in messages
+    assert 3 <= len(table(out)) < _SHARDS
+    left = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    assert embed(photos, out, model=model, shard_size=_ROWS).missing == 0
     assert table(out) == undisturbed
     assert {path: path.stat().st_mtime_ns for path in left} == left
