@@ -7,7 +7,6 @@ import sys
 import tarfile
 import threading
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -17,10 +16,11 @@ from jobs import embed, table
 from pictures import write_photos
 
 from nopad.cli import main
-from nopad.embedding.inputs import lister, listing, listing_cache
+from nopad.embedding.inputs import archive_listing, listing, listing_cache, sources
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.listing_cache import ListingCache
 from nopad.embedding.inputs.sources import Listing, list_inputs
+from nopad.embedding.inputs.table_pool import TablePool
 from nopad.storage import objects
 from nopad.storage.object_path import ObjectPath
 
@@ -54,8 +54,8 @@ def read(monkeypatch) -> list[str]:
         names.append(os.path.basename(path))
         return real(path, *arguments, **options)
 
-    real = lister.tar_inputs
-    monkeypatch.setattr(lister, "tar_inputs", watched)
+    real = archive_listing.tar_inputs
+    monkeypatch.setattr(archive_listing, "tar_inputs", watched)
     return names
 
 
@@ -63,6 +63,7 @@ def read(monkeypatch) -> list[str]:
 def keep_all(monkeypatch) -> None:
     monkeypatch.setattr(listing_cache, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(listing_cache, "_SETTLED_NS", -1)
+    monkeypatch.setattr(sources, "NUM_ARCHIVES", 1)  # in their order
 
 
 def listed(source: Path, cache: Path | None, **options) -> Listing:
@@ -86,14 +87,15 @@ def test_tars_are_listed_once(tars, tmp_path, read):
 def test_a_listing_that_was_killed_goes_on(tars, tmp_path, read):
     program = f"""
 import os, signal
-from nopad.embedding.inputs import lister, listing_cache, sources
+from nopad.embedding.inputs import archive_listing, listing_cache, sources
 
 def killed_at_the_third(path, *arguments, **options):
     if path.endswith("2.tar"):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(path, *arguments, **options)
 
-real, lister.tar_inputs, listing_cache.MIN_SECONDS = lister.tar_inputs, killed_at_the_third, 0
+real, archive_listing.tar_inputs = archive_listing.tar_inputs, killed_at_the_third
+listing_cache.MIN_SECONDS, sources.NUM_ARCHIVES = 0, 1
 listing_cache._SETTLED_NS = -1
 sources.list_inputs([{str(tars)!r}], cache=listing_cache.ListingCache(listing_cache.Path({str(tmp_path / "cache")!r})))
 """
@@ -108,9 +110,9 @@ def test_a_tar_that_cannot_be_listed_leaves_the_others(tars, tmp_path, read, mon
             raise KeyboardInterrupt
         return real(path, *arguments, **options)
 
-    real = lister.tar_inputs
+    real = archive_listing.tar_inputs
     with monkeypatch.context() as patch:
-        patch.setattr(lister, "tar_inputs", interrupted)
+        patch.setattr(archive_listing, "tar_inputs", interrupted)
         patch.setattr(listing_cache, "MIN_SECONDS", 1e-9)
         with pytest.raises(KeyboardInterrupt):
             listed(tars, tmp_path / "cache")
@@ -125,10 +127,10 @@ def test_a_signal_ends_the_listing_and_what_was_listed_is_kept(tars, tmp_path, m
             signal.raise_signal(signal.SIGINT)
         return real(path, *arguments, **options)
 
-    real = lister.tar_inputs
+    real = archive_listing.tar_inputs
     command = ["embed", str(tars), "--out", str(tmp_path / "out"), "--model", str(model)]
     with monkeypatch.context() as patch:
-        patch.setattr(lister, "tar_inputs", interrupted)
+        patch.setattr(archive_listing, "tar_inputs", interrupted)
         assert main(command) == 130
     assert "stopped while the sources were listed; to go on: " in capsys.readouterr().err
     assert read == ["0.tar", "1.tar", "2.tar"]
@@ -229,7 +231,9 @@ def test_inputs_of_short_files_do_not_bring_a_block_each(tars, tmp_path):
         with ListingCache(tmp_path / "cache") as cache:
             got = []
             for path, item in zip(paths, listed_now, strict=True):
-                got += cache.inputs(path, [], None, Counter(), partial(iter, [item]))
+                lookup = cache.look_up(path, [], None)
+                lookup.check()
+                got += cache.inputs(lookup, Counter(), lambda _: iter(()), iter([item]))
         assert got == items
 
 
@@ -259,7 +263,7 @@ def test_tables_are_listed_once(tmp_path, monkeypatch):
     numbered = content(listed(tmp_path / "tables", tmp_path / "cache"))
     assert [item.id for item in first[0]] == ["x", "y"] * 2
     assert [item.id for item in numbered[0]] == ["0", "1"] * 2
-    monkeypatch.setattr(lister.Lister, "_table", None)
+    monkeypatch.setattr(TablePool, "inputs", None)
     assert content(listed(tmp_path / "tables", tmp_path / "cache", id_column="name")) == first
 
 

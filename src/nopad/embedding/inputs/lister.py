@@ -8,16 +8,13 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
-
-import pyarrow as pa
 
 from nopad.embedding.inputs import remote
-from nopad.embedding.inputs.archives import COMPRESSED, CompressedTarError, tar_inputs
+from nopad.embedding.inputs.archive_listing import Archive, ArchiveOptions
+from nopad.embedding.inputs.archives import COMPRESSED, CompressedTarError
 from nopad.embedding.inputs.durations import DurationProcess
 from nopad.embedding.inputs.list_files import MAX_LINE, lines_of
 from nopad.embedding.inputs.listing import Input, root_of
-from nopad.embedding.inputs.listing_cache import ListingCache
 from nopad.embedding.inputs.media import Video, check_reachable
 from nopad.embedding.inputs.names import COMPRESSED_TARS, HIDDEN, as_text, check_source, is_list, suffix_of
 from nopad.embedding.inputs.reaching import location_of, retry, unreachable_source
@@ -25,9 +22,8 @@ from nopad.embedding.inputs.remote import below, is_object
 from nopad.embedding.inputs.saved_datasets import is_dataset
 from nopad.embedding.inputs.spans import Spans
 from nopad.embedding.inputs.spool import Spool
-from nopad.embedding.inputs.table_process import TableProcess
+from nopad.embedding.inputs.table_pool import TablePool
 from nopad.embedding.inputs.table_requests import Table
-from nopad.embedding.inputs.tables import NoImageColumnError
 from nopad.embedding.inputs.units import UnitEdge
 from nopad.embedding.inputs.walk import Hidden, is_shard, match, walk
 from nopad.preprocessing.decode import ImageError, UnreachableError
@@ -38,8 +34,7 @@ from nopad.storage.addresses import WEB, join, local_path, scheme_of
 from nopad.storage.store import Stored
 from nopad.terminal import printable
 
-Listed = Iterator[Input | pa.Table | UnitEdge]
-"""Inputs one by one, or those of a file that was listed before in tables, and where units begin and end."""
+Listed = Iterator[Input | UnitEdge | Archive]
 
 _ARCHIVES = (".tar", ".parquet")
 
@@ -48,7 +43,7 @@ _ARCHIVES = (".tar", ".parquet")
 class Processes:
     """Those that open what is in the sources."""
 
-    tables: TableProcess
+    tables: TablePool
     durations: DurationProcess
     videos: Spool
 
@@ -58,7 +53,8 @@ class Lister:
 
     Args:
         name: of the source.
-        column, id_column, spans, hidden, cache: see `nopad.embedding.inputs.sources.list_inputs`.
+        options: of tars and Parquet files.
+        spans: see `nopad.embedding.inputs.sources.list_inputs`.
         may_be_missing: it is one of several that braces stand for; what is missing is a `"broken"` input.
         check: called for each path that is found; may raise.
     """
@@ -67,42 +63,45 @@ class Lister:
         self,
         name: str,
         processes: Processes,
-        column: str | None,
-        id_column: str | None,
+        options: ArchiveOptions,
         spans: Spans | None,
         *,
-        hidden: bool,
         may_be_missing: bool,
-        cache: ListingCache,
         check: Callable[[], None],
     ) -> None:
         self.name = name
         self.source = as_text(name)
         self.processes = processes
-        self.column = column
-        self.id_column = id_column
         self.spans = spans
-        self.cache = cache
         self.check = check
         self.file_of = 0, 0
         """Which of how many tars, tables or matches is listed; zeros where that is not known."""
         self.left_out: Counter[str] = Counter()
         self.refusals: list[str] = []
-        """Reasons for which tables were left out that may have been meant."""
+        """Reasons for which tables were left out that may have been meant; as `left_out`, complete at the end."""
         self.is_archive = suffix_of(name) in _ARCHIVES
-        self._include_hidden = hidden
-        self._hidden = Hidden(included=hidden)
-        self._may_be_missing = may_be_missing
+        self._options = options
+        self._hidden = Hidden(included=options.hidden)
+        self.may_be_missing = may_be_missing
 
     def inputs(self) -> Listed:
-        """All inputs, of files that were listed before in tables; `left_out` is complete afterwards."""
+        """All inputs, and tars and Parquet files in their place, whose inputs are not taken yet."""
         try:
             yield from self._all()
         except FileNotFoundError as error:  # a prefix with nothing below it
             reason = f"cannot be opened: {why(error)}"
-            if not self._may_be_missing:
+            if not self.may_be_missing:
                 raise ValueError(printable(f"{self.source}: {reason}")) from error
             yield self._broken(self.name, os.path.basename(self.name), reason)
+
+    def add(self, archive: Archive) -> None:
+        """Add what was left out in an archive, when its inputs were taken."""
+        self.left_out.update(archive.left_out)
+        if archive.refusal:
+            self.refusals.append(archive.refusal)
+
+    def finish(self) -> None:
+        """All inputs were taken."""
         if self._hidden.left_out:
             self.left_out[HIDDEN] += len(self._hidden.left_out)
 
@@ -116,7 +115,7 @@ class Lister:
                 raise
             if glob.has_magic(self.name):
                 return self._glob()
-            if self._may_be_missing:
+            if self.may_be_missing:
                 return iter([self._broken(self.name, os.path.basename(self.name), f"cannot be opened: {why(error)}")])
             raise ValueError(printable(f"{self.source}: cannot be opened: {why(error)}")) from error
         if stat.S_ISDIR(mode):
@@ -134,7 +133,7 @@ class Lister:
             if is_unreachable(error):
                 raise
             reason = f"cannot be opened: {why(error)}"
-        if self._may_be_missing:
+        if self.may_be_missing:
             return iter([self._broken(self.name, os.path.basename(self.name), reason)])
         raise ValueError(printable(f"{self.source}: {reason}"))
 
@@ -151,7 +150,7 @@ class Lister:
         if suffix in COMPRESSED_TARS:
             yield self._broken(path, id, COMPRESSED)
         elif suffix in _ARCHIVES:
-            yield from self._archive(path, stored)
+            yield self._archive(path, stored)
         else:
             kind = "video" if suffix in VIDEO_SUFFIXES else "image"
             item = Input(as_text(id), self.source, kind, location_of(path))
@@ -175,42 +174,16 @@ class Lister:
         except ImageError as error:
             yield replace(item, kind="broken", note=f"cannot be listed: {error.reason}")
 
-    def _archive(self, path: str, stored: Stored | None) -> Listed:
-        """The inputs in a tar or a Parquet file; one that holds no images is left out."""
-        left_out: Counter[str] = Counter()
-        is_empty = True
-        how = [as_text(path), self._include_hidden, self.column, self.id_column]
-        location = location_of(path)
-        yield UnitEdge.BEGIN
-        try:
-            for rows in self.cache.inputs(location, how, stored, left_out, lambda: self._in_archive(path, left_out)):
-                is_empty = is_empty and isinstance(rows, UnitEdge)
-                yield rows
-        except CompressedTarError:
-            if path == self.name:
-                raise
-            is_empty = False
-            yield self._broken(path, os.path.basename(path), COMPRESSED)
-        except NoImageColumnError as error:
-            self.refusals.append(str(error))
-        yield UnitEdge.END
-        self.left_out.update(left_out)
-        if is_empty and not left_out:
-            self.left_out[suffix_of(path)] += 1
-
-    def _in_archive(self, path: str, left_out: Counter[str]) -> Iterator[Input | UnitEdge]:
-        if suffix_of(path) == ".parquet":
-            return self._table("parquet", path)
-        options: dict[str, Any] = {"hidden": self._include_hidden, "timeout": self.processes.tables.timeout}
-        return tar_inputs(path, as_text(path), left_out, **options)
-
-    def _table(self, kind: str, path: str) -> Iterator[Input | UnitEdge]:
-        table = Table(kind, location_of(path))
-        return self.processes.tables.inputs(table, as_text(path), self.column, self.id_column)
+    def _archive(self, path: str, stored: Stored | None) -> Archive:
+        place = {"is_source": path == self.name, "file_of": self.file_of}
+        return Archive(path, self.source, self._options, stored, **place)
 
     def _folder(self, folder: str, prefix: str) -> Listed:
         if is_dataset(folder):
-            yield from self._table("dataset", folder)
+            table = Table("dataset", location_of(folder))
+            yield from self.processes.tables.inputs(
+                table, as_text(folder), self._options.column, self._options.id_column
+            )
             return
         archives = []
         has_images = False
@@ -252,7 +225,7 @@ class Lister:
             matches = match(base, tuple(parts[fixed:]), self._hidden, self.check)
         if not matches:
             reason = "does not exist and, as a glob, matches nothing"
-            if not self._may_be_missing:
+            if not self.may_be_missing:
                 raise ValueError(printable(f"{self.source}: {reason}"))
             yield self._broken(self.name, self.name, reason)
         for number, entry in enumerate(matches, 1):

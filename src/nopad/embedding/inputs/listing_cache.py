@@ -58,6 +58,29 @@ class _Entry:
     ends: Sequence[int] = ()
 
 
+@dataclass
+class Lookup:
+    """What is known of a file before it is listed.
+
+    Attributes:
+        path: or address.
+        status: its size and time; `None` where its inputs are not kept.
+        key: of its inputs among those that are kept.
+        entry: its inputs, if they were kept.
+        is_same: whether it has not changed while it was listed, nor lately.
+    """
+
+    path: bytes
+    status: list[Any] | None
+    key: str = ""
+    entry: _Entry | None = None
+    is_same: bool = False
+
+    def check(self) -> None:
+        """Set `is_same`; when all of it was listed."""
+        self.is_same = self.status is not None and _status(self.path, None) == self.status and _is_settled(self.status)
+
+
 class ListingCache:
     """Keeps the inputs of files in lists in a folder, and finds those of files that have the same size and time.
 
@@ -104,31 +127,40 @@ class ListingCache:
         except OSError:  # which is said where the folder is written to
             return []
 
-    def inputs(
-        self,
-        path: bytes,
-        how: list[Any],
-        stored: Stored | None,
-        left_out: Counter[str],
-        listed: Callable[[], Iterator[Input | UnitEdge]],
-    ) -> Iterator[Input | pa.Table | UnitEdge]:
-        """The inputs of a file: those that were kept, as Arrow tables, else those that are listed now; and the ends of
-        units in it.
+    def look_up(self, path: bytes, how: list[Any], stored: Stored | None) -> Lookup:
+        """What is known of a file; from any thread.
 
         Args:
             path: or address.
             how: all that its inputs depend on beside it.
             stored: the object as it was found when its prefix was listed.
-            left_out: what was left out is added.
-            listed: lists it, and adds to `left_out`.
         """
         status = None if self._folder is None else _status(path, stored)
         if status is None:
-            yield from listed()
-            return
+            return Lookup(path, None)
         key = json.dumps([__version__, path.hex(), *how, status])
+        return Lookup(path, status, key, self._entries.get(key))
+
+    def inputs(
+        self,
+        lookup: Lookup,
+        left_out: Counter[str],
+        listed: Callable[[Lookup], Iterator[Input | UnitEdge]],
+        items: Iterator[Any],
+    ) -> Iterator[Input | pa.Table | UnitEdge]:
+        """The inputs of a file: those that were kept, as Arrow tables, else those that are listed now; and the ends of
+        units in it.
+
+        Args:
+            left_out: what was left out is added.
+            listed: lists it again, adds to `left_out`, and checks the lookup at the end.
+            items: these, where none were kept.
+        """
+        if lookup.status is None:
+            yield from items
+            return
         num_taken = 0
-        if (entry := self._entries.get(key)) is not None:
+        if (entry := lookup.entry) is not None:
             try:
                 for table in self._tables(entry):
                     if isinstance(table, UnitEdge):
@@ -144,6 +176,7 @@ class ListingCache:
                 raise
             except (pa.ArrowException, OSError, ValueError, TypeError) as error:  # removed by another command, perhaps
                 self._forget(entry.path, error)
+                items = listed(lookup)
             else:
                 self._used.add(entry.path)
                 return
@@ -151,7 +184,7 @@ class ListingCache:
         start = self._writer.num_inputs
         ends: list[int] = []
         is_whole = True
-        for item in listed():
+        for item in items:
             place = self._writer.num_inputs - start
             if isinstance(item, UnitEdge):
                 ends.append(place)
@@ -160,8 +193,8 @@ class ListingCache:
                 self._writer.add(item)
             if place >= num_taken:
                 yield item
-        if is_whole and _status(path, None) == status and _is_settled(status):
-            self._new.append([key, start, self._writer.num_inputs, dict(left_out), ends])
+        if is_whole and lookup.is_same:
+            self._new.append([lookup.key, start, self._writer.num_inputs, dict(left_out), ends])
         now = time.monotonic()
         if now - self._kept >= max(MIN_SECONDS, _MAX_LOST * (now - self._began)):
             self._keep()

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from nopad.counts import counted
+from nopad.embedding.inputs.ahead import begun_ahead
+from nopad.embedding.inputs.archive_listing import Archive, ArchiveOptions
 from nopad.embedding.inputs.durations import DurationProcess
 from nopad.embedding.inputs.lister import Lister, Processes
 from nopad.embedding.inputs.listing import Input, InputList, InputWriter
@@ -25,7 +26,7 @@ from nopad.embedding.inputs.names import COMPRESSED_TARS, check_source, expand_b
 from nopad.embedding.inputs.reaching import source_errors
 from nopad.embedding.inputs.spans import Spans
 from nopad.embedding.inputs.spool import Spool
-from nopad.embedding.inputs.table_process import TableProcess
+from nopad.embedding.inputs.table_pool import TablePool
 from nopad.embedding.inputs.units import UnitEdge, Units
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 from nopad.storage import objects
@@ -34,6 +35,12 @@ from nopad.terminal import printable
 
 logger = logging.getLogger(__name__)
 
+
+Rows = Input | pa.Table | UnitEdge
+"""An input, or those of a file that was listed before, or an edge of a unit."""
+
+NUM_ARCHIVES = 4
+"""Tars and Parquet files that are listed at the same time; of objects some blocks of each are in memory."""
 
 REPORT_SECONDS = 10.0
 """Seconds until the first line on how far a listing is; then as long as it has taken so far, ten minutes at most."""
@@ -129,35 +136,38 @@ def list_inputs(
         if stop is not None and stop.is_set():
             raise InterruptedError("stopped while the sources were listed")
 
-    def every(processes: Processes) -> Iterator[tuple[Lister, Input | pa.Table | UnitEdge]]:
+    def every(processes: Processes) -> Iterator[tuple[Lister, Rows]]:
         nonlocal is_any_whole
-        for name, is_expanded in _names(sources):
-            options: dict[str, Any] = {"hidden": hidden, "may_be_missing": is_expanded, "cache": cache, "check": check}
-            lister = Lister(name, processes, image_column, id_column, spans, **options)
-            is_empty = True
-            with source_errors(lister.source):
-                for rows in lister.inputs():
-                    if isinstance(rows, UnitEdge):
-                        yield lister, rows
-                        continue
-                    is_empty = False
-                    if not isinstance(rows, Input):  # of files without anything broken
-                        kinds.update(rows["kind"].unique().to_pylist())
-                        is_any_whole = True
-                    else:
-                        kinds.add(rows.kind)
-                        is_any_whole = is_any_whole or rows.kind != "broken"
-                        if rows.kind == "broken" and not first_broken:
-                            first_broken.append(rows)
-                    yield lister, rows
-            if is_empty:
-                reason = f"{lister.source}: no image or video in it{_summary(lister.left_out)}"
-                nothing_in.append(lister.refusals[0] if lister.refusals else reason)
-                if not (lister.is_archive or is_expanded):
-                    raise ValueError(printable(nothing_in[-1]))
-            left_out.update(lister.left_out)
+        options = ArchiveOptions(processes.tables, cache, image_column, id_column, hidden)
+        listers = (
+            Lister(name, processes, options, spans, may_be_missing=is_expanded, check=check)
+            for name, is_expanded in _names(sources)
+        )
+        is_empty = True
+        for lister, rows in _rows_of(listers):
+            if rows is None:
+                if is_empty:
+                    reason = f"{lister.source}: no image or video in it{_summary(lister.left_out)}"
+                    nothing_in.append(lister.refusals[0] if lister.refusals else reason)
+                    if not (lister.is_archive or lister.may_be_missing):
+                        raise ValueError(printable(nothing_in[-1]))
+                left_out.update(lister.left_out)
+                is_empty = True
+                continue
+            yield lister, rows
+            if isinstance(rows, UnitEdge):
+                continue
+            is_empty = False
+            if not isinstance(rows, Input):  # of files without anything broken
+                kinds.update(rows["kind"].unique().to_pylist())
+                is_any_whole = True
+            else:
+                kinds.add(rows.kind)
+                is_any_whole = is_any_whole or rows.kind != "broken"
+                if rows.kind == "broken" and not first_broken:
+                    first_broken.append(rows)
 
-    processes = closing(TableProcess(timeout)), closing(DurationProcess(timeout)), closing(Spool(timeout))
+    processes = closing(TablePool(timeout)), closing(DurationProcess(timeout)), closing(Spool(timeout))
     with processes[0] as tables, processes[1] as durations, processes[2] as videos, InputWriter() as writer, cache:
         progress, units = ListingProgress(), Units()
         for lister, rows in every(Processes(tables, durations, videos)):
@@ -179,6 +189,43 @@ def list_inputs(
         if column is not None and kinds.isdisjoint({"parquet", "dataset"}):
             raise ValueError(f"{option}: no source has columns, as Parquet files and datasets do, got {column!r}")
     return Listing(inputs, dict(left_out), units.places())
+
+
+def _rows_of(listers: Iterator[Lister]) -> Iterator[tuple[Lister, Rows | None]]:
+    """The inputs of each lister, those of tars and Parquet files in their place, `None` at its end."""
+
+    def entries() -> Iterator[tuple[Lister, Input | UnitEdge | Archive | None]]:
+        for lister in listers:
+            with source_errors(lister.source):
+                for rows in lister.inputs():
+                    yield lister, rows
+            yield lister, None
+
+    begun: list[Archive] = []
+
+    def begin(entry: tuple[Lister, object]) -> bool:
+        if not isinstance(archive := entry[1], Archive):
+            return False
+        archive.begin()
+        begun.append(archive)
+        return True
+
+    try:
+        for lister, rows in begun_ahead(entries(), begin, NUM_ARCHIVES):
+            if isinstance(rows, Archive):
+                lister.file_of = rows.file_of
+                with source_errors(lister.source):
+                    for each in rows.inputs():
+                        yield lister, each
+                begun.remove(rows)
+                lister.add(rows)
+                continue
+            if rows is None:
+                lister.finish()
+            yield lister, rows
+    finally:
+        for archive in begun:
+            archive.close()
 
 
 class ListingProgress:
