@@ -186,13 +186,16 @@ def test_timms_layout_needs_timms_config_and_its_own_architecture(goldens, tmp_p
         nopad.load(write(tmp_path, state, {**config, "architecture": "vit_large_patch14_clip_224"}))
 
 
-@torch.no_grad()
-def test_timm_scales_the_rotary_grid_unless_told_not_to(goldens, tmp_path):
+@pytest.mark.parametrize(("arguments", "side"), [({}, 14), ({"ref_feat_shape": None}, 14), ({"ref_feat_shape": 6}, 6)])
+def test_timm_scales_the_rotary_grid_to_that_of_its_architecture(goldens, tmp_path, arguments, side):
     case = goldens / "timm-pe-core"
     state, config = load_file(case / "model.safetensors"), json.loads((case / "config.json").read_text())
-    assert nopad.load(case).config.rope_grid_side == 14  # 224 / 16, of its architecture
-    config["model_args"]["ref_feat_shape"] = None
-    assert nopad.load(write(tmp_path, state, config)).config.rope_grid_side is None
+    config["model_args"] |= arguments  # null is the default of the architecture, 224 / 16
+    folder = write(tmp_path, state, config)
+    assert nopad.load(folder).config.rope_grid_side == side
+    if PEReference.why_missing() is None and side == 14:
+        report = align(folder)
+        assert report.passed, [each.failures for each in report.cases]
 
 
 def test_patch_positions_are_those_of_the_trained_grid_where_timm_scales(goldens):

@@ -127,12 +127,10 @@ def _read_timm_config(checkpoint: Checkpoint) -> dict[str, Any]:
     match = re.fullmatch(_TIMM_ARCHITECTURES, architecture)
     assert match is not None
     _, size, patch, image = match.groups()
-    arguments = checkpoint.config.get("model_args") or {}
-    unscaled = "ref_feat_shape" in arguments and arguments["ref_feat_shape"] is None
     return {
         "num_attention_heads": _TIMM_HEADS[size],
         "rope_offset": 0 if size == "gigantic" else 1,
-        "rope_grid_side": None if unscaled else int(image) // int(patch),
+        "rope_grid_side": int(image) // int(patch),  # also where the argument is null, which timm leaves out
         **fields,
     }
 

@@ -68,8 +68,10 @@ class PEReference(ReferenceModel):
         return super().load(packed, of_timm, dtype)
 
     def only_grid(self, packed: PackedEncoder) -> tuple[int, int] | None:
-        """The trained grid where other grids get positions as in Meta's code, else any."""
-        return None if packed.config.positions_mode == "bicubic" else trained_grid(packed.config)
+        """The trained grid where others get positions or rotary embeddings as in Meta's code, else any."""
+        config = packed.config
+        as_timm = config.positions_mode == "bicubic" and config.rope_grid_side is not None
+        return None if as_timm else trained_grid(config)
 
     def layers(self, model: Any) -> nn.ModuleList:
         """The reference's transformer layers."""
@@ -86,7 +88,7 @@ def timm_architecture(name: str) -> str:
 
 def timm_arguments(config: Any) -> dict[str, Any]:
     """The arguments that make one of timm's models the architecture of a config."""
-    side = config.rope_grid_side
+    side = config.rope_grid_side or trained_grid(config)[0]  # the same on the trained grid
     return {
         "img_size": config.image_size,
         "patch_size": config.patch_size,
@@ -103,7 +105,7 @@ def timm_arguments(config: Any) -> dict[str, Any]:
         "attn_pool_num_heads": config.num_pooling_heads,
         "rope_temperature": config.rope_theta,
         "rope_grid_offset": config.rope_offset,
-        "ref_feat_shape": None if side is None else (side, side),
+        "ref_feat_shape": (side, side),
         "norm_layer": partial(nn.LayerNorm, eps=config.layer_norm_eps),
     }
 
