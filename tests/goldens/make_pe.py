@@ -32,8 +32,8 @@ CASES = {
 GRIDS = [(5, 5), (3, 7), (1, 8), (6, 6), (9, 2)]
 
 
-def model_class() -> type[torch.nn.Module]:
-    """Meta's `VisionTransformer`, without the rest of the package that it lies in."""
+def models() -> types.ModuleType:
+    """The module of Meta's models, without the rest of the package that it lies in."""
     spec = importlib.util.find_spec("inference")
     assert spec is not None
     assert spec.origin is not None
@@ -47,7 +47,7 @@ def model_class() -> type[torch.nn.Module]:
     for name in ("PE_TEXT_CONFIG", "PE_VISION_CONFIG", "PEConfig", "PETextConfig", "fetch_pe_checkpoint"):
         setattr(config, name, None)
     sys.modules[config.__name__] = config
-    return importlib.import_module(f"{encoder}.pe").VisionTransformer
+    return importlib.import_module(f"{encoder}.pe")
 
 
 def randomize(model: torch.nn.Module) -> None:
@@ -60,21 +60,27 @@ def randomize(model: torch.nn.Module) -> None:
             parameter.copy_(noise * scale + (1.0 if parameter.ndim == 1 else 0.0))
 
 
+def write_texts(module: types.ModuleType, case: Path) -> dict[str, torch.Tensor]:
+    """Write what the text tower makes of texts, and return its tensors and those of the similarity."""
+    sizes = {"context_length": 8, "vocab_size": 30, "width": 64, "heads": 1, "layers": 1, "output_dim": 24}
+    model = module.TextTransformer(**sizes).eval()
+    randomize(model)
+    ids = torch.tensor([[28, 0, 1, 16, 3, 18, 29, 0], [28, 27, 29, 0, 0, 0, 0, 0], [28, 0, 1, 2, 3, 4, 5, 29]])
+    case.mkdir(exist_ok=True)
+    with torch.no_grad():
+        save_file({"input_ids": ids, "text_embeds": model(ids)}, case / "texts.safetensors")
+    return {**model.state_dict(), "logit_scale": torch.tensor(1.5)}
+
+
 def main(folder: Path) -> None:
     """Write all cases; the whole model's tensors for `pe-core`, those of its text tower among them."""
-    vision_transformer = model_class()
+    module = models()
     for name, arguments in CASES.items():
-        model = vision_transformer(**SMALL, **arguments).eval()
+        model = module.VisionTransformer(**SMALL, **arguments).eval()
         randomize(model)
         state = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
         if name == "pe-core":
-            generator = torch.Generator().manual_seed(2)
-            text = {"token_embedding.weight": (30, 16), "positional_embedding": (8, 16), "text_projection": (16, 24)}
-            block = "transformer.resblocks.0"
-            text |= {f"{block}.attn.in_proj_weight": (48, 16), f"{block}.attn.in_proj_bias": (48,)}
-            text |= {f"{block}.ln_1.weight": (16,), "ln_final.weight": (16,), "logit_scale": ()}
-            state = {f"visual.{key}": value for key, value in state.items()}
-            state |= {key: torch.randn(shape, generator=generator) for key, shape in text.items()}
+            state = {f"visual.{key}": value for key, value in state.items()} | write_texts(module, folder / name)
         generator = torch.Generator().manual_seed(1)
         inputs, expected, number = {}, {}, int(model.use_cls_token)
         for i, (rows, columns) in enumerate(GRIDS):

@@ -36,13 +36,34 @@ _VISION_UNUSED = """
 patch_dropout output_tokens attn_pooler_queries attn_pooler_heads timm_pool timm_proj timm_proj_bias timm_drop
 timm_drop_path
 """
+_OF_TIMM_TOWERS = ("image_size", "timm_model_pretrained")
 _TEXT_UNUSED = "output_tokens pad_id hf_tokenizer_name hf_model_pretrained hf_proj_type hf_pooler_type"
 _COUNTS = ("layers", "width", "head_width", "heads", "vocab_size", "context_length")
 
 
 def is_open_clip(names: Iterable[str]) -> bool:
-    """Whether tensor names are those of an image tower of OpenCLIP's own."""
-    return any(name.startswith("visual.transformer.resblocks.") for name in names)
+    """Whether tensor names are those of an image tower of OpenCLIP's own, or of one of timm's in it."""
+    return any(name.startswith(("visual.transformer.resblocks.", "visual.trunk.")) for name in names)
+
+
+def timm_tower(checkpoint: Checkpoint) -> dict[str, Any]:
+    """timm's `config.json` of the image tower that `vision_cfg` names, with attention pooling and its projection.
+
+    Raises:
+        ValueError: no such tower, a field that nothing here reads, or another value of one than is implemented.
+    """
+    label = f"checkpoint {checkpoint.name!r}: {OPEN_CLIP_CONFIG}"
+    model = checkpoint.config.get("model_cfg")
+    fields = model.get("vision_cfg") if isinstance(model, dict) else None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{label}: expected model_cfg with a vision_cfg beside the weights, got {model!r:.80}")
+    for name, value in {"timm_pool": "map", "timm_proj": None}.items():
+        if fields.get(name) != value:
+            raise ValueError(f"{label}: vision_cfg: {name}: expected {value!r}, got {fields.get(name)!r:.80}")
+    unread = sorted(fields.keys() - {"timm_model_name", "timm_pool", *_VISION_UNUSED.split(), *_OF_TIMM_TOWERS})
+    if unread:
+        raise ValueError(f"{label}: vision_cfg: not implemented: {', '.join(unread)}")
+    return {"architecture": fields.get("timm_model_name")}
 
 
 def read_vision_cfg(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from nopad.checkpoints.open_clip_config import read_text_cfg
 from nopad.families.clip_checkpoints import COMPOSITE, PUBLISHED, MetaCLIP2PackingConfig
 from nopad.text.rules import TextRules
 
-_HIGHEST_TOKEN = 2
+HIGHEST_TOKEN = 2
 """An `eos_token_id` by which transformers' `CLIPTextModel` pools at the highest token of a text, as OpenAI's code."""
 # By the width of the image-text space: width, heads, layers. Those of 1,280 are bigG's.
 _SIZES = {512: (512, 8, 12), 768: (768, 12, 12), 1024: (1024, 16, 24), 1280: (1280, 20, 32)}
@@ -38,7 +38,7 @@ def _config_fields(checkpoint: Checkpoint) -> Mapping[str, Any]:
     if "model_cfg" in checkpoint.config:
         fields, eos = read_text_cfg(checkpoint)
         if eos is None:
-            return {"text_config": {**fields, "eos_token_id": _HIGHEST_TOKEN}}
+            return {"text_config": {**fields, "eos_token_id": HIGHEST_TOKEN}}
         # transformers' CLIP takes this token for the highest, MetaCLIP 2 takes it as it is.
         model_type = MetaCLIP2PackingConfig.model_type.removesuffix("_vision_model")
         return {"model_type": model_type, "text_config": {**fields, "eos_token_id": eos}}
@@ -50,10 +50,10 @@ def _config_fields(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return checkpoint.config
 
 
-def _check_tokenizer(text_config: Any, tokenizer: Any) -> None:
+def check_tokenizer(text_config: Any, tokenizer: Any) -> None:
     """Refuse a tokenizer that ends texts by another token than the tower pools at."""
     pooled = text_config.eos_token_id
-    if text_config.model_type == "clip_text_model" and pooled == _HIGHEST_TOKEN:
+    if text_config.model_type == "clip_text_model" and pooled == HIGHEST_TOKEN:
         pooled = len(tokenizer) - 1
     if tokenizer.eos_token_id != pooled:
         raise ValueError(
@@ -66,5 +66,5 @@ TEXT_RULES = TextRules(
     published=_published,
     has_bos=True,
     config_fields=_config_fields,
-    check_tokenizer=_check_tokenizer,
+    check_tokenizer=check_tokenizer,
 )

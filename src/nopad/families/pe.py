@@ -16,6 +16,7 @@ from transformers.utils.constants import IMAGENET_STANDARD_MEAN, IMAGENET_STANDA
 from nopad.checkpoints.formats import trained_grid
 from nopad.encoder import PackedEncoder
 from nopad.families.pe_checkpoints import PUBLISHED, PEPackingConfig, check_config, read_config
+from nopad.families.pe_text import TEXT_RULES
 from nopad.inference.runner import Runner
 from nopad.layers.attention import PackedAttention, Rope
 from nopad.layers.block import Block
@@ -109,6 +110,7 @@ class PEPacking(PackedEncoder):
     config_class = PEPackingConfig
     family = "pe"
     published = PUBLISHED
+    text_rules = TEXT_RULES
     read_config = staticmethod(read_config)
     config_without_head = MappingProxyType({"use_head": False, "projection_dim": None})
     head_reads_prefix = True

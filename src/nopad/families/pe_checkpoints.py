@@ -10,7 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from nopad.checkpoints.config_json import read_fields
 from nopad.checkpoints.dialects.clip import timm_head_projects
-from nopad.checkpoints.dialects.pe import TIMM
+from nopad.checkpoints.dialects.pe import OPEN_CLIP, TIMM
 from nopad.checkpoints.formats import Checkpoint, grid_side
 from nopad.checkpoints.timm_config import check_is_timm, is_timm, read_model_args
 from nopad.counts import is_count
@@ -93,6 +93,7 @@ _TIMM_FIXED = {
     "drop_path_rate": 0.0,
 }
 _TIMM_HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "gigantic": 16}
+_OF_TIMM = (TIMM, OPEN_CLIP)
 _KERNEL, _POSITIONS = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
 _PROJECTION, _LAYERS = "projection.weight", "transformer.resblocks."
 
@@ -106,7 +107,7 @@ def read_config(checkpoint: Checkpoint) -> PEPackingConfig:
     """
     checkpoint.check_model_type("timm_wrapper")  # transformers' class around timm's models
     is_own = checkpoint.vision_config.get("model_type") == PEPackingConfig.model_type
-    if checkpoint.table is TIMM and not is_own:
+    if checkpoint.table in _OF_TIMM and not is_own:
         check_is_timm(checkpoint)
     if is_timm(checkpoint.config):
         fields = _read_timm_config(checkpoint)
@@ -114,7 +115,7 @@ def read_config(checkpoint: Checkpoint) -> PEPackingConfig:
         fields = read_fields(checkpoint, _NAMES.split())
     if not is_own:
         fields = {**_infer_from_tensors(checkpoint, fields), **fields}
-    if checkpoint.table is TIMM:
+    if checkpoint.table in _OF_TIMM:
         fields = {"positions_mode": "bicubic", "positions_antialias": True, **fields}
     return PEPackingConfig(**checkpoint.with_sides(fields, "image_size", "patch_size", "rope_grid_side"))
 
@@ -143,7 +144,7 @@ def _infer_from_tensors(checkpoint: Checkpoint, config_fields: dict[str, Any]) -
     side = grid_side(positions - has_class_token, f"checkpoint {checkpoint.name!r}")
     has_head = any(name.startswith("attn_pool.") for name in checkpoint.tensors)
     has_norm = any(name.startswith("ln_post.") for name in checkpoint.tensors)
-    if has_norm and not has_head and checkpoint.table is not TIMM:
+    if has_norm and not has_head and checkpoint.table not in _OF_TIMM:
         raise ValueError(
             f"checkpoint {checkpoint.name!r}: expected 'attn_pool' beside 'ln_post', as in PE core, or neither; "
             f"the image tower of an OpenCLIP model, which has these names without positions in its attention, is read "

@@ -33,8 +33,11 @@ class TextRules:
         published: returns the fields of the text config of a published name, but for the vocabulary, for `untrained:`.
         has_bos: whether texts begin with a token of their own.
         normalize: of tokenizer and text, what is done to a text before it.
-        config_fields: returns the fields of the config of both towers of a checkpoint.
+        config_fields: returns the fields of the config of both towers of a checkpoint, whose tensors have transformers'
+            names.
         check_tokenizer: takes a text config and a tokenizer, and raises `ValueError` where they do not belong together.
+        model_type: of transformers' model of both towers, where the encoder is of none.
+        tokenizer: the checkpoint whose tokenizer is taken where a checkpoint has none beside its weights.
         attn_implementation: the attention of transformers' text model, where its default is not right.
     """
 
@@ -44,4 +47,6 @@ class TextRules:
     normalize: Callable[[Any, str], str] = _unchanged
     config_fields: Callable[[Checkpoint], Mapping[str, Any]] = _config_json
     check_tokenizer: Callable[[Any, Any], None] = _any_tokenizer
+    model_type: str | None = None
+    tokenizer: str | None = None
     attn_implementation: str | None = None

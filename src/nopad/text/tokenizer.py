@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,21 +13,40 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nopad.extras import install
 
+logger = logging.getLogger(__name__)
+
 _SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
+_ANY_REPOSITORY = ("cache_dir", "local_files_only", "force_download", "proxies")
 _HUB = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 
-def load_tokenizer(name: str, opened: Mapping[str, Any]) -> Any:
-    """The tokenizer beside a checkpoint's weights.
+def load_tokenizer(name: str, opened: Mapping[str, Any], other: str | None = None) -> Any:
+    """The tokenizer beside a checkpoint's weights, else that of another checkpoint.
 
     Args:
         name: the checkpoint, as the user named it.
         opened: the arguments of `open_checkpoint` that it was opened by.
+        other: the checkpoint that has the same tokenizer, `None` where none is known.
 
     Raises:
         ValueError: there is none.
         ImportError: it needs a package that is not installed.
     """
+    try:
+        return _load(name, opened)
+    except ValueError as error:
+        if other is None:
+            raise
+        logger.warning("%s; that of %r is taken, which is the same", error, other)
+        try:
+            return _load(other, {key: opened[key] for key in _ANY_REPOSITORY if key in opened})
+        except ValueError as of_other:
+            raise ValueError(
+                f"{error}; put the tokenizer of {other!r} beside them, which is the same ({of_other})"
+            ) from None
+
+
+def _load(name: str, opened: Mapping[str, Any]) -> Any:
     path = Path(name).expanduser()
     folder = str(path.parent if path.is_file() else path) if os.path.lexists(path) else name
     options = {key: opened[key] for key in _HUB if opened.get(key) is not None}
@@ -41,7 +61,9 @@ def load_tokenizer(name: str, opened: Mapping[str, Any]) -> Any:
         LookupError,
         AttributeError,
     ) as error:  # as transformers fails without files
-        raise ValueError(f"checkpoint {name!r}: no tokenizer can be read beside its weights: {error}") from error
+        raise ValueError(
+            f"checkpoint {name!r}: no tokenizer can be read beside its weights: {' '.join(str(error).split())}"
+        ) from error
     # Without a file some classes of transformers make a tokenizer that has no words.
     if tokenizer.vocab_size <= len(tokenizer.all_special_tokens) or tokenizer.pad_token_id is None:
         raise ValueError(f"checkpoint {name!r}: no tokenizer can be read beside its weights: tokenizer.json is missing")

@@ -125,9 +125,9 @@ def _load(encoder: PackedEncoder) -> TextTower:
             f"checkpoint {source!r}: its text tower has {dialect.name} names, which are not read; load the checkpoint "
             f"in transformers' layout"
         )
-    config = whole_config(encoder, rules.config_fields(checkpoint))
+    config = whole_config(encoder, rules.config_fields(texts))
     check_sizes(texts, config.text_config.to_dict(), f"{_TEXT}encoder.layers.")
-    tower = TextTower(config, rules, load_tokenizer(source, encoder.opened_with))
+    tower = TextTower(config, rules, load_tokenizer(source, encoder.opened_with, rules.tokenizer))
     needed = tower.state_dict()
     check_strictly(checkpoint, of_texts.table.to_file(needed), of_texts)
     try:
@@ -181,7 +181,8 @@ def whole_config(encoder: PackedEncoder, config_fields: Mapping[str, Any]) -> An
         ValueError: transformers has no such class.
     """
     config_fields = dict(config_fields)
-    model_type = str(encoder.config.model_type).removesuffix(_VISION)
+    rules = encoder.text_rules
+    model_type = (rules and rules.model_type) or str(encoder.config.model_type).removesuffix(_VISION)
     of_file = config_fields.pop("model_type", None)
     if of_file in CONFIG_MAPPING and not of_file.endswith(_VISION):
         model_type = of_file

@@ -8,6 +8,7 @@ from typing import Any
 
 from nopad.checkpoints.conversions import DROP_AXES, DROP_AXIS, TRANSPOSED, NameTable, Rename, split_qkv
 from nopad.checkpoints.formats import Checkpoint, Dialect
+from nopad.checkpoints.stored_tensor import StoredTensor
 
 _LAYER, _ATTENTION = "encoder.layers.*", "encoder.layers.*.self_attn"
 
@@ -63,6 +64,15 @@ def timm_head_projects(config: Mapping[str, Any]) -> bool:
     return bool(config.get("num_classes")) and isinstance(tag, str) and tag != "" and "ft" not in tag.split("_")
 
 
+def check_no_bias(checkpoint: Checkpoint, name: str, bias: StoredTensor) -> None:
+    """Raise `ValueError` on a bias of timm's projection that is not zero."""
+    if bias.read().any():
+        raise ValueError(
+            f"checkpoint {checkpoint.name!r}: {name}: expected zeros, since the original's projection has no bias and "
+            f"config.json names the original's weights, got other values"
+        )
+
+
 def prepare_timm_head(checkpoint: Checkpoint) -> Checkpoint:
     """Without the classifier, and without the bias of a projection, which is zero.
 
@@ -72,11 +82,8 @@ def prepare_timm_head(checkpoint: Checkpoint) -> Checkpoint:
     tensors = dict(checkpoint.tensors)
     head = {name: tensors.pop(name) for name in ("head.weight", "head.bias") if name in tensors}
     if timm_head_projects(checkpoint.config) and "head.weight" in head:
-        if "head.bias" in head and head["head.bias"].read().any():
-            raise ValueError(
-                f"checkpoint {checkpoint.name!r}: head.bias: expected zeros, since the original's projection has no "
-                f"bias and config.json names the original's weights, got other values"
-            )
+        if "head.bias" in head:
+            check_no_bias(checkpoint, "head.bias", head["head.bias"])
         tensors["head.weight"] = head.pop("head.weight")
     return replace(checkpoint, tensors=tensors, left_out={**checkpoint.left_out, **head})
 

@@ -1,10 +1,13 @@
-"""Perception Encoder's dialects: how Meta and timm name its tensors."""
+"""Perception Encoder's dialects: how Meta, timm and OpenCLIP name its tensors."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from nopad.checkpoints.conversions import DROP_AXES, DROP_AXIS, TRANSPOSED, Join, NameTable, Rename, split_qkv
-from nopad.checkpoints.dialects.clip import prepare_timm_head
-from nopad.checkpoints.formats import Dialect
+from nopad.checkpoints.dialects.clip import OPEN_CLIP_TEXT, check_no_bias, prepare_timm_head
+from nopad.checkpoints.formats import Checkpoint, Dialect
+from nopad.checkpoints.open_clip_config import timm_tower
 
 _KINDS = ("weight", "bias")
 _LAYER = "transformer.resblocks.*"
@@ -32,34 +35,56 @@ def _meta(prefix: str) -> NameTable:
 
 
 META, META_CORE = _meta(""), _meta("visual.")
-TIMM = NameTable(
-    Rename("cls_token", "embeddings.class_embedding", reshape=DROP_AXES),
-    Rename("pos_embed", "embeddings.position_embedding.weight", reshape=DROP_AXIS),
-    Rename("patch_embed.proj.weight", "embeddings.patch_embedding.weight"),
-    Rename("norm_pre.*", "ln_pre.*"),
-    split_qkv("blocks.*.attn.qkv.*", f"{_LAYER}.attn"),
-    Rename("blocks.*.attn.proj.*", f"{_LAYER}.attn.out_proj.*"),
-    *(Rename(f"blocks.*.norm{i}.*", f"{_LAYER}.ln_{i}.*") for i in (1, 2)),
-    *(Rename(f"blocks.*.gamma_{i}", f"{_LAYER}.ls_{i}.lambda1") for i in (1, 2)),
-    Rename("blocks.*.mlp.fc1.*", f"{_LAYER}.mlp.c_fc.*"),
-    Rename("blocks.*.mlp.fc2.*", f"{_LAYER}.mlp.c_proj.*"),
-    Rename("norm.*", "ln_post.*"),
-    Rename("attn_pool.latent", "attn_pool.probe"),
-    *(
-        Join((f"attn_pool.q.{kind}", f"attn_pool.kv.{kind}"), f"attn_pool.attn.in_proj_{kind}", (1, 2))
-        for kind in _KINDS
-    ),
-    Rename("attn_pool.proj.*", "attn_pool.attn.out_proj.*"),
-    Rename("attn_pool.norm.*", "attn_pool.layernorm.*"),
-    Rename("attn_pool.mlp.fc1.*", "attn_pool.mlp.c_fc.*"),
-    Rename("attn_pool.mlp.fc2.*", "attn_pool.mlp.c_proj.*"),
-    Rename("head.weight", "projection.weight"),
-)
+
+
+def _timm(prefix: str) -> NameTable:
+    """timm's names below a prefix."""
+    return NameTable(
+        Rename(f"{prefix}cls_token", "embeddings.class_embedding", reshape=DROP_AXES),
+        Rename(f"{prefix}pos_embed", "embeddings.position_embedding.weight", reshape=DROP_AXIS),
+        Rename(f"{prefix}patch_embed.proj.weight", "embeddings.patch_embedding.weight"),
+        Rename(f"{prefix}norm_pre.*", "ln_pre.*"),
+        split_qkv(f"{prefix}blocks.*.attn.qkv.*", f"{_LAYER}.attn"),
+        Rename(f"{prefix}blocks.*.attn.proj.*", f"{_LAYER}.attn.out_proj.*"),
+        *(Rename(f"{prefix}blocks.*.norm{i}.*", f"{_LAYER}.ln_{i}.*") for i in (1, 2)),
+        *(Rename(f"{prefix}blocks.*.gamma_{i}", f"{_LAYER}.ls_{i}.lambda1") for i in (1, 2)),
+        Rename(f"{prefix}blocks.*.mlp.fc1.*", f"{_LAYER}.mlp.c_fc.*"),
+        Rename(f"{prefix}blocks.*.mlp.fc2.*", f"{_LAYER}.mlp.c_proj.*"),
+        Rename(f"{prefix}norm.*", "ln_post.*"),
+        Rename(f"{prefix}attn_pool.latent", "attn_pool.probe"),
+        *(
+            Join(
+                (f"{prefix}attn_pool.q.{kind}", f"{prefix}attn_pool.kv.{kind}"),
+                f"attn_pool.attn.in_proj_{kind}",
+                (1, 2),
+            )
+            for kind in _KINDS
+        ),
+        Rename(f"{prefix}attn_pool.proj.*", "attn_pool.attn.out_proj.*"),
+        Rename(f"{prefix}attn_pool.norm.*", "attn_pool.layernorm.*"),
+        Rename(f"{prefix}attn_pool.mlp.fc1.*", "attn_pool.mlp.c_fc.*"),
+        Rename(f"{prefix}attn_pool.mlp.fc2.*", "attn_pool.mlp.c_proj.*"),
+        Rename(f"{prefix}head.weight", "projection.weight"),
+    )
+
+
+TIMM, OPEN_CLIP = _timm(""), _timm("visual.trunk.")
 
 _TEXT = (
     r"^(token_embedding|transformer|ln_final)\.",
     r"^(positional_embedding|text_projection|logit_scale|logit_bias|attn_mask)$",
 )
+
+
+def _prepare_open_clip(checkpoint: Checkpoint) -> Checkpoint:
+    """With the config of timm's model in OpenCLIP's, and without the bias of the projection, which is zero."""
+    tensors = dict(checkpoint.tensors)
+    bias = tensors.pop("visual.trunk.head.bias", None)
+    if bias is not None:
+        check_no_bias(checkpoint, "visual.trunk.head.bias", bias)
+    return replace(checkpoint, tensors=tensors, config=timm_tower(checkpoint))
+
+
 _QKV, _NORM_PRE = r"^blocks\.\d+\.attn\.qkv\.bias$", r"^norm_pre\."
 _OTHERS = (r"\.ls[12]\.", r"\.(q|k)_norm\.", r"^(reg|dist|mask)_token$")
 """Of other vision transformers of timm."""
@@ -77,6 +102,17 @@ DIALECTS = (
         r"^visual\.attn_pool\.(attn|layernorm|mlp)\.",
         META_CORE,
         dropped=_TEXT,
+        text_table=OPEN_CLIP_TEXT,
+    ),
+    Dialect(
+        "OpenCLIP",
+        r"^visual\.trunk\.attn_pool\.",
+        OPEN_CLIP,
+        requires=(r"^visual\.trunk\.norm_pre\.",),
+        dropped=(r"^text\.", r"^(logit_scale|logit_bias)$"),
+        prepare=_prepare_open_clip,
+        text_table=OPEN_CLIP_TEXT,
+        text_prefixes=("text.",),
     ),
     Dialect(
         "timm",
