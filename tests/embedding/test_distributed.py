@@ -17,6 +17,7 @@ from pictures import write_photos
 
 from nopad import embed
 from nopad.embedding.actors import ray_head, starting
+from nopad.embedding.actors.engine import LostEngineError
 
 ROWS = 4
 
@@ -158,9 +159,11 @@ def test_a_head_that_no_longer_answers_ends_the_run(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         head = ray_head.RayHead(f"127.0.0.1:{server.getsockname()[1]}")
         head.check()
+        head.wait()
     head = ray_head.RayHead(head._address)
-    with pytest.raises(ConnectionError, match=r"has not answered for .* give the same command"):
-        head.check()
+    for call in (head.check, ray_head.RayHead(head._address).wait):
+        with pytest.raises(LostEngineError, match=r"has not answered for .* give the same command"):
+            call()
 
 
 def node(cores: float, gpus: float = 0, alive: bool = True) -> dict:

@@ -61,6 +61,7 @@ class RayEngine:
     @ray_errors()
     def start(self) -> int:
         """See `Engine`."""
+        self._head.wait()  # its actor may have died with it
         self._number += 1
         options: dict[str, Any] = {}
         if self._aside:
@@ -115,6 +116,8 @@ class RayEngine:
 
     def close(self) -> None:
         """See `Engine`."""
+        if not self._head.answers():  # Ray would wait for it; actors end with their command
+            self._actors.clear()
         for actor in [*self._actors]:
             self.kill(actor)
 

@@ -24,6 +24,7 @@ LOST_SECONDS = 20.0
 """After this time without a head the run ends; Ray itself would end this process, without a word, after a minute."""
 
 _CHECK_SECONDS = 5.0
+_POLL_SECONDS = 0.2
 
 # Numbers take little; Ray's own choice, 30 % of the memory, is more shared memory than most containers have.
 _OBJECT_STORE_BYTES = 100 << 20
@@ -61,6 +62,20 @@ class RayHead:
                 f"ray: the head at {self._address} has not answered for {now - self._last:.0f} s ({problem}); start it "
                 f"again and give the same command: finished shards are kept"
             )
+
+    def answers(self) -> bool:
+        """Whether the head answers now."""
+        return not why_unreachable(self._address)
+
+    def wait(self) -> None:
+        """Wait until the head answers: without it Ray's own calls may hang, and end this process without a word.
+
+        Raises:
+            LostEngineError: see `check`.
+        """
+        while not self.answers():
+            self.check()
+            time.sleep(_POLL_SECONDS)
 
 
 @contextmanager
