@@ -10,7 +10,7 @@ from torch import nn
 
 import nopad
 from nopad.inference.fusion import blocked, cpu_linear
-from nopad.inference.fusion.blocked import BlockedLayers, PackedBlock, order_by_length
+from nopad.inference.fusion.blocked import BlockedLayers, PackedBlock, default_block_rows, order_by_length
 from nopad.inference.fusion.blocked_qkv import new_qkv, store_qkv
 from nopad.inference.fusion.cpu_linear import OneDNNLinear, TorchLinear, linear_class
 from nopad.inference.fusion.folding import GemmWeight
@@ -107,8 +107,7 @@ def test_features_are_bit_equal_in_any_pack(folder, linear, dtype):
 def test_blocks_of_any_size_give_equal_features(folder, monkeypatch, rows):
     encoder = compiled(folder)
     expected = encoder(patches_of(encoder), GRIDS)
-    for name in ("MIN_BLOCK_ROWS", "MAX_BLOCK_ROWS"):
-        monkeypatch.setattr(blocked, name, rows)
+    monkeypatch.setattr(blocked, "default_block_rows", lambda linear: rows)
     encoder.compile(CAPACITY)
     assert encoder._runner.stack.block_rows == rows
     torch.testing.assert_close(encoder(patches_of(encoder), GRIDS), expected, rtol=1e-4, atol=1e-5)
@@ -123,6 +122,7 @@ def test_packs_are_padded_to_a_short_last_block_where_it_has_equal_bits(tmp_path
     monkeypatch.setattr(  # a GEMM that rounds in another way for another number of rows
         PackedBlock, "after_attention", lambda self, x, y: after_attention(self, x, y) * (1 + len(x) / 2**16)
     )
+    monkeypatch.setattr(blocked, "default_block_rows", lambda linear: 256)
     layers = BlockedLayers(encoder.layers)
     assert [layers.padded_rows(n, CAPACITY) for n in (1, 256, 257)] == [256, 256, 512]
 
@@ -159,7 +159,7 @@ def test_hooks_run_and_moving_undoes_it(tmp_path):
     encoder(patches_of(encoder), GRIDS)
     assert (calls, encoder.execution) == ([1], "eager")
     handle.remove()
-    assert encoder.execution == "fused by onednn"
+    assert encoder.execution == f"fused by {linear_class(torch.float32).name}"
     assert encoder.to(torch.float64).execution == "eager"
 
 
@@ -226,6 +226,18 @@ def test_queries_and_keys_are_rotated_on_the_way_to_their_place(dtype, rotated):
     for place, (part, turns) in enumerate(zip(parts, (True, True, False), strict=True)):
         torch.testing.assert_close(out[2:7, place], rope(part) if rope is not None and turns else part)
     assert out[:, 0, 1].is_contiguous()
+
+
+@ONEDNN
+@pytest.mark.parametrize(
+    ("has_avx2", "has_avx512", "expected"),
+    [(True, True, OneDNNLinear), (True, False, TorchLinear), (False, False, OneDNNLinear)],
+)
+def test_linear_layers_are_those_that_are_fast_on_a_processor(monkeypatch, has_avx2, has_avx512, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: has_avx2)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: has_avx512)
+    assert linear_class(torch.float32) is expected
+    assert default_block_rows(expected) == (256 if expected is OneDNNLinear else 1024)
 
 
 def test_linear_layers_without_onednn(monkeypatch):

@@ -31,7 +31,7 @@ from nopad.layers.attention import Rope
 from nopad.layers.block import Block
 from nopad.segments import Segments
 
-MIN_BLOCK_ROWS, MAX_BLOCK_ROWS, ROWS_PER_THREAD = 256, 1024, 64
+MAX_BLOCK_ROWS, ROWS_PER_THREAD = 1024, 64
 """Rows of a block: more where more threads share them, but what a layer makes of them has to stay in the cache."""
 TAIL_ROWS = 64
 """A shorter last block has a multiple of so many rows."""
@@ -53,9 +53,9 @@ def can_pack(layers: Iterable[nn.Module]) -> bool:
     return all(map(can_fold, layers)) or all(map(can_pack_int8, layers))
 
 
-def default_block_rows() -> int:
+def default_block_rows(linear: type[CPULinear]) -> int:
     """Rows of a block for the present number of threads."""
-    return max(MIN_BLOCK_ROWS, min(MAX_BLOCK_ROWS, ROWS_PER_THREAD * torch.get_num_threads()))
+    return max(linear.min_block_rows, min(MAX_BLOCK_ROWS, ROWS_PER_THREAD * torch.get_num_threads()))
 
 
 class BlockedLayers(LayerStack):
@@ -70,7 +70,8 @@ class BlockedLayers(LayerStack):
 
     def __init__(self, layers: nn.ModuleList) -> None:
         self.layers = [layer for layer in layers if isinstance(layer, Block)]
-        self.block_rows: int = default_block_rows()  # pyright: ignore[reportIncompatibleVariableOverride]
+        linear = linear_class(next(self.layers[0].parameters()).dtype)
+        self.block_rows: int = default_block_rows(linear)  # pyright: ignore[reportIncompatibleVariableOverride]
         self.guard = ModuleGuard(layers)
         self._pack()
         self.tail_rows = TAIL_ROWS if self._short_blocks_have_equal_bits() else self.block_rows

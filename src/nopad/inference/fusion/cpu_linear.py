@@ -16,7 +16,15 @@ _EPILOGUES = {"silu": ("swish", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("ge
 
 
 class CPULinear(Protocol):
-    """A linear layer over blocks of as many rows as it was made for."""
+    """A linear layer over blocks of as many rows as it was made for.
+
+    Attributes:
+        name: name of what computes it, for reports.
+        min_block_rows: blocks of fewer rows are slow.
+    """
+
+    name: str
+    min_block_rows: int
 
     def __call__(self, x: Tensor, activation: str | None = None) -> Tensor:
         """`activation(x @ weightᵀ + bias)`, `(R, K)` to `(R, N)`."""
@@ -40,6 +48,7 @@ class OneDNNLinear:
     """
 
     name = "onednn"
+    min_block_rows = 256
 
     def __init__(self, weight: GemmWeight, num_rows: int) -> None:
         mkldnn: Any = torch.ops.mkldnn
@@ -63,9 +72,10 @@ class OneDNNLinear:
 
 
 class TorchLinear:
-    """The same by torch's own GEMM, for processors that oneDNN is not built for."""
+    """The same by torch's own GEMM (MKL on x86), for processors that oneDNN is not built for, or is slower on."""
 
     name = "torch"
+    min_block_rows = 1024  # each call lays the weight out again
 
     def __init__(self, weight: GemmWeight, num_rows: int) -> None:
         self.weight = weight.weight
@@ -89,6 +99,14 @@ def linear_class(dtype: torch.dtype) -> type[OneDNNLinear] | type[TorchLinear]:
     """The fastest that runs in `dtype` on this processor."""
     mkldnn: Any = torch.ops.mkldnn
     has_operator = torch.backends.mkldnn.is_available() and hasattr(mkldnn, "_linear_pointwise")
-    if has_operator and (dtype == torch.float32 or (dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported())):
+    if has_operator and dtype == torch.float32 and not _has_avx2_alone():
+        return OneDNNLinear
+    if has_operator and dtype == torch.bfloat16 and mkldnn._is_mkldnn_bf16_supported():
         return OneDNNLinear
     return TorchLinear
+
+
+def _has_avx2_alone() -> bool:
+    """Whether this processor has AVX2 and not AVX-512: oneDNN's activations as epilogues are slow there."""
+    cpu: Any = torch.cpu
+    return cpu._is_avx2_supported() and not cpu._is_avx512_supported()
