@@ -47,7 +47,7 @@ DIALECTS = [
     for dialect in encoder_class(family).dialects
     if (family.split()[0], dialect.name.split(",")[0]) != ("dinov3", "Meta")
     and (family, dialect.name) != ("dinov2 gated", "transformers, TIPSv2")  # which are Meta's of a gated layer
-    and (family, dialect.name) != ("pe lang", "Meta, both towers")  # which have a head
+    and (family, dialect.name) not in (("pe lang", "Meta, both towers"), ("pe lang", "OpenCLIP"))  # which have a head
     and (not dialect.name.startswith("timm") or dialect.name == TIMM.get(family, "timm"))
 ]
 PREFIXES = [

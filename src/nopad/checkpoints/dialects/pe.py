@@ -77,12 +77,13 @@ _TEXT = (
 
 
 def _prepare_open_clip(checkpoint: Checkpoint) -> Checkpoint:
-    """With the config of timm's model in OpenCLIP's, and without the bias of the projection, which is zero."""
+    """With the config of timm's model in OpenCLIP's, or nopad's own, and without the projection's bias of zeros."""
     tensors = dict(checkpoint.tensors)
     bias = tensors.pop("visual.trunk.head.bias", None)
     if bias is not None:
         check_no_bias(checkpoint, "visual.trunk.head.bias", bias)
-    return replace(checkpoint, tensors=tensors, config=timm_tower(checkpoint))
+    is_own = checkpoint.vision_config.get("model_type") == "perception_encoder"
+    return replace(checkpoint, tensors=tensors, config=checkpoint.config if is_own else timm_tower(checkpoint))
 
 
 _QKV, _NORM_PRE = r"^blocks\.\d+\.attn\.qkv\.bias$", r"^norm_pre\."
