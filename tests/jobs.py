@@ -2,18 +2,34 @@
 
 import io
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pyarrow.parquet as pq
 
 import nopad
+from nopad.embedding import table_run
 from nopad.embedding.summary import Summary
 
 
 def embed(sources, out: Path, model, **options) -> Summary:
     return nopad.embed(sources, out, model=model, **{"shard_size": 5, "workers": 2, **options})
+
+
+def begin(sources, out: Path, model, **options) -> Summary:
+    """Begin a job, which is stopped once its sources are listed, before its first shard."""
+    stop, list_sources = threading.Event(), table_run.list_sources
+
+    def listed(*arguments):
+        listing = list_sources(*arguments)
+        stop.set()
+        return listing
+
+    with mock.patch.object(table_run, "list_sources", listed):
+        return embed(sources, out, model, stop=stop, **options)
 
 
 def table(folder: Path) -> dict[str, bytes]:

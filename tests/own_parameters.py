@@ -78,7 +78,7 @@ def spoken_by(encoder):
     if encoder.family in ("dinov2", "qwen3_vl") or isinstance(encoder, IJepaPacking):
         others |= {"timm", "timm, registers"}
     if encoder.family == "pe":
-        others |= {"timm, plain"} | ({"Meta, both towers"} if encoder.head is None else set())
+        others |= {"timm, plain"} | ({"Meta, both towers", "OpenCLIP"} if encoder.head is None else set())
     return [dialect for dialect in encoder.dialects if dialect.name not in others]
 
 

@@ -1,11 +1,10 @@
 """A job that was stopped goes on, and what it takes for the same job."""
 
 import shutil
-import threading
 
 import pytest
 import torch
-from jobs import embed, table
+from jobs import begin, embed, table
 from pictures import write_photos
 
 import nopad
@@ -66,9 +65,7 @@ def test_job_keeps_to_the_threads_that_it_began_with(photos, tmp_path, model, st
 
 
 def test_stopped_before_the_first_shard(photos, tmp_path, model):
-    stop = threading.Event()
-    stop.set()
-    summary = embed(photos, tmp_path / "out", model, stop=stop)
+    summary = begin(photos, tmp_path / "out", model)
     assert (summary.rows, summary.done, summary.missing, summary.to_go) == (0, 0, 12, 12)
     with pytest.raises(ValueError, match="no shard of its job is finished"):
         nopad.read_features(tmp_path / "out")

@@ -1,12 +1,11 @@
 """What an actor does, in this process: it makes shards for the job that holds the folder, and reads ahead."""
 
 import errno
-import threading
 from itertools import islice
 from pathlib import Path
 
 import pytest
-from jobs import table
+from jobs import begin, table
 from pictures import write_photos
 
 from nopad import embed
@@ -42,9 +41,7 @@ def local(images, model, tmp_path_factory) -> Path:
 
 def test_actor_writes_to_no_folder_that_is_another_jobs(images, model, tmp_path):
     settings = Settings(model=str(model), device="cpu", shard_size=ROWS)
-    stop = threading.Event()
-    stop.set()
-    embed(images, tmp_path, model=settings.model, shard_size=ROWS, stop=stop)
+    begin(images, tmp_path, settings.model, shard_size=ROWS)
     with FolderLock(tmp_path) as lock:
         for token, number in (("another token", 0), (lock.token, 1)):
             maker = ShardMaker(ActorConfig(str(tmp_path), settings, settings, SHARDS * ROWS, token))
@@ -84,9 +81,7 @@ def test_the_next_shard_is_read_before_the_last_is_made_in_one_process(images, m
 
 def test_the_next_shard_is_read_before_the_last_is_made_by_an_actor(images, model, tmp_path, order, local):
     settings = Settings(model=str(model), device="cpu", shard_size=ROWS, tokens=True, workers=1)
-    stop = threading.Event()
-    stop.set()
-    embed(images, tmp_path, model=settings.model, shard_size=ROWS, tokens=True, stop=stop)
+    begin(images, tmp_path, settings.model, shard_size=ROWS, tokens=True)
     with FolderLock(tmp_path) as lock:
         maker = ShardMaker(ActorConfig(str(tmp_path), settings, settings, SHARDS * ROWS, lock.token))
         maker.load({})
@@ -111,9 +106,7 @@ def test_an_actor_whose_shard_cannot_be_written_makes_those_behind_it(images, mo
         written(job, shard, *arguments)
 
     settings = Settings(model=str(model), device="cpu", shard_size=ROWS)
-    stop = threading.Event()
-    stop.set()
-    embed(images, tmp_path, model=settings.model, shard_size=ROWS, stop=stop)
+    begin(images, tmp_path, settings.model, shard_size=ROWS)
     written = Job.write
     monkeypatch.setattr(Job, "write", write)
     with FolderLock(tmp_path) as lock:
