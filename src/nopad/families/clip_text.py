@@ -8,10 +8,9 @@ from typing import Any
 from nopad.checkpoints.formats import Checkpoint
 from nopad.checkpoints.open_clip_config import read_text_cfg
 from nopad.families.clip_checkpoints import COMPOSITE, PUBLISHED, MetaCLIP2PackingConfig
+from nopad.families.clip_tokens import HIGHEST_TOKEN, check_tokenizer
 from nopad.text.rules import TextRules
 
-HIGHEST_TOKEN = 2
-"""An `eos_token_id` by which transformers' `CLIPTextModel` pools at the highest token of a text, as OpenAI's code."""
 # By the width of the image-text space: width, heads, layers. Those of 1,280 are bigG's.
 _SIZES = {512: (512, 8, 12), 768: (768, 12, 12), 1024: (1024, 16, 24), 1280: (1280, 20, 32)}
 
@@ -48,17 +47,6 @@ def _config_fields(checkpoint: Checkpoint) -> Mapping[str, Any]:
             f"checkpoint's own config.json or open_clip_config.json"
         )
     return checkpoint.config
-
-
-def check_tokenizer(text_config: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer that ends texts by another token than the tower pools at."""
-    pooled = text_config.eos_token_id
-    if text_config.model_type == "clip_text_model" and pooled == HIGHEST_TOKEN:
-        pooled = len(tokenizer) - 1
-    if tokenizer.eos_token_id != pooled:
-        raise ValueError(
-            f"its tokenizer ends texts by token {tokenizer.eos_token_id}, its text tower pools at token {pooled}"
-        )
 
 
 TEXT_RULES = TextRules(

@@ -7,7 +7,7 @@ from typing import Any
 
 from nopad.checkpoints.formats import Checkpoint
 from nopad.checkpoints.open_clip_config import read_text_cfg
-from nopad.families.clip_text import HIGHEST_TOKEN, check_tokenizer
+from nopad.families.clip_tokens import HIGHEST_TOKEN, check_tokenizer
 from nopad.families.pe_checkpoints import PUBLISHED
 from nopad.text.rules import TextRules
 
