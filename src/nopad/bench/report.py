@@ -122,6 +122,18 @@ class MeasuredPeak:
         """TFLOP/s of a run that took so long."""
         return 2 * self.side**3 * self.gemms / seconds / 1e12
 
+    def share(self, row: Row) -> float | None:
+        """Median over a candidate's runs of their TFLOP/s divided by the peak's right before and after them.
+
+        A GPU's clock depends on its load in the second before: after candidates that leave it idle the same GEMMs take
+        a tenth less time than after others.
+        """
+        shares = [
+            row.flops / seconds / 1e12 / self.teraflops_in(around)
+            for seconds, around in zip(row.seconds, row.peak_seconds, strict=True)
+        ]
+        return statistics.median(shares) if shares else None
+
 
 @dataclass(frozen=True)
 class WorkloadStats:
@@ -176,17 +188,8 @@ class BenchReport:
     rows: tuple[Row, ...]
 
     def share(self, row: Row) -> float | None:
-        """Median over a candidate's runs of their TFLOP/s divided by the peak's right before and after them.
-
-        A GPU's clock depends on its load in the second before: after candidates that leave it idle the same GEMMs take
-        a tenth less time than after others.
-        """
-        peak = {stats.name: stats.measured_peak for stats in self.workloads}[row.workload]
-        shares = [
-            row.flops / seconds / 1e12 / peak.teraflops_in(around)
-            for seconds, around in zip(row.seconds, row.peak_seconds, strict=True)
-        ]
-        return statistics.median(shares) if shares else None
+        """What a candidate has of its workload's peak, see `MeasuredPeak.share`."""
+        return {stats.name: stats.measured_peak for stats in self.workloads}[row.workload].share(row)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `--json`, with what follows from the measurements."""
