@@ -360,6 +360,13 @@ def test_parts_of_a_config_are_objects(folder, key, value):
         nopad.load(folder)
 
 
+@pytest.mark.parametrize("value", [None, {}])
+def test_an_empty_part_hides_nothing_of_a_config(folder, value):
+    expected = nopad.load(folder).config.num_attention_heads
+    changed(folder / "config.json", vision_config=value)
+    assert nopad.load(folder).config.num_attention_heads == expected
+
+
 @pytest.mark.parametrize("value", [5, ["aimv2"], {}])
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_model_type_is_a_name(folder, value, inside):

@@ -13,7 +13,7 @@ from pictures import write_photos
 from safetensors.torch import load_file, save_file
 
 import nopad
-from nopad.checkpoints.files import open_checkpoint
+from nopad.checkpoints.towers import open_tower
 from nopad.embedding import manifest, workers
 from nopad.embedding.plan import plan
 from nopad.embedding.settings import Settings
@@ -68,7 +68,7 @@ def test_a_revision_is_the_hubs_and_part_of_the_record(begun, tmp_path, monkeypa
 
     monkeypatch.setattr(workers, "load", load)
     monkeypatch.setattr(workers, "processor", lambda name, *, revision, **options: nopad.processor(name, **options))
-    monkeypatch.setattr(workers, "open_checkpoint", lambda name, *, revision: open_checkpoint(name))
+    monkeypatch.setattr(workers, "open_tower", lambda *arguments, revision: open_tower(*arguments))
     embed(begun[0], tmp_path / "out", model, revision="v1")
     assert nopad.read_features(tmp_path / "out").metadata["revision"] == "v1"
     with pytest.raises(ValueError, match="revision: v1 there, v2 now"):

@@ -309,12 +309,55 @@ def test_preprocessing_is_the_models_for_one_image(tmp_path, processor, rule, si
     assert bool(caplog.records) == ("Onevision" in processor["image_processor_type"])
 
 
-def test_quantised_towers_are_refused(tmp_path):
-    save(tmp_path, "llava")
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "torchao"}}))
-    with pytest.raises(ValueError, match="its weights are quantised"):
-        nopad.load(tmp_path)
+def quantised_folder(tmp_path, model_type, part, change):
+    """A model whose config says that it is quantised; `change` makes something else of the matrices below `part`."""
+    model = save(tmp_path, model_type)
+    config, state = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    for name in [name for name in state if part in name and name.endswith(".weight") and state[name].ndim == 2]:
+        state |= change(name, state.pop(name))
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    return model
+
+
+def to_fp8(name, weight):
+    return {name: weight.to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1)}
+
+
+def to_packed(name, weight):
+    packed = {"qweight": weight.to(torch.int32), "scales": torch.ones(1)}
+    return {f"{name.removesuffix('weight')}{part}": tensor.contiguous() for part, tensor in packed.items()}
+
+
+@pytest.mark.parametrize("change", [to_fp8, to_packed])
+@pytest.mark.parametrize("model_type", ["llava", "nemotron_h_omni", "qwen3_vl", "kimi_k25"])
+def test_tower_beside_a_quantised_language_model_is_read_and_written_back(tmp_path, model_type, change):
+    model = quantised_folder(tmp_path / "whole", model_type, "language_model", change)
+    encoder = nopad.load(tmp_path / "whole")
+    assert_parity(model_type, encoder, model)
+    encoder.save_into(tmp_path / "whole", tmp_path / "same")
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "same" / path.name).read_bytes()
+    encoder.save_pretrained(tmp_path / "alone")
+    assert_parity(model_type, nopad.load(tmp_path / "alone"), model)
+
+
+@pytest.mark.parametrize("change", [to_fp8, to_packed])
+@pytest.mark.parametrize("prefix", [None, "vision_tower"])
+def test_quantised_towers_are_refused(tmp_path, change, prefix):
+    quantised_folder(tmp_path, "llava", "vision_tower", change)
+    problem = r"weights of the tower 'vision_tower\.' are quantised, such as '(embeddings|encoder)\."
+    with pytest.raises(ValueError, match=problem):
+        nopad.load(tmp_path, prefix=prefix)
+
+
+def test_tower_beside_a_quantised_language_model_is_embedded_in_the_dtype_of_others(tmp_path):
+    quantised_folder(tmp_path / "whole", "llava", "language_model", to_fp8)
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    (tmp_path / "whole" / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    assert nopad.load(tmp_path / "whole").dtype == torch.bfloat16
+    nopad.embed([PHOTO], tmp_path / "out", model=tmp_path / "whole", device="cpu")
+    assert nopad.read_features(tmp_path / "out").metadata["dtype"] == "float32"
 
 
 @pytest.mark.parametrize(

@@ -71,8 +71,8 @@ class Checkpoint:
 
     @property
     def vision_config(self) -> dict[str, Any]:
-        """`vision_config` of `config.json`, or all of it where it has no such part."""
-        return dict(self.config.get("vision_config", self.config))
+        """`vision_config` of `config.json`, or all of it where there is nothing in such a part."""
+        return dict(self.config.get("vision_config") or self.config)
 
     @property
     def config_dtype(self) -> str | None:

@@ -10,8 +10,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nopad.checkpoints.files import open_checkpoint
 from nopad.checkpoints.formats import Checkpoint, Dialect
+from nopad.checkpoints.stored_tensor import FLOATS, StoredTensor
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,8 @@ TOWERS = {
     **{kind: f"{kind}_vision" for kind in ("qwen4_exp", "cohere_compass")},
 }
 """`model_type` of models around a tower, and that of the tower where their `vision_config` has none."""
+_INDEXES = (torch.int64, torch.bool)
+"""Dtypes of buffers, such as C-RADIO's `summary_idxs`; quantised weights have others."""
 MAX_DEPTH = 4
 """Parts of a prefix that is searched."""
 _OF_THE_WHOLE = ("dtype", "torch_dtype", "transformers_version", "spatial_merge_size")
@@ -123,25 +128,38 @@ def narrowed(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
     """The part of a checkpoint below a prefix, with the config and the preprocessing that are its own.
 
     Raises:
-        ValueError: quantised weights.
+        ValueError: quantised weights below it.
     """
     if not prefix:
         return checkpoint
-    if checkpoint.quantization_config is not None:
-        raise ValueError(
-            f"checkpoint {checkpoint.name!r}: its weights are quantised; the tower of a larger model is read only "
-            f"where they are not"
-        )
     tensors = {
         name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)
     }
+    if checkpoint.quantization_config is not None:
+        _check_plain(tensors, f"checkpoint {checkpoint.name!r}", prefix)
     outer, config = _around_vision_config(checkpoint.config), {}
     model_type = TOWERS.get(outer.get("model_type", ""), outer.get("model_type"))
     if "vision_config" in outer or outer.get("model_type") in TOWERS:
         config = {name: checkpoint.config[name] for name in _OF_THE_WHOLE if name in checkpoint.config}
         config |= {"model_type": model_type, **outer.get("vision_config", {})}
+        config.pop("quantization_config", None)  # of which nothing below the prefix is
     preprocessor = _single_image_preprocessor(checkpoint)
     return replace(checkpoint, tensors=tensors, config=config, preprocessor=preprocessor, prefix=prefix)
+
+
+def _check_plain(tensors: Mapping[str, StoredTensor], label: str, prefix: str) -> None:
+    """Check that a tower's weights are stored as they are, beside a language model whose weights are quantised.
+
+    Raises:
+        ValueError: some are not.
+    """
+    quantised = sorted(name for name, tensor in tensors.items() if tensor.dtype not in (*FLOATS, *_INDEXES))
+    if quantised:
+        raise ValueError(
+            f"{label}: {len(quantised)} weights of the tower {prefix!r} are quantised, such as {quantised[0]!r} "
+            f"({tensors[quantised[0]].dtype}); a tower is read from plain weights alone, so load the model's "
+            f"checkpoint that is not quantised, with precision='int8' or 'fp8' where that is needed"
+        )
 
 
 def _around_vision_config(config: dict[str, Any]) -> dict[str, Any]:

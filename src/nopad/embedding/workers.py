@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from nopad.checkpoints.files import open_checkpoint
+from nopad.checkpoints.dialects import DIALECTS
+from nopad.checkpoints.towers import open_tower
 from nopad.embedding.job import make_reader
 from nopad.embedding.settings import Settings
 from nopad.encoder import PackedEncoder
@@ -64,7 +65,7 @@ def _dtype(settings: Settings, device: torch.device) -> torch.dtype | None:
     if settings.dtype != "auto":
         return getattr(torch, settings.dtype)
     if not settings.model.startswith(UNTRAINED):
-        checkpoint = open_checkpoint(settings.model, revision=settings.revision)
+        checkpoint = open_tower(settings.model, DIALECTS, settings.prefix, revision=settings.revision)
         if checkpoint.quantization_config is not None:
             return None
     return default_dtype(device)
