@@ -325,8 +325,13 @@ def test_files_that_cannot_be_opened(tmp_path):
     missing = tmp_path / "missing.jpg"
     with pytest.raises(ImageError, match=r"missing\.jpg: cannot be opened: No such file"):
         load_image(missing)
-    with pytest.raises(ImageError, match="cannot be opened: Is a directory"):
+    with pytest.raises(ImageError, match="cannot be opened: expected a regular file, got a folder"):
         load_image(tmp_path)
+    (link := tmp_path / "link.jpg").symlink_to(link)
+    with pytest.raises(ImageError, match="cannot be opened: Too many levels of symbolic links"):
+        load_image(link)
+    with pytest.raises(ImageError, match=r"cannot be opened: .*embedded null"):
+        load_image("null\0.jpg")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")

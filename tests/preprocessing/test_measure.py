@@ -1,6 +1,7 @@
 """The size of an image before it is decoded is that after it."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from nopad.preprocessing import measure as module
 from nopad.preprocessing.decode import ImageError
-from nopad.preprocessing.load import load
+from nopad.preprocessing.load import load, measure_snapshot
 from nopad.preprocessing.measure import measure
 
 
@@ -58,3 +59,13 @@ def test_sizes_of_arrays_and_clips(source, expected):
 def test_what_is_no_image_is_an_error(source):
     with pytest.raises(ImageError):
         measure(source)
+
+
+@pytest.mark.parametrize("read", [load, measure])
+def test_pipes_are_not_waited_for_and_devices_not_read(read, tmp_path):
+    os.mkfifo(pipe := tmp_path / "pipe.jpg")
+    with pytest.raises(ImageError, match=r"pipe\.jpg: cannot be opened: expected a regular file, got a named pipe"):
+        read(str(pipe))
+    with pytest.raises(ImageError, match="/dev/zero: cannot be opened: expected a regular file, got a device"):
+        read("/dev/zero")
+    assert measure_snapshot(str(pipe)) == measure_snapshot("/dev/zero") == (1, 0, 0)

@@ -15,6 +15,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from nopad.preprocessing.file_structure import MAX_SCANS, START_OF_SCAN, count_scans, is_cut_short, without_metadata
+from nopad.preprocessing.files import read_regular, why
 from nopad.preprocessing.formats import open_image
 from nopad.preprocessing.limits import MAX_PIXELS
 from nopad.storage.errors import unusable_store
@@ -148,9 +149,9 @@ def measure_image(data: bytes) -> tuple[int, int, int] | None:
 
 def _read(path: str | Path, name: str) -> bytes:
     try:
-        return Path(path).read_bytes()
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise ImageError(name, f"cannot be opened: {error.strerror or error}") from error
+        return read_regular(path)
+    except (OSError, ValueError) as error:
+        raise ImageError(name, f"cannot be opened: {why(error)}") from error
 
 
 def _name(source: Any) -> str:

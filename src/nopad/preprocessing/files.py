@@ -6,6 +6,7 @@ import errno
 import io
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from nopad.local_paths import irregular_kind
 from nopad.preprocessing.limits import MAX_BYTES
@@ -29,6 +30,16 @@ def open_regular(path: bytes) -> io.FileIO:
         file.close()
         raise
     return file
+
+
+def read_regular(path: str | Path) -> bytes:
+    """The bytes of a file, never waiting for a pipe or a device.
+
+    Raises:
+        OSError, ValueError: see `open_regular`.
+    """
+    with open_regular(os.fsencode(path)) as file:
+        return file.readall()
 
 
 def open_source(path: bytes, timeout: float | None = None) -> io.RawIOBase:

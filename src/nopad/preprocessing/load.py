@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nopad.preprocessing.decode import ImageError, Source, load_image, measure_image
+from nopad.preprocessing.files import read_regular
 from nopad.preprocessing.formats import VIDEO_SUFFIXES
 from nopad.preprocessing.limits import MAX_PIXELS, NUM_FRAMES
 from nopad.preprocessing.video import read_frames
@@ -84,8 +85,8 @@ def measure_snapshot(source: Source | Sequence[Source] | ImageError) -> tuple[in
     if isinstance(source, str | Path) and Path(source).suffix.lower() in VIDEO_SUFFIXES:
         return measure_video(source, NUM_FRAMES, max_pixels=MAX_PIXELS)
     try:
-        data = source if isinstance(source, bytes) else Path(cast(str, source)).read_bytes()
-    except OSError:
+        data = source if isinstance(source, bytes) else read_regular(cast(str, source))
+    except (OSError, ValueError):
         return 1, 0, 0
     width, height, size = measure_image(data) or (0, 0, 0)
     return (1, width * height, size) if width * height <= MAX_PIXELS else (1, 0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from nopad.preprocessing.decode import DAMAGE, orientation
+from nopad.preprocessing.files import open_regular
 from nopad.preprocessing.formats import VIDEO_SUFFIXES, readable_formats
 from nopad.preprocessing.load import load
 
@@ -52,7 +54,8 @@ def _by_header(source: Any) -> tuple[int, int] | None:
         return None
     try:
         formats = [format for format in readable_formats() if format in _BY_HEADER]
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
+        raw = io.BytesIO(source) if isinstance(source, bytes) else io.BufferedReader(open_regular(os.fsencode(source)))
+        with raw as file, Image.open(file, formats=formats) as image:
             return _upright(image)
     except (*DAMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning):
         return None  # `load` raises with the reason
