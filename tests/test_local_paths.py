@@ -63,6 +63,7 @@ def test_table_at_an_address_that_is_not_written_begins_no_job(tmp_path, monkeyp
         ("ftp://b/photos", r"expected a path or an address that begins with s3://, gs://.* or file:///, got 'ftp://b"),
         ("memory://b", "expected a path or an address that begins with s3://"),
         ("s3://", "expected a bucket or a host behind s3://, got 's3://'"),
+        ("", r"expected a path, a glob or an address, got ''; '\.' is the current folder"),
         (Path("gs://b/{1..3}.tar"), "expected a path of this machine"),
     ],
 )
@@ -84,6 +85,7 @@ def test_line_of_a_list_at_another_address_is_refused(tmp_path):
     ("arguments", "message"),
     [
         (["photos", "--out", "https://b/out"], "--out: expected a folder or an address that begins with s3://"),
+        (["", "--out", "o"], "SOURCE: expected a path, a glob or an address, got ''"),
         (["ftp://b/photos", "--out", "o"], "SOURCE: expected a path or an address that begins with s3://"),
     ],
 )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from nopad.command_options import FAILURE, INTERRUPTED, SUCCESS, UNFINISHED, WRONG_USE, resolve_device
 from nopad.counts import counted
 from nopad.embedding.actors.engine import LostEngineError
+from nopad.embedding.inputs.names import check_source
 from nopad.embedding.inputs.reaching import UnreachableSourceError
 from nopad.embedding.progress import Display, clock, display
 from nopad.embedding.settings import Settings
@@ -24,7 +25,7 @@ from nopad.extras import install
 from nopad.local_paths import check_local
 from nopad.pipeline import process_server
 from nopad.preprocessing.limits import MAX_PATCHES
-from nopad.storage.addresses import check_address, is_address, local_path
+from nopad.storage.addresses import is_address, local_path
 from nopad.storage.errors import UnreachableStoreError, UnusableStoreError
 from nopad.storage.stores import check_writable
 from nopad.terminal import configure_transformers, json_text, print_error, print_summary, printable, shell_command
@@ -71,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         check_local("--out", options.out)
     for source in options.sources:
-        check_address("SOURCE", source)
+        check_source("SOURCE", source)
     go_on = f"to go on: {_command(options)}"
     try:
         with stop_on_signals(go_on) as stop, display(sys.stderr) as shown, _Messages(shown):

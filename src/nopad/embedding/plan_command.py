@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from nopad.command_options import SUCCESS, resolve_device
 from nopad.counts import check_count, counted
 from nopad.embedding.command import add_job_options, check_packages
+from nopad.embedding.inputs.names import check_source
 from nopad.embedding.progress import duration
 from nopad.embedding.settings import Settings
 from nopad.pipeline import process_server
-from nopad.storage.addresses import check_address, is_address
+from nopad.storage.addresses import is_address
 from nopad.storage.stores import check_writable
 from nopad.terminal import configure_transformers, json_text, print_error, print_summary, printable
 
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     if options.out is not None and is_address(options.out):
         check_writable("--out", options.out)
     for source in options.sources:
-        check_address("SOURCE", source)
+        check_source("SOURCE", source)
     settings = Settings(
         **{option.name: getattr(options, option.name) for option in fields(Settings) if option.name not in _OF_A_RUN}
     )

@@ -125,9 +125,11 @@ def check_source(name: str, source: str | os.PathLike[str]) -> None:
     """Check that a source is a path, or an address that can be read.
 
     Raises:
-        ValueError: another address, or one as a `Path`, which has lost a slash.
+        ValueError: no text, another address, or one as a `Path`, which has lost a slash.
         ImportError: a package is missing.
     """
+    if not os.fspath(source):
+        raise ValueError(f"{name}: expected a path, a glob or an address, got ''; '.' is the current folder")
     if isinstance(source, str):
         check_address(name, source)
     else:
