@@ -31,6 +31,7 @@ from nopad.embedding.settings import Settings
         ([3, 47], (5, 50), [50]),
         ([2, 11], (5, 10), [4, 4, 5]),  # divided, with what is before it
         ([3, 11], (5, 10), [3, 3, 4, 4]),  # without
+        ([2, 9], (4, 8), [2, 3, 3, 3]),  # half of a shard is before it
         ([12, 11], (5, 5), [4, 4, 4, 3, 4, 4]),
         ([3, 3, 4, 1, 5], (5, 5), [3, 3, 5, 5]),
         ([2, 4], (5, 5), [3, 3]),
@@ -43,6 +44,12 @@ def test_units_are_joined_or_divided(lengths, rows, expected):
     borders = Borders.at_units(units.astype(np.int64), rows, sum(map(abs, lengths)))
     assert [len(shard) for shard in borders] == expected
     assert [place for shard in borders for place in shard] == list(range(sum(map(abs, lengths))))
+
+
+@pytest.mark.parametrize("shard", [-1, 2])
+def test_a_shard_that_is_not_there_is_an_error(shard):
+    with pytest.raises(IndexError, match=f"shard {shard} of 2"):
+        Borders.every(3, 5)[shard]
 
 
 @pytest.fixture

@@ -138,6 +138,19 @@ def test_where_every_process_dies_loading_the_job_ends():
         run(Engine(lambda node, task: 0))
 
 
+def test_deaths_while_loading_end_the_job_only_one_after_another():
+    class Engine(FakeEngine):
+        def load(self, actor, program, begun):
+            if actor in (1, 2, 4, 5):
+                self.events.append(Died(actor, "it was ended by SIGKILL"))
+            else:
+                super().load(actor, program, begun)
+
+    engine = Engine(lambda node, task: 0)
+    assert run(engine, actors=2) == (NOTHING_SKIPPED, {})
+    assert engine.number == 6
+
+
 def test_a_shard_that_hangs_is_made_elsewhere(caplog):
     def does(node, task):
         if node == "b" and task.shard == 3:
@@ -285,7 +298,8 @@ def test_processes_start_together_and_the_first_loads_before_the_others():
     assert engine.loaded_by == [(1, {}), (2, {"record": "same"}), (3, {"record": "same"})]
 
 
-def test_where_the_first_dies_loading_another_loads_first():
+@pytest.mark.parametrize("num_places", [8, 2])
+def test_where_the_first_dies_loading_another_loads_first(num_places):
     class Engine(FakeEngine):
         def load(self, actor, program, begun):
             if actor == 1:
@@ -294,9 +308,9 @@ def test_where_the_first_dies_loading_another_loads_first():
             else:
                 super().load(actor, program, begun)
 
-    engine = Engine(lambda node, task: 0)
+    engine = Engine(lambda node, task: 0, starts=lambda number: number <= num_places)
     assert scheduler(engine, actors=2).load(2) == {"record": "same"}
-    assert engine.loaded_by[:3] == [(1, {}), (2, {}), (3, {"record": "same"})]
+    assert engine.loaded_by[:3] == [(1, {}), (2, {}), (3, {"record": "same"})][:num_places]
 
 
 def test_an_actor_that_waits_for_the_first_to_load_does_not_stall():
@@ -444,3 +458,9 @@ def test_no_more_actors_than_shards():
     engine = FakeEngine(lambda node, task: 0)
     run(engine, number=2, actors=8)
     assert engine.number == 2
+
+
+def test_an_actor_loads_where_no_shard_is_missing():
+    engine = FakeEngine(lambda node, task: 0)
+    assert scheduler(engine, actors=8).load(0) == {"record": "same"}
+    assert engine.number == 1
