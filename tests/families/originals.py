@@ -185,3 +185,31 @@ def assert_parity(family: str, encoder, original, grids=None, tolerance: float =
         assert max_relative(pooled, mean if expected.pooled is None else expected.pooled) < tolerance
         assert (prefix is None) == (expected.prefix is None)
         assert prefix is None or max_relative(prefix, expected.prefix) < tolerance
+
+
+def assert_gradients(family: str, encoder, original, grids=None) -> None:
+    """All images in one pack give every parameter the gradient that the original gives it one by one."""
+    pixels = pixels_of(grids_of(family) if grids is None else grids, encoder.patch_size * encoder.merge_size)
+    theirs = [run_original(family, original, image) for image in pixels]
+    output = encoder.encode(pack_of(encoder, pixels))
+    weights, pooled_weights = torch.randn_like(output.tokens), torch.randn_like(output.pooled)
+    loss = (output.tokens * weights).sum()
+    expected = (torch.cat([each.tokens for each in theirs]) * weights).sum()
+    if theirs[0].pooled is not None:
+        loss = loss + (output.pooled * pooled_weights).sum()
+        expected = expected + (torch.stack([each.pooled for each in theirs]) * pooled_weights).sum()
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-3)
+    gradients = {name: parameter.grad for name, parameter in original.named_parameters()}
+    ours = {name: parameter.grad for name, parameter in encoder.named_parameters()}
+    assert ours.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        if gradient is None:  # mask tokens, which are for masked training
+            assert ours[name] is None or not ours[name].any(), name
+            continue
+        if not gradient.numel():  # no register tokens
+            continue
+        # Softmax does not see the bias of keys: its gradient is zero but for rounding.
+        scale = float(gradients[name.replace("k_proj.bias", "v_proj.bias")].abs().max())
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-4 * scale, msg=name)
