@@ -219,18 +219,17 @@ def test_tables_and_tars_that_cannot_be_reached(s3, tmp_path, model, monkeypatch
     s3.put(name, (tmp_path / name).read_bytes())
     address = f"s3://photos/{name}"
 
-    def list_inputs(*arguments, **options):
-        listing = real(*arguments, **options)
+    def begin_before_faults(*arguments):
+        jobs = real(*arguments)
         objects.forget()
         s3.server.fail(name, "status 503", method="GET")
         s3.server.fail(name, "status 503", method="HEAD")
-        return listing
+        return jobs
 
     embed(address, tmp_path / "whole", model)
-    real = table_run.list_inputs
+    real = table_run.begin_or_resume
     with monkeypatch.context() as patch:
-        patch.setattr(table_run, "list_inputs", list_inputs)
-        patch.setattr(table_run, "begin_or_resume", begin_before_faults(table_run.begin_or_resume, s3))
+        patch.setattr(table_run, "begin_or_resume", begin_before_faults)
         summary = embed(address, tmp_path / "out", model)
     assert (summary.rows, len(summary.unmade)) == (0, 2)
     with pytest.raises(UnreachableSourceError, match=rf"{address}: cannot be reached now: .*503 Service Unavailable"):
@@ -238,19 +237,6 @@ def test_tables_and_tars_that_cannot_be_reached(s3, tmp_path, model, monkeypatch
     s3.server.faults.clear()
     embed(address, tmp_path / "out", model)
     assert table(tmp_path / "out") == table(tmp_path / "whole")
-
-
-def begin_before_faults(begin, s3):
-    """Begins a job, which takes sizes and times of its files, while the server answers."""
-
-    def call(*arguments):
-        faults, s3.server.faults[:] = list(s3.server.faults), []
-        jobs = begin(*arguments)
-        s3.server.faults[:] = faults
-        objects.forget()
-        return jobs
-
-    return call
 
 
 def test_the_command_says_what_it_could_not_list(s3, tmp_path, model, capsys):

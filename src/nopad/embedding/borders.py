@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 
 from nopad.counts import counted
 from nopad.embedding import shard_sizes
+from nopad.embedding.inputs.source_bytes import SourceBytes
 from nopad.embedding.table.paths import TablePath, open_whole, write_whole
 
 _SCHEMA = pa.schema({"end": pa.int64()})
@@ -32,17 +34,30 @@ class Borders:
         return cls(np.minimum(np.arange(rows, num_inputs + rows, rows), num_inputs))
 
     @classmethod
-    def at_units(cls, units: np.ndarray, rows: tuple[int, int], num_inputs: int) -> Borders:
+    def at_units(
+        cls, units: np.ndarray, rows: tuple[int, int], num_inputs: int, sizes: SourceBytes | None = None
+    ) -> Borders:
         """Shards of whole units, which are tars and row groups of Parquet files.
 
         Units are joined until a shard has `rows[0]` inputs. One that makes it longer than `rows[1]` is divided evenly,
         into shards of at most `rows[0]`, and so are inputs that are in no unit; a shard that is half full ends before
         such a unit.
 
+        With `sizes` units are joined until there are that many inputs or `shard_sizes.MIN_BYTES`, and what has more
+        than `shard_sizes.MAX_BYTES` is divided as well. Where that makes more than `shard_sizes.MAX_FILES` shards,
+        both are doubled.
+
         Args:
             units: `(N, 2)`: the first input of each, and the one behind the last; in order.
+            sizes: of the inputs.
         """
-        return cls(np.fromiter(_ends(units, *rows, num_inputs), np.int64))
+        borders = cls(np.fromiter(_Ends(rows, num_inputs).of(units), np.int64))
+        if sizes is None:
+            return borders
+        max_files = max(len(borders), shard_sizes.MAX_FILES)
+        limits = ((shard_sizes.MIN_BYTES << doubled, shard_sizes.MAX_BYTES << doubled) for doubled in count())
+        every = (np.fromiter(_Ends(rows, num_inputs, sizes, each).of(units), np.int64) for each in limits)
+        return cls(next(ends for ends in every if len(ends) <= max_files))
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -97,24 +112,65 @@ def with_borders(record: Mapping[str, str], borders: Borders, num_inputs: int) -
     return dict(record) if is_regular else {**record, "shards": borders.digest()}
 
 
-def _ends(units: np.ndarray, rows: int, max_rows: int, num_inputs: int) -> Iterator[int]:
-    start = 0  # of the shard in hand
-    for first, end in (*units.tolist(), (num_inputs, num_inputs)):
-        while first - start >= rows:
-            start += rows
-            yield start
-        if end - start > max_rows and 2 * (first - start) >= rows:
-            start = first
-            yield start
-        if end - start > max_rows:
-            parts = -(-(end - start) // rows)
-            yield from (start + (end - start) * part // parts for part in range(1, parts + 1))
-            start = end
-        elif end - start >= rows:
-            start = end
-            yield start
-    if start < num_inputs:
-        yield num_inputs
+class _Ends:
+    """Where shards end.
+
+    Args:
+        rows: see `Borders.at_units`.
+        sizes: of the inputs, `None` where they do not matter.
+        num_bytes: up to which units are joined, and above which one is divided.
+    """
+
+    def __init__(
+        self,
+        rows: tuple[int, int],
+        num_inputs: int,
+        sizes: SourceBytes | None = None,
+        num_bytes: tuple[int, int] = (0, 0),
+    ) -> None:
+        self._rows, self._max_rows = rows
+        self._num_inputs = num_inputs
+        self._sizes = sizes
+        self._bytes, self._max_bytes = num_bytes
+
+    def of(self, units: np.ndarray) -> Iterator[int]:
+        """The ends, by the units."""
+        start = 0  # of the shard in hand
+        for first, end in (*units.tolist(), (self._num_inputs, self._num_inputs)):
+            while first - start >= self._rows or self._num_parts(start, first, self._max_rows) > 1:
+                start = self._page_end(start, min(start + self._rows, first))
+                yield start
+            parts = self._num_parts(start, end, self._max_rows)
+            if parts > 1 and self._is_full(start, first, share=2):
+                start = first
+                yield start
+                parts = self._num_parts(start, end, self._max_rows)
+            if parts > 1:
+                yield from (start + (end - start) * part // parts for part in range(1, parts + 1))
+                start = end
+            elif self._is_full(start, end):
+                start = end
+                yield start
+        if start < self._num_inputs:
+            yield self._num_inputs
+
+    def _is_full(self, start: int, end: int, share: int = 1) -> bool:
+        """Whether there are as many inputs as units are joined to, or one over `share` of these."""
+        if start == end:
+            return False
+        has_rows = share * (end - start) >= self._rows
+        return has_rows or (self._sizes is not None and share * self._sizes.between(start, end) >= self._bytes)
+
+    def _num_parts(self, start: int, end: int, max_rows: int) -> int:
+        """Of how many shards what is too much for one is divided into."""
+        number = end - start
+        by_rows = -(-number // self._rows) if number > max_rows else 1
+        by_bytes = -(-self._sizes.between(start, end) // self._max_bytes) if self._sizes is not None else 1
+        return max(by_rows, min(by_bytes, number))
+
+    def _page_end(self, start: int, end: int) -> int:
+        """Of inputs that are in no unit the end of a shard."""
+        return end if self._sizes is None else self._sizes.fitting(start, end, self._max_bytes)
 
 
 def too_many_files(borders: Borders, units: np.ndarray, num_inputs: int) -> str:

@@ -16,7 +16,7 @@ from nopad.embedding.inputs.extras import EXIF, THUMBNAIL
 from nopad.embedding.inputs.kept import TIME, Kept
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.media import MediaDecoder
-from nopad.embedding.inputs.stamps import take_stamps
+from nopad.embedding.inputs.stamps import StampSpool
 from nopad.embedding.manifest import check_same, fingerprint, jobs_in
 from nopad.embedding.settings import Settings
 from nopad.embedding.table.counts import Manifest
@@ -65,6 +65,23 @@ class FeatureSizes:
             tokens_pool=settings.tokens_pool,
             kept=kept,
         )
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """What a job is begun with.
+
+    Attributes:
+        inputs: what is listed now.
+        borders: its shards.
+        stamps: of the inputs; `None` where there is a job in the folder.
+        kept: the columns that it keeps, see `kept_columns`.
+    """
+
+    inputs: InputList
+    borders: Borders
+    stamps: StampSpool | None = None
+    kept: Kept | None = None
 
 
 @dataclass
@@ -184,9 +201,7 @@ def begin_or_resume(
     check_lock: Callable[[], None],
     settings: Settings,
     record: Mapping[str, str],
-    inputs: InputList,
-    borders: Borders,
-    kept: Kept | None,
+    new: NewJob,
     manifest: Manifest,
 ) -> list[Job]:
     """The jobs of this folder: the table's first one, which is begun where there is none, and those of its updates.
@@ -195,23 +210,21 @@ def begin_or_resume(
 
     Args:
         record: of `settings`, see `record_of`.
-        inputs: what is listed now.
-        borders: the shards of a new job.
-        kept: the columns that a new job keeps, see `kept_columns`.
+        new: what a job is begun with.
         manifest: of the table; shards that it has were checked before.
 
     Raises:
         ValueError: a job with other settings, damaged files, shards of another job; with `settings.update` the sources
             may be others, and the version of jobs that are whole.
     """
-    if not folder.has_job:
-        if kept is not None:
-            record = {**record, "columns": kept.to_text()}
-        record = with_borders(record, borders, len(inputs))
-        job = Job(settings, folder, record, inputs, borders, check_lock)
+    if new.stamps is not None:
+        if new.kept is not None:
+            record = {**record, "columns": new.kept.to_text()}
+        record = with_borders(record, new.borders, len(new.inputs))
+        job = Job(settings, folder, record, new.inputs, new.borders, check_lock)
         _check_shards(job, manifest)  # before anything is written
-        stamps = take_stamps(inputs, contents=settings.content_hash)
-        folder.begin(record, inputs, borders, stamps, check_lock, by_parts=settings.part is not None)
+        by_parts = settings.part is not None
+        folder.begin(record, new.inputs, new.borders, new.stamps.tables(), check_lock, by_parts=by_parts)
         if settings.part is None:
             return [job]
         # Another part may have begun it meanwhile: it is gone on with as that has it.

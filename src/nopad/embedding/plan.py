@@ -17,7 +17,9 @@ from nopad.embedding.actors.node_samples import NodeSample, sample_nodes
 from nopad.embedding.borders import Borders, too_many_files
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.in_process import InProcess
+from nopad.embedding.inputs.source_bytes import SourceBytes
 from nopad.embedding.inputs.sources import Listing
+from nopad.embedding.inputs.stamps import StampSpool
 from nopad.embedding.sampling import Sample, take_sample
 from nopad.embedding.settings import Settings
 from nopad.embedding.table.errors import check_place
@@ -139,20 +141,24 @@ def plan(
     start = time.perf_counter()
     listing = list_sources(sources, settings, None if out is None else JobFolder(out).listing_cache())
     inputs = listing.inputs
-    listed = time.perf_counter()
+    by_bytes = settings.shard_size is None
     settings = settings.for_inputs(len(inputs), {})
+    sizes = SourceBytes.of(inputs, StampSpool.of(inputs, contents=False)) if by_bytes else None
+    borders = Borders.at_units(listing.units, settings.rows_per_shard, len(inputs), sizes)
+    listed = time.perf_counter()
     local = replace(settings, actors=None, ray=None, part=None, retry_failed=False, unreachable_rows=True)
     maker = InProcess(local, None, len(inputs), {}, estimates=False)
     loaded = time.perf_counter()
     taken = take_sample(inputs, sample, maker, local, list(sources))
     nodes = () if ray is None else tuple(sample_nodes(ray, list(taken.inputs), local))
     free = None if out is None or is_address(out) else _free(Path(out))
-    return _plan(taken, listing, local, maker.encoder, (listed - start, loaded - listed), free, nodes)
+    return _plan(taken, listing, borders, local, maker.encoder, (listed - start, loaded - listed), free, nodes)
 
 
 def _plan(
     sample: Sample,
     listing: Listing,
+    borders: Borders,
     settings: Settings,
     encoder: LoadedEncoder,
     seconds: tuple[float, float],
@@ -166,7 +172,6 @@ def _plan(
     vectors = sample.num_bytes - sampled_tokens if settings.tokens else sample.num_bytes
     encoder_per_second = number / max(stats.device_seconds, 1e-9)
     decode = stats.decode_seconds / number
-    borders = Borders.at_units(listing.units, settings.rows_per_shard, num_inputs)
     return Plan(
         inputs=num_inputs,
         sample=number,

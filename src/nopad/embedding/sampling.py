@@ -13,7 +13,8 @@ from nopad.embedding.borders import Borders
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.in_process import InProcess
 from nopad.embedding.inputs.listing import InputList
-from nopad.embedding.job import begin_or_resume, kept_columns
+from nopad.embedding.inputs.stamps import StampSpool
+from nopad.embedding.job import NewJob, begin_or_resume, kept_columns
 from nopad.embedding.lock import FolderLock
 from nopad.embedding.progress import Progress
 from nopad.embedding.run import Run
@@ -90,9 +91,9 @@ def _embedded(inputs: InputList, number: int, maker: InProcess, settings: Settin
     times: list[tuple[float, int]] = []
     with tempfile.TemporaryDirectory(prefix="nopad-plan-") as name, FolderLock(folder := Path(name)) as lock:
         record = {**maker.encoder.record, "sources": json.dumps(names), "inputs": chosen.digest()}
-        kept, manifest = kept_columns(settings, chosen), Manifest(folder)
-        borders = Borders.every(settings.rows_per_shard[0], len(chosen))
-        (job,) = begin_or_resume(JobFolder(folder), lock.check, settings, record, chosen, borders, kept, manifest)
+        manifest, borders = Manifest(folder), Borders.every(settings.rows_per_shard[0], len(chosen))
+        new = NewJob(chosen, borders, StampSpool.of(chosen, contents=False), kept_columns(settings, chosen))
+        (job,) = begin_or_resume(JobFolder(folder), lock.check, settings, record, new, manifest)
         counts = maker.new_counts()
         before = replace(counts.stats)
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from nopad.embedding import options
 from nopad.embedding.shard_sizes import (
+    MAX_BYTES,
+    MIN_BYTES,
     SHARD_SIZE,
     SHARD_SIZE_WITH_TOKENS,
     UNIT_FACTOR,
@@ -158,8 +160,8 @@ class Settings:
     )
     shard_size: ShardSize | None = options.shard_size(  # noqa: RUF009 - a field
         "rows of a shard at most; as 1000..5000 tars and row groups of Parquet files are joined up to 1,000 rows, and "
-        f"divided above 5,000 (default: {SHARD_SIZE}..{UNIT_FACTOR * SHARD_SIZE}, more for many inputs; with tokens "
-        f"{SHARD_SIZE_WITH_TOKENS})"
+        f"divided above 5,000 (default: {SHARD_SIZE}..{UNIT_FACTOR * SHARD_SIZE}, more for many inputs, with tokens "
+        f"{SHARD_SIZE_WITH_TOKENS}; and {MIN_BYTES >> 30} to {MAX_BYTES >> 30} GiB of the sources)"
     )
     update: bool = options.flag(
         "take into a finished table what is new in the sources, and mark what is gone or has changed", recorded=False

@@ -10,6 +10,10 @@ SHARD_SIZE, SHARD_SIZE_WITH_TOKENS = 2048, 512
 UNIT_FACTOR = 10
 """A tar or row group of so many times the rows of a shard is one shard, where there are no tokens."""
 
+MIN_BYTES, MAX_BYTES = 1 << 30, 10 << 30
+"""Where the user gave no rows: tars and row groups are joined up to so many bytes, and what has more than that is
+divided. A shard of 1 GiB has hundreds of photos, so that little of its packs is empty; 10 GiB are 2,048 of 5 MB."""
+
 MAX_FILES = 10_000
 """Files in a folder, before listing it takes long."""
 

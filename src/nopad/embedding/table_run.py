@@ -18,9 +18,11 @@ from nopad.embedding.folder import JobFolder
 from nopad.embedding.in_process import InProcess
 from nopad.embedding.inputs.changes import changes_of
 from nopad.embedding.inputs.listing_cache import ListingCache
+from nopad.embedding.inputs.source_bytes import SourceBytes
 from nopad.embedding.inputs.sources import Listing, list_inputs
 from nopad.embedding.inputs.spans import Spans
-from nopad.embedding.job import Job, begin_or_resume, kept_columns
+from nopad.embedding.inputs.stamps import StampSpool
+from nopad.embedding.job import Job, NewJob, begin_or_resume, kept_columns
 from nopad.embedding.locks import Lock, lock_of
 from nopad.embedding.making import RunCounts
 from nopad.embedding.progress import Progress
@@ -62,6 +64,7 @@ class TableRun:
         starting: the engine of actors, where they make the shards.
         stop: once set, shards in hand are finished and no others.
         progress: called with how far the run in hand is.
+        by_bytes: shards end by the bytes of the sources as well: the user gave no size of them.
         runs: those of the jobs, as they are begun.
     """
 
@@ -72,6 +75,7 @@ class TableRun:
     starting: StartingActors | None
     stop: threading.Event
     progress: Callable[[Progress], None] | None
+    by_bytes: bool = False
     runs: list[Run] = field(default_factory=list)
 
     def __call__(self) -> Summary:
@@ -89,25 +93,24 @@ class TableRun:
         path = self.folder.path
         with lock_of(path, is_part=self.settings.part is not None) as lock, ExitStack() as ends:
             begun = self.folder.recorded()
+            self.by_bytes = self.settings.shard_size is None
             self.settings = settings = self.settings.for_inputs(len(listing.inputs), begun)
-            borders = Borders.at_units(listing.units, settings.rows_per_shard, len(listing.inputs))
-            if not begun and (too_many := too_many_files(borders, listing.units, len(listing.inputs))):
+            new = self._new(listing)
+            if not begun and (too_many := too_many_files(new.borders, listing.units, len(listing.inputs))):
                 logger.warning(too_many)
             if settings.part is None:
                 self.folder.clean()
                 cache.clean()
             manifest = Manifest(path)
-            kept = None if self.folder.has_job else kept_columns(settings, listing.inputs)
             logger.info("%s; loading the model", counted(len(listing.inputs), "input"))
-            maker = self._maker(len(listing.inputs), len(borders), begun, lock)
+            maker = self._maker(len(listing.inputs), len(new.borders), begun, lock)
             ends.callback(maker.close)
             if maker.encoder is None:
                 return self._summary_without_encoder(listing, lock)
             logger.info(maker.encoder.description)
             sources_record = {"sources": json.dumps(sources), "inputs": listing.inputs.digest()}
             record = {**maker.encoder.record, **sources_record}
-            new = listing.inputs, borders, kept
-            jobs = begin_or_resume(self.folder, lock.check, settings, record, *new, manifest)
+            jobs = begin_or_resume(self.folder, lock.check, settings, record, new, manifest)
             changes = self._changes(jobs, record, listing)
             for job in jobs:
                 self._run(job, maker, manifest)
@@ -119,6 +122,16 @@ class TableRun:
             if settings.part is not None and not summary.missing and not settings.retry_failed:
                 self.folder.clean()  # what parts that were killed have left
             return summary
+
+    def _new(self, listing: Listing) -> NewJob:
+        """What a job is begun with; where there is one, what it is compared with."""
+        inputs, rows = listing.inputs, self.settings.rows_per_shard
+        if self.folder.has_job:
+            return NewJob(inputs, Borders.at_units(listing.units, rows, len(inputs)))
+        stamps = StampSpool.of(inputs, contents=self.settings.content_hash)
+        sizes = SourceBytes.of(inputs, stamps) if self.by_bytes else None
+        borders = Borders.at_units(listing.units, rows, len(inputs), sizes)
+        return NewJob(inputs, borders, stamps, kept_columns(self.settings, inputs))
 
     def _maker(self, num_inputs: int, num_shards: int, begun: Mapping[str, str], lock: Lock) -> InProcess | ByActors:
         settings = self.settings
@@ -158,7 +171,7 @@ class TableRun:
         logger.info(changes[0])
         mark(jobs, difference.marks, maker.encoder.sizes)
         if len(difference.new):
-            update = begin_update(self.folder, jobs, record, difference)
+            update = begin_update(self.folder, jobs, record, difference, by_bytes=self.by_bytes)
             if too_many := too_many_with_update(sum(map(len, (*jobs, update)))):
                 logger.warning(too_many)
             self._run(update, maker, manifest)

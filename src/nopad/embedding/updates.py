@@ -16,6 +16,7 @@ from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.kept import Kept
 from nopad.embedding.inputs.listing import Input, InputWriter, inputs_in
 from nopad.embedding.inputs.parts import num_parts, parts_by_name
+from nopad.embedding.inputs.source_bytes import SourceBytes
 from nopad.embedding.inputs.sources import Listing
 from nopad.embedding.inputs.stamps import Stamp, StampSpool, no_stamps, saved_stamps, stamps_in, take_stamps
 from nopad.embedding.job import FeatureSizes, Job
@@ -141,8 +142,13 @@ def _rows(table: pa.Table | None, places: Sequence[str]) -> Iterator[tuple[Input
     yield from zip(items, stamps_in(stamps), zip(*columns, strict=True), strict=True)
 
 
-def begin_update(folder: JobFolder, jobs: Sequence[Job], record: Mapping[str, str], difference: Difference) -> Job:
+def begin_update(
+    folder: JobFolder, jobs: Sequence[Job], record: Mapping[str, str], difference: Difference, *, by_bytes: bool
+) -> Job:
     """Begin the job of what is new, after `mark`: where that was interrupted, what is not marked yet is found again.
+
+    Args:
+        by_bytes: shards end by the bytes of the sources as well.
 
     Raises:
         OSError: the folder cannot be written.
@@ -154,13 +160,17 @@ def begin_update(folder: JobFolder, jobs: Sequence[Job], record: Mapping[str, st
             writer.add_table(table)
         inputs = writer.finish()
     units = np.searchsorted(difference.new, difference.listed.units)
-    borders = Borders.at_units(units, first.settings.rows_per_shard, len(inputs))
+    stamps = StampSpool()
+    for table in difference.of_new(difference.stamps.tables()):
+        stamps.add(table)
+    sizes = SourceBytes.of(inputs, stamps) if by_bytes else None
+    borders = Borders.at_units(units, first.settings.rows_per_shard, len(inputs), sizes)
     update_record = {**record, "inputs": inputs.digest(), "table": first.fingerprint, "update": str(number)}
     update_record = with_borders(update_record, borders, len(inputs))
     if "columns" in first.record:
         update_record["columns"] = first.record["columns"]
     part = JobFolder(folder.path, number)
-    part.begin(update_record, inputs, borders, difference.of_new(difference.stamps.tables()), first.check_lock)
+    part.begin(update_record, inputs, borders, stamps.tables(), first.check_lock)
     return Job(first.settings, part, update_record, inputs, borders, first.check_lock)
 
 

@@ -220,6 +220,14 @@ class StampSpool:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this object
             self._writer: Any = pa.ipc.new_stream(self._file, _SCHEMA, options=options)
 
+    @classmethod
+    def of(cls, inputs: InputList, *, contents: bool) -> StampSpool:
+        """The stamps of inputs, see `take_stamps`."""
+        spool = cls()
+        for table in take_stamps(inputs, contents=contents):
+            spool.add(table)
+        return spool
+
     def add(self, table: pa.Table) -> None:
         """Add stamps behind the others."""
         with writing_temporary(_STAMPS):
