@@ -5,9 +5,10 @@ import re
 import shutil
 import socket
 import sys
+import tarfile
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
@@ -16,8 +17,13 @@ from jobs import table
 from pictures import write_photos
 
 from nopad import embed
+from nopad.embedding import listing_helpers
 from nopad.embedding.actors import ray_head, starting
 from nopad.embedding.actors.engine import LostEngineError
+from nopad.embedding.actors.starting import StartingActors
+from nopad.embedding.folder import JobFolder
+from nopad.embedding.inputs import listing_cache
+from nopad.embedding.settings import Settings
 
 ROWS = 4
 
@@ -80,6 +86,19 @@ def test_shards_are_those_of_one_process_though_an_actor_died(ray, model, tmp_pa
         rf"shard-\d+-of-00007-\w+\.parquet: died: Worker unexpectedly exits .* \(process {killer.killed.pop()} on ",
         caplog.text,
     )
+
+
+def test_tars_are_listed_on_the_nodes(ray, tmp_path, monkeypatch):
+    photo = next(write_photos(tmp_path / "photos", 1).iterdir())
+    (tmp_path / "tars").mkdir()
+    for number in range(4):
+        with tarfile.open(tmp_path / "tars" / f"{number}.tar", "w") as archive:
+            archive.add(photo, f"{number}.png")
+    time.sleep(2 * listing_cache._SETTLED_NS / 1e9)  # else they may change once more unseen
+    monkeypatch.setattr(listing_helpers, "MIN_FILES", 2)
+    with closing(StartingActors(settings := Settings(model="none", actors=1), stop := threading.Event())) as starting:
+        listing_helpers.list_in_shares([str(tmp_path / "tars")], settings, JobFolder(tmp_path), starting, stop)
+    assert JobFolder(tmp_path).listing_cache().num_files == 4
 
 
 def test_a_stop_does_not_wait_for_actors_that_cannot_start(ray, model, tmp_path, monkeypatch, caplog):

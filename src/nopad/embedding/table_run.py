@@ -23,6 +23,7 @@ from nopad.embedding.inputs.sources import Listing, list_inputs
 from nopad.embedding.inputs.spans import Spans
 from nopad.embedding.inputs.stamps import StampSpool
 from nopad.embedding.job import Job, NewJob, begin_or_resume, kept_columns
+from nopad.embedding.listing_helpers import list_in_shares
 from nopad.embedding.locks import Lock, lock_of
 from nopad.embedding.making import RunCounts
 from nopad.embedding.progress import Progress
@@ -88,6 +89,7 @@ class TableRun:
         if isinstance(self.folder.path, Path):
             check_place(self.folder.path)  # before sources are listed for minutes
         logger.info("listing %s", sources[0] if len(sources) == 1 else f"{len(sources):,} sources")
+        list_in_shares(sources, self.settings, self.folder, self.starting, self.stop)
         cache = self.folder.listing_cache()
         listing = list_sources(sources, self.settings, cache, self.stop)
         path = self.folder.path

@@ -67,6 +67,11 @@ class StartingActors:
             raise ImportError(f"ray: this needs Ray ({error}): {install('ray')}") from error
         self._thread.start()
 
+    @property
+    def is_on_ray(self) -> bool:
+        """Whether actors are those of a Ray cluster."""
+        return self._thread.ident is not None
+
     def wait(self) -> Actors | None:
         """The actors; `None` where `stop` was set before there were any.
 
@@ -83,7 +88,7 @@ class StartingActors:
 
     def close(self) -> None:
         """End the engine with all actors."""
-        if self._thread.ident is not None:
+        if self.is_on_ray:
             self._thread.join()
         self._ends.close()
 

@@ -67,6 +67,11 @@ class Archive:
         self.refusal = ""
         self._ahead: Ahead[Lookup | Input | UnitEdge] | None = None
 
+    def is_new(self) -> bool:
+        """Whether its inputs are not kept, and can be."""
+        lookup = self._look_up()
+        return lookup.status is not None and lookup.entry is None
+
     def begin(self) -> None:
         """Begin to list it."""
         self._ahead = Ahead(self._listed())
@@ -107,11 +112,14 @@ class Archive:
         if is_empty and not self.left_out:
             self.left_out[suffix_of(self._path)] += 1
 
-    def _listed(self) -> Iterator[Lookup | Input | UnitEdge]:
-        """What is known of the file, and unless its inputs are as well, these; in the thread."""
+    def _look_up(self) -> Lookup:
         options = self._options
         how = [as_text(self._path), options.hidden, options.column, options.id_column]
-        lookup = options.cache.look_up(location_of(self._path), how, self._stored)
+        return options.cache.look_up(location_of(self._path), how, self._stored)
+
+    def _listed(self) -> Iterator[Lookup | Input | UnitEdge]:
+        """What is known of the file, and unless its inputs are as well, these; in the thread."""
+        lookup = self._look_up()
         yield lookup
         if lookup.entry is None:
             yield from self._scanned(lookup)

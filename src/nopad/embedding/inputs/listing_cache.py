@@ -197,7 +197,7 @@ class ListingCache:
             self._new.append([lookup.key, start, self._writer.num_inputs, dict(left_out), ends])
         now = time.monotonic()
         if now - self._kept >= max(MIN_SECONDS, _MAX_LOST * (now - self._began)):
-            self._keep()
+            self.keep()
 
     def _tables(self, entry: _Entry) -> Iterator[pa.Table | UnitEdge]:
         """The kept inputs of a file, and the ends of units in it.
@@ -220,18 +220,17 @@ class ListingCache:
     def __exit__(self, *_: object) -> None:
         """All is listed, or listing has failed: what took long is kept in both cases."""
         if time.monotonic() - self._kept >= MIN_SECONDS / 6:
-            self._keep()
+            self.keep()
         elif self._writer is not None:
             self._writer.close()
             self._writer = None
 
-    def clean(self) -> None:
-        """Remove lists that were of no use; not while other commands may use them."""
-        for path in self._files - self._used:
-            with suppress(OSError):
-                path.unlink()
+    @property
+    def num_files(self) -> int:
+        """Of how many files the inputs are kept."""
+        return len(self._entries)
 
-    def _keep(self) -> None:
+    def keep(self) -> None:
         """Write what was listed since the last time; a folder that cannot be written is no error."""
         writer, new = self._writer, self._new
         self._writer, self._new, self._kept = None, [], time.monotonic()
@@ -249,6 +248,12 @@ class ListingCache:
             raise
         except OSError as error:
             logger.warning("%s: what was listed is not kept: %s", self._folder, error)
+
+    def clean(self) -> None:
+        """Remove lists that were of no use; not while other commands may use them."""
+        for path in self._files - self._used:
+            with suppress(OSError):
+                path.unlink()
 
 
 def _status(path: bytes, stored: Stored | None) -> list[Any] | None:

@@ -141,10 +141,10 @@ def list_inputs(
         options = ArchiveOptions(processes.tables, cache, image_column, id_column, hidden)
         listers = (
             Lister(name, processes, options, spans, may_be_missing=is_expanded, check=check)
-            for name, is_expanded in _names(sources)
+            for name, is_expanded in names_of(sources)
         )
         is_empty = True
-        for lister, rows in _rows_of(listers):
+        for lister, rows in rows_of(listers):
             if rows is None:
                 if is_empty:
                     reason = f"{lister.source}: no image or video in it{_summary(lister.left_out)}"
@@ -191,7 +191,7 @@ def list_inputs(
     return Listing(inputs, dict(left_out), units.places())
 
 
-def _rows_of(listers: Iterator[Lister]) -> Iterator[tuple[Lister, Rows | None]]:
+def rows_of(listers: Iterator[Lister]) -> Iterator[tuple[Lister, Rows | None]]:
     """The inputs of each lister, those of tars and Parquet files in their place, `None` at its end."""
 
     def entries() -> Iterator[tuple[Lister, Input | UnitEdge | Archive | None]]:
@@ -251,7 +251,7 @@ def _repeated(sources: Sequence[str | Path]) -> list[str]:
     return [name for name, count in counts.items() if count > 1]
 
 
-def _names(sources: Sequence[str | Path]) -> Iterator[tuple[str, bool]]:
+def names_of(sources: Sequence[str | Path]) -> Iterator[tuple[str, bool]]:
     """Each source, and whether it is one of several that braces stand for."""
     for source in sources:
         name = local_path(os.fspath(source))
