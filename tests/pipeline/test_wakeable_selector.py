@@ -1,6 +1,9 @@
 import os
 import selectors
 import threading
+from unittest.mock import Mock
+
+import pytest
 
 from nopad.pipeline.wakeable_selector import WakeableSelector
 
@@ -40,3 +43,11 @@ def test_data_of_what_is_ready():
     assert selector.select(0) == []
     os.close(reading)
     os.close(writing)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("what", ["os.pipe", "selectors.DefaultSelector"])
+def test_without_a_free_descriptor_nothing_else_is_raised(monkeypatch, what):
+    monkeypatch.setattr(what, Mock(side_effect=OSError(24, "Too many open files")))
+    with pytest.raises(OSError, match="Too many open files"):
+        WakeableSelector()

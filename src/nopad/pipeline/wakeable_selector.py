@@ -14,9 +14,10 @@ class WakeableSelector:
     """Waits for file objects, each with its data, and for `wake`."""
 
     def __init__(self) -> None:
+        self._wakeup: tuple[int, ...] = ()  # where there is no descriptor for one, `__del__` has nothing to close
         self._selector = selectors.DefaultSelector()
-        self._wakeup_read, self._wakeup_write = os.pipe()
-        for descriptor in (self._wakeup_read, self._wakeup_write):
+        self._wakeup = self._wakeup_read, self._wakeup_write = os.pipe()
+        for descriptor in self._wakeup:
             os.set_blocking(descriptor, False)
         self._selector.register(self._wakeup_read, selectors.EVENT_READ)
 
@@ -43,5 +44,5 @@ class WakeableSelector:
             os.write(self._wakeup_write, b"!")
 
     def __del__(self, close: Any = os.close) -> None:
-        for descriptor in (self._wakeup_read, self._wakeup_write):
+        for descriptor in self._wakeup:
             close(descriptor)
