@@ -54,6 +54,16 @@ def test_a_sample_stands_for_all(photos, model):
     assert planned.seconds * planned.per_second == pytest.approx(205)
 
 
+def test_a_sample_of_which_nothing_is_embedded(tmp_path, model):
+    (tmp_path / "broken.jpg").write_bytes(b"no photo")
+    planned = plan([str(tmp_path)], Settings(model=model))
+    assert (planned.encoder_per_second, planned.cores_per_encoder) == (0.0, 0.0)
+    assert planned.warnings == ["100.0% of the sample would be failed rows: see the reasons"]
+    text = describe(planned)
+    assert "encoder: its speed is not known, since nothing of the sample was embedded\n" in text
+    assert "in 1 file of up to 1 row;" in text
+
+
 def test_sample_places():
     assert sample_places(5, 16) == [0, 1, 2, 3, 4]
     assert sample_places(1000, 16) == [*range(8), *range(500, 508)]

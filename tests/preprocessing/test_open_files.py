@@ -82,6 +82,13 @@ def test_what_cannot_be_read_is_opened_anew(opened, tmp_path, monkeypatch):
     assert opened.names == ["a", "a"]
 
 
+def test_a_part_that_the_system_returns_in_pieces_is_whole(opened, tmp_path, monkeypatch):
+    path, pread = write(tmp_path / "a", b"abcdefgh"), os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, size, offset: pread(descriptor, min(size, 3), offset))
+    assert opened.read(path, 0, 8) == b"abcdefgh"
+    assert opened.read(path, 1, 20) == b"bcdefgh"
+
+
 def test_the_system_reads_ahead_block_by_block(opened, tmp_path, monkeypatch):
     advice = []
     monkeypatch.setattr(os, "posix_fadvise", lambda _, start, size, how: advice.append((start, size, how)))

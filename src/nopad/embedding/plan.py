@@ -40,7 +40,7 @@ class Plan:
             processes and end.
         seconds: to embed all inputs.
         per_second: images of one encoder, as the whole pipeline goes on this machine.
-        encoder_per_second: images that one encoder takes if it never waits.
+        encoder_per_second: images that one encoder takes if it never waits; 0 where nothing of the sample was embedded.
         decode_core_seconds: of one core to read and decode an image.
         cores, gpus: of this machine; no GPUs where the device is its CPU.
         cores_per_encoder: those that decode as fast as one encoder takes images.
@@ -170,7 +170,7 @@ def _plan(
     width = encoder.hidden_size * 2 * len(encoder.sizes.layers or (0,))
     sampled_tokens = stats.patches * width // settings.tokens_pool**2
     vectors = sample.num_bytes - sampled_tokens if settings.tokens else sample.num_bytes
-    encoder_per_second = number / max(stats.device_seconds, 1e-9)
+    encoder_per_second = number / stats.device_seconds if stats.device_seconds else 0.0
     decode = stats.decode_seconds / number
     return Plan(
         inputs=num_inputs,

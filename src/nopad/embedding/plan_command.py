@@ -86,18 +86,27 @@ def describe(plan: Plan) -> str:
         *(f"  {number:,} × {reason}" for reason, number in [*plan.failures.items()][:_MAX_REASONS]),
         f"time: {duration(plan.total_seconds)} with one encoder, {before} of it to list and start, the rest at "
         f"{plan.per_second:,.1f} images/s; {plan.limit}",
-        f"encoder: {plan.encoder_per_second:,.1f} images/s if it never waits; reading and decoding take "
-        f"{1000 * plan.decode_core_seconds:,.1f} ms of a core for each image: {plan.cores_per_encoder:,.1f} cores for "
-        f"each encoder, of the {plan.cores:,}" + (f" for {counted(plan.gpus, 'GPU')}" if plan.gpus else "") + " here",
+        _encoder(plan),
         f"table: {size(plan.vector_bytes)} of vectors"
         + (f" and {size(plan.token_bytes)} of tokens" if plan.stores_tokens else "")
-        + f" in {plan.shards:,} files of up to {plan.shard_rows:,} rows"
+        + f" in {counted(plan.shards, 'file')} of up to {counted(plan.shard_rows, 'row')}"
         + ("" if plan.stores_tokens else f"; --tokens adds {size(plan.token_bytes)}")
         + ("" if plan.free_bytes is None else f"; {size(plan.free_bytes)} are free"),
         *(f"{node.host}: {node_summary(node)}" for node in plan.nodes),
         *(f"note: {line}" for line in plan.warnings),
     ]
     return "\n".join(map(printable, lines))
+
+
+def _encoder(plan: Plan) -> str:
+    if not plan.encoder_per_second:
+        return "encoder: its speed is not known, since nothing of the sample was embedded"
+    gpus = f" for {counted(plan.gpus, 'GPU')}" if plan.gpus else ""
+    return (
+        f"encoder: {plan.encoder_per_second:,.1f} images/s if it never waits; reading and decoding take "
+        f"{1000 * plan.decode_core_seconds:,.1f} ms of a core for each image: {plan.cores_per_encoder:,.1f} cores for "
+        f"each encoder, of the {plan.cores:,}{gpus} here"
+    )
 
 
 def node_summary(node: NodeSample) -> str:
