@@ -2,6 +2,8 @@
 
 import io
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -153,3 +155,13 @@ def test_a_list_that_is_a_pipe_is_not_waited_for(tmp_path: Path):
     os.mkfifo(tmp_path / "inputs.parquet")
     with pytest.raises(ValueError, match="no regular file"):
         InputList.load(tmp_path / "inputs.parquet")
+
+
+def test_the_root_of_a_file_is_found_in_a_locale_that_is_not_utf_8():
+    code = """if True:
+        from nopad.embedding.inputs.listing import Input, root_of
+        print(root_of(Input("u/\\u00fc.jpg", "photos", "image", "/photos/u/\\u00fc.jpg".encode())))
+    """
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "b'/photos'\n", done.stderr

@@ -74,7 +74,7 @@ def root_of(item: Input) -> bytes:
     """The folder in which an input's file was listed, of a tar or table its own; empty where none is known."""
     if item.kind not in ("image", "video"):
         return os.path.dirname(item.path)
-    id = os.fsencode(item.id.rpartition("#")[0] if item.note else item.id)
+    id = (item.id.rpartition("#")[0] if item.note else item.id).encode()  # UTF-8 in any locale, see `as_text`
     return item.path.removesuffix(b"/" + id) if item.path.endswith(b"/" + id) else b""
 
 
