@@ -2,9 +2,21 @@
 
 import errno
 import os
+from types import SimpleNamespace
 
 import pytest
 from jobs import embed, table
+
+from nopad.embedding.table.errors import check_place
+
+
+@pytest.mark.parametrize(("flags", "number"), [(os.ST_RDONLY, errno.EROFS), (0, errno.EACCES)])
+def test_a_folder_that_cannot_be_written_is_refused_with_the_reason(tmp_path, monkeypatch, flags, number):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=flags))
+    with pytest.raises(OSError, match=f"out: {os.strerror(number)}; ") as caught:
+        check_place(tmp_path / "out")
+    assert caught.value.errno == number
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])

@@ -39,7 +39,7 @@ def check_place(folder: Path) -> None:
     if not there.is_dir():
         number = errno.EEXIST if there == folder else errno.ENOTDIR
     elif not os.access(there, os.W_OK | os.X_OK):
-        number = errno.EACCES
+        number = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
     else:
         return
     raise folder_error(OSError(number, os.strerror(number)), folder)
