@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -228,3 +229,30 @@ def test_json_of_nan_features_is_strict(checkpoint, monkeypatch, capsys, quick_c
     if "--batch-invariance" not in command:
         assert results[0]["min_cosine"] is None
     torch._dynamo.reset()
+
+
+def test_a_current_folder_that_was_removed_is_an_error_in_words(tmp_path, monkeypatch, capsys):
+    (folder := tmp_path / "removed").mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert main(["models"]) == 2
+    assert (
+        capsys.readouterr().err == "nopad models: the current folder does not exist any more; change to another one\n"
+    )
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- 2>&-"])
+def test_errors_that_are_closed_are_written_into_no_other_file(tmp_path, closed):
+    code = """if True:
+        import os, sys
+        from nopad.cli import main
+        assert main(["models", "nothing of this name"]) == 2
+        with open(sys.argv[1], "wb") as file:
+            assert file.fileno() > 2
+        os.write(2, b"a message")
+    """
+    command = [sys.executable, "-c", code, str(tmp_path / "file")]
+    shell = f"exec {' '.join(map(shlex.quote, command))} {closed}"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["sh", "-c", shell], env=environment, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (0, b"")

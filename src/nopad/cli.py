@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -20,12 +21,22 @@ from nopad.search import command as search_command
 from nopad.search import export_command
 from nopad.storage.errors import UnreachableStoreError, UnusableStoreError
 from nopad.suggestions import did_you_mean
-from nopad.terminal import ArgumentParser, MessageFormatter, OnceFilter, columns, json_text, print_error, print_summary
+from nopad.terminal import (
+    ArgumentParser,
+    MessageFormatter,
+    OnceFilter,
+    columns,
+    json_text,
+    open_standard_files,
+    print_error,
+    print_summary,
+)
 from nopad.view import command as view_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status, one of those of `nopad.command_options`."""
+    open_standard_files()
     options, unknown = build_parser().parse_known_args(arguments)
     if unknown:  # argparse itself prints the usage of `nopad`, without the command's options
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -35,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     handler.addFilter(OnceFilter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
+        _check_current_folder()
         return options.run(options)
     except UnusableStoreError as error:
         print_error(f"nopad {options.command}: {error}")
@@ -53,6 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # CPython takes an interrupt within an exec of text, as dataclasses have, for unhandled until the next exec, and
         # ends by SIGINT, whatever the exit status.
         exec("")
+
+
+def _check_current_folder() -> None:
+    """Raise `FileNotFoundError` where the current folder was removed: MKL ends the process there when torch is used."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise FileNotFoundError("the current folder does not exist any more; change to another one") from error
 
 
 def build_parser() -> argparse.ArgumentParser:

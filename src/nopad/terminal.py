@@ -55,6 +55,16 @@ def print_error(message: str) -> None:
     print(message_lines(message), file=sys.stderr, flush=True)
 
 
+def open_standard_files() -> None:
+    """Open `os.devnull` as what of standard input, output and errors is closed: a file opened later would be it, and
+    messages be written into that."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
 class MessageFormatter(logging.Formatter):
     """Formats log records as `message_lines`."""
 
