@@ -12,19 +12,30 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from nopad.embedding.borders import Borders, with_borders
 from nopad.embedding.folder import JobFolder
+from nopad.embedding.inputs.source_bytes import SourceBytes
 from nopad.embedding.inputs.sources import Listing, list_inputs
-from nopad.embedding.inputs.stamps import take_stamps
+from nopad.embedding.inputs.stamps import StampSpool
+from nopad.embedding.listing_helpers import list_in_shares
+from nopad.embedding.settings import Settings
 
 Result = TypeVar("Result")
 
 MEMBERS = 10_000
+STEPS = (
+    ("alone", "command, in one process"),
+    ("command", "command, tars listed by several"),
+    ("command", "command, again"),
+    ("actor", "actor"),
+)
 
 
 def write_tars(folder: Path, images: int) -> None:
@@ -54,20 +65,28 @@ def peak() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def command(sources: Path, out: Path) -> None:
+def command(sources: Path, out: Path, *, by_processes: bool = True) -> None:
     """What the command does before its first shard."""
 
     def listed() -> Listing:
         return list_inputs([str(sources)], cache=JobFolder(out).listing_cache())
 
-    def begun() -> None:
-        stamps = take_stamps(inputs, contents=False)
-        record = {"inputs": digest, "threads": "", "shard_size": "2048..20480"}
-        borders = Borders.at_units(listing.units, (2048, 20_480), len(inputs))
-        record = with_borders(record, borders, len(inputs))
-        JobFolder(out).begin(record, inputs, borders, stamps, lambda: None)
+    def listed_by_processes() -> None:
+        settings = Settings(model="none")
+        list_in_shares([str(sources)], settings, JobFolder(out), None, threading.Event())
 
+    def begun() -> None:
+        stamps = StampSpool.of(inputs, contents=False)
+        record = {"inputs": digest, "threads": "", "shard_size": "2048..20480"}
+        borders = Borders.at_units(listing.units, (2048, 20_480), len(inputs), SourceBytes.of(inputs, stamps))
+        record = with_borders(record, borders, len(inputs))
+        JobFolder(out).begin(record, inputs, borders, stamps.tables(), lambda: None)
+
+    if by_processes:
+        measure("list by processes", listed_by_processes)
     listing = measure("list", listed)
+    if not by_processes:
+        return
     inputs = listing.inputs
     digest = measure("digest", inputs.digest)
     if not JobFolder(out).has_job:
@@ -89,19 +108,20 @@ def actor(sources: Path, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=1_000_000)
-    parser.add_argument("--step", choices=("command", "actor"), help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=("command", "actor", "alone"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
-        steps = {"command": command, "actor": actor}
-        steps[arguments.step](arguments.folder / "tars", arguments.folder / "out")
+        steps = {"command": command, "actor": actor, "alone": partial(command, by_processes=False)}
+        out = "alone" if arguments.step == "alone" else "out"
+        steps[arguments.step](arguments.folder / "tars", arguments.folder / out)
         return
     with tempfile.TemporaryDirectory() as folder:
         tars = Path(folder) / "tars"
         tars.mkdir()
         write_tars(tars, arguments.images)
         time.sleep(3)  # listings of files of this moment are not kept
-        for step, title in (("command", "command"), ("command", "command, again"), ("actor", "actor")):
+        for step, title in STEPS:
             print(f"{arguments.images:,} images, {title}", flush=True)
             steps = [sys.executable, __file__, "--step", step, "--folder", folder]
             subprocess.run(steps, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
