@@ -136,6 +136,16 @@ def test_without_a_tokenizer_that_of_clip_is_taken(meta, tmp_path, monkeypatch, 
         nopad.load(meta).embed_text(TEXTS)
 
 
+def test_a_tokenizer_that_ends_texts_by_another_token_is_refused(meta):
+    other = tokenizer()
+    other.add_tokens(["<cat-toy>"])
+    other.save_pretrained(meta)
+    with pytest.raises(
+        ValueError, match=r"ends texts by token .*, its text tower pools at token .*do not belong together"
+    ):
+        nopad.load(meta).embed_text(["a"])
+
+
 def test_a_width_without_a_known_number_of_heads_is_refused(meta):
     state = torch.load(meta / "pe-core.pt", weights_only=True)
     narrow = {name: value[..., :32] if name == "token_embedding.weight" else value for name, value in state.items()}
