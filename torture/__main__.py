@@ -1,7 +1,8 @@
 """`make torture`: every run disturbs a job at a random moment, goes on with it, and compares its table, bit for bit.
 
-Kinds: the process killed; one, two or three signals; a decode process or their server killed; an actor or a part of a
-job killed; a disk that is full; a folder that is removed, or begun anew by another job, while the first still runs.
+Kinds: the process killed, by itself or with actors; one, two or three signals; a decode process or their server killed;
+an actor or a part of a job killed; a disk that is full; a folder that is removed, or begun anew by another job, while
+the first still runs.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ class Torture:
         return job.sleep(random.uniform(0, self.seconds))
 
 
-def _killed(torture: Torture, out: Path, random: random.Random) -> str:
-    job = Job(torture.pictures, out)
+def _killed(torture: Torture, out: Path, random: random.Random, *options: str) -> str:
+    job = Job(torture.pictures, out, *options)
     job.sleep(random.uniform(0, torture.seconds))
     job.children()
     job.process.kill()
@@ -186,6 +187,7 @@ def _come(out: Path, torture: Torture) -> str:
 
 KINDS: dict[str, Callable[[Torture, Path, random.Random], str]] = {
     "killed": _killed,
+    "driver of actors killed": lambda *job: _killed(*job, "--actors", "2"),
     "one signal": lambda *job: _signalled(*job, number=1),
     "two signals": lambda *job: _signalled(*job, number=2),
     "three signals": lambda *job: _signalled(*job, number=3),
