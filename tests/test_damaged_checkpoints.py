@@ -317,6 +317,16 @@ def test_layers_that_the_tensors_do_not_have_are_not_built(tmp_path, family, mon
         nopad.load(folder)
 
 
+@pytest.mark.parametrize("value", [0.0, -1.0])
+@pytest.mark.parametrize("family", ["dinov3", "onevision", "pe"])
+def test_base_of_a_rotary_embedding_is_above_zero(tmp_path, family, value):
+    """Powers of zero are infinite, and features of them NaN."""
+    folder = tiny(family, tmp_path)
+    changed(folder / "config.json", rope_theta=value)
+    with pytest.raises(ValueError, match=rf"{folder}.*rope_theta: expected a number"):
+        nopad.load(folder)
+
+
 @pytest.mark.parametrize("value", ["xy", [1.0, "2"], [1.0, True], [1.0, 0], [1.0, [2.0]], [1.0], {"a": 1, "b": 2}, 1.0])
 def test_rope_periods_that_are_none(tmp_path, value):
     folder = tiny("dinov3", tmp_path)

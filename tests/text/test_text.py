@@ -276,3 +276,23 @@ def test_a_tokenizer_is_fetched_with_the_token_of_its_checkpoint(monkeypatch):
     with pytest.raises(ValueError, match="no tokenizer can be read"):
         load_tokenizer("someone/clip", {"token": "hf_secret"})
     assert tokens == ["hf_secret"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("hidden_size", 7, "multiple of the number of attention heads|divisible by num_heads"),
+        ("num_attention_heads", 0, r"config\.json describes no encoder"),
+        ("num_attention_heads", "x", r"config\.json describes no encoder"),
+        ("hidden_act", "none of these", r"config\.json describes no encoder.*none of these"),
+    ],
+)
+def test_text_config_that_describes_no_tower_is_refused(both, tmp_path, field, value, expected):
+    _, whole, _ = both
+    folder = shutil.copytree(whole, tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"][field] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    encoder = nopad.load(folder)
+    with pytest.raises(ValueError, match=rf"checkpoint '{folder}': .*({expected})"):
+        encoder.embed_text(["a cat"])

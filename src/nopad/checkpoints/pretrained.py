@@ -175,7 +175,7 @@ def _skeleton(
     """The encoder that a checkpoint under the packed model's names describes, on the meta device."""
     config = read_architecture(cls, checkpoint, config, changes, options)
     config = config if head else remove_head_from_config(cls, config)
-    with _config_errors(checkpoint), torch.device("meta"):
+    with config_errors(checkpoint), torch.device("meta"):
         return cls(config)
 
 
@@ -195,17 +195,17 @@ def read_architecture(
     layers = f"{cls.names.get('layers', 'layers')}."
     check_finite(checkpoint.vision_config, f"checkpoint {checkpoint.name!r}")
     check_sizes(checkpoint, checkpoint.vision_config, layers)  # transformers' configs make a list of all layers
-    with _config_errors(checkpoint):
+    with config_errors(checkpoint):
         config = config or cls.read_config(checkpoint)
     config = with_changes(config, changes)
-    with _config_errors(checkpoint):
+    with config_errors(checkpoint):
         check_numbers(config, f"checkpoint {checkpoint.name!r}")
         check_sizes(checkpoint, config.to_dict(), layers, config.attribute_map)
         return with_options(config, **options)
 
 
 @contextmanager
-def _config_errors(checkpoint: Checkpoint) -> Iterator[None]:
+def config_errors(checkpoint: Checkpoint) -> Iterator[None]:
     """Give errors about a config the checkpoint's name."""
     try:
         yield

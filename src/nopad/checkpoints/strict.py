@@ -94,7 +94,8 @@ _OTHER_COUNTS = ("num_hidden_layers", "num_attention_heads", "image_size", "num_
 _COUNTS = {**dict.fromkeys((*_SIDES, *_OTHER_COUNTS), 1), "num_register_tokens": 0}
 """Minimum of each count; `None` is allowed where an architecture has no such part."""
 _NUMBERS = {
-    **dict.fromkeys(("layer_norm_eps", "rms_norm_eps", "rope_theta"), (0, 1e12)),
+    **dict.fromkeys(("layer_norm_eps", "rms_norm_eps"), (0, 1e12)),
+    "rope_theta": (1e-12, 1e12),  # powers of zero are infinite
     **dict.fromkeys(("attention_dropout", "drop_path_rate"), (0, 1)),
     "mlp_ratio": (0, 1e3),
 }
@@ -124,8 +125,8 @@ def check_numbers(config: PreTrainedConfig, label: str) -> None:
     """Check the numbers of a config.
 
     Raises:
-        ValueError: NaN or infinity, a count that is no integer or below 1, heads that do not fill the width, an eps or
-            a base below 0, a probability outside of 0 to 1.
+        ValueError: NaN or infinity, a count that is no integer or below 1, heads that do not fill the width, an eps
+            below 0, a base that is not above 0, a probability outside of 0 to 1.
     """
     check_finite(config.to_dict(), label)
     for name, min_value in _COUNTS.items():

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from nopad.checkpoints.conversions import NameTable
 from nopad.checkpoints.files import open_checkpoint
 from nopad.checkpoints.formats import Dialect
+from nopad.checkpoints.pretrained import config_errors
 from nopad.checkpoints.strict import check_sizes, check_strictly
 from nopad.checkpoints.untrained import fill
 from nopad.published import UNTRAINED
@@ -125,9 +126,12 @@ def _load(encoder: PackedEncoder) -> TextTower:
             f"checkpoint {source!r}: its text tower has {dialect.name} names, which are not read; load the checkpoint "
             f"in transformers' layout"
         )
-    config = whole_config(encoder, rules.config_fields(texts))
-    check_sizes(texts, config.text_config.to_dict(), f"{_TEXT}encoder.layers.")
-    tower = TextTower(config, rules, load_tokenizer(source, encoder.opened_with, rules.tokenizer))
+    with config_errors(checkpoint):
+        config = whole_config(encoder, rules.config_fields(texts))
+        check_sizes(texts, config.text_config.to_dict(), f"{_TEXT}encoder.layers.")
+    tokenizer = load_tokenizer(source, encoder.opened_with, rules.tokenizer)
+    with config_errors(checkpoint):
+        tower = TextTower(config, rules, tokenizer)
     needed = tower.state_dict()
     check_strictly(checkpoint, of_texts.table.to_file(needed), of_texts)
     try:
