@@ -30,6 +30,7 @@ OTHERS = {
     "qwen2_vl": "qwen3_vl",
     "qwen2_5_vl": "siglip2",
     "qwen3_vl": "clip",
+    "qwen3_5": "clip",
     "radio": "dinov2",
     "pe": "clip",
     "vit": "dinov2",

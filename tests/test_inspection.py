@@ -35,7 +35,7 @@ def pack_and_pixels(encoder, family):
     return pack_of(encoder, pixels), pixels
 
 
-JOINT = ("onevision", "moonvit", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+JOINT = ("onevision", "moonvit", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 """Families whose original takes whole clips."""
 
 

@@ -20,6 +20,7 @@ from nopad.families.aimv2_checkpoints import AIMv2PackingConfig
 from nopad.families.clip import CLIPPacking
 from nopad.families.dinov2 import DINOv2Packing
 from nopad.families.qwen2_vl import Qwen2VLPacking
+from nopad.families.qwen3_vl import Qwen3VLPacking
 from nopad.families.siglip2 import Siglip2NaflexPacking
 from nopad.families.vit import ViTPacking
 
@@ -69,6 +70,7 @@ def test_every_encoder_registers_with_auto_model(tmp_path, family):
         ("dinov2", "tipsv2", DINOv2Packing),
         ("clip", "metaclip2", CLIPPacking),
         ("qwen2_vl", "qwen2_5_vl", Qwen2VLPacking),
+        ("qwen3_vl", "qwen3_5", Qwen3VLPacking),
         ("vit", "vit_mae", ViTPacking),
         ("vit", "ijepa", ViTPacking),
         ("vit", "pixio", ViTPacking),

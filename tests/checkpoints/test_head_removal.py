@@ -11,7 +11,7 @@ from tiny_encoders import FAMILIES, GRIDS, patches_of, tiny
 
 import nopad
 
-HEADLESS = [family for family in FAMILIES if family not in ("onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")]
+HEADLESS = [family for family in FAMILIES if not family.startswith(("onevision", "qwen"))]
 # Checkpoints of each layout that holds a head or a projection.
 LAYOUTS = (
     "aimv2-apple-lit",

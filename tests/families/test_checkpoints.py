@@ -37,6 +37,7 @@ TIMM = {
     "dinov2 gated": "",
     "tipsv2": "",
     "qwen3_vl": "",
+    "qwen3_5": "",
     "ijepa": "",
     "siglip2": "timm, NaFlex",
     "dinov3 gated": "timm, gated",
@@ -84,7 +85,7 @@ def checkpoint(tmp_path, family, original, dialect):
 @every_dialect
 def test_dialect_is_loaded_and_saved_as_the_originals(family, dialect, folder, checkpoint, original):
     """In another patch order than the family's own, which changes no weight."""
-    patch_order = "hwc" if family in ("onevision", "qwen3_vl", "radio") else "chw"
+    patch_order = "hwc" if family in ("onevision", "qwen3_vl", "qwen3_5", "radio") else "chw"
     encoder = nopad.load(checkpoint, patch_order=patch_order)
     assert type(encoder) is encoder_class(family)
     assert (encoder.dialect, encoder.patch_order) == (dialect, patch_order)

@@ -18,7 +18,7 @@ ON_A_TABLE = (
 )
 """Families whose positions are of an `image_size`."""
 HEAD_SIZES = {
-    **dict.fromkeys(("dinov3", "moonvit", "pixtral", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"), (8, 16, 20)),
+    **dict.fromkeys(("dinov3", "moonvit", "pixtral", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"), (8, 16, 20)),
     **{"aimv2": (4, 20), "onevision": (32,), "pe": (16, 40)},
 }
 """Of families that divide a head or the width into parts, and of `pe` among its pooling heads; others have any size."""
@@ -48,6 +48,7 @@ FIELDS = {
     "qwen2_vl": {**ACTIVATIONS, "mlp_ratio": (1, 3)},
     "qwen2_5_vl": {**ACTIVATIONS, "window_size": (4, 8, 12), "fullatt_block_indexes": ([], [0], [0, 2])},
     "qwen3_vl": {**ACTIVATIONS, "num_position_embeddings": (4, 36)},
+    "qwen3_5": {**ACTIVATIONS, "num_position_embeddings": (4, 36)},
     "radio": {
         **{**ACTIVATIONS, **NORM_EPS, "mlp_ratio": (1.5, 3.0), "qkv_bias": BOTH, "max_img_size": (16, 28)},
         **{"num_cls_tokens": (3, 5), "num_registers": (0, 4), "summary_idxs": ([0], [2, 0, 1])},

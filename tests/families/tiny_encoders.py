@@ -25,6 +25,7 @@ from nopad import Pack, PackedEncoder, families
 from nopad.families.clip import MetaCLIP2Packing
 from nopad.families.dinov2 import DINOv2WithRegistersPacking, TIPSv2Packing
 from nopad.families.qwen2_vl import Qwen2_5_VLPacking
+from nopad.families.qwen3_vl import Qwen3_5Packing
 from nopad.families.siglip2 import SiglipPacking
 from nopad.families.vit import IJepaPacking, PixioPacking, ViTMAEPacking
 from nopad.segments import Segments
@@ -48,6 +49,7 @@ FAMILIES = (
     "qwen2_vl",
     "qwen2_5_vl",
     "qwen3_vl",
+    "qwen3_5",
     "radio",
     "pe",
     "pe lang",
@@ -68,9 +70,9 @@ def tiny(family: str, folder: Path, **changes) -> Path:
     if family.startswith("qwen2"):
         changes = {"spatial_merge_size": 1, **({"window_size": 8} if family == "qwen2_5_vl" else {}), **changes}
         return qwen3_vl_checkpoints.save(folder, qwen2_vl_checkpoints.tiny_original(family, **changes))
-    if family == "qwen3_vl":  # merging blocks of one: of others grids are multiples, see test_qwen3_vl.py
+    if family.startswith("qwen3"):  # merging blocks of one: of others grids are multiples, see test_qwen3_vl.py
         changes = {"spatial_merge_size": 1, **changes}
-        return qwen3_vl_checkpoints.save(folder, qwen3_vl_checkpoints.tiny_original(**changes))
+        return qwen3_vl_checkpoints.save(folder, qwen3_vl_checkpoints.tiny_original(family, **changes))
     if family == "moonvit":
         return moonvit_checkpoints.save(folder, moonvit_checkpoints.tiny_original(**changes))
     if family == "pixtral":
@@ -107,7 +109,7 @@ def encoder_class(family: str) -> type[PackedEncoder]:
     """The class that packs a family of `FAMILIES`."""
     variants = {"siglip": SiglipPacking, "dinov2 gated": DINOv2WithRegistersPacking, "metaclip2": MetaCLIP2Packing}
     variants |= {"tipsv2": TIPSv2Packing, "vit_mae": ViTMAEPacking, "ijepa": IJepaPacking, "pixio": PixioPacking}
-    variants |= {"qwen2_5_vl": Qwen2_5_VLPacking}
+    variants |= {"qwen2_5_vl": Qwen2_5_VLPacking, "qwen3_5": Qwen3_5Packing}
     if family in variants:
         return variants[family]
     return families.encoder_class(family.split()[0])

@@ -12,7 +12,7 @@ import nopad
 from nopad.checkpoints.fused_names import from_fused_names
 
 LATER = (
-    *("dinov2", "clip", "metaclip2", "moonvit", "pixtral", "qwen2", "qwen3_vl", "radio", "pe"),
+    *("dinov2", "clip", "metaclip2", "moonvit", "pixtral", "qwen2", "qwen3", "radio", "pe"),
     *("vit", "ijepa", "tipsv2", "pixio"),
 )
 OF_0_1 = [family for family in FAMILIES if not family.startswith(LATER)]

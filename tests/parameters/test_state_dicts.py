@@ -36,7 +36,7 @@ def test_weights_of_another_family_are_refused(family, encoder, loads, strict, t
     assert not same(encoder.state_dict(), before)
 
 
-ONE_DIALECT = ("siglip", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "ijepa")
+ONE_DIALECT = ("siglip", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "ijepa")
 """Families whose original's names alone are those of the encoder's architecture."""
 
 

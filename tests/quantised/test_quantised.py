@@ -30,6 +30,7 @@ from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers im
 from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTModel
 from transformers.models.metaclip_2.modeling_metaclip_2 import MetaClip2VisionModel
 from transformers.models.pixtral.modeling_pixtral import PixtralVisionModel
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 from transformers.models.tipsv2.modeling_tipsv2 import Tipsv2VisionModel
 
@@ -90,6 +91,13 @@ class PlainQwen3VL(Qwen3VLVisionModel):
         return self.patch_embed
 
 
+class PlainQwen3_5(Qwen3_5VisionModel):  # noqa: N801 - transformers' own name
+    """transformers' own, with what torchao needs of a model."""
+
+    def get_input_embeddings(self):
+        return self.patch_embed
+
+
 ORIGINALS = {
     "aimv2": Aimv2VisionModel,
     "siglip2": siglip2_checkpoints.Siglip2VisionModel,
@@ -105,6 +113,7 @@ ORIGINALS = {
     "pixtral": PixtralVisionModel,
     **qwen2_vl_checkpoints.CLASSES,
     "qwen3_vl": PlainQwen3VL,
+    "qwen3_5": PlainQwen3_5,
     "radio": PlainRadio,
     "pe": PlainPE,
     **{kind: model for kind, (_, model) in vit_checkpoints.CLASSES.items()},
@@ -212,7 +221,7 @@ def assert_same_tokens(family, encoder, original):
         expected = moonvit_checkpoints.run(original, image)
     elif family.startswith("qwen2"):
         expected = qwen2_vl_checkpoints.run(original, image).tokens
-    elif family == "qwen3_vl":
+    elif family.startswith("qwen3"):
         expected = qwen3_vl_checkpoints.run(original, image).tokens
     else:
         expected = original(image[None]).last_hidden_state[0][encoder.num_prefix_tokens :]

@@ -41,6 +41,7 @@ def _downs(encoder):
         "qwen2_vl",
         "qwen2_5_vl",
         "qwen3_vl",
+        "qwen3_5",
         "radio",
         "pe",
         "vit",
