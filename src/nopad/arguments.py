@@ -10,6 +10,7 @@ from torch import Tensor
 from nopad.counts import counted
 from nopad.inference.dispatch import is_dispatched
 from nopad.inference.precision import check_inference
+from nopad.kernels.tracing import run_untraced
 from nopad.layout import Layout
 from nopad.packing import Pack
 from nopad.traced import TracedLayout
@@ -76,8 +77,13 @@ def read_arguments(
         raise ValueError(f"hidden_states: expected {encoder.dtype} like the weights, got {hidden_states.dtype}")
     if encoder.precision is not None:
         check_inference(encoder, hidden_states)
-    read: Any = TracedLayout if torch.compiler.is_exporting() else Layout.read
-    return hidden_states, read(hidden_states, grid_thw, patch_positions, encoder.patch_dim)
+    arguments = hidden_states, grid_thw, patch_positions, encoder.patch_dim
+    layout: Any
+    if torch.compiler.is_exporting():
+        layout = TracedLayout(*arguments)
+    else:
+        layout = run_untraced(Layout.read, *arguments)  # the one host read
+    return hidden_states, layout
 
 
 def _kind(value: object) -> str:

@@ -47,7 +47,6 @@ class Layout:
         return cls.of_grid([(1, rows, columns)], device)
 
     @classmethod
-    @torch.compiler.disable(reason="the one host read; numbers of Python's own would be traced one by one")
     def read(cls, hidden_states: Tensor, grid_thw: Tensor, patch_positions: Tensor | None, patch_dim: int) -> Layout:
         """Check the arguments of a forward and copy the grid to the host, the one host read.
 

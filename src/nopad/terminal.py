@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
+from nopad.inference_imports import import_for_inference
+
 
 def printable(text: str) -> str:
     """`text` as one line, with what a terminal would obey or hide as backslash escapes, such as `\\x1b` and `\\u202e`.
@@ -86,6 +88,12 @@ class OnceFilter(logging.Filter):
         is_new = key not in self.seen
         self.seen.add(key)
         return is_new
+
+
+def import_transformers() -> None:
+    """Import what of transformers an encoder needs, see `import_for_inference`, and `configure_transformers`."""
+    import_for_inference()
+    configure_transformers()
 
 
 def configure_transformers() -> None:

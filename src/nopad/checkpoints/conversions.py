@@ -37,9 +37,15 @@ def _as_grid(table: Tensor) -> Tensor:
     return table.unflatten(0, (side, side)).unsqueeze(0)
 
 
+def join_rows(values: Sequence[Tensor]) -> Tensor:
+    """`torch.cat`, which of meta tensors is Python code that imports torch's compiler."""
+    first = values[0]
+    return first.new_empty(sum(map(len, values)), *first.shape[1:]) if first.is_meta else torch.cat([*values])
+
+
 def _stack_rows(values: Sequence[Tensor | None]) -> Tensor:
     like = next(value for value in values if value is not None)
-    return torch.cat([torch.zeros_like(like) if value is None else value for value in values])
+    return join_rows([torch.zeros_like(like) if value is None else value for value in values])
 
 
 def split_rows(num_parts: int) -> Reshape:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nopad.embedding.actors.starting import StartingActors
 from nopad.embedding.folder import JobFolder
@@ -159,9 +159,22 @@ def embed(
         InterruptedError: `stop` was set while the sources were listed.
         ImportError: a source or `actors` needs a package that is not installed.
     """
-    arguments = locals()
-    folder = JobFolder(out)
-    label, names = folder.spelling(_label(model), _paths(sources))
+    return embed_by(locals())
+
+
+def embed_by(arguments: Mapping[str, Any], imports: Callable[[], None] = lambda: None) -> Summary:
+    """`embed`.
+
+    Args:
+        arguments: all of its, by name.
+        imports: called once other processes are starting, before anything of transformers is imported.
+
+    Raises:
+        See `embed`.
+    """
+    model, layers, stop = arguments["model"], arguments["layers"], arguments["stop"]
+    folder = JobFolder(arguments["out"])
+    label, names = folder.spelling(_label(model), _paths(arguments["sources"]))
     layers = tuple(layers) if isinstance(layers, list | range) else layers
     settings = Settings.of({**arguments, "model": label, "layers": layers})
     encoder = None if isinstance(model, str | os.PathLike) else model
@@ -176,11 +189,12 @@ def embed(
             process_server.start()  # it imports torch while this process imports transformers and lists the sources
         else:
             starting = ends.enter_context(closing(StartingActors(settings, stop)))
+        imports()
         from nopad.embedding.table_run import TableRun
         from nopad.embedding.workers import check_features
 
         check_features(model, settings)
-        return TableRun(folder, names, settings, encoder, starting, stop, progress)()
+        return TableRun(folder, names, settings, encoder, starting, stop, arguments["progress"])()
 
 
 def _check_of_encoder(settings: Settings) -> None:

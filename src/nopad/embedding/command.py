@@ -28,7 +28,7 @@ from nopad.preprocessing.limits import MAX_PATCHES
 from nopad.storage.addresses import is_address, local_path
 from nopad.storage.errors import UnreachableStoreError, UnusableStoreError
 from nopad.storage.stores import check_writable
-from nopad.terminal import configure_transformers, json_text, print_error, print_summary, printable, shell_command
+from nopad.terminal import import_transformers, json_text, print_error, print_summary, printable, shell_command
 
 if TYPE_CHECKING:
     from nopad.embedding.summary import Summary
@@ -82,19 +82,12 @@ def run(options: argparse.Namespace) -> int:
             if in_process:
                 process_server.start()  # it imports torch while this process does
                 start_cuda(options.device)  # while transformers is imported
-            from nopad.embedding.api import embed
+            from nopad.embedding.api import embed_by
 
-            configure_transformers()
             if in_process:  # actors may have GPUs that this machine has not
                 resolve_device(options.device)
             with redirect_stdout(sys.stderr):  # Ray prints to it when an actor dies; it is for the summary alone
-                summary = embed(
-                    options.sources,
-                    options.out,
-                    **{option.name: getattr(options, option.name) for option in fields(Settings)},
-                    stop=stop,
-                    progress=shown.report,
-                )
+                summary = embed_by({**vars(options), "stop": stop, "progress": shown.report}, import_transformers)
     except UnusableStoreError as error:
         print_error(f"{error}; finished shards are kept; {go_on}")
         return WRONG_USE

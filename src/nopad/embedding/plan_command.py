@@ -17,7 +17,7 @@ from nopad.embedding.settings import Settings
 from nopad.pipeline import process_server
 from nopad.storage.addresses import is_address
 from nopad.storage.stores import check_writable
-from nopad.terminal import configure_transformers, json_text, print_error, print_summary, printable
+from nopad.terminal import import_transformers, json_text, print_error, print_summary, printable
 
 if TYPE_CHECKING:
     from nopad.embedding.actors.node_samples import NodeSample
@@ -62,9 +62,9 @@ def run(options: argparse.Namespace) -> int:
     print_error("nopad plan: listing the sources, then embedding a sample")
     start = time.perf_counter()
     process_server.start()  # it imports torch while this process does
+    import_transformers()
     from nopad.embedding.plan import plan
 
-    configure_transformers()
     resolve_device(options.device)
     imported = time.perf_counter() - start  # which a job does as well
     planned = plan(options.sources, settings, sample=options.sample, out=options.out, ray=options.ray)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nopad.kernels import backends
+from nopad.kernels.tracing import constant_result
 from nopad.segments import Segments
 
 
@@ -83,7 +84,7 @@ def reads_host_lengths(backend: str) -> bool:
     return backend in ("sdpa", "eager")
 
 
-@torch.compiler.assume_constant_result  # or the compiler would trace through lru_cache, into the search for modules
+@constant_result  # or the compiler would trace through lru_cache, into the search for modules
 def _select(*needs) -> int:
     return backends.select(*needs)
 

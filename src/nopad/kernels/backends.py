@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nopad.kernels.availability import triton_works
 from nopad.kernels.sdpa import eager, sdpa
+from nopad.kernels.tracing import constant_result, run_untraced
 from nopad.segments import Segments
 
 
@@ -46,8 +47,12 @@ def _call_flash_attention_3(function, query, key, value, segments, scale):
     return output[0] if isinstance(output, tuple) else output  # early versions return (output, lse)
 
 
-@torch.compiler.disable(reason="flash_attn.cute compiles its own kernels and registers no custom operator")
 def _flash_attention_4(query, key, value, segments, scale, dropout_p):
+    # It compiles its own kernels and registers no custom operator.
+    return run_untraced(_call_flash_attention_4, query, key, value, segments, scale)
+
+
+def _call_flash_attention_4(query, key, value, segments, scale):
     from flash_attn.cute import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     # By keyword: in some versions the fourth positional argument is another one.
@@ -68,7 +73,7 @@ def _torch_varlen(query, key, value, segments, scale, dropout_p):
     return varlen_attn(query, key, value, *_offsets(*segments))
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _torch_varlen_has_num_splits() -> bool:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -81,10 +86,11 @@ def _has_parameter(function: Callable[..., Any], name: str) -> bool:
 
 
 def _triton_varlen(query, key, value, segments, scale, dropout_p):
-    from nopad.kernels.triton_attention import attend
+    from nopad.kernels import triton_attention
 
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query, scale = (query, scale) if scale >= 0 else (-query, -scale)
+    attend = triton_attention.attend_op if torch.compiler.is_compiling() else triton_attention.attend
     return attend(query, key, value, segments[0].cu_seqlens, segments[1].cu_seqlens, segments[0].max_seqlen, scale)
 
 

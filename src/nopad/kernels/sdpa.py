@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nopad.kernels.tracing import run_untraced
+
 MIN_QUERIES, QUERY_MULTIPLE = 32, 16
 """On a CPU, fewer than `MIN_QUERIES` queries are padded to a multiple of `QUERY_MULTIPLE`. The CPU kernel gives each
 thread a scratch buffer of as many numbers as there are queries. If a thread's buffer does not start at a multiple of 64
@@ -27,14 +29,13 @@ def eager(query, key, value, segments, scale, dropout_p):
 
 def _run(name, query, key, value, segments, scale, dropout_p):
     if not torch.compiler.is_compiling():
-        return _LOOPS[name](query, key, value, (segments[0].lengths, segments[1].lengths), scale, dropout_p)
-    if dropout_p:
-        return _uncompiled(name, query, key, value, segments, scale, dropout_p)
+        return _of_lengths(name, query, key, value, segments, scale, dropout_p)
+    if dropout_p:  # the operator's backward would need the forward's random numbers
+        return run_untraced(_of_lengths, name, query, key, value, segments, scale, dropout_p)
     return _varlen_op(name, query, key, value, segments[0].cu_seqlens, segments[1].cu_seqlens, scale)
 
 
-@torch.compiler.disable(reason="the operator's backward would need the forward's random numbers")
-def _uncompiled(name, query, key, value, segments, scale, dropout_p):
+def _of_lengths(name, query, key, value, segments, scale, dropout_p):
     return _LOOPS[name](query, key, value, (segments[0].lengths, segments[1].lengths), scale, dropout_p)
 
 

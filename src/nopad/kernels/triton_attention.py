@@ -17,7 +17,6 @@ BLOCK = 64
 """Queries, and keys, per step: the fastest size on an H100, see docs/tuning.md."""
 
 
-@torch.library.custom_op("nopad::attend", mutates_args=())
 def attend(
     query: Tensor,
     key: Tensor,
@@ -64,7 +63,11 @@ def attend(
     return output
 
 
-@attend.register_fake
+attend_op = torch.library.custom_op("nopad::attend", attend, mutates_args=())
+"""The same in compiled graphs."""
+
+
+@attend_op.register_fake
 def _(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, scale):
     return torch.empty(query.shape, dtype=query.dtype, device=query.device)
 

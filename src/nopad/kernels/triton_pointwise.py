@@ -13,7 +13,6 @@ from torch import Tensor
 from nopad.kernels.gemm_formats import FP8, FP8_MAX
 
 
-@torch.library.custom_op("nopad::silu_mul_quantize", mutates_args=())
 def silu_mul_quantize(gate_up: Tensor, min_amax: float) -> tuple[Tensor, Tensor]:
     """See `nopad.inference.float8.format.silu_mul_quantize`; `min_amax` is the lower bound of a row's largest value."""
     num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
@@ -28,7 +27,11 @@ def silu_mul_quantize(gate_up: Tensor, min_amax: float) -> tuple[Tensor, Tensor]
     return output, scale
 
 
-@silu_mul_quantize.register_fake
+silu_mul_quantize_op = torch.library.custom_op("nopad::silu_mul_quantize", silu_mul_quantize, mutates_args=())
+"""The same in compiled graphs."""
+
+
+@silu_mul_quantize_op.register_fake
 def _(gate_up: Tensor, min_amax: float) -> tuple[Tensor, Tensor]:
     num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     return gate_up.new_empty(num_rows, size, dtype=FP8), gate_up.new_empty(num_rows, 1, dtype=torch.float32)

@@ -14,7 +14,7 @@ from nopad.counts import counted
 from nopad.extras import install
 from nopad.local_paths import check_local
 from nopad.preprocessing.formats import image_suffixes
-from nopad.terminal import columns, configure_transformers, json_text, print_progress, print_summary, printable
+from nopad.terminal import columns, import_transformers, json_text, print_progress, print_summary, printable
 
 if TYPE_CHECKING:
     from nopad.search.features import Features, Group
@@ -74,9 +74,9 @@ def _open(options: argparse.Namespace) -> Features:
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"this needs {package}: {install('embed')}")
     check_report(getattr(options, "html", None))
+    import_transformers()
     from nopad.search.reading import read_features
 
-    configure_transformers()
     return read_features(options.folder)
 
 

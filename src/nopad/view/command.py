@@ -14,7 +14,7 @@ from nopad.counts import counted
 from nopad.extras import install
 from nopad.preprocessing.size import parse_size
 from nopad.storage.addresses import is_address, local_path
-from nopad.terminal import configure_transformers, json_text, print_progress, print_summary, printable
+from nopad.terminal import import_transformers, json_text, print_progress, print_summary, printable
 
 MAX_PATCHES = 1024
 _IMAGE_OPTIONS = ("kind", "layers", "size", "max_patches", "revision", "device", "attention", "dtype")
@@ -107,11 +107,11 @@ def _run_images(options: argparse.Namespace) -> int:
     layers, size = _layers(options.layers or "-1"), parse_size(options.size or "native")
     import torch
 
+    import_transformers()
     from nopad.view.images import check_kinds, sheet, shown_kinds, view_images
     from nopad.view.page import view_page
 
     check_kinds(kinds)
-    configure_transformers()
     images = view_images(
         options.sources,
         options.model.split(","),
@@ -157,6 +157,7 @@ def _run_table(options: argparse.Namespace) -> int:
         raise ValueError(f"--out: expected a file .html, got {options.out!r}")
     if importlib.util.find_spec("pyarrow") is None:
         raise ImportError(f"this needs pyarrow: {install('embed')}")
+    import_transformers()
     from nopad.embedding.table.paths import table_path
     from nopad.search.query import load_encoder
     from nopad.search.reading import read_features
@@ -165,7 +166,6 @@ def _run_table(options: argparse.Namespace) -> int:
 
     for folder in options.sources:
         table_path("SOURCE", folder)
-    configure_transformers()
     check_prefix(options)
     features = read_features(options.sources)
     arguments: dict[str, Any] = {"clusters": options.clusters, "threshold": options.threshold, "map": options.map}

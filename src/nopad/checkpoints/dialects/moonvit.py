@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from nopad.checkpoints.conversions import NameTable, Rename, Reshape, halves_of_pairs
+from nopad.checkpoints.conversions import NameTable, Rename, Reshape, halves_of_pairs, join_rows
 from nopad.checkpoints.formats import Dialect
 
 MOONSHOT_HEADS = 16
@@ -23,7 +22,7 @@ def _split(tensor: Tensor) -> tuple[Tensor, ...]:
 def _whole(values: Sequence[Tensor | None]) -> Tensor:
     query, key, value = values
     assert value is not None
-    return torch.cat((_ROWS.whole([query]), _ROWS.whole([key]), value))
+    return join_rows((_ROWS.whole([query]), _ROWS.whole([key]), value))
 
 
 _BLOCK, _LAYER = "encoder.blocks.*", "layers.*"

@@ -26,6 +26,7 @@ from nopad.embedding.actors.engine import (
     Task,
 )
 from nopad.embedding.actors.ray_head import RayHead, ray_errors
+from nopad.inference_imports import import_for_inference
 
 MAX_BEAT_SECONDS = 5.0
 
@@ -170,7 +171,8 @@ class RayActor:
     def place(self) -> tuple[str, int, str]:
         import ray
 
-        from nopad.embedding.actors.actor import place  # imports all that an actor needs
+        import_for_inference()
+        from nopad.embedding.actors.actor import place  # imports all else that an actor needs
 
         return *place(), ray.get_runtime_context().get_node_id()
 

@@ -31,7 +31,7 @@ from nopad.embedding.actors.engine import (
     Task,
 )
 from nopad.storage.errors import UnreachableStoreError, UnusableStoreError
-from nopad.terminal import configure_transformers
+from nopad.terminal import import_transformers
 
 BEAT_SECONDS = 1.0
 
@@ -188,10 +188,10 @@ def main(descriptor: int) -> None:
         else:
             send("raised", _portable(error))
 
-    from nopad.embedding.actors.actor import place  # imports all that an actor needs
+    import_transformers()
+    from nopad.embedding.actors.actor import place  # imports all else that an actor needs
 
     over = threading.Event()
-    configure_transformers()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("nopad").setLevel(logging.ERROR)  # the command logs what became of a task
     with suppress(EOFError, OSError):

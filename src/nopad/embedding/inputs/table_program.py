@@ -28,6 +28,7 @@ from nopad.embedding.inputs.tables import (
     raise_if_unreachable,
     why_unreachable,
 )
+from nopad.inference_imports import import_pyarrow
 from nopad.pipeline.decode_process import LARGE_FILE_BYTES
 from nopad.pipeline.forked import answer, send_bytes
 from nopad.pipeline.request_process import MAX_REASON, serve_requests
@@ -43,7 +44,8 @@ class TableProgram:
     """Answers requests, with the rows that it reads as progress: the first of them, and the one behind the last."""
 
     def prepare(self) -> None:
-        """See `Program.prepare`; this module has imported everything."""
+        """See `Program.prepare`; this module has imported everything else."""
+        import_pyarrow()
 
     def serve(self, connection: Connection) -> None:
         """See `Program.serve`."""

@@ -104,6 +104,8 @@ def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     if gate_up.is_cuda:
         from nopad.kernels import triton_pointwise
 
-        return triton_pointwise.silu_mul_quantize(gate_up, MIN_AMAX)
+        is_traced = torch.compiler.is_compiling()
+        run = triton_pointwise.silu_mul_quantize_op if is_traced else triton_pointwise.silu_mul_quantize
+        return run(gate_up, MIN_AMAX)
     gate, up = gate_up.float().chunk(2, dim=1)
     return quantize_rows(F.silu(gate) * up)

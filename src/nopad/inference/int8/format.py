@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nopad.kernels.sdpa import without_autocast
+from nopad.kernels.tracing import constant_result
 
 _int_mm: Any = torch._int_mm  # pyright: ignore[reportPrivateImportUsage]
 INT8_MAX = 127
@@ -68,7 +69,7 @@ def multiply_integers(a: Tensor, b: Tensor) -> Tensor:
         return a.float() @ b.float().T
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def int_mm_is_exact() -> bool:
     """Whether torch's GEMM of int8 is exact on this processor."""
     return is_exact(_int_mm)
