@@ -6,6 +6,8 @@ import torch
 from jobs import embed, table
 
 import nopad
+from nopad.embedding import workers
+from nopad.embedding.settings import Settings
 from nopad.embedding.table import reader as stored
 from nopad.encoder import PackedEncoder
 
@@ -92,3 +94,16 @@ def test_dtype_is_that_of_the_device_not_of_the_checkpoint(photos, tmp_path, mod
     assert nopad.load(half).dtype == torch.bfloat16
     embed(photos, tmp_path / "out", half)
     assert nopad.read_features(tmp_path / "out").metadata["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, ["import", "load"]), ({"compile": False}, ["load"]), ({"layers": (0,)}, ["load"])],
+    ids=["compiled", "not compiled", "single layers"],
+)
+def test_what_compiling_needs_is_imported_while_weights_are_read(monkeypatch, model, options, expected):
+    steps = []
+    monkeypatch.setattr(workers, "start_imports", lambda device: steps.append("import"))
+    monkeypatch.setattr(workers, "load", lambda *arguments, **options: steps.append("load"))
+    workers.load_encoder(Settings(model=str(model), device="cpu", **options))
+    assert steps == expected

@@ -104,6 +104,30 @@ def test_execution_follows_what_torch_does_after_compile(goldens, quick_compile)
     assert encoder.execution == "compiled"
 
 
+@pytest.mark.parametrize("error", [None, ImportError, AttributeError], ids=["installed", "missing", "other version"])
+def test_imports_of_a_gpu_are_begun_and_their_errors_left_to_compile(monkeypatch, error):
+    names = []
+
+    def import_module(name):
+        names.append(name)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(compile.importlib, "import_module", import_module)
+    compile.start_imports(torch.device("cuda")).join()  # a thread that ends by an error is an error of the test session
+    assert names == ["nopad.inference.fusion.gemm_quack"]
+
+
+@pytest.mark.parametrize(("device", "capability"), [("cpu", (9, 0)), ("cuda", (8, 0)), ("cuda", (10, 0))])
+def test_nothing_is_imported_that_a_device_does_not_use(monkeypatch, device, capability):
+    names = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(compile.importlib, "import_module", names.append)
+    compile.start_imports(torch.device(device)).join()
+    assert names == []
+
+
 def test_wrong_arguments_of_compile_raise(encoder):
     for number in (0, 1.5, True, "3", float("nan")):
         with pytest.raises(ValueError, match=f"max_segments: expected .*≥ 1, got {number!r}"):

@@ -14,7 +14,7 @@ from nopad.embedding.settings import Settings
 from nopad.encoder import PackedEncoder
 from nopad.environment import device_name, dtype_name
 from nopad.extras import install
-from nopad.inference.compile import compiles_by_default
+from nopad.inference.compile import compiles_by_default, start_imports
 from nopad.inference.defaults import default_dtype
 from nopad.loading import load, processor
 from nopad.pipeline.fit import fit_packs
@@ -58,6 +58,8 @@ def load_encoder(settings: Settings) -> PackedEncoder:
     device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options: dict[str, Any] = {"attention": settings.attention, "precision": settings.precision}
     options |= {"revision": settings.revision, "prefix": settings.prefix}
+    if settings.compile is not False and settings.layers is None:
+        start_imports(device)
     return load(settings.model, device=device, dtype=_dtype(settings, device), **options)
 
 

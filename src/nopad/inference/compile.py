@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -82,6 +85,22 @@ def compile_encoder(
         max_segments = default_max_segments(capacity, encoder.device)
     check_count("max_segments", max_segments)
     encoder._runner = _static_runner(encoder, capacity, max_segments, compiled)
+
+
+def start_imports(device: torch.device) -> threading.Thread:
+    """Begin to import what `compile` needs on a GPU, in a thread: quack takes seconds, while weights are read.
+
+    What cannot be imported is left to `compile`, which imports it again and takes the next way to run the layers.
+    """
+
+    def start() -> None:
+        with suppress(Exception):
+            if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+                importlib.import_module("nopad.inference.fusion.gemm_quack")
+
+    thread = threading.Thread(target=start, name="nopad-imports", daemon=True)
+    thread.start()
+    return thread
 
 
 def needs_compiler(encoder: PackedEncoder) -> bool:
