@@ -66,7 +66,7 @@ def test_an_actor_needs_no_compiler():
             loaded = [event for event in engine.wait(1.0) if isinstance(event, Loaded)]
     finally:
         engine.close()
-    assert loaded[0].value == (True, [])
+    assert loaded[0].value == (True, True, [])
 
 
 def test_the_compiler_can_be_used_afterwards():

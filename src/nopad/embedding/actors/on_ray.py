@@ -27,6 +27,7 @@ from nopad.embedding.actors.engine import (
 )
 from nopad.embedding.actors.ray_head import RayHead, ray_errors
 from nopad.inference_imports import import_for_inference
+from nopad.pipeline import process_server
 
 MAX_BEAT_SECONDS = 5.0
 
@@ -171,6 +172,7 @@ class RayActor:
     def place(self) -> tuple[str, int, str]:
         import ray
 
+        process_server.start()  # it imports torch while this process does
         import_for_inference()
         from nopad.embedding.actors.actor import place  # imports all else that an actor needs
 

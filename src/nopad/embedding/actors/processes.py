@@ -30,6 +30,7 @@ from nopad.embedding.actors.engine import (
     Ready,
     Task,
 )
+from nopad.pipeline import process_server
 from nopad.storage.errors import UnreachableStoreError, UnusableStoreError
 from nopad.terminal import import_transformers
 
@@ -188,6 +189,7 @@ def main(descriptor: int) -> None:
         else:
             send("raised", _portable(error))
 
+    process_server.start()  # it imports torch while this process does
     import_transformers()
     from nopad.embedding.actors.actor import place  # imports all else that an actor needs
 
