@@ -122,7 +122,7 @@ def measure(name: str, jobs: dict[str, Callable[[], object]], work: int) -> None
     matrix = draw(SIDE, SIDE)
     graphs = [recorded(lambda: torch.mm(matrix, matrix), 5), *(recorded(job, TIMES) for job in jobs.values())]
     times = []
-    for samples in interleave(timer(matrix.device), [graph.replay for graph in graphs], RUNS):
+    for samples in interleave(timer(matrix.device), [graph.replay for graph in graphs], range(RUNS)):
         assert isinstance(samples, list)
         times.append(statistics.median(sample.seconds for sample in samples))
     peak = 5 * 2 * SIDE**3 / times[0]

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from nopad.bench import command, load_time, suite
 from nopad.bench.report import Row
 from nopad.bench.suite import Entry, bench_suite
 from nopad.bench.suite_report import SuiteWorkload
+from nopad.bench.timing import Sample
 
 ROWS = ["nopad, float32", "transformers, float32", "nopad, bfloat16", "transformers, bfloat16", "nopad, int8"]
 
@@ -39,6 +41,7 @@ def test_rows_have_every_format_beside_its_reference(entries):
         for row in workload.rows:
             assert (row.skipped, row.agrees, len(row.seconds)) == (None, True, 2)
             assert workload.times(row, "float32") > 0
+            assert row.share(workload.peak_flops) > 0
         assert workload.times(workload.rows[1], "float32") == 1
     assert mixed.times(mixed.rows[3], "bfloat16") == 1
     assert small.times(small.rows[0], "bfloat16") is None
@@ -58,6 +61,17 @@ def test_runs_are_as_many_as_fit_into_the_time(entries, monkeypatch):
         assert {len(row.seconds) for row in report.workloads[0].rows} == {runs}
 
 
+def test_each_format_is_beside_gemms_of_its_own(entries, monkeypatch):
+    seconds = {torch.float32: 8.0, torch.bfloat16: 4.0}
+    monkeypatch.setattr(suite, "gemms", lambda side, count, device, dtype: partial(seconds.get, dtype))
+    monkeypatch.setattr(suite, "timer", lambda device: lambda job: Sample(job() or 1.0, None))
+    workload = bench_suite(runs=1, entries=entries[:1]).workloads[0]
+    assert [row.peak_seconds for row in workload.rows] == [(8.0,), (8.0,), (4.0,), (4.0,), (8.0,)]
+    row = workload.rows[2]
+    assert row.share(workload.peak_flops) == pytest.approx(row.flops * 4 / workload.peak_flops)
+    assert workload.to_dict()["rows"][2]["share_of_peak"] == row.share(workload.peak_flops)
+
+
 def test_a_processor_without_bfloat16_skips_its_rows(entries, monkeypatch):
     monkeypatch.setattr(suite, "has_fast_bfloat16", lambda: False)
     rows = bench_suite(runs=1, entries=entries[:1]).workloads[0].rows
@@ -75,10 +89,10 @@ def test_wrong_features_are_seen(entries, monkeypatch):
 def test_times_are_of_runs_of_one_round():
     row = Row("mixed", "nopad, float32", 1, 1, 1, 1, 1, seconds=(1.0, 2.0, 10.0))
     reference = replace(row, name="transformers, float32", seconds=(3.0, 4.0, 10.0))
-    workload = SuiteWorkload("model", "mixed", "", (row, reference))
+    workload = SuiteWorkload("model", "mixed", "", (row, reference), 1)
     assert workload.times(row, "float32") == 2
     skipped = replace(row, seconds=(), skipped="out of memory")
-    assert SuiteWorkload("model", "mixed", "", (row, skipped)).times(row, "float32") is None
+    assert SuiteWorkload("model", "mixed", "", (row, skipped), 1).times(row, "float32") is None
 
 
 def test_loading_is_measured_beside_reading(entries, tmp_path):

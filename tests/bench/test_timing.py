@@ -65,7 +65,7 @@ def test_interleaved_jobs_go_on_without_one_that_is_skipped():
         run()
         return Sample(float(len(ran)), None)
 
-    results = interleave(tick, [job("a"), job("b", fails_at=2), job("c")], runs=3)
+    results = interleave(tick, [job("a"), job("b", fails_at=2), job("c")], range(3))
     assert "".join(ran) == "abcabcac"
     assert [[sample.seconds for sample in results[i]] for i in (0, 2)] == [[1, 4, 7], [3, 6, 8]]
     assert results[1] == "out of memory"

@@ -22,7 +22,7 @@ from nopad.command_options import (
 from nopad.counts import counted
 from nopad.terminal import columns, configure_transformers, print_progress, printable
 
-SUITE_HEADER = ("", "runs", "ms", "min … max", "images/s", "×", "× float32", "cosine", "")
+SUITE_HEADER = ("", "runs", "ms", "min … max", "images/s", "of peak", "×", "× float32", "cosine", "")
 HEADER = ("", "capacity", "ms", "min … max", "images/s", "tokens/s", "TFLOP/s", "of peak", "GiB", "cosine", "")
 
 
@@ -148,6 +148,7 @@ def suite_table(report: SuiteReport) -> str:
         lines.append(f"{figures}; peak memory {load.memory:.2f} × the weights ({load.bytes / 2**30:.2f} GiB)")
     lines += [
         "",
+        "of peak: share of the speed of plain GEMMs right before and after, in the same format, for int8 in float32;",
         "×: times as fast as transformers' model, one image at a time: in the same format, and in float32;",
         "cosine: lowest of a token with the packed encoder in float32 on that image alone,",
         f"WRONG unless above {MIN_COSINE}",
@@ -165,7 +166,7 @@ def _suite_cells(workload: SuiteWorkload, row: Row) -> tuple[str, ...]:
         f"{row.median * 1e3:,.1f}",
         f"{min(row.seconds) * 1e3:,.1f} … {max(row.seconds) * 1e3:,.1f}",
         f"{row.images_per_second:,.4g}",
-        *("–" if each is None else f"{each:.2f}" for each in times),
+        *("–" if each is None else f"{each:.2f}" for each in (row.share(workload.peak_flops), *times)),
         f"{row.min_cosine:.6f}",
         "ok" if row.agrees else "WRONG",
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-RUNS = 5
+RUNS = 3
 PIECE = 1 << 24
 """Bytes that are read at a time."""
 

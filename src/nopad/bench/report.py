@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 from nopad.bench.workloads import describe_images
@@ -72,6 +72,26 @@ class Row:
         """TFLOP/s of the median run."""
         return None if self.median is None else self.flops / self.median / 1e12
 
+    def skip(self, reason: str) -> Row:
+        """The row of a candidate that did not run."""
+        unmeasured: dict[str, Any] = {
+            field.name: field.default for field in fields(self) if field.default is not MISSING
+        }
+        return replace(self, **{**unmeasured, "skipped": reason})
+
+    def share(self, peak_flops: int) -> float | None:
+        """Median over its runs of their operations a second over those of the peak right before and after them.
+
+        A GPU's clock depends on its load in the second before: after candidates that leave it idle the same GEMMs take
+        a tenth less time than after others.
+
+        Args:
+            peak_flops: operations of a run of the peak.
+        """
+        runs = zip(self.seconds, self.peak_seconds, strict=True)
+        shares = [self.flops / seconds / (peak_flops / around) for seconds, around in runs]
+        return statistics.median(shares) if shares else None
+
     @property
     def agrees(self) -> bool | None:
         """Whether its features are the packed encoder's; `None` where it was skipped."""
@@ -120,19 +140,16 @@ class MeasuredPeak:
 
     def teraflops_in(self, seconds: float) -> float:
         """TFLOP/s of a run that took so long."""
-        return 2 * self.side**3 * self.gemms / seconds / 1e12
+        return self.flops / seconds / 1e12
+
+    @property
+    def flops(self) -> int:
+        """Operations of a run."""
+        return 2 * self.side**3 * self.gemms
 
     def share(self, row: Row) -> float | None:
-        """Median over a candidate's runs of their TFLOP/s divided by the peak's right before and after them.
-
-        A GPU's clock depends on its load in the second before: after candidates that leave it idle the same GEMMs take
-        a tenth less time than after others.
-        """
-        shares = [
-            row.flops / seconds / 1e12 / self.teraflops_in(around)
-            for seconds, around in zip(row.seconds, row.peak_seconds, strict=True)
-        ]
-        return statistics.median(shares) if shares else None
+        """A candidate's share of it, see `Row.share`."""
+        return row.share(self.flops)
 
 
 @dataclass(frozen=True)
@@ -188,7 +205,7 @@ class BenchReport:
     rows: tuple[Row, ...]
 
     def share(self, row: Row) -> float | None:
-        """What a candidate has of its workload's peak, see `MeasuredPeak.share`."""
+        """A candidate's share of the peak of its workload, see `Row.share`."""
         return {stats.name: stats.measured_peak for stats in self.workloads}[row.workload].share(row)
 
     def to_dict(self) -> dict[str, Any]:

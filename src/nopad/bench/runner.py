@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
-from itertools import chain, pairwise
+from itertools import chain
 from textwrap import shorten
 from typing import Any
 
@@ -21,6 +21,7 @@ CHECKED_IMAGES = 8
 """Images of a workload whose features are checked, of every candidate."""
 WARM_UPS = {"cuda": 3, "cpu": 1}
 """Untimed runs of compiled candidates: the first compiles, the next may record a graph. Others have one."""
+Job = Callable[[], None]
 
 
 def run_candidates(
@@ -42,7 +43,7 @@ def run_candidates(
     peak()
     expected: dict[int, Features] = {}
     rows: list[Row] = []
-    jobs: dict[int, Callable[[], None]] = {}
+    jobs: dict[int, Job] = {}
     for number, candidate in enumerate(candidates, 1):
         row = empty_row(encoder, workload, candidate)
         images = candidate.images
@@ -57,23 +58,66 @@ def run_candidates(
             row, run = warm_up(candidate, row, expected[id(images)], warm_ups, timer)
             jobs[len(rows)] = as_job(run)
         except Skipped as reason:
-            row = replace(row, skipped=str(reason))
+            row = row.skip(str(reason))
         rows.append(row)
-    indices = list(jobs)
+    seconds = time_rows(
+        rows,
+        candidates,
+        jobs,
+        [peak] * len(rows),
+        timer=timer,
+        rounds=range(runs),
+        progress=lambda line: progress(f"{workload}: {line}"),
+    )
+    return rows, MeasuredPeak(side, count, seconds or tuple(timer(peak).seconds for _ in range(runs)))
 
-    def on_start(run: int, job: int) -> None:
-        if job % 2:  # the others are the peak
-            label, number = rows[indices[job // 2]].label, job // 2 + 1
-            progress(f"{workload}: run {run + 1} of {runs}, {number} of {len(jobs)}: {label}")
 
-    results = interleave(timer, [peak, *chain.from_iterable((job, peak) for job in jobs.values())], runs, on_start)
-    peaks = [_seconds(samples) for samples in results[::2]]
-    for index, samples, around in zip(jobs, results[1::2], pairwise(peaks), strict=True):
+def time_rows(
+    rows: list[Row],
+    candidates: Sequence[Candidate],
+    jobs: Mapping[int, Job],
+    peaks: Sequence[Job],
+    *,
+    timer: Timer,
+    rounds: Iterable[int],
+    progress: Callable[[str], None],
+) -> tuple[float, ...]:
+    """Time jobs in rounds, each between two runs of its peak; neighbours that have the same share the run between them.
+
+    Args:
+        rows: of all candidates; those of the jobs are replaced by rows with their times.
+        candidates, peaks: of each row.
+        jobs: by the index of the row.
+        timer, rounds: see `interleave`.
+        progress: called with a line for each run of a job.
+
+    Returns:
+        Seconds of all runs of peaks.
+    """
+    sequence: list[tuple[Job, int | None]] = []
+    places: dict[int, int] = {}
+    for index, job in jobs.items():
+        if not sequence or sequence[-1][0] is not peaks[index]:
+            sequence.append((peaks[index], None))
+        places[index] = len(sequence)
+        sequence += [(job, index), (peaks[index], None)]
+
+    total = f" of {len(rounds)}" if isinstance(rounds, Sized) else ""
+
+    def on_start(run: int, number: int) -> None:
+        index = sequence[number][1]
+        if index is not None:
+            progress(f"run {run + 1}{total}, {list(jobs).index(index) + 1} of {len(jobs)}: {rows[index].label}")
+
+    results = interleave(timer, [job for job, _ in sequence], rounds, on_start)
+    for index, place in places.items():
+        samples, around = results[place], (_seconds(results[place - 1]), _seconds(results[place + 1]))
         if isinstance(samples, str):
-            rows[index] = replace(empty_row(encoder, workload, candidates[index]), skipped=samples)
+            rows[index] = rows[index].skip(samples)
         else:
             rows[index] = _timed_row(rows[index], candidates[index], samples, around)
-    return rows, MeasuredPeak(side, count, tuple(chain.from_iterable(zip(*peaks, strict=True))))
+    peak_runs = (_seconds(result) for result, (_, index) in zip(results, sequence, strict=True) if index is None)
+    return tuple(chain.from_iterable(zip(*peak_runs, strict=True)))
 
 
 def checked(images: int) -> list[int]:
@@ -133,7 +177,7 @@ def _seconds(samples: list[Sample] | str) -> list[float]:
     return [sample.seconds for sample in samples] if isinstance(samples, list) else []
 
 
-def as_job(run: Run) -> Callable[[], None]:
+def as_job(run: Run) -> Job:
     """A run as it is timed: features are dropped."""
     return _skipping(lambda: run(()))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,9 +20,9 @@ from nopad.bench.baselines import Baseline, one_by_one
 from nopad.bench.candidates import Candidate, Images, expected_features, packed
 from nopad.bench.load_time import measure_load_time
 from nopad.bench.report import Row
-from nopad.bench.runner import as_job, checked, empty_row, warm_up
-from nopad.bench.suite_report import REFERENCE, SuiteReport, SuiteWorkload
-from nopad.bench.timing import Skipped, Timer, interleave, timer
+from nopad.bench.runner import Job, as_job, checked, empty_row, time_rows, warm_up
+from nopad.bench.suite_report import REFERENCE, SuiteReport, SuiteWorkload, format_of
+from nopad.bench.timing import PEAK_GEMMS, Skipped, gemm_flops, gemms, timer
 from nopad.bench.workloads import Workload, fixed, mixed, small
 from nopad.counts import check_count
 from nopad.encoder import PackedEncoder
@@ -35,8 +36,10 @@ logger = logging.getLogger(__name__)
 LARGE = "untrained:apple/aimv2-large-patch14-native"
 SMALL = "untrained:facebook/dinov3-vits16-pretrain-lvd1689m"
 FLOAT32, BFLOAT16, INT8 = "float32", "bfloat16", "int8"
-MIN_RUNS, MAX_RUNS, SECONDS = 3, 9, 20.0
-"""Timed runs of a workload: as many as fit into so many seconds."""
+PEAK_DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16, INT8: torch.float32}
+"""The dtype of the GEMMs that a format is compared with; torch has none of int8 that is fast on every processor."""
+MIN_RUNS, MAX_RUNS, SECONDS = 3, 9, 10.0
+"""Timed runs of a workload: as many as begin within so many seconds, but at least and at most so many."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def bench_suite(
     On two cores it takes a few minutes.
 
     Args:
-        runs: timed runs of each candidate; by default as many as fit into 20 seconds a workload.
+        runs: timed runs of each candidate; by default 3 to 9, as many as begin within 10 seconds a workload.
         seed: seed of sizes and pixels.
         entries: the workloads, `SUITE` unless given.
         progress: called with a line for each step.
@@ -115,45 +118,50 @@ def _run_entry(
     name = f"{entry.checkpoint}, {workload.name}"
     progress(f"{name}: features to compare with")
     expected = expected_features(encoder, images, checked(len(images.pixels)))
-    all_candidates = list(_candidates(entry, encoder, baseline, images))
-    rows, jobs, seconds = [], {}, 0.0
-    for number, (candidate, reason) in enumerate(all_candidates, 1):
+    candidates = list(_candidates(entry, encoder, baseline, images))
+    rows: list[Row] = []
+    jobs: dict[int, Job] = {}
+    for number, (candidate, reason) in enumerate(candidates, 1):
         row = empty_row(encoder, workload.name, candidate)
-        progress(f"{name}: preparing {number} of {len(all_candidates)}: {row.label}")
+        progress(f"{name}: preparing {number} of {len(candidates)}: {row.label}")
         try:
             if reason is not None:
                 raise Skipped(reason)
             row, run = warm_up(candidate, row, expected, 1, clock)
             jobs[len(rows)] = as_job(run)
-            seconds += clock(jobs[len(rows)]).seconds
         except Skipped as skipped:
-            row = replace(row, skipped=str(skipped))
+            row = row.skip(str(skipped))
         rows.append(row)
-    count = runs or max(MIN_RUNS, min(MAX_RUNS, int(SECONDS / seconds)))
-    timed = _time(name, rows, jobs, count, clock, progress)
-    return SuiteWorkload(entry.checkpoint, workload.name, workload.describe(), timed)
+    peaks = _peaks([format_of(row) for row in rows])
+    time_rows(
+        rows,
+        [candidate for candidate, _ in candidates],
+        jobs,
+        peaks,
+        timer=clock,
+        rounds=range(runs) if runs else _rounds(),
+        progress=lambda line: progress(f"{name}: {line}"),
+    )
+    flops = gemm_flops(*PEAK_GEMMS["cpu"])
+    return SuiteWorkload(entry.checkpoint, workload.name, workload.describe(), tuple(rows), flops)
 
 
-def _time(
-    name: str,
-    rows: Sequence[Row],
-    jobs: dict[int, Callable[[], None]],
-    runs: int,
-    clock: Timer,
-    progress: Callable[[str], None],
-) -> tuple[Row, ...]:
-    indices = list(jobs)
+def _peaks(formats: Sequence[str]) -> list[Job]:
+    """The GEMMs that each format is compared with."""
+    cpu = torch.device("cpu")
+    peaks = {dtype: gemms(*PEAK_GEMMS["cpu"], cpu, dtype) for dtype in {PEAK_DTYPES[name] for name in formats}}
+    for peak in peaks.values():
+        peak()
+    return [peaks[PEAK_DTYPES[name]] for name in formats]
 
-    def on_start(run: int, job: int) -> None:
-        progress(f"{name}: run {run + 1} of {runs}, {job + 1} of {len(jobs)}: {rows[indices[job]].label}")
 
-    timed = list(rows)
-    for index, samples in zip(indices, interleave(clock, list(jobs.values()), runs, on_start), strict=True):
-        if isinstance(samples, str):
-            timed[index] = replace(rows[index], skipped=samples)
-        else:
-            timed[index] = replace(rows[index], seconds=tuple(sample.seconds for sample in samples))
-    return tuple(timed)
+def _rounds() -> Iterator[int]:
+    """Numbers of rounds, for `SECONDS`."""
+    end = time.monotonic() + SECONDS
+    for number in range(MAX_RUNS):
+        if number >= MIN_RUNS and time.monotonic() >= end:
+            return
+        yield number
 
 
 def _candidates(

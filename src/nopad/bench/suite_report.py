@@ -21,12 +21,14 @@ class SuiteWorkload:
         checkpoint: the checkpoint as it was loaded.
         name, description: of the images.
         rows: one for each candidate and format.
+        peak_flops: operations of a run of plain GEMMs, see `Row.peak_seconds`.
     """
 
     checkpoint: str
     name: str
     description: str
     rows: tuple[Row, ...]
+    peak_flops: int
 
     def times(self, row: Row, format: str) -> float | None:
         """How many times as fast as the reference in `format` a candidate is: the median over the rounds of runs.
@@ -47,6 +49,7 @@ class SuiteWorkload:
         return {
             "median_seconds": row.median,
             "agrees": row.agrees,
+            "share_of_peak": row.share(self.peak_flops),
             "times_reference": self.times(row, format_of(row)),
             "times_reference_float32": self.times(row, "float32"),
         }

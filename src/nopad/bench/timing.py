@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +65,11 @@ def flops(block_parameters: int, hidden_size: int, lengths: Sequence[Sequence[in
     return 2 * block_parameters * tokens + 4 * hidden_size * sum(length**2 for each in lengths for length in each)
 
 
+def gemm_flops(side: int, count: int) -> int:
+    """Floating-point operations of a job of `gemms`."""
+    return 2 * side**3 * count
+
+
 def gemms(side: int, count: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
     """A job of `count` GEMMs of the same two `(side, side)` matrices of normal numbers."""
     generator = torch.Generator(device).manual_seed(0)
@@ -82,22 +87,22 @@ def gemms(side: int, count: int, device: torch.device, dtype: torch.dtype) -> Ca
 def interleave(
     timer: Timer,
     jobs: Sequence[Callable[[], object]],
-    runs: int,
+    rounds: Iterable[int],
     on_start: Callable[[int, int], None] = lambda run, job: None,
 ) -> list[list[Sample] | str]:
-    """Time every job `runs` times, one run of each per round, so that the machine's drift affects all of them alike.
+    """Time every job once in each round, so that the machine's drift affects all of them alike.
 
     Args:
         timer: times one run.
         jobs: what is timed.
-        runs: number of rounds.
-        on_start: called before each run with the indices of round and job.
+        rounds: numbers of the rounds; drawn one by one, so that they can end by the clock.
+        on_start: called before each run with the number of its round and the index of its job.
 
     Returns:
         The samples of each job, or the reason of the `Skipped` that it raised.
     """
     results: list[list[Sample] | str] = [[] for _ in jobs]
-    for run in range(runs):
+    for run in rounds:
         for number, job in enumerate(jobs):
             samples = results[number]
             if isinstance(samples, list):
