@@ -5,8 +5,7 @@
 
 Random weights, random pixels, packs of one capacity. The runs of a model are interleaved, with plain GEMMs before and
 after each, as those of `nopad bench` are. A row is printed as soon as it is measured; of a model that does not run, the
-reason. On a GPU the next model is loaded while one is prepared. The cosine is the lowest of a token, to the eager
-encoder in the same dtype on the image alone.
+reason. The cosine is the lowest of a token, to the eager encoder in the same dtype on the image alone.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from textwrap import shorten
 from typing import Any
 
@@ -74,11 +72,13 @@ def main() -> None:
     line(["---"] * len(COLUMNS))
     stop = time.monotonic() + options.seconds
     with torch.no_grad(), dynamo.patch(recompile_limit=RECOMPILE_LIMIT):
-        for name, loading in loaded(options.names.split(","), options):
+        for name in options.names.split(","):
             late = time.monotonic() > stop
-            rows = [failed(name, "no time left, see --seconds")] if late else measure(name, loading, options)
+            rows = [failed(name, "no time left, see --seconds")] if late else measure(name, options)
             for row in rows:
                 line(row)
+            gc.collect()  # compiled encoders refer to themselves
+            torch.compiler.reset()
 
 
 def line(cells: Sequence[str]) -> None:
@@ -86,25 +86,10 @@ def line(cells: Sequence[str]) -> None:
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def loaded(names: Sequence[str], options: argparse.Namespace) -> Iterator[tuple[str, Future[PackedEncoder]]]:
-    """Each encoder; on a GPU its successor is loaded by a thread meanwhile."""
-    ahead = options.device == "cuda"
-    load: dict[str, Any] = {"device": options.device, "dtype": options.dtype}
-    with ThreadPoolExecutor(1) as thread:
-        submitted: list[Future[PackedEncoder]] = []
-        for number, name in enumerate(names):
-            for later in names[len(submitted) : number + 1 + ahead]:
-                submitted.append(thread.submit(nopad.load, f"untrained:{later}", **load))
-            yield name, submitted[number]
-            submitted[number] = Future()  # the encoder is needed no more
-            gc.collect()  # compiled encoders refer to themselves
-            torch.compiler.reset()
-
-
-def measure(name: str, loading: Future[PackedEncoder], options: argparse.Namespace) -> list[list[str]]:
+def measure(name: str, options: argparse.Namespace) -> list[list[str]]:
     """The rows of one model: compiled, and in float8."""
     try:
-        encoder = loading.result()
+        encoder = nopad.load(f"untrained:{name}", device=options.device, dtype=options.dtype)
         workload = mixed(options.images, seed=0).in_multiples_of(encoder.merge_size)
         images = Images.of(workload, encoder, seed=0)
         rows, peak = run_candidates(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,6 @@ import pytest
 from aimv2_checkpoints import randomize
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.colpali.modeling_colpali import ColPaliForRetrieval
-from transformers.models.modernvbert.modeling_modernvbert import ModernVBertModel
-from transformers.models.nemotron_h_omni.modeling_nemotron_h_omni import NemotronH_Omni_Reasoning_V3
-from transformers.models.ovis2.modeling_ovis2 import Ovis2ForConditionalGeneration
-from transformers.models.shieldgemma2.modeling_shieldgemma2 import ShieldGemma2ForImageClassification
-from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2ForConditionalGeneration
-from transformers.models.tipsv2.modeling_tipsv2 import Tipsv2Model
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4}
 SIGLIP = {**SIZES, "model_type": "siglip_vision_model", "image_size": 20, "vision_use_head": False}
@@ -135,14 +129,15 @@ KINDS: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
     },
 }
 CLASSES = {
-    "shieldgemma2": ShieldGemma2ForImageClassification,
-    "ovis2": Ovis2ForConditionalGeneration,
-    "tipsv2": Tipsv2Model,
-    "modernvbert": ModernVBertModel,
-    "colpali": ColPaliForRetrieval,
-    "t5gemma2": T5Gemma2ForConditionalGeneration,
-    "nemotron_h_omni": NemotronH_Omni_Reasoning_V3,
+    "shieldgemma2": "ShieldGemma2ForImageClassification",
+    "ovis2": "Ovis2ForConditionalGeneration",
+    "tipsv2": "Tipsv2Model",
+    "modernvbert": "ModernVBertModel",
+    "colpali": "ColPaliForRetrieval",
+    "t5gemma2": "T5Gemma2ForConditionalGeneration",
+    "nemotron_h_omni": "NemotronH_Omni_Reasoning_V3",
 }
+"""Classes that transformers does not find by the `model_type`, each in the module of that name."""
 
 
 def config_of(model_type: str, vision: dict[str, Any]):
@@ -162,7 +157,11 @@ def tiny_vlm(model_type: str, **vision: Any):
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"this version of transformers has no {model_type}")
     config = config_of(model_type, vision)
-    model = CLASSES[model_type](config) if model_type in CLASSES else AutoModelForImageTextToText.from_config(config)
+    if model_type in CLASSES:
+        module = import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+        model = getattr(module, CLASSES[model_type])(config)
+    else:
+        model = AutoModelForImageTextToText.from_config(config)
     randomize(model)
     return model.eval()
 

@@ -91,6 +91,7 @@ class CUDAGraphLayers(LayerStack):
             self.layers(tokens, static_segments, static_rope)
         torch.cuda.current_stream().wait_stream(self.stream)
         graph, pool = torch.cuda.CUDAGraph(), next((graph.pool() for graph, _ in self.graphs.values()), None)
-        with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+        # Other threads may use the GPU meanwhile: by default their calls would end the recording, and fail themselves.
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
             output = self.layers(tokens, static_segments, static_rope)
         return graph, output

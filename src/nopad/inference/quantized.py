@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nopad.kernels.gemm_formats import FP8
+from nopad.kernels.sdpa import has_autocast
 from nopad.layers.linear import is_plain_linear
 
 SAME_SIZE_INTEGER = {FP8: torch.uint8, torch.int8: torch.int8, torch.float32: torch.int32}
@@ -83,8 +84,7 @@ class QuantizedLinear(nn.Module):
 def output_dtype(input: Tensor) -> torch.dtype:
     """The dtype that `nn.Linear` returns for `input`: autocast's where it is enabled."""
     kind = input.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if autocast else input.dtype
+    return torch.get_autocast_dtype(kind) if has_autocast(kind) and torch.is_autocast_enabled(kind) else input.dtype
 
 
 def check_plain_linear(linear: Any, precision: str) -> None:

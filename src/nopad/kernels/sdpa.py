@@ -148,8 +148,13 @@ _LOOPS = {"sdpa": _sdpa, "eager": _eager}
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Disable autocast; devices such as `meta` have none."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()
+    return torch.autocast(device.type, enabled=False) if has_autocast(device.type) else nullcontext()
+
+
+@torch.compiler.assume_constant_result  # the compiler cannot trace it in torch 2.11
+def has_autocast(device_type: str) -> bool:
+    """Whether devices of a type have autocast."""
+    return torch.amp.is_autocast_available(device_type)
 
 
 @dataclasses.dataclass(frozen=True)

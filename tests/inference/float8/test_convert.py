@@ -226,6 +226,28 @@ def test_hooks_on_replaced_modules_raise(tmp_path, part, register):
     assert len(seen) == 2
 
 
+def assert_one_graph(encoder):
+    """Each layer of an encoder is one graph for the compiler, not pieces with uncompiled code between them."""
+    torch.compiler.reset()  # or graphs of other families count
+    patches = patches_of(encoder)
+    expected = encoder(patches, GRIDS)
+    for layer in encoder.layers[:2]:
+        layer.compile(backend="eager", fullgraph=True)
+    assert torch.equal(encoder(patches, GRIDS), expected)
+
+
+@torch.no_grad()
+def test_every_layer_is_one_graph(folder):
+    assert_one_graph(nopad.load(folder, precision="fp8"))
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@torch.no_grad()
+def test_every_layer_is_one_graph_on_a_gpu(folder):
+    assert_one_graph(nopad.load(folder, device="cuda", dtype=torch.bfloat16, precision="fp8"))
+
+
 @pytest.mark.gpu
 @NEEDS_GPU
 @torch.no_grad()

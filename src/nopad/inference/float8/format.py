@@ -78,7 +78,8 @@ def scaled_mm(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: tor
         `(M, N)`.
     """
     if a.is_cuda:
-        return torch_scaled_mm(a, scale_a, b, scale_b, dtype)
+        multiply = _scaled_mm_op if torch.compiler.is_compiling() else torch_scaled_mm
+        return multiply(a, scale_a, b, scale_b, dtype)
     with without_autocast(a.device):
         return ((a.float() @ b.float().T) * scale_a * scale_b.T).to(dtype)
 
@@ -90,6 +91,17 @@ def torch_scaled_mm(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtyp
         return F.scaled_mm(a, b.T, scale_a, by_row, scale_b.T, by_row, output_dtype=dtype, use_fast_accum=True)
     private: Any = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
     return private(a, b.T, scale_a, scale_b.T, out_dtype=dtype, use_fast_accum=True)
+
+
+@torch.library.custom_op("nopad::scaled_mm", mutates_args=())
+def _scaled_mm_op(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """One operator for compiled graphs: the compiler cannot trace torch's in torch 2.11."""
+    return torch_scaled_mm(a, scale_a, b, scale_b, dtype)
+
+
+@_scaled_mm_op.register_fake
+def _(a, scale_a, b, scale_b, dtype):
+    return a.new_empty(len(a), len(b), dtype=dtype)
 
 
 def silu_mul_quantize(gate_up: Tensor) -> tuple[Tensor, Tensor]:
