@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from nopad.embedding.inputs.listing import BLOCK, InputList
-from nopad.embedding.inputs.stamps import StampSpool
 from nopad.embedding.inputs.temporary import writing_temporary
+
+if TYPE_CHECKING:  # it imports torch, before which actors start
+    from nopad.embedding.inputs.stamps import StampSpool
 
 _WIDTH = 8  # bytes of a sum in the file
 
