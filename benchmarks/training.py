@@ -242,7 +242,7 @@ def _measure(encoder: PackedEncoder, candidates: Iterable[Candidate], runs: int)
         try:
             step = prepare()
             warm_ups = [measure(step) for _ in range(WARM_UPS)]
-            times, peaks = interleave(measure, [step, peak], runs)
+            times, peaks = interleave(measure, [step, peak], range(runs))
             if isinstance(times, str) or isinstance(peaks, str):
                 raise Skipped(str(times))
         except (Skipped, torch.OutOfMemoryError, ValueError, ImportError) as reason:
