@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nopad.kernels.tracing import run_untraced
+from nopad.kernels.tracing import constant_result, run_untraced
 
 MIN_QUERIES, QUERY_MULTIPLE = 32, 16
 """On a CPU, fewer than `MIN_QUERIES` queries are padded to a multiple of `QUERY_MULTIPLE`. The CPU kernel gives each
@@ -151,7 +151,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if has_autocast(device.type) else nullcontext()
 
 
-@torch.compiler.assume_constant_result  # the compiler cannot trace it in torch 2.11
+@constant_result  # the compiler cannot trace it in torch 2.11
 def has_autocast(device_type: str) -> bool:
     """Whether devices of a type have autocast."""
     return torch.amp.is_autocast_available(device_type)
