@@ -57,6 +57,15 @@ def test_the_command_needs_no_compiler(tmp_path, model, actors):
     assert run(code, *command).splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("package", ["scipy", "sklearn", "torchvision", "pandas"])
+def test_a_package_that_is_installed_is_left_alone(tmp_path, package):
+    """transformers imports each of them where it finds it, torchvision with torch's compiler."""
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("import sys; sys.exit(f'{__name__} is imported')")
+    code = f"import sys; sys.path.insert(0, sys.argv[1])\n{WITHOUT_COMPILER}\nimport nopad.embedding.actors.actor"
+    run(f"{code}\nimport pyarrow\npyarrow.array([1])", tmp_path)
+
+
 def test_an_actor_needs_no_compiler():
     engine = ProcessEngine([{}])
     try:

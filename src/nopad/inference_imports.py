@@ -9,14 +9,16 @@ from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
+_UNUSED = ("scipy", "sklearn", "torchvision")
+
 
 def import_for_inference() -> None:
-    """Import `transformers.modeling_utils` without SciPy, DTensor and torch's compiler, and pyarrow without pandas.
+    """Import `transformers.modeling_utils` without SciPy, scikit-learn, torchvision, DTensor and torch's compiler.
 
-    transformers imports SciPy for the losses of object detection, DTensor for models that several devices share, and
-    the compiler to mark functions of its own that it does not compile. pyarrow imports pandas when it is given a list,
-    in case that is one of pandas'. For this process transformers is as where SciPy and DTensor are not installed, and
-    pyarrow as without pandas until a table is made one of pandas. All four can be imported as ever.
+    transformers imports these for the losses of object detection, for text generation, for image processors that nopad
+    has its own of, for models that several devices share, and to mark functions that are not compiled. For this process
+    it is as where the first four are not installed. pyarrow imports pandas when it is given a list, in case that is one
+    of pandas'; here it does so when a table is made one. All of them can be imported as ever.
 
     For processes that a command or a job has to itself: elsewhere training may follow. Does nothing where transformers
     is imported already.
@@ -25,10 +27,10 @@ def import_for_inference() -> None:
         return
     import torch
 
-    with _hidden("scipy"), _without_distributed(torch.distributed):
+    with _hidden(*_UNUSED), _without_distributed(torch.distributed):
         packages: Any = importlib.import_module("transformers.utils.import_utils")
-        packages.is_scipy_available()  # transformers looks for each package once
-        packages.is_torch_distributed_available()
+        for package in (*_UNUSED, "torch_distributed"):
+            getattr(packages, f"is_{package}_available")()  # transformers looks for each once
     with _late_compiler():
         importlib.import_module("transformers.modeling_layers")  # and with it `modeling_utils`
     with suppress(ImportError):  # pages of images need no pyarrow
@@ -60,15 +62,15 @@ class _Missing:
 
 
 @contextmanager
-def _hidden(package: str) -> Iterator[None]:
-    """A package that is not imported yet is as if it were not installed."""
-    is_imported = package in sys.modules
-    if not is_imported:
+def _hidden(*packages: str) -> Iterator[None]:
+    """Packages that are not imported yet are as if they were not installed."""
+    hidden = [package for package in packages if package not in sys.modules]
+    for package in hidden:
         sys.modules[package] = None  # pyright: ignore[reportArgumentType] - what `import` takes for one that is missing
     try:
         yield
     finally:
-        if not is_imported:
+        for package in hidden:
             del sys.modules[package]
 
 
