@@ -114,8 +114,8 @@ def test_segments_and_rope_go_where_the_layer_is(encoder):
 def test_parts_on_gpu_and_cpu_in_turn(encoder):
     pack = pack_of(encoder)
     expected = features(encoder, pack)
-    modules = dict(encoder.named_modules())
-    for number, name in enumerate(name for name in parts_of(encoder) if name in modules):
+    buffers = dict(encoder.named_buffers(recurse=False))  # `device_map` may name them, hooks are for modules
+    for number, name in enumerate(name for name in parts_of(encoder) if name not in buffers):
         run_on(encoder.get_submodule(name), "cpu" if number % 2 else "cuda:0")
     for result, each in zip(features(encoder, pack.to("cuda")), expected, strict=True):
         assert result.device == torch.device("cuda:0")

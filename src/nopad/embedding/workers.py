@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import util
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from nopad.environment import device_name, dtype_name
 from nopad.extras import install
 from nopad.inference.compile import compiles_by_default, start_imports
 from nopad.inference.defaults import default_dtype
+from nopad.inference.fusion.layers import keeps_mean
 from nopad.loading import load, processor
 from nopad.pipeline.fit import fit_packs
 from nopad.pipeline.processor import Processor, rule_for
@@ -139,9 +141,17 @@ def describe_execution(worker: Worker) -> str:
         line += ", JPEGs decoded by its engines"
     elif worker.gpu_unsupported_reason is not None:
         line += f"; JPEGs are decoded on the CPU: {worker.gpu_unsupported_reason}"
+    return line + _faster_execution(encoder, how)
+
+
+def _faster_execution(encoder: PackedEncoder, how: str) -> str:
+    """What would make packs on a GPU faster, as the end of a line."""
     if how in ("not compiled", "eager"):
-        return f"{line}; compiled, a pack takes {_COMPILED_OVER_EAGER} times as long on an H200"
+        return f"; compiled, a pack takes {_COMPILED_OVER_EAGER} times as long on an H200"
+    if how == "compiled" and encoder.precision == "fp8":
+        return "; float8 is not fused for this model, and mostly no faster than bfloat16, which is"
     is_hopper = torch.cuda.get_device_capability(encoder.device)[0] == 9
-    if how == "fused by torch" and is_hopper and encoder.dtype != torch.float32:
-        return f"{line}; with quack, a pack takes {_QUACK_OVER_TORCH} times as long: {install('hopper')}"
-    return line
+    takes_quack = is_hopper and encoder.dtype == torch.bfloat16 and not keeps_mean(encoder)
+    if how == "fused by torch" and takes_quack and util.find_spec("quack") is None:
+        return f"; with quack, a pack takes {_QUACK_OVER_TORCH} times as long: {install('hopper')}"
+    return ""
