@@ -218,6 +218,18 @@ def test_quack_takes_layers_with_a_final_layer_norm_alone(tmp_path, monkeypatch)
         assert (reason is None) == use_head
 
 
+def test_quack_takes_no_rotary_embedding_in_float8(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(fused, "triton_works", lambda: True)
+    monkeypatch.setattr(fused.util, "find_spec", lambda name: name)
+    encoder = nopad.load(tiny("pixtral", tmp_path / "checkpoint"))
+    assert fused._quack_gemm in fused.gemm_backends_for(encoder, CUDA, BF16)[0]
+    encoder.to_precision("fp8")
+    backends, reason = fused.gemm_backends_for(encoder, CUDA, BF16)
+    assert backends == []
+    assert reason == "quack's epilogues apply rotary embedding in bfloat16, not in float8"
+
+
 NO_QUACK = "quack is not installed: pip install '.[hopper]' in a clone of nopad"
 
 

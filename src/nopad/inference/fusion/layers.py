@@ -49,17 +49,20 @@ def gemm_backends_for(
         Constructors of the available backends, fastest first, and the reason why a faster one is not available.
     """
     backends, reason = [], None
+    is_fp8 = isinstance(encoder.layers[0].mlp.down, Float8Linear)
     if torch.cuda.get_device_capability(device)[0] != 9 or dtype != torch.bfloat16:
         reason = f"quack's GEMMs are for bfloat16 on a Hopper GPU, not for {dtype} on {device}"
     elif not triton_works():
         reason = "Triton is not installed or does not work"
     elif keeps_mean(encoder):
         reason = "quack's epilogues drop the mean of each row, which only a LayerNorm after the layers would ignore"
+    elif is_fp8 and encoder.example_rope(encoder.num_prefix_tokens + 1) is not None:
+        reason = "quack's epilogues apply rotary embedding in bfloat16, not in float8"
     elif util.find_spec("quack") is None:
         reason = f"quack is not installed: {install('hopper')}"
     else:
         backends.append(_quack_gemm)
-    if triton_works() and not isinstance(encoder.layers[0].mlp.down, Float8Linear):
+    if triton_works() and not is_fp8:
         backends.append(_torch_gemm)
     return backends, reason
 
