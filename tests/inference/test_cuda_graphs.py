@@ -57,7 +57,8 @@ def layers(monkeypatch):
             return None
 
     @contextmanager
-    def record(graph, pool, stream):
+    def record(graph, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"  # other threads may use the GPU
         yield
         layers.streams.append(stream)
         graph.recorded = layers.recorded
