@@ -18,7 +18,7 @@ def import_for_inference() -> None:
     transformers imports these for the losses of object detection, for text generation, for image processors that nopad
     has its own of, for models that several devices share, and to mark functions that are not compiled. For this process
     it is as where the first four are not installed. pyarrow imports pandas when it is given a list, in case that is one
-    of pandas'; here it does so when a table is made one. All of them can be imported as ever.
+    of pandas'; here it does so when a table is made one. All of them can be imported later.
 
     For processes that a command or a job has to itself: elsewhere training may follow. Does nothing where transformers
     is imported already.

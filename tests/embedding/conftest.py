@@ -1,4 +1,5 @@
 import logging
+import os
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ import pytest
 from object_store import Bucket, Server, proxy
 from pictures import write_photos
 
-from nopad.embedding.inputs import reaching
+from nopad.embedding.inputs import archive_listing, reaching
 from nopad.pipeline.worker import Worker
 from nopad.storage import objects, stores
 
@@ -27,6 +28,20 @@ def clip_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photos(tmp_path: Path) -> Path:
     """A folder of twelve images of different sizes."""
     return write_photos(tmp_path / "photos", 12)
+
+
+@pytest.fixture
+def read_tars(monkeypatch) -> list[str]:
+    """The names of tars that are read in this process to be listed."""
+    names = []
+
+    def watched(path, *arguments, **options):
+        names.append(os.path.basename(path))
+        return real(path, *arguments, **options)
+
+    real = archive_listing.tar_inputs
+    monkeypatch.setattr(archive_listing, "tar_inputs", watched)
+    return names
 
 
 @pytest.fixture

@@ -45,20 +45,6 @@ def write_tar(path: Path, *names: str) -> None:
     os.utime(path, ns=(LONG_AGO, LONG_AGO))
 
 
-@pytest.fixture
-def read(monkeypatch) -> list[str]:
-    """The names of tars that are read to be listed."""
-    names = []
-
-    def watched(path, *arguments, **options):
-        names.append(os.path.basename(path))
-        return real(path, *arguments, **options)
-
-    real = archive_listing.tar_inputs
-    monkeypatch.setattr(archive_listing, "tar_inputs", watched)
-    return names
-
-
 @pytest.fixture(autouse=True)
 def keep_all(monkeypatch) -> None:
     monkeypatch.setattr(listing_cache, "MIN_SECONDS", 0.0)
@@ -74,17 +60,17 @@ def content(listing: Listing) -> tuple:
     return list(listing.inputs), listing.inputs.digest(), listing.left_out
 
 
-def test_tars_are_listed_once(tars, tmp_path, read):
+def test_tars_are_listed_once(tars, tmp_path, read_tars):
     without = content(listed(tars, None))
     assert without[2] == {".txt": 4}
     assert content(listed(tars, tmp_path / "cache")) == without
-    assert read == ["0.tar", "1.tar", "2.tar", "3.tar"] * 2
-    read.clear()
+    assert read_tars == ["0.tar", "1.tar", "2.tar", "3.tar"] * 2
+    read_tars.clear()
     assert content(listed(tars, tmp_path / "cache")) == without
-    assert read == []
+    assert read_tars == []
 
 
-def test_a_listing_that_was_killed_goes_on(tars, tmp_path, read):
+def test_a_listing_that_was_killed_goes_on(tars, tmp_path, read_tars):
     program = f"""
 import os, signal
 from nopad.embedding.inputs import archive_listing, listing_cache, sources
@@ -101,10 +87,10 @@ sources.list_inputs([{str(tars)!r}], cache=listing_cache.ListingCache(listing_ca
 """
     assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
     assert content(listed(tars, tmp_path / "cache"))[0] == list(listed(tars, None).inputs)
-    assert read[:2] == ["2.tar", "3.tar"]
+    assert read_tars[:2] == ["2.tar", "3.tar"]
 
 
-def test_a_tar_that_cannot_be_listed_leaves_the_others(tars, tmp_path, read, monkeypatch):
+def test_a_tar_that_cannot_be_listed_leaves_the_others(tars, tmp_path, read_tars, monkeypatch):
     def interrupted(path, *arguments, **options):
         if path.endswith("3.tar"):
             raise KeyboardInterrupt
@@ -116,12 +102,12 @@ def test_a_tar_that_cannot_be_listed_leaves_the_others(tars, tmp_path, read, mon
         patch.setattr(listing_cache, "MIN_SECONDS", 1e-9)
         with pytest.raises(KeyboardInterrupt):
             listed(tars, tmp_path / "cache")
-    read.clear()
+    read_tars.clear()
     listed(tars, tmp_path / "cache")
-    assert read == ["3.tar"]
+    assert read_tars == ["3.tar"]
 
 
-def test_a_signal_ends_the_listing_and_what_was_listed_is_kept(tars, tmp_path, model, read, monkeypatch, capsys):
+def test_a_signal_ends_the_listing_and_what_was_listed_is_kept(tars, tmp_path, model, read_tars, monkeypatch, capsys):
     def interrupted(path, *arguments, **options):
         if path.endswith("2.tar"):
             signal.raise_signal(signal.SIGINT)
@@ -133,10 +119,10 @@ def test_a_signal_ends_the_listing_and_what_was_listed_is_kept(tars, tmp_path, m
         patch.setattr(archive_listing, "tar_inputs", interrupted)
         assert main(command) == 130
     assert "stopped while the sources were listed; to go on: " in capsys.readouterr().err
-    assert read == ["0.tar", "1.tar", "2.tar"]
-    read.clear()
+    assert read_tars == ["0.tar", "1.tar", "2.tar"]
+    read_tars.clear()
     assert main(command) == 0
-    assert read == ["2.tar", "3.tar"]
+    assert read_tars == ["2.tar", "3.tar"]
 
 
 def test_a_stop_ends_the_listing_of_a_folder_without_images(tmp_path):
@@ -148,20 +134,20 @@ def test_a_stop_ends_the_listing_of_a_folder_without_images(tmp_path):
             list_inputs([str(source)], stop=stop)
 
 
-def test_a_plan_leaves_its_listing_to_the_job_and_finds_that_of_one(tars, tmp_path, model, read):
+def test_a_plan_leaves_its_listing_to_the_job_and_finds_that_of_one(tars, tmp_path, model, read_tars):
     options = [str(tars), "--out", str(tmp_path / "out"), "--model", str(model)]
     assert main(["plan", *options, "--sample", "2"]) == 0
-    assert read == ["0.tar", "1.tar", "2.tar", "3.tar"]
-    read.clear()
+    assert read_tars == ["0.tar", "1.tar", "2.tar", "3.tar"]
+    read_tars.clear()
     assert main(["embed", *options]) == 0
     assert main(["plan", *options, "--sample", "2"]) == 0
-    assert read == []
+    assert read_tars == []
 
 
 @pytest.mark.parametrize("how", ["size", "time", "moved", "options", "damaged"])
-def test_what_is_another_now_is_listed_again(tars, tmp_path, read, how):
+def test_what_is_another_now_is_listed_again(tars, tmp_path, read_tars, how):
     listed(tars, tmp_path / "cache")
-    read.clear()
+    read_tars.clear()
     options = {}
     if how == "size":
         write_tar(tars / "1.tar", *(f"{number}.png" for number in range(30)))
@@ -177,22 +163,22 @@ def test_what_is_another_now_is_listed_again(tars, tmp_path, read, how):
             path.write_bytes(path.read_bytes()[:-20])
     got = content(listed(tars, tmp_path / "cache", **options))
     again = {"size": ["1.tar"], "time": ["1.tar"], "moved": ["0.tar", "1.tar"]}
-    assert read == again.get(how, ["0.tar", "1.tar", "2.tar", "3.tar"])
+    assert read_tars == again.get(how, ["0.tar", "1.tar", "2.tar", "3.tar"])
     assert got == content(listed(tars, None, **options))
-    read.clear()
+    read_tars.clear()
     assert content(listed(tars, tmp_path / "cache", **options)) == got
-    assert read == []
+    assert read_tars == []
 
 
-def test_what_another_version_listed_is_listed_again(tars, tmp_path, read, monkeypatch):
+def test_what_another_version_listed_is_listed_again(tars, tmp_path, read_tars, monkeypatch):
     listed(tars, tmp_path / "cache")
-    read.clear()
+    read_tars.clear()
     monkeypatch.setattr(listing_cache, "__version__", "another")
     listed(tars, tmp_path / "cache")
-    assert read == ["0.tar", "1.tar", "2.tar", "3.tar"]
+    assert read_tars == ["0.tar", "1.tar", "2.tar", "3.tar"]
 
 
-def test_a_list_that_ends_in_damage_is_none(tars, tmp_path, read, monkeypatch):
+def test_a_list_that_ends_in_damage_is_none(tars, tmp_path, read_tars, monkeypatch):
     """Its first blocks are read before the damage is seen."""
     monkeypatch.setattr(listing, "BLOCK", 2)
     write_tar(tars / "3.tar", *(f"{number}.png" for number in range(7)), "note.txt")
@@ -202,25 +188,25 @@ def test_a_list_that_ends_in_damage_is_none(tars, tmp_path, read, monkeypatch):
     data = bytearray(path.read_bytes())
     data[ids.data_page_offset + 20 : ids.data_page_offset + 60] = bytes(40)
     path.write_bytes(data)
-    read.clear()
+    read_tars.clear()
     cache = ListingCache(tmp_path / "cache")
     result = list_inputs([str(tars)], cache=cache)
     assert content(result) == expected
-    assert read == ["3.tar"]
+    assert read_tars == ["3.tar"]
     cache.clean()
     assert not path.exists()
     assert content(listed(tars, tmp_path / "cache")) == expected
-    assert read == ["3.tar"]
+    assert read_tars == ["3.tar"]
 
 
-def test_lists_that_another_command_removes_are_none(tars, tmp_path, read):
+def test_lists_that_another_command_removes_are_none(tars, tmp_path, read_tars):
     expected = content(listed(tars, tmp_path / "cache"))
     cache = ListingCache(tmp_path / "cache")
     for path in (tmp_path / "cache").iterdir():
         path.unlink()
-    read.clear()
+    read_tars.clear()
     assert content(list_inputs([str(tars)], cache=cache)) == expected
-    assert read == ["0.tar", "1.tar", "2.tar", "3.tar"]
+    assert read_tars == ["0.tar", "1.tar", "2.tar", "3.tar"]
 
 
 def test_inputs_of_short_files_do_not_bring_a_block_each(tars, tmp_path):
@@ -237,22 +223,22 @@ def test_inputs_of_short_files_do_not_bring_a_block_each(tars, tmp_path):
         assert got == items
 
 
-def test_a_file_of_this_moment_is_not_trusted(tars, tmp_path, read, monkeypatch):
+def test_a_file_of_this_moment_is_not_trusted(tars, tmp_path, read_tars, monkeypatch):
     """It may change again without its size and time: file systems have times of up to two seconds."""
     monkeypatch.setattr(listing_cache, "_SETTLED_NS", 3600 * 10**9)
     for _ in range(2):
-        read.clear()
+        read_tars.clear()
         listed(tars, tmp_path / "cache")
-    assert read == ["0.tar", "1.tar", "2.tar", "3.tar"]
+    assert read_tars == ["0.tar", "1.tar", "2.tar", "3.tar"]
 
 
-def test_a_damaged_tar_is_listed_again(tars, tmp_path, read):
+def test_a_damaged_tar_is_listed_again(tars, tmp_path, read_tars):
     (tars / "1.tar").write_bytes((tars / "1.tar").read_bytes()[:1024])
     os.utime(tars / "1.tar", ns=(LONG_AGO, LONG_AGO))
     for _ in range(2):
-        read.clear()
+        read_tars.clear()
         assert [item.kind for item in listed(tars, tmp_path / "cache").inputs].count("broken") == 1
-    assert read == ["1.tar"]
+    assert read_tars == ["1.tar"]
 
 
 def test_tables_are_listed_once(tmp_path, monkeypatch):
@@ -280,26 +266,26 @@ def test_lists_of_no_use_are_removed(tars, tmp_path):
     assert len(left - before) == 1
 
 
-def test_no_link_is_written_through(tars, tmp_path, read):
+def test_no_link_is_written_through(tars, tmp_path, read_tars):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "cache").symlink_to("elsewhere")
     for _ in range(2):
         listed(tars, tmp_path / "cache")
-    assert len(read) == 8
+    assert len(read_tars) == 8
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_a_job_that_goes_on_reads_no_tar_to_list_it(tars, tmp_path, model, read, stop_after):
+def test_a_job_that_goes_on_reads_no_tar_to_list_it(tars, tmp_path, model, read_tars, stop_after):
     embed(tars, tmp_path / "whole", model)
     embed(tars, tmp_path / "out", model, **stop_after(1))
-    read.clear()
+    read_tars.clear()
     assert embed(tars, tmp_path / "out", model).done == 4
-    assert read == []
+    assert read_tars == []
     assert table(tmp_path / "out") == table(tmp_path / "whole")
     write_tar(tars / "4.tar", "4-a.png")
     summary = embed(tars, tmp_path / "out", model, update=True)
     assert summary.changes == ["in the sources 1 are new, 0 have changed, 0 are gone"]
-    assert read == ["4.tar"]
+    assert read_tars == ["4.tar"]
 
 
 def test_a_listing_reports_how_far_it_is(tars, monkeypatch, caplog):

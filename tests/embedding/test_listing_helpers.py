@@ -1,7 +1,6 @@
 """Tars listed by several processes, and by parts."""
 
 import logging
-import os
 import tarfile
 import threading
 import time
@@ -14,7 +13,7 @@ from pictures import write_photos
 
 from nopad.embedding import listing_helpers
 from nopad.embedding.folder import JobFolder
-from nopad.embedding.inputs import archive_listing, listing_cache
+from nopad.embedding.inputs import listing_cache
 from nopad.embedding.inputs.listing_cache import ListingCache
 from nopad.embedding.inputs.shares import Share
 from nopad.embedding.inputs.sources import list_inputs
@@ -48,20 +47,6 @@ def settled(tars):
     return tars
 
 
-@pytest.fixture
-def read(monkeypatch) -> list[str]:
-    """The names of tars that are read in this process to be listed."""
-    names = []
-
-    def watched(path, *arguments, **options):
-        names.append(os.path.basename(path))
-        return real(path, *arguments, **options)
-
-    real = archive_listing.tar_inputs
-    monkeypatch.setattr(archive_listing, "tar_inputs", watched)
-    return names
-
-
 def in_shares(source: Path, out: Path, stop=None, **options) -> None:
     settings = Settings(model="untrained:none", **options)
     list_in_shares([str(source)], settings, JobFolder(out), None, stop or threading.Event())
@@ -73,26 +58,26 @@ def content(source: Path, out: Path | None) -> tuple:
     return list(listing.inputs), listing.left_out, listing.units.tolist()
 
 
-def test_processes_list_for_the_command(settled, tmp_path, read):
+def test_processes_list_for_the_command(settled, tmp_path, read_tars):
     in_shares(settled, tmp_path / "out")
-    assert read == []
+    assert read_tars == []
     assert JobFolder(tmp_path / "out").listing_cache().num_files == 7
     assert content(settled, tmp_path / "out") == content(settled, None)
-    assert [name for name in read if name != "cut.tar"] == [
+    assert [name for name in read_tars if name != "cut.tar"] == [
         f"{number}.tar" for number in range(6)
     ]  # without what is kept
-    read.clear()
+    read_tars.clear()
     in_shares(settled, tmp_path / "out")  # of what is new there is too little
-    assert read == []
+    assert read_tars == []
 
 
-def test_each_part_lists_its_share(settled, tmp_path, read):
+def test_each_part_lists_its_share(settled, tmp_path, read_tars):
     for part in range(3):
         in_shares(settled, tmp_path / "out", part=(part, 3))
-    assert sorted(read) == sorted(path.name for path in settled.glob("*.tar"))
-    read.clear()
+    assert sorted(read_tars) == sorted(path.name for path in settled.glob("*.tar"))
+    read_tars.clear()
     content(settled, tmp_path / "out")
-    assert read == ["cut.tar"]
+    assert read_tars == ["cut.tar"]
 
 
 @pytest.mark.parametrize(("total", "files"), [(1, 5), (3, 7), (2, 1000), (8, 10_000)])

@@ -2,47 +2,64 @@
 
 from __future__ import annotations
 
-from importlib import util
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from tiny_encoders import tiny
 
+import nopad
 from nopad.embedding import workers
+from nopad.inference.fusion import layers as fused
+
+QUACK = "with quack, a pack takes 0.9 times as long: pip install"
+NO_HINT = "JPEGs decoded by its engines"
 
 
 @pytest.fixture
-def line(monkeypatch):
-    """The line for an encoder on a Hopper GPU, with the parts that it depends on changed."""
+def line(tmp_path, monkeypatch):
+    """The line for an encoder as it would run on a Hopper GPU."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(workers, "device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(fused, "triton_works", lambda: True)
 
-    def describe(how, *, quack=False, norm=None, **changes):
-        monkeypatch.setattr(util, "find_spec", lambda name: object() if quack else None)
-        layer = SimpleNamespace(norm1=nn.LayerNorm(8))
-        fields = {"family": "dinov2", "dtype": torch.bfloat16, "precision": None, "device": torch.device("cuda")}
-        model = {"execution": how, "compiled_capacity": 256, "layers": [layer], "norm": norm or nn.LayerNorm(8)}
-        encoder = SimpleNamespace(**{**fields, **model, **changes})
+    def describe(family, how, *, quack=False, dtype=torch.bfloat16, precision=None, **changes):
+        monkeypatch.setattr(fused, "quack_is_installed", lambda: quack)
+        encoder = nopad.load(tiny(family, tmp_path / "checkpoint", **changes), dtype=dtype, precision=precision)
+        for name, value in (("device", torch.device("cuda")), ("execution", how), ("compiled_capacity", 256)):
+            monkeypatch.setattr(type(encoder), name, value)
         return workers.describe_execution(SimpleNamespace(encoder=encoder, capacity=256, decode="gpu"))
 
     return describe
 
 
 def test_quack_is_named_where_it_is_missing(line):
-    assert "with quack, a pack takes 0.9 times as long: pip install" in line("fused by torch")
-    assert line("fused by quack", quack=True).endswith("JPEGs decoded by its engines")
+    assert QUACK in line("dinov2", "fused by torch")
 
 
-@pytest.mark.parametrize("changes", [{"quack": True}, {"norm": nn.Identity()}, {"dtype": torch.float16}])
-def test_quack_is_not_named_where_it_is_installed_or_not_for_the_model(line, changes):
-    assert line("fused by torch", **changes).endswith("JPEGs decoded by its engines")
+def test_quack_is_not_named_where_it_is_installed(line):
+    assert line("dinov2", "fused by torch", quack=True).endswith(NO_HINT)
+
+
+def test_quack_is_not_named_for_half_precision_that_it_does_not_take(line):
+    assert line("dinov2", "fused by torch", dtype=torch.float16).endswith(NO_HINT)
+
+
+def test_quack_is_not_named_for_layers_that_it_does_not_take(line):
+    assert line("onevision", "fused by torch", use_head=False).endswith(NO_HINT)
 
 
 def test_float8_that_is_not_fused_is_reported(line):
-    assert "float8 is not fused for this model" in line("compiled", precision="fp8")
-    assert "float8" not in line("fused by quack", precision="fp8", quack=True)
+    assert "float8 is not fused for this model" in line("dinov2", "compiled", precision="fp8")
+
+
+def test_float8_that_quack_would_fuse_is_reported(line):
+    assert "with quack, float8 is fused: pip install" in line("aimv2", "compiled", precision="fp8")
+
+
+def test_fused_float8_is_as_fast_as_it_gets(line):
+    assert line("aimv2", "fused by quack", quack=True, precision="fp8").endswith(NO_HINT)
 
 
 def test_layers_that_run_eagerly_are_reported(line):
-    assert line("eager").endswith("compiled, a pack takes 0.7 times as long on an H200")
+    assert line("dinov2", "eager").endswith("compiled, a pack takes 0.7 times as long on an H200")

@@ -41,10 +41,10 @@ def list_in_shares(
     starting: StartingActors | None,
     stop: threading.Event,
 ) -> None:
-    """List tars and Parquet files of a job's sources and keep that beside its table, where whoever lists all finds it.
+    """List tars and Parquet files of a job's sources and keep them beside its table, where `list_inputs` finds them.
 
     A part lists its share. Otherwise processes do: on all nodes where there is a Ray cluster, else of this machine.
-    What they cannot list is left to those who list all.
+    What they cannot list is left to `list_inputs`.
 
     Raises:
         InterruptedError: `stop` was set.
@@ -145,7 +145,7 @@ def main() -> None:
 
 
 def list_share(options: ShareOptions, folder: str, share: Share, stop: threading.Event | None = None) -> None:
-    """List a share and keep it beside the table in `folder`; what goes wrong is found again by those who list all."""
+    """List a share and keep it beside the table in `folder`; `list_inputs` raises what goes wrong."""
 
     def check() -> None:
         if stop is not None and stop.is_set():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import util
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from nopad.environment import device_name, dtype_name
 from nopad.extras import install
 from nopad.inference.compile import compiles_by_default, start_imports
 from nopad.inference.defaults import default_dtype
-from nopad.inference.fusion.layers import keeps_mean
+from nopad.inference.fusion import layers as fused
 from nopad.loading import load, processor
 from nopad.pipeline.fit import fit_packs
 from nopad.pipeline.processor import Processor, rule_for
@@ -148,10 +147,13 @@ def _faster_execution(encoder: PackedEncoder, how: str) -> str:
     """What would make packs on a GPU faster, as the end of a line."""
     if how in ("not compiled", "eager"):
         return f"; compiled, a pack takes {_COMPILED_OVER_EAGER} times as long on an H200"
+    needs = encoder, encoder.device, encoder.dtype
+    takes_quack = fused.unsupported_reason(*needs) is None and fused.quack_unsupported_reason(*needs) is None
+    lacks_quack = takes_quack and not fused.quack_is_installed()
     if how == "compiled" and encoder.precision == "fp8":
-        return "; float8 is not fused for this model, and mostly no faster than bfloat16, which is"
-    is_hopper = torch.cuda.get_device_capability(encoder.device)[0] == 9
-    takes_quack = is_hopper and encoder.dtype == torch.bfloat16 and not keeps_mean(encoder)
-    if how == "fused by torch" and takes_quack and util.find_spec("quack") is None:
+        if lacks_quack:
+            return f"; with quack, float8 is fused: {install('hopper')}"
+        return "; float8 is not fused for this model, and mostly no faster than bfloat16"
+    if how == "fused by torch" and lacks_quack:
         return f"; with quack, a pack takes {_QUACK_OVER_TORCH} times as long: {install('hopper')}"
     return ""

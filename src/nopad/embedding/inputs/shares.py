@@ -1,7 +1,7 @@
-"""Shares of a listing: tars and Parquet files that several processes list at the same time, each for all.
+"""Shares of a listing: tars and Parquet files that several processes list at the same time.
 
-What is kept beside the table carries it: a share writes what it has listed there, and who lists everything finds it.
-What cannot be kept, or was not listed, is listed then.
+Each writes what it has listed beside the table, where `list_inputs` finds it. What cannot be kept, or was not listed,
+is listed then.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nopad.embedding.inputs.spool import Spool
 from nopad.embedding.inputs.table_pool import TablePool
 
 _MAX_RUN = 32
-_MAX_OTHERS = 4096  # that are no tars or tables, before a source is left to those who list everything
+_MAX_OTHERS = 4096  # that are no tars or tables, before a source is left to `list_inputs`
 
 
 @dataclass(frozen=True)

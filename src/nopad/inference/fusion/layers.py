@@ -48,23 +48,36 @@ def gemm_backends_for(
     Returns:
         Constructors of the available backends, fastest first, and the reason why a faster one is not available.
     """
-    backends, reason = [], None
-    is_fp8 = isinstance(encoder.layers[0].mlp.down, Float8Linear)
-    if torch.cuda.get_device_capability(device)[0] != 9 or dtype != torch.bfloat16:
-        reason = f"quack's GEMMs are for bfloat16 on a Hopper GPU, not for {dtype} on {device}"
-    elif not triton_works():
-        reason = "Triton is not installed or does not work"
-    elif keeps_mean(encoder):
-        reason = "quack's epilogues drop the mean of each row, which only a LayerNorm after the layers would ignore"
-    elif is_fp8 and encoder.example_rope(encoder.num_prefix_tokens + 1) is not None:
-        reason = "quack's epilogues apply rotary embedding in bfloat16, not in float8"
-    elif util.find_spec("quack") is None:
+    backends, reason = [], quack_unsupported_reason(encoder, device, dtype)
+    if reason is None and not quack_is_installed():
         reason = f"quack is not installed: {install('hopper')}"
-    else:
+    if reason is None:
         backends.append(_quack_gemm)
-    if triton_works() and not is_fp8:
+    if triton_works() and not _is_fp8(encoder):
         backends.append(_torch_gemm)
     return backends, reason
+
+
+def quack_unsupported_reason(encoder: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The reason why quack cannot multiply for an encoder without an `unsupported_reason`, installed or not."""
+    if torch.cuda.get_device_capability(device)[0] != 9 or dtype != torch.bfloat16:
+        return f"quack's GEMMs are for bfloat16 on a Hopper GPU, not for {dtype} on {device}"
+    if not triton_works():
+        return "Triton is not installed or does not work"
+    if keeps_mean(encoder):
+        return "quack's epilogues drop the mean of each row, which only a LayerNorm after the layers would ignore"
+    if _is_fp8(encoder) and encoder.example_rope(encoder.num_prefix_tokens + 1) is not None:
+        return "quack's epilogues apply rotary embedding in bfloat16, not in float8"
+    return None
+
+
+def quack_is_installed() -> bool:
+    """Whether quack can be imported."""
+    return util.find_spec("quack") is not None
+
+
+def _is_fp8(encoder: Any) -> bool:
+    return isinstance(encoder.layers[0].mlp.down, Float8Linear)
 
 
 def keeps_mean(encoder: Any) -> bool:
