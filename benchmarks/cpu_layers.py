@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import nopad
 from nopad.bench.candidates import Images
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--capacity", type=int, default=2048, help="tokens per pack (default: 2048)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=9, help="timed runs of each (default: 9)")
+    parser.add_argument("--profile", action="store_true", help="print the operators of the last way")
     options = parser.parse_args()
     with torch.no_grad():
         measure(options)
@@ -70,6 +72,10 @@ def measure(options: argparse.Namespace) -> None:
     for name, seconds in medians.items():
         times = medians[EAGER] / seconds
         print(f"{name:12} {seconds * 1e3:9.1f} ms, {times:.2f} × eager, {work / seconds / top:.2f} of the GEMMs' speed")
+    if options.profile:
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            list(jobs.values())[-1]()
+        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=60))
 
 
 def run(encoder: PackedEncoder, packs: list[Pack]) -> Callable[[], object]:
