@@ -43,6 +43,7 @@ def units_of(lengths: list[int]) -> np.ndarray:
         ([2, 2], [0] * 4, [4]),  # not known
         ([1], [10_000], [1]),
         ([1] * 16, [100] * 16, [2] * 8),  # of at most eight shards
+        ([-16], [1100] * 16, [3, 3, 3, 3, 3, 1]),
         ([1] * 33, [100] * 33, [5, 5, 5, 5, 5, 5, 3]),
     ],
 )
@@ -64,15 +65,15 @@ def test_bytes_of_inputs_are_those_of_members_and_shares_of_files(tmp_path, monk
     for number, size in enumerate((7, 11)):
         (tmp_path / "photos" / f"{number}.jpg").write_bytes(b"x" * size)
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        archive.add(tmp_path / "photos" / "0.jpg", "0.jpg")
-        archive.add(tmp_path / "photos" / "1.jpg", "1.jpg")
+        for number in range(4):  # the last of them in another block
+            archive.add(tmp_path / "photos" / f"{number % 2}.jpg", f"{number}.jpg")
     write_parquet(tmp_path / "b.parquet", {"image": [b"x"] * 11})
     share = (tmp_path / "b.parquet").stat().st_size // 11
     (tmp_path / "missing.lst").write_text("gone.jpg\n")
     names = ["photos", "b.parquet", "a.tar", "missing.lst", "b.parquet"]
     inputs = list_inputs([str(tmp_path / name) for name in names]).inputs
     sizes = SourceBytes.of(inputs, StampSpool.of(inputs, contents=False))
-    expected = [7, 11, *[share] * 11, 7, 11, 0, *[share] * 11]
+    expected = [7, 11, *[share] * 11, 7, 11, 7, 11, 0, *[share] * 11]
     assert [sizes.between(place, place + 1) for place in range(len(inputs))] == expected
     assert sizes.between(1, 4) == 11 + 2 * share
     assert [sizes.fitting(0, 3, limit) for limit in (1, 7, 17, 18, 10_000)] == [1, 1, 1, 2, 3]
