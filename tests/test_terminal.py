@@ -244,12 +244,13 @@ def test_a_current_folder_that_was_removed_is_an_error_in_words(tmp_path, monkey
 @pytest.mark.parametrize("closed", ["2>&-", "<&- 2>&-"])
 def test_errors_that_are_closed_are_written_into_no_other_file(tmp_path, closed):
     code = """if True:
-        import os, sys
+        import os, subprocess, sys
         from nopad.cli import main
         assert main(["models", "nothing of this name"]) == 2
         with open(sys.argv[1], "wb") as file:
             assert file.fileno() > 2
         os.write(2, b"a message")
+        assert subprocess.call([sys.executable, "-c", "import os; os.fstat(2)"]) == 0  # other processes have it, too
     """
     command = [sys.executable, "-c", code, str(tmp_path / "file")]
     shell = f"exec {' '.join(map(shlex.quote, command))} {closed}"
