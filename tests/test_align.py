@@ -9,6 +9,7 @@ import re
 import runpy
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -116,6 +117,25 @@ def test_half_precision_is_measured_from_float32(native):
     for case in report.cases:
         assert 0 < case.distance <= 1.1 * case.reference_distance
         assert case.max_relative > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("converted", [False, True])
+def test_one_reference_at_a_time_has_the_encoders_own_memory(native, goldens, monkeypatch, converted, dtype):
+    """So a float32 model that fits into memory once can be compared."""
+    load, loaded, shared = AIMv2Reference.load, [], []
+
+    def noted(self, packed, state, dtype):
+        assert not any(model() for model in loaded)
+        model = load(self, packed, state, dtype)
+        own = {parameter.data_ptr() for parameter in packed.parameters()}
+        shared.append(all(parameter.data_ptr() in own for parameter in model.parameters()))
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(AIMv2Reference, "load", noted)
+    assert align(goldens / "aimv2-apple-lit" if converted else native, dtype=dtype).passed
+    assert shared == ([True] if dtype == torch.float32 else [False, True])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

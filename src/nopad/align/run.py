@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.modeling_utils import PreTrainedModel
 
-from nopad.align.cases import check_image_size, noise_cases, photo_case, photos_in
+from nopad.align.cases import Case, check_image_size, noise_cases, photo_case, photos_in
 from nopad.align.metrics import ModelOutput, compare, worst_image
+from nopad.align.outputs import packed_outputs, reference_output
 from nopad.align.reference_model import ReferenceModel
 from nopad.align.references import reference_of
 from nopad.align.report import AlignReport, CaseResult, WorstImage
@@ -22,7 +23,6 @@ from nopad.counts import check_count, counted
 from nopad.encoder import PackedEncoder
 from nopad.environment import check_device, device_name, dtype_name, versions
 from nopad.loading import load
-from nopad.packing import Pack
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def align(
 
     Both sides load the same weights and run in the same dtype on the same device: the reference one image (or frame)
     at a time, the packed encoder all images of a case in one pack. With a `precision` the packed encoder alone has it,
-    and the cosines alone decide.
+    and the cosines alone decide. In float32 on a CPU both share the memory of the weights.
 
     Args:
         checkpoint: as `nopad.load` takes it.
@@ -83,16 +83,17 @@ def align(
     if precision is not None:
         packed.to_precision(precision)
     packed.set_attention(attention)
-    sides = _Sides.of(packed, reference, state)
     cases, skipped = noise_cases(packed, only_grid, batch_size, image_size) if noise else ([], [])
     if photos is not None:
         cases.append(photo_case(packed, photos, image_size))
+    originals = _Originals.run(packed, reference, state, dtype, cases, progress)
+    del state
     if packed.projection_dim is not None:
-        skipped.append(f"image_embeds: {reference.describe(sides.model)} ends at pooled and has no projection")
+        skipped.append(f"image_embeds: {originals.name} ends at pooled and has no projection")
     if compile:
         progress("compiling")
         _compile(packed, [pixels for _, pixels in cases])
-    results, worst_images = _compare_all(sides, cases, threshold, progress)
+    results, worst_images = _compare_all(packed, originals, cases, threshold, progress)
     if photos is not None:  # more instructive than noise
         worst_images = worst_images[-1:]
     return AlignReport(
@@ -102,7 +103,15 @@ def align(
         cases=tuple(results),
         skipped=tuple(skipped),
         worst=max(worst_images, key=lambda image: float(image.difference.max()), default=None),
-        **sides.describe(),
+        family=packed.family,
+        reference=originals.name,
+        device=device_name(packed.device),
+        dtype=dtype_name(dtype),
+        precision=packed.precision,
+        attention=packed.attention_backend,
+        execution=packed.execution,
+        capacity=packed.compiled_capacity,
+        versions=versions(packed.device),
     )
 
 
@@ -115,74 +124,90 @@ def _check(batch_size: int, image_size: int | None, threshold: float) -> None:
 
 
 @dataclass(frozen=True)
-class _Sides:
-    """Both sides of a comparison, with the same weights on one device.
+class _Originals:
+    """What the reference returns for the images of all cases.
 
     Attributes:
-        packed: the encoder.
-        reference: how its reference is run.
-        model: the reference in the encoder's dtype.
-        model_fp32: the reference in float32; `model` itself where that is the encoder's dtype.
+        name: the reference's, in reports.
+        outputs: of each image by its `id`, in the dtype of the comparison.
+        outputs_fp32: the same in float32, `None` where that is the dtype of the comparison.
     """
 
-    packed: Any
-    reference: ReferenceModel
-    model: PreTrainedModel
-    model_fp32: PreTrainedModel
+    name: str
+    outputs: dict[int, ModelOutput]
+    outputs_fp32: dict[int, ModelOutput] | None
 
     @classmethod
-    def of(cls, packed: PackedEncoder, reference: ReferenceModel, state: dict[str, Tensor]) -> _Sides:
-        """An encoder beside its reference with the tensors of `state`, on the encoder's device."""
-        model_fp32 = reference.load(packed, state, torch.float32).to(device=packed.device)
-        if packed.dtype == torch.float32:
-            return cls(packed, reference, model_fp32, model_fp32)
-        return cls(packed, reference, reference.load(packed, state, packed.dtype).to(device=packed.device), model_fp32)
+    def run(
+        cls,
+        packed: PackedEncoder,
+        reference: ReferenceModel,
+        state: dict[str, Tensor],
+        dtype: torch.dtype,
+        cases: Sequence[Case],
+        progress: Callable[[str], None],
+    ) -> _Originals:
+        """The reference with the tensors of `state` on each image once, in float32 and then in `dtype`.
 
-    def describe(self) -> dict[str, Any]:
-        """The fields of an `AlignReport` that say what was compared, and on what."""
-        packed = self.packed
-        return {
-            "family": packed.family,
-            "reference": self.reference.describe(self.model),
-            "device": device_name(packed.device),
-            "dtype": dtype_name(self.model.dtype),
-            "precision": packed.precision,
-            "attention": packed.attention_backend,
-            "execution": packed.execution,
-            "capacity": packed.compiled_capacity,
-            "versions": versions(packed.device),
-        }
+        One model is in memory at a time, and it shares the weights that `packed` has to the bit.
+        """
+        images = list({id(image): image for _, pixels in cases for image in pixels}.values())
+        together = packed.frames_attend_jointly or packed.temporal_patch_size > 1
+
+        def outputs_in(dtype: torch.dtype) -> tuple[str, dict[int, ModelOutput]]:
+            progress(f"the reference in {dtype_name(dtype)}: {counted(len(images), 'image')}")
+            model = reference.load(packed, _shared(state, packed, dtype), dtype).to(device=packed.device)
+            with _same_arithmetic():
+                outputs = {id(image): reference_output(reference, model, image, together) for image in images}
+            return reference.describe(model), outputs
+
+        fp32 = None if dtype == torch.float32 else outputs_in(torch.float32)[1]
+        name, outputs = outputs_in(dtype)
+        return cls(name, outputs, fp32)
+
+
+def _shared(state: dict[str, Tensor], packed: PackedEncoder, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors of `state` in `dtype`, on a CPU the encoder's own where these are the same to the bit."""
+    own = dict(packed.named_parameters()) if packed.device.type == "cpu" else {}
+
+    def pick(name: str, tensor: Tensor) -> Tensor:
+        mine, tensor = own.get(name), tensor.to(dtype)
+        return tensor if mine is None or mine.dtype != dtype or not torch.equal(mine, tensor) else mine.detach()
+
+    return {name: pick(name, tensor) for name, tensor in state.items()}
+
+
+@contextmanager
+def _same_arithmetic() -> Iterator[None]:
+    """Convolutions in float32 would run in TF32 by default, and only the reference has one."""
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        yield
 
 
 def _compare_all(
-    sides: _Sides, cases: Sequence[tuple[str, list[Tensor]]], threshold: float, progress: Callable[[str], None]
+    packed: PackedEncoder,
+    originals: _Originals,
+    cases: Sequence[Case],
+    threshold: float,
+    progress: Callable[[str], None],
 ) -> tuple[list[CaseResult], list[WorstImage]]:
-    """Compare both sides on each case; an image that several cases share goes through the reference once.
+    """Run the packed encoder on each case, and compare it with the reference.
 
     Returns:
         For each case its result, and where tokens differ most.
     """
-    packed, rule = sides.packed, sides.packed.preprocessing
-    together = packed.frames_attend_jointly or packed.temporal_patch_size > 1
-    outputs: dict[tuple[int, torch.dtype], ModelOutput] = {}
-
-    def reference_outputs(model: PreTrainedModel, pixels: list[Tensor]) -> list[ModelOutput]:
-        for image in pixels:
-            if (id(image), model.dtype) not in outputs:
-                outputs[id(image), model.dtype] = _run_reference(sides.reference, model, image, together)
-        return [outputs[id(image), model.dtype] for image in pixels]
-
+    rule, size = packed.preprocessing, packed.patch_size
+    same_arithmetic = packed.precision is None
     results, worst_images = [], []
-    # Convolutions in float32 would run in TF32 by default, and only the reference has one.
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
-        for name, pixels in cases:
-            progress(f"{name}: {counted(len(pixels), 'image')}")
-            actual, expected = _run_packed(packed, pixels), reference_outputs(sides.model, pixels)
-            is_fp32 = sides.model is sides.model_fp32
-            expected_fp32 = None if is_fp32 else reference_outputs(sides.model_fp32, pixels)
-            same_arithmetic = packed.precision is None
-            results.append(compare(name, actual, expected, expected_fp32, threshold, same_arithmetic=same_arithmetic))
-            worst_images.append(worst_image(name, pixels, actual, expected, packed.patch_size, rule.mean, rule.std))
+    for name, pixels in cases:
+        progress(f"{name}: {counted(len(pixels), 'image')}")
+        with _same_arithmetic():
+            actual = packed_outputs(packed, pixels)
+        expected = [originals.outputs[id(image)] for image in pixels]
+        of_fp32 = originals.outputs_fp32
+        fp32 = None if of_fp32 is None else [of_fp32[id(image)] for image in pixels]
+        results.append(compare(name, actual, expected, fp32, threshold, same_arithmetic=same_arithmetic))
+        worst_images.append(worst_image(name, pixels, actual, expected, size, rule.mean, rule.std))
     return results, worst_images
 
 
@@ -214,49 +239,3 @@ def _compile(packed: PackedEncoder, cases: list[list[Tensor]]) -> None:
         patches = sum(f * image.shape[-2] * image.shape[-1] for f, image in zip(frames, pixels, strict=True)) // area
         rows, segments = max(rows, patches + num_segments * packed.num_prefix_tokens), max(segments, num_segments)
     packed.compile(1 << (rows - 1).bit_length(), segments)
-
-
-def _run_packed(packed: PackedEncoder, pixels: list[Tensor]) -> list[ModelOutput]:
-    """The packed encoder on all images in one pack, image by image."""
-    frames = packed.temporal_patch_size
-    pack = Pack.of(pixels, packed.patch_size, packed.patch_order, temporal_patch_size=frames)
-    pack = pack.to(packed.device, packed.dtype)
-    output = packed.encode(pack, output_hidden_states=True)
-    hidden_states = output.hidden_states or ()
-    if packed.compiled_capacity is not None:
-        output = packed.encode(pack)  # with hidden states it runs as if it were not compiled
-    lengths = pack.grid_thw.prod(dim=1).tolist()
-    tokens = output.tokens.float().cpu().split(lengths)
-    layers = [states.float().cpu().split(lengths) for states in hidden_states]
-    pooled = output.pooled.float().cpu()
-    return [ModelOutput(tokens[i], tuple(states[i] for states in layers), pooled[i]) for i in range(len(pixels))]
-
-
-def _run_reference(reference: ReferenceModel, model: PreTrainedModel, pixels: Tensor, together: bool) -> ModelOutput:
-    """The reference on an image or a clip: as a whole where the encoder takes frames `together`, else each frame."""
-    tokens, layers_of_frames, pooled = [], [], []
-    for frame in pixels if pixels.ndim == 4 and not together else pixels[None]:
-        hidden_states: list[Tensor] = []
-        layers = reference.layers(model)
-
-        def before(layer: Any, arguments: Any, into: list[Tensor] = hidden_states) -> None:
-            into.append(arguments[0])
-
-        def after(layer: Any, arguments: Any, output: Any, into: list[Tensor] = hidden_states) -> None:
-            into.append(output[0] if isinstance(output, tuple) else output)
-
-        hooks = [layer.register_forward_pre_hook(before) for layer in layers]
-        hooks.append(layers[-1].register_forward_hook(after))
-        try:
-            of_frame, vector = reference.run(model, frame.to(model.device, model.dtype))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        tokens.append(of_frame)
-        layers_of_frames.append([reference.layer_tokens(model, states, frame) for states in hidden_states])
-        pooled += [] if vector is None else [vector]
-    return ModelOutput(
-        torch.cat(tokens).float().cpu(),
-        tuple(torch.cat(frames).float().cpu() for frames in zip(*layers_of_frames, strict=True)),
-        torch.stack(pooled).float().mean(dim=0).cpu() if pooled else None,
-    )
