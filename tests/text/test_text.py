@@ -278,6 +278,35 @@ def test_a_tokenizer_is_fetched_with_the_token_of_its_checkpoint(monkeypatch):
     assert tokens == ["hf_secret"]
 
 
+def test_another_checkpoints_tokenizer_is_fetched_by_neither_revision_nor_token(monkeypatch):
+    """Both are of the repository that has none: a secret is not sent for another's, which may lack the branch."""
+
+    def refused(name, **options):
+        requested.append((name, options))
+        raise OSError("none")
+
+    requested = []
+    monkeypatch.setattr("nopad.text.tokenizer.AutoTokenizer.from_pretrained", refused)
+    places = {"cache_dir": "there", "local_files_only": True}
+    own = {"revision": "v2", "token": "hf_secret", "subfolder": "text"}
+    with pytest.raises(ValueError, match="put the tokenizer of 'other/clip' beside them"):
+        load_tokenizer("someone/clip", {**own, **places}, "other/clip")
+    fixed = {"trust_remote_code": False}
+    assert requested == [("someone/clip", {**own, **places, **fixed}), ("other/clip", {**places, **fixed})]
+
+
+def test_a_tokenizer_without_a_pad_token_is_refused(both, monkeypatch):
+    """transformers would take a text alone, and raise at the first batch of texts of several lengths."""
+    kind, folder, _ = both
+    tokenizer = text_checkpoints.tokenizer(kind)
+    tokenizer.pad_token = None
+    monkeypatch.setattr("nopad.text.tokenizer.AutoTokenizer.from_pretrained", lambda name, **options: tokenizer)
+    encoder = nopad.load(folder)
+    for texts in (["a"], TEXTS):
+        with pytest.raises(ValueError, match=rf"'{folder}': its tokenizer has no pad token, .*\"pad_token\""):
+            encoder.embed_text(texts)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [

@@ -23,15 +23,27 @@ _HUB = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "forc
 def load_tokenizer(name: str, opened: Mapping[str, Any], other: str | None = None) -> Any:
     """The tokenizer beside a checkpoint's weights, else that of another checkpoint.
 
+    Of the arguments, the other gets those that hold for any repository: neither revision nor token.
+
     Args:
         name: the checkpoint, as the user named it.
         opened: the arguments of `open_checkpoint` that it was opened by.
         other: the checkpoint that has the same tokenizer, `None` where none is known.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one without a token that fills up texts.
         ImportError: it needs a package that is not installed.
     """
+    tokenizer = _load_any(name, opened, other)
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"checkpoint {name!r}: its tokenizer has no pad token, by which texts get one length; add the model's "
+            f'to its tokenizer_config.json as "pad_token"'
+        )
+    return tokenizer
+
+
+def _load_any(name: str, opened: Mapping[str, Any], other: str | None) -> Any:
     try:
         return _load(name, opened)
     except ValueError as error:
@@ -65,7 +77,7 @@ def _load(name: str, opened: Mapping[str, Any]) -> Any:
             f"checkpoint {name!r}: no tokenizer can be read beside its weights: {' '.join(str(error).split())}"
         ) from error
     # Without a file some classes of transformers make a tokenizer that has no words.
-    if tokenizer.vocab_size <= len(tokenizer.all_special_tokens) or tokenizer.pad_token_id is None:
+    if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
         raise ValueError(f"checkpoint {name!r}: no tokenizer can be read beside its weights: tokenizer.json is missing")
     return tokenizer
 
