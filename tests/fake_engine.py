@@ -18,6 +18,10 @@ class PreemptedError(Exception):
     """Its machine is taken away."""
 
 
+class LostMachineError(Exception):
+    """Its machine fails."""
+
+
 class HangError(Exception):
     """The task makes no progress."""
 
@@ -84,6 +88,8 @@ class FakeEngine:
             self.events.append(Died(actor, "it was ended by SIGSEGV"))
         except PreemptedError:
             self.events.append(Died(actor, "preempted", preempted=True))
+        except LostMachineError:
+            self.events.append(Died(actor, "its node has died", with_node=True))
         except HangError:
             self.hanging.add(actor)
         except UnreachableError as error:
@@ -96,6 +102,7 @@ class FakeEngine:
             self.later.append((self.now + self.slow.get(node, 0.0), finished))
 
     def kill(self, actor):
+        assert actor not in self.killed
         self.killed.append(actor)
         self.hanging.discard(actor)
 

@@ -6,7 +6,16 @@ import threading
 from collections import Counter
 
 import pytest
-from fake_engine import NOTHING_SKIPPED, ROWS, FakeEngine, HangError, KilledError, PreemptedError, UnreachableError
+from fake_engine import (
+    NOTHING_SKIPPED,
+    ROWS,
+    FakeEngine,
+    HangError,
+    KilledError,
+    LostMachineError,
+    PreemptedError,
+    UnreachableError,
+)
 
 from nopad.embedding.actors.actor_pool import ActorPool
 from nopad.embedding.actors.engine import Beat, Died, Loaded, NodeError, Task
@@ -439,6 +448,151 @@ def test_a_shard_that_waits_behind_another_is_made_elsewhere(what):
 
     engine = FakeEngine(does, slow={"a": 5.0}, is_ready=True)
     assert run(engine, actors=1, stall=60.0) == (NOTHING_SKIPPED, {})
+
+
+def test_two_shards_on_a_machine_that_fails_are_made_alone_and_neither_is_charged():
+    """Three machines that fail over a shard alone count as one death: its images are not tried in parts yet."""
+    sent = Counter()
+
+    def does(node, task):
+        sent[task.shard] += 1
+        if (task.shard, sent[task.shard]) in ((1, 1), (0, 2), (0, 3), (0, 4)):  # behind shard 0, which is alone then
+            raise LostMachineError
+        return 0
+
+    engine = FakeEngine(does, slow={"a": 5.0}, is_ready=True)
+    assert run(engine, number=3) == ({0: {}, 1: {}, 2: {}}, {})
+    assert engine.together == [[0], [0, 1], [0], [0], [0], [0], [1], [2]]
+    assert all(task.probe is None for _, task in engine.log)
+
+
+def test_two_shards_on_a_machine_that_is_preempted_share_the_next():
+    sent = Counter()
+
+    def does(node, task):
+        sent[task.shard] += 1
+        if task.shard == 1 and sent[1] == 1:
+            raise PreemptedError
+        return 0
+
+    engine = FakeEngine(does, slow={"a": 5.0}, is_ready=True)
+    assert run(engine, number=3) == ({0: {}, 1: {}, 2: {}}, {})
+    assert engine.together[2:] == [[0], [0, 2], [1]]
+
+
+def test_a_shard_that_is_to_be_made_alone_stays_so_when_its_machine_is_preempted():
+    sent = Counter()
+
+    def does(node, task):
+        sent[task.shard] += 1
+        if (task.shard, sent[task.shard]) == (1, 1):  # behind shard 0
+            raise KilledError
+        if (task.shard, sent[task.shard]) == (0, 2):
+            raise PreemptedError
+        return 0
+
+    engine = FakeEngine(does, slow={"a": 5.0}, is_ready=True)
+    assert run(engine, number=3) == ({0: {}, 1: {}, 2: {}}, {})
+    assert engine.together == [[0], [0, 1], [0], [0], [1], [2]]
+
+
+def test_a_shard_with_which_something_went_wrong_shares_no_actor():
+    deaths = Counter()
+
+    def does(node, task):
+        deaths[task.shard] += 1
+        if task.shard == 0 and deaths[0] == 1:
+            raise KilledError
+        return 0
+
+    engine = FakeEngine(does, slow={"a": 5.0}, is_ready=True)
+    assert run(engine, number=3) == ({0: {}, 1: {}, 2: {}}, {})
+    assert engine.together == [[0], [0], [1], [1, 2]]
+
+
+def test_an_actor_is_not_ready_for_what_follows_a_shard_that_it_had_alone():
+    class Engine(FakeEngine):
+        def send(self, actor, task):
+            self.is_ready = task.shard == 0
+            super().send(actor, task)
+
+    engine = Engine(lambda node, task: 0, slow={"a": 5.0})
+    given = works(3)
+    given.insert(1, Work(Task(0, 7, retry=True), "shard-7", range(ROWS)))
+    assert len([*scheduler(engine).make(given, 4)]) == 4
+    assert engine.together == [[0], [7], [1], [2]]
+
+
+def failing_on(sick, rows):
+    """What a node does that fails with all rows; `rows` is filled with what has become of each shard's."""
+
+    def does(node, task):
+        rows[task.shard] = "failed" if node == sick else "ok"
+        return ROWS if node == sick else 0
+
+    return does
+
+
+def test_shards_in_hand_on_a_node_that_is_set_aside_are_made_elsewhere():
+    """Both that an actor there has, also the one that it reads ahead."""
+
+    class Engine(FakeEngine):
+        def send(self, actor, task):
+            self.is_ready = self.node_of[actor] == "sick"
+            super().send(actor, task)
+
+    rows = {}
+    engine = Engine(failing_on("sick", rows), nodes=("healthy", "sick"), slow={"healthy": 13.0, "sick": 5.0})
+    made, given_up = run(engine, number=40, actors=2)
+    assert {*made} == {*range(40)}
+    assert given_up == {}
+    assert {*rows.values()} == {"ok"}
+    assert engine.aside == ["sick"]
+
+
+def test_shards_of_a_node_that_is_set_aside_get_as_many_actors_as_there_are():
+    rows = {}
+    engine = FakeEngine(failing_on("sick", rows), nodes=("healthy", "sick"), slow={"healthy": 100.0})
+    made, _ = run(engine, number=6, actors=2)
+    assert {*made} == {*range(6)}
+    assert engine.aside == ["sick"]
+    assert {*rows.values()} == {"ok"}
+    assert sorted(task.shard for node, task in engine.log if node == "healthy") == [*range(6)]
+    assert engine.number == 3
+
+
+def test_an_actor_that_hangs_is_not_replaced_where_another_is_idle_for_the_last_shard():
+    attempts = Counter()
+
+    def does(node, task):
+        attempts[task.shard] += 1
+        if task.shard == 1 and attempts[1] == 1:
+            raise HangError
+        return 0
+
+    engine = FakeEngine(does)
+    assert run(engine, number=2, actors=2) == ({0: {}, 1: {}}, {})
+    assert [task.shard for _, task in engine.log] == [0, 1, 1]
+    assert engine.number == 2
+
+
+def test_a_shard_that_is_read_ahead_has_the_whole_time_from_its_turn_on():
+    engine = FakeEngine(lambda node, task: 0, slow={"a": 50.0}, is_ready=True)
+    assert run(engine, stall=60.0) == (NOTHING_SKIPPED, {})
+    assert engine.killed == []
+
+
+def test_a_shard_that_no_other_node_is_left_to_compare_stays_as_it_is():
+    def does(node, task):
+        if node == "b" and task.replace:
+            raise NodeError("the job's files cannot be read")
+        return ROWS if node == "a" and task.shard == 1 else 0
+
+    engine = FakeEngine(does, nodes=("b", "a"), slow={"b": 20.0})
+    made, given_up = run(engine, number=4, actors=2)
+    assert ({*made}, given_up) == ({0, 1, 2, 3}, {})
+    assert engine.aside == ["b"]
+    assert [node for node, task in engine.log if task.shard == 1] == ["a", "b"]
 
 
 def test_a_stop_does_not_wait_for_shards_that_are_read_ahead():

@@ -257,7 +257,7 @@ class Scheduler:
     def _put_back_all(self, actor: Actor, *, alone: bool = False) -> None:
         for work in (actor.next_work, actor.work):
             if work is not None:
-                work.is_alone = work.is_alone or (alone and actor.next_work is not None)
+                work.is_alone = work.is_alone or alone
                 self._put_back(work)
 
     def _exclude_or_raise(self, actor: Actor, error: Exception) -> None:
@@ -279,6 +279,8 @@ class Scheduler:
         there = [actor for actor in self.pool.all() if actor.node == node]
         host = next((actor.place.host for actor in there if actor.place), node)
         again = self._with_failures.pop(node, {}).values()
+        # Among these are those that wait to be compared.
+        self._retries = deque(work for work in self._retries if not work.compared or work.compared[0] != node)
         logger.warning("actors: %s is set aside: %s; %d of its shards are made again", host, why, len(again))
         self.pool.engine.exclude_node(node)
         for actor in there:
