@@ -1,9 +1,12 @@
-"""Starting a GPU ahead of its use."""
+"""Starting a GPU ahead of its use, and the threads beside it."""
+
+import sys
+from contextlib import suppress
 
 import pytest
 import torch
 
-from nopad.environment import start_cuda
+from nopad.environment import SWITCH_SECONDS, quick_switches, start_cuda
 
 
 @pytest.mark.parametrize(
@@ -31,3 +34,11 @@ def test_a_gpu_that_does_not_start_raises_where_it_is_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "empty", fail)
     start_cuda().join()  # a thread that ends by an error is an error of the test session
+
+
+def test_threads_switch_quickly_for_a_while():
+    before = sys.getswitchinterval()
+    with suppress(ValueError), quick_switches():
+        during = sys.getswitchinterval()
+        raise ValueError
+    assert (during, sys.getswitchinterval()) == (pytest.approx(SWITCH_SECONDS), before)

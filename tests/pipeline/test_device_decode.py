@@ -228,8 +228,28 @@ def test_threads_that_come_and_go_read_headers_with_one_decoder(monkeypatch):
     monkeypatch.setattr(nvjpeg, "_load", lambda: (library, library))
     decoder = nvjpeg.Nvjpeg()
     created = list(library.created)
-    files = [np.zeros(size, np.uint8) for size in range(1, 301)]
+    files = [np.zeros(size, np.uint8) for size in range(1, 301)]  # without a scan, they are looked through whole
     for _ in range(2):
         with ThreadPoolExecutor(4) as threads:
             assert list(threads.map(decoder.size, files)) == [(len(file), len(file)) for file in files]
     assert library.created == created
+
+
+@pytest.mark.parametrize("comment", [b"", bytes(20_000)])
+def test_the_library_reads_no_more_than_the_header_of_a_file(monkeypatch, comment):
+    library = HeadersAlone()
+    monkeypatch.setattr(nvjpeg, "_load", lambda: (library, library))
+    data = photo(640, 480, comment=comment)
+    scan = data.index(b"\xff\xda")
+    assert nvjpeg.Nvjpeg().size(np.frombuffer(data, np.uint8)) == (scan + 14, scan + 14)  # 12 bytes about three colours
+
+
+@pytest.mark.parametrize("end", [0, 1, 2, 3, 4, 5, 20])
+def test_the_header_of_a_cut_file_ends_with_it(monkeypatch, end):
+    library = HeadersAlone()
+    monkeypatch.setattr(nvjpeg, "_load", lambda: (library, library))
+    data = photo(64, 48)
+    data = data[: data.index(b"\xff\xda") + end]
+    size = nvjpeg.Nvjpeg().size(np.frombuffer(data, np.uint8))
+    assert size is not None
+    assert size[0] <= len(data)

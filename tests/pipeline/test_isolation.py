@@ -384,11 +384,20 @@ def test_files_of_two_runs_are_in_no_batch():
     """Those of one that has ended are given up."""
     queue, budgets = DecodeQueue(), [MemoryBudget(100), MemoryBudget(100)]
     for budget in budgets:
-        for _ in range(3):
+        for _ in range(2):
             queue.append(Task("3 4", budget.reservation(), lambda *_: None, alone=False))
     batches = [queue.take(1) for _ in budgets]
-    assert [[task.reservation.budget for task in batch] for batch in batches] == [[budget] * 3 for budget in budgets]
+    assert [[task.reservation.budget for task in batch] for batch in batches] == [[budget] * 2 for budget in budgets]
     assert not len(queue)
+
+
+def test_the_first_batches_of_each_process_are_small():
+    """The encoder waits for the first images, and a process answers for a batch at once."""
+    queue, budget = DecodeQueue(), MemoryBudget(100)
+    for _ in range(100):
+        queue.append(Task("3 4", budget.reservation(), lambda *_: None, alone=False))
+    assert [len(queue.take(3)) for _ in range(9)] == [2, 2, 2, 4, 4, 4, 8, 8, 8]
+    assert [len(queue.take(3)) for _ in range(1000) if len(queue)][:6] == [8, 8, 8, 8, 8, 6]
 
 
 def test_one_file_of_a_batch_costs_the_others_nothing(image_processor):

@@ -39,6 +39,28 @@ def test_the_first_pack_does_not_wait_for_others():
     assert closed == [0, 1, 0, 0, 0, 1, 0, 0, 0, 1]
 
 
+def test_a_pack_closes_once_there_is_enough_choice():
+    """Equal items gain nothing by waiting for those of four packs."""
+    packer = BestFitPacker(100, lookahead=4, enough_choice=5)
+    closed = [len(list(packer.add(10, item))) for item in range(30)]
+    assert closed == [*[0] * 9, 1, *[0] * 14, 1, *[0] * 5]
+    few = BestFitPacker(100, lookahead=2, first_lookahead=2, enough_choice=5)
+    assert [len(list(few.add(50, item))) for item in range(5)] == [0, 0, 0, 1, 0]  # four items are two packs
+
+
+@given(st.lists(st.integers(1, 40), max_size=80), st.integers(1, 50), st.integers(1, 9))
+def test_no_more_items_wait_than_are_enough_to_choose_from(lengths, capacity, choice):
+    packer = BestFitPacker(capacity, enough_choice=choice)
+    waiting = []
+    for index, length in enumerate(lengths):
+        waiting.append(index)
+        for pack in packer.add(length, index):
+            waiting = [item for item in waiting if item not in pack]
+        tokens = sum(lengths[item] for item in waiting)
+        assert len(waiting) <= choice or tokens / len(waiting) * (len(waiting) - choice) < capacity
+    assert waiting == sorted(index for pack in packer.finish() for index in pack)
+
+
 def test_no_more_items_than_there_are_places():
     packer = BestFitPacker(100, lookahead=1, max_segments=2)
     assert [pack for item in "abcde" for pack in packer.add(30, item)] == [["a", "b"]]

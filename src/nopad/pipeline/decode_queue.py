@@ -16,6 +16,9 @@ from nopad.pipeline.process_server import Attempts
 MAX_BATCH = 8
 """Files that a process is sent at once, where they are quick to decode."""
 
+FIRST_BATCH = 2
+"""The same for the first of each process; from round to round it doubles. The encoder waits for the first images."""
+
 Done = Callable[[PreparedImage | Exception, float], None]
 """Takes what became of an input, and for how many seconds a process worked on it."""
 
@@ -44,6 +47,7 @@ class DecodeQueue:
     def __init__(self) -> None:
         self._tasks: deque[Task] = deque()
         self._numbers = itertools.count()
+        self._takes = 0
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -55,7 +59,8 @@ class DecodeQueue:
 
     def take(self, processes: int) -> list[Task]:
         """The next task, with those behind it where they are quick: so many that all processes get the same number."""
-        size = min(MAX_BATCH, -(-len(self._tasks) // processes))
+        rounds, self._takes = self._takes // processes, self._takes + 1
+        size = min(FIRST_BATCH << min(rounds, MAX_BATCH), MAX_BATCH, -(-len(self._tasks) // processes))
         tasks = [self._tasks.popleft()]
         while len(tasks) < size and _go_together(tasks[0], self._tasks[0]):
             tasks.append(self._tasks.popleft())

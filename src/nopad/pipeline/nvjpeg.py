@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from nopad.preprocessing.file_structure import START_OF_SCAN
+
 _ENGINES = 3  # NVJPEG_BACKEND_HARDWARE
 _INTERLEAVED_RGB = 5  # NVJPEG_OUTPUT_RGBI
 _NO_PIPELINE, _FANCY_UPSAMPLING = 1, 1 << 5
@@ -65,9 +67,10 @@ class Nvjpeg:
     def size(self, file: np.ndarray) -> tuple[int, int] | None:
         """Height and width of a file, by its header; `None` for one that the engines do not decode."""
         header, quick, supported = self._header, self._quick, c_int(-1)
+        head = _header_size(file)
         width, height = c_uint(), c_uint()
         with self._header_lock:  # the interpreter's own is not given up for calls of microseconds, but between them
-            if quick.nvjpegJpegStreamParseHeader(self._handle, c_void_p(file.ctypes.data), c_size_t(file.size), header):
+            if quick.nvjpegJpegStreamParseHeader(self._handle, c_void_p(file.ctypes.data), c_size_t(head), header):
                 return None
             if quick.nvjpegDecodeBatchedSupported(self._handle, header, byref(supported)) or supported.value != 0:
                 return None
@@ -106,6 +109,15 @@ class Nvjpeg:
         if status:
             reason = _STATUS[status] if status < len(_STATUS) else f"status {status}"
             raise NvjpegError(f"nvJPEG: {name.removeprefix('nvjpeg')}: {reason}")
+
+
+def _header_size(file: np.ndarray) -> int:
+    """Bytes up to the first scan's data: nvJPEG would look through all of these, 0.1 ms for 150 kB."""
+    for size in (1 << 12, file.size):
+        start = file[:size].tobytes().find(START_OF_SCAN)
+        if 0 <= start < file.size - 4:
+            return min(file.size, start + 2 + int.from_bytes(file[start + 2 : start + 4].tobytes(), "big"))
+    return file.size
 
 
 def is_installed() -> bool:

@@ -14,6 +14,9 @@ LOOKAHEAD = 4
 """Default lookahead: the tokens that wait before a pack is closed, in packs."""
 FIRST_LOOKAHEAD = 1
 """The same for the first pack: a GPU would wait for the images of all."""
+ENOUGH_CHOICE = 32
+"""Items beyond a full pack among which some always fit well: more would only wait. Packs of the workload "mixed" of
+`nopad bench` and 16,896 tokens are 0.998 full with so many, and with all of four packs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class BestFitPacker(Generic[Item]):
         capacity: tokens of a full pack; a longer item gets a pack of its own.
         lookahead: tokens that wait before a pack is closed, in packs.
         first_lookahead: the same for the first pack; for each that follows it is one more, up to `lookahead`.
+        enough_choice: items beyond a full pack with which one is closed in any case; `None` for no such number.
         max_segments: segments of a pack, any number by default; an item of more gets a pack of its own.
 
     Raises:
@@ -46,6 +50,7 @@ class BestFitPacker(Generic[Item]):
         *,
         lookahead: float = LOOKAHEAD,
         first_lookahead: float = FIRST_LOOKAHEAD,
+        enough_choice: int | None = None,
         max_segments: int | None = None,
     ) -> None:
         if capacity < 1 or min(lookahead, first_lookahead) < 1 or (max_segments is not None and max_segments < 1):
@@ -53,6 +58,7 @@ class BestFitPacker(Generic[Item]):
             raise ValueError(f"expected capacity ≥ 1, lookahead ≥ 1 and max_segments ≥ 1, got {got}")
         self.capacity = capacity
         self._max_segments = max_segments
+        self._enough_choice = enough_choice
         self._max_window = capacity * lookahead
         self._window = min(capacity * first_lookahead, self._max_window)
         self._items: dict[int, _Waiting[Item]] = {}  # in the order of arrival
@@ -72,8 +78,15 @@ class BestFitPacker(Generic[Item]):
         insort(self._by_length, (length, -self._number))
         self._number += 1
         self._tokens += length
-        while self._tokens >= self._window:
+        while self._tokens >= self._window or self._has_enough_choice():
             yield self._close()
+
+    def _has_enough_choice(self) -> bool:
+        """Whether the items that wait, less so many of them of mean length, fill a pack."""
+        waiting = len(self._items)
+        return self._enough_choice is not None and (
+            self._tokens * (waiting - self._enough_choice) >= self.capacity * waiting > 0
+        )
 
     def finish(self) -> Iterator[list[Item]]:
         """Yield the packs of all that still waits."""

@@ -6,12 +6,13 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 
-from nopad.environment import num_cores
+from nopad.environment import num_cores, quick_switches
 from nopad.inference.defaults import default_capacity
 from nopad.pipeline.decode_process import Decoder
 from nopad.pipeline.device_decode import DeviceDecoder, as_jpeg, why_unavailable
@@ -20,7 +21,7 @@ from nopad.pipeline.isolation import DecodeProcesses
 from nopad.pipeline.memory import MemoryBudget, MemoryReservation
 from nopad.pipeline.normalize import Normalizer
 from nopad.pipeline.pack_runner import MAX_RUNNING, EmbeddingResult, PackRunner, num_segments, num_tokens
-from nopad.pipeline.packer import BestFitPacker
+from nopad.pipeline.packer import ENOUGH_CHOICE, BestFitPacker
 from nopad.pipeline.preparers import InProcesses, InThreads
 from nopad.pipeline.read_ahead import ReadAhead
 from nopad.pipeline.selection import Selection
@@ -177,7 +178,8 @@ class Worker:
             ImageError: with `strict`.
             ProcessServerError: no process can be started.
         """
-        with self.read_ahead(groups, read, decoder=decoder, measure=measure) as ahead:
+        switches = quick_switches() if self.encoder.device.type == "cuda" else nullcontext()
+        with switches, self.read_ahead(groups, read, decoder=decoder, measure=measure) as ahead:
             yield from self._embed(ahead, strict=strict, stop=stop or threading.Event())
 
     def start_processes(self, decoder: Decoder) -> DecodeProcesses:
@@ -221,7 +223,8 @@ class Worker:
             group = _Group()
             groups.append(group)
             packer: BestFitPacker[tuple[tuple[_Group, int], PreparedImage]]
-            packer = BestFitPacker(self.capacity, max_segments=encoder.compiled_max_segments)
+            choice = {"enough_choice": ENOUGH_CHOICE, "max_segments": encoder.compiled_max_segments}
+            packer = BestFitPacker(self.capacity, **choice)
             for index, image in enumerate(outcomes):
                 group.size += 1
                 if isinstance(image, ImageError):
