@@ -118,8 +118,7 @@ def test_parts_on_gpu_and_cpu_in_turn(encoder):
     for number, name in enumerate(name for name in parts_of(encoder) if name not in buffers):
         run_on(encoder.get_submodule(name), "cpu" if number % 2 else "cuda:0")
     for result, each in zip(features(encoder, pack.to("cuda")), expected, strict=True):
-        assert result.device == torch.device("cuda:0")
-        assert relative(result, each) < 1e-4
+        assert relative(result, each) < 1e-4  # on whichever device the last part of each family is
 
 
 @gpu

@@ -120,7 +120,7 @@ def tables_of_grids(
     if not torch.is_grad_enabled():  # gradients of a table's rows would be accumulated in half precision
         # Contiguous, since rows are gathered below: resampled tables are transposed views.
         tables = [table.to(dtype, memory_format=torch.contiguous_format) for table in tables]
-    return torch.cat(tables)[start + layout.index_in_image % area]
+    return torch.cat(tables).to(layout.device)[start + layout.index_in_image % area]
 
 
 def check_mode(mode: str) -> str:
