@@ -317,6 +317,38 @@ def test_layers_that_the_tensors_do_not_have_are_not_built(tmp_path, family, mon
         nopad.load(folder)
 
 
+@pytest.mark.parametrize("value", ["false", 1, None])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        *[("siglip", "positions_antialias"), ("clip", "positions_antialias"), ("dinov2 gated", "use_mask_token")],
+        *[("dinov3", "untie_cls_norm"), ("onevision", "use_head"), ("radio", "normalize_pixels")],
+        *[
+            ("pe", "use_class_token"),
+            ("pe", "use_head"),
+            ("pe lang", "use_layer_scale"),
+            ("vit", "positions_antialias"),
+        ],
+    ],
+)
+def test_flags_are_true_or_false(tmp_path, family, name, value):
+    """The text "false" would be taken for true."""
+    folder = tiny(family, tmp_path)
+    changed(folder / "config.json", **{name: value})
+    for load in (nopad.load, nopad.processor):
+        with pytest.raises(ValueError, match=rf"{folder}.*{name}: expected true or false, got {value!r}"):
+            load(folder)
+
+
+@pytest.mark.parametrize("value", [-0.5, 1.5, True])
+@pytest.mark.parametrize("family", ["dinov2", "radio", "vit"])
+def test_a_probability_is_from_0_to_1(tmp_path, family, value):
+    folder = tiny(family, tmp_path)
+    changed(folder / "config.json", attention_probs_dropout_prob=value)
+    with pytest.raises(ValueError, match=rf"{folder}.*attention_probs_dropout_prob"):
+        nopad.load(folder)
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0])
 @pytest.mark.parametrize("family", ["dinov3", "onevision", "pe"])
 def test_base_of_a_rotary_embedding_is_above_zero(tmp_path, family, value):

@@ -1,6 +1,7 @@
 """Packs without a model, and where their grids lie in the images."""
 
 import dataclasses
+import json
 import pickle
 import threading
 from pathlib import Path
@@ -52,6 +53,15 @@ def test_a_processor_of_a_published_name():
         nopad.processor("untrained:google/siglip2-base-patch16-naflex", revision="main")
     with pytest.raises(ValueError, match="expected the name of a published model"):
         nopad.processor("untrained:siglip")
+
+
+@pytest.mark.parametrize(("family", "name"), [("clip", "image_size"), ("pe", "num_channels"), ("pe", "image_size")])
+def test_a_config_by_which_no_pixels_are_made_is_refused_by_its_checkpoint(family, name, tmp_path):
+    folder = tiny(family, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, name: None}))
+    with pytest.raises(ValueError, match=rf"^checkpoint '{folder}': .*None"):
+        nopad.processor(folder)
 
 
 def test_a_processor_refuses_what_pack_refuses(siglip):

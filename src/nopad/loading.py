@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import torch
 
 from nopad.checkpoints.dialects import DIALECTS
 from nopad.checkpoints.files import checkpoint_name
-from nopad.checkpoints.pretrained import read_architecture, select_part
+from nopad.checkpoints.pretrained import config_errors, read_architecture, select_part
 from nopad.checkpoints.strict import check_dtype, with_options
 from nopad.checkpoints.towers import open_tower
 from nopad.encoder import PackedEncoder
@@ -139,17 +140,18 @@ def processor(
         published = _published_name(name, revision, prefix)
         family = family_of_published(published)
         config = with_options(family.published_config(published), patch_order=patch_order)
-        preprocessor, stored = None, torch.float32
+        preprocessor, stored, described = None, torch.float32, nullcontext()
     else:
         opened = open_tower(name, DIALECTS, prefix, revision=revision, token=token)
         family = family_of(opened)
         dialect, part = select_part(family, opened)
         config = read_architecture(family, dialect.convert(part), None, {}, {"patch_order": patch_order})
-        preprocessor, stored = opened.preprocessor, part.dtype
-    check_channels(config)
+        preprocessor, stored, described = opened.preprocessor, part.dtype, config_errors(opened)
+    with described:
+        check_channels(config)
+        rule = family.read_preprocessing(config, preprocessor, name)
     dtype = dtype or (getattr(torch, stored, None) if isinstance(stored, str) else stored)
     check_dtype(dtype, f"checkpoint {name!r}: dtype")
-    rule = family.read_preprocessing(config, preprocessor, name)
     return PackProcessor(
         rule=rule.with_size(size, min_patches=min_patches, max_patches=max_patches, multiple_of=multiple_of),
         resize=resize,

@@ -25,7 +25,7 @@ from nopad.checkpoints.keywords import (
     with_changes,
 )
 from nopad.checkpoints.quantised import load_quantised, with_weight_names
-from nopad.checkpoints.strict import check_finite, check_numbers, check_sizes, load_strictly, with_options
+from nopad.checkpoints.strict import check_finite, check_sizes, check_values, load_strictly, with_options
 from nopad.checkpoints.towers import open_tower
 from nopad.layers.linear import stack_weights
 from nopad.layers.roles import registered_path
@@ -199,7 +199,7 @@ def read_architecture(
         config = config or cls.read_config(checkpoint)
     config = with_changes(config, changes)
     with config_errors(checkpoint):
-        check_numbers(config, f"checkpoint {checkpoint.name!r}")
+        check_values(config, f"checkpoint {checkpoint.name!r}")
         check_sizes(checkpoint, config.to_dict(), layers, config.attribute_map)
         return with_options(config, **options)
 

@@ -96,7 +96,7 @@ _COUNTS = {**dict.fromkeys((*_SIDES, *_OTHER_COUNTS), 1), "num_register_tokens":
 _NUMBERS = {
     **dict.fromkeys(("layer_norm_eps", "rms_norm_eps"), (0, 1e12)),
     "rope_theta": (1e-12, 1e12),  # powers of zero are infinite
-    **dict.fromkeys(("attention_dropout", "drop_path_rate"), (0, 1)),
+    **dict.fromkeys(("attention_dropout", "attention_probs_dropout_prob", "drop_path_rate"), (0, 1)),
     "mlp_ratio": (0, 1e3),
 }
 """Minimum and maximum of each number."""
@@ -121,14 +121,17 @@ def check_finite(fields: Any, label: str, path: str = "") -> None:
             check_finite(value, label, f"{path}{name}.")
 
 
-def check_numbers(config: PreTrainedConfig, label: str) -> None:
-    """Check the numbers of a config.
+def check_values(config: PreTrainedConfig, label: str) -> None:
+    """Check the numbers of a config, and the flags that nopad adds to transformers'.
 
     Raises:
         ValueError: NaN or infinity, a count that is no integer or below 1, heads that do not fill the width, an eps
-            below 0, a base that is not above 0, a probability outside of 0 to 1.
+            below 0, a base that is not above 0, a probability outside of 0 to 1, a flag such as `"false"`.
     """
     check_finite(config.to_dict(), label)
+    for name in flags(type(config)):
+        if not isinstance(value := getattr(config, name), bool):
+            raise ValueError(f"{label}: {name}: expected true or false, got {value!r:.80}")
     for name, min_value in _COUNTS.items():
         value = getattr(config, name, None)
         absent = value is None and name not in ("num_attention_heads", "patch_size", "hidden_size")
@@ -143,6 +146,12 @@ def check_numbers(config: PreTrainedConfig, label: str) -> None:
         value = getattr(config, name, min_value)
         if type(value) not in (int, float) or not min_value <= value <= max_value:
             raise ValueError(f"{label}: {name}: expected a number from {min_value} to {max_value:g}, got {value!r:.80}")
+
+
+def flags(config_class: type[PreTrainedConfig]) -> set[str]:
+    """The flags of a config that are nopad's own; transformers checks those of its configs."""
+    own = [vars(cls) for cls in config_class.__mro__ if cls.__module__.startswith("nopad.")]
+    return {name for fields in own for name, default in fields.items() if isinstance(default, bool)}
 
 
 def check_sizes(

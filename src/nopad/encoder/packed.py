@@ -13,7 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from nopad.arguments import check_output, read_arguments
 from nopad.checkpoints.keywords import check_config_class, check_keywords
-from nopad.checkpoints.strict import check_numbers
+from nopad.checkpoints.strict import check_values
 from nopad.encoder.execution import Execution
 from nopad.encoder.images import ImageRules
 from nopad.encoder.sizes import Sizes
@@ -100,7 +100,7 @@ class PackedEncoder(RoleAliases, Execution, Sizes, ImageRules, Stored):
         check_keywords(type(self).__name__, kwargs, ())
         check_config_class(type(self), config)
         super().__init__(config)
-        check_numbers(config, type(config).__name__)
+        check_values(config, type(config).__name__)
         check_patch_order(config.patch_order)
         self.head = self.projection = self.merger = None
         self.num_prefix_tokens = self.count_prefix_tokens(config)
