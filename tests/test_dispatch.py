@@ -48,11 +48,11 @@ def test_patches_go_where_the_embeddings_run(encoder, offloaded):
     assert {parameter.device.type for parameter in offloaded.parameters()} == {"meta"}
     assert offloaded.device == torch.device("cpu")
     images = [np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)] * 2
-    pack = offloaded.pack(images)
-    assert torch.equal(pack.hidden_states, encoder.pack(images).hidden_states)
+    pack = offloaded.pack(images, size="native")
+    assert torch.equal(pack.hidden_states, encoder.pack(images, size="native").hidden_states)
     for result, expected in zip(features(offloaded, pack), features(encoder, pack), strict=True):
         assert relative(result, expected) < 1e-6
-    assert relative(offloaded.embed(images), encoder.embed(images)) < 1e-6
+    assert relative(offloaded.embed(images, size="native"), encoder.embed(images, size="native")) < 1e-6
 
 
 @pytest.mark.parametrize("family", ["dinov3"])

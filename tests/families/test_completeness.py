@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_encoders import FAMILIES, encoder_class
+from tiny_encoders import DISTINCT, FAMILIES, encoder_class
 
 from nopad.align.reference_model import RemoteCodeReference
 from nopad.align.references import reference_of
@@ -104,6 +104,10 @@ def test_table_of_encoders_says_what_the_code_does(family):
 def test_every_config_has_a_tiny_encoder_that_the_tests_of_all_families_take():
     tested = {encoder_class(family).config_class for family in FAMILIES}
     assert {config_class for cls in CLASSES.values() for config_class in config_classes(cls)} <= tested
+
+
+def test_every_file_of_a_family_has_a_tiny_encoder_in_the_tests_of_distinct_code():
+    assert {encoder_class(family).__module__ for family in DISTINCT} == {cls.__module__ for cls in CLASSES.values()}
 
 
 @every_family

@@ -58,8 +58,16 @@ FAMILIES = (
     "ijepa",
     "pixio",
 )
+DISTINCT = (
+    *("aimv2", "aimv2 with a head", "siglip2", "clip", "dinov2", "dinov3 gated", "onevision", "moonvit", "pixtral"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "radio", "pe", "vit"),
+)
+"""Those whose forward runs code that no other's does; the rest run the same with other values."""
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2}
 """Heads of 64 values, which every kernel of a GPU takes."""
+
+JUNK = (0.0, float("nan"), float("inf"))
+"""What `is_batch_invariant` adds to the neighbours."""
 
 
 def tiny(family: str, folder: Path, **changes) -> Path:
