@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import subprocess
 import sys
@@ -23,7 +24,12 @@ from nopad.families import ENCODERS, family_of_published
 from nopad.layers.roles import registered_path
 
 CLASSES = [families.encoder_class(family) for family in ENCODERS]
-PUBLISHED = [name for family in CLASSES for name in family.published]
+PUBLISHED = [
+    name
+    for family in CLASSES
+    for name in {json.dumps(family.published_config(name).to_dict()): name for name in family.published}.values()
+]
+"""One published name for each config."""
 SMALLEST = {
     cls.published_config(name).model_type: name
     for cls in CLASSES
@@ -64,33 +70,63 @@ every_dialect = pytest.mark.parametrize(("family", "dialect"), DIALECTS)
 every_published = pytest.mark.parametrize("name", PUBLISHED)
 
 
-@pytest.fixture
-def folder(tmp_path, family):
-    return tiny(family, tmp_path / "checkpoint")
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Makes the checkpoint of a family, once for all tests, its original and its encoder; they only read them."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    @functools.cache
+    def make(family):
+        torch.manual_seed(0)
+        folder = tiny(family, root / family)
+        return folder, read_by_original(family, folder), nopad.load(folder)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def spoken(made, tmp_path_factory):
+    """Makes the same checkpoint in a dialect, once as well."""
+    root = tmp_path_factory.mktemp("dialects")
+
+    @functools.cache
+    def make(family, dialect):
+        (spoken,) = (each for each in encoder_class(family).dialects if each.name == dialect)
+        original = made(family)[1]
+        state = spoken.table.to_file(original.state_dict())
+        return write(root / family / dialect.replace("/", "_"), state, original.config.to_dict())
+
+    return make
 
 
 @pytest.fixture
-def original(family, folder):
-    return read_by_original(family, folder)
+def folder(made, family):
+    return made(family)[0]
 
 
 @pytest.fixture
-def checkpoint(tmp_path, family, original, dialect):
-    """The same checkpoint in a dialect."""
-    (spoken,) = (each for each in encoder_class(family).dialects if each.name == dialect)
-    state = spoken.table.to_file(original.state_dict())
-    return write(tmp_path / "dialect", state, original.config.to_dict())
+def original(made, family):
+    return made(family)[1]
+
+
+@pytest.fixture
+def loaded(made, family):
+    return made(family)[2]
+
+
+@pytest.fixture
+def checkpoint(spoken, family, dialect):
+    return spoken(family, dialect)
 
 
 @every_dialect
-def test_dialect_is_loaded_and_saved_as_the_originals(family, dialect, folder, checkpoint, original):
+def test_dialect_is_loaded_and_saved_as_the_originals(family, dialect, folder, checkpoint, original, tmp_path):
     """In another patch order than the family's own, which changes no weight."""
     patch_order = "hwc" if family in ("onevision", "qwen3_vl", "qwen3_5", "radio") else "chw"
     encoder = nopad.load(checkpoint, patch_order=patch_order)
     assert type(encoder) is encoder_class(family)
     assert (encoder.dialect, encoder.patch_order) == (dialect, patch_order)
-    saved = checkpoint.with_name("saved")
-    encoder.save_pretrained(saved)
+    encoder.save_pretrained(saved := tmp_path / "saved")
     assert load_file(saved / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
     reloaded, again = read_by_original(family, saved).state_dict(), nopad.load(saved)
     assert again.patch_order == patch_order
@@ -101,10 +137,10 @@ def test_dialect_is_loaded_and_saved_as_the_originals(family, dialect, folder, c
 
 
 @pytest.mark.parametrize(("family", "dialect", "prefix"), PREFIXES)
-def test_prefix_of_a_tower_is_taken_off(folder, checkpoint, original, prefix, tmp_path):
+def test_prefix_of_a_tower_is_taken_off(checkpoint, loaded, original, prefix, tmp_path):
     state = {prefix + name: tensor for name, tensor in load_file(checkpoint / "model.safetensors").items()}
     encoder = nopad.load(write(tmp_path / "prefixed", state, original.config.to_dict()))
-    expected = nopad.load(folder).state_dict()
+    expected = loaded.state_dict()
     assert encoder.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in encoder.state_dict().items())
 
@@ -125,7 +161,7 @@ def test_every_tensor_is_needed(family, tmp_path):
 
 @every_dialect
 @pytest.mark.parametrize("damage", ["missing", "unexpected", "misshapen"])
-def test_damaged_tensor_is_named(checkpoint, original, damage):
+def test_damaged_tensor_is_named(checkpoint, original, damage, tmp_path):
     state = load_file(checkpoint / "model.safetensors")
     down = (
         r"1\..*(fc2|down_proj|weights_out|w3|c_proj)\.weight$|layer\.1\.output\.dense\.weight$"
@@ -139,14 +175,14 @@ def test_damaged_tensor_is_named(checkpoint, original, damage):
         state[name] = torch.zeros(3)
     else:
         state[name] = state[name].T.contiguous()
-    write(checkpoint, state, original.config.to_dict())
+    damaged = write(tmp_path, state, original.config.to_dict())
     with pytest.raises(ValueError, match=rf"1 {damage}: {re.escape(name)}"):
-        nopad.load(checkpoint)
+        nopad.load(damaged)
 
 
 @every_family
-def test_folder_can_be_saved_over(folder):
-    encoder = nopad.load(folder)
+def test_folder_can_be_saved_over(family, tmp_path):
+    encoder = nopad.load(folder := tiny(family, tmp_path))
     weight = encoder.get_parameter(registered_path(encoder, "layers.0.norm1.weight"))
     before = weight.detach().clone()
     with torch.no_grad():
@@ -222,9 +258,8 @@ def test_published_model_has_the_roles_that_users_tap(name):
 @every_published
 def test_saved_names_are_of_one_dialect_of_one_family(name):
     encoder = on_meta(name)
-    (spoken,) = (
-        (family, dialect) for family in CLASSES for dialect in family.dialects if dialect.matches(encoder.state_dict())
-    )
+    state = encoder.state_dict()
+    (spoken,) = ((family, dialect) for family in CLASSES for dialect in family.dialects if dialect.matches(state))
     assert isinstance(encoder, spoken[0])  # fixed-size SigLIP is a class of its own
     assert spoken[1].is_original
 
@@ -232,9 +267,10 @@ def test_saved_names_are_of_one_dialect_of_one_family(name):
 @pytest.mark.parametrize("name", SMALLEST)
 def test_untrained_is_the_same_every_time(name, monkeypatch):
     family = family_of_published(name)
-    small = {"num_hidden_layers": 1, "intermediate_size": 64}
-    small["hidden_size"] = 32 * family.published[name]["num_attention_heads"]
-    monkeypatch.setitem(family.published, name, family.published[name] | small)
+    small = {"num_hidden_layers": 1, "intermediate_size": 64, "hidden_size": 64, "num_attention_heads": 2}
+    published = family.published[name]
+    small |= {key: 64 for key in ("embed_dim", "out_hidden_size", "projection_dim") if published.get(key)}
+    monkeypatch.setitem(family.published, name, published | small)
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
