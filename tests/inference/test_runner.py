@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from siglip2_checkpoints import folder_of, naflex
-from tiny_encoders import GRIDS, WIDE, is_batch_invariant, patches_of, tiny
+from tiny_encoders import GRIDS, JUNK, WIDE, is_batch_invariant, patches_of, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nopad
@@ -73,10 +73,9 @@ def test_output_of_a_pack_is_not_overwritten_by_the_next(encoder):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("added", [0.0, float("nan"), float("inf")])
-def test_batch_invariance(encoder, added):
+def test_batch_invariance(encoder):
     encoder.compile(CAPACITY, MAX_SEGMENTS)
-    assert is_batch_invariant(encoder, added)
+    assert all(is_batch_invariant(encoder, added) for added in JUNK)
 
 
 @torch.no_grad()

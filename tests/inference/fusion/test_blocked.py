@@ -5,7 +5,7 @@ from itertools import groupby
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_encoders import GRIDS, patches_of, tiny
+from tiny_encoders import DISTINCT, GRIDS, patches_of, tiny
 from torch import nn
 
 import nopad
@@ -72,6 +72,7 @@ def test_layers_in_blocks_equal_eager_layers(folder, linear):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("folder", DISTINCT, indirect=True)
 def test_layers_in_blocks_in_half_precision_are_as_close_to_float32_as_eager_layers(folder, linear):
     skip_unless_available(linear, torch.bfloat16)
     exact = nopad.load(folder, dtype=torch.float32)
@@ -85,6 +86,7 @@ def test_layers_in_blocks_in_half_precision_are_as_close_to_float32_as_eager_lay
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("folder", DISTINCT, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_features_are_bit_equal_in_any_pack(folder, linear, dtype):
     skip_unless_available(linear, dtype)
@@ -103,6 +105,7 @@ def test_features_are_bit_equal_in_any_pack(folder, linear, dtype):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("folder", DISTINCT, indirect=True)
 @pytest.mark.parametrize("rows", [32, 64])
 def test_blocks_of_any_size_give_equal_features(folder, monkeypatch, rows):
     encoder = compiled(folder)

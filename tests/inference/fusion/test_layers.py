@@ -5,7 +5,7 @@ from importlib import util
 
 import pytest
 import torch
-from tiny_encoders import GRIDS, WIDE, is_batch_invariant, patches_of, relative, segments_of, tiny
+from tiny_encoders import GRIDS, JUNK, WIDE, is_batch_invariant, patches_of, relative, segments_of, tiny
 from torch import nn
 
 import nopad
@@ -289,8 +289,7 @@ def test_static_packs_run_fused_layers(folder, reference_gemm):
 
 @torch.no_grad()
 @pytest.mark.parametrize("precision", [None, "fp8"])
-@pytest.mark.parametrize("added", [0.0, float("nan"), float("inf")])
-def test_batch_invariance(tmp_path, reference_gemm, precision, added):
+def test_batch_invariance(tmp_path, reference_gemm, precision):
     encoder = nopad.load(tiny("aimv2", tmp_path / "aimv2"), precision=precision)
     encoder.compile(CAPACITY, MAX_SEGMENTS)
-    assert is_batch_invariant(encoder, added)
+    assert all(is_batch_invariant(encoder, added) for added in JUNK)
