@@ -12,7 +12,8 @@ from tiny_encoders import tiny
 
 from nopad import cli
 from nopad.align.references.aimv2 import AIMv2Reference
-from nopad.bench import command, load_time, suite
+from nopad.bench import command, load_time, suite, timing
+from nopad.bench.load_time import LoadTime
 from nopad.bench.report import Row
 from nopad.bench.suite import Entry, bench_suite
 from nopad.bench.suite_report import SuiteWorkload
@@ -24,7 +25,8 @@ ROWS = ["nopad, float32", "transformers, float32", "nopad, bfloat16", "transform
 @pytest.fixture
 def entries(tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "has_fast_bfloat16", lambda: True)
-    monkeypatch.setattr(load_time, "RUNS", 1)
+    monkeypatch.setitem(timing.PEAK_GEMMS, "cpu", (64, 2))
+    monkeypatch.setattr(suite, "measure_load_time", lambda _, name, __: LoadTime(name, skipped="measured by one test"))
     aimv2, dinov3 = (str(tiny(name, tmp_path / name)) for name in ("aimv2", "dinov3"))
     small = [Entry(dinov3, workload, 2) for workload in ("224", "small")]
     return (Entry(aimv2, "mixed", 1, ("float32", "bfloat16", "int8")), *small)
@@ -95,7 +97,20 @@ def test_times_are_of_runs_of_one_round():
     assert SuiteWorkload("model", "mixed", "", (row, skipped), 1).times(row, "float32") is None
 
 
-def test_loading_is_measured_beside_reading(entries, tmp_path):
+@pytest.fixture
+def loading(entries, monkeypatch):
+    """Loading is measured, in a process of its own, once a test."""
+    results = []
+
+    def measure(*arguments):
+        if not results:
+            results.append(load_time.measure_load_time(*arguments))
+        return results[0]
+
+    monkeypatch.setattr(suite, "measure_load_time", measure)
+
+
+def test_loading_is_measured_beside_reading(entries, loading, tmp_path):
     load = bench_suite(runs=1, entries=entries[:1]).load_time
     size = (tmp_path / "aimv2" / "model.safetensors").stat().st_size
     assert load.skipped is None
@@ -126,7 +141,7 @@ def test_a_load_that_fails_is_reported(tmp_path, monkeypatch):
     assert "model.safetensors" in load_time.measure_load_time(Encoder(), "nothing", lambda line: None).skipped
 
 
-def test_command_prints_the_table_and_json(entries, monkeypatch, capsys):
+def test_command_prints_the_table_and_json(entries, loading, monkeypatch, capsys):
     monkeypatch.setattr(suite, "SUITE", entries)
     assert cli.main(["bench", "--device", "cpu", "--runs", "1"]) == 0
     printed = capsys.readouterr()
