@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from pictures import noise
-from tiny_encoders import FAMILIES, GRIDS, patches_of
+from tiny_encoders import DISTINCT, GRIDS, patches_of
 
 import nopad
 from nopad.preprocessing.rules import Preprocessing
@@ -31,7 +31,7 @@ def features(folder: Path) -> dict[str, torch.Tensor]:
     for number, rule in enumerate(RULES):
         for resize in ("pil", "torch"):
             result[f"{number}, {resize}"] = preprocess(image, rule, 4, resize=resize)
-    for family in FAMILIES:
+    for family in DISTINCT:
         encoder = nopad.load(folder / family)
         patches = patches_of(encoder)
         output = encoder.encode(patches, GRIDS)

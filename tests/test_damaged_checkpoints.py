@@ -1,8 +1,10 @@
 """Checkpoints that are damaged, quantised or told wrongly: what is said of them."""
 
 import json
+import math
 import re
 import signal
+from itertools import cycle
 
 import pytest
 import torch
@@ -94,14 +96,13 @@ def numbers_in(config, path=()):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")], ids=str)
-def test_numbers_of_a_config_are_finite(tmp_path, family, value):
+def test_numbers_of_a_config_are_finite(tmp_path, family):
     folder = tiny(family, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     if family.startswith(("qwen", "moonvit", "pixtral")):
         config.setdefault("rope_parameters", {"rope_type": "axial", "rope_theta": 1e4})
         assert ("rope_parameters", "rope_theta") in [*numbers_in(config)]
-    for path in numbers_in(config):
+    for path, value in zip(numbers_in(config), cycle((math.inf, -math.inf, math.nan)), strict=False):
         *containers, last = path
         changed_config = json.loads(json.dumps(config))
         part = changed_config

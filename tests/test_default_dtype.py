@@ -9,14 +9,14 @@ import sys
 import default_dtype
 import pytest
 import torch
-from tiny_encoders import FAMILIES, tiny
+from tiny_encoders import DISTINCT, tiny
 
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
     """The features by each default dtype: by a process of its own, since some tensors are cached."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    for family in FAMILIES:
+    for family in DISTINCT:
         tiny(family, folder / family)
     environment, dtypes = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, ("float32", "float64", "bfloat16")
     command = [sys.executable, default_dtype.__file__, str(folder), *dtypes]

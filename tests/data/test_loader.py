@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import multiprocessing
 import random
 import threading
 from collections import Counter
@@ -23,6 +24,7 @@ NATIVE = Preprocessing(rule="native", resample="bilinear", mean=(0.0,) * 3, std=
 PROCESSOR = PackProcessor(rule=NATIVE, resize="torch", patch_size=4, patch_order="hwc", dtype=torch.float32)
 CAPACITY, MAX_SEGMENTS = 64, 16
 START_METHOD = "forkserver" if threading.active_count() > 1 else "fork"  # a fork of threads may hang
+multiprocessing.set_forkserver_preload(["torch", "nopad.data.loader"])  # imported once for all workers
 
 
 def image(number: int) -> np.ndarray:

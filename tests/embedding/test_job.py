@@ -222,10 +222,10 @@ def test_videos(tmp_path, model, clip_model):
 
 def test_tokens_of_layers_in_a_table(photos, tmp_path):
     model = tiny("dinov3", tmp_path / "dinov3")
-    options = {"tokens": True, "layers": [0, -1], "pool": "cls+mean", "tokens_pool": 2}
+    options = {"tokens": True, "layers": [0, -1], "pool": "cls+mean", "tokens_pool": 2, "size": 36}
     embed(photos, tmp_path / "out", model, **options)
     features = nopad.read_features(tmp_path / "out")
-    encoder = nopad.load(model)
+    encoder = nopad.load(model, size=36)
     assert features.embeddings.shape[1] == 4 * encoder.hidden_size
     for index in (0, len(features) - 1):
         t, h, w = features.grids[index]

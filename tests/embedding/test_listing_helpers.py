@@ -58,8 +58,12 @@ def content(source: Path, out: Path | None) -> tuple:
     return list(listing.inputs), listing.left_out, listing.units.tolist()
 
 
-def test_processes_list_for_the_command(settled, tmp_path, read_tars, monkeypatch):
+def test_processes_list_for_the_command(settled, tmp_path, read_tars, monkeypatch, caplog):
+    """How far they are is logged."""
+    caplog.set_level(logging.INFO, "nopad")
+    monkeypatch.setattr(listing_helpers, "_REPORT_SECONDS", 0.0)
     in_shares(settled, tmp_path / "out")
+    assert "listing: 0 of 8 tars and Parquet files so far" in caplog.text
     assert read_tars == []
     assert JobFolder(tmp_path / "out").listing_cache().num_files == 7
     assert content(settled, tmp_path / "out") == content(settled, None)
@@ -131,10 +135,3 @@ def test_the_table_is_that_of_one_process(settled, tmp_path, model, monkeypatch)
     monkeypatch.setattr(listing_helpers, "num_cores", lambda: 1)
     embed(settled, tmp_path / "alone", model, shard_size=(4, 8))
     assert table(tmp_path / "helped") == table(tmp_path / "parts") == table(tmp_path / "alone")
-
-
-def test_how_far_they_are_is_logged(settled, tmp_path, monkeypatch, caplog):
-    caplog.set_level(logging.INFO, "nopad")
-    monkeypatch.setattr(listing_helpers, "_REPORT_SECONDS", 0.0)
-    in_shares(settled, tmp_path / "out")
-    assert "listing: 0 of 8 tars and Parquet files so far" in caplog.text

@@ -63,8 +63,8 @@ def test_parts_at_once_of_which_one_is_killed_make_the_same_table(photos, model,
     ends = [end(job) for job in parts[1:]]
     for summary in ends:
         assert (summary["part"], summary["to_go"], summary["rows"]) == ("1/2", 0, NUMBER // 2)
-    last = end(start(photos, tmp_path, model, "0/2"))
-    assert (last["rows"], last["missing"], last["to_go"]) == (NUMBER, 0, 0)
+    last = embed(photos, tmp_path, model=model, shard_size=ROWS, device="cpu", part=(0, 2))
+    assert (last.rows, last.missing, last.to_go) == (NUMBER, 0, 0)
     assert table(tmp_path) == whole
     assert len(read_features(tmp_path)) > 0
     assert not list(tmp_path.rglob("*.part"))
@@ -119,7 +119,7 @@ def test_a_part_that_is_stopped_goes_on(photos, model, whole, tmp_path):
         job.send_signal(signal.SIGTERM)
     _, messages = job.communicate(timeout=60)
     assert job.returncode in (0, 130), messages
-    assert end(start(photos, tmp_path, model, "0/1"))["missing"] == 0
+    assert embed(photos, tmp_path, model=model, shard_size=ROWS, device="cpu", part=(0, 1)).missing == 0
     assert table(tmp_path) == whole
 
 
