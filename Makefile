@@ -17,7 +17,7 @@ bench-embed: $(STAMP)
 
 # In up to four processes; one test, in one: make test ARGS="tests/test_packing.py -k patchify"
 test: $(STAMP)
-	@$(BIN)/python -m pytest $(or $(ARGS),-n logical --maxprocesses 4 --dist loadfile)
+	@$(BIN)/python -m pytest $(or $(ARGS),-n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder)
 
 # Quantised checkpoints. Not in .venv itself, where transformers imports torchao with every model, and its warnings.
 QUANTISE := .venv/quantise
