@@ -98,12 +98,21 @@ def test_dtype_is_that_of_the_device_not_of_the_checkpoint(photos, tmp_path, mod
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [({}, ["import", "load"]), ({"compile": False}, ["load"]), ({"layers": (0,)}, ["load"])],
-    ids=["compiled", "not compiled", "single layers"],
+    [
+        ({}, ["import", "engines", "load"]),
+        ({"compile": False}, ["engines", "load"]),
+        ({"layers": (0,)}, ["engines", "load"]),
+        ({"decode": "gpu"}, ["import", "engines", "load"]),
+        ({"decode": "cpu"}, ["import", "load"]),
+        ({"decode": "scaled"}, ["import", "load"]),
+        ({"resize": "pil"}, ["import", "load"]),
+    ],
+    ids=["compiled", "not compiled", "single layers", "GPU decodes", "CPU decodes", "scaled", "as Pillow"],
 )
-def test_what_compiling_needs_is_imported_while_weights_are_read(monkeypatch, model, options, expected):
+def test_what_a_gpu_needs_is_begun_while_weights_are_read(monkeypatch, model, options, expected):
     steps = []
     monkeypatch.setattr(workers, "start_imports", lambda device: steps.append("import"))
+    monkeypatch.setattr(workers, "start_engines", lambda device: steps.append("engines"))
     monkeypatch.setattr(workers, "load", lambda *arguments, **options: steps.append("load"))
     workers.load_encoder(Settings(model=str(model), device="cpu", **options))
     assert steps == expected

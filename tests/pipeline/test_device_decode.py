@@ -5,7 +5,9 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from multiprocessing import Pipe
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from PIL import Image
 
 import nopad
 from nopad.embedding.inputs.media import MediaDecoder
-from nopad.pipeline import nvjpeg, process_server
+from nopad.pipeline import device_decode, nvjpeg, process_server
 from nopad.pipeline.decode_channel import DecodeChannel
 from nopad.pipeline.forked import answer
 from nopad.pipeline.image_processor import ImageProcessor
@@ -112,6 +114,43 @@ def test_without_a_gpu(encoder):
     worker = Worker(encoder, decode="auto")
     assert (worker.decode, worker.gpu_unsupported_reason) == ("cpu", "the encoder is on cpu")
     assert "GPU" not in worker.preprocessing
+
+
+def test_engines_are_started_once_and_waited_for(monkeypatch):
+    """In a thread, while weights are read; whoever asks meanwhile gets the same answer."""
+    began, answer, calls = threading.Event(), threading.Event(), []
+
+    def slow(device):
+        calls.append(device)
+        began.set()
+        answer.wait()
+        return "no engine"
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(device_decode, "_why_unavailable", lru_cache(slow))
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: SimpleNamespace(device=gpu))
+    thread = device_decode.start_engines(torch.device("cuda"))
+    began.wait()
+    with ThreadPoolExecutor(1) as pool:
+        reason = pool.submit(device_decode.why_unavailable, gpu)
+        answer.set()
+        assert reason.result() == "no engine"
+    thread.join()
+    assert calls == [gpu]
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", ["cuda"]), ("cpu", [])])
+def test_engines_that_do_not_start_are_left_to_what_uses_them(monkeypatch, device, expected):
+    devices, errors = [], []
+
+    def empty(*shape, device):
+        devices.append(device.type)
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+    device_decode.start_engines(torch.device(device)).join()
+    assert (devices, errors) == (expected, [])
 
 
 def test_without_a_library_that_loads(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ from nopad.embedding.actors.actor import LoadedEncoder
 from nopad.embedding.estimate import mean_patches
 from nopad.embedding.job import Job, make_reader
 from nopad.embedding.making import Maker, RunCounts
+from nopad.embedding.manifest import begin_weights_digest
 from nopad.embedding.progress import Ticker
 from nopad.embedding.run import Run
 from nopad.embedding.settings import Settings
@@ -38,9 +39,10 @@ class InProcess:
         estimates: bool,
     ) -> None:
         encoder = load_encoder(settings) if model is None else model
+        weights = begin_weights_digest(encoder)
         self._worker = make_worker(settings, encoder, num_inputs, begun, is_loaded=model is None)
         self._estimates = estimates
-        self.encoder = LoadedEncoder.of(settings, self._worker)
+        self.encoder = LoadedEncoder.of(settings, self._worker, weights.result())
 
     def new_counts(self) -> RunCounts:
         """Of a run; the jobs of a table have their counts and seconds in common."""

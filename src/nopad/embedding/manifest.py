@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, replace
 from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nopad import __version__
 from nopad.embedding.folder import JobFolder
@@ -33,9 +35,12 @@ _SEPARATORS = {"layers": ",", "shard_size": ".."}
 """Of the numbers of an option, as it is typed."""
 
 
-def record_of(settings: Settings, worker: Worker) -> dict[str, str]:
+def record_of(settings: Settings, worker: Worker, weights: str) -> dict[str, str]:
     """Everything that a job's features depend on, in words, as it stands in the metadata of every shard; all but
     `sources` and `inputs`.
+
+    Args:
+        weights: their `weights_digest`.
     """
     encoder, rule = worker.encoder, worker.image_processor.rule
     resolved = replace(
@@ -63,7 +68,7 @@ def record_of(settings: Settings, worker: Worker) -> dict[str, str]:
         **options,
         "family": encoder.family,
         "architecture": json.dumps(architecture(encoder), sort_keys=True),
-        "weights": weights_digest(encoder),
+        "weights": weights,
         "threads": str(torch.get_num_threads()) if encoder.device.type == "cpu" else "",
         "execution": encoder.execution,
         "max_segments": str(encoder.compiled_max_segments or ""),
@@ -123,14 +128,26 @@ def architecture(encoder: PackedEncoder) -> dict[str, Any]:
 
 def weights_digest(encoder: PackedEncoder) -> str:
     """SHA-256 over names, dtypes, shapes and values of all weights."""
+    return _digest(_weights(encoder))
+
+
+def begin_weights_digest(encoder: PackedEncoder) -> Future[str]:
+    """`weights_digest` in a thread: half a second or more for each gigabyte, while the encoder is compiled."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="nopad-digest")
+    digest = pool.submit(_digest, _weights(encoder))
+    pool.shutdown(wait=False)
+    return digest
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(_weights(encoder).items()):
+    for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _weights(encoder: PackedEncoder) -> dict[str, Any]:
+def _weights(encoder: PackedEncoder) -> dict[str, Tensor]:
     if encoder.precision is None:
         return encoder.state_dict()
     # What cannot be saved has no state_dict; float8 weights and their scales are buffers.

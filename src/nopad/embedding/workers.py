@@ -18,6 +18,7 @@ from nopad.inference.compile import compiles_by_default, start_imports
 from nopad.inference.defaults import default_dtype
 from nopad.inference.fusion import layers as fused
 from nopad.loading import load, processor
+from nopad.pipeline.device_decode import start_engines
 from nopad.pipeline.fit import fit_packs
 from nopad.pipeline.processor import Processor, rule_for
 from nopad.pipeline.worker import Worker
@@ -61,6 +62,8 @@ def load_encoder(settings: Settings) -> PackedEncoder:
     options |= {"revision": settings.revision, "prefix": settings.prefix}
     if settings.compile is not False and settings.layers is None:
         start_imports(device)
+    if settings.decode in ("auto", "gpu") and settings.resize == "torch":
+        start_engines(device)
     return load(settings.model, device=device, dtype=_dtype(settings, device), **options)
 
 

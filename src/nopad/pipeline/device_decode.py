@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 
 import numpy as np
@@ -34,9 +35,33 @@ _ALIGNMENT = 256
 _SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
 
 
-@lru_cache
+_starting = threading.Lock()
+
+
 def why_unavailable(device: torch.device) -> str | None:
-    """Why JPEGs are not decoded on a device, and what to do; `None` where they are."""
+    """Why JPEGs are not decoded on a device, and what to do; `None` where they are.
+
+    The first call for a GPU starts its engines, which takes a second; others wait for it.
+    """
+    with _starting:
+        return _why_unavailable(device)
+
+
+def start_engines(device: torch.device) -> threading.Thread:
+    """Begin to start the JPEG engines of a device in a thread, while weights are read."""
+
+    def start() -> None:
+        with suppress(Exception):  # what uses them raises
+            if device.type == "cuda":
+                why_unavailable(torch.empty(0, device=device).device)  # cuda:0 for cuda, as an encoder's
+
+    thread = threading.Thread(target=start, name="nopad-engines", daemon=True)
+    thread.start()
+    return thread
+
+
+@lru_cache
+def _why_unavailable(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"the encoder is on {device}"
     if simplejpeg is None or not nvjpeg.is_installed():
@@ -54,7 +79,7 @@ def why_unavailable(device: torch.device) -> str | None:
 
 @lru_cache
 def _engines(device: torch.device) -> _Engines:
-    """The JPEG engines of a device, made once: their first decoding takes a second."""
+    """The JPEG engines of a device, made once."""
     return _Engines(device)
 
 

@@ -17,7 +17,7 @@ from nopad.embedding.folder import JobFolder
 from nopad.embedding.job import FeatureSizes, Job
 from nopad.embedding.lock import check_owner, check_record
 from nopad.embedding.making import Maker, RunCounts
-from nopad.embedding.manifest import record_of
+from nopad.embedding.manifest import begin_weights_digest, record_of
 from nopad.embedding.settings import Settings
 from nopad.embedding.table.paths import TablePath
 from nopad.embedding.table.reader import count
@@ -69,12 +69,12 @@ class LoadedEncoder:
     decode_processes: int
 
     @classmethod
-    def of(cls, settings: Settings, worker: Worker) -> LoadedEncoder:
-        """That of a worker."""
+    def of(cls, settings: Settings, worker: Worker, weights: str) -> LoadedEncoder:
+        """That of a worker; `weights` as `record_of` takes them."""
         sizes = FeatureSizes.of(worker.encoder, settings.selection)
         device = worker.encoder.device.type
         hidden_size = worker.encoder.hidden_size
-        record = record_of(settings, worker)
+        record = record_of(settings, worker, weights)
         return cls(record, describe_execution(worker), sizes, hidden_size, device, worker.threads)
 
 
@@ -105,9 +105,11 @@ class ShardMaker:
 
     def _load(self, begun: Mapping[str, str]) -> LoadedEncoder:
         settings = self.config.local_settings
-        self._worker = make_worker(settings, load_encoder(settings), self.config.num_inputs, begun)
+        encoder = load_encoder(settings)
+        weights = begin_weights_digest(encoder)
+        self._worker = make_worker(settings, encoder, self.config.num_inputs, begun)
         self._counts, self._reported = RunCounts(self._worker.stats), RunCounts(replace(self._worker.stats))
-        return LoadedEncoder.of(self.config.settings, self._worker)
+        return LoadedEncoder.of(self.config.settings, self._worker, weights.result())
 
     def progress(self) -> tuple[Any, ...]:
         """Differs after anything was done; may be called from another thread."""
