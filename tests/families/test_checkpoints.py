@@ -13,7 +13,7 @@ import torch
 from aimv2_checkpoints import write
 from originals import read_by_original
 from safetensors.torch import load_file
-from tiny_encoders import FAMILIES, GRIDS, encoder_class, patches_of, tiny
+from tiny_encoders import FAMILIES, GRIDS, encoder_class, on_meta, patches_of, tiny
 
 import nopad
 from nopad import families
@@ -221,11 +221,11 @@ def test_fresh_weights_are_all_drawn(family, folder, monkeypatch):
 
 @every_published
 def test_published_model_has_the_parameters_of_its_original(name):
-    encoder = on_meta(name)
+    encoder = published_on_meta(name)
     reference = reference_of(encoder)
     if isinstance(reference, RemoteCodeReference) or reference.why_missing():
         pytest.skip("the original's code is not part of transformers")
-    with torch.device("meta"):
+    with on_meta():
         original = reference.class_of(encoder)(reference.config(encoder), **reference.arguments(encoder))
     projection = 0 if encoder.projection is None else encoder.projection.weight.numel()  # of the whole model
     ours, optional = encoder.state_dict(), getattr(original, "_keys_to_ignore_on_load_missing", None) or ()
@@ -238,15 +238,15 @@ def test_published_model_has_the_parameters_of_its_original(name):
 
 
 @functools.cache
-def on_meta(name):
+def published_on_meta(name):
     family = family_of_published(name)
-    with torch.device("meta"):
+    with on_meta():
         return family(family.published_config(name))
 
 
 @every_published
 def test_published_model_has_the_roles_that_users_tap(name):
-    encoder = on_meta(name)
+    encoder = published_on_meta(name)
     last = encoder.config.num_hidden_layers - 1
     norm = ["norm"] * (encoder.norm is not None)
     for role in ("embeddings", f"layers.{last}", f"layers.{last}.attention", f"layers.{last}.mlp", *norm):
@@ -257,7 +257,7 @@ def test_published_model_has_the_roles_that_users_tap(name):
 
 @every_published
 def test_saved_names_are_of_one_dialect_of_one_family(name):
-    encoder = on_meta(name)
+    encoder = published_on_meta(name)
     state = encoder.state_dict()
     (spoken,) = ((family, dialect) for family in CLASSES for dialect in family.dialects if dialect.matches(state))
     assert isinstance(encoder, spoken[0])  # fixed-size SigLIP is a class of its own

@@ -7,8 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
-from tiny_encoders import DISTINCT, FAMILIES, encoder_class
+from tiny_encoders import DISTINCT, FAMILIES, encoder_class, on_meta
 
 from nopad.align.reference_model import RemoteCodeReference
 from nopad.align.references import reference_of
@@ -37,7 +36,7 @@ def published(family):
     """An encoder of each published architecture that differs in more than its sizes, without memory."""
     cls, encoders = CLASSES[family], {}
     for name in cls.published:
-        with torch.device("meta"):
+        with on_meta():
             encoder = cls(cls.published_config(name))
         parts = (encoder.head is None, encoder.projection is None, encoder.num_prefix_tokens)
         encoders.setdefault((type(encoder), *parts), encoder)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import aimv2_checkpoints
 import clip_checkpoints
@@ -19,7 +22,7 @@ import radio_checkpoints
 import siglip2_checkpoints
 import torch
 import vit_checkpoints
-from torch import Tensor
+from torch import Tensor, nn
 
 from nopad import Pack, PackedEncoder, families
 from nopad.families.clip import MetaCLIP2Packing
@@ -121,6 +124,13 @@ def encoder_class(family: str) -> type[PackedEncoder]:
     if family in variants:
         return variants[family]
     return families.encoder_class(family.split()[0])
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Encoders are made without memory, and linear layers draw no weights there."""
+    with torch.device("meta"), mock.patch.object(nn.Linear, "reset_parameters"):
+        yield
 
 
 def pack_of(encoder, pixels) -> Pack:
