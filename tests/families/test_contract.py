@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -297,3 +298,16 @@ def test_alignment_passes(family, folder, original, dtype):
     assert report.weights.startswith("read from the checkpoint as it is")
     assert all(case.min_pooled_cosine is None or case.min_pooled_cosine > 0.99 for case in report.cases)
     assert all(len(case.drift) == 4 for case in report.cases)
+
+
+@pytest.mark.parametrize("family", ["onevision", "pe", "pe lang"])
+def test_half_precision_is_as_near_to_float32_as_the_originals(family, folder, original):
+    """As alignment demands, which for these needs what is no dependency."""
+    pixels, encoder = pixels_of(GRIDS), nopad.load(folder, dtype=torch.bfloat16)
+    half = copy.deepcopy(original).to(torch.bfloat16)
+    with torch.no_grad():
+        exact = torch.cat([run_original(family, original, image).tokens for image in pixels])
+        theirs = torch.cat([run_original(family, half, image.bfloat16()).tokens for image in pixels])
+        ours = encoder(pack_of(encoder, [image.bfloat16() for image in pixels]))
+    distance, limit = (((each - exact).norm(dim=-1) / exact.norm(dim=-1)).mean() for each in (ours, theirs))
+    assert 0 < distance <= 1.1 * limit

@@ -108,6 +108,25 @@ def test_what_nvidias_files_have_besides_is_left_out(tmp_path):
     assert_parity("radio", encoder, original)
 
 
+def test_nvidias_arguments_are_read_beside_a_model_type_and_without_defaults(tmp_path):
+    original = tiny_original(hidden_size=WIDTH, num_attention_heads=12, num_hidden_layers=1)
+    config = nvidia_config(original)
+    del config["args"]["cls_token_per_teacher"]
+    encoder = nopad.load(write(tmp_path, nvidia(original), {**config, "model_type": "radio"}))
+    assert (encoder.config.num_cls_tokens, encoder.config.num_registers) == (3, 2)
+    assert_parity("radio", encoder, original)
+
+
+@pytest.mark.parametrize(("version", "aligned"), [(None, False), ("c-radio_v3-b", True)])
+def test_positions_are_aligned_by_a_version_alone(tmp_path, version, aligned):
+    original = tiny_original(hidden_size=WIDTH, num_attention_heads=12, num_hidden_layers=1)
+    config = {
+        key: value for key, value in nvidia_config(original, version or "").items() if key != "version" or version
+    }
+    encoder = nopad.load(write(tmp_path, nvidia(original), config))
+    assert encoder.config.positions_align_corners == aligned
+
+
 def run_aligned(original, image):
     """The original where it resamples its positions with aligned corners."""
     interpolate = functional.interpolate
@@ -169,7 +188,15 @@ def test_config_that_does_not_fit_is_refused(tmp_path, fields, problem):
         nopad.load(tmp_path)
 
 
-@pytest.mark.parametrize("indices", [torch.tensor([0.0, 2.0]), torch.tensor([], dtype=torch.int64), torch.tensor(1)])
+@pytest.mark.parametrize(
+    "indices",
+    [
+        torch.tensor([0.0, 2.0]),
+        torch.tensor([], dtype=torch.int64),
+        torch.tensor(1),
+        torch.zeros(6, dtype=torch.int64),  # more than there are CLS and register tokens
+    ],
+)
 def test_summary_that_is_no_list_of_indices_is_refused(tmp_path, indices):
     original = tiny_original()
     save(tmp_path, original)
@@ -240,6 +267,8 @@ def test_pixels_of_a_tower_are_normalised_before_it(tmp_path, with_statistics):
     assert encoder.preprocessing.mean == tuple(encoder.config.norm_mean) == (0.48145466, 0.4578275, 0.40821073)
     assert encoder.preprocessing.std == (0.26862954, 0.26130258, 0.27577711)
     assert_parity("radio", encoder, model.vision_model)
+    encoder.save_pretrained(tmp_path / "alone")
+    assert_parity("radio", nopad.load(tmp_path / "alone"), model.vision_model)
     encoder.save_into(whole, same)
     before, after = (load_file(folder / "model.safetensors") for folder in (whole, same))
     assert before.keys() == after.keys()
