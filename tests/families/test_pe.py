@@ -1,6 +1,7 @@
 """Perception Encoder: Meta's own outputs, its layouts, what it refuses, and its preprocessing."""
 
 import json
+import shutil
 
 import pe_checkpoints
 import pytest
@@ -8,7 +9,7 @@ import torch
 from aimv2_checkpoints import write
 from originals import assert_parity
 from pe_checkpoints import KINDS, both_towers, meta, tiny_original
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import nopad
 from nopad.align.references.pe import PEReference, timm_architecture, timm_arguments
@@ -102,6 +103,15 @@ VARIANTS = [
     ("pe", {"hidden_size": 48, "num_attention_heads": 2, "num_pooling_heads": 3, "patch_size": 7, "image_size": 42}),
     ("pe", {"num_channels": 3, "rope_theta": 50.0, "layer_norm_eps": 1e-3, "image_size": 4}),
 ]
+
+
+def test_the_norm_before_timms_classifier_is_left_out(goldens, tmp_path):
+    folder = shutil.copytree(goldens / "timm-pe-lang", tmp_path / "classifier")
+    state = load_file(folder / "model.safetensors")
+    state |= {f"fc_norm.{kind}": torch.ones(32) for kind in ("weight", "bias")}
+    save_file(state, folder / "model.safetensors")
+    encoder, expected = nopad.load(folder), nopad.load(goldens / "timm-pe-lang")
+    assert all(map(torch.equal, encoder.parameters(), expected.parameters()))
 
 
 @pytest.mark.parametrize(("kind", "changes"), VARIANTS)
