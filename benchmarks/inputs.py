@@ -31,6 +31,7 @@ Result = TypeVar("Result")
 
 MEMBERS = 10_000
 STEPS = (
+    ("whole", "command, tars as a whole"),
     ("alone", "command, in one process"),
     ("command", "command, tars listed by several"),
     ("command", "command, again"),
@@ -65,11 +66,11 @@ def peak() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def command(sources: Path, out: Path, *, by_processes: bool = True) -> None:
+def command(sources: Path, out: Path, *, by_processes: bool = True, whole_tars: bool = False) -> None:
     """What the command does before its first shard."""
 
     def listed() -> Listing:
-        return list_inputs([str(sources)], cache=JobFolder(out).listing_cache())
+        return list_inputs([str(sources)], cache=JobFolder(out).listing_cache(), whole_tars=whole_tars)
 
     def listed_by_processes() -> None:
         settings = Settings(model="none")
@@ -78,14 +79,15 @@ def command(sources: Path, out: Path, *, by_processes: bool = True) -> None:
     def begun() -> None:
         stamps = StampSpool.of(inputs, contents=False)
         record = {"inputs": digest, "threads": "", "shard_size": "2048..20480"}
-        borders = Borders.at_units(listing.units, (2048, 20_480), len(inputs), SourceBytes.of(inputs, stamps))
-        record = with_borders(record, borders, len(inputs))
+        rest = len(inputs), SourceBytes.of(inputs, stamps), listing.whole_tars
+        borders = Borders.at_units(listing.units, (2048, 20_480), *rest)
+        record = with_borders(record, borders, len(inputs), listing.whole_tars)
         JobFolder(out).begin(record, inputs, borders, stamps.tables(), lambda: None)
 
     if by_processes:
         measure("list by processes", listed_by_processes)
     listing = measure("list", listed)
-    if not by_processes:
+    if not (by_processes or whole_tars):
         return
     inputs = listing.inputs
     digest = measure("digest", inputs.digest)
@@ -108,12 +110,13 @@ def actor(sources: Path, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=1_000_000)
-    parser.add_argument("--step", choices=("command", "actor", "alone"), help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=[step for step, _ in STEPS], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
-        steps = {"command": command, "actor": actor, "alone": partial(command, by_processes=False)}
-        out = "alone" if arguments.step == "alone" else "out"
+        alone = partial(command, by_processes=False)
+        steps = {"command": command, "actor": actor, "alone": alone, "whole": partial(alone, whole_tars=True)}
+        out = arguments.step if arguments.step in ("alone", "whole") else "out"
         steps[arguments.step](arguments.folder / "tars", arguments.folder / out)
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -23,8 +23,8 @@ def begin(sources, out: Path, model, **options) -> Summary:
     """Begin a job, which is stopped once its sources are listed, before its first shard."""
     stop, list_sources = threading.Event(), table_run.list_sources
 
-    def listed(*arguments):
-        listing = list_sources(*arguments)
+    def listed(*arguments, **options):
+        listing = list_sources(*arguments, **options)
         stop.set()
         return listing
 

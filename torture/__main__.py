@@ -21,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from torture.job import Job, table, until, write_pictures
+from torture.job import Job, table, until, write_pictures, write_tars
 
 OTHER = ("--max-patches", "9")
 """Of another job than the one that is disturbed."""
@@ -33,11 +33,14 @@ class Torture:
     Args:
         root: an empty folder.
         num_pictures: of the job.
+        in_tars: whether its sources are tars of them.
     """
 
-    def __init__(self, root: Path, num_pictures: int) -> None:
+    def __init__(self, root: Path, num_pictures: int, *, in_tars: bool) -> None:
         self.root = root
         self.pictures = write_pictures(root / "pictures", num_pictures)
+        if in_tars:
+            self.pictures = write_tars(root / "tars", self.pictures)
         start = time.monotonic()
         self.whole = self.finished(root / "whole")
         self.seconds = time.monotonic() - start
@@ -208,6 +211,7 @@ def main() -> int:
     parser.add_argument("--kind", choices=KINDS, action="append", help="these alone (default: all)")
     parser.add_argument("--seed", type=int, help="of the first run (default: a random one)")
     parser.add_argument("--pictures", type=int, default=40, help="of the job (default: 40)")
+    parser.add_argument("--tars", action="store_true", help="pictures in tars, each a shard")
     options = parser.parse_args()
     kinds = options.kind or list(KINDS)
     first = random.randrange(10**9) if options.seed is None else options.seed
@@ -215,7 +219,7 @@ def main() -> int:
     outcomes: Counter[tuple[str, str]] = Counter()
     failed = 0
     with tempfile.TemporaryDirectory(prefix="nopad-torture-") as root:
-        torture = Torture(Path(root), options.pictures)
+        torture = Torture(Path(root), options.pictures, in_tars=options.tars)
         print(f"an undisturbed job takes {torture.seconds:.1f} s", flush=True)
         for number in range(options.runs):
             kind, seed = kinds[number % len(kinds)], first + number

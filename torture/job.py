@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import tarfile
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +18,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "tests/goldens/aimv2-apple-native"
+TAR_BYTES = 257 << 20
 MAX_SECONDS = 300
 """Until a job must have ended, however slow the machine."""
 
@@ -33,11 +35,26 @@ def write_pictures(folder: Path, number: int) -> Path:
     return folder
 
 
+def write_tars(folder: Path, pictures: Path) -> Path:
+    """The same pictures in tars of four, each large enough to be a shard by itself; most of it is a hole."""
+    folder.mkdir()
+    paths = sorted(pictures.iterdir())
+    for first in range(0, len(paths), 4):
+        with open(folder / f"{first:03}.tar", "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
+            for path in paths[first : first + 4]:
+                tar.add(path, path.name)
+            hole = tarfile.TarInfo("hole")
+            hole.size = TAR_BYTES
+            tar.addfile(hole)
+            file.seek(TAR_BYTES, os.SEEK_CUR)
+    return folder
+
+
 class Job:
     """A process at work on a folder.
 
     Args:
-        pictures: the source.
+        pictures: the source; whole tars, or images of which a shard has four.
         out: the table.
         options: more of `nopad embed`.
         max_file_bytes: the system refuses to write more to a file, as a full disk does.
@@ -45,7 +62,8 @@ class Job:
 
     def __init__(self, pictures: Path, out: Path, *options: str, max_file_bytes: int | None = None) -> None:
         command = [sys.executable, "-m", "nopad", "embed", str(pictures), "--model", str(MODEL), "--out", str(out)]
-        command += ["--shard-size", "4", "--tokens", "--capacity", "256", "--workers", "2", *options]
+        command += [] if any(pictures.glob("*.tar")) else ["--shard-size", "4", "--tokens"]
+        command += ["--capacity", "256", "--workers", "2", *options]
 
         def limit() -> None:
             if max_file_bytes is not None:

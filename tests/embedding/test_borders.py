@@ -101,7 +101,7 @@ def test_an_update_has_shards_of_what_is_new(tars, tmp_path, model):
 def test_a_job_that_was_begun_with_other_borders_keeps_them(tars, tmp_path, model, stop_after, monkeypatch):
     """As before tars mattered."""
     with monkeypatch.context() as patch:
-        patch.setattr(table_run.Borders, "at_units", lambda _, rows, number, sizes: Borders.every(rows[0], number))
+        patch.setattr(table_run.Borders, "at_units", lambda _, rows, number, *others: Borders.every(rows[0], number))
         embed(tars, tmp_path, model, **stop_after(2))
     embed(tars, tmp_path, model)
     assert [len(shard) for shard in sources_of(tmp_path)] == [5] * 5

@@ -29,7 +29,7 @@ def scheduler(engine, actors=1, stall=600.0, stop=None, check=lambda first, reco
 
 
 def works(number):
-    return [Work(Task(0, shard), f"shard-{shard}", range(ROWS)) for shard in range(number)]
+    return [Work(Task(0, shard), f"shard-{shard}", lambda: range(ROWS)) for shard in range(number)]
 
 
 def run(engine, number=6, **options):
@@ -388,7 +388,7 @@ def test_a_shard_whose_rows_are_tried_again_waits_for_an_actor_of_its_own():
     """It is not read ahead: where it waited behind another, an actor that is idle could have it."""
     engine = FakeEngine(lambda node, task: 0, slow={"a": 5.0}, is_ready=True)
     given = works(2)
-    given.insert(1, Work(Task(0, 7, retry=True), "shard-7", range(ROWS)))
+    given.insert(1, Work(Task(0, 7, retry=True), "shard-7", lambda: range(ROWS)))
     outcomes = [work.task.shard for work, _ in scheduler(engine).make(given, 3)]
     assert outcomes == [0, 7, 1]
     assert engine.together == [[0], [7], [1]]
@@ -518,7 +518,7 @@ def test_an_actor_is_not_ready_for_what_follows_a_shard_that_it_had_alone():
 
     engine = Engine(lambda node, task: 0, slow={"a": 5.0})
     given = works(3)
-    given.insert(1, Work(Task(0, 7, retry=True), "shard-7", range(ROWS)))
+    given.insert(1, Work(Task(0, 7, retry=True), "shard-7", lambda: range(ROWS)))
     assert len([*scheduler(engine).make(given, 4)]) == 4
     assert engine.together == [[0], [7], [1], [2]]
 

@@ -59,9 +59,9 @@ def order(monkeypatch) -> list[str]:
     """What happens to shards, in its order: their inputs are taken to be read, they are written."""
     events: list[str] = []
 
-    def of(job, shard):
+    def of(job, shard, *arguments):
         events.append(f"read {shard}")
-        return inputs_of(job, shard)
+        return inputs_of(job, shard, *arguments)
 
     def write(job, shard, *arguments):
         events.append(f"written {shard}")

@@ -13,7 +13,11 @@ import pyarrow.parquet as pq
 from nopad.counts import counted
 from nopad.embedding import shard_sizes
 from nopad.embedding.inputs.source_bytes import SourceBytes
+from nopad.embedding.inputs.whole_tars import NO_TARS, ExpectedImages, WholeTars
 from nopad.embedding.table.paths import TablePath, open_whole, write_whole
+
+TARS = "tars"
+"""The entry of a job's record that says that tars are listed as a whole."""
 
 _SCHEMA = pa.schema({"end": pa.int64()})
 
@@ -35,7 +39,12 @@ class Borders:
 
     @classmethod
     def at_units(
-        cls, units: np.ndarray, rows: tuple[int, int], num_inputs: int, sizes: SourceBytes | None = None
+        cls,
+        units: np.ndarray,
+        rows: tuple[int, int],
+        num_inputs: int,
+        sizes: SourceBytes | None = None,
+        whole_tars: WholeTars = NO_TARS,
     ) -> Borders:
         """Shards of whole units, which are tars and row groups of Parquet files.
 
@@ -50,13 +59,15 @@ class Borders:
         Args:
             units: `(N, 2)`: the first input of each, and the one behind the last; in order.
             sizes: of the inputs.
+            whole_tars: those of the inputs that count as more than one.
         """
-        borders = cls(np.fromiter(_Ends(rows, num_inputs).of(units), np.int64))
+        images = ExpectedImages(whole_tars)
+        borders = cls(np.fromiter(_Ends(rows, num_inputs, images).of(units), np.int64))
         if sizes is None:
             return borders
         max_files = max(len(borders), shard_sizes.MAX_FILES)
         limits = ((shard_sizes.MIN_BYTES << doubled, shard_sizes.MAX_BYTES << doubled) for doubled in count())
-        every = (np.fromiter(_Ends(rows, num_inputs, sizes, each).of(units), np.int64) for each in limits)
+        every = (np.fromiter(_Ends(rows, num_inputs, images, sizes, each).of(units), np.int64) for each in limits)
         return cls(next(ends for ends in every if len(ends) <= max_files))
 
     def __len__(self) -> int:
@@ -106,10 +117,13 @@ def regular_borders(record: Mapping[str, str], num_inputs: int) -> Borders:
     return Borders.every(int(record["shard_size"].partition("..")[0]), num_inputs)
 
 
-def with_borders(record: Mapping[str, str], borders: Borders, num_inputs: int) -> dict[str, str]:
+def with_borders(
+    record: Mapping[str, str], borders: Borders, num_inputs: int, whole_tars: WholeTars = NO_TARS
+) -> dict[str, str]:
     """The record of a job with these shards: `"shards"` is their digest, unless they are `regular_borders`."""
     is_regular = borders == regular_borders(record, num_inputs)
-    return dict(record) if is_regular else {**record, "shards": borders.digest()}
+    tars = {TARS: "whole"} if whole_tars else {}
+    return {**record, **tars} if is_regular else {**record, **tars, "shards": borders.digest()}
 
 
 class _Ends:
@@ -117,6 +131,7 @@ class _Ends:
 
     Args:
         rows: see `Borders.at_units`.
+        images: those of the inputs.
         sizes: of the inputs, `None` where they do not matter.
         num_bytes: up to which units are joined, and above which one is divided.
     """
@@ -125,11 +140,13 @@ class _Ends:
         self,
         rows: tuple[int, int],
         num_inputs: int,
+        images: ExpectedImages,
         sizes: SourceBytes | None = None,
         num_bytes: tuple[int, int] = (0, 0),
     ) -> None:
         self._rows, self._max_rows = rows
         self._num_inputs = num_inputs
+        self._images = images
         self._sizes = sizes
         self._bytes, self._max_bytes = num_bytes
 
@@ -137,7 +154,7 @@ class _Ends:
         """The ends, by the units."""
         start = 0  # of the shard in hand
         for first, end in (*units.tolist(), (self._num_inputs, self._num_inputs)):
-            while first - start >= self._rows or self._num_parts(start, first, self._max_rows) > 1:
+            while self._images.between(start, first) >= self._rows or self._num_parts(start, first, self._max_rows) > 1:
                 start = self._page_end(start, min(start + self._rows, first))
                 yield start
             parts = self._num_parts(start, end, self._max_rows)
@@ -158,27 +175,28 @@ class _Ends:
         """Whether there are as many inputs as units are joined to, or one over `share` of these."""
         if start == end:
             return False
-        has_rows = share * (end - start) >= self._rows
+        has_rows = share * self._images.between(start, end) >= self._rows
         return has_rows or (self._sizes is not None and share * self._sizes.between(start, end) >= self._bytes)
 
     def _num_parts(self, start: int, end: int, max_rows: int) -> int:
         """Of how many shards what is too much for one is divided into."""
-        number = end - start
-        by_rows = -(-number // self._rows) if number > max_rows else 1
+        number, images = end - start, self._images.between(start, end)
+        by_rows = -(-images // self._rows) if images > max_rows else 1
         by_bytes = -(-self._sizes.between(start, end) // self._max_bytes) if self._sizes is not None else 1
-        return max(by_rows, min(by_bytes, number))
+        return min(max(by_rows, by_bytes), number)
 
     def _page_end(self, start: int, end: int) -> int:
         """Of inputs that are in no unit the end of a shard."""
         return end if self._sizes is None else self._sizes.fitting(start, end, self._max_bytes)
 
 
-def too_many_files(borders: Borders, units: np.ndarray, num_inputs: int) -> str:
+def too_many_files(borders: Borders, units: np.ndarray, num_inputs: int, whole_tars: WholeTars = NO_TARS) -> str:
     """What to change where a table would have more than `shard_sizes.MAX_FILES` files; empty where it has not."""
     if (files := len(borders)) <= shard_sizes.MAX_FILES:
         return ""
-    size = -(-num_inputs // shard_sizes.MAX_FILES)
-    while (fewer := len(Borders.at_units(units, (size, size), num_inputs))) > shard_sizes.MAX_FILES:
+    size = -(-whole_tars.num_images(num_inputs) // shard_sizes.MAX_FILES)
+    rest = num_inputs, None, whole_tars
+    while (fewer := len(Borders.at_units(units, (size, size), *rest))) > shard_sizes.MAX_FILES:
         size += -(-size // 10)
     return (
         f"{files:,} files in one folder: --shard-size {size} makes {counted(fewer, 'file')}, or split "

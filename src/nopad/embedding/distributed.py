@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
@@ -19,6 +19,7 @@ from nopad.embedding.actors.scheduler import Scheduler
 from nopad.embedding.actors.starting import StartingActors
 from nopad.embedding.actors.work import Work
 from nopad.embedding.folder import JobFolder
+from nopad.embedding.job import Job
 from nopad.embedding.making import RunCounts
 from nopad.embedding.manifest import check_same
 from nopad.embedding.progress import Ticker
@@ -26,6 +27,7 @@ from nopad.embedding.run import Run
 from nopad.embedding.settings import Settings
 from nopad.embedding.table.paths import absolute
 from nopad.pipeline.stats import Stats
+from nopad.preprocessing.decode import UnreachableError
 
 logger = logging.getLogger(__name__)
 
@@ -126,9 +128,20 @@ class ByActors:
 def _works(run: Run) -> Iterator[Work]:
     job = run.job
     for shard in run.failed_shards:
-        yield Work(Task(job.folder.update, shard, retry=True), job.path(shard).name, job.failed(shard))
+        yield Work(Task(job.folder.update, shard, retry=True), job.path(shard).name, partial(job.failed, shard))
     for shard in run.missing:
-        yield Work(Task(job.folder.update, shard), job.path(shard).name, range(job.size(shard)))
+        yield Work(Task(job.folder.update, shard), job.path(shard).name, partial(_rows, job, shard))
+
+
+def _rows(job: Job, shard: int) -> Sequence[int]:
+    """The rows of a shard; none where a whole tar cannot be reached."""
+    if not job.tars(shard):
+        return range(job.size(shard))
+    try:
+        return range(sum(1 for _ in job.of(shard)))
+    except (UnreachableError, OSError) as error:
+        logger.warning("%s: %s", job.path(shard).name, error)
+        return ()
 
 
 def _add(run: Run, work: Work, result: Mapping[str, Any] | None) -> None:
@@ -140,7 +153,11 @@ def _add(run: Run, work: Work, result: Mapping[str, Any] | None) -> None:
         setattr(counts.stats, field.name, getattr(counts.stats, field.name) + result["stats"][field.name])
     counts.write_seconds += result["write_seconds"]
     counts.done += result["rows"]
-    counts.retried += result["rows"] if work.task.retry and not work.task.replace else 0
+    counts.retried += 0 if work.task.replace else result["retried"]
+    if not work.task.retry and not work.task.replace:
+        tars = run.job.tars(work.task.shard)
+        counts.found.images += result["rows"] if tars else 0
+        counts.found.bytes += tars.num_bytes
 
 
 def _record(encoder: LoadedEncoder) -> Mapping[str, str]:

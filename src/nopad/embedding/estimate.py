@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +12,16 @@ import torch
 from torch import Tensor
 
 from nopad.embedding.inputs.decoder import Reader
-from nopad.embedding.inputs.listing import InputList
+from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.media import Media, MediaDecoder
+from nopad.embedding.inputs.whole_tars import WHOLE_TAR, expanded
 from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.pipeline.isolation import DecodeProcesses
 from nopad.pipeline.memory import MemoryBudget
 from nopad.preprocessing.decode import ImageError, image_size
 from nopad.preprocessing.limits import MAX_PIXELS
 from nopad.preprocessing.video_file import frame_size
+from nopad.storage.addresses import scheme_of
 
 MAX_HEADERS = 64
 """Number of headers that are read."""
@@ -39,9 +42,11 @@ def mean_patches(inputs: InputList, reader: Reader, image_processor: ImageProces
     for index in _places(inputs):
         if end is not None and time.monotonic() > end:
             break
+        if (item := _image_of(inputs[index])) is None:
+            continue
         reservation = budget.reservation()
         try:
-            t, h, w = processes.prepare(reader.media_now(inputs[index]), reservation).grid
+            t, h, w = processes.prepare(reader.media_now(item), reservation).grid
             num_patches.append(t * h * w)
         except ImageError:  # it will be a failed row
             pass
@@ -49,6 +54,16 @@ def mean_patches(inputs: InputList, reader: Reader, image_processor: ImageProces
             reservation.finish_decoding(0)
         end = end or time.monotonic() + MAX_SECONDS  # the first one may wait until processes can be started
     return sum(num_patches) / len(num_patches) if num_patches else None
+
+
+def _image_of(item: Input) -> Input | None:
+    """An input, or the first image of a whole tar; of an object none, of which blocks would be fetched."""
+    if item.kind != WHOLE_TAR:
+        return item
+    if scheme_of(item.path):
+        return None
+    with closing(expanded([item], MAX_SECONDS, unreachable_rows=True)) as images:
+        return next(images)
 
 
 def _places(inputs: InputList) -> list[int]:

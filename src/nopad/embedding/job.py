@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
 
-from nopad.embedding.borders import Borders, with_borders
+from nopad.embedding.borders import TARS, Borders, with_borders
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.extras import EXIF, THUMBNAIL
@@ -17,6 +17,7 @@ from nopad.embedding.inputs.kept import TIME, Kept
 from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.media import MediaDecoder
 from nopad.embedding.inputs.stamps import StampSpool
+from nopad.embedding.inputs.whole_tars import Found, WholeTars, expanded
 from nopad.embedding.manifest import check_same, fingerprint, jobs_in
 from nopad.embedding.settings import Settings
 from nopad.embedding.table.counts import Manifest
@@ -76,12 +77,14 @@ class NewJob:
         borders: its shards.
         stamps: of the inputs; `None` where there is a job in the folder.
         kept: the columns that it keeps, see `kept_columns`.
+        whole_tars: those of the inputs.
     """
 
     inputs: InputList
     borders: Borders
     stamps: StampSpool | None = None
     kept: Kept | None = None
+    whole_tars: WholeTars = field(default_factory=WholeTars)
 
 
 @dataclass
@@ -127,14 +130,31 @@ class Job:
         """The file of a shard."""
         return self.folder.path / shard_name(shard, len(self), self.fingerprint)
 
-    def of(self, shard: int) -> list[Input]:
-        """The inputs of a shard."""
-        rows = self.borders[shard]
-        return self.inputs[rows.start : rows.stop]
+    def of(self, shard: int, found: Found | None = None) -> Iterator[Input]:
+        """The inputs of the rows of a shard; images of whole tars as they are found.
+
+        Args:
+            found: counts these.
+
+        Raises:
+            UnreachableError, UnreachableSourceError, UnusableStoreError: a whole tar cannot be reached.
+        """
+        places = self.borders[shard]
+        items, settings = self.inputs[places.start : places.stop], self.settings
+        return expanded(items, settings.input_timeout, found, unreachable_rows=settings.unreachable_rows)
 
     def size(self, shard: int) -> int:
-        """How many inputs a shard has."""
+        """How many inputs a shard has, of which a whole tar is one."""
         return len(self.borders[shard])
+
+    @cached_property
+    def whole_tars(self) -> WholeTars:
+        """Those of the inputs."""
+        return WholeTars.of(self.inputs) if TARS in self.record else WholeTars()
+
+    def tars(self, shard: int) -> WholeTars:
+        """The whole tars of a shard: only its file says how many rows it has."""
+        return self.whole_tars.within(self.borders[shard])
 
     def finished(self) -> dict[int, TablePath]:
         """The shards that are there, by their names: numbers, in order, and files.
@@ -161,7 +181,9 @@ class Job:
         """
         path = self.path(shard)
         actual = {**read_metadata(path), "rows": str(num_rows(path))}
-        expected = {**self.metadata(shard), "rows": str(self.size(shard))}
+        expected = self.metadata(shard)
+        if not self.tars(shard):
+            expected["rows"] = str(self.size(shard))
         for key, value in expected.items():
             if (got := actual.get(key, "none")) != value:
                 difference = f"{key} {got}, expected {value}"
@@ -220,7 +242,7 @@ def begin_or_resume(
     if new.stamps is not None:
         if new.kept is not None:
             record = {**record, "columns": new.kept.to_text()}
-        record = with_borders(record, new.borders, len(new.inputs))
+        record = with_borders(record, new.borders, len(new.inputs), new.whole_tars)
         job = Job(settings, folder, record, new.inputs, new.borders, check_lock)
         _check_shards(job, manifest)  # before anything is written
         by_parts = settings.part is not None
@@ -255,7 +277,7 @@ def kept_columns(settings: Settings, inputs: InputList) -> Kept | None:
 
 def _may_differ(job: Job) -> dict[str, str]:
     """Entries of a job's record in which the command may differ, with the reason."""
-    keys = {"table", "update", "columns", "shards"}
+    keys = {"table", "update", "columns", "shards", TARS}
     if job.settings.update or job.folder.update:
         keys |= {"sources"}
         if len(job.finished()) == len(job):

@@ -40,11 +40,16 @@ def list_in_shares(
     folder: JobFolder,
     starting: StartingActors | None,
     stop: threading.Event,
+    *,
+    whole_tars: bool = False,
 ) -> None:
     """List tars and Parquet files of a job's sources and keep them beside its table, where `list_inputs` finds them.
 
     A part lists its share. Otherwise processes do: on all nodes where there is a Ray cluster, else of this machine.
     What they cannot list is left to `list_inputs`.
+
+    Args:
+        whole_tars: see `list_inputs`; those are not listed.
 
     Raises:
         InterruptedError: `stop` was set.
@@ -56,7 +61,7 @@ def list_in_shares(
             raise InterruptedError("stopped while the sources were listed")
 
     how = settings.image_column, settings.id_column, settings.hidden, settings.input_timeout
-    options = ShareOptions(tuple(sources), *how)
+    options = ShareOptions(tuple(sources), *how, whole_tars)
     all_files, number = num_files(options, folder.listing_cache(), check)
     if settings.part is not None:
         keep_share(options, folder.listing_cache(), Share.of(*settings.part, all_files), check)

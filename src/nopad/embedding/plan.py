@@ -14,7 +14,7 @@ import torch
 from nopad.counts import counted
 from nopad.embedding.actors.actor import LoadedEncoder
 from nopad.embedding.actors.node_samples import NodeSample, sample_nodes
-from nopad.embedding.borders import Borders, too_many_files
+from nopad.embedding.borders import Borders
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.in_process import InProcess
 from nopad.embedding.inputs.source_bytes import SourceBytes
@@ -23,7 +23,7 @@ from nopad.embedding.inputs.stamps import StampSpool
 from nopad.embedding.sampling import Sample, take_sample
 from nopad.embedding.settings import Settings
 from nopad.embedding.table.errors import check_place
-from nopad.embedding.table_run import list_sources
+from nopad.embedding.table_run import borders_of, list_sources, lists_whole_tars, too_many_of
 from nopad.embedding.workers import check_features
 from nopad.environment import num_cores
 from nopad.storage.addresses import is_address
@@ -35,6 +35,7 @@ class Plan:
 
     Attributes:
         inputs, sample: how many there are, and were embedded.
+        tars: whole tars in words, where the number of inputs is an estimate.
         failures: of the sample: reasons and how many inputs have each, the most frequent first.
         listing_seconds, start_seconds: to list the sources, and to load and compile the encoder, start the decode
             processes and end.
@@ -76,6 +77,7 @@ class Plan:
     free_bytes: int | None
     too_many_files: str = ""
     nodes: tuple[NodeSample, ...] = ()
+    tars: str = ""
 
     @property
     def total_seconds(self) -> float:
@@ -139,17 +141,18 @@ def plan(
     if out is not None and not is_address(out):
         check_place(Path(out))
     start = time.perf_counter()
-    listing = list_sources(sources, settings, None if out is None else JobFolder(out).listing_cache())
+    cache = None if out is None else JobFolder(out).listing_cache()
+    listing = list_sources(sources, settings, cache, whole_tars=lists_whole_tars(settings, {}))
     inputs = listing.inputs
     by_bytes = settings.shard_size is None
-    settings = settings.for_inputs(len(inputs), {})
+    settings = settings.for_inputs(listing.num_images, {})
     sizes = SourceBytes.of(inputs, StampSpool.of(inputs, contents=False)) if by_bytes else None
-    borders = Borders.at_units(listing.units, settings.rows_per_shard, len(inputs), sizes)
+    borders = borders_of(listing, settings, sizes)
     listed = time.perf_counter()
     local = replace(settings, actors=None, ray=None, part=None, retry_failed=False, unreachable_rows=True)
-    maker = InProcess(local, None, len(inputs), {}, estimates=False)
+    maker = InProcess(local, None, listing.num_images, {}, estimates=False)
     loaded = time.perf_counter()
-    taken = take_sample(inputs, sample, maker, local, list(sources))
+    taken = take_sample(listing, sample, maker, local, list(sources))
     nodes = () if ray is None else tuple(sample_nodes(ray, list(taken.inputs), local))
     free = None if out is None or is_address(out) else _free(Path(out))
     return _plan(taken, listing, borders, local, maker.encoder, (listed - start, loaded - listed), free, nodes)
@@ -165,7 +168,7 @@ def _plan(
     free_bytes: int | None,
     nodes: tuple[NodeSample, ...],
 ) -> Plan:
-    number, stats, num_inputs = len(sample.inputs), sample.summary.stats, len(listing.inputs)
+    number, stats, num_inputs = len(sample.inputs), sample.summary.stats, sample.num_images
     scale = num_inputs / number
     width = encoder.hidden_size * 2 * len(encoder.sizes.layers or (0,))
     sampled_tokens = stats.patches * width // settings.tokens_pool**2
@@ -187,15 +190,24 @@ def _plan(
         cores_per_encoder=decode * encoder_per_second,
         limit=str(sample.summary.limit),
         patches=stats.patches / max(1, number - sample.summary.failed),
-        shard_rows=max(map(len, borders)),
+        shard_rows=max(_rows(listing, sample, places) for places in borders),
         shards=len(borders),
         vector_bytes=round(max(0, vectors) * scale),
         token_bytes=round(sampled_tokens * scale),
         stores_tokens=settings.tokens,
         free_bytes=free_bytes,
-        too_many_files=too_many_files(borders, listing.units, num_inputs),
+        too_many_files=too_many_of(listing, borders),
         nodes=nodes,
+        tars=listing.whole_tars.describe() if listing.whole_tars else "",
     )
+
+
+def _rows(listing: Listing, sample: Sample, places: range) -> int:
+    """How many rows a shard has, by the sample."""
+    if not (tars := listing.whole_tars.within(places)):
+        return len(places)
+    in_tars = sample.num_images - len(listing.inputs) + len(listing.whole_tars)
+    return len(places) - len(tars) + in_tars * tars.num_bytes // listing.whole_tars.num_bytes
 
 
 def _free(folder: Path) -> int:

@@ -80,8 +80,9 @@ def describe(plan: Plan) -> str:
     """A plan for a terminal."""
     failed = sum(plan.failures.values())
     before = duration(plan.listing_seconds + plan.start_seconds)
+    inputs = f"{f'{plan.tars}, about ' if plan.tars else ''}{plan.inputs:,} inputs"
     lines = [
-        f"{plan.inputs:,} inputs, listed in {duration(plan.listing_seconds)}; of a sample of {plan.sample:,} "
+        f"{inputs}, listed in {duration(plan.listing_seconds)}; of a sample of {plan.sample:,} "
         f"{failed:,} fail ({failed / plan.sample:.1%}), the others have {plan.patches:,.0f} patches on average",
         *(f"  {number:,} × {reason}" for reason, number in [*plan.failures.items()][:_MAX_REASONS]),
         f"time: {duration(plan.total_seconds)} with one encoder, {before} of it to list and start, the rest at "

@@ -25,11 +25,12 @@ class Progress:
     """Progress of a run; counts are of this run.
 
     Attributes:
-        rows: inputs that this run has to do.
+        rows: images that this run has to do; where it has whole tars an estimate, 0 where nothing is known.
         rows_before: rows that earlier runs have made.
         stats: what is done.
         seconds: since the first input was read.
         mean_patches: patches of an input on average, by the headers of a few; `None` if unknown.
+        tars: whole tars that it has to do, in words; empty once all images in them are known.
     """
 
     rows: int
@@ -37,6 +38,13 @@ class Progress:
     stats: Stats
     seconds: float
     mean_patches: float | None = None
+    tars: str = ""
+
+    def describe_rows(self) -> str:
+        """What the run has to do."""
+        if not self.tars:
+            return counted(self.rows, "image")
+        return f"about {counted(self.rows, 'image')}" if self.rows else self.tars
 
 
 class Display:
@@ -61,14 +69,13 @@ class Display:
 
     def update(self, progress: Progress) -> None:
         """Print how far the run is, if it is time."""
-        is_over = progress.stats.images == progress.rows
+        is_over = progress.stats.images == progress.rows and not progress.tars
         if (is_over and not self.was_over) or (not is_over and time.monotonic() >= self.next):
             self.next = time.monotonic() + LINE_INTERVAL_SECONDS
             self.was_over = is_over
             before = f" (and {progress.rows_before:,} from before)" if progress.rows_before else ""
-            self.message(
-                f"{progress.stats.images:,} of {counted(progress.rows, 'image')}{before} · {describe(progress)}"
-            )
+            done = f"{progress.stats.images:,} of {progress.describe_rows()}{before}"
+            self.message(f"{done} · {describe(progress)}")
 
 
 class _Bar(Display):
@@ -84,7 +91,8 @@ class _Bar(Display):
             self.bar.console.print(message_lines(text), markup=False, highlight=False, soft_wrap=True)
 
     def update(self, progress: Progress) -> None:
-        total, completed = progress.rows + progress.rows_before, progress.stats.images + progress.rows_before
+        total = progress.rows + progress.rows_before if progress.rows else None
+        completed = progress.stats.images + progress.rows_before
         self.bar.update(self.task, total=total, completed=completed, description=describe(progress))
 
 
@@ -113,11 +121,11 @@ class Estimate:
     def lines(self, progress: Progress) -> Iterator[str]:
         """The lines that can be printed now and were not before."""
         mean, stats = progress.mean_patches, progress.stats
-        inputs = counted(progress.rows, "image") + (f", about {mean:,.0f} patches each" if mean else "")
+        inputs = progress.describe_rows() + (f", about {mean:,.0f} patches each" if mean else "")
         if not self.is_introduced:
             self.is_introduced = True
             yield inputs
-        if self.is_over or not stats.packs:
+        if self.is_over or not stats.packs or not progress.rows:
             return
         work = stats.patches if mean else stats.images
         if self.first is None:
@@ -137,7 +145,7 @@ def describe(progress: Progress) -> str:
     """Rates, fill, failures and the time left."""
     stats, seconds = progress.stats, max(progress.seconds, 1e-9)
     rate = stats.images / seconds
-    left = clock((progress.rows - stats.images) / rate) if stats.images else "?"
+    left = clock(max(0, progress.rows - stats.images) / rate) if stats.images and progress.rows else "?"
     return (
         f"{rate:,.1f} images/s · {stats.patches / seconds:,.0f} tokens/s · fill {stats.fill:.0%} · "
         f"{stats.failed:,} failed · {left} left"

@@ -10,7 +10,7 @@ import numpy as np
 from nopad.embedding.inputs.listing import Input
 from nopad.embedding.table.format import MAX_TOKEN_BYTES, Row
 from nopad.pipeline.pack_runner import EmbeddingResult
-from nopad.preprocessing.decode import RefusedError, UnreachableError
+from nopad.preprocessing.decode import ImageError, RefusedError, UnreachableError
 from nopad.storage.addresses import WEB, scheme_of
 from nopad.storage.errors import UnusableStoreError
 
@@ -47,6 +47,30 @@ def check_reached(inputs: Sequence[Input], results: Sequence[EmbeddingResult], *
     for item, result in zip(inputs, results, strict=True):
         if isinstance(result.error, UnreachableError):
             raise UnreachableError(f"{item.id} of {item.source}", result.error.reason)
+
+
+def check_listed(error: OSError | ImageError | None, results: Sequence[EmbeddingResult]) -> None:
+    """Check that all inputs of a shard could be found.
+
+    Args:
+        error: what was raised while they were.
+        results: of those that were found.
+
+    Raises:
+        UnreachableError: they could not.
+        UnusableStoreError: access was refused, and no other input is there.
+    """
+    if error is None:
+        return
+    if (unusable := _unusable(error)) and all(result.error is not None for result in results):
+        raise unusable
+    raise error if isinstance(error, UnreachableError) else UnreachableError("its inputs", str(error)) from error
+
+
+def _unusable(error: OSError | ImageError) -> UnusableStoreError | None:
+    if isinstance(error, RefusedError):
+        return UnusableStoreError(str(error))
+    return error if isinstance(error, UnusableStoreError) else None
 
 
 def _row(item: Input, result: EmbeddingResult, dtype: np.dtype, kept: tuple[Any, ...]) -> Row:

@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from nopad.embedding.inputs.whole_tars import tars_in_words
 from nopad.embedding.job import Job
 from nopad.embedding.making import RunCounts
 from nopad.embedding.progress import Progress
 from nopad.embedding.summary import Summary
 from nopad.embedding.table.counts import Manifest
+from nopad.embedding.table.paths import TablePath
 
 
 class Run:
@@ -54,7 +56,9 @@ class Run:
         self.failed_shards = {shard: num_failed for shard, num_failed in failed.items() if num_failed}
         self.to_retry = sum(self.failed_shards.values())
         self.to_do = self.to_retry + sum(job.size(shard) for shard in self.missing)
-        self.rows_before = sum(map(job.size, job.part)) - self.to_do
+        self.rows_before = sum(self._rows(shard, path) for shard, path in finished.items()) - self.to_retry
+        tars = [job.tars(shard) for shard in self.missing] if job.whole_tars else []
+        self._num_tars, self._tar_bytes = sum(map(len, tars)), sum(each.num_bytes for each in tars)
         self.begin()
         self.mean_patches: float | None = None
 
@@ -66,10 +70,19 @@ class Run:
         """Its seconds end here."""
         self.seconds = time.perf_counter() - self.start
 
+    def _rows(self, shard: int, path: TablePath) -> int:
+        return self.manifest.count(path).rows if self.job.tars(shard) else self.job.size(shard)
+
     def report(self) -> None:
         """Report how far the run is."""
-        seconds = time.perf_counter() - self.start
-        self.progress(Progress(self.to_do, self.rows_before, self.counts.stats, seconds, self.mean_patches))
+        seconds, found = time.perf_counter() - self.start, self.counts.found
+        tars, rows = "", self.to_do
+        if self._num_tars:
+            rows += round(found.images * self._tar_bytes / found.bytes) - self._num_tars if found.bytes else 0
+        if found.bytes < self._tar_bytes:
+            tars = tars_in_words(self._num_tars, self._tar_bytes)
+        rows = 0 if tars and not found.bytes else rows
+        self.progress(Progress(rows, self.rows_before, self.counts.stats, seconds, self.mean_patches, tars))
 
     def summary(self, left_out: Mapping[str, int], changes: Sequence[str]) -> Summary:
         """Counts of the table as it is now, and of this run."""

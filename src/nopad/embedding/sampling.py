@@ -6,14 +6,18 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from nopad.embedding.borders import Borders
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.in_process import InProcess
-from nopad.embedding.inputs.listing import InputList
+from nopad.embedding.inputs.listing import Input, InputList
+from nopad.embedding.inputs.sources import Listing
 from nopad.embedding.inputs.stamps import StampSpool
+from nopad.embedding.inputs.whole_tars import WHOLE_TAR, Found, expanded
 from nopad.embedding.job import NewJob, begin_or_resume, kept_columns
 from nopad.embedding.lock import FolderLock
 from nopad.embedding.progress import Progress
@@ -39,6 +43,7 @@ class Sample:
 
     Attributes:
         inputs: those that were embedded.
+        num_images: that there are, an estimate where whole tars were sampled.
         summary: of their job, with counts and seconds.
         failures: reasons and how many inputs have each, the most frequent first.
         num_bytes: of its table.
@@ -46,6 +51,7 @@ class Sample:
     """
 
     inputs: InputList
+    num_images: int
     summary: Summary
     failures: dict[str, int]
     num_bytes: int
@@ -57,10 +63,8 @@ class Sample:
         return max(0.0, self.summary.seconds - len(self.inputs) / self.per_second)
 
 
-def take_sample(
-    inputs: InputList, number: int | None, maker: InProcess, settings: Settings, names: list[str]
-) -> Sample:
-    """Embed a sample.
+def take_sample(listing: Listing, number: int | None, maker: InProcess, settings: Settings, names: list[str]) -> Sample:
+    """Embed a sample of what is listed.
 
     Args:
         number: of inputs at most; `None` for `SAMPLE`, or more where these take less than `MIN_SECONDS`.
@@ -70,10 +74,10 @@ def take_sample(
     Raises:
         ValueError, OSError, ImportError: as `nopad.embed`.
     """
-    sample = _embedded(inputs, number or SAMPLE, maker, settings, names)
-    if number is None and sample.summary.seconds < MIN_SECONDS and len(sample.inputs) < len(inputs):
+    sample = _embedded(listing, number or SAMPLE, maker, settings, names)
+    if number is None and sample.summary.seconds < MIN_SECONDS and len(sample.inputs) < sample.num_images:
         more = min(_MAX_SAMPLE, round(MIN_SECONDS * sample.per_second))
-        sample = _embedded(inputs, max(more, SAMPLE), maker, settings, names)
+        sample = _embedded(listing, max(more, SAMPLE), maker, settings, names)
     return sample
 
 
@@ -86,8 +90,27 @@ def sample_places(number: int, sample: int) -> list[int]:
     return sorted({place for start in starts for place in range(start, min(number, start + _RUN))})[:sample]
 
 
-def _embedded(inputs: InputList, number: int, maker: InProcess, settings: Settings, names: list[str]) -> Sample:
-    chosen = InputList.of(inputs[place] for place in sample_places(len(inputs), number))
+def _chosen(listing: Listing, number: int, timeout: float | None) -> tuple[InputList, int]:
+    """Inputs from all over a list, of whole tars their first images, and how many images there are by these."""
+    tars, inputs = listing.whole_tars, listing.inputs
+    if not tars:
+        return InputList.of(inputs[place] for place in sample_places(len(inputs), number)), len(inputs)
+    in_tars = min(number, -(-number * int(tars.num_images(len(tars))) // listing.num_images))
+    num_tars = min(len(tars), max(1, in_tars // _RUN))
+    found = Found()
+    chosen: list[Input] = []
+    for place in sample_places(len(tars), num_tars):
+        item = inputs[int(tars.places[place])]
+        with closing(expanded([item], timeout, found)) as images:
+            chosen += islice(images, -(-in_tars // num_tars))
+    others = (inputs[place] for place in sample_places(len(inputs), number - in_tars))
+    chosen += [item for item in others if item.kind != WHOLE_TAR]
+    per_image = max(1.0, found.bytes / max(1, found.images))
+    return InputList.of(chosen), len(inputs) - len(tars) + round(tars.num_bytes / per_image)
+
+
+def _embedded(listing: Listing, number: int, maker: InProcess, settings: Settings, names: list[str]) -> Sample:
+    chosen, num_images = _chosen(listing, number, settings.input_timeout)
     times: list[tuple[float, int]] = []
     with tempfile.TemporaryDirectory(prefix="nopad-plan-") as name, FolderLock(folder := Path(name)) as lock:
         record = {**maker.encoder.record, "sources": json.dumps(names), "inputs": chosen.digest()}
@@ -106,7 +129,7 @@ def _embedded(inputs: InputList, number: int, maker: InProcess, settings: Settin
         failures = Counter(error for path in paths for *_, error in failed_rows(path))
         written = sum(path.stat().st_size for path in paths)
         summary = replace(run.summary({}, []), stats=counts.stats.since(before))
-    return Sample(chosen, summary, dict(failures.most_common()), written, rate(summary, times))
+    return Sample(chosen, num_images, summary, dict(failures.most_common()), written, rate(summary, times))
 
 
 def rate(summary: Summary, times: Sequence[tuple[float, int]]) -> float:

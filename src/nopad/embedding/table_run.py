@@ -10,9 +10,8 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nopad.counts import counted
 from nopad.embedding.actors.starting import StartingActors
-from nopad.embedding.borders import Borders, too_many_files, too_many_with_update
+from nopad.embedding.borders import TARS, Borders, too_many_files, too_many_with_update
 from nopad.embedding.distributed import ByActors
 from nopad.embedding.folder import JobFolder
 from nopad.embedding.in_process import InProcess
@@ -39,12 +38,17 @@ logger = logging.getLogger(__name__)
 
 
 def list_sources(
-    sources: Sequence[str], settings: Settings, cache: ListingCache | None, stop: threading.Event | None = None
+    sources: Sequence[str],
+    settings: Settings,
+    cache: ListingCache | None,
+    stop: threading.Event | None = None,
+    *,
+    whole_tars: bool = False,
 ) -> Listing:
     """The inputs of sources, listed by the options of a job.
 
     Args:
-        cache, stop: see `list_inputs`.
+        cache, stop, whole_tars: see `list_inputs`.
 
     Raises:
         ValueError, OSError, ImportError: see `list_inputs`.
@@ -52,7 +56,30 @@ def list_sources(
     spans = Spans.of_options(settings.fps, settings.every)
     columns = {"image_column": settings.image_column, "id_column": settings.id_column}
     options = {"hidden": settings.hidden, "spans": spans, "timeout": settings.input_timeout, "cache": cache}
-    return list_inputs(sources, **columns, **options, stop=stop)
+    return list_inputs(sources, **columns, **options, whole_tars=whole_tars, stop=stop)
+
+
+def lists_whole_tars(settings: Settings, begun: Mapping[str, str]) -> bool:
+    """Whether tars are listed as a whole: where nothing depends on the number of images in them, or as the job was
+    begun.
+
+    Args:
+        begun: the record of the job that was begun in the folder.
+    """
+    if begun:
+        return TARS in begun
+    return settings.shard_size is None and not settings.tokens and not settings.content_hash
+
+
+def borders_of(listing: Listing, settings: Settings, sizes: SourceBytes | None) -> Borders:
+    """The shards of a job, by settings that are `for_inputs`; `sizes` of the inputs where they count."""
+    how = settings.rows_per_shard, len(listing.inputs), sizes, listing.whole_tars
+    return Borders.at_units(listing.units, *how)
+
+
+def too_many_of(listing: Listing, borders: Borders) -> str:
+    """See `too_many_files`."""
+    return too_many_files(borders, listing.units, len(listing.inputs), listing.whole_tars)
 
 
 @dataclass
@@ -89,23 +116,24 @@ class TableRun:
         if isinstance(self.folder.path, Path):
             check_place(self.folder.path)  # before sources are listed for minutes
         logger.info("listing %s", sources[0] if len(sources) == 1 else f"{len(sources):,} sources")
-        list_in_shares(sources, self.settings, self.folder, self.starting, self.stop)
+        whole_tars = lists_whole_tars(self.settings, self.folder.recorded())
+        list_in_shares(sources, self.settings, self.folder, self.starting, self.stop, whole_tars=whole_tars)
         cache = self.folder.listing_cache()
-        listing = list_sources(sources, self.settings, cache, self.stop)
+        listing = list_sources(sources, self.settings, cache, self.stop, whole_tars=whole_tars)
         path = self.folder.path
         with lock_of(path, is_part=self.settings.part is not None) as lock, ExitStack() as ends:
             begun = self.folder.recorded()
             self.by_bytes = self.settings.shard_size is None
-            self.settings = settings = self.settings.for_inputs(len(listing.inputs), begun)
+            self.settings = settings = self.settings.for_inputs(listing.num_images, begun)
             new = self._new(listing)
-            if not begun and (too_many := too_many_files(new.borders, listing.units, len(listing.inputs))):
+            if not begun and (too_many := too_many_of(listing, new.borders)):
                 logger.warning(too_many)
             if settings.part is None:
                 self.folder.clean()
                 cache.clean()
             manifest = Manifest(path)
-            logger.info("%s; loading the model", counted(len(listing.inputs), "input"))
-            maker = self._maker(len(listing.inputs), len(new.borders), begun, lock)
+            logger.info("%s; loading the model", listing.describe())
+            maker = self._maker(listing.num_images, len(new.borders), begun, lock)
             ends.callback(maker.close)
             if maker.encoder is None:
                 return self._summary_without_encoder(listing, lock)
@@ -127,13 +155,13 @@ class TableRun:
 
     def _new(self, listing: Listing) -> NewJob:
         """What a job is begun with; where there is one, what it is compared with."""
-        inputs, rows = listing.inputs, self.settings.rows_per_shard
+        inputs = listing.inputs
         if self.folder.has_job:
-            return NewJob(inputs, Borders.at_units(listing.units, rows, len(inputs)))
+            return NewJob(inputs, borders_of(listing, self.settings, None))
         stamps = StampSpool.of(inputs, contents=self.settings.content_hash)
         sizes = SourceBytes.of(inputs, stamps) if self.by_bytes else None
-        borders = Borders.at_units(listing.units, rows, len(inputs), sizes)
-        return NewJob(inputs, borders, stamps, kept_columns(self.settings, inputs))
+        borders = borders_of(listing, self.settings, sizes)
+        return NewJob(inputs, borders, stamps, kept_columns(self.settings, inputs), listing.whole_tars)
 
     def _maker(self, num_inputs: int, num_shards: int, begun: Mapping[str, str], lock: Lock) -> InProcess | ByActors:
         settings = self.settings
@@ -154,7 +182,8 @@ class TableRun:
         """How the sources have changed since a table without updates was begun; logged, too."""
         if self.settings.update or len(jobs) > 1 or jobs[0].record["inputs"] == record["inputs"]:
             return []
-        changes = changes_of(jobs[0].inputs, listing.inputs, self.folder.path)
+        if not (changes := changes_of(jobs[0].inputs, listing.inputs, self.folder.path)):
+            return []
         logger.warning(changes)
         return [changes]
 

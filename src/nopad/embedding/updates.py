@@ -7,6 +7,7 @@ from array import array
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +20,11 @@ from nopad.embedding.inputs.parts import num_parts, parts_by_name
 from nopad.embedding.inputs.source_bytes import SourceBytes
 from nopad.embedding.inputs.sources import Listing
 from nopad.embedding.inputs.stamps import Stamp, StampSpool, no_stamps, saved_stamps, stamps_in, take_stamps
+from nopad.embedding.inputs.whole_tars import WHOLE_TAR, without_time
 from nopad.embedding.job import FeatureSizes, Job
 from nopad.embedding.table.counts import Manifest
 from nopad.embedding.table.format import CHANGED, GONE, Row
-from nopad.embedding.table.reader import iterate_rows, statuses
+from nopad.embedding.table.reader import iterate_rows, names, statuses
 
 _ROW = ("job", "shard", "row")
 
@@ -94,7 +96,7 @@ def compare(
                 new.append(place)
                 continue
             old, old_stamp, at = there.popleft()
-            if old != item or (old_stamp.mtime_ns is not None and old_stamp.differs(stamp)):
+            if without_time(old) != without_time(item) or (old_stamp.mtime_ns is not None and old_stamp.differs(stamp)):
                 of_part.append((*at, 1))
                 new.append(place)
         for (source, _), there in rows.items():
@@ -117,12 +119,36 @@ def _current(jobs: Sequence[Job], manifest: Manifest) -> Iterator[pa.Table]:
         for shard, places in enumerate(job.borders):
             table = pa.concat_tables(job.inputs.tables(places.start, places.stop))
             stamps = no_stamps(len(table)) if of_shards is None else next(of_shards)
-            count = manifest.count(path := job.path(shard))
+            count = manifest.count(job.path(shard))
             is_marked = count.rows != count.ok + count.failed  # else it need not be opened
-            marked = np.isin(statuses(path), (GONE, CHANGED)) if is_marked else np.zeros(len(table), bool)
+            marked = _is_marked(job, shard) if is_marked else np.zeros(len(table), bool)
             rows = np.arange(len(table))
             columns = (np.full(len(table), number), np.full(len(table), shard), rows)
             yield _beside(table, stamps, **dict(zip(_ROW, columns, strict=True))).take(rows[~marked])
+
+
+def _is_marked(job: Job, shard: int) -> np.ndarray:
+    """Which inputs of a shard are marked; of a whole tar all rows are, or none."""
+    rows = np.isin(statuses(job.path(shard)), (GONE, CHANGED))
+    return np.array([rows[each.start] for each in rows_of_inputs(job, shard)]) if job.tars(shard) else rows
+
+
+def rows_of_inputs(job: Job, shard: int) -> list[range]:
+    """The rows of each input of a shard that is there. Those of a whole tar follow each other and name it as their
+    source; what is listed twice in a row has the same number of rows each time."""
+    places = job.borders[shard]
+    items = job.inputs[places.start : places.stop]
+    sources = [source for source, *_ in names(job.path(shard))]
+    rows, end = list[range](), 0
+    for source, group in groupby(items, key=lambda item: item.source):
+        start, of_source = end, [*group]
+        while end < len(sources) and sources[end] == source:
+            end += 1
+        tars = sum(item.kind == WHOLE_TAR for item in of_source)
+        length = (end - start - len(of_source) + tars) // max(1, tars)
+        for item in of_source:
+            rows.append(range(start, start := start + (length if item.kind == WHOLE_TAR else 1)))
+    return rows
 
 
 def _beside(table: pa.Table, stamps: pa.Table, **columns: np.ndarray) -> pa.Table:
@@ -164,9 +190,10 @@ def begin_update(
     for table in difference.of_new(difference.stamps.tables()):
         stamps.add(table)
     sizes = SourceBytes.of(inputs, stamps) if by_bytes else None
-    borders = Borders.at_units(units, first.settings.rows_per_shard, len(inputs), sizes)
+    whole_tars = difference.listed.whole_tars.among(difference.new)
+    borders = Borders.at_units(units, first.settings.rows_per_shard, len(inputs), sizes, whole_tars)
     update_record = {**record, "inputs": inputs.digest(), "table": first.fingerprint, "update": str(number)}
-    update_record = with_borders(update_record, borders, len(inputs))
+    update_record = with_borders(update_record, borders, len(inputs), whole_tars)
     if "columns" in first.record:
         update_record["columns"] = first.record["columns"]
     part = JobFolder(folder.path, number)
@@ -188,6 +215,9 @@ def mark(jobs: Sequence[Job], marks: np.ndarray, sizes: FeatureSizes) -> None:
     for of_shard in np.split(marks, starts[1:]) if len(marks) else ():
         job, shard = jobs[of_shard[0, 0]], int(of_shard[0, 1])
         marked = {row: CHANGED if is_changed else GONE for row, is_changed in of_shard[:, 2:].tolist()}
+        if job.tars(shard):
+            of_inputs = rows_of_inputs(job, shard)
+            marked = {row: status for place, status in marked.items() for row in of_inputs[place]}
         rows = [_marked(row, marked.get(at), job.kept) for at, row in enumerate(iterate_rows(job.path(shard)))]
         job.write(shard, rows, sizes)
 

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
@@ -34,10 +34,17 @@ class ReadAhead(Generic[Item]):
         ahead: maximum number of images.
         budget: bounds the memory; closed at the end.
         stats: `decode_seconds` and `wait_seconds` are added up here.
+        is_far: whether no more images are taken now, unless there is none.
     """
 
     def __init__(
-        self, groups: Iterable[Iterable[Item]], preparer: Preparer[Item], ahead: int, budget: MemoryBudget, stats: Stats
+        self,
+        groups: Iterable[Iterable[Item]],
+        preparer: Preparer[Item],
+        ahead: int,
+        budget: MemoryBudget,
+        stats: Stats,
+        is_far: Callable[[], bool] = lambda: False,
     ) -> None:
         self._groups = iter(groups)
         self._items: Iterator[Item] | None = None
@@ -46,6 +53,7 @@ class ReadAhead(Generic[Item]):
         self._waiting: deque[tuple[Future[Outcome], MemoryReservation] | None] = deque()
         self._budget = budget
         self._stats = stats
+        self._is_far = is_far
         self._lock = threading.Lock()
 
     def __enter__(self) -> ReadAhead[Item]:
@@ -87,7 +95,7 @@ class ReadAhead(Generic[Item]):
         self._submit()
 
     def _submit(self) -> None:
-        while len(self._waiting) <= self._max_waiting:
+        while len(self._waiting) <= self._max_waiting and not (self._waiting and self._is_far()):
             if self._items is None:
                 if (group := next(self._groups, None)) is None:
                     return

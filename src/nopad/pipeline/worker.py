@@ -158,6 +158,7 @@ class Worker:
         measure: Callable[[Item], tuple[int, int, int]] | None = None,
         strict: bool = False,
         stop: threading.Event | None = None,
+        is_far: Callable[[], bool] = lambda: False,
     ) -> Generator[list[EmbeddingResult], None, None]:
         """Embed group after group; while one is encoded the next is already read, and on a GPU begun.
 
@@ -170,6 +171,7 @@ class Worker:
                 towards `memory` without it.
             strict: raise the error of the first image that cannot be used.
             stop: once set, the group in hand is finished and no other.
+            is_far: see `ReadAhead`.
 
         Yields:
             For each group its images' results, in their order.
@@ -179,7 +181,7 @@ class Worker:
             ProcessServerError: no process can be started.
         """
         switches = quick_switches() if self.encoder.device.type == "cuda" else nullcontext()
-        with switches, self.read_ahead(groups, read, decoder=decoder, measure=measure) as ahead:
+        with switches, self.read_ahead(groups, read, decoder=decoder, measure=measure, is_far=is_far) as ahead:
             yield from self._embed(ahead, strict=strict, stop=stop or threading.Event())
 
     def start_processes(self, decoder: Decoder) -> DecodeProcesses:
@@ -198,6 +200,7 @@ class Worker:
         *,
         decoder: Decoder | None = None,
         measure: Callable[[Item], tuple[int, int, int]] | None = None,
+        is_far: Callable[[], bool] = lambda: False,
     ) -> ReadAhead[Item]:
         """The images of groups as `run` has them, prepared ahead."""
 
@@ -211,7 +214,7 @@ class Worker:
             preparer = InThreads(in_thread, self.threads)
         else:
             preparer = InProcesses(read, self.start_processes(decoder))
-        return ReadAhead(groups, preparer, MIN_AHEAD + AHEAD_PER_THREAD * self.threads, budget, self.stats)
+        return ReadAhead(groups, preparer, MIN_AHEAD + AHEAD_PER_THREAD * self.threads, budget, self.stats, is_far)
 
     def _embed(
         self, ahead: ReadAhead[Any], *, strict: bool, stop: threading.Event

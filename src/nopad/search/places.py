@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
-from nopad.embedding.borders import Borders
+from nopad.embedding.borders import TARS, Borders
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input, InputList
+from nopad.embedding.inputs.whole_tars import NO_TARS, WholeTars, expanded
 from nopad.embedding.manifest import jobs_in
 from nopad.embedding.table.paths import TablePath
+from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
+
+_NUM_EXPANDED = 4  # shards whose tars were listed last
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,27 @@ class Shard:
     number: int
 
 
-_Inputs = tuple[InputList, Borders]
+class _Inputs:
+    """The inputs of a job's rows."""
+
+    def __init__(self, record: Mapping[str, str], inputs: InputList, borders: Borders) -> None:
+        self._inputs = inputs
+        self._borders = borders
+        self._tars = WholeTars.of(inputs) if TARS in record else NO_TARS
+        self._expanded = lru_cache(_NUM_EXPANDED)(self._of_shard)
+
+    def of(self, shard: int, row: int) -> Input:
+        """That of a shard's row."""
+        places = self._borders[shard]
+        if not self._tars.within(places):
+            return self._inputs[places[row]]
+        items = self._expanded(shard)
+        return items[min(row, len(items) - 1)]  # a tar that is another one now is a single broken input
+
+    def _of_shard(self, shard: int) -> list[Input]:
+        places = self._borders[shard]
+        items = self._inputs[places.start : places.stop]
+        return list(expanded(items, INPUT_TIMEOUT_SECONDS, unreachable_rows=True))
 
 
 @dataclass(frozen=True)
@@ -50,8 +76,7 @@ class Places:
         key = shard.folder, shard.fingerprint
         if key not in self._jobs:
             self._jobs[key] = _job_of(shard)
-        inputs, borders = self._jobs[key]
-        return inputs[borders[shard.number][row]]
+        return self._jobs[key].of(shard.number, row)
 
     def read(self, index: int) -> bytes:
         """The encoded image of a row.
@@ -76,5 +101,4 @@ def _job_of(shard: Shard) -> _Inputs:
             f"{shard.folder}: where its images are is not known: the list of inputs, which `nopad embed` keeps in "
             f".nopad there, is missing or another one; copy .nopad with the shards"
         )
-    _, inputs, borders = jobs[shard.fingerprint].read(is_checked=True)
-    return inputs, borders
+    return _Inputs(*jobs[shard.fingerprint].read(is_checked=True))

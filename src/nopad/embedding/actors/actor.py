@@ -124,7 +124,8 @@ class ShardMaker:
         """Begin a task, or after those before it; they end in their order.
 
         Returns:
-            Counts and seconds by the names of `Stats`, `write_seconds`, and the shard's `rows`. Of a task that cannot
+            Counts and seconds by the names of `Stats`, `write_seconds`, the shard's `rows`, and how many failed ones
+            were `retried`. Of a task that cannot
             be done now the reason as `unmade`, and no rows.
         """
         entry = _Entry(task, Future())
@@ -189,7 +190,7 @@ class ShardMaker:
         seconds = counts.write_seconds - reported.write_seconds
         if (unmade := self._counts.unmade.pop(shard, None)) is not None:
             return {**_result(0, 0, seconds, stats), "unmade": unmade}
-        return _result(number, num_failed, seconds, stats)
+        return _result(number, num_failed, seconds, stats, counts.retried - reported.retried)
 
     def _finish(self, entry: _Entry, result: dict[str, Any]) -> None:
         with self._lock:
@@ -273,5 +274,6 @@ def _existing(path: TablePath) -> dict[str, Any]:
     return _result(ok + failed, failed, 0.0, Stats(images=ok + failed, failed=failed))
 
 
-def _result(rows: int, failed: int, write_seconds: float, stats: Stats) -> dict[str, Any]:
-    return {"rows": rows, "num_failed": failed, "write_seconds": write_seconds, "stats": asdict(stats)}
+def _result(rows: int, failed: int, write_seconds: float, stats: Stats, retried: int = 0) -> dict[str, Any]:
+    counts = {"rows": rows, "num_failed": failed, "retried": retried}
+    return {**counts, "write_seconds": write_seconds, "stats": asdict(stats)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ class Work:
     Attributes:
         task: as it is given to an actor next.
         name: of the shard's file.
-        rows: those that the task embeds.
+        rows: returns those that the task embeds; none where they are not known.
         compared: the node that has made it, and how many rows failed there; another is to make it as well.
         avoid: nodes where it went wrong.
         is_alone: its actor reads no other beside it: a process has died that had two.
@@ -39,7 +39,7 @@ class Work:
 
     task: Task
     name: str
-    rows: Sequence[int]
+    rows: Callable[[], Sequence[int]]
     compared: tuple[str, int] | None = None
     avoid: set[str] = field(default_factory=set)
     is_alone: bool = False
@@ -79,8 +79,12 @@ class Work:
                 f"{place} died while it made it: {reason}; with its images in parts none did: is memory short?"
             )
             return "it is left to the next run"
+        rows = [row for row in self.rows() if row not in self.task.skipped]
+        if not rows:
+            self.not_made = f"{place} died while it made it: {reason}; its images are not known"
+            return "it is left to the next run"
         self._was_searched = True
-        self._search = find_fatal([row for row in self.rows if row not in self.task.skipped])
+        self._search = find_fatal(rows)
         self._probe(next(self._search))
         return "its images are tried in parts"
 

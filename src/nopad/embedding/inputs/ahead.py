@@ -12,22 +12,25 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 Entry = TypeVar("Entry")
 
-_BATCH, _MAX_BATCHES = 256, 16  # items that are handed over together, and how many of these may wait
+_BATCH, _MAX_BATCHES = 256, 16
 _MAX_WAITING = 4096
 _POLL_SECONDS = 0.5
 
 
 class Ahead(Generic[Item]):
-    """Items that a thread computes ahead of the one that takes them, a few thousand at most.
+    """Items that a thread computes ahead of the one that takes them, by default a few thousand at most.
 
     The thread does not keep the process from ending.
 
     Args:
         items: iterated in the thread.
+        batch: items that are handed over together.
+        max_batches: how many of these may wait.
     """
 
-    def __init__(self, items: Iterable[Item]) -> None:
-        self._batches: Queue[tuple[list[Item], bool]] = Queue(_MAX_BATCHES)
+    def __init__(self, items: Iterable[Item], batch: int = _BATCH, max_batches: int = _MAX_BATCHES) -> None:
+        self._batch = batch
+        self._batches: Queue[tuple[list[Item], bool]] = Queue(max_batches)
         self._error: BaseException | None = None
         self._is_closed = threading.Event()
         threading.Thread(target=self._run, args=(items,), name="nopad-list", daemon=True).start()
@@ -50,7 +53,7 @@ class Ahead(Generic[Item]):
         try:
             for item in items:
                 batch.append(item)
-                if len(batch) >= _BATCH:
+                if len(batch) >= self._batch:
                     if not self._put(batch, is_last=False):
                         return
                     batch = []

@@ -19,6 +19,7 @@ from nopad.embedding.inputs.table_pool import TablePool
 from nopad.embedding.inputs.table_requests import Table
 from nopad.embedding.inputs.tables import NoImageColumnError
 from nopad.embedding.inputs.units import UnitEdge
+from nopad.embedding.inputs.whole_tars import whole_tar
 from nopad.storage.store import Stored
 
 
@@ -31,10 +32,11 @@ class ArchiveOptions:
     column: str | None
     id_column: str | None
     hidden: bool
+    whole_tars: bool = False
 
 
 class Archive:
-    """A tar or a Parquet file, listed in a thread of its own once it is begun.
+    """A tar or a Parquet file, listed in a thread of its own once it is begun; but for whole tars.
 
     Args:
         source: in which it was found.
@@ -66,15 +68,18 @@ class Archive:
         self.left_out: Counter[str] = Counter()
         self.refusal = ""
         self._ahead: Ahead[Lookup | Input | UnitEdge] | None = None
+        self._whole: Input | None = None
 
     def is_new(self) -> bool:
         """Whether its inputs are not kept, and can be."""
         lookup = self._look_up()
-        return lookup.status is not None and lookup.entry is None
+        return lookup.status is not None and lookup.entry is None and self._whole_tar() is None
 
     def begin(self) -> None:
         """Begin to list it."""
-        self._ahead = Ahead(self._listed())
+        self._whole = self._whole_tar()
+        if self._whole is None:
+            self._ahead = Ahead(self._listed())
 
     def close(self) -> None:
         """List no more of it."""
@@ -88,9 +93,13 @@ class Archive:
             CompressedTarError: a compressed tar that the user has named.
             UnreachableSourceError: it cannot be reached.
         """
+        yield UnitEdge.BEGIN
+        if self._whole is not None:
+            yield self._whole
+            yield UnitEdge.END
+            return
         assert self._ahead is not None
         is_empty = True
-        yield UnitEdge.BEGIN
         try:
             items = iter(self._ahead)
             lookup = next(items)
@@ -111,6 +120,11 @@ class Archive:
         yield UnitEdge.END
         if is_empty and not self.left_out:
             self.left_out[suffix_of(self._path)] += 1
+
+    def _whole_tar(self) -> Input | None:
+        if not self._options.whole_tars or suffix_of(self._path) == ".parquet":
+            return None
+        return whole_tar(self._path, self._path, self._stored, hidden=self._options.hidden)
 
     def _look_up(self) -> Lookup:
         options = self._options

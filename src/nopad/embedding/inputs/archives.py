@@ -75,7 +75,7 @@ def tar_inputs(
             yield broken(f"cannot be read: {why(error)}")
             return
     with file, source_errors(text):
-        if retry(lambda: read_at(file, 8, 0)).startswith(_MAGIC):
+        if _is_compressed(file):
             raise CompressedTarError(text)
         members = _Members(file)
         links: dict[int, tuple[int, int]] | None = None
@@ -116,6 +116,20 @@ def members_of(path: bytes) -> Iterator[tuple[str, int, int]]:
         for member in _Members(file):
             if member.isreg() and not member.issparse():
                 yield as_text(member.name), member.offset_data, member.size
+
+
+def is_compressed(path: bytes) -> bool:
+    """Whether a tar is compressed, whatever its name.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
+    with retry(lambda: open_source(path, INPUT_TIMEOUT_SECONDS)) as file:
+        return _is_compressed(file)
+
+
+def _is_compressed(file: io.RawIOBase) -> bool:
+    return retry(lambda: read_at(file, 8, 0)).startswith(_MAGIC)
 
 
 def _kind(member: tarfile.TarInfo) -> str:

@@ -13,6 +13,7 @@ from nopad.counts import are, counted
 from nopad.embedding.inputs.listing import Input, InputList, inputs_in
 from nopad.embedding.inputs.names import as_text
 from nopad.embedding.inputs.parts import num_parts, parts_by_name
+from nopad.embedding.inputs.whole_tars import WHOLE_TAR, without_time
 from nopad.terminal import printable
 
 
@@ -51,6 +52,9 @@ def changes_of(retained: InputList, listed: InputList, folder: object) -> str:
     Args:
         folder: of the job, for messages.
 
+    Returns:
+        That in words; empty where nothing has changed but times of whole tars.
+
     Raises:
         ValueError: inputs that are elsewhere now; their old places may hold anything.
     """
@@ -66,12 +70,19 @@ def changes_of(retained: InputList, listed: InputList, folder: object) -> str:
             f"another folder"
         )
         raise ValueError(printable(message))
+    if not (changes.new or changes.gone) and _are_same(retained, listed):
+        return ""
     return (
         f"since this job began, its sources have {counted(changes.new, 'new input')} and {changes.gone:,} "
         f"{are(changes.gone)} gone"
         f"{'' if changes.new or changes.gone else ', but they come in another order'}; it keeps to the list that it "
         f"began with: --update takes what is new into the table"
     )
+
+
+def _are_same(retained: InputList, listed: InputList) -> bool:
+    tables = zip(retained.tables(), listed.tables(), strict=True)  # of as many inputs, in blocks of as many
+    return all([*map(without_time, inputs_in(a))] == [*map(without_time, inputs_in(b))] for a, b in tables)
 
 
 def _numbered(inputs: InputList) -> Iterator[pa.Table]:
@@ -84,9 +95,14 @@ def _numbered(inputs: InputList) -> Iterator[pa.Table]:
 def _items(table: pa.Table | None) -> list[tuple[int, Input]]:
     if table is None:
         return []
-    return list(zip(table["place"].to_pylist(), inputs_in(table.drop_columns("place")), strict=True))
+    items = (without_time(item) for item in inputs_in(table.drop_columns("place")))
+    return list(zip(table["place"].to_pylist(), items, strict=True))
 
 
 def _place(item: Input) -> str:
-    where = {"tar": f" at byte {item.offset}, {item.size} bytes", "parquet": f" column {item.note}"}
+    where = {
+        WHOLE_TAR: f", {item.size:,} bytes",
+        "tar": f" at byte {item.offset}, {item.size} bytes",
+        "parquet": f" column {item.note}",
+    }
     return as_text(item.path) + where.get(item.kind, f" {item.note}" if item.note else "")

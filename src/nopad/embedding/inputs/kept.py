@@ -25,6 +25,7 @@ from nopad.embedding.inputs.reaching import retry, unreachable_source
 from nopad.embedding.inputs.spans import time_of
 from nopad.embedding.inputs.table_process import TableProcess
 from nopad.embedding.inputs.table_requests import Table
+from nopad.embedding.inputs.whole_tars import WHOLE_TAR
 from nopad.pipeline.channel import valid_text
 from nopad.pipeline.request_process import UnreachableFileError, UnreadableError
 from nopad.preprocessing.decode import ImageError, UnreachableError, unreachable_error
@@ -206,11 +207,12 @@ def _schemas(inputs: InputList, requested: Sequence[str] | None, timeout: float 
     seen = set()
     with closing(TableProcess(timeout)) as tables:
         for item in inputs:
-            key = ("tar",) if item.kind == "tar" else (item.kind, item.path, item.note)
-            if key in seen or item.kind not in (*_TABLES, "tar"):
+            is_tar = item.kind in ("tar", WHOLE_TAR)
+            key = ("tar",) if is_tar else (item.kind, item.path, item.note)
+            if key in seen or not (is_tar or item.kind in _TABLES):
                 continue
             seen.add(key)
-            if item.kind == "tar":
+            if is_tar:
                 yield pa.schema([pa.field(name, pa.string()) for name in (_TEXTS if requested is None else requested)])
                 continue
             table, image = Table.of(item)

@@ -53,7 +53,8 @@ class Input:
         id: its name within `source`: relative path, name in the tar, line of the list file; the row number in Parquet
             and datasets, `split/row` where there are splits. Always valid UTF-8: other bytes are written `\\xff`.
         source: the folder, glob or list file as it was given, or the tar, Parquet file or dataset.
-        kind: `"image"`, `"video"`, `"tar"`, `"parquet"`, `"dataset"`, or `"broken"` for what could not be listed.
+        kind: `"image"`, `"video"`, `"tar"`, `"parquet"`, `"dataset"`, or `"broken"` for what could not be listed; see
+            `whole_tars` for others.
         path: the absolute path to read, as the file system's bytes, or an address in UTF-8.
         offset: byte of a tar member's data, row of a Parquet file or dataset, else 0.
         size: bytes of a tar member, else 0.

@@ -214,14 +214,18 @@ def fetch(place: FileRange) -> bytes | Unread:
     return Unread(data, lambda: read_range(place)) if isinstance(data, int) else data
 
 
-def object_size(place: FileRange) -> int:
-    """Bytes of an object.
+def file_size(place: FileRange) -> int:
+    """Bytes of a file or an object.
 
     Raises:
         UnreachableError: it cannot be reached.
         ImageError: it cannot be read.
     """
-    return _reached(lambda: objects.stat(place.path, place.timeout).size, place, place.timeout)
+
+    def size() -> int:
+        return objects.stat(place.path, place.timeout).size if place.is_remote else os.stat(place.path).st_size
+
+    return _reached(size, place, place.timeout if place.is_remote else None)
 
 
 def check_reachable(video: Video) -> None:

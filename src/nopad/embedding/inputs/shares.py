@@ -36,6 +36,7 @@ class ShareOptions:
     id_column: str | None
     hidden: bool
     timeout: float | None
+    whole_tars: bool
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def _listers(
     processes = Processes(tables, DurationProcess(options.timeout), Spool(options.timeout))  # nothing is read by these
     columns = options.image_column, options.id_column
     for name, is_expanded in names_of(options.sources):
-        how = ArchiveOptions(tables, cache, *columns, options.hidden)
+        how = ArchiveOptions(tables, cache, *columns, options.hidden, options.whole_tars)
         yield _ShareLister(name, processes, how, places, share, may_be_missing=is_expanded, check=check)
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from nopad.embedding.inputs.listing import BLOCK, InputList
 from nopad.embedding.inputs.temporary import writing_temporary
+from nopad.embedding.inputs.whole_tars import WHOLE_TAR
 
 if TYPE_CHECKING:  # it imports torch, before which actors start
     from nopad.embedding.inputs.stamps import StampSpool
@@ -22,8 +23,8 @@ _WIDTH = 8  # bytes of a sum in the file
 class SourceBytes:
     """Bytes of the sources from one input of a list to another, in a temporary file with a sum for each input.
 
-    A tar's member has its own; those of any other file are divided evenly among the inputs in it. Where a size is not
-    known, it is 0.
+    A tar's member and a whole tar have their own; those of any other file are divided evenly among the inputs in it.
+    Where a size is not known, it is 0.
 
     Args:
         sizes: of the inputs, in parts.
@@ -69,7 +70,7 @@ def _sizes(tables: Iterable[tuple[pa.Table, pa.Table]]) -> Iterator[np.ndarray]:
     path, size, count = b"", 0, 0  # of the file in hand, which may go on in the next table
     for table, stamps in tables:
         paths = table.unify_dictionaries()["path"].combine_chunks()
-        is_member = table["kind"].cast(pa.string()).to_numpy() == "tar"
+        is_member = np.isin(table["kind"].cast(pa.string()).to_numpy(), ("tar", WHOLE_TAR))
         sizes = np.where(is_member, table["size"].to_numpy(), np.maximum(stamps["size"].to_numpy(), 0))
         starts = np.flatnonzero((np.diff(paths.indices.to_numpy(), prepend=-1) != 0) | is_member)
         counts = np.diff(starts, append=len(table))

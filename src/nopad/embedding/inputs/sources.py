@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from nopad.embedding.inputs.spans import Spans
 from nopad.embedding.inputs.spool import Spool
 from nopad.embedding.inputs.table_pool import TablePool
 from nopad.embedding.inputs.units import UnitEdge, Units
+from nopad.embedding.inputs.whole_tars import WHOLE_TAR, WholeTars, WholeTarWriter
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 from nopad.storage import objects
 from nopad.storage.addresses import local_path, scheme_of
@@ -55,11 +56,24 @@ class Listing:
     Attributes:
         left_out: how many files of which suffix (`""` for none) were left out as no image or video.
         units: see `Units`.
+        whole_tars: those among the inputs.
     """
 
     inputs: InputList
     left_out: dict[str, int]
     units: np.ndarray
+    whole_tars: WholeTars = field(default_factory=WholeTars)
+
+    @property
+    def num_images(self) -> int:
+        """How many images the inputs have, as far as that is known."""
+        return self.whole_tars.num_images(len(self.inputs))
+
+    def describe(self) -> str:
+        """How many inputs there are, in words."""
+        others = len(self.inputs) - len(self.whole_tars)
+        parts = [self.whole_tars.describe()] * bool(self.whole_tars) + [counted(others, "input")] * bool(others)
+        return " and ".join(parts)
 
 
 def list_inputs(
@@ -71,6 +85,7 @@ def list_inputs(
     spans: Spans | None = None,
     timeout: float | None = INPUT_TIMEOUT_SECONDS,
     cache: ListingCache | None = None,
+    whole_tars: bool = False,
     stop: threading.Event | None = None,
 ) -> Listing:
     """List the images and videos of each source, in the order given; nothing is decoded.
@@ -108,6 +123,7 @@ def list_inputs(
         spans: the rows that a video gives; one unless given.
         timeout: seconds for what is read of a table in one go, and to open a video; `None` for no limit.
         cache: finds and keeps the inputs of tars and Parquet files.
+        whole_tars: take tars by their size as one input each, see `nopad.embedding.inputs.whole_tars`.
         stop: once set, listing ends.
 
     Raises:
@@ -138,7 +154,7 @@ def list_inputs(
 
     def every(processes: Processes) -> Iterator[tuple[Lister, Rows]]:
         nonlocal is_any_whole
-        options = ArchiveOptions(processes.tables, cache, image_column, id_column, hidden)
+        options = ArchiveOptions(processes.tables, cache, image_column, id_column, hidden, whole_tars)
         listers = (
             Lister(name, processes, options, spans, may_be_missing=is_expanded, check=check)
             for name, is_expanded in names_of(sources)
@@ -169,12 +185,14 @@ def list_inputs(
 
     processes = closing(TablePool(timeout)), closing(DurationProcess(timeout)), closing(Spool(timeout))
     with processes[0] as tables, processes[1] as durations, processes[2] as videos, InputWriter() as writer, cache:
-        progress, units = ListingProgress(), Units()
+        progress, units, tars = ListingProgress(), Units(), WholeTarWriter()
         for lister, rows in every(Processes(tables, durations, videos)):
             check()
             if isinstance(rows, UnitEdge):
                 units.add(rows, writer.num_inputs)
             elif isinstance(rows, Input):
+                if rows.kind == WHOLE_TAR:
+                    tars.add(writer.num_inputs, rows.size)
                 writer.add(rows)
             else:
                 writer.add_table(rows)
@@ -188,7 +206,7 @@ def list_inputs(
     for option, column in {"image_column": image_column, "id_column": id_column}.items():
         if column is not None and kinds.isdisjoint({"parquet", "dataset"}):
             raise ValueError(f"{option}: no source has columns, as Parquet files and datasets do, got {column!r}")
-    return Listing(inputs, dict(left_out), units.places())
+    return Listing(inputs, dict(left_out), units.places(), tars.finish())
 
 
 def rows_of(listers: Iterator[Lister]) -> Iterator[tuple[Lister, Rows | None]]:

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import replace
 
-from nopad.embedding.inputs.media import Video, object_size, read_range
+from nopad.embedding.inputs.media import Video, file_size, read_range
 from nopad.preprocessing.decode import UnreachableError
 from nopad.preprocessing.files import FileRange, why
 
@@ -68,7 +68,7 @@ class Spool:
 
     def _copied(self, address: str) -> Copy:
         place = FileRange(os.fsencode(address), timeout=self._timeout)
-        total = object_size(place)
+        total = file_size(place)
         try:
             descriptor, path = tempfile.mkstemp(prefix="nopad-")
             copy = Copy(path, total)

@@ -19,6 +19,7 @@ from nopad.embedding.inputs.listing import Input, InputList, inputs_in, root_of
 from nopad.embedding.inputs.names import is_list
 from nopad.embedding.inputs.reaching import retry, unreachable_source
 from nopad.embedding.inputs.temporary import writing_temporary
+from nopad.embedding.inputs.whole_tars import WHOLE_TAR
 from nopad.embedding.table.paths import TablePath, open_parts, write_whole
 from nopad.preprocessing.decode import ImageError, UnreachableError
 from nopad.preprocessing.files import FileRange, open_source, size_of, why
@@ -85,6 +86,8 @@ def _files_in(table: pa.Table) -> np.ndarray:
 def _stat(item: Input, stats: _RemoteStats) -> tuple[int, int]:
     if item.kind == "broken":
         return -1, -1
+    if item.kind == WHOLE_TAR:
+        return item.size, item.offset
     if scheme_of(item.path):
         return stats.of(item)
     try:
@@ -132,7 +135,8 @@ def _sha256(item: Input, reader: Reader) -> str:
     if item.kind == "broken":
         return ""
     try:
-        media = FileRange(item.path, timeout=INPUT_TIMEOUT_SECONDS) if item.kind == "video" else reader.media_now(item)
+        is_file = item.kind in ("video", WHOLE_TAR)
+        media = FileRange(item.path, timeout=INPUT_TIMEOUT_SECONDS) if is_file else reader.media_now(item)
         if isinstance(media, FileRange):
             return _sha256_of(media)
         return hashlib.sha256(media if isinstance(media, bytes) else media.encode()).hexdigest()

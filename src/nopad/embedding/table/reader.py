@@ -227,6 +227,13 @@ def failed_rows(path: TablePath) -> list[tuple[int, str, str, str]]:
     ]
 
 
+def names(path: TablePath) -> list[tuple[str, str, str]]:
+    """`(source, id, status)` of each row; reads only these columns."""
+    with opened(path) as file:
+        table = file.read(["source", "id", "status"])
+        return list(zip(*(table[name].to_pylist() for name in ("source", "id", "status")), strict=True))
+
+
 def statuses(path: TablePath) -> list[str]:
     """The status of each row; reads only this column."""
     with opened(path) as file:
