@@ -21,7 +21,6 @@ from nopad.embedding.inputs.sources import list_inputs
 from nopad.embedding.inputs.whole_tars import WHOLE_TAR, WholeTars, expanded
 from nopad.embedding.plan import plan
 from nopad.embedding.settings import Settings
-from nopad.search.places import Places
 from nopad.storage.remote_file import BLOCK_BYTES
 
 NAMES = [f"{number:03}" for number in range(24)]
@@ -350,16 +349,28 @@ def test_a_tar_of_another_size_is_refused_or_a_failed_row(tars, tmp_path, model,
     assert found.note.endswith(f"and had {item.size:,} when it was listed; --update takes it as it is now")
 
 
-def test_rows_lead_to_their_images(tars, tmp_path, model):
+def test_rows_lead_to_their_images(tars, tmp_path, model, monkeypatch):
     run(tars, tmp_path / "out", model)
     features = read_features(tmp_path / "out")
-    assert [features.read(row) for row in (0, 7, 23)] == [image(0), image(7), image(23)]
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_tars, "tar_inputs", None)  # where they are was kept
+        assert [features.read(row) for row in (0, 7, 23)] == [image(0), image(7), image(23)]
     assert features.path(7) == str(tars / "1.tar")
+    shutil.rmtree(tmp_path / "out" / ".nopad" / "members")
+    assert read_features(tmp_path / "out").read(7) == image(7)
     write(tars / "1.tar", NAMES)
     changed = read_features(tmp_path / "out")
-    with pytest.raises(ValueError, match="when it was listed"):
+    with pytest.raises(ValueError, match="row 1: its tar has other images now"):
         changed.read(7)
-    assert isinstance(changed.places, Places)
+
+
+def test_no_link_is_written_through(tars, tmp_path, model, stop_after):
+    run(tars, tmp_path / "out", model, **stop_after(1))
+    shutil.rmtree(members := tmp_path / "out" / ".nopad" / "members")
+    (tmp_path / "elsewhere").mkdir()
+    members.symlink_to(tmp_path / "elsewhere")
+    run(tars, tmp_path / "out", model)
+    assert not any((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_plan_samples_the_beginning_of_tars(tars, model):

@@ -7,12 +7,13 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
 
 from nopad.embedding.borders import Borders, regular_borders
-from nopad.embedding.inputs.listing import InputList
+from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.listing_cache import ListingCache
 from nopad.embedding.inputs.reaching import UnreachableSourceError
 from nopad.embedding.lock import LostLockError
@@ -27,6 +28,10 @@ from nopad.storage.object_path import ObjectPath
 
 UPDATES = "updates"
 """The folder, in `.nopad`, of the jobs that have added to a table."""
+
+
+MEMBERS = "members"
+"""The folder, in `.nopad`, of the inputs that were found in whole tars."""
 
 
 class JobFolder:
@@ -178,6 +183,30 @@ class JobFolder:
         if not is_whole:
             raise ValueError(f"{self.metadata}: inputs.parquet is not the list that job.json was begun with; {advice}")
         return record, inputs, borders
+
+    def keep_members(self, shard: str, items: Iterable[Input], check_lock: Callable[[], None]) -> None:
+        """Keep the inputs that were found in a shard's whole tars; without them, headers of tars are read again.
+
+        Args:
+            shard: the name of its file.
+        """
+        path = self._members(shard)
+        with suppress(OSError):
+            if isinstance(path, Path):
+                path.parent.mkdir(exist_ok=True)
+                if path.parent.is_symlink():
+                    return
+            InputList.of(items).save(path, check=check_lock)
+
+    def members(self, shard: str) -> InputList | None:
+        """What `keep_members` has kept; `None` where it cannot be read."""
+        try:
+            return InputList.load(self._members(shard))
+        except (pa.ArrowException, OSError, ValueError):
+            return None
+
+    def _members(self, shard: str) -> TablePath:
+        return self.path / METADATA_FOLDER / MEMBERS / shard
 
     def temporary(self, shard: TablePath) -> Path | None:
         """A temporary file for a shard, another one each time, since two actors may be at it; `None` in a store."""

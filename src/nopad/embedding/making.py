@@ -217,14 +217,19 @@ class Maker:
         return self.job.kept.values(items, [result.extras for result in results], tables)
 
     def _keep(self, begun: _Begun, rows: list[Row]) -> None:
+        if self.job.tars(begun.shard):
+            name = self.job.path(begun.shard).name
+            self.job.folder.keep_members(name, begun.items, self.job.check_lock)
         self.job.write(begun.shard, rows, self.sizes)
 
     def _replace(self, begun: _Begun, rows: list[Row]) -> None:
-        if begun.rows is not None:
+        if begun.rows is None:
+            self._keep(begun, rows)
+        else:
             retried = iter(rows)
             table = iterate_rows(self.job.path(begun.shard))
-            rows = [next(retried) if row.status == "failed" else row for row in table]
-        self.job.write(begun.shard, rows, self.sizes)
+            whole = [next(retried) if row.status == "failed" else row for row in table]
+            self.job.write(begun.shard, whole, self.sizes)
         self.counts.retried += begun.num_failed
 
 

@@ -9,14 +9,15 @@ from functools import lru_cache
 import numpy as np
 
 from nopad.embedding.borders import TARS, Borders
+from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input, InputList
-from nopad.embedding.inputs.whole_tars import NO_TARS, WholeTars, expanded
+from nopad.embedding.inputs.whole_tars import NO_TARS, WholeTars, expanded, is_same
 from nopad.embedding.manifest import jobs_in
 from nopad.embedding.table.paths import TablePath
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 
-_NUM_EXPANDED = 4  # shards whose tars were listed last
+_NUM_MEMBERS = 16  # shards, of the members of whole tars: each is an open file
 
 
 @dataclass(frozen=True)
@@ -32,24 +33,28 @@ class Shard:
 class _Inputs:
     """The inputs of a job's rows."""
 
-    def __init__(self, record: Mapping[str, str], inputs: InputList, borders: Borders) -> None:
+    def __init__(self, folder: JobFolder, record: Mapping[str, str], inputs: InputList, borders: Borders) -> None:
+        self._folder = folder
         self._inputs = inputs
         self._borders = borders
         self._tars = WholeTars.of(inputs) if TARS in record else NO_TARS
-        self._expanded = lru_cache(_NUM_EXPANDED)(self._of_shard)
+        self._members = lru_cache(_NUM_MEMBERS)(self._of_shard)
 
-    def of(self, shard: int, row: int) -> Input:
+    def of(self, shard: Shard, row: int) -> Input:
         """That of a shard's row."""
-        places = self._borders[shard]
+        places = self._borders[shard.number]
         if not self._tars.within(places):
             return self._inputs[places[row]]
-        items = self._expanded(shard)
-        return items[min(row, len(items) - 1)]  # a tar that is another one now is a single broken input
+        members = self._members(shard.path.name, places.start, places.stop)
+        if row >= len(members):
+            raise ValueError(f"{shard.path}: row {row}: its tar has other images now; --update takes it as it is now")
+        return members[row]
 
-    def _of_shard(self, shard: int) -> list[Input]:
-        places = self._borders[shard]
-        items = self._inputs[places.start : places.stop]
-        return list(expanded(items, INPUT_TIMEOUT_SECONDS, unreachable_rows=True))
+    def _of_shard(self, name: str, start: int, stop: int) -> InputList:
+        items = self._inputs[start:stop]
+        if all(is_same(item, INPUT_TIMEOUT_SECONDS) for item in items) and (kept := self._folder.members(name)):
+            return kept
+        return InputList.of(expanded(items, INPUT_TIMEOUT_SECONDS, unreachable_rows=True))
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class Places:
         key = shard.folder, shard.fingerprint
         if key not in self._jobs:
             self._jobs[key] = _job_of(shard)
-        return self._jobs[key].of(shard.number, row)
+        return self._jobs[key].of(shard, row)
 
     def read(self, index: int) -> bytes:
         """The encoded image of a row.
@@ -101,4 +106,5 @@ def _job_of(shard: Shard) -> _Inputs:
             f"{shard.folder}: where its images are is not known: the list of inputs, which `nopad embed` keeps in "
             f".nopad there, is missing or another one; copy .nopad with the shards"
         )
-    return _Inputs(*jobs[shard.fingerprint].read(is_checked=True))
+    job = jobs[shard.fingerprint]
+    return _Inputs(job, *job.read(is_checked=True))

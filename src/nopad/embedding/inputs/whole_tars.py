@@ -68,6 +68,18 @@ def without_time(item: Input) -> Input:
     return replace(item, offset=0) if item.kind == WHOLE_TAR else item
 
 
+def is_same(item: Input, timeout: float | None) -> bool:
+    """Whether an input is no whole tar, or one of the size that it had when it was listed."""
+    from nopad.embedding.inputs.media import file_size  # imports torch, before which actors start
+    from nopad.preprocessing.decode import ImageError
+    from nopad.preprocessing.files import FileRange
+
+    try:
+        return item.kind != WHOLE_TAR or file_size(FileRange(item.path, timeout=timeout)) == item.size
+    except ImageError:
+        return False
+
+
 def members(item: Input, timeout: float | None) -> Iterator[Input]:
     """The images of a whole tar, see `tar_inputs`; where it cannot be read, is another one now or has none, a
     `"broken"` input that says so.
