@@ -1,6 +1,8 @@
 import dataclasses
 import os
 import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -77,6 +79,12 @@ def job(request, tmp_path_factory) -> tuple[Path, ShardFormat]:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     return write_folder(tmp_path / "features", FORMATS["tokens"])
+
+
+def test_a_table_is_read_without_transformers(folder):
+    code = f"import nopad, sys; print(len(nopad.read_features({str(folder)!r})), 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{len(NUMBERS)} False\n"
 
 
 # As a plain Parquet folder

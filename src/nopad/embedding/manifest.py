@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, replace
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,12 +18,14 @@ from nopad.embedding.folder import JobFolder
 from nopad.embedding.inputs.names import as_text
 from nopad.embedding.settings import Settings
 from nopad.embedding.table.paths import TablePath, read_json
-from nopad.encoder import PackedEncoder
 from nopad.environment import dtype_name
-from nopad.pipeline.worker import Worker
 from nopad.preprocessing.rules import Preprocessing
 from nopad.preprocessing.size import Size
 from nopad.storage.errors import UnreachableStoreError
+
+if TYPE_CHECKING:
+    from nopad.encoder import PackedEncoder
+    from nopad.pipeline.worker import Worker
 
 _FOLLOWS = {
     "weights": {"dtype"},

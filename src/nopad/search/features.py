@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 
 from nopad.counts import check_count
-from nopad.encoder import PackedEncoder
 from nopad.search import clusters, query
 from nopad.search.boxes import grid_boxes
 from nopad.search.duplicates import check_threshold, duplicate_groups
@@ -24,6 +23,8 @@ from nopad.search.tokens import Tokens
 
 if TYPE_CHECKING:
     import pandas
+
+    from nopad.encoder import PackedEncoder
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,16 +11,13 @@ import numpy as np
 import torch
 
 from nopad.embedding.manifest import weights_digest
-from nopad.encoder import PackedEncoder
-from nopad.inference.precision import PRECISIONS
-from nopad.loading import load
-from nopad.pipeline.processor import rule_for
 from nopad.preprocessing.rules import Preprocessing
 from nopad.preprocessing.size import parse_size
 from nopad.search.exact import default_device, top_k
 from nopad.search.index import Index
 
 if TYPE_CHECKING:
+    from nopad.encoder import PackedEncoder
     from nopad.search.features import Features
 
 _KINDS = "text, image, vector, id"
@@ -120,6 +117,8 @@ def _rule(encoder: PackedEncoder, metadata: Mapping[str, str], options: dict[str
     Raises:
         ValueError: neither.
     """
+    from nopad.pipeline.processor import rule_for
+
     sizes = {name: options.pop(name, None) for name in ("size", "min_patches", "max_patches", "multiple_of")}
     if "execution" not in metadata:  # of nopad 0.1
         return rule_for(encoder, **sizes)
@@ -160,6 +159,9 @@ def load_encoder(metadata: Mapping[str, str], *, model: str | None = None, prefi
     Raises:
         ValueError, OSError: see `nopad.load`; or other weights under the same name.
     """
+    from nopad.inference.precision import PRECISIONS
+    from nopad.loading import load
+
     if "model" not in metadata:
         raise ValueError("the table does not say which model made it, or is several of different models' names")
     device = default_device()
