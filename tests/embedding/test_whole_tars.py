@@ -379,6 +379,8 @@ def test_a_plan_samples_the_beginning_of_tars(tars, model):
     assert planned.tars.startswith("4 tars of 0.0")
     fewer = plan([str(tars)], Settings(model=str(model)), sample=8)
     assert (fewer.sample, 18 <= fewer.inputs <= 36) == (6, True)
+    of_two = [str(write(tars / f"{number}.tar", NAMES[:12])) for number in range(2)]
+    assert plan(of_two, Settings(model=str(model)), sample=17).sample == 17
 
 
 def test_progress_says_what_is_known(tars, tmp_path, model):

@@ -106,7 +106,7 @@ def _chosen(listing: Listing, number: int, timeout: float | None) -> tuple[Input
     others = (inputs[place] for place in sample_places(len(inputs), number - in_tars))
     chosen += [item for item in others if item.kind != WHOLE_TAR]
     per_image = max(1.0, found.bytes / max(1, found.images))
-    return InputList.of(chosen), len(inputs) - len(tars) + round(tars.num_bytes / per_image)
+    return InputList.of(chosen[:number]), len(inputs) - len(tars) + round(tars.num_bytes / per_image)
 
 
 def _embedded(listing: Listing, number: int, maker: InProcess, settings: Settings, names: list[str]) -> Sample:
