@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from nopad.align.outputs import packed_outputs, reference_output
 from nopad.align.reference_model import ReferenceModel
 from nopad.align.references import reference_of
 from nopad.align.report import AlignReport, CaseResult, WorstImage
+from nopad.checkpoints.stored_tensor import StoredTensor
 from nopad.checkpoints.towers import open_tower
 from nopad.counts import check_count, counted
 from nopad.encoder import PackedEncoder
@@ -142,7 +143,7 @@ class _Originals:
         cls,
         packed: PackedEncoder,
         reference: ReferenceModel,
-        state: dict[str, Tensor],
+        state: Mapping[str, Tensor | StoredTensor],
         dtype: torch.dtype,
         cases: Sequence[Case],
         progress: Callable[[str], None],
@@ -166,12 +167,12 @@ class _Originals:
         return cls(name, outputs, fp32)
 
 
-def _shared(state: dict[str, Tensor], packed: PackedEncoder, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors of `state` in `dtype`, on a CPU the encoder's own where these are the same to the bit."""
+def _shared(state: Mapping[str, Tensor | StoredTensor], packed: PackedEncoder, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors of `state` in `dtype`, read one by one; on a CPU the encoder's own where they have its bits."""
     own = dict(packed.named_parameters()) if packed.device.type == "cpu" else {}
 
-    def pick(name: str, tensor: Tensor) -> Tensor:
-        mine, tensor = own.get(name), tensor.to(dtype)
+    def pick(name: str, stored: Tensor | StoredTensor) -> Tensor:
+        mine, tensor = own.get(name), stored[...].to(dtype)
         return tensor if mine is None or mine.dtype != dtype or not torch.equal(mine, tensor) else mine.detach()
 
     return {name: pick(name, tensor) for name, tensor in state.items()}
@@ -213,15 +214,15 @@ def _compare_all(
 
 def _reference_weights(
     packed: PackedEncoder, reference: ReferenceModel, checkpoint: str | Path, revision: str | None
-) -> tuple[dict[str, Tensor], str]:
-    """The reference's tensors, and their origin."""
+) -> tuple[Mapping[str, Tensor | StoredTensor], str]:
+    """The reference's tensors, of a file as they are stored, and their origin."""
     names = reference.names(packed)
     dialect = next((other for other in packed.dialects if other.name == packed.dialect), None)
     if dialect is not None and dialect.is_original:
         # The tensors of the file, without nopad's conversion.
         families = {packed.family: packed.dialects}
         part = dialect.select(open_tower(checkpoint, families, packed.tower_prefix, revision=revision))
-        state = {name: tensor[...] for name, tensor in dialect.convert(part).tensors.items() if name in names}
+        state = {name: tensor for name, tensor in dialect.convert(part).tensors.items() if name in names}
         return state, f"read from the checkpoint as it is ({dialect.name} names)"
     origin = "seeded random"
     if packed.dialect is not None:
