@@ -42,3 +42,14 @@ def test_threads_switch_quickly_for_a_while():
         during = sys.getswitchinterval()
         raise ValueError
     assert (during, sys.getswitchinterval()) == (pytest.approx(SWITCH_SECONDS), before)
+
+
+def test_the_last_of_several_jobs_ends_quick_switches():
+    before = sys.getswitchinterval()
+    first, second = quick_switches(), quick_switches()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert sys.getswitchinterval() == pytest.approx(SWITCH_SECONDS)
+    second.__exit__(None, None, None)
+    assert sys.getswitchinterval() == before

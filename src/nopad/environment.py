@@ -94,19 +94,37 @@ def cpu_threads(num_threads: int | None) -> Iterator[None]:
 SWITCH_SECONDS = 0.0002
 
 
+class _QuickSwitches:
+    """How many need them, and how long threads waited before."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._number, self._before = 0, 0.0
+
+    def add(self, number: int) -> None:
+        """So many more, or fewer."""
+        with self._lock:
+            if self._number == 0:
+                self._before = sys.getswitchinterval()
+            self._number += number
+            sys.setswitchinterval(SWITCH_SECONDS if self._number else self._before)
+
+
+_quick_switches = _QuickSwitches()
+
+
 @contextmanager
 def quick_switches() -> Iterator[None]:
-    """Let threads that wait for the interpreter's lock have it after 0.2 ms instead of 5; afterwards as before.
+    """Let threads that wait for the interpreter's lock have it after 0.2 ms instead of 5; after the last as before.
 
     The thread that launches a GPU's kernels gives the lock up with every launch, and is not to wait for those that read
     and decode each time.
     """
-    before = sys.getswitchinterval()
+    _quick_switches.add(1)
     try:
-        sys.setswitchinterval(SWITCH_SECONDS)
         yield
     finally:
-        sys.setswitchinterval(before)
+        _quick_switches.add(-1)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
