@@ -36,10 +36,10 @@ def test_compile_warms_up_the_kernels_around_the_layers(encoder, monkeypatch):
 
 
 @torch.no_grad()
-def test_every_encoder_and_capacity_of_a_process_is_compiled(tmp_path, monkeypatch, quick_compile):
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_every_encoder_and_capacity_of_a_process_is_compiled(tmp_path, quick_compile):
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    for number in range(torch._dynamo.config.recompile_limit + 1):
+    for number in range(3):
         sizes = {"hidden_size": 32 + 8 * number, "num_attention_heads": 2, "num_hidden_layers": 1}
         encoder = nopad.load(tiny("siglip2", tmp_path / str(number), **sizes))
         for capacity in (64, 96):

@@ -5,10 +5,11 @@ from itertools import groupby
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_encoders import DISTINCT, GRIDS, patches_of, tiny
+from tiny_encoders import DISTINCT, FAMILIES, GRIDS, patches_of, tiny
 from torch import nn
 
 import nopad
+from nopad.inference.compile import compiles_by_default
 from nopad.inference.fusion import blocked, cpu_linear
 from nopad.inference.fusion.blocked import BlockedLayers, PackedBlock, default_block_rows, order_by_length
 from nopad.inference.fusion.blocked_qkv import new_qkv, store_qkv
@@ -204,6 +205,14 @@ def test_other_dtypes_and_layers_are_left_to_torch(tmp_path):
     assert "on cuda" in reason(encoder, torch.device("cuda"), torch.bfloat16)
     encoder.layers[0].norm1 = nn.Identity()
     assert "only blocks" in reason(encoder, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float8_is_left_to_torch(family, tmp_path):
+    """A job does not compile it by itself on a CPU, which would take a compiler."""
+    encoder = nopad.load(tiny(family, tmp_path), precision="fp8")
+    assert "only blocks" in str(blocked.unsupported_reason(encoder, encoder.device, encoder.dtype))
+    assert not compiles_by_default(encoder, 1 << 20)
 
 
 @pytest.mark.parametrize("lengths", [(5, 3, 5, 3, 5), (2, 2, 2), (1, 2, 3), (3, 0, 3), ()])

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nopad.inference.float8.modules import Float8Linear
 from nopad.inference.fusion.blocked_int8 import Int8Block, can_pack_int8
 from nopad.inference.fusion.blocked_qkv import new_qkv, split_rope, store_qkv
 from nopad.inference.fusion.cpu_linear import CPULinear, linear_class
@@ -48,9 +49,10 @@ def unsupported_reason(encoder: Any, device: torch.device, dtype: torch.dtype) -
 
 
 def can_pack(layers: Iterable[nn.Module]) -> bool:
-    """Whether all layers can run in blocks, in their own dtype or in int8."""
+    """Whether all layers can run in blocks, in their own dtype or in int8; in float8 none can."""
     layers = list(layers)
-    return all(map(can_fold, layers)) or all(map(can_pack_int8, layers))
+    is_float8 = any(isinstance(module, Float8Linear) for layer in layers for module in layer.modules())
+    return (all(map(can_fold, layers)) and not is_float8) or all(map(can_pack_int8, layers))
 
 
 def default_block_rows(linear: type[CPULinear]) -> int:
