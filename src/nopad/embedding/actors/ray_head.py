@@ -127,13 +127,15 @@ def connected(address: str | None, stop: threading.Event) -> Iterator[RayHead]:
     else:
         address = _answering_address(address)
     on_terminate = signal.getsignal(signal.SIGTERM)
-    _init(address, options, stop)
+    ended = threading.Event()
+    _init(address, options, stop, ended)
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own there
         yield RayHead(ray.get_runtime_context().gcs_address)
     finally:
         ray.shutdown()
+        ended.set()
 
 
 def _answering_address(address: str | None) -> str:
@@ -160,26 +162,29 @@ def _answering_address(address: str | None) -> str:
     return address
 
 
-def _init(address: str, options: dict[str, Any], stop: threading.Event) -> None:
+def _init(address: str, options: dict[str, Any], stop: threading.Event, ended: threading.Event) -> None:
     """Connect in a thread of its own: where something else than a head answers, Ray waits without end.
 
-    An instance of this process alone is waited for in any case, so that it can be ended.
+    An instance of this process alone is waited for in any case, so that it can be ended. The system ends its processes
+    with the thread that has started them, which therefore waits until Ray has `ended`.
     """
     import ray
 
     errors: list[BaseException] = []
+    is_done = threading.Event()
 
     def connect() -> None:
         try:
             ray.init(address, **options)
         except BaseException as error:
             errors.append(error)
+        is_done.set()
+        if not errors:
+            ended.wait()
 
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
+    threading.Thread(target=connect, name="nopad-ray", daemon=True).start()
     end = time.monotonic() + CONNECT_SECONDS
-    while thread.is_alive():
-        thread.join(0.2)
+    while not is_done.wait(0.2):
         if stop.is_set() and address != "local":
             raise InterruptedError("stopped")
         if address != "local" and time.monotonic() > end:
