@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from nopad.embedding.inputs import listing_cache
 from nopad.embedding.inputs.decoder import Reader
 from nopad.embedding.inputs.listing import Input
 from nopad.embedding.inputs.media import MediaDecoder
@@ -70,6 +72,13 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]], format: int = ta
 def write_parquet(path: Path, columns: dict, **options) -> Path:
     pq.write_table(pa.table(columns), path, **options)
     return path
+
+
+def wait_until_settled(folder: Path) -> None:
+    """Wait until other processes keep what they list of the files in a folder: younger ones may change unseen."""
+    newest = max(path.stat().st_ctime_ns for path in folder.iterdir())
+    while time.time_ns() - newest <= listing_cache._SETTLED_NS:
+        time.sleep(0.05)
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, function: str, name: str) -> None:

@@ -1,19 +1,18 @@
 """Tars listed by several processes, and by parts."""
 
 import logging
+import re
 import tarfile
 import threading
-import time
 from pathlib import Path
 
 import pytest
-from input_samples import write_parquet
+from input_samples import wait_until_settled, write_parquet
 from jobs import embed, table
 from pictures import write_photos
 
 from nopad.embedding import listing_helpers
 from nopad.embedding.folder import JobFolder
-from nopad.embedding.inputs import listing_cache
 from nopad.embedding.inputs.listing_cache import ListingCache
 from nopad.embedding.inputs.shares import Share
 from nopad.embedding.inputs.sources import list_inputs
@@ -21,30 +20,26 @@ from nopad.embedding.listing_helpers import list_in_shares
 from nopad.embedding.settings import Settings
 
 
-@pytest.fixture
-def tars(tmp_path: Path, monkeypatch) -> Path:
-    """A folder of six tars of two images each, one that is cut short, and a Parquet file."""
+@pytest.fixture(autouse=True)
+def two_processes(monkeypatch) -> None:
+    """Two processes list a few files."""
     monkeypatch.setattr(listing_helpers, "MIN_FILES", 3)
     monkeypatch.setattr(listing_helpers, "num_cores", lambda: 2)
-    folder = tmp_path / "tars"
-    folder.mkdir()
-    photos = write_photos(tmp_path / "photos", 12)
+
+
+@pytest.fixture(scope="module")
+def settled(tmp_path_factory) -> Path:
+    """A folder of six tars of two images each, one that is cut short, and a Parquet file; old enough to be kept."""
+    folder = tmp_path_factory.mktemp("tars")
+    photos = write_photos(tmp_path_factory.mktemp("photos"), 12)
     for number in range(6):
         with tarfile.open(folder / f"{number}.tar", "w") as archive:
             for name in (2 * number, 2 * number + 1):
                 archive.add(photos / f"{name:03}.png", f"{name:03}.png")
     (folder / "cut.tar").write_bytes((folder / "0.tar").read_bytes()[:700])
     write_parquet(folder / "table.parquet", {"image": [(photos / "000.png").read_bytes()] * 3})
+    wait_until_settled(folder)
     return folder
-
-
-@pytest.fixture
-def settled(tars):
-    """Files that are old enough to be kept: other processes know no other age."""
-    newest = max(path.stat().st_ctime_ns for path in tars.iterdir())
-    while time.time_ns() - newest <= listing_cache._SETTLED_NS:
-        time.sleep(0.05)
-    return tars
 
 
 def in_shares(source: Path, out: Path, stop=None, **options) -> None:
@@ -63,7 +58,7 @@ def test_processes_list_for_the_command(settled, tmp_path, read_tars, monkeypatc
     caplog.set_level(logging.INFO, "nopad")
     monkeypatch.setattr(listing_helpers, "_REPORT_SECONDS", 0.0)
     in_shares(settled, tmp_path / "out")
-    assert "listing: 0 of 8 tars and Parquet files so far" in caplog.text
+    assert re.search(r"listing: \d of 8 tars and Parquet files so far", caplog.text)
     assert read_tars == []
     assert JobFolder(tmp_path / "out").listing_cache().num_files == 7
     assert content(settled, tmp_path / "out") == content(settled, None)
