@@ -263,7 +263,7 @@ def test_pipe_is_written_to_and_stays(tmp_path):
     os.mkfifo(pipe)
     reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE, text=True)
     write_align_page(REPORT, pipe)
-    assert reader.communicate(timeout=10)[0] == align_page(REPORT)
+    assert reader.communicate(timeout=60)[0] == align_page(REPORT)
     assert pipe.is_fifo()
     link.symlink_to(page)
     write_align_page(REPORT, link)

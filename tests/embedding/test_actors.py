@@ -209,7 +209,7 @@ def test_actors_end_with_a_command_that_is_killed(job):
 
 
 def assert_ended(processes: list[psutil.Process]) -> None:
-    gone, alive = psutil.wait_procs(processes, timeout=30)
+    gone, alive = psutil.wait_procs(processes, timeout=120)
     assert len(gone) > 1
     assert alive == []
 

@@ -253,7 +253,7 @@ def test_a_driver_that_is_killed_and_begun_again(cluster, add_node, begin, photo
         finally:
             job.kill()
     assert len(actors) == 1
-    assert psutil.wait_procs(actors, timeout=30)[1] == []
+    assert psutil.wait_procs(actors, timeout=_SECONDS)[1] == []
     left = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
     assert len(left) < _SHARDS
     gate.touch()

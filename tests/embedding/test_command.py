@@ -37,7 +37,7 @@ def test_a_job_ends_with_a_summary(photos, tmp_path, capsys, model):
     lines = out.splitlines()
     assert lines[0] == f"{tmp_path}/out: 12 embedded, 0 failed"
     number = r"[\d,]+\.\d"
-    rates = rf"this run: 12 in 0:00:0\d, {number} images/s, [\d,]+ tokens/s, fill 100\.0%"
+    rates = rf"this run: 12 in 0:\d\d:\d\d, {number} images/s, [\d,]+ tokens/s, fill 100\.0%"
     assert re.fullmatch(rates, lines[1])
     busy = r"\d+ decode process(es)? \d+% busy, CPU \d+%, writing \d+%"
     assert re.fullmatch(rf"limited by [a-z, ]+: {busy}", lines[2])

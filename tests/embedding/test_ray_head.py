@@ -19,6 +19,6 @@ def test_the_thread_that_starts_ray_lives_as_long(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", ray)
     with connected("local", threading.Event()):
         assert threads[0].is_alive()
-    threads[0].join(10)
+    threads[0].join(60)
     assert when_shut_down == [True]
     assert not threads[0].is_alive()
