@@ -1,4 +1,4 @@
-"""Images of one size: nopad's packs beside the batch of timm's model, compiled, in one run.
+"""Images of one size: nopad's packs beside the batch of timm's model, compiled and not, in one run.
 
     python benchmarks/one_size.py
 
@@ -41,8 +41,9 @@ def main() -> None:
     runs: dict[str, Callable[[], object]] = dict(each)
     batch = min(options.batch, options.images)
     pixels = torch.randn(options.images, 3, SIDE, SIDE, device=device, dtype=dtype)
-    theirs = torch.compile(timm.create_model(TIMM_MODEL).to(device, dtype).eval().forward_features)
-    runs[f"timm, compiled, batches of {batch}"] = lambda: [theirs(part) for part in pixels.split(batch)]
+    theirs = timm.create_model(TIMM_MODEL).to(device, dtype).eval().forward_features
+    for how, run in {"compiled": torch.compile(theirs), "not compiled": theirs}.items():
+        runs[f"timm, {how}, batches of {batch}"] = lambda run=run: [run(part) for part in pixels.split(batch)]
     side, count = PEAK_GEMMS[options.device]
     runs[f"{count} GEMMs of {side}³"] = gemms(side, count, device, dtype)
     clock = timer(device)

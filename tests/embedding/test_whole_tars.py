@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import tarfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -181,8 +182,9 @@ def test_an_image_that_ends_its_process_is_found_in_its_tar(tars, tmp_path, mode
     assert (summary.rows, summary.failed, summary.missing) == (23, 1, 0)
 
 
-def test_a_tar_is_tried_again_where_it_cannot_be_reached(tars, tmp_path, model, monkeypatch):
-    run(tars, tmp_path / "whole", model)
+@contextmanager
+def second_tar_unreachable(monkeypatch):
+    """Reading 1.tar fails, as of a disk; its size and first bytes are there."""
     real = archives.open_source
 
     def fail(path, *arguments):
@@ -193,6 +195,12 @@ def test_a_tar_is_tried_again_where_it_cannot_be_reached(tars, tmp_path, model, 
     with monkeypatch.context() as patch:
         patch.setattr(archives, "open_source", fail)
         patch.setattr(whole_tars, "is_compressed", lambda path: False)
+        yield
+
+
+def test_a_tar_is_tried_again_where_it_cannot_be_reached(tars, tmp_path, model, monkeypatch):
+    run(tars, tmp_path / "whole", model)
+    with second_tar_unreachable(monkeypatch):
         summary = run(tars, tmp_path / "out", model)
     assert (summary.rows, summary.missing, summary.to_go) == (18, 1, 1)
     (reason,) = summary.unmade.values()
@@ -202,16 +210,7 @@ def test_a_tar_is_tried_again_where_it_cannot_be_reached(tars, tmp_path, model, 
 
 
 def test_unreachable_tars_become_rows_on_request_and_are_made_by_a_retry(tars, tmp_path, model, monkeypatch):
-    real = archives.open_source
-
-    def fail(path, *arguments):
-        if path.endswith(b"1.tar"):
-            raise OSError(5, "Input/output error")
-        return real(path, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(archives, "open_source", fail)
-        patch.setattr(whole_tars, "is_compressed", lambda path: False)
+    with second_tar_unreachable(monkeypatch):
         run(tars, tmp_path / "out", model, unreachable_rows=True)
     assert [*errors(tmp_path / "out")] == ["1.tar"]
     assert errors(tmp_path / "out")["1.tar"].startswith("unreachable: ")

@@ -117,7 +117,7 @@ def test_without_a_gpu(encoder):
 
 
 def test_engines_are_started_once_and_waited_for(monkeypatch):
-    """In a thread, while weights are read; whoever asks meanwhile gets the same answer."""
+    """In a thread, while weights are read; a call meanwhile returns the same."""
     began, answer, calls = threading.Event(), threading.Event(), []
 
     def slow(device):

@@ -2,6 +2,7 @@ import dataclasses
 import io
 import itertools
 import random
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,9 +17,12 @@ from PIL import Image, ImageSequence
 
 import nopad
 from nopad.encoder import PackedEncoder
+from nopad.environment import SWITCH_SECONDS
+from nopad.pipeline import worker as worker_module
 from nopad.pipeline.image_processor import ImageProcessor
 from nopad.pipeline.memory import MemoryReservation
 from nopad.pipeline.pack_runner import EmbeddingResult, PackRunner
+from nopad.pipeline.packer import ENOUGH_CHOICE, BestFitPacker
 from nopad.pipeline.processor import rule_for
 from nopad.pipeline.read_ahead import ReadAhead
 from nopad.pipeline.selection import Selection
@@ -432,3 +436,32 @@ def test_embed_decodes_no_image_that_exceeds_the_memory(encoder, monkeypatch):
     monkeypatch.setattr("nopad.pipeline.memory.available_memory", lambda: 1000)
     with pytest.raises(ImageError, match="memory"):
         encoder.embed([np.zeros((480, 640, 3), np.uint8)], size="native")
+
+
+def test_packs_wait_for_no_more_images_than_give_a_choice(encoder, monkeypatch):
+    made = []
+
+    class Seen(BestFitPacker):
+        def __init__(self, capacity, **options):
+            made.append(options)
+            super().__init__(capacity, **options)
+
+    monkeypatch.setattr(worker_module, "BestFitPacker", Seen)
+    list(Worker(encoder, threads=1).run([[torch.zeros(3, 8, 8, dtype=torch.uint8)]], lambda pixels: pixels))
+    assert [options["enough_choice"] for options in made] == [ENOUGH_CHOICE]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_threads_switch_quickly_beside_a_gpu_alone(encoder, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    before = sys.getswitchinterval()
+    seen = []
+
+    def read(pixels):
+        seen.append(sys.getswitchinterval())
+        return pixels
+
+    list(Worker(encoder.to(device), threads=1).run([[torch.zeros(3, 8, 8, dtype=torch.uint8)]], read))
+    assert seen == [pytest.approx(SWITCH_SECONDS if device == "cuda" else before)]
+    assert sys.getswitchinterval() == before

@@ -125,8 +125,7 @@ class ShardMaker:
 
         Returns:
             Counts and seconds by the names of `Stats`, `write_seconds`, the shard's `rows`, and how many failed ones
-            were `retried`. Of a task that cannot
-            be done now the reason as `unmade`, and no rows.
+            were `retried`. Of a task that cannot be done now the reason as `unmade`, and no rows.
         """
         entry = _Entry(task, Future())
         with self._lock:

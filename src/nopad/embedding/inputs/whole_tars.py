@@ -1,4 +1,4 @@
-"""Tars that are listed as one input each: whoever makes their shard finds the images in them as it reads them."""
+"""Tars that are listed as one input each, and whose images are found while their shard is made."""
 
 from __future__ import annotations
 
