@@ -62,8 +62,8 @@ FAMILIES = (
     "pixio",
 )
 DISTINCT = (
-    *("aimv2", "aimv2 with a head", "siglip2", "clip", "dinov2", "dinov3 gated", "onevision", "moonvit", "pixtral"),
-    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "radio", "pe", "vit"),
+    *("aimv2", "aimv2 with a head", "siglip2", "clip", "dinov2", "dinov3", "dinov3 gated", "onevision", "moonvit"),
+    *("pixtral", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "radio", "pe", "pe lang", "vit"),
 )
 """Those whose forward runs code that no other's does; the rest run the same with other values."""
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2}

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nopad.pipeline.packer import BestFitPacker, best_fit
+from nopad.bench.workloads import mixed
+from nopad.pipeline.packer import ENOUGH_CHOICE, BestFitPacker, best_fit
 
 
 def test_largest_that_fits_joins_the_oldest():
@@ -59,6 +60,13 @@ def test_no_more_items_wait_than_are_enough_to_choose_from(lengths, capacity, ch
         tokens = sum(lengths[item] for item in waiting)
         assert len(waiting) <= choice or tokens / len(waiting) * (len(waiting) - choice) < capacity
     assert waiting == sorted(index for pack in packer.finish() for index in pack)
+
+
+def test_a_few_items_beyond_a_pack_are_enough_choice():
+    """Packs are as full as with a choice among all items of four packs."""
+    lengths = [length for seed in range(8) for length in mixed(256, seed=seed).lengths]
+    few, all_of_four = (len(best_fit(lengths, 4224, enough_choice=number)) for number in (ENOUGH_CHOICE, None))
+    assert few < 1.002 * all_of_four
 
 
 def test_no_more_items_than_there_are_places():
