@@ -4,10 +4,12 @@ import io
 import os
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from multiprocessing import Pipe
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,20 +78,25 @@ def test_processes_keep_jpegs_and_decode_the_rest(encoder):
 def test_a_kept_jpeg_stays_in_its_batch_however_large_it_is_decoded(encoder, monkeypatch):
     """At an eighth of its size it takes little; what is decoded here and exceeds the allowance goes alone."""
     monkeypatch.setattr("nopad.pipeline.memory.MAX_ALLOWANCE_BYTES", 1 << 20)
-    sent: list[str] = []
+    sent: list[int] = []  # files each time
     one, batch = DecodeChannel.prepare, DecodeChannel.prepare_batch
-    monkeypatch.setattr(DecodeChannel, "prepare", lambda *a: sent.append("one") or one(*a))
-    monkeypatch.setattr(DecodeChannel, "prepare_batch", lambda *a: sent.append("batch") or batch(*a))
+
+    def prepare_batch(channel: DecodeChannel, files: Sequence[bytes], *rest: Any) -> Any:
+        sent.append(len(files))
+        return batch(channel, files, *rest)
+
+    monkeypatch.setattr(DecodeChannel, "prepare", lambda *a: sent.append(1) or one(*a))
+    monkeypatch.setattr(DecodeChannel, "prepare_batch", prepare_batch)
     worker = Worker(encoder, threads=1)
     worker.decode = "gpu"
     large = photo(640, 480)
     images = prepare(worker, [large] * 6)
     assert [image.orientation for image in images] == [1] * 6
-    assert "one" not in sent[1:]  # the first may begin before there is another
+    assert sum(sent) == 6  # none again, alone
     sent.clear()
     images = prepare(worker, [photo(640, 480, progressive=True)] * 3 + [large] * 3)
     assert [image.orientation for image in images] == [None] * 3 + [1] * 3
-    assert sent.count("one") >= 3
+    assert sent.count(1) >= 3
 
 
 def test_damage_is_worded_as_on_the_cpu(encoder):
