@@ -33,6 +33,9 @@ MAX_BEAT_SECONDS = 5.0
 
 _READY_SECONDS = 30.0  # a call of `ready` waits; a task may end without it
 
+MAX_LOST_SECONDS = 60.0
+"""An actor to which the connection is lost counts as lost with its machine after this time, unless Ray knows better."""
+
 _LOST_NODE = "because its node has died"
 
 
@@ -57,6 +60,7 @@ class RayEngine:
         self._calls: dict[Any, tuple[int, str]] = {}
         self._tasks: defaultdict[int, deque[Any]] = defaultdict(deque)
         self._next_beat: dict[int, float] = {}
+        self._lost_since: dict[int, float] = {}
         self._aside: list[str] = []
         self._number = 0
 
@@ -132,7 +136,7 @@ class RayEngine:
                 self._next_beat[actor] = now + MAX_BEAT_SECONDS
 
     def _event(self, call: Any) -> Event | None:
-        from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+        from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 
         actor, kind = self._calls.pop(call)
         if kind == "finished":
@@ -142,6 +146,8 @@ class RayEngine:
         except RayTaskError as error:
             cause = error.cause or error
             return Raised(actor, cause if isinstance(cause, Exception) else RuntimeError(str(error)))
+        except ActorUnavailableError as error:
+            return self._lost(actor, _reason(error))
         except RayActorError as error:
             self._forget(actor)
             is_preempted = isinstance(error, ActorDiedError) and error.preempted
@@ -149,16 +155,37 @@ class RayEngine:
         if kind == "placed":
             host, pid, node = value
             return Placed(actor, Place(node, host, pid))
+        if kind == "found":
+            return self._given_up(actor, "the connection to it was lost, and its task with it")
         if kind == "ready":
             if not value and self._tasks[actor]:
                 self._ask_ready(actor)
             return Ready(actor) if value else None
         return {"loaded": Loaded, "finished": Finished, "beat": Beat}[kind](actor, value)
 
+    def _lost(self, actor: int, reason: str) -> Event | None:
+        """What became of an actor to which the connection is lost; `None` where Ray does not know yet.
+
+        Its process or its machine has ended, and Ray's head finds out which of them after this process. Each call
+        returns what is known then.
+        """
+        since = self._lost_since.setdefault(actor, time.monotonic())
+        if time.monotonic() - since >= MAX_LOST_SECONDS:
+            return self._given_up(actor, reason)
+        handle = self._forget(actor)
+        self._actors[actor], self._lost_since[actor] = handle, since
+        self._calls[handle.progress.remote()] = actor, "found"
+        return None
+
+    def _given_up(self, actor: int, reason: str) -> Event:
+        self.kill(actor)
+        return Died(actor, reason, with_node=True)
+
     def _forget(self, actor: int) -> Any:
         self._calls = {call: of for call, of in self._calls.items() if of[0] != actor}
         self._next_beat.pop(actor, None)
         self._tasks.pop(actor, None)
+        self._lost_since.pop(actor, None)
         return self._actors.pop(actor)
 
 
