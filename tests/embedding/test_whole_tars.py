@@ -359,8 +359,31 @@ def test_rows_lead_to_their_images(tars, tmp_path, model, monkeypatch):
     assert read_features(tmp_path / "out").read(7) == image(7)
     write(tars / "1.tar", NAMES)
     changed = read_features(tmp_path / "out")
-    with pytest.raises(ValueError, match="row 1: its tar has other images now"):
+    with pytest.raises(ValueError, match=r"row 1: it has .* bytes, and had .* when it was listed; --update takes it"):
         changed.read(7)
+
+
+@pytest.mark.parametrize("is_kept", [True, False], ids=["kept", "found again"])
+def test_rows_beside_a_tar_that_has_changed_or_is_gone_lead_to_their_images(
+    tars, tmp_path, model, monkeypatch, is_kept
+):
+    monkeypatch.setattr(whole_tars, "IMAGE_BYTES", 1 << 17)  # all are one shard
+    write(tars / "3.tar", ["018", "019"], (("019.png", image(20)),))
+    run(tars, tmp_path / "out", model)
+    assert len(table(tmp_path / "out")) == 1
+    if not is_kept:
+        shutil.rmtree(tmp_path / "out" / ".nopad" / "members")
+    write(tars / "0.tar", NAMES)
+    (tars / "2.tar").unlink()
+    features = read_features(tmp_path / "out")
+    found = [features.read(row) for row in (*range(6, 12), *range(18, 21))]
+    assert found == [image(number) for number in (*range(6, 12), *range(18, 21))]
+    with pytest.raises(
+        ValueError, match="row 1: its tar has other images" if is_kept else "row 1: it has 51,200 bytes"
+    ):
+        features.read(1)
+    with pytest.raises(ValueError, match="cannot be read: No such file or directory"):
+        features.read(13)
 
 
 def test_no_link_is_written_through(tars, tmp_path, model, stop_after):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -15,9 +16,10 @@ from nopad.embedding.inputs.listing import Input, InputList
 from nopad.embedding.inputs.whole_tars import NO_TARS, WholeTars, expanded, is_same
 from nopad.embedding.manifest import jobs_in
 from nopad.embedding.table.paths import TablePath
+from nopad.embedding.table.reader import names
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 
-_NUM_MEMBERS = 16  # shards, of the members of whole tars: each is an open file
+_NUM_SHARDS = 16  # of whole tars: for each a list is open
 
 
 @dataclass(frozen=True)
@@ -38,23 +40,57 @@ class _Inputs:
         self._inputs = inputs
         self._borders = borders
         self._tars = WholeTars.of(inputs) if TARS in record else NO_TARS
-        self._members = lru_cache(_NUM_MEMBERS)(self._of_shard)
+        self._found = lru_cache(_NUM_SHARDS)(self._of_shard)
 
     def of(self, shard: Shard, row: int) -> Input:
         """That of a shard's row."""
         places = self._borders[shard.number]
         if not self._tars.within(places):
             return self._inputs[places[row]]
-        members = self._members(shard.path.name, places.start, places.stop)
-        if row >= len(members):
-            raise ValueError(f"{shard.path}: row {row}: its tar has other images now; --update takes it as it is now")
-        return members[row]
+        return self._found(shard.path, places.start, places.stop).of(row)
 
-    def _of_shard(self, name: str, start: int, stop: int) -> InputList:
+    def _of_shard(self, path: TablePath, start: int, stop: int) -> _Found:
         items = self._inputs[start:stop]
-        if all(is_same(item, INPUT_TIMEOUT_SECONDS) for item in items) and (kept := self._folder.members(name)):
-            return kept
-        return InputList.of(expanded(items, INPUT_TIMEOUT_SECONDS, unreachable_rows=True))
+        if (kept := self._folder.members(path.name)) is None:
+            kept = InputList.of(expanded(items, INPUT_TIMEOUT_SECONDS, unreachable_rows=True))
+        changed = {item.source for item in items if not is_same(item, INPUT_TIMEOUT_SECONDS)}
+        return _Found(path, kept, changed)
+
+
+class _Found:
+    """The images that were found in a shard's whole tars, by the names of its rows: where one of the tars cannot be
+    read or has others now, those of the rest are at other places than their rows.
+
+    Args:
+        path: of the shard's file.
+        members: inputs, in order.
+        changed: tars that are others now.
+    """
+
+    def __init__(self, path: TablePath, members: InputList, changed: Collection[str]) -> None:
+        self._path, self._members = path, members
+        places = {name: place for place, name in enumerate(_numbered((each.source, each.id) for each in members))}
+        rows = [(source, id) for source, id, _ in names(path)]
+        self._sources = [source for source, _ in rows]
+        self._places = [None if name[0] in changed else places.get(name) for name in _numbered(rows)]
+
+    def of(self, row: int) -> Input:
+        """That of a row."""
+        if (place := self._places[row]) is None:
+            raise ValueError(f"{self._path}: row {row}: {self._reason(self._sources[row])}")
+        return self._members[place]
+
+    def _reason(self, source: str) -> str:
+        notes = (item.note for item in self._members if item.source == source and item.kind == "broken")
+        return next(notes, "its tar has other images now; --update takes it as it is now")
+
+
+def _numbered(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str, int]]:
+    """Sources and names, and for each how many were the same before it."""
+    before = Counter[tuple[str, str]]()
+    for pair in pairs:
+        yield *pair, before[pair]
+        before[pair] += 1
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,8 @@ def without_time(item: Input) -> Input:
 
 
 def is_same(item: Input, timeout: float | None) -> bool:
-    """Whether an input is no whole tar, or one of the size that it had when it was listed."""
+    """Whether an input is no whole tar, or one of the size that it had when it was listed; as far as is known, where it
+    cannot be read."""
     from nopad.embedding.inputs.media import file_size  # imports torch, before which actors start
     from nopad.preprocessing.decode import ImageError
     from nopad.preprocessing.files import FileRange
@@ -77,7 +78,7 @@ def is_same(item: Input, timeout: float | None) -> bool:
     try:
         return item.kind != WHOLE_TAR or file_size(FileRange(item.path, timeout=timeout)) == item.size
     except ImageError:
-        return False
+        return True
 
 
 def members(item: Input, timeout: float | None) -> Iterator[Input]:
