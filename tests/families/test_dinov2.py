@@ -18,6 +18,7 @@ from transformers.models.tipsv2.modeling_tipsv2 import Tipsv2VisionModel
 
 import nopad
 from model_factory import vit_dinov2_packing_hf as spec
+from nopad.align.references.dinov2 import DINOv2Reference
 from nopad.align.run import align
 from nopad.families.dinov2 import TIPSv2Packing
 from nopad.families.dinov2_checkpoints import (
@@ -102,6 +103,23 @@ def test_alignment_of_a_meta_file(tmp_path, changes):
     report = align(save_meta(tmp_path / "weights.pth", tiny_original(**changes, **HEADS_OF_64)))
     assert report.passed, [case.failures for case in report.cases]
     assert report.weights == "Meta names, converted by nopad to transformers names"
+
+
+@pytest.mark.parametrize("dialect", [published, in_memory, meta])
+@pytest.mark.parametrize("changes", [{"num_register_tokens": 2}, {**GATED, "num_register_tokens": 2}])
+def test_older_references_get_the_names_of_files(tmp_path, monkeypatch, changes, dialect):
+    """As before transformers 5.18, in which the class has these in memory too."""
+    original, loaded = tiny_original(**changes, **HEADS_OF_64), {}
+
+    def load(self, packed, state, dtype):
+        loaded.update(state)
+        self.num_prefix_tokens = packed.num_prefix_tokens
+        return original
+
+    monkeypatch.setattr(DINOv2Reference, "names", lambda self, packed: {*published(original)})
+    monkeypatch.setattr(DINOv2Reference, "load", load)
+    assert align(save(tmp_path, original, dialect)).passed
+    torch.testing.assert_close(loaded, published(original), rtol=0, atol=0)
 
 
 def test_antialiasing_comes_with_registers(tmp_path):

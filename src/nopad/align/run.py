@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,12 +222,24 @@ def _reference_weights(
         # The tensors of the file, without nopad's conversion.
         families = {packed.family: packed.dialects}
         part = dialect.select(open_tower(checkpoint, families, packed.tower_prefix, revision=revision))
-        state = {name: tensor for name, tensor in dialect.convert(part).tensors.items() if name in names}
+        state = _named_as(names, dialect.convert(part).tensors, packed)
         return state, f"read from the checkpoint as it is ({dialect.name} names)"
     origin = "seeded random"
     if packed.dialect is not None:
         origin = f"{packed.dialect} names, converted by nopad to {packed.original_dialect().name} names"
-    return {name: tensor for name, tensor in packed.state_dict().items() if name in names}, origin
+    return _named_as(names, packed.state_dict(), packed), origin
+
+
+def _named_as(
+    names: Set[str], state: Mapping[str, Tensor | StoredTensor], packed: PackedEncoder
+) -> Mapping[str, Tensor | StoredTensor]:
+    """Those tensors of an encoder that have a reference's names: in memory classes of older transformers have the names
+    of files."""
+    of_files = next((dialect.table for dialect in packed.dialects if dialect.matches(names)), None)
+    if of_files is not None and of_files.renames and not names <= state.keys():
+        renamed = of_files.to_file({name: tensor[...] for name, tensor in state.items()})
+        state = max(state, renamed, key=lambda each: len(names & each.keys()))
+    return {name: tensor for name, tensor in state.items() if name in names}
 
 
 def _compile(packed: PackedEncoder, cases: list[list[Tensor]]) -> None:
