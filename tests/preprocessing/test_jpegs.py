@@ -39,7 +39,10 @@ def decodes(data: bytes) -> bool:
     return True
 
 
-@pytest.mark.parametrize("options", [{"subsampling": n} for n in (0, 1, 2)] + [{"restart_marker_rows": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"subsampling": n} for n in (0, 1, 2)] + [{"restart_marker_rows": 1}, {"quality": 20}, {"comment": b"\xff\xc2"}],
+)
 def test_plain_ones_pass(options):
     checked = check_jpeg(jpeg(make_image(), **options), max_pixels=1 << 20)
     assert isinstance(checked, CheckedJpeg)
@@ -62,6 +65,13 @@ def test_plain_ones_pass(options):
 )
 def test_others_are_left_to_the_cpu(data):
     assert not passes(data)
+
+
+def test_coding_is_that_of_the_frame_alone():
+    """The bytes of a frame's marker may stand in a table, as those of quality 20 do, or in a comment."""
+    extended = jpeg(make_image(), comment=b"\xff\xc0").replace(b"\xff\xc0\x00\x11", b"\xff\xc1\x00\x11")
+    assert decodes(extended)
+    assert not passes(extended)
 
 
 def test_files_that_are_cut_or_damaged_pass_where_they_decode_whole():

@@ -14,23 +14,40 @@ START_OF_SCAN = b"\xff\xda"
 _MAX_STEPS = 1 << 20  # blocks and markers that are looked at, so that tiny ones without number take no time
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # not a stuffed byte, not a restart
 _START_OF_IMAGE, _END_OF_IMAGE, _TEMPORARY = 0xD8, 0xD9, 0x01
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # not C4 and CC, tables of codes, nor C8, reserved
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
 
 def count_scans(data: bytes) -> int:
     """The scans of the first image of a JPEG file, by its markers; where those have no end, their number."""
-    scans = 0
+    scans = steps = 0
+    for marker in _jpeg_markers(data):
+        if marker == _END_OF_IMAGE:
+            break
+        scans += marker == START_OF_SCAN[1]
+        steps += 1
+    return steps if steps == _MAX_STEPS else scans
+
+
+def frame_marker(data: bytes) -> int | None:
+    """The second byte of the marker that begins the frame of a JPEG, which has the coding; `None` without one."""
+    ends = (START_OF_SCAN[1], _END_OF_IMAGE)
+    marker = next((marker for marker in _jpeg_markers(data) if marker in _FRAMES or marker in ends), None)
+    return marker if marker in _FRAMES else None
+
+
+def _jpeg_markers(data: bytes) -> Iterator[int]:
+    """The second bytes of the markers of a JPEG, without those in its segments."""
     position = 0
     for _ in range(_MAX_STEPS):
         match = _JPEG_MARKER.search(data, position)
-        if match is None or match[1][0] == _END_OF_IMAGE:
-            return scans
+        if match is None:
+            return
         marker, position = match[1][0], match.end()
-        scans += marker == START_OF_SCAN[1]
+        yield marker
         if marker not in (_START_OF_IMAGE, _TEMPORARY):
             position += int.from_bytes(data[position : position + 2], "big")
-    return _MAX_STEPS
 
 
 def is_cut_short(data: bytes, format: str | None) -> bool:

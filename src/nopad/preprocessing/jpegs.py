@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from nopad.preprocessing.decode import DAMAGE, UPRIGHT, as_tensor, load_image, orientation
-from nopad.preprocessing.file_structure import MAX_SCANS, START_OF_SCAN
+from nopad.preprocessing.file_structure import MAX_SCANS, START_OF_SCAN, frame_marker
 from nopad.preprocessing.formats import open_image
 
 try:
@@ -23,15 +22,14 @@ except ImportError:
 MAX_DEVICE_PIXELS = 1 << 26
 """Larger JPEGs are decoded on the CPU, so that the memory of the GPU is bounded."""
 
-_FRAME = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf]")  # the marker of a frame: which coding
-_BASELINE = b"\xff\xc0"
+_BASELINE = 0xC0
 _SAMPLINGS = ("420", "422", "444")
 _MIN_FACTOR = 2  # libjpeg-turbo also has eighths between a half and the whole, but they are slow
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedJpeg:
-    """The header of a JPEG, of a file whose data were decoded to the end without a complaint.
+    """The header of a JPEG that a GPU may decode; `check_jpeg` has decoded its data to the end without a complaint.
 
     Attributes:
         width, height: pixels as they are stored.
@@ -69,23 +67,33 @@ def check_jpeg(data: bytes, *, max_pixels: int, min_side: int | None = None) -> 
     """
     if simplejpeg is None or data.count(START_OF_SCAN) > 1:  # scans of single colours, or a second image
         return None
-    frame = _FRAME.search(data)
-    if frame is None or frame[0] != _BASELINE:
+    header = jpeg_header(data, max_pixels=max_pixels)
+    if header is None:
+        return None
+    width, height = header.width, header.height
+    scale = min(min_side or 1, max(width, height)) / max(width, height)
+    min_sides = {"min_width": max(1, int(width * scale)), "min_height": max(1, int(height * scale))}
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "GRAY" if min_side is None else "RGB", strict=True, **min_sides)
+    except DAMAGE:
+        return None
+    return header if min_side is None else replace(header, small=pixels)
+
+
+def jpeg_header(data: bytes, *, max_pixels: int) -> CheckedJpeg | None:
+    """The header of a baseline JPEG in YCbCr that a GPU may decode; its data are not looked at."""
+    if simplejpeg is None or frame_marker(data) != _BASELINE:
         return None
     try:
         header = _header(data, min(max_pixels, MAX_DEVICE_PIXELS))
         if header is None or header.is_progressive:
             return None
-        width, height, turn = header.width, header.height, header.orientation
         *_, colours, sampling = simplejpeg.decode_jpeg_header(data)
-        if colours != "YCbCr" or sampling not in _SAMPLINGS:
-            return None
-        scale = min(min_side or 1, max(width, height)) / max(width, height)
-        min_sides = {"min_width": max(1, int(width * scale)), "min_height": max(1, int(height * scale))}
-        pixels = simplejpeg.decode_jpeg(data, "GRAY" if min_side is None else "RGB", strict=True, **min_sides)
     except DAMAGE:
         return None
-    return CheckedJpeg(width, height, turn, None if min_side is None else pixels)
+    if colours != "YCbCr" or sampling not in _SAMPLINGS:
+        return None
+    return CheckedJpeg(header.width, header.height, header.orientation, None)
 
 
 def scaled_jpeg(
