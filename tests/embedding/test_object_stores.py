@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ from nopad.cli import main
 from nopad.embedding import table_run
 from nopad.embedding.inputs.reaching import UnreachableSourceError
 from nopad.embedding.inputs.sources import list_inputs
-from nopad.storage import objects, remote_file
+from nopad.storage import objects, remote_file, stores
 from nopad.storage.addresses import Address
 from nopad.storage.stores import store_of
 
@@ -171,6 +172,12 @@ def test_an_object_that_is_gone_is_a_row(s3, photos, tmp_path, model):
 # Faults
 
 
+@pytest.fixture
+def impatient(monkeypatch) -> None:
+    """Requests have a second, less than a slow answer takes; decoding has as much time as it needs."""
+    monkeypatch.setattr(stores, "_store", lru_cache(lambda base, _: stores.ObjectStore(base, 1.0)))
+
+
 def test_faults_that_pass_change_nothing(s3, photos, tmp_path, model):
     s3.put_all(photos, "a/")
     embed("s3://photos/a", tmp_path / "whole", model)
@@ -178,11 +185,18 @@ def test_faults_that_pass_change_nothing(s3, photos, tmp_path, model):
     s3.server.fail("001.png", "status 503", 2)
     s3.server.fail("006.png", "status 500", 4)
     s3.server.fail("007.png", "drop", 2)
-    s3.server.fail("011.png", "slow", 1)
-    summary = embed("s3://photos/a", tmp_path / "out", model, input_timeout=1.0)
+    summary = embed("s3://photos/a", tmp_path / "out", model)
     assert (summary.rows, summary.failed, summary.unmade) == (12, 0, {})
     assert table(tmp_path / "out") == table(tmp_path / "whole")
     assert not [fault for fault in s3.server.faults if fault.left]
+
+
+def test_a_request_that_takes_too_long_is_sent_again(s3, photos, tmp_path, model, impatient):
+    s3.put_all(photos, "a/")
+    s3.server.fail("011.png", "slow", 1)
+    summary = embed("s3://photos/a", tmp_path / "out", model)
+    assert (summary.rows, summary.failed, summary.unmade) == (12, 0, {})
+    assert sum("011.png" in line for line in s3.server.requests) >= 3  # it was written, too
 
 
 @pytest.mark.parametrize(
@@ -195,11 +209,13 @@ def test_faults_that_pass_change_nothing(s3, photos, tmp_path, model):
         ("slow", ""),
     ],
 )
-def test_faults_that_stay_fail_the_shard(s3, photos, tmp_path, model, kind, reason):
+def test_faults_that_stay_fail_the_shard(s3, photos, tmp_path, model, request, kind, reason):
+    if kind == "slow":
+        request.getfixturevalue("impatient")
     s3.put_all(photos, "a/")
     embed("s3://photos/a", tmp_path / "whole", model)
     s3.server.fail("006.png", kind)
-    summary = embed("s3://photos/a", tmp_path / "out", model, input_timeout=1.0)
+    summary = embed("s3://photos/a", tmp_path / "out", model)
     assert (summary.rows, summary.failed, summary.to_go) == (7, 0, 5)
     (why,) = summary.unmade.values()
     assert why.startswith("006.png of s3://photos/a: unreachable: s3://photos: ")
