@@ -27,11 +27,13 @@ import nopad
 WORLD, STEPS = 2, 2
 GRIDS = (torch.tensor([[1, 5, 5], [1, 5, 5]]), torch.tensor([[1, 5, 5], [2, 5, 5], [1, 5, 5]]))
 """The pack of each rank: they are not alike."""
-HEADLESS = ("aimv2 with a head", "siglip")
+FAMILIES = (*tiny_encoders.DISTINCT, "dinov2 gated")
+"""Those whose forwards differ, and one whose gates are resumed."""
+HEADLESS = ("aimv2 with a head", "siglip2")
 """Families that are trained by their tokens, too."""
-COMPILED = ("aimv2", "dinov3")
+COMPILED = ("aimv2", "dinov3 gated")
 """Families that are trained compiled, too."""
-RESUMED = ("aimv2", "siglip2", "dinov2 gated", "dinov3")
+RESUMED = ("aimv2", "siglip2", "dinov2 gated", "dinov3 gated")
 """Families that are resumed, too: gates, a head, registers, other names in memory."""
 
 

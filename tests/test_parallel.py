@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from tiny_encoders import FAMILIES, patches_of, tiny
+from tiny_encoders import patches_of, tiny
 
 import nopad
 
@@ -21,7 +21,7 @@ def trained(tmp_path_factory):
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("this torch has no gloo")
     root = tmp_path_factory.mktemp("ranks")
-    folders = [tiny(family, root / family) for family in FAMILIES]
+    folders = [tiny(family, root / family) for family in ranks.FAMILIES]
     for folder in [root / family for family in ranks.RESUMED]:
         encoder = nopad.load(folder)
         optimizer = ranks.adamw(encoder)
@@ -56,7 +56,7 @@ def assert_same_weights(result, weights) -> None:
 
 @pytest.mark.parametrize(
     ("family", "way"),
-    [(family, way) for family in FAMILIES for way in ("by_ddp", "by_fsdp")]
+    [(family, way) for family in ranks.FAMILIES for way in ("by_ddp", "by_fsdp")]
     + [(family, way) for family in ranks.COMPILED for way in ("by_compiled_ddp", "by_compiled_fsdp")],
 )
 def test_two_processes_train_as_one(trained, family, way):
