@@ -7,6 +7,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process that tests start compiles nopad's source again
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test reaches for the network
 os.environ["OMP_NUM_THREADS"] = "1"  # as below, in the processes that tests start: with more a CPU's bits are others
 # torch's cache of compiled code does not tell instruction sets apart: what was compiled for another corrupts memory.
