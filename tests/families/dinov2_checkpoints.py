@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from aimv2_checkpoints import randomize, write
+from renaming import DINOV2_NAMES, since_5_18
 from torch import Tensor
 from transformers.models.dinov2.configuration_dinov2 import Dinov2Config
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
@@ -54,30 +55,9 @@ def tiny_tipsv2(**changes) -> Tipsv2VisionModel:
     return model.eval()
 
 
-NAMES = {
-    "attention.q_proj": "attention.attention.query",
-    "attention.k_proj": "attention.attention.key",
-    "attention.v_proj": "attention.attention.value",
-    "attention.o_proj": "attention.output.dense",
-    "mlp.down_proj": "mlp.weights_out",
-}
-"""Names in memory since transformers 5.18, and those of files, which older ones have in memory too."""
-
-
 def in_memory(original) -> dict[str, Tensor]:
     """The names that transformers has in memory since 5.18."""
-    named = {}
-    for name, tensor in original.state_dict().items():
-        for new, old in NAMES.items():
-            name = name.replace(old, new)
-        if "weights_in" in name:
-            named |= {
-                name.replace("weights_in", f"{part}_proj"): half
-                for part, half in zip(("gate", "up"), tensor.chunk(2), strict=True)
-            }
-        else:
-            named[name] = tensor
-    return named
+    return since_5_18(original.state_dict())
 
 
 def published(original) -> dict[str, Tensor]:
@@ -90,7 +70,7 @@ def published(original) -> dict[str, Tensor]:
         if "gate_proj" in name:
             up = state[name.replace("gate_proj", "up_proj")]
             name, tensor = name.replace("gate_proj", "weights_in"), torch.cat((tensor, up))
-        for new, old in NAMES.items():
+        for new, old in DINOV2_NAMES.items():
             name = name.replace(new, old)
         named[name] = tensor
     return named

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from aimv2_checkpoints import randomize, write
-from renaming import joined_qkv, renamed
+from renaming import joined_qkv, renamed, since_5_18
 from torch import Tensor
 from transformers.models.radio.configuration_radio import RadioConfig
 from transformers.models.radio.modeling_radio import RadioModel
@@ -58,7 +58,8 @@ def nvidia(original: RadioModel, *, scales: bool = True) -> dict[str, Tensor]:
         ("input_conditioner.", "radio_model.input_conditioner."),
         ("summary_idxs", "radio_model.summary_idxs"),
     ]
-    state = {name: tensor for name, tensor in original.state_dict().items() if scales or "layer_scale" not in name}
+    state = since_5_18(original.state_dict())
+    state = {name: tensor for name, tensor in state.items() if scales or "layer_scale" not in name}
     return renamed(joined_qkv(state), table)
 
 

@@ -27,3 +27,25 @@ def joined_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not any(f".{part}_proj" in name for part in "kv"):
             joined[name] = tensor
     return joined
+
+
+DINOV2_NAMES = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+    "mlp.down_proj": "mlp.weights_out",
+}
+"""Names in memory since transformers 5.18, and those of files, which older ones have in memory too."""
+
+
+def since_5_18(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of DINOv2 or C-RADIO under the names that transformers has in memory since 5.18."""
+    named = {}
+    for name, tensor in renamed(state, [(old, new) for new, old in DINOV2_NAMES.items()]).items():
+        if "weights_in" in name:
+            halves = zip(("gate", "up"), tensor.chunk(2), strict=True)
+            named |= {name.replace("weights_in", f"{part}_proj"): half for part, half in halves}
+        else:
+            named[name] = tensor
+    return named

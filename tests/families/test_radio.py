@@ -14,11 +14,13 @@ from image_samples import noise
 from originals import assert_parity, max_relative, pixels_of
 from PIL import Image
 from radio_checkpoints import nvidia, nvidia_config, run, save, save_nvidia, tiny_original
+from renaming import DINOV2_NAMES, renamed, since_5_18
 from safetensors.torch import load_file, save_file
 from tiny_encoders import is_batch_invariant
 from torch.nn import functional
 
 import nopad
+from nopad.align.references.radio import RadioReference
 from nopad.align.run import align
 from nopad.families.radio_checkpoints import RadioPackingConfig
 from nopad.preprocessing.transforms import preprocess
@@ -98,6 +100,23 @@ def test_nvidias_files(tmp_path, scales, version):
     assert_parity("radio", encoder, saved)
 
 
+def test_older_references_get_the_names_that_they_have(tmp_path, monkeypatch):
+    """As before transformers 5.18, in which the class has DINOv2's published names."""
+    original, loaded = tiny_original(), {}
+
+    def load(self, packed, state, dtype):
+        loaded.update(state)
+        self.num_prefix_tokens = packed.num_prefix_tokens
+        return original
+
+    expected = renamed(since_5_18(original.state_dict()), [*DINOV2_NAMES.items()])
+    monkeypatch.setattr(RadioReference, "names", lambda self, packed: {*expected})
+    monkeypatch.setattr(RadioReference, "load", load)
+    assert align(save(tmp_path, original)).passed
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
 def test_what_nvidias_files_have_besides_is_left_out(tmp_path):
     original = tiny_original(hidden_size=WIDTH, num_attention_heads=12, num_hidden_layers=1)
     others = ("adaptors.sam.head_mlp.0.weight", "model.reg_token", "inter_feature_normalizer.rotation")
@@ -151,7 +170,7 @@ def test_versions_with_aligned_corners(tmp_path, version):
     assert report.cases[0].name == "1 × 6 patches, batched"  # on which both get the same positions
 
 
-@pytest.mark.parametrize("layout", [dict, nvidia])
+@pytest.mark.parametrize("layout", [since_5_18, nvidia])
 def test_files_without_a_config_have_the_published_heads(tmp_path, layout):
     original = tiny_original(hidden_size=WIDTH, num_attention_heads=12, num_hidden_layers=1, mlp_ratio=4.0)
     write(tmp_path, layout(original if layout is nvidia else original.state_dict()), None)

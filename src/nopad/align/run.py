@@ -18,6 +18,7 @@ from nopad.align.outputs import packed_outputs, reference_output
 from nopad.align.reference_model import ReferenceModel
 from nopad.align.references import reference_of
 from nopad.align.report import AlignReport, CaseResult, WorstImage
+from nopad.checkpoints.dialects import DIALECTS
 from nopad.checkpoints.stored_tensor import StoredTensor
 from nopad.checkpoints.towers import open_tower
 from nopad.counts import check_count, counted
@@ -234,8 +235,9 @@ def _named_as(
     names: Set[str], state: Mapping[str, Tensor | StoredTensor], packed: PackedEncoder
 ) -> Mapping[str, Tensor | StoredTensor]:
     """Those tensors of an encoder that have a reference's names: in memory classes of older transformers have the names
-    of files."""
-    of_files = next((dialect.table for dialect in packed.dialects if dialect.matches(names)), None)
+    of files, C-RADIO's for its layers those of DINOv2's."""
+    dialects = *packed.dialects, *DIALECTS["dinov2"]
+    of_files = next((dialect.table for dialect in dialects if dialect.matches(names)), None)
     if of_files is not None and of_files.renames and not names <= state.keys():
         renamed = of_files.to_file({name: tensor[...] for name, tensor in state.items()})
         state = max(state, renamed, key=lambda each: len(names & each.keys()))
