@@ -84,6 +84,7 @@ def test_no_tar_is_read_to_be_listed(tars, tmp_path, model, read_tars):
     summary = run(tars, tmp_path / "out", model)
     assert (summary.rows, summary.failed, len(table(tmp_path / "out"))) == (24, 0, 4)
     assert run(tars, tmp_path / "out", model).done == 0
+    assert run(tars, tmp_path / "parts", model, part=(0, 2)).rows == 12
     assert read_tars == []
 
 
@@ -106,6 +107,7 @@ def test_rows_are_those_of_listed_members(tars, tmp_path, model, monkeypatch):
     assert len(errors(tmp_path / "out")) == 5
     assert {row["number"] for row in rows(tmp_path / "out")} >= {"7", "22"}
     assert table(tmp_path / "out").keys() != table(tmp_path / "listed").keys()
+    assert not (tmp_path / "listed" / ".nopad" / "members").exists()
 
 
 def test_hidden_members_are_taken_on_request(tmp_path, model):
@@ -287,6 +289,35 @@ def test_rows_of_a_tar_that_has_others_now_are_not_lost_by_a_retry(tars, tmp_pat
     assert table(tmp_path / "out") == before
 
 
+def test_one_of_two_images_of_a_name_is_not_lost_by_a_retry(tars, tmp_path, model):
+    twice = ("006.png", image(7))
+    write(tars / "1.tar", ["006"], (twice, ("x.png", b"no image")))
+    run(tars, tmp_path / "out", model)
+    before, size = table(tmp_path / "out"), (tars / "1.tar").stat().st_size
+    write(tars / "1.tar", ["006"], (("007.txt", image(7)), ("x.png", b"no image")))
+    assert (tars / "1.tar").stat().st_size == size
+    (reason,) = run(tars, tmp_path / "out", model, retry_failed=True).unmade.values()
+    assert "006.png is not there any more" in reason
+    assert table(tmp_path / "out") == before
+
+
+def test_an_update_marks_images_beside_whole_tars(tars, tmp_path, model, monkeypatch):
+    monkeypatch.setattr(whole_tars, "IMAGE_BYTES", 1 << 17)  # all are one shard
+    (folder := tmp_path / "images").mkdir()
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(image(number))
+    sources = [folder, tars]
+    run(sources, tmp_path / "out", model)
+    assert len(table(tmp_path / "out")) == 1
+    (folder / "1.png").unlink()
+    (tars / "2.tar").unlink()
+    for changes in ("0 are new, 0 have changed, 2 are gone", ""):
+        summary = run(sources, tmp_path / "out", model, update=True)
+        assert summary.changes == [f"in the sources {changes}" if changes else "nothing has changed in the sources"]
+        gone = [id for id, status in statuses(tmp_path / "out") if status == "gone"]
+        assert gone == ["1.png", *[f"{name}.png" for name in NAMES[12:18]]]
+
+
 def test_an_update_marks_and_makes_whole_tars(tars, tmp_path, model):
     sources = [tars, tars / "0.tar"]
     run(sources, tmp_path / "out", model)
@@ -300,6 +331,7 @@ def test_an_update_marks_and_makes_whole_tars(tars, tmp_path, model):
     first = [(f"{name}.png", status.get(name, "ok")) for name in [*NAMES, *NAMES[:6]]]
     new = [(f"{name}.png", "ok") for name in ("030", "031", "032")]
     assert sorted(statuses(tmp_path / "out")) == sorted([*first, *new])
+    assert len(table(tmp_path / "out")) == 5 + 2  # each tar is one
     assert len(read_features(tmp_path / "out")) == 21
     again = run(sources, tmp_path / "out", model, update=True)
     assert (again.changes, again.done) == (["nothing has changed in the sources"], 0)
@@ -395,6 +427,14 @@ def test_no_link_is_written_through(tars, tmp_path, model, stop_after):
     assert not any((tmp_path / "elsewhere").iterdir())
 
 
+def test_a_job_goes_on_where_places_cannot_be_kept(tars, tmp_path, model, stop_after):
+    run(tars, tmp_path / "out", model, **stop_after(1))
+    shutil.rmtree(members := tmp_path / "out" / ".nopad" / "members")
+    members.write_text("a file")
+    assert run(tars, tmp_path / "out", model).missing == 0
+    assert read_features(tmp_path / "out").read(7) == image(7)
+
+
 def test_a_plan_samples_the_beginning_of_tars(tars, model):
     planned = plan([str(tars)], Settings(model=str(model)), sample=100)
     assert (planned.inputs, planned.sample, planned.shards, planned.shard_rows) == (24, 24, 4, 6)
@@ -411,6 +451,14 @@ def test_progress_says_what_is_known(tars, tmp_path, model):
     assert (seen[-1].rows, seen[-1].stats.images, seen[-1].tars) == (24, 24, "")
     assert all(each.tars.startswith("4 tars of 0.0") for each in seen if each.rows != 24)
     assert list_inputs([str(tars)], whole_tars=True).describe() == "4 tars of 0.00 GB"
+
+
+def test_progress_counts_rows_of_tars_that_were_made_before(tars, tmp_path, model, stop_after):
+    seen = []
+    stopped = run(tars, tmp_path / "out", model, **stop_after(1))
+    run(tars, tmp_path / "out", model, progress=seen.append)
+    assert {each.rows_before for each in seen} == {stopped.done}
+    assert seen[-1].rows == 24 - stopped.done
 
 
 # In object stores
