@@ -51,7 +51,7 @@ def both_towers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Meta's names of a model with a text tower, whose tensors are below no prefix."""
     text = {"token_embedding.weight": (30, 16), "positional_embedding": (8, 16), "text_projection": (16, 24)}
     text |= {"transformer.resblocks.0.attn.in_proj_weight": (48, 16), "transformer.resblocks.0.ln_1.weight": (16,)}
-    text |= {"ln_final.weight": (16,), "logit_scale": ()}
+    text |= {"ln_final.weight": (16,), "logit_scale": (), "logit_bias": (), "attn_mask": (8, 8)}
     return {**meta(state, "visual."), **{name: torch.ones(shape) for name, shape in text.items()}}
 
 

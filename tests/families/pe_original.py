@@ -7,6 +7,7 @@ one matrix; here they are apart, as in `nopad.PEPacking`.
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
@@ -35,13 +36,14 @@ class PlainPEConfig(PreTrainedConfig):
 
 
 class Mlp(nn.Module):
-    def __init__(self, size, inner):
+    def __init__(self, config, inner):
         super().__init__()
-        self.c_fc = nn.Linear(size, inner)
-        self.c_proj = nn.Linear(inner, size)
+        self.c_fc = nn.Linear(config.hidden_size, inner)
+        self.activation = ACT2FN[config.hidden_act]
+        self.c_proj = nn.Linear(inner, config.hidden_size)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x)))
+        return self.c_proj(self.activation(self.c_fc(x)))
 
 
 class Attention(nn.Module):
@@ -93,7 +95,7 @@ class Layer(nn.Module):
         self.ln_2 = nn.LayerNorm(size, eps=eps)
         self.ls_1 = LayerScale(size) if config.use_layer_scale else None
         self.ls_2 = LayerScale(size) if config.use_layer_scale else None
-        self.mlp = Mlp(size, config.intermediate_size)
+        self.mlp = Mlp(config, config.intermediate_size)
 
     def forward(self, x, rotations):
         branch = self.attn(self.ln_1(x), rotations)
@@ -109,7 +111,7 @@ class Pooling(nn.Module):
         self.probe = nn.Parameter(torch.zeros(1, 1, size))
         self.attn = nn.MultiheadAttention(size, config.num_pooling_heads, batch_first=True)
         self.layernorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        self.mlp = Mlp(size, 4 * size)
+        self.mlp = Mlp(config, 4 * size)
 
     def forward(self, x):
         mixed, _ = self.attn(self.probe.expand(len(x), -1, -1), x, x)

@@ -1,6 +1,8 @@
 """Perception Encoder: Meta's own outputs, its layouts, what it refuses, and its preprocessing."""
 
+import dataclasses
 import json
+import re
 import shutil
 
 import pe_checkpoints
@@ -8,12 +10,15 @@ import pytest
 import torch
 from aimv2_checkpoints import write
 from originals import assert_parity
+from own_parameters import stored
 from pe_checkpoints import KINDS, both_towers, meta, tiny_original
 from safetensors.torch import load_file, save_file
+from tiny_encoders import on_meta
 
 import nopad
 from nopad.align.references.pe import PEReference, timm_architecture, timm_arguments
 from nopad.align.run import align
+from nopad.checkpoints.dialects.pe import TIMM
 from nopad.families.pe_checkpoints import PUBLISHED, PEPackingConfig
 from nopad.preprocessing.rules import Preprocessing
 from nopad.published import published_models
@@ -49,6 +54,7 @@ def test_goldens_of_metas_own_model(copy, goldens, case, order):
     encoder = nopad.load(copy(case))
     assert (encoder.family, encoder.dialect) == ("pe", "Meta, both towers" if case == "pe-core" else "Meta")
     assert (encoder.config.image_size, encoder.config.hidden_act) == (20, "gelu")
+    assert (encoder.config.layer_norm_eps, encoder.config.num_pooling_heads) == (1e-5, 8)  # no tensor has them
     images = load_file(goldens / case / "inputs.safetensors")
     expected = load_file(goldens / case / "expected.safetensors")
     numbers = [*range(len(images))][::order]
@@ -99,6 +105,7 @@ VARIANTS = [
     *KINDS.items(),
     ("pe", {"use_class_token": False, "rope_offset": 0}),
     ("pe", {"projection_dim": 24}),
+    ("pe", {"rope_offset": 3}),
     ("pe lang", {"use_class_token": True, "rope_offset": 1}),
     ("pe", {"hidden_size": 48, "num_attention_heads": 2, "num_pooling_heads": 3, "patch_size": 7, "image_size": 42}),
     ("pe", {"num_channels": 3, "rope_theta": 50.0, "layer_norm_eps": 1e-3, "image_size": 4}),
@@ -135,6 +142,20 @@ def test_every_tensor_of_both_towers_is_needed(tmp_path):
             nopad.load(write(tmp_path, rest, original.config.to_dict()))
     with pytest.raises(ValueError, match=r"1 unexpected: visual\.surprise"):
         nopad.load(write(tmp_path, {**state, "visual.surprise": torch.zeros(1)}, original.config.to_dict()))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_tensor_of_metas_file_is_needed_without_a_config(goldens, tmp_path, monkeypatch, case):
+    """But for the projection, which not every model has."""
+    monkeypatch.setattr("nopad.families.pe_checkpoints._SIZES", {"tiny": (32, 4)})
+    state = torch.load(goldens / case / f"{case}.pt", weights_only=True)
+    prefix = "visual." if case == "pe-core" else ""
+    for name in state:
+        if not name.startswith(prefix) or name == f"{prefix}proj":
+            continue
+        torch.save({other: tensor for other, tensor in state.items() if other != name}, tmp_path / "model.pt")
+        with pytest.raises(ValueError, match=re.escape(name.removeprefix(prefix).rsplit(".", 1)[0])):
+            nopad.load(tmp_path / "model.pt")
 
 
 def test_a_saved_encoder_has_metas_names_whatever_it_was_read_from(goldens, tmp_path, copy):
@@ -185,6 +206,31 @@ def test_what_timms_config_may_not_say(goldens, tmp_path, changes, message):
     config["model_args"] |= changes
     with pytest.raises(ValueError, match=message):
         nopad.load(write(tmp_path, load_file(case / "model.safetensors"), config))
+
+
+def test_defaults_of_timm_may_be_written_out(goldens, tmp_path):
+    case = goldens / "timm-pe-core"
+    state, config = load_file(case / "model.safetensors"), json.loads((case / "config.json").read_text())
+    config["model_args"] |= {
+        **dict.fromkeys(("no_embed_class", "qk_norm", "scale_mlp", "scale_attn_inner", "use_post_norm"), False),
+        **dict.fromkeys(("dynamic_img_pad", "use_fc_norm", "attn_only_layer_scale", "rope_rotate_half"), False),
+        **dict.fromkeys(("use_pre_transformer_norm", "use_abs_pos_emb", "use_rot_pos_emb", "qkv_fused"), True),
+        **{"attn_type": "rope", "rope_type": "cat", "rope_grid_indexing": "xy", "attn_pool_mlp_ratio": 4.0},
+        "drop_path_rate": 0.0,
+    }
+    assert architecture(nopad.load(write(tmp_path, state, config))) == architecture(nopad.load(case))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_timms_file_of_a_published_model_has_its_config(name):
+    with on_meta():
+        state = nopad.PEPacking(nopad.PEPacking.published_config(name)).state_dict()
+    state = {tensor: value for tensor, value in state.items() if not tensor.startswith("projection.")}
+    file = dataclasses.replace(stored(state), table=TIMM, config={"architecture": timm_architecture(name)})
+    side = PUBLISHED[name]["image_size"] // PUBLISHED[name]["patch_size"]
+    of_timm = {"positions_mode": "bicubic", "positions_antialias": True, "rope_grid_side": side}
+    expected = PEPackingConfig(**{**PUBLISHED[name], "projection_dim": None, **of_timm})
+    assert nopad.PEPacking.read_config(file).to_diff_dict() == expected.to_diff_dict()
 
 
 def test_timms_layout_needs_timms_config_and_its_own_architecture(goldens, tmp_path):
@@ -325,6 +371,9 @@ def test_timms_model_of_a_published_name_is_that_of_its_config(name):
     ("changes", "message"),
     [
         ({"num_pooling_heads": 5}, "num_pooling_heads: expected a divisor of hidden_size 32, got 5"),
+        ({"num_pooling_heads": 0}, "num_pooling_heads: expected a divisor of hidden_size 32, got 0"),
+        ({"projection_dim": 0}, "projection_dim: expected an integer ≥ 1, got 0"),
+        ({"rope_offset": True}, "rope_offset: expected a number, got True"),
         ({"num_attention_heads": 16}, "head size: expected a multiple of 4"),
         ({"positions_mode": "nearest"}, "positions_mode: expected 'bicubic' or 'bilinear', got 'nearest'"),
         ({"rope_grid_side": 2.5}, "rope_grid_side"),
@@ -353,10 +402,41 @@ def test_preprocessing_is_a_square_of_the_trained_size():
     assert encoder.pack([torch.zeros(3, 300, 500, dtype=torch.uint8)]).grid_thw.tolist() == [[1, 24, 24]]
 
 
+def test_fresh_weights_are_drawn_as_metas():
+    torch.manual_seed(0)
+    fields = {**tiny_original(use_layer_scale=True).config.to_dict(), "hidden_size": 256, "layerscale_value": 0.25}
+    encoder = nopad.PEPacking(PEPackingConfig(**fields))
+    for parameter in (encoder.embeddings.class_embedding, encoder.embeddings.position_embedding.weight):
+        assert float(parameter.detach().std()) == pytest.approx(256**-0.5, rel=0.2)
+    assert torch.equal(encoder.layers[0].layer_scale1.lambda1, torch.full((256,), 0.25))
+    weight = encoder.layers[0].mlp.up.weight.detach()
+    assert float(weight.std()) == pytest.approx(encoder.config.initializer_range, rel=0.2)
+
+
+PARAMETERS = {
+    "facebook/PE-Core-T16-384": 6_042_240,
+    "facebook/PE-Core-S16-384": 23_586_048,
+    "facebook/PE-Core-B16-224": 92_886_528,
+    "facebook/PE-Core-L14-336": 316_102_656,
+    "facebook/PE-Core-G14-448": 1_880_066_560,
+    "facebook/PE-Lang-L14-448": 291_415_040,
+    "facebook/PE-Lang-L14-448-Tiling": 291_415_040,
+    "facebook/PE-Lang-G14-448": 1_740_922_624,
+    "facebook/PE-Lang-G14-448-Tiling": 1_740_922_624,
+    "facebook/PE-Spatial-T16-512": 5_683_200,
+    "facebook/PE-Spatial-S16-512": 21_983_232,
+    "facebook/PE-Spatial-B16-512": 86_433_792,
+    "facebook/PE-Spatial-L14-448": 303_964_160,
+    "facebook/PE-Spatial-G14-448": 1_851_887_104,
+}
+"""Of timm's models of these names, which have no projection."""
+IMAGE_TEXT_SIZES = {"T": 512, "S": 512, "B": 1024, "L": 1024, "G": 1280}
+
+
 def test_published_models():
-    assert len(PUBLISHED) == 14
-    parameters = {row["name"]: row["parameters"] for row in published_models()}
-    # Meta's README says 0.32 B, 0.09 B and 1.88 B for the vision towers.
-    assert round(parameters["facebook/PE-Core-L14-336"] / 1e9, 2) == 0.32
-    assert round(parameters["facebook/PE-Core-B16-224"] / 1e9, 2) == 0.09
-    assert round(parameters["facebook/PE-Core-G14-448"] / 1e9, 2) == 1.88
+    projections = {
+        name: config["hidden_size"] * IMAGE_TEXT_SIZES[name.split("-")[2][0]] * ("Core" in name)
+        for name, config in PUBLISHED.items()
+    }
+    parameters = {row["name"]: row["parameters"] for row in published_models() if row["name"] in PUBLISHED}
+    assert {name: number - projections[name] for name, number in parameters.items()} == PARAMETERS

@@ -54,6 +54,7 @@ FIELDS = {
         **{"num_cls_tokens": (3, 5), "num_registers": (0, 4), "summary_idxs": ([0], [2, 0, 1])},
     },
     "pe": {
+        **ACTIVATIONS,
         **NORM_EPS,
         "use_class_token": BOTH,
         "use_layer_scale": BOTH,

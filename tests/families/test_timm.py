@@ -211,6 +211,9 @@ def test_arguments_that_nothing_implements_are_refused(copy, case, changes, expe
         ("timm-vit", {}, "layer_norm_eps", 1e-6),
         ("timm-vit", {"act_layer": "quick_gelu"}, "hidden_act", "quick_gelu"),
         ("timm-naflexvit", {"attn_drop_rate": 0.25}, "attention_dropout", 0.25),
+        ("timm-pe-core", {"attn_drop_rate": 0.25}, "attention_dropout", 0.25),
+        ("timm-pe-core", {"rope_temperature": 40.0}, "rope_theta", 40.0),
+        ("timm-pe-core", {"rope_grid_offset": 2.0}, "rope_offset", 2.0),
     ],
 )
 def test_arguments_are_read(copy, case, changes, name, value):

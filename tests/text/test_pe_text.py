@@ -156,13 +156,13 @@ def test_a_width_without_a_known_number_of_heads_is_refused(meta):
 
 def test_published_text_towers(monkeypatch):
     sizes = {name: pe_text.TEXT_RULES.published(name) for name in PUBLISHED if "Core" in name}
-    lengths = {name.split("/")[1]: fields["max_position_embeddings"] for name, fields in sizes.items()}
-    assert lengths == {
-        "PE-Core-T16-384": 32,
-        "PE-Core-S16-384": 32,
-        "PE-Core-B16-224": 32,
-        "PE-Core-L14-336": 32,
-        "PE-Core-G14-448": 72,
+    names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"]
+    assert {name.split("/")[1]: tuple(map(fields.get, names)) for name, fields in sizes.items()} == {
+        "PE-Core-T16-384": (512, 12, 8, 2048, 32),
+        "PE-Core-S16-384": (512, 12, 8, 2048, 32),
+        "PE-Core-B16-224": (1024, 24, 16, 4096, 32),
+        "PE-Core-L14-336": (1024, 24, 16, 4096, 32),
+        "PE-Core-G14-448": (1280, 24, 20, 5120, 72),
     }
     monkeypatch.setattr(pe_text, "_SIZES", {"T": (64, 1, 32)})
     encoder = nopad.load("untrained:facebook/PE-Core-T16-384")
