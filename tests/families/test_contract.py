@@ -43,6 +43,12 @@ WITH_A_REFERENCE = [
     pytest.param(family, marks=[_BY_TIMM] * family.startswith("pe")) for family in FAMILIES if family != "onevision"
 ]
 """Families whose original is part of transformers or timm."""
+_DROPOUT = dict.fromkeys(("dinov2", "dinov2 gated", "vit", "vit_mae", "ijepa", "pixio"), "attention_probs_dropout_prob")
+WITH_DROPOUT = (
+    *("aimv2", "siglip2", "siglip", "clip", "metaclip2", "dinov3", "onevision", "pixtral", "pe", "pe lang"),
+    *_DROPOUT,
+)
+"""Families whose config has a dropout of attention weights."""
 SPARSE = ("aimv2", *TABLES, "onevision", "pixtral")
 """Families that take `patch_positions`."""
 
@@ -144,6 +150,28 @@ def test_gradients_are_the_originals(family, tmp_path, checkpointing):
     if checkpointing:
         encoder.activation_checkpointing_enable()
     assert_gradients(family, encoder, original)
+
+
+@every_family
+def test_norms_have_the_originals_epsilon(encoder, original):
+    """Features of weights far from their init hardly depend on it."""
+    modules, compared = dict(encoder.named_modules()), 0
+    for name, module in original.named_modules():
+        eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+        if eps is not None and name in modules:
+            assert modules[name].eps == eps, name
+            compared += 1
+    assert compared >= len(encoder.layers)
+
+
+@pytest.mark.parametrize("family", WITH_DROPOUT)
+def test_attention_drops_weights_in_training_alone(family, tmp_path):
+    encoder = nopad.load(tiny(family, tmp_path, **{_DROPOUT.get(family, "attention_dropout"): 0.5}))
+    pack = pack_of_grids(encoder, [(1, 5, 5)])
+    expected, tokens = encoder(pack), encoder.train()(pack)
+    assert not torch.allclose(tokens, expected)
+    assert not torch.allclose(tokens, encoder(pack))  # others are dropped each time
+    assert torch.equal(encoder.eval()(pack), expected)
 
 
 @every_family
