@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 import nopad
-from nopad.families.qwen2_vl import MAX_PIXELS, MIN_PIXELS, Qwen2_5_VLPacking
+from nopad.families.qwen2_vl import Qwen2_5_VLPacking
 from nopad.inference.fusion.blocked_int8 import onednn_operand
 from nopad.inference.fusion.cpu_linear import linear_class
 
@@ -187,6 +187,10 @@ def test_config_is_optional_for_published_sizes(kind, tmp_path):
     write(tmp_path, tiny_original(kind).state_dict(), None)
     with pytest.raises(ValueError, match=r"num_heads.* are known .* 32 layers of 1280, but it has 3 of 32"):
         nopad.load(tmp_path / "model.safetensors")
+    if kind == "qwen2_5_vl":
+        write(tmp_path, tiny_original(kind).state_dict(), {"num_heads": 4})
+        with pytest.raises(ValueError, match=r"config\.json window_size and fullatt_block_indexes are known"):
+            nopad.load(tmp_path)
 
 
 @torch.no_grad()
@@ -195,6 +199,7 @@ def test_config_of_the_published_files(kind, original, tmp_path, names):
     """With Qwen's own names, and the type of the whole model for the tower."""
     folder = save(tmp_path, original)
     config = json.loads((folder / "config.json").read_text()) | {"model_type": kind, "spatial_patch_size": 4}
+    config |= {"tokens_per_second": 2} if kind == "qwen2_5_vl" else {}
     config = {names.get(name, name): value for name, value in config.items()}
     config.pop(None, None)
     (folder / "config.json").write_text(json.dumps(config))
@@ -208,6 +213,9 @@ def test_config_of_the_published_files(kind, original, tmp_path, names):
         ("qwen2_vl", {"rope_parameters": {"rope_type": "axial", "rope_theta": 0}}, "rope_theta above 0"),
         ("qwen2_5_vl", {"patch_size": [4, 8]}, r"patch_size: expected one number or two that are equal, got \[4, 8\]"),
         ("qwen2_vl", {"spatial_merge_size": 0}, "spatial_merge_size: expected an integer ≥ 1, got 0"),
+        ("qwen2_vl", {"temporal_patch_size": 0}, "temporal_patch_size: expected an integer ≥ 1, got 0"),
+        ("qwen2_5_vl", {"out_hidden_size": 0}, "out_hidden_size: expected an integer ≥ 1, got 0"),
+        ("qwen2_vl", {"embed_dim": 0}, "embed_dim: expected an integer ≥ 1, got 0"),
         ("qwen2_vl", {"mlp_ratio": 0}, "mlp_ratio: expected an integer ≥ 1, got 0"),
         ("qwen2_vl", {"embed_dim": 48}, "embed_dim: got 48|misshapen: "),
         (
@@ -244,8 +252,8 @@ def test_strict_positions_are_refused(encoder, tmp_path):
 
 PROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",
-    "min_pixels": MIN_PIXELS,
-    "max_pixels": MAX_PIXELS,
+    "min_pixels": 3_136,
+    "max_pixels": 12_845_056,
     "patch_size": 14,
     "temporal_patch_size": 2,
     "merge_size": 2,
@@ -287,7 +295,7 @@ def test_pixels_are_those_of_the_processor(published, changes):
 
 def test_preprocessing_without_a_config_is_the_published_one(published):
     expected = nopad.load(published).preprocessing
-    assert (expected.size, expected.multiple_of) == ((MIN_PIXELS, MAX_PIXELS), 2)
+    assert expected.multiple_of == 2
     (published / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     assert nopad.load(published).preprocessing == expected == nopad.processor(published).rule
 
@@ -316,6 +324,11 @@ def test_published_models():
             encoder = cls(nopad.Qwen2VLPacking.published_config(smallest))
             original = CLASSES[kind](CLASSES[kind].config_class(**without_packing(encoder.config)))
         assert encoder.num_parameters() == original.num_parameters()
+        default = CLASSES[kind].config_class()
+        assert (encoder.config.hidden_act, encoder.config.num_heads) == (default.hidden_act, default.num_heads)
+        if kind == "qwen2_5_vl":
+            windows = encoder.config.window_size, [*encoder.config.fullatt_block_indexes]
+            assert windows == (default.window_size, [*default.fullatt_block_indexes])
         assert [layer.attention.windowed for layer in encoder.layers].count(False) == (4, 32)[kind == "qwen2_vl"]
 
 

@@ -16,7 +16,7 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionCon
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 import nopad
-from nopad.families.qwen3_vl import MAX_PIXELS, MIN_PIXELS, Qwen3_5Packing
+from nopad.families.qwen3_vl import Qwen3_5Packing
 from nopad.inference.fusion.cpu_linear import linear_class
 
 KINDS = ("qwen3_vl", "qwen3_5")
@@ -28,7 +28,7 @@ VARIANTS = {
     "three frames in a patch": {"temporal_patch_size": 3},
     "one DeepStack layer": {"deepstack_visual_indexes": [1]},
     "no DeepStack layers": {"deepstack_visual_indexes": []},
-    "a layer that there is not": {"deepstack_visual_indexes": [1, 7]},
+    "layers that there are not": {"deepstack_visual_indexes": [1, 3, 0, 7]},
     "heads of 72": {"hidden_size": 144, "num_heads": 2, "intermediate_size": 96},
     "heads of 64": {"hidden_size": 128, "num_heads": 2, "intermediate_size": 96},
     "exact GELU, one channel": {"hidden_act": "gelu", "in_channels": 3},
@@ -85,7 +85,7 @@ def test_variants_are_the_originals(tmp_path, changes):
     original = tiny_original(**changes)
     encoder = nopad.load(save(tmp_path, original))
     output = assert_same(encoder, original)
-    layers = [layer for layer in changes.get("deepstack_visual_indexes", [0, 2]) if layer < 3]
+    layers = sorted(layer for layer in changes.get("deepstack_visual_indexes", [0, 2]) if layer < 3)
     assert list(encoder.deepstack_layers) == layers
     assert len(output.deepstack_features or ()) == len(layers)
 
@@ -178,7 +178,7 @@ def test_config_is_optional_for_published_widths(kind, tmp_path):
     """But for the DeepStack layers of other numbers of them."""
     sizes = {"hidden_size": 768, "num_heads": 12} if kind == "qwen3_5" else {"hidden_size": 1024, "num_heads": 16}
     layers = {"deepstack_visual_indexes": [5, 11, 17]} if kind == "qwen3_vl" else {}
-    original = tiny_original(kind, **sizes, **layers, depth=1, spatial_merge_size=1)
+    original = tiny_original(kind, **sizes, **layers, depth=1, spatial_merge_size=1, temporal_patch_size=1)
     write(tmp_path, original.state_dict(), None)
     encoder = nopad.load(tmp_path / "model.safetensors")
     assert type(encoder) is (Qwen3_5Packing if kind == "qwen3_5" else nopad.Qwen3VLPacking)
@@ -194,6 +194,10 @@ def test_config_is_optional_for_published_widths(kind, tmp_path):
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters: expected rope_type 'axial'"),
         ({"patch_size": [4, 8]}, r"patch_size: expected one number or two that are equal, got \[4, 8\]"),
         ({"spatial_merge_size": 0}, "spatial_merge_size: expected an integer ≥ 1, got 0"),
+        ({"temporal_patch_size": 0}, "temporal_patch_size: expected an integer ≥ 1, got 0"),
+        ({"out_hidden_size": 0}, "out_hidden_size: expected an integer ≥ 1, got 0"),
+        ({"num_position_embeddings": 0}, "num_position_embeddings: expected an integer ≥ 1, got 0"),
+        ({"deepstack_visual_indexes": [-1]}, r"deepstack_visual_indexes: expected different layers, got \[-1\]"),
         ({"num_position_embeddings": 26}, "misshapen: pos_embed|expected a square number"),
         ({"deepstack_visual_indexes": [1, 1]}, r"deepstack_visual_indexes: expected different layers, got \[1, 1\]"),
         ({"deepstack_visual_indexes": [*range(10**5)]}, r"deepstack_visual_indexes: got 100000, but .* at most 3"),
@@ -218,7 +222,7 @@ def test_strict_positions_are_refused(tmp_path):
 
 PROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessorFast",
-    "size": {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS},
+    "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216},
     "patch_size": 16,
     "temporal_patch_size": 2,
     "merge_size": 2,
@@ -268,6 +272,11 @@ def test_preprocessing_without_a_config_is_the_published_one(published):
     assert nopad.load(published).preprocessing == expected == nopad.processor(published).rule
 
 
+def test_sides_are_multiples_of_the_merged_blocks(tmp_path):
+    encoder = nopad.load(save(tmp_path, tiny_original(spatial_merge_size=3)))
+    assert encoder.pack([noise(300, 451).permute(1, 2, 0).numpy()]).grid_thw[0, 1:].remainder(3).tolist() == [0, 0]
+
+
 def test_what_the_processor_refuses_is_an_error_of_the_image(published):
     encoder = nopad.load(published)
     with pytest.raises(ValueError, match=r"image 0: 2×401 pixels \(height×width\): .*at most 200 times the short one"):
@@ -280,6 +289,7 @@ def test_what_the_processor_refuses_is_an_error_of_the_image(published):
     [
         ({"patch_size": 14}, "patch_size: expected 16 as in config.json, got 14"),
         ({"merge_size": 1}, "merge_size: expected 2 as in config.json, got 1"),
+        ({"temporal_patch_size": 1}, "temporal_patch_size: expected 2 as in config.json, got 1"),
         ({"do_center_crop": True}, "do_center_crop: expected false for Qwen2VLImageProcessor"),
         ({"size": {"height": 224, "width": 224}}, "size: expected pixels for shortest_edge and longest_edge"),
     ],
@@ -300,3 +310,17 @@ def test_published_models():
     mergers = [*encoder.merger.parameters(), *encoder.deepstack_merger_list.parameters()]
     blocks = sum(parameter.numel() for parameter in encoder.parameters()) - sum(p.numel() for p in mergers)
     assert round(blocks / 1e6) == 416  # as timm counts it, without what merges
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-VL-8B-Instruct", "Qwen/Qwen3.5-9B"])
+def test_published_config_is_that_of_transformers_but_for_the_width_of_the_language_model(name):
+    cls = Qwen3_5Packing if "3.5" in name else nopad.Qwen3VLPacking
+    config = cls.published_config(name)
+    default = cls.config_class().to_dict()
+    assert {field for field, value in config.to_dict().items() if listed(value) != listed(default[field])} == {
+        "out_hidden_size"
+    }
+
+
+def listed(value):
+    return list(value) if isinstance(value, tuple) else value
