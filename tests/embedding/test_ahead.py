@@ -33,13 +33,14 @@ def test_items_come_in_their_order(number):
     assert have_ended()
 
 
-def test_an_error_comes_after_the_items_before_it():
+@pytest.mark.parametrize("kind", [LookupError, SystemExit])
+def test_an_error_comes_after_the_items_before_it(kind):
     def items() -> Iterator[int]:
         yield from range(300)
-        raise LookupError("at the end")
+        raise kind("at the end")
 
     taken = []
-    with pytest.raises(LookupError, match="at the end"):
+    with pytest.raises(kind, match="at the end"):
         taken.extend(iter(Ahead(items())))
     assert taken == list(range(300))
 
@@ -51,6 +52,30 @@ def test_few_items_wait_and_none_is_computed_after_the_end():
     ahead.close()
     assert have_ended()
     assert next(computed) < 10_000
+
+
+def test_no_more_items_are_computed_than_may_wait():
+    release, computed = threading.Event(), count(1)
+
+    def items() -> Iterator[int]:
+        while (number := next(computed)) < 1000:
+            yield number
+        release.set()
+
+    ahead = Ahead(items(), batch=2, max_batches=3)
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "nopad-list")
+    assert next(iter(ahead)) == 1
+    assert not release.wait(0.5)
+    ahead.close()
+    assert have_ended()
+    assert next(computed) <= 12  # a batch that was taken, three that wait, one that is handed over, and the next item
+
+
+def test_few_entries_wait_where_none_is_begun(monkeypatch):
+    monkeypatch.setattr("nopad.embedding.inputs.ahead._MAX_WAITING", 5)
+    computed = count()
+    assert next(begun_ahead(iter(lambda: next(computed), 100), lambda entry: False, 3)) == 0
+    assert next(computed) == 5
 
 
 def test_entries_are_begun_ahead():
