@@ -181,18 +181,17 @@ def check_config(config: PEPackingConfig) -> None:
     """Check what `PackedEncoder` does not.
 
     Raises:
-        ValueError: pooling heads that do not fill the width, or a grid, a projection or a number of the first row that
-            describe no model.
+        ValueError: pooling heads that do not fill the width, or a grid or a number of the first row that describe no
+            model.
     """
     if not is_count(config.num_pooling_heads, 1) or config.hidden_size % config.num_pooling_heads:
         raise ValueError(
             f"num_pooling_heads: expected a divisor of hidden_size {config.hidden_size}, got "
             f"{config.num_pooling_heads!r:.80}"
         )
-    for name in ("rope_grid_side", "projection_dim"):
-        value = getattr(config, name)
-        if value is not None and not is_count(value, 1):
-            raise ValueError(f"{name}: expected an integer ≥ 1 or null, got {value!r:.80}")
+    side = config.rope_grid_side
+    if side is not None and not is_count(side, 1):
+        raise ValueError(f"rope_grid_side: expected an integer ≥ 1 or null, got {side!r:.80}")
     if type(config.rope_offset) not in (int, float):
         raise ValueError(f"rope_offset: expected a number, got {config.rope_offset!r:.80}")
 
