@@ -17,6 +17,7 @@ import torch
 import vit_checkpoints
 from onevision_original import PlainConfig, PlainOneVision
 from pe_original import PlainPE
+from renaming import in_memory
 from safetensors.torch import load_file
 from tiny_encoders import pack_of
 from torch import Tensor, nn
@@ -201,7 +202,7 @@ def assert_gradients(family: str, encoder, original, grids=None) -> None:
     loss.backward()
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-3)
-    gradients = {name: parameter.grad for name, parameter in original.named_parameters()}
+    gradients = in_memory(family, {name: parameter.grad for name, parameter in original.named_parameters()})
     ours = {name: parameter.grad for name, parameter in encoder.named_parameters()}
     assert ours.keys() == gradients.keys()
     for name, gradient in gradients.items():

@@ -49,3 +49,8 @@ def since_5_18(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             named[name] = tensor
     return named
+
+
+def in_memory(family: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of a family's original, under the names that transformers has in memory now."""
+    return since_5_18(state) if family.split()[0] in ("dinov2", "tipsv2", "radio") else dict(state)

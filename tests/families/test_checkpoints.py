@@ -12,7 +12,7 @@ import pytest
 import torch
 from aimv2_checkpoints import write
 from originals import read_by_original
-from renaming import since_5_18
+from renaming import in_memory
 from safetensors.torch import load_file
 from tiny_encoders import FAMILIES, GRIDS, encoder_class, on_meta, patches_of, tiny
 
@@ -66,13 +66,6 @@ PREFIXES = [
     if (family, dialect.name) in DIALECTS
 ]
 
-
-def in_memory(family, original):
-    """The state dict of an original, under the names that transformers has now."""
-    state = original.state_dict()
-    return since_5_18(state) if family.split()[0] in ("dinov2", "tipsv2", "radio") else state
-
-
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_dialect = pytest.mark.parametrize(("family", "dialect"), DIALECTS)
 every_published = pytest.mark.parametrize("name", PUBLISHED)
@@ -101,7 +94,7 @@ def spoken(made, tmp_path_factory):
     def make(family, dialect):
         (spoken,) = (each for each in encoder_class(family).dialects if each.name == dialect)
         original = made(family)[1]
-        state = spoken.table.to_file(in_memory(family, original))
+        state = spoken.table.to_file(in_memory(family, original.state_dict()))
         return write(root / family / dialect.replace("/", "_"), state, original.config.to_dict())
 
     return make
@@ -136,9 +129,9 @@ def test_dialect_is_loaded_and_saved_as_the_originals(family, dialect, folder, c
     assert (encoder.dialect, encoder.patch_order) == (dialect, patch_order)
     encoder.save_pretrained(saved := tmp_path / "saved")
     assert load_file(saved / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
-    reloaded, again = in_memory(family, read_by_original(family, saved)), nopad.load(saved)
+    reloaded, again = in_memory(family, read_by_original(family, saved).state_dict()), nopad.load(saved)
     assert again.patch_order == patch_order
-    for name, tensor in in_memory(family, original).items():
+    for name, tensor in in_memory(family, original.state_dict()).items():
         assert torch.equal(encoder.state_dict()[name], tensor), name
         assert torch.equal(reloaded[name], tensor), name
         assert torch.equal(again.state_dict()[name], tensor), name
