@@ -107,5 +107,7 @@ def test_random_config_has_the_originals_features_and_gradients(tmp_path, family
 @pytest.mark.parametrize("family", FAMILIES)
 def test_draws_change_the_config(tmp_path, family):
     """A name that the config does not have would be drawn in vain."""
-    written = json.loads((tiny(family, tmp_path / "checkpoint") / "config.json").read_text())
-    assert own_fields(family).keys() <= written.keys()
+    folder = tiny(family, tmp_path / "checkpoint")
+    written = json.loads((folder / "config.json").read_text())
+    read = nopad.load(folder).config.to_dict()  # transformers 5.17 does not write vision_use_head
+    assert own_fields(family).keys() <= {*written, *read}
