@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -98,6 +99,13 @@ def test_features_in_a_pack_are_the_originals_one_by_one(family, folder, origina
 def test_unknown_patch_order_is_refused(folder):
     with pytest.raises(ValueError, match=r"patch order.*'whc'"):
         nopad.load(folder, patch_order="whc")
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if not family.startswith(("siglip", "onevision"))])
+def test_patch_size_may_be_two_equal_numbers(folder, encoder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "patch_size": [4, 4]}))
+    assert nopad.load(folder).config.to_dict() == encoder.config.to_dict()
 
 
 @every_family
