@@ -17,9 +17,11 @@ from nopad.embedding.shard_sizes import default_shard_size
     ("inputs", "tokens", "rows"),
     [
         (0, False, (2048, 20_480)),
-        (20_480_000, False, (2048, 20_480)),
-        (20_480_001, False, (4096, 40_960)),
-        (100_000_000, False, (16_384, 131_072)),
+        (4_096_000, False, (2048, 20_480)),  # 2,000 files
+        (4_096_001, False, (4096, 40_960)),
+        (65_536_001, False, (32_768, 131_072)),  # of 128 MiB at 1,024 values
+        (327_680_000, False, (32_768, 131_072)),  # 10,000 files
+        (327_680_001, False, (65_536, 131_072)),
         (5_000_000_000, False, (131_072, 131_072)),
         (5_000_000_000, True, 512),
     ],
@@ -30,6 +32,7 @@ def test_the_default_grows_with_the_number_of_inputs(inputs, tokens, rows):
 
 def test_a_job_that_was_begun_keeps_its_default():
     assert default_shard_size(100_000_000, {"shard_size": "2048"}, tokens=False) == 2048
+    assert default_shard_size(20_000_000, {"shard_size": "2048..20480"}, tokens=False) == (2048, 20_480)
     assert default_shard_size(1, {"shard_size": "16384..131072"}, tokens=False) == (16_384, 131_072)
     for given in ("5", "2048..4096"):  # which has to be given again
         assert default_shard_size(1, {"shard_size": given}, tokens=False) == (2048, 20_480)
@@ -55,6 +58,7 @@ def test_too_many_files_of_units():
 
 @pytest.fixture
 def small(monkeypatch):
+    monkeypatch.setattr(shard_sizes, "ENOUGH_FILES", 3)
     monkeypatch.setattr(shard_sizes, "MAX_FILES", 3)
     monkeypatch.setattr(shard_sizes, "SHARD_SIZE", 2)
 

@@ -22,7 +22,7 @@ from nopad.embedding.settings import Settings
 def _small(monkeypatch):
     monkeypatch.setattr(shard_sizes, "MIN_BYTES", 100)
     monkeypatch.setattr(shard_sizes, "MAX_BYTES", 1000)
-    monkeypatch.setattr(shard_sizes, "MAX_FILES", 8)
+    monkeypatch.setattr(shard_sizes, "ENOUGH_FILES", 8)
 
 
 def units_of(lengths: list[int]) -> np.ndarray:

@@ -115,10 +115,10 @@ def embed(
         embedding_list: `"fixed"`, or `"variable"` for databases that cannot read lists of fixed size.
         shard_size: rows of a shard at most; or two numbers, as (1000, 5000): tars and row groups of Parquet files are
             joined until there are 1000 rows, and one that makes them more than 5000 is divided into shards of at most
-            1000. Unless given it is (2048, 20480), doubled until 10,000 shards are enough or it is 131,072, and 512
-            with tokens, and shards of large images end after 1 to 10 GiB of the sources; a job that was begun keeps
-            its own. If given, all tars are listed by their headers; so they are with `tokens` or `content_hash`, else
-            those of 8 MiB to 2 GiB are one input each.
+            1000. Unless given it is (2048, 20480), doubled until 2,000 shards are enough or it is 32,768, and on
+            until 10,000 are or it is 131,072; 512 with tokens; and shards of large images end after 1 to 10 GiB of the
+            sources. A job that was begun keeps its own. If given, all tars are listed by their headers; so they are
+            with `tokens` or `content_hash`, else those of 8 MiB to 2 GiB are one input each.
         input_timeout: seconds that decoding one input, listing a table, or reading a part of it, may take, in a process
             of its own; `None` is no limit.
         unreachable_rows: an input that cannot be reached, since a disk, mount or server fails again and again, becomes

@@ -53,8 +53,8 @@ class Borders:
         such a unit.
 
         With `sizes` units are joined until there are that many inputs or `shard_sizes.MIN_BYTES`, and what has more
-        than `shard_sizes.MAX_BYTES` is divided as well. Where that makes more than `shard_sizes.MAX_FILES` shards,
-        both are doubled.
+        than `shard_sizes.MAX_BYTES` is divided as well. Where that makes more than `shard_sizes.ENOUGH_FILES` shards,
+        and more than rows alone, both are doubled.
 
         Args:
             units: `(N, 2)`: the first input of each, and the one behind the last; in order.
@@ -65,7 +65,7 @@ class Borders:
         borders = cls(np.fromiter(_Ends(rows, num_inputs, images).of(units), np.int64))
         if sizes is None:
             return borders
-        max_files = max(len(borders), shard_sizes.MAX_FILES)
+        max_files = max(len(borders), shard_sizes.ENOUGH_FILES)
         limits = ((shard_sizes.MIN_BYTES << doubled, shard_sizes.MAX_BYTES << doubled) for doubled in count())
         every = (np.fromiter(_Ends(rows, num_inputs, images, sizes, each).of(units), np.int64) for each in limits)
         return cls(next(ends for ends in every if len(ends) <= max_files))
