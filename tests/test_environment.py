@@ -1,12 +1,14 @@
-"""Starting a GPU ahead of its use, and the threads beside it."""
+"""When the process began, starting a GPU ahead of its use, and the threads beside it."""
 
 import sys
+import time
 from contextlib import suppress
 
+import psutil
 import pytest
 import torch
 
-from nopad.environment import SWITCH_SECONDS, quick_switches, start_cuda
+from nopad.environment import SWITCH_SECONDS, process_start, quick_switches, start_cuda
 
 
 @pytest.mark.parametrize(
@@ -34,6 +36,11 @@ def test_a_gpu_that_does_not_start_raises_where_it_is_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "empty", fail)
     start_cuda().join()  # a thread that ends by an error is an error of the test session
+
+
+def test_the_start_of_the_process_is_that_of_the_system():
+    age = time.time() - psutil.Process().create_time()
+    assert time.perf_counter() - process_start() == pytest.approx(age, abs=1.0)
 
 
 def test_threads_switch_quickly_for_a_while():

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from nopad.command_options import INTERRUPTED, SUCCESS, UNFINISHED, WRONG_USE
 from nopad.embedding import command as embedding_command
 from nopad.embedding import plan_command
 from nopad.embedding.inputs.reaching import UnreachableSourceError
+from nopad.environment import process_start
 from nopad.published import published_models
 from nopad.search import command as search_command
 from nopad.search import export_command
@@ -36,10 +38,12 @@ from nopad.view import command as view_command
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status, one of those of `nopad.command_options`."""
+    start = process_start() if arguments is None else time.perf_counter()
     open_standard_files()
     options, unknown = build_parser().parse_known_args(arguments)
     if unknown:  # argparse itself prints the usage of `nopad`, without the command's options
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.start = start
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
     handler = logging.StreamHandler()
     handler.setFormatter(MessageFormatter("%(name)s: %(message)s"))

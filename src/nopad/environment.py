@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
@@ -130,6 +131,17 @@ def quick_switches() -> Iterator[None]:
 def dtype_name(dtype: torch.dtype) -> str:
     """`"bfloat16"` of `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")
+
+
+def process_start() -> float:
+    """When this process began, before Python and its imports, as `time.perf_counter` counts; now where the system has
+    no `/proc`."""
+    now = time.perf_counter()
+    with suppress(OSError):
+        with open("/proc/self/stat", "rb") as file:
+            ticks = int(file.read().rpartition(b")")[2].split()[19])
+        now -= time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return now
 
 
 def num_cores() -> int:

@@ -1,12 +1,15 @@
 """`nopad plan`."""
 
 import json
+import sys
+import time
 from dataclasses import replace
 
 import pytest
 from jobs import embed
 from pictures import write_photos
 
+from nopad import cli
 from nopad.cli import main
 from nopad.embedding import sampling
 from nopad.embedding.actors.node_samples import NodeSample
@@ -115,6 +118,34 @@ def test_command(photos, model, capsys, tmp_path):
     assert "--out: expected a folder or an address that begins with s3://" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*arguments, "--actors", "2"])
+
+
+def test_the_start_of_a_command_counts(photos, model, capsys, monkeypatch):
+    arguments = ["plan", str(photos), "--model", model, "--device", "cpu", "--sample", "8", "--json"]
+    monkeypatch.setattr(cli, "process_start", lambda: time.perf_counter() - 1e6)
+    assert main(arguments) == 0  # called by a process that has done other things
+    assert json.loads(capsys.readouterr().out)["total_seconds"] < 1e6
+    monkeypatch.setattr(sys, "argv", ["nopad", *arguments])
+    assert main() == 0
+    assert json.loads(capsys.readouterr().out)["total_seconds"] > 1e6
+
+
+def test_the_start_of_decode_processes_counts_once(photos, model, monkeypatch):
+    """By the first of two samples: the second finds them."""
+    monkeypatch.setattr(sampling, "SAMPLE", 8)
+    monkeypatch.setattr(sampling, "MIN_SECONDS", 1e9)
+    samples = []
+
+    def embedded(*arguments):
+        sample = real(*arguments)
+        later = {0: 1e6, 1: 0.0}[len(samples)]
+        samples.append(replace(sample, summary=replace(sample.summary, seconds=sample.summary.seconds + later)))
+        return samples[-1]
+
+    real = sampling._embedded
+    monkeypatch.setattr(sampling, "_embedded", embedded)
+    assert plan([str(photos)], Settings(model=model)).start_seconds > 9e5
+    assert len(samples) == 2
 
 
 PLAN = Plan(

@@ -37,8 +37,8 @@ class Plan:
         inputs, sample: how many there are, and were embedded.
         tars: whole tars in words, where the number of inputs is an estimate.
         failures: of the sample: reasons and how many inputs have each, the most frequent first.
-        listing_seconds, start_seconds: to list the sources, and to load and compile the encoder, start the decode
-            processes and end.
+        listing_seconds, start_seconds: to list the sources, and to start Python (of the command alone), load and
+            compile the encoder, start the decode processes and end.
         seconds: to embed all inputs.
         per_second: images of one encoder, as the whole pipeline goes on this machine.
         encoder_per_second: images that one encoder takes if it never waits; 0 where nothing of the sample was embedded.

@@ -60,13 +60,12 @@ def run(options: argparse.Namespace) -> int:
         **{option.name: getattr(options, option.name) for option in fields(Settings) if option.name not in _OF_A_RUN}
     )
     print_error("nopad plan: listing the sources, then embedding a sample")
-    start = time.perf_counter()
     process_server.start()  # it imports torch while this process does
     import_transformers()
     from nopad.embedding.plan import plan
 
     resolve_device(options.device)
-    imported = time.perf_counter() - start  # which a job does as well
+    imported = time.perf_counter() - options.start  # Python and what it imports, which a job does as well
     planned = plan(options.sources, settings, sample=options.sample, out=options.out, ray=options.ray)
     planned = replace(planned, start_seconds=planned.start_seconds + imported)
     print_summary(json_text(planned.to_dict()) if options.json else describe(planned))

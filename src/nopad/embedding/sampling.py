@@ -48,6 +48,7 @@ class Sample:
         failures: reasons and how many inputs have each, the most frequent first.
         num_bytes: of its table.
         per_second: images, as a long job goes on.
+        start_seconds: until the decode processes ran and the pipeline was full, and to end.
     """
 
     inputs: InputList
@@ -56,11 +57,7 @@ class Sample:
     failures: dict[str, int]
     num_bytes: int
     per_second: float
-
-    @property
-    def start_seconds(self) -> float:
-        """Time until the decode processes ran and the pipeline was full, and to end."""
-        return max(0.0, self.summary.seconds - len(self.inputs) / self.per_second)
+    start_seconds: float
 
 
 def take_sample(listing: Listing, number: int | None, maker: InProcess, settings: Settings, names: list[str]) -> Sample:
@@ -76,9 +73,16 @@ def take_sample(listing: Listing, number: int | None, maker: InProcess, settings
     """
     sample = _embedded(listing, number or SAMPLE, maker, settings, names)
     if number is None and sample.summary.seconds < MIN_SECONDS and len(sample.inputs) < sample.num_images:
-        more = min(_MAX_SAMPLE, round(MIN_SECONDS * sample.per_second))
+        first, more = sample, min(_MAX_SAMPLE, round(MIN_SECONDS * sample.per_second))
         sample = _embedded(listing, max(more, SAMPLE), maker, settings, names)
+        # The processes were there already: only the first has waited for them.
+        start_seconds = _start_seconds(first.summary, sample.per_second)
+        sample = replace(sample, start_seconds=max(sample.start_seconds, start_seconds))
     return sample
+
+
+def _start_seconds(summary: Summary, per_second: float) -> float:
+    return max(0.0, summary.seconds - summary.done / per_second)
 
 
 def sample_places(number: int, sample: int) -> list[int]:
@@ -129,7 +133,9 @@ def _embedded(listing: Listing, number: int, maker: InProcess, settings: Setting
         failures = Counter(error for path in paths for *_, error in failed_rows(path))
         written = sum(path.stat().st_size for path in paths)
         summary = replace(run.summary({}, []), stats=counts.stats.since(before))
-    return Sample(chosen, num_images, summary, dict(failures.most_common()), written, rate(summary, times))
+    per_second = rate(summary, times)
+    start_seconds = _start_seconds(summary, per_second)
+    return Sample(chosen, num_images, summary, dict(failures.most_common()), written, per_second, start_seconds)
 
 
 def rate(summary: Summary, times: Sequence[tuple[float, int]]) -> float:
