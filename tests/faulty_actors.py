@@ -1,5 +1,6 @@
 """Actors that go wrong by the names of pictures in their shards, as hardware, kernels and mounts do."""
 
+import errno
 import os
 import signal
 import time
@@ -8,6 +9,7 @@ from dataclasses import replace
 
 from nopad.embedding.actors.actor import ShardMaker
 from nopad.embedding.actors.node_samples import unreadable
+from nopad.embedding.inputs import archives, reaching
 from nopad.embedding.inputs.listing import Input
 from nopad.embedding.settings import Settings
 from nopad.pipeline.worker import Worker
@@ -28,6 +30,21 @@ class OneByOneMaker(FaultyMaker):
     """Is never ready for a second shard."""
 
     on_ready = property(lambda self: lambda: None, lambda self, value: None)
+
+
+class TarlessMaker(ShardMaker):
+    """Cannot reach tars whose name begins with `lost-`."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        real, reaching.retry.waits = archives.open_source, ()
+
+        def open_source(path, *arguments):
+            if os.path.basename(path).startswith(b"lost-"):
+                raise OSError(errno.EIO, "Input/output error")
+            return real(path, *arguments)
+
+        archives.open_source = open_source
 
 
 def _watch():

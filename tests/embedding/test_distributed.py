@@ -13,16 +13,18 @@ from pathlib import Path
 
 import psutil
 import pytest
-from input_samples import wait_until_settled
-from jobs import table
+from faulty_actors import TarlessMaker
+from input_samples import picture, wait_until_settled, write_tar
+from jobs import errors, table
 from pictures import write_photos
 
 from nopad import embed
-from nopad.embedding import listing_helpers
+from nopad.embedding import distributed, listing_helpers
 from nopad.embedding.actors import ray_head, starting
 from nopad.embedding.actors.engine import LostEngineError
 from nopad.embedding.actors.starting import StartingActors
 from nopad.embedding.folder import JobFolder
+from nopad.embedding.inputs import whole_tars
 from nopad.embedding.settings import Settings
 
 ROWS = 4
@@ -31,18 +33,20 @@ ROWS = 4
 @pytest.fixture(scope="module")
 def ray():
     """Ray on two cores, without network and dashboard; ended before other tests, which would run on it."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
-    ray.init(
-        "local",
-        num_cpus=2,
-        object_store_memory=80 << 20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-    )
-    yield ray
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # of the actors
+        ray = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
+        ray.init(
+            "local",
+            num_cpus=2,
+            object_store_memory=80 << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+        )
+        yield ray
+        ray.shutdown()
 
 
 @pytest.fixture
@@ -85,6 +89,26 @@ def test_shards_are_those_of_one_process_though_an_actor_died(ray, model, tmp_pa
     # Ray's reason may be the process, or its connection, whichever it notices first.
     reason = rf"shard-\d+-of-00007-\w+\.parquet: died: .+ \(process {killer.killed.pop()} on "
     assert re.search(reason, caplog.text)
+
+
+def test_whole_tars_that_could_not_be_reached_are_made_by_a_retry(ray, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(whole_tars, "MIN_BYTES", 1)
+    monkeypatch.setattr(whole_tars, "IMAGE_BYTES", 4)  # each is a shard
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for name in ("0", "1", "lost-2", "lost-3"):
+        write_tar(tars / f"{name}.tar", [(f"{number}.png", picture(number, 30, 40)) for number in range(5)])
+    embed(tars, tmp_path / "local", model=model)
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "ShardMaker", TarlessMaker)
+        summary = embed(tars, tmp_path / "out", model=model, actors=2, unreachable_rows=True)
+    assert (summary.rows, summary.failed, summary.unmade) == (12, 2, {})
+    reasons = errors(tmp_path / "out")
+    assert [*reasons] == ["lost-2.tar", "lost-3.tar"]
+    assert all(reason.startswith("unreachable: ") for reason in reasons.values())
+    summary = embed(tars, tmp_path / "out", model=model, actors=2, retry_failed=True)
+    assert (summary.rows, summary.failed, summary.done, summary.encoders) == (20, 0, 10, 2)
+    assert table(tmp_path / "out") == table(tmp_path / "local")
 
 
 def test_tars_are_listed_on_the_nodes(ray, tmp_path, monkeypatch):
