@@ -1,4 +1,4 @@
-"""Checks of paths: of this machine's file systems, no addresses; regular files, no pipes or devices."""
+"""Paths of this machine's file systems: no addresses; regular files, no pipes or devices; names in any locale."""
 
 from __future__ import annotations
 
@@ -10,6 +10,30 @@ from pathlib import Path
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # pathlib makes one slash of two. A single letter is a drive.
 _ADDRESS_AS_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def utf8(text: str) -> bytes:
+    """A name that a file or a store holds as text, in UTF-8 whatever the locale; a surrogate is the byte that it
+    stands for."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def name_bytes(name: str) -> bytes:
+    """The bytes of a name of the system, or of a text that the locale cannot encode."""
+    try:
+        return os.fsencode(name)
+    except UnicodeEncodeError:
+        return utf8(name)
+
+
+def name_text(name: str) -> str:
+    """A name of the system as text, the same whatever the locale, see `system_name`."""
+    return name_bytes(name).decode("utf-8", "surrogateescape")
+
+
+def system_name(text: str) -> str:
+    """A name that a file holds as text, as Python has the system's names in this locale."""
+    return os.fsdecode(utf8(text))
 
 
 def check_local(name: str, path: str | os.PathLike[str]) -> None:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from nopad.inference_imports import import_for_inference
+from nopad.local_paths import utf8
 
 
 def printable(text: str) -> str:
@@ -147,6 +148,8 @@ def _strict(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_strict(item) for item in value]
     if isinstance(value, str):
+        with suppress(UnicodeEncodeError):
+            value = utf8(value).decode("utf-8", "surrogateescape")  # the same whatever the locale
         return value.encode("utf-8", "backslashreplace").decode()
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

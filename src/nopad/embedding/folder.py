@@ -20,6 +20,7 @@ from nopad.embedding.lock import LostLockError
 from nopad.embedding.table.errors import folder_error
 from nopad.embedding.table.names import METADATA_FOLDER
 from nopad.embedding.table.paths import TablePath, read_json, table_path, write_whole
+from nopad.local_paths import system_name
 from nopad.preprocessing.files import why
 from nopad.published import UNTRAINED
 from nopad.storage.addresses import scheme_of
@@ -62,6 +63,7 @@ class JobFolder:
             there = [record["model"], *json.loads(record["sources"])]
             if not all(isinstance(name, str) for name in there):
                 return model, list(sources)
+            there = [*map(system_name, there)]
         except UnreachableStoreError:
             raise
         except (OSError, ValueError, LookupError, TypeError, RecursionError):  # no job yet, or one that `read` refuses

@@ -33,6 +33,7 @@ from nopad.embedding.table.counts import Manifest
 from nopad.embedding.table.errors import check_place
 from nopad.embedding.updates import begin_update, compare, mark
 from nopad.encoder import PackedEncoder
+from nopad.local_paths import name_text
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class TableRun:
             if maker.encoder is None:
                 return self._summary_without_encoder(listing, lock)
             logger.info(maker.encoder.description)
-            sources_record = {"sources": json.dumps(sources), "inputs": listing.inputs.digest()}
+            sources_record = {"sources": json.dumps([*map(name_text, sources)]), "inputs": listing.inputs.digest()}
             record = {**maker.encoder.record, **sources_record}
             jobs = begin_or_resume(self.folder, lock.check, settings, record, new, manifest)
             changes = self._changes(jobs, record, listing)

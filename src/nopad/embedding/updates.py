@@ -25,6 +25,8 @@ from nopad.embedding.job import FeatureSizes, Job
 from nopad.embedding.table.counts import Manifest
 from nopad.embedding.table.format import CHANGED, GONE, Row
 from nopad.embedding.table.reader import iterate_rows, names, statuses
+from nopad.local_paths import name_text
+from nopad.preprocessing.files import as_text
 
 _ROW = ("job", "shard", "row")
 
@@ -81,7 +83,9 @@ def compare(
             first += len(table)
 
     number = num_parts(len(listed), *(len(job.inputs) for job in jobs))
-    whole = {index for index, job in enumerate(jobs) if {*json.loads(job.record["sources"])} <= {*names}}
+    texts = {*map(name_text, names)}
+    whole = {index for index, job in enumerate(jobs) if {*json.loads(job.record["sources"])} <= texts}
+    names = [*map(as_text, names)]
     new, marks = array("q"), [np.empty((0, 4), np.int64)]
     # All that is listed is read, and `sources` complete, before the first part is compared.
     for now, before in zip(

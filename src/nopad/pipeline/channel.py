@@ -13,6 +13,7 @@ from collections.abc import Generator, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from nopad.local_paths import utf8
 from nopad.pipeline.process_server import Process
 
 _MAX_ANSWER_BYTES = 1 << 20
@@ -166,6 +167,18 @@ def text_in(answer: dict[str, Any], key: str) -> str:
     if not isinstance(text := answer[key], str):
         raise TypeError(f"{key}: expected a text, got {text!r:.80}")
     return valid_text(text)
+
+
+def name_in(answer: dict[str, Any], key: str) -> str:
+    """A file's name in an answer.
+
+    Raises:
+        LookupError, TypeError, ValueError: none, or one of which no bytes can be made.
+    """
+    if not isinstance(name := answer[key], str):
+        raise TypeError(f"{key}: expected a name, got {name!r:.80}")
+    utf8(name)
+    return name
 
 
 def count_in(answer: dict[str, Any], key: str) -> int:

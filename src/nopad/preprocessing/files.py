@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from nopad.local_paths import irregular_kind
+from nopad.local_paths import irregular_kind, name_bytes
 from nopad.preprocessing.limits import MAX_BYTES
 from nopad.preprocessing.open_files import OpenFiles, read_part
 from nopad.storage import objects
@@ -154,7 +154,7 @@ class FileRange:
 
 def as_text(name: str | bytes) -> str:
     """A file name as valid UTF-8, other bytes written `\\xff`."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return (name if isinstance(name, bytes) else name_bytes(name)).decode("utf-8", "backslashreplace")
 
 
 def why(error: BaseException) -> str:

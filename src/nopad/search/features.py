@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from nopad.counts import check_count
+from nopad.embedding.inputs.reaching import name_of
 from nopad.search import clusters, query
 from nopad.search.boxes import grid_boxes
 from nopad.search.duplicates import check_threshold, duplicate_groups
@@ -118,7 +118,7 @@ class Features:
         Raises:
             ValueError: the table's list of inputs is not beside it.
         """
-        return os.fsdecode(self.places.input(self._row(index)).path)
+        return name_of(self.places.input(self._row(index)).path)
 
     def read(self, index: int) -> bytes:
         """The encoded image of a row, wherever it is: a file, a tar, a Parquet file.

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from nopad.embedding.manifest import weights_digest
+from nopad.local_paths import system_name
 from nopad.preprocessing.rules import Preprocessing
 from nopad.preprocessing.size import parse_size
 from nopad.search.exact import default_device, top_k
@@ -174,7 +175,7 @@ def load_encoder(metadata: Mapping[str, str], *, model: str | None = None, prefi
     else:
         options["prefix"] = prefix
     try:
-        encoder = load(model or metadata["model"], precision=precision, **options)
+        encoder = load(model or system_name(metadata["model"]), precision=precision, **options)
     except OSError as error:
         advice = "give the encoder, or on the command line --model, where it is now"
         raise OSError(f"the model that made the table cannot be loaded: {error}; {advice}") from error

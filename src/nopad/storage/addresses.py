@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
 from nopad.extras import install
+from nopad.local_paths import utf8
 
 CLOUDS = ("s3", "gs", "az", "abfs", "abfss")
 WEB = ("https", "http")
@@ -81,7 +82,7 @@ class Address:
 
         Steps in keys (`.`, `..`, empty ones) are taken as in paths.
         """
-        text = os.fsdecode(address)
+        text = (address if isinstance(address, bytes) else utf8(address)).decode("utf-8", "surrogateescape")
         scheme, rest = text.split("://", 1)
         if scheme in WEB:
             parts = urlsplit(text)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from nopad.embedding.inputs.listing import Input
 from nopad.embedding.inputs.names import HIDDEN, as_text, is_in_hidden, suffix_of
 from nopad.embedding.inputs.reaching import location_of, retry, source_errors
+from nopad.local_paths import utf8
 from nopad.preprocessing.files import open_source, read_at, size_of, why
 from nopad.preprocessing.formats import image_suffixes
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
@@ -63,7 +64,7 @@ def tar_inputs(
     """
     location = location_of(path)
 
-    def broken(reason: str, name: str = os.path.basename(path)) -> Input:
+    def broken(reason: str, name: str | bytes = os.path.basename(path)) -> Input:
         return Input(as_text(name), text, "broken", location, note=as_text(reason))
 
     with source_errors(text):
@@ -85,17 +86,18 @@ def tar_inputs(
             if is_picture and not hidden and is_in_hidden(member.name):
                 left_out[HIDDEN] += 1
             elif member.issparse():
-                yield broken("a sparse tar member, which cannot be read in place", member.name)
+                yield broken("a sparse tar member, which cannot be read in place", utf8(member.name))
             elif member.islnk() and is_picture:
                 links = _linked_data(file) if links is None else links
                 if member.offset in links:
-                    yield Input(as_text(member.name), text, "tar", location, *links[member.offset])
+                    yield Input(as_text(utf8(member.name)), text, "tar", location, *links[member.offset])
                 else:
-                    yield broken(f"a hard link to {member.linkname}, which is not in the tar before it", member.name)
+                    reason = f"a hard link to {member.linkname}, which is not in the tar before it"
+                    yield broken(reason, utf8(member.name))
             elif member.isreg() and is_picture:
-                yield Input(as_text(member.name), text, "tar", location, member.offset_data, member.size)
+                yield Input(as_text(utf8(member.name)), text, "tar", location, member.offset_data, member.size)
             else:
-                left_out[as_text(suffix) if member.isreg() else _kind(member)] += 1
+                left_out[as_text(utf8(suffix)) if member.isreg() else _kind(member)] += 1
         if members.damage:
             yield broken(members.damage)
 
@@ -115,7 +117,7 @@ def members_of(path: bytes) -> Iterator[tuple[str, int, int]]:
     with file:
         for member in _Members(file):
             if member.isreg() and not member.issparse():
-                yield as_text(member.name), member.offset_data, member.size
+                yield as_text(utf8(member.name)), member.offset_data, member.size
 
 
 def is_compressed(path: bytes) -> bool:
@@ -151,7 +153,7 @@ class _Members:
         try:
             self._file.seek(0)
             headers = _Headers(self._file)
-            archive = tarfile.open(fileobj=headers, mode="r:")  # noqa: SIM115  # pyright: ignore[reportCallIssue, reportArgumentType]
+            archive = tarfile.open(fileobj=headers, mode="r:", encoding="utf-8")  # noqa: SIM115  # pyright: ignore[reportCallIssue, reportArgumentType]
             while (member := archive.next()) is not None:
                 archive.members.clear()  # else about 1 kB stays for each  # pyright: ignore[reportAttributeAccessIssue]
                 if headers.begin_member():

@@ -13,11 +13,12 @@ from torch import Tensor
 from nopad.embedding.inputs.listing import Input, root_of
 from nopad.embedding.inputs.media import Media, MediaDecoder, Video, fetch
 from nopad.embedding.inputs.names import as_text
-from nopad.embedding.inputs.reaching import retry
+from nopad.embedding.inputs.reaching import name_of, retry
 from nopad.embedding.inputs.spans import span_of
 from nopad.embedding.inputs.spool import Spool
 from nopad.embedding.inputs.table_process import TableImages
 from nopad.embedding.inputs.table_requests import Table
+from nopad.local_paths import utf8
 from nopad.pipeline.memory import Remote, Unread
 from nopad.pipeline.process_server import ProcessServerError
 from nopad.pipeline.request_process import UnreachableFileError, UnreadableError
@@ -85,7 +86,7 @@ class Reader:
             if item.kind == "broken":
                 raise ImageError(item.id, item.note)
             if item.kind == "video":
-                video = Video.of(os.fsdecode(item.path), span_of(item), root_of(item))
+                video = Video.of(name_of(item.path), span_of(item), root_of(item))
                 return Unread(0, lambda: self._spool.local(video)) if scheme_of(item.path) else video
             if item.kind == "image":
                 return self._deferred(FileRange(item.path, root=root_of(item), timeout=self._timeout))
@@ -148,16 +149,16 @@ class Reader:
         folder = item.path if item.kind == "dataset" else os.path.dirname(item.path)
         name = local_path(name)
         if is_address(name) and not scheme_of(name):
-            raise ImageError(item.id, f"its address {as_text(name)} has a scheme that is not read")
+            raise ImageError(item.id, f"its address {as_text(utf8(name))} has a scheme that is not read")
         if scheme_of(name) or (scheme_of(folder) and not os.path.isabs(name)):
-            address = join(os.fsdecode(folder), name)
-            is_outside = not (scheme_of(folder) and is_below(os.fsdecode(folder), address))
-            path = os.fsencode(address)
+            address = join(name_of(folder), name)
+            is_outside = not (scheme_of(folder) and is_below(name_of(folder), address))
+            path = utf8(address)
         else:
-            path = os.path.normpath(os.path.join(folder, os.fsencode(name)))
+            path = os.path.normpath(os.path.join(folder, utf8(name)))
             is_outside = not path.startswith(os.path.join(folder, b"")) or bool(scheme_of(folder))
         if is_outside and not self._allow_outside_paths:
-            reason = f"its path {as_text(name)} leads out of the table's folder; --allow-outside-paths takes it"
+            reason = f"its path {as_text(utf8(name))} leads out of the table's folder; --allow-outside-paths takes it"
             raise ImageError(item.id, reason)
         return path
 

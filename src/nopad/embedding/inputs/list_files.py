@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator
 
 from nopad.embedding.inputs.names import as_text
 from nopad.embedding.inputs.reaching import retry
+from nopad.local_paths import name_bytes
 from nopad.preprocessing.files import open_source, why
 from nopad.preprocessing.reachable import is_unreachable
 from nopad.terminal import printable
@@ -27,7 +27,7 @@ def lines_of(name: str, timeout: float | None) -> Iterator[bytes]:
         OSError: it cannot be reached.
     """
     try:
-        with retry(lambda: open_source(os.fsencode(name), timeout)) as raw, io.BufferedReader(raw) as file:
+        with retry(lambda: open_source(name_bytes(name), timeout)) as raw, io.BufferedReader(raw) as file:
             line = file.readline(MAX_LINE + 1).removeprefix(b"\xef\xbb\xbf")
             while line:
                 yield line

@@ -17,7 +17,7 @@ from nopad.embedding.inputs.list_files import MAX_LINE, lines_of
 from nopad.embedding.inputs.listing import Input, root_of
 from nopad.embedding.inputs.media import Video, check_reachable
 from nopad.embedding.inputs.names import COMPRESSED_TARS, HIDDEN, as_text, check_source, is_list, suffix_of
-from nopad.embedding.inputs.reaching import location_of, retry, unreachable_source
+from nopad.embedding.inputs.reaching import location_of, name_of, retry, unreachable_source
 from nopad.embedding.inputs.remote import below, is_object
 from nopad.embedding.inputs.saved_datasets import is_dataset
 from nopad.embedding.inputs.spans import Spans
@@ -161,7 +161,7 @@ class Lister:
 
     def _parts(self, spans: Spans, item: Input) -> Iterator[Input]:
         """The parts of a video."""
-        path = os.fsdecode(item.path)
+        path = name_of(item.path)
         try:
             if scheme_of(path):
                 video = self.processes.videos.local(Video.of(path))
@@ -241,10 +241,10 @@ class Lister:
                 yield from self._folder(path, f"{entry.path}/")
 
     def _list(self) -> Listed:
-        folder = os.path.dirname(os.fsdecode(location_of(self.name)))
+        folder = os.path.dirname(name_of(location_of(self.name)))
         is_remote = bool(scheme_of(self.name))
         for number, line in enumerate(lines_of(self.name, self.processes.tables.timeout), 1):
-            name = os.fsdecode(line.removesuffix(b"\n").removesuffix(b"\r"))
+            name = name_of(line.removesuffix(b"\n").removesuffix(b"\r"))
             if not name.strip():
                 continue
             if len(line) > MAX_LINE:

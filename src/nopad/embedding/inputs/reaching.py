@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from nopad.local_paths import name_bytes
 from nopad.preprocessing.files import why
 from nopad.preprocessing.reachable import Retries, is_unreachable
 from nopad.storage.addresses import scheme_of
@@ -44,4 +45,9 @@ def unreachable_source(source: str, reason: str, cause: BaseException) -> OSErro
 
 def location_of(name: str) -> bytes:
     """Where a file lies: its absolute path, or its address."""
-    return os.fsencode(name if scheme_of(name) else os.path.abspath(name))
+    return name_bytes(name) if scheme_of(name) else os.fsencode(os.path.abspath(name))
+
+
+def name_of(location: bytes) -> str:
+    """A path as Python has the system's names, or an address as text."""
+    return location.decode("utf-8", "surrogateescape") if scheme_of(location) else os.fsdecode(location)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import fnmatch
-import os
 from collections.abc import Callable, Iterator
 
 from nopad.embedding.inputs.names import is_hidden
 from nopad.embedding.inputs.reaching import retry
 from nopad.embedding.inputs.walk import Hidden, PathEntry
 from nopad.embedding.table.names import METADATA_FOLDER, parse_shard_name
+from nopad.local_paths import utf8
 from nopad.storage.addresses import Address
 from nopad.storage.store import Stored
 from nopad.storage.stores import can_list, store_of
@@ -76,7 +76,7 @@ def match(
                     object_ = None if is_folder else stored
                     matches.add(PathEntry("/".join(steps[:depth]), is_folder, stored=object_))
                 break
-    return sorted(matches, key=lambda entry: os.fsencode(entry.path))
+    return sorted(matches, key=lambda entry: utf8(entry.path))
 
 
 def _stored(address: str, check: Callable[[], None], timeout: float | None) -> dict[str, Stored]:
@@ -94,7 +94,7 @@ def _stored(address: str, check: Callable[[], None], timeout: float | None) -> d
         return found
 
     by_name = {stored.key.removeprefix(prefix): stored for stored in retry(listed) if _is_below(stored.key, prefix)}
-    return {name: by_name[name] for name in sorted(by_name, key=os.fsencode)}
+    return {name: by_name[name] for name in sorted(by_name, key=utf8)}
 
 
 def _is_below(key: str, prefix: str) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nopad.json_files import read_json
+from nopad.local_paths import utf8
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ def saved_splits(folder: bytes) -> list[SavedSplit]:
     if not os.path.isfile(whole):
         return [SavedSplit("", _data_files(folder))]
     names = _plain(read_json(Path(os.fsdecode(whole)))["splits"])
-    return [SavedSplit(name, _data_files(os.path.join(folder, os.fsencode(name)))) for name in names]
+    return [SavedSplit(name, _data_files(os.path.join(folder, utf8(name)))) for name in names]
 
 
 def files_of(folder: bytes, split: str) -> tuple[bytes, ...]:
@@ -53,7 +54,7 @@ def _data_files(folder: bytes) -> tuple[bytes, ...]:
     if state.get("_indices_data_files"):
         raise ValueError("it was saved by an old version of datasets; load and save it again")
     names = _plain([file["filename"] for file in state["_data_files"]])
-    return tuple(os.path.join(folder, os.fsencode(name)) for name in names)
+    return tuple(os.path.join(folder, utf8(name)) for name in names)
 
 
 def _plain(names: list[str]) -> list[str]:

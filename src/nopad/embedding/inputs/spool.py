@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from nopad.embedding.inputs.media import Video, file_size, read_range
+from nopad.local_paths import utf8
 from nopad.preprocessing.decode import UnreachableError
 from nopad.preprocessing.files import FileRange, why
 
@@ -67,7 +68,7 @@ class Spool:
         self._copies.clear()
 
     def _copied(self, address: str) -> Copy:
-        place = FileRange(os.fsencode(address), timeout=self._timeout)
+        place = FileRange(utf8(address), timeout=self._timeout)
         total = file_size(place)
         try:
             descriptor, path = tempfile.mkstemp(prefix="nopad-")

@@ -15,12 +15,12 @@ import pyarrow as pa
 
 from nopad.embedding.inputs.listing import Input
 from nopad.embedding.inputs.names import as_text
-from nopad.embedding.inputs.reaching import retry, unreachable_source
+from nopad.embedding.inputs.reaching import name_of, retry, unreachable_source
 from nopad.embedding.inputs.table_program import TableProgram
 from nopad.embedding.inputs.table_requests import Cells, Listing, Schema, Table, Values
 from nopad.embedding.inputs.tables import MAX_ROWS, Broken, NoImageColumnError, Rows
 from nopad.embedding.inputs.units import UnitEdge
-from nopad.pipeline.channel import checked_count, count_in, text_in, valid_text
+from nopad.pipeline.channel import checked_count, count_in, name_in, text_in, valid_text
 from nopad.pipeline.request_process import (
     LostProcessError,
     RequestProcess,
@@ -146,8 +146,7 @@ class TableProcess(RequestProcess):
             if "null" in answer:
                 return None
             if "path" in answer:
-                os.fsencode(answer["path"])  # a text, of which the system can make bytes
-                return answer["path"]
+                return name_in(answer, "path")
             if "large" in answer:
                 return count_in(answer, "large")
             sizes = answer["sizes"]
@@ -172,7 +171,7 @@ class TableProcess(RequestProcess):
             return table
         self._address = table.path
         try:
-            blocks = self._reached(lambda: objects.blocks_of(os.fsdecode(table.path), self.timeout))
+            blocks = self._reached(lambda: objects.blocks_of(name_of(table.path), self.timeout))
         except OSError as error:
             raise UnreadableError(why(error)) from error
         return replace(table, num_bytes=blocks.size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -168,7 +167,7 @@ def _image(array: pa.Array) -> bytes | str | None:
     if isinstance(value, dict):
         value, path = value.get("bytes"), value.get("path")
     if value is None and path and isinstance(path, str | bytes):
-        return os.fsdecode(os.fsencode(path))
+        return path if isinstance(path, str) else path.decode("utf-8", "surrogateescape")
     if not isinstance(value, bytes | None):
         raise TypeError(f"expected bytes, got {type(value).__name__}")
     return value

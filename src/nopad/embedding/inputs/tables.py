@@ -15,6 +15,7 @@ from nopad.embedding.inputs.arrow_stream import MAX_ROWS, ArrowStream
 from nopad.embedding.inputs.fetched import open_arrow, table_size
 from nopad.embedding.inputs.names import as_text
 from nopad.embedding.inputs.saved_datasets import saved_splits
+from nopad.local_paths import utf8
 from nopad.preprocessing.files import why
 from nopad.preprocessing.reachable import is_unreachable, missing_mount
 from nopad.storage.addresses import scheme_of
@@ -214,7 +215,9 @@ def _parquet_names(path: bytes, schema: pa.Schema, text: str, id_column: str | N
 def _names(column: pa.Array) -> Iterator[str]:
     """Values as text, empty for null and for what is too long to be a name."""
     for value in column.to_pylist():
-        name = "" if value is None else as_text(value) if isinstance(value, str | bytes) else str(value)
+        if isinstance(value, str | bytes):
+            value = as_text(utf8(value) if isinstance(value, str) else value)
+        name = "" if value is None else str(value)
         yield name if len(name) <= MAX_NAME_LENGTH else ""
 
 

@@ -17,7 +17,7 @@ from nopad.embedding.inputs.ahead import Ahead
 from nopad.embedding.inputs.archives import COMPRESSED, CompressedTarError, is_compressed, tar_inputs
 from nopad.embedding.inputs.listing import Input, InputList, root_of
 from nopad.embedding.inputs.names import HIDDEN, as_text
-from nopad.embedding.inputs.reaching import UnreachableSourceError, location_of, retry
+from nopad.embedding.inputs.reaching import UnreachableSourceError, location_of, name_of, retry
 from nopad.preprocessing.limits import INPUT_TIMEOUT_SECONDS
 from nopad.storage import objects
 from nopad.storage.addresses import scheme_of
@@ -110,7 +110,7 @@ def members(item: Input, timeout: float | None) -> Iterator[Input]:
     is_empty = True
     try:
         hidden = item.note == HIDDEN
-        for member in tar_inputs(os.fsdecode(item.path), item.source, left_out, hidden=hidden, timeout=timeout):
+        for member in tar_inputs(name_of(item.path), item.source, left_out, hidden=hidden, timeout=timeout):
             is_empty = False
             yield member
     except CompressedTarError:
