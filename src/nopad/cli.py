@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -69,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # CPython takes an interrupt within an exec of text, as dataclasses have, for unhandled until the next exec, and
         # ends by SIGINT, whatever the exit status.
         exec("")
+        if arguments is None:
+            gc.freeze()  # else Python looks through all of torch once more when it ends, for a second
 
 
 def _check_current_folder() -> None:
