@@ -48,7 +48,7 @@ class TarlessMaker(ShardMaker):
 
 
 def _watch():
-    real = Worker.run
+    real = Worker.run_in_parts
 
     def run(self, groups, read, **options):
         def media(item):
@@ -62,7 +62,7 @@ def _watch():
 
         return real(self, groups, media, **options)
 
-    Worker.run = run
+    Worker.run_in_parts = run
 
 
 def unreadable_where_unmounted(settings: Settings, items: Sequence[Input]) -> dict[str, int]:

@@ -53,15 +53,15 @@ def stop_after(monkeypatch) -> Callable[[int], dict]:
         shards = count(1)
 
         def run(self, *arguments, **options):
-            for results in real(self, *arguments, **options):
-                if next(shards) == number:
+            for part in real(self, *arguments, **options):
+                if part.is_last and next(shards) == number:
                     stop.set()
-                yield results
+                yield part
 
-        monkeypatch.setattr(Worker, "run", run)
+        monkeypatch.setattr(Worker, "run_in_parts", run)
         return {"stop": stop}
 
-    real = Worker.run
+    real = Worker.run_in_parts
     return options
 
 

@@ -88,9 +88,9 @@ def test_folder_that_is_begun_anew_gets_no_shard_of_the_first_job(photos, tmp_pa
     if when == "before it is begun":
         real, place = job.JobFolder.begin, (job.JobFolder, "begin")
     elif when == "before a shard":
-        real, place = job.Job.write, (job.Job, "write")
+        real, place = job.Job.new_shard, (job.Job, "new_shard")
     else:
-        real, place = job.write_shard, (job, "write_shard")
+        real, place = job.ShardWriter.finish, (job.ShardWriter, "finish")
     monkeypatch.setattr(*place, begin_anew)
     with pytest.raises(LostLockError, match=f"{out}: removed or begun anew while this job ran"):
         embed(photos, out, model)

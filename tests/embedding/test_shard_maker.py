@@ -4,8 +4,10 @@ import errno
 from itertools import islice
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
-from jobs import begin, table
+from input_samples import picture
+from jobs import begin, rows, table
 from pictures import write_photos
 
 from nopad import embed
@@ -14,6 +16,7 @@ from nopad.embedding.actors.engine import Task
 from nopad.embedding.job import Job
 from nopad.embedding.lock import FolderLock, LostLockError
 from nopad.embedding.settings import Settings
+from nopad.embedding.table import writer
 
 SHARDS, ROWS = 8, 5
 
@@ -63,13 +66,15 @@ def order(monkeypatch) -> list[str]:
         events.append(f"read {shard}")
         return inputs_of(job, shard, *arguments)
 
-    def write(job, shard, *arguments):
-        events.append(f"written {shard}")
-        written(job, shard, *arguments)
+    def new_shard(job, shard, *arguments):
+        new = real(job, shard, *arguments)
+        finish = new.finish
+        new.finish = lambda: (events.append(f"written {shard}"), finish())
+        return new
 
-    inputs_of, written = Job.of, Job.write
+    inputs_of, real = Job.of, Job.new_shard
     monkeypatch.setattr(Job, "of", of)
-    monkeypatch.setattr(Job, "write", write)
+    monkeypatch.setattr(Job, "new_shard", new_shard)
     return events
 
 
@@ -100,15 +105,15 @@ def test_the_next_shard_is_read_before_the_last_is_made_by_an_actor(images, mode
 
 
 def test_an_actor_whose_shard_cannot_be_written_makes_those_behind_it(images, model, tmp_path, monkeypatch):
-    def write(job, shard, *arguments):
+    def new_shard(job, shard, *arguments):
         if shard == 0:
             raise OSError(errno.ENOSPC, "full")
-        written(job, shard, *arguments)
+        return real(job, shard, *arguments)
 
     settings = Settings(model=str(model), device="cpu", shard_size=ROWS)
     begin(images, tmp_path, settings.model, shard_size=ROWS)
-    written = Job.write
-    monkeypatch.setattr(Job, "write", write)
+    real = Job.new_shard
+    monkeypatch.setattr(Job, "new_shard", new_shard)
     with FolderLock(tmp_path) as lock:
         maker = ShardMaker(ActorConfig(str(tmp_path), settings, settings, SHARDS * ROWS, lock.token))
         maker.load({})
@@ -117,3 +122,50 @@ def test_an_actor_whose_shard_cannot_be_written_makes_those_behind_it(images, mo
             futures[0].result()
         assert [future.result()["rows"] for future in futures[1:]] == [ROWS, ROWS]
     assert len(table(tmp_path)) == 2
+
+
+def test_rows_are_written_before_the_inputs_of_their_shard_are_read(model, tmp_path, monkeypatch):
+    """So memory does not grow with the rows of a shard, of which a tar may have hundreds of thousands."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(200):
+        (photos / f"{number:03}.png").write_bytes(picture(number, width=8, height=8))
+    written, before_last = [], []
+
+    def of(job, shard, *arguments):
+        for item in inputs_of(job, shard, *arguments):
+            before_last[:] = [sum(written)]
+            yield item
+
+    def record_batch(rows, *arguments):
+        written.append(len(rows))
+        return real(rows, *arguments)
+
+    inputs_of, real = Job.of, writer.record_batch
+    monkeypatch.setattr(writer, "_ROWS_PER_GROUP", 4)
+    monkeypatch.setattr(Job, "of", of)
+    monkeypatch.setattr(writer, "record_batch", record_batch)
+    assert embed(photos, tmp_path / "out", model=model, capacity=1, workers=1).rows == 200
+    assert before_last[0] >= 4
+    assert sum(written) == 200
+    (shard,) = (tmp_path / "out").glob("*.parquet")
+    assert pq.read_metadata(shard).num_row_groups == 50
+    assert [row["id"] for row in rows(tmp_path / "out")] == [f"{number:03}.png" for number in range(200)]
+
+
+def test_nothing_is_written_behind_an_error(images, model, tmp_path, monkeypatch):
+    def record_batch(rows, *arguments):
+        written.append(len(rows))
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(rows, *arguments)
+
+    written, real = [], writer.record_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_ROWS_PER_GROUP", 2)
+        patch.setattr(writer, "record_batch", record_batch)
+        with pytest.raises(OSError, match="No space left on device"):
+            embed(images, tmp_path, model=model, shard_size=ROWS, capacity=1)
+    assert written == [2, 2]
+    assert table(tmp_path) == {}
+    assert not [*tmp_path.rglob("*.part")]

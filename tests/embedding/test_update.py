@@ -134,12 +134,12 @@ def test_long_lists_are_compared_in_parts(made, model, monkeypatch):
     monkeypatch.setattr(parts, "PART", 4)
     written = []
 
-    def write(self, shard, *how):
+    def new_shard(self, shard, *how):
         written.append((self.folder.update, shard))
         return real(self, shard, *how)
 
-    real = Job.write
-    monkeypatch.setattr(Job, "write", write)
+    real = Job.new_shard
+    monkeypatch.setattr(Job, "new_shard", new_shard)
     assert update(photos, out, model).changes == changes
     assert files(out) == files(whole)
     assert written == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
@@ -174,9 +174,9 @@ def test_killed_at_any_step_the_same_command_goes_on(made, model, monkeypatch, s
 
     with monkeypatch.context() as patch:
         if step == "make":  # the update is begun and one of its shards written
-            job, real, written = table_run.Job, table_run.Job.write, []
+            job, real, written = table_run.Job, table_run.Job.new_shard, []
             once = lambda self, *a: killed() if self.folder.update and written else written.append(1) or real(self, *a)  # noqa: E731
-            patch.setattr(job, "write", once)
+            patch.setattr(job, "new_shard", once)
         else:
             patch.setattr(table_run, step, killed)
         with pytest.raises(KeyboardInterrupt):

@@ -207,6 +207,7 @@ def test_a_tar_is_tried_again_where_it_cannot_be_reached(tars, tmp_path, model, 
     assert (summary.rows, summary.missing, summary.to_go) == (18, 1, 1)
     (reason,) = summary.unmade.values()
     assert "1.tar: cannot be reached now: Input/output error" in reason
+    assert not [*(tmp_path / "out").rglob("*.part")]
     run(tars, tmp_path / "out", model)
     assert table(tmp_path / "out") == table(tmp_path / "whole")
 

@@ -7,13 +7,12 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
 
 from nopad.embedding.borders import Borders, regular_borders
-from nopad.embedding.inputs.listing import Input, InputList
+from nopad.embedding.inputs.listing import InputList
 from nopad.embedding.inputs.listing_cache import ListingCache
 from nopad.embedding.inputs.reaching import UnreachableSourceError
 from nopad.embedding.lock import LostLockError
@@ -186,19 +185,21 @@ class JobFolder:
             raise ValueError(f"{self.metadata}: inputs.parquet is not the list that job.json was begun with; {advice}")
         return record, inputs, borders
 
-    def keep_members(self, shard: str, items: Iterable[Input], check_lock: Callable[[], None]) -> None:
-        """Keep the inputs that were found in a shard's whole tars; without them, headers of tars are read again.
+    def keep_members(self, shard: str, members: InputList, check_lock: Callable[[], None]) -> None:
+        """Keep the inputs that were found in a shard's whole tars.
 
         Args:
             shard: the name of its file.
+
+        Raises:
+            OSError: they cannot be written.
         """
         path = self._members(shard)
-        with suppress(OSError):
-            if isinstance(path, Path):
-                path.parent.mkdir(exist_ok=True)
-                if path.parent.is_symlink():
-                    return
-            InputList.of(items).save(path, check=check_lock)
+        if isinstance(path, Path):
+            path.parent.mkdir(exist_ok=True)
+            if path.parent.is_symlink():
+                return
+        members.save(path, check=check_lock)
 
     def members(self, shard: str) -> InputList | None:
         """What `keep_members` has kept; `None` where it cannot be read."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,11 +21,11 @@ from nopad.embedding.inputs.whole_tars import Found, WholeTars, expanded
 from nopad.embedding.manifest import check_same, fingerprint, jobs_in
 from nopad.embedding.settings import Settings
 from nopad.embedding.table.counts import Manifest
-from nopad.embedding.table.format import COLUMNS, TOKENS, Row, ShardFormat
+from nopad.embedding.table.format import COLUMNS, TOKENS, ShardFormat
 from nopad.embedding.table.names import parse_shard_name, shard_name
 from nopad.embedding.table.paths import TablePath
 from nopad.embedding.table.reader import failed_rows, num_rows, read_metadata
-from nopad.embedding.table.writer import write_shard
+from nopad.embedding.table.writer import ShardWriter
 from nopad.encoder import PackedEncoder
 from nopad.pipeline.selection import Selection
 from nopad.terminal import printable
@@ -197,18 +197,18 @@ class Job:
         """The failed rows of a shard that is there."""
         return [row for row, *_ in failed_rows(self.path(shard))]
 
-    def write(self, shard: int, rows: Sequence[Row], sizes: FeatureSizes) -> None:
-        """Put a shard in its place, whole.
+    def new_shard(self, shard: int, sizes: FeatureSizes) -> ShardWriter:
+        """Begin to write a shard, which is put in its place whole.
 
         Raises:
-            LostLockError: the folder is no longer this job's.
-            OSError: see `write_shard`.
+            LostLockError: the folder is no longer this job's, also once the shard is finished.
+            OSError: see `ShardWriter`.
         """
         path = self.path(shard)
         format = sizes.shard_format(self.settings, None if self.kept is None else self.kept.schema)
         temporary = self.folder.temporary(path)
         self.check_lock()
-        write_shard(path, rows, format, self.metadata(shard), temporary=temporary, check=self.check_lock)
+        return ShardWriter(path, format, self.metadata(shard), temporary=temporary, check=self.check_lock)
 
 
 def make_reader(settings: Settings) -> Reader:

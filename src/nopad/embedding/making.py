@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,18 +18,19 @@ from nopad.embedding.inputs.reaching import UnreachableSourceError
 from nopad.embedding.inputs.table_process import TableProcess
 from nopad.embedding.inputs.whole_tars import Found
 from nopad.embedding.job import FeatureSizes, Job, make_reader
-from nopad.embedding.rows import check_listed, check_reached, table_rows
-from nopad.embedding.table.format import Row
-from nopad.embedding.table.reader import iterate_rows, names
+from nopad.embedding.shard_in_hand import ShardInHand
+from nopad.embedding.table.reader import names
 from nopad.environment import cpu_threads
-from nopad.pipeline.pack_runner import EmbeddingResult
 from nopad.pipeline.stats import Stats
-from nopad.pipeline.worker import Worker
-from nopad.preprocessing.decode import ImageError, UnreachableError
+from nopad.pipeline.worker import Part, Worker
+from nopad.preprocessing.decode import UnreachableError
 from nopad.storage.errors import UnusableStoreError
 from nopad.terminal import printable
 
 logger = logging.getLogger(__name__)
+
+_MAX_WAITING = 16
+"""Parts of shards that wait to be written; the encoder waits for a disk that is slower."""
 
 
 @dataclass
@@ -76,6 +77,7 @@ class Maker:
         self.stop = stop or threading.Event()
         self.report = report
         self.sizes = FeatureSizes.of(worker.encoder, job.settings.selection)
+        self._unfinished: set[ShardInHand] = set()
 
     def make(self, shards: Iterable[int], skipped: Mapping[int, str] | None = None) -> None:
         """Make shards, whether they are there or not.
@@ -85,19 +87,22 @@ class Maker:
             skipped: rows of a shard that become failed rows without being read, and their reasons.
         """
 
-        self._work(shards, lambda begun: None, skipped or {}, self._keep)
+        self._work(shards, lambda begun: None, skipped or {})
 
     def retry(self, shards: Iterable[int], skipped: Mapping[int, str] | None = None) -> None:
         """Try the failed rows of finished shards again, each shard replaced as a whole."""
-        self._work(shards, self._rows_to_retry, skipped or {}, self._replace)
+        self._work(shards, self._rows_to_retry, skipped or {})
 
     def probe(self, shard: int, rows: Sequence[int]) -> None:
         """Embed some rows of a shard and keep nothing."""
-        with self._embedded([self._inputs(_Begun(shard, rows), {})]) as results:
-            for _ in results:
+        with self._embedded([self._inputs(self._begin(shard, rows), {})]) as parts:
+            for _ in parts:
                 pass
 
-    def _inputs(self, begun: _Begun, skipped: Mapping[int, str]) -> Iterator[Input]:
+    def _begin(self, shard: int, rows: Sequence[int] | None = None) -> ShardInHand:
+        return ShardInHand(self.job, self.sizes, shard, rows)
+
+    def _inputs(self, begun: ShardInHand, skipped: Mapping[int, str]) -> Iterator[Input]:
         """The inputs of the rows of a shard that are embedded, and take note of them."""
         left = None if begun.rows is None else {*begun.rows}
         found = self.counts.found if left is None else None
@@ -114,7 +119,7 @@ class Maker:
         except (UnreachableError, UnreachableSourceError, UnusableStoreError) as error:
             begun.error = error
 
-    def _rows_to_retry(self, begun: _Begun) -> Sequence[int] | None:
+    def _rows_to_retry(self, begun: ShardInHand) -> Sequence[int] | None:
         """The failed rows of a shard, `None` for all rows of one whose whole tars have others now."""
         path = self.job.path(begun.shard)
         rows = self.job.failed(begun.shard)
@@ -138,117 +143,109 @@ class Maker:
         return []
 
     @contextmanager
-    def _embedded(self, groups: Iterable[Iterable[Input]]) -> Iterator[Iterator[list[EmbeddingResult]]]:
+    def _embedded(self, groups: Iterable[Iterable[Input]]) -> Iterator[Iterator[Part]]:
         with ExitStack() as ends:
             reader = ends.enter_context(make_reader(self.job.settings))
             ends.enter_context(cpu_threads(self.job.threads))
             near = NearReads(reader.media)
             options = {"decoder": reader.decoder, "stop": self.stop, "is_far": near.is_far}
-            results = ends.enter_context(closing(self.worker.run(map(near.listed, groups), near.read, **options)))
+            parts = self.worker.run_in_parts(map(near.listed, groups), near.read, **options)
+            ends.enter_context(closing(parts))
             ends.callback(reader.interrupt)  # the thread that reads ahead need not finish
-            yield results
+            yield parts
 
     def _work(
         self,
         shards: Iterable[int],
-        rows_of: Callable[[_Begun], Sequence[int] | None],
+        rows_of: Callable[[ShardInHand], Sequence[int] | None],
         skipped: Mapping[int, str],
-        keep: Callable[[_Begun, list[Row]], None],
     ) -> None:
-        """Embed rows of shards and keep them."""
+        """Embed rows of shards, and write them beside the encoder, in a thread."""
         if self.stop.is_set():
             return
-        begun: deque[_Begun] = deque()
+        begun: deque[ShardInHand] = deque()
 
         def read(shard: int) -> Iterator[Input]:
-            each = _Begun(shard)
+            each = self._begin(shard)
             each.rows = rows_of(each)
+            self._unfinished.add(each)
             begun.append(each)
             return self._inputs(each, skipped)
 
-        with (
-            closing(TableProcess(self.job.settings.input_timeout)) as tables,
-            ThreadPoolExecutor(1, thread_name_prefix="nopad-write") as writer,
-            self._embedded(map(read, shards)) as results,
-            ExitStack() as ends,
-        ):
+        with ExitStack() as ends:
+            tables = ends.enter_context(closing(TableProcess(self.job.settings.input_timeout)))
+            ends.callback(self._close)
+            writing = ends.enter_context(_Writing())
+            parts = ends.enter_context(self._embedded(map(read, shards)))
             ends.callback(tables.interrupt)
-            writing = None
-            for embedded in results:
-                each = begun.popleft()
-                if writing is not None:
-                    writing.result()
-                writing = writer.submit(self._try_to_put, each, embedded, keep, tables)
-            if writing is not None:
-                writing.result()
+            for part in parts:
+                writing.submit(self._put, begun[0], part, tables)
+                if part.is_last:
+                    begun.popleft()
+            writing.finish()
 
-    def _try_to_put(self, begun: _Begun, results: list[EmbeddingResult], *how: Any) -> None:
-        """Write a shard, or note why it cannot be made now, and report it; in a thread, beside the encoder."""
-        shard = begun.shard
-        try:
-            check_listed(begun.error, results)
-            if not self.job.settings.unreachable_rows:
-                is_whole = begun.rows is None or (not self.job.tars(shard) and len(begun.items) == self.job.size(shard))
-                check_reached(begun.items, results, is_whole=is_whole)
-            self._put(begun, results, *how)
-        except UnreachableError as error:
-            self.counts.unmade[shard] = printable(str(error))
-            logger.warning("%s is not made: %s", self.job.path(shard).name, self.counts.unmade[shard])
-        self.report(shard, len(results), sum(result.error is not None for result in results))
-
-    def _put(
-        self,
-        begun: _Begun,
-        results: list[EmbeddingResult],
-        keep: Callable[[_Begun, list[Row]], None],
-        tables: TableProcess,
-    ) -> None:
+    def _put(self, shard: ShardInHand, part: Part, tables: TableProcess) -> None:
+        """Write results of a shard."""
         start = time.perf_counter()
-        kept = self._kept(begun.items, results, tables)
-        keep(begun, table_rows(begun.items, results, self.job.settings.embedding_dtype, kept))
+        shard.add(part.results, tables)
+        if part.is_last:
+            self._finish(shard, tables)
         self.counts.write_seconds += time.perf_counter() - start
-        self.counts.done += len(results)
+        if part.is_last:
+            self.report(shard.shard, shard.reached.number, shard.reached.num_failed)
 
-    def _kept(
-        self, items: Sequence[Input], results: Sequence[EmbeddingResult], tables: TableProcess
-    ) -> list[tuple[Any, ...]]:
-        if self.job.kept is None:
-            return [()] * len(items)
-        return self.job.kept.values(items, [result.extras for result in results], tables)
-
-    def _keep(self, begun: _Begun, rows: list[Row]) -> None:
-        if self.job.tars(begun.shard):
-            name = self.job.path(begun.shard).name
-            self.job.folder.keep_members(name, begun.items, self.job.check_lock)
-        self.job.write(begun.shard, rows, self.sizes)
-
-    def _replace(self, begun: _Begun, rows: list[Row]) -> None:
-        if begun.rows is None:
-            self._keep(begun, rows)
+    def _finish(self, shard: ShardInHand, tables: TableProcess) -> None:
+        """Put a shard in its place, or note why it cannot be made now."""
+        try:
+            shard.finish(tables)
+        except UnreachableError as error:
+            self.counts.unmade[shard.shard] = printable(str(error))
+            logger.warning("%s is not made: %s", self.job.path(shard.shard).name, self.counts.unmade[shard.shard])
         else:
-            retried = iter(rows)
-            table = iterate_rows(self.job.path(begun.shard))
-            whole = [next(retried) if row.status == "failed" else row for row in table]
-            self.job.write(begun.shard, whole, self.sizes)
-        self.counts.retried += begun.num_failed
+            self.counts.done += shard.reached.number
+            self.counts.retried += shard.num_failed
+        finally:
+            shard.close()
+            self._unfinished.discard(shard)
+
+    def _close(self) -> None:
+        while self._unfinished:
+            self._unfinished.pop().close()
 
 
-@dataclass(eq=False)
-class _Begun:
-    """A shard whose inputs are read.
+class _Writing:
+    """A thread that writes, beside the encoder, in order; nothing behind an error."""
 
-    Attributes:
-        rows: those that are embedded, `None` for all.
-        items: their inputs, as far as they are read: as they are listed, for their names and columns.
-        num_failed: failed rows that are tried again.
-        error: why not all inputs are known.
-    """
+    def __init__(self) -> None:
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="nopad-write")
+        self._waiting: deque[Future[None]] = deque()
+        self._is_broken = False
 
-    shard: int
-    rows: Sequence[int] | None = None
-    items: list[Input] = field(default_factory=list)
-    num_failed: int = 0
-    error: OSError | ImageError | None = None
+    def __enter__(self) -> _Writing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.shutdown(cancel_futures=True)
+
+    def submit(self, write: Callable[..., None], *arguments: Any) -> None:
+        """Write something later; raises what was raised before."""
+        self._waiting.append(self._writer.submit(self._write, write, *arguments))
+        while len(self._waiting) > _MAX_WAITING:
+            self._waiting.popleft().result()
+
+    def finish(self) -> None:
+        """Wait until all is written."""
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def _write(self, write: Callable[..., None], *arguments: Any) -> None:
+        if self._is_broken:
+            return
+        try:
+            write(*arguments)
+        except BaseException:
+            self._is_broken = True
+            raise
 
 
 def _skip(item: Input, reason: str | None) -> Input:

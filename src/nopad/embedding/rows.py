@@ -30,41 +30,65 @@ def table_rows(
     return [_row(item, result, dtype, values) for item, result, values in every]
 
 
-def check_reached(inputs: Sequence[Input], results: Sequence[EmbeddingResult], *, is_whole: bool) -> None:
-    """Check that all inputs could be reached; a row of one that could not would say nothing about it.
+class Reached:
+    """Whether the inputs of a shard could be reached, by their results as they come: a row of one that could not would
+    say nothing about it.
 
-    Args:
-        is_whole: whether they are all inputs of a shard, not a few that failed before.
-
-    Raises:
-        UnreachableError: one could not.
-        UnusableStoreError: access to all of a shard was refused.
+    Attributes:
+        number, num_failed: of results.
     """
-    are_refused = is_whole and results and all(isinstance(result.error, RefusedError) for result in results)
-    if are_refused and scheme_of(inputs[0].path) not in WEB:
-        assert results[0].error is not None
-        raise UnusableStoreError(f"{inputs[0].id} of {inputs[0].source}: {results[0].error.reason}")
-    for item, result in zip(inputs, results, strict=True):
-        if isinstance(result.error, UnreachableError):
-            raise UnreachableError(f"{item.id} of {item.source}", result.error.reason)
 
+    def __init__(self) -> None:
+        self.number = self.num_failed = 0
+        self._num_refused = 0
+        self._refused: UnusableStoreError | None = None  # the first result
+        self._unreachable: UnreachableError | None = None
 
-def check_listed(error: OSError | ImageError | None, results: Sequence[EmbeddingResult]) -> None:
-    """Check that all inputs of a shard could be found.
+    def add(self, inputs: Sequence[Input], results: Sequence[EmbeddingResult]) -> None:
+        """Take note of results."""
+        for item, result in zip(inputs, results, strict=True):
+            self.number += 1
+            error = result.error
+            self.num_failed += error is not None
+            if not isinstance(error, UnreachableError):
+                continue
+            name = f"{item.id} of {item.source}"
+            self._unreachable = self._unreachable or UnreachableError(name, error.reason)
+            if isinstance(error, RefusedError):
+                self._num_refused += 1
+                if self.number == 1 and scheme_of(item.path) not in WEB:
+                    self._refused = UnusableStoreError(f"{name}: {error.reason}")
 
-    Args:
-        error: what was raised while they were.
-        results: of those that were found.
+    def check(self, *, is_whole: bool) -> None:
+        """Check that all could.
 
-    Raises:
-        UnreachableError: they could not.
-        UnusableStoreError: access was refused, and no other input is there.
-    """
-    if error is None:
-        return
-    if (unusable := _unusable(error)) and all(result.error is not None for result in results):
-        raise unusable
-    raise error if isinstance(error, UnreachableError) else UnreachableError("its inputs", str(error)) from error
+        Args:
+            is_whole: whether they are all inputs of a shard, not a few that failed before.
+
+        Raises:
+            UnreachableError: one could not.
+            UnusableStoreError: access to all of a shard was refused.
+        """
+        if self._refused is not None and is_whole and self._num_refused == self.number:
+            raise self._refused
+        if self._unreachable is not None:
+            raise self._unreachable
+
+    def check_listed(self, error: OSError | ImageError | None) -> None:
+        """Check that all inputs of a shard could be found.
+
+        Args:
+            error: what was raised while they were.
+
+        Raises:
+            UnreachableError: they could not.
+            UnusableStoreError: access was refused, and no other input is there.
+        """
+        if error is None:
+            return
+        if (unusable := _unusable(error)) and self.num_failed == self.number:
+            raise unusable
+        raise error if isinstance(error, UnreachableError) else UnreachableError("its inputs", str(error)) from error
 
 
 def _unusable(error: OSError | ImageError) -> UnusableStoreError | None:

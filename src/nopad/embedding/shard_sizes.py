@@ -23,7 +23,7 @@ MAX_FILES = 10_000
 """Files in a folder, before listing it takes long."""
 
 MAX_SHARD_SIZE = 131_072
-"""The most rows of a shard by default: those of two are in memory, 400 MB of vectors each at 768 values."""
+"""The most rows of a shard by default: 512 MiB of vectors of 1,024 values."""
 
 ShardSize = int | tuple[int, int]
 """Rows of a shard at most; or the number up to which tars and row groups are joined, and that above which one is

@@ -150,8 +150,8 @@ class TableRun:
             summary = summary_of([run.summary(listing.left_out, changes) for run in self.runs])
             with suppress(OSError):  # it saves time alone
                 manifest.save([path for run in self.runs for path in run.job.finished().values()], lock.check)
-            if settings.part is not None and not summary.missing and not settings.retry_failed:
-                self.folder.clean()  # what parts that were killed have left
+            if settings.part is None or not (summary.missing or settings.retry_failed):
+                self.folder.clean()  # what actors or parts that were killed have left
             return summary
 
     def _new(self, listing: Listing) -> NewJob:

@@ -213,7 +213,7 @@ def mark(jobs: Sequence[Job], marks: np.ndarray, sizes: FeatureSizes) -> None:
         marks: see `Difference`.
 
     Raises:
-        LostLockError, OSError: see `Job.write`.
+        LostLockError, OSError: see `Job.new_shard`.
     """
     starts = np.flatnonzero(np.diff(marks[:, :2], axis=0, prepend=-1).any(axis=1))
     for of_shard in np.split(marks, starts[1:]) if len(marks) else ():
@@ -222,8 +222,9 @@ def mark(jobs: Sequence[Job], marks: np.ndarray, sizes: FeatureSizes) -> None:
         if job.tars(shard):
             of_inputs = rows_of_inputs(job, shard)
             marked = {row: status for place, status in marked.items() for row in of_inputs[place]}
-        rows = [_marked(row, marked.get(at), job.kept) for at, row in enumerate(iterate_rows(job.path(shard)))]
-        job.write(shard, rows, sizes)
+        with job.new_shard(shard, sizes) as new:
+            new.add(_marked(row, marked.get(at), job.kept) for at, row in enumerate(iterate_rows(job.path(shard))))
+            new.finish()
 
 
 def _marked(row: Row, status: str | None, kept: Kept | None) -> Row:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -16,6 +15,7 @@ from nopad.environment import num_cores, quick_switches
 from nopad.inference.defaults import default_capacity
 from nopad.pipeline.decode_process import Decoder
 from nopad.pipeline.device_decode import DeviceDecoder, as_jpeg, why_unavailable
+from nopad.pipeline.groups import Group, Part, parts_of
 from nopad.pipeline.image_processor import ImageProcessor, PreparedImage
 from nopad.pipeline.isolation import DecodeProcesses
 from nopad.pipeline.memory import MemoryBudget, MemoryReservation
@@ -150,6 +150,18 @@ class Worker:
         return PackRunner(self.encoder, *settings)
 
     def run(
+        self, groups: Iterable[Iterable[Item]], read: Callable[[Item], Any], **options: Any
+    ) -> Generator[list[EmbeddingResult], None, None]:
+        """Embed group after group: `run_in_parts`, and for each group its images' results, in their order."""
+        results: list[EmbeddingResult] = []
+        with closing(self.run_in_parts(groups, read, **options)) as parts:
+            for part in parts:
+                results += part.results
+                if part.is_last:
+                    yield results
+                    results = []
+
+    def run_in_parts(
         self,
         groups: Iterable[Iterable[Item]],
         read: Callable[[Item], Any],
@@ -159,7 +171,7 @@ class Worker:
         strict: bool = False,
         stop: threading.Event | None = None,
         is_far: Callable[[], bool] = lambda: False,
-    ) -> Generator[list[EmbeddingResult], None, None]:
+    ) -> Generator[Part, None, None]:
         """Embed group after group; while one is encoded the next is already read, and on a GPU begun.
 
         Args:
@@ -174,7 +186,7 @@ class Worker:
             is_far: see `ReadAhead`.
 
         Yields:
-            For each group its images' results, in their order.
+            Results in the order of the images, as soon as those before are there; of each group at least one part.
 
         Raises:
             ImageError: with `strict`.
@@ -216,16 +228,14 @@ class Worker:
             preparer = InProcesses(read, self.start_processes(decoder))
         return ReadAhead(groups, preparer, MIN_AHEAD + AHEAD_PER_THREAD * self.threads, budget, self.stats, is_far)
 
-    def _embed(
-        self, ahead: ReadAhead[Any], *, strict: bool, stop: threading.Event
-    ) -> Generator[list[EmbeddingResult], None, None]:
-        """Packs of one group follow those of another without a pause; a group is yielded once its last is fetched."""
-        encoder, groups = self.encoder, deque[_Group]()
-        runner: PackRunner[tuple[_Group, int]] = self.runner()
+    def _embed(self, ahead: ReadAhead[Any], *, strict: bool, stop: threading.Event) -> Generator[Part, None, None]:
+        """Packs of one group follow those of another without a pause."""
+        encoder, groups = self.encoder, deque[Group]()
+        runner: PackRunner[tuple[Group, int]] = self.runner()
         for outcomes in ahead.groups():
-            group = _Group()
+            group = Group()
             groups.append(group)
-            packer: BestFitPacker[tuple[tuple[_Group, int], PreparedImage]]
+            packer: BestFitPacker[tuple[tuple[Group, int], PreparedImage]]
             choice = {"enough_choice": ENOUGH_CHOICE, "max_segments": encoder.compiled_max_segments}
             packer = BestFitPacker(self.capacity, **choice)
             for index, image in enumerate(outcomes):
@@ -234,46 +244,26 @@ class Worker:
                     if strict:
                         raise ImageError(f"image {index}", image.reason) if image.source == "image" else image
                     self._store({(group, index): EmbeddingResult(error=image)})
+                    yield from parts_of(groups)
                     continue
                 tokens, segments = num_tokens(encoder, image), num_segments(encoder, image)
                 for pack in packer.add(tokens, ((group, index), image), segments=segments):
                     self._store(runner.submit(pack))
-                    yield from _finished(groups)
+                    yield from parts_of(groups)
             group.is_whole = True
             packs = list(packer.finish())
             for pack in packs:
                 self._store(runner.submit(pack, is_last=pack is packs[-1]))
             if stop.is_set() or not ahead.is_ready:
                 self._store(runner.finish())
-            yield from _finished(groups)
+            yield from parts_of(groups)
             if stop.is_set():
                 return
         self._store(runner.finish())
-        yield from _finished(groups)
+        yield from parts_of(groups)
 
-    def _store(self, results: Mapping[tuple[_Group, int], EmbeddingResult]) -> None:
+    def _store(self, results: Mapping[tuple[Group, int], EmbeddingResult]) -> None:
         for (group, index), result in results.items():
             group.results[index] = result
         self.stats.images += len(results)
         self.stats.failed += sum(result.error is not None for result in results.values())
-
-
-@dataclass(eq=False)
-class _Group:
-    """The results of a group so far.
-
-    Attributes:
-        size: how many images it has, as far as they are read.
-        is_whole: all of them are.
-    """
-
-    results: dict[int, EmbeddingResult] = field(default_factory=dict)
-    size: int = 0
-    is_whole: bool = False
-
-
-def _finished(groups: deque[_Group]) -> Iterator[list[EmbeddingResult]]:
-    """Take the groups from the front that have all results, and yield these in the order of their images."""
-    while groups and groups[0].is_whole and len(groups[0].results) == groups[0].size:
-        group = groups.popleft()
-        yield [group.results[index] for index in range(group.size)]

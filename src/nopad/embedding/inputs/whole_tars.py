@@ -28,8 +28,7 @@ WHOLE_TAR = "whole tar"
 """The kind of such an input."""
 
 MIN_BYTES, MAX_BYTES = 8 << 20, 2 << 30
-"""Bytes of such a tar: listing a smaller one takes a request or two, and the rows of a larger one may not fit into
-memory."""
+"""Bytes of such a tar: listing a smaller one takes a request or two, and a larger one is work for several actors."""
 
 IMAGE_BYTES = 1 << 17
 """For so many bytes of a tar an image is expected, where shards end by the number of images."""

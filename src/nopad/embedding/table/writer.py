@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,97 +25,126 @@ _ROWS_PER_GROUP_WITH_TOKENS = 16
 _TOKEN_BYTES_PER_GROUP = 64 << 20
 
 
-def write_shard(
-    path: TablePath,
-    rows: Iterable[Row],
-    format: ShardFormat,
-    metadata: Mapping[str, str],
-    *,
-    temporary: Path | None,
-    check: Callable[[], None] = lambda: None,
-) -> None:
-    """Write a shard under a temporary name and rename it to `path` once it is whole and on the disk.
+class ShardWriter:
+    """Writes a shard under a temporary name, as its rows come, and renames it once it is whole and on the disk.
 
-    Rows are taken as they come and written 16 at a time with tokens, 1024 without. The same rows, format and metadata
-    give the same bytes with the same pyarrow. Whatever is raised meanwhile, by `rows` too, the temporary file is
-    removed and `path` is as it was.
+    Rows are written 16 at a time with tokens, 1024 without. The same rows, format and metadata give the same bytes with
+    the same pyarrow. The context ends by removing what is not finished: the shard's file is as it was.
 
     Args:
         path: the shard's file; replaced where it exists.
         metadata: written into the file, see `read_metadata`.
-        temporary: a new file in an existing folder on the file system of `path`; `None` for an object.
+        temporary: a new file in an existing folder on the file system of `path`; `None` for an object, which is written
+            to a temporary file of this machine and put into its store.
         check: called before the file is renamed; what it raises comes out.
 
     Raises:
         ValueError: a row that does not fit the format; the message names its id.
         OSError: of the errno that the system gave (no space, read-only, ...), naming the folder and what to do.
     """
-    if isinstance(path, ObjectPath):
-        _put(path, rows, format, metadata, check)
-        return
-    assert temporary is not None
-    try:
-        _write(temporary, rows, format, metadata, path.parent)
-        check()
-        with writing_to(path.parent):
-            os.replace(temporary, path)
-    except BaseException:
+
+    def __init__(
+        self,
+        path: TablePath,
+        format: ShardFormat,
+        metadata: Mapping[str, str],
+        *,
+        temporary: Path | None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._path, self._format, self._temporary, self._check = path, format, temporary, check
+        self._schema = format.schema(metadata)
+        self._group: list[Row] = []
+        self._token_bytes = 0
+        if isinstance(path, ObjectPath):
+            self._folder = Path(tempfile.gettempdir())
+        else:
+            assert temporary is not None
+            self._folder = path.parent
+        with ExitStack() as failed:
+            failed.callback(self._remove)
+            with writing_to(self._folder):
+                # "x" follows no link
+                self._file: Any = tempfile.TemporaryFile() if temporary is None else open(temporary, "xb")  # noqa: SIM115
+            failed.callback(self._file.close)
+            with writing_to(self._folder):
+                self._writer: Any = pq.ParquetWriter(self._file, self._schema, **_options(format))
+            failed.pop_all()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Add rows behind the others."""
+        limit = rows_per_group(self._format.token_dimension)
+        for row in rows:
+            check_row(row, self._format)
+            self._group.append(row)
+            self._token_bytes += 0 if row.tokens is None else row.tokens.nbytes
+            if len(self._group) == limit or self._token_bytes >= _TOKEN_BYTES_PER_GROUP:
+                self._write_group()
+
+    def finish(self) -> None:
+        """Put the shard in its place."""
+        if self._group:
+            self._write_group()
+        with writing_to(self._folder):
+            self._writer.close()
+        if isinstance(self._path, ObjectPath):
+            self._check()
+            self._path.put(self._file)
+        else:
+            self._rename(self._path)
+        self._file.close()
+        self._temporary = None
+
+    def _rename(self, path: Path) -> None:
+        assert self._temporary is not None
+        with writing_to(self._folder):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._check()
+        with writing_to(self._folder):
+            os.replace(self._temporary, path)
+        sync_folder(path.parent)
+
+    def close(self) -> None:
+        """Remove what was written, unless it is finished."""
+        with suppress(OSError, pa.ArrowException):  # a writer that is left open closes itself later, without its file
+            self._writer.close()
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+            self._file.close()
+        self._remove()
+
+    def _remove(self) -> None:
+        if self._temporary is not None:
+            with suppress(OSError):
+                self._temporary.unlink(missing_ok=True)
+
+    def _write_group(self) -> None:
+        batch = record_batch(self._group, self._format, self._schema)
+        with writing_to(self._folder):
+            self._writer.write_batch(batch)
+        self._group, self._token_bytes = [], 0
 
 
-def _write(
-    temporary: Path, rows: Iterable[Row], format: ShardFormat, metadata: Mapping[str, str], folder: Path
+def write_shard(
+    path: TablePath, rows: Iterable[Row], format: ShardFormat, metadata: Mapping[str, str], *, temporary: Path | None
 ) -> None:
-    with writing_to(folder):
-        file = open(temporary, "xb")  # noqa: SIM115 - follows no link
-    try:
-        _write_to(file, rows, format, metadata, folder)
-        with writing_to(folder):
-            file.flush()
-            os.fsync(file.fileno())
-    finally:
-        with suppress(OSError):  # synced above, or of no use
-            file.close()
+    """Write a shard of rows, taken as they come; whatever is raised meanwhile, `path` is as it was.
 
+    Args:
+        path, metadata, temporary: see `ShardWriter`.
 
-def _put(
-    path: ObjectPath,
-    rows: Iterable[Row],
-    format: ShardFormat,
-    metadata: Mapping[str, str],
-    check: Callable[[], None],
-) -> None:
-    """Write a shard to a temporary file of this machine, and put it into its store."""
-    folder = Path(tempfile.gettempdir())
-    with writing_to(folder):
-        file = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
-    with file:
-        _write_to(file, rows, format, metadata, folder)
-        check()
-        path.put(file)
-
-
-def _write_to(
-    file: BinaryIO, rows: Iterable[Row], format: ShardFormat, metadata: Mapping[str, str], folder: Path
-) -> None:
-    schema = format.schema(metadata)
-    with writing_to(folder):
-        writer = pq.ParquetWriter(file, schema, **_options(format))
-    try:
-        for group in _groups(rows, format):
-            batch = record_batch(group, format, schema)
-            with writing_to(folder):
-                writer.write_batch(batch)
-    except BaseException:
-        # A writer that is left open closes itself later, when its file is gone.
-        with suppress(OSError, pa.ArrowException):
-            writer.close()
-        raise
-    with writing_to(folder):
-        writer.close()
+    Raises:
+        See `ShardWriter`; or what `rows` raises.
+    """
+    with ShardWriter(path, format, metadata, temporary=temporary) as shard:
+        shard.add(rows)
+        shard.finish()
 
 
 def _options(format: ShardFormat) -> dict[str, Any]:
@@ -137,19 +166,9 @@ def _leaves(format: ShardFormat) -> list[str]:
     return [field.name for field in format.kept or () if not pa.types.is_nested(field.type)]
 
 
-def _groups(rows: Iterable[Row], format: ShardFormat) -> Iterator[list[Row]]:
-    limit = _ROWS_PER_GROUP if format.token_dimension is None else _ROWS_PER_GROUP_WITH_TOKENS
-    group: list[Row] = []
-    token_bytes = 0
-    for row in rows:
-        check_row(row, format)
-        group.append(row)
-        token_bytes += 0 if row.tokens is None else row.tokens.nbytes
-        if len(group) == limit or token_bytes >= _TOKEN_BYTES_PER_GROUP:
-            yield group
-            group, token_bytes = [], 0
-    if group:
-        yield group
+def rows_per_group(token_dimension: int | None) -> int:
+    """Rows of a row group at most, see `ShardFormat`."""
+    return _ROWS_PER_GROUP if token_dimension is None else _ROWS_PER_GROUP_WITH_TOKENS
 
 
 def record_batch(rows: list[Row], format: ShardFormat, schema: pa.Schema) -> pa.RecordBatch:
