@@ -12,6 +12,7 @@ from object_store import Bucket, Server, proxy
 from pictures import write_photos
 
 from nopad.embedding.inputs import archive_listing, reaching
+from nopad.embedding.settings import Settings
 from nopad.pipeline.worker import Worker
 from nopad.storage import objects, stores
 
@@ -63,6 +64,12 @@ def stop_after(monkeypatch) -> Callable[[int], dict]:
 
     real = Worker.run_in_parts
     return options
+
+
+@pytest.fixture
+def parts_in_process(monkeypatch) -> None:
+    """Parts are made in this process; `test_parts.py` also has commands, whose actors import torch for seconds."""
+    monkeypatch.setattr(Settings, "in_process", property(lambda settings: settings.actors is None))
 
 
 @pytest.fixture(scope="session")

@@ -73,7 +73,7 @@ def test_parts_at_once_of_which_one_is_killed_make_the_same_table(photos, model,
     assert sorted(path.name for path in (tmp_path / ".nopad").iterdir()) == names
 
 
-def test_parts_that_listed_other_inputs_keep_to_the_first_ones(photos, model, whole, tmp_path):
+def test_parts_that_listed_other_inputs_keep_to_the_first_ones(photos, model, tmp_path, parts_in_process):
     """A file that is new when the second part begins is left to an update."""
     album, out = tmp_path / "album", tmp_path / "out"
     album.mkdir()
@@ -90,7 +90,7 @@ def test_parts_that_listed_other_inputs_keep_to_the_first_ones(photos, model, wh
     assert read_features(out).path(0) is not None
 
 
-def test_a_part_retries_its_own_failed_rows(photos, model, tmp_path):
+def test_a_part_retries_its_own_failed_rows(photos, model, tmp_path, parts_in_process):
     album, out = tmp_path / "album", tmp_path / "out"
     album.mkdir()
     names = sorted(path.name for path in photos.iterdir())
