@@ -73,7 +73,7 @@ def sources_of(folder: Path) -> list[list[str]]:
     return [[os.path.basename(source) for source in shard] for shard in shards]
 
 
-def test_a_tar_is_one_shard_or_part_of_a_run_of_tars(tars, tmp_path, model, stop_after):
+def test_a_tar_is_one_shard_or_part_of_a_run_of_tars(tars, tmp_path, model, stop_after, parts_in_process):
     planned = plan([str(tars)], Settings(model=str(model), device="cpu", shard_size=(5, 10)))
     assert (planned.shards, planned.shard_rows) == (6, 7)
     embed(tars, tmp_path / "whole", model, shard_size=(5, 10))

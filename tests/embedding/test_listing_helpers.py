@@ -122,7 +122,7 @@ def test_sources_that_are_wrong_are_left_to_the_command(tmp_path):
         content(tmp_path / "missing", tmp_path / "out")
 
 
-def test_the_table_is_that_of_one_process(settled, tmp_path, model, monkeypatch):
+def test_the_table_is_that_of_one_process(settled, tmp_path, model, monkeypatch, parts_in_process):
     embed(settled, tmp_path / "helped", model, shard_size=(4, 8))
     assert JobFolder(tmp_path / "helped").listing_cache().num_files == 7
     for part in (1, 0):

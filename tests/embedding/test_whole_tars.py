@@ -157,7 +157,9 @@ def test_found_images_count_all_bytes(tars):
 # However it is made
 
 
-def test_resumed_by_actors_or_in_parts_the_table_has_the_same_bytes(tars, tmp_path, model, stop_after, monkeypatch):
+def test_resumed_by_actors_or_in_parts_the_table_has_the_same_bytes(
+    tars, tmp_path, model, stop_after, parts_in_process
+):
     run(tars, tmp_path / "whole", model)
     expected = table(tmp_path / "whole")
     run(tars, tmp_path / "actors", model, actors=2)
