@@ -1,6 +1,7 @@
 """Tables, and videos that are listed, that would hang, crash or fill the memory of who reads them."""
 
 import signal
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -68,6 +69,12 @@ def test_a_video_that_cannot_be_opened_is_one_broken_input(tmp_path: Path, monke
     listing = list_inputs([tmp_path], spans=Spans(2, whole=True), timeout=2)
     assert kinds(listing) == ["video", "broken", "video"]
     assert reason(listing.inputs[1]) == f"cannot be listed: {REASONS[what]}"
+
+
+def test_pyav_is_imported_before_the_time_of_a_video_begins(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "av")
+    durations.DurationProgram().prepare()
+    assert "av" in sys.modules
 
 
 @pytest.mark.usefixtures("hostile")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from importlib import import_module
 from multiprocessing.connection import Connection
 
 from nopad.counts import is_number
@@ -15,6 +17,8 @@ class DurationProgram:
 
     def prepare(self) -> None:
         """See `Program.prepare`."""
+        with suppress(ImportError):  # videos have no duration then
+            import_module("av")
 
     def serve(self, connection: Connection) -> None:
         """See `Program.serve`."""
