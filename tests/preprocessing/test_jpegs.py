@@ -74,6 +74,14 @@ def test_coding_is_that_of_the_frame_alone():
     assert not passes(extended)
 
 
+def test_sizes_that_pillow_refuses_are_left_to_the_cpu():
+    data = jpeg(make_image())
+    size = data.index(b"\xff\xc0") + 5
+    huge = data[:size] + b"\x7f\xff\x7f\xff" + data[size + 4 :]
+    assert not passes(huge)
+    assert scaled_jpeg(huge, lambda height, width: (1, 1), max_pixels=1 << 20) is None
+
+
 def test_files_that_are_cut_or_damaged_pass_where_they_decode_whole():
     """What the GPU fills up without a word, libjpeg-turbo refuses at each of its scales."""
     draw = random.Random(0)

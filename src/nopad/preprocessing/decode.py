@@ -43,7 +43,7 @@ UPRIGHT = {
 # What Pillow's readers raise on damaged files.
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError)
 DAMAGE += (RuntimeError, AssertionError, struct.error, zlib.error)
-_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 class ImageError(ValueError):
@@ -119,7 +119,7 @@ def load_image(source: Source, *, max_pixels: int = MAX_PIXELS) -> Tensor:
         raise
     except UnidentifiedImageError as error:
         raise ImageError(name, str(error)) from error
-    except _BOMB as error:
+    except BOMB as error:
         raise ImageError(name, f"{error} (max_pixels {max_pixels}, PIL.Image.MAX_IMAGE_PIXELS below it)") from error
     except DAMAGE as error:
         message = f"{type(error).__name__}: {error}".strip().removesuffix(":")
@@ -142,7 +142,7 @@ def measure_image(data: bytes) -> tuple[int, int, int] | None:
         with open_image(data) as image:
             is_direct = simplejpeg is not None and image.format in ("JPEG", "MPO") and image.mode == "RGB"
             return image.width, image.height, image.width * image.height * (10 if is_direct else 24)
-    except (*DAMAGE, *_BOMB, ImageError):
+    except (*DAMAGE, *BOMB, ImageError):
         pixels_alone = without_metadata(data)
         return None if pixels_alone in (None, data) else measure_image(pixels_alone)
 

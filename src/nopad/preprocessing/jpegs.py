@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from nopad.preprocessing.decode import DAMAGE, UPRIGHT, as_tensor, load_image, orientation
+from nopad.preprocessing.decode import BOMB, DAMAGE, UPRIGHT, as_tensor, load_image, orientation
 from nopad.preprocessing.file_structure import MAX_SCANS, START_OF_SCAN, frame_marker
 from nopad.preprocessing.formats import open_image
 
@@ -89,7 +89,7 @@ def jpeg_header(data: bytes, *, max_pixels: int) -> CheckedJpeg | None:
         if header is None or header.is_progressive:
             return None
         *_, colours, sampling = simplejpeg.decode_jpeg_header(data)
-    except DAMAGE:
+    except (*DAMAGE, *BOMB):
         return None
     if colours != "YCbCr" or sampling not in _SAMPLINGS:
         return None
@@ -119,7 +119,7 @@ def scaled_jpeg(
         pixels = simplejpeg.decode_jpeg(
             data, "RGB", strict=True, min_width=width, min_height=height, min_factor=_MIN_FACTOR
         )
-    except DAMAGE:
+    except (*DAMAGE, *BOMB):
         return None
     return upright(pixels, header.orientation), size
 
@@ -133,7 +133,7 @@ class _Header:
 
 
 def _header(data: bytes, max_pixels: int) -> _Header | None:
-    """The header of a colour JPEG of at most so many pixels; may raise `DAMAGE`."""
+    """The header of a colour JPEG of at most so many pixels; may raise `DAMAGE` and `BOMB`."""
     with open_image(data) as image:
         width, height = image.size
         if image.format not in ("JPEG", "MPO") or image.mode != "RGB" or not 0 < width * height <= max_pixels:
