@@ -323,6 +323,12 @@ def test_without_a_timm_that_works_there_is_no_reference(tmp_path, monkeypatch):
         align(folder)
 
 
+def test_timm_has_one_activation(tmp_path):
+    packed = nopad.load(pe_checkpoints.save(tmp_path, tiny_original(hidden_act="relu")))
+    with pytest.raises(ValueError, match=r"hidden_act: timm's .* has 'gelu' alone, got 'relu'; there is no reference"):
+        PEReference().config(packed)
+
+
 @by_timm
 @pytest.mark.parametrize("case", ["timm-pe-core", "timm-pe-lang", "timm-pe-spatial"])
 def test_alignment_with_timms_model_of_timms_config(goldens, case):

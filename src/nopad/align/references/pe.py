@@ -40,7 +40,16 @@ class PEReference(ReferenceModel):
         return f"timm {model.config.architecture}"
 
     def config(self, packed: PackedEncoder) -> PreTrainedConfig:
-        """timm's architecture of a published name; the checkpoint's config where it is timm's; else the same sizes."""
+        """timm's architecture of a published name; the checkpoint's config where it is timm's; else the same sizes.
+
+        Raises:
+            ValueError: another activation than timm's.
+        """
+        if packed.config.hidden_act != "gelu":
+            raise ValueError(
+                f"checkpoint {packed.source!r}: hidden_act: timm's Perception Encoder has 'gelu' alone, got "
+                f"{packed.config.hidden_act!r}; there is no reference to compare with"
+            )
         from transformers.models.timm_wrapper.configuration_timm_wrapper import TimmWrapperConfig
 
         of_file = packed.checkpoint_config.get("vision_config", packed.checkpoint_config)
