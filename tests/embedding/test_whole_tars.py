@@ -225,6 +225,15 @@ def test_unreachable_tars_become_rows_on_request_and_are_made_by_a_retry(tars, t
     assert table(tmp_path / "out") == table(tmp_path / "whole")
 
 
+def test_a_retry_leaves_a_shard_whose_tar_cannot_be_reached(tars, tmp_path, model, monkeypatch):
+    write(tars / "1.tar", NAMES[6:12], (("x.png", bytes(100)),))
+    run(tars, tmp_path / "out", model)
+    before = table(tmp_path / "out")
+    with second_tar_unreachable(monkeypatch):
+        summary = run(tars, tmp_path / "out", model, retry_failed=True)
+    assert (len(summary.unmade), summary.to_go, table(tmp_path / "out")) == (1, 1, before)
+
+
 def test_tars_of_a_mount_that_is_gone_make_no_rows(tars, tmp_path, model, monkeypatch):
     listing = list_inputs([str(tars)], whole_tars=True)
     shutil.move(tars, tmp_path / "away")
@@ -350,7 +359,7 @@ def test_one_of_two_that_are_the_same_is_gone(tars, tmp_path, model):
     assert [status for _, status in statuses(tmp_path / "out")].count("gone") == 6
 
 
-def test_an_update_by_contents_leaves_a_tar_of_another_time(tars, tmp_path, model):
+def test_a_tar_of_another_time_is_left_but_by_an_update(tars, tmp_path, model):
     run(tars, tmp_path / "out", model)
     os.utime(tars / "1.tar", (1, 1))
     assert run(tars, tmp_path / "out", model).changes == []
