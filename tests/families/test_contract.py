@@ -101,10 +101,12 @@ def test_unknown_patch_order_is_refused(folder):
         nopad.load(folder, patch_order="whc")
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if not family.startswith(("siglip", "onevision"))])
-def test_patch_size_may_be_two_equal_numbers(folder, encoder):
+@every_family
+def test_sides_may_be_two_equal_numbers(folder, encoder):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "patch_size": [4, 4]}))
+    sides = {name: [config[name]] * 2 for name in ("patch_size", "image_size") if name in config}
+    assert sides
+    (folder / "config.json").write_text(json.dumps({**config, **sides}))
     assert nopad.load(folder).config.to_dict() == encoder.config.to_dict()
 
 

@@ -50,7 +50,7 @@ def read_fields(
         unused: fields that the original does not compute with either.
 
     Raises:
-        ValueError: another value of a fixed field.
+        ValueError: another value of a fixed field, or two sides of a square that differ.
     """
     fields, fixed = checkpoint.vision_config, {**_FIXED, **(fixed or {})}
     config_names = {name: name for name in names} | dict(aliases or {})
@@ -66,7 +66,7 @@ def read_fields(
     if unread:
         shown = ", ".join(f"{name}={fields[name]!r:.40}" for name in unread[:10])
         _log_unread(checkpoint.name, shown + (", …" if len(unread) > 10 else ""))
-    return {config_names[name]: value for name, value in fields.items() if name in config_names}
+    return checkpoint.with_sides({config_names[name]: value for name, value in fields.items() if name in config_names})
 
 
 @lru_cache

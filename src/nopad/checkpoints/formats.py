@@ -16,6 +16,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from nopad.checkpoints.conversions import NameTable
 from nopad.checkpoints.stored_tensor import StoredTensor, joined
 
+_SIDES = ("image_size", "patch_size", "temporal_patch_size", "rope_grid_side")
+"""Fields of configs that files may have as height and width, where the encoders have squares."""
+
 
 def grid_side(num_positions: int, label: str) -> int:
     """Side of the square grid of learned positions, one per patch.
@@ -103,13 +106,13 @@ class Checkpoint:
                 f"{model_type!r}, another architecture whose tensors have the same names"
             )
 
-    def with_sides(self, fields: dict[str, Any], *names: str) -> dict[str, Any]:
-        """Fields of a config, those of these names as one number where they are two equal ones: sides of a square.
+    def with_sides(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Fields of a config, sizes of squares as one number where they are two equal ones.
 
         Raises:
             ValueError: they differ.
         """
-        sides = {name: fields[name] for name in names if isinstance(fields.get(name), list | tuple)}
+        sides = {name: fields[name] for name in _SIDES if isinstance(fields.get(name), list | tuple)}
         for name, value in sides.items():
             if len(value) != 2 or value[0] != value[1]:
                 raise ValueError(

@@ -73,12 +73,13 @@ def read_vision_cfg(checkpoint: Checkpoint) -> dict[str, Any]:
         ValueError: no such description, a field that nothing here reads, or another value of one than is implemented.
     """
     model, sizes = _read_part(checkpoint, "vision_cfg", _VISION_DEFAULTS, _VISION_FIXED, _VISION_UNUSED)
-    return _common(model, sizes) | {
+    fields = _common(model, sizes) | {
         "num_attention_heads": sizes["width"] // sizes["head_width"],
         "image_size": sizes["image_size"],
         "patch_size": sizes["patch_size"],
         "projection_dim": model.get("embed_dim"),
     }
+    return checkpoint.with_sides(fields)
 
 
 def read_text_cfg(checkpoint: Checkpoint) -> tuple[dict[str, Any], int | None]:

@@ -70,8 +70,8 @@ def read_model_args(
         The architecture's name, empty where the config does not have it, and the fields that the arguments are.
 
     Raises:
-        ValueError: no or another architecture, an argument or an activation that is not implemented, or another value
-            of a fixed one.
+        ValueError: no or another architecture, an argument or an activation that is not implemented, another value
+            of a fixed one, or two sides of a square that differ.
     """
     label = f"checkpoint {checkpoint.name!r}: config.json"
     architecture, arguments = checkpoint.config.get("architecture") or "", checkpoint.config.get("model_args") or {}
@@ -93,7 +93,7 @@ def read_model_args(
         if not isinstance(name, str) or name not in ACTIVATIONS:
             raise ValueError(f"{label}: act_layer: expected one of {', '.join(ACTIVATIONS)}, got {name!r:.80}")
         fields["hidden_act"] = ACTIVATIONS[name]
-    return architecture, fields
+    return architecture, checkpoint.with_sides(fields)
 
 
 def preprocessor_of(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -73,7 +73,6 @@ def read_config(checkpoint: Checkpoint) -> AIMv2PackingConfig:
         num_positions = checkpoint.shape(_POSITIONS, 2)[0]
         fields["image_size"] = grid_side(num_positions, f"checkpoint {checkpoint.name!r}") * patch_size
     fields |= _read_config_json(checkpoint)
-    fields = checkpoint.with_sides(fields, "image_size", "patch_size")
     # transformers may leave its defaults out of a config of its own, as SigLIP's do.
     omits_defaults = AIMv2PackingConfig.model_type in (
         config_fields.get("model_type"),

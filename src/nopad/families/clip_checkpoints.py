@@ -81,7 +81,6 @@ def read_config(checkpoint: Checkpoint) -> CLIPConfigs:
     architectures = checkpoint.config.get("architectures") or ()
     projecting = timm_head_projects(checkpoint.config) or not set(_PROJECTING).isdisjoint(architectures)
     with_projection = projecting or _PROJECTION in checkpoint.tensors
-    fields = checkpoint.with_sides(fields, "image_size", "patch_size")
     return config_class(**fields, with_projection=with_projection)
 
 

@@ -106,7 +106,6 @@ def read_config(checkpoint: Checkpoint) -> DINOv2Configs:
         config_class = _class_of_tensors(checkpoint)
         fields = {**_infer_from_tensors(checkpoint, fields, config_class), **fields}
     fields = {name: value for name, value in fields.items() if hasattr(config_class, name)}
-    fields = checkpoint.with_sides(fields, "image_size", "patch_size")
     return config_class(**fields)
 
 

@@ -104,7 +104,7 @@ def read_config(checkpoint: Checkpoint) -> DINOv3ViTPackingConfig:
             f"checkpoint {checkpoint.name!r}: the number of heads is known from config.json alone; add a "
             f"config.json with num_attention_heads"
         )
-    return DINOv3ViTPackingConfig(**checkpoint.with_sides(fields, "patch_size"))
+    return DINOv3ViTPackingConfig(**checkpoint.with_sides(fields))
 
 
 def _model_types(checkpoint: Checkpoint) -> set[Any]:

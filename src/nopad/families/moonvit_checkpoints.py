@@ -55,7 +55,7 @@ def read_config(checkpoint: Checkpoint) -> MoonViTPackingConfig:
     if not checkpoint.vision_config:
         fields = _infer_from_tensors(checkpoint)
     check_axial_rope(checkpoint, fields.get("rope_parameters"))
-    config = MoonViTPackingConfig(**checkpoint.with_sides(fields, "patch_size"))
+    config = MoonViTPackingConfig(**fields)
     _check(checkpoint, config)
     return config
 

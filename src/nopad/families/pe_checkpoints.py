@@ -117,7 +117,7 @@ def read_config(checkpoint: Checkpoint) -> PEPackingConfig:
         fields = {**_infer_from_tensors(checkpoint, fields), **fields}
     if checkpoint.table in _OF_TIMM:
         fields = {"positions_mode": "bicubic", "positions_antialias": True, **fields}
-    return PEPackingConfig(**checkpoint.with_sides(fields, "image_size", "patch_size", "rope_grid_side"))
+    return PEPackingConfig(**fields)
 
 
 def _read_timm_config(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def read_config(checkpoint: Checkpoint) -> PixtralPackingConfig:
         fields = _infer_from_tensors(checkpoint, fields) | fields
     theta = fields.pop("rope_theta", None)
     fields["rope_parameters"] = _rope_parameters(checkpoint, fields.get("rope_parameters"), theta)
-    config = PixtralPackingConfig(**checkpoint.with_sides(fields, "image_size", "patch_size"))
+    config = PixtralPackingConfig(**fields)
     _check(checkpoint, config)
     return config
 

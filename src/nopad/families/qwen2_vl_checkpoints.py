@@ -67,7 +67,6 @@ def read_config(checkpoint: Checkpoint) -> Qwen2VLConfigs:
     fields = read_fields(checkpoint, names, aliases=_ALIASES, unused=_UNUSED)
     if model_type not in (*_QWEN2, *_QWEN2_5):
         fields = _infer_from_tensors(checkpoint, fields, is_2_5=is_2_5) | fields
-    fields = checkpoint.with_sides(fields, "patch_size", "temporal_patch_size")
     _check(checkpoint, fields)
     config = config_class(**fields)
     if is_2_5 and window_side(config) < 1:

@@ -79,7 +79,6 @@ def read_config(checkpoint: Checkpoint) -> Qwen3VLConfigs:
         fields = read_fields(checkpoint, _NAMES.split(), fixed={_INDEXES: []})
     if model_type not in model_types:
         fields = _infer_from_tensors(checkpoint, fields, deepstack=deepstack) | fields
-    fields = checkpoint.with_sides(fields, "patch_size", "temporal_patch_size")
     _check(checkpoint, fields)
     return config_class(**fields)
 

@@ -77,7 +77,7 @@ def read_config(checkpoint: Checkpoint) -> RadioPackingConfig:
         "use_layer_scale": any(".layer_scale" in name for name in checkpoint.tensors),
         "normalize_pixels": not checkpoint.prefix and fields.get("normalize_pixels", True),
     }
-    return RadioPackingConfig(**checkpoint.with_sides(fields, "patch_size"))
+    return RadioPackingConfig(**fields)
 
 
 def _read_summary_idxs(checkpoint: Checkpoint) -> list[int]:

@@ -111,7 +111,6 @@ def read_config(checkpoint: Checkpoint) -> ViTConfigs:
     if config_class is None:
         config_class = _class_of_tensors(checkpoint)
         fields = {**_infer_from_tensors(checkpoint, fields, config_class), **fields}
-    fields = checkpoint.with_sides(fields, "image_size", "patch_size")
     if config_class is ViTPackingConfig:
         fields["with_pooler"] = any(name.startswith("pooler.") for name in checkpoint.tensors)
         _check_pooler(checkpoint, fields)
