@@ -12,13 +12,14 @@ from nopad.storage.addresses import WEB, scheme_of
 _S3 = "check the bucket's name, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL"
 _GS = "check the bucket's name and GOOGLE_APPLICATION_CREDENTIALS"
 _AZ = "check the container's name, AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"
-SETTINGS = {"s3": _S3, "gs": _GS, **dict.fromkeys(("az", "abfs", "abfss"), _AZ), **dict.fromkeys(WEB, "check the host")}
+_AZURE = ("az", "abfs", "abfss")
+SETTINGS = {"s3": _S3, "gs": _GS, **dict.fromkeys(_AZURE, _AZ), **dict.fromkeys(WEB, "check the host")}
 """What to check of a store, by the scheme of its address."""
 
 _HTTP_ADVICE = "give http:// or https://, a host and, if it needs one, a port"
 _ENDPOINTS = {
     "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
-    **dict.fromkeys(("az", "abfs", "abfss"), ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")),
+    **dict.fromkeys(_AZURE, ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")),
 }
 
 _STATUS = re.compile(r"status code: (\d{3})[ A-Za-z-]*")
@@ -125,7 +126,7 @@ def as_os_error(error: BaseException, base: str, *, writing: bool = False, has_a
 def _advice(text: str, status: int, reason: str, base: str, writing: bool) -> str:
     """What is wrong with how a cloud's store is reached, and what to do; empty where that is not known."""
     if _NO_BUCKET.search(text):
-        return "no such bucket; create it, or correct its name"
+        return f"no such {'container' if scheme_of(base) in _AZURE else 'bucket'}; create it, or correct its name"
     if _EXPIRED.search(text):
         return "the credentials have expired, or are none; set new ones"
     if _OTHER_REGION.search(text):
