@@ -22,7 +22,7 @@ def by_name(name):
 
 @by_name("finetune")
 def test_digits_of_mixed_sizes_are_learned(example):
-    assert example.main(epochs=5) > 0.7  # of twenty epochs, after which it is above 0.95
+    assert example.main() >= 0.95
 
 
 @by_name("finetune")

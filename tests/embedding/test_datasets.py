@@ -113,7 +113,7 @@ def test_damaged_arrow_files_are_rows(saved: Path):
     whole = saved.read_bytes()
     rng = random.Random(0)
     failed = 0
-    for _ in range(60):
+    for _ in range(150):
         data = bytearray(whole)
         for _ in range(rng.randint(1, 6)):
             data[rng.choice([rng.randrange(len(data)), rng.randrange(700)])] = rng.randrange(256)
