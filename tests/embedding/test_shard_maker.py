@@ -17,6 +17,7 @@ from nopad.embedding.job import Job
 from nopad.embedding.lock import FolderLock, LostLockError
 from nopad.embedding.settings import Settings
 from nopad.embedding.table import writer
+from nopad.preprocessing.decode import UnreachableError
 
 SHARDS, ROWS = 8, 5
 
@@ -169,3 +170,22 @@ def test_nothing_is_written_behind_an_error(images, model, tmp_path, monkeypatch
     assert written == [2, 2]
     assert table(tmp_path) == {}
     assert not [*tmp_path.rglob("*.part")]
+
+
+def test_nothing_is_left_of_a_shard_that_an_actor_cannot_make(images, model, tmp_path, monkeypatch):
+    """Though it goes on with others, and the command removes leftovers only at its end."""
+
+    def of(job, shard, *arguments):
+        yield from islice(inputs_of(job, shard, *arguments), ROWS - 1)
+        raise UnreachableError("a disk", "Input/output error")
+
+    inputs_of = Job.of
+    settings = Settings(model=str(model), device="cpu", shard_size=ROWS)
+    begin(images, tmp_path, settings.model, shard_size=ROWS)
+    monkeypatch.setattr(Job, "of", of)
+    monkeypatch.setattr(writer, "_ROWS_PER_GROUP", 1)
+    with FolderLock(tmp_path) as lock:
+        maker = ShardMaker(ActorConfig(str(tmp_path), settings, settings, SHARDS * ROWS, lock.token))
+        maker.load({})
+        assert "Input/output error" in maker.do(Task(0, 1))["unmade"]
+        assert not [*tmp_path.rglob("*.part")]

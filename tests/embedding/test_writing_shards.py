@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from shard_samples import FORMATS, PLAIN, ok_row, write
 
+from nopad.embedding.lock import LostLockError
 from nopad.embedding.table import writer as shards
 from nopad.embedding.table.reader import count
-from nopad.embedding.table.writer import write_shard
+from nopad.embedding.table.writer import ShardWriter, write_shard
 
 
 class Crash(BaseException):
@@ -31,6 +32,22 @@ def test_an_exception_from_the_rows_comes_out_as_it_is_and_changes_nothing(tmp_p
     with pytest.raises(type(error)) as caught:
         write(path, rows(), FORMATS["tokens"])
     assert caught.value is error
+    assert [entry.name for entry in tmp_path.iterdir()] == (["shard.parquet"] if existing else [])
+    assert not existing or path.read_bytes() == before
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_shard_that_the_check_refuses_is_as_it_was(tmp_path, existing):
+    path = tmp_path / "shard.parquet"
+    before = write(path, [ok_row(0)]).read_bytes() if existing else None
+
+    def check():
+        raise LostLockError("another job's")
+
+    with ShardWriter(path, PLAIN, {}, temporary=tmp_path / "part", check=check) as shard:
+        shard.add([ok_row(1)])
+        with pytest.raises(LostLockError):
+            shard.finish()
     assert [entry.name for entry in tmp_path.iterdir()] == (["shard.parquet"] if existing else [])
     assert not existing or path.read_bytes() == before
 
