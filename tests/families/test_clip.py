@@ -196,6 +196,16 @@ def test_open_clip_configs_that_nothing_implements_are_refused(tmp_path, place, 
         nopad.load(folder)
 
 
+def test_sides_in_an_open_clip_config_may_be_two_equal_numbers(tmp_path):
+    folder = save_open_clip(tmp_path, tiny_original(with_projection=True))
+    expected = nopad.load(folder).config.to_dict()
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    sides = config["model_cfg"]["vision_cfg"]
+    sides.update({name: [sides[name]] * 2 for name in ("image_size", "patch_size")})
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    assert nopad.load(folder).config.to_dict() == expected
+
+
 @pytest.mark.parametrize("mode", ["squash", "longest"])
 def test_open_clips_way_to_resize(tmp_path, mode):
     folder = save_open_clip(tmp_path, tiny_original(with_projection=True))
